@@ -1,0 +1,55 @@
+# make quickstart | test | lint | bench | docs | clean.  Each makes $(VENV) on first use; nothing else is installed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: quickstart test lint bench docs clean
+
+quickstart: $(VENV)/.installed-core
+	$(BIN)/jaxrl train configs/arithmetic.yaml
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not peers"
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.run
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+# The environment and runs/ stay: the one is slow to make, the other cannot be made again.
+clean:
+	rm -rf docs/_build dist .pytest_cache .ruff_cache .hypothesis
+	find jaxrl_llm tests benchmarks launch docs -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each set of packages; a changed pyproject.toml or constraints.txt installs again.
+STAMP_NEEDS := pyproject.toml constraints.txt | $(BIN)/python
+
+$(VENV)/.installed-core: $(STAMP_NEEDS)
+	@echo "Installing jaxrl_llm into $(VENV): about a minute"
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(STAMP_NEEDS)
+	@echo "Installing jaxrl_llm with what the tests need into $(VENV): one to two minutes"
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(STAMP_NEEDS)
+	@echo "Installing jaxrl_llm with what the benchmarks need into $(VENV): one to two minutes"
+	$(PIP) -e '.[dev,plots]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(STAMP_NEEDS)
+	@echo "Installing jaxrl_llm with what the documentation needs into $(VENV): about a minute"
+	$(PIP) -e '.[docs]'
+	@touch $@

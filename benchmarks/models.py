@@ -1,0 +1,97 @@
+"""What is measured: models, batches, and how much work they hold.
+
+Letters as in `jaxrl_llm.types`. FLOPs count a multiply and an add as two.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from jaxrl_llm.model import params as model_params
+from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
+from jaxrl_llm.parallel.mesh import make_mesh
+from jaxrl_llm.rollout.decode import Vocabulary
+from jaxrl_llm.types import Prompts, PyTree
+
+QWEN2 = {"qkv_bias": True, "tied_head": True, "head_dim": 64}
+SIZES = {
+    "S": ModelConfig(vocab_size=512, layers=4, d_model=256, heads=4, kv_heads=2, d_mlp=1024, **QWEN2),
+    "M": ModelConfig(vocab_size=4096, layers=8, d_model=512, heads=8, kv_heads=4, d_mlp=2048, **QWEN2),
+    # The shape of Qwen2.5-0.5B.
+    "L": ModelConfig(vocab_size=151936, layers=24, d_model=896, heads=14, kv_heads=2, d_mlp=4864, **QWEN2),
+}
+DTYPES = ("float32", "bfloat16")
+SAMPLES = 8
+PROMPT_SLOTS = 64
+NEW_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One model at one batch: `rows` samples in groups of 8, prompts of 64 tokens, 128 new tokens each, none ended early."""
+
+    size: str
+    rows: int
+    compute: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.size} {self.rows} rows {self.compute}"
+
+    @property
+    def cfg(self) -> ModelConfig:
+        return dataclasses.replace(SIZES[self.size], compute=self.compute)
+
+    @property
+    def prompts(self) -> int:
+        return self.rows // SAMPLES
+
+    @property
+    def itemsize(self) -> int:
+        return 4 if self.compute == "float32" else 2
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """No token ends a row."""
+        return Vocabulary(size=self.cfg.vocab_size, pad=0, eos=-1)
+
+    def num_params(self) -> int:
+        return model_params.count(model_params.specs(self.cfg))
+
+    def make_prompts(self) -> Prompts:
+        rng = np.random.default_rng(0)
+        count = np.arange(self.prompts, dtype=np.int32)
+        tokens = rng.integers(0, self.cfg.vocab_size, (self.prompts, PROMPT_SLOTS)).astype(np.int32)
+        return Prompts(tokens=tokens, length=np.full(self.prompts, PROMPT_SLOTS, np.int32), uid=count, row=count)
+
+
+def make_params(size: str) -> PyTree:
+    """Random f32 masters, the same for every program and dtype."""
+    return model_params.init(model_params.specs(SIZES[size]), jax.random.key(0), layouts()[0])
+
+
+def layouts() -> tuple[Layout, Layout]:
+    """TRAIN and DECODE over one device: these benchmarks are about one chip."""
+    mesh = make_mesh((1, 1, 1), jax.devices()[:1])
+    return Layout(mesh, TRAIN), Layout(mesh, DECODE)
+
+
+def weight_products(cfg: ModelConfig) -> list[tuple[int, int, int]]:
+    """(inputs, outputs, how often) of the matrices that one token meets; the embedding counts as head, not as look-up."""
+    heads = cfg.heads * cfg.head_dim
+    packed = cfg.kv_heads * (cfg.group + 2) * cfg.head_dim
+    return [
+        (cfg.d_model, packed, cfg.layers),
+        (heads, cfg.d_model, cfg.layers),
+        (cfg.d_model, 2 * cfg.d_mlp, cfg.layers),
+        (cfg.d_mlp, cfg.d_model, cfg.layers),
+        (cfg.d_model, cfg.vocab_size, 1),
+    ]
+
+
+def matmul_params(cfg: ModelConfig) -> int:
+    """N of 2 N and 6 N: entries of the matrices of `weight_products`."""
+    return sum(k * n * often for k, n, often in weight_products(cfg))

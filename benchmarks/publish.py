@@ -1,0 +1,53 @@
+"""`publish`: bytes a second from the trainer's parameters to the policy's, beside a copy's.
+
+    bytes = N (4 + b)     every f32 master read once, every entry of b bytes of the compute dtype written once
+
+The ceiling is the bandwidth of a copy in place over an array of the same bytes. On one device nothing crosses a wire.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from benchmarks.ceilings import copy_bandwidth
+from benchmarks.clock import Timing
+from benchmarks.models import Workload, layouts
+from jaxrl_llm.publish import make_blank, make_publish
+from jaxrl_llm.types import PyTree
+
+
+def moved_bytes(work: Workload) -> int:
+    return work.num_params() * (4 + work.itemsize)
+
+
+def calls(work: Workload, params: PyTree) -> dict[str, Callable[[], object]]:
+    """The program to time. Each call takes the buffers of the policy before, as in training."""
+    cfg, (train, decode) = work.cfg, layouts()
+    publish, policy = make_publish(cfg, train, decode), make_blank(cfg, decode)()
+
+    def call() -> object:
+        nonlocal policy
+        policy = publish(params, np.int32(0), policy)
+        return policy
+
+    return {f"publish {work.name}": call}
+
+
+def ceiling(work: Workload, seconds: float) -> float:
+    """Bytes a second."""
+    return copy_bandwidth(moved_bytes(work), seconds)
+
+
+def result(work: Workload, times: dict[str, Timing], bandwidth: float) -> dict:
+    time, moved = times[f"publish {work.name}"], moved_bytes(work)
+    return {
+        "program": "publish",
+        "size": work.size,
+        "compute": work.compute,
+        "shapes": {"parameters": work.num_params()},
+        "time": time.as_dict(),
+        "bytes": moved,
+        "bytes_per_s": moved / time.median,
+        "ceiling": {"bytes_per_s": bandwidth},
+        "fraction_of_ceiling": moved / time.median / bandwidth,
+    }

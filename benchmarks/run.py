@@ -1,0 +1,145 @@
+"""`python -m benchmarks.run [--sizes S,M] [--seconds N] [--out FILE.json]`: ceilings, then generate, update and publish.
+
+Everything in one process. The calls of one model at one number of rows, both dtypes, are timed in turns; see `clock.alternate`.
+The file is written after each of these groups, so a run that is stopped leaves what it has.
+
+--sizes    default S,M; on a GPU L,M,S
+--seconds  wall-clock seconds of the whole, by default 420 on a GPU, 1800 elsewhere. A third goes to repetitions. Nothing new starts
+           after its end, and what found no place is named in the file; the call that is under way then still ends.
+--out      default benchmarks/results/<device>-<cores>core-<date>.json
+"""
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jaxlib
+
+from benchmarks import ceilings, generate, publish, step, update
+from benchmarks.clock import alternate
+from benchmarks.models import DTYPES, SIZES, Workload, make_params
+from benchmarks.table import render
+
+HERE = Path(__file__).parent
+
+
+def processor() -> str:
+    """The CPU's model name; "unknown" where /proc/cpuinfo names none."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        return "unknown"
+    return found.group(1) if found else "unknown"
+
+
+def git(*args: str) -> str:
+    try:
+        done = subprocess.run(["git", *args], cwd=HERE, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
+
+
+def machine() -> dict:
+    on_cpu = jax.default_backend() == "cpu"
+    return {
+        "backend": jax.default_backend(),
+        "device": processor() if on_cpu else jax.devices()[0].device_kind,
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "commit": git("rev-parse", "HEAD") or "unknown",
+        "changed_files": git("status", "--porcelain", "--", "jaxrl_llm").splitlines(),
+        "load_before": os.getloadavg()[0],
+        "load_after": os.getloadavg()[0],
+    }
+
+
+def groups(sizes: list[str]) -> list[tuple[str, int]]:
+    """(size, rows) in the order they run; L at two batches."""
+    return [(size, rows) for size in sizes for rows in ((64, 256) if size == "L" else (64,))]
+
+
+def measure(size: str, rows: int, square: dict, seconds: float, deadline: float) -> tuple[list[dict], list[str]]:
+    """One group: the ceilings at its shapes, then all its programs in turns. Returns results, and names of what was left out."""
+    works = [Workload(size, rows, compute) for compute in DTYPES]
+    part = min(1.0, seconds / 20)
+    limits = {w: (generate.ceiling(w, part), publish.ceiling(w, part), update.own_rate(w, part)) for w in works}
+    params = make_params(size)
+    calls = {
+        name: c for room in (publish, generate, update) for w in works for name, c in room.calls(w, params).items()
+    }
+    times = alternate(calls, seconds, deadline)
+    results = []
+    for w in works:
+        step_limit, bandwidth, own_rate = limits[w]
+        if {f"generate {w.name}", f"prefill {w.name}"} <= times.keys():
+            results.append(generate.result(w, times, step_limit))
+        if f"update {w.name}" in times:
+            results.append(update.result(w, times, square[w.compute]["flops_per_s"], own_rate))
+        if f"publish {w.name}" in times:
+            results.append(publish.result(w, times, bandwidth))
+    return results, sorted(calls.keys() - times.keys())
+
+
+def save(path: Path, result: dict) -> None:
+    result["machine"]["load_after"] = os.getloadavg()[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def run(sizes: list[str], seconds: float, out: Path | None, date: str) -> dict:
+    begun = time.monotonic()
+    result = {
+        "date": date,
+        "command": f"python -m benchmarks.run {' '.join(sys.argv[1:])}".strip(),
+        "machine": machine(),
+    }
+    device = re.sub(r"[^a-z0-9]+", "-", result["machine"]["device"].lower()).strip("-")
+    kind = "cpu-" if result["machine"]["backend"] == "cpu" else ""
+    out = out or HERE / "results" / f"{kind}{device}-{result['machine']['cores']}core-{date}.json"
+    result |= {"ceilings": ceilings.general(result["machine"]["backend"]), "results": [], "left_out": []}
+    result["step"] = step.measure()
+    save(out, result)
+    todo = groups(sizes)
+    for size, rows in todo:
+        if time.monotonic() - begun > seconds:
+            result["left_out"].append(f"{size} {rows} rows")
+            continue
+        square = result["ceilings"]["matmul"]
+        found, left = measure(size, rows, square, seconds / 3 / len(todo), begun + seconds)
+        result["results"] += found
+        result["left_out"] += left
+        save(out, result)
+        gc.collect()
+        print(f"{size} {rows} rows: done after {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+    print(f"{render(result)}\n\n{out}")
+    return result
+
+
+def main() -> None:
+    on_gpu = jax.default_backend() == "gpu"
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.split("\n\n")[1])
+    parser.add_argument("--sizes", default="L,M,S" if on_gpu else "S,M")
+    parser.add_argument("--seconds", type=float, default=420 if on_gpu else 1800)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    sizes = given.sizes.split(",")
+    if unknown := [s for s in sizes if s not in SIZES]:
+        parser.error(f"--sizes: got {', '.join(unknown)}, want some of {', '.join(SIZES)}")
+    run(sizes, given.seconds, given.out, datetime.date.today().isoformat())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""Captured against recomputed old log-probs: what the ratio is for, measured by taking it away.
+
+    python docs/experiments/old_logprobs.py              # the runs that the JSON lacks, then the plot and the tables
+    python docs/experiments/old_logprobs.py --report     # the plot and the tables alone
+
+Arms, which share all but what is said of them:
+
+    captured     `batch.behavior_logprobs` stays as it was captured while sampling
+    recomputed   scored anew under the current parameters before each update: the famous bug
+    once         scored anew once a batch, before its first update: the ratio sees nothing of the lag
+    unclipped    as captured, with bounds that no ratio reaches: a ratio, but no clip
+
+Each samples with the newest policy (lag 0) or with the one published 4 steps earlier (lag 4). The arms of a seed share the
+held-out prompts, the warm start, the stream of prompts and every random key. docs/old_logprobs.md says what came out.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import tempfile
+import time
+from collections import deque
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_llm.config import RunConfig
+from jaxrl_llm.evaluate import evaluate
+from jaxrl_llm.experience.advantages import ADVANTAGES
+from jaxrl_llm.experience.batch import make_batch, minibatches
+from jaxrl_llm.experience.config import ExperienceConfig
+from jaxrl_llm.experience.filters import FILTERS
+from jaxrl_llm.metrics import RatioAlarm
+from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.parallel import hosts
+from jaxrl_llm.prompts.config import ArithmeticTask
+from jaxrl_llm.prompts.stream import next_prompts
+from jaxrl_llm.rollout.config import RolloutConfig
+from jaxrl_llm.run import Run, begin, build, fresh_optimizer, grade, publish, sample
+from jaxrl_llm.train import Shell, open_shell, warm_step
+from jaxrl_llm.types import Batch, Experience, PyTree, TrainState
+from jaxrl_llm.update.config import ClippedLoss, OptimizerConfig, UpdateConfig, WarmStartConfig
+
+ARMS, LAGS, SEEDS, RATE = ("captured", "recomputed"), (0, 4), (0, 1, 2), 3e-4
+CASES = [(arm, lag, RATE, seed) for seed in SEEDS for lag in LAGS for arm in ARMS]
+"""arm, lag, learning rate, seed."""
+HIGHER_RATE = [(arm, lag, 1e-3, 0) for lag in LAGS for arm in ARMS]
+CAUSES = [(arm, lag, RATE, seed) for seed in SEEDS for arm, lag in (("once", 4), ("unclipped", 0), ("unclipped", 4))]
+UNCLIPPED = ClippedLoss(low=1.0, high=1e9)
+EVERY = 20
+"""Steps between evaluations."""
+HERE = Path(__file__).parent
+RESULTS, PLOT = HERE / "old_logprobs.json", HERE / "old_logprobs.png"
+
+SETUP = dataclasses.replace(
+    RunConfig(),
+    steps=100,
+    task=ArithmeticTask(terms=3, held_out=128),
+    model=ModelConfig(vocab_size=16, layers=2, d_model=64, heads=4, kv_heads=2, head_dim=16, d_mlp=256),
+    warm_start=WarmStartConfig(
+        steps=500, rows=128, noise=0.56, optimizer=OptimizerConfig(lr=2e-3, warmup_steps=20, weight_decay=0.1)
+    ),
+    rollout=RolloutConfig(prompts=32, samples=8, max_new_tokens=4, temperature=1.0),
+    experience=ExperienceConfig(filter="has_signal", advantage="rloo"),
+    update=UpdateConfig(loss=ClippedLoss(low=0.2, high=0.2), epochs=2, minibatches=2),
+)
+"""All but the seed and the learning rate."""
+
+
+def config(arm: str, rate: float, seed: int, run_dir: str) -> RunConfig:
+    loss = UNCLIPPED if arm == "unclipped" else SETUP.update.loss
+    update = dataclasses.replace(SETUP.update, loss=loss, optimizer=OptimizerConfig(lr=rate))
+    return dataclasses.replace(SETUP, seed=seed, update=update, run_dir=run_dir)
+
+
+def experiment(cases: list[tuple[str, int, float, int]]) -> None:
+    """Run the cases that the JSON does not hold, each into it when it is done."""
+    warm, programs = {}, {}
+    for case in cases:
+        if case in {key(r) for r in stored()}:
+            continue
+        arm, lag, rate, seed = case
+        with tempfile.TemporaryDirectory() as run_dir:
+            cfg = config(arm, rate, seed, run_dir)
+            run = build(cfg)
+            # The compiled programs depend on all of the config but the seed.
+            shared = programs.setdefault(repr(cfg.update), run)
+            names = ("generate", "publish", "score", "warm_update", "update")
+            run = dataclasses.replace(run, **{name: getattr(shared, name) for name in names})
+            with open_shell(cfg) as shell:
+                warm[seed] = warm.get(seed) or warm_up(run, shell)
+                begun, used = time.monotonic(), time.process_time()
+                found = learn(run, shell, warm[seed], arm, lag)
+        spent = {"seconds": round(time.monotonic() - begun, 1), "cpu_seconds": round(time.process_time() - used, 1)}
+        found = {"arm": arm, "lag": lag, "lr": rate, "seed": seed, **spent, **found}
+        print(time.strftime("%H:%M:%S"), line(found), flush=True)
+        store([*stored(), found])
+
+
+def key(run: dict) -> tuple[str, int, float, int]:
+    return run["arm"], run["lag"], run["lr"], run["seed"]
+
+
+def stored() -> list[dict]:
+    return json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
+
+
+def store(runs: list[dict]) -> None:
+    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), shared; jax {jax.__version__}"
+    found = {"machine": machine, "setup": dataclasses.asdict(SETUP), "runs": sorted(runs, key=key)}
+    RESULTS.write_text(json.dumps(found, separators=(",", ":"), allow_nan=False) + "\n")
+
+
+def warm_up(run: Run, shell: Shell) -> TrainState:
+    """The state that all arms of a seed start from."""
+    life = begin(run)
+    while life.step < run.cfg.warm_start.steps:
+        life, metrics = warm_step(run, shell, life)
+        if life.step % 100 == 0:
+            print(f"seed {run.cfg.seed}: warm start {life.step}, loss {metrics['loss']:.3f}", flush=True)
+    return life.state
+
+
+def learn(run: Run, shell: Shell, warm: TrainState, arm: str, lag: int) -> dict:
+    """One run of RL: the loop of `train.rl_step`, with a queue of policies and, in one arm, the bug."""
+    cfg, cursor, alarm = run.cfg, 0, RatioAlarm()
+    state = fresh_optimizer(run, jax.tree.map(jnp.copy, warm.params), int(warm.step))
+    policies = deque([publish(run, state, None)], maxlen=lag + 1)
+    exact = {0: evaluate(run, state.params, policies[-1], shell.pool)["eval/exact"]}
+    steps, rings = [], 0
+    for step in range(cfg.steps):
+        rng = np.random.default_rng((cfg.seed, step))
+        prompts, cursor = next_prompts(run.task, run.order, cursor, cfg.rollout.prompts)
+        rollouts = sample(run, policies[0], prompts, run.key)
+        reward = grade(run, shell.pool, run.task.train, rollouts).reward
+        keep, advantage = FILTERS[cfg.experience.filter](reward), ADVANTAGES[cfg.experience.advantage](reward)
+        batch = make_batch(Experience(rollouts, reward.reshape(-1), advantage.reshape(-1)), keep, run.task.pad)
+        state, updates = update(run, state, batch, arm, rng)
+        for i, metrics in enumerate(updates):
+            stale = i > 0 or bool(rollouts.version.max() < int(state.step) - len(updates))
+            alarm, ring = alarm.observe(metrics["ratio/min"], metrics["ratio/max"], stale)
+            rings += ring
+        steps.append(describe(reward, keep, updates))
+        policies.append(publish(run, state, policies[0] if len(policies) > lag else None))
+        if (step + 1) % EVERY == 0:
+            exact[step + 1] = evaluate(run, state.params, policies[-1], shell.pool)["eval/exact"]
+    series = {name: [float(f"{s[name]:.4g}") if np.isfinite(s[name]) else None for s in steps] for name in steps[0]}
+    return {"exact": {str(k): round(v, 4) for k, v in exact.items()}, "alarm_rings": rings, "steps": series}
+
+
+def update(
+    run: Run, state: TrainState, batch: Batch, arm: str, rng: np.random.Generator
+) -> tuple[TrainState, list[dict[str, float]]]:
+    """Epochs x minibatches of updates, and the metrics of each."""
+    cfg, found = run.cfg.update, []
+    if arm == "once":
+        batch = batch.replace(behavior_logprobs=rescored(run, state.params, batch))
+    for _ in range(cfg.epochs):
+        for part in minibatches(batch, run.cfg.rollout.samples, cfg.minibatches, rng):
+            if arm == "recomputed":
+                part = part.replace(behavior_logprobs=rescored(run, state.params, part))
+            state, metrics = run.update(state, run.put_batch(part))
+            found.append({name: float(x) for name, x in jax.device_get(metrics).items()})
+    return state, found
+
+
+def rescored(run: Run, params: PyTree, part: Batch) -> np.ndarray:
+    """The bug, f32[R T]: what the current policy says of the tokens takes the place of what their own policy said."""
+    return hosts.gather(run.score(params, run.put_batch(part)))
+
+
+def describe(reward: np.ndarray, keep: np.ndarray, updates: list[dict[str, float]]) -> dict[str, float]:
+    """One step of RL in numbers. Clip fractions and ratios are over the tokens of the groups that have a signal.
+
+    `off_one`, max |r - 1|, is -inf where no minibatch holds such a group, and null in the JSON.
+    """
+
+    def off_one(some: list[dict[str, float]]) -> float:
+        return max(max(m["ratio/max"] - 1, 1 - m["ratio/min"]) for m in some)
+
+    return {
+        "reward": reward.mean(),
+        "groups_kept": keep.sum(),
+        "clip_fraction": np.mean([m["clip_ratio/low"] + m["clip_ratio/high"] for m in updates]),
+        "off_one_first": off_one(updates[:1]),
+        "off_one_later": off_one(updates[1:]),
+        "entropy": np.mean([m["entropy"] for m in updates]),
+        "grad_norm": np.mean([m["grad_norm"] for m in updates]),
+    }
+
+
+def line(run: dict) -> str:
+    """One run, on one line."""
+    name = f"lr {run['lr']:g}, {run['arm']}, lag {run['lag']}, seed {run['seed']}"
+    path = " ".join(f"{v:.3f}" for v in run["exact"].values())
+    steps = {name: np.array(values, float) for name, values in run["steps"].items()}
+    first, later = np.nanmax(steps["off_one_first"]), np.nanmax(steps["off_one_later"])
+    return (
+        f"{name}: exact {path}; clipped {steps['clip_fraction'].mean():.4f}; max |r-1| {first:.2g} / {later:.2g}; "
+        f"entropy {steps['entropy'][-1]:.3f}; alarms {run['alarm_rings']} ({run['seconds']} s, {run['cpu_seconds']} s of CPU)"
+    )
+
+
+def table(runs: list[dict]) -> str:
+    """Markdown, a row for each arm, lag and learning rate. "late" is the mean over the evaluations of steps 60, 80 and 100."""
+    rows = [
+        "| lr | lag | old log-probs | exact accuracy, each seed | mean | late | clip fraction | max \\|r - 1\\|, first update "
+        "| later updates | median step, later updates |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for rate, lag, arm in sorted({(r["lr"], r["lag"], r["arm"]) for r in runs}):
+        some = [r for r in runs if key(r)[:3] == (arm, lag, rate)]
+        exact = np.array([list(r["exact"].values()) for r in some])
+        series = {name: np.array([r["steps"][name] for r in some], float) for name in some[0]["steps"]}
+        first, later, clipped = (series[name] for name in ("off_one_first", "off_one_later", "clip_fraction"))
+        last = ", ".join(f"{v:.3f}" for v in exact[:, -1])
+        rows.append(
+            f"| {rate:g} | {lag} | {arm} | {last} | **{exact[:, -1].mean():.3f}** | {exact[:, -3:].mean():.3f} "
+            f"| {clipped.mean():.3f} | {np.nanmax(first):.2g} | {np.nanmax(later):.2g} | {np.nanmedian(later):.2g} |"
+        )
+    return "\n".join(rows)
+
+
+def plot(runs: list[dict]) -> None:
+    """Accuracy, clip fraction and the ratio's distance from 1, a row for each lag; thin lines are seeds, thick their mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(LAGS), 3, figsize=(12, 6.4), sharex=True, sharey="col", layout="constrained")
+    titles = ("exact held-out accuracy", "clip fraction", "max |r - 1|, updates 2 to 4 of a step")
+    for row, lag in zip(axes, LAGS, strict=True):
+        for arm, colour in zip(ARMS, ("#1f77b4", "#d62728"), strict=True):
+            some = [r for r in runs if key(r)[:3] == (arm, lag, RATE)]
+            x = [int(s) for s in some[0]["exact"]]
+            step = 1 + np.arange(len(some[0]["steps"]["reward"]))
+            curves = (
+                (x, [list(r["exact"].values()) for r in some]),
+                (step, [r["steps"]["clip_fraction"] for r in some]),
+                (step, np.array([r["steps"]["off_one_later"] for r in some], float)),
+            )
+            for axis, (where, lines) in zip(row, curves, strict=True):
+                axis.plot(where, np.transpose(lines), color=colour, lw=0.7, alpha=0.4)
+                middle = np.median(lines, axis=0) if axis is row[2] else np.mean(lines, axis=0)
+                axis.plot(where, middle, color=colour, lw=2, label=arm)
+        row[0].set_ylabel(f"lag {lag}")
+        # Logarithmic, but for what lies below 0.01: exactly 0 must show as 0.
+        row[2].set_yscale("symlog", linthresh=1e-2)
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title)
+    for axis in axes[-1]:
+        axis.set_xlabel("step of RL")
+    axes[0, 0].legend(frameon=False, loc="lower right")
+    figure.savefig(PLOT, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--report", action="store_true", help="no runs: the plot and the table from the JSON")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="only the runs of these seeds")
+    options = parser.parse_args()
+    if not options.report:
+        experiment([case for case in CASES + HIGHER_RATE + CAUSES if case[-1] in options.seeds])
+    print(table(stored()))
+    plot(stored())
+
+
+if __name__ == "__main__":
+    main()

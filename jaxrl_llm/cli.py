@@ -1,0 +1,161 @@
+"""`jaxrl train | sample | eval | report`: arguments in, exit code out. Imports no jax until a command really needs it.
+
+Exit codes: 0 done; 2 bad input; 3 no checkpoint can be used; 4 stopped as not finite; 75 stopped by SIGTERM and saved, start
+again to go on.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxrl_llm.errors import Preempted, UserError
+
+if TYPE_CHECKING:
+    from jaxrl_llm.config import RunConfig
+
+USAGE = """usage: jaxrl COMMAND TARGET [options] [--section.field value ...]
+
+commands
+  train  CONFIG|RUN            train; goes on by itself if the run directory holds checkpoints
+         --resume              refuse to start from scratch
+  sample CONFIG|RUN            draw responses and show tokens, log-probs, entropy and reward
+         --prompt TEXT         the prompt (default: the first held-out one)
+         -n N                  number of responses (default 8)
+  eval   RUN                   held-out accuracy, exact and sampled, as JSON
+  report RUN                   write RUN/report.html
+
+CONFIG is a YAML file (see configs/), RUN a run directory. Any value of the config can be set by its path, for example
+  jaxrl train configs/arithmetic.yaml --seed 1 --mesh.fsdp 2 --update.optimizer.lr 3e-4
+  jaxrl train configs/arithmetic.yaml --help      lists them all
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Errors that a person can mend are printed without a traceback."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if argv else 2
+    try:
+        if argv[0] not in COMMANDS:
+            raise UserError(f"{argv[0]}: no such command{_near(argv[0], COMMANDS)}; jaxrl --help lists them")
+        if len(argv) < 2 or (argv[1].startswith("-") and argv[1] not in ("-h", "--help")):
+            raise UserError(
+                f"jaxrl {argv[0]}: got no {'RUN' if argv[0] in ('eval', 'report') else 'CONFIG'}; see jaxrl --help"
+            )
+        if argv[1] in ("-h", "--help"):
+            print(USAGE)
+            return 0
+        logging.basicConfig(format="%(message)s", level=logging.WARNING)
+        return COMMANDS[argv[0]](argv[1], argv[2:])
+    except (UserError, Preempted) as error:
+        print(f"jaxrl: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("jaxrl: interrupted", file=sys.stderr)
+        return 130
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    return f", perhaps you meant {near[0]}" if near else ""
+
+
+def _refuse_typos(args: Sequence[str], own: Sequence[str]) -> None:
+    """Raise UserError for a flag that nearly is one of the command's own; tyro does so for those of the config."""
+    for arg in args:
+        if arg.startswith("--") and arg not in own and (near := _near(arg, own)):
+            raise UserError(f"{arg}: no such flag{near}")
+
+
+def read_config(target: str, overrides: Sequence[str]) -> "RunConfig":
+    """The config of a YAML file or of a run directory, with command-line overrides on top.
+
+    tyro exits with 2 and a suggestion by itself on an unknown flag.
+    """
+    import tyro
+
+    from jaxrl_llm import config
+
+    path = Path(target)
+    loaded = config.load(path / "config.yaml" if path.is_dir() else path)
+    if path.is_dir():
+        loaded = dataclasses.replace(loaded, run_dir=str(path))
+    if not overrides:
+        return loaded
+    typed = tyro.cli(
+        config.RunConfig,
+        args=list(overrides),
+        default=loaded,
+        prog=f"jaxrl COMMAND {target}",
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+    )
+    return config.validate(config.to_dict(typed), "command line")
+
+
+def start_jax() -> None:
+    from jaxrl_llm.parallel.hosts import start_distributed
+
+    start_distributed()
+
+
+def train(target: str, args: list[str]) -> int:
+    _refuse_typos(args, ["--resume"])
+    must_resume = "--resume" in args
+    cfg = read_config(target, [a for a in args if a != "--resume"])
+    start_jax()
+    from jaxrl_llm.train import train as run_training
+
+    result = run_training(cfg, must_resume)
+    print(f"held-out accuracy (exact): {result.exact_before:.4f} before RL, {result.exact_after:.4f} after")
+    print(f"run directory: {result.run_dir}")
+    return 0
+
+
+def sample(target: str, args: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="jaxrl sample", add_help=False, allow_abbrev=False)
+    parser.add_argument("--prompt")
+    parser.add_argument("-n", type=int, default=8)
+    _refuse_typos(args, ["--prompt"])
+    given, overrides = parser.parse_known_args(args)
+    if given.n < 1:
+        raise UserError(f"-n: got {given.n}, want 1 or more")
+    cfg = read_config(target, overrides)
+    start_jax()
+    from jaxrl_llm.inspect_run import sample_prompt
+
+    sample_prompt(cfg, given.prompt, given.n)
+    return 0
+
+
+def evaluate(target: str, args: list[str]) -> int:
+    if not Path(target).is_dir():
+        raise UserError(f"{target}: got no directory, want a run directory")
+    cfg = read_config(target, args)
+    start_jax()
+    from jaxrl_llm.inspect_run import evaluate_run
+
+    print(json.dumps(evaluate_run(cfg)))
+    return 0
+
+
+def report(target: str, args: list[str]) -> int:
+    from jaxrl_llm.report.build import build
+
+    if args:
+        raise UserError(f"jaxrl report: got {' '.join(args)}, want a run directory and nothing else")
+    print(build(Path(target)))
+    return 0
+
+
+COMMANDS = {"train": train, "sample": sample, "eval": evaluate, "report": report}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""A run's whole config: the rooms' own configs, composed. YAML in, every error at once; imports no jax.
+
+Precedence: defaults < the YAML file < `--section.field value` on the command line.
+"""
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from annotated_types import Ge
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.experience.config import ExperienceConfig
+from jaxrl_llm.metrics import MetricsConfig
+from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.parallel.config import MeshConfig, divisors, resolve
+from jaxrl_llm.prompts.config import ArithmeticTask, TaskConfig
+from jaxrl_llm.rewards.config import RewardConfig
+from jaxrl_llm.rollout.config import RolloutConfig
+from jaxrl_llm.update.config import UpdateConfig, WarmStartConfig
+
+Steps = Annotated[int, Ge(0)]
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the whole state is saved. The last step and SIGTERM always save."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    every: Annotated[int, Ge(1)] = 50
+    """Steps between saves."""
+    keep: Annotated[int, Ge(2)] = 3
+    """Newest checkpoints kept. Two at least: one to fall back on."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The held-out part, before RL, every so often, and at the end."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    every: Annotated[int, Ge(1)] = 25
+    """Steps of RL between evaluations."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    run_dir: str = "runs/run"
+    """Where everything of the run lies. A run directory with checkpoints is gone on with."""
+    seed: Steps = 0
+    steps: Steps = 100
+    """Steps of RL, after those of the warm start."""
+    task: TaskConfig = field(default_factory=ArithmeticTask)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    experience: ExperienceConfig = field(default_factory=ExperienceConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+    @property
+    def total_steps(self) -> int:
+        return self.warm_start.steps + self.steps
+
+
+# What may differ between a run and its resumption: where and how it runs and reports, not what it computes.
+MAY_CHANGE = ("run_dir", "steps", "mesh", "evaluation", "checkpoint", "metrics", "reward.workers", "reward.deadline_s")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: a key twice is an error, and 1e-5 is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = []
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
+            seen.append(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load(path: Path) -> RunConfig:
+    """Read a YAML file. Raises UserError with everything that is wrong with it."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{path}: got {'an empty file' if values is None else type(values).__name__}, want section: values"
+        )
+    return validate(values, str(path))
+
+
+def validate(values: dict[str, Any], source: str) -> RunConfig:
+    try:
+        return TypeAdapter(RunConfig).validate_python(values)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{source}: {_describe(e, values)}" for e in error.errors())) from None
+
+
+def _describe(error: dict[str, Any], values: dict[str, Any]) -> str:
+    # A tagged union adds its tag to the path, which nobody wrote.
+    path = [str(p) for p in error["loc"] if str(p) not in ("arithmetic", "jsonl", "clipped", "cross_entropy")]
+    name = ".".join(path)
+    if error["type"] != "unexpected_keyword_argument":
+        got = "nothing" if error["type"].startswith("missing") else repr(error["input"])
+        return f"{name}: got {got}, want: {error['msg'][0].lower()}{error['msg'][1:]}"
+    near = difflib.get_close_matches(path[-1], _fields(path[:-1], values), n=1)
+    return f"{name}: no such key" + (f", perhaps you meant {'.'.join([*path[:-1], *near])}" if near else "")
+
+
+def _fields(path: list[str], values: dict[str, Any]) -> list[str]:
+    """Names of the fields of the section at `path`, all variants of a union together."""
+    types: list[type] = [RunConfig]
+    for name in path:
+        found = [f for t in types for f in dataclasses.fields(t) if f.name == name]
+        types = [t for f in found for t in _dataclasses_in(f.type)]
+    return [f.name for t in types for f in dataclasses.fields(t)]
+
+
+def _dataclasses_in(annotation: Any) -> list[type]:
+    if dataclasses.is_dataclass(annotation):
+        return [annotation]
+    return [t for part in getattr(annotation, "__args__", ()) for t in _dataclasses_in(part)]
+
+
+def to_dict(cfg: RunConfig) -> dict[str, Any]:
+    return dataclasses.asdict(cfg)
+
+
+def dump(cfg: RunConfig) -> str:
+    return yaml.safe_dump(to_dict(cfg), sort_keys=False)
+
+
+def problems(cfg: RunConfig, num_devices: int, num_hosts: int) -> list[str]:
+    """Everything that cannot work on so many devices, in words: what was asked, what was found, what would work."""
+    sizes, found = resolve(cfg.mesh, num_devices)
+    data, fsdp, tensor = sizes or (max(n, 1) for n in cfg.mesh.sizes())
+    found += cfg.model.problems(tensor)
+    rows, split = cfg.rollout.prompts * cfg.rollout.samples, data * fsdp
+    for name, size in (("rollout.prompts", cfg.rollout.prompts), ("warm_start.rows", cfg.warm_start.rows)):
+        if size % split:
+            works = ", ".join(map(str, divisors(size)))
+            found.append(
+                f"{name}: got {size}, want a multiple of mesh.data * mesh.fsdp ({split}); {size} allows {works}"
+            )
+    if cfg.rollout.prompts % num_hosts:
+        found.append(f"rollout.prompts: got {cfg.rollout.prompts}, want a multiple of the {num_hosts} processes")
+    if cfg.rollout.prompts % cfg.update.minibatches:
+        found.append(
+            f"update.minibatches: got {cfg.update.minibatches}, want a divisor of rollout.prompts "
+            f"({cfg.rollout.prompts}): {', '.join(map(str, divisors(cfg.rollout.prompts)))}"
+        )
+    elif (rows // cfg.update.minibatches) % (cfg.update.micro_batches * split):
+        part = rows // cfg.update.minibatches
+        works = [m for m in divisors(part) if part % (m * split) == 0]
+        found.append(
+            f"update.micro_batches: got {cfg.update.micro_batches}, want a divisor of the {part} rows of a minibatch "
+            f"that leaves a multiple of mesh.data * mesh.fsdp ({split}): {', '.join(map(str, works)) or 'none'}"
+        )
+    if cfg.rollout.samples < 2:
+        found.append(f"rollout.samples: got {cfg.rollout.samples}, want 2 or more: a group of one has no advantage")
+    if cfg.update.loss.kind != "clipped":
+        found.append(
+            f"update.loss.kind: got {cfg.update.loss.kind}, want clipped: RL needs a loss that uses advantages"
+        )
+    return found
+
+
+def changes(saved: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
+    """`name: saved -> now` for each value that differs and may not."""
+    found = []
+    for name in sorted(saved.keys() | now.keys()):
+        full = f"{path}{name}"
+        before, after = saved.get(name), now.get(name)
+        if full in MAY_CHANGE or before == after:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += changes(before, after, f"{full}.")
+        else:
+            found.append(f"{full}: {before!r} -> {after!r}")
+    return found

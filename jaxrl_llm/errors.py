@@ -1,0 +1,28 @@
+"""What ends a run on purpose: each error carries the exit code that the command line returns.
+
+The message is written for the person who typed the command: name, got, want, what to do. `cli.main` prints it without a traceback.
+"""
+
+
+class UserError(Exception):
+    """Bad input: config, data, mesh, paths. Nothing was started, nothing was lost."""
+
+    exit_code = 2
+
+
+class CheckpointError(UserError):
+    """The run directory holds checkpoints and none of them can be used, or a save failed for good."""
+
+    exit_code = 3
+
+
+class NonFiniteError(UserError):
+    """Too many updates in a row had a non-finite loss or gradient; the last good checkpoint is the latest one."""
+
+    exit_code = 4
+
+
+class Preempted(Exception):
+    """SIGTERM arrived, the state is saved: start the same command again to go on."""
+
+    exit_code = 75

@@ -1,0 +1,396 @@
+"""What a run tells about itself: scalars and sampled text -> metrics.jsonl, rollouts.jsonl, TensorBoard, the console.
+
+Enters: flat "room/name" scalars once per step, rows of sampled responses, the byte sizes a checkpoint remembered. Leaves: files
+with exactly one row per step, whatever was killed or resumed in between. Knows nothing of models, batches or algorithms; imports
+no jax until a `CompileCounter` is made.
+"""
+
+import functools
+import json
+import math
+import mmap
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Self, TextIO
+from unicodedata import category
+
+from annotated_types import Ge
+from pydantic import ConfigDict
+
+from jaxrl_llm.errors import UserError
+
+METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
+HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode categories that move the cursor, reorder text or cannot be encoded
+SHOWN = (  # metric, word on the console, format
+    ("loss", "loss", ".4f"),
+    ("reward", "reward", ".3f"),
+    ("eval/exact", "exact", ".3f"),
+    ("eval/pass@1", "pass@1", ".3f"),
+    ("completions/mean_length", "length", ".1f"),
+    ("entropy", "entropy", ".3f"),
+    ("kl", "kl", ".2e"),
+    ("ratio/max", "ratio max", ".3f"),
+    ("grad_norm", "grad", ".2e"),
+    ("tokens_per_s", "tokens/s", ",.0f"),
+)
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """What is written and shown, and how often."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    console_every: Annotated[int, Ge(1)] = 1
+    """Steps between console lines. Steps with an evaluation and the last step are always shown."""
+    samples_every: Annotated[int, Ge(0)] = 10
+    """Steps between printed tables of sampled responses; 0 = never."""
+    rollouts_every: Annotated[int, Ge(0)] = 1
+    """Steps between records of whole rollouts in rollouts.jsonl; 0 = never."""
+    rollout_groups: Annotated[int, Ge(-1)] = 4
+    """Groups (prompts with all their samples) recorded each time; -1 = all."""
+    tensorboard: bool = True
+    """Write TensorBoard scalars under <run>/tensorboard when tensorboardX is installed."""
+
+
+class Timers:
+    """Monotonic seconds per named part of a step: `with timers("generate"): ...`, then `timers.take()`."""
+
+    def __init__(self):
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Add the seconds of the `with` body to `name`, also when the body raises."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - start
+
+    def take(self) -> dict[str, float]:
+        """Return {"time/<name>": seconds} since the last take and reset."""
+        taken, self._seconds = self._seconds, {}
+        return {f"time/{name}": seconds for name, seconds in taken.items()}
+
+
+@functools.cache
+def _compile_seconds() -> list[float]:
+    """Return the process-wide, growing list of compile durations; the first call registers the one listener that fills it."""
+    import jax.monitoring
+
+    seconds: list[float] = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return seconds
+
+
+class CompileCounter:
+    """Counts this process's XLA compilations from its own birth on, loads from jax's persistent cache included."""
+
+    def __init__(self):
+        self._seen = len(_compile_seconds())
+
+    def take(self) -> dict[str, float]:
+        """Return {"compiles": count, "time/compile": seconds} since the last take."""
+        new = _compile_seconds()[self._seen :]
+        self._seen += len(new)
+        return {"compiles": len(new), "time/compile": sum(new)}
+
+
+@dataclass(frozen=True)
+class RatioAlarm:
+    """Rings when the importance ratio has no spread although the policy moved: behaviour log-probs were recomputed, not kept."""
+
+    streak: int = 0
+    """Consecutive suspicious updates so far; belongs into checkpoints."""
+
+    def observe(self, ratio_min: float, ratio_max: float, stale: bool) -> tuple["RatioAlarm", bool]:
+        """Return the next state and whether to ring: from the second consecutive stale update on whose ratios are all exactly 1.
+
+        Args:
+            ratio_min, ratio_max: extremes of pi(token) / behaviour(token) over the tokens of the loss.
+            stale: the policy moved since the batch was drawn (second and later updates on it, or an older batch).
+                Updates that are not stale neither count nor reset.
+        """
+        if not stale:
+            return self, False
+        streak = self.streak + 1 if ratio_min == ratio_max == 1.0 else 0
+        return RatioAlarm(streak), streak >= 2
+
+
+def printable(text: str, width: int | None = None) -> str:
+    r"""Return `text` on one line, safe for a terminal: control, bidi and other invisible characters become \n, \x1b, \u202e.
+
+    Longer than `width` terminal cells (wide characters take two): the middle gives way to "…", since answers stand at the end.
+    """
+    from rich.cells import cell_len, set_cell_size
+
+    safe = "".join(c.encode("unicode_escape").decode("ascii") if category(c) in HIDDEN else c for c in text)
+    if width is None or cell_len(safe) <= width:
+        return safe
+    tail = (width - 1) // 2
+    return set_cell_size(safe, width - 1 - tail) + "…" + set_cell_size(safe[::-1], tail)[::-1]
+
+
+def iter_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a JSON-lines file; a torn last line is dropped, one before it that is not JSON raises UserError."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                if not file.read(1):
+                    return
+                raise UserError(f"{path} line {number}: got {line[:60]!r}, want one JSON object per line") from None
+            yield row
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a JSON-lines file; see `iter_jsonl`."""
+    return list(iter_jsonl(path))
+
+
+def _jsonable(value: Any, digits: int = 17) -> Any:
+    """Return `value` as JSON can hold it: arrays as lists, floats to `digits` significant digits, non-finite ones as None."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item, digits) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item, digits) for item in value]
+    if hasattr(value, "tolist"):
+        return _jsonable(value.tolist(), digits)
+    number = float(value)
+    return float(f"{number:.{digits}g}") if math.isfinite(number) else None
+
+
+class _JsonLines:
+    """An append-only file of rows. A row reaches the kernel before `append` returns, so a kill loses none.
+
+    On a full disk the rows wait in memory for the next `append`: training outlives a full disk, and no row is torn.
+    """
+
+    def __init__(self, path: Path):
+        self._file = open(path, "ab", buffering=0)
+        self.truncate(self.size())
+
+    def truncate(self, size: int) -> None:
+        """Keep the whole lines among the first `size` bytes."""
+        self._waiting = b""
+        self._file.truncate(size := min(size, self.size()))  # to a larger size it would fill up with NUL bytes
+        if size:  # an empty file cannot be mapped
+            with open(self._file.name, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                end = content.rfind(b"\n") + 1
+            self._file.truncate(end)
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        # ASCII escapes: a lone surrogate or a line separator in model text can neither fail the encoding nor split a row.
+        self._waiting += b"".join(json.dumps(row, allow_nan=False).encode("ascii") + b"\n" for row in rows)
+        with suppress(OSError):
+            self._write()
+
+    def _write(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+
+    def size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
+    def sync(self) -> int:
+        self._write()
+        os.fsync(self._file.fileno())
+        return self.size()
+
+    def close(self) -> None:
+        self.append([])
+        self._file.close()
+
+
+class _Console:
+    """On a terminal a progress bar with tables scrolling above it, elsewhere one line per step and aligned tables."""
+
+    def __init__(self, stream: TextIO):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        class Screen(Console):
+            def on_broken_pipe(self) -> None:
+                raise BrokenPipeError  # rich would end the process
+
+        self._live = stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._screen = Screen(file=stream, highlight=False, width=None if self._live else 160)
+        words = [TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[told]")]
+        # Refreshed by `step` alone: a refreshing thread would meet a broken pipe where nobody can catch it.
+        bar = Progress(words[0], BarColumn(), MofNCompleteColumn(), words[1], console=self._screen, auto_refresh=False)
+        self._bar, self._task = bar, bar.add_task("", told="")
+        if self._live:
+            bar.start()
+
+    def text(self, text: str) -> None:
+        self._screen.print(text, markup=False, emoji=False, soft_wrap=True)
+
+    def step(self, step: int, total: int, row: Mapping[str, Any], pace: str) -> None:
+        phase = printable(str(row.get("phase", "train"))).replace("_", " ")
+        if not self._live or any(name.startswith("eval/") for name in row):
+            head = f"{phase} step" if phase == "warm start" else "step"
+            self.text(f"{head} {step}/{total} {_tell(row, [name for name, _, _ in SHOWN])}{pace}".rstrip())
+        if self._live:
+            told = _tell(row, ["reward", "tokens_per_s"] if "reward" in row else ["loss"]) + pace
+            self._bar.update(self._task, description=phase, completed=step, total=total, told=told, refresh=True)
+
+    def table(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Print sampled responses; log-prob is the sum over a response's tokens, in nats."""
+        from rich import box, table, text
+
+        titles = "prompt", "response", "reward", "advantage", "log-prob", "finish"
+        grid = table.Table(*titles, box=box.ROUNDED if self._live else None, show_lines=self._live)
+        for row in rows:
+            logprobs = row.get("logprobs")
+            numbers = row.get("reward"), row.get("advantage"), None if logprobs is None else sum(map(float, logprobs))
+            cells = [
+                printable(str(row.get("prompt", "-")), 160 if self._live else 32),
+                printable(str(row.get("completion", "-")), 480 if self._live else 56),
+                *("-" if number is None else f"{float(number):.3f}" for number in numbers),
+                printable(str(row.get("finish", "-")), 16),
+            ]
+            grid.add_row(*(text.Text(cell, overflow="fold") for cell in cells))
+        self._screen.print(grid)
+
+    def close(self) -> None:
+        if self._live:
+            self._bar.stop()
+
+
+def _tell(row: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return "word value " for each of `names` that `row` has, in the order of SHOWN."""
+    shown = [(word, row[name], form) for name, word, form in SHOWN if name in names and name in row]
+    return "".join(f"{word} {'nan' if value is None else format(value, form)} " for word, value, form in shown)
+
+
+def _tell_pace(past: Sequence[tuple[int, float]], total: int) -> str:
+    """Return " s/step  left h:mm:ss" from (step, monotonic seconds) of the last steps; "" before two are known."""
+    (first, start), (last, end) = past[0], past[-1]
+    step_s = (end - start) / max(1, last - first)
+    left = timedelta(seconds=round(max(0, total - last) * step_s))
+    return f" {step_s:.2f} s/step  left {left}" if last > first else ""
+
+
+class Recorder:
+    """The one writer of a run's metrics and rollouts: a context manager whose methods do nothing unless `active`.
+
+    After a restore call `truncate` with the checkpoint's `offsets` (zeros where there is none), then `log` once per step. Set
+    `total_steps` when a phase with its own count begins. A closed pipe, a lost terminal or a full disk do not stop training.
+    """
+
+    def __init__(self, run_dir: Path, config: MetricsConfig, total_steps: int, active: bool):
+        self.run_dir, self.config, self.total_steps, self.active = Path(run_dir), config, total_steps, active
+        self._files: dict[str, _JsonLines] = {}
+        self._boards: dict[str, Any] = {}
+        self._console: _Console | None = None
+        self._past: dict[str, deque[tuple[int, float]]] = {}  # phase -> (step, monotonic seconds) of the last steps
+
+    def __enter__(self) -> Self:
+        if not self.active:
+            return self
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._files = {name: _JsonLines(self.run_dir / name) for name in (METRICS, ROLLOUTS)}
+        self._stream = sys.stdout
+        if self._stream and not self._stream.closed:
+            if hasattr(self._stream, "reconfigure"):  # an ASCII locale must not fail on a response in Chinese
+                self._stream.reconfigure(errors="backslashreplace")
+            self._console = _Console(self._stream)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._show(_Console.close)
+        for writer in (*self._files.values(), *self._boards.values()):
+            with suppress(OSError):
+                writer.close()
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Record one step: `metrics` are scalars (JSON null where non-finite); "phase" may be "warm_start" or "rl"."""
+        if not self.active:
+            return
+        row = {name: _jsonable(value) for name, value in metrics.items()}
+        self._files[METRICS].append([{"step": int(step), **row}])
+        phase = str(row.get("phase", ""))
+        if self.config.tensorboard:
+            with suppress(OSError, ImportError):
+                self._plot(phase, int(step), row)
+        past = self._past.setdefault(phase, deque(maxlen=20))
+        past.append((step, time.monotonic()))
+        if step % self.config.console_every == 0 or step == self.total_steps or any(n.startswith("eval/") for n in row):
+            pace = _tell_pace(past, self.total_steps)
+            self._show(lambda console: console.step(step, self.total_steps, row, pace))
+
+    def _plot(self, phase: str, step: int, row: Mapping[str, Any]) -> None:
+        """Append the scalars to TensorBoard's events, a directory per phase: phases may count their steps anew."""
+        # Not SummaryWriter: when its thread dies on a full disk, its next call waits for ever.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        if phase not in self._boards:
+            (self.run_dir / "tensorboard" / phase).mkdir(parents=True, exist_ok=True)
+            self._boards[phase] = EventsWriter(str(self.run_dir / "tensorboard" / phase / "events"), f".{os.getpid()}")
+            hide_later = SessionLog(status=SessionLog.START)  # what a killed process drew from this step on
+            self._boards[phase].write_event(Event(wall_time=time.time(), step=step, session_log=hide_later))
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._boards[phase].write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self._boards[phase].flush()
+
+    def offsets(self) -> dict[str, int]:
+        """Return {file name: bytes} after an fsync, for the checkpoint; {} where not active. Raises OSError on a full disk."""
+        return {name: file.sync() for name, file in self._files.items()}
+
+    def truncate(self, offsets: Mapping[str, int]) -> None:
+        """Cut the files back to `offsets`: what was written after that checkpoint will be written again."""
+        for name in self._files.keys() & offsets.keys():
+            if (size := self._files[name].size()) < offsets[name]:
+                self.message(f"{name}: got {size} bytes, want the checkpoint's {offsets[name]}; rows are missing")
+            self._files[name].truncate(offsets[name])
+
+    def wants(self, step: int, every: int) -> bool:
+        """Whether this process records at `step` what is due each `every` steps (0 = never); ask before building rows."""
+        return self.active and every > 0 and step % every == 0
+
+    def rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append one line per row to rollouts.jsonl, floats to 6 digits.
+
+        Keys: uid, sample, prompt, completion, tokens (text pieces), logprobs, entropy (nats), reward, advantage, finish.
+        """
+        if self.active:
+            self._files[ROLLOUTS].append([{"step": int(step), **_jsonable(row, digits=6)} for row in rows])
+
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Print a table of responses; rows as in `rollouts`, missing keys allowed."""
+        self._show(lambda console: console.table(rows))
+
+    def message(self, text: str) -> None:
+        """Print `text`, its control characters escaped line by line."""
+        self._show(lambda console: console.text("\n".join(map(printable, text.split("\n")))))
+
+    def _show(self, show: Callable[[_Console], None]) -> None:
+        """Let the console print; when nobody reads any more, silence it for good."""
+        try:
+            if self._console:
+                show(self._console)
+        except OSError:
+            with suppress(OSError):  # the interpreter flushes stdout at exit and would end with status 120
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            with suppress(OSError):
+                self._console.close()
+            self._console = None

@@ -1,0 +1,68 @@
+"""The matrix product of the model, with the gradient that keeps it fast in bfloat16."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Sharding
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def contract(x: jax.Array, w: jax.Array, inner: int = 1) -> jax.Array:
+    """Sum over the last `inner` dims of `x` and the first `inner` of `w`: `[..., *I] x [*I, *O] -> [..., *O]`, in f32.
+
+    `w` is cast to the dtype of `x`, so f32 masters multiply in the compute dtype; sums are f32.
+    The gradient casts its cotangent to the dtype of `x`: left f32 it would make both products of the backward pass mixed,
+    off the fast path of every backend (jax issue 24047). dw comes out f32 before it takes the dtype of `w`.
+    """
+    return _dot(x, w.astype(x.dtype), _tail(x, inner), tuple(range(inner)))
+
+
+def _forward(x: jax.Array, w: jax.Array, inner: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return contract(x, w, inner), (x, w)
+
+
+def _backward(inner: int, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = saved
+    g = g.astype(x.dtype)
+    outer = w.ndim - inner
+    dx = _dot(g, w.astype(x.dtype), _tail(g, outer), tuple(range(inner, w.ndim)))
+    rows = tuple(range(x.ndim - inner))
+    return dx.astype(x.dtype), _dot(x, g, rows, rows).astype(w.dtype)
+
+
+contract.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def gather(w: jax.Array, copies: int, dtype: str, shard: Sharding, whole: Sharding) -> jax.Array:
+    """`copies` of `w`, `[copies, *w.shape]`, one for each shard of the rows: ahead of a loop that multiplies rows by `w`.
+
+    Left to itself such a loop gathers the weight and reduces its gradient over the mesh in every turn. With a copy of its own,
+    a shard of rows adds up its gradient alone, and the copies are summed into `shard` once. What moves is `dtype`; the result has
+    the dtype of `w` again, because JAX adds up a loop's gradient in the dtype of the weight: so that sum is f32, unrounded.
+    """
+    moved = lax.with_sharding_constraint(w.astype(dtype), shard)
+    return lax.with_sharding_constraint(jnp.broadcast_to(moved, (copies, *w.shape)), whole).astype(w.dtype)
+
+
+def _gather_forward(w: jax.Array, copies: int, dtype: str, shard: Sharding, whole: Sharding) -> tuple[jax.Array, None]:
+    return gather(w, copies, dtype, shard, whole), None
+
+
+def _gather_backward(
+    copies: int, dtype: str, shard: Sharding, whole: Sharding, saved: None, g: jax.Array
+) -> tuple[jax.Array]:
+    return (lax.with_sharding_constraint(jnp.sum(lax.with_sharding_constraint(g, whole), axis=0), shard),)
+
+
+gather.defvjp(_gather_forward, _gather_backward)
+
+
+def _tail(x: jax.Array, n: int) -> tuple[int, ...]:
+    return tuple(range(x.ndim - n, x.ndim))
+
+
+def _dot(a: jax.Array, b: jax.Array, over_a: tuple[int, ...], over_b: tuple[int, ...]) -> jax.Array:
+    return lax.dot_general(a, b, ((over_a, over_b), ((), ())), preferred_element_type=jnp.float32)

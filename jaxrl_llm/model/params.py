@@ -1,0 +1,103 @@
+"""Parameters described before they exist: a tree of `ParamSpec`. Making, sharding, counting and re-laying are maps over it.
+
+For training the layers are stacked on a leading L, for a scan; a policy holds one entry a layer, because decode is unrolled
+and a slice of a stacked array would be copied there.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.parallel.layout import Axes, Layout
+from jaxrl_llm.types import PyTree
+
+
+class ParamSpec(NamedTuple):
+    """One parameter: `std` None means ones, 0.0 zeros, else a normal with that standard deviation."""
+
+    shape: tuple[int, ...]
+    axes: Axes
+    std: float | None
+
+
+def is_spec(x: object) -> bool:
+    return isinstance(x, ParamSpec)
+
+
+def specs(cfg: ModelConfig) -> PyTree:
+    """The tree of descriptions, layers stacked.
+
+    Queries, keys and values of a key/value head lie together, `[D, K, G + 2, H]`, and gate before up, `[2, D, F]`: so a
+    `tensor` shard holds whole heads, and splitting them costs no collective. (Columns joined end to end cost three times as many.)
+    With the 2 in the middle a TPU re-lays the whole of it at the start of every rollout, and holds both.
+    """
+    d, h, k, g, f, n = cfg.d_model, cfg.head_dim, cfg.kv_heads, cfg.group, cfg.d_mlp, cfg.layers
+    inward, outward = d**-0.5, (2 * n) ** -0.5
+    layer = {
+        "attn_norm": ParamSpec((d,), (None,), None),
+        "qkv": ParamSpec((d, k, g + 2, h), ("embed", "heads", None, None), inward),
+        "out": ParamSpec((k, g, h, d), ("heads", None, None, "embed"), outward * (k * g * h) ** -0.5),
+        "mlp_norm": ParamSpec((d,), (None,), None),
+        "gate_up": ParamSpec((2, d, f), (None, "embed", "mlp"), inward),
+        "down": ParamSpec((f, d), ("mlp", "embed"), outward * f**-0.5),
+    }
+    if cfg.qkv_bias:
+        layer["qkv_bias"] = ParamSpec((k, g + 2, h), ("heads", None, None), 0.0)
+    if cfg.qk_norm:
+        layer |= {name: ParamSpec((h,), (None,), None) for name in ("q_norm", "k_norm")}
+    tree = {
+        "embed": ParamSpec((cfg.vocab_size, d), ("vocab", "embed"), inward),
+        "layers": {name: ParamSpec((n, *s.shape), ("layers", *s.axes), s.std) for name, s in layer.items()},
+        "final_norm": ParamSpec((d,), (None,), None),
+    }
+    if not cfg.tied_head:
+        tree["head"] = ParamSpec((d, cfg.vocab_size), ("embed", "vocab"), inward)
+    return tree
+
+
+def map_specs(f, tree: PyTree) -> PyTree:
+    return jax.tree.map(f, tree, is_leaf=is_spec)
+
+
+def shardings(tree: PyTree, layout: Layout) -> PyTree:
+    return map_specs(lambda s: layout.sharding(s.axes), tree)
+
+
+def count(tree: PyTree) -> int:
+    """Number of parameters."""
+    return sum(math.prod(s.shape) for s in jax.tree.leaves(tree, is_leaf=is_spec))
+
+
+def abstract(tree: PyTree, layout: Layout, dtype: jnp.dtype = jnp.float32) -> PyTree:
+    """Shapes and shardings without arrays: what lowering and restoring need."""
+    return map_specs(lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=layout.sharding(s.axes)), tree)
+
+
+def init(tree: PyTree, key: jax.Array, layout: Layout) -> PyTree:
+    """f32 parameters, made where they lie: no device or host ever holds them whole."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_spec)
+
+    def make(key: jax.Array) -> PyTree:
+        keys = jax.random.split(key, len(leaves))
+        return treedef.unflatten([_make(s, k) for s, k in zip(leaves, keys, strict=True)])
+
+    return jax.jit(make, out_shardings=shardings(tree, layout))(key)
+
+
+def _make(spec: ParamSpec, key: jax.Array) -> jax.Array:
+    if spec.std is None:
+        return jnp.ones(spec.shape, jnp.float32)
+    return spec.std * jax.random.normal(key, spec.shape, jnp.float32)
+
+
+def unstack(tree: PyTree, num_layers: int) -> PyTree:
+    """From layers stacked on a leading L to a tuple of L layers; for arrays and for specs alike."""
+
+    def take(x: jax.Array | ParamSpec, i: int) -> jax.Array | ParamSpec:
+        return ParamSpec(x.shape[1:], x.axes[1:], x.std) if is_spec(x) else x[i]
+
+    layers = tuple(map_specs(lambda x, i=i: take(x, i), tree["layers"]) for i in range(num_layers))
+    return {**tree, "layers": layers}

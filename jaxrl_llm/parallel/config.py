@@ -1,0 +1,62 @@
+"""The shape of the mesh, as a person writes it."""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Annotated
+
+from annotated_types import Predicate
+from pydantic import ConfigDict
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def minus_one_or_positive(size: int) -> bool:
+    return size == -1 or size >= 1
+
+
+AxisSize = Annotated[int, Predicate(minus_one_or_positive)]
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 (once at most) takes what is left."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    data: AxisSize = 1
+    """Copies of the training state. Rows of a batch are split over `data` and `fsdp`."""
+    fsdp: AxisSize = -1
+    """Shards of parameters and optimizer state in training; further copies of the policy in decoding."""
+    tensor: AxisSize = 1
+    """Shards of heads, mlp and vocabulary in both."""
+
+    def sizes(self) -> tuple[int, int, int]:
+        return (self.data, self.fsdp, self.tensor)
+
+
+def resolve(mesh: MeshConfig, num_devices: int) -> tuple[tuple[int, int, int] | None, list[str]]:
+    """Sizes with the -1 filled in, or None, and what is wrong in words: asked, found, what would work."""
+    sizes = mesh.sizes()
+    if sizes.count(-1) > 1:
+        return None, [f"mesh: got {dict(zip(AXES, sizes, strict=True))}, want -1 on one axis at most"]
+    fixed = prod(n for n in sizes if n != -1)
+    if -1 in sizes:
+        if num_devices % fixed:
+            return None, [_does_not_fit(sizes, fixed, num_devices)]
+        return tuple(num_devices // fixed if n == -1 else n for n in sizes), []  # type: ignore[return-value]
+    if fixed != num_devices:
+        return None, [_does_not_fit(sizes, fixed, num_devices)]
+    return sizes, []
+
+
+def _does_not_fit(sizes: tuple[int, ...], fixed: int, num_devices: int) -> str:
+    asked = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+    works = ", ".join(str(n) for n in divisors(num_devices))
+    return (
+        f"mesh: asked for {asked} (a product of {fixed}), found {num_devices} devices; "
+        f"the product must {'divide' if -1 in sizes else 'be'} {num_devices}, sizes that work on an axis: {works}"
+    )
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

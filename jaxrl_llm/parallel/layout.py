@@ -1,0 +1,44 @@
+"""Layouts: which mesh axis splits which logical axis. Moving parameters between layouts is one jit with other shardings."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Axes = tuple[str | None, ...]
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+# `tensor` splits the same dimensions in both, so a switch is one all-gather over `fsdp` per parameter and nothing else.
+TRAIN: Rules = MappingProxyType(
+    {"rows": ("data", "fsdp"), "embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor", "layers": None}
+)
+DECODE: Rules = MappingProxyType({**TRAIN, "embed": None})
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh and the rules by which logical axes lie on it. Hashable by identity of its rules, so it may be static in jit."""
+
+    mesh: Mesh
+    rules: Rules = dataclasses.field(hash=False)
+
+    def sharding(self, axes: Axes) -> NamedSharding:
+        """Where an array with these logical axes lies; None and unnamed axes are not split."""
+        return NamedSharding(self.mesh, PartitionSpec(*(None if a is None else self.rules[a] for a in axes)))
+
+    def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        """Hold `x` to this layout inside a jit."""
+        return jax.lax.with_sharding_constraint(x, self.sharding(axes))
+
+    def size(self, axis: str) -> int:
+        """Number of shards that the logical axis is split into."""
+        names = self.rules[axis] or ()
+        return math.prod(self.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())

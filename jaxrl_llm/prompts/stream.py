@@ -1,0 +1,29 @@
+"""The endless stream of prompts: its order a pure function of the seed, its state one number, equal on every host."""
+
+from collections.abc import Callable
+
+import grain
+import numpy as np
+
+from jaxrl_llm.prompts.task import Row, Task
+from jaxrl_llm.types import Prompts
+
+Order = Callable[[int], int]
+
+
+def make_order(num_rows: int, seed: int) -> Order:
+    """Place in the stream to row: every row once an epoch, a new order each epoch."""
+    stream = grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat()
+    return lambda place: int(stream[place])
+
+
+def make_prompts(task: Task, rows: tuple[Row, ...], index: np.ndarray, uid: np.ndarray) -> Prompts:
+    """Prompts of the rows at `index`, each with its `uid`."""
+    tokens, length = task.encode([rows[i].prompt for i in index], task.prompt_slots)
+    return Prompts(tokens=tokens, length=length, uid=np.asarray(uid, np.int32), row=np.asarray(index, np.int32))
+
+
+def next_prompts(task: Task, order: Order, cursor: int, num_prompts: int) -> tuple[Prompts, int]:
+    """The next P prompts, each with its place in the stream as uid, and the cursor behind them."""
+    places = np.arange(cursor, cursor + num_prompts)
+    return make_prompts(task, task.train, np.array([order(p) for p in places]), places), cursor + num_prompts

@@ -1,0 +1,305 @@
+"""A run directory -> one HTML page: charts of the metrics, the last recorded rollouts token by token, the config.
+
+Enters: metrics.jsonl, rollouts.jsonl and config.yaml as a run left them, complete or not. Leaves: a page without scripts, servers
+or outside resources. All text of models and data sets is escaped twice over: by jinja2 for HTML, by `printable` for invisible and
+bidirectional characters, which could make a page read differently from what it holds.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.metrics import METRICS, ROLLOUTS, iter_jsonl, printable, read_jsonl
+
+STEPS, ROWS = 3, 64
+"""Rollouts are shown for this many of the last recorded steps, and at most this many rows of each."""
+COLUMNS = 240
+"""Columns of a chart: longer runs are thinned to the extremes of each column, so that no spike is lost."""
+WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 340, 170, 46, 8, 20, 8
+"""The drawing in SVG units, and the margins around the plot."""
+FAINTEST_LOGPROB = -6.0
+"""Nats at which a token's colour is strongest: p = 0.0025."""
+
+CHARTS = (  # title, metrics drawn in it; a chart without data is left out
+    ("reward", ("reward", "reward_std")),
+    ("evaluation", ("eval/exact", "eval/pass@1")),
+    ("entropy (nats)", ("entropy",)),
+    ("completion length (tokens)", ("completions/mean_length",)),
+    ("largest ratio", ("ratio/max", "ratio/mean")),
+    ("clipped fractions", ("clip_ratio/low", "clip_ratio/high")),
+    ("truncated completions, groups without signal", ("completions/clipped_ratio", "frac_reward_zero_std")),
+    ("kl (nats)", ("kl",)),
+    ("mismatch: max |Δ log-prob| (nats)", ("mismatch/max_abs_dlogp",)),
+    ("loss", ("loss",)),
+    ("gradient norm", ("grad_norm",)),
+    ("learning rate", ("lr",)),
+    ("tokens/s", ("tokens_per_s",)),
+)
+OVERLAPPING_TIMES = {"time/compile", "time/step"}  # seconds that other timers count too
+
+Row = Mapping[str, Any]
+Point = tuple[float, float | None]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The ranges of a drawing; `at` maps a point into SVG units."""
+
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        across = LEFT + (x - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT)
+        down = HEIGHT - BOTTOM - (y - self.y_low) / (self.y_high - self.y_low) * (HEIGHT - BOTTOM - TOP)
+        return round(across, 1), round(down, 1)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One metric of a chart: an SVG path with its name and last value."""
+
+    name: str
+    path: str
+    last: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing; ticks are (SVG position, label), bands are hover areas (x, width, text)."""
+
+    title: str
+    lines: list[Line]
+    filled: bool
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    bands: list[tuple[float, float, str]]
+
+
+@dataclass(frozen=True)
+class Token:
+    """A piece of a completion; level "0" (certain) to "9" (log-prob FAINTEST_LOGPROB or less), "none" where unknown."""
+
+    text: str
+    level: str
+    title: str
+
+
+def build(run_dir: Path, out: Path | None = None) -> Path:
+    """Write the page of a run and return its path, by default `<run_dir>/report.html`.
+
+    Raises:
+        UserError: `run_dir` or its metrics.jsonl is missing, or a file is not JSON lines.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / METRICS).is_file():
+        found = f"a directory without {METRICS}" if run_dir.is_dir() else "no such directory"
+        raise UserError(f"run directory {run_dir}: got {found}, want one that `jaxrl train` wrote")
+    rows = read_jsonl(run_dir / METRICS)
+    phases = {
+        "Training": [row for row in rows if row.get("phase") != "warm_start"],
+        "Warm start": [row for row in rows if row.get("phase") == "warm_start"],
+    }
+    config = run_dir / "config.yaml"
+    loader = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
+    jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = jinja.get_template("page.html.j2").render(
+        name=printable(run_dir.resolve().name),
+        facts=_facts(phases["Training"]),
+        sections=[(title, draw_charts(part)) for title, part in phases.items() if part],
+        steps=_read_rollouts(run_dir / ROLLOUTS),
+        config=_lines(config.read_text(encoding="utf-8", errors="replace")) if config.is_file() else None,
+        frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM, "top": TOP},
+        faintest=FAINTEST_LOGPROB,
+    )
+    out = run_dir / "report.html" if out is None else Path(out)
+    half = out.with_name(out.name + ".part")  # renamed at the end: a browser never reloads half a page
+    half.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(half, out)
+    return out
+
+
+def _facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Return (word, value) pairs for the head of the page: the last step and the last known numbers."""
+    facts = [("step", f"{rows[-1]['step']:,}")] if rows else []
+    for word, name in (
+        ("reward", "reward"),
+        ("exact", "eval/exact"),
+        ("entropy", "entropy"),
+        ("tokens/s", "tokens_per_s"),
+    ):
+        known = [row[name] for row in rows if row.get(name) is not None]
+        facts += [(word, format_number(known[-1]))] if known else []
+    return facts
+
+
+def format_number(value: float) -> str:
+    """Return about four digits of `value`: 0.4125, 5,310, 1.2M, 3e-06."""
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value / 1e6:.4g}M" if size < 1e9 else f"{value:.3g}"
+    if size >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if size >= 1e-3 else f"{value:.3g}"
+
+
+def find_ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Return about `count` round numbers, 1, 2, 2.5 or 5 times a power of ten apart, inside [low, high]; low < high."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [float(f"{index * step:.6g}") for index in range(first, last + 1)]
+
+
+def thin(points: Sequence[Point], columns: int = COLUMNS) -> list[Point]:
+    """Return `points` (ascending x) or, where they are more than two per column, the lowest and the highest of each column."""
+    if len(points) <= 2 * columns:
+        return list(points)
+    first, span = points[0][0], points[-1][0] - points[0][0] or 1
+    buckets: dict[int, list[Point]] = {}
+    for x, y in points:
+        if y is not None:
+            buckets.setdefault(int((x - first) / span * (columns - 1)), []).append((x, y))
+    extremes = [{min(bucket, key=_height), max(bucket, key=_height)} for bucket in buckets.values()]
+    return sorted(point for pair in extremes for point in pair)
+
+
+def _height(point: Point) -> float:
+    return point[1]
+
+
+def draw_charts(rows: Sequence[Row]) -> list[Chart]:
+    """Return a chart for each entry of CHARTS that `rows` hold numbers for, and one of the shares of time."""
+    charts = [_draw_lines(title, [row for row in rows if row.keys() & set(names)], names) for title, names in CHARTS]
+    return [chart for chart in (*charts, _draw_shares(rows)) if chart]
+
+
+def _draw_lines(title: str, rows: Sequence[Row], names: Sequence[str]) -> Chart | None:
+    series = {name: [(row["step"], row[name]) for row in rows if name in row] for name in names}
+    series = {name: points for name, points in series.items() if any(y is not None for _, y in points)}
+    if not series:
+        return None
+    heights = [y for points in series.values() for _, y in points if y is not None]
+    low, high = min(heights), max(heights)
+    margin = 0.05 * (high - low) or 0.5 * abs(high) or 1.0
+    floor = 0.0 if 0 <= low <= high / 2 else low - margin
+    frame = Frame(*_span([row["step"] for row in rows]), floor, high + margin)
+    lines = []
+    for name, points in series.items():
+        last = [y for _, y in points if y is not None][-1]
+        lines.append(Line(name, _trace(frame, thin(points)), format_number(last)))
+    return Chart(title, lines, False, *_ticks(frame), _bands(frame, rows, list(series)))
+
+
+def _span(steps: Sequence[float]) -> tuple[float, float]:
+    return min(steps), max(max(steps), min(steps) + 1)
+
+
+def _trace(frame: Frame, points: Sequence[Point]) -> str:
+    """Return the SVG path through `points`, interrupted where a value is None."""
+    path, pen = "", "M"
+    for x, y in points:
+        if y is None:
+            pen = "M"
+            continue
+        across, down = frame.at(x, y)
+        # "h0" gives a lone point the length zero that a round line cap needs to show as a dot.
+        path += f"{pen}{across} {down}" + ("h0" if pen == "M" else "")
+        pen = "L"
+    return path
+
+
+def _draw_shares(rows: Sequence[Row]) -> Chart | None:
+    """Draw each timer's share of the timed seconds as stacked areas, summed per column of the chart."""
+    names = sorted({name for row in rows for name in row if name.startswith("time/")} - OVERLAPPING_TIMES)
+    stride = -(-len(rows) // COLUMNS)
+    shares: list[Row] = []
+    for part in (rows[start : start + stride] for start in range(0, len(rows), stride)):
+        seconds = {name: sum(row.get(name) or 0.0 for row in part) for name in names}
+        if total := sum(seconds.values()):
+            shares.append({"step": part[0]["step"]} | {name: spent / total for name, spent in seconds.items()})
+    if not shares:
+        return None
+    frame = Frame(*_span([row["step"] for row in shares]), 0.0, 1.0)
+    lines, floor = [], [0.0] * len(shares)
+    for name in names:
+        top = [below + row[name] for below, row in zip(floor, shares, strict=True)]
+        edges = list(zip(shares, top, strict=True)) + list(zip(shares, floor, strict=True))[::-1]
+        outline = "L".join("{} {}".format(*frame.at(row["step"], y)) for row, y in edges)
+        lines.append(Line(name, f"M{outline}Z", f"{shares[-1][name]:.0%}"))
+        floor = top
+    return Chart("shares of time", lines, True, *_ticks(frame), _bands(frame, shares, names))
+
+
+def _ticks(frame: Frame) -> tuple[list[tuple[float, str]], list[tuple[float, str]]]:
+    across = [tick for tick in find_ticks(frame.x_low, frame.x_high) if tick == round(tick)]
+    down = find_ticks(frame.y_low, frame.y_high)
+    x_ticks = [(frame.at(tick, frame.y_low)[0], format_number(tick)) for tick in across]
+    return x_ticks, [(frame.at(frame.x_low, tick)[1], format_number(tick)) for tick in down]
+
+
+def _bands(frame: Frame, rows: Sequence[Row], names: Sequence[str]) -> list[tuple[float, float, str]]:
+    """Return up to COLUMNS hover areas that tell the values at a step, each from its step to the next."""
+    rows = rows[:: -(-len(rows) // COLUMNS)]
+    edges = [frame.at(row["step"], frame.y_low)[0] for row in rows] + [WIDTH - RIGHT]
+    texts = []
+    for row in rows:
+        values = (f"{name} {format_number(row[name])}" for name in names if row.get(name) is not None)
+        texts.append("\n".join([f"step {row['step']}", *values]))
+    return [(x, round(max(2.0, end - x), 1), text) for x, end, text in zip(edges, edges[1:], texts, strict=False)]
+
+
+def _read_rollouts(path: Path) -> list[dict[str, Any]]:
+    """Return the last recorded steps, newest first: step, groups (prompt, samples), left_out (rows not shown)."""
+    kept: dict[int, list[Row]] = {}
+    for row in iter_jsonl(path) if path.is_file() else ():
+        kept.setdefault(row["step"], []).append(row)
+        if len(kept) > STEPS:
+            del kept[min(kept)]
+    steps = []
+    for step, rows in sorted(kept.items(), reverse=True):
+        groups: dict[Any, dict[str, Any]] = {}
+        for row in rows[:ROWS]:
+            group = groups.setdefault(row.get("uid"), {"prompt": _lines(str(row.get("prompt", ""))), "samples": []})
+            group["samples"].append(_sample(row))
+        steps.append({"step": step, "groups": list(groups.values()), "left_out": len(rows[ROWS:])})
+    return steps
+
+
+def _sample(row: Row) -> dict[str, Any]:
+    tokens, logprobs, entropy = row.get("tokens"), row.get("logprobs") or [], row.get("entropy") or []
+    if tokens is None:
+        tokens = [str(row.get("completion", ""))]
+    known = [logprob for logprob in logprobs if logprob is not None]
+    numbers = {name: row.get(name) for name in ("reward", "advantage")} | {"logprob": sum(known) if known else None}
+    return {
+        "sample": row.get("sample", ""),
+        "finish": printable(str(row.get("finish", ""))),
+        "length": len(logprobs),
+        "tokens": [_token(*parts) for parts in zip_longest(tokens, logprobs[: len(tokens)], entropy[: len(tokens)])],
+        "gain": (row.get("advantage") or 0.0) > 0,
+    } | {name: "-" if number is None else f"{number:.3f}" for name, number in numbers.items()}
+
+
+def _token(text: str, logprob: float | None, entropy: float | None) -> Token:
+    title = [f"token “{printable(text)}”"]
+    if logprob is not None:
+        title.append(f"log-prob {logprob:.3f} (p {math.exp(min(logprob, 0.0)):.3g})")
+    if entropy is not None:
+        title.append(f"entropy {entropy:.3f}")
+    level = "none" if logprob is None else str(min(9, max(0, round(9 * logprob / FAINTEST_LOGPROB))))
+    return Token("↵\n".join(map(printable, text.split("\n"))), level, "\n".join(title))
+
+
+def _lines(text: str) -> str:
+    """Return `text` with its line breaks kept and every other invisible character escaped."""
+    return "\n".join(map(printable, text.split("\n")))

@@ -1,0 +1,328 @@
+"""The sentence: prompts -> generate -> reward -> filter -> advantage -> replay -> update -> publish -> generate ...
+
+`train` reads from top to bottom as what a run does. Each stage is a function of values; this file is where they meet.
+"""
+
+import dataclasses
+import signal
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxrl_llm import config as run_config
+from jaxrl_llm.checkpoint import Checkpoints, RunLock, prepare_run_directory
+from jaxrl_llm.config import RunConfig
+from jaxrl_llm.errors import CheckpointError, NonFiniteError, Preempted, UserError
+from jaxrl_llm.evaluate import evaluate, supervised_batch
+from jaxrl_llm.experience.advantages import ADVANTAGES
+from jaxrl_llm.experience.batch import make_batch, minibatches
+from jaxrl_llm.experience.filters import FILTERS
+from jaxrl_llm.experience.replay import fill
+from jaxrl_llm.metrics import CompileCounter, RatioAlarm, Recorder, Timers
+from jaxrl_llm.parallel import hosts
+from jaxrl_llm.prompts.stream import next_prompts
+from jaxrl_llm.prompts.supervised import noisy_rows
+from jaxrl_llm.rewards.pool import Failure, Graded, GraderPool
+from jaxrl_llm.run import Life, Run, begin, build, fresh_optimizer, grade, open_checkpoints, publish, sample, target
+from jaxrl_llm.types import Batch, Experience, Finish, Policy, Rollouts, TrainState
+
+MAX_NONFINITE = 3
+
+
+class Shell(NamedTuple):
+    """What a run holds open while it lives: everything with effects."""
+
+    pool: GraderPool
+    checkpoints: Checkpoints
+    recorder: Recorder
+    timers: Timers
+    compiles: CompileCounter
+
+
+class Result(NamedTuple):
+    exact_before: float
+    """Exact held-out accuracy after the warm start."""
+    exact_after: float
+    run_dir: Path
+
+
+def train(cfg: RunConfig, must_resume: bool = False) -> Result:
+    """Run `cfg` to its end, going on from the newest checkpoint in its run directory if there is one."""
+    run = build(cfg)
+    with open_shell(cfg) as shell, stop_signal() as stopping:
+        life, policy, scores = resume(run, shell, must_resume) or begin(run), None, {}
+        while life.step < cfg.total_steps:
+            if life.step < cfg.warm_start.steps:
+                life, metrics = warm_step(run, shell, life)
+            else:
+                if policy is None:
+                    life, policy, scores = start_rl(run, shell, life)
+                life, policy, metrics = rl_step(run, shell, life, policy)
+            if policy is not None and is_due(life.step - cfg.warm_start.steps, cfg.evaluation.every, cfg.steps):
+                scores = evaluate(run, life.state.params, policy, shell.pool)
+                metrics |= scores
+            shell.recorder.log(life.step, with_rates(metrics, shell))
+            stop = stopping(life.step)
+            if stop or is_due(life.step, cfg.checkpoint.every, cfg.total_steps):
+                save(run, shell, life)
+            if stop and life.step < cfg.total_steps:
+                shell.checkpoints.wait()
+                raise Preempted(f"stopped by SIGTERM after step {life.step}, saved in {cfg.run_dir}")
+            shell.checkpoints.poll()
+        if not scores:
+            policy = publish(run, life.state, None)
+            scores = evaluate(run, life.state.params, policy, shell.pool)
+        return Result(life.eval_before, scores["eval/exact"], Path(cfg.run_dir).resolve())
+
+
+def with_rates(metrics: dict[str, float], shell: Shell) -> dict[str, float]:
+    """The step's metrics with its times, its compilations and the sampler's tokens a second."""
+    times = shell.timers.take()
+    if "completions/tokens" in metrics:
+        metrics = metrics | {"tokens_per_s": metrics["completions/tokens"] / times["time/generate"]}
+    return metrics | times | shell.compiles.take()
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    return step > 0 and (step % every == 0 or step == last)
+
+
+def warm_step(run: Run, shell: Shell, life: Life) -> tuple[Life, dict[str, float]]:
+    """One supervised update on noisy answers."""
+    cfg = run.cfg.warm_start
+    places = range(life.step * cfg.rows, (life.step + 1) * cfg.rows)
+    with shell.timers("update"):
+        rows = noisy_rows(run.task, run.warm_order, places, cfg.noise, run.cfg.seed)
+        batch = supervised_batch(run, rows)
+        state, metrics = run.warm_update(life.state, run.put_batch(batch))
+        metrics = jax.device_get(metrics)
+    return dataclasses.replace(life, step=life.step + 1, state=state), {"phase": "warm_start", **as_floats(metrics)}
+
+
+def start_rl(run: Run, shell: Shell, life: Life) -> tuple[Life, Policy, dict[str, float]]:
+    """The first policy of this process; at the very start of RL also a fresh optimizer, the reference, and the score before."""
+    if life.step > run.cfg.warm_start.steps:
+        return life, publish(run, life.state, None), {}
+    reference = jax.tree.map(jnp.copy, life.state.params) if run.keeps_reference else None
+    state = fresh_optimizer(run, life.state.params, int(life.state.step))
+    policy = publish(run, state, None)
+    scores = evaluate(run, state.params, policy, shell.pool)
+    shell.recorder.message(
+        f"held-out accuracy before RL: {scores['eval/exact']:.4f} exact, {scores['eval/pass@1']:.4f} sampled"
+    )
+    return dataclasses.replace(life, state=state, reference=reference, eval_before=scores["eval/exact"]), policy, scores
+
+
+def rl_step(run: Run, shell: Shell, life: Life, policy: Policy) -> tuple[Life, Policy, dict[str, float]]:
+    """The sentence, once."""
+    cfg, timers = run.cfg, shell.timers
+    rng = np.random.default_rng((cfg.seed, life.step))
+    version = int(life.state.step)
+    prompts, cursor = next_prompts(run.task, run.order, life.cursor, cfg.rollout.prompts)
+    with timers("generate"):
+        rollouts = sample(run, policy, prompts, run.key)
+    with timers("reward"):
+        graded = grade(run, shell.pool, run.task.train, rollouts)
+    keep = FILTERS[cfg.experience.filter](graded.reward)
+    advantage = ADVANTAGES[cfg.experience.advantage](graded.reward)
+    fresh = Experience(rollouts, graded.reward.reshape(-1), advantage.reshape(-1))
+    replay, experience, counts = fill(life.replay, fresh, keep, version, cfg.experience.replay, rng)
+    with timers("update"):
+        batch = make_batch(experience, counts, run.task.pad)
+        state, alarm, learned = update(run, life, batch, is_old(experience, counts, version), rng)
+    with timers("publish"):
+        policy = jax.block_until_ready(publish(run, state, policy))
+    if learned["alarm/ratio"]:
+        shell.recorder.message(
+            "ALARM: all ratios were exactly 1 on stale data, twice: old log-probs are not those captured"
+        )
+    nonfinite = life.nonfinite + 1 if learned["nonfinite"] == 1 else 0
+    if nonfinite == MAX_NONFINITE:
+        raise NonFiniteError(
+            f"no update of {MAX_NONFINITE} steps in a row was finite; parameters are those from before them"
+        )
+    show(run, shell, life.step + 1, fresh)
+    metrics = {"phase": "rl", **describe(cfg, graded, rollouts, keep, counts), **learned}
+    num_tokens = life.num_tokens + int(metrics["completions/tokens"])
+    life = dataclasses.replace(
+        life, step=life.step + 1, cursor=cursor, num_tokens=num_tokens, alarm=alarm, nonfinite=nonfinite, state=state,
+        replay=replay,
+    )  # fmt: skip
+    return life, policy, metrics | {"num_tokens": num_tokens}
+
+
+def is_old(experience: Experience, counts: np.ndarray, version: int) -> bool:
+    """Some token to learn from was drawn by an earlier policy."""
+    rollouts = experience.rollouts
+    learn = rollouts.sampled & np.repeat(counts, len(rollouts.length) // len(counts))[:, None]
+    return bool((rollouts.version[learn] < version).any())
+
+
+def update(
+    run: Run, life: Life, batch: Batch, old: bool, rng: np.random.Generator
+) -> tuple[TrainState, int, dict[str, float]]:
+    """Epochs x minibatches of updates. Returns the state, the alarm's streak and the step's metrics.
+
+    Every update compares with the log-probs captured while sampling, the last as well as the first. An update is stale, to the
+    alarm, from the second on, or when the data is `old`.
+    """
+    cfg, state, alarm, rings, each = run.cfg.update, life.state, RatioAlarm(life.alarm), False, []
+    if run.keeps_reference:
+        batch = batch.replace(reference_logprobs=hosts.gather(run.score(life.reference, run.put_batch(batch))))
+    for _ in range(cfg.epochs):
+        for part in minibatches(batch, run.cfg.rollout.samples, cfg.minibatches, rng):
+            state, metrics = run.update(state, run.put_batch(part))
+            each.append(as_floats(jax.device_get(metrics)))
+            alarm, ring = alarm.observe(each[-1]["ratio/min"], each[-1]["ratio/max"], stale=old or len(each) > 1)
+            rings |= ring
+    metrics = {name: float(np.mean([m[name] for m in each])) for name in each[0]}
+    metrics |= {"ratio/max": max(m["ratio/max"] for m in each), "ratio/min": min(m["ratio/min"] for m in each)}
+    # Only the first update on fresh data compares the same parameters: what is left is the sampler's own error.
+    metrics["mismatch/max_abs_dlogp"] = float("nan") if old else each[0]["mismatch/max_abs_dlogp"]
+    return state, alarm.streak, metrics | {"alarm/ratio": float(rings), "updates": len(each)}
+
+
+def describe(
+    cfg: RunConfig, graded: Graded, rollouts: Rollouts, keep: np.ndarray, counts: np.ndarray
+) -> dict[str, float]:
+    """The step's rollouts in numbers, under the names that users of TRL know."""
+    reward = graded.reward[graded.failure == Failure.NONE]
+    length = rollouts.length
+    metrics = {
+        "reward": reward.mean() if reward.size else np.nan,
+        "reward_std": reward.std(axis=1, ddof=1).mean() if reward.size else np.nan,
+        "frac_reward_zero_std": np.mean(reward.max(axis=1) == reward.min(axis=1)) if reward.size else np.nan,
+        f"rewards/{cfg.reward.grader}/mean": reward.mean() if reward.size else np.nan,
+        "completions/mean_length": length.mean(),
+        "completions/min_length": length.min(),
+        "completions/max_length": length.max(),
+        "completions/clipped_ratio": np.mean(rollouts.finish == Finish.LENGTH),
+        "completions/tokens": length.sum(),
+        "completions/crc32": zlib.crc32(rollouts.tokens.tobytes()),
+        "prompts/first_uid": rollouts.prompts.uid[0],
+        "groups/kept": keep.sum(),
+        "groups/replayed": counts.sum() - keep.sum(),
+        "sampling/mean_logprob": rollouts.behavior_logprobs.sum() / rollouts.sampled.sum(),
+        "sampling/entropy": rollouts.entropy.sum() / rollouts.sampled.sum(),
+    }
+    failures = {
+        f"rewards/{cfg.reward.grader}/{kind.name.lower()}": np.sum(graded.failure == kind) for kind in Failure if kind
+    }
+    return as_floats(metrics | failures)
+
+
+def as_floats(metrics: dict) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def show(run: Run, shell: Shell, step: int, experience: Experience) -> None:
+    """Rollouts to the run's record, and a few of them to the screen, where they are due."""
+    recorder, cfg = shell.recorder, run.cfg.metrics
+    if not (recorder.wants(step, cfg.rollouts_every) or recorder.wants(step, cfg.samples_every)):
+        return
+    groups = cfg.rollout_groups if cfg.rollout_groups >= 0 else run.cfg.rollout.prompts
+    rows = responses(run, experience, groups * run.cfg.rollout.samples)
+    if recorder.wants(step, cfg.rollouts_every):
+        recorder.rollouts(step, rows)
+    if recorder.wants(step, cfg.samples_every):
+        recorder.samples(rows[: run.cfg.rollout.samples])
+
+
+def responses(run: Run, experience: Experience, num_rows: int) -> list[dict]:
+    """The first rows as a person would read them."""
+    rollouts, found = experience.rollouts, []
+    for b in range(min(num_rows, len(rollouts.length))):
+        p, n = b // run.cfg.rollout.samples, int(rollouts.length[b])
+        ids = rollouts.tokens[b, :n].tolist()
+        found.append(
+            {
+                "uid": int(rollouts.prompts.uid[p]),
+                "sample": b % run.cfg.rollout.samples,
+                "prompt": run.task.decode(rollouts.prompts.tokens[p : p + 1], rollouts.prompts.length[p : p + 1])[0],
+                "completion": run.task.decode(rollouts.tokens[b : b + 1], rollouts.length[b : b + 1])[0],
+                "ids": ids,
+                "tokens": [run.task.tokenizer.id_to_token(i) for i in ids],
+                "logprobs": rollouts.behavior_logprobs[b, :n],
+                "entropy": rollouts.entropy[b, :n],
+                "reward": experience.reward[b],
+                "advantage": experience.advantage[b],
+                "finish": Finish(rollouts.finish[b]).name.lower(),
+            }
+        )
+    return found
+
+
+@contextmanager
+def open_shell(cfg: RunConfig) -> Iterator[Shell]:
+    """The run directory, locked, with config.yaml in it, and everything that must be closed again.
+
+    Raises UserError if the directory cannot be written, is in use, or belongs to a run that computes something else.
+    """
+    run_dir, leader = Path(cfg.run_dir).resolve(), jax.process_index() == 0
+    with ExitStack() as stack:
+        if leader:
+            prepare_run_directory(run_dir)
+            stack.enter_context(RunLock(run_dir))
+            claim(run_dir, cfg)
+        pool = stack.enter_context(GraderPool(cfg.reward))
+        recorder = stack.enter_context(Recorder(run_dir, cfg.metrics, cfg.total_steps, active=leader))
+        checkpoints = open_checkpoints(cfg)
+        stack.callback(checkpoints.close)
+        yield Shell(pool, checkpoints, recorder, Timers(), CompileCounter())
+
+
+def claim(run_dir: Path, cfg: RunConfig) -> None:
+    """Write config.yaml; where there is one already, only what may change may differ."""
+    path = run_dir / "config.yaml"
+    if path.exists():
+        differing = run_config.changes(run_config.to_dict(run_config.load(path)), run_config.to_dict(cfg))
+        if differing:
+            listed = "\n  ".join(differing)
+            raise UserError(
+                f"{run_dir}: holds a run with another config; use another run_dir, or undo these changes:\n  {listed}"
+            )
+    path.write_text(run_config.dump(cfg), encoding="utf-8")
+
+
+def resume(run: Run, shell: Shell, must: bool) -> Life | None:
+    """The newest life in the run directory; None in a fresh one."""
+    restored = shell.checkpoints.restore(target(run))
+    if restored is None:
+        if must:
+            raise CheckpointError(
+                f"--resume: got {run.cfg.run_dir}, which holds no checkpoint; leave out --resume to start it"
+            )
+        shell.recorder.truncate({"metrics.jsonl": 0, "rollouts.jsonl": 0})
+        return None
+    shell.recorder.truncate(restored.meta["offsets"])
+    shell.recorder.message(f"going on from step {restored.step} in {run.cfg.run_dir}")
+    return Life.revive(restored.tree)
+
+
+def save(run: Run, shell: Shell, life: Life) -> None:
+    shell.checkpoints.save(life.step, life.tree(run.key), {"offsets": shell.recorder.offsets()})
+
+
+@contextmanager
+def stop_signal() -> Iterator[Callable[[int], bool]]:
+    """A question to ask after each step: was the job told to stop?
+
+    One process listens to SIGTERM itself. Several must stop after the same step: there JAX's preemption service listens, and a
+    handler of ours, set after it, would make it deaf.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    try:
+        yield lambda step: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,151 @@
+"""`update`: one optimizer step on one minibatch, in one compiled program; the TrainState is donated to it."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from jaxrl_llm.model import params as model_params
+from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.distribution import score_tokens
+from jaxrl_llm.parallel.layout import Layout
+from jaxrl_llm.types import Batch, PyTree, TrainState
+from jaxrl_llm.update.config import LossConfig, OptimizerConfig
+from jaxrl_llm.update.losses import TERMS, token_weights
+
+Metrics = dict[str, Float[Array, ""]]
+Update = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
+    after = optax.linear_schedule(cfg.lr, cfg.final_lr, cfg.decay_steps) if cfg.decay_steps else lambda _: cfg.lr
+    schedule = optax.join_schedules(
+        [optax.linear_schedule(0.0, cfg.lr, max(cfg.warmup_steps, 1)), after], [cfg.warmup_steps]
+    )
+    # The schedule counts from 0, and a first update of size 0 would be wasted.
+    return optax.chain(
+        optax.clip_by_global_norm(cfg.max_grad_norm),
+        optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
+        optax.add_decayed_weights(cfg.weight_decay),
+        optax.scale_by_learning_rate(lambda count: schedule(count + 1)),
+    )
+
+
+def state_shardings(specs: PyTree, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
+    """Where each leaf of the TrainState lies: moments with their parameters, counters everywhere."""
+    abstract = model_params.abstract(specs, layout)
+    opt_state = jax.eval_shape(optimizer.init, abstract)
+    placed = optax.tree_map_params(
+        optimizer,
+        lambda _, spec: layout.sharding(spec.axes),
+        opt_state,
+        specs,
+        transform_non_params=lambda _: layout.replicated,
+        is_leaf=model_params.is_spec,
+    )
+    return TrainState(model_params.shardings(specs, layout), placed, layout.replicated)
+
+
+def make_start(
+    specs: PyTree, optimizer: optax.GradientTransformation, layout: Layout
+) -> Callable[[PyTree, Array], TrainState]:
+    """The program `start(params, step) -> TrainState` with a fresh optimizer; `params` are donated."""
+
+    def start(params: PyTree, step: Array) -> TrainState:
+        return TrainState(params=params, opt_state=optimizer.init(params), step=step)
+
+    return jax.jit(start, donate_argnums=0, out_shardings=state_shardings(specs, optimizer, layout))
+
+
+def make_update(
+    specs: PyTree,
+    loss: LossConfig,
+    optimizer_cfg: OptimizerConfig,
+    *,
+    normalize: str,
+    length: int,
+    micro_batches: int,
+    num_tokens: int,
+    cfg: ModelConfig,
+    layout: Layout,
+) -> Update:
+    """The program `update(state, batch) -> (state, metrics)`.
+
+    Every term is weighted by counts over the whole minibatch before it is split, so the gradient does not depend on the
+    number of micro-batches nor on the mesh. A non-finite loss or gradient (`nonfinite` 1), or a minibatch without any token,
+    leaves parameters and optimizer bit for bit as they were.
+    """
+    optimizer = make_optimizer(optimizer_cfg)
+    terms_of = TERMS[type(loss)]
+
+    def objective(params: PyTree, part: Batch, weights: Array, share: Array) -> tuple[Array, tuple[Metrics, Metrics]]:
+        terms = terms_of(score_tokens(params, part, cfg, num_tokens, layout), part, loss)
+        total = jnp.sum(jnp.where(part.loss_mask, terms.loss, 0.0) * weights)
+        means = {name: jnp.sum(jnp.where(part.loss_mask, x, 0.0) * share) for name, x in terms.means.items()}
+        maxima = {name: jnp.max(jnp.where(part.loss_mask, x, -jnp.inf)) for name, x in terms.maxima.items()}
+        return total, ({"loss": total, **means}, maxima)
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        weights = token_weights(batch.loss_mask, batch.segment, normalize, length)
+        share = token_weights(batch.loss_mask, batch.segment, "token", length)
+        grads, metrics = _accumulate(objective, state.params, (batch, weights, share), micro_batches, layout)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
+        # Adam would go on along its momentum where nothing was learnt.
+        useful = finite & jnp.any(batch.loss_mask)
+        changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(useful, a, b), new, old)  # noqa: E731
+        new = TrainState(
+            params=keep(optax.apply_updates(state.params, changes), state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            step=state.step + 1,
+        )
+        return new, metrics | {"grad_norm": grad_norm, "nonfinite": 1.0 - finite}
+
+    return jax.jit(
+        update, donate_argnums=0, out_shardings=(state_shardings(specs, optimizer, layout), layout.replicated)
+    )
+
+
+def _accumulate(
+    objective: Callable, params: PyTree, minibatch: tuple[Batch, Array, Array], parts: int, layout: Layout
+) -> tuple[PyTree, Metrics]:
+    """Gradient and metrics of a minibatch, added up over `parts` of its rows in turn; accumulators are f32."""
+
+    def split(x: Array) -> Array:
+        # Part i takes rows i, i + parts, ...: every device keeps its own rows. Consecutive rows would move them all.
+        x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+        return layout.constrain(x, None, "rows", *(None,) * (x.ndim - 2))
+
+    def one(part: tuple[Batch, Array, Array]) -> tuple[PyTree, tuple[Metrics, Metrics]]:
+        return jax.grad(objective, has_aux=True)(params, *part)
+
+    def add(total: tuple, part: tuple) -> tuple[tuple, None]:
+        grads, (sums, maxima) = total
+        more, (more_sums, more_maxima) = one(part)
+        sums, grads = jax.tree.map(jnp.add, (sums, grads), (more_sums, more))
+        return (grads, (sums, jax.tree.map(jnp.maximum, maxima, more_maxima))), None
+
+    if parts == 1:
+        grads, (sums, maxima) = one(minibatch)
+    else:
+        stacked = jax.tree.map(split, minibatch)
+        # From nothing, not from the first part: else the whole model is compiled twice.
+        _, (sums, maxima) = jax.eval_shape(one, jax.tree.map(lambda x: x[0], stacked))
+        fill = lambda tree, value: jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), tree)  # noqa: E731
+        nothing = (jax.tree.map(jnp.zeros_like, params), (fill(sums, 0), fill(maxima, -jnp.inf)))
+        (grads, (sums, maxima)), _ = jax.lax.scan(add, nothing, stacked)
+    for name in [n for n in maxima if n.endswith("/-min")]:
+        maxima[name.replace("-min", "min")] = -maxima.pop(name)
+    return grads, sums | maxima
+
+
+def make_score(num_tokens: int, cfg: ModelConfig, layout: Layout) -> Callable[[PyTree, Batch], Float[Array, "R T"]]:
+    """The program `score(params, batch) -> logprobs [R T]`: for the reference policy and for exact evaluation."""
+
+    def score(params: PyTree, batch: Batch) -> Array:
+        return score_tokens(params, batch, cfg, num_tokens, layout).logprobs
+
+    return jax.jit(score, out_shardings=layout.sharding(("rows", None)))

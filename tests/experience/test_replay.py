@@ -1,0 +1,155 @@
+"""The ring: what goes in comes out as it was, only while it is young, and fresh groups come first."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxrl_llm.experience.config import ReplayConfig
+from jaxrl_llm.experience.replay import by_group, by_row, empty, fill
+from jaxrl_llm.types import Experience, Prompts, Rollouts, check
+
+P, G, S, C = 3, 2, 2, 4
+
+
+def experience(version: int, first: int) -> Experience:
+    """Groups first, first + 1, ...: every number in a group tells which it is, and the row and slot."""
+    group = np.arange(first, first + P)
+    row = np.arange(P * G) + first * G
+    token = (row[:, None] * C + np.arange(C)).astype(np.int32)
+    sampled = np.arange(C) < 1 + row[:, None] % C
+    prompts = Prompts(*(x.astype(np.int32) for x in (group[:, None] * S + np.arange(S), group % S + 1, group, group)))
+    rollouts = Rollouts(
+        prompts=prompts, tokens=token, length=sampled.sum(axis=1).astype(np.int32), sampled=sampled,
+        # Third parts have no short binary form: a copy through another dtype would change them.
+        behavior_logprobs=np.where(sampled, -token / 3, 0).astype(np.float32), entropy=(token / 7).astype(np.float32),
+        temperature=(row / 11).astype(np.float32),
+        version=np.where(sampled, version, 0).astype(np.int32), finish=(row % 2).astype(np.int32),
+    )  # fmt: skip
+    return check(Experience(rollouts, (row / 13).astype(np.float32), (row / 17).astype(np.float32)))
+
+
+def group_of(whole: Experience, place: int) -> list[bytes]:
+    return [x[place].tobytes() for x in jax.tree.leaves(by_group(whole))]
+
+
+def ring(capacity: int):
+    return empty(experience(0, 0), capacity)
+
+
+def step(replay, version, first, keep, max_age=100, capacity=None, seed=0):
+    cfg = ReplayConfig(capacity=len(replay.version) if capacity is None else capacity, max_age=max_age)
+    return fill(replay, experience(version, first), np.array(keep, bool), version, cfg, np.random.default_rng(seed))
+
+
+def test_the_identity_form_passes_fresh_groups_through():
+    fresh, keep = experience(0, 0), np.array([True, False, True])
+    replay, out, counts = fill(None, fresh, keep, 0, ReplayConfig(capacity=0), np.random.default_rng(0))
+    assert replay is None and out is fresh and counts is keep
+
+
+def test_rows_and_groups_are_two_views_of_the_same():
+    whole = experience(0, 5)
+    groups = by_group(whole)
+    assert groups.rollouts.tokens.shape == (P, G, C) and groups.rollouts.prompts.tokens.shape == (P, 1, S)
+    np.testing.assert_array_equal(groups.rollouts.tokens[1], whole.rollouts.tokens[2:4])
+    jax.tree.map(np.testing.assert_array_equal, by_row(groups), whole)
+
+
+def test_with_nothing_to_replace_fresh_groups_pass_unchanged():
+    replay, _, _ = step(ring(4), 0, 0, [True, True, True])
+    _, out, counts = step(replay, 1, 10, [True, True, True])
+    jax.tree.map(np.testing.assert_array_equal, out, experience(1, 10))
+    assert counts.all()
+
+
+def test_an_empty_ring_replaces_nothing():
+    replay, out, counts = step(ring(4), 0, 0, [False, True, False])
+    np.testing.assert_array_equal(counts, [False, True, False])
+    jax.tree.map(np.testing.assert_array_equal, out, experience(0, 0))
+    np.testing.assert_array_equal(replay.version, [0, -1, -1, -1])
+
+
+def test_a_dropped_group_gives_its_place_to_an_older_one_bit_for_bit():
+    replay, _, _ = step(ring(4), 2, 0, [False, True, False])
+    _, out, counts = step(replay, 5, 10, [True, False, True])
+    assert counts.all()
+    old, fresh = experience(2, 0), experience(5, 10)
+    assert group_of(out, 1) == group_of(old, 1)
+    assert group_of(out, 0) == group_of(fresh, 0) and group_of(out, 2) == group_of(fresh, 2)
+    rollouts = check(out).rollouts
+    assert set(rollouts.version[2:4][rollouts.sampled[2:4]]) == {2}
+    np.testing.assert_array_equal(rollouts.behavior_logprobs[2:4], old.rollouts.behavior_logprobs[2:4])
+    np.testing.assert_array_equal(rollouts.prompts.uid, [10, 1, 12])
+
+
+def test_the_ring_wraps_and_the_oldest_goes_first():
+    replay = ring(4)
+    for version, first in ((0, 0), (1, 10)):
+        replay, _, _ = step(replay, version, first, [True, True, True])
+    # 0 1 2 -, then 10 in the last place and 11, 12 over 0 and 1.
+    np.testing.assert_array_equal(replay.groups.rollouts.prompts.uid[:, 0], [11, 12, 2, 10])
+    np.testing.assert_array_equal(replay.version, [1, 1, 0, 1])
+    assert replay.next == 2
+
+
+def test_more_fresh_groups_than_places_leave_the_last():
+    replay, _, _ = step(ring(2), 0, 0, [True, True, True])
+    np.testing.assert_array_equal(np.sort(replay.groups.rollouts.prompts.uid[:, 0]), [1, 2])
+
+
+@pytest.mark.parametrize("age, taken", [(1, True), (3, True), (4, False)])
+def test_a_group_older_than_max_age_is_not_taken(age, taken):
+    replay, _, _ = step(ring(4), 7, 0, [True, False, False])
+    _, _, counts = step(replay, 7 + age, 10, [False, False, True], max_age=3)
+    assert counts.tolist() == [taken, False, True]
+
+
+def test_the_ring_that_was_passed_in_is_left_alone():
+    before, _, _ = step(ring(4), 0, 0, [True, True, True])
+    copy = jax.tree.map(np.copy, before)
+    after, _, _ = step(before, 1, 10, [True, False, True])
+    jax.tree.map(np.testing.assert_array_equal, before, copy)
+    assert after.next != before.next
+
+
+def test_equal_seeds_take_equal_groups():
+    replay = ring(8)
+    for version, first in ((0, 0), (1, 10)):
+        replay, _, _ = step(replay, version, first, [True, True, True])
+    taken = [
+        tuple(step(replay, 2, 20, [False, True, False], seed=s)[1].rollouts.prompts.uid.tolist())
+        for s in (0, 0, *range(9))
+    ]
+    assert taken[0] == taken[1] and len(set(taken)) > 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(
+        st.tuples(st.lists(st.booleans(), min_size=P, max_size=P), st.integers(1, 3)), min_size=1, max_size=8
+    ),
+    capacity=st.integers(1, 7),
+    max_age=st.integers(1, 4),
+)
+def test_every_group_that_counts_is_fresh_or_young_and_remembered(steps, capacity, max_age):
+    """Against a list of the kept groups: the last `capacity` of them, those young enough drawn without repetition."""
+    replay, kept, version = ring(capacity), [], 0
+    for number, (keep, updates) in enumerate(steps):
+        fresh = experience(version, first := 100 * number)
+        young = {uid: bits for uid, born, bits in kept[-capacity:] if version - born <= max_age}
+        replay, out, counts = step(replay, version, first, keep, max_age)
+        replayed = []
+        for place in range(P):
+            bits, uid = group_of(out, place), int(out.rollouts.prompts.uid[place])
+            if keep[place] or not counts[place]:
+                assert bits == group_of(fresh, place)
+            else:
+                assert bits == young[uid]
+                replayed.append(uid)
+        assert len(set(replayed)) == len(replayed) == min(len(young), P - sum(keep))
+        assert counts.sum() == sum(keep) + len(replayed)
+        kept += [(first + p, version, group_of(fresh, p)) for p in range(P) if keep[p]]
+        assert (replay.version >= 0).sum() == min(len(kept), capacity)
+        version += updates

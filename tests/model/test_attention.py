@@ -1,0 +1,112 @@
+"""Rotations, masks and the merge of attention over parts, by hand and against one softmax over all keys."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.model import attention
+from jaxrl_llm.model.attention import causal_mask
+
+attend, attend_part, merge = (jax.jit(f) for f in (attention.attend, attention.attend_part, attention.merge))
+rope = jax.jit(attention.rope)
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def test_rope_by_hand():
+    """H = 4, theta = 100: the pairs (0, 2) and (1, 3) turn by position and by position / 10."""
+    x = jnp.array([[[[1.0, 0.0, 0.0, 1.0]]]])
+    got = rope(x, jnp.array([[3]]), 100.0)[0, 0, 0]
+    np.testing.assert_allclose(got, [np.cos(3), -np.sin(0.3), np.sin(3), np.cos(0.3)], atol=1e-6)
+    np.testing.assert_array_equal(rope(x, jnp.array([[0]]), 100.0), x)
+
+
+def test_rope_makes_scores_depend_on_the_distance_only():
+    q, k = normal(0, 1, 1, 1, 8), normal(1, 1, 1, 1, 8)
+    score = [
+        float(jnp.sum(rope(q, jnp.array([[a]]), 1e4) * rope(k, jnp.array([[b]]), 1e4)))
+        for a, b in ((5, 2), (105, 102), (5, 3))
+    ]
+    np.testing.assert_allclose(score[0], score[1], atol=1e-4)
+    assert abs(score[0] - score[2]) > 1e-3
+
+
+def test_rope_keeps_its_angle_in_f32():
+    """In bfloat16 the position 257 is 256."""
+    x = jnp.ones((1, 1, 1, 2), jnp.bfloat16)
+    got = rope(x, jnp.array([[257]]), 1e4)
+    assert got.dtype == jnp.bfloat16
+    want = [np.cos(257) - np.sin(257), np.cos(257) + np.sin(257)]
+    np.testing.assert_allclose(np.asarray(got, np.float32).ravel(), want, atol=5e-3)
+
+
+def test_rope_turns_any_number_of_heads_alike():
+    x, position = normal(0, 2, 3, 4, 5, 6), jnp.array([[0, 1, 2], [7, 8, 9]])
+    np.testing.assert_allclose(
+        rope(x, position, 1e4)[:, :, 2, 3], rope(x[:, :, 2, 3:4], position, 1e4)[:, :, 0], atol=1e-6
+    )
+
+
+def test_causal_mask_by_hand():
+    """Two sequences packed into a row, then padding; the second query of each sequence sees two keys."""
+    got = causal_mask(jnp.array([[1, 1, 2, 2, 0]]), jnp.array([[0, 1, 0, 1, 0]]))[0]
+    want = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
+    np.testing.assert_array_equal(got, np.array(want, bool))
+
+
+def test_attend_by_hand():
+    """One head of width 1; scores q k = 0 and ln 3, so the weights are 1/4 and 3/4; a masked key counts nothing."""
+    q = jnp.ones((1, 1, 1, 1, 1))
+    k = jnp.array([0.0, np.log(3.0), 50.0]).reshape(1, 3, 1, 1)
+    v = jnp.array([8.0, 4.0, 1e6]).reshape(1, 3, 1, 1)
+    np.testing.assert_allclose(attend(q, k, v, jnp.array([[[True, True, False]]])).ravel(), [5.0], rtol=1e-6)
+
+
+def test_attend_shares_a_key_head_among_its_group():
+    q, k, v = normal(0, 2, 3, 2, 4, 8), normal(1, 2, 5, 2, 8), normal(2, 2, 5, 2, 8)
+    mask = jnp.ones((2, 3, 5), bool)
+    whole = attend(q, k, v, mask)
+    alone = attend(q[:, :, 1:, 2:3], k[:, :, 1:], v[:, :, 1:], mask)
+    np.testing.assert_allclose(whole[:, :, 1:, 2:3], alone, atol=1e-6)
+    scores = np.einsum("bth,buh->btu", q[:, :, 1, 2], k[:, :, 1]) / np.sqrt(8)
+    weights = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(whole[:, :, 1, 2], weights @ np.asarray(v[:, :, 1]), atol=1e-5)
+
+
+@pytest.mark.parametrize("offset", [0.0, 200.0])
+def test_parts_merged_are_attention_over_all_keys(offset):
+    """`offset` in one part's scores: exp would overflow, were each part not rescaled to the common maximum."""
+    q, k, v = normal(0, 2, 3, 4, 8), normal(1, 2, 3, 7, 8), normal(2, 2, 3, 7, 8)
+    k = k.at[:, :, :3].add(offset * q[:, :, :1] / jnp.sum(q[:, :, :1] ** 2, axis=-1, keepdims=True))
+    mask = jnp.array([[True] * 7, [False, True, True, False, False, True, True]])
+    parts = [attend_part(q, k[:, :, part], v[:, :, part], mask[:, part]) for part in (slice(0, 3), slice(3, 7))]
+    whole = attend(
+        q.swapaxes(1, 2)[:, None].swapaxes(1, 2).reshape(2, 4, 3, 1, 8), k.swapaxes(1, 2), v.swapaxes(1, 2),
+        jnp.broadcast_to(mask[:, None], (2, 4, 7)),
+    )  # fmt: skip
+    np.testing.assert_allclose(merge(*parts), whole[:, :, :, 0].swapaxes(1, 2), atol=1e-5)
+    np.testing.assert_allclose(merge(*parts[::-1]), merge(*parts), atol=1e-6)
+
+
+def test_a_part_without_keys_counts_exactly_nothing():
+    """A prompt of one token has no key in the cache: its only token is read by the first decode step."""
+    q, k, v = normal(0, 1, 2, 3, 4), normal(1, 1, 2, 5, 4), normal(2, 1, 2, 5, 4)
+    none = attend_part(q, k, v, jnp.zeros((1, 5), bool))
+    np.testing.assert_array_equal(none[0], 0.0)
+    np.testing.assert_array_equal(none[1], 0.0)
+    own = attend_part(q, k[:, :, :2], v[:, :, :2], jnp.ones((1, 2), bool))
+    np.testing.assert_array_equal(merge(none, own), merge(own))
+
+
+def test_values_in_bfloat16_are_summed_in_f32():
+    q, k, v = (
+        x.astype(jnp.bfloat16) for x in (normal(0, 1, 1, 2, 4), normal(1, 1, 1, 300, 4), normal(2, 1, 1, 300, 4))
+    )
+    out, weight, top = attend_part(q, k, v, jnp.ones((1, 300), bool))
+    assert out.dtype == weight.dtype == top.dtype == jnp.float32
+    # The weights are rounded to bf16 (2^-9 relative) before the product, their sum is not.
+    exact = merge(attend_part(*(x.astype(jnp.float32) for x in (q, k, v)), jnp.ones((1, 300), bool)))
+    np.testing.assert_allclose(merge((out, weight, top)), exact, atol=5e-3)

@@ -1,0 +1,48 @@
+"""The oracle: an engine without cache, without batch and without jit. It reads the whole sequence again for each token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.distribution import entropy, process_logits
+from jaxrl_llm.model.transformer import hidden, logits
+from jaxrl_llm.parallel.layout import Layout
+from jaxrl_llm.rollout.decode import Vocabulary
+from jaxrl_llm.rollout.sample import draw, row_keys
+from jaxrl_llm.types import Finish, Prompts, PyTree, Rollouts
+
+
+def generate(
+    params: PyTree, version: int, prompts: Prompts, key: jax.Array, temperature: np.ndarray,
+    samples: int, max_new_tokens: int, vocab: Vocabulary, cfg: ModelConfig, layout: Layout,
+) -> Rollouts:  # fmt: skip
+    """`params` in the trainer's form. Same contract as `rollout.decode.make_generate`."""
+    rows, c = len(prompts.length) * samples, max_new_tokens
+    keys = row_keys(key, jnp.asarray(prompts.uid), samples)
+    tokens = np.full((rows, c), vocab.pad, np.int32)
+    sampled, logprobs, entropies = (
+        np.zeros((rows, c), bool),
+        np.zeros((rows, c), np.float32),
+        np.zeros((rows, c), np.float32),
+    )
+    finish = np.full(rows, int(Finish.LENGTH), np.int32)
+    for b in range(rows):
+        p = b // samples
+        sequence = prompts.tokens[p, : prompts.length[p]].tolist()
+        for t in range(c):
+            ids = jnp.asarray([sequence])
+            with jax.disable_jit():
+                h = hidden(params, ids, jnp.ones_like(ids), jnp.arange(len(sequence))[None], cfg, layout)
+                logp = process_logits(logits(params, h[:, -1], cfg), jnp.asarray(temperature[p : p + 1]), vocab.size)
+            token, logprob = draw(keys[b : b + 1], jnp.int32(t), logp)
+            tokens[b, t], sampled[b, t], logprobs[b, t], entropies[b, t] = token[0], True, logprob[0], entropy(logp)[0]
+            sequence.append(int(token[0]))
+            if int(token[0]) == vocab.eos:
+                finish[b] = int(Finish.EOS)
+                break
+    return Rollouts(
+        prompts=prompts, tokens=tokens, length=sampled.sum(1).astype(np.int32), sampled=sampled,
+        behavior_logprobs=logprobs, entropy=entropies, temperature=np.repeat(temperature, samples).astype(np.float32),
+        version=np.where(sampled, version, 0).astype(np.int32), finish=finish,
+    )  # fmt: skip

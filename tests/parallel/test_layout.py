@@ -1,0 +1,52 @@
+"""Layouts: logical axes to mesh axes, and what a move between TRAIN and DECODE may touch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from setups import layouts
+
+from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
+from jaxrl_llm.parallel.mesh import make_mesh
+
+
+def test_sharding_by_hand():
+    train, decode = layouts((2, 2, 2))
+    assert train.sharding(("rows", None)).spec == PartitionSpec(("data", "fsdp"), None)
+    assert train.sharding(("embed", "heads", None, None)).spec == PartitionSpec("fsdp", "tensor", None, None)
+    assert decode.sharding(("embed", "heads", None, None)).spec == PartitionSpec(None, "tensor", None, None)
+    assert train.sharding(("vocab", "embed")).spec == PartitionSpec("tensor", "fsdp")
+    assert train.sharding(("layers", "mlp")).spec == PartitionSpec(None, "tensor")
+    assert train.replicated.spec == PartitionSpec()
+
+
+def test_train_and_decode_differ_in_the_embedding_dim_alone():
+    assert {name for name in TRAIN if TRAIN[name] != DECODE[name]} == {"embed"}
+    assert TRAIN.keys() == DECODE.keys()
+    with pytest.raises(TypeError):
+        TRAIN["rows"] = None
+
+
+def test_an_unknown_axis_is_an_error():
+    with pytest.raises(KeyError, match="embde"):
+        layouts()[0].sharding(("embde",))
+
+
+def test_layouts_are_static_arguments():
+    """Equal layouts made twice find the same compiled program; another layout does not."""
+    traces = []
+
+    def f(x, layout):
+        traces.append(layout)
+        return layout.constrain(x, "rows", None)
+
+    jitted = jax.jit(f, static_argnums=1)
+    one, same = (Layout(make_mesh((2, 2, 2)), TRAIN) for _ in range(2))
+    assert one == same and hash(one) == hash(same) and one != Layout(one.mesh, DECODE)
+    x = jnp.arange(8.0).reshape(4, 2)
+    for layout in (one, same, Layout(one.mesh, DECODE)):
+        y = jitted(x, layout)
+        np.testing.assert_array_equal(y, x)
+        assert y.sharding.is_equivalent_to(layout.sharding(("rows", None)), 2)
+    assert len(traces) == 2

@@ -1,0 +1,203 @@
+"""`generate`: what it promises about every row, the numbers it captures, and that it compiles once."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import naive
+import numpy as np
+import pytest
+from setups import SMALL, VOCAB, generator, layouts, make_params, make_policy, make_prompts
+
+from jaxrl_llm.metrics import CompileCounter
+from jaxrl_llm.model import transformer
+from jaxrl_llm.model.params import unstack
+from jaxrl_llm.parallel import hosts
+from jaxrl_llm.rollout import decode
+from jaxrl_llm.rollout.decode import Vocabulary
+from jaxrl_llm.rollout.sample import row_keys
+from jaxrl_llm.types import Finish, Prompts, Rollouts, check
+
+KEY = jax.random.key(2)
+P, G, C = 8, 3, 6
+VERSION = 3
+ONE_LAYER = dataclasses.replace(SMALL, layers=1)
+# 300 tokens in 304 rows of embedding: several blocks of the draw, and logits that must never be drawn.
+WIDE = dataclasses.replace(SMALL, vocab_size=304, layers=1, d_model=16, heads=4, kv_heads=2, head_dim=4, d_mlp=16)
+WIDE_VOCAB = Vocabulary(size=300, pad=0, eos=299)
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    """`sample(temperature) -> Rollouts` on one device, always the same compiled program; and the parameters."""
+    train, dec = layouts()
+    params = make_params(ONE_LAYER, train)
+    policy = make_policy(ONE_LAYER, params, train, dec, VERSION)
+    rows = dec.sharding(("rows",))
+    prompts, generate = make_prompts(P), generator(G, C, ONE_LAYER, dec)
+
+    def sample(temperature, key=KEY) -> Rollouts:
+        temperature = np.broadcast_to(np.asarray(temperature, np.float32), (P,))
+        return hosts.gather(generate(policy, hosts.put(prompts, rows), key, hosts.put(temperature, rows)))
+
+    return sample, generate, params
+
+
+def check_contract(rollouts: Rollouts, slots: int, vocab: Vocabulary, temperature: np.ndarray, version: int) -> None:
+    """What holds for every row of every engine."""
+    check(rollouts)
+    samples = len(rollouts.length) // len(rollouts.prompts.length)
+    np.testing.assert_array_equal(rollouts.temperature, np.repeat(np.asarray(temperature, np.float32), samples))
+    for b in range(len(rollouts.length)):
+        n, tokens = rollouts.length[b], rollouts.tokens[b]
+        assert 1 <= n <= slots == len(tokens)
+        np.testing.assert_array_equal(rollouts.sampled[b], np.arange(slots) < n)
+        assert vocab.eos not in tokens[: n - 1]
+        assert rollouts.finish[b] == (Finish.EOS if tokens[n - 1] == vocab.eos else Finish.LENGTH)
+        assert tokens[n - 1] == vocab.eos or n == slots
+        assert (tokens[:n] < vocab.size).all() and (tokens[n:] == vocab.pad).all()
+        assert (rollouts.behavior_logprobs[b, :n] < 0).all() and (rollouts.entropy[b, :n] > 0).all()
+        np.testing.assert_array_equal(rollouts.behavior_logprobs[b, n:], 0.0)
+        np.testing.assert_array_equal(rollouts.entropy[b, n:], 0.0)
+        np.testing.assert_array_equal(rollouts.version[b], np.where(np.arange(slots) < n, version, 0))
+
+
+def test_contract(sampler):
+    temperature = np.linspace(0.6, 3.0, P)
+    rollouts = sampler[0](temperature)
+    check_contract(rollouts, C, VOCAB, temperature, VERSION)
+    assert set(rollouts.finish) == {Finish.EOS, Finish.LENGTH}
+    assert len(set(rollouts.length)) > 3
+
+
+def test_the_naive_engine_keeps_the_same_contract():
+    """One prompt of one token, since each length of a sequence compiles all its operations anew."""
+    train, _ = layouts()
+    prompts = jax.tree.map(lambda x: x[:1], make_prompts(2, vocab=299))
+    params, temperature = make_params(WIDE, train), np.full(1, 1.5, np.float32)
+    rollouts = naive.generate(params, VERSION, prompts, KEY, temperature, 3, 2, WIDE_VOCAB, WIDE, train)
+    check_contract(rollouts, 2, WIDE_VOCAB, temperature, VERSION)
+
+
+def test_the_contract_tells_a_lost_end_token():
+    """The mutant that leaves the end token out of `sampled`."""
+    sampled = np.array([[True, False]])
+    zeros = np.zeros((1, 2), np.float32)
+    prompts = Prompts(*(np.ones(shape, np.int32) for shape in ((1, 1), 1, 1, 1)))
+    rollouts = Rollouts(
+        prompts=prompts, tokens=np.array([[3, 15]], np.int32), length=np.array([2], np.int32), sampled=sampled | [[False, True]],
+        behavior_logprobs=zeros - 1, entropy=zeros + 1, temperature=np.ones(1, np.float32),
+        version=np.full((1, 2), VERSION, np.int32), finish=np.zeros(1, np.int32),
+    )  # fmt: skip
+    check_contract(rollouts, 2, VOCAB, [1.0], VERSION)
+    with pytest.raises(AssertionError):
+        check_contract(rollouts.replace(sampled=sampled), 2, VOCAB, [1.0], VERSION)
+
+
+def test_temperature_is_each_prompts_own_and_compiles_nothing(sampler):
+    sample, generate, _ = sampler
+    sample(1.0)
+    programs, compiles = generate._cache_size(), CompileCounter()
+    by_temperature = {t: sample(t) for t in (0.5, 1.0, 2.0)}
+    mixed = sample([0.5] + [1.0] * (P - 2) + [2.0])
+    sample(0.25, jax.random.key(9))
+    assert generate._cache_size() == programs
+    assert compiles.take()["compiles"] == 0
+    for p, t in ((0, 0.5), (1, 1.0), (P - 1, 2.0)):
+        of_prompt = slice(p * G, (p + 1) * G)
+        np.testing.assert_array_equal(mixed.tokens[of_prompt], by_temperature[t].tokens[of_prompt])
+        np.testing.assert_array_equal(
+            mixed.behavior_logprobs[of_prompt], by_temperature[t].behavior_logprobs[of_prompt]
+        )
+
+
+def test_entropy_of_the_first_token_rises_with_temperature(sampler):
+    """All G samples of a prompt draw their first token from the same logits."""
+    entropy = np.stack([sampler[0](t).entropy[:, 0] for t in (0.3, 0.6, 1.0, 1.5, 1000.0)])
+    assert (np.diff(entropy, axis=0) > 0).all()
+    np.testing.assert_allclose(entropy[-1], np.log(16), atol=1e-3)
+    np.testing.assert_array_equal(entropy.reshape(5, P, G), np.repeat(entropy.reshape(5, P, G)[:, :, :1], G, axis=2))
+
+
+def test_cold_sampling_is_the_chain_of_argmaxes(sampler):
+    """T = 1e-4 turns gaps of 0.01 into 100 nats, far above any Gumbel noise."""
+    sample, _, params = sampler
+    rollouts = sample(1e-4)
+    prompts, train = rollouts.prompts, layouts()[0]
+    sequence = np.zeros((P * G, 7 + C), np.int32)
+    for b in range(P * G):
+        n = prompts.length[b // G]
+        sequence[b, : n + C] = np.concatenate([prompts.tokens[b // G, :n], rollouts.tokens[b]])
+    position = np.broadcast_to(np.arange(7 + C), sequence.shape)
+    forward = jax.jit(
+        lambda ids: transformer.logits(
+            params, transformer.hidden(params, ids, jnp.ones_like(ids), position, ONE_LAYER, train), ONE_LAYER
+        )
+    )
+    best = np.asarray(jnp.argmax(forward(sequence), axis=-1))
+    for b in range(P * G):
+        n, start = rollouts.length[b], prompts.length[b // G] - 1
+        np.testing.assert_array_equal(rollouts.tokens[b, :n], best[b, start : start + n])
+    groups = rollouts.tokens.reshape(P, G, C)
+    np.testing.assert_array_equal(groups, np.repeat(groups[:, :1], G, axis=1))
+
+
+@pytest.mark.parametrize(
+    "jit, compute, rows_of_embedding, num_tokens",
+    [
+        (True, "float32", 304, 300),
+        (True, "bfloat16", 304, 300),
+        (True, "float32", 18, 13),
+        (False, "float32", 304, 300),
+        (False, "bfloat16", 304, 300),
+    ],
+)
+def test_in_the_loop_the_stored_logprob_is_the_distributions_to_the_bit(jit, compute, rows_of_embedding, num_tokens):
+    """The loop by hand: `step` also returns the whole distribution. Rows at T = 0.6, 1 and 1.5."""
+    cfg, vocab, slots = (
+        dataclasses.replace(WIDE, compute=compute, vocab_size=rows_of_embedding),
+        Vocabulary(num_tokens, 0, 12),
+        3,
+    )
+    train, dec = layouts()
+    prompts = jax.tree.map(jnp.asarray, make_prompts(3, vocab=12))
+    params = jax.tree.map(lambda x: x.astype(compute), unstack(make_params(cfg, train), cfg.layers))
+    temperature = jnp.repeat(jnp.array([0.6, 1.0, 1.5]), G)
+    keys = row_keys(KEY, prompts.uid, G)
+    advance = partial(decode.step, vocab=vocab, cfg=cfg, layout=dec)
+    if jit:
+        advance = jax.jit(advance)
+    prompt = jax.jit(lambda: transformer.prefill(params, prompts.tokens, prompts.length, cfg, dec))()
+    state = decode.start(prompts, 3 * G, slots, vocab, cfg, dec)
+    # Row 0 ended before: it must go on without writing anything.
+    state = state.replace(done=state.done.at[0].set(True))
+    for t in range(slots):
+        live = ~np.asarray(state.done)
+        state, logp = advance(params, keys, temperature, prompt, state)
+        token, stored = np.asarray(state.tokens[:, t]), np.asarray(state.logprobs[:, t])
+        gathered = np.take_along_axis(np.asarray(logp), token[:, None], axis=1)[:, 0]
+        np.testing.assert_array_equal(stored[live].view(np.uint32), gathered[live].view(np.uint32))
+        np.testing.assert_array_equal(stored[~live], 0.0)
+        np.testing.assert_array_equal(token[~live], vocab.pad)
+        np.testing.assert_array_equal(np.asarray(state.done), ~live | (token == vocab.eos))
+        assert np.isneginf(np.asarray(logp)[:, num_tokens:]).all()
+        # Sums of 300 f32 exponentials.
+        np.testing.assert_allclose(np.exp(np.asarray(logp, np.float64)).sum(axis=1), 1, atol=1e-5)
+    assert not np.asarray(state.sampled[0]).any() and np.asarray(state.sampled[1:, 0]).all()
+    assert int(state.slot) == slots
+
+
+def test_a_row_that_ended_leaves_the_others_alone(sampler):
+    """Each row equals the one that is drawn with an end token that nobody draws, up to its end."""
+    sample, _, params = sampler
+    train, dec = layouts()
+    rollouts = sample(1.0)
+    endless = generator(G, C, ONE_LAYER, dec, Vocabulary(size=16, pad=0, eos=99))
+    rows = dec.sharding(("rows",))
+    policy = make_policy(ONE_LAYER, params, train, dec, VERSION)
+    temperature = hosts.put(np.ones(P, np.float32), rows)
+    longer = hosts.gather(endless(policy, hosts.put(make_prompts(P), rows), KEY, temperature))
+    assert (longer.length == C).all() and (longer.finish == Finish.LENGTH).all()
+    np.testing.assert_array_equal(longer.tokens[rollouts.sampled], rollouts.tokens[rollouts.sampled])
+    assert not rollouts.sampled.all()

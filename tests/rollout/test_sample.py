@@ -1,0 +1,164 @@
+"""The draw: log-probs equal the distribution's to the bit, frequencies follow it, and the noise is the row's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from jaxrl_llm.model.distribution import process_logits
+from jaxrl_llm.model.linear import contract
+from jaxrl_llm.rollout import sample
+
+DRAWS, CHUNK = 200_000, 10_000
+KEY = jax.random.key(5)
+TEMPERATURES = (0.6, 1.0, 1.5)
+drawn = jax.jit(lambda keys, position, logp: sample.draw(keys, position, logp))
+
+
+def logits_of(dtype: str, rows: int, vocab: int) -> jax.Array:
+    """f32 logits as the head makes them: a product of activations and weights of `dtype`."""
+    rng = np.random.default_rng(vocab)
+    h, head = rng.normal(size=(rows, 8)), rng.normal(size=(8, vocab))
+    return contract(jnp.asarray(h, dtype), jnp.asarray(head, dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "draw, vocab, num_tokens",
+    [
+        (drawn, 16, 16),
+        (drawn, 17, 13),
+        (drawn, 300, 211),
+        (drawn, 1000, 997),
+        (sample.draw, 300, 211),
+    ],
+    ids=["jit-16-16", "jit-17-13", "jit-300-211", "jit-1000-997", "no jit-300-211"],
+)
+def test_the_stored_logprob_is_the_distributions_to_the_bit(draw, dtype, vocab, num_tokens):
+    """`test_decode` asks the same of the whole step in one program."""
+    rows = 96
+    keys = sample.row_keys(KEY, jnp.arange(rows), 1)
+    temperature = jnp.asarray(np.resize(TEMPERATURES, rows), jnp.float32)
+    for logits in (logits_of(dtype, rows, vocab), logits_of(dtype, rows, vocab).astype(dtype)):
+        logp = process_logits(logits, temperature, num_tokens)
+        token, stored = draw(keys, jnp.int32(4), logp)
+        gathered = np.take_along_axis(np.asarray(logp), np.asarray(token)[:, None], axis=1)[:, 0]
+        assert logp.dtype == stored.dtype == jnp.float32 and token.dtype == jnp.int32
+        np.testing.assert_array_equal(np.asarray(stored).view(np.uint32), gathered.view(np.uint32))
+        assert np.isfinite(gathered).all() and 0 <= token.min() and token.max() < num_tokens
+        assert np.isneginf(np.asarray(logp)[:, num_tokens:]).all()
+
+
+def distribution(vocab: int) -> np.ndarray:
+    """Log-probs spread over two orders of magnitude: each of 2e5 draws' expected counts is above 5."""
+    logits = jnp.asarray(np.random.default_rng(vocab).uniform(-2.5, 2.5, (1, vocab)), jnp.float32)
+    return np.asarray(process_logits(logits, jnp.ones(1), vocab))[0]
+
+
+def counts_of(logp: np.ndarray) -> np.ndarray:
+    """How often each token comes in DRAWS draws, each with a key of its own."""
+    rows = jnp.broadcast_to(jnp.asarray(logp), (CHUNK, len(logp)))
+    # A new function each time, so that a patched `sample` is traced anew.
+    many = jax.jit(lambda uid, rows: sample.draw(sample.row_keys(KEY, uid, 1), jnp.int32(0), rows)[0])
+    tokens = [np.asarray(many(jnp.arange(start, start + CHUNK), rows)) for start in range(0, DRAWS, CHUNK)]
+    return np.bincount(np.concatenate(tokens), minlength=len(logp))
+
+
+def check_frequencies(logp: np.ndarray) -> None:
+    probability = np.exp(logp.astype(np.float64))
+    expected = DRAWS * probability / probability.sum()
+    assert expected.min() > 5
+    p_value = stats.chisquare(counts_of(logp), expected).pvalue
+    print(f"V {len(logp)}: chi-square p = {p_value:.4f}")
+    assert p_value > 1e-3
+
+
+@pytest.mark.parametrize("vocab", [16, 300])
+def test_frequencies_are_the_distributions(vocab):
+    check_frequencies(distribution(vocab))
+
+
+def ignore_the_mass_of_blocks(monkeypatch):
+    monkeypatch.setattr(jax.nn, "logsumexp", lambda x, axis: jnp.where(jnp.max(x, axis) > -jnp.inf, 0.0, -jnp.inf))
+
+
+def use_the_noise_of_blocks_inside_them(monkeypatch):
+    """The same key twice: the first entries of both noises are then the same numbers."""
+    monkeypatch.setattr(jax.random, "split", lambda key: jnp.stack([key, key]))
+
+
+@pytest.mark.parametrize("mutant", [ignore_the_mass_of_blocks, use_the_noise_of_blocks_inside_them])
+def test_a_wrong_two_level_draw_does_not_pass(mutant, monkeypatch):
+    logp = distribution(300)
+    mutant(monkeypatch)
+    with pytest.raises(AssertionError):
+        check_frequencies(logp)
+
+
+def check_rows_have_noise_of_their_own() -> None:
+    """Six prompts, eight samples each, all with the same uniform logits over 300 tokens."""
+    keys = sample.row_keys(KEY, jnp.arange(6) * 1000, 8)
+    tokens = np.asarray(drawn(keys, jnp.int32(0), jnp.full((48, 300), -np.log(300.0)))[0]).reshape(6, 8)
+    # 48 draws of 300 give about 44 different tokens.
+    assert len(np.unique(tokens)) > 30
+    assert all(len(np.unique(group)) > 4 for group in tokens)
+    assert len(np.unique(tokens, axis=0)) == 6
+
+
+def test_rows_with_equal_logits_draw_different_tokens():
+    check_rows_have_noise_of_their_own()
+
+
+@pytest.mark.parametrize("shared", ["by the batch", "by the group", "by the sample number"])
+def test_a_key_for_several_rows_does_not_pass(shared, monkeypatch):
+    def keys(key, uid, samples):
+        per_prompt, per_sample = jax.random.split(key, len(uid)), jax.random.split(key, samples)
+        return {
+            "by the batch": jnp.repeat(key[None], len(uid) * samples, axis=0),
+            "by the group": jnp.repeat(per_prompt, samples, axis=0),
+            "by the sample number": jnp.tile(per_sample, len(uid)),
+        }[shared]
+
+    monkeypatch.setattr(sample, "row_keys", keys)
+    with pytest.raises(AssertionError):
+        check_rows_have_noise_of_their_own()
+
+
+def test_a_rows_key_is_made_of_run_prompt_and_sample_alone():
+    keys = jax.random.key_data(sample.row_keys(KEY, jnp.array([7, 3]), 2))
+    by_hand = [
+        jax.random.fold_in(jax.random.fold_in(KEY, uid), number) for uid, number in ((7, 0), (7, 1), (3, 0), (3, 1))
+    ]
+    np.testing.assert_array_equal(keys, [jax.random.key_data(key) for key in by_hand])
+    # Another order, more samples: the same rows have the same keys.
+    more = jax.random.key_data(sample.row_keys(KEY, jnp.array([3, 9, 7]), 3)).reshape(3, 3, -1)
+    np.testing.assert_array_equal(more[[2, 0], :2].reshape(4, -1), keys)
+
+
+def test_each_position_has_noise_of_its_own():
+    keys, logp = sample.row_keys(KEY, jnp.arange(40), 1), jnp.full((40, 300), -np.log(300.0))
+    first, second, again = (drawn(keys, jnp.int32(t), logp)[0] for t in (0, 1, 0))
+    np.testing.assert_array_equal(first, again)
+    assert (first != second).mean() > 0.9
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 128, 129, 300])
+def test_a_certain_token_is_always_drawn(vocab):
+    keys = sample.row_keys(KEY, jnp.arange(64), 1)
+    certain = np.arange(64) % vocab
+    logp = np.full((64, vocab), -np.inf, np.float32)
+    logp[np.arange(64), certain] = 0.0
+    token, logprob = drawn(keys, jnp.int32(0), jnp.asarray(logp))
+    np.testing.assert_array_equal(token, certain)
+    np.testing.assert_array_equal(logprob, 0.0)
+
+
+def test_small_errors_of_the_logits_change_few_tokens():
+    """What the module says of Gumbel-max: noise of 1e-2 changes 0.6 % of the tokens (half of them under inverse CDF)."""
+    rows = 4000
+    keys = sample.row_keys(KEY, jnp.arange(rows), 1)
+    logits = np.broadcast_to(distribution(300), (rows, 300))
+    noisy = logits + 1e-2 * np.random.default_rng(1).normal(size=logits.shape).astype(np.float32)
+    changed = drawn(keys, jnp.int32(0), logits)[0] != drawn(keys, jnp.int32(0), noisy)[0]
+    assert 0 < changed.mean() < 0.03

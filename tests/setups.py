@@ -1,0 +1,70 @@
+"""Small models, layouts and prompts that many tests share."""
+
+from functools import cache
+
+import jax
+import numpy as np
+
+from jaxrl_llm.model import params as model_params
+from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.parallel import hosts
+from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
+from jaxrl_llm.parallel.mesh import make_mesh
+from jaxrl_llm.publish import make_blank, make_publish
+from jaxrl_llm.rollout.decode import Vocabulary, make_generate
+from jaxrl_llm.types import Policy, Prompts, PyTree
+
+# Eight heads over eight key/value heads, so that every mesh below divides them; sharp logits, so that an error shows.
+SMALL = ModelConfig(vocab_size=16, layers=2, d_model=32, heads=16, kv_heads=8, head_dim=8, d_mlp=64, qk_norm=True)
+MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)]
+VOCAB = Vocabulary(size=16, pad=0, eos=15)
+
+
+@cache
+def layouts(sizes: tuple[int, int, int] = (1, 1, 1)) -> tuple[Layout, Layout]:
+    mesh = make_mesh(sizes, jax.devices()[: int(np.prod(sizes))])
+    return Layout(mesh, TRAIN), Layout(mesh, DECODE)
+
+
+def make_params(cfg: ModelConfig, train: Layout, seed: int = 0, sharpness: float = 1.5) -> PyTree:
+    """Random parameters; the embedding, which is the head too, scaled up so that the logits are far from uniform.
+
+    NumPy's numbers: compiling `model_params.init` takes seconds, and its own test does it once.
+    """
+    rng, specs = np.random.default_rng(seed), model_params.specs(cfg)
+    drawn = model_params.map_specs(
+        lambda s: (
+            np.ones(s.shape, np.float32) if s.std is None else (s.std * rng.standard_normal(s.shape)).astype(np.float32)
+        ),
+        specs,
+    )
+    drawn["embed"] *= sharpness
+    return hosts.put(drawn, model_params.shardings(specs, train))
+
+
+@cache
+def publisher(cfg: ModelConfig, train: Layout, decode: Layout):
+    return make_publish(cfg, train, decode), make_blank(cfg, decode)
+
+
+def make_policy(cfg: ModelConfig, params: PyTree, train: Layout, decode: Layout, version: int = 3) -> Policy:
+    publish, blank = publisher(cfg, train, decode)
+    return publish(params, np.int32(version), blank())
+
+
+@cache
+def generator(samples: int, slots: int, cfg: ModelConfig, decode: Layout, vocab: Vocabulary = VOCAB):
+    """`make_generate`, one program for all tests that ask for the same."""
+    return make_generate(samples, slots, vocab, cfg, decode)
+
+
+def make_prompts(num: int, slots: int = 7, seed: int = 0, vocab: int = 15) -> Prompts:
+    """Ragged prompts of 1 to `slots` tokens, uids far apart."""
+    rng = np.random.default_rng(seed)
+    length = rng.integers(1, slots + 1, num).astype(np.int32)
+    length[0], length[-1] = 1, slots
+    tokens = rng.integers(1, vocab, (num, slots)).astype(np.int32)
+    tokens[np.arange(slots) >= length[:, None]] = 0
+    return Prompts(
+        tokens=tokens, length=length, uid=np.arange(num, dtype=np.int32) * 1000 + 7, row=np.arange(num, dtype=np.int32)
+    )

@@ -1,0 +1,227 @@
+"""The rules of the house: who may import whom, what never imports jax, how long a file and a function may be."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NAME = "jaxrl_llm"
+PACKAGE = ROOT / NAME
+
+STAGES = {"prompts", "rollout", "rewards", "experience", "update"}
+FOUNDATION = {"types", "errors", "parallel"}
+# What a room may import beside itself and other rooms' config.py. A file at the top of the package is a room of its own.
+ALLOWED = {
+    "__init__": set(),
+    "errors": set(),
+    "types": set(),
+    "config": {"errors", "metrics"},
+    "metrics": {"errors"},
+    "parallel": {"types", "errors", "config"},
+    "model": FOUNDATION | {"config"},
+    "prompts": FOUNDATION,
+    "rollout": FOUNDATION | {"model"},
+    "rewards": FOUNDATION,
+    "experience": FOUNDATION,
+    "update": FOUNDATION | {"model"},
+    "publish": FOUNDATION | {"model"},
+    "checkpoint": FOUNDATION,
+    "report": {"errors", "metrics"},
+    "run": FOUNDATION | STAGES | {"config", "model", "publish", "checkpoint"},
+    "evaluate": FOUNDATION | STAGES | {"config", "run"},
+    "inspect_run": FOUNDATION | STAGES | {"config", "metrics", "run", "evaluate"},
+    "train": FOUNDATION | STAGES | {"config", "metrics", "model", "publish", "checkpoint", "run", "evaluate"},
+    "cli": {"errors", "config", "parallel", "report", "train", "inspect_run"},
+}
+NEVER = {"configs", "tests", "benchmarks", "launch", "docs"}
+VAGUE = {"utils", "util", "common", "core", "helpers", "helper", "manager", "misc"}
+HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "chex"}
+MAX_FILE, MAX_FUNCTION, MAX_TRAIN = 400, 60, 100
+
+
+def files(package: Path) -> list[Path]:
+    return sorted(package.rglob("*.py"))
+
+
+def module_of(package: Path, path: Path) -> str:
+    return ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(package: Path, path: Path, top_level_only: bool = False) -> set[str]:
+    """Absolute names of all that a file imports, `from a import b` as a.b."""
+    found: set[str] = set()
+    base = path.relative_to(package.parent).parts[:-1]
+    for node in _nodes(ast.parse(path.read_text()), top_level_only):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = [*base[: len(base) - node.level + 1]] if node.level else []
+            origin = ".".join([*start, *([node.module] if node.module else [])])
+            found |= {f"{origin}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _nodes(tree: ast.AST, top_level_only: bool):
+    """All nodes; or those that run at import: no bodies of functions, nothing under TYPE_CHECKING."""
+    for node in ast.iter_child_nodes(tree):
+        late = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        typing = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if top_level_only and (late or typing):
+            continue
+        yield node
+        yield from _nodes(node, top_level_only)
+
+
+def rooms_of(package: Path, path: Path) -> set[str]:
+    """Rooms that a file imports, other than its own; another room's config.py is nobody's secret."""
+    found = set()
+    for name in imports(package, path):
+        parts = name.split(".")
+        if parts[0] == package.name and len(parts) > 1 and (len(parts) < 3 or parts[2] != "config"):
+            found.add(parts[1])
+    return found - {path.relative_to(package).parts[0].removesuffix(".py")}
+
+
+def violations(package: Path) -> list[str]:
+    found = []
+    for path in files(package):
+        where, room = path.relative_to(package), path.relative_to(package).parts[0].removesuffix(".py")
+        if room not in ALLOWED:
+            found.append(f"{where}: no rule for the room {room}")
+            continue
+        found += [
+            f"{where}: {room} may not import {other}" for other in sorted(rooms_of(package, path) - ALLOWED[room])
+        ]
+        outside = {name.split(".")[0] for name in imports(package, path)} & NEVER
+        found += [f"{where}: the package never imports {name}" for name in sorted(outside)]
+        found += [f"{where}: {part} says nothing" for part in where.with_suffix("").parts if part in VAGUE]
+    return found
+
+
+def too_long(package: Path) -> list[str]:
+    found = []
+    for path in files(package):
+        text, where = path.read_text(), path.relative_to(package)
+        if (lines := len(text.splitlines())) > MAX_FILE:
+            found.append(f"{where}: {lines} lines > {MAX_FILE}")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                most = MAX_TRAIN if (str(where), node.name) == ("train.py", "train") else MAX_FUNCTION
+                if (lines := node.end_lineno - node.lineno + 1) > most:
+                    found.append(f"{where}: {node.name} has {lines} lines > {most}")
+    return found
+
+
+def heavy_at_import(package: Path, start: Path) -> list[str]:
+    """Ways from a file, through the package, to a heavy library, taken when it is imported."""
+    by_module = {module_of(package, path): path for path in files(package)}
+    found, seen, todo = [], set(), [(start, [])]
+    while todo:
+        path, way = todo.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        way = [*way, str(path.relative_to(package))]
+        for name in imports(package, path, top_level_only=True):
+            if name.split(".")[0] in HEAVY:
+                found.append(" -> ".join([*way, name]))
+            parents = [".".join(name.split(".")[:i]) for i in range(1, name.count(".") + 2)]
+            todo += [(by_module[parent], way) for parent in parents if parent in by_module]
+    return found
+
+
+LIGHT = [
+    PACKAGE / "cli.py",
+    PACKAGE / "config.py",
+    *sorted(PACKAGE.glob("*/config.py")),
+    PACKAGE / "rewards" / "graders.py",
+]
+
+
+def test_rooms_import_only_what_they_may():
+    assert violations(PACKAGE) == []
+
+
+def test_files_and_functions_stay_short():
+    assert too_long(PACKAGE) == []
+
+
+@pytest.mark.parametrize("path", LIGHT, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_config_command_line_and_graders_load_without_jax(path):
+    assert path.exists() and heavy_at_import(PACKAGE, path) == []
+
+
+def test_and_so_they_do():
+    modules = ", ".join(module_of(PACKAGE, path) for path in [*LIGHT, *PACKAGE.glob("*/__init__.py")])
+    code = f"import sys, {modules}; print(sorted({{m.split('.')[0] for m in sys.modules}} & {HEAVY}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_every_rule_is_about_a_room_that_exists():
+    rooms = {path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert {path.name.removesuffix(".py") for path in rooms} == set(ALLOWED)
+
+
+def test_the_table_says_what_the_design_says():
+    for stage in STAGES:
+        assert not ALLOWED[stage] & STAGES
+        assert ("model" in ALLOWED[stage]) == (stage in {"rollout", "update"})
+    assert [room for room, others in ALLOWED.items() if "train" in others] == ["cli"]
+    assert not any("cli" in others for others in ALLOWED.values())
+    assert not any(others & {"inspect_run"} for room, others in ALLOWED.items() if room != "cli")
+
+
+def test_tests_mirror_the_package():
+    """A folder of tests bears the name of a room."""
+    extra = {"golden", "tpu_aot", "gpu", "peers", "__pycache__"}
+    assert {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} - extra <= set(ALLOWED)
+
+
+FAKE = {
+    "prompts/a.py": ("from jaxrl_llm.rewards.pool import Pool", "prompts may not import rewards"),
+    "rollout/a.py": ("from ..update import step", "rollout may not import update"),
+    "model/a.py": ("def f():\n    import jaxrl_llm.rollout.decode", "model may not import rollout"),
+    "experience/a.py": ("from jaxrl_llm import train", "experience may not import train"),
+    "update/a.py": ("from tests import setups", "the package never imports tests"),
+    "utils.py": ("", "no rule for the room utils"),
+    "rewards/helpers.py": ("", "helpers says nothing"),
+}
+
+
+@pytest.mark.parametrize("where", FAKE)
+def test_the_checker_sees_a_wrong_import(where, tmp_path):
+    source, message = FAKE[where]
+    path = tmp_path / NAME / where
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source)
+    assert violations(tmp_path / NAME) == [f"{where}: {message}"]
+    # A room may import itself and another's config.
+    path.unlink()
+    good = tmp_path / NAME / "rollout" / "b.py"
+    good.parent.mkdir(exist_ok=True)
+    good.write_text(
+        "from jaxrl_llm.rollout.a import x\nfrom jaxrl_llm.update.config import UpdateConfig\nfrom .a import y\n"
+    )
+    assert violations(tmp_path / NAME) == []
+
+
+def test_the_checker_sees_what_is_too_long(tmp_path):
+    package = tmp_path / NAME
+    package.mkdir()
+    (package / "train.py").write_text("def train():\n" + "    x = 1\n" * 99 + "def f():\n" + "    x = 1\n" * 60)
+    (package / "config.py").write_text("x = 1\n" * 401)
+    assert too_long(package) == ["config.py: 401 lines > 400", "train.py: f has 61 lines > 60"]
+
+
+def test_the_checker_sees_a_way_to_jax(tmp_path):
+    package = tmp_path / NAME
+    package.mkdir()
+    (package / "cli.py").write_text("from jaxrl_llm.metrics import x\ndef f():\n    import jax\n")
+    (package / "metrics.py").write_text("import jax.numpy as jnp\n")
+    assert heavy_at_import(package, package / "cli.py") == ["cli.py -> metrics.py -> jax.numpy"]
+    (package / "metrics.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import jax\n")
+    assert heavy_at_import(package, package / "cli.py") == []

@@ -1,0 +1,99 @@
+"""Bad input ends with exit code 2, one clear message, and no traceback; nothing is lost."""
+
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def jaxrl(*arguments: object, devices: int = 1, expect: int = 2) -> str:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxrl_llm.cli", *map(str, arguments)],
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == expect, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def config(directory: Path, text: str) -> Path:
+    path = directory / "run.yaml"
+    path.write_text(f"run_dir: {directory / 'run'}\n{text}")
+    return path
+
+
+def test_an_impossible_mesh_is_refused_with_all_that_is_wrong(tmp_path):
+    path = config(
+        tmp_path,
+        "mesh: {data: 2, fsdp: 1, tensor: 3}\n"
+        "model: {vocab_size: 10, kv_heads: 2}\nrollout: {prompts: 9}\nupdate: {minibatches: 2}\n",
+    )
+    said = jaxrl("train", path, devices=8)
+    assert "asked for data 2, fsdp 1, tensor 3 (a product of 6), found 8 devices" in said
+    assert "mesh.tensor: got 3, want a divisor of model.kv_heads (2): 1, 2" in said
+    assert "mesh.tensor: got 3, want a divisor of model.vocab_size (10): 1, 2, 5, 10" in said
+    assert "rollout.prompts: got 9, want a multiple of mesh.data * mesh.fsdp (2)" in said
+    assert "update.minibatches: got 2, want a divisor of rollout.prompts (9): 1, 3, 9" in said
+    assert "model.vocab_size: got 10, want at least the tokenizer's 16" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "train.jsonl: got an empty file"),
+        ('{"prompt": "<1+2>", "answer": "3#"}\n{"prompt": oops}\n', "train.jsonl:2: not JSON"),
+        ('{"prompt": "<1+2>"}\n', "train.jsonl:1: answer: got null"),
+    ],
+)
+def test_bad_data_is_named_by_file_and_line(tmp_path, content, said):
+    (tmp_path / "train.jsonl").write_text(content)
+    path = config(
+        tmp_path, f"task: {{kind: jsonl, path: {tmp_path}/train.jsonl, held_out_path: {tmp_path}/train.jsonl}}\n"
+    )
+    assert said in jaxrl("train", path)
+
+
+def test_a_run_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert f"run_dir: got {tmp_path}/file/run" in jaxrl(
+        "train", ROOT / "configs/arithmetic.yaml", "--run-dir", tmp_path / "file/run"
+    )
+
+
+def test_two_runs_in_one_directory(tmp_path):
+    with (tmp_path / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        held.write("process 123 on host x")
+        held.flush()
+        said = jaxrl("train", ROOT / "configs/arithmetic.yaml", "--run-dir", tmp_path)
+    assert f"{tmp_path} is in use by process 123 on host x" in said
+
+
+def test_a_run_directory_with_another_config(tmp_path):
+    (tmp_path / "config.yaml").write_text((ROOT / "configs/arithmetic.yaml").read_text())
+    said = jaxrl(
+        "train", ROOT / "configs/arithmetic.yaml", "--run-dir", tmp_path, "--seed", 3, "--update.loss.low", 0.1
+    )
+    assert "holds a run with another config" in said
+    assert "seed: 0 -> 3" in said and "update.loss.low: 0.2 -> 0.1" in said
+
+
+def test_resume_without_a_checkpoint(tmp_path):
+    said = jaxrl("train", ROOT / "configs/arithmetic.yaml", "--run-dir", tmp_path / "none", "--resume", expect=3)
+    assert "holds no checkpoint" in said
+
+
+def test_sampling_a_prompt_that_cannot_be_spelled():
+    assert "'x' 'y'" in jaxrl("sample", ROOT / "configs/arithmetic.yaml", "--prompt", "xy")
+
+
+def test_eval_of_something_that_is_no_run(tmp_path):
+    assert "want a run directory" in jaxrl("eval", ROOT / "configs/arithmetic.yaml")
+    assert "config.yaml: cannot be read" in jaxrl("eval", tmp_path)

@@ -1,0 +1,264 @@
+"""The config: YAML to values, every error at once and in words, and what a mesh cannot do said before anything compiles."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from jaxrl_llm import config
+from jaxrl_llm.cli import read_config
+from jaxrl_llm.config import RunConfig, changes, dump, load, problems, to_dict
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.parallel.config import MeshConfig
+from jaxrl_llm.prompts.config import ArithmeticTask, JsonlTask
+from jaxrl_llm.rollout.config import RolloutConfig
+from jaxrl_llm.update.config import ClippedLoss, CrossEntropyLoss, UpdateConfig
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(text: str | bytes) -> RunConfig:
+        path = tmp_path / "c.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return load(path)
+
+    return read
+
+
+@pytest.fixture
+def refuse(read, tmp_path):
+    """The lines of the error, without the file's name, which each must begin with."""
+
+    def refuse(text: str | bytes) -> list[str]:
+        with pytest.raises(UserError) as error:
+            read(text)
+        assert error.value.exit_code == 2
+        lines = str(error.value).splitlines()
+        assert lines[0].startswith(f"{tmp_path}/c.yaml: ")
+        return [line.removeprefix(f"{tmp_path}/c.yaml: ") for line in lines]
+
+    return refuse
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_the_configs_of_the_repository_load(path):
+    cfg = load(path)
+    assert problems(cfg, 1, 1) == []
+    assert load(path) == cfg and path.read_text().startswith("#")
+
+
+def test_there_are_configs():
+    assert CONFIGS
+
+
+def test_defaults_alone_work():
+    assert problems(RunConfig(), 1, 1) == problems(RunConfig(), 8, 2) == []
+
+
+@pytest.mark.parametrize(
+    "text, lines",
+    [
+        ("stpes: 3", ["stpes: no such key, perhaps you meant steps"]),
+        ("model: {vocab_sise: 16}", ["model.vocab_sise: no such key, perhaps you meant model.vocab_size"]),
+        (
+            "update: {optimizer: {lrr: 0.1}}",
+            ["update.optimizer.lrr: no such key, perhaps you meant update.optimizer.lr"],
+        ),
+        (
+            "update: {loss: {kind: clipped, hihg: 1}}",
+            ["update.loss.hihg: no such key, perhaps you meant update.loss.high"],
+        ),
+        ("zzzzz: 1", ["zzzzz: no such key"]),
+        (
+            "steps: many",
+            ["steps: got 'many', want: input should be a valid integer, unable to parse string as an integer"],
+        ),
+        ("steps: -1", ["steps: got -1, want: input should be greater than or equal to 0"]),
+        ("rollout: {temperature: 0}", ["rollout.temperature: got 0, want: input should be greater than 0"]),
+        ("model: 3", ["model: got 3, want: input should be a dictionary or an instance of ModelConfig"]),
+        (
+            "experience: {advantage: ppo}",
+            ["experience.advantage: got 'ppo', want: input should be 'grpo', 'rloo' or 'mean_only'"],
+        ),
+        ("task: {kind: jsonl, path: a}", ["task.held_out_path: got nothing, want: field required"]),
+        ("update: {optimizer: {lr: .nan}}", ["update.optimizer.lr: got nan, want: input should be a finite number"]),
+        ("1: 2", ["1: got 1, want: keys should be strings"]),
+        ("", ["got an empty file, want section: values"]),
+        ("# only a comment", ["got an empty file, want section: values"]),
+        ("- 1", ["got list, want section: values"]),
+        ("words", ["got str, want section: values"]),
+    ],
+)
+def test_what_is_wrong_is_said(refuse, text, lines):
+    assert refuse(text) == lines
+
+
+def test_an_unknown_kind_names_the_kinds_there_are(refuse):
+    (line,) = refuse("task: {kind: arithmatic}")
+    assert line.startswith("task: got {'kind': 'arithmatic'}, want: ") and "'arithmetic', 'jsonl'" in line
+    (line,) = refuse("update: {loss: {low: 0.1}}")
+    assert line.startswith("update.loss: got {'low': 0.1}, want: ") and "'kind'" in line
+
+
+def test_a_mesh_axis_of_zero_is_refused(refuse):
+    (line,) = refuse("mesh: {data: 0}")
+    assert line.startswith("mesh.data: got 0, want: ")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("a: [", ["not YAML", "line 1, column 5"]),
+        ("seed: 1\nseed: 2", ["not YAML: the key 'seed' stands twice", "line 2, column 1"]),
+        ("model: {layers: 1, layers: 2}", ["not YAML: the key 'layers' stands twice"]),
+        ("{[1, 2]: 3}", ["not YAML"]),
+        ("seed: !!python/object/apply:os.getcwd []", ["not YAML", "could not determine a constructor"]),
+        (b"seed: \xff", ["not YAML", "byte 0xff"]),
+        (b"seed: \x00", ["not YAML", "#x0000"]),
+    ],
+)
+def test_what_is_not_yaml_says_where(refuse, text, words):
+    said = "\n".join(refuse(text))
+    assert all(word in said for word in words), said
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"nope.yaml: cannot be read: No such file or directory"):
+        load(tmp_path / "nope.yaml")
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        load(tmp_path)
+
+
+def test_all_errors_come_at_once(refuse):
+    text = "stpes: 3\nseed: x\nmodel: {layers: 0, headz: 2}\nupdate: {loss: {kind: clipped, low: 2}}\n"
+    named = sorted(line.split(": ")[0] for line in refuse(text))
+    assert named == ["model.headz", "model.layers", "seed", "stpes", "update.loss.low"]
+
+
+def test_numbers_as_people_write_them(read):
+    for text, want in (("1e-5", 1e-5), ("2E-4", 2e-4), ("1.5e+0", 1.5), ("3", 3.0), ("1.e-3", 1e-3), ("1_0e-1", 1.0)):
+        lr = read(f"update: {{optimizer: {{lr: {text}}}}}").update.optimizer.lr
+        assert lr == want and type(lr) is float, text
+    # What only looks like a number stays a word.
+    assert read("run_dir: 1e5x").run_dir == "1e5x"
+
+
+def test_a_choice_is_a_type(read):
+    assert read("task: {kind: arithmetic, terms: 2}").task == ArithmeticTask(terms=2)
+    assert read("task: {kind: jsonl, path: a, held_out_path: b}").task == JsonlTask("a", "b")
+    assert read("update: {loss: {kind: clipped, high: 0.28}}").update.loss == ClippedLoss(high=0.28)
+    assert read("update: {loss: {kind: cross_entropy}}").update.loss == CrossEntropyLoss()
+
+
+@pytest.mark.parametrize(
+    "text", ["seed: 3", "task: {kind: jsonl, path: a, held_out_path: b}", "update: {optimizer: {lr: 1e-5}}"]
+)
+def test_a_config_survives_its_own_yaml(read, text):
+    cfg = read(text)
+    assert read(dump(cfg)) == cfg
+    assert config.validate(to_dict(cfg), "again") == cfg
+
+
+def overridden(tmp_path, *args: str, text: str = "seed: 3\nsteps: 7\n") -> RunConfig:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return read_config(str(path), args)
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path):
+    cfg = overridden(tmp_path, "--steps", "9", "--mesh.data", "-1", "--mesh.fsdp", "2", "--update.optimizer.lr", "3e-4")
+    assert (cfg.seed, cfg.steps, cfg.mesh, cfg.update.optimizer.lr) == (3, 9, MeshConfig(-1, 2, 1), 3e-4)
+    assert overridden(tmp_path) == load(tmp_path / "c.yaml")
+    assert cfg.rollout == RolloutConfig()
+
+
+def test_overrides_reach_into_a_chosen_kind(tmp_path):
+    assert overridden(tmp_path, "--update.loss.kl", "0.1").update.loss == ClippedLoss(kl=0.1)
+    assert overridden(tmp_path, "--task.terms", "2").task == ArithmeticTask(terms=2)
+    jsonl = "task: {kind: jsonl, path: a, held_out_path: b}"
+    assert overridden(tmp_path, "--task.path", "c", text=jsonl).task == JsonlTask("c", "b")
+    assert overridden(tmp_path, "--model.qk-norm", "True").model.qk_norm is True
+
+
+def test_an_override_is_validated_too(tmp_path):
+    with pytest.raises(
+        UserError, match=r"command line: update.optimizer.lr: got -1.0, want: input should be greater than 0"
+    ):
+        overridden(tmp_path, "--update.optimizer.lr", "-1")
+
+
+def test_a_run_directory_is_a_config(tmp_path):
+    (tmp_path / "config.yaml").write_text("run_dir: elsewhere\nseed: 5\n")
+    cfg = read_config(str(tmp_path), [])
+    assert (cfg.seed, cfg.run_dir) == (5, str(tmp_path))
+
+
+def test_every_problem_of_an_impossible_mesh_is_listed():
+    """8 devices cannot be 3 x 2 x 5; 5 divides nothing of the model; 3 * 2 = 6 rows' shards divide nothing either."""
+    cfg = RunConfig(
+        mesh=MeshConfig(3, 2, 5),
+        model=ModelConfig(heads=3, kv_heads=2, head_dim=7, d_mlp=9, vocab_size=16),
+        rollout=RolloutConfig(prompts=4, samples=1),
+        warm_start=config.WarmStartConfig(rows=8),
+        update=UpdateConfig(loss=CrossEntropyLoss(), minibatches=3),
+    )
+    assert problems(cfg, 8, 3) == [
+        "mesh: asked for data 3, fsdp 2, tensor 5 (a product of 30), found 8 devices; "
+        "the product must be 8, sizes that work on an axis: 1, 2, 4, 8",
+        "model.heads: got 3, want a multiple of model.kv_heads (2)",
+        "model.head_dim: got 7, want an even number (RoPE turns pairs)",
+        "mesh.tensor: got 5, want a divisor of model.kv_heads (2): 1, 2",
+        "mesh.tensor: got 5, want a divisor of model.d_mlp (9): 1, 3, 9",
+        "mesh.tensor: got 5, want a divisor of model.vocab_size (16): 1, 2, 4, 8, 16",
+        "rollout.prompts: got 4, want a multiple of mesh.data * mesh.fsdp (6); 4 allows 1, 2, 4",
+        "warm_start.rows: got 8, want a multiple of mesh.data * mesh.fsdp (6); 8 allows 1, 2, 4, 8",
+        "rollout.prompts: got 4, want a multiple of the 3 processes",
+        "update.minibatches: got 3, want a divisor of rollout.prompts (4): 1, 2, 4",
+        "rollout.samples: got 1, want 2 or more: a group of one has no advantage",
+        "update.loss.kind: got cross_entropy, want clipped: RL needs a loss that uses advantages",
+    ]
+
+
+def test_micro_batches_must_leave_rows_for_every_shard():
+    """32 prompts of 8 in 4 minibatches: 64 rows. 8 shards leave 8 rows each, so 3 micro-batches do not do."""
+    cfg = RunConfig(update=UpdateConfig(minibatches=4, micro_batches=3))
+    assert problems(cfg, 8, 1) == [
+        "update.micro_batches: got 3, want a divisor of the 64 rows of a minibatch that leaves a multiple of "
+        "mesh.data * mesh.fsdp (8): 1, 2, 4, 8"
+    ]
+    assert problems(dataclasses.replace(cfg, update=UpdateConfig(minibatches=4, micro_batches=8)), 8, 1) == []
+    # 16 rows a minibatch for 32 shards: nothing works.
+    few = RunConfig(rollout=RolloutConfig(prompts=32, samples=4), update=UpdateConfig(minibatches=8))
+    assert problems(few, 32, 1)[-1].endswith("mesh.data * mesh.fsdp (32): none")
+
+
+def test_changes_names_what_a_resumption_may_not_change():
+    saved = to_dict(RunConfig())
+    assert changes(saved, to_dict(RunConfig())) == []
+    may = RunConfig(
+        run_dir="b", steps=5, mesh=MeshConfig(2, 2, 2), reward=dataclasses.replace(RunConfig().reward, workers=9)
+    )
+    assert changes(saved, to_dict(may)) == []
+    now = RunConfig(seed=1, rollout=RolloutConfig(temperature=0.5), update=UpdateConfig(loss=CrossEntropyLoss()))
+    assert changes(saved, to_dict(now)) == [
+        "rollout.temperature: 1.0 -> 0.5",
+        "seed: 0 -> 1",
+        "update.loss.entropy: 0.0 -> None",
+        "update.loss.high: 0.2 -> None",
+        "update.loss.kind: 'clipped' -> 'cross_entropy'",
+        "update.loss.kl: 0.0 -> None",
+        "update.loss.low: 0.2 -> None",
+    ]
+
+
+def test_a_field_that_an_older_run_did_not_have_is_a_change():
+    saved = to_dict(RunConfig())
+    del saved["seed"]
+    assert changes(saved, to_dict(RunConfig())) == ["seed: None -> 0"]
+
+
+def test_warm_start_and_rl_add_up():
+    assert RunConfig(steps=10, warm_start=config.WarmStartConfig(steps=5)).total_steps == 15

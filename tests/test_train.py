@@ -1,0 +1,381 @@
+"""Whole runs: what they record, that they compile once, and that nothing which stops them changes what they compute."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl_llm import config as run_config
+from jaxrl_llm.config import RunConfig
+from jaxrl_llm.metrics import CompileCounter, read_jsonl
+
+ROOT = Path(__file__).parents[1]
+TINY = """
+steps: {steps}
+model: {{vocab_size: 16, layers: 1, d_model: 32, heads: 8, kv_heads: 8, head_dim: 8, d_mlp: 64}}
+warm_start: {{steps: 3, rows: 16, noise: 0.5}}
+rollout: {{prompts: 8, samples: 4, max_new_tokens: 4}}
+task: {{kind: arithmetic, terms: 2, held_out: 16}}
+reward: {{workers: 1}}
+experience: {{filter: {filter}, replay: {{capacity: 12}}}}
+update: {{minibatches: 2, epochs: 2, loss: {{kind: clipped, kl: 0.01}}, optimizer: {{lr: 1.0e-3}}}}
+evaluation: {{every: 5}}
+checkpoint: {{every: {every}}}
+metrics: {{rollout_groups: -1, tensorboard: false, samples_every: 0}}
+"""
+# What a clock or a compiler says; everything else must come out the same.
+CLOCKED = ("time/", "tokens_per_s", "compiles")
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("xla")
+
+
+@pytest.fixture(scope="session")
+def environment(cache_dir):
+    """For runs as processes of their own; compiled programs are shared among them, which saves minutes."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("JAX", "XLA"))}
+    return clean | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def write_config(directory: Path, steps: int = 10, every: int = 1, keep: str = "has_signal") -> Path:
+    path = directory / "tiny.yaml"
+    path.write_text(TINY.format(steps=steps, every=every, filter=keep))
+    return path
+
+
+def command(config: Path, run_dir: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "jaxrl_llm.cli", "train", str(config), "--run-dir", str(run_dir), *more]
+
+
+def run(config: Path, run_dir: Path, environment: dict, *more: str, expect: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        command(config, run_dir, *more), env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def rows(run_dir: Path) -> list[dict]:
+    found = read_jsonl(run_dir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith(CLOCKED)} for row in found]
+
+
+def final_fingerprints(run_dir: Path) -> dict[str, int]:
+    newest = max((run_dir / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
+    described = json.loads(json.loads((newest / "meta" / "metadata").read_text())["text"])
+    return {path: number for path, (_, number) in described["leaves"].items()}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Losses, rewards, prompt ids, tokens and log-probs of every step, and every leaf of the final state, bit for bit."""
+    assert rows(one) == rows(other)
+    assert (one / "rollouts.jsonl").read_text() == (other / "rollouts.jsonl").read_text()
+    assert final_fingerprints(one) == final_fingerprints(other)
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory, environment):
+    """A run that nobody disturbed: 3 steps of warm start, 24 of RL."""
+    directory = tmp_path_factory.mktemp("reference")
+    config = write_config(directory, steps=24)
+    run(config, directory / "run", environment)
+    return directory / "run", config
+
+
+@pytest.mark.slow
+def test_a_run_records_what_it_did(reference):
+    run_dir, _ = reference
+    found = rows(run_dir)
+    assert [row["step"] for row in found] == list(range(1, 28))
+    assert [row["phase"] for row in found] == ["warm_start"] * 3 + ["rl"] * 24
+    names = {
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+        "entropy",
+        "kl",
+    }
+    names |= {
+        "clip_ratio/low",
+        "clip_ratio/high",
+        "mismatch/max_abs_dlogp",
+        "ratio/mean",
+        "ratio/max",
+        "loss",
+        "grad_norm",
+    }
+    assert names <= found[-1].keys()
+    timed = read_jsonl(run_dir / "metrics.jsonl")[-1].keys()
+    assert {"time/generate", "time/update", "time/publish", "tokens_per_s", "compiles"} <= timed
+    assert [row["step"] for row in found if "eval/exact" in row] == [8, 13, 18, 23, 27]
+    assert all(row["alarm/ratio"] == 0 for row in found[3:])
+    rollouts = read_jsonl(run_dir / "rollouts.jsonl")
+    assert len(rollouts) == 24 * 8 * 4
+    assert [r["uid"] for r in rollouts[::4]] == list(range(24 * 8)), "each visit of the stream once, in order"
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_left_as_it_is(reference, environment):
+    run_dir, config = reference
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    done = run(config, run_dir, environment)
+    assert "held-out accuracy" in done.stdout
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def wait_for_rows(run_dir: Path, count: int, process: subprocess.Popen, timeout_s: float = 200) -> None:
+    path, until = run_dir / "metrics.jsonl", time.monotonic() + timeout_s
+    while (path.read_bytes().count(b"\n") if path.exists() else 0) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until, f"no step {count} after {timeout_s} s"
+        time.sleep(0.01)
+
+
+def start(config: Path, run_dir: Path, environment: dict) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(config, run_dir), env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [2, 11])
+def test_sigterm_saves_and_the_resumed_run_is_the_same(reference, environment, tmp_path, at):
+    """In the warm start and in RL; checkpoints are far apart here, so only the signal's own save can help."""
+    undisturbed, _ = reference
+    config = write_config(tmp_path, steps=24, every=1000)
+    process = start(config, tmp_path / "run", environment)
+    wait_for_rows(tmp_path / "run", at, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err[-3000:]
+    assert "stopped by SIGTERM after step" in err and "Traceback" not in err
+    run(config, tmp_path / "run", environment, "--resume")
+    assert_same_run(undisturbed, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_sigkill_at_random_instants_and_the_resumed_run_is_the_same(reference, environment, tmp_path):
+    """A save is under way most of the time: every step is due. Killed eight times, the run must not notice."""
+    undisturbed, config = reference
+    rng = random.Random(1)
+    run_dir, done = tmp_path / "run", 0
+    for _ in range(8):
+        process = start(config, run_dir, environment)
+        wait_for_rows(run_dir, min(done + 2, 26), process)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        done = len(read_jsonl(run_dir / "metrics.jsonl"))
+    run(config, run_dir, environment)
+    assert_same_run(undisturbed, run_dir)
+    assert [p.name for p in (run_dir / "checkpoints").iterdir() if not p.name.isdigit()] == []
+    assert len(list((run_dir / "checkpoints").iterdir())) <= 3
+
+
+def copy(source: Path, to: Path) -> Path:
+    subprocess.run(["cp", "-r", str(source), str(to)], check=True)
+    return to
+
+
+@pytest.mark.slow
+def test_a_changed_checkpoint_is_named_and_the_one_before_is_used(reference, environment, tmp_path):
+    undisturbed, config = reference
+    run_dir = copy(undisturbed, tmp_path / "run")
+    newest = run_dir / "checkpoints" / "27"
+    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 4
+    largest.write_bytes(data)
+    done = run(config, run_dir, environment)
+    assert "step 27 unreadable" in done.stderr and "corrupt-27" in done.stderr
+    assert "going on from step 26" in done.stdout
+    assert_same_run(undisturbed, run_dir)
+
+
+@pytest.mark.slow
+def test_when_no_checkpoint_can_be_read_the_run_does_not_start_afresh(reference, environment, tmp_path):
+    undisturbed, config = reference
+    run_dir = copy(undisturbed, tmp_path / "run")
+    for path in (run_dir / "checkpoints").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:10])
+    done = run(config, run_dir, environment, expect=3)
+    assert "no checkpoint can be read" in done.stderr
+    assert len(read_jsonl(run_dir / "metrics.jsonl")) == 27
+
+
+@pytest.mark.slow
+def test_another_mesh_goes_on_with_the_same_losses(reference, environment, tmp_path):
+    undisturbed, config = reference
+    run_dir = copy(undisturbed, tmp_path / "run")
+    for step in (26, 27):
+        subprocess.run(["rm", "-r", str(run_dir / "checkpoints" / str(step))], check=True)
+    run(config, run_dir, environment | {"JAX_NUM_CPU_DEVICES": "8"}, "--mesh.fsdp", "2", "--mesh.tensor", "4")
+    want, got = rows(undisturbed)[25], rows(run_dir)[25]
+    assert got["completions/crc32"] == want["completions/crc32"]
+    # Compared beside the terms that the loss is the small difference of: each is of order 1.
+    assert abs(got["loss"] - want["loss"]) <= 1e-6 * max(1, abs(want["loss"]))
+
+
+@pytest.mark.slow
+def test_two_processes_sample_the_same_tokens(reference, environment, tmp_path):
+    """2 processes x 4 devices through the launcher, against one process with one device."""
+    undisturbed, _ = reference
+    config = write_config(tmp_path, steps=3, every=1000)
+    launcher = [
+        sys.executable,
+        str(ROOT / "launch" / "local.py"),
+        "--processes",
+        "2",
+        "--devices",
+        "4",
+        "--log-dir",
+        str(tmp_path),
+    ]
+    arguments = ["train", str(config), "--run-dir", str(tmp_path / "run"), "--mesh.fsdp", "4", "--mesh.tensor", "2"]
+    done = subprocess.run(
+        [*launcher, "--", *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
+    logs = "".join(p.read_text()[-3000:] for p in tmp_path.glob("*.log"))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:] + logs
+    want, got = rows(undisturbed)[:6], rows(tmp_path / "run")
+    assert [row["step"] for row in got] == [1, 2, 3, 4, 5, 6]
+    assert [r.get("completions/crc32") for r in got] == [r.get("completions/crc32") for r in want]
+    assert [r.get("reward") for r in got] == [r.get("reward") for r in want]
+    np.testing.assert_allclose([r["loss"] for r in got], [r["loss"] for r in want], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_sigterm_to_a_job_of_two_processes(environment, tmp_path):
+    config = write_config(tmp_path, steps=2000, every=100000)
+    launcher = [
+        sys.executable,
+        str(ROOT / "launch" / "local.py"),
+        "--processes",
+        "2",
+        "--devices",
+        "1",
+        "--log-dir",
+        str(tmp_path),
+    ]
+    arguments = ["train", str(config), "--run-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        [*launcher, "--grace", "60", "--", *arguments],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_rows(tmp_path / "run", 5, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err[-3000:]
+    saved = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
+    assert len(saved) == 1 and saved[0] == len(read_jsonl(tmp_path / "run" / "metrics.jsonl"))
+
+
+def tiny_run(tmp_path: Path, **changes) -> RunConfig:
+    cfg = run_config.load(write_config(tmp_path, steps=5, keep="none"))
+    return dataclasses.replace(
+        cfg, run_dir=str(tmp_path / "run"), mesh=dataclasses.replace(cfg.mesh, data=8, fsdp=1), **changes
+    )
+
+
+def test_nothing_compiles_after_warm_up(tmp_path):
+    """Fifty steps with temperatures coming and going, evaluations and saves among them."""
+    from jaxrl_llm import train
+
+    cfg = tiny_run(tmp_path)
+    run = train.build(cfg)
+    with train.open_shell(cfg) as shell:
+        life = train.begin(run)
+        while life.step < cfg.warm_start.steps:
+            life, _ = train.warm_step(run, shell, life)
+        life, policy, _ = train.start_rl(run, shell, life)
+
+        def steps(run, life, policy, n):
+            for _ in range(n):
+                life, policy, metrics = train.rl_step(run, shell, life, policy)
+                shell.recorder.log(life.step, metrics)
+                # Fresh data, first update: what is left is the sampler's own error against the trainer.
+                assert 0 < metrics["mismatch/max_abs_dlogp"] <= 5e-4
+            train.evaluate(run, life.state.params, policy, shell.pool)
+            train.save(run, shell, life)
+            shell.checkpoints.poll()
+            return life, policy
+
+        life, policy = steps(run, life, policy, 2)
+        counter = CompileCounter()
+        for temperature in (0.7, 1.0, 1.3, 0.9, 1.1):
+            other = dataclasses.replace(
+                run, cfg=dataclasses.replace(cfg, rollout=dataclasses.replace(cfg.rollout, temperature=temperature))
+            )
+            life, policy = steps(other, life, policy, 10)
+        assert life.step == 3 + 2 + 50
+        assert counter.take()["compiles"] == 0
+
+
+def test_live_arrays_do_not_grow(tmp_path):
+    from jaxrl_llm import train
+
+    cfg = tiny_run(tmp_path)
+    run = train.build(cfg)
+    with train.open_shell(cfg) as shell:
+        life, policy, _ = train.start_rl(run, shell, dataclasses.replace(train.begin(run), step=3))
+        counts = []
+        for _ in range(6):
+            life, policy, _ = train.rl_step(run, shell, life, policy)
+            counts.append(len(jax.live_arrays()))
+        assert counts[-1] == counts[1]
+
+
+def test_failing_graders_cost_their_groups_and_are_counted(tmp_path, monkeypatch):
+    from jaxrl_llm import train
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "flaky.py").write_text(
+        "import time\n"
+        "def grade(sample):\n"
+        "    first = int(sample.prompt[1])\n"
+        "    if first == 0: raise ValueError('zero')\n"
+        "    if first == 1: time.sleep(60)\n"
+        "    if first == 2: return float('nan')\n"
+        "    if first == 3: return '1.0'\n"
+        "    return float(sample.completion == sample.answer)\n"
+    )
+    cfg = tiny_run(tmp_path)
+    cfg = dataclasses.replace(
+        cfg, reward=dataclasses.replace(cfg.reward, grader="flaky:grade", deadline_s=0.3, workers=2)
+    )
+    train.train(cfg)
+    found = [row for row in read_jsonl(tmp_path / "run" / "metrics.jsonl") if row["phase"] == "rl"]
+    assert len(found) == 5
+    kinds = ("raised", "timed_out", "not_finite", "wrong_type")
+    counted = [sum(row[f"rewards/flaky:grade/{kind}"] for row in found) for kind in kinds]
+    starts = [int(r["prompt"][1]) for r in read_jsonl(tmp_path / "run" / "rollouts.jsonl") if r["sample"] == 0]
+    assert counted == [starts.count(first) for first in range(4)]
+    assert min(counted) > 0
+    graded = sum(s > 3 for s in starts)
+    assert sum(row["groups/kept"] for row in found) == graded
+    assert np.isfinite([row["loss"] for row in found]).all()

@@ -1,0 +1,80 @@
+"""Each program is compiled once for a v5e:4x4 slice of a pod, by the real TPU compiler. No TPU is needed."""
+
+import dataclasses
+import fcntl
+import os
+import pickle
+from collections.abc import Callable
+
+# Before libtpu loads: no questions to a metadata server, and several processes (pytest -n) may compile at a time.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5e-16")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_WORKER_ID", "0")
+
+import jax
+import pytest
+from jax.experimental import topologies
+from programs import (
+    DECODE_LAYERS,
+    MESH,
+    ONE_BILLION,
+    Program,
+    compile_program,
+    layouts,
+    lower_generate,
+    lower_publish,
+    lower_update,
+)
+
+from jaxrl_llm.model.config import ModelConfig
+
+
+@pytest.fixture(scope="session")
+def topology():
+    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed: pip install 'jax[tpu]'")
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4")
+    except Exception as e:
+        pytest.skip(f"the TPU compiler does not start here: {e}")
+
+
+@pytest.fixture(scope="session")
+def compile_once(tmp_path_factory):
+    """Compile under a name; the workers of pytest-xdist share the result through a file."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+    def get(name: str, cfg: ModelConfig, lower: Callable[[], jax.stages.Lowered]) -> Program:
+        with open(folder / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            path = folder / f"{name}.pickle"
+            if not path.exists():
+                path.write_bytes(pickle.dumps(compile_program(cfg, lower)))
+            program = pickle.loads(path.read_bytes())
+        print(
+            f"{name}: {program.seconds:.0f} s to compile; MB a chip: argument {program.argument / 1e6:.0f}, "
+            f"output {program.output / 1e6:.0f}, temp {program.temp / 1e6:.0f}, alias {program.alias / 1e6:.0f}, "
+            f"together {program.chip / 1e6:.0f}"
+        )
+        return program
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def generate(topology, compile_once) -> Program:
+    cfg = dataclasses.replace(ONE_BILLION, layers=DECODE_LAYERS)
+    return compile_once("generate", cfg, lambda: lower_generate(cfg, layouts(topology)[1]))
+
+
+@pytest.fixture(scope="session", params=[MESH, (2, 2, 4)], ids=str)
+def publish(request, topology, compile_once) -> Program:
+    name = "publish-" + "x".join(map(str, request.param))
+    return compile_once(name, ONE_BILLION, lambda: lower_publish(ONE_BILLION, *layouts(topology, request.param)))
+
+
+@pytest.fixture(scope="session")
+def update(topology, compile_once) -> Program:
+    return compile_once("update", ONE_BILLION, lambda: lower_update(ONE_BILLION, layouts(topology)[0]))

@@ -1,0 +1,119 @@
+"""Reading an optimized HLO module: computations, what they call, the arrays their instructions make, and collectives.
+
+The text is that of `compiled.as_text()`: one instruction a line, `name = shape opcode(operands), attributes`.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all", "reduce-scatter")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8}
+
+_COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*-> .*\{$")
+_INSTRUCTION = re.compile(r"(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\(")
+_ARRAY = re.compile(r"\b(pred|bf16|[fsu]\d+)\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=\{?(%[\w.\-]+(?:, ?%[\w.\-]+)*)"
+)
+
+
+@dataclass(frozen=True)
+class ArrayShape:
+    """On one device."""
+
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> int:
+        return self.size * BYTES.get(self.dtype, 4)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
+
+
+@dataclass(frozen=True)
+class Instruction:
+    computation: str
+    name: str
+    opcode: str
+    arrays: tuple[ArrayShape, ...]
+    """Of the result: one, or those of a tuple."""
+    calls: tuple[str, ...]
+    root: bool
+    line: str
+
+    @property
+    def kind(self) -> str:
+        """`opcode`, with the start of an asynchronous collective under the collective's own name."""
+        return self.opcode.removesuffix("-start") if self.opcode.removesuffix("-start") in COLLECTIVES else self.opcode
+
+    def __str__(self) -> str:
+        return f"{self.opcode} {' '.join(map(str, self.arrays))} in {self.computation}"
+
+
+class Module:
+    def __init__(self, text: str) -> None:
+        self.computations: dict[str, list[Instruction]] = {}
+        self.entry = ""
+        name = ""
+        for line in text.splitlines():
+            if found := _COMPUTATION.match(line):
+                name = found[1]
+                self.computations[name] = []
+                self.entry = name if line.startswith("ENTRY") else self.entry
+            elif name and (found := _INSTRUCTION.match(line.strip())):
+                self.computations[name].append(_instruction(name, found, line.strip()))
+
+    @cached_property
+    def all(self) -> list[Instruction]:
+        return [i for instructions in self.computations.values() for i in instructions]
+
+    @cached_property
+    def loops(self) -> dict[str, int]:
+        """Of each computation that runs: how many loops it is inside of."""
+        depth: dict[str, int] = {}
+        todo = [(self.entry, 0)]
+        while todo:
+            name, d = todo.pop()
+            if depth.get(name, -1) >= d:
+                continue
+            depth[name] = d
+            for i in self.computations.get(name, ()):
+                todo += [(called, d + (i.opcode == "while")) for called in i.calls]
+        return depth
+
+    @cached_property
+    def fused(self) -> set[str]:
+        """Computations inside a fusion: what their instructions make is never in memory, but for the root."""
+        return {name for i in self.all if i.opcode == "fusion" for name in i.calls}
+
+    def root(self, computation: str) -> Instruction:
+        return next(i for i in self.computations[computation] if i.root)
+
+    def inside(self, *computations: str) -> list[Instruction]:
+        """Instructions of the computations and of all that they call."""
+        seen: list[str] = []
+        todo = list(computations)
+        while todo:
+            name = todo.pop()
+            if name not in seen and name in self.computations:
+                seen.append(name)
+                todo += [called for i in self.computations[name] for called in i.calls]
+        return [i for name in seen for i in self.computations[name]]
+
+
+def collectives(instructions: list[Instruction]) -> list[Instruction]:
+    return [i for i in instructions if i.kind in COLLECTIVES]
+
+
+def _instruction(computation: str, found: re.Match, line: str) -> Instruction:
+    arrays = tuple(ArrayShape(d, tuple(int(n) for n in dims.split(",") if n)) for d, dims in _ARRAY.findall(found[3]))
+    calls = tuple(name.strip().lstrip("%") for group in _CALLED.findall(line) for name in group.split(","))
+    return Instruction(computation, found[2], found[4], arrays, calls, bool(found[1]), line)
