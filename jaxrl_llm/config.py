@@ -157,14 +157,14 @@ def dump(cfg: RunConfig) -> str:
 def problems(cfg: RunConfig, num_devices: int, num_hosts: int) -> list[str]:
     """Everything that cannot work on so many devices, in words: what was asked, what was found, what would work."""
     sizes, found = resolve(cfg.mesh, num_devices)
-    data, fsdp, tensor = sizes or (max(n, 1) for n in cfg.mesh.sizes())
-    found += cfg.model.problems(tensor)
-    rows, split = cfg.rollout.prompts * cfg.rollout.samples, data * fsdp
+    data, fsdp, tensor, expert = sizes or (max(n, 1) for n in cfg.mesh.sizes())
+    found += cfg.model.problems(tensor, expert)
+    rows, split = cfg.rollout.prompts * cfg.rollout.samples, data * fsdp * expert
     for name, size in (("rollout.prompts", cfg.rollout.prompts), ("warm_start.rows", cfg.warm_start.rows)):
         if size % split:
             works = ", ".join(map(str, divisors(size)))
             found.append(
-                f"{name}: got {size}, want a multiple of mesh.data * mesh.fsdp ({split}); {size} allows {works}"
+                f"{name}: got {size}, want a multiple of mesh.data * mesh.fsdp * mesh.expert ({split}); {size} allows {works}"
             )
     if cfg.rollout.prompts % num_hosts:
         found.append(f"rollout.prompts: got {cfg.rollout.prompts}, want a multiple of the {num_hosts} processes")
@@ -178,7 +178,7 @@ def problems(cfg: RunConfig, num_devices: int, num_hosts: int) -> list[str]:
         works = [m for m in divisors(part) if part % (m * split) == 0]
         found.append(
             f"update.micro_batches: got {cfg.update.micro_batches}, want a divisor of the {part} rows of a minibatch "
-            f"that leaves a multiple of mesh.data * mesh.fsdp ({split}): {', '.join(map(str, works)) or 'none'}"
+            f"that leaves a multiple of mesh.data * mesh.fsdp * mesh.expert ({split}): {', '.join(map(str, works)) or 'none'}"
         )
     if cfg.rollout.samples < 2:
         found.append(f"rollout.samples: got {cfg.rollout.samples}, want 2 or more: a group of one has no advantage")

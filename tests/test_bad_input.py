@@ -38,7 +38,7 @@ def test_an_impossible_mesh_is_refused_with_all_that_is_wrong(tmp_path):
     assert "asked for data 2, fsdp 1, tensor 3 (a product of 6), found 8 devices" in said
     assert "mesh.tensor: got 3, want a divisor of model.kv_heads (2): 1, 2" in said
     assert "mesh.tensor: got 3, want a divisor of model.vocab_size (10): 1, 2, 5, 10" in said
-    assert "rollout.prompts: got 9, want a multiple of mesh.data * mesh.fsdp (2)" in said
+    assert "rollout.prompts: got 9, want a multiple of mesh.data * mesh.fsdp * mesh.expert (2)" in said
     assert "update.minibatches: got 2, want a divisor of rollout.prompts (9): 1, 3, 9" in said
     assert "model.vocab_size: got 10, want at least the tokenizer's 16" in said
     assert not (tmp_path / "run").exists()

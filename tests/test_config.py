@@ -213,8 +213,8 @@ def test_every_problem_of_an_impossible_mesh_is_listed():
         "mesh.tensor: got 5, want a divisor of model.kv_heads (2): 1, 2",
         "mesh.tensor: got 5, want a divisor of model.d_mlp (9): 1, 3, 9",
         "mesh.tensor: got 5, want a divisor of model.vocab_size (16): 1, 2, 4, 8, 16",
-        "rollout.prompts: got 4, want a multiple of mesh.data * mesh.fsdp (6); 4 allows 1, 2, 4",
-        "warm_start.rows: got 8, want a multiple of mesh.data * mesh.fsdp (6); 8 allows 1, 2, 4, 8",
+        "rollout.prompts: got 4, want a multiple of mesh.data * mesh.fsdp * mesh.expert (6); 4 allows 1, 2, 4",
+        "warm_start.rows: got 8, want a multiple of mesh.data * mesh.fsdp * mesh.expert (6); 8 allows 1, 2, 4, 8",
         "rollout.prompts: got 4, want a multiple of the 3 processes",
         "update.minibatches: got 3, want a divisor of rollout.prompts (4): 1, 2, 4",
         "rollout.samples: got 1, want 2 or more: a group of one has no advantage",
@@ -227,12 +227,12 @@ def test_micro_batches_must_leave_rows_for_every_shard():
     cfg = RunConfig(update=UpdateConfig(minibatches=4, micro_batches=3))
     assert problems(cfg, 8, 1) == [
         "update.micro_batches: got 3, want a divisor of the 64 rows of a minibatch that leaves a multiple of "
-        "mesh.data * mesh.fsdp (8): 1, 2, 4, 8"
+        "mesh.data * mesh.fsdp * mesh.expert (8): 1, 2, 4, 8"
     ]
     assert problems(dataclasses.replace(cfg, update=UpdateConfig(minibatches=4, micro_batches=8)), 8, 1) == []
     # 16 rows a minibatch for 32 shards: nothing works.
     few = RunConfig(rollout=RolloutConfig(prompts=32, samples=4), update=UpdateConfig(minibatches=8))
-    assert problems(few, 32, 1)[-1].endswith("mesh.data * mesh.fsdp (32): none")
+    assert problems(few, 32, 1)[-1].endswith("mesh.data * mesh.fsdp * mesh.expert (32): none")
 
 
 def test_changes_names_what_a_resumption_may_not_change():

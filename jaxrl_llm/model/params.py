@@ -33,25 +33,35 @@ def specs(cfg: ModelConfig) -> PyTree:
     Queries, keys and values of a key/value head lie together, `[D, K, G + 2, H]`, and gate before up, `[2, D, F]`: so a
     `tensor` shard holds whole heads, and splitting them costs no collective. (Columns joined end to end cost three times as many.)
     With the 2 in the middle a TPU re-lays the whole of it at the start of every rollout, and holds both.
+    Norms that multiply by 1 + w start at w = 0.
     """
+    norm = 0.0 if cfg.norm_plus_one else None
     d, h, k, g, f, n = cfg.d_model, cfg.head_dim, cfg.kv_heads, cfg.group, cfg.d_mlp, cfg.layers
     inward, outward = d**-0.5, (2 * n) ** -0.5
     layer = {
-        "attn_norm": ParamSpec((d,), (None,), None),
+        "attn_norm": ParamSpec((d,), (None,), norm),
         "qkv": ParamSpec((d, k, g + 2, h), ("embed", "heads", None, None), inward),
         "out": ParamSpec((k, g, h, d), ("heads", None, None, "embed"), outward * (k * g * h) ** -0.5),
-        "mlp_norm": ParamSpec((d,), (None,), None),
-        "gate_up": ParamSpec((2, d, f), (None, "embed", "mlp"), inward),
-        "down": ParamSpec((f, d), ("mlp", "embed"), outward * f**-0.5),
+        "mlp_norm": ParamSpec((d,), (None,), norm),
     }
+    if cfg.experts:
+        e = cfg.experts
+        layer["router"] = ParamSpec((d, e), ("embed", None), inward)
+        layer["gate_up"] = ParamSpec((2, e, d, f), (None, "expert", "embed", "mlp"), inward)
+        layer["down"] = ParamSpec((e, f, d), ("expert", "mlp", "embed"), outward * f**-0.5)
+    else:
+        layer["gate_up"] = ParamSpec((2, d, f), (None, "embed", "mlp"), inward)
+        layer["down"] = ParamSpec((f, d), ("mlp", "embed"), outward * f**-0.5)
+    if cfg.sandwich_norms:
+        layer |= {name: ParamSpec((d,), (None,), norm) for name in ("attn_out_norm", "mlp_out_norm")}
     if cfg.qkv_bias:
         layer["qkv_bias"] = ParamSpec((k, g + 2, h), ("heads", None, None), 0.0)
     if cfg.qk_norm:
-        layer |= {name: ParamSpec((h,), (None,), None) for name in ("q_norm", "k_norm")}
+        layer |= {name: ParamSpec((h,), (None,), norm) for name in ("q_norm", "k_norm")}
     tree = {
         "embed": ParamSpec((cfg.vocab_size, d), ("vocab", "embed"), inward),
         "layers": {name: ParamSpec((n, *s.shape), ("layers", *s.axes), s.std) for name, s in layer.items()},
-        "final_norm": ParamSpec((d,), (None,), None),
+        "final_norm": ParamSpec((d,), (None,), norm),
     }
     if not cfg.tied_head:
         tree["head"] = ParamSpec((d, cfg.vocab_size), ("embed", "vocab"), inward)

@@ -7,7 +7,7 @@ from typing import Annotated
 from annotated_types import Predicate
 from pydantic import ConfigDict
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "expert")
 
 
 def minus_one_or_positive(size: int) -> bool:
@@ -24,17 +24,19 @@ class MeshConfig:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     data: AxisSize = 1
-    """Copies of the training state. Rows of a batch are split over `data` and `fsdp`."""
+    """Copies of the training state. Rows of a batch are split over `data`, `fsdp` and `expert`."""
     fsdp: AxisSize = -1
     """Shards of parameters and optimizer state in training; further copies of the policy in decoding."""
     tensor: AxisSize = 1
     """Shards of heads, mlp and vocabulary in both."""
+    expert: AxisSize = 1
+    """Shards of the experts in both; elsewhere further copies, each with rows of its own."""
 
-    def sizes(self) -> tuple[int, int, int]:
-        return (self.data, self.fsdp, self.tensor)
+    def sizes(self) -> tuple[int, ...]:
+        return (self.data, self.fsdp, self.tensor, self.expert)
 
 
-def resolve(mesh: MeshConfig, num_devices: int) -> tuple[tuple[int, int, int] | None, list[str]]:
+def resolve(mesh: MeshConfig, num_devices: int) -> tuple[tuple[int, ...] | None, list[str]]:
     """Sizes with the -1 filled in, or None, and what is wrong in words: asked, found, what would work."""
     sizes = mesh.sizes()
     if sizes.count(-1) > 1:
@@ -43,7 +45,7 @@ def resolve(mesh: MeshConfig, num_devices: int) -> tuple[tuple[int, int, int] | 
     if -1 in sizes:
         if num_devices % fixed:
             return None, [_does_not_fit(sizes, fixed, num_devices)]
-        return tuple(num_devices // fixed if n == -1 else n for n in sizes), []  # type: ignore[return-value]
+        return tuple(num_devices // fixed if n == -1 else n for n in sizes), []
     if fixed != num_devices:
         return None, [_does_not_fit(sizes, fixed, num_devices)]
     return sizes, []

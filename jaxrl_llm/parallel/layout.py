@@ -14,7 +14,15 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 
 # `tensor` splits the same dimensions in both, so a switch is one all-gather over `fsdp` per parameter and nothing else.
 TRAIN: Rules = MappingProxyType(
-    {"rows": ("data", "fsdp"), "embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor", "layers": None}
+    {
+        "rows": ("data", "fsdp", "expert"),
+        "embed": "fsdp",
+        "heads": "tensor",
+        "mlp": "tensor",
+        "vocab": "tensor",
+        "expert": "expert",
+        "layers": None,
+    }
 )
 DECODE: Rules = MappingProxyType({**TRAIN, "embed": None})
 

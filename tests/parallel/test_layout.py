@@ -13,7 +13,7 @@ from jaxrl_llm.parallel.mesh import make_mesh
 
 def test_sharding_by_hand():
     train, decode = layouts((2, 2, 2))
-    assert train.sharding(("rows", None)).spec == PartitionSpec(("data", "fsdp"), None)
+    assert train.sharding(("rows", None)).spec == PartitionSpec(("data", "fsdp", "expert"), None)
     assert train.sharding(("embed", "heads", None, None)).spec == PartitionSpec("fsdp", "tensor", None, None)
     assert decode.sharding(("embed", "heads", None, None)).spec == PartitionSpec(None, "tensor", None, None)
     assert train.sharding(("vocab", "embed")).spec == PartitionSpec("tensor", "fsdp")
