@@ -35,7 +35,7 @@ def test_an_impossible_mesh_is_refused_with_all_that_is_wrong(tmp_path):
         "model: {vocab_size: 10, kv_heads: 2}\nrollout: {prompts: 9}\nupdate: {minibatches: 2}\n",
     )
     said = jaxrl("train", path, devices=8)
-    assert "asked for data 2, fsdp 1, tensor 3 (a product of 6), found 8 devices" in said
+    assert "asked for data 2, fsdp 1, tensor 3, expert 1 (a product of 6), found 8 devices" in said
     assert "mesh.tensor: got 3, want a divisor of model.kv_heads (2): 1, 2" in said
     assert "mesh.tensor: got 3, want a divisor of model.vocab_size (10): 1, 2, 5, 10" in said
     assert "rollout.prompts: got 9, want a multiple of mesh.data * mesh.fsdp * mesh.expert (2)" in said

@@ -206,7 +206,7 @@ def test_every_problem_of_an_impossible_mesh_is_listed():
         update=UpdateConfig(loss=CrossEntropyLoss(), minibatches=3),
     )
     assert problems(cfg, 8, 3) == [
-        "mesh: asked for data 3, fsdp 2, tensor 5 (a product of 30), found 8 devices; "
+        "mesh: asked for data 3, fsdp 2, tensor 5, expert 1 (a product of 30), found 8 devices; "
         "the product must be 8, sizes that work on an axis: 1, 2, 4, 8",
         "model.heads: got 3, want a multiple of model.kv_heads (2)",
         "model.head_dim: got 7, want an even number (RoPE turns pairs)",
