@@ -5,7 +5,8 @@ from collections.abc import Callable
 import grain
 import numpy as np
 
-from jaxrl_llm.prompts.task import Row, Task
+from jaxrl_llm.prompts.rows import Row
+from jaxrl_llm.prompts.task import Task
 from jaxrl_llm.types import Prompts
 
 Order = Callable[[int], int]
@@ -18,8 +19,12 @@ def make_order(num_rows: int, seed: int) -> Order:
 
 
 def make_prompts(task: Task, rows: tuple[Row, ...], index: np.ndarray, uid: np.ndarray) -> Prompts:
-    """Prompts of the rows at `index`, each with its `uid`."""
-    tokens, length = task.encode([rows[i].prompt for i in index], task.prompt_slots)
+    """Prompts of the rows at `index`, each with its `uid`: the rows' tokens, right-padded to the task's prompt slots."""
+    found = [rows[i].tokens for i in index]
+    tokens = np.full((len(found), task.prompt_slots), task.pad, np.int32)
+    for i, row in enumerate(found):
+        tokens[i, : len(row)] = row
+    length = np.array([len(row) for row in found], np.int32)
     return Prompts(tokens=tokens, length=length, uid=np.asarray(uid, np.int32), row=np.asarray(index, np.int32))
 
 
