@@ -1,21 +1,65 @@
-"""Which grader judges the completions, and how long it may take."""
+"""Which graders judge the completions, with what weight, and how long they may take.
 
-from dataclasses import dataclass
-from typing import Annotated
+Short forms, in YAML:
+
+    reward: my_package.my_module:my_function
+    reward: {grader: gsm8k, workers: 4}
+    reward: {graders: [numeric, {grader: format, weight: 0.2, options: {pattern: ".*[.]"}}]}
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, MinLen
-from pydantic import ConfigDict
+from pydantic import ConfigDict, model_validator
+
+
+@dataclass(frozen=True)
+class GraderConfig:
+    """One grader and what it counts for. A bare string is the grader's name."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    grader: Annotated[str, MinLen(1)]
+    """A built-in name, or "my_package.my_module:function": a function of one `Sample` that returns a number."""
+    weight: float = 1.0
+    """Factor in the sum that is the reward. 0: logged only."""
+    name: str = ""
+    """Its name in metrics and messages. Empty: the built-in's name, or the function's."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The grader's own options: fields of a built-in (docs/rewards.md), keyword arguments of a function."""
+
+    @property
+    def label(self) -> str:
+        """The name in use."""
+        return self.name or self.grader.rpartition(":")[2] or self.grader
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        return {"grader": value} if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """One grader, run in processes of its own."""
+    """The reward is the weighted sum of the graders, each run in worker processes. A bare string is one grader."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    grader: Annotated[str, MinLen(1)] = "exact_match"
-    """A built-in name, or "my_package.my_module:function": a function of one `Sample` that returns a number."""
+    graders: Annotated[tuple[GraderConfig, ...], MinLen(1)] = (GraderConfig("exact_match"),)
+    """One or more, with different names."""
     workers: Annotated[int, Ge(1)] = 2
     """Processes that grade at the same time, each with one thread for numerical libraries."""
     deadline_s: Annotated[float, Gt(0), Le(86_400)] = 10.0
-    """Wall-clock seconds for one group, all its samples together. Past it the worker is killed and the group fails."""
+    """Wall-clock seconds for one group: all its samples by all graders. Past it the worker is killed and the group fails."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"graders": [value]}
+        if isinstance(value, dict) and "graders" not in value and "grader" in value:
+            one = {key: value[key] for key in ("grader", "weight", "name", "options") if key in value}
+            rest = {key: value[key] for key in value if key not in one}
+            return {"graders": [one["grader"] if len(one) == 1 else one], **rest}
+        return value

@@ -1,16 +1,26 @@
-"""Graders: pure functions of one sample's strings to one number.
+"""Graders: pure functions of one sample's strings to one number, and how a config's names become such functions.
 
-They see text and nothing of tokens, groups, policies or devices. They run in worker processes (`pool.py`), so a grader
-may raise, hang or die: its group is lost and counted, the run goes on. A grader of your own is any importable function
-of a `Sample`.
+They see text and nothing of groups, policies or devices. They run in worker processes (`pool.py`), so a grader may
+raise, hang or die: its group is lost and counted, the run goes on. A grader of your own is any importable function of a
+`Sample`, or a class that makes one; the built-in ones are frozen dataclasses whose fields are their options.
 """
 
+import dataclasses
 import difflib
+import functools
 import importlib
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 from jaxrl_llm.errors import UserError
+
+# Workers import this module, and start sooner without pydantic.
+if TYPE_CHECKING:
+    from jaxrl_llm.rewards.config import RewardConfig
 
 
 class Sample(NamedTuple):
@@ -18,58 +28,149 @@ class Sample(NamedTuple):
 
     prompt: str
     completion: str
-    """The whole response as text, the end token included when it was produced; nothing stripped."""
+    """The whole response as the tokenizer decodes it; nothing stripped."""
     answer: str
     """The task row's answer, as the grader of that task reads it."""
     finish: str
-    """Why the response ended: "eos", "length" or "control"."""
+    """Why the response ended: "eos", "length" (cut off) or "control"."""
+    columns: Mapping[str, object] = {}
+    """The whole row of the data set."""
+    num_tokens: int | None = None
+    """Tokens of the completion, the end token included; None where nobody counted."""
 
 
 Grader = Callable[[Sample], float]
+"""It may offer `extract(sample) -> str`, the final answer in one spelling ("" if there is none): the vote in maj@k.
+It may offer `start()`, called once in a worker before any deadline: the place for slow imports."""
+
+BUILT_IN = {
+    "exact_match": "jaxrl_llm.rewards.text:ExactMatch",
+    "regex": "jaxrl_llm.rewards.text:Regex",
+    "format": "jaxrl_llm.rewards.text:Format",
+    "length": "jaxrl_llm.rewards.text:Length",
+    "multiple_choice": "jaxrl_llm.rewards.choice:MultipleChoice",
+    "numeric": "jaxrl_llm.rewards.numeric:Numeric",
+    "gsm8k": "jaxrl_llm.rewards.numeric:Gsm8k",
+    "math": "jaxrl_llm.rewards.maths:Math",
+    "reasoning_gym": "jaxrl_llm.rewards.gym:ReasoningGym",
+}
+"""Short names. What they stand for is found as any other grader is."""
 
 
-def exact_match(sample: Sample) -> float:
-    """1 if the whole response is the answer, character for character, else 0.
+def make(name: str, options: Mapping[str, Any] = {}) -> Grader:
+    """The grader called `name`, a built-in or "module:function", with its options.
 
-    With an end token in the answer ("12#") a right number that was cut off, continued or padded earns nothing:
-    a policy cannot gain by never ending, nor by saying many things.
+    Raises:
+      UserError: what `name` means cannot be found, imported or called.
     """
-    return float(sample.completion == sample.answer)
+    found = resolve(name)
+    if isinstance(found, type):
+        return found(**options)
+    return functools.partial(found, **options) if options else found
 
 
-BUILT_IN: dict[str, Grader] = {"exact_match": exact_match}
+def problems(config: "RewardConfig") -> list[str]:
+    """Everything that is wrong with the graders of a config, in words. Imports users' modules, but no library of a built-in."""
+    found, labels = [], [grader.label for grader in config.graders]
+    for index, grader in enumerate(config.graders):
+        where = f"reward.graders.{index}"
+        try:
+            found += [f"{where}.options{text}" for text in _wrong_options(grader.grader, grader.options)]
+        except UserError as error:
+            found.append(f"{where}.grader: {error}")
+        if grader.label in labels[:index]:
+            found.append(f'{where}.name: got "{grader.label}" again, want another name: it is the name in the metrics')
+    return found
 
 
-def resolve(name: str) -> Grader:
-    """The grader called `name`: a built-in, or "module:function", imported.
+def resolve(name: str) -> Callable:
+    """What `name` stands for: a class that makes a grader, or a function that is one.
 
     Raises:
       UserError: no such built-in, module or function, the import failed, or what was found cannot be called.
     """
-    module_name, colon, function_name = name.partition(":")
+    module_name, colon, function_name = BUILT_IN.get(name, name).partition(":")
     if not colon:
-        if name not in BUILT_IN:
-            known = ", ".join(BUILT_IN)
-            raise UserError(f'grader: got "{name}", want one of: {known}; or "module:function".{_hint(name, BUILT_IN)}')
-        return BUILT_IN[name]
+        known = ", ".join(BUILT_IN)
+        raise UserError(f'got "{name}", want one of: {known}; or "module:function".{_hint(name, BUILT_IN)}')
     if module_name == "__main__":
-        raise UserError(
-            f'grader: got "{name}"; workers do not run your script: move the function to a module of its own'
-        )
+        raise UserError(f'got "{name}"; workers do not run your script: move the function to a module of its own')
+    _make_importable(os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         raise UserError(
-            f'grader: got "{name}", and importing "{module_name}" failed: {type(error).__name__}: {error}. '
-            "If the module is not found, put its directory on PYTHONPATH"
+            f'got "{name}", and importing "{module_name}" failed: {type(error).__name__}: {error}. '
+            "If the module is not found, put its directory on PYTHONPATH, or start from there"
         ) from error
-    grader = getattr(module, function_name, None)
-    if grader is None:
+    found = getattr(module, function_name, None)
+    if found is None:
         hint = _hint(function_name, vars(module))
-        raise UserError(f'grader: got "{name}", but "{module_name}" has no "{function_name}".{hint}')
-    if not callable(grader):
-        raise UserError(f'grader: got "{name}", which is a {type(grader).__name__}; want a function of one Sample')
-    return grader
+        raise UserError(f'got "{name}", but "{module_name}" has no "{function_name}".{hint}')
+    if not callable(found):
+        raise UserError(f'got "{name}", which is a {type(found).__name__}; want a function of one Sample')
+    return found
+
+
+def _make_importable(directory: str) -> None:
+    """Last on the path, so that a user's `numeric.py` hides nothing. Spawned workers inherit the path."""
+    if directory not in sys.path:
+        sys.path.append(directory)
+
+
+def _wrong_options(name: str, options: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the options of a grader, each as ".option: why" or ": why"."""
+    found = resolve(name)
+    if name not in BUILT_IN:
+        return _wrong_arguments(name, found, options)
+    known = [field.name for field in dataclasses.fields(found)]
+    wrong = [
+        f'.{option}: grader "{name}" has no such option, want some of: {", ".join(known)}.{_hint(option, known)}'
+        for option in options
+        if option not in known
+    ]
+    wrong += _wrong_values(name, found, {option: options[option] for option in options if option in known})
+    library = getattr(found, "needs", None)
+    if library and importlib.util.find_spec(library) is None:
+        wrong.append(f': grader "{name}" needs {library}, which is not installed: pip install "jaxrl_llm[tasks]"')
+    return wrong
+
+
+def _wrong_values(name: str, kind: type, options: dict[str, Any]) -> list[str]:
+    """Values of the wrong type or out of range; if there are none, what only all options together can tell."""
+    from pydantic import TypeAdapter, ValidationError
+
+    types, wrong = get_type_hints(kind, include_extras=True), []
+    for field in dataclasses.fields(kind):
+        if field.name in options:
+            try:
+                TypeAdapter(types[field.name]).validate_python(options[field.name], strict=True)
+            except ValidationError as error:
+                why = error.errors()[0]["msg"]
+                got = f"got {options[field.name]!r}, want: {why[0].lower()}{why[1:]}"
+                wrong.append(f'.{field.name}: grader "{name}": {got}')
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            wrong.append(f'.{field.name}: grader "{name}" needs this option')
+    if not wrong:
+        try:
+            kind(**options)
+        except ValueError as error:
+            wrong.append(f': grader "{name}": {error}')
+    return wrong
+
+
+def _wrong_arguments(name: str, found: Callable, options: Mapping[str, Any]) -> list[str]:
+    """A function takes a sample and the options; a class takes the options and makes what takes a sample."""
+    try:
+        signature = inspect.signature(found)
+    except (TypeError, ValueError):
+        return []
+    sample = () if isinstance(found, type) else (Sample("", "", "", ""),)
+    try:
+        signature.bind(*sample, **options)
+    except TypeError as error:
+        return [f': "{name}" takes {signature}: {error}']
+    return []
 
 
 def _hint(name: str, known: Iterable[str]) -> str:

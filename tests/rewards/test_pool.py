@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards.config import RewardConfig
+from jaxrl_llm.rewards.config import GraderConfig, RewardConfig
 from jaxrl_llm.rewards.graders import Sample
 from jaxrl_llm.rewards.pool import Failure, GraderPool
 
@@ -31,7 +31,12 @@ def groups_of(*completions):
 
 
 def pool_of(function, workers=2, deadline_s=30.0):
-    return GraderPool(RewardConfig(f"bad_graders:{function}", workers, deadline_s))
+    return GraderPool(one(f"bad_graders:{function}", workers, deadline_s))
+
+
+def one(grader, workers=2, deadline_s=10.0):
+    """The config of one grader without options."""
+    return RewardConfig((GraderConfig(grader),), workers, deadline_s)
 
 
 def children():
@@ -128,7 +133,7 @@ def test_a_hang_is_killed_at_the_deadline(hang):
 def test_the_deadline_is_for_one_group_and_not_for_the_start_of_a_worker(tmp_path, monkeypatch):
     (tmp_path / "slow_to_import.py").write_text("import time; time.sleep(1)\ndef f(sample): return 1")
     monkeypatch.syspath_prepend(tmp_path)
-    with GraderPool(RewardConfig("slow_to_import:f", workers=1, deadline_s=0.5)) as pool:
+    with GraderPool(one("slow_to_import:f", workers=1, deadline_s=0.5)) as pool:
         np.testing.assert_array_equal(pool.grade(groups_of(GOOD)).reward, [[1, 1]])
 
 
@@ -196,9 +201,7 @@ def test_the_first_five_failures_of_each_kind_are_logged(caplog):
     lines = [record.getMessage() for record in caplog.records]
     raised = [line for line in lines if "RAISED" in line]
     assert len(raised) == 5
-    assert (
-        raised[0] == "grader bad_graders:by_completion: RAISED: 'ValueError: no number\\nin sight'; prompt '<prompt>'"
-    )
+    assert raised[0] == "grader by_completion: RAISED: 'ValueError: no number\\nin sight'; prompt '<prompt>'"
     assert raised[4].endswith("(further ones are counted, not logged)")
     assert [line.split(": ", 1)[1] for line in lines if "RAISED" not in line] == [
         "WRONG_TYPE: 'returned a NoneType, want a real number'; prompt '<prompt>'",
@@ -208,7 +211,7 @@ def test_the_first_five_failures_of_each_kind_are_logged(caplog):
 
 def test_wrong_use_says_so():
     with pytest.raises(UserError, match="Perhaps"):
-        GraderPool(RewardConfig("exact_mtch"))
+        GraderPool(one("exact_mtch"))
     pool = pool_of("by_completion", workers=1)
     assert pool.grade([]).reward.shape == (0, 0)
     with pytest.raises(ValueError, match=r"got sizes \[1, 2\]"):
@@ -225,7 +228,7 @@ def test_a_grader_that_only_the_parent_can_import_ends_the_run(tmp_path, monkeyp
     monkeypatch.syspath_prepend(tmp_path)
     __import__("short_lived")
     module.write_text("raise OSError('licence server down')")
-    with GraderPool(RewardConfig("short_lived:f", workers=1)) as pool:
+    with GraderPool(one("short_lived:f", workers=1)) as pool:
         with pytest.raises(UserError, match=r"could not start.*licence server down"):
             pool.grade(groups_of(GOOD))
     assert children() == []
@@ -255,10 +258,10 @@ def test_workers_die_with_a_parent_that_is_killed(tmp_path):
     code = f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
-from jaxrl_llm.rewards.config import RewardConfig
+from jaxrl_llm.rewards.config import GraderConfig, RewardConfig
 from jaxrl_llm.rewards.graders import Sample
 from jaxrl_llm.rewards.pool import GraderPool
-GraderPool(RewardConfig("bad_graders:say_pid_and_spin", 1, 600.0)).grade([[Sample({str(file)!r}, "", "", "eos")]])
+GraderPool(RewardConfig((GraderConfig("bad_graders:say_pid_and_spin"),), 1, 600.0)).grade([[Sample({str(file)!r}, "", "", "eos")]])
 """
     env = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
     with subprocess.Popen([sys.executable, "-c", code], env=env) as parent:
