@@ -164,7 +164,8 @@ def _describe(error: dict[str, Any], values: dict[str, Any]) -> str:
     if error["type"] != "unexpected_keyword_argument":
         got = "nothing" if error["type"].startswith("missing") else repr(error["input"])
         return f"{name}: got {got}, want: {error['msg'][0].lower()}{error['msg'][1:]}"
-    near = difflib.get_close_matches(path[-1], _fields(path[:-1], values), n=1)
+    others = [name for name in _fields(path[:-1], values) if name != path[-1]]
+    near = difflib.get_close_matches(path[-1], others, n=1)
     return f"{name}: no such key" + (f", perhaps you meant {'.'.join([*path[:-1], *near])}" if near else "")
 
 

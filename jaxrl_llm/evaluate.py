@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from jaxrl_llm.estimates import avg_at_k, maj_at_k, pass_at_k
 from jaxrl_llm.experience.batch import rows_of
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.prompts.stream import make_prompts
-from jaxrl_llm.prompts.task import Row
+from jaxrl_llm.prompts.stream import make_prompts, pad_rows
+from jaxrl_llm.prompts.rows import Row
 from jaxrl_llm.rewards.pool import GraderPool
 from jaxrl_llm.run import Run, grade, sample
 from jaxrl_llm.types import Batch, Policy, PyTree
@@ -54,8 +54,8 @@ def probabilities(run: Run, params: PyTree, rows: tuple[Row, ...]) -> np.ndarray
 
 def supervised_batch(run: Run, rows: list[Row]) -> Batch:
     """Prompts with their targets, the target in the loss mask."""
-    prompt, prompt_length = run.task.pack([row.tokens for row in rows], run.task.prompt_slots)
-    target, length = run.task.pack([row.target for row in rows], run.cfg.rollout.max_new_tokens)
+    prompt, prompt_length = pad_rows([row.tokens for row in rows], run.task.prompt_slots, run.task.pad)
+    target, length = pad_rows([row.target for row in rows], run.cfg.rollout.max_new_tokens, run.task.pad)
     return rows_of(prompt, prompt_length, target, length, run.task.pad, run.cfg.rollout.temperature)[0]
 
 
@@ -65,7 +65,7 @@ def answers(run: Run, policy: Policy, pool: GraderPool) -> Answers:
     for part in _parts(len(rows), run.cfg.rollout.prompts):
         rollouts = sample(run, policy, make_prompts(run.task, rows, part, part), run.eval_key)
         grades = grade(run, pool, rows, rollouts)
-        score = grades.parts[:, 0]
+        score = grades.parts[0]
         right = np.where(np.isnan(score), np.nan, score >= run.cfg.evaluation.threshold)
         found.append((right, grades.vote))
     return Answers(*(np.concatenate(column)[: len(rows)] for column in zip(*found, strict=True)))

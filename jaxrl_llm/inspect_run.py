@@ -13,13 +13,15 @@ from jaxrl_llm.errors import CheckpointError, UserError
 from jaxrl_llm.estimates import avg_at_k, maj_at_k, pass_at_k
 from jaxrl_llm.evaluate import answers, probabilities
 from jaxrl_llm.metrics import printable
-from jaxrl_llm.model import hf
 from jaxrl_llm.model.config import PretrainedModel
+from jaxrl_llm.model.hf.export import export
+from jaxrl_llm.model.hf.load import load
+from jaxrl_llm.model.hf.source import resolve as resolve_model
 from jaxrl_llm.model.params import unstack
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.prompts.stream import make_prompts
-from jaxrl_llm.prompts.task import Row
+from jaxrl_llm.prompts.rows import Row
 from jaxrl_llm.rewards.pool import GraderPool
 from jaxrl_llm.run import Life, Run, begin, build, grade, open_checkpoints, publish, sample, target
 from jaxrl_llm.types import Finish, Policy, PyTree, Rollouts
@@ -53,9 +55,9 @@ def open_source(run: Run) -> Source:
     """The run's newest checkpoint; else the pretrained model it starts from; else a policy that knows nothing."""
     life = restore(run)
     if life is None and isinstance(run.cfg.model, PretrainedModel):
-        directory = hf.find(run.cfg.model.path)
+        directory = resolve_model(run.cfg.model.path)
         specs = unstack(run.specs, run.model.layers)
-        params = hf.load(directory, run.model, specs, run.decode, jnp.dtype(run.model.compute))
+        params = load(directory, specs, run.decode, jnp.dtype(run.model.compute))
         version = hosts.put(np.int32(0), run.decode.replicated)
         return Source(Policy(params, version), None, str(directory), 0)
     name = f"step {life.step} of {run.cfg.run_dir}" if life else "an untrained policy"
@@ -95,10 +97,10 @@ def export_run(cfg: RunConfig, out: Path, dtype: str | None) -> Path:
     life = restore(run)
     if life is None:
         raise CheckpointError(f"{cfg.run_dir}: got no checkpoint, want a run directory that holds one")
-    source = hf.find(cfg.model.path) if isinstance(cfg.model, PretrainedModel) else None
-    hf.export(
-        life.state.params, run.model, out, dtype=jnp.dtype(dtype or run.model.compute), source=source,
-        save_tokenizer=run.task.tokenizer.save, eos=run.task.eos, pad=run.task.pad,
+    source = resolve_model(cfg.model.path) if isinstance(cfg.model, PretrainedModel) else None
+    export(
+        life.state.params, run.model, out, dtype or run.model.compute, source=source, eos=run.task.eos, pad=run.task.pad,
+        save_tokenizer=run.task.tokenizer.save,
     )  # fmt: skip
     return out
 
@@ -147,15 +149,12 @@ def _reshape(cfg: RunConfig, prompts: int, samples: int) -> RunConfig:
 
 
 def _find(run: Run, text: str | None) -> Row:
-    """The task's row for a prompt, or a row without an answer. Raises UserError for characters without a token."""
+    """The task's row for a prompt, or one without an answer."""
     if text is None:
         return run.task.held_out[0]
     if not text:
         raise UserError("--prompt: got nothing, want text")
-    known = next((row for row in run.task.held_out + run.task.train if row.prompt == text), None)
-    if known:
-        return known
-    tokens = np.asarray(run.task.tokenizer.prompt(text), np.int32)
-    if len(tokens) > run.task.prompt_slots:
-        raise UserError(f"--prompt: got {len(tokens)} tokens, want {run.task.prompt_slots} at most, as in the task")
-    return Row(text, "", None, tokens, None, {})
+    row = run.task.row(text)
+    if len(row.tokens) > run.task.prompt_slots:
+        raise UserError(f"--prompt: got {len(row.tokens)} tokens, want {run.task.prompt_slots} at most, as in the task")
+    return row

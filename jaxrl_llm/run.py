@@ -19,15 +19,18 @@ from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.replay import Replay, empty
-from jaxrl_llm.model import hf
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.hf.config import read_config
+from jaxrl_llm.model.hf.load import load
+from jaxrl_llm.model.hf.source import resolve as resolve_model
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.prompts.stream import Order, make_order
-from jaxrl_llm.prompts.task import Row, Task, load_task
+from jaxrl_llm.prompts.rows import Row
+from jaxrl_llm.prompts.task import Task, load_task
 from jaxrl_llm.prompts.tokenizer import load_tokenizer
 from jaxrl_llm.publish import Publish, make_blank, make_publish
 from jaxrl_llm.rewards.graders import Sample
@@ -158,7 +161,7 @@ def read_model(cfg: RunConfig) -> ModelConfig:
     """The model's numbers; those of a pretrained one stand in its own config.json."""
     if isinstance(cfg.model, ModelConfig):
         return cfg.model
-    return dataclasses.replace(hf.read_config(hf.find(cfg.model.path)), compute=cfg.model.compute)
+    return read_config(resolve_model(cfg.model.path), cfg.model.compute)
 
 
 def problems(cfg: RunConfig, task: Task) -> list[str]:
@@ -193,7 +196,7 @@ def start_params(run: Run) -> PyTree:
     """f32 masters in the TRAIN layout: read from the pretrained model's files, or drawn from the seed."""
     if isinstance(run.cfg.model, ModelConfig):
         return model_params.init(run.specs, jax.random.fold_in(run.key, 2**31 - 1), run.train)
-    return hf.load(hf.find(run.cfg.model.path), run.model, run.specs, run.train, jnp.float32)
+    return load(resolve_model(run.cfg.model.path), run.specs, run.train, jnp.float32)
 
 
 def _empty_replay(run: Run) -> Replay | None:
@@ -239,18 +242,21 @@ def open_checkpoints(cfg: RunConfig) -> Checkpoints:
     return Checkpoints(Path(cfg.run_dir).resolve() / "checkpoints", keep=cfg.checkpoint.keep)
 
 
-def sample(run: Run, policy: Policy, prompts: Prompts, key: Key[Array, ""]) -> Rollouts:
-    """G samples for each prompt at the configured temperature, as NumPy, equal on every host."""
+def sample(
+    run: Run, policy: Policy, prompts: Prompts, key: Key[Array, ""], temperature: float | None = None
+) -> Rollouts:
+    """G samples for each prompt at a temperature, the configured one by default, as NumPy, equal on every host."""
     rows = run.decode.sharding(("rows",))
-    temperature = np.full(prompts.length.shape, run.cfg.rollout.temperature, np.float32)
-    return hosts.gather(run.generate(policy, hosts.put(prompts, rows), key, hosts.put(temperature, rows)))
+    chosen = run.cfg.rollout.temperature if temperature is None else temperature
+    per_prompt = np.full(prompts.length.shape, chosen, np.float32)
+    return hosts.gather(run.generate(policy, hosts.put(prompts, rows), key, hosts.put(per_prompt, rows)))
 
 
 class Grades(NamedTuple):
     """What the graders said of P groups of G responses, as NumPy, equal on every host. NaN where a group failed."""
 
     reward: Float[np.ndarray, "P G"]
-    parts: Float[np.ndarray, "P n G"]
+    parts: Float[np.ndarray, "n P G"]
     """What each of the n graders gave, before weights."""
     failure: Int[np.ndarray, " P"]
     """A `Failure` each."""
@@ -280,4 +286,5 @@ def grade(run: Run, pool: GraderPool, rows: tuple[Row, ...], rollouts: Rollouts)
             np.array(vote, np.int32).reshape(graded.reward.shape),
         )  # fmt: skip
 
-    return Grades(*hosts.share_out(len(rollouts.prompts.row), work))
+    reward, parts, failure, failed_by, vote = hosts.share_out(len(rollouts.prompts.row), work)
+    return Grades(reward, parts.swapaxes(0, 1), failure, failed_by, vote)

@@ -29,7 +29,7 @@ from jaxrl_llm.metrics import CompileCounter, RatioAlarm, Recorder, Timers
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.prompts.stream import next_prompts
 from jaxrl_llm.prompts.supervised import noisy_rows
-from jaxrl_llm.rewards.pool import Failure, GraderPool
+from jaxrl_llm.rewards.pool import Failure, GraderPool, part_metrics
 from jaxrl_llm.run import Grades, Life, Run, begin, build, fresh_optimizer, grade, open_checkpoints, publish, sample, target
 from jaxrl_llm.types import Batch, Experience, Finish, Policy, Rollouts, TrainState
 
@@ -214,12 +214,7 @@ def describe(
         "sampling/mean_logprob": rollouts.behavior_logprobs.sum() / rollouts.sampled.sum(),
         "sampling/entropy": rollouts.entropy.sum() / rollouts.sampled.sum(),
     }
-    for i, grader in enumerate(cfg.reward.graders):
-        part = graded.parts[graded.failure == Failure.NONE, i]
-        metrics[f"rewards/{grader.label}/mean"] = part.mean() if part.size else np.nan
-        for kind in list(Failure)[1:]:
-            failed = (graded.failure == kind) & (graded.failed_by == i)
-            metrics[f"rewards/{grader.label}/{kind.name.lower()}"] = np.sum(failed)
+    metrics |= part_metrics(graded, [grader.label for grader in cfg.reward.graders])
     return as_floats(metrics)
 
 
@@ -253,7 +248,7 @@ def responses(run: Run, experience: Experience, num_rows: int) -> list[dict]:
                 "prompt": run.task.decode(rollouts.prompts.tokens[p : p + 1], rollouts.prompts.length[p : p + 1])[0],
                 "completion": run.task.decode(rollouts.tokens[b : b + 1], rollouts.length[b : b + 1])[0],
                 "ids": ids,
-                "tokens": [run.task.tokenizer.id_to_token(i) for i in ids],
+                "tokens": [run.task.tokenizer.token(i) for i in ids],
                 "logprobs": rollouts.behavior_logprobs[b, :n],
                 "entropy": rollouts.entropy[b, :n],
                 "reward": experience.reward[b],

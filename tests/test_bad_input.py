@@ -55,7 +55,7 @@ def test_an_impossible_mesh_is_refused_with_all_that_is_wrong(tmp_path):
 def test_bad_data_is_named_by_file_and_line(tmp_path, content, said):
     (tmp_path / "train.jsonl").write_text(content)
     path = config(
-        tmp_path, f"task: {{kind: jsonl, path: {tmp_path}/train.jsonl, held_out_path: {tmp_path}/train.jsonl}}\n"
+        tmp_path, f"task: {{kind: file, path: {tmp_path}/train.jsonl, held_out_path: {tmp_path}/train.jsonl}}\n"
     )
     assert said in jaxrl("train", path)
 
