@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
 ARITHMETIC_ALPHABET = "0123456789+<> #"
 
@@ -13,13 +14,12 @@ ARITHMETIC_ALPHABET = "0123456789+<> #"
 def check_template(template: str) -> str:
     """A format template over a row's columns: `{question}`, `{meta[level]}`; braces themselves are `{{` and `}}`."""
     try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise ValueError(f"{error}; write {{{{ and }}}} for braces themselves") from None
-    if nameless := [name for name in fields if not name or name[0] in "[." or name[0].isdigit()]:
-        raise ValueError(
-            f"got {{{nameless[0]}}}, want {{column}}; write {{{{ and }}}} for braces themselves, as in \\boxed{{{{}}}}"
-        )
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError:
+        names = [""]
+    if any(not name or name[0] in "[." or name[0].isdigit() for name in names):
+        want = "fields that name a column, as in {question}, and {{ }} for braces themselves, as in \\boxed{{}}"
+        raise PydanticCustomError("template", "{want}", {"want": want})
     return template
 
 

@@ -40,7 +40,7 @@ def load(cfg: PretrainedTokenizer) -> Tokenizer:
 
 def find(path: str) -> Path:
     """The directory itself, or the snapshot of a repository on the hub."""
-    if Path(path).is_dir():
+    if path and Path(path).is_dir():
         directory = Path(path)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith("."):
         directory = _snapshot(path)
