@@ -1,9 +1,9 @@
 """`python -m benchmarks.memory CONFIG --shape DIR [--topology v5e:2x4]`: bytes a chip that a config's programs hold.
 
-`generate`, `publish` and `update` are compiled ahead of time from shapes alone, for a TPU topology with the real TPU compiler, which
-needs no TPU. Chips are all of the topology; the mesh, batch and lengths are those of the config; the longest prompt is taken to be
-task.max_prompt_tokens. Prints one JSON object: bytes a chip of each program's arguments, outputs and temporaries, less what is aliased,
-and `step_peak`, the most that a chip holds in a step, with the policy or the TrainState that a program does not touch.
+`generate`, `publish` and `update` are compiled ahead of time from shapes alone, for a TPU topology with the real TPU compiler,
+which needs no TPU. Chips are all of the topology; the mesh, batch and lengths are those of the config; the longest prompt is taken
+to be task.max_prompt_tokens. Prints one JSON object: bytes a chip of each program's arguments, outputs and temporaries, less what
+is aliased, and `step_peak`, the most that a chip holds in a step, with the policy or the TrainState that a program does not touch.
 
 --shape  directory whose config.json says how large the model is: the config's own model may not be on this machine
 """
@@ -23,12 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
+from jaxrl_llm.model.hf.config import read_config
 
 from jaxrl_llm import config as run_config
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh

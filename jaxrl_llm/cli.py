@@ -35,7 +35,8 @@ commands
          --dtype DTYPE         float32 or bfloat16 (default: model.compute)
   report RUN                   write RUN/report.html
 
-CONFIG is a YAML file (see configs/), RUN a run directory, MODEL a Hugging Face directory or hub name. Any value of the config can be set by its path, for example
+CONFIG is a YAML file (see configs/), RUN a run directory, MODEL a Hugging Face directory or hub name.
+Any value of the config can be set by its path, for example
   jaxrl train configs/arithmetic.yaml --seed 1 --mesh.fsdp 2 --update.optimizer.lr 3e-4
   jaxrl train configs/arithmetic.yaml --help      lists them all
 """

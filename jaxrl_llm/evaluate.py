@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from jaxrl_llm.estimates import avg_at_k, maj_at_k, pass_at_k
 from jaxrl_llm.experience.batch import rows_of
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.prompts.stream import make_prompts, pad_rows
 from jaxrl_llm.prompts.rows import Row
+from jaxrl_llm.prompts.stream import make_prompts, pad_rows
 from jaxrl_llm.rewards.pool import GraderPool
 from jaxrl_llm.run import Run, grade, sample
 from jaxrl_llm.types import Batch, Policy, PyTree

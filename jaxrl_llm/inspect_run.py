@@ -20,8 +20,8 @@ from jaxrl_llm.model.hf.source import resolve as resolve_model
 from jaxrl_llm.model.params import unstack
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
-from jaxrl_llm.prompts.stream import make_prompts
 from jaxrl_llm.prompts.rows import Row
+from jaxrl_llm.prompts.stream import make_prompts
 from jaxrl_llm.rewards.pool import GraderPool
 from jaxrl_llm.run import Life, Run, begin, build, grade, open_checkpoints, publish, sample, target
 from jaxrl_llm.types import Finish, Policy, PyTree, Rollouts

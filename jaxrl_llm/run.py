@@ -28,8 +28,8 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
-from jaxrl_llm.prompts.stream import Order, make_order
 from jaxrl_llm.prompts.rows import Row
+from jaxrl_llm.prompts.stream import Order, make_order
 from jaxrl_llm.prompts.task import Task, load_task
 from jaxrl_llm.prompts.tokenizer import load_tokenizer
 from jaxrl_llm.publish import Publish, make_blank, make_publish

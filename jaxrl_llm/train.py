@@ -30,7 +30,19 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.prompts.stream import next_prompts
 from jaxrl_llm.prompts.supervised import noisy_rows
 from jaxrl_llm.rewards.pool import Failure, GraderPool, part_metrics
-from jaxrl_llm.run import Grades, Life, Run, begin, build, fresh_optimizer, grade, open_checkpoints, publish, sample, target
+from jaxrl_llm.run import (
+    Grades,
+    Life,
+    Run,
+    begin,
+    build,
+    fresh_optimizer,
+    grade,
+    open_checkpoints,
+    publish,
+    sample,
+    target,
+)
 from jaxrl_llm.types import Batch, Experience, Finish, Policy, Rollouts, TrainState
 
 MAX_NONFINITE = 3

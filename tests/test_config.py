@@ -4,13 +4,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from jaxrl_llm.model.hf.config import read_config as read_model_config
 
 from jaxrl_llm import config
 from jaxrl_llm.cli import read_config
 from jaxrl_llm.config import RunConfig, changes, dump, load, problems, to_dict
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.config import ModelConfig, PretrainedModel
-from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.parallel.config import MeshConfig
 from jaxrl_llm.prompts.config import ArithmeticTask, CharacterTokenizer, FileTask, PretrainedTokenizer
 from jaxrl_llm.rollout.config import RolloutConfig
@@ -58,7 +58,7 @@ MEANT_FOR = {
 def test_the_configs_of_the_repository_load(path):
     cfg = load(path)
     devices, shape = MEANT_FOR.get(path.stem, (1, None))
-    model = read_config(ROOT / "benchmarks/shapes" / shape) if shape else cfg.model
+    model = read_model_config(ROOT / "benchmarks/shapes" / shape) if shape else cfg.model
     assert problems(dataclasses.replace(cfg, model=model), devices, 1) == []
     assert load(path) == cfg and path.read_text().startswith("#")
 
@@ -190,7 +190,13 @@ def test_the_tokenizer_follows_the_model_that_is_evaluated(read):
 
 
 @pytest.mark.parametrize(
-    "text", ["seed: 3", "model: {path: m}\ntokenizer: {stop: [x], template: {a: 1}}", "task: {kind: file, path: a, held_out_path: b}", "update: {optimizer: {lr: 1e-5}}"]
+    "text",
+    [
+        "seed: 3",
+        "model: {path: m}\ntokenizer: {stop: [x], template: {a: 1}}",
+        "task: {kind: file, path: a, held_out_path: b}",
+        "update: {optimizer: {lr: 1e-5}}",
+    ],
 )
 def test_a_config_survives_its_own_yaml(read, text):
     cfg = read(text)
