@@ -64,7 +64,7 @@ class Regex(FinalText):
     """Which match counts."""
 
     def __post_init__(self) -> None:
-        if (groups := _compiled(self.pattern).groups) > 1:
+        if (groups := compiled(self.pattern).groups) > 1:
             raise ValueError(f"pattern: got {groups} groups, want one at most; (?:...) groups without counting")
 
     def __call__(self, sample: Sample) -> float:
@@ -91,7 +91,7 @@ class Format:
     """Python's syntax; the dot matches line ends too."""
 
     def __post_init__(self) -> None:
-        _compiled(self.pattern)
+        compiled(self.pattern)
 
     def __call__(self, sample: Sample) -> float:
         return float(re.fullmatch(self.pattern, sample.completion, re.DOTALL) is not None)
@@ -139,7 +139,7 @@ class Length:
         return sample.num_tokens
 
 
-def _compiled(pattern: str) -> re.Pattern:
+def compiled(pattern: str) -> re.Pattern:
     try:
         return re.compile(pattern)
     except re.error as error:

@@ -1,0 +1,80 @@
+"""The grader of multiple choice."""
+
+import re
+from dataclasses import dataclass
+
+from jaxrl_llm.rewards.graders import Sample
+from jaxrl_llm.rewards.maths import last_boxed
+from jaxrl_llm.rewards.text import FinalText
+
+_MARKUP = " \t\r\n()[]{}*_.:,;!\"'`$"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultipleChoice(FinalText):
+    """1 if the letter that the final text settles on is the answer's, else 0.
+
+    Looked for in this order: a last box; the last "answer is B" or "Answer: (B)" (also choice, option); a text that is one letter;
+    the only line that begins with "B)" or "B."; the only letter in parentheses; a capital that ends the text. Two letters joined by
+    "or", "and", a comma or a slash are no choice. A letter inside a word is none.
+
+    The row's answer is read in the same way; an answer without a letter makes the grader raise.
+    """
+
+    letters: str = "ABCDEFGHIJ"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch("[A-Z]+", self.letters):
+            raise ValueError(f"letters: got {self.letters!r}, want capital letters")
+
+    def __call__(self, sample: Sample) -> float:
+        want = self._read(sample.answer)
+        if not want:
+            raise ValueError(f"the row's answer: got {sample.answer[:200]!r}, want one of the letters {self.letters}")
+        return float(self.extract(sample) == want)
+
+    def extract(self, sample: Sample) -> str:
+        return self._read(self.final_text(sample))
+
+    def _read(self, text: str) -> str:
+        """The letter, or nothing."""
+        if "\\boxed" in text:
+            return self._alone(re.sub(r"\\(?:text|textbf|mathrm|mathbf)\b", "", last_boxed(text)))
+        if said := self._said(text):
+            return said if said in self.letters else ""
+        return self._alone(text) or self._listed(text) or self._last(text)
+
+    def _alone(self, text: str) -> str:
+        letter = text.strip(_MARKUP).upper()
+        return letter if len(letter) == 1 and letter in self.letters else ""
+
+    def _said(self, text: str) -> str:
+        """The letter after the last "answer is"; "?" if there are two of them."""
+        one = rf"[(\[*\"'`$]{{0,4}}(?:[{self.letters}](?![\w'\u2019])|(?<=[(\[])[{self.letters.lower()}](?=[)\]]))"
+        said = list(re.finditer(rf"\b(?i:answer|choice|option)\b{_BETWEEN}({one})", text))
+        if not said:
+            return ""
+        rest = text[said[-1].end() : said[-1].end() + 40]
+        if re.match(rf"[)\]*\"'`$]*\s*(?:,|/|&|or\b|and\b)\s*(?i:option\s+|choice\s+)?{one}", rest):
+            return "?"
+        return said[-1][1][-1].upper()
+
+    def _listed(self, text: str) -> str:
+        """The one line that begins as a choice does, or else the one letter in parentheses."""
+        lines = re.findall(rf"^[ \t]*[*(]{{0,3}}([{self.letters}])[)*]{{0,3}}[).:]", text, re.MULTILINE)
+        found = lines or re.findall(rf"\(([{self.letters}{self.letters.lower()}])\)", text)
+        letters = {letter.upper() for letter in found}
+        return letters.pop() if len(letters) == 1 and len(lines) <= 1 else ""
+
+    def _last(self, text: str) -> str:
+        if re.search(r"\([A-Za-z]\)", text):
+            return ""
+        found = re.search(rf"(?<![\w'\u2019])([{self.letters}])$", text.rstrip(_MARKUP))
+        before = text[: found.start()] if found else ""
+        return found[1] if found and not re.search(rf"\b[{self.letters}](?:,|\s+or|\s+and|/)\s*$", before[-20:]) else ""
+
+
+# What may stand between "answer" and its letter: a few small words, colons and opening marks.
+_BETWEEN = (
+    r"(?:\s{0,3}(?:is|was|be|would|should|must|the|correct|final|best|option|choice|answer|:|=|\*|-)){0,9}\s{0,3}"
+)
