@@ -20,6 +20,7 @@ ALLOWED = {
     "types": set(),
     "config": {"errors", "metrics"},
     "metrics": {"errors"},
+    "estimates": set(),
     "parallel": {"types", "errors", "config"},
     "model": FOUNDATION | {"config"},
     "prompts": FOUNDATION,
@@ -31,7 +32,7 @@ ALLOWED = {
     "checkpoint": FOUNDATION,
     "report": {"errors", "metrics"},
     "run": FOUNDATION | STAGES | {"config", "model", "publish", "checkpoint"},
-    "evaluate": FOUNDATION | STAGES | {"config", "run"},
+    "evaluate": FOUNDATION | STAGES | {"config", "estimates", "run"},
     "inspect_run": FOUNDATION | STAGES | {"config", "metrics", "run", "evaluate"},
     "train": FOUNDATION | STAGES | {"config", "metrics", "model", "publish", "checkpoint", "run", "evaluate"},
     "cli": {"errors", "config", "parallel", "report", "train", "inspect_run"},
@@ -137,7 +138,7 @@ LIGHT = [
     PACKAGE / "cli.py",
     PACKAGE / "config.py",
     *sorted(PACKAGE.glob("*/config.py")),
-    PACKAGE / "rewards" / "graders.py",
+    *sorted(path for path in PACKAGE.glob("rewards/*.py") if path.name != "config.py"),
 ]
 
 
