@@ -7,7 +7,7 @@ the prompts' own values, not from n * k samples as if they were independent.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from math import comb, inf, nan, sqrt
 from typing import NamedTuple
 
@@ -61,11 +61,11 @@ def pass_at_k(correct: np.ndarray, k: int) -> Estimate:
     return _estimate(by_count[kept.sum(axis=1).astype(int)], samples, left_out, True)
 
 
-def maj_at_k(correct: np.ndarray, votes: Sequence[Sequence[str]]) -> Estimate:
+def maj_at_k(correct: np.ndarray, votes: Sequence[Sequence[Hashable]]) -> Estimate:
     """Chance that the most frequent answer among the k samples is right, ties broken at random.
 
     Self-consistency (Wang et al. 2023, arXiv 2203.11171).
-    `votes` is [n][k]; "" is no vote, and a prompt without votes is wrong. Where samples of one answer were graded differently,
+    `votes` is [n][k], equal for equal answers; "" and 0 are no vote, and a prompt without votes is wrong. Where samples of one answer were graded differently,
     their mean counts.
     """
     kept, left_out = _graded(correct, only_0_and_1=True)
@@ -76,7 +76,7 @@ def maj_at_k(correct: np.ndarray, votes: Sequence[Sequence[str]]) -> Estimate:
     return _estimate(np.array(values), kept.shape[1], left_out, True)
 
 
-def _majority(votes: Sequence[str], correct: np.ndarray) -> float:
+def _majority(votes: Sequence[Hashable], correct: np.ndarray) -> float:
     """Expected correctness of the answer with most votes."""
     counts = Counter(vote for vote in votes if vote)
     most = max(counts.values(), default=0)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxrl_llm.estimates import avg_at_k, maj_at_k, pass_at_k
+from jaxrl_llm.estimates import avg_at_k, correct, maj_at_k, pass_at_k
 from jaxrl_llm.experience.batch import rows_of
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.prompts.rows import Row
@@ -18,7 +18,7 @@ from jaxrl_llm.types import Batch, Policy, PyTree
 class Answers(NamedTuple):
     """k graded responses to each of n rows, equal on every host."""
 
-    correct: Float[np.ndarray, "n k"]
+    right: Float[np.ndarray, "n k"]
     """1 where the first grader gave the threshold or more, else 0; NaN where the group could not be graded."""
     vote: Int[np.ndarray, "n k"]
     """A number for each final answer, 0 where there is none."""
@@ -34,11 +34,11 @@ def evaluate(run: Run, params: PyTree, policy: Policy, pool: GraderPool) -> dict
     the share of right ones (which is avg@k), and `eval/pass@k` and `eval/maj@k`."""
     k, rows = run.cfg.rollout.samples, run.task.held_out
     found = {"eval/exact": float(np.mean(probabilities(run, params, rows)))} if run.task.has_targets else {}
-    correct, vote = answers(run, policy, pool)
+    right, vote = answers(run, policy, pool)
     return found | {
-        "eval/pass@1": avg_at_k(correct).value,
-        f"eval/pass@{k}": pass_at_k(correct, k).value,
-        f"eval/maj@{k}": maj_at_k(correct, vote).value,
+        "eval/pass@1": avg_at_k(right).value,
+        f"eval/pass@{k}": pass_at_k(right, k).value,
+        f"eval/maj@{k}": maj_at_k(right, vote).value,
     }
 
 
@@ -65,9 +65,7 @@ def answers(run: Run, policy: Policy, pool: GraderPool) -> Answers:
     for part in _parts(len(rows), run.cfg.rollout.prompts):
         rollouts = sample(run, policy, make_prompts(run.task, rows, part, part), run.eval_key)
         grades = grade(run, pool, rows, rollouts)
-        score = grades.parts[0]
-        right = np.where(np.isnan(score), np.nan, score >= run.cfg.evaluation.threshold)
-        found.append((right, grades.vote))
+        found.append((correct(grades.parts[0], run.cfg.evaluation.threshold), grades.vote))
     return Answers(*(np.concatenate(column)[: len(rows)] for column in zip(*found, strict=True)))
 
 

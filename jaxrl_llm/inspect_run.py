@@ -78,12 +78,12 @@ def evaluate_target(cfg: RunConfig, k: int) -> dict[str, Any]:
     if source.params is not None and run.task.has_targets:
         found["exact"] = float(np.mean(probabilities(run, source.params, run.task.held_out)))
     with GraderPool(cfg.reward) as pool:
-        correct, vote = answers(run, source.policy, pool)
-    found[f"avg@{k}"] = avg_at_k(correct)._asdict()
+        right, vote = answers(run, source.policy, pool)
+    found[f"avg@{k}"] = avg_at_k(right)._asdict()
     for n in sorted({*(2**i for i in range(k.bit_length()) if 2**i <= k), k}):
-        found[f"pass@{n}"] = pass_at_k(correct, n)._asdict()
-    found[f"maj@{k}"] = maj_at_k(correct, vote)._asdict()
-    return found | {"prompts": len(correct), "not_graded": int(np.isnan(correct).any(axis=1).sum())}
+        found[f"pass@{n}"] = pass_at_k(right, n)._asdict()
+    found[f"maj@{k}"] = maj_at_k(right, vote)._asdict()
+    return found
 
 
 def cfg_rows(cfg: RunConfig) -> int:
