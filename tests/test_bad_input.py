@@ -47,9 +47,9 @@ def test_an_impossible_mesh_is_refused_with_all_that_is_wrong(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("", "train.jsonl: got an empty file"),
+        ("", "train.jsonl: got no rows, want one or more"),
         ('{"prompt": "<1+2>", "answer": "3#"}\n{"prompt": oops}\n', "train.jsonl:2: not JSON"),
-        ('{"prompt": "<1+2>"}\n', "train.jsonl:1: answer: got null"),
+        ('{"prompt": "<1+2>"}\n', "train.jsonl:1: task.answer: got no column 'answer', want one of prompt"),
     ],
 )
 def test_bad_data_is_named_by_file_and_line(tmp_path, content, said):
