@@ -124,7 +124,7 @@ def build(cfg: RunConfig) -> Run:
         raise UserError("\n".join(found))
     mesh = make_mesh(resolve(cfg.mesh, jax.device_count())[0])
     train, decode = Layout(mesh, TRAIN), Layout(mesh, DECODE)
-    vocab = Vocabulary(size=task.num_tokens, pad=task.pad, eos=task.eos)
+    vocab = Vocabulary(size=task.num_tokens, pad=task.pad, eos=(task.eos,))
     specs = model_params.specs(cfg.model)
 
     def update(loss: LossConfig, optimizer: OptimizerConfig, micro_batches: int) -> Update:
