@@ -21,8 +21,9 @@ def draw(name: str, shape: tuple[int, ...], seed: int, gemma: bool) -> np.ndarra
         return np.float32(0.5) * noise
     if name.endswith("mlp.gate.weight"):
         noise[1] = noise[0]
-    # Sharp logits and sharp attention, so that an error shows.
-    gain = 3.0 if "lm_head" in name else 2.0 if "q_proj" in name or "down_proj" in name else 1.0
+    # Sharp attention, so that an error shows; layers that outweigh the embedding, or tied heads would repeat what they read.
+    gain = {"embed_tokens": 0.3, "q_proj": 2.0, "down_proj": 2.0, "lm_head": 3.0}
+    gain = next((g for part, g in gain.items() if part in name), 1.0)
     return noise * np.float32(gain * shape[-1] ** -0.5)
 
 

@@ -115,7 +115,7 @@ MODELS: dict[tuple[str, str], list[dict]] = {
     ("Gemma2ForCausalLM", "gemma2"): [
         EVEN2
         | {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 6, "hidden_activation": "gelu_pytorch_tanh"}
-        | {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 9.0, "rope_theta": 10000.0},
+        | {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 0.8, "rope_theta": 10000.0},
         odd(41, 28, 35, 4, 4, 3)
         | {"head_dim": 10, "query_pre_attn_scalar": 10, "sliding_window": 3, "attn_logit_softcapping": None}
         | {"final_logit_softcapping": 6.0, "tie_word_embeddings": False, "rope_theta": 1000.0},
@@ -143,7 +143,7 @@ MODELS: dict[tuple[str, str], list[dict]] = {
         },
         odd(39, 35, 15, 5, 1, 3)
         | {"head_dim": 8, "query_pre_attn_scalar": 9, "sliding_window": 2, "layer_types": types("sfs")}
-        | {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 3.0}
+        | {"final_logit_softcapping": 0.6, "attn_logit_softcapping": 3.0}
         | {
             "rope_parameters": {
                 "full_attention": {**LLAMA3, "original_max_position_embeddings": 16, "rope_theta": 300.0},
@@ -165,7 +165,11 @@ def shapes_of(directory: Path) -> dict[str, list[int]]:
 
 def load(directory: Path) -> torch.nn.Module:
     model, info = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        directory,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
     )
     assert not any(info.values()), info
     return model.eval()
@@ -236,4 +240,6 @@ def main(only: list[str]) -> None:
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
     main(sys.argv[1:])
