@@ -23,12 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jaxrl_llm.model.hf.config import read_config
 
 from jaxrl_llm import config as run_config
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
@@ -103,7 +103,9 @@ def main() -> None:
     if found := run_config.problems(dataclasses.replace(cfg, model=model), len(devices), 1):
         parser.error("\n".join(found))
     mesh = make_mesh(resolve(cfg.mesh, len(devices))[0], devices)
-    found = {name: measure(lower) for name, lower in programs(cfg, model, Layout(mesh, TRAIN), Layout(mesh, DECODE)).items()}
+    found = {
+        name: measure(lower) for name, lower in programs(cfg, model, Layout(mesh, TRAIN), Layout(mesh, DECODE)).items()
+    }
     # Moments and master, three of the four f32 copies of an update; the policy is what publish writes.
     state, policy = found["update"]["aliased"], found["publish"]["outputs"]
     step_peak = max(

@@ -59,7 +59,8 @@ class EvaluationConfig:
 
 
 def _kind_of_model(value: Any) -> str:
-    return "pretrained" if isinstance(value, PretrainedModel) or (isinstance(value, dict) and "path" in value) else "own"
+    has_path = "path" in value if isinstance(value, dict) else isinstance(value, PretrainedModel)
+    return "pretrained" if has_path else "own"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class RunConfig:
     tokenizer: TokenizerConfig = field(default_factory=lambda: CharacterTokenizer(ARITHMETIC_ALPHABET))
     """Left out: a pretrained model's own, with its chat template; else the characters of the arithmetic task."""
     model: Annotated[
-        Annotated[ModelConfig, Tag("own")] | Annotated[PretrainedModel, Tag("pretrained")], Discriminator(_kind_of_model)
+        Annotated[ModelConfig, Tag("own")] | Annotated[PretrainedModel, Tag("pretrained")],
+        Discriminator(_kind_of_model),
     ] = field(default_factory=ModelConfig)
     """Numbers for a model that starts at random, or `path` for one that exists."""
     mesh: MeshConfig = field(default_factory=MeshConfig)

@@ -65,8 +65,8 @@ def maj_at_k(correct: np.ndarray, votes: Sequence[Sequence[Hashable]]) -> Estima
     """Chance that the most frequent answer among the k samples is right, ties broken at random.
 
     Self-consistency (Wang et al. 2023, arXiv 2203.11171).
-    `votes` is [n][k], equal for equal answers; "" and 0 are no vote, and a prompt without votes is wrong. Where samples of one answer were graded differently,
-    their mean counts.
+    `votes` is [n][k], equal for equal answers; "" and 0 are no vote, and a prompt without votes is wrong. Where samples of one
+    answer were graded differently, their mean counts.
     """
     kept, left_out = _graded(correct, only_0_and_1=True)
     if [len(row) for row in votes] != [kept.shape[1]] * len(correct):

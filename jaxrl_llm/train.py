@@ -132,7 +132,8 @@ def start_rl(run: Run, shell: Shell, life: Life) -> tuple[Life, Policy, dict[str
     shell.recorder.message(
         "held-out accuracy before RL: " + ", ".join(f"{v:.4f} {k.removeprefix('eval/')}" for k, v in scores.items())
     )
-    return dataclasses.replace(life, state=state, reference=reference, eval_before=scores[headline(run)]), policy, scores
+    life = dataclasses.replace(life, state=state, reference=reference, eval_before=scores[headline(run)])
+    return life, policy, scores
 
 
 def rl_step(run: Run, shell: Shell, life: Life, policy: Policy) -> tuple[Life, Policy, dict[str, float]]:

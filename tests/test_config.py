@@ -4,13 +4,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from jaxrl_llm.model.hf.config import read_config as read_model_config
 
 from jaxrl_llm import config
 from jaxrl_llm.cli import read_config
 from jaxrl_llm.config import RunConfig, changes, dump, load, problems, to_dict
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.config import ModelConfig, PretrainedModel
+from jaxrl_llm.model.hf.config import read_config as read_model_config
 from jaxrl_llm.parallel.config import MeshConfig
 from jaxrl_llm.prompts.config import ArithmeticTask, CharacterTokenizer, FileTask, PretrainedTokenizer
 from jaxrl_llm.rollout.config import RolloutConfig
@@ -111,7 +111,9 @@ def test_what_is_wrong_is_said(refuse, text, lines):
 
 def test_an_unknown_kind_names_the_kinds_there_are(refuse):
     (line,) = refuse("task: {kind: arithmatic}")
-    assert line.startswith("task: got {'kind': 'arithmatic'}, want: ") and "'arithmetic', 'file', 'reasoning_gym'" in line
+    assert (
+        line.startswith("task: got {'kind': 'arithmatic'}, want: ") and "'arithmetic', 'file', 'reasoning_gym'" in line
+    )
     (line,) = refuse("update: {loss: {low: 0.1}}")
     assert line.startswith("update.loss: got {'low': 0.1}, want: ") and "'kind'" in line
 
@@ -169,7 +171,9 @@ def test_a_choice_is_a_type(read):
 def test_a_pretrained_model_brings_its_tokenizer(read, refuse):
     cfg = read("model: {path: some/model}")
     assert cfg.model == PretrainedModel("some/model") and cfg.tokenizer == PretrainedTokenizer("some/model")
-    assert read("model: {path: m}\ntokenizer: {system: Be brief.}").tokenizer == PretrainedTokenizer("m", system="Be brief.")
+    assert read("model: {path: m}\ntokenizer: {system: Be brief.}").tokenizer == PretrainedTokenizer(
+        "m", system="Be brief."
+    )
     assert read("model: {path: m}\ntokenizer: {path: t}").tokenizer == PretrainedTokenizer("t")
     assert read("model: {path: m}\ntokenizer: {alphabet: ab}").tokenizer == CharacterTokenizer("ab")
     assert read("seed: 1").tokenizer == CharacterTokenizer("0123456789+<> #")
@@ -178,7 +182,9 @@ def test_a_pretrained_model_brings_its_tokenizer(read, refuse):
         "tokenizer.path: got nothing, want a directory, since model has no path either"
     ]
     assert refuse("model: {path: m, layers: 3}") == ["model.layers: no such key"]
-    assert refuse("model: {path: m, compute: int8}") == ["model.compute: got 'int8', want: input should be 'float32' or 'bfloat16'"]
+    assert refuse("model: {path: m, compute: int8}") == [
+        "model.compute: got 'int8', want: input should be 'float32' or 'bfloat16'"
+    ]
 
 
 def test_the_tokenizer_follows_the_model_that_is_evaluated(read):

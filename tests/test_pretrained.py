@@ -1,4 +1,4 @@
-"""A model, a tokenizer, a data set and a grader that are not ours: from a Hugging Face directory through training and back to one."""
+"""A model, tokenizer, data set and grader that are not ours: from a Hugging Face directory through training and back to one."""
 
 import json
 
@@ -69,7 +69,7 @@ def trained(place, tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_grader_that_misbehaves_trains_to_the_end_and_is_counted_by_name(trained):
-    cfg, result = trained
+    _cfg, result = trained
     rows = read_jsonl(result.run_dir / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     name = "rewards/counts_letters"
@@ -92,7 +92,7 @@ def test_the_prompt_is_the_chat_and_the_completion_ends_at_any_end_token(trained
 
 @pytest.mark.slow
 def test_the_export_is_the_run_bit_for_bit_and_can_be_trained_on(trained, place, tmp_path):
-    cfg, result = trained
+    cfg, _result = trained
     out = export_run(cfg, tmp_path / "out", "float32")
     run = build(cfg)
     masters = restore(run).state.params
@@ -138,7 +138,9 @@ def refused(place, tmp_path, capsys, said, **changes):
 def test_a_tokenizer_larger_than_the_model(place, tmp_path, capsys):
     small = ModelConfig(vocab_size=64, layers=1, d_model=32, heads=8, kv_heads=8, head_dim=8, d_mlp=64)
     export(make_params(small, layouts()[0]), small, tmp_path / "small", "float32", save_tokenizer=save_tokenizer)
-    refused(place, tmp_path, capsys, "model.vocab_size: got 64, want at least the tokenizer's", model=tmp_path / "small")
+    refused(
+        place, tmp_path, capsys, "model.vocab_size: got 64, want at least the tokenizer's", model=tmp_path / "small"
+    )
 
 
 def test_a_chat_template_that_raises(place, tmp_path, capsys):
