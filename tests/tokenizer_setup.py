@@ -7,7 +7,11 @@ from pathlib import Path
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
-TEXT = ["What is 3 + 4? The answer is 7.", "Count the apples, please: two and three.", "Be brief. You are a calculator."]
+TEXT = [
+    "What is 3 + 4? The answer is 7.",
+    "Count the apples, please: two and three.",
+    "Be brief. You are a calculator.",
+]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
 ENDOFTEXT, IM_START, IM_END, BOS = range(4)
 # Qwen's form: a system turn if there is one, and an empty thought where thinking is switched off.

@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer: the same tokens as transformers, every end token, and one clear message for each thing that is wrong."""
+"""A Hugging Face tokenizer: the same tokens as transformers, every end token, and one clear message for each mistake."""
 
 import json
 
@@ -66,7 +66,9 @@ def loaded(plain):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(lambda t: not any(s in t for s in SPECIAL)))
+@given(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(lambda t: not any(s in t for s in SPECIAL))
+)
 def test_every_text_survives(loaded, text):
     """Bytes beneath, so nothing is unknown; only the names of special tokens are lost."""
     assert loaded.decode(loaded.encode(text)) == text

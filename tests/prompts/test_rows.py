@@ -73,7 +73,9 @@ def test_a_template_that_does_not_fit(template, why):
 
 @pytest.mark.parametrize("template", ["{}", "{0}", "\\boxed{}", "{question", "question}", "{question!}", "{[a]}"])
 def test_a_template_that_is_none_is_refused_with_the_config(template):
-    with pytest.raises(ValidationError, match=r"[Ff]ields that name a column, as in \{question\}, and \{\{ \}\} for braces"):
+    with pytest.raises(
+        ValidationError, match=r"[Ff]ields that name a column, as in \{question\}, and \{\{ \}\} for braces"
+    ):
         TypeAdapter(TaskConfig).validate_python({"kind": "file", "path": "x", "prompt": template})
 
 
