@@ -20,7 +20,7 @@ log = logging.getLogger("jaxrl_llm.prompts")
 DIGITS = "0123456789"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Task:
     train: tuple[Row, ...]
     held_out: tuple[Row, ...]

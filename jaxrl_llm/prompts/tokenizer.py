@@ -18,7 +18,7 @@ def _as_it_is(texts: Sequence[str]) -> list[str]:
     return list(texts)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Tokenizer:
     """A backend of the `tokenizers` library, with what a policy needs to know about it."""
 

@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer: the same tokens as transformers, every end token, one clear message for each thing that is wrong."""
+"""A Hugging Face tokenizer: the same tokens as transformers, every end token, one clear message for each mistake."""
 
 import json
 
