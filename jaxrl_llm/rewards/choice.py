@@ -15,8 +15,8 @@ class MultipleChoice(FinalText):
     """1 if the letter that the final text settles on is the answer's, else 0.
 
     Looked for in this order: a last box; the last "answer is B" or "Answer: (B)" (also choice, option); a text that is one letter;
-    the only line that begins with "B)" or "B."; the only letter in parentheses; a capital that ends the text. Two letters joined by
-    "or", "and", a comma or a slash are no choice. A letter inside a word is none.
+    the only letter in parentheses or at the beginning of a line as "B)" or "B."; a capital that ends the text. Two letters joined
+    by "or", "and", a comma or a slash are no choice. A letter inside a word is none.
 
     The row's answer is read in the same way; an answer without a letter makes the grader raise.
     """
@@ -60,10 +60,10 @@ class MultipleChoice(FinalText):
         return said[-1][1][-1].upper()
 
     def _listed(self, text: str) -> str:
-        """The one line that begins as a choice does, or else the one letter in parentheses."""
+        """The letter of the only line that begins as a choice does, or in parentheses, if there is no other such letter."""
         lines = re.findall(rf"^[ \t]*[*(]{{0,3}}([{self.letters}])[)*]{{0,3}}[).:]", text, re.MULTILINE)
-        found = lines or re.findall(rf"\(([{self.letters}{self.letters.lower()}])\)", text)
-        letters = {letter.upper() for letter in found}
+        bracketed = re.findall(rf"\(([{self.letters}{self.letters.lower()}])\)", text)
+        letters = {letter.upper() for letter in lines + bracketed}
         return letters.pop() if len(letters) == 1 and len(lines) <= 1 else ""
 
     def _last(self, text: str) -> str:

@@ -1,5 +1,7 @@
 r"""The grader of mathematics: the last \boxed{} against the answer, equal as math-verify understands it."""
 
+import functools
+import logging
 import re
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -29,40 +31,43 @@ class Math(FinalText):
 
     needs: ClassVar[str] = "math_verify"
 
-    seconds: Annotated[int, Ge(1)] = 2
+    seconds: Annotated[int, Ge(1)] = 3
     """Time for reading, and again for comparing, one answer. Past it the answer is wrong."""
 
     def start(self) -> None:
-        import math_verify
-
+        # It warns of every formula that takes too long.
+        logging.getLogger("math_verify").setLevel(logging.ERROR)
         # The first call builds its parsers.
-        math_verify.parse(r"\boxed{\frac{1}{2}}")
+        _parse(r"\frac{1}{2}", self.seconds)
 
     def __call__(self, sample: Sample) -> float:
         from math_verify import verify
 
-        want = self._parse(last_boxed(sample.answer) if r"\boxed" in sample.answer else sample.answer)
+        want = _parse(last_boxed(sample.answer) if r"\boxed" in sample.answer else sample.answer, self.seconds)
         if not want:
             raise ValueError(f"the row's answer: got {sample.answer[:200]!r}, want mathematics")
-        got = self._parse(last_boxed(self.final_text(sample)))
+        got = _parse(last_boxed(self.final_text(sample)), self.seconds)
         return float(bool(got) and verify(want, got, timeout_seconds=self.seconds))
 
     def extract(self, sample: Sample) -> str:
-        found = self._parse(last_boxed(self.final_text(sample)))
+        found = _parse(last_boxed(self.final_text(sample)), self.seconds)
         try:
             return str(found[0]) if found else ""
         except ValueError:
             # Python refuses to print integers of more than 4,300 digits.
             return found[-1]
 
-    def _parse(self, text: str) -> list:
-        """math-verify's readings of a formula: an expression, where it can be read, and the text."""
-        from math_verify import parse
 
-        text = _SPACED_DIGITS.sub("", text).strip().removesuffix(".")
-        if not text or len(text) > MAX_CHARACTERS:
-            return []
-        return parse(rf"\boxed{{{text}}}", parsing_timeout=self.seconds)
+# The row's answer is read once for all samples of its group, a response's for its grade and for its vote.
+@functools.lru_cache(maxsize=256)
+def _parse(text: str, seconds: int) -> list:
+    """math-verify's readings of a formula: an expression, where it can be read, and the text. Empty if there is none."""
+    from math_verify import parse
+
+    text = _SPACED_DIGITS.sub("", text).strip().removesuffix(".")
+    if not text or len(text) > MAX_CHARACTERS:
+        return []
+    return parse(rf"\boxed{{{text}}}", parsing_timeout=seconds)
 
 
 def last_boxed(text: str) -> str:

@@ -112,3 +112,15 @@ def disturbs(sample):
     os.chdir("/")
     os.environ["HOME"] = "/nowhere"
     return 1
+
+
+def scaled(sample, *, scale):
+    return scale * float(sample.completion.rstrip("#"))
+
+
+class WithOptions:
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, sample):
+        return scaled(sample, scale=self.scale)

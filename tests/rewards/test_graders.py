@@ -1,3 +1,6 @@
+"""From a config's words to graders: short forms, names, options, and every mistake at once."""
+
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -6,8 +9,11 @@ import pydantic
 import pytest
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards.config import RewardConfig
-from jaxrl_llm.rewards.graders import Sample, exact_match, resolve
+from jaxrl_llm.rewards.config import GraderConfig, RewardConfig
+from jaxrl_llm.rewards.graders import BUILT_IN, Sample, make, problems, resolve
+from jaxrl_llm.rewards.text import ExactMatch
+
+SAMPLE = Sample("<1+1>", "2#", "2#", "eos")
 
 
 @pytest.fixture(autouse=True)
@@ -15,33 +21,25 @@ def _importable(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parent)
 
 
-@pytest.mark.parametrize(
-    ("completion", "finish", "want"),
-    [
-        ("12#", "eos", 1.0),
-        ("12", "length", 0.0),
-        ("012#", "eos", 0.0),
-        ("12##", "eos", 0.0),
-        ("13#", "eos", 0.0),
-        (" 12#", "eos", 0.0),
-        ("12# ", "length", 0.0),
-        ("", "length", 0.0),
-    ],
-)
-def test_exact_match_reads_the_whole_response(completion, finish, want):
-    assert exact_match(Sample("<3+4+5>", completion, "12#", finish)) == want
+def check(values):
+    return pydantic.TypeAdapter(RewardConfig).validate_python(values)
 
 
-def test_resolve_finds_built_in_and_imported_graders():
-    assert resolve("exact_match") is exact_match
-    assert resolve("jaxrl_llm.rewards.graders:exact_match") is exact_match
+def problems_of(*graders):
+    return problems(check({"graders": list(graders)}))
+
+
+def test_every_built_in_can_be_found():
+    for name in BUILT_IN:
+        assert isinstance(resolve(name), type)
+    assert make("exact_match") == make("jaxrl_llm.rewards.text:ExactMatch") == ExactMatch()
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
         ("exact_mach", ["exact_mach", 'meant "exact_match"', '"module:function"']),
-        ("zzz", ["zzz", "exact_match"]),
+        ("zzz", ["zzz", "exact_match", "gsm8k", "reasoning_gym"]),
         ("no_such_package.graders:f", ["no_such_package", "PYTHONPATH"]),
         ("bad_graders:by_complection", ['meant "by_completion"']),
         ("bad_graders:", ['has no ""']),
@@ -63,14 +61,153 @@ def test_resolve_names_what_is_wrong(name, words, tmp_path, monkeypatch):
         assert word in str(error.value)
 
 
-def test_config_is_checked_by_pydantic():
-    check = pydantic.TypeAdapter(RewardConfig).validate_python
-    assert check({"workers": 3}) == RewardConfig("exact_match", 3, 10.0)
-    for bad in ({"workers": 0}, {"deadline_s": 0}, {"deadline_s": float("inf")}, {"grader": ""}, {"deadline": 1}):
-        with pytest.raises(pydantic.ValidationError):
-            check(bad)
+EXACT = GraderConfig("exact_match")
+HALF = GraderConfig("format", 0.5, "form", {"pattern": "a"})
+
+
+@pytest.mark.parametrize(
+    ("values", "want"),
+    [
+        ({}, RewardConfig()),
+        ("my.module:f", RewardConfig((GraderConfig("my.module:f"),))),
+        ({"grader": "exact_match"}, RewardConfig((EXACT,))),
+        ({"grader": "numeric", "workers": 3}, RewardConfig((GraderConfig("numeric"),), 3)),
+        (
+            {"grader": "format", "weight": 0.5, "name": "form", "options": {"pattern": "a"}, "deadline_s": 2},
+            RewardConfig((HALF,), deadline_s=2.0),
+        ),
+        (
+            {
+                "graders": [
+                    "exact_match",
+                    {"grader": "format", "weight": 0.5, "name": "form", "options": {"pattern": "a"}},
+                ]
+            },
+            RewardConfig((EXACT, HALF)),
+        ),
+    ],
+)
+def test_short_forms(values, want):
+    assert check(values) == want
+    assert check(want) == want
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"workers": 0},
+        {"deadline_s": 0},
+        {"deadline_s": float("inf")},
+        {"grader": ""},
+        {"deadline": 1},
+        {"graders": []},
+        {"graders": [3]},
+        {"graders": [{"grader": "numeric", "weight": float("nan")}]},
+        {"graders": [{"grader": "numeric", "wieght": 1}]},
+        {"graders": ["numeric"], "grader": "numeric"},
+        7,
+    ],
+)
+def test_config_refuses(values):
+    with pytest.raises(pydantic.ValidationError):
+        check(values)
+
+
+def test_the_name_in_use():
+    assert [g.label for g in check({"graders": ["gsm8k", "a.b:f", {"grader": "a.b:f", "name": "g"}]}).graders] == [
+        "gsm8k",
+        "f",
+        "g",
+    ]
+
+
+def test_nothing_is_wrong_with_right_options():
+    assert problems(RewardConfig()) == []
+    assert (
+        problems_of(
+            {"grader": "numeric", "options": {"rel_tol": 0.01, "abs_tol": 1, "where": "only"}},
+            {"grader": "length", "options": {"limit": 100, "soft": 20, "unit": "words"}},
+            {"grader": "reasoning_gym", "options": {"config": {"max_terms": 3}}},
+            {"grader": "bad_graders:WithOptions", "options": {"scale": 2}},
+            {"grader": "bad_graders:scaled", "options": {"scale": 2}},
+        )
+        == []
+    )
+
+
+def test_every_mistake_is_named_at_once():
+    found = problems_of(
+        "exact_mach",
+        {"grader": "numeric", "options": {"abs_tol": -1, "rel_tol": "0.1", "tolerance": 1, "where": "last"}},
+        {"grader": "numeric", "name": "again", "options": {"where": "lats"}},
+        {"grader": "regex", "options": {"pattern": "(a)(b)"}},
+        {"grader": "format", "options": {"pattern": "(a"}},
+        {"grader": "format", "name": "nothing"},
+        {"grader": "length"},
+        {"grader": "length", "name": "again", "options": {"limit": 10, "soft": 11}},
+        {"grader": "multiple_choice", "options": {"letters": "abc"}},
+        {"grader": "bad_graders:scaled"},
+        {"grader": "bad_graders:scaled", "name": "more", "options": {"scale": 1, "sclae": 2}},
+        {"grader": "bad_graders:WithOptions", "options": {"sclae": 2}},
+    )
+    want = [
+        ("graders.0.grader:", 'meant "exact_match"'),
+        (
+            "graders.1.options.tolerance:",
+            'grader "numeric" has no such option, want some of: after, finished, where, abs_tol',
+        ),
+        ("graders.1.options.abs_tol:", "got -1, want: input should be greater than or equal to 0"),
+        ("graders.1.options.rel_tol:", "got '0.1', want: input should be a valid number"),
+        ("graders.2.options.where:", "got 'lats', want: input should be 'last', 'first' or 'only'"),
+        ("graders.3.options:", 'grader "regex": pattern: got 2 groups, want one at most'),
+        ("graders.4.options:", "is no regular expression: missing )"),
+        ("graders.5.options.pattern:", 'grader "format" needs this option'),
+        ("graders.6.options:", "want exactly one of them"),
+        ("graders.7.options:", "soft: got 11, want 10 (the limit) at most"),
+        ("graders.7.name:", 'got "again" again'),
+        ("graders.8.options:", "letters: got 'abc', want capital letters"),
+        ("graders.9.options:", "missing a required argument: 'scale'"),
+        ("graders.10.options:", "unexpected keyword argument 'sclae'"),
+        ("graders.11.options:", '"bad_graders:WithOptions" takes (scale): missing a required argument'),
+    ]
+    assert len(found) == len(want), "\n".join(found)
+    for text, (where, words) in zip(found, want, strict=True):
+        assert text.startswith(f"reward.{where}") and words in text, text
+
+
+def test_a_missing_library_is_named_before_training(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    [text] = problems_of("math")
+    assert (
+        text
+        == 'reward.graders.0.options: grader "math" needs math_verify, which is not installed: pip install "jaxrl_llm[tasks]"'
+    )
+
+
+def test_functions_and_classes_of_ones_own_take_options():
+    assert make("bad_graders:scaled", {"scale": 3})(SAMPLE) == 6.0
+    assert make("bad_graders:WithOptions", {"scale": 3})(SAMPLE) == 6.0
+
+
+def test_the_working_directory_can_be_imported_from_a_command_in_another_place(tmp_path):
+    """As with an installed command: the directory of the program, not that of the user, is on the path."""
+    (tmp_path / "program").mkdir()
+    (tmp_path / "program" / "main.py").write_text(
+        "from jaxrl_llm.rewards.config import GraderConfig, RewardConfig\n"
+        "from jaxrl_llm.rewards.graders import Sample\n"
+        "from jaxrl_llm.rewards.pool import GraderPool\n"
+        "with GraderPool(RewardConfig((GraderConfig('mine:f'),), workers=1)) as pool:\n"
+        "    print(pool.grade([[Sample('', '7', '7', 'eos')]]).reward.tolist())\n"
+    )
+    (tmp_path / "mine.py").write_text("def f(sample): return 7")
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "program/main.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert (done.stdout, done.returncode) == ("[[7.0]]\n", 0), done.stderr
 
 
 def test_the_room_does_not_import_jax():
-    code = "import jaxrl_llm.rewards.pool, jaxrl_llm.rewards.config, sys; print('jax' in sys.modules)"
+    modules = "pool, config, worker, text, numeric, choice, maths, gym".split(", ")
+    code = f"import sys, {', '.join(f'jaxrl_llm.rewards.{m}' for m in modules)}; print('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
