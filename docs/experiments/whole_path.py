@@ -4,7 +4,7 @@
 
 1. tokenizer   a byte-level BPE with a chat template, trained on generated problems
 2. pretrain    `jaxrl train configs/chain_sum_pretrain.yaml`: 5 M parameters of Qwen3's architecture, from scratch, supervised, on
-               answers of which half are wrong; then `jaxrl export`: from here on the directory is anyone's checkpoint
+               answers of which 40 % are wrong; then `jaxrl export`: from here on the directory is anyone's checkpoint
 3. before      `jaxrl eval` of that directory
 4. train       `jaxrl train configs/chain_sum.yaml`: GRPO with reasoning-gym's own scorer
 5. after       `jaxrl export`, and `jaxrl eval` of what it wrote
@@ -38,7 +38,7 @@ def make_tokenizer(out: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     problems = reasoning_gym.create_dataset("chain_sum", size=2000, seed=7)
-    texts = [f"{p['question']} {p['answer']}" for p in problems] + ["user\n", "assistant\n", "system\n"] * 500
+    texts = [f"{p['metadata']['expression']} = {p['answer']}" for p in problems] + ["user\n", "assistant\n", "system\n"] * 500
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
