@@ -6,7 +6,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from hf_cases import FAMILIES, case, equal, load_model
+from hf_cases import CASES, FAMILIES, case, equal, load_model
 from safetensors.numpy import load_file
 from setups import SMALL, layouts, make_params
 
@@ -16,6 +16,7 @@ from jaxrl_llm.model.config import ModelConfig, YarnRope
 from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.export import export
 from jaxrl_llm.model.hf.load import load
+from jaxrl_llm.model.hf.written_config import write_config
 
 # Small enough that every model here needs several files.
 SEVERAL = 20_000
@@ -67,7 +68,9 @@ def test_every_mesh_and_both_forms_of_the_tree_load_and_export_the_same(sizes, t
     by_layer = model_params.unstack(specs, SMALL.layers)
     policy = load(tmp_path / "source", by_layer, decode, ml_dtypes.bfloat16)
     assert [x.sharding for x in jax.tree.leaves(policy)] == jax.tree.leaves(model_params.shardings(by_layer, decode))
-    assert equal(model_params.unstack(jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), masters), 2), policy)
+    assert equal(
+        model_params.unstack(jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), masters), 2), policy
+    )
     export(policy, SMALL, tmp_path / "out", "bfloat16")
     got, want = files(tmp_path / "out"), files(tmp_path / "source")
     assert got.keys() == want.keys() and all(np.array_equal(got[n], want[n]) for n in want)
@@ -137,9 +140,19 @@ OURS = [
 ]
 
 
-@pytest.mark.parametrize("number", range(len(OURS)))
-def test_what_is_written_reads_back(number, tmp_path):
-    from jaxrl_llm.model.hf.written_config import write_config
+@pytest.mark.parametrize("cfg", OURS, ids=range(len(OURS)))
+def test_a_configuration_that_is_written_reads_back(cfg, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(write_config(cfg, "float32", 64)))
+    assert read_config(tmp_path) == cfg
 
-    (tmp_path / "config.json").write_text(json.dumps(write_config(OURS[number], "float32", 64)))
-    assert read_config(tmp_path) == OURS[number]
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_family_is_written_as_itself(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(case(name).golden["config"]))
+    cfg = read_config(tmp_path)
+    written = write_config(cfg, "float32", 128)
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    again = read_config(tmp_path)
+    assert written["model_type"] == case(name).golden["config"]["model_type"]
+    # 24^-0.5 is written as 24 and read back, so nothing is lost.
+    assert again == cfg
