@@ -143,7 +143,7 @@ MODELS: dict[tuple[str, str], list[dict]] = {
         },
         odd(39, 35, 15, 5, 1, 3)
         | {"head_dim": 8, "query_pre_attn_scalar": 9, "sliding_window": 2, "layer_types": types("sfs")}
-        | {"final_logit_softcapping": 0.6, "attn_logit_softcapping": 3.0}
+        | {"final_logit_softcapping": 0.6}
         | {
             "rope_parameters": {
                 "full_attention": {**LLAMA3, "original_max_position_embeddings": 16, "rope_theta": 300.0},

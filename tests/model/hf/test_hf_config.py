@@ -148,6 +148,12 @@ def test_layers_that_are_not_alike_are_refused(tmp_path):
     ]
 
 
+def test_gemma_3_with_a_soft_cap_on_scores_is_refused(tmp_path):
+    """transformers keeps the number and never applies it: two readings, so none is taken."""
+    with pytest.raises(UserError, match=r"attn_logit_softcapping: got 50.0, want null: Gemma 3 is made without"):
+        read(tmp_path, "Gemma3ForCausalLM", attn_logit_softcapping=50.0)
+
+
 def test_an_unknown_architecture_is_answered_with_the_known_ones(tmp_path):
     with pytest.raises(UserError) as caught:
         read(tmp_path, "Phi3ForCausalLM", auto_map={"AutoModelForCausalLM": "modeling.Evil"})
