@@ -5,9 +5,9 @@ Makes a Llama-shaped checkpoint of the given size in a temporary directory and t
     read    every byte of the files into memory that is kept, one file after another: what any loader must do
     load    `hf.load`, masters split over the mesh (data 1, fsdp 4, tensor 2), dtype as in the files
 
-Both cold (the files dropped from the page cache before) and warm, in turns; wall-clock and CPU seconds. Memory is the highest RssAnon,
-sampled every 5 ms, and VmHWM, the kernel's own peak of all that is resident, the files' mapped pages included; each above what the
-process held before, and above the parameters' own bytes. The bound is 1.3 times the largest file.
+Both cold (the files dropped from the page cache before) and warm, in turns; wall-clock and CPU seconds. Memory is the highest
+RssAnon, sampled every 5 ms, and VmHWM, the kernel's own peak of all that is resident, the files' mapped pages included; each above
+what the process held before, and above the parameters' own bytes. The bound is 1.3 times the largest file.
 """
 
 import argparse
