@@ -143,7 +143,7 @@ MODELS: dict[tuple[str, str], list[dict]] = {
         },
         odd(39, 35, 15, 5, 1, 3)
         | {"head_dim": 8, "query_pre_attn_scalar": 9, "sliding_window": 2, "layer_types": types("sfs")}
-        | {"final_logit_softcapping": 0.6, "attn_logit_softcapping": 3.0}
+        | {"final_logit_softcapping": 0.6}
         | {
             "rope_parameters": {
                 "full_attention": {**LLAMA3, "original_max_position_embeddings": 16, "rope_theta": 300.0},
@@ -185,9 +185,10 @@ def greedy(model: torch.nn.Module, prompts: list[list[int]]) -> list[list[int]] 
     """64 tokens after each prompt, as `generate` has them; None where two logits are too near each other, or little happens."""
     found = []
     for prompt in prompts:
-        out = model.generate(
-            torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0
-        )
+        given = torch.tensor([prompt])
+        # Told nothing, `generate` would take every 0 of the prompt for padding.
+        whole = {"attention_mask": torch.ones_like(given), "eos_token_id": None, "pad_token_id": 0}
+        out = model.generate(given, do_sample=False, max_new_tokens=NEW, **whole)
         scores = np.sort(logits(model, out.numpy())[0, len(prompt) - 1 : -1], axis=-1)
         if (scores[:, -1] - scores[:, -2]).min() < GAP * np.abs(scores).max():
             return None

@@ -155,6 +155,8 @@ def _refuse_what_we_cannot_be(keys: _Keys, family: Family) -> None:
     keys.only("quantization_config", (None,), "pass a checkpoint that is not quantised")
     keys.only("use_bidirectional_attention", (False, None), "attention is causal")
     keys.only("partial_rotary_factor", (None, 1, 1.0), "all of a head is turned")
+    if family.gemma and family.qk_norm:
+        keys.only("attn_logit_softcapping", (None,), "Gemma 3 is made without, and transformers does not read it")
     if family.experts:
         keys.only("decoder_sparse_step", (1,), "layers are alike")
         if keys.get("mlp_only_layers"):

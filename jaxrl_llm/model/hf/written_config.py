@@ -112,9 +112,9 @@ def _unfit(cfg: ModelConfig, family: Family) -> list[str]:
     found = [f"{name}: got {got}, want {want}" for name, got, want in wanted if got != want]
     if bool(cfg.experts) != family.experts:
         found.append(f"experts: got {cfg.experts}, want {'some' if family.experts else 0}")
-    if not family.gemma:
-        caps = ("attention_softcap", "logit_softcap")
-        found += [f"{name}: got {getattr(cfg, name)}, want none" for name in caps if getattr(cfg, name) is not None]
+    caps = () if family.architecture == "Gemma2ForCausalLM" else ("attention_softcap",)
+    caps = caps if family.gemma else (*caps, "logit_softcap")
+    found += [f"{name}: got {getattr(cfg, name)}, want none" for name in caps if getattr(cfg, name) is not None]
     if not (plain_scale if not family.gemma else math.isclose(scalar, round(scalar), rel_tol=1e-6)):
         want = "the -0.5th power of a whole number" if family.gemma else f"none or {cfg.head_dim**-0.5}"
         found.append(f"attention_scale: got {cfg.attention_scale}, want {want}")
