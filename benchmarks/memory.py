@@ -6,6 +6,7 @@ to be task.max_prompt_tokens. Prints one JSON object: bytes a chip of each progr
 is aliased, and `step_peak`, the most that a chip holds in a step, with the policy or the TrainState that a program does not touch.
 
 --shape  directory whose config.json says how large the model is: the config's own model may not be on this machine
+--chips  how many of the topology's chips (default: all); 1 stands for a single GPU, whose compiler is another
 """
 
 import argparse
@@ -17,7 +18,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+# Before libtpu loads: no questions to a metadata server, and no lock against other compilations.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
@@ -96,9 +100,10 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("--shape", type=Path, required=True)
     parser.add_argument("--topology", default="v5e:2x4")
+    parser.add_argument("--chips", type=int)
     args = parser.parse_args()
     cfg = run_config.load(args.config)
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices[: args.chips]
     model = read_config(args.shape, cfg.model.compute)
     if found := run_config.problems(dataclasses.replace(cfg, model=model), len(devices), 1):
         parser.error("\n".join(found))
