@@ -125,7 +125,7 @@ def test_students_quantile_is_that_of_the_tables(df, want):
 def test_the_intervals_cover_the_truth_nineteen_times_in_twenty(prompts, samples, a, b):
     """Prompts whose chance of a right sample is Beta(a, b); the truth is its moments. The seed is fixed, so the count is."""
     rng = np.random.default_rng(0)
-    k, trials, hits = samples // 2, 1000, np.zeros(3)
+    k, trials, hits = samples // 2, 400, np.zeros(3)
     mean = a / (a + b)
     some = 1 - math.prod((b + i) / (a + b + i) for i in range(k))  # 1 - E (1 - p)^k
     for _ in range(trials):
@@ -136,8 +136,8 @@ def test_the_intervals_cover_the_truth_nineteen_times_in_twenty(prompts, samples
             [(avg_at_k(grades), mean), (pass_at_k(grades, k), some), (avg_at_k(spread), 1)]
         ):
             hits[i] += estimate.low <= truth <= estimate.high
-    # The standard error of a count of 950 in 1000 is 0.7 %; 2.5 % is more than three of them.
-    assert (np.abs(hits / trials - 0.95) < 0.025).all(), hits
+    # The standard error of a count of 380 in 400 is 1.1 %; 3.3 % is three of them.
+    assert (np.abs(hits / trials - 0.95) < 0.033).all(), hits
 
 
 def test_an_interval_that_took_samples_for_independent_would_fail_that_test():
