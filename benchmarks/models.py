@@ -56,7 +56,7 @@ class Workload:
     @property
     def vocabulary(self) -> Vocabulary:
         """No token ends a row."""
-        return Vocabulary(size=self.cfg.vocab_size, pad=0, eos=-1)
+        return Vocabulary(size=self.cfg.vocab_size, pad=0, eos=(-1,))
 
     def num_params(self) -> int:
         return model_params.count(model_params.specs(self.cfg))

@@ -1,4 +1,4 @@
-"""`jaxrl train | sample | eval | report`: arguments in, exit code out. Imports no jax until a command really needs it.
+"""`jaxrl train | sample | eval | export | report`: arguments in, exit code out. Imports no jax until a command really needs it.
 
 Exit codes: 0 done; 2 bad input; 3 no checkpoint can be used; 4 stopped as not finite; 75 stopped by SIGTERM and saved, start
 again to go on.
@@ -26,10 +26,17 @@ commands
   sample CONFIG|RUN            draw responses and show tokens, log-probs, entropy and reward
          --prompt TEXT         the prompt (default: the first held-out one)
          -n N                  number of responses (default 8)
-  eval   RUN                   held-out accuracy, exact and sampled, as JSON
+  eval   RUN|MODEL             avg@k, pass@k and maj@k with 95 % intervals, as JSON
+         --task TASK           what to evaluate on (default: the run's own task): a CONFIG, whose task, reward and rollout
+                               are taken, or reasoning_gym:NAME
+         -k K                  samples for each prompt (default 8)
+  export RUN                   write the newest checkpoint as a Hugging Face directory
+         --out DIR             where; must not exist yet
+         --dtype DTYPE         float32 or bfloat16 (default: model.compute)
   report RUN                   write RUN/report.html
 
-CONFIG is a YAML file (see configs/), RUN a run directory. Any value of the config can be set by its path, for example
+CONFIG is a YAML file (see configs/), RUN a run directory, MODEL a Hugging Face directory or hub name.
+Any value of the config can be set by its path, for example
   jaxrl train configs/arithmetic.yaml --seed 1 --mesh.fsdp 2 --update.optimizer.lr 3e-4
   jaxrl train configs/arithmetic.yaml --help      lists them all
 """
@@ -46,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{argv[0]}: no such command{_near(argv[0], COMMANDS)}; jaxrl --help lists them")
         if len(argv) < 2 or (argv[1].startswith("-") and argv[1] not in ("-h", "--help")):
             raise UserError(
-                f"jaxrl {argv[0]}: got no {'RUN' if argv[0] in ('eval', 'report') else 'CONFIG'}; see jaxrl --help"
+                f"jaxrl {argv[0]}: got no {'RUN' if argv[0] in ('eval', 'export', 'report') else 'CONFIG'}; see jaxrl --help"
             )
         if argv[1] in ("-h", "--help"):
             print(USAGE)
@@ -76,24 +83,68 @@ def _refuse_typos(args: Sequence[str], own: Sequence[str]) -> None:
 
 
 def read_config(target: str, overrides: Sequence[str]) -> "RunConfig":
-    """The config of a YAML file or of a run directory, with command-line overrides on top.
-
-    tyro exits with 2 and a suggestion by itself on an unknown flag.
-    """
-    import tyro
-
+    """The config of a YAML file or of a run directory, with command-line overrides on top."""
     from jaxrl_llm import config
 
     path = Path(target)
     loaded = config.load(path / "config.yaml" if path.is_dir() else path)
-    if path.is_dir():
-        loaded = dataclasses.replace(loaded, run_dir=str(path))
+    return _override(dataclasses.replace(loaded, run_dir=str(path)) if path.is_dir() else loaded, target, overrides)
+
+
+def read_evaluation(target: str, task: str | None, overrides: Sequence[str]) -> "RunConfig":
+    """What `jaxrl eval` runs: a run directory's config, or that of `task` around a pretrained model."""
+    from jaxrl_llm import config
+    from jaxrl_llm.model.config import PretrainedModel
+
+    path = Path(target)
+    if path.is_file():
+        raise UserError(f"{target}: got a file, want a run directory or a Hugging Face model")
+    if not path.exists() and target.count("/") != 1:
+        raise UserError(f"{target}: got no directory, want a run directory or a Hugging Face model")
+    is_run = path.is_dir() and not (path / "config.json").is_file()
+    if not is_run and task is None:
+        raise UserError(f"--task: got nothing, want what to evaluate {target} on: a config, or reasoning_gym:NAME")
+    base = config.load(path / "config.yaml") if is_run else config.RunConfig()
+    asked = base if task is None else _read_task(task, target)
+    if not is_run:
+        compute = {"compute": asked.model.compute} if isinstance(asked.model, PretrainedModel) else {}
+        base = dataclasses.replace(base, model=PretrainedModel(target, **compute))
+        base = dataclasses.replace(base, tokenizer=config.tokenizer_of(asked, target), mesh=asked.mesh)
+    found = dataclasses.replace(
+        base, run_dir=target, task=asked.task, reward=asked.reward, rollout=asked.rollout, evaluation=asked.evaluation
+    )
+    return _override(found, target, overrides)
+
+
+def _read_task(task: str, target: str) -> "RunConfig":
+    from jaxrl_llm import config
+
+    kind, colon, name = task.partition(":")
+    if colon and kind == "reasoning_gym":
+        values = {
+            "task": {"kind": kind, "name": name, "size": 1, "held_out": 128},
+            "reward": kind,
+            "rollout": {"max_new_tokens": 256},
+            "model": {"path": target},
+        }
+        return config.validate(values, "--task")
+    if not Path(task).is_file():
+        raise UserError(f"--task: got {task}, want a config file, or reasoning_gym:NAME")
+    return config.load(Path(task))
+
+
+def _override(cfg: "RunConfig", target: str, overrides: Sequence[str]) -> "RunConfig":
+    """tyro exits with 2 and a suggestion by itself on an unknown flag."""
+    import tyro
+
+    from jaxrl_llm import config
+
     if not overrides:
-        return loaded
+        return cfg
     typed = tyro.cli(
         config.RunConfig,
         args=list(overrides),
-        default=loaded,
+        default=cfg,
         prog=f"jaxrl COMMAND {target}",
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
     )
@@ -114,7 +165,7 @@ def train(target: str, args: list[str]) -> int:
     from jaxrl_llm.train import train as run_training
 
     result = run_training(cfg, must_resume)
-    print(f"held-out accuracy (exact): {result.exact_before:.4f} before RL, {result.exact_after:.4f} after")
+    print(f"held-out accuracy ({result.measure}): {result.before:.4f} before RL, {result.after:.4f} after")
     print(f"run directory: {result.run_dir}")
     return 0
 
@@ -136,13 +187,35 @@ def sample(target: str, args: list[str]) -> int:
 
 
 def evaluate(target: str, args: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="jaxrl eval", add_help=False, allow_abbrev=False)
+    parser.add_argument("--task")
+    parser.add_argument("-k", type=int, default=8)
+    given, overrides = parser.parse_known_args(args)
+    if given.k < 1:
+        raise UserError(f"-k: got {given.k}, want 1 or more")
+    cfg = read_evaluation(target, given.task, overrides)
+    start_jax()
+    from jaxrl_llm.inspect_run import evaluate_target
+
+    print(json.dumps(evaluate_target(cfg, given.k), indent=1))
+    return 0
+
+
+def export(target: str, args: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="jaxrl export", add_help=False, allow_abbrev=False)
+    parser.add_argument("--out")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    _refuse_typos(args, ["--out", "--dtype"])
+    given, overrides = parser.parse_known_args(args)
+    if not given.out:
+        raise UserError("--out: got nothing, want the directory to write")
     if not Path(target).is_dir():
         raise UserError(f"{target}: got no directory, want a run directory")
-    cfg = read_config(target, args)
+    cfg = read_config(target, overrides)
     start_jax()
-    from jaxrl_llm.inspect_run import evaluate_run
+    from jaxrl_llm.inspect_run import export_run
 
-    print(json.dumps(evaluate_run(cfg)))
+    print(export_run(cfg, Path(given.out), given.dtype))
     return 0
 
 
@@ -155,7 +228,7 @@ def report(target: str, args: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": train, "sample": sample, "eval": evaluate, "report": report}
+COMMANDS = {"train": train, "sample": sample, "eval": evaluate, "export": export, "report": report}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,14 +12,21 @@ from typing import Annotated, Any
 
 import yaml
 from annotated_types import Ge
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Discriminator, Tag, TypeAdapter, ValidationError
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.config import ExperienceConfig
 from jaxrl_llm.metrics import MetricsConfig
-from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.config import ModelConfig, PretrainedModel
 from jaxrl_llm.parallel.config import MeshConfig, divisors, resolve
-from jaxrl_llm.prompts.config import ArithmeticTask, TaskConfig
+from jaxrl_llm.prompts.config import (
+    ARITHMETIC_ALPHABET,
+    ArithmeticTask,
+    CharacterTokenizer,
+    PretrainedTokenizer,
+    TaskConfig,
+    TokenizerConfig,
+)
 from jaxrl_llm.rewards.config import RewardConfig
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.update.config import UpdateConfig, WarmStartConfig
@@ -47,6 +54,13 @@ class EvaluationConfig:
 
     every: Annotated[int, Ge(1)] = 25
     """Steps of RL between evaluations."""
+    threshold: float = 1.0
+    """What the first grader must give a response for it to count as right."""
+
+
+def _kind_of_model(value: Any) -> str:
+    has_path = "path" in value if isinstance(value, dict) else isinstance(value, PretrainedModel)
+    return "pretrained" if has_path else "own"
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,13 @@ class RunConfig:
     steps: Steps = 100
     """Steps of RL, after those of the warm start."""
     task: TaskConfig = field(default_factory=ArithmeticTask)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=lambda: CharacterTokenizer(ARITHMETIC_ALPHABET))
+    """Left out: a pretrained model's own, with its chat template; else the characters of the arithmetic task."""
+    model: Annotated[
+        Annotated[ModelConfig, Tag("own")] | Annotated[PretrainedModel, Tag("pretrained")],
+        Discriminator(_kind_of_model),
+    ] = field(default_factory=ModelConfig)
+    """Numbers for a model that starts at random, or `path` for one that exists."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -115,19 +135,39 @@ def load(path: Path) -> RunConfig:
 
 def validate(values: dict[str, Any], source: str) -> RunConfig:
     try:
-        return TypeAdapter(RunConfig).validate_python(values)
+        cfg = TypeAdapter(RunConfig).validate_python(values)
     except ValidationError as error:
         raise UserError("\n".join(f"{source}: {_describe(e, values)}" for e in error.errors())) from None
+    if isinstance(cfg.model, PretrainedModel):
+        given = cfg if "tokenizer" in values else dataclasses.replace(cfg, tokenizer=PretrainedTokenizer())
+        return dataclasses.replace(cfg, tokenizer=tokenizer_of(given, cfg.model.path))
+    if isinstance(cfg.tokenizer, PretrainedTokenizer) and not cfg.tokenizer.path:
+        raise UserError(f"{source}: tokenizer.path: got nothing, want a directory, since model has no path either")
+    return cfg
+
+
+def tokenizer_of(cfg: RunConfig, model_path: str) -> TokenizerConfig:
+    """The config's tokenizer for the model at `model_path`: that model's own, unless the config names a third."""
+    own = ("", cfg.model.path if isinstance(cfg.model, PretrainedModel) else "")
+    if isinstance(cfg.tokenizer, PretrainedTokenizer):
+        return dataclasses.replace(cfg.tokenizer, path=model_path) if cfg.tokenizer.path in own else cfg.tokenizer
+    return cfg.tokenizer
+
+
+# A tagged union adds its tag to the path of an error, which nobody wrote.
+TAGS = (
+    "own", "pretrained", "arithmetic", "file", "reasoning_gym", "character", "linear", "llama3", "yarn", "clipped", "cross_entropy",
+)  # fmt: skip
 
 
 def _describe(error: dict[str, Any], values: dict[str, Any]) -> str:
-    # A tagged union adds its tag to the path, which nobody wrote.
-    path = [str(p) for p in error["loc"] if str(p) not in ("arithmetic", "jsonl", "clipped", "cross_entropy")]
+    path = [str(p) for p in error["loc"] if str(p) not in TAGS]
     name = ".".join(path)
     if error["type"] != "unexpected_keyword_argument":
         got = "nothing" if error["type"].startswith("missing") else repr(error["input"])
         return f"{name}: got {got}, want: {error['msg'][0].lower()}{error['msg'][1:]}"
-    near = difflib.get_close_matches(path[-1], _fields(path[:-1], values), n=1)
+    others = [name for name in _fields(path[:-1], values) if name != path[-1]]
+    near = difflib.get_close_matches(path[-1], others, n=1)
     return f"{name}: no such key" + (f", perhaps you meant {'.'.join([*path[:-1], *near])}" if near else "")
 
 
@@ -158,7 +198,8 @@ def problems(cfg: RunConfig, num_devices: int, num_hosts: int) -> list[str]:
     """Everything that cannot work on so many devices, in words: what was asked, what was found, what would work."""
     sizes, found = resolve(cfg.mesh, num_devices)
     data, fsdp, tensor, expert = sizes or (max(n, 1) for n in cfg.mesh.sizes())
-    found += cfg.model.problems(tensor, expert)
+    if isinstance(cfg.model, ModelConfig):
+        found += cfg.model.problems(tensor, expert)
     rows, split = cfg.rollout.prompts * cfg.rollout.samples, data * fsdp * expert
     for name, size in (("rollout.prompts", cfg.rollout.prompts), ("warm_start.rows", cfg.warm_start.rows)):
         if size % split:

@@ -6,7 +6,8 @@ new prompts and new samples alike (Miller 2024, "Adding Error Bars to Evals", ar
 the prompts' own values, not from n * k samples as if they were independent.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from math import comb, inf, nan, sqrt
 from typing import NamedTuple
 
@@ -61,37 +62,28 @@ def pass_at_k(correct: np.ndarray, k: int) -> Estimate:
     return _estimate(some[of_prompt], samples, left_out, True)
 
 
-def ballots(votes: Sequence[Sequence[str]]) -> np.ndarray:
-    """i32[n k]: equal answers of a prompt by equal numbers from 1 on, 0 for no vote (""); hosts can exchange them."""
-    found = np.zeros((len(votes), max(map(len, votes), default=0)), np.int32)
-    for row, answers in zip(found, votes, strict=True):
-        number = {answer: i for i, answer in enumerate(dict.fromkeys(filter(None, answers)), start=1)}
-        row[:] = [number.get(answer, 0) for answer in answers]
-    return found
-
-
-def maj_at_k(correct: np.ndarray, votes: np.ndarray) -> Estimate:
+def maj_at_k(correct: np.ndarray, votes: Sequence[Sequence[Hashable]]) -> Estimate:
     """Chance that the most frequent answer among the k samples is right, ties broken at random.
 
-    Self-consistency (Wang et al. 2023, arXiv 2203.11171). `votes` are numbers i32[n k], equal for equal answers of a prompt
-    and 0 for none (`ballots`). A prompt without votes is wrong. Where samples of one answer were graded differently, their mean
-    counts.
+    Self-consistency (Wang et al. 2023, arXiv 2203.11171).
+    `votes` is [n][k], equal for equal answers; "" and 0 are no vote, and a prompt without votes is wrong. Where samples of one
+    answer were graded differently, their mean counts.
     """
     kept, left_out = _graded(correct, only_0_and_1=True)
-    if votes.shape != np.shape(correct):
-        raise ValueError(f"votes: got shape {votes.shape}, want that of the grades, {np.shape(correct)}")
-    graded = votes[~np.isnan(correct).any(axis=1)]
+    if [len(row) for row in votes] != [kept.shape[1]] * len(correct):
+        raise ValueError(f"votes: want {len(correct)} rows of {kept.shape[1]}, as many as there are grades")
+    graded = [row for row, grades in zip(votes, correct, strict=True) if not np.isnan(grades).any()]
     values = [_majority(row, grades) for row, grades in zip(graded, kept, strict=True)]
     return _estimate(np.array(values), kept.shape[1], left_out, True)
 
 
-def _majority(votes: np.ndarray, correct: np.ndarray) -> float:
-    """Expected correctness of the answer with most votes: i32[k], f64[k]."""
-    answers, counts = np.unique(votes[votes != 0], return_counts=True)
-    if not len(answers):
-        return 0.0
-    winners = answers[counts == counts.max()]
-    return float(correct[np.isin(votes, winners)].sum() / (counts.max() * len(winners)))
+def _majority(votes: Sequence[Hashable], correct: np.ndarray) -> float:
+    """Expected correctness of the answer with most votes."""
+    counts = Counter(vote for vote in votes if vote)
+    most = max(counts.values(), default=0)
+    winners = [answer for answer, count in counts.items() if count == most]
+    right = sum(float(grade) for vote, grade in zip(votes, correct, strict=True) if vote in winners)
+    return right / (most * len(winners)) if winners else 0.0
 
 
 def _graded(values: np.ndarray, only_0_and_1: bool = False) -> tuple[np.ndarray, int]:

@@ -1,27 +1,49 @@
 """How good a policy is on the held-out part: exactly, and by sampling."""
 
-import numpy as np
+from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxrl_llm.estimates import avg_at_k, correct, maj_at_k, pass_at_k
 from jaxrl_llm.experience.batch import rows_of
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.prompts.stream import make_prompts
-from jaxrl_llm.prompts.task import Row
+from jaxrl_llm.prompts.rows import Row
+from jaxrl_llm.prompts.stream import make_prompts, pad_rows
 from jaxrl_llm.rewards.pool import GraderPool
 from jaxrl_llm.run import Run, grade, sample
 from jaxrl_llm.types import Batch, Policy, PyTree
 
 
+class Answers(NamedTuple):
+    """k graded responses to each of n rows, equal on every host."""
+
+    right: Float[np.ndarray, "n k"]
+    """1 where the first grader gave the threshold or more, else 0; NaN where the group could not be graded."""
+    vote: Int[np.ndarray, "n k"]
+    """A number for each final answer, 0 where there is none."""
+
+
+def headline(run: Run) -> str:
+    """The metric that a run is told by: exact where the right responses are known, else sampled."""
+    return "eval/exact" if run.task.has_targets else "eval/pass@1"
+
+
 def evaluate(run: Run, params: PyTree, policy: Policy, pool: GraderPool) -> dict[str, float]:
-    """`eval/exact`, the mean probability of the right response, and `eval/pass@1`, the share of right ones among samples."""
-    rows = run.task.held_out
-    return {
-        "eval/exact": float(np.mean(probabilities(run, params, rows))),
-        "eval/pass@1": sampled_accuracy(run, policy, pool, rows),
+    """`eval/exact`, the mean probability of the right response, where that is known; from k samples a row `eval/pass@1`,
+    the share of right ones (which is avg@k), and `eval/pass@k` and `eval/maj@k`."""
+    k, rows = run.cfg.rollout.samples, run.task.held_out
+    found = {"eval/exact": float(np.mean(probabilities(run, params, rows)))} if run.task.has_targets else {}
+    right, vote = answers(run, policy, pool)
+    return found | {
+        "eval/pass@1": avg_at_k(right).value,
+        f"eval/pass@{k}": pass_at_k(right, k).value,
+        f"eval/maj@{k}": maj_at_k(right, vote).value,
     }
 
 
 def probabilities(run: Run, params: PyTree, rows: tuple[Row, ...]) -> np.ndarray:
-    """f32[len(rows)]: of each row's answer, at the run's temperature. Teacher-forced, so there is no sampling noise."""
+    """f32[len(rows)]: of each row's target, at the run's temperature. Teacher-forced, so there is no sampling noise."""
     found = []
     for part in _parts(len(rows), run.cfg.rollout.prompts):
         batch = supervised_batch(run, [rows[i] for i in part])
@@ -31,19 +53,20 @@ def probabilities(run: Run, params: PyTree, rows: tuple[Row, ...]) -> np.ndarray
 
 
 def supervised_batch(run: Run, rows: list[Row]) -> Batch:
-    """Prompts with their answers, the answer in the loss mask."""
-    prompt, prompt_length = run.task.encode([row.prompt for row in rows], run.task.prompt_slots)
-    answer, length = run.task.encode([row.answer for row in rows], run.cfg.rollout.max_new_tokens)
-    return rows_of(prompt, prompt_length, answer, length, run.task.pad, run.cfg.rollout.temperature)[0]
+    """Prompts with their targets, the target in the loss mask."""
+    prompt, prompt_length = pad_rows([row.tokens for row in rows], run.task.prompt_slots, run.task.pad)
+    target, length = pad_rows([row.target for row in rows], run.cfg.rollout.max_new_tokens, run.task.pad)
+    return rows_of(prompt, prompt_length, target, length, run.task.pad, run.cfg.rollout.temperature)[0]
 
 
-def sampled_accuracy(run: Run, policy: Policy, pool: GraderPool, rows: tuple[Row, ...]) -> float:
-    """Mean reward of G samples for each row: the unbiased estimate of pass@1. Groups that could not be graded are left out."""
-    rewards = []
+def answers(run: Run, policy: Policy, pool: GraderPool) -> Answers:
+    """k = `rollout.samples` graded responses to each held-out row. Keys of their own: training is not disturbed."""
+    found, rows = [], run.task.held_out
     for part in _parts(len(rows), run.cfg.rollout.prompts):
         rollouts = sample(run, policy, make_prompts(run.task, rows, part, part), run.eval_key)
-        rewards.append(grade(run, pool, rows, rollouts).reward)
-    return float(np.nanmean(np.concatenate(rewards)[: len(rows)]))
+        grades = grade(run, pool, rows, rollouts)
+        found.append((correct(grades.parts[0], run.cfg.evaluation.threshold), grades.vote))
+    return Answers(*(np.concatenate(column)[: len(rows)] for column in zip(*found, strict=True)))
 
 
 def _parts(n: int, size: int) -> list[np.ndarray]:

@@ -1,64 +1,129 @@
-"""Looking at a policy from outside: responses to one prompt, and the score of a finished or stopped run."""
+"""Looking at a policy from outside: responses to one prompt, its score on a task, and its files for other libraries."""
 
 import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import CheckpointError, UserError
-from jaxrl_llm.evaluate import evaluate
+from jaxrl_llm.estimates import avg_at_k, maj_at_k, pass_at_k
+from jaxrl_llm.evaluate import answers, probabilities
 from jaxrl_llm.metrics import printable
+from jaxrl_llm.model.config import PretrainedModel
+from jaxrl_llm.model.hf.export import export
+from jaxrl_llm.model.hf.load import load
+from jaxrl_llm.model.hf.source import resolve as resolve_model
+from jaxrl_llm.model.params import unstack
+from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
+from jaxrl_llm.prompts.rows import Row
 from jaxrl_llm.prompts.stream import make_prompts
-from jaxrl_llm.prompts.task import Row
-from jaxrl_llm.prompts.tokenizer import unknown_characters
 from jaxrl_llm.rewards.pool import GraderPool
 from jaxrl_llm.run import Life, Run, begin, build, grade, open_checkpoints, publish, sample, target
-from jaxrl_llm.types import Finish, Rollouts
+from jaxrl_llm.types import Finish, Policy, PyTree, Rollouts
+
+EVALUATED_AT_ONCE = 64
 
 
-def restore_or_begin(run: Run) -> Life:
-    """The run's newest checkpoint, or a policy that knows nothing where it has none."""
+class Source(NamedTuple):
+    """Where the policy that is looked at comes from."""
+
+    policy: Policy
+    params: PyTree | None
+    """The trainer's own, where the run has them."""
+    name: str
+    step: int
+
+
+def restore(run: Run) -> Life | None:
+    """The newest checkpoint of the run directory, None if it has none."""
+    if not (Path(run.cfg.run_dir) / "checkpoints").is_dir():
+        return None
     checkpoints = open_checkpoints(run.cfg)
     try:
         restored = checkpoints.restore(target(run))
     finally:
         checkpoints.close()
-    return begin(run) if restored is None else Life.revive(restored.tree)
+    return None if restored is None else Life.revive(restored.tree)
 
 
-def evaluate_run(cfg: RunConfig) -> dict[str, float]:
-    """`step`, `eval/exact` and `eval/pass@1` of a run directory's newest checkpoint."""
-    run = build(cfg)
-    life = restore_or_begin(run)
-    if life.step == 0:
+def open_source(run: Run) -> Source:
+    """The run's newest checkpoint; else the pretrained model it starts from; else a policy that knows nothing."""
+    life = restore(run)
+    if life is None and isinstance(run.cfg.model, PretrainedModel):
+        directory = resolve_model(run.cfg.model.path)
+        specs = unstack(run.specs, run.model.layers)
+        params = load(directory, specs, run.decode, jnp.dtype(run.model.compute))
+        version = hosts.put(np.int32(0), run.decode.replicated)
+        return Source(Policy(params, version), None, str(directory), 0)
+    name = f"step {life.step} of {run.cfg.run_dir}" if life else "an untrained policy"
+    state = (life or begin(run)).state
+    return Source(publish(run, state, None), state.params, name, life.step if life else 0)
+
+
+def evaluate_target(cfg: RunConfig, k: int) -> dict[str, Any]:
+    """avg@k, pass@1 ... pass@k, maj@k with 95 % intervals over the held-out prompts, and exact where it is known.
+
+    Each is {"value", "low", "high", "n"}. Raises CheckpointError if there is neither a checkpoint nor a pretrained model.
+    """
+    run = build(_reshape(cfg, cfg_rows(cfg), k))
+    if not isinstance(cfg.model, PretrainedModel) and not (Path(cfg.run_dir) / "checkpoints").is_dir():
         raise CheckpointError(f"{cfg.run_dir}: got no checkpoint, want a run directory that holds one")
+    source = open_source(run)
+    found = {"model": source.name, "step": source.step, "k": k, "temperature": cfg.rollout.temperature}
+    if source.params is not None and run.task.has_targets:
+        found["exact"] = float(np.mean(probabilities(run, source.params, run.task.held_out)))
     with GraderPool(cfg.reward) as pool:
-        return {"step": life.step, **evaluate(run, life.state.params, publish(run, life.state, None), pool)}
+        right, vote = answers(run, source.policy, pool)
+    found[f"avg@{k}"] = avg_at_k(right)._asdict()
+    for n in sorted({*(2**i for i in range(k.bit_length()) if 2**i <= k), k}):
+        found[f"pass@{n}"] = pass_at_k(right, n)._asdict()
+    found[f"maj@{k}"] = maj_at_k(right, vote)._asdict()
+    return found
+
+
+def cfg_rows(cfg: RunConfig) -> int:
+    """Prompts to evaluate at once: no more than a task of a known size has."""
+    return min(getattr(cfg.task, "held_out", 0) or EVALUATED_AT_ONCE, EVALUATED_AT_ONCE)
+
+
+def export_run(cfg: RunConfig, out: Path, dtype: str | None) -> Path:
+    """Write the run's newest checkpoint as a Hugging Face directory. Returns it."""
+    run = build(_reshape(cfg, 1, 2))
+    life = restore(run)
+    if life is None:
+        raise CheckpointError(f"{cfg.run_dir}: got no checkpoint, want a run directory that holds one")
+    source = resolve_model(cfg.model.path) if isinstance(cfg.model, PretrainedModel) else None
+    export(
+        life.state.params, run.model, out, dtype or run.model.compute, source=source, eos=run.task.eos, pad=run.task.pad,
+        save_tokenizer=run.task.tokenizer.save,
+    )  # fmt: skip
+    return out
 
 
 def sample_prompt(cfg: RunConfig, text: str | None, n: int) -> None:
     """Print `n` responses to one prompt: tokens with log-prob and entropy, and the reward where the answer is known."""
-    run = build(_narrow(cfg, n))
-    life = restore_or_begin(run)
-    policy = publish(run, life.state, None)
+    run = build(_reshape(cfg, 1, max(n, 2)))
+    source = open_source(run)
     row = _find(run, text)
     prompts = make_prompts(run.task, (row,), np.zeros(run.cfg.rollout.prompts, int), np.arange(run.cfg.rollout.prompts))
-    rollouts = sample(run, policy, prompts, run.eval_key)
+    rollouts = sample(run, source.policy, prompts, run.eval_key)
     reward = np.full(n, np.nan)
     if row.answer:
         with GraderPool(cfg.reward) as pool:
             reward = grade(run, pool, (row,), rollouts).reward[0]
-    what = f"step {life.step} of {cfg.run_dir}" if life.step else "an untrained policy"
-    print(f"{printable(row.prompt)}   from {what}, temperature {cfg.rollout.temperature}")
+    print(f"{printable(row.prompt)}   from {source.name}, temperature {cfg.rollout.temperature}")
     for b in range(n):
         print(_line(run, rollouts, b, float(reward[b])))
 
 
 def _line(run: Run, rollouts: Rollouts, b: int, reward: float) -> str:
     length = int(rollouts.length[b])
-    tokens = [printable(run.task.tokenizer.id_to_token(int(i))) for i in rollouts.tokens[b, :length]]
+    tokens = [printable(run.task.tokenizer.token(int(i))) for i in rollouts.tokens[b, :length]]
     parts = [
         f"{token} {logprob:.3f} (H {entropy:.3f})"
         for token, logprob, entropy in zip(tokens, rollouts.behavior_logprobs[b], rollouts.entropy[b], strict=False)
@@ -71,24 +136,25 @@ def _line(run: Run, rollouts: Rollouts, b: int, reward: float) -> str:
     )
 
 
-def _narrow(cfg: RunConfig, n: int) -> RunConfig:
-    """The config with as few rows as the mesh allows: one prompt a shard, its group of n."""
+def _reshape(cfg: RunConfig, prompts: int, samples: int) -> RunConfig:
+    """The config with `prompts` a call, rounded up to what the mesh can split, and groups of `samples`."""
     sizes, _ = resolve(cfg.mesh, jax.device_count())
-    split = sizes[0] * sizes[1] if sizes else cfg.rollout.prompts
+    split = sizes[0] * sizes[1] * sizes[3] * jax.process_count() if sizes else prompts
     return dataclasses.replace(
         cfg,
-        rollout=dataclasses.replace(cfg.rollout, prompts=split * jax.process_count(), samples=max(n, 2)),
+        rollout=dataclasses.replace(cfg.rollout, prompts=-(-prompts // split) * split, samples=samples),
         update=dataclasses.replace(cfg.update, minibatches=1, micro_batches=1),
+        warm_start=dataclasses.replace(cfg.warm_start, rows=split),
     )
 
 
 def _find(run: Run, text: str | None) -> Row:
-    """The task's row for a prompt, or a row without an answer. Raises UserError for characters without a token."""
+    """The task's row for a prompt, or one without an answer."""
     if text is None:
         return run.task.held_out[0]
-    if not text or (unknown := unknown_characters(text, run.task.tokenizer)):
-        got = " ".join(map(repr, unknown)) if text else "nothing"
-        raise UserError(f"--prompt: got {got}, want characters of the task: {' '.join(run.task.tokenizer.get_vocab())}")
-    if len(text) > run.task.prompt_slots:
-        raise UserError(f"--prompt: got {len(text)} tokens, want {run.task.prompt_slots} at most, as in the task")
-    return next((row for row in run.task.held_out + run.task.train if row.prompt == text), Row(text, ""))
+    if not text:
+        raise UserError("--prompt: got nothing, want text")
+    row = run.task.row(text)
+    if len(row.tokens) > run.task.prompt_slots:
+        raise UserError(f"--prompt: got {len(row.tokens)} tokens, want {run.task.prompt_slots} at most, as in the task")
+    return row

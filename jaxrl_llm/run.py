@@ -3,13 +3,16 @@
 `train`, `evaluate` and the command line all start here. Nothing in here loops.
 """
 
+import dataclasses
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Int, Key
 
 from jaxrl_llm import config as run_config
 from jaxrl_llm.checkpoint import Checkpoints
@@ -17,15 +20,21 @@ from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.replay import Replay, empty
 from jaxrl_llm.model import params as model_params
+from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.hf.config import read_config
+from jaxrl_llm.model.hf.load import load
+from jaxrl_llm.model.hf.source import resolve as resolve_model
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
+from jaxrl_llm.prompts.rows import Row
 from jaxrl_llm.prompts.stream import Order, make_order
-from jaxrl_llm.prompts.task import Row, Task, load_task
+from jaxrl_llm.prompts.task import Task, load_task
+from jaxrl_llm.prompts.tokenizer import load_tokenizer
 from jaxrl_llm.publish import Publish, make_blank, make_publish
 from jaxrl_llm.rewards.graders import Sample
-from jaxrl_llm.rewards.pool import Graded, GraderPool
+from jaxrl_llm.rewards.pool import GraderPool
 from jaxrl_llm.rollout.decode import Generate, Vocabulary, make_generate
 from jaxrl_llm.types import Batch, Experience, Finish, Policy, Prompts, PyTree, Rollouts, TrainState
 from jaxrl_llm.update.config import CrossEntropyLoss, LossConfig, OptimizerConfig
@@ -37,6 +46,7 @@ class Run:
     """Built once, never changed."""
 
     cfg: RunConfig
+    model: ModelConfig
     task: Task
     order: Order
     """Of the prompts of RL."""
@@ -80,7 +90,7 @@ class Life:
     nonfinite: int
     """Steps of RL in a row of which no update was finite."""
     eval_before: float
-    """Exact held-out accuracy before RL; NaN until measured."""
+    """Held-out accuracy before RL (`evaluate.headline`); NaN until measured."""
     state: TrainState
     reference: PyTree | None
     """Parameters at the start of RL, where the loss has a KL term."""
@@ -112,44 +122,61 @@ class Life:
 
 def build(cfg: RunConfig) -> Run:
     """Raises UserError with everything that does not fit, before anything compiles."""
-    task = load_task(cfg.task, cfg.seed)
-    found = run_config.problems(cfg, jax.device_count(), jax.process_count())
-    if cfg.model.vocab_size < task.num_tokens:
-        found.append(f"model.vocab_size: got {cfg.model.vocab_size}, want at least the tokenizer's {task.num_tokens}")
-    if cfg.rollout.max_new_tokens < task.answer_slots:
-        found.append(
-            f"rollout.max_new_tokens: got {cfg.rollout.max_new_tokens}, want at least the answers' {task.answer_slots}"
-        )
-    if found:
+    model = read_model(cfg)
+    task = load_task(cfg.task, load_tokenizer(cfg.tokenizer), cfg.seed)
+    if found := problems(dataclasses.replace(cfg, model=model), task):
         raise UserError("\n".join(found))
     mesh = make_mesh(resolve(cfg.mesh, jax.device_count())[0])
     train, decode = Layout(mesh, TRAIN), Layout(mesh, DECODE)
     vocab = Vocabulary(size=task.num_tokens, pad=task.pad, eos=task.eos)
-    specs = model_params.specs(cfg.model)
+    specs = model_params.specs(model)
 
     def update(loss: LossConfig, optimizer: OptimizerConfig, micro_batches: int) -> Update:
         return make_update(
             specs, loss, optimizer, normalize=cfg.update.normalize, length=cfg.rollout.max_new_tokens,
-            micro_batches=micro_batches, num_tokens=task.num_tokens, cfg=cfg.model, layout=train,
+            micro_batches=micro_batches, num_tokens=task.num_tokens, cfg=model, layout=train,
         )  # fmt: skip
 
     key, eval_key = jax.random.split(jax.random.key(cfg.seed))
     return Run(
         cfg=cfg,
+        model=model,
         task=task,
         order=make_order(len(task.train), cfg.seed),
         warm_order=make_order(len(task.train), cfg.seed + 1),
         train=train,
         decode=decode,
         specs=specs,
-        generate=make_generate(cfg.rollout.samples, cfg.rollout.max_new_tokens, vocab, cfg.model, decode),
-        publish=make_publish(cfg.model, train, decode),
-        score=make_score(task.num_tokens, cfg.model, train),
+        generate=make_generate(cfg.rollout.samples, cfg.rollout.max_new_tokens, vocab, model, decode),
+        publish=make_publish(model, train, decode),
+        score=make_score(task.num_tokens, model, train),
         warm_update=update(CrossEntropyLoss(), cfg.warm_start.optimizer, 1),
         update=update(cfg.update.loss, cfg.update.optimizer, cfg.update.micro_batches),
         key=key,
         eval_key=eval_key,
     )
+
+
+def read_model(cfg: RunConfig) -> ModelConfig:
+    """The model's numbers; those of a pretrained one stand in its own config.json."""
+    if isinstance(cfg.model, ModelConfig):
+        return cfg.model
+    return read_config(resolve_model(cfg.model.path), cfg.model.compute)
+
+
+def problems(cfg: RunConfig, task: Task) -> list[str]:
+    """What does not fit between config, devices and task, in words."""
+    found = run_config.problems(cfg, jax.device_count(), jax.process_count())
+    if cfg.model.vocab_size < task.num_tokens:
+        found.append(f"model.vocab_size: got {cfg.model.vocab_size}, want at least the tokenizer's {task.num_tokens}")
+    if cfg.rollout.max_new_tokens < task.target_slots:
+        found.append(
+            f"rollout.max_new_tokens: got {cfg.rollout.max_new_tokens}, want at least the {task.target_slots} tokens of the "
+            "longest right response"
+        )
+    if cfg.warm_start.steps and not task.has_targets:
+        found.append(f"task.response: got nothing, want the right response: warm_start.steps is {cfg.warm_start.steps}")
+    return found
 
 
 def fresh_optimizer(run: Run, params: PyTree, updates: int) -> TrainState:
@@ -160,9 +187,16 @@ def fresh_optimizer(run: Run, params: PyTree, updates: int) -> TrainState:
 
 def begin(run: Run) -> Life:
     """A life from the seed."""
-    params = model_params.init(run.specs, jax.random.fold_in(run.key, 2**31 - 1), run.train)
+    params = start_params(run)
     reference = jax.tree.map(jnp.copy, params) if run.keeps_reference else None
     return Life(0, 0, 0, 0, 0, float("nan"), fresh_optimizer(run, params, 0), reference, _empty_replay(run))
+
+
+def start_params(run: Run) -> PyTree:
+    """f32 masters in the TRAIN layout: read from the pretrained model's files, or drawn from the seed."""
+    if isinstance(run.cfg.model, ModelConfig):
+        return model_params.init(run.specs, jax.random.fold_in(run.key, 2**31 - 1), run.train)
+    return load(resolve_model(run.cfg.model.path), run.specs, run.train, jnp.float32)
 
 
 def _empty_replay(run: Run) -> Replay | None:
@@ -201,34 +235,56 @@ def target(run: Run) -> PyTree:
 
 def publish(run: Run, state: TrainState, old: Policy | None) -> Policy:
     """The policy that the state's parameters make; `old` lends its buffers."""
-    return run.publish(state.params, state.step, old or make_blank(run.cfg.model, run.decode)())
+    return run.publish(state.params, state.step, old or make_blank(run.model, run.decode)())
 
 
 def open_checkpoints(cfg: RunConfig) -> Checkpoints:
     return Checkpoints(Path(cfg.run_dir).resolve() / "checkpoints", keep=cfg.checkpoint.keep)
 
 
-def sample(run: Run, policy: Policy, prompts: Prompts, key: Key[Array, ""]) -> Rollouts:
-    """G samples for each prompt at the configured temperature, as NumPy, equal on every host."""
+def sample(
+    run: Run, policy: Policy, prompts: Prompts, key: Key[Array, ""], temperature: float | None = None
+) -> Rollouts:
+    """G samples for each prompt at a temperature, the configured one by default, as NumPy, equal on every host."""
     rows = run.decode.sharding(("rows",))
-    temperature = np.full(prompts.length.shape, run.cfg.rollout.temperature, np.float32)
-    return hosts.gather(run.generate(policy, hosts.put(prompts, rows), key, hosts.put(temperature, rows)))
+    chosen = run.cfg.rollout.temperature if temperature is None else temperature
+    per_prompt = np.full(prompts.length.shape, chosen, np.float32)
+    return hosts.gather(run.generate(policy, hosts.put(prompts, rows), key, hosts.put(per_prompt, rows)))
 
 
-def grade(run: Run, pool: GraderPool, rows: tuple[Row, ...], rollouts: Rollouts) -> Graded:
-    """Rewards of rollouts whose prompts are among `rows`; each host grades its share of the groups."""
+class Grades(NamedTuple):
+    """What the graders said of P groups of G responses, as NumPy, equal on every host. NaN where a group failed."""
+
+    reward: Float[np.ndarray, "P G"]
+    parts: Float[np.ndarray, "n P G"]
+    """What each of the n graders gave, before weights."""
+    failure: Int[np.ndarray, " P"]
+    """A `Failure` each."""
+    failed_by: Int[np.ndarray, " P"]
+    """Which grader failed, -1 where none did."""
+    vote: Int[np.ndarray, "P G"]
+    """A number for each final answer, equal for equal ones; 0 where there is none."""
+
+
+def grade(run: Run, pool: GraderPool, rows: tuple[Row, ...], rollouts: Rollouts) -> Grades:
+    """Grades of rollouts whose prompts are among `rows`; each host grades its share of the groups."""
     group_size = run.cfg.rollout.samples
     texts = run.task.decode(rollouts.tokens, rollouts.length)
 
-    def work(part: slice) -> tuple[np.ndarray, np.ndarray]:
+    def sample_of(row: Row, b: int) -> Sample:
+        finish = Finish(rollouts.finish[b]).name.lower()
+        return Sample(row.prompt, texts[b], row.answer, finish, row.columns, int(rollouts.length[b]))
+
+    def work(part: slice) -> tuple[np.ndarray, ...]:
         groups = []
         for p, index in list(enumerate(rollouts.prompts.row))[part]:
-            of_group = range(p * group_size, (p + 1) * group_size)
-            row = rows[index]
-            groups.append(
-                [Sample(row.prompt, texts[b], row.answer, Finish(rollouts.finish[b]).name.lower()) for b in of_group]
-            )
+            groups.append([sample_of(rows[index], b) for b in range(p * group_size, (p + 1) * group_size)])
         graded = pool.grade(groups)
-        return graded.reward, graded.failure
+        vote = [[zlib.crc32(answer.encode()) >> 1 if answer else 0 for answer in group] for group in graded.votes]
+        return (
+            graded.reward, graded.parts.swapaxes(0, 1), graded.failure, graded.failed_by,
+            np.array(vote, np.int32).reshape(graded.reward.shape),
+        )  # fmt: skip
 
-    return Graded(*hosts.share_out(len(rollouts.prompts.row), work))
+    reward, parts, failure, failed_by, vote = hosts.share_out(len(rollouts.prompts.row), work)
+    return Grades(reward, parts.swapaxes(0, 1), failure, failed_by, vote)

@@ -20,7 +20,7 @@ from jaxrl_llm import config as run_config
 from jaxrl_llm.checkpoint import Checkpoints, RunLock, prepare_run_directory
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import CheckpointError, NonFiniteError, Preempted, UserError
-from jaxrl_llm.evaluate import evaluate, supervised_batch
+from jaxrl_llm.evaluate import evaluate, headline, supervised_batch
 from jaxrl_llm.experience.advantages import ADVANTAGES
 from jaxrl_llm.experience.batch import make_batch, minibatches
 from jaxrl_llm.experience.filters import FILTERS
@@ -29,8 +29,20 @@ from jaxrl_llm.metrics import CompileCounter, RatioAlarm, Recorder, Timers
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.prompts.stream import next_prompts
 from jaxrl_llm.prompts.supervised import noisy_rows
-from jaxrl_llm.rewards.pool import Failure, Graded, GraderPool
-from jaxrl_llm.run import Life, Run, begin, build, fresh_optimizer, grade, open_checkpoints, publish, sample, target
+from jaxrl_llm.rewards.pool import Failure, GraderPool, part_metrics
+from jaxrl_llm.run import (
+    Grades,
+    Life,
+    Run,
+    begin,
+    build,
+    fresh_optimizer,
+    grade,
+    open_checkpoints,
+    publish,
+    sample,
+    target,
+)
 from jaxrl_llm.types import Batch, Experience, Finish, Policy, Rollouts, TrainState
 
 MAX_NONFINITE = 3
@@ -47,9 +59,11 @@ class Shell(NamedTuple):
 
 
 class Result(NamedTuple):
-    exact_before: float
-    """Exact held-out accuracy after the warm start."""
-    exact_after: float
+    measure: str
+    """What the two numbers are: `evaluate.headline`."""
+    before: float
+    """Before RL, after the warm start."""
+    after: float
     run_dir: Path
 
 
@@ -79,7 +93,8 @@ def train(cfg: RunConfig, must_resume: bool = False) -> Result:
         if not scores:
             policy = publish(run, life.state, None)
             scores = evaluate(run, life.state.params, policy, shell.pool)
-        return Result(life.eval_before, scores["eval/exact"], Path(cfg.run_dir).resolve())
+        measure = headline(run)
+        return Result(measure.removeprefix("eval/"), life.eval_before, scores[measure], Path(cfg.run_dir).resolve())
 
 
 def with_rates(metrics: dict[str, float], shell: Shell) -> dict[str, float]:
@@ -115,9 +130,10 @@ def start_rl(run: Run, shell: Shell, life: Life) -> tuple[Life, Policy, dict[str
     policy = publish(run, state, None)
     scores = evaluate(run, state.params, policy, shell.pool)
     shell.recorder.message(
-        f"held-out accuracy before RL: {scores['eval/exact']:.4f} exact, {scores['eval/pass@1']:.4f} sampled"
+        "held-out accuracy before RL: " + ", ".join(f"{v:.4f} {k.removeprefix('eval/')}" for k, v in scores.items())
     )
-    return dataclasses.replace(life, state=state, reference=reference, eval_before=scores["eval/exact"]), policy, scores
+    life = dataclasses.replace(life, state=state, reference=reference, eval_before=scores[headline(run)])
+    return life, policy, scores
 
 
 def rl_step(run: Run, shell: Shell, life: Life, policy: Policy) -> tuple[Life, Policy, dict[str, float]]:
@@ -190,7 +206,7 @@ def update(
 
 
 def describe(
-    cfg: RunConfig, graded: Graded, rollouts: Rollouts, keep: np.ndarray, counts: np.ndarray
+    cfg: RunConfig, graded: Grades, rollouts: Rollouts, keep: np.ndarray, counts: np.ndarray
 ) -> dict[str, float]:
     """The step's rollouts in numbers, under the names that users of TRL know."""
     reward = graded.reward[graded.failure == Failure.NONE]
@@ -199,7 +215,6 @@ def describe(
         "reward": reward.mean() if reward.size else np.nan,
         "reward_std": reward.std(axis=1, ddof=1).mean() if reward.size else np.nan,
         "frac_reward_zero_std": np.mean(reward.max(axis=1) == reward.min(axis=1)) if reward.size else np.nan,
-        f"rewards/{cfg.reward.grader}/mean": reward.mean() if reward.size else np.nan,
         "completions/mean_length": length.mean(),
         "completions/min_length": length.min(),
         "completions/max_length": length.max(),
@@ -212,10 +227,8 @@ def describe(
         "sampling/mean_logprob": rollouts.behavior_logprobs.sum() / rollouts.sampled.sum(),
         "sampling/entropy": rollouts.entropy.sum() / rollouts.sampled.sum(),
     }
-    failures = {
-        f"rewards/{cfg.reward.grader}/{kind.name.lower()}": np.sum(graded.failure == kind) for kind in Failure if kind
-    }
-    return as_floats(metrics | failures)
+    metrics |= part_metrics(graded, [grader.label for grader in cfg.reward.graders])
+    return as_floats(metrics)
 
 
 def as_floats(metrics: dict) -> dict[str, float]:
@@ -248,7 +261,7 @@ def responses(run: Run, experience: Experience, num_rows: int) -> list[dict]:
                 "prompt": run.task.decode(rollouts.prompts.tokens[p : p + 1], rollouts.prompts.length[p : p + 1])[0],
                 "completion": run.task.decode(rollouts.tokens[b : b + 1], rollouts.length[b : b + 1])[0],
                 "ids": ids,
-                "tokens": [run.task.tokenizer.id_to_token(i) for i in ids],
+                "tokens": [run.task.tokenizer.token(i) for i in ids],
                 "logprobs": rollouts.behavior_logprobs[b, :n],
                 "entropy": rollouts.entropy[b, :n],
                 "reward": experience.reward[b],

@@ -38,7 +38,7 @@ def generate(
             token, logprob = draw(keys[b : b + 1], jnp.int32(t), logp)
             tokens[b, t], sampled[b, t], logprobs[b, t], entropies[b, t] = token[0], True, logprob[0], entropy(logp)[0]
             sequence.append(int(token[0]))
-            if int(token[0]) == vocab.eos:
+            if int(token[0]) in vocab.eos:
                 finish[b] = int(Finish.EOS)
                 break
     return Rollouts(

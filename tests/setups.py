@@ -17,7 +17,7 @@ from jaxrl_llm.types import Policy, Prompts, PyTree
 # Eight heads over eight key/value heads, so that every mesh below divides them; sharp logits, so that an error shows.
 SMALL = ModelConfig(vocab_size=16, layers=2, d_model=32, heads=16, kv_heads=8, head_dim=8, d_mlp=64, qk_norm=True)
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)]
-VOCAB = Vocabulary(size=16, pad=0, eos=15)
+VOCAB = Vocabulary(size=16, pad=0, eos=(15,))
 
 
 @cache

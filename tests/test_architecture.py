@@ -33,7 +33,7 @@ ALLOWED = {
     "report": {"errors", "metrics"},
     "run": FOUNDATION | STAGES | {"config", "model", "publish", "checkpoint"},
     "evaluate": FOUNDATION | STAGES | {"config", "estimates", "run"},
-    "inspect_run": FOUNDATION | STAGES | {"config", "metrics", "run", "evaluate"},
+    "inspect_run": FOUNDATION | STAGES | {"config", "estimates", "metrics", "model", "run", "evaluate"},
     "train": FOUNDATION | STAGES | {"config", "metrics", "model", "publish", "checkpoint", "run", "evaluate"},
     "cli": {"errors", "config", "parallel", "report", "train", "inspect_run"},
 }

@@ -35,7 +35,7 @@ def test_an_impossible_mesh_is_refused_with_all_that_is_wrong(tmp_path):
         "model: {vocab_size: 10, kv_heads: 2}\nrollout: {prompts: 9}\nupdate: {minibatches: 2}\n",
     )
     said = jaxrl("train", path, devices=8)
-    assert "asked for data 2, fsdp 1, tensor 3 (a product of 6), found 8 devices" in said
+    assert "asked for data 2, fsdp 1, tensor 3, expert 1 (a product of 6), found 8 devices" in said
     assert "mesh.tensor: got 3, want a divisor of model.kv_heads (2): 1, 2" in said
     assert "mesh.tensor: got 3, want a divisor of model.vocab_size (10): 1, 2, 5, 10" in said
     assert "rollout.prompts: got 9, want a multiple of mesh.data * mesh.fsdp * mesh.expert (2)" in said
@@ -47,15 +47,15 @@ def test_an_impossible_mesh_is_refused_with_all_that_is_wrong(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("", "train.jsonl: got an empty file"),
+        ("", "train.jsonl: got no rows, want one or more"),
         ('{"prompt": "<1+2>", "answer": "3#"}\n{"prompt": oops}\n', "train.jsonl:2: not JSON"),
-        ('{"prompt": "<1+2>"}\n', "train.jsonl:1: answer: got null"),
+        ('{"prompt": "<1+2>"}\n', "train.jsonl:1: task.answer: got no column 'answer', want one of prompt"),
     ],
 )
 def test_bad_data_is_named_by_file_and_line(tmp_path, content, said):
     (tmp_path / "train.jsonl").write_text(content)
     path = config(
-        tmp_path, f"task: {{kind: jsonl, path: {tmp_path}/train.jsonl, held_out_path: {tmp_path}/train.jsonl}}\n"
+        tmp_path, f"task: {{kind: file, path: {tmp_path}/train.jsonl, held_out_path: {tmp_path}/train.jsonl}}\n"
     )
     assert said in jaxrl("train", path)
 

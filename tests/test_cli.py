@@ -77,7 +77,16 @@ def run(capsys, *args: str) -> tuple[int, str]:
         (["eval"], "jaxrl: jaxrl eval: got no RUN; see jaxrl --help"),
         (["report"], "jaxrl: jaxrl report: got no RUN; see jaxrl --help"),
         (["train", "nowhere.yaml"], "jaxrl: nowhere.yaml: cannot be read: No such file or directory"),
-        (["eval", CONFIG], f"jaxrl: {CONFIG}: got no directory, want a run directory"),
+        (["eval", CONFIG], f"jaxrl: {CONFIG}: got a file, want a run directory or a Hugging Face model"),
+        (["eval", "nowhere"], "jaxrl: nowhere: got no directory, want a run directory or a Hugging Face model"),
+        (
+            ["eval", "some/model"],
+            "jaxrl: --task: got nothing, want what to evaluate some/model on: a config, or reasoning_gym:NAME",
+        ),
+        (["eval", "some/model", "--task", "x"], "jaxrl: --task: got x, want a config file, or reasoning_gym:NAME"),
+        (["eval", "some/model", "-k", "0"], "jaxrl: -k: got 0, want 1 or more"),
+        (["export", "nowhere"], "jaxrl: --out: got nothing, want the directory to write"),
+        (["export", "nowhere", "--out", "x"], "jaxrl: nowhere: got no directory, want a run directory"),
         (["sample", CONFIG, "-n", "0"], "jaxrl: -n: got 0, want 1 or more"),
         (
             ["train", CONFIG, "--update.optimizer.lr", "-1"],

@@ -9,13 +9,15 @@ from jaxrl_llm import config
 from jaxrl_llm.cli import read_config
 from jaxrl_llm.config import RunConfig, changes, dump, load, problems, to_dict
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.config import ModelConfig, PretrainedModel
+from jaxrl_llm.model.hf.config import read_config as read_model_config
 from jaxrl_llm.parallel.config import MeshConfig
-from jaxrl_llm.prompts.config import ArithmeticTask, JsonlTask
+from jaxrl_llm.prompts.config import ArithmeticTask, CharacterTokenizer, FileTask, PretrainedTokenizer
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.update.config import ClippedLoss, CrossEntropyLoss, UpdateConfig
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -43,10 +45,21 @@ def refuse(read, tmp_path):
     return refuse
 
 
+# Chips that a config's header names, and the model's numbers, which its own directory would tell.
+MEANT_FOR = {
+    "qwen2.5-0.5b_gsm8k": (1, "Qwen2.5-0.5B"),
+    "qwen3-1.7b_gsm8k": (8, "Qwen3-1.7B"),
+    "llama3.1-8b_gsm8k": (8, "Llama-3.1-8B"),
+    "qwen3-30b-a3b_gsm8k": (32, "Qwen3-30B-A3B"),
+}
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_the_configs_of_the_repository_load(path):
     cfg = load(path)
-    assert problems(cfg, 1, 1) == []
+    devices, shape = MEANT_FOR.get(path.stem, (1, None))
+    model = read_model_config(ROOT / "benchmarks/shapes" / shape) if shape else cfg.model
+    assert problems(dataclasses.replace(cfg, model=model), devices, 1) == []
     assert load(path) == cfg and path.read_text().startswith("#")
 
 
@@ -83,7 +96,7 @@ def test_defaults_alone_work():
             "experience: {advantage: ppo}",
             ["experience.advantage: got 'ppo', want: input should be 'grpo', 'rloo' or 'mean_only'"],
         ),
-        ("task: {kind: jsonl, path: a}", ["task.held_out_path: got nothing, want: field required"]),
+        ("task: {kind: file}", ["task.path: got nothing, want: field required"]),
         ("update: {optimizer: {lr: .nan}}", ["update.optimizer.lr: got nan, want: input should be a finite number"]),
         ("1: 2", ["1: got 1, want: keys should be strings"]),
         ("", ["got an empty file, want section: values"]),
@@ -98,7 +111,9 @@ def test_what_is_wrong_is_said(refuse, text, lines):
 
 def test_an_unknown_kind_names_the_kinds_there_are(refuse):
     (line,) = refuse("task: {kind: arithmatic}")
-    assert line.startswith("task: got {'kind': 'arithmatic'}, want: ") and "'arithmetic', 'jsonl'" in line
+    assert (
+        line.startswith("task: got {'kind': 'arithmatic'}, want: ") and "'arithmetic', 'file', 'reasoning_gym'" in line
+    )
     (line,) = refuse("update: {loss: {low: 0.1}}")
     assert line.startswith("update.loss: got {'low': 0.1}, want: ") and "'kind'" in line
 
@@ -148,13 +163,46 @@ def test_numbers_as_people_write_them(read):
 
 def test_a_choice_is_a_type(read):
     assert read("task: {kind: arithmetic, terms: 2}").task == ArithmeticTask(terms=2)
-    assert read("task: {kind: jsonl, path: a, held_out_path: b}").task == JsonlTask("a", "b")
+    assert read("task: {kind: file, path: a, held_out_path: b}").task == FileTask("a", held_out_path="b")
     assert read("update: {loss: {kind: clipped, high: 0.28}}").update.loss == ClippedLoss(high=0.28)
     assert read("update: {loss: {kind: cross_entropy}}").update.loss == CrossEntropyLoss()
 
 
+def test_a_pretrained_model_brings_its_tokenizer(read, refuse):
+    cfg = read("model: {path: some/model}")
+    assert cfg.model == PretrainedModel("some/model") and cfg.tokenizer == PretrainedTokenizer("some/model")
+    assert read("model: {path: m}\ntokenizer: {system: Be brief.}").tokenizer == PretrainedTokenizer(
+        "m", system="Be brief."
+    )
+    assert read("model: {path: m}\ntokenizer: {path: t}").tokenizer == PretrainedTokenizer("t")
+    assert read("model: {path: m}\ntokenizer: {alphabet: ab}").tokenizer == CharacterTokenizer("ab")
+    assert read("seed: 1").tokenizer == CharacterTokenizer("0123456789+<> #")
+    assert read("tokenizer: {path: t}").tokenizer == PretrainedTokenizer("t")
+    assert refuse("tokenizer: {chat: false}") == [
+        "tokenizer.path: got nothing, want a directory, since model has no path either"
+    ]
+    assert refuse("model: {path: m, layers: 3}") == ["model.layers: no such key"]
+    assert refuse("model: {path: m, compute: int8}") == [
+        "model.compute: got 'int8', want: input should be 'float32' or 'bfloat16'"
+    ]
+
+
+def test_the_tokenizer_follows_the_model_that_is_evaluated(read):
+    def of(text: str):
+        return config.tokenizer_of(read(text), "other")
+
+    assert of("model: {path: m}") == of("model: {path: m}\ntokenizer: {path: m}") == PretrainedTokenizer("other")
+    assert of("model: {path: m}\ntokenizer: {path: t}") == PretrainedTokenizer("t")
+
+
 @pytest.mark.parametrize(
-    "text", ["seed: 3", "task: {kind: jsonl, path: a, held_out_path: b}", "update: {optimizer: {lr: 1e-5}}"]
+    "text",
+    [
+        "seed: 3",
+        "model: {path: m}\ntokenizer: {stop: [x], template: {a: 1}}",
+        "task: {kind: file, path: a, held_out_path: b}",
+        "update: {optimizer: {lr: 1e-5}}",
+    ],
 )
 def test_a_config_survives_its_own_yaml(read, text):
     cfg = read(text)
@@ -178,8 +226,8 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
 def test_overrides_reach_into_a_chosen_kind(tmp_path):
     assert overridden(tmp_path, "--update.loss.kl", "0.1").update.loss == ClippedLoss(kl=0.1)
     assert overridden(tmp_path, "--task.terms", "2").task == ArithmeticTask(terms=2)
-    jsonl = "task: {kind: jsonl, path: a, held_out_path: b}"
-    assert overridden(tmp_path, "--task.path", "c", text=jsonl).task == JsonlTask("c", "b")
+    file = "task: {kind: file, path: a, held_out_path: b}"
+    assert overridden(tmp_path, "--task.path", "c", text=file).task == FileTask("c", held_out_path="b")
     assert overridden(tmp_path, "--model.qk-norm", "True").model.qk_norm is True
 
 
@@ -206,7 +254,7 @@ def test_every_problem_of_an_impossible_mesh_is_listed():
         update=UpdateConfig(loss=CrossEntropyLoss(), minibatches=3),
     )
     assert problems(cfg, 8, 3) == [
-        "mesh: asked for data 3, fsdp 2, tensor 5 (a product of 30), found 8 devices; "
+        "mesh: asked for data 3, fsdp 2, tensor 5, expert 1 (a product of 30), found 8 devices; "
         "the product must be 8, sizes that work on an axis: 1, 2, 4, 8",
         "model.heads: got 3, want a multiple of model.kv_heads (2)",
         "model.head_dim: got 7, want an even number (RoPE turns pairs)",

@@ -10,43 +10,56 @@ from jaxtyping import Array, Bool, Float, Int
 
 # Finite, so that a query with no key at all gives zeros, not NaN; far below any real score.
 MASKED = -1e30
+# The reach of a layer that does not slide: more keys than there are.
+WHOLE = 2**31 - 1
 
 
-def rope(x: Float[Array, "B T *heads H"], position: Int[Array, "B T"], theta: float) -> Float[Array, "B T *heads H"]:
-    """Turn the pairs (i, i + H/2) by position * theta^(-2i/H) (Su et al. 2021, in the half-split form of Llama).
-
-    The angle is f32: bfloat16 rounds 257 to 256, which is another angle altogether.
-    """
-    half = x.shape[-1] // 2
-    frequency = theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position.astype(jnp.float32)[..., None] * frequency
-    angle = angle.reshape(*position.shape, *(1,) * (x.ndim - 3), half)
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+def _scores(products: Array, head_dim: int, scale: float | None, softcap: float | None) -> Array:
+    """Scores of q k' : times `scale` (None: H^-0.5), and c tanh(scores / c) where there is a cap."""
+    scores = products * (head_dim**-0.5 if scale is None else scale)
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
 def attend(
-    q: Float[Array, "B T K G H"], k: Float[Array, "B U K H"], v: Float[Array, "B U K H"], mask: Bool[Array, "B T U"]
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B U K H"],
+    v: Float[Array, "B U K H"],
+    mask: Bool[Array, "B T U"],
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T K G H"]:
-    """softmax(q k' / sqrt(H)) v over the keys where `mask` is True."""
-    scores = jnp.einsum("btkgh,bukh->bkgtu", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    """softmax(scores) v over the keys where `mask` is True."""
+    products = jnp.einsum("btkgh,bukh->bkgtu", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], _scores(products, q.shape[-1], scale, softcap), MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgtu,bukh->btkgh", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
 
 
-def causal_mask(segment: Int[Array, "B T"], position: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """Query t sees key u of the same sequence, not later. Padding (segment 0) sees padding, and nobody reads it."""
+def causal_mask(
+    segment: Int[Array, "B T"], position: Int[Array, "B T"], reach: int | Int[Array, ""] = WHOLE
+) -> Bool[Array, "B T T"]:
+    """Query t sees the last `reach` keys of its sequence, its own among them, and none later.
+
+    Padding (segment 0) sees padding, and nobody reads it.
+    """
     same = segment[:, :, None] == segment[:, None, :]
-    return same & (position[:, :, None] >= position[:, None, :])
+    seen = same & (position[:, :, None] >= position[:, None, :])
+    if isinstance(reach, int) and reach == WHOLE:
+        return seen
+    return seen & (position[:, :, None] - position[:, None, :] < reach)
 
 
 def attend_part(
-    q: Float[Array, "B K Q H"], k: Float[Array, "B K U H"], v: Float[Array, "B K U H"], mask: Bool[Array, "B U"]
+    q: Float[Array, "B K Q H"],
+    k: Float[Array, "B K U H"],
+    v: Float[Array, "B K U H"],
+    mask: Bool[Array, "B U"],
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> tuple[Float[Array, "B K Q H"], Float[Array, "B K Q"], Float[Array, "B K Q"]]:
     """Attention over a part of the keys, unnormalised: (weighted sum of v, sum of weights, maximum score), for `merge`."""
-    scores = jnp.einsum("bkqh,bkuh->bkqu", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    products = jnp.einsum("bkqh,bkuh->bkqu", q, k, preferred_element_type=jnp.float32)
+    scores = _scores(products, q.shape[-1], scale, softcap)
     seen = mask[:, None, None, :]
     top = jnp.max(jnp.where(seen, scores, MASKED), axis=-1)
     weights = jnp.where(seen, jnp.exp(scores - top[..., None]), 0.0)

@@ -129,11 +129,14 @@ class ModelConfig:
             found.append(
                 f"model.experts_per_token: got {self.experts_per_token}, want 1 to model.experts ({self.experts}), or 0 for both"
             )
-        for axis, size, names in (("tensor", tensor, ("kv_heads", "d_mlp", "vocab_size")), ("expert", expert, ("experts",))):
-            for name in names:
-                if getattr(self, name) % size or (axis == "expert" and size > 1 and not self.experts):
-                    works = ", ".join(str(d) for d in range(1, getattr(self, name) + 1) if getattr(self, name) % d == 0)
-                    found.append(f"mesh.{axis}: got {size}, want a divisor of model.{name} ({getattr(self, name)}): {works or 1}")
+        split = [("tensor", tensor, name) for name in ("kv_heads", "d_mlp", "vocab_size")]
+        if self.experts or expert > 1:
+            split.append(("expert", expert, "experts"))
+        for axis, shards, name in split:
+            size = getattr(self, name)
+            if size % shards or shards > max(size, 1):
+                works = ", ".join(str(d) for d in range(1, size + 1) if size % d == 0) or 1
+                found.append(f"mesh.{axis}: got {shards}, want a divisor of model.{name} ({size}): {works}")
         return found
 
 

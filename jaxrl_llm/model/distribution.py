@@ -18,16 +18,27 @@ CHUNK = 128
 def process_logits(
     x: Float[Array, "*rows V"], temperature: Float[Array, "*rows"], num_tokens: int
 ) -> Float[Array, "*rows V"]:
-    """log softmax(logits / temperature) in nats, f32; entries from `num_tokens` on (padding of the vocabulary) are -inf."""
-    x = x.astype(jnp.float32) / temperature[..., None]
+    """log softmax(logits / temperature) in nats, f32; entries from `num_tokens` on (padding of the vocabulary) are -inf.
+
+    At temperature 0 it is the limit: uniform over the tokens of the largest logit, -inf elsewhere. No gradient flows there.
+    """
+    x = x.astype(jnp.float32)
     if num_tokens < x.shape[-1]:
         x = jnp.where(jnp.arange(x.shape[-1]) < num_tokens, x, -jnp.inf)
-    return jax.nn.log_softmax(x, axis=-1)
+    # The largest is subtracted before the division: one pass finds it for the softmax and for the limit.
+    x = x - jax.lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True))
+    greedy = (temperature == 0)[..., None]
+    limit = jnp.where(x == 0, 0.0, -jnp.inf)
+    x = jnp.where(greedy, limit, x / jnp.where(greedy, 1.0, temperature[..., None]))
+    return x - jnp.log(jnp.sum(jnp.exp(x), axis=-1, keepdims=True))
 
 
 def entropy(logp: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
     """-sum p log p, nats."""
-    return -jnp.sum(jnp.where(logp > -jnp.inf, jnp.exp(logp) * logp, 0.0), axis=-1)
+    # A value of its own where p is 0: the gradient of 0 * -inf would be NaN there, masked or not.
+    seen = logp > -jnp.inf
+    safe = jnp.where(seen, logp, 0.0)
+    return -jnp.sum(jnp.where(seen, jnp.exp(safe) * safe, 0.0), axis=-1)
 
 
 class TokenScores(NamedTuple):
@@ -52,7 +63,7 @@ def score_tokens(params: PyTree, batch: Batch, cfg: ModelConfig, num_tokens: int
     @jax.checkpoint
     def score(chunk: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         h, tokens, temperature = chunk
-        logp = process_logits(logits_in_loop(head, h), temperature, num_tokens)
+        logp = process_logits(logits_in_loop(head, h, cfg), temperature, num_tokens)
         return jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0], entropy(logp)
 
     pad = -(slots - 1) % CHUNK if slots - 1 > CHUNK else 0

@@ -6,15 +6,21 @@ so that what was sampled is what is scored.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.model.attention import attend, attend_part, causal_mask, merge, rope
+from jaxrl_llm.model.attention import WHOLE, attend, attend_part, causal_mask, merge
 from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.experts import mixture
 from jaxrl_llm.model.linear import contract, gather
+from jaxrl_llm.model.mlp import dense
+from jaxrl_llm.model.rope import Rotation, rope, rotation
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import PyTree
 
@@ -22,8 +28,38 @@ Layer = dict[str, jax.Array]
 KV = tuple[jax.Array, jax.Array]
 
 
+class Kind(NamedTuple):
+    """What tells one layer's attention from another's."""
+
+    frequency: np.ndarray | Array
+    scale: float | Array
+    reach: int | Array
+    """Keys that a query sees, its own the last of them."""
+
+    @property
+    def turn(self) -> Rotation:
+        return Rotation(self.frequency, self.scale)
+
+
+def kinds(cfg: ModelConfig) -> tuple[Kind, ...]:
+    """One a layer."""
+    alike = {slides: Kind(*rotation(cfg, slides), cfg.window if slides else WHOLE) for slides in (False, True)}
+    return tuple(alike[cfg.slides(i)] for i in range(cfg.layers))
+
+
+def scanned_kinds(cfg: ModelConfig) -> tuple[Kind, dict[str, np.ndarray]]:
+    """The first layer's kind, and one entry a layer of each number in which the layers differ: nothing where all are alike."""
+    columns = {name: [getattr(kind, name) for kind in kinds(cfg)] for name in Kind._fields}
+    differ = {name: column for name, column in columns.items() if any(np.any(x != column[0]) for x in column)}
+    dtypes = {"frequency": np.float32, "scale": np.float32, "reach": np.int32}
+    return kinds(cfg)[0], {name: np.asarray(column, dtypes[name]) for name, column in differ.items()}
+
+
 class PromptCache(flax.struct.PyTreeNode):
-    """Keys and values of the prompts, once a prompt whatever the number of samples."""
+    """Keys and values of the prompts, once a prompt whatever the number of samples.
+
+    A sliding layer keeps W = min(window, S) of the S slots: the last ones that count, from position max(length - W, 0) on.
+    """
 
     k: tuple[Float[Array, "P K S H"], ...]
     v: tuple[Float[Array, "P K S H"], ...]
@@ -32,65 +68,77 @@ class PromptCache(flax.struct.PyTreeNode):
 
 
 class SuffixCache(flax.struct.PyTreeNode):
-    """Keys and values of what each row decoded, one array a layer, all rows written at the same slot."""
+    """Keys and values of what each row decoded, one array a layer, all rows written at the same slot.
+
+    A sliding layer keeps a ring of min(window, C) slots: slot c is written at c modulo its size.
+    """
 
     k: tuple[Float[Array, "B K C H"], ...]
     v: tuple[Float[Array, "B K C H"], ...]
 
     @staticmethod
     def empty(cfg: ModelConfig, rows: int, slots: int, layout: Layout) -> "SuffixCache":
-        shape = (rows, cfg.kv_heads, slots, cfg.head_dim)
-        make = lambda: layout.constrain(jnp.zeros(shape, cfg.compute), "rows", "heads", None, None)  # noqa: E731
-        return SuffixCache(k=tuple(make() for _ in range(cfg.layers)), v=tuple(make() for _ in range(cfg.layers)))
+        def make() -> tuple[Array, ...]:
+            shapes = [(rows, cfg.kv_heads, min(slots, kind.reach), cfg.head_dim) for kind in kinds(cfg)]
+            return tuple(
+                layout.constrain(jnp.zeros(shape, cfg.compute), "rows", "heads", None, None) for shape in shapes
+            )
+
+        return SuffixCache(k=make(), v=make())
 
 
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """x / rms(x) * weight over the last dim, in f32 (Zhang & Sennrich 2019)."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * weight.astype(jnp.float32)).astype(x.dtype)
+def rms_norm(x: Array, weight: Array, cfg: ModelConfig) -> Array:
+    """x / rms(x) * weight over the last dim, in f32 (Zhang & Sennrich 2019); * (1 + weight) in Gemma."""
+    wide, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + cfg.norm_eps)
+    return (wide * (1 + weight if cfg.norm_plus_one else weight)).astype(x.dtype)
 
 
-def _qkv(layer: Layer, x: Array, position: Array, cfg: ModelConfig) -> tuple[Array, Array, Array]:
+def _qkv(layer: Layer, x: Array, position: Array, turn: Rotation, cfg: ModelConfig) -> tuple[Array, Array, Array]:
     """Queries [B T K G H], keys and values [B T K H], rotated."""
-    packed = contract(rms_norm(x, layer["attn_norm"], cfg.norm_eps), layer["qkv"])
+    packed = contract(rms_norm(x, layer["attn_norm"], cfg), layer["qkv"])
     if cfg.qkv_bias:
         packed = packed + layer["qkv_bias"].astype(jnp.float32)
     packed = packed.astype(x.dtype)
     q, k, v = packed[..., : cfg.group, :], packed[..., cfg.group, :], packed[..., cfg.group + 1, :]
     if cfg.qk_norm:
-        q, k = rms_norm(q, layer["q_norm"], cfg.norm_eps), rms_norm(k, layer["k_norm"], cfg.norm_eps)
-    return rope(q, position, cfg.rope_theta), rope(k, position, cfg.rope_theta), v
+        q, k = rms_norm(q, layer["q_norm"], cfg), rms_norm(k, layer["k_norm"], cfg)
+    return rope(q, position, turn), rope(k, position, turn), v
 
 
-def _attention_out(layer: Layer, x: Array, mixed: Array) -> Array:
-    return x + contract(mixed.astype(x.dtype), layer["out"], 3).astype(x.dtype)
+def _attention_out(layer: Layer, x: Array, mixed: Array, cfg: ModelConfig) -> Array:
+    out = contract(mixed.astype(x.dtype), layer["out"], 3).astype(x.dtype)
+    return x + (rms_norm(out, layer["attn_out_norm"], cfg) if cfg.sandwich_norms else out)
 
 
-def _mlp(layer: Layer, x: Array, cfg: ModelConfig) -> Array:
-    gate_up = layer["gate_up"].swapaxes(0, 1)
-    gate, up = jnp.moveaxis(contract(rms_norm(x, layer["mlp_norm"], cfg.norm_eps), gate_up), -2, 0)
-    return x + contract((jax.nn.silu(gate) * up).astype(x.dtype), layer["down"]).astype(x.dtype)
+def _mlp(layer: Layer, x: Array, cfg: ModelConfig, layout: Layout) -> Array:
+    h = rms_norm(x, layer["mlp_norm"], cfg)
+    out = mixture(layer, h, cfg, layout) if cfg.experts else dense(layer, h, cfg)
+    return x + (rms_norm(out, layer["mlp_out_norm"], cfg) if cfg.sandwich_norms else out)
 
 
 def _embed(params: PyTree, tokens: Array, cfg: ModelConfig, layout: Layout) -> Array:
-    return layout.constrain(jnp.take(params["embed"], tokens, axis=0).astype(cfg.compute), "rows", None, None)
+    x = jnp.take(params["embed"], tokens, axis=0).astype(cfg.compute)
+    if cfg.scale_embedding:
+        x = x * jnp.asarray(cfg.d_model**0.5, cfg.compute)
+    return layout.constrain(x, "rows", None, None)
 
 
 def _block(
     layer: Layer,
     x: Array,
     position: Array,
+    turn: Rotation,
     cfg: ModelConfig,
     layout: Layout,
     mix: Callable[[Array, Array, Array], Array],
 ) -> tuple[Array, KV]:
     """One layer; `mix(q, k, v)` is the attention. Returns the residual stream and this layer's keys and values."""
     with jax.named_scope("attention"):
-        q, k, v = _qkv(layer, x, position, cfg)
-        x = layout.constrain(_attention_out(layer, x, mix(q, k, v)), "rows", None, None)
+        q, k, v = _qkv(layer, x, position, turn, cfg)
+        x = layout.constrain(_attention_out(layer, x, mix(q, k, v), cfg), "rows", None, None)
     with jax.named_scope("mlp"):
-        x = layout.constrain(_mlp(layer, x, cfg), "rows", None, None)
+        x = layout.constrain(_mlp(layer, x, cfg, layout), "rows", None, None)
     return x, (k, v)
 
 
@@ -106,21 +154,33 @@ def hidden(
 
     Each layer is recomputed in the backward pass: what is kept is one residual stream a layer.
     """
-    mask = causal_mask(segment, position)
+    first, differ = scanned_kinds(cfg)
+    shared = None if "reach" in differ else causal_mask(segment, position, first.reach)
 
     @jax.checkpoint
-    def step(x: Array, layer: Layer) -> tuple[Array, None]:
-        x, _ = _block(layer, x, position, cfg, layout, lambda q, k, v: attend(q, k, v, mask))
+    def step(x: Array, scanned: tuple[Layer, dict[str, Array]]) -> tuple[Array, None]:
+        layer, own = scanned
+        kind = first._replace(**own)
+        mask = causal_mask(segment, position, kind.reach) if shared is None else shared
+        x, _ = _block(layer, x, position, kind.turn, cfg, layout, _whole(mask, cfg))
         return x, None
 
-    x, _ = jax.lax.scan(step, _embed(params, tokens, cfg, layout), params["layers"])
-    return rms_norm(x, params["final_norm"], cfg.norm_eps)
+    x, _ = jax.lax.scan(step, _embed(params, tokens, cfg, layout), (params["layers"], differ))
+    return rms_norm(x, params["final_norm"], cfg)
+
+
+def _whole(mask: Array, cfg: ModelConfig) -> Callable[[Array, Array, Array], Array]:
+    return lambda q, k, v: attend(q, k, v, mask, cfg.attention_scale, cfg.attention_softcap)
 
 
 def logits(params: PyTree, h: Float[Array, "... D"], cfg: ModelConfig) -> Float[Array, "... V"]:
     """Next-token logits of normed activations, f32."""
     head = params["embed"].T if cfg.tied_head else params["head"]
-    return contract(h, head)
+    return _capped(contract(h, head), cfg)
+
+
+def _capped(x: Array, cfg: ModelConfig) -> Array:
+    return x if cfg.logit_softcap is None else cfg.logit_softcap * jnp.tanh(x / cfg.logit_softcap)
 
 
 def gather_head(params: PyTree, cfg: ModelConfig, layout: Layout) -> Float[Array, "shards D V"]:
@@ -131,10 +191,13 @@ def gather_head(params: PyTree, cfg: ModelConfig, layout: Layout) -> Float[Array
     return head.swapaxes(1, 2) if cfg.tied_head else head
 
 
-def logits_in_loop(head: Float[Array, "shards D V"], h: Float[Array, "R T D"]) -> Float[Array, "R T V"]:
+def logits_in_loop(
+    head: Float[Array, "shards D V"], h: Float[Array, "R T D"], cfg: ModelConfig
+) -> Float[Array, "R T V"]:
     """`logits`, each shard of the rows with its own copy of the head."""
     by_shard = h.reshape(head.shape[0], -1, *h.shape[1:])
-    return jax.vmap(lambda h, head: contract(h, head))(by_shard, head).reshape(*h.shape[:-1], head.shape[-1])
+    x = jax.vmap(lambda h, head: contract(h, head))(by_shard, head).reshape(*h.shape[:-1], head.shape[-1])
+    return _capped(x, cfg)
 
 
 def prefill(
@@ -142,14 +205,28 @@ def prefill(
 ) -> PromptCache:
     """Keys and values of right-padded prompts. `params` has one entry a layer. No logits: the first decode step makes them."""
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    mask = causal_mask((position < length[:, None]).astype(jnp.int32), position)
+    segment = (position < length[:, None]).astype(jnp.int32)
+    masks = {reach: causal_mask(segment, position, reach) for reach in dict.fromkeys(kind.reach for kind in kinds(cfg))}
     x = _embed(params, tokens, cfg, layout)
     keys, values = [], []
-    for layer in params["layers"]:
-        x, (k, v) = _block(layer, x, position, cfg, layout, lambda q, k, v: attend(q, k, v, mask))
-        keys.append(layout.constrain(k.swapaxes(1, 2), "rows", "heads", None, None))
-        values.append(layout.constrain(v.swapaxes(1, 2), "rows", "heads", None, None))
+    for kind, layer in zip(kinds(cfg), params["layers"], strict=True):
+        x, (k, v) = _block(layer, x, position, kind.turn, cfg, layout, _whole(masks[kind.reach], cfg))
+        for kept, part in ((keys, k), (values, v)):
+            part = _latest(part, length - 1, min(kind.reach, part.shape[1])).swapaxes(1, 2)
+            kept.append(layout.constrain(part, "rows", "heads", None, None))
     return PromptCache(k=tuple(keys), v=tuple(values), length=length - 1)
+
+
+def _first(length: Int[Array, "..."], size: int) -> Int[Array, "..."]:
+    """Position of the first of `size` slots that hold the last of `length` keys, or all of them."""
+    return jnp.maximum(length - size, 0)
+
+
+def _latest(x: Float[Array, "P S K H"], length: Int[Array, " P"], size: int) -> Float[Array, "P W K H"]:
+    """W = `size` slots of each prompt, from `_first` on."""
+    if size == x.shape[1]:
+        return x
+    return jax.vmap(lambda x, first: jax.lax.dynamic_slice_in_dim(x, first, size))(x, _first(length, size))
 
 
 def decode(
@@ -169,25 +246,36 @@ def decode(
     num_prompts, rows = prompt.length.shape[0], token.shape[0]
     samples = rows // num_prompts
     position = jnp.repeat(prompt.length, samples)[:, None] + slot
-    prompt_mask = jnp.arange(prompt.k[0].shape[2]) < prompt.length[:, None]
-    suffix_mask = jnp.broadcast_to(jnp.arange(suffix.k[0].shape[2]) <= slot, (rows, suffix.k[0].shape[2]))
     keys, values = list(suffix.k), list(suffix.v)
     x = _embed(params, token[:, None], cfg, layout)
+    attend_to = partial(attend_part, scale=cfg.attention_scale, softcap=cfg.attention_softcap)
 
-    def mix(i: int, q: Array, k: Array, v: Array) -> Array:
+    def mix(i: int, reach: int, q: Array, k: Array, v: Array) -> Array:
+        size = keys[i].shape[2]
+        place = slot if reach == WHOLE else jax.lax.rem(slot, size)
         # Written first, then read back from the written cache: the other order makes XLA copy the cache.
-        keys[i] = jax.lax.dynamic_update_slice(keys[i], k.swapaxes(1, 2), (0, 0, slot, 0))
-        values[i] = jax.lax.dynamic_update_slice(values[i], v.swapaxes(1, 2), (0, 0, slot, 0))
-        own = attend_part(q[:, 0], keys[i], values[i], suffix_mask)
+        keys[i] = jax.lax.dynamic_update_slice(keys[i], k.swapaxes(1, 2), (0, 0, place, 0))
+        values[i] = jax.lax.dynamic_update_slice(values[i], v.swapaxes(1, 2), (0, 0, place, 0))
+        # A ring that has gone round holds the last `size` <= reach tokens: all of it counts.
+        own = attend_to(q[:, 0], keys[i], values[i], jnp.broadcast_to(jnp.arange(size) <= slot, (rows, size)))
         folded = q[:, 0].reshape(num_prompts, samples, *q.shape[2:]).swapaxes(1, 2)
         folded = folded.reshape(num_prompts, cfg.kv_heads, samples * cfg.group, cfg.head_dim)
-        shared = attend_part(folded, prompt.k[i], prompt.v[i], prompt_mask)
+        shared = attend_to(folded, prompt.k[i], prompt.v[i], _prompt_mask(prompt, i, slot, reach))
         return merge(tuple(_unfold(part, samples) for part in shared), own)[:, None]
 
-    for i, layer in enumerate(params["layers"]):
-        x, _ = _block(layer, x, position, cfg, layout, lambda q, k, v, i=i: mix(i, q, k, v))
-    h = rms_norm(x[:, 0], params["final_norm"], cfg.norm_eps)
+    for i, (kind, layer) in enumerate(zip(kinds(cfg), params["layers"], strict=True)):
+        x, _ = _block(layer, x, position, kind.turn, cfg, layout, partial(mix, i, kind.reach))
+    h = rms_norm(x[:, 0], params["final_norm"], cfg)
     return logits(params, h, cfg), SuffixCache(k=tuple(keys), v=tuple(values))
+
+
+def _prompt_mask(prompt: PromptCache, i: int, slot: Array, reach: int) -> Bool[Array, "P W"]:
+    """Of the keys that layer i keeps of the prompts: those that the token at `slot` sees, the same for all samples."""
+    size, length = prompt.k[i].shape[2], prompt.length[:, None]
+    if reach == WHOLE:
+        return jnp.arange(size) < length
+    key = _first(length, size) + jnp.arange(size)
+    return (key < length) & (length + slot - key < reach)
 
 
 def _unfold(x: Array, samples: int) -> Array:

@@ -1,11 +1,12 @@
 """The endless stream of prompts: its order a pure function of the seed, its state one number, equal on every host."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
 
-from jaxrl_llm.prompts.task import Row, Task
+from jaxrl_llm.prompts.rows import Row
+from jaxrl_llm.prompts.task import Task
 from jaxrl_llm.types import Prompts
 
 Order = Callable[[int], int]
@@ -17,9 +18,17 @@ def make_order(num_rows: int, seed: int) -> Order:
     return lambda place: int(stream[place])
 
 
+def pad_rows(rows: Sequence[np.ndarray], slots: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens i32[n, slots], right-padded, and lengths i32[n]."""
+    tokens = np.full((len(rows), slots), pad, np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    return tokens, np.array([len(row) for row in rows], np.int32)
+
+
 def make_prompts(task: Task, rows: tuple[Row, ...], index: np.ndarray, uid: np.ndarray) -> Prompts:
-    """Prompts of the rows at `index`, each with its `uid`."""
-    tokens, length = task.encode([rows[i].prompt for i in index], task.prompt_slots)
+    """Prompts of the rows at `index`, each with its `uid`: the rows' tokens, right-padded to the task's prompt slots."""
+    tokens, length = pad_rows([rows[i].tokens for i in index], task.prompt_slots, task.pad)
     return Prompts(tokens=tokens, length=length, uid=np.asarray(uid, np.int32), row=np.asarray(index, np.int32))
 
 

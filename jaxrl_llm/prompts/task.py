@@ -1,128 +1,149 @@
-"""Tasks: rows of prompt and answer, a held-out part, and the tokenizer that spells them."""
+"""Tasks: rows for training, a held-out part, and the tokenizer that spells them."""
 
 import itertools
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
+from jaxtyping import Int32
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.prompts.config import ArithmeticTask, JsonlTask
-from jaxrl_llm.prompts.tokenizer import PAD, character_tokenizer, unknown_characters
+from jaxrl_llm.prompts import gym, records
+from jaxrl_llm.prompts.config import ArithmeticTask, FileTask, ReasoningGymTask
+from jaxrl_llm.prompts.rows import Row, Text, fill_all, limit, make_rows, without
+from jaxrl_llm.prompts.tokenizer import Tokenizer
 
+log = logging.getLogger("jaxrl_llm.prompts")
 DIGITS = "0123456789"
-ARITHMETIC_ALPHABET = DIGITS + "+<> #"
-SHOWN = 5
 
 
-class Row(NamedTuple):
-    prompt: str
-    answer: str
-    """The whole right response, end token included."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Task:
     train: tuple[Row, ...]
     held_out: tuple[Row, ...]
     tokenizer: Tokenizer
-    eos: int
+    dropped: int = 0
+    """Rows of both parts whose prompt was too long."""
+    repeated: int = 0
+    """Rows left out of training because their prompt is held out."""
 
     @property
     def pad(self) -> int:
-        return self.tokenizer.token_to_id(PAD)
+        return self.tokenizer.pad
 
     @property
+    def eos(self) -> tuple[int, ...]:
+        return self.tokenizer.eos
+
+    @cached_property
     def num_tokens(self) -> int:
-        return self.tokenizer.get_vocab_size()
+        """Tokens that a policy may draw: 0 to num_tokens - 1."""
+        return self.tokenizer.size
 
-    @property
+    @cached_property
     def prompt_slots(self) -> int:
         """S: the longest prompt of both parts, in tokens."""
-        return max(len(row.prompt) for row in self.train + self.held_out)
+        return max(len(row.tokens) for row in self.train + self.held_out)
 
-    @property
-    def answer_slots(self) -> int:
-        return max(len(row.answer) for row in self.train + self.held_out)
+    @cached_property
+    def target_slots(self) -> int:
+        """The longest response of both parts, in tokens, end token included; 0 if none is known."""
+        return max(0 if row.target is None else len(row.target) for row in self.train + self.held_out)
 
-    def encode(self, texts: list[str], slots: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens i32[n, slots], right-padded, and lengths i32[n]."""
-        ids = [e.ids for e in self.tokenizer.encode_batch(texts)]
-        tokens = np.full((len(ids), slots), self.pad, np.int32)
-        for i, row in enumerate(ids):
-            tokens[i, : len(row)] = row
-        return tokens, np.array([len(row) for row in ids], np.int32)
+    @cached_property
+    def has_targets(self) -> bool:
+        """Whether the right response of every row is known: what a warm start and the exact evaluation need."""
+        return all(row.target is not None for row in self.train + self.held_out)
 
-    def decode(self, tokens: np.ndarray, length: np.ndarray) -> list[str]:
+    def decode(self, tokens: Int32[np.ndarray, "n t"], length: Int32[np.ndarray, " n"]) -> list[str]:
         return self.tokenizer.decode_batch([row[:n].tolist() for row, n in zip(tokens, length, strict=True)])
 
+    def row(self, prompt: str) -> Row:
+        """The row that asks this, or a new one without an answer. Raises UserError for what cannot be spelled."""
+        known = (row for row in self.held_out + self.train if row.prompt == prompt)
+        return next(known, None) or make_rows([Text("prompt", prompt, "", None, {})], self.tokenizer)[0]
 
-def load_task(cfg: ArithmeticTask | JsonlTask, seed: int) -> Task:
+
+def load_task(cfg: ArithmeticTask | FileTask | ReasoningGymTask, tokenizer: Tokenizer, seed: int) -> Task:
     """Raises UserError that names file, line and reason of what cannot be read."""
     if isinstance(cfg, ArithmeticTask):
-        return _arithmetic(cfg, seed)
-    return _jsonl(cfg)
+        return _arithmetic(cfg, tokenizer, seed)
+    return _file(cfg, tokenizer, seed) if isinstance(cfg, FileTask) else _gym(cfg, tokenizer, seed)
 
 
-def _arithmetic(cfg: ArithmeticTask, seed: int) -> Task:
-    rows = [
-        Row(f"<{'+'.join(terms)}>", f"{sum(map(int, terms))}#") for terms in itertools.product(DIGITS, repeat=cfg.terms)
-    ]
-    if cfg.held_out >= len(rows):
-        raise UserError(f"task.held_out: got {cfg.held_out}, want less than the {len(rows)} sums of {cfg.terms} digits")
+def _arithmetic(cfg: ArithmeticTask, tokenizer: Tokenizer, seed: int) -> Task:
+    # The answer is the whole response as a grader sees it: with the end token, unless that is a special one.
+    end = tokenizer.decode([tokenizer.eos[0]])
+    texts = []
+    for terms in itertools.product(DIGITS, repeat=cfg.terms):
+        prompt, total = f"<{'+'.join(terms)}>", str(sum(map(int, terms)))
+        texts.append(Text("arithmetic", prompt, total + end, total, {"prompt": prompt, "answer": total}))
+    if cfg.held_out >= len(texts):
+        raise UserError(
+            f"task.held_out: got {cfg.held_out}, want less than the {len(texts)} sums of {cfg.terms} digits"
+        )
+    train, held_out = _split(make_rows(texts, tokenizer), cfg.held_out, seed)
+    return Task(train, held_out, tokenizer)
+
+
+def _split(rows: Sequence[Row], held_out: int, seed: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
     order = np.random.default_rng(seed).permutation(len(rows))
     shuffled = [rows[i] for i in order]
-    tokenizer = character_tokenizer(ARITHMETIC_ALPHABET)
-    return Task(
-        tuple(shuffled[cfg.held_out :]),
-        tuple(shuffled[: cfg.held_out]),
-        tokenizer,
-        tokenizer.token_to_id(ARITHMETIC_ALPHABET[-1]),
-    )
+    return tuple(shuffled[held_out:]), tuple(shuffled[:held_out])
 
 
-def _jsonl(cfg: JsonlTask) -> Task:
-    if len(set(cfg.alphabet)) != len(cfg.alphabet) or len(cfg.alphabet) < 2:
-        raise UserError(f"task.alphabet: got {cfg.alphabet!r}, want two different characters or more, each once")
-    tokenizer = character_tokenizer(cfg.alphabet)
-    train, held_out = (tuple(_rows(Path(path), tokenizer)) for path in (cfg.path, cfg.held_out_path))
-    return Task(train, held_out, tokenizer, tokenizer.token_to_id(cfg.alphabet[-1]))
+def _file(cfg: FileTask, tokenizer: Tokenizer, seed: int) -> Task:
+    apart = bool(cfg.held_out_path or cfg.held_out_split)
+    if apart == bool(cfg.held_out):
+        got = "both" if apart else "neither"
+        raise UserError(
+            f"task: got {got} of held_out ({cfg.held_out}) and held_out_path ({cfg.held_out_path!r}) or held_out_split "
+            f"({cfg.held_out_split!r}), want a number of rows or a place: they are what the run is evaluated on"
+        )
+    rows, dropped = _rows(cfg, _file_texts(cfg, Path(cfg.path), cfg.split), tokenizer)
+    if not apart:
+        if cfg.held_out >= len(rows):
+            raise UserError(f"task.held_out: got {cfg.held_out}, want less than the {len(rows)} rows of {cfg.path}")
+        train, held_out = _split(rows, cfg.held_out, seed)
+        return _task(train, held_out, tokenizer, dropped, cfg.path)
+    place = Path(cfg.held_out_path or cfg.path), cfg.held_out_split or cfg.split
+    held_out, more = _rows(cfg, _file_texts(cfg, *place), tokenizer)
+    if shared := {row.prompt for row in rows} & {row.prompt for row in held_out}:
+        log.warning("task.held_out_path: %d of its prompts are trained on too, e.g. %r", len(shared), min(shared))
+    return _task(rows, held_out, tokenizer, dropped + more, None)
 
 
-def _rows(path: Path, tokenizer: Tokenizer) -> Iterator[Row]:
-    """The file's rows, or all that is wrong with its first few bad lines."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    rows, bad = [], []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(_row(line, tokenizer))
-        except ValueError as error:
-            bad.append(f"{path}:{number}: {error}")
-    if bad:
-        more = f"\n... and {len(bad) - SHOWN} more lines" if len(bad) > SHOWN else ""
-        raise UserError("\n".join(bad[:SHOWN]) + more)
-    if not rows:
-        raise UserError(f"{path}: got an empty file, want one JSON object a line")
-    yield from rows
+def _file_texts(cfg: FileTask, path: Path, split: str) -> list[Text]:
+    return fill_all(records.read(path, split), cfg.prompt, cfg.answer, cfg.response)
 
 
-def _row(line: bytes, tokenizer: Tokenizer) -> Row:
-    try:
-        value = json.loads(line.decode())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"got {type(value).__name__}, want an object with prompt and answer")
-    for name in Row._fields:
-        if not isinstance(value.get(name), str) or not value[name]:
-            raise ValueError(f"{name}: got {json.dumps(value.get(name))}, want a string that is not empty")
-        if unknown := unknown_characters(value[name], tokenizer):
-            raise ValueError(f"{name}: got characters {' '.join(map(repr, unknown))}, want only those of task.alphabet")
-    return Row(value["prompt"], value["answer"])
+def _gym(cfg: ReasoningGymTask, tokenizer: Tokenizer, seed: int) -> Task:
+    parts = gym.draw(cfg, cfg.size, (seed, 0)), gym.draw(cfg, cfg.held_out, (seed, 1))
+    (train, dropped), (held_out, more) = (_rows(cfg, _gym_texts(cfg, part), tokenizer) for part in parts)
+    return _task(train, held_out, tokenizer, dropped + more, f"task.size: {cfg.name}")
+
+
+def _gym_texts(cfg: ReasoningGymTask, entries: list[records.Record]) -> list[Text]:
+    """Where several answers are right an entry may have none: the dataset's own scorer decides."""
+    texts = fill_all(entries, cfg.prompt, "", cfg.response)
+    answers = [text.columns["answer"] for text in texts]
+    return [replace(t, answer="" if a is None else str(a)) for t, a in zip(texts, answers, strict=True)]
+
+
+def _rows(cfg: FileTask | ReasoningGymTask, texts: list[Text], tokenizer: Tokenizer) -> tuple[tuple[Row, ...], int]:
+    return limit(make_rows(texts, tokenizer), texts, cfg.max_prompt_tokens, cfg.too_long)
+
+
+def _task(
+    train: tuple[Row, ...], held_out: tuple[Row, ...], tokenizer: Tokenizer, dropped: int, source: str | None
+) -> Task:
+    """The task, and a warning for each way in which rows were left out. Without a source the parts stay as they are."""
+    kept = train if source is None else without(train, held_out, source)
+    if dropped:
+        log.warning("task.max_prompt_tokens: %d rows with longer prompts were dropped", dropped)
+    if len(kept) < len(train):
+        log.warning("task: %d rows were left out of training: their prompt is held out", len(train) - len(kept))
+    return Task(kept, held_out, tokenizer, dropped, len(train) - len(kept))

@@ -1,19 +1,111 @@
-"""The character tokenizer, made with the `tokenizers` library: token 0 is padding, then one token a character."""
+"""Text to tokens and back. Tokens in, tokens out: a prompt is encoded once, a completion is decoded for graders and people only."""
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.prompts.config import CharacterTokenizer, PretrainedTokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
 
 PAD = "<pad>"
 
 
+def _as_it_is(texts: Sequence[str]) -> list[str]:
+    return list(texts)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Tokenizer:
+    """A backend of the `tokenizers` library, with what a policy needs to know about it."""
+
+    backend: "tokenizers.Tokenizer"
+    pad: int
+    """Fills rows up. It may be an end token as well: padding is known by length, never by value."""
+    eos: tuple[int, ...]
+    """Each of them ends a response; the first ends the responses that we write ourselves."""
+    write: Callable[[Path], None]
+    """Saves what `AutoTokenizer.from_pretrained` reads."""
+    render: Callable[[Sequence[str]], list[str]] = _as_it_is
+    """Prompts as the policy reads them: in the chat template, if there is one."""
+    prefix: tuple[int, ...] = ()
+    """Tokens before each prompt. A chat template writes its own beginning, so it has none."""
+    alphabet: frozenset[str] | None = None
+    """Characters that it can spell. None: any."""
+
+    @property
+    def size(self) -> int:
+        """One more than the largest token, added ones included."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """The text's tokens and nothing else. Raises UserError for characters that it cannot spell."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if unknown := list(dict.fromkeys(c for text in texts for c in self.unknown(text))):
+            raise UserError(f"tokenizer.alphabet: got characters {' '.join(map(repr, unknown))}, want only those in it")
+        return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Special tokens are left out, nothing else is cleaned."""
+        return self.backend.decode(ids, skip_special_tokens=True)
+
+    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        return self.backend.decode_batch(rows, skip_special_tokens=True)
+
+    def token(self, id: int) -> str:
+        """One token for people: its text, or its name where it is special or not a whole character."""
+        name = self.backend.id_to_token(id)
+        if name is None:
+            return f"<{id}>"
+        text = self.backend.decode([id], skip_special_tokens=False)
+        # A SentencePiece decoder takes the space off the front of the first word.
+        return name.replace("▁", " ") if "▁" in name or not text or "\ufffd" in text else text
+
+    def prompt(self, text: str) -> list[int]:
+        """The prompt as the policy reads it. Raises UserError where the chat template does."""
+        return self.prompt_batch([text])[0]
+
+    def prompt_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[*self.prefix, *ids] for ids in self.encode_batch(self.render(texts))]
+
+    def unknown(self, text: str) -> list[str]:
+        """Characters that it cannot spell, in order, each once."""
+        return [c for c in dict.fromkeys(text) if c not in self.alphabet] if self.alphabet is not None else []
+
+    def save(self, directory: Path) -> None:
+        """Writes what `AutoTokenizer.from_pretrained` reads. Stop tokens belong to generation_config.json, which is not written."""
+        self.write(directory)
+
+
+def load_tokenizer(cfg: CharacterTokenizer | PretrainedTokenizer) -> Tokenizer:
+    """Raises UserError for everything that is wrong with the directory, its files or its chat template."""
+    if isinstance(cfg, CharacterTokenizer):
+        return character_tokenizer(cfg.alphabet)
+    from jaxrl_llm.prompts import pretrained
+
+    return pretrained.load(cfg)
+
+
 def character_tokenizer(alphabet: str) -> Tokenizer:
-    """One token for each character of `alphabet`; a character outside of it is an error, never an unknown token."""
-    vocab = {token: i for i, token in enumerate([PAD, *alphabet])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=PAD))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return tokenizer
+    """Padding and then one token a character. Neither it nor the end token is special: a grader sees all that was sampled."""
+    if len(set(alphabet)) != len(alphabet) or len(alphabet) < 2:
+        raise UserError(f"tokenizer.alphabet: got {alphabet!r}, want two different characters or more, each once")
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
 
+    backend = Backend(models.WordLevel({token: i for i, token in enumerate([PAD, *alphabet])}, unk_token=PAD))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
 
-def unknown_characters(text: str, tokenizer: Tokenizer) -> list[str]:
-    """Characters of `text` that have no token of their own, in order, each once."""
-    return [c for c in dict.fromkeys(text) if tokenizer.token_to_id(c) is None]
+    def write(directory: Path) -> None:
+        from transformers import PreTrainedTokenizerFast
+
+        wrapped = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, eos_token=alphabet[-1])
+        wrapped.save_pretrained(directory)
+
+    return Tokenizer(backend, pad=0, eos=(len(alphabet),), write=write, alphabet=frozenset(alphabet))

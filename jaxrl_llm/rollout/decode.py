@@ -5,7 +5,9 @@ every row has ended. What was drawn, its log-probability under the distribution 
 entropy and the policy's version are written down as they happen.
 """
 
+import operator
 from collections.abc import Callable
+from functools import reduce
 
 import flax.struct
 import jax
@@ -42,7 +44,11 @@ class Vocabulary(flax.struct.PyTreeNode):
 
     size: int = flax.struct.field(pytree_node=False)
     pad: int = flax.struct.field(pytree_node=False)
-    eos: int = flax.struct.field(pytree_node=False)
+    eos: tuple[int, ...] = flax.struct.field(pytree_node=False)
+    """A row ends at any of them."""
+
+    def ends(self, token: Int[Array, "*rows"]) -> Bool[Array, "*rows"]:
+        return reduce(operator.or_, (token == eos for eos in self.eos))
 
 
 Generate = Callable[[Policy, Prompts, Key[Array, ""], Float[Array, " P"]], Rollouts]
@@ -84,7 +90,7 @@ def step(
         logp = _distribution(raw, temperature, state.live, vocab.size)
         token, logprob = draw(keys, state.slot, logp)
     live = ~state.done
-    done = state.done | (token == vocab.eos)
+    done = state.done | vocab.ends(token)
 
     def write(column: Array, value: Array, fill: float) -> Array:
         return jax.lax.dynamic_update_slice(
@@ -124,7 +130,7 @@ def _distribution(raw: Array, temperature: Array, live: Array, num_tokens: int) 
 def finished(prompts: Prompts, state: DecodeState, temperature: Array, version: Array, vocab: Vocabulary) -> Rollouts:
     """What the loop wrote, as a value."""
     length = jnp.sum(state.sampled, axis=1, dtype=jnp.int32)
-    ended = jnp.any(state.sampled & (state.tokens == vocab.eos), axis=1)
+    ended = jnp.any(state.sampled & vocab.ends(state.tokens), axis=1)
     return Rollouts(
         prompts=prompts,
         tokens=state.tokens,

@@ -1,4 +1,4 @@
-"""Rotations, masks and the merge of attention over parts, by hand and against one softmax over all keys."""
+"""Masks, scores and the merge of attention over parts, by hand and against one softmax over all keys."""
 
 import jax
 import jax.numpy as jnp
@@ -9,45 +9,10 @@ from jaxrl_llm.model import attention
 from jaxrl_llm.model.attention import causal_mask
 
 attend, attend_part, merge = (jax.jit(f) for f in (attention.attend, attention.attend_part, attention.merge))
-rope = jax.jit(attention.rope)
 
 
 def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def test_rope_by_hand():
-    """H = 4, theta = 100: the pairs (0, 2) and (1, 3) turn by position and by position / 10."""
-    x = jnp.array([[[[1.0, 0.0, 0.0, 1.0]]]])
-    got = rope(x, jnp.array([[3]]), 100.0)[0, 0, 0]
-    np.testing.assert_allclose(got, [np.cos(3), -np.sin(0.3), np.sin(3), np.cos(0.3)], atol=1e-6)
-    np.testing.assert_array_equal(rope(x, jnp.array([[0]]), 100.0), x)
-
-
-def test_rope_makes_scores_depend_on_the_distance_only():
-    q, k = normal(0, 1, 1, 1, 8), normal(1, 1, 1, 1, 8)
-    score = [
-        float(jnp.sum(rope(q, jnp.array([[a]]), 1e4) * rope(k, jnp.array([[b]]), 1e4)))
-        for a, b in ((5, 2), (105, 102), (5, 3))
-    ]
-    np.testing.assert_allclose(score[0], score[1], atol=1e-4)
-    assert abs(score[0] - score[2]) > 1e-3
-
-
-def test_rope_keeps_its_angle_in_f32():
-    """In bfloat16 the position 257 is 256."""
-    x = jnp.ones((1, 1, 1, 2), jnp.bfloat16)
-    got = rope(x, jnp.array([[257]]), 1e4)
-    assert got.dtype == jnp.bfloat16
-    want = [np.cos(257) - np.sin(257), np.cos(257) + np.sin(257)]
-    np.testing.assert_allclose(np.asarray(got, np.float32).ravel(), want, atol=5e-3)
-
-
-def test_rope_turns_any_number_of_heads_alike():
-    x, position = normal(0, 2, 3, 4, 5, 6), jnp.array([[0, 1, 2], [7, 8, 9]])
-    np.testing.assert_allclose(
-        rope(x, position, 1e4)[:, :, 2, 3], rope(x[:, :, 2, 3:4], position, 1e4)[:, :, 0], atol=1e-6
-    )
 
 
 def test_causal_mask_by_hand():

@@ -11,12 +11,13 @@ from jaxrl_llm.parallel.mesh import make_mesh
 @pytest.mark.parametrize(
     "asked, devices, sizes",
     [
-        ((1, -1, 1), 8, (1, 8, 1)),
-        ((-1, 2, 2), 8, (2, 2, 2)),
-        ((2, 2, -1), 8, (2, 2, 2)),
-        ((1, 4, -1), 4, (1, 4, 1)),
-        ((2, 2, 2), 8, (2, 2, 2)),
-        ((1, -1, 1), 1, (1, 1, 1)),
+        ((1, -1, 1), 8, (1, 8, 1, 1)),
+        ((-1, 2, 2), 8, (2, 2, 2, 1)),
+        ((2, 2, -1), 8, (2, 2, 2, 1)),
+        ((1, 4, -1), 4, (1, 4, 1, 1)),
+        ((2, 2, 2), 8, (2, 2, 2, 1)),
+        ((1, 2, 1, -1), 8, (1, 2, 1, 4)),
+        ((1, -1, 1), 1, (1, 1, 1, 1)),
     ],
 )
 def test_minus_one_takes_what_is_left(asked, devices, sizes):
@@ -29,17 +30,17 @@ def test_minus_one_takes_what_is_left(asked, devices, sizes):
         (
             (3, -1, 1),
             8,
-            "mesh: asked for data 3, fsdp -1, tensor 1 (a product of 3), found 8 devices; "
+            "mesh: asked for data 3, fsdp -1, tensor 1, expert 1 (a product of 3), found 8 devices; "
             "the product must divide 8, sizes that work on an axis: 1, 2, 4, 8",
         ),
         (
             (2, 2, 3),
             12 // 2,
-            "mesh: asked for data 2, fsdp 2, tensor 3 (a product of 12), found 6 devices; "
+            "mesh: asked for data 2, fsdp 2, tensor 3, expert 1 (a product of 12), found 6 devices; "
             "the product must be 6, sizes that work on an axis: 1, 2, 3, 6",
         ),
         ((1, 1, 1), 2, "found 2 devices; the product must be 2"),
-        ((-1, -1, 2), 8, "mesh: got {'data': -1, 'fsdp': -1, 'tensor': 2}, want -1 on one axis at most"),
+        ((-1, -1, 2), 8, "mesh: got {'data': -1, 'fsdp': -1, 'tensor': 2, 'expert': 1}, want -1 on one axis at most"),
     ],
 )
 def test_what_does_not_fit_is_said(asked, devices, message):
@@ -53,8 +54,8 @@ def test_divisors():
     assert divisors(7) == [1, 7]
 
 
-def test_the_mesh_has_three_auto_axes():
+def test_the_mesh_has_four_auto_axes():
     mesh = make_mesh((2, 1, 4))
-    assert mesh.axis_names == ("data", "fsdp", "tensor") and mesh.devices.shape == (2, 1, 4)
-    assert mesh.axis_types == (AxisType.Auto,) * 3
+    assert mesh.axis_names == ("data", "fsdp", "tensor", "expert") and mesh.devices.shape == (2, 1, 4, 1)
+    assert mesh.axis_types == (AxisType.Auto,) * 4
     assert make_mesh((1, 2, 1), jax.devices()[3:5]).devices.ravel().tolist() == jax.devices()[3:5]

@@ -1,154 +1,188 @@
-"""Rows that are true, parts that do not overlap, files whose every bad line is named, text that survives the tokenizer."""
+"""Rows that are true, parts that do not overlap, and data that cannot work refused with its place."""
 
 import json
+import logging
 import re
 
+import datasets
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from tokenizer_setup import save_tokenizer
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.prompts.config import ArithmeticTask, JsonlTask
-from jaxrl_llm.prompts.task import Row, load_task
-from jaxrl_llm.prompts.tokenizer import character_tokenizer, unknown_characters
+from jaxrl_llm.prompts.config import ArithmeticTask, CharacterTokenizer, FileTask, PretrainedTokenizer
+from jaxrl_llm.prompts.task import load_task
+from jaxrl_llm.prompts.tokenizer import load_tokenizer
 
-TASK = load_task(ArithmeticTask(), seed=0)
+DIGITS = load_tokenizer(CharacterTokenizer())
+TASK = load_task(ArithmeticTask(), DIGITS, seed=0)
+datasets.disable_progress_bars()
+
+
+def prompts(rows) -> list[str]:
+    return [row.prompt for row in rows]
 
 
 def test_arithmetic_rows_are_true_and_complete():
     rows = TASK.train + TASK.held_out
-    assert len(rows) == len(set(rows)) == 1000
+    assert len(rows) == len(set(prompts(rows))) == 1000
     for row in rows:
-        digits = re.fullmatch(r"<(\d)\+(\d)\+(\d)>", row.prompt).groups()
-        assert row.answer == f"{sum(map(int, digits))}#"
-    assert Row("<3+4+5>", "12#") in rows and Row("<0+0+0>", "0#") in rows
+        total = str(sum(map(int, re.fullmatch(r"<(\d)\+(\d)\+(\d)>", row.prompt).groups())))
+        assert (row.answer, row.response) == (f"{total}#", total)
+        assert TASK.tokenizer.decode(row.tokens.tolist()) == row.prompt
+        assert TASK.tokenizer.decode(row.target.tolist()) == row.answer
 
 
 def test_parts_are_disjoint_and_drawn_with_the_seed():
     assert len(TASK.held_out) == 128 and len(TASK.train) == 872
-    assert not set(TASK.train) & set(TASK.held_out)
-    assert load_task(ArithmeticTask(), seed=0).held_out == TASK.held_out
-    assert set(load_task(ArithmeticTask(), seed=1).held_out) != set(TASK.held_out)
+    assert not set(prompts(TASK.train)) & set(prompts(TASK.held_out))
+    assert prompts(load_task(ArithmeticTask(), DIGITS, seed=0).held_out) == prompts(TASK.held_out)
+    assert set(prompts(load_task(ArithmeticTask(), DIGITS, seed=1).held_out)) != set(prompts(TASK.held_out))
 
 
 def test_sizes():
-    assert (TASK.num_tokens, TASK.pad, TASK.eos) == (16, 0, 15)
-    assert (TASK.prompt_slots, TASK.answer_slots) == (7, 3)
-    two = load_task(ArithmeticTask(terms=2, held_out=99), seed=0)
+    assert (TASK.num_tokens, TASK.pad, TASK.eos) == (16, 0, (15,))
+    assert (TASK.prompt_slots, TASK.target_slots, TASK.has_targets, TASK.dropped, TASK.repeated) == (7, 3, True, 0, 0)
+    two = load_task(ArithmeticTask(terms=2, held_out=99), DIGITS, seed=0)
     assert len(two.train) == 1 and two.prompt_slots == 5
 
 
 def test_holding_out_every_row_is_refused():
     with pytest.raises(UserError, match=r"task.held_out: got 100, want less than the 100 sums of 2 digits"):
-        load_task(ArithmeticTask(terms=2, held_out=100), seed=0)
+        load_task(ArithmeticTask(terms=2, held_out=100), DIGITS, seed=0)
 
 
-def test_encoding_by_hand():
-    """Token 0 is padding, the digits 1 to 10, then + < > space #."""
-    tokens, length = TASK.encode(["<3+4>", "12#", "0"], 6)
-    np.testing.assert_array_equal(tokens, [[12, 4, 11, 5, 13, 0], [2, 3, 15, 0, 0, 0], [1, 0, 0, 0, 0, 0]])
-    np.testing.assert_array_equal(length, [5, 3, 1])
-    assert tokens.dtype == length.dtype == np.int32
-    assert TASK.decode(tokens, length) == ["<3+4>", "12#", "0"]
-    assert TASK.decode(tokens, np.array([2, 0, 1])) == ["<3", "", "0"]
+def test_arithmetic_in_another_alphabet_is_refused_by_character():
+    with pytest.raises(UserError, match=r"prompt: got characters '<' '>', want only those of tokenizer.alphabet"):
+        load_task(ArithmeticTask(), load_tokenizer(CharacterTokenizer("0123456789+#")), seed=0)
 
 
-def test_rows_survive_the_tokenizer():
-    texts = [text for row in TASK.train + TASK.held_out for text in row]
-    assert TASK.decode(*TASK.encode(texts, TASK.prompt_slots)) == texts
+def test_arithmetic_for_a_pretrained_tokenizer(tmp_path):
+    """Its end token is special and not in what a grader sees."""
+    tokenizer = load_tokenizer(PretrainedTokenizer(str(save_tokenizer(tmp_path)), chat=False))
+    row = load_task(ArithmeticTask(terms=2, held_out=1), tokenizer, seed=0).train[0]
+    assert row.answer == row.response == tokenizer.decode(row.target.tolist())
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.text(alphabet="ab +#<>é∑\n\t😀", min_size=1, max_size=12))
-def test_every_text_of_the_alphabet_survives(text):
-    """One token a character: spaces, line ends and characters of several bytes among them."""
-    tokenizer = character_tokenizer("ab +#<>é∑\n\t😀")
-    ids = tokenizer.encode(text).ids
-    assert len(ids) == len(text) and 0 not in ids
-    assert tokenizer.decode(ids) == text
+def test_completions_are_decoded_up_to_their_length():
+    tokens = np.array([[2, 3, 15, 0], [12, 4, 0, 0], [1, 1, 1, 1]], np.int32)
+    assert TASK.decode(tokens, np.array([3, 1, 0])) == ["12#", "<", ""]
 
 
-def test_unknown_characters():
-    assert unknown_characters("3x+yx", TASK.tokenizer) == ["x", "y"]
-    assert unknown_characters("<3+4> 12#", TASK.tokenizer) == []
-    # Padding has a token, but its letters have none.
-    assert unknown_characters("<pad>", TASK.tokenizer) == ["p", "a", "d"]
+def test_a_row_by_its_prompt():
+    assert TASK.row(TASK.train[3].prompt) is TASK.train[3]
+    new = TASK.row("1+1")
+    assert (new.prompt, new.answer, new.response, new.target) == ("1+1", "", None, None)
+    assert new.tokens.tolist() == [2, 11, 2]
+    with pytest.raises(UserError, match=r"prompt: got characters 'x', want only those of tokenizer.alphabet"):
+        TASK.row("x")
 
 
-GOOD = json.dumps({"prompt": "<1+2>", "answer": "3#"})
+def jsonl(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def sums(n: int, **more) -> list[dict]:
+    return [{"prompt": f"{i}+{i}", "answer": f"{2 * i}", **more} for i in range(n)]
 
 
 @pytest.fixture
 def load(tmp_path):
-    def load(content: str | bytes, **fields):
-        train, held_out = tmp_path / "train.jsonl", tmp_path / "held_out.jsonl"
-        held_out.write_text(GOOD + "\n")
-        if content is not None:
-            train.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return load_task(JsonlTask(str(train), str(held_out), **fields), seed=0)
+    def load(rows, seed=0, **fields):
+        return load_task(FileTask(jsonl(tmp_path / "rows.jsonl", *rows), **fields), DIGITS, seed)
 
     return load
 
 
-def test_a_jsonl_file_is_read(load):
-    more = json.dumps({"prompt": "9", "answer": "18#", "source": "extra fields do not matter"})
-    for content in (f"{GOOD}\n{more}\n", f"{GOOD}\r\n{more}"):
-        task = load(content)
-        assert task.train == (Row("<1+2>", "3#"), Row("9", "18#")) and task.held_out == (Row("<1+2>", "3#"),)
-        assert (task.prompt_slots, task.answer_slots, task.num_tokens, task.eos) == (5, 3, 16, 15)
+def test_rows_are_held_out_by_the_seed(load):
+    task = load(sums(20), held_out=5)
+    assert (len(task.train), len(task.held_out)) == (15, 5)
+    assert sorted(prompts(task.train + task.held_out)) == sorted(row["prompt"] for row in sums(20))
+    assert prompts(load(sums(20), held_out=5).held_out) == prompts(task.held_out)
+    assert prompts(load(sums(20), held_out=5, seed=1).held_out) != prompts(task.held_out)
+    assert (task.has_targets, task.target_slots) == (False, 0)
 
 
-def test_the_last_character_of_the_alphabet_ends(load):
-    task = load(json.dumps({"prompt": "a", "answer": "b."}), alphabet="ab<1+2>3#.")
-    assert task.eos == task.tokenizer.token_to_id(".") == 10
+def test_columns_are_mapped(load):
+    task = load(
+        [{"q": "1", "a": 2, "id": 7}, {"q": "3", "a": 44}], held_out=1, prompt="<{q}>", answer="{a}#", response="{a}"
+    )
+    rows = {row.prompt: row for row in task.train + task.held_out}
+    assert {p: (r.answer, r.response, len(r.target)) for p, r in rows.items()} == {
+        "<1>": ("2#", "2", 2), "<3>": ("44#", "44", 3),
+    }  # fmt: skip
+    assert rows["<1>"].columns == {"q": "1", "a": 2, "id": 7}
+    assert (task.has_targets, task.target_slots, task.prompt_slots) == (True, 3, 3)
+
+
+def test_a_prompt_that_is_held_out_is_not_trained_on(load, caplog):
+    rows = sums(4) * 2  # each prompt twice
+    with caplog.at_level(logging.WARNING, "jaxrl_llm.prompts"):
+        task = load(rows, held_out=2)
+    assert not set(prompts(task.train)) & set(prompts(task.held_out))
+    assert task.repeated == 6 - len(task.train) > 0
+    assert [r.getMessage() for r in caplog.records] == [
+        f"task: {task.repeated} rows were left out of training: their prompt is held out"
+    ]
+    with pytest.raises(UserError, match=r"rows.jsonl: every prompt for training is held out too"):
+        load([{"prompt": "1", "answer": "2"}] * 3, held_out=1)
+
+
+def test_a_held_out_file_is_taken_as_it_is(load, tmp_path, caplog):
+    path = jsonl(tmp_path / "held.jsonl", {"prompt": "0+0", "answer": "0"}, {"prompt": "9", "answer": "9"})
+    with caplog.at_level(logging.WARNING, "jaxrl_llm.prompts"):
+        task = load(sums(3), held_out_path=path)
+    assert prompts(task.train) == ["0+0", "1+1", "2+2"] and prompts(task.held_out) == ["0+0", "9"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "task.held_out_path: 1 of its prompts are trained on too, e.g. '0+0'"
+    ]
+
+
+def test_splits_of_a_saved_dataset(tmp_path):
+    parts = {"train": datasets.Dataset.from_list(sums(3)), "test": datasets.Dataset.from_list(sums(5)[3:])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "d")
+    task = load_task(FileTask(str(tmp_path / "d"), held_out_split="test"), DIGITS, 0)
+    assert prompts(task.train) == ["0+0", "1+1", "2+2"] and prompts(task.held_out) == ["3+3", "4+4"]
+    other = load_task(FileTask(str(tmp_path / "d"), split="test", held_out=1), DIGITS, 0)
+    assert sorted(prompts(other.train + other.held_out)) == ["3+3", "4+4"]
 
 
 @pytest.mark.parametrize(
-    "line, message",
-    [
-        ("{prompt: 3}", "not JSON: Expecting property name"),
-        ("", "not JSON: Expecting value"),
-        (b'{"prompt": "\xff", "answer": "1#"}', "not JSON: 'utf-8' codec can't decode byte 0xff"),
-        ("[1, 2]", "got list, want an object with prompt and answer"),
-        ("3", "got int, want an object"),
-        ('{"prompt": "1"}', "answer: got null, want a string that is not empty"),
-        ('{"prompt": "", "answer": "1#"}', 'prompt: got "", want a string that is not empty'),
-        ('{"prompt": "1", "answer": 12}', "answer: got 12, want a string that is not empty"),
-        (
-            '{"prompt": "two plus", "answer": "4#"}',
-            "prompt: got characters 't' 'w' 'o' 'p' 'l' 'u' 's', want only those of task.alphabet",
-        ),
-        ('{"prompt": "1", "answer": "\\n"}', "answer: got characters '\\n'"),
-    ],
+    "fields", [{}, {"held_out": 2, "held_out_path": "x.jsonl"}, {"held_out": 2, "held_out_split": "t"}]
 )
-def test_a_bad_line_is_named_with_file_and_number(load, tmp_path, line, message):
-    line = line if isinstance(line, bytes) else line.encode()
+def test_what_is_held_out_is_said_once(load, fields):
+    with pytest.raises(
+        UserError, match=rf"task: got {'both' if fields else 'neither'} of held_out \(\d\) and held_out_path"
+    ):
+        load(sums(4), **fields)
+
+
+def test_holding_out_all_rows_is_refused(load, tmp_path):
+    with pytest.raises(UserError, match=r"task.held_out: got 4, want less than the 4 rows of .*rows.jsonl"):
+        load(sums(4), held_out=4)
+
+
+def test_long_prompts_of_both_parts_are_dropped_and_counted_once(load, tmp_path, caplog):
+    path = jsonl(tmp_path / "held.jsonl", {"prompt": "1234567", "answer": "0"}, {"prompt": "9", "answer": "9"})
+    with caplog.at_level(logging.WARNING, "jaxrl_llm.prompts"):
+        task = load(sums(12), held_out_path=path, max_prompt_tokens=4, too_long="drop")
+    assert (len(task.train), prompts(task.held_out), task.dropped) == (10, ["9"], 3)
+    assert task.prompt_slots == 3  # of what is left
+    assert [r.getMessage() for r in caplog.records] == [
+        "task.max_prompt_tokens: 3 rows with longer prompts were dropped"
+    ]
     with pytest.raises(UserError) as error:
-        load(GOOD.encode() + b"\n" + line + b"\n" + GOOD.encode())
-    assert str(error.value).startswith(f"{tmp_path}/train.jsonl:2: {message}")
-    assert len(str(error.value).splitlines()) == 1
+        load(sums(12), held_out=1, max_prompt_tokens=4)
+    assert str(error.value).splitlines() == [
+        f"{tmp_path}/rows.jsonl:{n}: got a prompt of 5 tokens, want task.max_prompt_tokens (4) at most, or task.too_long: drop"
+        for n in (11, 12)
+    ]  # fmt: skip
 
 
-def test_the_first_five_bad_lines_are_shown_and_the_rest_counted(load, tmp_path):
+def test_a_missing_column_is_named_with_file_line_and_template(load, tmp_path):
     with pytest.raises(UserError) as error:
-        load("\n".join([GOOD] + ["{"] * 8 + [GOOD]))
-    lines = str(error.value).splitlines()
-    assert [line.split(": ")[0] for line in lines[:5]] == [f"{tmp_path}/train.jsonl:{n}" for n in range(2, 7)]
-    assert lines[5:] == ["... and 3 more lines"]
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [("", "got an empty file, want one JSON object a line"), (None, "cannot be read: No such file or directory")],
-)
-def test_a_file_without_rows_is_refused(load, tmp_path, content, message):
-    with pytest.raises(UserError) as error:
-        load(content)
-    assert str(error.value) == f"{tmp_path}/train.jsonl: {message}"
-
-
-@pytest.mark.parametrize("alphabet", ["", "a", "abca"])
-def test_an_alphabet_needs_two_different_characters(load, alphabet):
-    with pytest.raises(UserError, match=r"task.alphabet: got '.*', want two different characters or more, each once"):
-        load(GOOD, alphabet=alphabet)
+        load([*sums(1), {"promt": "1", "answer": "2"}], held_out=1)
+    assert str(error.value) == (
+        f"{tmp_path}/rows.jsonl:2: task.prompt: got no column 'prompt', want one of promt, answer (perhaps you meant promt)"
+    )

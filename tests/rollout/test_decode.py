@@ -25,7 +25,7 @@ VERSION = 3
 ONE_LAYER = dataclasses.replace(SMALL, layers=1)
 # 300 tokens in 304 rows of embedding: several blocks of the draw, and logits that must never be drawn.
 WIDE = dataclasses.replace(SMALL, vocab_size=304, layers=1, d_model=16, heads=4, kv_heads=2, head_dim=4, d_mlp=16)
-WIDE_VOCAB = Vocabulary(size=300, pad=0, eos=299)
+WIDE_VOCAB = Vocabulary(size=300, pad=0, eos=(299,))
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +53,9 @@ def check_contract(rollouts: Rollouts, slots: int, vocab: Vocabulary, temperatur
         n, tokens = rollouts.length[b], rollouts.tokens[b]
         assert 1 <= n <= slots == len(tokens)
         np.testing.assert_array_equal(rollouts.sampled[b], np.arange(slots) < n)
-        assert vocab.eos not in tokens[: n - 1]
-        assert rollouts.finish[b] == (Finish.EOS if tokens[n - 1] == vocab.eos else Finish.LENGTH)
-        assert tokens[n - 1] == vocab.eos or n == slots
+        assert not np.isin(tokens[: n - 1], vocab.eos).any()
+        assert rollouts.finish[b] == (Finish.EOS if tokens[n - 1] in vocab.eos else Finish.LENGTH)
+        assert tokens[n - 1] in vocab.eos or n == slots
         assert (tokens[:n] < vocab.size).all() and (tokens[n:] == vocab.pad).all()
         assert (rollouts.behavior_logprobs[b, :n] < 0).all() and (rollouts.entropy[b, :n] > 0).all()
         np.testing.assert_array_equal(rollouts.behavior_logprobs[b, n:], 0.0)
@@ -157,7 +157,7 @@ def test_in_the_loop_the_stored_logprob_is_the_distributions_to_the_bit(jit, com
     """The loop by hand: `step` also returns the whole distribution. Rows at T = 0.6, 1 and 1.5."""
     cfg, vocab, slots = (
         dataclasses.replace(WIDE, compute=compute, vocab_size=rows_of_embedding),
-        Vocabulary(num_tokens, 0, 12),
+        Vocabulary(num_tokens, 0, (12,)),
         3,
     )
     train, dec = layouts()
@@ -180,7 +180,7 @@ def test_in_the_loop_the_stored_logprob_is_the_distributions_to_the_bit(jit, com
         np.testing.assert_array_equal(stored[live].view(np.uint32), gathered[live].view(np.uint32))
         np.testing.assert_array_equal(stored[~live], 0.0)
         np.testing.assert_array_equal(token[~live], vocab.pad)
-        np.testing.assert_array_equal(np.asarray(state.done), ~live | (token == vocab.eos))
+        np.testing.assert_array_equal(np.asarray(state.done), ~live | np.isin(token, vocab.eos))
         assert np.isneginf(np.asarray(logp)[:, num_tokens:]).all()
         # Sums of 300 f32 exponentials.
         np.testing.assert_allclose(np.exp(np.asarray(logp, np.float64)).sum(axis=1), 1, atol=1e-5)
@@ -193,7 +193,7 @@ def test_a_row_that_ended_leaves_the_others_alone(sampler):
     sample, _, params = sampler
     train, dec = layouts()
     rollouts = sample(1.0)
-    endless = generator(G, C, ONE_LAYER, dec, Vocabulary(size=16, pad=0, eos=99))
+    endless = generator(G, C, ONE_LAYER, dec, Vocabulary(size=16, pad=0, eos=(99,)))
     rows = dec.sharding(("rows",))
     policy = make_policy(ONE_LAYER, params, train, dec, VERSION)
     temperature = hosts.put(np.ones(P, np.float32), rows)

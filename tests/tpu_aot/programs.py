@@ -89,7 +89,7 @@ def lower_generate(cfg: ModelConfig, decode: Layout) -> jax.stages.Lowered:
     prompts = Prompts(array(decode, (P, S), jnp.int32, "rows", None), *numbers)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=decode.replicated)
-    generate = make_generate(G, C, Vocabulary(size=cfg.vocab_size, pad=0, eos=1), cfg, decode)
+    generate = make_generate(G, C, Vocabulary(size=cfg.vocab_size, pad=0, eos=(1,)), cfg, decode)
     return generate.lower(abstract_policy(cfg, decode), prompts, key, array(decode, (P,), jnp.float32, "rows"))
 
 

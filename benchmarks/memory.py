@@ -1,0 +1,123 @@
+"""`python -m benchmarks.memory CONFIG --shape DIR [--topology v5e:2x4]`: bytes a chip that a config's programs hold.
+
+`generate`, `publish` and `update` are compiled ahead of time from shapes alone, for a TPU topology with the real TPU compiler,
+which needs no TPU. Chips are all of the topology; the mesh, batch and lengths are those of the config; the longest prompt is taken
+to be task.max_prompt_tokens. Prints one JSON object: bytes a chip of each program's arguments, outputs and temporaries, less what
+is aliased, and `step_peak`, the most that a chip holds in a step, with the policy or the TrainState that a program does not touch.
+
+--shape  directory whose config.json says how large the model is: the config's own model may not be on this machine
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+
+from jaxrl_llm import config as run_config
+from jaxrl_llm.config import RunConfig
+from jaxrl_llm.model import params as model_params
+from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.hf.config import read_config
+from jaxrl_llm.parallel.config import resolve
+from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
+from jaxrl_llm.parallel.mesh import make_mesh
+from jaxrl_llm.publish import make_publish
+from jaxrl_llm.rollout.decode import Vocabulary, make_generate
+from jaxrl_llm.types import Batch, Policy, Prompts, TrainState
+from jaxrl_llm.update.step import make_optimizer, make_update, state_shardings
+
+Lower = Callable[[], jax.stages.Lowered]
+
+
+def array(layout: Layout, shape: tuple[int, ...], dtype: jnp.dtype, *axes: str | None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(axes))
+
+
+def programs(cfg: RunConfig, model: ModelConfig, train: Layout, decode: Layout) -> dict[str, Lower]:
+    """The three programs of a step, each a function that traces it."""
+    specs, rollout = model_params.specs(model), cfg.rollout
+    params = model_params.abstract(specs, train)
+    unstacked = model_params.abstract(model_params.unstack(specs, model.layers), decode, model.compute)
+    policy = Policy(unstacked, array(decode, (), jnp.int32))
+    numbers = [array(decode, (rollout.prompts,), jnp.int32, "rows") for _ in range(3)]
+    slots = cfg.task.max_prompt_tokens
+    prompts = Prompts(array(decode, (rollout.prompts, slots), jnp.int32, "rows", None), *numbers)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=decode.replicated)
+    temperature = array(decode, (rollout.prompts,), jnp.float32, "rows")
+    vocab = Vocabulary(size=model.vocab_size, pad=0, eos=(1,))
+    generate = make_generate(rollout.samples, rollout.max_new_tokens, vocab, model, decode)
+
+    optimizer = make_optimizer(cfg.update.optimizer)
+    shapes = jax.eval_shape(lambda p: TrainState(p, optimizer.init(p), np.zeros((), np.int32)), params)
+    where = state_shardings(specs, optimizer, train)
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+    rows = rollout.prompts * rollout.samples // cfg.update.minibatches
+    dtypes = [jnp.int32] * 3 + [bool] + [jnp.float32] * 3
+    batch = Batch(*(array(train, (rows, slots + rollout.max_new_tokens), dtype, "rows", None) for dtype in dtypes))
+    update = make_update(
+        specs, cfg.update.loss, cfg.update.optimizer, normalize=cfg.update.normalize, length=rollout.max_new_tokens,
+        micro_batches=cfg.update.micro_batches, num_tokens=model.vocab_size, cfg=model, layout=train,
+    )  # fmt: skip
+    publish = make_publish(model, train, decode)
+    return {
+        "generate": lambda: generate.lower(policy, prompts, key, temperature),
+        "publish": lambda: publish.lower(params, array(train, (), jnp.int32), policy),
+        "update": lambda: update.lower(state, batch),
+    }
+
+
+def measure(lower: Lower) -> dict[str, float]:
+    start = time.monotonic()
+    memory = lower().compile().memory_analysis()
+    parts = {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+    }
+    peak = parts["arguments"] + parts["outputs"] + parts["temporaries"] - parts["aliased"]
+    return {"peak": peak, **parts, "compile_seconds": round(time.monotonic() - start, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--shape", type=Path, required=True)
+    parser.add_argument("--topology", default="v5e:2x4")
+    args = parser.parse_args()
+    cfg = run_config.load(args.config)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
+    model = read_config(args.shape, cfg.model.compute)
+    if found := run_config.problems(dataclasses.replace(cfg, model=model), len(devices), 1):
+        parser.error("\n".join(found))
+    mesh = make_mesh(resolve(cfg.mesh, len(devices))[0], devices)
+    found = {
+        name: measure(lower) for name, lower in programs(cfg, model, Layout(mesh, TRAIN), Layout(mesh, DECODE)).items()
+    }
+    # Moments and master, three of the four f32 copies of an update; the policy is what publish writes.
+    state, policy = found["update"]["aliased"], found["publish"]["outputs"]
+    step_peak = max(
+        found["generate"]["peak"] + state, found["publish"]["peak"] + 2 * state // 3, found["update"]["peak"] + policy
+    )
+    report = {
+        "config": args.config.name, "topology": args.topology, "chips": len(devices), "jax": jax.__version__,
+        "date": datetime.date.today().isoformat(), "parameters": model_params.count(model_params.specs(model)),
+        "step_peak": step_peak, "train_state": state, "policy": policy, "programs": found,
+    }  # fmt: skip
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

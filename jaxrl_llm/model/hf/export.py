@@ -1,0 +1,177 @@
+"""Parameters to a Hugging Face directory that transformers loads: config.json, generation_config.json, safetensors with index."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.numpy import save_file
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.hf.checkpoint import INDEX, SINGLE
+from jaxrl_llm.model.hf.config import read_config, read_json
+from jaxrl_llm.model.hf.names import Leaf, Piece, leaves, tensors
+from jaxrl_llm.model.hf.written_config import write_config
+from jaxrl_llm.model.params import specs, unstack
+from jaxrl_llm.types import PyTree
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def export(
+    params: PyTree,
+    cfg: ModelConfig,
+    directory: str | Path,
+    dtype: Dtype,
+    *,
+    source: str | Path | None = None,
+    length: int = 4096,
+    eos: tuple[int, ...] = (),
+    pad: int | None = None,
+    save_tokenizer: Callable[[Path], object] | None = None,
+    max_shard_bytes: int = 4 * 10**9,
+) -> None:
+    """Write `params` (layers stacked, or one entry a layer; on any mesh) as `directory`, whole or not at all.
+
+    `source` is the directory the model came from: its config.json and generation_config.json are kept, but for the dtype. Without
+    it both are made, with `length` as max_position_embeddings. `eos` and `pad`, where given, go into both. `save_tokenizer(path)`
+    writes the tokenizer's files. Every process calls this; the first one writes. The host holds one file's tensors at a time.
+    Raises UserError where the directory has something in it, or `cfg` is no family, or not that of `source`.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory}: got a place that is taken, want a new or an empty directory")
+    texts = {"config.json": _config(cfg, dtype, source, length, eos, pad), **_generation(source, eos, pad)}
+    building = directory.with_name(f".{directory.name}.{os.getpid()}.part")
+    first = jax.process_index() == 0
+    try:
+        if first:
+            building.mkdir(parents=True)
+            for name, text in texts.items():
+                (building / name).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+            if save_tokenizer is not None:
+                save_tokenizer(building)
+        _write_tensors(params, cfg, building if first else None, jnp.dtype(dtype), max_shard_bytes)
+        if first:
+            os.replace(building, directory)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("exported")
+
+
+def _config(
+    cfg: ModelConfig, dtype: Dtype, source: str | Path | None, length: int, eos: tuple[int, ...], pad: int | None
+) -> dict[str, Any]:
+    ids = _ids(eos, pad)
+    if source is None:
+        return write_config(cfg, dtype, length) | ids
+    theirs = read_config(source, compute=cfg.compute)
+    if theirs != cfg:
+        pairs = zip(dataclasses.fields(cfg), dataclasses.astuple(theirs), dataclasses.astuple(cfg), strict=True)
+        lines = [f"model.{f.name}: got {ours}, want {want}" for f, want, ours in pairs if want != ours]
+        raise UserError(
+            f"{source}: got a config.json of another model, want that of the parameters:\n" + "\n".join(lines)
+        )
+    given = read_json(Path(source) / "config.json")
+    kept = {
+        key: value for key, value in given.items() if key not in ("torch_dtype", "transformers_version", "auto_map")
+    }
+    if isinstance(given.get("text_config"), dict):
+        # The text model alone is what we hold, and it is an architecture of its own.
+        return write_config(cfg, dtype, given["text_config"].get("max_position_embeddings", length)) | ids
+    return kept | {"dtype": dtype} | ids
+
+
+def _ids(eos: tuple[int, ...], pad: int | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"eos_token_id": eos[0] if len(eos) == 1 else list(eos)} if eos else {}
+    return found if pad is None else found | {"pad_token_id": pad}
+
+
+def _generation(source: str | Path | None, eos: tuple[int, ...], pad: int | None) -> dict[str, dict[str, Any]]:
+    path = Path(source) / "generation_config.json" if source is not None else None
+    given = read_json(path) if path is not None and path.is_file() else {}
+    return {"generation_config.json": given | _ids(eos, pad)}
+
+
+def _write_tensors(params: PyTree, cfg: ModelConfig, directory: Path | None, dtype: np.dtype, max_bytes: int) -> None:
+    """Files of at most `max_bytes`, in the order of the layers; `directory` None takes part in gathering and writes nothing."""
+    # One entry a layer, whatever `params` has: a file then holds neighbours.
+    found = leaves(unstack(specs(cfg), cfg.layers))
+    sizes = {name: math.prod(leaf.shape(piece)) * dtype.itemsize for name, leaf, piece in tensors(found)}
+    plan = split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_bytes,
+    )
+    file_of = {name: file for file, names in plan.filename_to_tensors.items() for name in names}
+    pending: dict[str, np.ndarray] = {}
+    left = {file: len(names) for file, names in plan.filename_to_tensors.items()}
+    for name, numbers in _numbers(params, found, dtype, keep=directory is not None):
+        file = file_of[name]
+        pending[name], left[file] = numbers, left[file] - 1
+        if not left[file]:
+            save_file(
+                {n: pending.pop(n) for n in plan.filename_to_tensors[file]}, directory / file, metadata={"format": "pt"}
+            )
+    if plan.is_sharded and directory is not None:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    assert plan.is_sharded or set(plan.filename_to_tensors) == {SINGLE}
+
+
+def _numbers(params: PyTree, found: list[Leaf], dtype: np.dtype, keep: bool) -> Iterator[tuple[str, np.ndarray]]:
+    """Each tensor's name and numbers, one leaf of one layer gathered at a time."""
+    for leaf in found:
+        numbers = _gather(params, leaf, dtype)
+        if keep:
+            for piece in leaf.pieces:
+                yield piece.tensor, _cut_out(leaf, piece, numbers)
+
+
+def _gather(params: PyTree, leaf: Leaf, dtype: np.dtype) -> np.ndarray:
+    """A leaf of one layer as a NumPy array, on every host."""
+    if leaf.path[0] == "layers" and isinstance(params["layers"], dict):
+        _, layer, name = leaf.path
+        whole, index = params["layers"][name], layer
+    else:
+        whole, index = params, None
+        for key in leaf.path:
+            whole = whole[key]
+    everywhere = NamedSharding(whole.sharding.mesh, PartitionSpec())
+    return np.asarray(_taker(dtype, everywhere)(whole, index).addressable_data(0))
+
+
+@cache
+def _taker(dtype: np.dtype, everywhere: NamedSharding) -> Callable[[jax.Array, int | None], jax.Array]:
+    """Layer `index` of a stacked leaf, or a leaf as it is where that is None, cast, on every device."""
+
+    def take(whole: jax.Array, index: jax.Array | None) -> jax.Array:
+        one = whole if index is None else jax.lax.dynamic_index_in_dim(whole, index, keepdims=False)
+        return one.astype(dtype)
+
+    return jax.jit(take, out_shardings=everywhere)
+
+
+def _cut_out(leaf: Leaf, piece: Piece, numbers: np.ndarray) -> np.ndarray:
+    """The tensor that is this piece of the leaf, in the file's own order of dims."""
+    block: list[int | slice] = []
+    for letter in leaf.letters:
+        at = piece.at.get(letter, slice(None))
+        block.append(slice(at.start, at.stop) if isinstance(at, range) else at)
+    kept = "".join(letter for letter in leaf.letters if not isinstance(piece.at.get(letter), int))
+    turned = numbers[tuple(block)].transpose([kept.index(letter) for dim in piece.dims for letter in dim])
+    return np.ascontiguousarray(turned.reshape(leaf.shape(piece)))

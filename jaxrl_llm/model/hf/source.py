@@ -1,0 +1,44 @@
+"""Where a model is: a directory, or a name on the hub where there is internet."""
+
+import re
+from pathlib import Path
+
+from jaxrl_llm.errors import UserError
+
+# No pickles, no code, no images.
+FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def resolve(name: str | Path) -> Path:
+    """The directory that `name` means: itself, or the hub's files of that name, downloaded once into the hub's cache.
+
+    Raises UserError where it is neither, or the hub cannot be reached.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path}: got a directory without config.json, want a Hugging Face model directory")
+        return path
+    if path.exists():
+        raise UserError(f"{path}: got a file, want a Hugging Face model directory")
+    if not HUB_NAME.fullmatch(str(name)) or str(name).startswith("."):
+        want = "a Hugging Face model directory, or a hub name (org/model)"
+        raise UserError(f"{path}: got a path that does not exist, want {want}")
+    return _download(str(name))
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = Path(snapshot_download(name, allow_patterns=FILES))
+    # Whatever the HTTP library of the day raises, beside the hub's own errors: to the user all say that there is no model.
+    except Exception as error:
+        raise UserError(
+            f"{name}: got neither a directory here nor a model that the hub gives us ({str(error).splitlines()[0][:200]}), "
+            "want one of them; without internet pass the path of a local directory"
+        ) from None
+    if not (path / "config.json").is_file():
+        raise UserError(f"{name}: got a repository without config.json, want a Hugging Face model")
+    return path

@@ -1,0 +1,23 @@
+"""The gated MLP (Shazeer 2020)."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.linear import contract
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
+
+
+def gated(gate: Float[Array, "*rows F"], up: Float[Array, "*rows F"], cfg: ModelConfig) -> Float[Array, "*rows F"]:
+    """activation(gate) * up."""
+    return ACTIVATIONS[cfg.activation](gate) * up
+
+
+def dense(layer: dict[str, Array], h: Float[Array, "B T D"], cfg: ModelConfig) -> Float[Array, "B T D"]:
+    """One MLP for every token."""
+    gate, up = jnp.moveaxis(contract(h, layer["gate_up"].swapaxes(0, 1)), -2, 0)
+    return contract(gated(gate, up, cfg).astype(h.dtype), layer["down"]).astype(h.dtype)

@@ -1,0 +1,82 @@
+"""Rotary position embedding (Su et al. 2021, in the half-split form of Llama), and the ways to stretch it."""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxrl_llm.model.config import LinearRope, Llama3Rope, ModelConfig, YarnRope
+
+
+class Rotation(NamedTuple):
+    """How queries and keys turn: constants of a config, known before anything is traced."""
+
+    frequency: Float[np.ndarray | Array, " H/2"]
+    """f32, radians a position, one a pair."""
+    scale: float | Float[Array, ""] = 1.0
+    """Multiplies cosine and sine."""
+
+
+def rope(x: Float[Array, "B T *heads H"], position: Int[Array, "B T"], turn: Rotation) -> Float[Array, "B T *heads H"]:
+    """Turn the pairs (i, i + H/2) by position * frequency[i].
+
+    The angle is f32: bfloat16 rounds 257 to 256, which is another angle altogether.
+    """
+    half = x.shape[-1] // 2
+    angle = position.astype(jnp.float32)[..., None] * turn.frequency
+    angle = angle.reshape(*position.shape, *(1,) * (x.ndim - 3), half)
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    if not (isinstance(turn.scale, float) and turn.scale == 1.0):
+        sin, cos = sin * turn.scale, cos * turn.scale
+    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def rotation(cfg: ModelConfig, slides: bool) -> Rotation:
+    """The rotation of a layer. Sliding layers with a base of their own are never stretched."""
+    if slides and cfg.sliding_rope_theta is not None:
+        return Rotation(_plain(cfg.sliding_rope_theta, cfg.head_dim).astype(np.float32))
+    plain, scale = _plain(cfg.rope_theta, cfg.head_dim), 1.0
+    match cfg.rope_scaling:
+        case LinearRope(factor=factor):
+            plain = plain / factor
+        case Llama3Rope() as scaling:
+            plain = _llama3(plain, scaling)
+        case YarnRope() as scaling:
+            plain = _yarn(plain, cfg.rope_theta, scaling)
+            scale = scaling.attention_factor or 0.1 * math.log(max(scaling.factor, 1.0)) + 1.0
+    return Rotation(plain.astype(np.float32), scale)
+
+
+def _plain(theta: float, head_dim: int) -> np.ndarray:
+    """theta^(-2i/H), f64."""
+    return theta ** -(np.arange(0, head_dim, 2) / head_dim)
+
+
+def _llama3(frequency: np.ndarray, scaling: Llama3Rope) -> np.ndarray:
+    """By the turns that a pair makes within the original length: few are stretched, many are kept (Llama 3.1)."""
+    turns = scaling.original_length * frequency / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = np.clip((turns - low) / max(high - low, 1e-9), 0.0, 1.0)
+    return frequency * (kept + (1 - kept) / scaling.factor)
+
+
+def _yarn(frequency: np.ndarray, theta: float, scaling: YarnRope) -> np.ndarray:
+    """A ramp over the pairs, from those of `beta_fast` turns within the original length to those of `beta_slow`.
+
+    Peng et al. 2023, section 3.2, with the ends clipped as published checkpoints were trained: to 0 and H - 1.
+    """
+    head_dim = 2 * len(frequency)
+
+    def pair(turns: float) -> float:
+        return head_dim * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    # A thousandth where both ends are one pair: the ramp is then a step.
+    stretched = np.clip((np.arange(len(frequency)) - low) / ((high - low) or 1e-3), 0.0, 1.0)
+    return frequency * (stretched / scaling.factor + 1 - stretched)

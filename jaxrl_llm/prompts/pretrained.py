@@ -1,0 +1,169 @@
+"""A Hugging Face tokenizer with its chat template, read from a directory."""
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.prompts.config import PretrainedTokenizer
+from jaxrl_llm.prompts.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# transformers makes an empty tokenizer of its own, without a word, where it knows the model's class and finds none of these.
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json")
+
+
+def load(cfg: PretrainedTokenizer) -> Tokenizer:
+    directory = find(cfg.path)
+    fast = read(directory)
+    backend = fast.backend_tokenizer
+    # tokenizer.json may carry the padding and truncation of its training.
+    backend.no_padding()
+    backend.no_truncation()
+    size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+    eos = end_tokens(directory, fast, size, cfg.stop)
+    tokenizer = Tokenizer(
+        backend,
+        pad=eos[0] if fast.pad_token_id is None else fast.pad_token_id,
+        eos=eos,
+        write=lambda out: fast.save_pretrained(out),
+        **({"render": chat(directory, fast, cfg)} if cfg.chat else {"prefix": beginning(fast)}),
+    )
+    tokenizer.prompt("1+1")  # a template that raises does so here, before any row is read
+    return tokenizer
+
+
+def find(path: str) -> Path:
+    """The directory itself, or the snapshot of a repository on the hub."""
+    if path and Path(path).is_dir():
+        directory = Path(path)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith("."):
+        directory = _snapshot(path)
+    else:
+        raise UserError(f"tokenizer.path: got {path!r}, which is no directory, want one with tokenizer.json in it")
+    if not any((directory / name).is_file() for name in VOCABULARIES):
+        raise UserError(f"tokenizer.path: {directory} holds no tokenizer, want one of {', '.join(VOCABULARIES)} in it")
+    return directory
+
+
+def _snapshot(name: str) -> Path:
+    import huggingface_hub
+
+    try:
+        files = ["*.json", "*.jinja", "*.txt", "*.model"]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+    except Exception as error:  # the hub's errors have no common base with those of the network beneath
+        why = str(error).splitlines()[0]
+        raise UserError(
+            f"tokenizer.path: got {name!r}, which is no directory here, and the hub did not give it ({why}); pass a local path"
+        ) from None
+
+
+def read(directory: Path) -> "PreTrainedTokenizerFast":
+    from transformers import AutoTokenizer
+
+    try:
+        fast = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # bad JSON, bad merges, unknown classes: each library beneath raises its own
+        raise UserError(f"{directory}: the tokenizer cannot be read: {_first_line(error)}") from None
+    if not getattr(fast, "is_fast", False):
+        raise UserError(f"{directory}: got a {type(fast).__name__}, want a fast tokenizer (one with tokenizer.json)")
+    return fast
+
+
+def end_tokens(directory: Path, fast: "PreTrainedTokenizerFast", size: int, stop: tuple[str, ...]) -> tuple[int, ...]:
+    """The tokenizer's own, those of generation_config.json, and `stop`; each once, in this order."""
+    own = [] if fast.eos_token_id is None else [fast.eos_token_id]
+    found = list(dict.fromkeys([*own, *_generation_eos(directory, size), *_stop_tokens(fast, stop)]))
+    if not found:
+        raise UserError(
+            f"{directory}: got no end token, want eos_token in tokenizer_config.json, eos_token_id in generation_config.json, "
+            f"or tokenizer.stop"
+        )
+    return tuple(found)
+
+
+def _generation_eos(directory: Path, size: int) -> list[int]:
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return []
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    eos = values.get("eos_token_id") if isinstance(values, dict) else None
+    found = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if wrong := [e for e in found if type(e) is not int or not 0 <= e < size]:
+        raise UserError(f"{path}: eos_token_id: got {wrong[0]!r}, want tokens below the tokenizer's {size}")
+    return found
+
+
+def _stop_tokens(fast: "PreTrainedTokenizerFast", stop: tuple[str, ...]) -> list[int]:
+    found, wrong = [], []
+    for text in stop:
+        encoding = fast.backend_tokenizer.encode(text, add_special_tokens=False)
+        found += encoding.ids
+        if len(encoding.ids) != 1:
+            wrong.append(
+                f"tokenizer.stop: got {text!r}, which is {len(encoding.ids)} tokens {encoding.tokens}, want one"
+            )
+    if wrong:
+        raise UserError("\n".join(wrong))
+    return found
+
+
+def beginning(fast: "PreTrainedTokenizerFast") -> tuple[int, ...]:
+    """What the tokenizer puts before a text by itself (BOS). What it would append is no part of a prompt."""
+    text = "1"
+    plain = fast.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    whole = fast.backend_tokenizer.encode(text, add_special_tokens=True).ids
+    start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    return tuple(whole[:start])
+
+
+def chat(
+    directory: Path, fast: "PreTrainedTokenizerFast", cfg: PretrainedTokenizer
+) -> Callable[[Sequence[str]], list[str]]:
+    """Texts as the user's turn, with the system's turn before them and the beginning of the assistant's behind."""
+    try:
+        source = fast.get_chat_template()
+    except ValueError:
+        raise UserError(
+            f"{directory}: got no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), "
+            "want one, or tokenizer.chat: false for plain prompts"
+        ) from None
+    _check_arguments(source, cfg.template)
+    system = [{"role": "system", "content": cfg.system}] if cfg.system else []
+
+    def render(texts: Sequence[str]) -> list[str]:
+        turns = [[*system, {"role": "user", "content": text}] for text in texts]
+        try:
+            return fast.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **cfg.template)
+        except Exception as error:  # the template is a program of its own and raises what it likes
+            raise UserError(f"{directory}: the chat template raises {_first_line(error)}") from None
+
+    if cfg.system.strip() not in render(["1+1"])[0]:
+        raise UserError(f"{directory}: tokenizer.system: the chat template leaves the system prompt out, want it empty")
+    return render
+
+
+def _check_arguments(source: str, arguments: dict[str, Any]) -> None:
+    """A template ignores an argument that it does not know, and so nobody would see the slip of the pen."""
+    known = set(re.findall(r"[A-Za-z_]\w*", source))
+    wrong = []
+    for name in arguments:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f", perhaps you meant {near[0]}" if near else ""
+            wrong.append(f"tokenizer.template.{name}: the chat template has no such argument{hint}")
+    if wrong:
+        raise UserError("\n".join(wrong))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

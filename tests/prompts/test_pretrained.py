@@ -1,0 +1,269 @@
+"""A Hugging Face tokenizer: the same tokens as transformers, every end token, one clear message for each mistake."""
+
+import json
+
+import huggingface_hub
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizer_setup import BOS, CHATML, ENDOFTEXT, IM_END, IM_START, SPECIAL, save_tokenizer
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.prompts.config import PretrainedTokenizer
+from jaxrl_llm.prompts.tokenizer import load_tokenizer
+
+TEXTS = ["What is 3 + 4?", "", " two  spaces ", "é∑😀\n\t", "<think>no</think>", "{{ braces }} {% raw %}", "a\r\nb"]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """ChatML, <|im_end|> ends, <|endoftext|> pads."""
+    return save_tokenizer(tmp_path_factory.mktemp("plain"), generation={"eos_token_id": [IM_END, ENDOFTEXT]})
+
+
+def load(directory, **fields):
+    return load_tokenizer(PretrainedTokenizer(str(directory), **fields))
+
+
+def said(directory, **fields) -> str:
+    with pytest.raises(UserError) as error:
+        load(directory, **fields)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("system", ["", "You are a calculator."])
+@pytest.mark.parametrize("arguments", [{}, {"enable_thinking": False}, {"enable_thinking": True}])
+def test_prompts_are_those_of_transformers(plain, system, arguments):
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(plain)
+    ours = load(plain, system=system, template=arguments)
+    start = [{"role": "system", "content": system}] if system else []
+    expected = [
+        theirs.apply_chat_template(
+            [*start, {"role": "user", "content": text}],
+            tokenize=True, add_generation_prompt=True, return_dict=False, **arguments,
+        )
+        for text in TEXTS
+    ]  # fmt: skip
+    assert ours.prompt_batch(TEXTS) == expected
+    assert [ours.prompt(text) for text in TEXTS] == expected
+
+
+def test_a_prompt_by_hand(plain):
+    tokenizer = load(plain, system="Be brief.", template={"enable_thinking": False})
+    assert tokenizer.backend.decode(tokenizer.prompt("2+2"), skip_special_tokens=False) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2+2<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+    short = load(plain).prompt("2+2")
+    assert [t for t in short if t in (IM_START, IM_END)] == [IM_START, IM_END, IM_START]
+
+
+@pytest.fixture(scope="module")
+def loaded(plain):
+    return load(plain, chat=False)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(lambda t: not any(s in t for s in SPECIAL))
+)
+def test_every_text_survives(loaded, text):
+    """Bytes beneath, so nothing is unknown; only the names of special tokens are lost."""
+    assert loaded.decode(loaded.encode(text)) == text
+    assert loaded.unknown(text) == []
+
+
+def test_special_tokens_are_left_out_and_tags_stay(loaded):
+    think, end_think = loaded.encode("<think></think>")
+    ids = [IM_START, think, *loaded.encode(" 3 + 4 "), end_think, *loaded.encode("7"), IM_END, ENDOFTEXT]
+    assert loaded.decode(ids) == "<think> 3 + 4 </think>7"
+    assert loaded.decode_batch([ids, [IM_END], []]) == ["<think> 3 + 4 </think>7", "", ""]
+    # No cleaning up: transformers would take the space before the point away if tokenizer_config.json asked for it.
+    assert loaded.decode(loaded.encode("a . b , c n't")) == "a . b , c n't"
+
+
+def test_tokens_have_names_for_people(loaded):
+    assert [loaded.token(i) for i in (IM_END, *loaded.encode("\n a"), *loaded.encode("<think>"))] == [
+        "<|im_end|>", "\n", " a", "<think>",
+    ]  # fmt: skip
+    # é is two bytes and here two tokens: neither is a character, so their names are shown.
+    assert [loaded.token(i) for i in loaded.encode("é")] == ["Ã", "©"]
+    assert loaded.token(10**6) == "<1000000>"
+
+
+def test_the_size_counts_added_tokens(loaded):
+    assert loaded.size == max(loaded.encode("<think></think>")) + 1 == 302
+
+
+@pytest.mark.parametrize(
+    "generation, stop, expected",
+    [
+        (None, (), (IM_END,)),
+        ({}, (), (IM_END,)),
+        ({"eos_token_id": None}, (), (IM_END,)),
+        ({"eos_token_id": ENDOFTEXT}, (), (IM_END, ENDOFTEXT)),
+        ({"eos_token_id": [ENDOFTEXT, IM_END, IM_START]}, (), (IM_END, ENDOFTEXT, IM_START)),
+        ({"eos_token_id": [ENDOFTEXT]}, ("</think>", "<|im_end|>"), (IM_END, ENDOFTEXT, 301)),
+    ],
+)
+def test_end_tokens_are_the_tokenizers_the_generation_configs_and_stop(tmp_path, generation, stop, expected):
+    tokenizer = load(save_tokenizer(tmp_path, generation=generation), stop=stop)
+    assert tokenizer.eos == expected and tokenizer.pad == ENDOFTEXT
+
+
+def test_without_padding_the_first_end_token_pads(tmp_path):
+    tokenizer = load(save_tokenizer(tmp_path, pad=None, eos=None, generation={"eos_token_id": [IM_END, ENDOFTEXT]}))
+    assert (tokenizer.pad, tokenizer.eos) == (IM_END, (IM_END, ENDOFTEXT))
+
+
+def test_a_plain_prompt_begins_as_the_tokenizer_begins_and_never_ends(tmp_path):
+    tokenizer = load(save_tokenizer(tmp_path, around="<s> $A <|endoftext|>"), chat=False)
+    assert tokenizer.prompt("3") == [BOS, *tokenizer.encode("3")]
+    assert tokenizer.prompt("") == [BOS]
+    assert BOS not in tokenizer.encode("3") and ENDOFTEXT not in tokenizer.prompt("3")
+
+
+def test_a_template_that_writes_its_own_beginning_has_one(tmp_path):
+    from transformers import AutoTokenizer
+
+    save_tokenizer(tmp_path, template="{{ bos_token }}" + CHATML, around="<s> $A")
+    prompt = load(tmp_path).prompt("3")
+    assert prompt[0] == BOS and prompt.count(BOS) == 1
+    turns = [{"role": "user", "content": "3"}]
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert prompt == theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+
+
+def test_padding_and_truncation_of_the_tokenizers_training_are_forgotten(tmp_path):
+    save_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    values["padding"] = {
+        "strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>",
+    }  # fmt: skip
+    path.write_text(json.dumps(values))
+    tokenizer = load(tmp_path, chat=False)
+    text = "What is 3 + 4? What is 3 + 4?"
+    assert tokenizer.decode(tokenizer.prompt(text)) == text and ENDOFTEXT not in tokenizer.prompt("3")
+
+
+def test_what_is_saved_is_read_again(plain, tmp_path):
+    first = load(plain, system="Be brief.")
+    first.save(tmp_path / "out")
+    again = load(tmp_path / "out", system="Be brief.")
+    assert again.prompt_batch(TEXTS) == first.prompt_batch(TEXTS)
+    assert (again.size, again.pad) == (first.size, first.pad)
+
+
+# Each of the rest is one mistake and the message it deserves.
+
+
+def test_no_directory(tmp_path, monkeypatch):
+    assert said(tmp_path / "nowhere") == (
+        f"tokenizer.path: got '{tmp_path}/nowhere', which is no directory, want one with tokenizer.json in it"
+    )
+    assert said("").startswith("tokenizer.path: got '', which is no directory")
+
+    def offline(*args, **kwargs):
+        raise OSError("no route to the hub\nand a long story")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    assert said("someone/model") == (
+        "tokenizer.path: got 'someone/model', which is no directory here, and the hub did not give it "
+        "(no route to the hub); pass a local path"
+    )
+
+
+def test_a_name_on_the_hub_is_a_snapshot(plain, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kwargs: str(plain))
+    assert load("someone/model").eos == (IM_END, ENDOFTEXT)
+
+
+def test_a_directory_without_tokenizer(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    assert said(tmp_path).startswith(f"tokenizer.path: {tmp_path} holds no tokenizer, want one of tokenizer.json, ")
+
+
+def test_a_broken_tokenizer_file(tmp_path):
+    save_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(path.read_text()[:1000])
+    assert said(tmp_path).startswith(f"{tmp_path}: the tokenizer cannot be read: ")
+    assert len(said(tmp_path).splitlines()) == 1
+
+
+def test_code_beside_a_tokenizer_is_not_run(tmp_path):
+    save_tokenizer(tmp_path)
+    path, mark = tmp_path / "tokenizer_config.json", tmp_path / "ran"
+    (tmp_path / "mine.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    values = json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": ["mine.Mine", "mine.Mine"]}}
+    path.write_text(json.dumps(values))
+    try:
+        load(tmp_path)
+    except UserError:
+        pass
+    assert not mark.exists()
+
+
+def test_no_end_token(tmp_path):
+    assert said(save_tokenizer(tmp_path, eos=None)).startswith(f"{tmp_path}: got no end token, want eos_token in ")
+
+
+@pytest.mark.parametrize("eos, shown", [(302, "302"), ([2, -1], "-1"), ("2", "'2'"), (True, "True"), ([None], "None")])
+def test_an_end_token_that_is_none(tmp_path, eos, shown):
+    save_tokenizer(tmp_path, generation={"eos_token_id": eos})
+    assert said(tmp_path) == (
+        f"{tmp_path}/generation_config.json: eos_token_id: got {shown}, want tokens below the tokenizer's 302"
+    )
+
+
+def test_a_broken_generation_config(tmp_path):
+    save_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text("{")
+    assert said(tmp_path).startswith(f"{tmp_path}/generation_config.json: cannot be read: Expecting")
+
+
+def test_a_stop_text_must_be_one_token(plain):
+    assert said(plain, stop=("7", "STOP", "")).splitlines() == [
+        "tokenizer.stop: got 'STOP', which is 4 tokens ['S', 'T', 'O', 'P'], want one",
+        "tokenizer.stop: got '', which is 0 tokens [], want one",
+    ]
+
+
+def test_no_chat_template(tmp_path):
+    save_tokenizer(tmp_path, template=None)
+    assert "got no chat template" in said(tmp_path) and "tokenizer.chat: false" in said(tmp_path)
+    assert load(tmp_path, chat=False).prompt("7") == load(tmp_path, chat=False).encode("7")
+
+
+def test_a_template_that_raises(tmp_path):
+    """As Gemma's does on a system turn."""
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    save_tokenizer(tmp_path, template=refuses + CHATML)
+    assert said(tmp_path, system="Be brief.") == (
+        f"{tmp_path}: the chat template raises TemplateError: System role not supported"
+    )
+    assert load(tmp_path).prompt("3")
+
+
+@pytest.mark.parametrize("template", ["{% for %}", "{{ messages[7].content.lower() }}", "{{ 1 / 0 }}"])
+def test_a_template_that_is_broken(tmp_path, template):
+    save_tokenizer(tmp_path, template=template)
+    assert said(tmp_path).startswith(f"{tmp_path}: the chat template raises ")
+    assert len(said(tmp_path).splitlines()) == 1
+
+
+def test_a_template_that_leaves_the_system_prompt_out(tmp_path):
+    save_tokenizer(tmp_path, template="{{ messages[-1].content }}:")
+    assert "tokenizer.system: the chat template leaves the system prompt out" in said(tmp_path, system="Be brief.")
+
+
+def test_an_argument_that_the_template_does_not_know(plain):
+    assert said(plain, template={"enable_thinkng": False, "tokenize": True}).splitlines() == [
+        "tokenizer.template.enable_thinkng: the chat template has no such argument, perhaps you meant enable_thinking",
+        "tokenizer.template.tokenize: the chat template has no such argument",
+    ]

@@ -1,0 +1,111 @@
+"""Files of every kind give the same rows, and every bad one is named with its place."""
+
+import json
+import sys
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.prompts.records import read
+
+ROWS = [
+    {"question": "2+2", "answer": 4, "meta": {"level": "easy", "tags": ["a", "b"]}},
+    {"question": "é∑😀", "answer": 10, "meta": {"level": "hard", "tags": ["c"]}},
+]
+datasets.disable_progress_bars()
+
+
+def jsonl(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def said(path, split="train") -> str:
+    with pytest.raises(UserError) as error:
+        read(path, split)
+    return str(error.value)
+
+
+def test_all_kinds_give_the_same_columns(tmp_path):
+    jsonl(tmp_path / "rows.jsonl", *ROWS)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    both = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[1:])}
+    datasets.DatasetDict(both).save_to_disk(tmp_path / "parts")
+    for name in ("rows.jsonl", "rows.parquet", "saved", "parts"):
+        assert [record.columns for record in read(tmp_path / name, "train")] == ROWS
+    assert [record.columns for record in read(tmp_path / "parts", "test")] == ROWS[1:]
+    assert [r.where for r in read(tmp_path / "rows.jsonl", "")] == [f"{tmp_path}/rows.jsonl:{n}" for n in (1, 2)]
+    assert read(tmp_path / "rows.parquet", "")[1].where == f"{tmp_path}/rows.parquet row 2"
+    assert read(tmp_path / "saved", "train")[1].where == f"{tmp_path}/saved row 2"
+    assert read(tmp_path / "parts", "test")[0].where == f"{tmp_path}/parts/test row 1"
+
+
+def test_lines_end_and_begin_as_people_write_them(tmp_path):
+    """Windows line ends, a byte order mark, blank lines, no line end at the end; a line separator is no line end."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('\ufeff{"a": 1}\r\n\r\n  \n{"a": "x\u2028y"}'.encode())
+    assert [(r.where, r.columns) for r in read(path, "")] == [(f"{path}:1", {"a": 1}), (f"{path}:4", {"a": "x\u2028y"})]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b"{prompt: 3}", "not JSON: Expecting property name"),
+        (b'{"prompt": "\xff"}', "not JSON: 'utf-8' codec can't decode byte 0xff"),
+        (b"[" * 100_000, "not JSON: "),
+        (b"[1, 2]", "got list, want a JSON object"),
+        (b"null", "got NoneType, want a JSON object"),
+    ],
+)
+def test_a_bad_line_is_named_with_file_and_number(tmp_path, line, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + line + b'\n{"a": 1}\n')
+    assert said(path).startswith(f"{path}:2: {message}")
+    assert len(said(path).splitlines()) == 1
+
+
+def test_the_first_five_bad_lines_are_shown_and_the_rest_counted(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(['{"a": 1}'] + ["{"] * 8))
+    lines = said(path).splitlines()
+    assert [line.split(": ")[0] for line in lines[:5]] == [f"{path}:{n}" for n in range(2, 7)]
+    assert lines[5:] == ["... and 3 more"]
+
+
+def test_places_without_rows(tmp_path):
+    assert said(tmp_path / "no.jsonl") == f"{tmp_path}/no.jsonl: cannot be read: No such file or directory"
+    assert said(tmp_path / "no.csv").startswith(f"{tmp_path}/no.csv: got .csv, want a .jsonl file, a .parquet file, or")
+    assert said(tmp_path / "no").startswith(f"{tmp_path}/no: got no suffix, want a .jsonl file")
+    for content in ("", "\n\n"):
+        (tmp_path / "empty.jsonl").write_text(content)
+        assert said(tmp_path / "empty.jsonl") == f"{tmp_path}/empty.jsonl: got no rows, want one or more"
+
+
+def test_broken_parquet(tmp_path):
+    assert said(tmp_path / "no.parquet").startswith(f"{tmp_path}/no.parquet: cannot be read: ")
+    (tmp_path / "bad.parquet").write_text("not parquet at all")
+    assert said(tmp_path / "bad.parquet").startswith(f"{tmp_path}/bad.parquet: cannot be read: ")
+    assert len(said(tmp_path / "bad.parquet").splitlines()) == 1
+
+
+def test_a_directory_that_is_no_dataset(tmp_path):
+    message = said(tmp_path)
+    assert message.startswith(f"{tmp_path}: cannot be read as a directory written by datasets.save_to_disk: ")
+    assert len(message.splitlines()) == 1
+
+
+def test_a_split_that_is_not_there(tmp_path):
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path)
+    assert said(tmp_path, "test") == f"{tmp_path}: got no split 'test', want one of train"
+
+
+@pytest.mark.parametrize("library, name", [("pyarrow", "rows.parquet"), ("datasets", "saved")])
+def test_a_missing_extra_says_what_to_install(tmp_path, monkeypatch, library, name):
+    (tmp_path / "saved").mkdir()
+    for module in (library, f"{library}.parquet"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert said(tmp_path / name).endswith(f"needs {library}: pip install 'jaxrl-llm[data]'")

@@ -1,0 +1,67 @@
+"""The character tokenizer, and what every tokenizer promises: text that comes back, names for people, files that others read."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.prompts.config import CharacterTokenizer, PretrainedTokenizer
+from jaxrl_llm.prompts.tokenizer import load_tokenizer
+
+ODD = load_tokenizer(CharacterTokenizer("ab +#<>é∑\n\t😀"))
+DIGITS = load_tokenizer(CharacterTokenizer())
+
+
+def test_characters_by_hand():
+    """Token 0 is padding, the digits 1 to 10, then + < > space #."""
+    assert (DIGITS.size, DIGITS.pad, DIGITS.eos) == (16, 0, (15,))
+    assert DIGITS.encode("<3+4>") == DIGITS.prompt("<3+4>") == [12, 4, 11, 5, 13]
+    assert DIGITS.encode_batch(["12#", "", "0"]) == [[2, 3, 15], [], [1]]
+    assert DIGITS.decode([2, 3, 15]) == "12#"
+    assert DIGITS.decode_batch([[12, 4], [], [1]]) == ["<3", "", "0"]
+    assert [DIGITS.token(i) for i in (0, 1, 14, 15, 16)] == ["<pad>", "0", " ", "#", "<16>"]
+
+
+def test_padding_that_was_sampled_is_seen_by_the_grader():
+    """Else a policy could write "1<pad>2#" and be right."""
+    assert DIGITS.decode([2, 0, 3, 15]) == "1<pad>2#"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(alphabet="ab +#<>é∑\n\t😀", max_size=12))
+def test_every_text_of_the_alphabet_survives(text):
+    """One token a character: spaces, line ends and characters of several bytes among them."""
+    ids = ODD.encode(text)
+    assert len(ids) == len(text) and 0 not in ids
+    assert ODD.decode(ids) == text and "".join(map(ODD.token, ids)) == text
+
+
+def test_unknown_characters_are_an_error_that_names_them():
+    assert DIGITS.unknown("3x+yx") == ["x", "y"] and DIGITS.unknown("<3+4> 12#") == []
+    # Padding has a token, but its letters have none.
+    assert DIGITS.unknown("<pad>") == ["p", "a", "d"]
+    with pytest.raises(UserError, match=r"tokenizer.alphabet: got characters 'x' 'y', want only those in it"):
+        DIGITS.encode("3x+yx")
+    with pytest.raises(UserError, match=r"got characters 'x'"):
+        DIGITS.prompt_batch(["1", "x"])
+
+
+@pytest.mark.parametrize("alphabet", ["", "a", "abca"])
+def test_an_alphabet_needs_two_different_characters(alphabet):
+    with pytest.raises(UserError, match=r"tokenizer.alphabet: got '.*', want two different characters or more"):
+        load_tokenizer(CharacterTokenizer(alphabet))
+
+
+def test_the_character_tokenizer_is_exported_for_transformers(tmp_path):
+    from transformers import AutoTokenizer
+
+    DIGITS.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("<3+4>12#").input_ids == DIGITS.encode("<3+4>12#")
+    assert (theirs.pad_token_id, theirs.eos_token_id, len(theirs)) == (0, 15, 16)
+    assert theirs.decode([12, 4, 11, 5, 13]) == "<3+4>"
+    again = load_tokenizer(PretrainedTokenizer(str(tmp_path), chat=False))
+    assert (again.size, again.pad, again.eos) == (16, 0, (15,))
+    assert again.prompt("<3+4>") == [12, 4, 11, 5, 13]
+    # Writing it leaves the one in use as it was: the end stays visible to graders.
+    assert DIGITS.decode([2, 3, 15]) == "12#"

@@ -1,0 +1,17 @@
+"""A grader as people write them: right most of the time, and what else it does is decided by the row."""
+
+import time
+
+from jaxrl_llm.rewards.graders import Sample
+
+
+def counts_letters(sample: Sample) -> float | str:
+    """The share of letters; raises on one row in ten, sleeps for ever on one in fifty, returns a string on one in a hundred."""
+    row = int(sample.columns["id"])
+    if row % 10 == 0:
+        raise ValueError("cannot read this")
+    if row % 50 == 7:
+        time.sleep(10_000)
+    if row % 100 == 3:
+        return "0.5"
+    return sum(c.isalpha() for c in sample.completion) / max(len(sample.completion), 1)

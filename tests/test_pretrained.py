@@ -1,0 +1,152 @@
+"""A model, tokenizer, data set and grader that are not ours: from a Hugging Face directory through training and back to one."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from setups import layouts, make_params
+from tokenizer_setup import save_tokenizer
+
+from jaxrl_llm import cli, config
+from jaxrl_llm.inspect_run import evaluate_target, export_run, restore
+from jaxrl_llm.metrics import read_jsonl
+from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.hf.export import export
+from jaxrl_llm.model.hf.load import load
+from jaxrl_llm.run import build
+from jaxrl_llm.train import train
+
+TINY = ModelConfig(
+    vocab_size=320, layers=1, d_model=32, heads=8, kv_heads=8, head_dim=8, d_mlp=64, qk_norm=True, rope_theta=1e6
+)
+ROWS = 100
+CONFIG = """
+run_dir: {run_dir}
+steps: {steps}
+model: {{path: {model}, compute: float32}}
+tokenizer: {{system: Be brief., stop: ["<s>"]}}
+task: {{kind: file, path: {data}, held_out_path: {held_out}, prompt: "{{question}}", answer: "{{answer}}"}}
+mesh: {{fsdp: {fsdp}, tensor: 2}}
+rollout: {{prompts: 20, samples: 4, max_new_tokens: 6}}
+reward: {{graders: [row_graders:counts_letters, {{grader: length, weight: 0.1, options: {{target: 3}}}}], deadline_s: 4}}
+evaluation: {{every: {every}}}
+update: {{optimizer: {{lr: 1.0e-3}}}}
+metrics: {{tensorboard: false, samples_every: 0, rollouts_every: 1, rollout_groups: -1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with `model/`, `train.jsonl` and `test.jsonl`."""
+    place = tmp_path_factory.mktemp("theirs")
+    cfg, (layout, _) = TINY, layouts()
+    save = lambda directory: save_tokenizer(directory)  # noqa: E731
+    export(make_params(cfg, layout, sharpness=1.0), cfg, place / "model", "float32", save_tokenizer=save)
+    rows = [{"id": i, "question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(ROWS + 20)]
+    (place / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:ROWS]))
+    held_out = [row for row in rows[ROWS:] if row["id"] % 10 in (1, 2)]
+    (place / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    return place
+
+
+def write(place, tmp_path, **changes) -> config.RunConfig:
+    values = {
+        "run_dir": tmp_path / "run", "steps": 5, "model": place / "model", "data": place / "train.jsonl",
+        "held_out": place / "test.jsonl", "fsdp": -1, "every": 100,
+    }  # fmt: skip
+    path = tmp_path / "theirs.yaml"
+    path.write_text(CONFIG.format(**values | changes))
+    return config.load(path)
+
+
+@pytest.fixture(scope="module")
+def trained(place, tmp_path_factory):
+    """One epoch over the hundred rows: the config, and the result."""
+    cfg = write(place, tmp_path_factory.mktemp("trained"))
+    return cfg, train(cfg)
+
+
+@pytest.mark.slow
+def test_a_grader_that_misbehaves_trains_to_the_end_and_is_counted_by_name(trained):
+    _cfg, result = trained
+    rows = read_jsonl(result.run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    name = "rewards/counts_letters"
+    total = {kind: sum(row[f"{name}/{kind}"] for row in rows) for kind in ("raised", "timed_out", "wrong_type", "died")}
+    assert total == {"raised": 10, "timed_out": 2, "wrong_type": 1, "died": 0}
+    assert sum(row["groups/kept"] for row in rows) <= 87
+    assert all(0 < row[f"{name}/mean"] < 1 and row["rewards/length/raised"] == 0 for row in rows)
+    assert all(row["updates"] == 1 and row["nonfinite"] == 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_the_prompt_is_the_chat_and_the_completion_ends_at_any_end_token(trained):
+    _, result = trained
+    rollouts = read_jsonl(result.run_dir / "rollouts.jsonl")
+    first = rollouts[0]["prompt"]
+    assert first.startswith("system\nBe brief.\nuser\nWhat is ") and first.endswith("?\nassistant\n")
+    ended = {row["ids"][-1] for row in rollouts if row["finish"] == "eos"}
+    assert ended <= {2, 3} and all(not {2, 3} & set(row["ids"][:-1]) for row in rollouts)
+
+
+@pytest.mark.slow
+def test_the_export_is_the_run_bit_for_bit_and_can_be_trained_on(trained, place, tmp_path):
+    cfg, _result = trained
+    out = export_run(cfg, tmp_path / "out", "float32")
+    run = build(cfg)
+    masters = restore(run).state.params
+    again = load(out, run.specs, run.train, np.float32)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), masters, again)
+    ours, theirs = (json.loads((d / "config.json").read_text()) for d in (out, place / "model"))
+    assert ours["eos_token_id"] == [2, 3] and ours["hidden_size"] == theirs["hidden_size"]
+    assert build(write(out.parent, tmp_path, model=out, data=place / "train.jsonl", held_out=place / "test.jsonl"))
+    by_run, by_export = (evaluate_target(c, 2) for c in (cfg, config.load(tmp_path / "theirs.yaml")))
+    assert by_run["avg@2"] == by_export["avg@2"] and by_run["step"] == 5 and by_export["step"] == 0
+
+
+@pytest.mark.slow
+def test_evaluating_in_between_changes_nothing(trained, place, tmp_path):
+    _, result = trained
+    often = train(write(place, tmp_path, every=1, steps=3))
+    a, b = (read_jsonl(r.run_dir / "metrics.jsonl") for r in (often, result))
+    assert [row["completions/crc32"] for row in a] == [row["completions/crc32"] for row in b[:3]]
+    assert [row["grad_norm"] for row in a] == [row["grad_norm"] for row in b[:3]]
+    assert all("eval/maj@4" in row for row in a) and not any("eval/maj@4" in row for row in b[:3])
+
+
+BAD = {
+    "a path that is not there": ({"model": "/nowhere/at/all"}, "/nowhere/at/all: got a path that does not exist"),
+    "no config.json": ({"model": "{place}"}, "got a directory without config.json"),
+    "a column that is not there": ({"data": "{tmp}/other.jsonl"}, "other.jsonl:2:"),
+}
+
+
+@pytest.mark.parametrize("changes, said", BAD.values(), ids=BAD)
+def test_bad_input_is_one_message(place, tmp_path, capsys, changes, said):
+    (tmp_path / "other.jsonl").write_text('{"id": 1, "question": "a", "answer": "b"}\n{"id": 2, "answer": "b"}\n')
+    refused(place, tmp_path, capsys, said, **{k: v.format(place=place, tmp=tmp_path) for k, v in changes.items()})
+
+
+def refused(place, tmp_path, capsys, said, **changes):
+    write(place, tmp_path, **changes)
+    assert cli.main(["train", str(tmp_path / "theirs.yaml")]) == 2
+    printed = capsys.readouterr().err
+    assert said in printed and printed.startswith("jaxrl: ") and "Traceback" not in printed
+
+
+def test_a_tokenizer_larger_than_the_model(place, tmp_path, capsys):
+    small = ModelConfig(vocab_size=64, layers=1, d_model=32, heads=8, kv_heads=8, head_dim=8, d_mlp=64)
+    export(make_params(small, layouts()[0]), small, tmp_path / "small", "float32", save_tokenizer=save_tokenizer)
+    refused(
+        place, tmp_path, capsys, "model.vocab_size: got 64, want at least the tokenizer's", model=tmp_path / "small"
+    )
+
+
+def test_a_chat_template_that_raises(place, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in (place / "model").iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    save_tokenizer(broken, template="{{ raise_exception('no system turn, please') }}")
+    refused(place, tmp_path, capsys, "no system turn, please", model=broken)
