@@ -57,8 +57,9 @@ def pass_at_k(correct: np.ndarray, k: int) -> Estimate:
     samples = kept.shape[1]
     if not 1 <= k <= samples:
         raise ValueError(f"k: got {k}, want 1 to {samples}, the samples of each prompt")
-    by_count = np.array([1 - comb(samples - c, k) / comb(samples, k) for c in range(samples + 1)])
-    return _estimate(by_count[kept.sum(axis=1).astype(int)], samples, left_out, True)
+    counts, of_prompt = np.unique(kept.sum(axis=1).astype(int), return_inverse=True)
+    some = np.array([1 - comb(samples - int(c), k) / comb(samples, k) for c in counts])
+    return _estimate(some[of_prompt], samples, left_out, True)
 
 
 def maj_at_k(correct: np.ndarray, votes: Sequence[Sequence[Hashable]]) -> Estimate:

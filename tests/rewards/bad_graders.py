@@ -124,3 +124,31 @@ class WithOptions:
 
     def __call__(self, sample):
         return scaled(sample, scale=self.scale)
+
+
+def moody(sample):
+    """Raises on one row in ten, sleeps for ever on one in fifty, returns a string on one in a hundred."""
+    row = sample.columns["row"]
+    if row % 10 == 0:
+        raise ValueError("a bad day")
+    if row % 50 == 1:
+        time.sleep(600)
+    return "1.0" if row % 100 == 2 else 1.0
+
+
+class Votes:
+    """Extracts what the completion tells it to."""
+
+    def __call__(self, sample):
+        return 1
+
+    def extract(self, sample):
+        return RETURNS.get(sample.completion, sample.completion.upper())
+
+
+class NeverStarts:
+    def start(self):
+        raise OSError("no licence")
+
+    def __call__(self, sample):
+        return 1

@@ -1,0 +1,65 @@
+"""docs/rewards.md says what the code does: its example runs, its configs are valid, its tables are complete."""
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+import pydantic
+import pytest
+import yaml
+
+from jaxrl_llm.rewards.config import GraderConfig, RewardConfig
+from jaxrl_llm.rewards.graders import BUILT_IN, Sample, problems, resolve
+from jaxrl_llm.rewards.pool import Failure, GraderPool
+
+PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+def configs():
+    sections = [document["reward"] for block in blocks("yaml") for document in yaml.safe_load_all(block)]
+    return [pydantic.TypeAdapter(RewardConfig).validate_python(section) for section in sections]
+
+
+def test_the_example_is_short_and_runs(tmp_path, monkeypatch):
+    [example] = blocks("python")
+    assert len(example.splitlines()) <= 12
+    (tmp_path / "my_graders.py").write_text(example)
+    monkeypatch.chdir(tmp_path)
+    # The working directory is added to it.
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    config = dataclasses.replace(configs()[-1], workers=1)
+    said = ["42", "It is 42.", "It is 41.", ""]
+    with GraderPool(config) as pool:
+        graded = pool.grade([[Sample("6 * 7?", text, "42", "eos") for text in said]])
+    assert graded.reward.tolist() == [[1.5, 1.0, 0.0, 0.0]]
+
+
+def test_the_configs_are_valid():
+    short, mine, tolerant, mix, example = configs()
+    assert short == RewardConfig((GraderConfig("gsm8k"),))
+    assert mine.graders[0].label == "my_function"
+    assert (tolerant.workers, tolerant.graders[0].options) == (8, {"rel_tol": 0.01})
+    assert [grader.weight for grader in mix.graders] == [1.0, 0.2, 0.5]
+    assert problems(short) == problems(tolerant) == problems(mix) == []
+    assert example.graders[0].options == {"bonus": 0.5}
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_grader_and_every_option_stands_in_the_tables(name):
+    assert f"| `{name}` |" in PAGE
+    tables = "".join(line for line in PAGE.splitlines() if line.startswith("|"))
+    assert {field.name for field in dataclasses.fields(resolve(name))} <= set(re.findall(r"`(\w+)`", tables))
+
+
+def test_every_field_and_every_failure_stands_in_the_tables():
+    for field in [*dataclasses.fields(GraderConfig), *dataclasses.fields(RewardConfig)[1:]]:
+        assert f"| `{field.name}` |" in PAGE
+    for name in Sample._fields:
+        assert f"| `{name}` |" in PAGE
+    for kind in Failure:
+        assert kind is Failure.NONE or f"`rewards/<name>/{kind.name.lower()}`" in PAGE
