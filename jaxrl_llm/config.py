@@ -175,6 +175,8 @@ def _fields(path: list[str], values: dict[str, Any]) -> list[str]:
     """Names of the fields of the section at `path`, all variants of a union together."""
     types: list[type] = [RunConfig]
     for name in path:
+        if name.isdigit():  # of a list: its entries are of the type found already
+            continue
         found = [f for t in types for f in dataclasses.fields(t) if f.name == name]
         types = [t for f in found for t in _dataclasses_in(f.type)]
     return [f.name for t in types for f in dataclasses.fields(t)]

@@ -34,6 +34,7 @@ from jaxrl_llm.prompts.task import Task, load_task
 from jaxrl_llm.prompts.tokenizer import load_tokenizer
 from jaxrl_llm.publish import Publish, make_blank, make_publish
 from jaxrl_llm.rewards.graders import Sample
+from jaxrl_llm.rewards.graders import problems as grader_problems
 from jaxrl_llm.rewards.pool import GraderPool
 from jaxrl_llm.rollout.decode import Generate, Vocabulary, make_generate
 from jaxrl_llm.types import Batch, Experience, Finish, Policy, Prompts, PyTree, Rollouts, TrainState
@@ -166,7 +167,7 @@ def read_model(cfg: RunConfig) -> ModelConfig:
 
 def problems(cfg: RunConfig, task: Task) -> list[str]:
     """What does not fit between config, devices and task, in words."""
-    found = run_config.problems(cfg, jax.device_count(), jax.process_count())
+    found = run_config.problems(cfg, jax.device_count(), jax.process_count()) + grader_problems(cfg.reward)
     if cfg.model.vocab_size < task.num_tokens:
         found.append(f"model.vocab_size: got {cfg.model.vocab_size}, want at least the tokenizer's {task.num_tokens}")
     if cfg.rollout.max_new_tokens < task.target_slots:

@@ -86,6 +86,10 @@ def test_defaults_alone_work():
         ),
         ("zzzzz: 1", ["zzzzz: no such key"]),
         (
+            "reward: {graders: [{grader: numeric, wieght: 2}]}",
+            ["reward.graders.0.wieght: no such key, perhaps you meant reward.graders.0.weight"],
+        ),
+        (
             "steps: many",
             ["steps: got 'many', want: input should be a valid integer, unable to parse string as an integer"],
         ),

@@ -9,12 +9,12 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.prompts.config import ReasoningGymTask
 from jaxrl_llm.prompts.records import Record
 
-NAME = "reasoning_gym"
-"""The column that names the dataset, so that a grader elsewhere can make its scorer anew."""
+NAME, SETTINGS = "reasoning_gym", "reasoning_gym_config"
+"""Columns that name the dataset and its settings, so that a grader elsewhere can make its scorer anew."""
 
 
 def draw(cfg: ReasoningGymTask, size: int, seed: tuple[int, ...]) -> list[Record]:
-    """Entries with the columns question, answer, metadata and `reasoning_gym`. Raises UserError for a wrong name or setting.
+    """Entries with the columns question, answer, metadata, and those two. Raises UserError for a wrong name or setting.
 
     Entry i of a dataset is drawn with its seed + i, so neighbouring seeds share all their entries but one: the seed is hashed.
     """
@@ -33,7 +33,7 @@ def draw(cfg: ReasoningGymTask, size: int, seed: tuple[int, ...]) -> list[Record
         entries = [dataset[i] for i in range(size)]
     except Exception as error:  # a dataset checks its settings with asserts, and some only while they draw
         raise UserError(f"task.config: {cfg.name} refuses {cfg.config}: {type(error).__name__}: {error}") from None
-    return [Record(f"{cfg.name}[{i}]", {**entry, NAME: cfg.name}) for i, entry in enumerate(entries)]
+    return [Record(f"{cfg.name}[{i}]", {**entry, NAME: cfg.name, SETTINGS: cfg.config}) for i, entry in enumerate(entries)]
 
 
 def _check_settings(cfg: ReasoningGymTask, known: list[str]) -> None:

@@ -15,8 +15,9 @@ from jaxrl_llm.rewards.text import FinalText, compiled
 class ReasoningGym(FinalText):
     """What reasoning-gym's `score_answer(answer, entry)` gives, 0 to 1: many data sets pay something for a near miss.
 
-    The row's columns are the entry (question, answer, metadata), and "reasoning_gym" names the data set. The answer is the final
-    text without spaces around it, or what `pattern` finds last. No answer earns 0.
+    The row's columns are the entry (question, answer, metadata). "reasoning_gym" names the data set, "reasoning_gym_config"
+    holds its settings, which some scorers read. The answer is the final text without spaces around it, or what `pattern` finds last. No
+    answer earns 0.
     """
 
     needs: ClassVar[str] = "reasoning_gym"
@@ -26,7 +27,7 @@ class ReasoningGym(FinalText):
     dataset: str = ""
     """The data set's name where the column "reasoning_gym" lacks."""
     config: dict[str, Any] = field(default_factory=dict)
-    """The data set's settings: scorers of decimal_arithmetic, time_intervals, polynomial_equations and puzzle24 read them."""
+    """Its settings where the column "reasoning_gym_config" lacks."""
 
     def __post_init__(self) -> None:
         if self.pattern and (groups := compiled(self.pattern).groups) > 1:
@@ -42,7 +43,8 @@ class ReasoningGym(FinalText):
         if missing := [key for key in ("question", "answer", "metadata") if key not in sample.columns]:
             raise ValueError(f"the row has no {', '.join(missing)}, want the columns of a reasoning-gym entry")
         answer = self.extract(sample)
-        dataset = _dataset(name, json.dumps(self.config, sort_keys=True))
+        settings = self.config or sample.columns.get("reasoning_gym_config", {})
+        dataset = _dataset(name, json.dumps(settings, sort_keys=True))
         return float(dataset.score_answer(answer, _entry(sample.columns))) if answer else 0.0
 
     def extract(self, sample: Sample) -> str:

@@ -106,7 +106,8 @@ def test_wrong_settings():
 
 def test_a_missing_column_names_the_entry():
     assert said(prompt="{problem}").startswith(
-        "chain_sum[0]: task.prompt: got no column 'problem', want one of question, answer, metadata, reasoning_gym"
+        "chain_sum[0]: task.prompt: got no column 'problem', want one of question, answer, metadata, reasoning_gym, "
+        "reasoning_gym_config"
     )
 
 

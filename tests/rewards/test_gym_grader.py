@@ -43,6 +43,7 @@ def test_a_scorer_reads_metadata_and_settings():
     near = str(float(row["answer"]) + 0.005)
     assert score(row["answer"], row, config=places) == score(near, row, config=places) == 1.0
     assert score(near, row, config={"max_num_decimal_places": 6}) < 0.1
+    assert score(near, row | {"reasoning_gym_config": places}) == 1.0 and score(near, row) < 0.1
 
 
 def test_a_row_of_another_kind_cannot_be_graded(entry):
