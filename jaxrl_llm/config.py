@@ -137,7 +137,7 @@ def validate(values: dict[str, Any], source: str) -> RunConfig:
     try:
         cfg = TypeAdapter(RunConfig).validate_python(values)
     except ValidationError as error:
-        raise UserError("\n".join(f"{source}: {_describe(e, values)}" for e in error.errors())) from None
+        raise UserError("\n".join(f"{source}: {_describe(e, values)}" for e in _causes(error.errors()))) from None
     if isinstance(cfg.model, PretrainedModel):
         given = cfg if "tokenizer" in values else dataclasses.replace(cfg, tokenizer=PretrainedTokenizer())
         return dataclasses.replace(cfg, tokenizer=tokenizer_of(given, cfg.model.path))
@@ -152,6 +152,12 @@ def tokenizer_of(cfg: RunConfig, model_path: str) -> TokenizerConfig:
     if isinstance(cfg.tokenizer, PretrainedTokenizer):
         return dataclasses.replace(cfg.tokenizer, path=model_path) if cfg.tokenizer.path in own else cfg.tokenizer
     return cfg.tokenizer
+
+
+def _causes(errors: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without those that only follow from others: a list whose entries are wrong counts as too short as well."""
+    deeper = {e["loc"][:n] for e in errors for n in range(len(e["loc"]))}
+    return [e for e in errors if e["type"] != "too_short" or e["loc"] not in deeper]
 
 
 # A tagged union adds its tag to the path of an error, which nobody wrote.

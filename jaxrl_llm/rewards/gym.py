@@ -16,8 +16,8 @@ class ReasoningGym(FinalText):
     """What reasoning-gym's `score_answer(answer, entry)` gives, 0 to 1: many data sets pay something for a near miss.
 
     The row's columns are the entry (question, answer, metadata). "reasoning_gym" names the data set, "reasoning_gym_config"
-    holds its settings, which some scorers read. The answer is the final text without spaces around it, or what `pattern` finds last. No
-    answer earns 0.
+    holds its settings, which some scorers read. The answer is the final text without spaces around it, or what `pattern` finds
+    last. No answer earns 0.
     """
 
     needs: ClassVar[str] = "reasoning_gym"
