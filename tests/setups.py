@@ -1,12 +1,13 @@
 """Small models, layouts and prompts that many tests share."""
 
+from dataclasses import replace
 from functools import cache
 
 import jax
 import numpy as np
 
 from jaxrl_llm.model import params as model_params
-from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.config import LinearRope, Llama3Rope, ModelConfig, YarnRope
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
@@ -16,19 +17,39 @@ from jaxrl_llm.types import Policy, Prompts, PyTree
 
 # Eight heads over eight key/value heads, so that every mesh below divides them; sharp logits, so that an error shows.
 SMALL = ModelConfig(vocab_size=16, layers=2, d_model=32, heads=16, kv_heads=8, head_dim=8, d_mlp=64, qk_norm=True)
+TINY = ModelConfig(vocab_size=16, layers=2, d_model=16, heads=4, kv_heads=2, head_dim=8, d_mlp=16)
+# One config a family (SMALL is Qwen3's), every feature at a strength that shows; made for prompts of 7 slots and completions of 6.
+FAMILIES = {
+    "llama3": replace(
+        TINY, rope_scaling=Llama3Rope(factor=8.0, original_length=8, low_freq_factor=1.0, high_freq_factor=4.0), rope_theta=100.0
+    ),
+    "mistral, window 3": replace(TINY, window=3, sliding=(True, True), tied_head=False),
+    "qwen2, yarn": replace(TINY, qkv_bias=True, rope_scaling=YarnRope(factor=4.0, original_length=16)),
+    "qwen3-moe": replace(TINY, qk_norm=True, experts=4, experts_per_token=2, tied_head=False),
+    "gemma2, window 5": replace(
+        TINY, window=5, sliding=(True, False), activation="gelu_tanh", norm_plus_one=True, sandwich_norms=True,
+        scale_embedding=True, attention_scale=0.3, attention_softcap=2.0, logit_softcap=3.0,
+    ),
+    "gemma3, window 9": replace(
+        TINY, window=9, sliding=(True, False), activation="gelu_tanh", norm_plus_one=True, sandwich_norms=True,
+        scale_embedding=True, attention_scale=0.3, qk_norm=True, rope_theta=1e6, sliding_rope_theta=100.0,
+        rope_scaling=LinearRope(factor=8.0),
+    ),
+}  # fmt: skip
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)]
 VOCAB = Vocabulary(size=16, pad=0, eos=(15,))
 
 
 @cache
-def layouts(sizes: tuple[int, int, int] = (1, 1, 1)) -> tuple[Layout, Layout]:
+def layouts(sizes: tuple[int, ...] = (1, 1, 1)) -> tuple[Layout, Layout]:
     mesh = make_mesh(sizes, jax.devices()[: int(np.prod(sizes))])
     return Layout(mesh, TRAIN), Layout(mesh, DECODE)
 
 
-def make_params(cfg: ModelConfig, train: Layout, seed: int = 0, sharpness: float = 1.5) -> PyTree:
+def make_params(cfg: ModelConfig, train: Layout, seed: int = 0, sharpness: float = 1.5, noise: float = 0.0) -> PyTree:
     """Random parameters; the embedding, which is the head too, scaled up so that the logits are far from uniform.
 
+    `noise` is added everywhere, so that norms and biases, which start at 1 and 0, do something too.
     NumPy's numbers: compiling `model_params.init` takes seconds, and its own test does it once.
     """
     rng, specs = np.random.default_rng(seed), model_params.specs(cfg)
@@ -39,6 +60,7 @@ def make_params(cfg: ModelConfig, train: Layout, seed: int = 0, sharpness: float
         specs,
     )
     drawn["embed"] *= sharpness
+    drawn = jax.tree.map(lambda x: x + noise * rng.standard_normal(x.shape).astype(np.float32), drawn)
     return hosts.put(drawn, model_params.shardings(specs, train))
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import naive
 import numpy as np
 import pytest
-from setups import MESHES, SMALL, VOCAB, generator, layouts, make_params, make_policy, make_prompts
+from setups import FAMILIES, MESHES, SMALL, TINY, VOCAB, generator, layouts, make_params, make_policy, make_prompts
 
 from jaxrl_llm.experience.batch import make_batch
 from jaxrl_llm.model import transformer
@@ -89,6 +89,10 @@ def test_packed_sequences_do_not_see_each_other():
 
 @pytest.mark.parametrize("cfg", VARIANTS.values(), ids=VARIANTS)
 def test_prefill_and_decode_equal_the_training_forward(cfg):
+    check_prefill_and_decode(cfg)
+
+
+def check_prefill_and_decode(cfg, trained=None):
     """Feed a known text: the first part by prefill, the rest by decode; compare logits with one pass over the whole."""
     train, dec = layouts()
     params, prompts = make_params(cfg, train), make_prompts(P)
@@ -98,7 +102,8 @@ def test_prefill_and_decode_equal_the_training_forward(cfg):
     for p in range(P):
         whole[p, : prompts.length[p] + C] = np.concatenate([prompts.tokens[p, : prompts.length[p]], text[p]])
     position = np.broadcast_to(np.arange(7 + C), whole.shape)
-    h = hidden(params, whole, (position < prompts.length[:, None] + C).astype(np.int32), position, cfg, train)
+    segment = (position < prompts.length[:, None] + C).astype(np.int32)
+    h = hidden(params, whole, segment, position, trained or cfg, train)
     want = np.asarray(logits(params, h, cfg))
     cache = prefill(policy.params, jnp.asarray(prompts.tokens), jnp.asarray(prompts.length), cfg, dec)
     assert isinstance(cache, PromptCache)
@@ -108,6 +113,7 @@ def test_prefill_and_decode_equal_the_training_forward(cfg):
         got, suffix = decode(policy.params, jnp.asarray(fed), jnp.int32(t), cache, suffix, cfg, dec)
         fed = text[:, t]
         np.testing.assert_allclose(got, want[np.arange(P), prompts.length - 1 + t], atol=2e-4)
+    return cache, suffix
 
 
 @pytest.mark.parametrize("cfg", VARIANTS.values(), ids=VARIANTS)
@@ -172,3 +178,37 @@ def test_samples_of_a_prompt_differ_and_so_do_visits():
     assert all(len(np.unique(group, axis=0)) == G for group in groups)
     again, _, _ = sample(SMALL, prompts=prompts.replace(uid=prompts.uid + 1), temperature=5.0)
     assert (again.tokens != first.tokens).any(axis=1).all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_scored_as_it_was_sampled_and_samples_the_same_on_every_mesh(name):
+    """Caches, rings and experts in decode; whole sequences under a scan in training."""
+    cfg, by_mesh = FAMILIES[name], []
+    meshes = [(1, 1, 1), (2, 2, 2), *([(1, 2, 2, 2)] if cfg.experts else [])]
+    for sizes in meshes:
+        rollouts, params, train = sample(cfg, sizes, params=make_params(cfg, layouts(sizes)[0], noise=0.2))
+        by_mesh.append(rollouts)
+        if sizes in (meshes[0], (1, 2, 2, 2)):
+            batch, scored = scores(rollouts, params, train, cfg)
+            difference = np.abs(np.asarray(scored.logprobs) - batch.behavior_logprobs)[batch.loss_mask]
+            print(f"{sizes}: mean {difference.mean():.1e}, max {difference.max():.1e} of {difference.size}")
+            assert difference.size == rollouts.sampled.sum() > 50
+            assert difference.mean() <= 1e-5
+            assert difference.max() <= 5e-4
+    for other in by_mesh[1:]:
+        np.testing.assert_array_equal(other.tokens, by_mesh[0].tokens)
+        np.testing.assert_array_equal(other.finish, by_mesh[0].finish)
+        np.testing.assert_allclose(other.behavior_logprobs, by_mesh[0].behavior_logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [1, C, 7, 20])
+def test_a_sliding_layer_keeps_its_window_and_decodes_as_the_trainer_reads(window):
+    """Of its own token alone, as long as the completion, as long as the prompt, longer than both; 3, 5 and 9 are above."""
+    cfg = dataclasses.replace(TINY, layers=1, window=window, sliding=(True,))
+    cache, suffix = check_prefill_and_decode(cfg)
+    assert cache.k[0].shape[2] == cache.v[0].shape[2] == min(window, 7)
+    assert suffix.k[0].shape[2] == suffix.v[0].shape[2] == min(window, C)
+    if window == C:
+        # The check sees one key too many.
+        with pytest.raises(AssertionError):
+            check_prefill_and_decode(cfg, trained=dataclasses.replace(cfg, window=window + 1))

@@ -75,3 +75,24 @@ def test_values_in_bfloat16_are_summed_in_f32():
     # The weights are rounded to bf16 (2^-9 relative) before the product, their sum is not.
     exact = merge(attend_part(*(x.astype(jnp.float32) for x in (q, k, v)), jnp.ones((1, 300), bool)))
     np.testing.assert_allclose(merge((out, weight, top)), exact, atol=5e-3)
+
+
+def test_scale_and_soft_cap_by_hand():
+    """q k = 0 and 6, times 1/2; capped at 2: 2 tanh(3 / 2). The cap comes before the mask: what is masked stays so."""
+    q = jnp.ones((1, 1, 1, 1, 1))
+    k = jnp.array([0.0, 6.0, 50.0]).reshape(1, 3, 1, 1)
+    v = jnp.array([8.0, 4.0, 1e6]).reshape(1, 3, 1, 1)
+    capped = np.exp(2 * np.tanh(1.5))
+    want = (8 + 4 * capped) / (1 + capped)
+    mask = jnp.array([[[True, True, False]]])
+    np.testing.assert_allclose(attention.attend(q, k, v, mask, 0.5, 2.0).ravel(), [want], rtol=1e-6)
+    part = attention.attend_part(q[:, 0], k.swapaxes(1, 2), v.swapaxes(1, 2), mask[0], 0.5, 2.0)
+    np.testing.assert_allclose(merge(part).ravel(), [want], rtol=1e-6)
+
+
+def test_causal_mask_of_a_sliding_layer_by_hand():
+    """Two keys each; in a packed row the window is one of positions in the sequence, not of slots."""
+    segment, position = jnp.array([[1, 1, 1, 2, 2]]), jnp.array([[0, 1, 2, 0, 1]])
+    want = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
+    for reach in (2, jnp.int32(2)):
+        np.testing.assert_array_equal(causal_mask(segment, position, reach)[0], np.array(want, bool))

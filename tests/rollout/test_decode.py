@@ -143,6 +143,31 @@ def test_cold_sampling_is_the_chain_of_argmaxes(sampler):
     np.testing.assert_array_equal(groups, np.repeat(groups[:, :1], G, axis=1))
 
 
+def test_temperature_zero_is_greedy_and_certain(sampler):
+    """The limit of cold sampling, in the same program: tokens of log-prob 0 from distributions of entropy 0."""
+    greedy, cold = sampler[0](0.0), sampler[0](1e-4)
+    np.testing.assert_array_equal(greedy.tokens, cold.tokens)
+    np.testing.assert_array_equal(greedy.behavior_logprobs, 0.0)
+    np.testing.assert_array_equal(greedy.entropy, 0.0)
+    beside = sampler[0]([0.0] + [1.0] * (P - 1))
+    np.testing.assert_array_equal(beside.tokens[:G], greedy.tokens[:G])
+    np.testing.assert_array_equal(beside.tokens[G:], sampler[0](1.0).tokens[G:])
+
+
+def test_a_row_ends_at_any_of_several_end_tokens():
+    vocab = Vocabulary(size=9, pad=0, eos=(7, 5))
+    np.testing.assert_array_equal(vocab.ends(jnp.array([5, 6, 7, 0])), [True, False, True, False])
+    tokens = jnp.array([[3, 5, 0], [7, 0, 0], [3, 4, 6]])
+    sampled, zeros = jnp.array([[True, True, False], [True, False, False], [True] * 3]), jnp.zeros((3, 3))
+    state = decode.DecodeState(
+        slot=jnp.int32(3), last=tokens[:, 0], done=jnp.array([True, True, False]), live=jnp.array(False), cache=None,
+        tokens=tokens, sampled=sampled, logprobs=zeros, entropy=zeros,
+    )  # fmt: skip
+    rollouts = decode.finished(make_prompts(3), state, jnp.ones(3), jnp.int32(1), vocab)
+    np.testing.assert_array_equal(rollouts.finish, [Finish.EOS, Finish.EOS, Finish.LENGTH])
+    np.testing.assert_array_equal(rollouts.length, [2, 1, 3])
+
+
 @pytest.mark.parametrize(
     "jit, compute, rows_of_embedding, num_tokens",
     [
@@ -157,7 +182,7 @@ def test_in_the_loop_the_stored_logprob_is_the_distributions_to_the_bit(jit, com
     """The loop by hand: `step` also returns the whole distribution. Rows at T = 0.6, 1 and 1.5."""
     cfg, vocab, slots = (
         dataclasses.replace(WIDE, compute=compute, vocab_size=rows_of_embedding),
-        Vocabulary(num_tokens, 0, (12,)),
+        Vocabulary(num_tokens, 0, (12, 3)),
         3,
     )
     train, dec = layouts()

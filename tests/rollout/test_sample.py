@@ -12,7 +12,7 @@ from jaxrl_llm.rollout import sample
 
 DRAWS, CHUNK = 200_000, 10_000
 KEY = jax.random.key(5)
-TEMPERATURES = (0.6, 1.0, 1.5)
+TEMPERATURES = (0.0, 0.6, 1.0, 1.5)
 drawn = jax.jit(lambda keys, position, logp: sample.draw(keys, position, logp))
 
 

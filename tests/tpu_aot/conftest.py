@@ -18,11 +18,15 @@ import pytest
 from jax.experimental import topologies
 from programs import (
     DECODE_LAYERS,
+    EXPERT_MESH,
+    EXPERTS,
     MESH,
     ONE_BILLION,
+    SLIDING,
     Program,
     compile_program,
     layouts,
+    lower_experts,
     lower_generate,
     lower_publish,
     lower_update,
@@ -78,3 +82,20 @@ def publish(request, topology, compile_once) -> Program:
 @pytest.fixture(scope="session")
 def update(topology, compile_once) -> Program:
     return compile_once("update", ONE_BILLION, lambda: lower_update(ONE_BILLION, layouts(topology)[0]))
+
+
+@pytest.fixture(scope="session")
+def sliding(topology, compile_once) -> Program:
+    return compile_once("sliding", SLIDING, lambda: lower_generate(SLIDING, layouts(topology)[1]))
+
+
+@pytest.fixture(scope="session")
+def experts_generate(topology, compile_once) -> Program:
+    layout = layouts(topology, EXPERT_MESH)[1]
+    return compile_once("experts-generate", EXPERTS, lambda: lower_generate(EXPERTS, layout))
+
+
+@pytest.fixture(scope="session")
+def experts_gradient(topology, compile_once) -> Program:
+    layout = layouts(topology, EXPERT_MESH)[0]
+    return compile_once("experts-gradient", EXPERTS, lambda: lower_experts(EXPERTS, layout))

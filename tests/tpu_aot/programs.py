@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.experts import mixture
 from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.publish import make_publish
@@ -31,6 +32,13 @@ DECODE_LAYERS = int(os.environ.get("AOT_DECODE_LAYERS", "4"))
 MESH = (1, 4, 4)
 P, S, G, C = 32, 512, 8, 256
 ROWS, SLOTS, PARTS = 64, 1024, 4
+# Narrow, to compile in seconds. Layers of both kinds.
+SLIDING = dataclasses.replace(ONE_BILLION, vocab_size=4096, d_mlp=2048, layers=2, sliding=(True, False), window=64)
+EXPERTS = ModelConfig(
+    vocab_size=4096, layers=1, d_model=1024, heads=16, kv_heads=4, head_dim=64, d_mlp=512, qk_norm=True,
+    experts=16, experts_per_token=4, compute="bfloat16",
+)  # fmt: skip
+EXPERT_MESH = (1, 2, 2, 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +78,7 @@ def compile_program(cfg: ModelConfig, lower: Callable[[], jax.stages.Lowered]) -
     )
 
 
-def layouts(topology, sizes: tuple[int, int, int] = MESH) -> tuple[Layout, Layout]:
+def layouts(topology, sizes: tuple[int, ...] = MESH) -> tuple[Layout, Layout]:
     mesh = make_mesh(sizes, topology.devices)
     return Layout(mesh, TRAIN), Layout(mesh, DECODE)
 
@@ -111,3 +119,13 @@ def lower_update(cfg: ModelConfig, train: Layout) -> jax.stages.Lowered:
         micro_batches=PARTS, num_tokens=cfg.vocab_size, cfg=cfg, layout=train,
     )  # fmt: skip
     return update.lower(state, batch)
+
+
+def lower_experts(cfg: ModelConfig, train: Layout) -> jax.stages.Lowered:
+    """Gradients of one layer's experts alone: masters and rows."""
+    layer = model_params.abstract(model_params.unstack(model_params.specs(cfg), cfg.layers)["layers"][0], train)
+    layer = {name: layer[name] for name in ("router", "gate_up", "down")}
+    h = array(train, (ROWS // PARTS, SLOTS, cfg.d_model), cfg.compute, "rows", None, None)
+    loss = jax.checkpoint(lambda layer, h: jnp.sum(mixture(layer, h, cfg, train).astype(jnp.float32) ** 2))
+    where = jax.tree.map(lambda x: x.sharding, (layer, h))
+    return jax.jit(jax.grad(loss, argnums=(0, 1)), out_shardings=where).lower(layer, h)

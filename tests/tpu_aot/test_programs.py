@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from hlo import ArrayShape, Instruction, collectives
 from programs import (
+    EXPERT_MESH,
     MESH,
     ONE_BILLION,
     PARTS,
@@ -65,7 +66,16 @@ def caches(program: Program) -> dict[str, tuple[int, ...]]:
     """Shapes on a chip of the arrays that hold a layer's keys (and another its values)."""
     cfg = program.cfg
     heads = cfg.kv_heads // TENSOR
-    return {"suffix": (P * G // FSDP, heads, C, cfg.head_dim), "prompt": (P // FSDP, heads, S, cfg.head_dim)}
+    slots = {"suffix": (P * G, C), "prompt": (P, S)}
+    if any(cfg.sliding):
+        slots |= {"suffix ring": (P * G, cfg.window), "prompt window": (P, cfg.window)}
+    return {name: (rows // FSDP, heads, size, cfg.head_dim) for name, (rows, size) in slots.items()}
+
+
+def layers_with(program: Program, cache: str) -> int:
+    """Layers that keep a cache of that name."""
+    sliding = sum(program.cfg.sliding)
+    return sliding if "ring" in cache or "window" in cache else program.cfg.layers - sliding
 
 
 def decode_loop(program: Program) -> tuple[str, ...]:
@@ -90,9 +100,10 @@ def check_caches_are_written_in_place(program: Program) -> None:
         bad = [str(i) for i in of_cache if not allowed(i)]
         assert not bad, f"{name} cache {dims}: got {bad}, want it only read, and written in place"
     writes = [i for i in steps if i.opcode == "dynamic-update-slice" or "dynamic_update_slice" in i.line]
-    writes = [i for i in writes if any(same_dims(a, caches(program)["suffix"]) for a in i.arrays)]
-    want = 2 * program.cfg.layers
-    assert len(writes) == want, f"writes into suffix caches a step: got {len(writes)}, want {want}"
+    for name, dims in caches(program).items():
+        got = sum(any(same_dims(a, dims) for a in i.arrays) for i in writes)
+        want = 2 * layers_with(program, name) if "suffix" in name else 0
+        assert got == want, f"writes into the {name} a step: got {got}, want {want}"
 
 
 def check_collectives_of_a_step(program: Program) -> None:
@@ -111,8 +122,8 @@ def check_logits_stay(program: Program) -> None:
         assert size <= most, f"{i}: got {size} elements, want at most {most}, those of the residual stream"
 
 
-def check_weights_are_not_copied(program: Program) -> None:
-    shapes = matrices(program, SPLIT)
+def check_weights_are_not_copied(program: Program, split: dict[str, int] = SPLIT) -> None:
+    shapes = matrices(program, split)
     for i in program.hlo.all:
         if i.opcode in ("copy", "transpose") and i.computation not in program.hlo.fused:
             bad = [name for name, dims in shapes.items() if same_dims(i.arrays[0], dims)]
@@ -144,6 +155,50 @@ def test_memory_of_generate(generate):
     most = kept + scores + gate_up
     assert generate.temp <= most, f"temp: got {generate.temp / 1e6:.0f} MB, want at most {most / 1e6:.0f} MB"
     assert generate.chip < V5E_BYTES, f"a chip: got {generate.chip / 1e9:.1f} GB, want below {V5E_BYTES / 1e9:.0f} GB"
+
+
+def test_a_sliding_layer_decodes_from_its_window_in_place(sliding):
+    """The loop's state holds keys and values of each layer in their own size, and no other array like them."""
+    check_caches_are_written_in_place(sliding)
+    check_collectives_of_a_step(sliding)
+    (loop,) = (i for i in sliding.hlo.all if i.opcode == "while" and sliding.hlo.loops.get(i.computation) == 0)
+    for name, dims in caches(sliding).items():
+        got = sum(same_dims(a, dims) for a in loop.arrays)
+        assert got == 2 * layers_with(sliding, name), f"{name}: got {got} arrays of {dims} in the loop's state"
+    shapes = caches(sliding)
+    whole = sliding.cfg.layers * sum(2 * 2 * math.prod(shapes[name]) for name in ("suffix", "prompt"))
+    assert sliding.temp < whole, (
+        f"temp: got {sliding.temp / 1e6:.1f} MB, want less than whole caches, {whole / 1e6:.1f} MB"
+    )
+
+
+EXPERT_SPLIT = dict(zip(("data", "embed", "mlp", "expert"), EXPERT_MESH, strict=True))
+EXPERT_SPLIT |= {"heads": EXPERT_SPLIT["mlp"], "vocab": EXPERT_SPLIT["mlp"]}
+
+
+def test_experts_in_decode_move_rows_and_no_weights(experts_generate):
+    """At most the rows of all expert shards, gathered, with their experts' numbers and weights; the experts stay."""
+    cfg, rows = experts_generate.cfg, P * G // EXPERT_SPLIT["embed"] // EXPERT_SPLIT["data"]
+    moved = collectives(experts_generate.hlo.inside(*decode_loop(experts_generate)))
+    assert {i.kind for i in moved} == {"all-gather", "all-reduce", "reduce-scatter"}
+    assert max(a.size for i in moved for a in i.arrays) == rows * cfg.d_model
+    gathered = {(a.dtype, a.size) for i in moved for a in i.arrays if i.kind == "all-gather"}
+    choices = rows * cfg.experts_per_token
+    assert gathered >= {("bf16", rows * cfg.d_model), ("f32", choices), ("s32", choices)}
+    check_weights_are_not_copied(experts_generate, EXPERT_SPLIT | {"embed": 1})
+
+
+def test_experts_in_training_gather_bfloat16_and_reduce_float32(experts_gradient):
+    moved = collectives(experts_gradient.hlo.all)
+    assert {i.kind for i in moved} <= {"all-gather", "all-reduce", "reduce-scatter", "collective-permute"}
+    shapes = matrices(experts_gradient, EXPERT_SPLIT)
+    for name in ("gate_up", "down"):
+        shard = math.prod(shapes[name])
+        whole = shard * EXPERT_SPLIT["embed"]
+        gathers = {a.dtype for i in moved for a in i.arrays if i.kind == "all-gather" and a.size == whole}
+        assert gathers == {"bf16"}, f"{name} gathered: got {gathers}, want bf16"
+        sums = {a.dtype for i in moved for a in i.arrays if i.kind == "reduce-scatter" and a.size == shard}
+        assert sums == {"f32"}, f"gradient of {name} scattered: got {sums}, want f32"
 
 
 def check_publish_writes_into_the_old_policy(program: Program) -> None:

@@ -1,0 +1,66 @@
+"""What tells families apart, each number by hand; the whole of each family is in `test_parity`."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from setups import FAMILIES, TINY, layouts
+
+from jaxrl_llm.model import transformer
+from jaxrl_llm.model.attention import WHOLE
+from jaxrl_llm.model.mlp import gated
+from jaxrl_llm.model.transformer import SuffixCache, kinds, rms_norm, scanned_kinds
+
+
+def test_norms_by_hand():
+    """rms of (3, 4, 0, 0) is 5/2; Gemma multiplies by 1 + w."""
+    x, weight = jnp.array([3.0, 4.0, 0.0, 0.0]), jnp.array([1.0, 0.5, 1.0, 1.0])
+    cfg = dataclasses.replace(TINY, norm_eps=1e-12)
+    np.testing.assert_allclose(rms_norm(x, weight, cfg), [1.2, 0.8, 0, 0], rtol=1e-6)
+    plus_one = dataclasses.replace(cfg, norm_plus_one=True)
+    np.testing.assert_allclose(rms_norm(x, weight, plus_one), [2.4, 2.4, 0, 0], rtol=1e-6)
+
+
+def test_embeddings_are_scaled_by_a_rounded_root():
+    """sqrt(3072) = 55.43, in bfloat16 55.5."""
+    params = {"embed": jnp.ones((4, 3072))}
+    cfg = dataclasses.replace(TINY, d_model=3072, scale_embedding=True, compute="bfloat16")
+    got = transformer._embed(params, jnp.array([[1]]), cfg, layouts()[0])
+    assert got.dtype == jnp.bfloat16 and float(got[0, 0, 0]) == 55.5
+
+
+def test_activations_by_hand():
+    """silu(1) = 1 / (1 + e^-1); gelu by tanh: (1 + tanh(sqrt(2 / pi) 1.044715)) / 2."""
+    gate, up = jnp.array([1.0]), jnp.array([3.0])
+    np.testing.assert_allclose(gated(gate, up, TINY), 3 / (1 + np.exp(-1)), rtol=1e-6)
+    gelu = dataclasses.replace(TINY, activation="gelu_tanh")
+    want = 1.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * 1.044715))
+    np.testing.assert_allclose(gated(gate, up, gelu), want, rtol=1e-6)
+
+
+def test_logits_are_capped_in_both_heads():
+    """2 tanh(x / 2); `logits` is for drawing, `logits_in_loop` for scoring."""
+    cfg = dataclasses.replace(TINY, d_model=1, logit_softcap=2.0)
+    params, h = {"embed": jnp.array([[1.0], [-6.0]])}, jnp.array([[[1.0]]])
+    want = 2 * np.tanh([0.5, -3.0])
+    np.testing.assert_allclose(transformer.logits(params, h, cfg)[0, 0], want, rtol=1e-6)
+    in_loop = transformer.logits_in_loop(params["embed"].T[None], h, cfg)
+    np.testing.assert_allclose(in_loop[0, 0], want, rtol=1e-6)
+
+
+def test_only_what_differs_between_layers_is_scanned():
+    """So the program of a model without sliding layers, or with nothing else, is that of one kind of layer."""
+    assert all(scanned_kinds(FAMILIES[name])[1] == {} for name in ("llama3", "mistral, window 3", "qwen3-moe"))
+    assert [kind.reach for kind in kinds(FAMILIES["mistral, window 3"])] == [3, 3]
+    first, differ = scanned_kinds(FAMILIES["gemma2, window 5"])
+    assert set(differ) == {"reach"} and differ["reach"].tolist() == [5, WHOLE] and first.reach == 5
+    _, differ = scanned_kinds(FAMILIES["gemma3, window 9"])
+    assert set(differ) == {"reach", "frequency"} and differ["frequency"].shape == (2, 4)
+
+
+def test_suffix_caches_are_rings_where_layers_slide():
+    cache = jax.eval_shape(lambda: SuffixCache.empty(FAMILIES["gemma2, window 5"], 3, 6, layouts()[1]))
+    assert [x.shape for x in cache.k] == [x.shape for x in cache.v] == [(3, 2, 5, 8), (3, 2, 6, 8)]
+    short = jax.eval_shape(lambda: SuffixCache.empty(FAMILIES["gemma2, window 5"], 3, 4, layouts()[1]))
+    assert [x.shape[2] for x in short.k] == [4, 4]
