@@ -80,7 +80,7 @@ def rooms_of(package: Path, path: Path) -> set[str]:
     found = set()
     for name in imports(package, path):
         parts = name.split(".")
-        if parts[0] == package.name and len(parts) > 1 and (len(parts) < 3 or parts[2] != "config"):
+        if parts[0] == package.name and len(parts) > 1 and "config" not in parts[2:]:
             found.add(parts[1])
     return found - {path.relative_to(package).parts[0].removesuffix(".py")}
 
@@ -136,7 +136,7 @@ def heavy_at_import(package: Path, start: Path) -> list[str]:
 LIGHT = [
     PACKAGE / "cli.py",
     PACKAGE / "config.py",
-    *sorted(PACKAGE.glob("*/config.py")),
+    *sorted(PACKAGE.glob("*/**/config.py")),
     PACKAGE / "rewards" / "graders.py",
 ]
 
