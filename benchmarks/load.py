@@ -169,6 +169,7 @@ def main() -> None:
         return
     from benchmarks.run import machine
 
+    ran_on = machine()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         make(directory, given.megabytes, given.files, given.dtype)
@@ -182,7 +183,7 @@ def main() -> None:
     result = {
         "date": datetime.date.today().isoformat(),
         "command": f"python -m benchmarks.load {' '.join(sys.argv[1:])}".strip(),
-        "machine": machine(),
+        "machine": ran_on | {"load_after": os.getloadavg()[0]},
         "checkpoint": {"dtype": given.dtype, "file_bytes": sizes, "devices": 8, "mesh": [1, 4, 2]},
         "best_seconds": best,
         "load_over_read": {how: best[f"load {how}"] / best[f"read {how}"] for how in ("cold", "warm")},

@@ -81,7 +81,7 @@ def rooms_of(package: Path, path: Path) -> set[str]:
     found = set()
     for name in imports(package, path):
         parts = name.split(".")
-        if parts[0] == package.name and len(parts) > 1 and (len(parts) < 3 or parts[2] != "config"):
+        if parts[0] == package.name and len(parts) > 1 and "config" not in parts[2:]:
             found.add(parts[1])
     return found - {path.relative_to(package).parts[0].removesuffix(".py")}
 
@@ -137,7 +137,7 @@ def heavy_at_import(package: Path, start: Path) -> list[str]:
 LIGHT = [
     PACKAGE / "cli.py",
     PACKAGE / "config.py",
-    *sorted(PACKAGE.glob("*/config.py")),
+    *sorted(PACKAGE.glob("*/**/config.py")),
     *sorted(path for path in PACKAGE.glob("rewards/*.py") if path.name != "config.py"),
 ]
 

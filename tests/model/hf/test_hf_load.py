@@ -164,29 +164,42 @@ def test_the_text_model_beside_a_vision_tower(prefix, tmp_path):
     assert equal(load_model(directory, layouts()[0])[1], want)
 
 
-def test_pieces_larger_than_a_chunk_go_to_the_device_in_runs(tmp_path, monkeypatch):
+@pytest.fixture
+def reads(monkeypatch):
+    """Path and shape of every array that loading fills on the host."""
+    found, whole = [], loading._read
+
+    def counted(leaf, stored, box, dtype):
+        numbers = whole(leaf, stored, box, dtype)
+        found.append((leaf.path, numbers))
+        return numbers
+
+    monkeypatch.setattr(loading, "_read", counted)
+    return found
+
+
+def test_pieces_larger_than_a_chunk_go_to_the_device_in_runs_of_layers(tmp_path, monkeypatch, reads):
+    """A device's piece of gate_up is 2 layers of 3072 bytes, one of qkv 2 of 2048: the host holds no more than one."""
     layout = layouts((2, 2, 2))[0]
     directory = case("llama_0").write(tmp_path, 10_000)
     _, want = load_model(directory, layout)
-    monkeypatch.setattr(loading, "CHUNK", 3000)
+    assert max(x.nbytes for _, x in reads) == 2 * 3072
+    reads.clear()
+    monkeypatch.setattr(loading, "CHUNK", 3500)
     monkeypatch.setattr(loading, "OPEN", 1000)
     _, found = load_model(directory, layout)
     assert equal(found, want)
     assert [x.sharding for x in jax.tree.leaves(found)] == [x.sharding for x in jax.tree.leaves(want)]
+    assert max(x.nbytes for _, x in reads) == 3072
 
 
-def test_each_host_reads_only_what_its_devices_hold(tmp_path, monkeypatch):
-    """Of a model split eight ways, with two copies: every byte of a split leaf once, not once a device."""
-    read = []
-    whole = loading._read
-
-    def counted(leaf, stored, box, dtype):
-        numbers = whole(leaf, stored, box, dtype)
-        read.append((leaf.path, numbers.size))
-        return numbers
-
-    monkeypatch.setattr(loading, "_read", counted)
+def test_each_host_reads_only_what_its_devices_hold(tmp_path, reads):
+    """Split four ways, with two copies: every number once, not once a device. A leaf that is not split: once for all eight."""
     _, params = load_model(case("llama_0").write(tmp_path), layouts((2, 2, 2))[0])
-    assert sum(size for path, size in read if path == ("embed",)) == params["embed"].size
-    assert sum(size for path, size in read if path == ("layers", "qkv")) == params["layers"]["qkv"].size
-    assert sum(size for path, size in read if path == ("final_norm",)) == params["final_norm"].size
+    sizes = {path: sum(x.size for at, x in reads if at == path) for path, _ in reads}
+    assert sizes == {
+        ("embed",): params["embed"].size,
+        ("head",): params["head"].size,
+        ("final_norm",): params["final_norm"].size,
+        **{("layers", name): x.size for name, x in params["layers"].items()},
+    }
