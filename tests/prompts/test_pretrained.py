@@ -12,7 +12,16 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.prompts.config import PretrainedTokenizer
 from jaxrl_llm.prompts.tokenizer import load_tokenizer
 
-TEXTS = ["What is 3 + 4?", "", " two  spaces ", "é∑😀\n\t", "<think>no</think>", "{{ braces }} {% raw %}", "a\r\nb"]
+TEXTS = [
+    "What is 3 + 4?",
+    "",
+    " two  spaces ",
+    "é∑😀\n\t",
+    "<think>no</think>",
+    "<|im_end|>",
+    "{{ braces }} {% raw %}",
+    "a\r\nb",
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +57,21 @@ def test_prompts_are_those_of_transformers(plain, system, arguments):
     ]  # fmt: skip
     assert ours.prompt_batch(TEXTS) == expected
     assert [ours.prompt(text) for text in TEXTS] == expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
+def test_any_prompt_is_that_of_transformers(chatting, text):
+    ours, theirs = chatting
+    turns = [{"role": "user", "content": text}]
+    assert ours.prompt(text) == theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+
+
+@pytest.fixture(scope="module")
+def chatting(plain):
+    from transformers import AutoTokenizer
+
+    return load(plain), AutoTokenizer.from_pretrained(plain)
 
 
 def test_a_prompt_by_hand(plain):

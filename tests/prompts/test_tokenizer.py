@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.prompts.config import CharacterTokenizer, PretrainedTokenizer
-from jaxrl_llm.prompts.tokenizer import load_tokenizer
+from jaxrl_llm.prompts.tokenizer import BATCH, load_tokenizer
 
 ODD = load_tokenizer(CharacterTokenizer("ab +#<>é∑\n\t😀"))
 DIGITS = load_tokenizer(CharacterTokenizer())
@@ -20,6 +20,11 @@ def test_characters_by_hand():
     assert DIGITS.decode([2, 3, 15]) == "12#"
     assert DIGITS.decode_batch([[12, 4], [], [1]]) == ["<3", "", "0"]
     assert [DIGITS.token(i) for i in (0, 1, 14, 15, 16)] == ["<pad>", "0", " ", "#", "<16>"]
+
+
+def test_more_texts_than_a_batch_come_back_in_order():
+    texts = [str(i) for i in range(BATCH + 2)]
+    assert DIGITS.decode_batch(DIGITS.encode_batch(texts)) == texts
 
 
 def test_padding_that_was_sampled_is_seen_by_the_grader():
