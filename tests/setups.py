@@ -20,11 +20,9 @@ SMALL = ModelConfig(vocab_size=16, layers=2, d_model=32, heads=16, kv_heads=8, h
 TINY = ModelConfig(vocab_size=16, layers=2, d_model=16, heads=4, kv_heads=2, head_dim=8, d_mlp=16)
 # One config a family (SMALL is Qwen3's), every feature at a strength that shows; made for prompts of 7 slots and completions of 6.
 FAMILIES = {
-    "llama3": replace(
-        TINY, rope_scaling=Llama3Rope(factor=8.0, original_length=8, low_freq_factor=1.0, high_freq_factor=4.0), rope_theta=100.0
-    ),
+    "llama3": replace(TINY, layers=1, rope_theta=100.0, rope_scaling=Llama3Rope(factor=8.0, original_length=8)),
     "mistral, window 3": replace(TINY, window=3, sliding=(True, True), tied_head=False),
-    "qwen2, yarn": replace(TINY, qkv_bias=True, rope_scaling=YarnRope(factor=4.0, original_length=16)),
+    "qwen2, yarn": replace(TINY, layers=1, qkv_bias=True, rope_scaling=YarnRope(factor=4.0, original_length=16)),
     "qwen3-moe": replace(TINY, qk_norm=True, experts=4, experts_per_token=2, tied_head=False),
     "gemma2, window 5": replace(
         TINY, window=5, sliding=(True, False), activation="gelu_tanh", norm_plus_one=True, sandwich_norms=True,
