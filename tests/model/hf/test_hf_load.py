@@ -203,3 +203,13 @@ def test_each_host_reads_only_what_its_devices_hold(tmp_path, reads):
         ("final_norm",): params["final_norm"].size,
         **{("layers", name): x.size for name, x in params["layers"].items()},
     }
+
+
+def test_experts_lie_on_a_mesh_of_their_own(tmp_path):
+    """Two shards of experts beside fsdp 2 and tensor 2: the same numbers, half along each of the three."""
+    directory = case("qwen3_moe_0").write(tmp_path, 20_000)
+    _, want = load_model(directory, layouts()[0])
+    _, found = load_model(directory, layouts((1, 2, 2, 2))[0])
+    assert equal(found, want)
+    # [L 2, gate and up 2, E 4, D 32, F 24], split 2 ways along E, D and F.
+    assert found["layers"]["gate_up"].addressable_shards[0].data.shape == (2, 2, 2, 16, 12)
