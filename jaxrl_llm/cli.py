@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(USAGE)
             return 0
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
+        # That there is no PyTorch is no news here.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         return COMMANDS[argv[0]](argv[1], argv[2:])
     except (UserError, Preempted) as error:
         print(f"jaxrl: {error}", file=sys.stderr)
