@@ -7,6 +7,8 @@ is aliased, and `step_peak`, the most that a chip holds in a step, with the poli
 
 --shape  directory whose config.json says how large the model is: the config's own model may not be on this machine
 --chips  how many of the topology's chips (default: all); 1 stands for a single GPU, whose compiler is another
+--decode-layers  two numbers, as 4,8: `generate`, whose layers are unrolled and compile for minutes each, is compiled with so many
+         layers and extended to all by a straight line (exact where all layers are alike, but for what the compiler shares)
 """
 
 import argparse
@@ -95,22 +97,35 @@ def measure(lower: Lower) -> dict[str, float]:
     return {"peak": peak, **parts, "compile_seconds": round(time.monotonic() - start, 1)}
 
 
+def extended(lower: Callable[[int], Lower], sizes: tuple[int, int], layers: int) -> dict[str, float]:
+    """What a program of `layers` layers holds, from those of two smaller ones."""
+    few, more = (measure(lower(n)) for n in sizes)
+    low, high = sizes
+    return {name: round(more[name] + (more[name] - few[name]) / (high - low) * (layers - high)) for name in few}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--shape", type=Path, required=True)
     parser.add_argument("--topology", default="v5e:2x4")
     parser.add_argument("--chips", type=int)
+    parser.add_argument("--decode-layers", type=lambda text: tuple(map(int, text.split(","))))
     args = parser.parse_args()
     cfg = run_config.load(args.config)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices[: args.chips]
     model = read_config(args.shape, cfg.model.compute)
-    if found := run_config.problems(dataclasses.replace(cfg, model=model), len(devices), 1):
-        parser.error("\n".join(found))
+    if problems := run_config.problems(dataclasses.replace(cfg, model=model), len(devices), 1):
+        parser.error("\n".join(problems))
     mesh = make_mesh(resolve(cfg.mesh, len(devices))[0], devices)
-    found = {
-        name: measure(lower) for name, lower in programs(cfg, model, Layout(mesh, TRAIN), Layout(mesh, DECODE)).items()
-    }
+    layouts = Layout(mesh, TRAIN), Layout(mesh, DECODE)
+    lowered = programs(cfg, model, *layouts)
+    found = {name: measure(lowered[name]) for name in ("publish", "update")}
+    if args.decode_layers:
+        shallow = lambda n: programs(cfg, dataclasses.replace(model, layers=n), *layouts)["generate"]  # noqa: E731
+        found["generate"] = extended(shallow, args.decode_layers, model.layers)
+    else:
+        found["generate"] = measure(lowered["generate"])
     # Moments and master, three of the four f32 copies of an update; the policy is what publish writes.
     state, policy = found["update"]["aliased"], found["publish"]["outputs"]
     step_peak = max(
@@ -118,7 +133,8 @@ def main() -> None:
     )
     report = {
         "config": args.config.name, "topology": args.topology, "chips": len(devices), "jax": jax.__version__,
-        "date": datetime.date.today().isoformat(), "parameters": model_params.count(model_params.specs(model)),
+        "date": datetime.date.today().isoformat(), "decode_layers": args.decode_layers or [model.layers],
+        "parameters": model_params.count(model_params.specs(model)),
         "step_peak": step_peak, "train_state": state, "policy": policy, "programs": found,
     }  # fmt: skip
     print(json.dumps(report, indent=1))
