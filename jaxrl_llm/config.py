@@ -229,6 +229,14 @@ def problems(cfg: RunConfig, num_devices: int, num_hosts: int) -> list[str]:
             f"update.micro_batches: got {cfg.update.micro_batches}, want a divisor of the {part} rows of a minibatch "
             f"that leaves a multiple of mesh.data * mesh.fsdp * mesh.expert ({split}): {', '.join(map(str, works)) or 'none'}"
         )
+    return found
+
+
+def training_problems(cfg: RunConfig) -> list[str]:
+    """What sampling and evaluation can do and training cannot, in words."""
+    found = []
+    if cfg.rollout.temperature == 0:
+        found.append("rollout.temperature: got 0, want more: a policy that never explores learns nothing")
     if cfg.rollout.samples < 2:
         found.append(f"rollout.samples: got {cfg.rollout.samples}, want 2 or more: a group of one has no advantage")
     if cfg.update.loss.kind != "clipped":

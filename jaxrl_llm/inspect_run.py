@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import CheckpointError, UserError
-from jaxrl_llm.estimates import avg_at_k, maj_at_k, pass_at_k
+from jaxrl_llm.estimates import Estimate, avg_at_k, maj_at_k, pass_at_k
 from jaxrl_llm.evaluate import answers, probabilities
 from jaxrl_llm.metrics import printable
 from jaxrl_llm.model.config import PretrainedModel
@@ -68,9 +68,10 @@ def open_source(run: Run) -> Source:
 def evaluate_target(cfg: RunConfig, k: int) -> dict[str, Any]:
     """avg@k, pass@1 ... pass@k, maj@k with 95 % intervals over the held-out prompts, and exact where it is known.
 
-    Each is {"value", "low", "high", "n"}. Raises CheckpointError if there is neither a checkpoint nor a pretrained model.
+    Each is an `Estimate` as a dict. Raises CheckpointError if there is neither a checkpoint nor a pretrained model.
     """
-    run = build(_reshape(cfg, cfg_rows(cfg), k))
+    at_once = min(getattr(cfg.task, "held_out", 0) or EVALUATED_AT_ONCE, EVALUATED_AT_ONCE)
+    run = build(_reshape(cfg, at_once, k))
     if not isinstance(cfg.model, PretrainedModel) and not (Path(cfg.run_dir) / "checkpoints").is_dir():
         raise CheckpointError(f"{cfg.run_dir}: got no checkpoint, want a run directory that holds one")
     source = open_source(run)
@@ -79,16 +80,16 @@ def evaluate_target(cfg: RunConfig, k: int) -> dict[str, Any]:
         found["exact"] = float(np.mean(probabilities(run, source.params, run.task.held_out)))
     with GraderPool(cfg.reward) as pool:
         right, vote = answers(run, source.policy, pool)
-    found[f"avg@{k}"] = avg_at_k(right)._asdict()
-    for n in sorted({*(2**i for i in range(k.bit_length()) if 2**i <= k), k}):
-        found[f"pass@{n}"] = pass_at_k(right, n)._asdict()
-    found[f"maj@{k}"] = maj_at_k(right, vote)._asdict()
+    found[f"avg@{k}"] = _plain(avg_at_k(right))
+    for n in sorted({*(2**i for i in range(k.bit_length())), k}):
+        found[f"pass@{n}"] = _plain(pass_at_k(right, n))
+    found[f"maj@{k}"] = _plain(maj_at_k(right, vote))
     return found
 
 
-def cfg_rows(cfg: RunConfig) -> int:
-    """Prompts to evaluate at once: no more than a task of a known size has."""
-    return min(getattr(cfg.task, "held_out", 0) or EVALUATED_AT_ONCE, EVALUATED_AT_ONCE)
+def _plain(estimate: Estimate) -> dict[str, float | None]:
+    """JSON knows no NaN."""
+    return {name: None if np.isnan(x) else x for name, x in estimate._asdict().items()}
 
 
 def export_run(cfg: RunConfig, out: Path, dtype: str | None) -> Path:

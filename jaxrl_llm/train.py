@@ -70,6 +70,7 @@ class Result(NamedTuple):
 def train(cfg: RunConfig, must_resume: bool = False) -> Result:
     """Run `cfg` to its end, going on from the newest checkpoint in its run directory if there is one."""
     run = build(cfg)
+    refuse_what_cannot_train(run)
     with open_shell(cfg) as shell, stop_signal() as stopping:
         life, policy, scores = resume(run, shell, must_resume) or begin(run), None, {}
         while life.step < cfg.total_steps:
@@ -95,6 +96,14 @@ def train(cfg: RunConfig, must_resume: bool = False) -> Result:
             scores = evaluate(run, life.state.params, policy, shell.pool)
         measure = headline(run)
         return Result(measure.removeprefix("eval/"), life.eval_before, scores[measure], Path(cfg.run_dir).resolve())
+
+
+def refuse_what_cannot_train(run: Run) -> None:
+    found, steps = run_config.training_problems(run.cfg), run.cfg.warm_start.steps
+    if steps and not run.task.has_targets:
+        found.append(f"task.response: got nothing, want the right response: warm_start.steps is {steps}")
+    if found:
+        raise UserError("\n".join(found))
 
 
 def with_rates(metrics: dict[str, float], shell: Shell) -> dict[str, float]:

@@ -7,7 +7,7 @@ import pytest
 
 from jaxrl_llm import config
 from jaxrl_llm.cli import read_config
-from jaxrl_llm.config import RunConfig, changes, dump, load, problems, to_dict
+from jaxrl_llm.config import RunConfig, changes, dump, load, problems, to_dict, training_problems
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.config import ModelConfig, PretrainedModel
 from jaxrl_llm.model.hf.config import read_config as read_model_config
@@ -59,7 +59,7 @@ def test_the_configs_of_the_repository_load(path):
     cfg = load(path)
     devices, shape = MEANT_FOR.get(path.stem, (1, None))
     model = read_model_config(ROOT / "benchmarks/shapes" / shape) if shape else cfg.model
-    assert problems(dataclasses.replace(cfg, model=model), devices, 1) == []
+    assert problems(dataclasses.replace(cfg, model=model), devices, 1) + training_problems(cfg) == []
     assert load(path) == cfg and path.read_text().startswith("#")
 
 
@@ -94,7 +94,10 @@ def test_defaults_alone_work():
             ["steps: got 'many', want: input should be a valid integer, unable to parse string as an integer"],
         ),
         ("steps: -1", ["steps: got -1, want: input should be greater than or equal to 0"]),
-        ("rollout: {temperature: 0}", ["rollout.temperature: got 0, want: input should be greater than 0"]),
+        (
+            "rollout: {temperature: -1}",
+            ["rollout.temperature: got -1, want: input should be greater than or equal to 0"],
+        ),
         ("model: 3", ["model: got 3, want: input should be a dictionary or an instance of ModelConfig"]),
         (
             "experience: {advantage: ppo}",
@@ -253,9 +256,9 @@ def test_every_problem_of_an_impossible_mesh_is_listed():
     cfg = RunConfig(
         mesh=MeshConfig(3, 2, 5),
         model=ModelConfig(heads=3, kv_heads=2, head_dim=7, d_mlp=9, vocab_size=16),
-        rollout=RolloutConfig(prompts=4, samples=1),
+        rollout=RolloutConfig(prompts=4),
         warm_start=config.WarmStartConfig(rows=8),
-        update=UpdateConfig(loss=CrossEntropyLoss(), minibatches=3),
+        update=UpdateConfig(minibatches=3),
     )
     assert problems(cfg, 8, 3) == [
         "mesh: asked for data 3, fsdp 2, tensor 5, expert 1 (a product of 30), found 8 devices; "
@@ -269,6 +272,15 @@ def test_every_problem_of_an_impossible_mesh_is_listed():
         "warm_start.rows: got 8, want a multiple of mesh.data * mesh.fsdp * mesh.expert (6); 8 allows 1, 2, 4, 8",
         "rollout.prompts: got 4, want a multiple of the 3 processes",
         "update.minibatches: got 3, want a divisor of rollout.prompts (4): 1, 2, 4",
+    ]
+
+
+def test_what_can_be_sampled_but_not_trained():
+    assert training_problems(RunConfig()) == []
+    cfg = RunConfig(rollout=RolloutConfig(samples=1, temperature=0), update=UpdateConfig(loss=CrossEntropyLoss()))
+    assert problems(cfg, 1, 1) == []
+    assert training_problems(cfg) == [
+        "rollout.temperature: got 0, want more: a policy that never explores learns nothing",
         "rollout.samples: got 1, want 2 or more: a group of one has no advantage",
         "update.loss.kind: got cross_entropy, want clipped: RL needs a loss that uses advantages",
     ]

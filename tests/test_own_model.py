@@ -103,6 +103,7 @@ def test_the_export_is_the_run_bit_for_bit_and_can_be_trained_on(trained, place,
     assert build(write(out.parent, tmp_path, model=out, data=place / "train.jsonl", held_out=place / "test.jsonl"))
     by_run, by_export = (evaluate_target(c, 2) for c in (cfg, config.load(tmp_path / "theirs.yaml")))
     assert by_run["avg@2"] == by_export["avg@2"] and by_run["step"] == 5 and by_export["step"] == 0
+    assert set(by_run) == {"model", "step", "k", "temperature", "avg@2", "pass@1", "pass@2", "maj@2"}
 
 
 @pytest.mark.slow

@@ -33,7 +33,9 @@ def draw(cfg: ReasoningGymTask, size: int, seed: tuple[int, ...]) -> list[Record
         entries = [dataset[i] for i in range(size)]
     except Exception as error:  # a dataset checks its settings with asserts, and some only while they draw
         raise UserError(f"task.config: {cfg.name} refuses {cfg.config}: {type(error).__name__}: {error}") from None
-    return [Record(f"{cfg.name}[{i}]", {**entry, NAME: cfg.name, SETTINGS: cfg.config}) for i, entry in enumerate(entries)]
+    return [
+        Record(f"{cfg.name}[{i}]", {**entry, NAME: cfg.name, SETTINGS: cfg.config}) for i, entry in enumerate(entries)
+    ]
 
 
 def _check_settings(cfg: ReasoningGymTask, known: list[str]) -> None:

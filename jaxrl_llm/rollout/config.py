@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge
 from pydantic import ConfigDict
 
 
@@ -19,5 +19,6 @@ class RolloutConfig:
     """G, samples for each prompt: the group that rewards are compared in."""
     max_new_tokens: Annotated[int, Ge(1)] = 8
     """C, the length cap."""
-    temperature: Annotated[float, Gt(0)] = 1.0
-    """Divides the logits, in drawing and in scoring alike. May change without compiling anything."""
+    temperature: Annotated[float, Ge(0)] = 1.0
+    """Divides the logits, in drawing and in scoring alike. May change without compiling anything. 0, the likeliest token always, is
+    for `jaxrl sample` and `jaxrl eval` alone."""
