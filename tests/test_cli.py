@@ -155,3 +155,28 @@ def test_exit_codes_are_the_errors_own(capsys, monkeypatch):
 
         monkeypatch.setitem(cli.COMMANDS, "train", stop)
         assert run(capsys, "train", "x") == (code, "jaxrl: why\n")
+
+
+def test_what_is_evaluated_and_on_what(tmp_path):
+    model, run_dir = tmp_path / "model", tmp_path / "run"
+    for directory in (model, run_dir):
+        directory.mkdir()
+    (model / "config.json").write_text("{}")
+    (run_dir / "config.yaml").write_text("run_dir: x\nmodel: {layers: 3}\nrollout: {max_new_tokens: 5}\n")
+
+    of_config = cli.read_evaluation(
+        str(model), str(ROOT / "configs/chain_sum.yaml"), ["--rollout.temperature", "0", "--task.held-out", "7"]
+    )
+    assert (of_config.model.path, of_config.model.compute) == (str(model), "float32")
+    assert of_config.tokenizer.path == str(model) and of_config.run_dir == str(model)
+    assert (of_config.task.name, of_config.task.held_out) == ("chain_sum", 7)
+    assert of_config.reward.graders[0].grader == "reasoning_gym" and of_config.rollout.temperature == 0
+
+    by_name = cli.read_evaluation(str(model), "reasoning_gym:leg_counting", [])
+    assert by_name.task.name == "leg_counting" and by_name.reward.graders[0].grader == "reasoning_gym"
+    assert by_name.tokenizer.path == by_name.model.path == str(model)
+
+    own = cli.read_evaluation(str(run_dir), None, [])
+    assert own.task.kind == "arithmetic" and own.model.layers == 3 and own.rollout.max_new_tokens == 5
+    other = cli.read_evaluation(str(run_dir), "reasoning_gym:leg_counting", [])
+    assert other.model == own.model and other.tokenizer == own.tokenizer and other.task.name == "leg_counting"
