@@ -17,6 +17,7 @@ import pytest
 from jaxrl_llm import config as run_config
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.metrics import CompileCounter, read_jsonl
+from jaxrl_llm.rewards.config import GraderConfig, RewardConfig
 
 ROOT = Path(__file__).parents[1]
 TINY = """
@@ -365,14 +366,12 @@ def test_failing_graders_cost_their_groups_and_are_counted(tmp_path, monkeypatch
         "    return float(sample.completion == sample.answer)\n"
     )
     cfg = tiny_run(tmp_path)
-    cfg = dataclasses.replace(
-        cfg, reward=dataclasses.replace(cfg.reward, grader="flaky:grade", deadline_s=0.3, workers=2)
-    )
+    cfg = dataclasses.replace(cfg, reward=RewardConfig((GraderConfig("flaky:grade"),), workers=2, deadline_s=1.0))
     train.train(cfg)
     found = [row for row in read_jsonl(tmp_path / "run" / "metrics.jsonl") if row["phase"] == "rl"]
     assert len(found) == 5
     kinds = ("raised", "timed_out", "not_finite", "wrong_type")
-    counted = [sum(row[f"rewards/flaky:grade/{kind}"] for row in found) for kind in kinds]
+    counted = [sum(row[f"rewards/grade/{kind}"] for row in found) for kind in kinds]
     starts = [int(r["prompt"][1]) for r in read_jsonl(tmp_path / "run" / "rollouts.jsonl") if r["sample"] == 0]
     assert counted == [starts.count(first) for first in range(4)]
     assert min(counted) > 0
