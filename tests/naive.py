@@ -1,4 +1,7 @@
-"""The oracle: an engine without cache, without batch and without jit. It reads the whole sequence again for each token."""
+"""The oracle: an engine without cache, without batch and without jit. It reads the whole sequence again for each token.
+
+(Padded to one length, since each new shape costs seconds: nobody reads what stands behind the sequence.)
+"""
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,7 @@ def generate(
 ) -> Rollouts:  # fmt: skip
     """`params` in the trainer's form. Same contract as `rollout.decode.make_generate`."""
     rows, c = len(prompts.length) * samples, max_new_tokens
+    slots = prompts.tokens.shape[1] + c
     keys = row_keys(key, jnp.asarray(prompts.uid), samples)
     tokens = np.full((rows, c), vocab.pad, np.int32)
     sampled, logprobs, entropies = (
@@ -31,10 +35,12 @@ def generate(
         p = b // samples
         sequence = prompts.tokens[p, : prompts.length[p]].tolist()
         for t in range(c):
-            ids = jnp.asarray([sequence])
+            ids = np.full((1, slots), vocab.pad, np.int32)
+            ids[0, : len(sequence)] = sequence
+            segment = (np.arange(slots) < len(sequence))[None].astype(np.int32)
             with jax.disable_jit():
-                h = hidden(params, ids, jnp.ones_like(ids), jnp.arange(len(sequence))[None], cfg, layout)
-                logp = process_logits(logits(params, h[:, -1], cfg), jnp.asarray(temperature[p : p + 1]), vocab.size)
+                h = np.asarray(hidden(params, ids, segment, np.arange(slots)[None], cfg, layout))[:, len(sequence) - 1]
+                logp = process_logits(logits(params, h, cfg), jnp.asarray(temperature[p : p + 1]), vocab.size)
             token, logprob = draw(keys[b : b + 1], jnp.int32(t), logp)
             tokens[b, t], sampled[b, t], logprobs[b, t], entropies[b, t] = token[0], True, logprob[0], entropy(logp)[0]
             sequence.append(int(token[0]))
