@@ -133,6 +133,7 @@ def _facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
     for word, name in (
         ("reward", "reward"),
         ("exact", "eval/exact"),
+        ("pass@1", "eval/pass@1"),
         ("entropy", "entropy"),
         ("tokens/s", "tokens_per_s"),
     ):
