@@ -97,11 +97,12 @@ def measure(lower: Lower) -> dict[str, float]:
     return {"peak": peak, **parts, "compile_seconds": round(time.monotonic() - start, 1)}
 
 
-def extended(lower: Callable[[int], Lower], sizes: tuple[int, int], layers: int) -> dict[str, float]:
+def extended(lower: Callable[[int], Lower], compiled: tuple[int, int], layers: int) -> dict[str, float]:
     """What a program of `layers` layers holds, from those of two smaller ones."""
-    few, more = (measure(lower(n)) for n in sizes)
-    low, high = sizes
-    return {name: round(more[name] + (more[name] - few[name]) / (high - low) * (layers - high)) for name in few}
+    few, more = (measure(lower(n)) for n in compiled)
+    low, high = compiled
+    sizes = few.keys() - {"compile_seconds"}
+    return {name: round(more[name] + (more[name] - few[name]) / (high - low) * (layers - high)) for name in sizes}
 
 
 def main() -> None:

@@ -121,7 +121,8 @@ def _embed(params: PyTree, tokens: Array, cfg: ModelConfig, layout: Layout) -> A
     x = jnp.take(params["embed"], tokens, axis=0).astype(cfg.compute)
     if cfg.scale_embedding:
         x = x * jnp.asarray(cfg.d_model**0.5, cfg.compute)
-    return layout.constrain(x, "rows", None, None)
+    # First as the table lies, then as rows: in training one all-to-all in the compute dtype, and one back for the gradient.
+    return layout.constrain(layout.constrain(x, "rows_beside_embed", None, "embed"), "rows", None, None)
 
 
 def _block(

@@ -16,6 +16,8 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 TRAIN: Rules = MappingProxyType(
     {
         "rows": ("data", "fsdp", "expert"),
+        # Of an array whose width is split over `embed` as well.
+        "rows_beside_embed": ("data", "expert"),
         "embed": "fsdp",
         "heads": "tensor",
         "mlp": "tensor",
@@ -24,7 +26,7 @@ TRAIN: Rules = MappingProxyType(
         "layers": None,
     }
 )
-DECODE: Rules = MappingProxyType({**TRAIN, "embed": None})
+DECODE: Rules = MappingProxyType({**TRAIN, "embed": None, "rows_beside_embed": TRAIN["rows"]})
 
 
 @dataclass(frozen=True)

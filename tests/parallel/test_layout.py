@@ -18,11 +18,13 @@ def test_sharding_by_hand():
     assert decode.sharding(("embed", "heads", None, None)).spec == PartitionSpec(None, "tensor", None, None)
     assert train.sharding(("vocab", "embed")).spec == PartitionSpec("tensor", "fsdp")
     assert train.sharding(("layers", "mlp")).spec == PartitionSpec(None, "tensor")
+    assert train.sharding(("rows_beside_embed", None, "embed")).spec == PartitionSpec(("data", "expert"), None, "fsdp")
+    assert decode.sharding(("rows_beside_embed", None, "embed")).spec == decode.sharding(("rows", None, "embed")).spec
     assert train.replicated.spec == PartitionSpec()
 
 
-def test_train_and_decode_differ_in_the_embedding_dim_alone():
-    assert {name for name in TRAIN if TRAIN[name] != DECODE[name]} == {"embed"}
+def test_train_and_decode_differ_in_the_embedding_dim_and_what_follows_from_it():
+    assert {name for name in TRAIN if TRAIN[name] != DECODE[name]} == {"embed", "rows_beside_embed"}
     assert TRAIN.keys() == DECODE.keys()
     with pytest.raises(TypeError):
         TRAIN["rows"] = None

@@ -166,7 +166,7 @@ def test_every_mistake_is_named_at_once():
         ("graders.7.options:", "soft: got 11, want 10 (the limit) at most"),
         ("graders.7.name:", 'got "again" again'),
         ("graders.8.options:", "letters: got 'abc', want capital letters"),
-        ("graders.9.options:", "missing a required argument: 'scale'"),
+        ("graders.9.options:", "argument: 'scale'"),
         ("graders.10.options:", "unexpected keyword argument 'sclae'"),
         ("graders.11.options:", '"bad_graders:WithOptions" takes (scale): missing a required argument'),
     ]
