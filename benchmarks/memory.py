@@ -8,7 +8,7 @@ is aliased, and `step_peak`, the most that a chip holds in a step, with the poli
 --shape  directory whose config.json says how large the model is: the config's own model may not be on this machine
 --chips  how many of the topology's chips (default: all); 1 stands for a single GPU, whose compiler is another
 --decode-layers  two numbers, as 2,4: `generate`, whose layers are unrolled and compile for minutes each, is compiled with so many
-         layers and extended to all by a straight line: more than it will be (21 % for Qwen3-1.7B, whose 28 layers were compiled too)
+         layers and extended to all by a straight line: more than it will be (by 21 % for Qwen3-1.7B, compiled both ways)
 """
 
 import argparse
