@@ -1,4 +1,4 @@
-"""`python -m benchmarks.memory CONFIG --shape DIR [--topology v5e:2x4]`: bytes a chip that a config's programs hold.
+"""`python -m benchmarks.memory CONFIG --shape DIR [--topology v5e:2x4] [--section.field value ...]`: bytes a chip of a config.
 
 `generate`, `publish` and `update` are compiled ahead of time from shapes alone, for a TPU topology with the real TPU compiler,
 which needs no TPU. Chips are all of the topology; the mesh, batch and lengths are those of the config; the longest prompt is taken
@@ -31,10 +31,11 @@ import numpy as np
 from jax.experimental import topologies
 
 from jaxrl_llm import config as run_config
+from jaxrl_llm.cli import read_config
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.hf.config import read_config
+from jaxrl_llm.model.hf.config import read_config as read_model_config
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
@@ -112,10 +113,10 @@ def main() -> None:
     parser.add_argument("--topology", default="v5e:2x4")
     parser.add_argument("--chips", type=int)
     parser.add_argument("--decode-layers", type=lambda text: tuple(map(int, text.split(","))))
-    args = parser.parse_args()
-    cfg = run_config.load(args.config)
+    args, overrides = parser.parse_known_args()
+    cfg = read_config(str(args.config), overrides)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices[: args.chips]
-    model = read_config(args.shape, cfg.model.compute)
+    model = read_model_config(args.shape, cfg.model.compute)
     if problems := run_config.problems(dataclasses.replace(cfg, model=model), len(devices), 1):
         parser.error("\n".join(problems))
     mesh = make_mesh(resolve(cfg.mesh, len(devices))[0], devices)
@@ -133,7 +134,7 @@ def main() -> None:
         found["generate"]["peak"] + state, found["publish"]["peak"] + 2 * state // 3, found["update"]["peak"] + policy
     )
     report = {
-        "config": args.config.name, "topology": args.topology, "chips": len(devices), "jax": jax.__version__,
+        "config": " ".join([args.config.name, *overrides]), "topology": args.topology, "chips": len(devices), "jax": jax.__version__,
         "date": datetime.date.today().isoformat(), "decode_layers": args.decode_layers or [model.layers],
         "parameters": model_params.count(model_params.specs(model)),
         "step_peak": step_peak, "train_state": state, "policy": policy, "programs": found,
