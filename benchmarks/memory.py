@@ -134,7 +134,8 @@ def main() -> None:
         found["generate"]["peak"] + state, found["publish"]["peak"] + 2 * state // 3, found["update"]["peak"] + policy
     )
     report = {
-        "config": " ".join([args.config.name, *overrides]), "topology": args.topology, "chips": len(devices), "jax": jax.__version__,
+        "config": " ".join([args.config.name, *overrides]), "topology": args.topology, "chips": len(devices),
+        "jax": jax.__version__,
         "date": datetime.date.today().isoformat(), "decode_layers": args.decode_layers or [model.layers],
         "parameters": model_params.count(model_params.specs(model)),
         "step_peak": step_peak, "train_state": state, "policy": policy, "programs": found,
