@@ -1,6 +1,8 @@
 """A model, tokenizer, data set and grader that are not ours: from a Hugging Face directory through training and back to one."""
 
 import json
+import os
+import shutil
 
 import jax
 import numpy as np
@@ -144,10 +146,16 @@ def test_a_tokenizer_larger_than_the_model(place, tmp_path, capsys):
     )
 
 
+def test_a_shard_that_was_cut_short(place, tmp_path, capsys):
+    cut = tmp_path / "cut"
+    shutil.copytree(place / "model", cut)
+    shard = cut / "model.safetensors"
+    os.truncate(shard, shard.stat().st_size - 100)
+    refused(place, tmp_path, capsys, "model.safetensors: got", model=cut)
+
+
 def test_a_chat_template_that_raises(place, tmp_path, capsys):
     broken = tmp_path / "broken"
-    broken.mkdir()
-    for path in (place / "model").iterdir():
-        (broken / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(place / "model", broken)
     save_tokenizer(broken, template="{{ raise_exception('no system turn, please') }}")
     refused(place, tmp_path, capsys, "no system turn, please", model=broken)
