@@ -20,7 +20,6 @@ from jaxrl_llm.metrics import MetricsConfig
 from jaxrl_llm.model.config import ModelConfig, PretrainedModel
 from jaxrl_llm.parallel.config import MeshConfig, divisors, resolve
 from jaxrl_llm.prompts.config import (
-    ARITHMETIC_ALPHABET,
     ArithmeticTask,
     CharacterTokenizer,
     PretrainedTokenizer,
@@ -75,7 +74,7 @@ class RunConfig:
     steps: Steps = 100
     """Steps of RL, after those of the warm start."""
     task: TaskConfig = field(default_factory=ArithmeticTask)
-    tokenizer: TokenizerConfig = field(default_factory=lambda: CharacterTokenizer(ARITHMETIC_ALPHABET))
+    tokenizer: TokenizerConfig = field(default_factory=CharacterTokenizer)
     """Left out: a pretrained model's own, with its chat template; else the characters of the arithmetic task."""
     model: Annotated[
         Annotated[ModelConfig, Tag("own")] | Annotated[PretrainedModel, Tag("pretrained")],

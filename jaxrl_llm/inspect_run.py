@@ -72,9 +72,9 @@ def evaluate_target(cfg: RunConfig, k: int) -> dict[str, Any]:
     """
     at_once = min(getattr(cfg.task, "held_out", 0) or EVALUATED_AT_ONCE, EVALUATED_AT_ONCE)
     run = build(_reshape(cfg, at_once, k))
-    if not isinstance(cfg.model, PretrainedModel) and not (Path(cfg.run_dir) / "checkpoints").is_dir():
-        raise CheckpointError(f"{cfg.run_dir}: got no checkpoint, want a run directory that holds one")
     source = open_source(run)
+    if not source.step and not isinstance(cfg.model, PretrainedModel):
+        raise CheckpointError(f"{cfg.run_dir}: got no checkpoint, want a run directory that holds one")
     found = {"model": source.name, "step": source.step, "k": k, "temperature": cfg.rollout.temperature}
     if source.params is not None and run.task.has_targets:
         found["exact"] = float(np.mean(probabilities(run, source.params, run.task.held_out)))
@@ -94,7 +94,7 @@ def _plain(estimate: Estimate) -> dict[str, float | None]:
 
 def export_run(cfg: RunConfig, out: Path, dtype: str | None) -> Path:
     """Write the run's newest checkpoint as a Hugging Face directory. Returns it."""
-    run = build(_reshape(cfg, 1, 2))
+    run = build(_reshape(cfg, 1, 1))
     life = restore(run)
     if life is None:
         raise CheckpointError(f"{cfg.run_dir}: got no checkpoint, want a run directory that holds one")
@@ -108,7 +108,7 @@ def export_run(cfg: RunConfig, out: Path, dtype: str | None) -> Path:
 
 def sample_prompt(cfg: RunConfig, text: str | None, n: int) -> None:
     """Print `n` responses to one prompt: tokens with log-prob and entropy, and the reward where the answer is known."""
-    run = build(_reshape(cfg, 1, max(n, 2)))
+    run = build(_reshape(cfg, 1, n))
     source = open_source(run)
     row = _find(run, text)
     prompts = make_prompts(run.task, (row,), np.zeros(run.cfg.rollout.prompts, int), np.arange(run.cfg.rollout.prompts))

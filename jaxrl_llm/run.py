@@ -279,7 +279,9 @@ def grade(run: Run, pool: GraderPool, rows: tuple[Row, ...], rollouts: Rollouts)
         for p, index in list(enumerate(rollouts.prompts.row))[part]:
             groups.append([sample_of(rows[index], b) for b in range(p * group_size, (p + 1) * group_size)])
         graded = pool.grade(groups)
-        vote = [[zlib.crc32(answer.encode()) >> 1 if answer else 0 for answer in group] for group in graded.votes]
+        vote = [
+            [(zlib.crc32(answer.encode()) >> 1 or 1) if answer else 0 for answer in group] for group in graded.votes
+        ]
         return (
             graded.reward, graded.parts.swapaxes(0, 1), graded.failure, graded.failed_by,
             np.array(vote, np.int32).reshape(graded.reward.shape),

@@ -118,6 +118,21 @@ def test_evaluating_in_between_changes_nothing(trained, place, tmp_path):
     assert all("eval/maj@4" in row for row in a) and not any("eval/maj@4" in row for row in b[:3])
 
 
+@pytest.mark.slow
+def test_a_model_is_evaluated_on_a_task_by_name(place, capsys):
+    limits = ["--rollout.max-new-tokens", "4", "--task.held-out", "8", "--model.compute", "float32"]
+    assert cli.main(["eval", str(place / "model"), "--task", "reasoning_gym:chain_sum", "-k", "1", *limits]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["avg@1"] == found["pass@1"] == found["maj@1"] and found["avg@1"]["n"] == 8 and found["step"] == 0
+
+
+def test_a_run_without_a_checkpoint_is_not_evaluated(tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text("model: {layers: 1, d_model: 16, heads: 2, d_mlp: 16}\n")
+    assert cli.main(["eval", str(tmp_path), "-k", "1"]) == 3
+    assert "got no checkpoint" in capsys.readouterr().err
+
+
 BAD = {
     "a path that is not there": ({"model": "/nowhere/at/all"}, "/nowhere/at/all: got a path that does not exist"),
     "no config.json": ({"model": "{place}"}, "got a directory without config.json"),
