@@ -10,7 +10,7 @@ from jaxrl_llm.model.hf.config import ACTIVATIONS
 from jaxrl_llm.model.hf.families import FAMILIES, Family
 
 
-def write_config(cfg: ModelConfig, dtype: str, length: int, eos: tuple[int, ...] = ()) -> dict[str, Any]:
+def write_config(cfg: ModelConfig, dtype: str, length: int) -> dict[str, Any]:
     """The config.json of the family that `cfg` is, in the form that transformers 4 and 5 both read.
 
     `dtype` is that of the tensors, `length` becomes max_position_embeddings. Raises UserError where `cfg` is no family, with the
@@ -38,7 +38,7 @@ def write_config(cfg: ModelConfig, dtype: str, length: int, eos: tuple[int, ...]
         "rope_scaling": _write_scaling(cfg.rope_scaling),
         "max_position_embeddings": length,
         "tie_word_embeddings": cfg.tied_head,
-        "eos_token_id": list(eos) or None,
+        "eos_token_id": None,
         "bos_token_id": None,
         "pad_token_id": None,
         "hidden_activation" if family.gemma else "hidden_act": {v: k for k, v in ACTIVATIONS.items()}[cfg.activation],
