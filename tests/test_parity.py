@@ -106,7 +106,9 @@ def check_prefill_and_decode(cfg, trained=None):
     cache, suffix = prefill(policy.params, prompts.tokens, length, 7, cfg, dec), empty_suffix(cfg, P, C, dec)
     fed = prompts.tokens[np.arange(P), prompts.length - 1]
     for t in range(C):
-        got, suffix = decode(policy.params, fed, Place(np.int32(t), length, np.full(P, t, np.int32)), cache, suffix, cfg, dec)
+        got, suffix = decode(
+            policy.params, fed, Place(np.int32(t), length, np.full(P, t, np.int32)), cache, suffix, cfg, dec
+        )
         fed = text[:, t]
         np.testing.assert_allclose(got, want[np.arange(P), prompts.length - 1 + t], atol=2e-4)
     return cache, suffix

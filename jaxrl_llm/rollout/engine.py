@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
@@ -138,20 +139,20 @@ class Engine:
         """All programs that calls of so many prompts can come to need."""
         sizes, several = self.sizes, self.cfg.max_new_tokens > self.shape.steps
         flight = smallest(sizes.prompts, min(prompts, sizes.prompts[0]))
-        waits = prompts > flight
         fewer = [n for n in sizes.prompts if n <= flight]
-        flights = fewer if several and self.cfg.engine.compact else [flight]
-        units = [sizes.units(n) for n in flights]
-        found: list[Name] = [("prefill", n, s) for n in (fewer if waits else [flight]) for s in sizes.prompt_slots]
+        # In one segment all rows end together: places come free all at once.
+        admitted = (
+            fewer if several and prompts > flight else {flight, smallest(sizes.prompts, prompts % flight or flight)}
+        )
+        units = [sizes.units(n) for n in (fewer if several and self.cfg.engine.compact else [flight])]
+        found: list[Name] = [("prefill", n, s) for n in admitted for s in sizes.prompt_slots]
+        found += [("spread", n, units[0]) for n in admitted if sizes.units(n) != units[0] or sizes.units_of_prompt > 1]
+        if several and prompts > flight:
+            found += [("insert", units[0], n) for n in admitted]
         found.append(("blank", units[0], sizes.windows[0]))
-        if sizes.units_of_prompt > 1:
-            found.append(("spread", flight, units[0]))
-        if waits:
-            found += [("insert", units[0], n) for n in fewer]
-        for i, window in enumerate(sizes.windows):
-            found += [("segment", u, window) for u in units]
-            found += [("grow", u, window, wider) for u in units for wider in sizes.windows[i + 1 :]]
-            found += [("take", u, v, window) for u in units for v in units if v < u]
+        found += [("segment", u, w) for u in units for w in sizes.windows]
+        found += [("grow", u, w, wider) for u in units for w, wider in pairwise(sizes.windows)]
+        found += [("take", u, v, w) for u in units for v in units if v < u for w in sizes.windows]
         return found
 
     def warm(self, policy: Policy, prompts: int | None = None) -> None:
@@ -249,10 +250,12 @@ class Generation:
         """Each unit's prompt cache: of a new flight, or in the places of units that are gone."""
         sizes = self.engine.sizes
         num = smallest(sizes.prompts, read * sizes.shards)
-        if self.prompt is None:
-            whole = self.flight == num and sizes.units_of_prompt == 1
-            self.prompt = new if whole else self._program("spread", num, self.flight)(new, self._put(source))
+        if self.suffix is None:
             self.suffix = self._program("blank", self.flight, self.window)()
+        if len(places) == (self.row >= 0).sum():
+            # Nobody else is in flight.
+            whole = self.flight == num and (source == np.arange(self.flight) % (num // sizes.shards))[places].all()
+            self.prompt = new if whole else self._program("spread", num, self.flight)(new, self._put(source))
             return
         local = self.flight // sizes.shards
         where = np.full(self.flight, local, np.int32)
