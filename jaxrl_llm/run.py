@@ -24,7 +24,7 @@ from jaxrl_llm.model.hf.load import load
 from jaxrl_llm.model.hf.source import resolve as resolve_model
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
-from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
+from jaxrl_llm.parallel.layout import TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.prompts.stream import Order, make_order
 from jaxrl_llm.prompts.task import Task, load_task
@@ -124,7 +124,8 @@ def build(cfg: RunConfig) -> Run:
     if found := problems(dataclasses.replace(cfg, model=model), task):
         raise UserError("\n".join(found))
     mesh = make_mesh(resolve(cfg.mesh, jax.device_count())[0])
-    train, decode = Layout(mesh, TRAIN), Layout(mesh, DECODE)
+    train = Layout(mesh, TRAIN)
+    decode = train.for_decode(cfg.rollout.engine.layout)
     vocab = Vocabulary(size=task.num_tokens, pad=task.pad, eos=task.eos)
     specs = model_params.specs(model)
 
@@ -163,7 +164,7 @@ def read_model(cfg: RunConfig) -> ModelConfig:
 
 def problems(cfg: RunConfig, task: Task) -> list[str]:
     """What does not fit between config, devices and task, in words."""
-    found = run_config.problems(cfg, jax.device_count(), jax.process_count()) + grader_problems(cfg.reward)
+    found = run_config.problems(cfg, jax.device_count()) + grader_problems(cfg.reward)
     if cfg.model.vocab_size < task.num_tokens:
         found.append(f"model.vocab_size: got {cfg.model.vocab_size}, want at least the tokenizer's {task.num_tokens}")
     if cfg.rollout.max_new_tokens < task.target_slots:

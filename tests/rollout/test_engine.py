@@ -9,6 +9,7 @@ import pytest
 from setups import FAMILIES, SMALL, engine, layouts, make_params, make_policy, make_prompts
 
 from jaxrl_llm.metrics import CompileCounter
+from jaxrl_llm.parallel.config import MeshConfig
 from jaxrl_llm.rollout.config import EngineConfig
 from jaxrl_llm.rollout.engine import Engine, Sizes, doubled
 from jaxrl_llm.rollout.sample import Vocabulary
@@ -70,6 +71,16 @@ def test_nor_on_another_mesh():
     """Each shard admits, drops and reads its own."""
     form = dataclasses.replace(FORMS["refill, pairs"], in_flight=4)
     same(run(form, sizes=(2, 2, 2))[0], run(WHOLE)[0])
+
+
+@pytest.mark.parametrize("choice", ["wide", MeshConfig(data=1, fsdp=2, tensor=4)], ids=["wide", "own axes"])
+def test_nor_where_the_policy_lies_otherwise(choice):
+    """Published from FSDP 2 x 2 x 2 in one jit, to one tensor shard a pair of devices, or to a mesh of other axes."""
+    train = layouts((2, 2, 2))[0]
+    decode = train.for_decode(choice)
+    policy = make_policy(ONE_LAYER, make_params(ONE_LAYER, train), train, decode)
+    made = Engine(of(WHOLE).cfg, 7, VOCAB, ONE_LAYER, decode)
+    same(made.generate(policy, make_prompts(P), KEY), run(WHOLE)[0])
 
 
 def test_nor_where_layers_slide_and_rings_are_shorter_than_the_window():
