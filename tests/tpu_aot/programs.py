@@ -17,8 +17,10 @@ from jaxrl_llm.model.experts import mixture
 from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.publish import make_publish
-from jaxrl_llm.rollout.decode import Vocabulary, make_generate
-from jaxrl_llm.types import Batch, Policy, Prompts, TrainState
+from jaxrl_llm.rollout.decode import Shape
+from jaxrl_llm.rollout.programs import Programs
+from jaxrl_llm.rollout.sample import Vocabulary
+from jaxrl_llm.types import Batch, Policy, TrainState
 from jaxrl_llm.update.config import ClippedLoss, OptimizerConfig
 from jaxrl_llm.update.step import make_optimizer, make_update, state_shardings
 
@@ -31,6 +33,7 @@ ONE_BILLION = ModelConfig(
 DECODE_LAYERS = int(os.environ.get("AOT_DECODE_LAYERS", "4"))
 MESH = (1, 4, 4)
 P, S, G, C = 32, 512, 8, 256
+SEGMENT = Shape(steps=128, interval=8, support=0, raw_logprobs=False)
 ROWS, SLOTS, PARTS = 64, 1024, 4
 # Narrow, to compile in seconds. Layers of both kinds.
 SLIDING = dataclasses.replace(ONE_BILLION, vocab_size=4096, d_mlp=2048, layers=2, sliding=(True, False), window=64)
@@ -92,13 +95,13 @@ def abstract_policy(cfg: ModelConfig, decode: Layout) -> Policy:
     return Policy(model_params.abstract(specs, decode, cfg.compute), array(decode, (), jnp.int32))
 
 
-def lower_generate(cfg: ModelConfig, decode: Layout) -> jax.stages.Lowered:
-    numbers = [array(decode, (P,), jnp.int32, "rows") for _ in range(3)]
-    prompts = Prompts(array(decode, (P, S), jnp.int32, "rows", None), *numbers)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=decode.replicated)
-    generate = make_generate(G, C, Vocabulary(size=cfg.vocab_size, pad=0, eos=(1,)), cfg, decode)
-    return generate.lower(abstract_policy(cfg, decode), prompts, key, array(decode, (P,), jnp.float32, "rows"))
+def lower_rollout(
+    cfg: ModelConfig, decode: Layout, *name: str | int, shape: Shape = SEGMENT, samples: int = G
+) -> jax.stages.Lowered:
+    """One of the engine's programs, by the name that `Programs` knows it under."""
+    vocab = Vocabulary(size=cfg.vocab_size, pad=0, eos=(1,))
+    programs = Programs(shape, samples, S, vocab, cfg, decode)
+    return programs.lower(abstract_policy(cfg, decode).params, *name)
 
 
 def lower_publish(cfg: ModelConfig, train: Layout, decode: Layout) -> jax.stages.Lowered:
