@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from functools import cached_property
 
-import hlo
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from hlo import ArrayShape, Instruction, collectives
+from jaxrl_llm.parallel.hlo import ArrayShape, Instruction, collectives
 from programs import (
     EXPERT_MESH,
     MESH,
