@@ -5,9 +5,7 @@ every row has ended. What was drawn, its log-probability under the distribution 
 entropy and the policy's version are written down as they happen.
 """
 
-import operator
 from collections.abc import Callable
-from functools import reduce
 
 import flax.struct
 import jax
@@ -15,10 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.distribution import entropy, process_logits
 from jaxrl_llm.model.transformer import PromptCache, SuffixCache, decode, prefill
 from jaxrl_llm.parallel.layout import Layout
-from jaxrl_llm.rollout.sample import draw, row_keys
+from jaxrl_llm.rollout.sample import Controls, Vocabulary, distribution, draw_from, row_keys
 from jaxrl_llm.types import Finish, Policy, Prompts, Rollouts
 
 
@@ -37,18 +34,6 @@ class DecodeState(flax.struct.PyTreeNode):
     sampled: Bool[Array, "B C"]
     logprobs: Float[Array, "B C"]
     entropy: Float[Array, "B C"]
-
-
-class Vocabulary(flax.struct.PyTreeNode):
-    """What decoding must know of the tokenizer; static."""
-
-    size: int = flax.struct.field(pytree_node=False)
-    pad: int = flax.struct.field(pytree_node=False)
-    eos: tuple[int, ...] = flax.struct.field(pytree_node=False)
-    """A row ends at any of them."""
-
-    def ends(self, token: Int[Array, "*rows"]) -> Bool[Array, "*rows"]:
-        return reduce(operator.or_, (token == eos for eos in self.eos))
 
 
 Generate = Callable[[Policy, Prompts, Key[Array, ""], Float[Array, " P"]], Rollouts]
@@ -87,8 +72,11 @@ def step(
     """
     raw, cache = decode(params, state.last, state.slot, prompt, state.cache, cfg, layout)
     with jax.named_scope("draw"):
-        logp = _distribution(raw, temperature, state.live, vocab.size)
-        token, logprob = draw(keys, state.slot, logp)
+        slot = jnp.broadcast_to(state.slot, temperature.shape)
+        ones = jnp.ones_like(temperature)
+        controls = Controls(temperature, top_p=ones, top_k=0 * slot, min_p=0 * ones, min_new_tokens=0 * slot)
+        of = distribution(slot, raw, controls, state.live, vocab, support=0)
+        token, logprob, entropy, *_ = draw_from(keys, slot, of, raw_logprobs=False)
     live = ~state.done
     done = state.done | vocab.ends(token)
 
@@ -106,25 +94,8 @@ def step(
         tokens=write(state.tokens, token, vocab.pad),
         sampled=write(state.sampled, live, False),
         logprobs=write(state.logprobs, logprob, 0.0),
-        entropy=write(state.entropy, entropy(logp), 0.0),
-    ), logp
-
-
-def _distribution(raw: Array, temperature: Array, live: Array, num_tokens: int) -> Float[Array, "B V"]:
-    """`process_logits` as one array that all its readers share, so that the log-prob stored is the one drawn from, to the bit.
-
-    XLA:CPU would compute it anew inside the gather that stores one, and round it otherwise there (7e-7 nats); what a conditional
-    gives it keeps. On a TPU a conditional in the loop makes the compiler move caches, so only the CPU gets one.
-    """
-
-    def kept(raw: Array, temperature: Array) -> Array:
-        blank = lambda: jnp.zeros(raw.shape, jnp.float32)  # noqa: E731
-        return jax.lax.cond(live, lambda: process_logits(raw, temperature, num_tokens), blank)
-
-    def plain(raw: Array, temperature: Array) -> Array:
-        return process_logits(raw, temperature, num_tokens)
-
-    return jax.lax.platform_dependent(raw, temperature, cpu=kept, default=plain)
+        entropy=write(state.entropy, entropy, 0.0),
+    ), of.logp
 
 
 def finished(prompts: Prompts, state: DecodeState, temperature: Array, version: Array, vocab: Vocabulary) -> Rollouts:
