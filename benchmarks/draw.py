@@ -40,7 +40,11 @@ VARIANTS = {
 def controls(rows: int, top_p: float, top_k: int, min_p: float) -> Controls:
     full = lambda value, dtype: jnp.full(rows, value, dtype)  # noqa: E731
     return Controls(
-        full(1.0, jnp.float32), full(top_p, jnp.float32), full(top_k, jnp.int32), full(min_p, jnp.float32), full(0, jnp.int32)
+        full(1.0, jnp.float32),
+        full(top_p, jnp.float32),
+        full(top_k, jnp.int32),
+        full(min_p, jnp.float32),
+        full(0, jnp.int32),
     )
 
 
@@ -95,7 +99,11 @@ def main() -> None:
             print(f"{rows} rows, {name}: {1e3 * seconds:.2f} ms, {seconds / plain:.2f} of plain{beside}")
     if args.out:
         with open(args.out, "w") as file:
-            json.dump({"machine": found, "vocab": args.vocab, "turns": TURNS, "draw_s": result, "step_s": step}, file, indent=1)
+            json.dump(
+                {"machine": found, "vocab": args.vocab, "turns": TURNS, "draw_s": result, "step_s": step},
+                file,
+                indent=1,
+            )
 
 
 if __name__ == "__main__":

@@ -21,18 +21,12 @@ CHUNK = 128
 
 
 def drawable(
-    x: Float[Array, "*rows V"], num_tokens: int, ends: tuple[int, ...] = (), barred: Bool[Array, "*rows"] | None = None
-) -> Float[Array, "*rows V"]:
-    """Logits in f32, -inf where nothing may be drawn: entries from `num_tokens` on (padding of the vocabulary), and the end
-    tokens `ends` of rows in `barred`."""
-    x = x.astype(jnp.float32)
-    token = jnp.arange(x.shape[-1])
-    if num_tokens < x.shape[-1]:
-        x = jnp.where(token < num_tokens, x, -jnp.inf)
-    if barred is not None:
-        end = reduce(operator.or_, (token == end for end in ends), jnp.zeros(token.shape, bool))
-        x = jnp.where(barred[..., None] & end, -jnp.inf, x)
-    return x
+    token: Int[Array, "*rows n"], num_tokens: int, ends: tuple[int, ...], barred: Bool[Array, "*rows n"]
+) -> Bool[Array, "*rows n"]:
+    """False for padding of the vocabulary, entries from `num_tokens` on, and for the end tokens `ends` where `barred`.
+
+    The arguments broadcast against each other."""
+    return (token < num_tokens) & ~(barred & reduce(operator.or_, (token == end for end in ends), False))
 
 
 def tempered(
@@ -57,7 +51,10 @@ def process_logits(
 
     At temperature 0 it is the limit: uniform over the tokens of the largest logit, -inf elsewhere. No gradient flows there.
     """
-    x = drawable(x, num_tokens, ends, barred)
+    x = x.astype(jnp.float32)
+    if num_tokens < x.shape[-1] or barred is not None:
+        barred = jnp.zeros(x.shape[:-1], bool) if barred is None else barred
+        x = jnp.where(drawable(jnp.arange(x.shape[-1]), num_tokens, ends, barred[..., None]), x, -jnp.inf)
     x = tempered(x, jax.lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True)), temperature)
     return x - jnp.log(jnp.sum(jnp.exp(x), axis=-1, keepdims=True))
 

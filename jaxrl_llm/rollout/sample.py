@@ -5,7 +5,7 @@ them under the inverse, and sums over another mesh are such noise.
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import NamedTuple
 
@@ -22,6 +22,10 @@ BLOCKS = 128
 # The same for the search for the likeliest tokens: a part is split into lanes, lane l of it holds its tokens l, l + LANES, ...
 # Neighbouring lanes lie next to each other in memory, so that their maxima are found together.
 PARTS, LANES = 64, 64
+
+
+May = Callable[[Array], Array]
+"""Which ids, i32[B *n] or i32[1 *n] for all rows alike, a row may draw: bool[B *n]. The id -1 never."""
 
 
 class Vocabulary(flax.struct.PyTreeNode):
@@ -128,8 +132,11 @@ def distribution(
     def plain(x: Array) -> Plain:
         return Plain(process_logits(x, controls.temperature, vocab.size, vocab.eos, barred))
 
+    def may(token: Array) -> Array:
+        return (token >= 0) & drawable(token, vocab.size, vocab.eos, barred[(..., *(None,) * (token.ndim - 1))])
+
     def truncated(x: Array) -> Truncated:
-        return truncate(drawable(x, vocab.size, vocab.eos, barred), controls, support)
+        return truncate(x, may, controls, support)
 
     return _shared(truncated if support else plain, raw_logits, live)
 
@@ -140,7 +147,7 @@ def draw_from(keys: Key[Array, " B"], slot: Int[Array, " B"], of: Plain | Trunca
         rank = _rank(keys, of)[:, None]
         token, logprob, raw = (jnp.take_along_axis(x, rank, axis=-1)[:, 0] for x in (of.ids, of.logp, of.raw))
         return Drawn(token, logprob, entropy(of.logp), raw if raw_logprobs else None, of.ids, of.overflow)
-    token = _token(keys, of.logp)
+    token = _two_level(keys, of.logp)
     logprob = jnp.take_along_axis(of.logp, token[:, None], axis=-1)[:, 0]
     return Drawn(token, logprob, entropy(of.logp), logprob if raw_logprobs else None, None, None)
 
@@ -159,7 +166,7 @@ def _shared(make: Callable, raw: Float[Array, "B V"], live: Bool[Array, ""]):
     return jax.lax.platform_dependent(raw, cpu=kept, default=make)
 
 
-def _token(keys: Key[Array, " B"], logp: Float[Array, "B V"]) -> Int[Array, " B"]:
+def _two_level(keys: Key[Array, " B"], logp: Float[Array, "B V"]) -> Int[Array, " B"]:
     """A block of the vocabulary by its total mass, then a token inside it: exact, and noise for BLOCKS + V / BLOCKS entries
     instead of V."""
     rows, vocab = logp.shape
@@ -185,59 +192,89 @@ def _gumbel(keys: Key[Array, " B"], num: int) -> Float[Array, "B num"]:
     return jax.vmap(lambda key: jax.random.gumbel(key, (num,)))(keys)
 
 
-def truncate(x: Float[Array, "B V"], controls: Controls, support: int) -> Truncated:
-    """What the controls keep of drawable logits, at most `support` tokens. One pass finds maxima, one the mass; nothing is sorted.
+def truncate(x: Float[Array, "B V"], may: May, controls: Controls, support: int) -> Truncated:
+    """What the controls keep of the tokens that may be drawn, at most `support` of them; no sort of the vocabulary.
 
     Of equal logits the one that is earlier in the order of `likeliest` goes first: top-k keeps exactly k, and top-p stops as soon
-    as it has its mass.
+    as it has its mass. A row with a logit that is not a number keeps nothing, and its log-probs are NaN.
     """
+    x = x.astype(jnp.float32)
     # One more than may be kept: would the controls have kept it too?
-    values, ids = likeliest(x, support + 1)
-    z = tempered(values, values[:, :1], controls.temperature)
-    total = jnp.sum(jnp.exp(tempered(x, values[:, :1], controls.temperature)), axis=-1, keepdims=True)
-    mass, rank = jnp.exp(z), jnp.arange(support + 1)
-    before = jnp.cumsum(mass, axis=-1) - mass
+    values, ids = likeliest(x, may, support + 1)
+    largest, rank = jnp.max(values, axis=-1, keepdims=True), jnp.arange(support + 1)
+    z, total = tempered(values, largest, controls.temperature), mass(x, may, largest, controls.temperature)
     top_p, top_k, min_p = (c[:, None] for c in (controls.top_p, controls.top_k, controls.min_p))
-    in_k = (top_k == 0) | (top_k > support) | (rank < top_k)
-    of_k = jnp.where(
-        (top_k == 0) | (top_k > support), total, jnp.sum(jnp.where(in_k, mass, 0.0), axis=-1, keepdims=True)
-    )
-    in_p = (top_p >= 1) | (before < top_p * of_k)
-    keep = (values > -jnp.inf) & in_k & in_p & (z >= jnp.log(min_p))
+    unbounded = (top_k == 0) | (top_k > support)
+    in_k = unbounded | (rank < top_k)
+    share = jnp.where(in_k, jnp.exp(z), 0.0)
+    of_k = jnp.where(unbounded, total, jnp.sum(share, axis=-1, keepdims=True))
+    in_p = (top_p >= 1) | (jnp.cumsum(share, axis=-1) - share < top_p * of_k)
+    keep = jnp.isfinite(total) & (values > -jnp.inf) & in_k & in_p & (z >= jnp.log(min_p))
     # By their number: sums of f32 need not grow from rank to rank, and what is kept must be the likeliest.
     keep = rank < jnp.sum(keep, axis=-1, keepdims=True)
-    kept = keep[:, :support]
+    # The last is cut off at the end: XLA:CPU finds a top-k only where all of it is read, and else sorts.
+    first = lambda x: x[:, :support]  # noqa: E731
+    kept = first(jnp.where(keep, values, -jnp.inf))
     return Truncated(
-        ids=jnp.where(kept, ids[:, :support], -1),
-        logp=process_logits(jnp.where(kept, values[:, :support], -jnp.inf), controls.temperature, support),
-        raw=(z - jnp.log(total))[:, :support],
-        overflow=keep[:, support],
+        ids=first(jnp.where(keep, ids, -1)),
+        logp=process_logits(kept, controls.temperature, support),
+        raw=first(z - jnp.log(total)),
+        overflow=jnp.any(keep & (rank == support), axis=-1),
     )
 
 
-def likeliest(x: Float[Array, "B V"], count: int) -> tuple[Float[Array, "B count"], Int[Array, "B count"]]:
-    """The `count` largest logits, largest first, and their ids; -inf, -1 behind the vocabulary's last. Exact, never a full sort.
+def likeliest(x: Float[Array, "B V"], may: May, count: int) -> tuple[Float[Array, "B count"], Int[Array, "B count"]]:
+    """The `count` largest logits that may be drawn, largest first, and their ids; -inf, -1 where there are fewer. Exact.
 
-    Each of them lies in one of the `count` lanes with the largest maxima, so only those lanes are searched. Equal logits stand in
-    the order of (part, lane, place in the lane), in a vocabulary too small for lanes in that of ids; lanes with equal maxima
-    likewise, so that the order is exact too.
+    Each lies in one of the `count` lanes with the largest maxima, so only those lanes are searched. Equal logits stand in the order
+    of (part, lane, place in the lane), in a vocabulary too small for lanes in that of ids; lanes with equal maxima likewise,
+    so that this order is exact too.
     """
     rows, vocab = x.shape
-    if vocab <= 2 * PARTS * LANES or count >= PARTS * LANES:
-        values, ids = jax.lax.top_k(x, min(count, vocab))
+    if _is_small(vocab, count):
+        values, ids = jax.lax.top_k(jnp.where(may(jnp.arange(vocab)[None]), x, -jnp.inf), min(count, vocab))
         fill = ((0, 0), (0, count - ids.shape[1]))
-        return jnp.pad(values, fill, constant_values=-jnp.inf), jnp.pad(ids, fill, constant_values=-1)
-    parts = jnp.pad(x, ((0, 0), (0, -vocab % PARTS)), constant_values=-jnp.inf).reshape(rows, PARTS, -1)
+        values, ids = jnp.pad(values, fill, constant_values=-jnp.inf), jnp.pad(ids, fill)
+    else:
+        maxima = reduce(jnp.maximum, (jnp.where(may(token[None]), part, -jnp.inf) for part, token in _lanes(x)))
+        lane = jnp.sort(jax.lax.top_k(maxima.reshape(rows, -1), count)[1], axis=-1)[..., None]
+        size = -(-vocab // PARTS)
+        ids = _token(lane // LANES, lane % LANES, jnp.arange(-(-size // LANES)), size, vocab).reshape(rows, -1)
+        found = jnp.take_along_axis(x, jnp.maximum(ids, 0), axis=-1)
+        values, place = jax.lax.top_k(jnp.where(may(ids), found, -jnp.inf), count)
+        ids = jnp.take_along_axis(ids, place, axis=-1)
+    return values, jnp.where(values > -jnp.inf, ids, -1)
+
+
+def mass(
+    x: Float[Array, "B V"], may: May, largest: Float[Array, "B 1"], temperature: Float[Array, " B"]
+) -> Float[Array, "B 1"]:
+    """Sum of exp((x - largest) / temperature) over the tokens that may be drawn."""
+    if _is_small(x.shape[1], 1):
+        parts = [(x, jnp.arange(x.shape[1]))]
+    else:
+        parts = [(part.reshape(len(x), -1), token.reshape(-1)) for part, token in _lanes(x)]
+    sums = (jnp.where(may(token[None]), jnp.exp(tempered(part, largest, temperature)), 0.0) for part, token in parts)
+    return jnp.sum(reduce(jnp.add, sums), axis=-1, keepdims=True)
+
+
+def _is_small(vocab: int, count: int) -> bool:
+    return vocab <= 2 * PARTS * LANES or count >= PARTS * LANES
+
+
+def _lanes(x: Float[Array, "B V"]) -> Iterator[tuple[Float[Array, "B parts lanes"], Int[Array, "parts lanes"]]]:
+    """The logits at each place of every lane, with their ids. Slices: XLA:CPU reduces them together in one vectorised pass over
+    memory, where a reduction over a strided axis takes five times as long."""
+    parts = jnp.pad(x, ((0, 0), (0, -x.shape[1] % PARTS))).reshape(len(x), PARTS, -1)
     size = parts.shape[2]
-    places, left = divmod(size, LANES)
-    # An elementwise maximum of slices: a reduction over a strided axis is five times slower on CPU.
-    maxima = reduce(jnp.maximum, (parts[..., i * LANES : (i + 1) * LANES] for i in range(places)))
-    last = jnp.maximum(maxima[..., :left], parts[..., places * LANES :])
-    maxima = jnp.concatenate([last, maxima[..., left:]], axis=-1).reshape(rows, -1)
-    lane = jnp.sort(jax.lax.top_k(maxima, count)[1], axis=-1)[..., None]
-    inside = jnp.arange(places + (left > 0)) * LANES + lane % LANES
-    ids = (lane // LANES * size + inside).reshape(rows, -1)
-    real = (inside < size).reshape(rows, -1) & (ids < vocab)
-    found = jnp.take_along_axis(x, jnp.minimum(ids, vocab - 1), axis=-1)
-    values, place = jax.lax.top_k(jnp.where(real, found, -jnp.inf), count)
-    return values, jnp.take_along_axis(ids, place, axis=-1)
+    for place in range(-(-size // LANES)):
+        start = min(place * LANES, size - LANES)
+        token = _token(jnp.arange(PARTS)[:, None], jnp.arange(LANES), place, size, x.shape[1])
+        yield parts[..., start : start + LANES], token
+
+
+def _token(part: Array, lane: Array, place: Array | int, size: int, vocab: int) -> Array:
+    """The id at a place of a lane; -1 where there is none. The last slice of a part lies over the one before, where it is short."""
+    at = jnp.minimum(place * LANES, size - LANES) + lane
+    token = part * size + at
+    return jnp.where((at >= place * LANES) & (token < vocab), token, -1)

@@ -9,11 +9,19 @@ from scipy import stats
 from jaxrl_llm.model.distribution import process_logits
 from jaxrl_llm.model.linear import contract
 from jaxrl_llm.rollout import sample
+from jaxrl_llm.rollout.sample import Plain
 
 DRAWS, CHUNK = 200_000, 10_000
 KEY = jax.random.key(5)
 TEMPERATURES = (0.0, 0.6, 1.0, 1.5)
-drawn = jax.jit(lambda keys, position, logp: sample.draw(keys, position, logp))
+
+
+def draw(keys, slot, logp):
+    slot = jnp.broadcast_to(slot, keys.shape)
+    return sample.draw_from(keys, slot, Plain(logp), raw_logprobs=False)[:2]
+
+
+drawn = jax.jit(draw)
 
 
 def logits_of(dtype: str, rows: int, vocab: int) -> jax.Array:
@@ -25,24 +33,24 @@ def logits_of(dtype: str, rows: int, vocab: int) -> jax.Array:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "draw, vocab, num_tokens",
+    "drawing, vocab, num_tokens",
     [
         (drawn, 16, 16),
         (drawn, 17, 13),
         (drawn, 300, 211),
         (drawn, 1000, 997),
-        (sample.draw, 300, 211),
+        (draw, 300, 211),
     ],
     ids=["jit-16-16", "jit-17-13", "jit-300-211", "jit-1000-997", "no jit-300-211"],
 )
-def test_the_stored_logprob_is_the_distributions_to_the_bit(draw, dtype, vocab, num_tokens):
+def test_the_stored_logprob_is_the_distributions_to_the_bit(drawing, dtype, vocab, num_tokens):
     """`test_decode` asks the same of the whole step in one program."""
     rows = 96
     keys = sample.row_keys(KEY, jnp.arange(rows), 1)
     temperature = jnp.asarray(np.resize(TEMPERATURES, rows), jnp.float32)
     for logits in (logits_of(dtype, rows, vocab), logits_of(dtype, rows, vocab).astype(dtype)):
         logp = process_logits(logits, temperature, num_tokens)
-        token, stored = draw(keys, jnp.int32(4), logp)
+        token, stored = drawing(keys, jnp.int32(4), logp)
         gathered = np.take_along_axis(np.asarray(logp), np.asarray(token)[:, None], axis=1)[:, 0]
         assert logp.dtype == stored.dtype == jnp.float32 and token.dtype == jnp.int32
         np.testing.assert_array_equal(np.asarray(stored).view(np.uint32), gathered.view(np.uint32))
@@ -60,7 +68,7 @@ def counts_of(logp: np.ndarray) -> np.ndarray:
     """How often each token comes in DRAWS draws, each with a key of its own."""
     rows = jnp.broadcast_to(jnp.asarray(logp), (CHUNK, len(logp)))
     # A new function each time, so that a patched `sample` is traced anew.
-    many = jax.jit(lambda uid, rows: sample.draw(sample.row_keys(KEY, uid, 1), jnp.int32(0), rows)[0])
+    many = jax.jit(lambda uid, rows: draw(sample.row_keys(KEY, uid, 1), jnp.int32(0), rows)[0])
     tokens = [np.asarray(many(jnp.arange(start, start + CHUNK), rows)) for start in range(0, DRAWS, CHUNK)]
     return np.bincount(np.concatenate(tokens), minlength=len(logp))
 
