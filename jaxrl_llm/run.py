@@ -36,7 +36,8 @@ from jaxrl_llm.publish import Publish, make_blank, make_publish
 from jaxrl_llm.rewards.graders import Sample
 from jaxrl_llm.rewards.graders import problems as grader_problems
 from jaxrl_llm.rewards.pool import GraderPool
-from jaxrl_llm.rollout.decode import Generate, Vocabulary, make_generate
+from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Batch, Experience, Finish, Policy, Prompts, PyTree, Rollouts, TrainState
 from jaxrl_llm.update.config import CrossEntropyLoss, LossConfig, OptimizerConfig
 from jaxrl_llm.update.step import Update, make_optimizer, make_score, make_start, make_update, state_shardings
@@ -56,7 +57,7 @@ class Run:
     train: Layout
     decode: Layout
     specs: PyTree
-    generate: Generate
+    engine: Engine
     publish: Publish
     score: jax.stages.Wrapped
     warm_update: Update
@@ -148,7 +149,7 @@ def build(cfg: RunConfig) -> Run:
         train=train,
         decode=decode,
         specs=specs,
-        generate=make_generate(cfg.rollout.samples, cfg.rollout.max_new_tokens, vocab, model, decode),
+        engine=Engine(cfg.rollout, task.prompt_slots, vocab, model, decode, task.tokenizer.decode),
         publish=make_publish(model, train, decode),
         score=make_score(task.num_tokens, model, train),
         warm_update=update(CrossEntropyLoss(), cfg.warm_start.optimizer, 1),
@@ -245,10 +246,7 @@ def sample(
     run: Run, policy: Policy, prompts: Prompts, key: Key[Array, ""], temperature: float | None = None
 ) -> Rollouts:
     """G samples for each prompt at a temperature, the configured one by default, as NumPy, equal on every host."""
-    rows = run.decode.sharding(("rows",))
-    chosen = run.cfg.rollout.temperature if temperature is None else temperature
-    per_prompt = np.full(prompts.length.shape, chosen, np.float32)
-    return hosts.gather(run.generate(policy, hosts.put(prompts, rows), key, hosts.put(per_prompt, rows)))
+    return run.engine.generate(policy, prompts, key, run.engine.controls(len(prompts.length), temperature))
 
 
 class Grades(NamedTuple):

@@ -19,10 +19,10 @@ def generate(
     params: PyTree, version: int, prompts: Prompts, key: jax.Array, temperature: np.ndarray,
     samples: int, max_new_tokens: int, vocab: Vocabulary, cfg: ModelConfig, layout: Layout,
 ) -> Rollouts:  # fmt: skip
-    """`params` in the trainer's form. Same contract as `rollout.decode.make_generate`."""
+    """`params` in the trainer's form. Same contract as `rollout.engine.Engine.generate`."""
     rows, c = len(prompts.length) * samples, max_new_tokens
     slots = prompts.tokens.shape[1] + c
-    keys = row_keys(key, jnp.asarray(prompts.uid), samples)
+    keys = row_keys(key, jnp.asarray(prompts.uid), jnp.zeros(len(prompts.uid), jnp.int32), samples)
     tokens = np.full((rows, c), vocab.pad, np.int32)
     sampled, logprobs, entropies = (
         np.zeros((rows, c), bool),

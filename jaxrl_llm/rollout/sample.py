@@ -73,12 +73,15 @@ class Drawn(NamedTuple):
     """K tokens were kept, and the next would have been."""
 
 
-def row_keys(key: Key[Array, ""], uid: Int[Array, " P"], samples: int) -> Key[Array, " B"]:
-    """One key a row from (run, prompt uid, sample number), prompt-major. A row knows nothing of its neighbours."""
-    per_prompt = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, uid)
-    return jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)), in_axes=(0, None))(
-        per_prompt, jnp.arange(samples)
-    ).reshape(-1)
+def row_keys(key: Key[Array, ""], uid: Int[Array, " U"], first: Int[Array, " U"], each: int) -> Key[Array, " B"]:
+    """One key a row from (run, prompt uid, sample number), unit by unit: samples first, first + 1, ... of `each` rows.
+
+    A row knows nothing of its neighbours.
+    """
+    fold = jax.vmap(jax.random.fold_in)
+    per_unit = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, uid)
+    number = first[:, None] + jnp.arange(each)
+    return fold(jnp.repeat(per_unit, each), number.reshape(-1))
 
 
 class Plain(NamedTuple):
