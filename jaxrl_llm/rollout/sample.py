@@ -212,7 +212,7 @@ def truncate(x: Float[Array, "B V"], may: May, controls: Controls, support: int)
     share = jnp.where(in_k, jnp.exp(z), 0.0)
     of_k = jnp.where(unbounded, total, jnp.sum(share, axis=-1, keepdims=True))
     in_p = (top_p >= 1) | (jnp.cumsum(share, axis=-1) - share < top_p * of_k)
-    keep = jnp.isfinite(total) & (values > -jnp.inf) & in_k & in_p & (z >= jnp.log(min_p))
+    keep = jnp.isfinite(total) & (z > -jnp.inf) & in_k & in_p & (z >= jnp.log(min_p))
     # By their number: sums of f32 need not grow from rank to rank, and what is kept must be the likeliest.
     keep = rank < jnp.sum(keep, axis=-1, keepdims=True)
     # The last is cut off at the end: XLA:CPU finds a top-k only where all of it is read, and else sorts.
