@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.clock import alternate
+from benchmarks.models import layouts
 from benchmarks.run import machine
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.rollout.sample import Controls, Vocabulary, draw, row_keys
@@ -56,7 +57,7 @@ def make_loop(vocab: int, support: int) -> Callable:
         def turn(t: jax.Array, carry: tuple) -> tuple:
             logits, _ = carry
             slot = jnp.full(keys.shape, t, jnp.int32)
-            drawn = draw(keys, slot, logits, of, t < TURNS, vocabulary, support, False)
+            drawn = draw(keys, slot, logits, of, t < TURNS, vocabulary, support, False, layouts()[1])
             return logits.at[jnp.arange(len(logits)), drawn.token].add(-1e-3), drawn
 
         start = jax.eval_shape(lambda t: turn(t, (logits, None))[1], jnp.int32(0))

@@ -5,7 +5,7 @@ them under the inverse, and sums over another mesh are such noise.
 """
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import reduce
 from typing import NamedTuple
 
@@ -14,18 +14,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxrl_llm.model.distribution import drawable, entropy, process_logits, tempered
+from jaxrl_llm.model.distribution import entropy, process_logits, tempered
+from jaxrl_llm.parallel.layout import Layout
+from jaxrl_llm.rollout.lanes import Allowed, likeliest, mass
 
 # Of the vocabulary, at most. Fixed, whatever the mesh: the noise a row draws must not depend on how the vocabulary is split.
 # It is the number of blocks that is a power of two, not their size: then a `tensor` shard holds whole blocks, and no logits move.
 BLOCKS = 128
-# The same for the search for the likeliest tokens: a part is split into lanes, lane l of it holds its tokens l, l + LANES, ...
-# Neighbouring lanes lie next to each other in memory, so that their maxima are found together.
-PARTS, LANES = 64, 64
-
-
-May = Callable[[Array], Array]
-"""Which ids, i32[B *n] or i32[1 *n] for all rows alike, a row may draw: bool[B *n]. The id -1 never."""
 
 
 class Vocabulary(flax.struct.PyTreeNode):
@@ -111,9 +106,10 @@ def draw(
     vocab: Vocabulary,
     support: int,
     raw_logprobs: bool,
+    layout: Layout,
 ) -> Drawn:
     """One token a row from its `distribution`, and what is recorded of it. `slot` and the row's key name the noise."""
-    return draw_from(keys, slot, distribution(slot, raw_logits, controls, live, vocab, support), raw_logprobs)
+    return draw_from(keys, slot, distribution(slot, raw_logits, controls, live, vocab, support, layout), raw_logprobs)
 
 
 def distribution(
@@ -123,6 +119,7 @@ def distribution(
     live: Bool[Array, ""],
     vocab: Vocabulary,
     support: int,
+    layout: Layout,
 ) -> Plain | Truncated:
     """What completion slot `slot[b]` of row b is drawn from.
 
@@ -135,11 +132,8 @@ def distribution(
     def plain(x: Array) -> Plain:
         return Plain(process_logits(x, controls.temperature, vocab.size, vocab.eos, barred))
 
-    def may(token: Array) -> Array:
-        return (token >= 0) & drawable(token, vocab.size, vocab.eos, barred[(..., *(None,) * (token.ndim - 1))])
-
     def truncated(x: Array) -> Truncated:
-        return truncate(x, may, controls, support)
+        return truncate(x, Allowed(barred, vocab.size, vocab.eos), controls, support, layout)
 
     return _shared(truncated if support else plain, raw_logits, live)
 
@@ -195,17 +189,17 @@ def _gumbel(keys: Key[Array, " B"], num: int) -> Float[Array, "B num"]:
     return jax.vmap(lambda key: jax.random.gumbel(key, (num,)))(keys)
 
 
-def truncate(x: Float[Array, "B V"], may: May, controls: Controls, support: int) -> Truncated:
-    """What the controls keep of the tokens that may be drawn, at most `support` of them; no sort of the vocabulary.
+def truncate(x: Float[Array, "B V"], allowed: Allowed, controls: Controls, support: int, layout: Layout) -> Truncated:
+    """What the controls keep of the tokens that are allowed, at most `support` of them.
 
     Of equal logits the one that is earlier in the order of `likeliest` goes first: top-k keeps exactly k, and top-p stops as soon
     as it has its mass. A row with a logit that is not a number keeps nothing, and its log-probs are NaN.
     """
     x = x.astype(jnp.float32)
     # One more than may be kept: would the controls have kept it too?
-    values, ids = likeliest(x, may, support + 1)
+    values, ids = likeliest(x, allowed, support + 1, layout)
     largest, rank = jnp.max(values, axis=-1, keepdims=True), jnp.arange(support + 1)
-    z, total = tempered(values, largest, controls.temperature), mass(x, may, largest, controls.temperature)
+    z, total = tempered(values, largest, controls.temperature), mass(x, allowed, largest, controls.temperature)
     top_p, top_k, min_p = (c[:, None] for c in (controls.top_p, controls.top_k, controls.min_p))
     unbounded = (top_k == 0) | (top_k > support)
     in_k = unbounded | (rank < top_k)
@@ -224,60 +218,3 @@ def truncate(x: Float[Array, "B V"], may: May, controls: Controls, support: int)
         raw=first(z - jnp.log(total)),
         overflow=jnp.any(keep & (rank == support), axis=-1),
     )
-
-
-def likeliest(x: Float[Array, "B V"], may: May, count: int) -> tuple[Float[Array, "B count"], Int[Array, "B count"]]:
-    """The `count` largest logits that may be drawn, largest first, and their ids; -inf, -1 where there are fewer. Exact.
-
-    Each lies in one of the `count` lanes with the largest maxima, so only those lanes are searched. Equal logits stand in the order
-    of (part, lane, place in the lane), in a vocabulary too small for lanes in that of ids; lanes with equal maxima likewise,
-    so that this order is exact too.
-    """
-    rows, vocab = x.shape
-    if _is_small(vocab, count):
-        values, ids = jax.lax.top_k(jnp.where(may(jnp.arange(vocab)[None]), x, -jnp.inf), min(count, vocab))
-        fill = ((0, 0), (0, count - ids.shape[1]))
-        values, ids = jnp.pad(values, fill, constant_values=-jnp.inf), jnp.pad(ids, fill)
-    else:
-        maxima = reduce(jnp.maximum, (jnp.where(may(token[None]), part, -jnp.inf) for part, token in _lanes(x)))
-        lane = jnp.sort(jax.lax.top_k(maxima.reshape(rows, -1), count)[1], axis=-1)[..., None]
-        size = -(-vocab // PARTS)
-        ids = _token(lane // LANES, lane % LANES, jnp.arange(-(-size // LANES)), size, vocab).reshape(rows, -1)
-        found = jnp.take_along_axis(x, jnp.maximum(ids, 0), axis=-1)
-        values, place = jax.lax.top_k(jnp.where(may(ids), found, -jnp.inf), count)
-        ids = jnp.take_along_axis(ids, place, axis=-1)
-    return values, jnp.where(values > -jnp.inf, ids, -1)
-
-
-def mass(
-    x: Float[Array, "B V"], may: May, largest: Float[Array, "B 1"], temperature: Float[Array, " B"]
-) -> Float[Array, "B 1"]:
-    """Sum of exp((x - largest) / temperature) over the tokens that may be drawn."""
-    if _is_small(x.shape[1], 1):
-        parts = [(x, jnp.arange(x.shape[1]))]
-    else:
-        parts = [(part.reshape(len(x), -1), token.reshape(-1)) for part, token in _lanes(x)]
-    sums = (jnp.where(may(token[None]), jnp.exp(tempered(part, largest, temperature)), 0.0) for part, token in parts)
-    return jnp.sum(reduce(jnp.add, sums), axis=-1, keepdims=True)
-
-
-def _is_small(vocab: int, count: int) -> bool:
-    return vocab <= 2 * PARTS * LANES or count >= PARTS * LANES
-
-
-def _lanes(x: Float[Array, "B V"]) -> Iterator[tuple[Float[Array, "B parts lanes"], Int[Array, "parts lanes"]]]:
-    """The logits at each place of every lane, with their ids. Slices: XLA:CPU reduces them together in one vectorised pass over
-    memory, where a reduction over a strided axis takes five times as long."""
-    parts = jnp.pad(x, ((0, 0), (0, -x.shape[1] % PARTS))).reshape(len(x), PARTS, -1)
-    size = parts.shape[2]
-    for place in range(-(-size // LANES)):
-        start = min(place * LANES, size - LANES)
-        token = _token(jnp.arange(PARTS)[:, None], jnp.arange(LANES), place, size, x.shape[1])
-        yield parts[..., start : start + LANES], token
-
-
-def _token(part: Array, lane: Array, place: Array | int, size: int, vocab: int) -> Array:
-    """The id at a place of a lane; -1 where there is none. The last slice of a part lies over the one before, where it is short."""
-    at = jnp.minimum(place * LANES, size - LANES) + lane
-    token = part * size + at
-    return jnp.where((at >= place * LANES) & (token < vocab), token, -1)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from setups import layouts
 
 from jaxrl_llm.model.distribution import process_logits, support_logprobs
-from jaxrl_llm.rollout import sample
+from jaxrl_llm.rollout import lanes, sample
 from jaxrl_llm.rollout.sample import Controls, Vocabulary
 
 KEY = jax.random.key(5)
@@ -23,8 +24,8 @@ ENTRIES = {SMALL: 300, LARGE: 9011}
 def small_lanes():
     """512 lanes of 18 places, so that 9,011 logits are searched by lanes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "PARTS", 16)
-        patch.setattr(sample, "LANES", 32)
+        patch.setattr(lanes, "PARTS", 16)
+        patch.setattr(lanes, "LANES", 32)
         yield
 
 
@@ -32,7 +33,7 @@ def drawing(vocab: Vocabulary, support: int = SUPPORT):
     """`draw` of raw logits by rows of controls, and its distribution, in one program."""
 
     def both(keys, slot, raw, controls):
-        of = sample.distribution(slot, raw, controls, jnp.array(True), vocab, support)
+        of = sample.distribution(slot, raw, controls, jnp.array(True), vocab, support, layouts()[1])
         return sample.draw_from(keys, slot, of, raw_logprobs=True), of
 
     return jax.jit(both)
@@ -67,13 +68,13 @@ def random_controls(rng: np.random.Generator) -> Controls:
 
 def order_of(vocab: int, count: int) -> np.ndarray:
     """Rank of each id among equal logits: (part, lane, place in the lane), the module's rule, written out again."""
-    if vocab <= 2 * sample.PARTS * sample.LANES or count >= sample.PARTS * sample.LANES:
+    if vocab <= 2 * lanes.PARTS * lanes.LANES or count >= lanes.PARTS * lanes.LANES:
         return np.arange(vocab)
-    size = -(-vocab // sample.PARTS)
+    size = -(-vocab // lanes.PARTS)
     part, inside = np.divmod(np.arange(vocab), size)
     # The last places of a part that does not fill its lanes are counted from the part's end.
-    whole = size // sample.LANES * sample.LANES
-    lane = np.where(inside < whole, inside % sample.LANES, inside - (size - sample.LANES))
+    whole = size // lanes.LANES * lanes.LANES
+    lane = np.where(inside < whole, inside % lanes.LANES, inside - (size - lanes.LANES))
     return np.argsort(np.lexsort((inside, lane, part)))
 
 
@@ -221,7 +222,7 @@ def test_frequencies_are_those_of_the_distribution_kept():
     def tokens(uid):
         rows = jnp.broadcast_to(raw, (CHUNK, 300))
         keys = sample.row_keys(KEY, uid, jnp.zeros_like(uid), 1)
-        return sample.draw(keys, slot, rows, controls, jnp.array(True), SMALL, SUPPORT, False).token
+        return sample.draw(keys, slot, rows, controls, jnp.array(True), SMALL, SUPPORT, False, layouts()[1]).token
 
     drawn = np.concatenate([np.asarray(tokens(jnp.arange(i, i + CHUNK))) for i in range(0, DRAWS, CHUNK)])
     (kept,), full, (close,) = kept_by_hand(raw[None], SMALL, jax.tree.map(lambda x: x[:1], controls), np.zeros(1))
