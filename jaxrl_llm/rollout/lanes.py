@@ -7,14 +7,17 @@ largest maxima, so only those lanes are searched.
 
 from collections.abc import Iterator
 from functools import reduce
+from types import ModuleType
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.model.distribution import drawable, tempered
 from jaxrl_llm.parallel.layout import Layout
+from jaxrl_llm.types import ArrayLike
 
 # Numbers, whatever the mesh, and powers of two: a `tensor` shard holds whole parts, and what is found does not depend on the split.
 PARTS, LANES = 64, 64
@@ -32,6 +35,11 @@ class Allowed(flax.struct.PyTreeNode):
         """Of ids a row, or of the same for all (B = 1). The id -1, which is none, never."""
         return (token >= 0) & drawable(token, self.size, self.ends, self.barred[(..., *(None,) * (token.ndim - 1))])
 
+    def keep(self, x: Float[Array, "B ..."], token: Int[np.ndarray, "..."], other: float) -> Float[Array, "B ..."]:
+        """`x`, which belongs to the tokens, with `other` where they are not allowed. Costs nothing where all always are."""
+        always = (token >= 0) & (token < self.size) & ~np.isin(token, self.ends)
+        return x if always.all() else jnp.where(self(jnp.asarray(token)[None]), x, other)
+
 
 def likeliest(
     x: Float[Array, "B V"], allowed: Allowed, count: int, layout: Layout
@@ -42,16 +50,17 @@ def likeliest(
     Each shard of the vocabulary finds its own; those alone cross the mesh.
     """
     vocab, shards = x.shape[1], layout.size("vocab")
-    parts = PARTS if vocab > 2 * PARTS * LANES and count < PARTS * LANES else 0
-    if shards == 1 or vocab % shards or (parts and (vocab % parts or parts % shards)):
-        return _search(x, allowed, count, parts, 0)
+    maxima = None
+    if _is_large(vocab) and count < PARTS * LANES:
+        maxima = reduce(jnp.maximum, (allowed.keep(piece, token, -jnp.inf) for piece, token in _lanes(x)))
+    if shards == 1 or vocab % shards or (maxima is not None and (vocab % PARTS or PARTS % shards)):
+        return _search(x, maxima, allowed, count, 0)
 
-    def own(x: Array, allowed: Allowed) -> tuple[Array, Array]:
-        first = jax.lax.axis_index(layout.rules["vocab"]) * x.shape[1]
-        return _search(x, allowed, count, parts // shards, first)
+    def own(x: Array, maxima: Array | None, allowed: Allowed) -> tuple[Array, Array]:
+        return _search(x, maxima, allowed, count, jax.lax.axis_index(layout.rules["vocab"]) * x.shape[1])
 
     split, rows = (layout.sharding(axes).spec for axes in (("rows", "vocab"), ("rows",)))
-    found = jax.shard_map(own, mesh=layout.mesh, in_specs=(split, rows), out_specs=split)(x, allowed)
+    found = jax.shard_map(own, mesh=layout.mesh, in_specs=(split, split, rows), out_specs=split)(x, maxima, allowed)
     values, ids = (layout.constrain(part, "rows", None) for part in found)
     values, place = jax.lax.top_k(values, count)
     return values, jnp.take_along_axis(ids, place, axis=-1)
@@ -61,59 +70,57 @@ def mass(
     x: Float[Array, "B V"], allowed: Allowed, largest: Float[Array, "B 1"], temperature: Float[Array, " B"]
 ) -> Float[Array, "B 1"]:
     """Sum of exp((x - largest) / temperature) over the tokens that are allowed."""
-    vocab = x.shape[1]
-    pieces = _lanes(x, PARTS) if vocab > 2 * PARTS * LANES else [(x[:, None], jnp.arange(vocab)[None])]
-    flat = ((piece.reshape(len(x), -1), token.reshape(1, -1)) for piece, token in pieces)
-    sums = (jnp.where(allowed(token), jnp.exp(tempered(piece, largest, temperature)), 0.0) for piece, token in flat)
+    pieces = _lanes(x) if _is_large(x.shape[1]) else [(x, np.arange(x.shape[1]))]
+    flat = ((piece.reshape(len(x), -1), token.reshape(-1)) for piece, token in pieces)
+    sums = (allowed.keep(jnp.exp(tempered(piece, largest, temperature)), token, 0.0) for piece, token in flat)
     return jnp.sum(reduce(jnp.add, sums), axis=-1, keepdims=True)
 
 
+def _is_large(vocab: int) -> bool:
+    return vocab > 2 * PARTS * LANES
+
+
 def _search(
-    x: Float[Array, "B V"], allowed: Allowed, count: int, parts: int, first: Int[Array, ""] | int
+    x: Float[Array, "B V"],
+    maxima: Float[Array, "B parts lanes"] | None,
+    allowed: Allowed,
+    count: int,
+    first: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "B count"], Int[Array, "B count"]]:
-    """`likeliest` of logits whose ids start at `first`, in so many parts; 0: without lanes."""
+    """`likeliest` of logits whose ids start at `first`, by the maxima of their lanes; or among all."""
     rows, vocab = x.shape
-    if parts:
-        maxima = (jnp.where(allowed(_shift(token, first)[None]), piece, -jnp.inf) for piece, token in _lanes(x, parts))
-        maxima = reduce(jnp.maximum, maxima).reshape(rows, -1)
+    if maxima is None:
+        token = jnp.broadcast_to(jnp.arange(vocab), x.shape)
+    else:
+        parts = maxima.shape[1]
+        maxima, size = maxima.reshape(rows, -1), -(-vocab // parts)
         # In the order of lanes, so that equal logits stand in it too.
         lane = jnp.sort(jax.lax.top_k(maxima, min(count, parts * LANES))[1], axis=-1)[..., None]
-        size = -(-vocab // parts)
-        token = _token(lane // LANES, lane % LANES, jnp.arange(-(-size // LANES)), size, vocab).reshape(rows, -1)
+        token = _token(lane // LANES, lane % LANES, np.arange(-(-size // LANES)), size, vocab, jnp).reshape(rows, -1)
         x = jnp.take_along_axis(x, jnp.maximum(token, 0), axis=-1)
-    else:
-        token = jnp.broadcast_to(jnp.arange(vocab), x.shape)
-    ids = _shift(token, first)
+    ids = jnp.where(token >= 0, token + first, -1)
     values, place = jax.lax.top_k(jnp.where(allowed(ids), x, -jnp.inf), min(count, x.shape[1]))
     ids = jnp.where(values > -jnp.inf, jnp.take_along_axis(ids, place, axis=-1), -1)
     fill = ((0, 0), (0, count - ids.shape[1]))
     return jnp.pad(values, fill, constant_values=-jnp.inf), jnp.pad(ids, fill, constant_values=-1)
 
 
-def _lanes(
-    x: Float[Array, "B V"], count: int
-) -> Iterator[tuple[Float[Array, "B parts lanes"], Int[Array, "parts lanes"]]]:
-    """The logits at each place of every lane of so many parts, with their places in `x`, -1 where there is none.
+def _lanes(x: Float[Array, "B V"]) -> Iterator[tuple[Float[Array, "B parts lanes"], Int[np.ndarray, "parts lanes"]]]:
+    """The logits at each place of every lane, and their ids, -1 where there is none.
 
     Slices: XLA:CPU reduces them together in one vectorised pass over memory; a reduction over a strided axis takes five times as
     long.
     """
-    parts = jnp.pad(x, ((0, 0), (0, -x.shape[1] % count))).reshape(len(x), count, -1)
+    parts = jnp.pad(x, ((0, 0), (0, -x.shape[1] % PARTS))).reshape(len(x), PARTS, -1)
     size = parts.shape[2]
     for place in range(-(-size // LANES)):
         start = min(place * LANES, size - LANES)
-        yield (
-            parts[..., start : start + LANES],
-            _token(jnp.arange(count)[:, None], jnp.arange(LANES), place, size, x.shape[1]),
-        )
+        token = _token(np.arange(PARTS)[:, None], np.arange(LANES), np.asarray(place), size, x.shape[1], np)
+        yield parts[..., start : start + LANES], token
 
 
-def _token(part: Array, lane: Array, place: Array | int, size: int, vocab: int) -> Array:
+def _token(part: ArrayLike, lane: ArrayLike, place: ArrayLike, size: int, vocab: int, xp: ModuleType) -> ArrayLike:
     """What stands at a place of a lane; -1: nothing. A part's last slice lies over the one before where it would be short."""
-    at = jnp.minimum(place * LANES, size - LANES) + lane
+    at = xp.minimum(place * LANES, size - LANES) + lane
     token = part * size + at
-    return jnp.where((at >= place * LANES) & (token < vocab), token, -1)
-
-
-def _shift(token: Array, first: Array | int) -> Array:
-    return jnp.where(token >= 0, token + first, -1)
+    return xp.where((at >= place * LANES) & (token < vocab), token, -1)
