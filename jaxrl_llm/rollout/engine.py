@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from jaxtyping import Array, Int, Key
 
 from jaxrl_llm.model.cache import PromptCache, reaches
 from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.work import Work, decode_step, weight_bytes
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.rollout.config import RolloutConfig
@@ -34,16 +36,21 @@ LEAST_PROMPT = 128
 
 
 class Stats(NamedTuple):
-    """What a generation did."""
+    """What a generation did so far."""
 
-    seconds: float
-    steps: int
+    seconds: float = 0.0
+    steps: int = 0
     """Of the device loop."""
-    row_steps: int
+    row_steps: int = 0
     """Rows decoded, over all steps."""
-    tokens: int
+    tokens: int = 0
     """Tokens sampled: row steps that were not wasted on rows that had ended."""
-    segments: int
+    segments: tuple[tuple[int, Work], ...] = ()
+    """Steps, and what each of them must move and compute on one device, with all rows in flight."""
+
+    def least_seconds(self, bytes_per_s: float, flops_per_s: float) -> float:
+        """What the steps take at these rates of one device."""
+        return sum(n * max(work.bytes / bytes_per_s, work.flops / flops_per_s) for n, work in self.segments)
 
 
 @dataclass(frozen=True)
@@ -138,20 +145,20 @@ class Engine:
         """All programs that calls of so many prompts can come to need."""
         sizes, several = self.sizes, self.cfg.max_new_tokens > self.shape.steps
         flight = smallest(sizes.prompts, min(prompts, sizes.prompts[0]))
-        waits = prompts > flight
         fewer = [n for n in sizes.prompts if n <= flight]
-        flights = fewer if several and self.cfg.engine.compact else [flight]
-        units = [sizes.units(n) for n in flights]
-        found: list[Name] = [("prefill", n, s) for n in (fewer if waits else [flight]) for s in sizes.prompt_slots]
+        # In one segment all rows end together: places come free all at once.
+        admitted = (
+            fewer if several and prompts > flight else {flight, smallest(sizes.prompts, prompts % flight or flight)}
+        )
+        units = [sizes.units(n) for n in (fewer if several and self.cfg.engine.compact else [flight])]
+        found: list[Name] = [("prefill", n, s) for n in admitted for s in sizes.prompt_slots]
+        found += [("spread", n, units[0]) for n in admitted if sizes.units(n) != units[0] or sizes.units_of_prompt > 1]
+        if several and prompts > flight:
+            found += [("insert", units[0], n) for n in admitted]
         found.append(("blank", units[0], sizes.windows[0]))
-        if sizes.units_of_prompt > 1:
-            found.append(("spread", flight, units[0]))
-        if waits:
-            found += [("insert", units[0], n) for n in fewer]
-        for i, window in enumerate(sizes.windows):
-            found += [("segment", u, window) for u in units]
-            found += [("grow", u, window, wider) for u in units for wider in sizes.windows[i + 1 :]]
-            found += [("take", u, v, window) for u in units for v in units if v < u]
+        found += [("segment", u, w) for u in units for w in sizes.windows]
+        found += [("grow", u, w, wider) for u in units for w, wider in pairwise(sizes.windows)]
+        found += [("take", u, v, w) for u in units for v in units if v < u for w in sizes.windows]
         return found
 
     def warm(self, policy: Policy, prompts: int | None = None) -> None:
@@ -185,7 +192,7 @@ class Generation:
         self.done = np.ones((self.flight, sizes.each), bool)
         self.window, self.count = sizes.windows[0], 0
         self.prompt = self.suffix = None
-        self.stats = Stats(0.0, 0, 0, 0, 0)
+        self.stats, self.weights = Stats(), weight_bytes(policy.params, engine.programs.cfg)
 
     def __iter__(self) -> Iterator[Int[np.ndarray, " n"]]:
         while self.waiting or (self.row >= 0).any():
@@ -249,10 +256,12 @@ class Generation:
         """Each unit's prompt cache: of a new flight, or in the places of units that are gone."""
         sizes = self.engine.sizes
         num = smallest(sizes.prompts, read * sizes.shards)
-        if self.prompt is None:
-            whole = self.flight == num and sizes.units_of_prompt == 1
-            self.prompt = new if whole else self._program("spread", num, self.flight)(new, self._put(source))
+        if self.suffix is None:
             self.suffix = self._program("blank", self.flight, self.window)()
+        if len(places) == (self.row >= 0).sum():
+            # Nobody else is in flight.
+            whole = self.flight == num and (source == np.arange(self.flight) % (num // sizes.shards))[places].all()
+            self.prompt = new if whole else self._program("spread", num, self.flight)(new, self._put(source))
             return
         local = self.flight // sizes.shards
         where = np.full(self.flight, local, np.int32)
@@ -324,14 +333,24 @@ class Generation:
         if self.engine.cfg.stop:
             stopped = self.harvest.stop(rows, self.engine.cfg.stop, self.engine.text)
             self.done |= stopped.reshape(self.done.shape)
+        self._count(ran, int(came.record.sampled[:ran].sum()))
         self.age = self.age + np.int32(ran)
         self.count += ran
-        self._count(ran, int(came.record.sampled[:ran].sum()))
         return self._leave()
 
     def _count(self, ran: int, tokens: int) -> None:
-        s, rows = self.stats, self.flight * self.engine.sizes.each
-        self.stats = Stats(s.seconds, s.steps + ran, s.row_steps + ran * rows, s.tokens + tokens, s.segments + 1)
+        """Before the ages move on."""
+        cfg, layout, s, each = self.engine.programs.cfg, self.engine.layout, self.stats, self.engine.sizes.each
+        there = self.row >= 0
+        length = np.where(there, self.prompts.length[np.maximum(self.row, 0) // self.engine.cfg.samples] - 1, 0)
+        entry = jax.tree.leaves(self.suffix)[0].dtype.itemsize
+        work = decode_step(cfg, length, np.where(there, self.age + ran // 2, 0), each, entry)
+        shards = layout.size("rows") * layout.size("heads")
+        work = Work(self.weights + work.bytes / shards, work.flops / shards)
+        rows = self.flight * each
+        self.stats = Stats(
+            s.seconds, s.steps + ran, s.row_steps + ran * rows, s.tokens + tokens, (*s.segments, (ran, work))
+        )
 
     def _leave(self) -> Int[np.ndarray, " n"]:
         """Units all of whose rows ended give up their places. Returns prompts that have no unit left."""
