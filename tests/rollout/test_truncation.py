@@ -10,6 +10,7 @@ from scipy import stats
 from setups import layouts
 
 from jaxrl_llm.model.distribution import process_logits, support_logprobs
+from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rollout import lanes, sample
 from jaxrl_llm.rollout.sample import Controls, Vocabulary
 
@@ -29,11 +30,11 @@ def small_lanes():
         yield
 
 
-def drawing(vocab: Vocabulary, support: int = SUPPORT):
+def drawing(vocab: Vocabulary, support: int = SUPPORT, sizes: tuple[int, ...] = (1, 1, 1)):
     """`draw` of raw logits by rows of controls, and its distribution, in one program."""
 
     def both(keys, slot, raw, controls):
-        of = sample.distribution(slot, raw, controls, jnp.array(True), vocab, support, layouts()[1])
+        of = sample.distribution(slot, raw, controls, jnp.array(True), vocab, support, layouts(sizes)[1])
         return sample.draw_from(keys, slot, of, raw_logprobs=True), of
 
     return jax.jit(both)
@@ -129,6 +130,24 @@ def test_exactly_the_right_tokens_are_kept(vocab, seed):
         np.testing.assert_allclose(drawn.entropy[b], -(np.exp(exact) * exact).sum(), atol=1e-5)
         np.testing.assert_allclose(drawn.raw_logprob[b], full[b, drawn.token[b]], atol=1e-5)
     assert len({len(ids[:SUPPORT]) for ids in kept}) >= 4 and 0 < np.asarray(drawn.overflow).sum() < ROWS
+
+
+def test_the_same_tokens_and_supports_where_the_vocabulary_is_split():
+    """9,024 logits in whole parts on 4 shards, ties at every cut; each shard searches its own."""
+    raw, slot, sizes = (
+        np.random.default_rng(8).normal(size=(ROWS, 9024)).astype(np.float32),
+        np.resize([0, 5], ROWS),
+        (1, 2, 4),
+    )
+    args = slot, np.round(raw * 4) / 4, random_controls(np.random.default_rng(8))
+    one, _ = DRAWING[LARGE](keys_of(ROWS), *args)
+    dec = layouts(sizes)[1]
+    rows = dec.sharding(("rows",))
+    put = [hosts.put(x, where) for x, where in zip(args, (rows, dec.sharding(("rows", "vocab")), rows), strict=True)]
+    split, _ = drawing(LARGE, sizes=sizes)(jax.device_put(keys_of(ROWS), rows), *put)
+    for name in ("token", "support", "overflow"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(split, name), err_msg=name)
+    np.testing.assert_allclose(one.logprob, split.logprob, atol=1e-6)
 
 
 def check_recorded(drawn, of) -> None:
