@@ -136,7 +136,7 @@ def build(cfg: RunConfig) -> Run:
     def update(loss: LossConfig, optimizer: OptimizerConfig, micro_batches: int) -> Update:
         return make_update(
             specs, loss, optimizer, normalize=cfg.update.normalize, length=cfg.rollout.max_new_tokens,
-            micro_batches=micro_batches, num_tokens=task.num_tokens, cfg=model, layout=train,
+            micro_batches=micro_batches, num_tokens=task.num_tokens, cfg=model, layout=train, ends=task.eos,
         )  # fmt: skip
 
     key, eval_key = jax.random.split(jax.random.key(cfg.seed))
@@ -151,7 +151,7 @@ def build(cfg: RunConfig) -> Run:
         specs=specs,
         engine=Engine(cfg.rollout, task.prompt_slots, vocab, model, decode, task.tokenizer.decode),
         publish=make_publish(model, train, decode),
-        score=make_score(task.num_tokens, model, train),
+        score=make_score(task.num_tokens, model, train, task.eos),
         warm_update=update(CrossEntropyLoss(), cfg.warm_start.optimizer, 1),
         update=update(cfg.update.loss, cfg.update.optimizer, cfg.update.micro_batches),
         key=key,
@@ -210,11 +210,15 @@ def _experience_shape(run: Run) -> Experience:
     i32, f32 = np.int32, np.float32
     prompts = Prompts(np.zeros((p, run.task.prompt_slots), i32), *(np.zeros(p, i32) for _ in range(3)))
     per_token = {"tokens": i32, "sampled": bool, "behavior_logprobs": f32, "entropy": f32, "version": i32}
+    support = run.engine.shape.support
     rollouts = Rollouts(
         prompts=prompts,
         length=np.zeros(b, i32),
         temperature=np.zeros(b, f32),
         finish=np.zeros(b, i32),
+        support=np.zeros((b, c, support), i32) if support else None,
+        raw_logprobs=np.zeros((b, c), f32) if rollout.raw_logprobs else None,
+        barred=np.zeros((b, c), bool) if rollout.min_new_tokens else None,
         **{name: np.zeros((b, c), dtype) for name, dtype in per_token.items()},
     )
     return Experience(rollouts, np.zeros(b, f32), np.zeros(b, f32))

@@ -267,6 +267,7 @@ def describe_engine(stats: Stats, rates: Rates) -> dict[str, float]:
         "rollout/segments": float(len(stats.segments)),
         "rollout/live_rows": stats.tokens / max(stats.steps, 1),
         "rollout/waste": 1 - stats.tokens / max(stats.row_steps, 1),
+        "sampling/support_overflow": stats.overflow / max(stats.tokens, 1),
         "rollout/ceiling_fraction": stats.least_seconds(*rates) / stats.seconds,
     }
 

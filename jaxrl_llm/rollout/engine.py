@@ -23,7 +23,7 @@ from jaxrl_llm.model.work import Work, decode_step, weight_bytes
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.rollout.config import RolloutConfig
-from jaxrl_llm.rollout.decode import Segment, Shape, Units
+from jaxrl_llm.rollout.decode import Record, Segment, Shape, Units
 from jaxrl_llm.rollout.harvest import Harvest, Text
 from jaxrl_llm.rollout.programs import Name, Programs
 from jaxrl_llm.rollout.sample import Controls, Vocabulary
@@ -45,6 +45,8 @@ class Stats(NamedTuple):
     """Rows decoded, over all steps."""
     tokens: int = 0
     """Tokens sampled: row steps that were not wasted on rows that had ended."""
+    overflow: int = 0
+    """Tokens drawn from K likeliest ones where more would have qualified."""
     segments: tuple[tuple[int, Work], ...] = ()
     """Steps, and what each of them must move and compute on one device, with all rows in flight."""
 
@@ -333,12 +335,12 @@ class Generation:
         if self.engine.cfg.stop:
             stopped = self.harvest.stop(rows, self.engine.cfg.stop, self.engine.text)
             self.done |= stopped.reshape(self.done.shape)
-        self._count(ran, int(came.record.sampled[:ran].sum()))
+        self._count(ran, came.record)
         self.age = self.age + np.int32(ran)
         self.count += ran
         return self._leave()
 
-    def _count(self, ran: int, tokens: int) -> None:
+    def _count(self, ran: int, record: Record) -> None:
         """Before the ages move on."""
         cfg, layout, s, each = self.engine.programs.cfg, self.engine.layout, self.stats, self.engine.sizes.each
         there = self.row >= 0
@@ -347,10 +349,12 @@ class Generation:
         work = decode_step(cfg, length, np.where(there, self.age + ran // 2, 0), each, entry)
         shards = layout.size("rows") * layout.size("heads")
         work = Work(self.weights + work.bytes / shards, work.flops / shards)
-        rows = self.flight * each
+        rows, sampled = self.flight * each, record.sampled[:ran]
+        over = 0 if record.overflow is None else int((record.overflow[:ran] & sampled).sum())
         self.stats = Stats(
-            s.seconds, s.steps + ran, s.row_steps + ran * rows, s.tokens + tokens, (*s.segments, (ran, work))
-        )
+            s.seconds, s.steps + ran, s.row_steps + ran * rows, s.tokens + int(sampled.sum()), s.overflow + over,
+            (*s.segments, (ran, work)),
+        )  # fmt: skip
 
     def _leave(self) -> Int[np.ndarray, " n"]:
         """Units all of whose rows ended give up their places. Returns prompts that have no unit left."""
