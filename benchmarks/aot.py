@@ -39,7 +39,8 @@ from jaxrl_llm.parallel.layout import TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.publish import make_publish
 from jaxrl_llm.rollout import memory
-from jaxrl_llm.rollout.decode import Shape
+from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
+from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.programs import Programs
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Policy
@@ -59,14 +60,15 @@ def lowered(args: argparse.Namespace, cfg: ModelConfig, train: Layout, decode: L
     if args.program == "publish":
         masters = model_params.abstract(model_params.specs(cfg), train)
         return make_publish(cfg, train, decode).lower(masters, policy.version, policy)
-    vocab = Vocabulary(size=cfg.vocab_size, pad=0, eos=(1,))
-    programs = Programs(segment_shape(args), args.samples, args.slots, vocab, cfg, decode)
     sizes = (args.prompts, args.slots if args.program == "prefill" else args.window)
-    return programs.lower(policy.params, args.program, *sizes)
+    return programs_of(args, cfg, decode).lower(policy.params, args.program, *sizes)
 
 
-def segment_shape(args: argparse.Namespace) -> Shape:
-    return Shape(args.segment, 8, support=0, raw_logprobs=False)
+def programs_of(args: argparse.Namespace, cfg: ModelConfig, decode: Layout) -> Programs:
+    vocab = Vocabulary(size=cfg.vocab_size, pad=0, eos=(1,))
+    engine = EngineConfig(segment=args.segment)
+    rollout = RolloutConfig(prompts=args.prompts, samples=args.samples, max_new_tokens=args.window, engine=engine)
+    return Engine(rollout, args.slots, vocab, cfg, decode).programs
 
 
 def bytes_of(compiled: Compiled) -> dict[str, int]:
@@ -120,9 +122,7 @@ def report(args: argparse.Namespace, cfg: ModelConfig, train: Layout, decode: La
     found = {**given, "sizes": sizes, "seconds": took, "bytes": bytes_of(compiled), "collectives": moved(module)}
     if args.program == "segment":
         params = policy_of(cfg, decode).params
-        flight = memory.flight(
-            params, args.prompts, args.samples, args.slots, args.window, segment_shape(args), cfg, decode
-        )
+        flight = memory.flight(programs_of(args, cfg, decode), params, args.prompts, args.window)
         layer = {memory.held(x) for x in params["layers"][0].values() if x.ndim > 1}
         caches = {n // (2 * cfg.layers) for n in (flight.prompt, flight.suffix)}
         tables = {memory.held(params[name]) for name in ("embed", "head") if name in params}

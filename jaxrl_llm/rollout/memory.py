@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import jax
 
-from jaxrl_llm.model import cache
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.parallel.layout import Layout
-from jaxrl_llm.rollout.decode import Shape, blank_record
+from jaxrl_llm.rollout.decode import blank_record
+from jaxrl_llm.rollout.programs import Programs
 from jaxrl_llm.types import PyTree
 
 
@@ -34,30 +34,25 @@ class Flight(NamedTuple):
         return sum(self)
 
 
-def flight(
-    params: PyTree, units: int, each: int, slots: int, window: int, shape: Shape, cfg: ModelConfig, layout: Layout
-) -> Flight:  # fmt: skip
-    """Of `units` prompts of `slots` slots, `each` rows a prompt, in a window of so many slots.
+def flight(programs: Programs, params: PyTree, units: int, window: int) -> Flight:
+    """Of so many units in a window of so many slots.
 
     `params`: the policy's, as arrays or as `jax.ShapeDtypeStruct`s with shardings.
     """
-    rows = units * each
-    record = jax.eval_shape(lambda: blank_record(shape, rows, layout))
+    rows, cfg, layout = units * programs.each, programs.cfg, programs.layout
+    prompt, suffix = programs.caches(units, window)
+    record = jax.eval_shape(lambda: blank_record(programs.shape, rows, layout))
     lines = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(record))
+    share = rows // layout.size("rows")
+    slots = window + max(x.shape[2] for x in jax.tree.leaves(prompt))
+    relaid = held([layer["qkv"] for layer in params["layers"]])
     return Flight(
         policy=held(params),
-        prompt=held(placed(lambda: cache.empty_prompt(cfg, units, slots, layout), layout)),
-        suffix=held(placed(lambda: cache.empty_suffix(cfg, rows, window, layout), layout)),
+        prompt=held(prompt),
+        suffix=held(suffix),
         record=lines + lines // layout.size("rows"),
-        working=_working(params, rows, slots + window, cfg, layout),
+        working=4 * share * _widest(cfg, layout, slots) + relaid,
     )
-
-
-def placed(make, layout: Layout) -> PyTree:
-    """The caches that `make()` would return, described."""
-    shapes = jax.eval_shape(make)
-    where = cache.shardings(shapes, layout)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
 
 def held(tree: PyTree) -> int:
@@ -65,11 +60,10 @@ def held(tree: PyTree) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _working(params: PyTree, rows: int, slots: int, cfg: ModelConfig, layout: Layout) -> int:
-    """f32: logits, scores of one layer, or gate and up of one layer; in a chip's share of the rows."""
-    widest = max(
+def _widest(cfg: ModelConfig, layout: Layout, slots: int) -> int:
+    """Numbers that a step makes for one row at a time, at most: logits, scores of a layer, or gate and up of a layer."""
+    return max(
         cfg.vocab_size // layout.size("vocab"),
         cfg.heads // layout.size("heads") * slots,
         2 * cfg.d_mlp * max(cfg.experts_per_token, 1) // layout.size("mlp"),
     )
-    return 4 * rows // layout.size("rows") * widest + held([layer["qkv"] for layer in params["layers"]])

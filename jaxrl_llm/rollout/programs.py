@@ -68,6 +68,10 @@ class Programs:
     def _suffix(self, units: int, window: int) -> PyTree:
         return self._placed(lambda: cache.empty_suffix(self.cfg, units * self.each, window, self.layout))
 
+    def caches(self, units: int, window: int) -> tuple[PyTree, PyTree]:
+        """Prompt and suffix cache, as shapes, dtypes and shardings."""
+        return self._prompt(units), self._suffix(units, window)
+
     def _where(self, tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: x.sharding, tree)
 

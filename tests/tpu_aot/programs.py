@@ -1,11 +1,10 @@
-"""The programs of a 1-billion-parameter run on 16 chips, lowered from shapes alone, and what the TPU compiler makes of them."""
+"""The programs of runs on 16 chips, lowered from shapes alone, and what the TPU compiler makes of them."""
 
 import dataclasses
 import os
 import time
 from collections.abc import Callable
 from functools import cached_property
-
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +13,13 @@ import numpy as np
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.experts import mixture
+from jaxrl_llm.model.params import ParamSpec
+from jaxrl_llm.parallel import hlo
 from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.publish import make_publish
-from jaxrl_llm.rollout.decode import Shape
+from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
+from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.programs import Programs
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Batch, Policy, TrainState
@@ -29,11 +31,19 @@ ONE_BILLION = ModelConfig(
     vocab_size=128256, layers=16, d_model=2048, heads=32, kv_heads=8, head_dim=64, d_mlp=8192,
     rope_theta=5e5, norm_eps=1e-5, compute="bfloat16",
 )  # fmt: skip
+# Qwen3-8B, but for its 36 layers.
+EIGHT_BILLION = ModelConfig(
+    vocab_size=151936, layers=2, d_model=4096, heads=32, kv_heads=8, head_dim=128, d_mlp=12288,
+    rope_theta=1e6, norm_eps=1e-6, qk_norm=True, tied_head=False, compute="bfloat16",
+)  # fmt: skip
 # Decode is unrolled, and 16 layers compile for minutes; what is asserted is said per layer. Training scans: all 16.
 DECODE_LAYERS = int(os.environ.get("AOT_DECODE_LAYERS", "4"))
 MESH = (1, 4, 4)
+_, FSDP, TENSOR = MESH
+SPLIT = {"heads": TENSOR, "mlp": TENSOR, "vocab": TENSOR}
 P, S, G, C = 32, 512, 8, 256
-SEGMENT = Shape(steps=128, interval=8, support=0, raw_logprobs=False)
+# Of a segment, and of one that decodes all that a reasoning model may write.
+STEPS, LONG = 128, 2000
 ROWS, SLOTS, PARTS = 64, 1024, 4
 # Narrow, to compile in seconds. Layers of both kinds.
 SLIDING = dataclasses.replace(ONE_BILLION, vocab_size=4096, d_mlp=2048, layers=2, sliding=(True, False), window=64)
@@ -42,6 +52,9 @@ EXPERTS = ModelConfig(
     experts=16, experts_per_token=4, compute="bfloat16",
 )  # fmt: skip
 EXPERT_MESH = (1, 2, 2, 4)
+EXPERT_SPLIT = dict(zip(("data", "embed", "mlp", "expert"), EXPERT_MESH, strict=True))
+EXPERT_SPLIT |= {"heads": EXPERT_SPLIT["mlp"], "vocab": EXPERT_SPLIT["mlp"]}
+V5E_BYTES = 16e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +77,34 @@ class Program:
     def chip(self) -> int:
         """Bytes a chip holds while the program runs."""
         return self.argument + self.temp + self.output - self.alias
+
+
+def local(spec: ParamSpec, axes: dict[str, int]) -> tuple[int, ...]:
+    """The shape of a parameter's shard, given the split of each logical axis."""
+    return tuple(n // axes.get(a, 1) for n, a in zip(spec.shape, spec.axes, strict=True))
+
+
+def matrices(cfg: ModelConfig, axes: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """Shard shapes of one layer's matrices, as they train, and of the tables."""
+    specs = model_params.specs(cfg)
+    layer = {name: ParamSpec(s.shape[1:], s.axes[1:], s.std) for name, s in specs["layers"].items()}
+    return _matrices(layer, specs, axes)
+
+
+def policy_matrices(cfg: ModelConfig, axes: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """The same as a policy holds them."""
+    specs = model_params.unstack(model_params.specs(cfg), cfg.layers)
+    return _matrices(specs["layers"][0], specs, axes)
+
+
+def _matrices(layer: dict[str, ParamSpec], specs: dict, axes: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    leaves = {**layer, **{name: specs[name] for name in ("embed", "head") if name in specs}}
+    return {name: local(spec, axes) for name, spec in leaves.items() if len(spec.shape) > 1}
+
+
+def same_dims(array: hlo.ArrayShape, dims: tuple[int, ...]) -> bool:
+    """Equal up to order and dims of size 1."""
+    return sorted(n for n in array.dims if n > 1) == sorted(n for n in dims if n > 1)
 
 
 def compile_program(cfg: ModelConfig, lower: Callable[[], jax.stages.Lowered]) -> Program:
@@ -95,13 +136,16 @@ def abstract_policy(cfg: ModelConfig, decode: Layout) -> Policy:
     return Policy(model_params.abstract(specs, decode, cfg.compute), array(decode, (), jnp.int32))
 
 
-def lower_rollout(
-    cfg: ModelConfig, decode: Layout, *name: str | int, shape: Shape = SEGMENT, samples: int = G
-) -> jax.stages.Lowered:
-    """One of the engine's programs, by the name that `Programs` knows it under."""
-    vocab = Vocabulary(size=cfg.vocab_size, pad=0, eos=(1,))
-    programs = Programs(shape, samples, S, vocab, cfg, decode)
-    return programs.lower(abstract_policy(cfg, decode).params, *name)
+def rollout_programs(cfg: ModelConfig, decode: Layout, steps: int = STEPS, window: int = C) -> Programs:
+    """Of an engine for P prompts of S slots, G samples each, in segments of so many steps."""
+    rollout = RolloutConfig(prompts=P, samples=G, max_new_tokens=window, engine=EngineConfig(segment=steps))
+    return Engine(rollout, S, Vocabulary(size=cfg.vocab_size, pad=0, eos=(1,)), cfg, decode).programs
+
+
+def lower_rollout(cfg: ModelConfig, decode: Layout, *name: str | int, steps: int = STEPS) -> jax.stages.Lowered:
+    """One of them by the name that `Programs` knows it under."""
+    window = name[2] if name[0] == "segment" else C
+    return rollout_programs(cfg, decode, steps, window).lower(abstract_policy(cfg, decode).params, *name)
 
 
 def lower_publish(cfg: ModelConfig, train: Layout, decode: Layout) -> jax.stages.Lowered:
