@@ -93,16 +93,21 @@ def moved(module: Module) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def copied(module: Module, sizes: set[int]) -> dict[str, int]:
-    """Arrays of these sizes in bytes that a copy makes in the chip's main memory, by place; fused ones are never in it."""
+    """Arrays of these sizes in bytes that are copied within a chip's main memory, or moved back into it from on-chip memory.
+
+    By place. Instructions inside a fusion make no array of their own.
+    """
     found: dict[str, int] = defaultdict(int)
 
-    def copies(i: Instruction) -> bool:
-        return i.opcode in ("copy", "copy-done") and VMEM not in i.line.split("(", 1)[0] and i.arrays[0].bytes in sizes
+    def counts(i: Instruction) -> bool:
+        into = i.line.split(f" {i.opcode}(")[0]
+        return i.opcode in ("copy", "copy-done") and VMEM not in into and i.arrays[0].bytes in sizes
 
     for name, depth in module.loops.items():
         for i in module.computations.get(name, ()):
-            if name not in module.fused and copies(i):
-                found[f"{PLACES[depth]} {i.arrays[0]}"] += 1
+            if name not in module.fused and counts(i):
+                how = "copied" if i.opcode == "copy" else "moved back"
+                found[f"{PLACES[depth]} {how} {i.arrays[0]}"] += 1
     return found
 
 

@@ -22,6 +22,7 @@ from programs import (
     EXPERT_MESH,
     EXPERTS,
     LONG,
+    LONG_WINDOW,
     MESH,
     ONE_BILLION,
     SLIDING,
@@ -105,7 +106,9 @@ def update(topology, compile_once) -> Program:
 def sliding(topology, compile_once) -> Program:
     """In one segment of 2,000 steps."""
     layout = layouts(topology)[1]
-    return compile_once("sliding", SLIDING, lambda: lower_rollout(SLIDING, layout, "segment", P, LONG, steps=LONG))
+    return compile_once(
+        "sliding", SLIDING, lambda: lower_rollout(SLIDING, layout, "segment", P, LONG_WINDOW, steps=LONG)
+    )
 
 
 @pytest.fixture(scope="session")

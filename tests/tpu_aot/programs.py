@@ -42,8 +42,9 @@ MESH = (1, 4, 4)
 _, FSDP, TENSOR = MESH
 SPLIT = {"heads": TENSOR, "mlp": TENSOR, "vocab": TENSOR}
 P, S, G, C = 32, 512, 8, 256
-# Of a segment, and of one that decodes all that a reasoning model may write.
-STEPS, LONG = 128, 2000
+STEPS = 128
+# Of a segment that decodes all that a reasoning model may write, and its window: whole tiles of a chip.
+LONG, LONG_WINDOW = 2000, 2048
 ROWS, SLOTS, PARTS = 64, 1024, 4
 # Narrow, to compile in seconds. Layers of both kinds.
 SLIDING = dataclasses.replace(ONE_BILLION, vocab_size=4096, d_mlp=2048, layers=2, sliding=(True, False), window=64)

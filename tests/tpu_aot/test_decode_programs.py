@@ -13,6 +13,7 @@ from programs import (
     EXPERT_SPLIT,
     FSDP,
     LONG,
+    LONG_WINDOW,
     ONE_BILLION,
     SLIDING,
     SPLIT,
@@ -76,15 +77,23 @@ def steps_of(program: Program) -> list[Instruction]:
 
 
 def check_caches_are_written_in_place(program: Program, window: int = C) -> None:
-    """In the loop a cache-shaped array comes from the loop's state, a write into it, or a read ahead into on-chip memory."""
+    """In the loop a cache-shaped array comes from the loop's state, a write into it, or from on-chip memory or out of it.
+
+    Where its own estimate says that it pays, the compiler reads a cache ahead into on-chip memory, writes the new keys there, and
+    moves it back to where it came from. No second array in main memory: `check_no_cache_is_held_twice`.
+    """
     passes = {"parameter", "get-tuple-element", "tuple", "bitcast", "dynamic-update-slice", "slice-start", "slice-done"}
+
+    steps = [i for name in loops(program)[1].calls for i in program.hlo.computations[name]]
+    on_chip = {i.name for i in steps if i.opcode == "copy-start" and VMEM in i.line}
 
     def allowed(i: Instruction) -> bool:
         if i.opcode == "fusion":
             return program.hlo.root(i.calls[0]).opcode == "dynamic-update-slice"
-        return i.opcode in passes or (i.opcode in ("copy-start", "copy-done", "custom-call") and VMEM in i.line)
+        if i.opcode == "copy-done":
+            return any(f"%{name})" in i.line for name in on_chip)
+        return i.opcode in passes or (i.opcode in ("copy-start", "custom-call") and VMEM in i.line)
 
-    steps = [i for name in loops(program)[1].calls for i in program.hlo.computations[name]]
     for name, dims in caches(program, window).items():
         of_cache = [i for i in steps if any(same_dims(a, dims) for a in i.arrays)]
         bad = [str(i) for i in of_cache if not allowed(i)]
@@ -96,8 +105,8 @@ def check_caches_are_written_in_place(program: Program, window: int = C) -> None
         assert got == want, f"writes into the {name} a step: got {got}, want {want}"
 
 
-def check_the_suffix_cache_is_donated(program: Program, window: int = C) -> None:
-    """It goes in, through the loop and out in one piece of memory."""
+def check_no_cache_is_held_twice(program: Program, window: int = C) -> None:
+    """The rows' caches go in, through the loop and out in one piece of memory."""
     shapes = caches(program, window)
     suffix = sum(2 * 2 * layers_with(program, name) * math.prod(shapes[name]) for name in shapes if "suffix" in name)
     assert program.alias == suffix, f"alias: got {program.alias / 1e6:.1f} MB, want {suffix / 1e6:.1f} MB, both caches"
@@ -138,7 +147,7 @@ def check_weights_are_not_copied(program: Program, split: dict[str, int] = SPLIT
 
 def test_a_segment_writes_its_caches_in_place(segment):
     check_caches_are_written_in_place(segment)
-    check_the_suffix_cache_is_donated(segment)
+    check_no_cache_is_held_twice(segment)
 
 
 def test_a_segment_has_two_collectives_a_layer(segment):
@@ -171,18 +180,18 @@ def test_a_segment_of_an_untied_model_of_8_billion(eight_billion):
     """The head is used where it lies. `qkv` is not: its [4096, 2, 6, 128] is put in the loop's order once a segment."""
     check_collectives_of_a_step(eight_billion)
     check_logits_stay(eight_billion)
-    check_the_suffix_cache_is_donated(eight_billion)
+    check_no_cache_is_held_twice(eight_billion)
     check_weights_are_not_copied(eight_billion, but=("qkv",))
 
 
 def test_a_segment_of_2000_steps_is_one_program_with_one_body(sliding):
     """A sliding layer decodes from its window in place: the loop's state has keys and values of each layer in their own size."""
-    check_caches_are_written_in_place(sliding, LONG)
-    check_the_suffix_cache_is_donated(sliding, LONG)
+    check_caches_are_written_in_place(sliding, LONG_WINDOW)
+    check_no_cache_is_held_twice(sliding, LONG_WINDOW)
     check_collectives_of_a_step(sliding)
     check_rows_are_looked_at_between_stretches(sliding)
     loop = loops(sliding)[1]
-    shapes = caches(sliding, LONG)
+    shapes = caches(sliding, LONG_WINDOW)
     for name, dims in shapes.items():
         got = sum(same_dims(a, dims) for a in loop.arrays)
         assert got == 2 * layers_with(sliding, name), f"{name}: got {got} arrays of {dims} in the loop's state"
@@ -219,8 +228,8 @@ def test_rows_and_prompts_change_places_on_their_own_chip(topology, name):
     program = compile_program(SLIDING, lambda: lower_rollout(SLIDING, layout, *name))
     assert not collectives(program.hlo.all)
     if name[0] == "insert":
-        # The flight's prompt cache is donated.
-        assert program.alias == program.output
+        # The flight's prompt cache is donated. The rest of the output is a table of its arrays.
+        assert program.output - program.alias < 1024
 
 
 def test_growing_moves_nothing_between_chips_and_copies_each_cache_once(topology):
