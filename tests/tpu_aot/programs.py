@@ -47,7 +47,7 @@ STEPS = 128
 LONG, LONG_WINDOW = 2000, 2048
 ROWS, SLOTS, PARTS = 64, 1024, 4
 # Narrow, to compile in seconds. Layers of both kinds.
-SLIDING = dataclasses.replace(ONE_BILLION, vocab_size=4096, d_mlp=2048, layers=2, sliding=(True, False), window=64)
+SLIDING = dataclasses.replace(ONE_BILLION, vocab_size=4096, d_mlp=2048, layers=2, sliding=(True, False), window=128)
 EXPERTS = ModelConfig(
     vocab_size=4096, layers=1, d_model=1024, heads=16, kv_heads=4, head_dim=64, d_mlp=512, qk_norm=True,
     experts=16, experts_per_token=4, compute="bfloat16",
