@@ -1,7 +1,7 @@
 """Bytes a chip holds while it decodes, from shapes and shardings alone: before anything is compiled, on machines without the chips.
 
-What counts is exact: the policy, both caches and what is written down. What the compiler needs beside that is an allowance: one
-array of the widest thing that a step makes, and the policy's `qkv` once more, which a TPU re-lays for the loop.
+What counts is exact: the policy, both caches and what is written down. What a compiler needs beside that is an allowance: the widest
+thing that a step makes, and matrices that a TPU puts in another order before the loop, and then holds twice.
 """
 
 import math
@@ -14,6 +14,10 @@ from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.rollout.decode import blank_record
 from jaxrl_llm.rollout.programs import Programs
 from jaxrl_llm.types import PyTree
+
+
+# Numbers side by side in a tile of a TPU's memory.
+LANES = 128
 
 
 class Flight(NamedTuple):
@@ -45,13 +49,12 @@ def flight(programs: Programs, params: PyTree, units: int, window: int) -> Fligh
     lines = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(record))
     share = rows // layout.size("rows")
     slots = window + max(x.shape[2] for x in jax.tree.leaves(prompt))
-    relaid = held([layer["qkv"] for layer in params["layers"]])
     return Flight(
         policy=held(params),
         prompt=held(prompt),
         suffix=held(suffix),
         record=lines + lines // layout.size("rows"),
-        working=4 * share * _widest(cfg, layout, slots) + relaid,
+        working=4 * share * _widest(cfg, layout, slots) + _relaid(params, cfg, layout),
     )
 
 
@@ -67,3 +70,12 @@ def _widest(cfg: ModelConfig, layout: Layout, slots: int) -> int:
         cfg.heads // layout.size("heads") * slots,
         2 * cfg.d_mlp * max(cfg.experts_per_token, 1) // layout.size("mlp"),
     )
+
+
+def _relaid(params: PyTree, cfg: ModelConfig, layout: Layout) -> int:
+    """`qkv`; and experts of which a chip's share is not whole tiles wide, filled up to whole ones."""
+    found = held([layer["qkv"] for layer in params["layers"]])
+    width = cfg.d_mlp // layout.size("mlp")
+    if cfg.experts and width % LANES:
+        found += held([layer["gate_up"] for layer in params["layers"]]) // width * (width + -width % LANES)
+    return found

@@ -1,5 +1,7 @@
 """Bytes of a flight, added up by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -19,11 +21,11 @@ CFG = ModelConfig(
 P, G, S, C = 4, 3, 16, 32
 
 
-def flight(sizes: tuple[int, ...]) -> memory.Flight:
+def flight(sizes: tuple[int, ...], cfg: ModelConfig = CFG) -> memory.Flight:
     layout = Layout(make_mesh(sizes, jax.devices()[: sizes[0] * sizes[1] * sizes[2]]), DECODE)
     rollout = RolloutConfig(prompts=P, samples=G, max_new_tokens=C, engine=EngineConfig(segment=8))
-    programs = Engine(rollout, S, Vocabulary(size=64, pad=0, eos=(1,)), CFG, layout).programs
-    policy = params.abstract(params.unstack(params.specs(CFG), CFG.layers), layout, jnp.float32)
+    programs = Engine(rollout, S, Vocabulary(size=64, pad=0, eos=(1,)), cfg, layout).programs
+    policy = params.abstract(params.unstack(params.specs(cfg), cfg.layers), layout, jnp.float32)
     return memory.flight(programs, policy, P, C)
 
 
@@ -48,3 +50,13 @@ def test_rows_heads_and_vocabulary_are_split_and_the_record_is_whole_everywhere(
     assert split.working == 4 * P * G // 4 * 2 * (S + C) + 4 * 32 * 4 * 8 * 2
     norms = 2 * 2 * 32 + 32
     assert split.policy == (one.policy - 4 * norms) // 2 + 4 * norms
+
+
+def test_experts_that_are_not_whole_tiles_wide_are_held_twice():
+    """48 of 128 lanes; 256 are two whole tiles."""
+    experts = dataclasses.replace(CFG, experts=4, experts_per_token=1)
+    once = 4 * P * G * 4 * (S + C) + 4 * 2 * 32 * 2 * 4 * 8
+    assert flight((1, 1, 1), experts).working == once + 4 * 2 * (2 * 4 * 32 * 128)
+    wide = dataclasses.replace(experts, d_mlp=256)
+    rows = 4 * P * G * 2 * 256
+    assert flight((1, 1, 1), wide).working == rows + 4 * 2 * 32 * 2 * 4 * 8

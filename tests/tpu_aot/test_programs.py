@@ -8,6 +8,7 @@ import math
 
 import jax
 import pytest
+from jax.experimental import topologies
 from programs import (
     EXPERT_SPLIT,
     FSDP,
@@ -29,6 +30,7 @@ from programs import (
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.distribution import CHUNK
 from jaxrl_llm.parallel.hlo import collectives
+from jaxrl_llm.parallel.mesh import make_mesh
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.timeout(1200)]
 
@@ -151,3 +153,10 @@ def test_mutant_publish_that_drops_the_old_policy(topology, monkeypatch):
     program = compile_program(cfg, lambda: lower_publish(cfg, *layouts(topology)))
     with pytest.raises(AssertionError, match=r"alias: got 0\.0 MB"):
         check_publish_writes_into_the_old_policy(program)
+
+
+def test_an_axis_may_be_a_part_of_one_of_the_slices_own(topology):
+    """On every kind of chip: 2 of v6e's 4, and 8 out of 4 times 4 times 4."""
+    for name, sizes in (("v6e:4x4", (2, 2, 4)), ("v5p:4x4x4", (1, 4, 2, 8))):
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        assert make_mesh(sizes, devices).devices.shape == (*sizes, 1)[:4]
