@@ -1,7 +1,7 @@
 """Bytes a chip holds while it decodes, from shapes and shardings alone: before anything is compiled, on machines without the chips.
 
-What counts is exact: the policy, both caches and what is written down. What a compiler needs beside that is an allowance: the widest
-thing that a step makes, and matrices that a TPU puts in another order before the loop, and then holds twice.
+What counts is exact: the policy, both caches and what is written down. What a compiler needs beside that is an allowance: the
+widest thing that a step makes, and matrices that a TPU puts in another order before the loop, and then holds twice.
 """
 
 import math
@@ -14,7 +14,6 @@ from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.rollout.decode import blank_record
 from jaxrl_llm.rollout.programs import Programs
 from jaxrl_llm.types import PyTree
-
 
 # Numbers side by side in a tile of a TPU's memory.
 LANES = 128
