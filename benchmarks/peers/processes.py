@@ -1,0 +1,91 @@
+"""Workers as the driver sees them: processes that answer one question at a time, and calls of several taken in turns."""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 900.0
+"""Seconds that one answer may take."""
+
+
+class WorkerError(Exception):
+    """A worker ended, or gave no answer in time. The text holds the end of what it printed."""
+
+
+class Worker:
+    """One process running a module that calls `serve`."""
+
+    def __init__(self, python: Path, module: str, threads: int) -> None:
+        number = str(threads)
+        env = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": number,
+            "MKL_NUM_THREADS": number,
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        self._log = tempfile.TemporaryFile(mode="w+")
+        pipe = subprocess.PIPE
+        command = [python, "-m", module]
+        self._process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=pipe, stdout=pipe, stderr=self._log)
+
+    def ask(self, **question: dict) -> dict:
+        """`ask(generate={..})`, and the answer. Raises WorkerError."""
+        try:
+            self._process.stdin.write((json.dumps(question) + "\n").encode())
+            self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise WorkerError(self._end()) from error
+        return json.loads(self._line())
+
+    def _line(self) -> bytes:
+        """One line of answer: the worker writes it at once and nothing after it, so what has come is all of it at the newline."""
+        found, end = b"", time.monotonic() + PATIENCE
+        while not found.endswith(b"\n"):
+            ready, _, _ = select.select([self._process.stdout], [], [], max(end - time.monotonic(), 0))
+            piece = os.read(self._process.stdout.fileno(), 2**20) if ready else b""
+            if not piece:
+                raise WorkerError(self._end() if ready else f"no answer in {PATIENCE:.0f} s\n{self._end()}")
+            found += piece
+        return found
+
+    def _end(self) -> str:
+        self._log.seek(0)
+        return self._log.read()[-2000:].strip()
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._log.close()
+
+
+def in_turns(calls: Mapping[str, Callable[[int], dict]], rounds: int) -> tuple[dict[str, list[dict]], dict[str, str]]:
+    """Each call's answers, and why the calls that have none failed.
+
+    Answer 0 is the first call, alone: it traces and compiles. Answer 1 settles (torch.compile may compile again). Then `rounds` rounds of
+    one call each, the order turned by one every round: so noise, and what a neighbour leaves in the caches, meets all alike. A call gets
+    the number of its turn. One that raises WorkerError is dropped.
+    """
+    answers, failed = {name: [] for name in calls}, {}
+    for turn in range(rounds + 2):
+        names = [name for name in calls if name not in failed]
+        shift = turn % max(len(names), 1)
+        for name in names[shift:] + names[:shift]:
+            try:
+                answers[name].append(calls[name](turn))
+            except WorkerError as error:
+                failed[name] = str(error)
+                print(f"{name}: {error}", file=sys.stderr, flush=True)
+    return {name: found for name, found in answers.items() if name not in failed}, failed
