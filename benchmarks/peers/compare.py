@@ -5,18 +5,23 @@ import statistics
 from benchmarks.table import rows_of
 
 
-def entry(answers: list[dict], tokens: int) -> dict:
-    """Of one generator at one work; `answers` as `processes.in_turns` gives them."""
-    first, settled, timed = answers[0], answers[1], answers[2:]
-    seconds = [answer["seconds"] for answer in timed]
+def quietest(others: list[float], rounds: int) -> list[int]:
+    """The `rounds` turns, of those after the first two, in which others had least of the machine."""
+    return sorted(sorted(range(2, len(others)), key=others.__getitem__)[:rounds])
+
+
+def entry(answers: list[dict], chosen: list[int], tokens: int) -> dict:
+    """Of one generator at one work; `answers` as `processes.in_turns` gives them, `chosen` the turns that count."""
+    seconds = [answers[turn]["seconds"] for turn in chosen]
     return {
-        "first_call_s": first["seconds"],
-        "second_call_s": settled["seconds"],
+        "first_call_s": answers[0]["seconds"],
+        "second_call_s": answers[1]["seconds"],
         "seconds": seconds,
+        "all_seconds": [answer["seconds"] for answer in answers[2:]],
+        "others": [answers[turn]["others"] for turn in chosen],
         "median_s": statistics.median(seconds),
         "tokens_per_s": tokens / statistics.median(seconds),
         "peak_bytes": max(answer["peak_bytes"] for answer in answers),
-        "returned": sorted({sum(map(len, answer["tokens"])) for answer in answers}),
     }
 
 
@@ -26,7 +31,7 @@ def ratio(ours: dict, theirs: dict) -> float:
 
 
 def best(entries: dict[str, dict], peer: str) -> str | None:
-    """The fastest variant of `peer`, that returns what a variant must: names are peer/variant. None where none ran."""
+    """The fastest variant of `peer`; names are peer/variant. None where none ran."""
     found = [name for name in entries if name.split("/")[0] == peer]
     return min(found, key=lambda name: entries[name]["median_s"], default=None)
 
@@ -49,21 +54,35 @@ def ratios(entries: dict[str, dict]) -> dict[str, float]:
 
 
 def table(result: dict) -> list[str]:
-    """One work. Rates are medians, the lowest and the highest beside them."""
+    """One work. Rates are medians, the lowest and the highest beside them; and the most of the machine that others had meanwhile."""
     entries, tokens = result["entries"], result["tokens"]
     ours = best(entries, "ours")
-    head = ["", "tokens/s", "lowest to highest", "ours to it", "first call, s", "peak, MiB", "greedy as ours"]
+    head = [
+        "",
+        "tokens/s",
+        "lowest to highest",
+        "ours to it",
+        "others had",
+        "first call, s",
+        "peak, MiB",
+        "greedy as ours",
+    ]
     lines = [
         [
             name,
             f"{e['tokens_per_s']:,.0f}",
             f"{tokens / max(e['seconds']):,.0f} to {tokens / min(e['seconds']):,.0f}",
             f"{ratio(entries[ours], e):.2f}" if ours else "",
+            f"{max(e['others']):.0%}",
             f"{e['first_call_s']:.1f}",
             f"{e['peak_bytes'] / 2**20:,.0f}",
             f"{e['greedy_agreement']:.1%}" if e.get("greedy_agreement") is not None else "",
         ]
         for name, e in entries.items()
     ]
-    found = [f"{result['name']}, {tokens:,} new tokens a call, {result['rounds']} rounds", "", *rows_of([head, *lines])]
+    found = [
+        f"{result['name']}, {tokens:,} new tokens a call, the quietest {result['rounds']} of {result['rounds_run']} rounds",
+        "",
+        *rows_of([head, *lines]),
+    ]
     return found + [f"{name} failed: {why.splitlines()[-1] if why else ''}" for name, why in result["failed"].items()]

@@ -6,8 +6,10 @@ process and an environment of its own, with the same cores; their calls in turns
 --work     SIZE,ROWS,DTYPE, one or several: S, M or L of benchmarks/models.py
 --prompts  groups: 8 rows a prompt; different: one; or both
 --top-p    default 1, plain sampling at temperature 1
---peers    PEER or PEER/VARIANT, with commas; default ours,transformers/dynamic,transformers/static,tunix/plain
---rounds   timed calls of each, after one that compiles and one that settles; default 5
+--peers    PEER or PEER/VARIANT, with commas; default ours, transformers/dynamic and /static, waiting and spinning, tunix/plain
+--rounds   timed calls of each that count, after one that compiles and one that settles; default 5
+--seconds  how long each work may go on looking for that many quiet rounds, in which others had at most a tenth of the machine;
+           then the quietest count; default 120
 --threads  cores that all are kept to; default all there are
 --build    make the environments that are missing
 --out      default benchmarks/results/peers-<device>-<cores>core-<date>.json
@@ -18,24 +20,30 @@ import datetime
 import json
 import os
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
 from benchmarks.machine import HERE, file_name, machine
 from benchmarks.peers import environments, weights
-from benchmarks.peers.compare import agreement, entry, ratios, table
-from benchmarks.peers.processes import Worker, WorkerError, in_turns
+from benchmarks.peers.compare import agreement, entry, quietest, ratios, table
+from benchmarks.peers.processes import Worker, WorkerError, disturbance, in_turns
 from benchmarks.peers.work import DIFFERENT, GROUPS, Work, parse
 from jaxrl_llm.errors import UserError
 
 MODULES = {"ours": "ours", "transformers": "transformers_generate", "trl": "trl_grpo", "tunix": "tunix_sampler"}
+PASSIVE = "-passive"
+"""Threads of OpenMP that sleep while they wait. They spin by default, and then whoever else wants a core slows torch tenfold."""
+SETTINGS = {"": {}, PASSIVE: {"OMP_WAIT_POLICY": "PASSIVE"}}
+TORCH = {"transformers": ("dynamic", "static", "compile"), "trl": ("generate", "logprobs")}
 VARIANTS = {
     "ours": ("default",),
-    "transformers": ("dynamic", "static", "compile"),
-    "trl": ("generate", "logprobs"),
     "tunix": ("plain", "logprobs"),
+    **{peer: tuple(v + wait for v in variants for wait in SETTINGS) for peer, variants in TORCH.items()},
 }
-DEFAULT = "ours,transformers/dynamic,transformers/static,tunix/plain"
+DEFAULT = ",".join(
+    ["ours", *(f"transformers/{v}{wait}" for v in ("dynamic", "static") for wait in SETTINGS), "tunix/plain"]
+)
 
 
 def entries_of(text: str) -> list[str]:
@@ -53,16 +61,18 @@ def entries_of(text: str) -> list[str]:
 def start(name: str, work: Work, threads: int) -> tuple[Worker, dict]:
     """A worker with the weights loaded, and what it says of itself."""
     peer, variant = name.split("/")
-    worker = Worker(environments.python(peer), f"benchmarks.peers.workers.{MODULES[peer]}", threads)
+    plain = variant.removesuffix(PASSIVE)
+    settings = SETTINGS[variant.removeprefix(plain)]
+    worker = Worker(environments.python(peer), f"benchmarks.peers.workers.{MODULES[peer]}", threads, settings)
     try:
-        given = {"directory": str(weights.directory(work.size)), "compute": work.compute, "variant": variant}
+        given = {"directory": str(weights.directory(work.size)), "compute": work.compute, "variant": plain}
         return worker, worker.ask(load=given)
     except WorkerError:
         worker.close()
         raise
 
 
-def measure(work: Work, names: list[str], rounds: int, threads: int) -> dict:
+def measure(work: Work, names: list[str], rounds: int, seconds: float, threads: int) -> dict:
     """Every generator at one work."""
     workers, said, failed = {}, {}, {}
     try:
@@ -73,8 +83,10 @@ def measure(work: Work, names: list[str], rounds: int, threads: int) -> dict:
                 failed[name] = str(error)
                 print(f"{name}: {error}", file=sys.stderr, flush=True)
         calls = {name: partial(generate, worker, work, name) for name, worker in workers.items()}
-        answers, fell = in_turns(calls, rounds)
-        found = {name: said_of(said[name]) | entry(a, work.tokens) for name, a in answers.items()}
+        answers, fell = in_turns(calls, rounds, time.monotonic() + seconds)
+        others = disturbance(answers)
+        chosen = quietest(others, rounds)
+        found = {name: said_of(said[name]) | entry(a, chosen, work.tokens) for name, a in answers.items()}
         if work.compute == "float32":
             check(found, {name: workers[name] for name in found}, work)
     finally:
@@ -84,7 +96,8 @@ def measure(work: Work, names: list[str], rounds: int, threads: int) -> dict:
         "name": work.name,
         "work": work.as_dict(),
         "tokens": work.tokens,
-        "rounds": rounds,
+        "rounds": len(chosen),
+        "rounds_run": max(len(others) - 2, 0),
         "entries": found,
         "ours_to": ratios(found),
         "failed": failed | fell,
@@ -99,7 +112,9 @@ def generate(worker: Worker, work: Work, name: str, turn: int) -> dict:
     answer = worker.ask(generate=work.call(seed=turn))
     tokens = sum(map(len, answer["tokens"]))
     if len(answer["tokens"]) != work.rows or tokens != work.tokens:
-        raise WorkerError(f"{name}: got {tokens} tokens in {len(answer['tokens'])} rows, want {work.tokens} in {work.rows}")
+        raise WorkerError(
+            f"{name}: got {tokens} tokens in {len(answer['tokens'])} rows, want {work.tokens} in {work.rows}"
+        )
     return answer
 
 
@@ -123,7 +138,7 @@ def cores(threads: int | None) -> int:
     return len(os.sched_getaffinity(0))
 
 
-def run(works: list[Work], names: list[str], rounds: int, threads: int, out: Path | None) -> dict:
+def run(works: list[Work], names: list[str], rounds: int, seconds: float, threads: int, out: Path | None) -> dict:
     date = datetime.date.today().isoformat()
     result = {
         "date": date,
@@ -135,7 +150,7 @@ def run(works: list[Work], names: list[str], rounds: int, threads: int, out: Pat
     out = out or HERE / "results" / f"peers-{file_name(result['machine'])}-{date}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     for work in works:
-        result["results"].append(measure(work, names, rounds, threads))
+        result["results"].append(measure(work, names, rounds, seconds, threads))
         result["machine"]["load_after"] = os.getloadavg()[0]
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print("\n".join(table(result["results"][-1])), end="\n\n", flush=True)
@@ -150,6 +165,7 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--peers", default=DEFAULT)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--build", action="store_true")
     parser.add_argument("--out", type=Path)
@@ -162,7 +178,7 @@ def main() -> None:
             ready(peer, given.build)
     except UserError as error:
         parser.error(str(error))
-    run(works, names, given.rounds, cores(given.threads), given.out)
+    run(works, names, given.rounds, given.seconds, cores(given.threads), given.out)
 
 
 def ready(peer: str, build: bool) -> None:

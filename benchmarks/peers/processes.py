@@ -13,6 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PATIENCE = 900.0
 """Seconds that one answer may take."""
+QUIET = 0.1
+"""The share of the machine that others may have during a call of a quiet round."""
 
 
 class WorkerError(Exception):
@@ -22,7 +24,7 @@ class WorkerError(Exception):
 class Worker:
     """One process running a module that calls `serve`."""
 
-    def __init__(self, python: Path, module: str, threads: int) -> None:
+    def __init__(self, python: Path, module: str, threads: int, settings: Mapping[str, str]) -> None:
         number = str(threads)
         env = os.environ | {
             "PYTHONPATH": str(ROOT),
@@ -30,6 +32,7 @@ class Worker:
             "MKL_NUM_THREADS": number,
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            **settings,
         }
         self._log = tempfile.TemporaryFile(mode="w+")
         pipe = subprocess.PIPE
@@ -71,21 +74,36 @@ class Worker:
         self._log.close()
 
 
-def in_turns(calls: Mapping[str, Callable[[int], dict]], rounds: int) -> tuple[dict[str, list[dict]], dict[str, str]]:
-    """Each call's answers, and why the calls that have none failed.
+def in_turns(
+    calls: Mapping[str, Callable[[int], dict]], rounds: int, deadline: float
+) -> tuple[dict[str, list[dict]], dict[str, str]]:
+    """Each call's answers, as many for all, and why the calls that have none failed.
 
-    Answer 0 is the first call, alone: it traces and compiles. Answer 1 settles (torch.compile may compile again). Then `rounds` rounds of
-    one call each, the order turned by one every round: so noise, and what a neighbour leaves in the caches, meets all alike. A call gets
-    the number of its turn. One that raises WorkerError is dropped.
+    Answer 0 is the first call, alone: it traces and compiles. Answer 1 settles (torch.compile may compile again). Then rounds of one call
+    each, the order turned by one every round, until `rounds` of them were quiet, or `deadline` (`time.monotonic()`) is past and there are
+    `rounds` at all. A call gets the number of its turn. One that raises WorkerError is dropped.
     """
-    answers, failed = {name: [] for name in calls}, {}
-    for turn in range(rounds + 2):
-        names = [name for name in calls if name not in failed]
+    answers, failed, turn = {name: [] for name in calls}, {}, 0
+    while turn < rounds + 2 or (quiet(answers)[2:].count(True) < rounds and time.monotonic() < deadline):
+        names = [*answers]
         shift = turn % max(len(names), 1)
         for name in names[shift:] + names[:shift]:
             try:
                 answers[name].append(calls[name](turn))
             except WorkerError as error:
                 failed[name] = str(error)
+                del answers[name]
                 print(f"{name}: {error}", file=sys.stderr, flush=True)
-    return {name: found for name, found in answers.items() if name not in failed}, failed
+        turn += 1
+        if not answers:
+            break
+    return answers, failed
+
+
+def disturbance(answers: Mapping[str, list[dict]]) -> list[float]:
+    """Of each turn: the most that others had of the machine during one of its calls."""
+    return [max(answer["others"] for answer in turn) for turn in zip(*answers.values(), strict=True)]
+
+
+def quiet(answers: Mapping[str, list[dict]]) -> list[bool]:
+    return [others <= QUIET for others in disturbance(answers)]

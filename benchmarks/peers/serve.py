@@ -1,7 +1,7 @@
 """A worker's side of the comparison: one generator in a process of its own, asked by lines of JSON, answering by lines of JSON.
 
     {"load": {"directory": .., "compute": .., "variant": ..}}       -> {"seconds": .., "facts": {..}, "peak_bytes": ..}
-    {"generate": {"prompts": .., "samples": .., ..}}                -> {"seconds": .., "tokens": [[..]], "peak_bytes": ..}
+    {"generate": {"prompts": .., "samples": .., ..}}                -> {"seconds": .., "tokens": [[..]], "peak_bytes": .., "others": ..}
 
 Standard library alone: it runs in every peer's environment.
 """
@@ -53,6 +53,33 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def machine_seconds() -> float | None:
+    """CPU seconds that the whole machine has worked, or that its host took from it. None where there is no /proc/stat."""
+    try:
+        user, nice, system, _, _, interrupts, soft, stolen = (
+            Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        )
+    except OSError:
+        return None
+    return sum(map(int, (user, nice, system, interrupts, soft, stolen))) / os.sysconf("SC_CLK_TCK")
+
+
+class Clock:
+    """Wall-clock seconds of what runs inside it, and who else worked on the machine meanwhile."""
+
+    def __enter__(self) -> "Clock":
+        self._machine, self._own, self._start = machine_seconds(), time.process_time(), time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._start
+        own, machine = time.process_time() - self._own, machine_seconds()
+        self.others = (
+            0.0 if machine is None else max(machine - self._machine - own, 0.0) / (self.seconds * os.cpu_count())
+        )
+        """The share of all cores' time that others had. /proc/stat counts in hundredths of a second: below 0.05 it says little."""
+
+
 def versions(*packages: str) -> dict[str, str]:
     def of(name: str) -> str:
         try:
@@ -72,13 +99,13 @@ def serve(load: Load) -> None:
         [(verb, given)] = json.loads(line).items()
         if verb == "generate":
             given = Call(**given)
-        start = time.perf_counter()
-        if verb == "load":
-            generate, facts = load(given["directory"], given["compute"], given["variant"])
-            answer = {"facts": facts}
-        else:
-            answer = {"tokens": generate(given)}
-        seconds = time.perf_counter() - start
+        with Clock() as clock:
+            if verb == "load":
+                generate, facts = load(given["directory"], given["compute"], given["variant"])
+                answer = {"facts": facts}
+            else:
+                answer = {"tokens": generate(given)}
         if verb == "generate":
             answer["tokens"] = [[int(token) for token in row] for row in answer["tokens"]]
-        print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()} | answer), file=answers, flush=True)
+        found = {"seconds": clock.seconds, "others": clock.others, "peak_bytes": peak_bytes()}
+        print(json.dumps(found | answer), file=answers, flush=True)

@@ -31,4 +31,6 @@ def weights(size: str) -> PyTree:
 
     described, treedef = jax.tree.flatten(tree, is_leaf=model_params.is_spec)
     keys = jax.random.split(jax.random.fold_in(key, 1), len(described))
-    return treedef.unflatten([shaken(*each) for each in zip(described, treedef.flatten_up_to(found), keys, strict=True)])
+    return treedef.unflatten(
+        [shaken(*each) for each in zip(described, treedef.flatten_up_to(found), keys, strict=True)]
+    )

@@ -14,7 +14,11 @@ VARIANTS = ("dynamic", "static", "compile")
 
 def generation_config(call: Call, variant: str) -> GenerationConfig:
     cache = {} if variant == "dynamic" else {"cache_implementation": "static"}
-    how = {"do_sample": False} if call.greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": call.top_p}
+    how = (
+        {"do_sample": False}
+        if call.greedy
+        else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": call.top_p}
+    )
     return GenerationConfig(
         max_new_tokens=call.new_tokens,
         pad_token_id=0,
