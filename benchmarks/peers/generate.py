@@ -115,6 +115,7 @@ def generate(worker: Worker, work: Work, name: str, turn: int) -> dict:
         raise WorkerError(
             f"{name}: got {tokens} tokens in {len(answer['tokens'])} rows, want {work.tokens} in {work.rows}"
         )
+    print(f"{name}, turn {turn}: {answer['seconds']:.2f} s, others {answer['others']:.0%}", file=sys.stderr, flush=True)
     return answer
 
 
