@@ -4,15 +4,13 @@
 """
 
 import dataclasses
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Key
 
 from jaxrl_llm import config as run_config
 from jaxrl_llm.checkpoint import Checkpoints
@@ -26,18 +24,16 @@ from jaxrl_llm.model.hf.load import load
 from jaxrl_llm.model.hf.source import resolve as resolve_model
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
-from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
+from jaxrl_llm.parallel.layout import TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
-from jaxrl_llm.prompts.rows import Row
 from jaxrl_llm.prompts.stream import Order, make_order
 from jaxrl_llm.prompts.task import Task, load_task
 from jaxrl_llm.prompts.tokenizer import load_tokenizer
 from jaxrl_llm.publish import Publish, make_blank, make_publish
-from jaxrl_llm.rewards.graders import Sample
 from jaxrl_llm.rewards.graders import problems as grader_problems
-from jaxrl_llm.rewards.pool import GraderPool
-from jaxrl_llm.rollout.decode import Generate, Vocabulary, make_generate
-from jaxrl_llm.types import Batch, Experience, Finish, Policy, Prompts, PyTree, Rollouts, TrainState
+from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.sample import Vocabulary
+from jaxrl_llm.types import Batch, Experience, Policy, Prompts, PyTree, Rollouts, TrainState
 from jaxrl_llm.update.config import CrossEntropyLoss, LossConfig, OptimizerConfig
 from jaxrl_llm.update.step import Update, make_optimizer, make_score, make_start, make_update, state_shardings
 
@@ -56,7 +52,7 @@ class Run:
     train: Layout
     decode: Layout
     specs: PyTree
-    generate: Generate
+    engine: Engine
     publish: Publish
     score: jax.stages.Wrapped
     warm_update: Update
@@ -128,7 +124,8 @@ def build(cfg: RunConfig) -> Run:
     if found := problems(dataclasses.replace(cfg, model=model), task):
         raise UserError("\n".join(found))
     mesh = make_mesh(resolve(cfg.mesh, jax.device_count())[0])
-    train, decode = Layout(mesh, TRAIN), Layout(mesh, DECODE)
+    train = Layout(mesh, TRAIN)
+    decode = train.for_decode(cfg.rollout.engine.layout)
     vocab = Vocabulary(size=task.num_tokens, pad=task.pad, eos=task.eos)
     specs = model_params.specs(model)
 
@@ -148,7 +145,7 @@ def build(cfg: RunConfig) -> Run:
         train=train,
         decode=decode,
         specs=specs,
-        generate=make_generate(cfg.rollout.samples, cfg.rollout.max_new_tokens, vocab, model, decode),
+        engine=Engine(cfg.rollout, task.prompt_slots, vocab, model, decode, task.tokenizer.decode),
         publish=make_publish(model, train, decode),
         score=make_score(task.num_tokens, model, train),
         warm_update=update(CrossEntropyLoss(), cfg.warm_start.optimizer, 1),
@@ -167,7 +164,7 @@ def read_model(cfg: RunConfig) -> ModelConfig:
 
 def problems(cfg: RunConfig, task: Task) -> list[str]:
     """What does not fit between config, devices and task, in words."""
-    found = run_config.problems(cfg, jax.device_count(), jax.process_count()) + grader_problems(cfg.reward)
+    found = run_config.problems(cfg, jax.device_count()) + grader_problems(cfg.reward)
     if cfg.model.vocab_size < task.num_tokens:
         found.append(f"model.vocab_size: got {cfg.model.vocab_size}, want at least the tokenizer's {task.num_tokens}")
     if cfg.rollout.max_new_tokens < task.target_slots:
@@ -239,53 +236,3 @@ def publish(run: Run, state: TrainState, old: Policy | None) -> Policy:
 
 def open_checkpoints(cfg: RunConfig) -> Checkpoints:
     return Checkpoints(Path(cfg.run_dir).resolve() / "checkpoints", keep=cfg.checkpoint.keep)
-
-
-def sample(
-    run: Run, policy: Policy, prompts: Prompts, key: Key[Array, ""], temperature: float | None = None
-) -> Rollouts:
-    """G samples for each prompt at a temperature, the configured one by default, as NumPy, equal on every host."""
-    rows = run.decode.sharding(("rows",))
-    chosen = run.cfg.rollout.temperature if temperature is None else temperature
-    per_prompt = np.full(prompts.length.shape, chosen, np.float32)
-    return hosts.gather(run.generate(policy, hosts.put(prompts, rows), key, hosts.put(per_prompt, rows)))
-
-
-class Grades(NamedTuple):
-    """What the graders said of P groups of G responses, as NumPy, equal on every host. NaN where a group failed."""
-
-    reward: Float[np.ndarray, "P G"]
-    parts: Float[np.ndarray, "n P G"]
-    """What each of the n graders gave, before weights."""
-    failure: Int[np.ndarray, " P"]
-    """A `Failure` each."""
-    failed_by: Int[np.ndarray, " P"]
-    """Which grader failed, -1 where none did."""
-    vote: Int[np.ndarray, "P G"]
-    """A number for each final answer, equal for equal ones; 0 where there is none."""
-
-
-def grade(run: Run, pool: GraderPool, rows: tuple[Row, ...], rollouts: Rollouts) -> Grades:
-    """Grades of rollouts whose prompts are among `rows`; each host grades its share of the groups."""
-    group_size = run.cfg.rollout.samples
-    texts = run.task.decode(rollouts.tokens, rollouts.length)
-
-    def sample_of(row: Row, b: int) -> Sample:
-        finish = Finish(rollouts.finish[b]).name.lower()
-        return Sample(row.prompt, texts[b], row.answer, finish, row.columns, int(rollouts.length[b]))
-
-    def work(part: slice) -> tuple[np.ndarray, ...]:
-        groups = []
-        for p, index in list(enumerate(rollouts.prompts.row))[part]:
-            groups.append([sample_of(rows[index], b) for b in range(p * group_size, (p + 1) * group_size)])
-        graded = pool.grade(groups)
-        vote = [
-            [(zlib.crc32(answer.encode()) >> 1 or 1) if answer else 0 for answer in group] for group in graded.votes
-        ]
-        return (
-            graded.reward, graded.parts.swapaxes(0, 1), graded.failure, graded.failed_by,
-            np.array(vote, np.int32).reshape(graded.reward.shape),
-        )  # fmt: skip
-
-    reward, parts, failure, failed_by, vote = hosts.share_out(len(rollouts.prompts.row), work)
-    return Grades(reward, parts.swapaxes(0, 1), failure, failed_by, vote)

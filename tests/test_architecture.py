@@ -32,9 +32,12 @@ ALLOWED = {
     "checkpoint": FOUNDATION,
     "report": {"errors", "metrics"},
     "run": FOUNDATION | STAGES | {"config", "model", "publish", "checkpoint"},
-    "evaluate": FOUNDATION | STAGES | {"config", "estimates", "run"},
-    "inspect_run": FOUNDATION | STAGES | {"config", "estimates", "metrics", "model", "run", "evaluate"},
-    "train": FOUNDATION | STAGES | {"config", "metrics", "model", "publish", "checkpoint", "run", "evaluate"},
+    "collect": FOUNDATION | STAGES | {"run"},
+    "evaluate": FOUNDATION | STAGES | {"config", "estimates", "run", "collect"},
+    "inspect_run": FOUNDATION | STAGES | {"config", "estimates", "metrics", "model", "run", "collect", "evaluate"},
+    "train": FOUNDATION
+    | STAGES
+    | {"config", "metrics", "model", "publish", "checkpoint", "run", "collect", "evaluate"},
     "cli": {"errors", "config", "parallel", "report", "train", "inspect_run"},
 }
 NEVER = {"configs", "tests", "benchmarks", "launch", "docs"}
