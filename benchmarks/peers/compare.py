@@ -54,7 +54,7 @@ def ratios(entries: dict[str, dict]) -> dict[str, float]:
 
 
 def table(result: dict) -> list[str]:
-    """One work. Rates are medians, the lowest and the highest beside them; and the most of the machine that others had meanwhile."""
+    """One work. Rates are medians, the extremes beside them. `others had`: of the machine, in the worst of the calls that count."""
     entries, tokens = result["entries"], result["tokens"]
     ours = best(entries, "ours")
     head = [

@@ -1,7 +1,7 @@
 """`python -m benchmarks.peers.environments [transformers trl tunix]`: each peer's own environment, by package name and version.
 
-They lie in benchmarks/peers/.envs/. A variable (JAXRL_TORCH_PYTHON, JAXRL_TRL_PYTHON, JAXRL_TUNIX_PYTHON) that names the Python of an
-environment which exists already is taken instead.
+They lie in benchmarks/peers/.envs/. Where JAXRL_TORCH_PYTHON, JAXRL_TRL_PYTHON or JAXRL_TUNIX_PYTHON names the Python of an
+environment that exists already, that one is taken instead.
 """
 
 import os

@@ -1,7 +1,7 @@
 """A worker's side of the comparison: one generator in a process of its own, asked by lines of JSON, answering by lines of JSON.
 
-    {"load": {"directory": .., "compute": .., "variant": ..}}       -> {"seconds": .., "facts": {..}, "peak_bytes": ..}
-    {"generate": {"prompts": .., "samples": .., ..}}                -> {"seconds": .., "tokens": [[..]], "peak_bytes": .., "others": ..}
+    {"load": {"directory": .., "compute": .., "variant": ..}}   -> {"facts": {..}, "seconds": .., "others": .., "peak_bytes": ..}
+    {"generate": {"prompts": .., "samples": .., ..}}            -> {"tokens": [[..]], "seconds": .., "others": .., "peak_bytes": ..}
 
 Standard library alone: it runs in every peer's environment.
 """

@@ -1,4 +1,4 @@
-"""Our own engine, from the same safetensors file: tokens, log-probabilities and entropies, every array brought to the host."""
+"""Our own engine, from the same safetensors file: tokens, log-probabilities and entropies, on the host; its default settings."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,9 @@ from benchmarks.peers.serve import Call, Generate, serve, versions
 from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.load import load as load_params
 from jaxrl_llm.model.params import specs, unstack
-from jaxrl_llm.rollout.decode import Vocabulary, make_generate
+from jaxrl_llm.rollout.config import RolloutConfig
+from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Policy, Prompts
 
 VARIANTS = ("default",)
@@ -21,17 +23,19 @@ def load(directory: str, compute: str, variant: str) -> tuple[Generate, dict]:
     params = load_params(directory, unstack(specs(cfg), cfg.layers), decode, jnp.dtype(compute))
     policy = Policy(params=params, version=jax.device_put(np.int32(0), decode.replicated))
     vocabulary = Vocabulary(size=cfg.vocab_size, pad=0, eos=(-1,))
-    made = {}
+    made: dict[tuple, Engine] = {}
+
+    def engine(call: Call) -> Engine:
+        shape = (len(call.prompts), call.samples, call.new_tokens, call.top_p)
+        if shape not in made:
+            rollout = RolloutConfig(shape[0], call.samples, call.new_tokens, top_p=call.top_p)
+            made[shape] = Engine(rollout, len(call.prompts[0]), vocabulary, cfg, decode)
+        return made[shape]
 
     def generate(call: Call) -> np.ndarray:
-        shape = (call.samples, call.new_tokens)
-        if shape not in made:
-            made[shape] = make_generate(*shape, vocabulary, cfg, decode)
-        prompts = prompts_of(call)
-        temperature = np.full(len(call.prompts), 0.0 if call.greedy else 1.0, np.float32)
-        args = jax.device_put((prompts, temperature), decode.replicated)
-        found = jax.device_get(made[shape](policy, args[0], jax.random.key(call.seed), args[1]))
-        return found.tokens
+        found, prompts = engine(call), prompts_of(call)
+        controls = found.controls(len(call.prompts), 0.0 if call.greedy else 1.0)
+        return found.generate(policy, prompts, jax.random.key(call.seed), controls).tokens
 
     return generate, {
         "versions": versions("jax", "jaxlib"),

@@ -1,4 +1,4 @@
-"""transformers' `generate`, with a cache that grows (`dynamic`), a static one (`static`), or a static one and torch.compile (`compile`).
+"""transformers' `generate`: a cache that grows (`dynamic`), a static one (`static`), or a static one and torch.compile (`compile`).
 
 Tokens alone: `generate` computes no log-probabilities unless it is asked for scores, which only makes it slower.
 """

@@ -6,8 +6,8 @@
                 computes before the update where the samples' policy is not certain to be the one it updates, and where it has the
                 sampling log-probabilities that ours always comes with
 
-Left out, in its favour: the tokenizer, rewards, metrics, and its bf16 default (f32 weights, cast anew for every product by autocast):
-the weights are loaded in the dtype compared. `max_new_tokens` and no EOS are all that is asked of the model.
+Left out, in its favour: the tokenizer, rewards, metrics, and its bf16 default (f32 weights, cast anew for every product by
+autocast): the weights are loaded in the dtype compared.
 """
 
 import tempfile
@@ -25,7 +25,7 @@ VARIANTS = ("generate", "logprobs")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """GRPOTrainer wants one, and asks it for the ids of padding and of the end alone. No model here draws the end: it has no such id."""
+    """GRPOTrainer wants one, and is asked here for nothing that needs more than the ids of padding and of an end."""
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, unk_token="<pad>"))
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
 

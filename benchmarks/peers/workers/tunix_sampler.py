@@ -1,7 +1,7 @@
 """Tunix's own sampler, its Qwen2 read by its own loader: tokens alone (`plain`), or their log-probabilities too (`logprobs`).
 
-It takes text. The tokenizer here reads ids written out in decimal, so that the ids are those of everyone else; that costs it nothing
-to speak of. Its cache has exactly the slots that the call needs.
+It takes text. The tokenizer here reads ids written out in decimal, so that the ids are those of everyone else; that costs it
+milliseconds. Its cache has exactly the slots that the call needs.
 """
 
 import json
