@@ -1,7 +1,7 @@
 """`python -m benchmarks.peers.generate --work M,64,float32 ..`: our engine beside transformers, TRL's path and Tunix's sampler.
 
 The same weights (one safetensors file), the same prompts, the same number of new tokens, none of which ends a row; each generator
-in a process and an environment of its own, with the same cores; their calls in turns. docs/benchmarks.md says what each call includes.
+in a process and an environment of its own, with the same cores; calls in turns. What each includes: docs/benchmarks.md.
 
 --work     SIZE,ROWS,DTYPE, one or several: S, M or L of benchmarks/models.py
 --prompts  groups: 8 rows a prompt; different: one; or both

@@ -80,8 +80,8 @@ def in_turns(
     """Each call's answers, as many for all, and why the calls that have none failed.
 
     Answer 0 is the first call, alone: it traces and compiles. Answer 1 settles (torch.compile may compile again). Then rounds of
-    one call each, the order turned by one every round, until `rounds` of them were quiet, or `deadline` (`time.monotonic()`) is past
-    and there are `rounds` at all. A call gets the number of its turn. One that raises WorkerError is dropped.
+    one call each, the order turned by one every round, until `rounds` of them were quiet, or `deadline` (`time.monotonic()`) is
+    past and there are `rounds` at all. A call gets the number of its turn. One that raises WorkerError is dropped.
     """
     answers, failed, turn = {name: [] for name in calls}, {}, 0
     while turn < rounds + 2 or (quiet(answers)[2:].count(True) < rounds and time.monotonic() < deadline):

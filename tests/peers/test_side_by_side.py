@@ -175,7 +175,7 @@ def test_environments(monkeypatch, tmp_path):
 
 
 def test_others_are_what_the_machine_did_and_we_did_not(monkeypatch):
-    """3 seconds of two cores' 4 were worked, 1 of them by us; then less than we say we did (/proc/stat counts coarsely); then no /proc."""
+    """Two cores' 4 seconds, 3 worked, 1 of them by us; then less than we say we did (/proc/stat counts coarsely); then no /proc."""
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     for worked, want in (([100.0, 103.0], 0.5), ([100.0, 100.5], 0.0), ([None, None], 0.0)):
         readings = {
