@@ -20,11 +20,12 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import ceilings, generate, publish, step, update
+from benchmarks import generate, publish, step, update
 from benchmarks.clock import alternate
 from benchmarks.machine import HERE, file_name, machine
 from benchmarks.models import DTYPES, SIZES, Workload, make_params
 from benchmarks.table import render
+from jaxrl_llm import ceilings
 
 
 def groups(sizes: list[str]) -> list[tuple[str, int]]:

@@ -238,6 +238,15 @@ def engine_problems(cfg: RunConfig, num_devices: int, axes: tuple[int, int, int]
         found.append(
             f"rollout.engine.shared_by: got {engine.shared_by}, want a divisor of rollout.samples ({cfg.rollout.samples}): {works}"
         )
+    if cfg.rollout.top_k > cfg.rollout.support:
+        found.append(
+            f"rollout.top_k: got {cfg.rollout.top_k}, want at most rollout.support ({cfg.rollout.support}), the tokens that are kept"
+        )
+    if cfg.rollout.min_new_tokens > cfg.rollout.max_new_tokens:
+        found.append(
+            f"rollout.min_new_tokens: got {cfg.rollout.min_new_tokens}, want at most rollout.max_new_tokens "
+            f"({cfg.rollout.max_new_tokens})"
+        )
     own = (tensor, expert)
     if engine.layout == "wide":
         own = (tensor * fsdp, expert)

@@ -5,7 +5,9 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from jaxrl_llm import config as run_config
+from jaxrl_llm.ceilings import copy_bandwidth, matmul_rate
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
@@ -22,6 +25,7 @@ from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.load import load
 from jaxrl_llm.model.hf.source import resolve as resolve_model
+from jaxrl_llm.model.work import matmul_params, weight_products
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.layout import TRAIN, Layout
@@ -132,7 +136,7 @@ def build(cfg: RunConfig) -> Run:
     def update(loss: LossConfig, optimizer: OptimizerConfig, micro_batches: int) -> Update:
         return make_update(
             specs, loss, optimizer, normalize=cfg.update.normalize, length=cfg.rollout.max_new_tokens,
-            micro_batches=micro_batches, num_tokens=task.num_tokens, cfg=model, layout=train,
+            micro_batches=micro_batches, num_tokens=task.num_tokens, cfg=model, layout=train, ends=task.eos,
         )  # fmt: skip
 
     key, eval_key = jax.random.split(jax.random.key(cfg.seed))
@@ -147,7 +151,7 @@ def build(cfg: RunConfig) -> Run:
         specs=specs,
         engine=Engine(cfg.rollout, task.prompt_slots, vocab, model, decode, task.tokenizer.decode),
         publish=make_publish(model, train, decode),
-        score=make_score(task.num_tokens, model, train),
+        score=make_score(task.num_tokens, model, train, task.eos),
         warm_update=update(CrossEntropyLoss(), cfg.warm_start.optimizer, 1),
         update=update(cfg.update.loss, cfg.update.optimizer, cfg.update.micro_batches),
         key=key,
@@ -206,11 +210,15 @@ def _experience_shape(run: Run) -> Experience:
     i32, f32 = np.int32, np.float32
     prompts = Prompts(np.zeros((p, run.task.prompt_slots), i32), *(np.zeros(p, i32) for _ in range(3)))
     per_token = {"tokens": i32, "sampled": bool, "behavior_logprobs": f32, "entropy": f32, "version": i32}
+    support = run.engine.shape.support
     rollouts = Rollouts(
         prompts=prompts,
         length=np.zeros(b, i32),
         temperature=np.zeros(b, f32),
         finish=np.zeros(b, i32),
+        support=np.zeros((b, c, support), i32) if support else None,
+        raw_logprobs=np.zeros((b, c), f32) if rollout.raw_logprobs else None,
+        barred=np.zeros((b, c), bool) if rollout.min_new_tokens else None,
         **{name: np.zeros((b, c), dtype) for name, dtype in per_token.items()},
     )
     return Experience(rollouts, np.zeros(b, f32), np.zeros(b, f32))
@@ -236,3 +244,28 @@ def publish(run: Run, state: TrainState, old: Policy | None) -> Policy:
 
 def open_checkpoints(cfg: RunConfig) -> Checkpoints:
     return Checkpoints(Path(cfg.run_dir).resolve() / "checkpoints", keep=cfg.checkpoint.keep)
+
+
+class Rates(NamedTuple):
+    """What one device was measured to do at most, at the shapes of a decode step."""
+
+    bytes_per_s: float
+    flops_per_s: float
+
+
+def decode_rates(run: Run) -> Rates:
+    """Of a step with all rows in flight; measured once a process, in about a second."""
+    sizes = run.engine.sizes
+    return _rates(run.model, sizes.units(sizes.prompts[0]) * sizes.each // sizes.shards, run.decode.size("mlp"))
+
+
+@cache
+def _rates(model: ModelConfig, rows: int, shards: int) -> Rates:
+    # The head is left out: with a large vocabulary it would not fit beside the policy.
+    (d, packed, _), (heads, _, _), (_, up, _), (down, _, _), _ = weight_products(model)
+    shapes = [(d, packed // shards), (heads // shards, d), (d, up // shards), (down // shards, d)]
+    nbytes = matmul_params(model) * jnp.dtype(model.compute).itemsize // shards
+    return Rates(
+        copy_bandwidth(min(nbytes, 2**28), 0.1),
+        matmul_rate([("forward", rows, max(k, 1), max(n, 1)) for k, n in shapes], model.compute, 0.1),
+    )

@@ -35,9 +35,11 @@ from jaxrl_llm.rewards.pool import Failure, GraderPool, part_metrics
 from jaxrl_llm.rollout.engine import Stats
 from jaxrl_llm.run import (
     Life,
+    Rates,
     Run,
     begin,
     build,
+    decode_rates,
     fresh_optimizer,
     open_checkpoints,
     publish,
@@ -186,7 +188,12 @@ def rl_step(
             f"no update of {MAX_NONFINITE} steps in a row was finite; parameters are those from before them"
         )
     show(run, shell, life.step + 1, fresh)
-    metrics = {"phase": "rl", **describe(cfg, graded, rollouts, keep, counts), **learned, **describe_engine(stats)}
+    metrics = {
+        "phase": "rl",
+        **describe(cfg, graded, rollouts, keep, counts),
+        **learned,
+        **describe_engine(stats, decode_rates(run)),
+    }
     num_tokens = life.num_tokens + int(metrics["completions/tokens"])
     life = dataclasses.replace(
         life, step=life.step + 1, cursor=cursor, num_tokens=num_tokens, alarm=alarm, nonfinite=nonfinite, state=state,
@@ -252,13 +259,16 @@ def describe(
     return as_floats(metrics)
 
 
-def describe_engine(stats: Stats) -> dict[str, float]:
-    """How the engine got through the work."""
+def describe_engine(stats: Stats, rates: Rates) -> dict[str, float]:
+    """How the engine got through the work: rows alive a step, the share of rows' steps that ended ones wasted, and the least
+    time that the steps take at the machine's measured rates, of the time they took."""
     return {
         "rollout/steps": float(stats.steps),
-        "rollout/segments": float(stats.segments),
+        "rollout/segments": float(len(stats.segments)),
         "rollout/live_rows": stats.tokens / max(stats.steps, 1),
         "rollout/waste": 1 - stats.tokens / max(stats.row_steps, 1),
+        "sampling/support_overflow": stats.overflow / max(stats.tokens, 1),
+        "rollout/ceiling_fraction": stats.least_seconds(*rates) / stats.seconds,
     }
 
 

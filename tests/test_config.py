@@ -340,3 +340,11 @@ def test_the_engine_must_fit_the_mesh_and_the_groups():
     assert of(shared_by=3) == ["rollout.engine.shared_by: got 3, want a divisor of rollout.samples (8): 1, 2, 4, 8"]
     (text,) = of(layout=MeshConfig(data=3, fsdp=1))
     assert text.startswith("rollout.engine.layout: mesh: asked for data 3") and "found 8 devices" in text
+
+
+def test_a_truncated_draw_records_what_it_keeps():
+    cfg = dataclasses.replace(RunConfig(), rollout=RolloutConfig(top_k=200, min_new_tokens=9))
+    assert problems(cfg, 1) == [
+        "rollout.top_k: got 200, want at most rollout.support (128), the tokens that are kept",
+        "rollout.min_new_tokens: got 9, want at most rollout.max_new_tokens (8)",
+    ]

@@ -100,7 +100,7 @@ def step(
     of_rows = lambda x: jnp.repeat(x, each)  # noqa: E731
     with jax.named_scope("draw"):
         controls = jax.tree.map(of_rows, units.controls)
-        drawn = draw(keys, of_rows(age), raw, controls, turn.live, vocab, shape.support, shape.raw_logprobs)
+        drawn = draw(keys, of_rows(age), raw, controls, turn.live, vocab, shape.support, shape.raw_logprobs, layout)
     live = ~turn.done
     line = Record(
         drawn.token, live, drawn.logprob, drawn.entropy, drawn.raw_logprob, drawn.support, drawn.overflow

@@ -19,10 +19,11 @@ from jaxtyping import Array, Int, Key
 
 from jaxrl_llm.model.cache import PromptCache, reaches
 from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.work import Work, decode_step, weight_bytes
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.rollout.config import RolloutConfig
-from jaxrl_llm.rollout.decode import Segment, Shape, Units
+from jaxrl_llm.rollout.decode import Record, Segment, Shape, Units
 from jaxrl_llm.rollout.harvest import Harvest, Text
 from jaxrl_llm.rollout.programs import Name, Programs
 from jaxrl_llm.rollout.sample import Controls, Vocabulary
@@ -35,16 +36,23 @@ LEAST_PROMPT = 128
 
 
 class Stats(NamedTuple):
-    """What a generation did."""
+    """What a generation did so far."""
 
-    seconds: float
-    steps: int
+    seconds: float = 0.0
+    steps: int = 0
     """Of the device loop."""
-    row_steps: int
+    row_steps: int = 0
     """Rows decoded, over all steps."""
-    tokens: int
+    tokens: int = 0
     """Tokens sampled: row steps that were not wasted on rows that had ended."""
-    segments: int
+    overflow: int = 0
+    """Tokens drawn from K likeliest ones where more would have qualified."""
+    segments: tuple[tuple[int, Work], ...] = ()
+    """Steps, and what each of them must move and compute on one device, with all rows in flight."""
+
+    def least_seconds(self, bytes_per_s: float, flops_per_s: float) -> float:
+        """What the steps take at these rates of one device."""
+        return sum(n * max(work.bytes / bytes_per_s, work.flops / flops_per_s) for n, work in self.segments)
 
 
 @dataclass(frozen=True)
@@ -186,7 +194,7 @@ class Generation:
         self.done = np.ones((self.flight, sizes.each), bool)
         self.window, self.count = sizes.windows[0], 0
         self.prompt = self.suffix = None
-        self.stats = Stats(0.0, 0, 0, 0, 0)
+        self.stats, self.weights = Stats(), weight_bytes(policy.params, engine.programs.cfg)
 
     def __iter__(self) -> Iterator[Int[np.ndarray, " n"]]:
         while self.waiting or (self.row >= 0).any():
@@ -327,14 +335,26 @@ class Generation:
         if self.engine.cfg.stop:
             stopped = self.harvest.stop(rows, self.engine.cfg.stop, self.engine.text)
             self.done |= stopped.reshape(self.done.shape)
+        self._count(ran, came.record)
         self.age = self.age + np.int32(ran)
         self.count += ran
-        self._count(ran, int(came.record.sampled[:ran].sum()))
         return self._leave()
 
-    def _count(self, ran: int, tokens: int) -> None:
-        s, rows = self.stats, self.flight * self.engine.sizes.each
-        self.stats = Stats(s.seconds, s.steps + ran, s.row_steps + ran * rows, s.tokens + tokens, s.segments + 1)
+    def _count(self, ran: int, record: Record) -> None:
+        """Before the ages move on."""
+        cfg, layout, s, each = self.engine.programs.cfg, self.engine.layout, self.stats, self.engine.sizes.each
+        there = self.row >= 0
+        length = np.where(there, self.prompts.length[np.maximum(self.row, 0) // self.engine.cfg.samples] - 1, 0)
+        entry = jax.tree.leaves(self.suffix)[0].dtype.itemsize
+        work = decode_step(cfg, length, np.where(there, self.age + ran // 2, 0), each, entry)
+        shards = layout.size("rows") * layout.size("heads")
+        work = Work(self.weights + work.bytes / shards, work.flops / shards)
+        rows, sampled = self.flight * each, record.sampled[:ran]
+        over = 0 if record.overflow is None else int((record.overflow[:ran] & sampled).sum())
+        self.stats = Stats(
+            s.seconds, s.steps + ran, s.row_steps + ran * rows, s.tokens + int(sampled.sum()), s.overflow + over,
+            (*s.segments, (ran, work)),
+        )  # fmt: skip
 
     def _leave(self) -> Int[np.ndarray, " n"]:
         """Units all of whose rows ended give up their places. Returns prompts that have no unit left."""

@@ -70,6 +70,7 @@ class Harvest:
         """Those of the prompts `index`; `controls` of all prompts."""
         rows = (index[:, None] * self.samples + np.arange(self.samples)).reshape(-1)
         sampled, of = self.sampled[rows], {name: column[rows] for name, column in self.columns.items()}
+        bars = np.repeat(controls.min_new_tokens[index], self.samples)[:, None]
         return Rollouts(
             prompts=Prompts(*(getattr(self.prompts, name)[index] for name in ("tokens", "length", "uid", "row"))),
             tokens=self.tokens[rows],
@@ -80,4 +81,8 @@ class Harvest:
             temperature=np.repeat(controls.temperature[index], self.samples).astype(np.float32),
             version=np.where(sampled, np.int32(version), np.int32(0)),
             finish=self.finish[rows],
+            support=of.get("support"),
+            raw_logprobs=of.get("raw_logprob"),
+            # Of all prompts: what a batch holds does not change with its rows.
+            barred=sampled & (np.arange(sampled.shape[1]) < bars) if np.any(controls.min_new_tokens) else None,
         )
