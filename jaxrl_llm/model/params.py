@@ -14,7 +14,6 @@ from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.parallel.layout import Axes, Layout
 from jaxrl_llm.types import PyTree
 
-
 # What lies in a `gate_up`, in this order.
 GATE_UP = ("gate", "up")
 
@@ -36,7 +35,7 @@ def specs(cfg: ModelConfig) -> PyTree:
 
     Queries, keys and values of a key/value head lie together, `[D, K, G + 2, H]`, and gate before up, `[2, D, F]`: so a
     `tensor` shard holds whole heads, and splitting them costs no collective. (Columns joined end to end cost three times as many.)
-    With the 2 in the middle a TPU re-lays the whole of it at the start of every rollout, and holds both. A policy has the two apart.
+    With the 2 in the middle a TPU re-lays the whole of it at the start of every rollout, and holds both. Policies have two apart.
     Norms that multiply by 1 + w start at w = 0.
     """
     norm = 0.0 if cfg.norm_plus_one else None
