@@ -33,7 +33,7 @@ from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.experts import mixture
 from jaxrl_llm.model.linear import contract, gather
 from jaxrl_llm.model.mlp import dense
-from jaxrl_llm.model.rope import Rotation, rope, rotation
+from jaxrl_llm.model.rope import Angles, Rotation, angles, rope, rotation, shared_angles
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import PyTree
 
@@ -75,7 +75,7 @@ def rms_norm(x: Array, weight: Array, cfg: ModelConfig) -> Array:
     return (wide * (1 + weight if cfg.norm_plus_one else weight)).astype(x.dtype)
 
 
-def _qkv(layer: Layer, x: Array, position: Array, turn: Rotation, cfg: ModelConfig) -> tuple[Array, Array, Array]:
+def _qkv(layer: Layer, x: Array, by: Angles, cfg: ModelConfig) -> tuple[Array, Array, Array]:
     """Queries [B T K G H], keys and values [B T K H], rotated."""
     packed = contract(rms_norm(x, layer["attn_norm"], cfg), layer["qkv"])
     if cfg.qkv_bias:
@@ -84,7 +84,7 @@ def _qkv(layer: Layer, x: Array, position: Array, turn: Rotation, cfg: ModelConf
     q, k, v = packed[..., : cfg.group, :], packed[..., cfg.group, :], packed[..., cfg.group + 1, :]
     if cfg.qk_norm:
         q, k = rms_norm(q, layer["q_norm"], cfg), rms_norm(k, layer["k_norm"], cfg)
-    return rope(q, position, turn), rope(k, position, turn), v
+    return rope(q, by), rope(k, by), v
 
 
 def _attention_out(layer: Layer, x: Array, mixed: Array, cfg: ModelConfig) -> Array:
@@ -109,15 +109,14 @@ def _embed(params: PyTree, tokens: Array, cfg: ModelConfig, layout: Layout) -> A
 def _block(
     layer: Layer,
     x: Array,
-    position: Array,
-    turn: Rotation,
+    by: Angles,
     cfg: ModelConfig,
     layout: Layout,
     mix: Callable[[Array, Array, Array], Array],
 ) -> tuple[Array, KV]:
     """One layer; `mix(q, k, v)` is the attention. Returns the residual stream and this layer's keys and values."""
     with jax.named_scope("attention"):
-        q, k, v = _qkv(layer, x, position, turn, cfg)
+        q, k, v = _qkv(layer, x, by, cfg)
         x = layout.constrain(_attention_out(layer, x, mix(q, k, v), cfg), "rows", None, None)
     with jax.named_scope("mlp"):
         x = layout.constrain(_mlp(layer, x, cfg, layout), "rows", None, None)
@@ -144,7 +143,7 @@ def hidden(
         layer, own = scanned
         kind = first._replace(**own)
         mask = causal_mask(segment, position, kind.reach) if shared is None else shared
-        x, _ = _block(layer, x, position, kind.turn, cfg, layout, _whole(mask, cfg))
+        x, _ = _block(layer, x, angles(position, kind.turn), cfg, layout, _whole(mask, cfg))
         return x, None
 
     x, _ = jax.lax.scan(step, _embed(params, tokens, cfg, layout), (params["layers"], differ))
@@ -237,7 +236,7 @@ def _read_chunk(
 
     x = _embed(params, tokens, cfg, layout)
     for kind, layer, before in zip(kinds(cfg), params["layers"], past, strict=True):
-        x, _ = _block(layer, x, position, kind.turn, cfg, layout, partial(mix, kind.reach, before))
+        x, _ = _block(layer, x, angles(position, kind.turn), cfg, layout, partial(mix, kind.reach, before))
     return tuple(after)
 
 
@@ -287,8 +286,10 @@ def decode(
         shared = attend_to(folded, prompt.k[i], prompt.v[i], mask)
         return merge(tuple(_unfold(part, each) for part in shared), own)[:, None]
 
+    turns = {cfg.slides(i): kind.turn for i, kind in enumerate(kinds(cfg))}
+    by = {slides: shared_angles(position, turn, place.count) for slides, turn in turns.items()}
     for i, (kind, layer) in enumerate(zip(kinds(cfg), params["layers"], strict=True)):
-        x, _ = _block(layer, x, position, kind.turn, cfg, layout, partial(mix, i, kind.reach))
+        x, _ = _block(layer, x, by[cfg.slides(i)], cfg, layout, partial(mix, i, kind.reach))
     h = rms_norm(x[:, 0], params["final_norm"], cfg)
     return logits(params, h, cfg), suffix.replace(k=tuple(keys), v=tuple(values))
 
