@@ -19,5 +19,6 @@ def gated(gate: Float[Array, "*rows F"], up: Float[Array, "*rows F"], cfg: Model
 
 def dense(layer: dict[str, Array], h: Float[Array, "B T D"], cfg: ModelConfig) -> Float[Array, "B T D"]:
     """One MLP for every token."""
-    gate, up = jnp.moveaxis(contract(h, layer["gate_up"].swapaxes(0, 1)), -2, 0)
+    gate_up = jax.tree.map(lambda w: w.swapaxes(0, 1), layer["gate_up"])
+    gate, up = jnp.moveaxis(contract(h, gate_up), -2, 0)
     return contract(gated(gate, up, cfg).astype(h.dtype), layer["down"]).astype(h.dtype)
