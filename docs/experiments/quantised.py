@@ -125,7 +125,8 @@ def place(run: dict) -> tuple[int, int]:
 def table(runs: list[dict]) -> str:
     """Markdown, a row for each arm. "late" is the mean over the evaluations of steps 60, 80 and 100; mismatch is over all steps."""
     rows = [
-        "| sampler | exact accuracy, each seed | mean | late | mismatch KL, nats a token | mean \\|Δ log p\\| | largest | share truncated |",
+        "| sampler | exact accuracy, each seed | mean | late | mismatch KL, nats a token | mean \\|Δ log p\\| | largest "
+        "| share truncated |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for arm in ARMS:
