@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.params import ParamSpec
+from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import PyTree
 
 DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
@@ -48,37 +49,49 @@ def dequantise(w: Quantised) -> Float[Array, "..."]:
     return w.q.astype(jnp.float32) * w.scale
 
 
-def look_up(table: Array | Quantised, index: Int[Array, "..."], dtype: jnp.dtype) -> Array:
-    """Rows of an embedding."""
+def look_up(table: Array | Quantised, index: Int[Array, "B ..."], dtype: jnp.dtype, layout: Layout) -> Array:
+    """Rows of an embedding.
+
+    Of a quantised one each shard of the vocabulary dequantises those that it has, and one sum brings them together: left to the
+    compiler, numbers and scales are fetched apart.
+    """
     if not isinstance(table, Quantised):
         return jnp.take(table, index, axis=0).astype(dtype)
-    rows = Quantised(jnp.take(table.q, index, axis=0), jnp.take(table.scale, index, axis=0))
-    return dequantise(rows).astype(dtype)
+    axis = layout.rules["vocab"]
+
+    def own(q: Array, scale: Array, index: Array) -> Array:
+        place = index - lax.axis_index(axis) * len(q)
+        mine = (place >= 0) & (place < len(q))
+        place = jnp.where(mine, place, 0)
+        rows = dequantise(Quantised(q[place], scale[place]))
+        return lax.psum(jnp.where(mine[..., None], rows, 0.0).astype(dtype), axis)
+
+    vocab, rows = layout.sharding(("vocab", None)).spec, layout.sharding(("rows",)).spec
+    on_mesh = jax.shard_map(own, mesh=layout.mesh, in_specs=(vocab, vocab, rows), out_specs=rows)
+    return on_mesh(table.q, table.scale, index)
 
 
 def product(x: Float[Array, "..."], w: Quantised, inner: int) -> Float[Array, "..."]:
     """Sum over the last `inner` dims of `x` and the first `inner` of `w`, f32, multiplied in the 8 bits of `w`.
 
     Activations are rounded as the weights are, one scale a row and group; int8 adds up in int32, exactly. Where a mesh splits the
-    summed dims, a shard holds whole groups: it finds their scales alone and dequantises before it adds, so one all-reduce of f32
-    is all that crosses. Groups do not depend on the mesh, nor do the numbers.
+    summed dims, a shard holds whole groups: it finds their scales alone and dequantises before it adds, so one all-reduce is all
+    that crosses. Groups do not depend on the mesh, nor do the numbers.
     """
     rows, outputs = x.shape[: x.ndim - inner], w.q.shape[inner:]
     x = x.astype(jnp.float32).reshape(*rows, w.groups, -1)
     q, scale = _round(x, (-1,), w.q.dtype)
     sums = jnp.int32 if w.q.dtype == jnp.int8 else jnp.float32
-    matrices = w.q.reshape(w.groups, -1, *outputs)
+    matrices, w_scale = w.q.reshape(w.groups, -1, *outputs), w.scale.reshape(outputs)
     if w.groups == 1:
-        added = lax.dot_general(
-            q[..., 0, :], matrices[0], (((len(rows),), (0,)), ((), ())), preferred_element_type=sums
-        )
-        added = added.astype(jnp.float32) * scale.reshape(*rows, *(1,) * len(outputs))
-    else:
-        dims = (((len(rows) + 1,), (1,)), ((len(rows),), (0,)))
-        parts = lax.dot_general(q, matrices, dims, preferred_element_type=sums).astype(jnp.float32)
-        scale = jnp.moveaxis(scale[..., 0], -1, 0)
-        added = jnp.sum(parts * scale.reshape(*scale.shape, *(1,) * len(outputs)), axis=0)
-    return added * w.scale.reshape(outputs)
+        dims = (((len(rows),), (0,)), ((), ()))
+        added = lax.dot_general(q[..., 0, :], matrices[0], dims, preferred_element_type=sums).astype(jnp.float32)
+        return added * scale.reshape(*rows, *(1,) * len(outputs)) * w_scale
+    dims = (((len(rows) + 1,), (1,)), ((len(rows),), (0,)))
+    parts = lax.dot_general(q, matrices, dims, preferred_element_type=sums).astype(jnp.float32)
+    scale = jnp.moveaxis(scale[..., 0], -1, 0)
+    # All scaling ahead of the sum: what follows it is the caller's cast alone, which a TPU does before it reduces over the mesh.
+    return jnp.sum(parts * scale.reshape(*scale.shape, *(1,) * len(outputs)) * w_scale, axis=0)
 
 
 def _round(w: Array, inner: tuple[int, ...], dtype: jnp.dtype) -> tuple[Array, Array]:
@@ -114,15 +127,12 @@ def map_matrices(
 
 
 def quantised_specs(tree: PyTree, cfg: ModelConfig) -> PyTree:
-    """`specs(cfg)` of a policy in 8 bits: two a matrix, the scale split like its outputs.
-
-    But for the vocabulary's scales: they lie whole on each device, so that a look-up needs no collective of its own for them.
-    """
+    """`specs(cfg)` of a policy in 8 bits: two a matrix, the scale split like its outputs."""
 
     def matrix(spec: ParamSpec, inner: tuple[int, ...], groups: int) -> Quantised:
         keep = [i not in inner for i in range(len(spec.shape))]
         shape = tuple(n if kept else 1 for n, kept in zip(spec.shape, keep, strict=True))
-        axes = tuple(axis if kept and axis != "vocab" else None for axis, kept in zip(spec.axes, keep, strict=True))
+        axes = tuple(axis if kept else None for axis, kept in zip(spec.axes, keep, strict=True))
         return Quantised(spec, ParamSpec(shape, axes, None), groups)
 
     return map_matrices(matrix, lambda spec: spec, tree, cfg)

@@ -119,7 +119,7 @@ def _mlp(layer: Layer, x: Array, cfg: ModelConfig, layout: Layout) -> Array:
 
 
 def _embed(params: PyTree, tokens: Array, cfg: ModelConfig, layout: Layout) -> Array:
-    x = look_up(params["embed"], tokens, cfg.compute)
+    x = look_up(params["embed"], tokens, cfg.compute, layout)
     if cfg.scale_embedding:
         x = x * jnp.asarray(cfg.d_model**0.5, cfg.compute)
     # First as the table lies, then as rows: in training one all-to-all in the compute dtype, and one back for the gradient.

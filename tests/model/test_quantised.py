@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from setups import FAMILIES, SMALL
+from setups import FAMILIES, SMALL, layouts
 
 from jaxrl_llm.model import quantised
 from jaxrl_llm.model.linear import contract
@@ -107,11 +107,13 @@ def test_fp8_product_is_near_the_exact_one():
     assert 1e-3 < np.abs(got - exact).max() < 1.0
 
 
-def test_a_row_of_the_embedding_is_that_of_the_table():
-    table = jnp.asarray(np.random.default_rng(0).normal(size=(7, 5)), jnp.float32)
-    w8, at = quantise(table, (1,), jnp.int8), jnp.array([[6, 0], [3, 3]])
-    np.testing.assert_array_equal(look_up(w8, at, jnp.float32), np.asarray(dequantise(w8))[at])
-    np.testing.assert_array_equal(look_up(table, at, jnp.bfloat16), table[at].astype(jnp.bfloat16))
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_a_row_of_the_embedding_is_that_of_the_table(sizes):
+    """Tokens of both halves of the vocabulary, and the first and last of each."""
+    table, layout = jnp.asarray(np.random.default_rng(0).normal(size=(8, 5)), jnp.float32), layouts(sizes)[1]
+    w8, at = quantise(table, (1,), jnp.int8), jnp.array([[7, 0], [3, 4], [4, 4], [1, 6]])
+    np.testing.assert_array_equal(look_up(w8, at, jnp.float32, layout), np.asarray(dequantise(w8))[at])
+    np.testing.assert_array_equal(look_up(table, at, jnp.bfloat16, layout), table[at].astype(jnp.bfloat16))
 
 
 MATRICES = {"qkv": 1, "out": 8, "gate_up": 1, "down": 8}
@@ -137,8 +139,7 @@ def test_scales_have_the_shape_and_the_split_of_the_outputs():
         "down": ((2, 1, 32), ("layers", None, "embed")),
     }
     assert {name: found["layers"][name].scale[:2] for name in MATRICES} == want
-    # Whole everywhere: a look-up then needs no collective for it.
-    assert found["embed"].scale[:2] == ((16, 1), (None, None))
+    assert found["embed"].scale[:2] == ((16, 1), ("vocab", None))
 
 
 def test_what_cannot_be_quantised_is_refused_by_name(monkeypatch):
