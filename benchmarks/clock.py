@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
+from jaxrl_llm.ceilings import timed
 
 LEAST, MOST = 3, 25
 
@@ -34,12 +33,6 @@ class Timing:
         }
 
 
-def timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
-
-
 def alternate(
     calls: dict[str, Callable[[], object]], seconds: float, deadline: float = float("inf")
 ) -> dict[str, Timing]:
@@ -61,21 +54,3 @@ def alternate(
                 return {n: Timing(first[n], tuple(t)) for n, t in taken.items() if t}
             taken[name].append(timed(calls[name]))
     return {n: Timing(first[n], tuple(t)) for n, t in taken.items() if t}
-
-
-def seconds_a_turn(loop: Callable[[jax.Array], object], seconds: float) -> float:
-    """Seconds of one turn of the compiled loop `loop(turns)`, the best of several calls: a ceiling is what was ever reached.
-
-    (t(n) - t(0)) / n, the least of each: a call without a turn holds the launch and the making of what the loop carries. n grows
-    until the turns last a fifth of `seconds` and four times that call; so about 2 `seconds` go by.
-    """
-    time_of = lambda n: timed(lambda: loop(jnp.asarray(n, jnp.int32)))  # noqa: E731
-    time_of(0)
-    empty, turns = min(time_of(0) for _ in range(3)), 1
-    enough = max(seconds / 5, 4 * empty)
-    while (spent := time_of(turns)) - empty < enough and turns < 2**20:
-        turns = min(max(2 * turns, int(1.2 * turns * enough / max(spent - empty, enough / 50))), 2**20)
-    best, end = spent, time.monotonic() + seconds
-    while time.monotonic() < end:
-        best = min(best, time_of(turns))
-    return max(best - empty, 1e-9) / turns

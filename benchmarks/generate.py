@@ -17,36 +17,32 @@ The least a decode step must do, on the average over the C steps, b bytes an ent
 `rate` the products' at the step's own shapes, [B k] x [k n]. Sampling is in no ceiling: what it costs shows as the gap.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from benchmarks.ceilings import copy_bandwidth, matmul_rate
 from benchmarks.clock import Timing
-from benchmarks.models import NEW_TOKENS, PROMPT_SLOTS, SAMPLES, Workload, layouts, matmul_params, weight_products
-from jaxrl_llm.model.transformer import prefill
+from benchmarks.models import NEW_TOKENS, PROMPT_SLOTS, SAMPLES, Workload, layouts
+from jaxrl_llm.ceilings import copy_bandwidth, matmul_rate
+from jaxrl_llm.model.work import Work, decode_step, weight_products
 from jaxrl_llm.publish import make_blank, make_publish
-from jaxrl_llm.rollout.decode import make_generate
-from jaxrl_llm.types import PyTree
+from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
+from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.types import Policy, PyTree
 
 
-def step_bytes(work: Workload) -> float:
-    cfg = work.cfg
-    entry = 2 * work.itemsize * cfg.layers * cfg.kv_heads * cfg.head_dim
-    own = work.rows * (NEW_TOKENS + 1) / 2
-    return work.itemsize * work.num_params() + entry * (work.prompts * PROMPT_SLOTS + own + work.rows)
-
-
-def step_flops(work: Workload) -> float:
-    cfg = work.cfg
-    seen = PROMPT_SLOTS + (NEW_TOKENS + 1) / 2
-    return 2 * matmul_params(cfg) * work.rows + 4 * cfg.layers * cfg.heads * cfg.head_dim * work.rows * seen
+def step_work(work: Workload) -> Work:
+    """Of a step in the middle of the call."""
+    length, age = np.full(work.prompts, PROMPT_SLOTS - 1), np.full(work.prompts, NEW_TOKENS // 2)
+    step = decode_step(work.cfg, length, age, SAMPLES, work.itemsize)
+    return Work(step.bytes + work.itemsize * work.num_params(), step.flops)
 
 
 def ceiling(work: Workload, seconds: float) -> dict[str, float]:
     """Of one decode step: what it moves and computes, at which measured rates, and the seconds that follow."""
-    moved, flops = step_bytes(work), step_flops(work)
+    moved, flops = step_work(work)
     bandwidth = copy_bandwidth(int(moved), seconds)
     shapes = [("forward", work.rows, k, n) for k, n, often in weight_products(work.cfg) for _ in range(min(often, 2))]
     rate = matmul_rate(shapes, work.compute, seconds)
@@ -60,17 +56,29 @@ def ceiling(work: Workload, seconds: float) -> dict[str, float]:
     }
 
 
+def make_engine(work: Workload, prompts: int = 0, **changes: object) -> Engine:
+    """For calls of `prompts` prompts (by default the workload's); `changes` to the engine's config."""
+    rollout = RolloutConfig(
+        prompts=prompts or work.prompts, samples=SAMPLES, max_new_tokens=NEW_TOKENS,
+        engine=dataclasses.replace(EngineConfig(), **changes),
+    )  # fmt: skip
+    return Engine(rollout, PROMPT_SLOTS, work.vocabulary, work.cfg, layouts()[1])
+
+
+def make_policy(work: Workload, params: PyTree) -> Policy:
+    cfg, (train, decode) = work.cfg, layouts()
+    return make_publish(cfg, train, decode)(params, np.int32(0), make_blank(cfg, decode)())
+
+
 def calls(work: Workload, params: PyTree) -> dict[str, Callable[[], object]]:
     """The programs to time: the whole call, and its prefill alone."""
-    cfg, (train, decode) = work.cfg, layouts()
-    policy = make_publish(cfg, train, decode)(params, np.int32(0), make_blank(cfg, decode)())
-    prompts, key = jax.device_put(work.make_prompts(), decode.replicated), jax.random.key(1)
-    temperature = jax.device_put(np.ones(work.prompts, np.float32), decode.replicated)
-    generate = make_generate(SAMPLES, NEW_TOKENS, work.vocabulary, cfg, decode)
-    fill = jax.jit(lambda params, tokens, length: prefill(params, tokens, length, cfg, decode))
+    engine, policy, prompts = make_engine(work), make_policy(work, params), work.make_prompts()
+    length = prompts.length - 1
     return {
-        f"generate {work.name}": lambda: generate(policy, prompts, key, temperature),
-        f"prefill {work.name}": lambda: fill(policy.params, prompts.tokens, prompts.length),
+        f"generate {work.name}": lambda: engine.generate(policy, prompts, jax.random.key(1)),
+        f"prefill {work.name}": lambda: engine.programs(policy.params, "prefill", work.prompts, PROMPT_SLOTS)(
+            policy.params, prompts.tokens, length
+        ),
     }
 
 

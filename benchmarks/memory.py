@@ -117,7 +117,7 @@ def main() -> None:
     cfg = read_config(str(args.config), overrides)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices[: args.chips]
     model = read_model_config(args.shape, cfg.model.compute)
-    if problems := run_config.problems(dataclasses.replace(cfg, model=model), len(devices), 1):
+    if problems := run_config.problems(dataclasses.replace(cfg, model=model), len(devices)):
         parser.error("\n".join(problems))
     mesh = make_mesh(resolve(cfg.mesh, len(devices))[0], devices)
     layouts = Layout(mesh, TRAIN), Layout(mesh, DECODE)

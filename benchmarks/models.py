@@ -13,7 +13,7 @@ from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
-from jaxrl_llm.rollout.decode import Vocabulary
+from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Prompts, PyTree
 
 QWEN2 = {"qkv_bias": True, "tied_head": True, "head_dim": 64}
@@ -77,21 +77,3 @@ def layouts() -> tuple[Layout, Layout]:
     """TRAIN and DECODE over one device: these benchmarks are about one chip."""
     mesh = make_mesh((1, 1, 1), jax.devices()[:1])
     return Layout(mesh, TRAIN), Layout(mesh, DECODE)
-
-
-def weight_products(cfg: ModelConfig) -> list[tuple[int, int, int]]:
-    """(inputs, outputs, how often) of the matrices that one token meets; the embedding counts as head, not as look-up."""
-    heads = cfg.heads * cfg.head_dim
-    packed = cfg.kv_heads * (cfg.group + 2) * cfg.head_dim
-    return [
-        (cfg.d_model, packed, cfg.layers),
-        (heads, cfg.d_model, cfg.layers),
-        (cfg.d_model, 2 * cfg.d_mlp, cfg.layers),
-        (cfg.d_mlp, cfg.d_model, cfg.layers),
-        (cfg.d_model, cfg.vocab_size, 1),
-    ]
-
-
-def matmul_params(cfg: ModelConfig) -> int:
-    """N of 2 N and 6 N: entries of the matrices of `weight_products`."""
-    return sum(k * n * often for k, n, often in weight_products(cfg))

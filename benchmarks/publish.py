@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks.ceilings import copy_bandwidth
 from benchmarks.clock import Timing
 from benchmarks.models import Workload, layouts
+from jaxrl_llm.ceilings import copy_bandwidth
 from jaxrl_llm.publish import make_blank, make_publish
 from jaxrl_llm.types import PyTree
 

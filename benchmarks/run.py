@@ -24,10 +24,11 @@ from pathlib import Path
 import jax
 import jaxlib
 
-from benchmarks import ceilings, generate, publish, step, update
+from benchmarks import generate, publish, step, update
 from benchmarks.clock import alternate
 from benchmarks.models import DTYPES, SIZES, Workload, make_params
 from benchmarks.table import render
+from jaxrl_llm import ceilings
 
 HERE = Path(__file__).parent
 

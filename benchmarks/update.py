@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.ceilings import Product, matmul_rate
 from benchmarks.clock import Timing
-from benchmarks.models import NEW_TOKENS, PROMPT_SLOTS, Workload, layouts, matmul_params, weight_products
+from benchmarks.models import NEW_TOKENS, PROMPT_SLOTS, Workload, layouts
+from jaxrl_llm.ceilings import Product, matmul_rate
 from jaxrl_llm.model import params as model_params
+from jaxrl_llm.model.work import matmul_params, weight_products
 from jaxrl_llm.types import Batch, PyTree
 from jaxrl_llm.update.config import ClippedLoss, OptimizerConfig
 from jaxrl_llm.update.step import make_optimizer, make_start, make_update

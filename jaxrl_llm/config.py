@@ -202,7 +202,7 @@ def dump(cfg: RunConfig) -> str:
     return yaml.safe_dump(to_dict(cfg), sort_keys=False)
 
 
-def problems(cfg: RunConfig, num_devices: int, num_hosts: int) -> list[str]:
+def problems(cfg: RunConfig, num_devices: int) -> list[str]:
     """Everything that cannot work on so many devices, in words: what was asked, what was found, what would work."""
     sizes, found = resolve(cfg.mesh, num_devices)
     data, fsdp, tensor, expert = sizes or (max(n, 1) for n in cfg.mesh.sizes())
@@ -215,8 +215,7 @@ def problems(cfg: RunConfig, num_devices: int, num_hosts: int) -> list[str]:
             found.append(
                 f"{name}: got {size}, want a multiple of mesh.data * mesh.fsdp * mesh.expert ({split}); {size} allows {works}"
             )
-    if cfg.rollout.prompts % num_hosts:
-        found.append(f"rollout.prompts: got {cfg.rollout.prompts}, want a multiple of the {num_hosts} processes")
+    found += engine_problems(cfg, num_devices, (tensor, fsdp, expert))
     if cfg.rollout.prompts % cfg.update.minibatches:
         found.append(
             f"update.minibatches: got {cfg.update.minibatches}, want a divisor of rollout.prompts "
@@ -229,6 +228,26 @@ def problems(cfg: RunConfig, num_devices: int, num_hosts: int) -> list[str]:
             f"update.micro_batches: got {cfg.update.micro_batches}, want a divisor of the {part} rows of a minibatch "
             f"that leaves a multiple of mesh.data * mesh.fsdp * mesh.expert ({split}): {', '.join(map(str, works)) or 'none'}"
         )
+    return found
+
+
+def engine_problems(cfg: RunConfig, num_devices: int, axes: tuple[int, int, int]) -> list[str]:
+    """What is wrong with how the engine is to work; `axes` are the sizes of `tensor`, `fsdp` and `expert`."""
+    found, engine, (tensor, fsdp, expert) = [], cfg.rollout.engine, axes
+    if engine.shared_by and cfg.rollout.samples % engine.shared_by:
+        works = ", ".join(map(str, divisors(cfg.rollout.samples)))
+        found.append(
+            f"rollout.engine.shared_by: got {engine.shared_by}, want a divisor of rollout.samples ({cfg.rollout.samples}): {works}"
+        )
+    own = (tensor, expert)
+    if engine.layout == "wide":
+        own = (tensor * fsdp, expert)
+    elif isinstance(engine.layout, MeshConfig):
+        sizes, wrong = resolve(engine.layout, num_devices)
+        found += [f"rollout.engine.layout: {text}" for text in wrong]
+        own = (sizes[2], sizes[3]) if sizes else own
+    if isinstance(cfg.model, ModelConfig) and own != (tensor, expert):
+        found += [f"rollout.engine.layout: {text}" for text in cfg.model.problems(*own) if text.startswith("mesh.")]
     return found
 
 

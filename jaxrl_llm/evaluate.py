@@ -5,13 +5,14 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxrl_llm.collect import collect
 from jaxrl_llm.estimates import avg_at_k, correct, maj_at_k, pass_at_k
 from jaxrl_llm.experience.batch import rows_of
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.prompts.rows import Row
 from jaxrl_llm.prompts.stream import make_prompts, pad_rows
 from jaxrl_llm.rewards.pool import GraderPool
-from jaxrl_llm.run import Run, grade, sample
+from jaxrl_llm.run import Run
 from jaxrl_llm.types import Batch, Policy, PyTree
 
 
@@ -61,12 +62,10 @@ def supervised_batch(run: Run, rows: list[Row]) -> Batch:
 
 def answers(run: Run, policy: Policy, pool: GraderPool) -> Answers:
     """k = `rollout.samples` graded responses to each held-out row. Keys of their own: training is not disturbed."""
-    found, rows = [], run.task.held_out
-    for part in _parts(len(rows), run.cfg.rollout.prompts):
-        rollouts = sample(run, policy, make_prompts(run.task, rows, part, part), run.eval_key)
-        grades = grade(run, pool, rows, rollouts)
-        found.append((correct(grades.parts[0], run.cfg.evaluation.threshold), grades.vote))
-    return Answers(*(np.concatenate(column)[: len(rows)] for column in zip(*found, strict=True)))
+    rows = run.task.held_out
+    prompts = make_prompts(run.task, rows, np.arange(len(rows)), np.arange(len(rows)))
+    grades = collect(run, pool, policy, prompts, rows, run.eval_key).grades
+    return Answers(correct(grades.parts[0], run.cfg.evaluation.threshold), grades.vote)
 
 
 def _parts(n: int, size: int) -> list[np.ndarray]:

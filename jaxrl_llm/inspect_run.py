@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_llm.collect import collect
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import CheckpointError, UserError
 from jaxrl_llm.estimates import Estimate, avg_at_k, maj_at_k, pass_at_k
@@ -23,7 +24,7 @@ from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.prompts.rows import Row
 from jaxrl_llm.prompts.stream import make_prompts
 from jaxrl_llm.rewards.pool import GraderPool
-from jaxrl_llm.run import Life, Run, begin, build, grade, open_checkpoints, publish, sample, target
+from jaxrl_llm.run import Life, Run, begin, build, open_checkpoints, publish, target
 from jaxrl_llm.types import Finish, Policy, PyTree, Rollouts
 
 EVALUATED_AT_ONCE = 64
@@ -112,11 +113,13 @@ def sample_prompt(cfg: RunConfig, text: str | None, n: int) -> None:
     source = open_source(run)
     row = _find(run, text)
     prompts = make_prompts(run.task, (row,), np.zeros(run.cfg.rollout.prompts, int), np.arange(run.cfg.rollout.prompts))
-    rollouts = sample(run, source.policy, prompts, run.eval_key)
     reward = np.full(n, np.nan)
     if row.answer:
         with GraderPool(cfg.reward) as pool:
-            reward = grade(run, pool, (row,), rollouts).reward[0]
+            collected = collect(run, pool, source.policy, prompts, (row,), run.eval_key)
+        rollouts, reward = collected.rollouts, collected.grades.reward[0]
+    else:
+        rollouts = run.engine.generate(source.policy, prompts, run.eval_key)
     print(f"{printable(row.prompt)}   from {source.name}, temperature {cfg.rollout.temperature}")
     for b in range(n):
         print(_line(run, rollouts, b, float(reward[b])))

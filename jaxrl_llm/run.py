@@ -4,17 +4,18 @@
 """
 
 import dataclasses
-import zlib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Key
 
 from jaxrl_llm import config as run_config
+from jaxrl_llm.ceilings import copy_bandwidth, matmul_rate
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
@@ -25,20 +26,19 @@ from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.load import load
 from jaxrl_llm.model.hf.source import resolve as resolve_model
+from jaxrl_llm.model.work import matmul_params, weight_products
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
-from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
+from jaxrl_llm.parallel.layout import TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
-from jaxrl_llm.prompts.rows import Row
 from jaxrl_llm.prompts.stream import Order, make_order
 from jaxrl_llm.prompts.task import Task, load_task
 from jaxrl_llm.prompts.tokenizer import load_tokenizer
 from jaxrl_llm.publish import Publish, make_blank, make_publish
-from jaxrl_llm.rewards.graders import Sample
 from jaxrl_llm.rewards.graders import problems as grader_problems
-from jaxrl_llm.rewards.pool import GraderPool
-from jaxrl_llm.rollout.decode import Generate, Vocabulary, make_generate
-from jaxrl_llm.types import Batch, Experience, Finish, Policy, Prompts, PyTree, Rollouts, TrainState
+from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.sample import Vocabulary
+from jaxrl_llm.types import Batch, Experience, Policy, Prompts, PyTree, Rollouts, TrainState
 from jaxrl_llm.update.config import Correction, CrossEntropyLoss, LossConfig, NoCorrection, OptimizerConfig
 from jaxrl_llm.update.config import resolve as resolve_correction
 from jaxrl_llm.update.step import Update, make_optimizer, make_score, make_start, make_update, state_shardings
@@ -58,7 +58,7 @@ class Run:
     train: Layout
     decode: Layout
     specs: PyTree
-    generate: Generate
+    engine: Engine
     correction: Correction
     """Of the sampler's arithmetic, `auto` resolved."""
     publish: Publish
@@ -137,16 +137,17 @@ def build(cfg: RunConfig) -> Run:
     if found := problems(dataclasses.replace(cfg, model=model), task):
         raise UserError("\n".join(found))
     mesh = make_mesh(resolve(cfg.mesh, jax.device_count())[0])
-    train, decode = Layout(mesh, TRAIN), Layout(mesh, DECODE)
-    engine = cfg.rollout.engine
-    correction = resolve_correction(cfg.update.correction, engine.weights, engine.cache)
+    train = Layout(mesh, TRAIN)
+    decode = train.for_decode(cfg.rollout.engine.layout)
+    weights = cfg.rollout.engine.weights
+    correction = resolve_correction(cfg.update.correction, weights, cfg.rollout.engine.cache)
     vocab = Vocabulary(size=task.num_tokens, pad=task.pad, eos=task.eos)
     specs = model_params.specs(model)
 
     def update(loss: LossConfig, optimizer: OptimizerConfig, micro_batches: int) -> Update:
         return make_update(
-            specs, loss, optimizer, correction=correction, normalize=cfg.update.normalize,
-            length=cfg.rollout.max_new_tokens, micro_batches=micro_batches, num_tokens=task.num_tokens, cfg=model, layout=train,
+            specs, loss, optimizer, correction=correction, normalize=cfg.update.normalize, length=cfg.rollout.max_new_tokens,
+            micro_batches=micro_batches, num_tokens=task.num_tokens, cfg=model, layout=train, ends=task.eos,
         )  # fmt: skip
 
     key, eval_key = jax.random.split(jax.random.key(cfg.seed))
@@ -159,10 +160,10 @@ def build(cfg: RunConfig) -> Run:
         train=train,
         decode=decode,
         specs=specs,
-        generate=make_generate(cfg.rollout.samples, cfg.rollout.max_new_tokens, vocab, model, decode),
+        engine=Engine(cfg.rollout, task.prompt_slots, vocab, model, decode, task.tokenizer.decode),
         correction=correction,
-        publish=make_publish(model, train, decode, engine.weights),
-        score=make_score(task.num_tokens, model, train),
+        publish=make_publish(model, train, decode, weights),
+        score=make_score(task.num_tokens, model, train, task.eos),
         warm_update=update(CrossEntropyLoss(), cfg.warm_start.optimizer, 1),
         update=update(cfg.update.loss, cfg.update.optimizer, cfg.update.micro_batches),
         key=key,
@@ -179,7 +180,7 @@ def read_model(cfg: RunConfig) -> ModelConfig:
 
 def problems(cfg: RunConfig, task: Task) -> list[str]:
     """What does not fit between config, devices and task, in words."""
-    found = run_config.problems(cfg, jax.device_count(), jax.process_count()) + grader_problems(cfg.reward)
+    found = run_config.problems(cfg, jax.device_count()) + grader_problems(cfg.reward)
     found += quantised.problems(cfg.model, cfg.rollout.engine.weights)
     if cfg.model.vocab_size < task.num_tokens:
         found.append(f"model.vocab_size: got {cfg.model.vocab_size}, want at least the tokenizer's {task.num_tokens}")
@@ -222,11 +223,15 @@ def _experience_shape(run: Run) -> Experience:
     i32, f32 = np.int32, np.float32
     prompts = Prompts(np.zeros((p, run.task.prompt_slots), i32), *(np.zeros(p, i32) for _ in range(3)))
     per_token = {"tokens": i32, "sampled": bool, "behavior_logprobs": f32, "entropy": f32, "version": i32}
+    support = run.engine.shape.support
     rollouts = Rollouts(
         prompts=prompts,
         length=np.zeros(b, i32),
         temperature=np.zeros(b, f32),
         finish=np.zeros(b, i32),
+        support=np.zeros((b, c, support), i32) if support else None,
+        raw_logprobs=np.zeros((b, c), f32) if rollout.raw_logprobs else None,
+        barred=np.zeros((b, c), bool) if rollout.min_new_tokens else None,
         **{name: np.zeros((b, c), dtype) for name, dtype in per_token.items()},
     )
     return Experience(rollouts, np.zeros(b, f32), np.zeros(b, f32))
@@ -256,51 +261,26 @@ def open_checkpoints(cfg: RunConfig) -> Checkpoints:
     return Checkpoints(Path(cfg.run_dir).resolve() / "checkpoints", keep=cfg.checkpoint.keep)
 
 
-def sample(
-    run: Run, policy: Policy, prompts: Prompts, key: Key[Array, ""], temperature: float | None = None
-) -> Rollouts:
-    """G samples for each prompt at a temperature, the configured one by default, as NumPy, equal on every host."""
-    rows = run.decode.sharding(("rows",))
-    chosen = run.cfg.rollout.temperature if temperature is None else temperature
-    per_prompt = np.full(prompts.length.shape, chosen, np.float32)
-    return hosts.gather(run.generate(policy, hosts.put(prompts, rows), key, hosts.put(per_prompt, rows)))
+class Rates(NamedTuple):
+    """What one device was measured to do at most, at the shapes of a decode step."""
+
+    bytes_per_s: float
+    flops_per_s: float
 
 
-class Grades(NamedTuple):
-    """What the graders said of P groups of G responses, as NumPy, equal on every host. NaN where a group failed."""
-
-    reward: Float[np.ndarray, "P G"]
-    parts: Float[np.ndarray, "n P G"]
-    """What each of the n graders gave, before weights."""
-    failure: Int[np.ndarray, " P"]
-    """A `Failure` each."""
-    failed_by: Int[np.ndarray, " P"]
-    """Which grader failed, -1 where none did."""
-    vote: Int[np.ndarray, "P G"]
-    """A number for each final answer, equal for equal ones; 0 where there is none."""
+def decode_rates(run: Run) -> Rates:
+    """Of a step with all rows in flight; measured once a process, in about a second."""
+    sizes = run.engine.sizes
+    return _rates(run.model, sizes.units(sizes.prompts[0]) * sizes.each // sizes.shards, run.decode.size("mlp"))
 
 
-def grade(run: Run, pool: GraderPool, rows: tuple[Row, ...], rollouts: Rollouts) -> Grades:
-    """Grades of rollouts whose prompts are among `rows`; each host grades its share of the groups."""
-    group_size = run.cfg.rollout.samples
-    texts = run.task.decode(rollouts.tokens, rollouts.length)
-
-    def sample_of(row: Row, b: int) -> Sample:
-        finish = Finish(rollouts.finish[b]).name.lower()
-        return Sample(row.prompt, texts[b], row.answer, finish, row.columns, int(rollouts.length[b]))
-
-    def work(part: slice) -> tuple[np.ndarray, ...]:
-        groups = []
-        for p, index in list(enumerate(rollouts.prompts.row))[part]:
-            groups.append([sample_of(rows[index], b) for b in range(p * group_size, (p + 1) * group_size)])
-        graded = pool.grade(groups)
-        vote = [
-            [(zlib.crc32(answer.encode()) >> 1 or 1) if answer else 0 for answer in group] for group in graded.votes
-        ]
-        return (
-            graded.reward, graded.parts.swapaxes(0, 1), graded.failure, graded.failed_by,
-            np.array(vote, np.int32).reshape(graded.reward.shape),
-        )  # fmt: skip
-
-    reward, parts, failure, failed_by, vote = hosts.share_out(len(rollouts.prompts.row), work)
-    return Grades(reward, parts.swapaxes(0, 1), failure, failed_by, vote)
+@cache
+def _rates(model: ModelConfig, rows: int, shards: int) -> Rates:
+    # The head is left out: with a large vocabulary it would not fit beside the policy.
+    (d, packed, _), (heads, _, _), (_, up, _), (down, _, _), _ = weight_products(model)
+    shapes = [(d, packed // shards), (heads // shards, d), (d, up // shards), (down // shards, d)]
+    nbytes = matmul_params(model) * jnp.dtype(model.compute).itemsize // shards
+    return Rates(
+        copy_bandwidth(min(nbytes, 2**28), 0.1),
+        matmul_rate([("forward", rows, max(k, 1), max(n, 1)) for k, n in shapes], model.compute, 0.1),
+    )

@@ -8,8 +8,9 @@ import signal
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from jaxrl_llm import config as run_config
 from jaxrl_llm.checkpoint import Checkpoints, RunLock, prepare_run_directory
+from jaxrl_llm.collect import GivenUp, Grades, collect
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import CheckpointError, NonFiniteError, Preempted, UserError
 from jaxrl_llm.evaluate import evaluate, headline, supervised_batch
@@ -30,17 +32,17 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.prompts.stream import next_prompts
 from jaxrl_llm.prompts.supervised import noisy_rows
 from jaxrl_llm.rewards.pool import Failure, GraderPool, part_metrics
+from jaxrl_llm.rollout.engine import Stats
 from jaxrl_llm.run import (
-    Grades,
     Life,
+    Rates,
     Run,
     begin,
     build,
+    decode_rates,
     fresh_optimizer,
-    grade,
     open_checkpoints,
     publish,
-    sample,
     target,
 )
 from jaxrl_llm.types import Batch, Experience, Finish, Policy, Rollouts, TrainState
@@ -80,7 +82,10 @@ def train(cfg: RunConfig, must_resume: bool = False) -> Result:
             else:
                 if policy is None:
                     life, policy, scores = start_rl(run, shell, life)
-                life, policy, metrics = rl_step(run, shell, life, policy)
+                try:
+                    life, policy, metrics = rl_step(run, shell, life, policy, partial(stops_alone, stopping, life.step))
+                except GivenUp:
+                    leave(run, shell, life, "the next one was given up while it sampled")
             if policy is not None and is_due(life.step - cfg.warm_start.steps, cfg.evaluation.every, cfg.steps):
                 scores = evaluate(run, life.state.params, policy, shell.pool)
                 metrics |= scores
@@ -89,8 +94,7 @@ def train(cfg: RunConfig, must_resume: bool = False) -> Result:
             if stop or is_due(life.step, cfg.checkpoint.every, cfg.total_steps):
                 save(run, shell, life)
             if stop and life.step < cfg.total_steps:
-                shell.checkpoints.wait()
-                raise Preempted(f"stopped by SIGTERM after step {life.step}, saved in {cfg.run_dir}")
+                leave(run, shell, life)
             shell.checkpoints.poll()
         if not scores:
             policy = publish(run, life.state, None)
@@ -134,10 +138,13 @@ def warm_step(run: Run, shell: Shell, life: Life) -> tuple[Life, dict[str, float
 def start_rl(run: Run, shell: Shell, life: Life) -> tuple[Life, Policy, dict[str, float]]:
     """The first policy of this process; at the very start of RL also a fresh optimizer, the reference, and the score before."""
     if life.step > run.cfg.warm_start.steps:
-        return life, publish(run, life.state, None), {}
+        policy = publish(run, life.state, None)
+        warm(run, policy)
+        return life, policy, {}
     reference = jax.tree.map(jnp.copy, life.state.params) if run.keeps_reference else None
     state = fresh_optimizer(run, life.state.params, int(life.state.step))
     policy = publish(run, state, None)
+    warm(run, policy)
     scores = evaluate(run, state.params, policy, shell.pool)
     shell.recorder.message(
         "held-out accuracy before RL: " + ", ".join(f"{v:.4f} {k.removeprefix('eval/')}" for k, v in scores.items())
@@ -146,16 +153,23 @@ def start_rl(run: Run, shell: Shell, life: Life) -> tuple[Life, Policy, dict[str
     return life, policy, scores
 
 
-def rl_step(run: Run, shell: Shell, life: Life, policy: Policy) -> tuple[Life, Policy, dict[str, float]]:
-    """The sentence, once."""
+def warm(run: Run, policy: Policy) -> None:
+    """Compile all that sampling and evaluation can come to need, whatever lengths they meet."""
+    for num in {run.cfg.rollout.prompts, len(run.task.held_out)}:
+        run.engine.warm(policy, num)
+
+
+def rl_step(
+    run: Run, shell: Shell, life: Life, policy: Policy, give_up: Callable[[], bool] = lambda: False
+) -> tuple[Life, Policy, dict[str, float]]:
+    """The sentence, once. Raises GivenUp, with nothing changed, if `give_up` says so while responses are sampled."""
     cfg, timers = run.cfg, shell.timers
     rng = np.random.default_rng((cfg.seed, life.step))
     version = int(life.state.step)
     prompts, cursor = next_prompts(run.task, run.order, life.cursor, cfg.rollout.prompts)
-    with timers("generate"):
-        rollouts = sample(run, policy, prompts, run.key)
-    with timers("reward"):
-        graded = grade(run, shell.pool, run.task.train, rollouts)
+    rollouts, graded, stats, waited = collect(run, shell.pool, policy, prompts, run.task.train, run.key, give_up)
+    timers.add("generate", stats.seconds)
+    timers.add("reward", waited)
     keep = FILTERS[cfg.experience.filter](graded.reward)
     advantage = ADVANTAGES[cfg.experience.advantage](graded.reward)
     fresh = Experience(rollouts, graded.reward.reshape(-1), advantage.reshape(-1))
@@ -175,7 +189,12 @@ def rl_step(run: Run, shell: Shell, life: Life, policy: Policy) -> tuple[Life, P
             f"no update of {MAX_NONFINITE} steps in a row was finite; parameters are those from before them"
         )
     show(run, shell, life.step + 1, fresh)
-    metrics = {"phase": "rl", **describe(cfg, graded, rollouts, keep, counts), **learned}
+    metrics = {
+        "phase": "rl",
+        **describe(cfg, graded, rollouts, keep, counts),
+        **learned,
+        **describe_engine(stats, decode_rates(run)),
+    }
     num_tokens = life.num_tokens + int(metrics["completions/tokens"])
     life = dataclasses.replace(
         life, step=life.step + 1, cursor=cursor, num_tokens=num_tokens, alarm=alarm, nonfinite=nonfinite, state=state,
@@ -243,6 +262,19 @@ def describe(
     }
     metrics |= part_metrics(graded, [grader.label for grader in cfg.reward.graders])
     return as_floats(metrics)
+
+
+def describe_engine(stats: Stats, rates: Rates) -> dict[str, float]:
+    """How the engine got through the work: rows alive a step, the share of rows' steps that ended ones wasted, and the least
+    time that the steps take at the machine's measured rates, of the time they took."""
+    return {
+        "rollout/steps": float(stats.steps),
+        "rollout/segments": float(len(stats.segments)),
+        "rollout/live_rows": stats.tokens / max(stats.steps, 1),
+        "rollout/waste": 1 - stats.tokens / max(stats.row_steps, 1),
+        "sampling/support_overflow": stats.overflow / max(stats.tokens, 1),
+        "rollout/ceiling_fraction": stats.least_seconds(*rates) / stats.seconds,
+    }
 
 
 def as_floats(metrics: dict) -> dict[str, float]:
@@ -335,6 +367,20 @@ def resume(run: Run, shell: Shell, must: bool) -> Life | None:
 
 def save(run: Run, shell: Shell, life: Life) -> None:
     shell.checkpoints.save(life.step, life.tree(run.key), {"offsets": shell.recorder.offsets()})
+
+
+def leave(run: Run, shell: Shell, life: Life, when: str = "") -> NoReturn:
+    """Stop as SIGTERM asked, with this life saved."""
+    shell.checkpoints.wait()
+    if life.step not in shell.checkpoints.steps():
+        save(run, shell, life)
+        shell.checkpoints.wait()
+    raise Preempted(f"stopped by SIGTERM after step {life.step}, saved in {run.cfg.run_dir}{when and f' ({when})'}")
+
+
+def stops_alone(stopping: Callable[[int], bool], step: int) -> bool:
+    """Whether to stop at once. Several processes stop together, and only after a step."""
+    return jax.process_count() == 1 and stopping(step)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ Letters of the dimensions, the same everywhere:
     P prompts            G samples per prompt      B = P * G rows, prompt-major: row b belongs to prompt b // G
     S prompt slots       C completion slots        R rows and T slots of a training batch
     V vocabulary         L layers                  D model
-    N query heads        K key/value heads         H head dim
+    N query heads        K key/value heads; of a support, its tokens        H head dim
 
 An array `[B C]` or `[R T]` speaks about the token in that very slot: `logprobs[b, c] = log p(tokens[b, c] | all before it)`.
 Log-probabilities are in nats, f32. A mask is True where its name holds.
@@ -70,6 +70,12 @@ class Rollouts(flax.struct.PyTreeNode):
     """Optimizer steps behind the policy that drew each token."""
     finish: Int[ArrayLike, " B"]
     """A `Finish` each."""
+    support: Int[ArrayLike, "B C K"] | None = None
+    """Tokens that a truncated draw chose among, the likeliest first, -1 where they are fewer; all -1 where not sampled."""
+    raw_logprobs: Float[ArrayLike, "B C"] | None = None
+    """Under the distribution before truncation; 0.0 where not sampled. For the eye alone: no loss reads it."""
+    barred: Bool[ArrayLike, "B C"] | None = None
+    """No end token could be drawn in this slot; False where not sampled."""
 
 
 class Experience(flax.struct.PyTreeNode):
@@ -97,6 +103,10 @@ class Batch(flax.struct.PyTreeNode):
     """Under the frozen reference policy; only where the loss has a KL term."""
     proximal_logprobs: Float[ArrayLike, "R T"] | None = None
     """Under the trainer's parameters before the first update on this batch; only where a correction takes several updates."""
+    support: Int[ArrayLike, "R T K"] | None = None
+    """As in `Rollouts`: what the scorer's distribution is over. All -1 outside completions."""
+    barred: Bool[ArrayLike, "R T"] | None = None
+    """As in `Rollouts`: end tokens have no mass in these slots."""
 
 
 class TrainState(flax.struct.PyTreeNode):

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.distribution import entropy, process_logits
+from jaxrl_llm.model.distribution import process_logits
 from jaxrl_llm.model.transformer import hidden, logits
 from jaxrl_llm.parallel.layout import Layout
-from jaxrl_llm.rollout.decode import Vocabulary
-from jaxrl_llm.rollout.sample import draw, row_keys
+from jaxrl_llm.rollout.sample import Plain, Vocabulary, draw_from, row_keys
 from jaxrl_llm.types import Finish, Prompts, PyTree, Rollouts
 
 
@@ -20,10 +19,10 @@ def generate(
     params: PyTree, version: int, prompts: Prompts, key: jax.Array, temperature: np.ndarray,
     samples: int, max_new_tokens: int, vocab: Vocabulary, cfg: ModelConfig, layout: Layout,
 ) -> Rollouts:  # fmt: skip
-    """`params` in the trainer's form. Same contract as `rollout.decode.make_generate`."""
+    """`params` in the trainer's form. Same contract as `rollout.engine.Engine.generate`."""
     rows, c = len(prompts.length) * samples, max_new_tokens
     slots = prompts.tokens.shape[1] + c
-    keys = row_keys(key, jnp.asarray(prompts.uid), samples)
+    keys = row_keys(key, jnp.asarray(prompts.uid), jnp.zeros(len(prompts.uid), jnp.int32), samples)
     tokens = np.full((rows, c), vocab.pad, np.int32)
     sampled, logprobs, entropies = (
         np.zeros((rows, c), bool),
@@ -41,10 +40,11 @@ def generate(
             with jax.disable_jit():
                 h = np.asarray(hidden(params, ids, segment, np.arange(slots)[None], cfg, layout))[:, len(sequence) - 1]
                 logp = process_logits(logits(params, h, cfg), jnp.asarray(temperature[p : p + 1]), vocab.size)
-            token, logprob = draw(keys[b : b + 1], jnp.int32(t), logp)
-            tokens[b, t], sampled[b, t], logprobs[b, t], entropies[b, t] = token[0], True, logprob[0], entropy(logp)[0]
-            sequence.append(int(token[0]))
-            if int(token[0]) in vocab.eos:
+            drawn = draw_from(keys[b : b + 1], jnp.array([t]), Plain(logp), raw_logprobs=False)
+            (token,), (logprobs[b, t],), (entropies[b, t],) = drawn.token, drawn.logprob, drawn.entropy
+            tokens[b, t], sampled[b, t] = token, True
+            sequence.append(int(token))
+            if int(token) in vocab.eos:
                 finish[b] = int(Finish.EOS)
                 break
     return Rollouts(

@@ -12,8 +12,10 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.publish import make_blank, make_publish
-from jaxrl_llm.rollout.decode import Vocabulary, make_generate
-from jaxrl_llm.types import Policy, Prompts, PyTree
+from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
+from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.sample import Vocabulary
+from jaxrl_llm.types import Policy, Prompts, PyTree, Rollouts
 
 # Eight heads over eight key/value heads, so that every mesh below divides them; sharp logits, so that an error shows.
 SMALL = ModelConfig(vocab_size=16, layers=2, d_model=32, heads=16, kv_heads=8, head_dim=8, d_mlp=64, qk_norm=True)
@@ -73,9 +75,24 @@ def make_policy(cfg: ModelConfig, params: PyTree, train: Layout, decode: Layout,
 
 
 @cache
-def generator(samples: int, slots: int, cfg: ModelConfig, decode: Layout, vocab: Vocabulary = VOCAB):
-    """`make_generate`, one program for all tests that ask for the same."""
-    return make_generate(samples, slots, vocab, cfg, decode)
+def engine(cfg: ModelConfig, decode: Layout, vocab: Vocabulary = VOCAB, slots: int = 7, **rollout) -> Engine:
+    """One for all tests that ask for the same. `slots`: of a prompt."""
+    shards = decode.size("rows")
+    rollout = {"prompts": shards, "engine": EngineConfig(), **rollout}
+    return Engine(RolloutConfig(**rollout), slots, vocab, cfg, decode)
+
+
+@cache
+def generator(samples: int, slots: int, cfg: ModelConfig, decode: Layout, vocab: Vocabulary = VOCAB, prompts: int = 8):
+    """`generate(policy, prompts, key, temperature) -> Rollouts` for that many prompts."""
+    of = engine(cfg, decode, vocab, prompts=prompts, samples=samples, max_new_tokens=slots)
+
+    def generate(policy: Policy, prompts: Prompts, key: jax.Array, temperature: float | np.ndarray) -> Rollouts:
+        controls = of.controls(len(prompts.length))
+        each = np.broadcast_to(np.asarray(temperature, np.float32), controls.temperature.shape)
+        return of.generate(policy, prompts, key, controls.replace(temperature=each))
+
+    return generate
 
 
 def make_prompts(num: int, slots: int = 7, seed: int = 0, vocab: int = 15) -> Prompts:

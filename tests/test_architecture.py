@@ -21,6 +21,7 @@ ALLOWED = {
     "config": {"errors", "metrics"},
     "metrics": {"errors"},
     "estimates": set(),
+    "ceilings": set(),
     "parallel": {"types", "errors", "config"},
     "model": FOUNDATION | {"config"},
     "prompts": FOUNDATION,
@@ -31,10 +32,13 @@ ALLOWED = {
     "publish": FOUNDATION | {"model"},
     "checkpoint": FOUNDATION,
     "report": {"errors", "metrics"},
-    "run": FOUNDATION | STAGES | {"config", "model", "publish", "checkpoint"},
-    "evaluate": FOUNDATION | STAGES | {"config", "estimates", "run"},
-    "inspect_run": FOUNDATION | STAGES | {"config", "estimates", "metrics", "model", "run", "evaluate"},
-    "train": FOUNDATION | STAGES | {"config", "metrics", "model", "publish", "checkpoint", "run", "evaluate"},
+    "run": FOUNDATION | STAGES | {"ceilings", "config", "model", "publish", "checkpoint"},
+    "collect": FOUNDATION | STAGES | {"run"},
+    "evaluate": FOUNDATION | STAGES | {"config", "estimates", "run", "collect"},
+    "inspect_run": FOUNDATION | STAGES | {"config", "estimates", "metrics", "model", "run", "collect", "evaluate"},
+    "train": FOUNDATION
+    | STAGES
+    | {"config", "metrics", "model", "publish", "checkpoint", "run", "collect", "evaluate"},
     "cli": {"errors", "config", "parallel", "report", "train", "inspect_run"},
 }
 NEVER = {"configs", "tests", "benchmarks", "launch", "docs"}

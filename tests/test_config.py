@@ -13,7 +13,7 @@ from jaxrl_llm.model.config import ModelConfig, PretrainedModel
 from jaxrl_llm.model.hf.config import read_config as read_model_config
 from jaxrl_llm.parallel.config import MeshConfig
 from jaxrl_llm.prompts.config import ArithmeticTask, CharacterTokenizer, FileTask, PretrainedTokenizer
-from jaxrl_llm.rollout.config import RolloutConfig
+from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
 from jaxrl_llm.update.config import ClippedLoss, CrossEntropyLoss, UpdateConfig
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +59,7 @@ def test_the_configs_of_the_repository_load(path):
     cfg = load(path)
     devices, shape = MEANT_FOR.get(path.stem, (1, None))
     model = read_model_config(ROOT / "benchmarks/shapes" / shape) if shape else cfg.model
-    assert problems(dataclasses.replace(cfg, model=model), devices, 1) + training_problems(cfg) == []
+    assert problems(dataclasses.replace(cfg, model=model), devices) + training_problems(cfg) == []
     assert load(path) == cfg and path.read_text().startswith("#")
 
 
@@ -68,7 +68,7 @@ def test_there_are_configs():
 
 
 def test_defaults_alone_work():
-    assert problems(RunConfig(), 1, 1) == problems(RunConfig(), 8, 2) == []
+    assert problems(RunConfig(), 1) == problems(RunConfig(), 8) == []
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_every_problem_of_an_impossible_mesh_is_listed():
         warm_start=config.WarmStartConfig(rows=8),
         update=UpdateConfig(minibatches=3),
     )
-    assert problems(cfg, 8, 3) == [
+    assert problems(cfg, 8) == [
         "mesh: asked for data 3, fsdp 2, tensor 5, expert 1 (a product of 30), found 8 devices; "
         "the product must be 8, sizes that work on an axis: 1, 2, 4, 8",
         "model.heads: got 3, want a multiple of model.kv_heads (2)",
@@ -270,7 +270,6 @@ def test_every_problem_of_an_impossible_mesh_is_listed():
         "mesh.tensor: got 5, want a divisor of model.vocab_size (16): 1, 2, 4, 8, 16",
         "rollout.prompts: got 4, want a multiple of mesh.data * mesh.fsdp * mesh.expert (6); 4 allows 1, 2, 4",
         "warm_start.rows: got 8, want a multiple of mesh.data * mesh.fsdp * mesh.expert (6); 8 allows 1, 2, 4, 8",
-        "rollout.prompts: got 4, want a multiple of the 3 processes",
         "update.minibatches: got 3, want a divisor of rollout.prompts (4): 1, 2, 4",
     ]
 
@@ -278,7 +277,7 @@ def test_every_problem_of_an_impossible_mesh_is_listed():
 def test_what_can_be_sampled_but_not_trained():
     assert training_problems(RunConfig()) == []
     cfg = RunConfig(rollout=RolloutConfig(samples=1, temperature=0), update=UpdateConfig(loss=CrossEntropyLoss()))
-    assert problems(cfg, 1, 1) == []
+    assert problems(cfg, 1) == []
     assert training_problems(cfg) == [
         "rollout.temperature: got 0, want more: a policy that never explores learns nothing",
         "rollout.samples: got 1, want 2 or more: a group of one has no advantage",
@@ -289,14 +288,14 @@ def test_what_can_be_sampled_but_not_trained():
 def test_micro_batches_must_leave_rows_for_every_shard():
     """32 prompts of 8 in 4 minibatches: 64 rows. 8 shards leave 8 rows each, so 3 micro-batches do not do."""
     cfg = RunConfig(update=UpdateConfig(minibatches=4, micro_batches=3))
-    assert problems(cfg, 8, 1) == [
+    assert problems(cfg, 8) == [
         "update.micro_batches: got 3, want a divisor of the 64 rows of a minibatch that leaves a multiple of "
         "mesh.data * mesh.fsdp * mesh.expert (8): 1, 2, 4, 8"
     ]
-    assert problems(dataclasses.replace(cfg, update=UpdateConfig(minibatches=4, micro_batches=8)), 8, 1) == []
+    assert problems(dataclasses.replace(cfg, update=UpdateConfig(minibatches=4, micro_batches=8)), 8) == []
     # 16 rows a minibatch for 32 shards: nothing works.
     few = RunConfig(rollout=RolloutConfig(prompts=32, samples=4), update=UpdateConfig(minibatches=8))
-    assert problems(few, 32, 1)[-1].endswith("mesh.data * mesh.fsdp * mesh.expert (32): none")
+    assert problems(few, 32)[-1].endswith("mesh.data * mesh.fsdp * mesh.expert (32): none")
 
 
 def test_changes_names_what_a_resumption_may_not_change():
@@ -326,3 +325,18 @@ def test_a_field_that_an_older_run_did_not_have_is_a_change():
 
 def test_warm_start_and_rl_add_up():
     assert RunConfig(steps=10, warm_start=config.WarmStartConfig(steps=5)).total_steps == 15
+
+
+def test_the_engine_must_fit_the_mesh_and_the_groups():
+    """Two kv heads over 2 * 4 shards, a group of 8 in threes, and axes of its own for another number of devices."""
+    cfg = RunConfig(mesh=MeshConfig(fsdp=4, tensor=2), model=ModelConfig(kv_heads=2, d_mlp=64))
+    of = lambda **engine: problems(  # noqa: E731
+        dataclasses.replace(cfg, rollout=RolloutConfig(engine=EngineConfig(**engine))), 8
+    )
+    assert of(layout=MeshConfig(fsdp=8)) == of(shared_by=4) == of() == []
+    assert of(layout="wide") == [
+        "rollout.engine.layout: mesh.tensor: got 8, want a divisor of model.kv_heads (2): 1, 2"
+    ]
+    assert of(shared_by=3) == ["rollout.engine.shared_by: got 3, want a divisor of rollout.samples (8): 1, 2, 4, 8"]
+    (text,) = of(layout=MeshConfig(data=3, fsdp=1))
+    assert text.startswith("rollout.engine.layout: mesh: asked for data 3") and "found 8 devices" in text

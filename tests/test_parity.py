@@ -12,8 +12,9 @@ from setups import FAMILIES, MESHES, SMALL, TINY, VOCAB, generator, layouts, mak
 
 from jaxrl_llm.experience.batch import make_batch
 from jaxrl_llm.model import transformer
+from jaxrl_llm.model.cache import empty_suffix
 from jaxrl_llm.model.distribution import score_tokens
-from jaxrl_llm.model.transformer import PromptCache, SuffixCache
+from jaxrl_llm.model.transformer import Place
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import Experience, check
 
@@ -23,7 +24,7 @@ KEY = jax.random.key(11)
 P, G, C = 8, 3, 6
 hidden = jax.jit(transformer.hidden, static_argnums=(4, 5))
 logits = jax.jit(transformer.logits, static_argnums=2)
-prefill = jax.jit(transformer.prefill, static_argnums=(3, 4))
+prefill = jax.jit(transformer.prefill, static_argnums=(3, 4, 5))
 decode = jax.jit(transformer.decode, static_argnums=(5, 6))
 score = jax.jit(score_tokens, static_argnums=(2, 3, 4))
 
@@ -33,11 +34,7 @@ def sample(cfg, sizes=(1, 1, 1), prompts=None, temperature=1.0, params=None):
     prompts = prompts if prompts is not None else make_prompts(P)
     train, dec = layouts(sizes)
     params = params if params is not None else make_params(cfg, train)
-    rows = dec.sharding(("rows",))
-    generate = generator(G, C, cfg, dec)
-    temperature = np.full(len(prompts.length), temperature, np.float32)
-    policy = make_policy(cfg, params, train, dec)
-    rollouts = hosts.gather(generate(policy, hosts.put(prompts, rows), KEY, hosts.put(temperature, rows)))
+    rollouts = generator(G, C, cfg, dec)(make_policy(cfg, params, train, dec), prompts, KEY, temperature)
     return check(rollouts), params, train
 
 
@@ -105,12 +102,13 @@ def check_prefill_and_decode(cfg, trained=None):
     segment = (position < prompts.length[:, None] + C).astype(np.int32)
     h = hidden(params, whole, segment, position, trained or cfg, train)
     want = np.asarray(logits(params, h, cfg))
-    cache = prefill(policy.params, jnp.asarray(prompts.tokens), jnp.asarray(prompts.length), cfg, dec)
-    assert isinstance(cache, PromptCache)
-    suffix = SuffixCache.empty(cfg, P, C, dec)
+    length = jnp.asarray(prompts.length) - 1
+    cache, suffix = prefill(policy.params, prompts.tokens, length, 7, cfg, dec), empty_suffix(cfg, P, C, dec)
     fed = prompts.tokens[np.arange(P), prompts.length - 1]
     for t in range(C):
-        got, suffix = decode(policy.params, jnp.asarray(fed), jnp.int32(t), cache, suffix, cfg, dec)
+        got, suffix = decode(
+            policy.params, fed, Place(np.int32(t), length, np.full(P, t, np.int32)), cache, suffix, cfg, dec
+        )
         fed = text[:, t]
         np.testing.assert_allclose(got, want[np.arange(P), prompts.length - 1 + t], atol=2e-4)
     return cache, suffix

@@ -60,8 +60,8 @@ def make_batch(experience: Experience, counts: Bool[np.ndarray, " P"], pad: int)
     )
     row = np.arange(len(into))[:, None]
 
-    def lay(values: np.ndarray) -> np.ndarray:
-        out = np.zeros(batch.tokens.shape, values.dtype)
+    def lay(values: np.ndarray, fill: int = 0) -> np.ndarray:
+        out = np.full((*batch.tokens.shape, *values.shape[2:]), fill, values.dtype)
         out[row, into] = values
         return out
 
@@ -70,6 +70,8 @@ def make_batch(experience: Experience, counts: Bool[np.ndarray, " P"], pad: int)
         loss_mask=learn,
         behavior_logprobs=lay(rollouts.behavior_logprobs),
         advantage=np.where(learn, experience.advantage[:, None], 0).astype(np.float32),
+        support=None if rollouts.support is None else lay(rollouts.support, -1),
+        barred=None if rollouts.barred is None else lay(rollouts.barred),
     )
 
 

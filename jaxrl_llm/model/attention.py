@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_llm.model.cache import WHOLE
+
 # Finite, so that a query with no key at all gives zeros, not NaN; far below any real score.
 MASKED = -1e30
-# The reach of a layer that does not slide: more keys than there are.
-WHOLE = 2**31 - 1
 
 
 def _scores(products: Array, head_dim: int, scale: float | None, softcap: float | None) -> Array:

@@ -9,13 +9,22 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.model.attention import WHOLE, attend, attend_part, causal_mask, merge
+from jaxrl_llm.model.attention import attend, attend_part, causal_mask, merge
+from jaxrl_llm.model.cache import (
+    AXES,
+    PromptCache,
+    SuffixCache,
+    latest,
+    reaches,
+    seen,
+    seen_of_prompt,
+    write,
+)
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.experts import mixture
 from jaxrl_llm.model.linear import contract, gather
@@ -44,8 +53,8 @@ class Kind(NamedTuple):
 
 def kinds(cfg: ModelConfig) -> tuple[Kind, ...]:
     """One a layer."""
-    alike = {slides: Kind(*rotation(cfg, slides), cfg.window if slides else WHOLE) for slides in (False, True)}
-    return tuple(alike[cfg.slides(i)] for i in range(cfg.layers))
+    turns = {slides: rotation(cfg, slides) for slides in (False, True)}
+    return tuple(Kind(*turns[cfg.slides(i)], reach) for i, reach in enumerate(reaches(cfg)))
 
 
 def scanned_kinds(cfg: ModelConfig) -> tuple[Kind, dict[str, np.ndarray]]:
@@ -54,38 +63,6 @@ def scanned_kinds(cfg: ModelConfig) -> tuple[Kind, dict[str, np.ndarray]]:
     differ = {name: column for name, column in columns.items() if any(np.any(x != column[0]) for x in column)}
     dtypes = {"frequency": np.float32, "scale": np.float32, "reach": np.int32}
     return kinds(cfg)[0], {name: np.asarray(column, dtypes[name]) for name, column in differ.items()}
-
-
-class PromptCache(flax.struct.PyTreeNode):
-    """Keys and values of the prompts, once a prompt whatever the number of samples.
-
-    A sliding layer keeps W = min(window, S) of the S slots: the last ones that count, from position max(length - W, 0) on.
-    """
-
-    k: tuple[Float[Array, "P K S H"], ...]
-    v: tuple[Float[Array, "P K S H"], ...]
-    length: Int[Array, " P"]
-    """Keys that count: the prompt less its last token, which the first decode step reads again."""
-
-
-class SuffixCache(flax.struct.PyTreeNode):
-    """Keys and values of what each row decoded, one array a layer, all rows written at the same slot.
-
-    A sliding layer keeps a ring of min(window, C) slots: slot c is written at c modulo its size.
-    """
-
-    k: tuple[Float[Array, "B K C H"], ...]
-    v: tuple[Float[Array, "B K C H"], ...]
-
-    @staticmethod
-    def empty(cfg: ModelConfig, rows: int, slots: int, layout: Layout) -> "SuffixCache":
-        def make() -> tuple[Array, ...]:
-            shapes = [(rows, cfg.kv_heads, min(slots, kind.reach), cfg.head_dim) for kind in kinds(cfg)]
-            return tuple(
-                layout.constrain(jnp.zeros(shape, cfg.compute), "rows", "heads", None, None) for shape in shapes
-            )
-
-        return SuffixCache(k=make(), v=make())
 
 
 def rms_norm(x: Array, weight: Array, cfg: ModelConfig) -> Array:
@@ -203,67 +180,69 @@ def logits_in_loop(
 
 
 def prefill(
-    params: PyTree, tokens: Int[Array, "P S"], length: Int[Array, " P"], cfg: ModelConfig, layout: Layout
+    params: PyTree, tokens: Int[Array, "U S"], length: Int[Array, " U"], slots: int, cfg: ModelConfig, layout: Layout
 ) -> PromptCache:
-    """Keys and values of right-padded prompts. `params` has one entry a layer. No logits: the first decode step makes them."""
+    """Keys and values of the first `length` tokens of right-padded prompts, in caches of `slots` slots.
+
+    `params` has one entry a layer. No logits: the first decode step, which reads each prompt's last token, makes them.
+    """
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segment = (position < length[:, None]).astype(jnp.int32)
-    masks = {reach: causal_mask(segment, position, reach) for reach in dict.fromkeys(kind.reach for kind in kinds(cfg))}
+    masks = {reach: causal_mask(segment, position, reach) for reach in dict.fromkeys(reaches(cfg))}
     x = _embed(params, tokens, cfg, layout)
     keys, values = [], []
     for kind, layer in zip(kinds(cfg), params["layers"], strict=True):
         x, (k, v) = _block(layer, x, position, kind.turn, cfg, layout, _whole(masks[kind.reach], cfg))
         for kept, part in ((keys, k), (values, v)):
-            part = _latest(part, length - 1, min(kind.reach, part.shape[1])).swapaxes(1, 2)
-            kept.append(layout.constrain(part, "rows", "heads", None, None))
-    return PromptCache(k=tuple(keys), v=tuple(values), length=length - 1)
+            part = latest(part, length, min(kind.reach, part.shape[1])).swapaxes(1, 2)
+            part = jnp.pad(part, ((0, 0), (0, 0), (0, min(kind.reach, slots) - part.shape[2]), (0, 0)))
+            kept.append(layout.constrain(part, *AXES))
+    return PromptCache(k=tuple(keys), v=tuple(values))
 
 
-def _first(length: Int[Array, "..."], size: int) -> Int[Array, "..."]:
-    """Position of the first of `size` slots that hold the last of `length` keys, or all of them."""
-    return jnp.maximum(length - size, 0)
+class Place(NamedTuple):
+    """Where a decode step stands."""
 
-
-def _latest(x: Float[Array, "P S K H"], length: Int[Array, " P"], size: int) -> Float[Array, "P W K H"]:
-    """W = `size` slots of each prompt, from `_first` on."""
-    if size == x.shape[1]:
-        return x
-    return jax.vmap(lambda x, first: jax.lax.dynamic_slice_in_dim(x, first, size))(x, _first(length, size))
+    count: Int[Array, ""]
+    """Keys written to the rows' rings before."""
+    length: Int[Array, " U"]
+    """Keys of each unit's prompt that count: all but its last token's, which the unit's first step reads."""
+    age: Int[Array, " U"]
+    """Steps that the unit has made before."""
 
 
 def decode(
     params: PyTree,
     token: Int[Array, " B"],
-    slot: Int[Array, ""],
+    place: Place,
     prompt: PromptCache,
     suffix: SuffixCache,
     cfg: ModelConfig,
     layout: Layout,
 ) -> tuple[Float[Array, "B V"], SuffixCache]:
-    """Logits after one more token a row, and the cache with that token written at `slot`, the same for all rows.
+    """Logits after one more token a row, and the cache with that token's keys and values written.
 
-    Slot 0 takes each prompt's last token; so row b's token stands at position `prompt.length[p] + slot`.
-    The G samples of a prompt are folded into query rows against its one copy of keys and values.
+    The token of a row of unit u stands at position length[u] + age[u].
+    The F rows of a unit are folded into query rows against its one copy of the prompt.
     """
-    num_prompts, rows = prompt.length.shape[0], token.shape[0]
-    samples = rows // num_prompts
-    position = jnp.repeat(prompt.length, samples)[:, None] + slot
+    rows, units = token.shape[0], place.age.shape[0]
+    each = rows // units
+    position = jnp.repeat(place.length + place.age, each)[:, None]
     keys, values = list(suffix.k), list(suffix.v)
     x = _embed(params, token[:, None], cfg, layout)
     attend_to = partial(attend_part, scale=cfg.attention_scale, softcap=cfg.attention_softcap)
 
     def mix(i: int, reach: int, q: Array, k: Array, v: Array) -> Array:
-        size = keys[i].shape[2]
-        place = slot if reach == WHOLE else jax.lax.rem(slot, size)
         # Written first, then read back from the written cache: the other order makes XLA copy the cache.
-        keys[i] = jax.lax.dynamic_update_slice(keys[i], k.swapaxes(1, 2), (0, 0, place, 0))
-        values[i] = jax.lax.dynamic_update_slice(values[i], v.swapaxes(1, 2), (0, 0, place, 0))
-        # A ring that has gone round holds the last `size` <= reach tokens: all of it counts.
-        own = attend_to(q[:, 0], keys[i], values[i], jnp.broadcast_to(jnp.arange(size) <= slot, (rows, size)))
-        folded = q[:, 0].reshape(num_prompts, samples, *q.shape[2:]).swapaxes(1, 2)
-        folded = folded.reshape(num_prompts, cfg.kv_heads, samples * cfg.group, cfg.head_dim)
-        shared = attend_to(folded, prompt.k[i], prompt.v[i], _prompt_mask(prompt, i, slot, reach))
-        return merge(tuple(_unfold(part, samples) for part in shared), own)[:, None]
+        keys[i], values[i] = write(keys[i], k, place.count), write(values[i], v, place.count)
+        # A ring that has gone round holds the last `size` <= reach tokens.
+        mine = jnp.repeat(seen(keys[i].shape[2], place.count, place.age), each, axis=0)
+        own = attend_to(q[:, 0], keys[i], values[i], mine)
+        folded = q[:, 0].reshape(units, each, *q.shape[2:]).swapaxes(1, 2)
+        folded = folded.reshape(units, cfg.kv_heads, each * cfg.group, cfg.head_dim)
+        mask = seen_of_prompt(prompt.k[i].shape[2], place.length, place.age, reach)
+        shared = attend_to(folded, prompt.k[i], prompt.v[i], mask)
+        return merge(tuple(_unfold(part, each) for part in shared), own)[:, None]
 
     for i, (kind, layer) in enumerate(zip(kinds(cfg), params["layers"], strict=True)):
         x, _ = _block(layer, x, position, kind.turn, cfg, layout, partial(mix, i, kind.reach))
@@ -271,20 +250,7 @@ def decode(
     return logits(params, h, cfg), SuffixCache(k=tuple(keys), v=tuple(values))
 
 
-def _prompt_mask(prompt: PromptCache, i: int, slot: Array, reach: int) -> Bool[Array, "P W"]:
-    """Of the keys that layer i keeps of the prompts: those that the token at `slot` sees, the same for all samples."""
-    size, length = prompt.k[i].shape[2], prompt.length[:, None]
-    if reach == WHOLE:
-        return jnp.arange(size) < length
-    key = _first(length, size) + jnp.arange(size)
-    return (key < length) & (length + slot - key < reach)
-
-
-def _unfold(x: Array, samples: int) -> Array:
-    """[P K (n G) ...] -> [(P n) K G ...]"""
-    p, k, q = x.shape[:3]
-    return (
-        x.reshape(p, k, samples, q // samples, *x.shape[3:])
-        .swapaxes(1, 2)
-        .reshape(p * samples, k, q // samples, *x.shape[3:])
-    )
+def _unfold(x: Array, each: int) -> Array:
+    """[U K (F G) ...] -> [(U F) K G ...]"""
+    u, k, q = x.shape[:3]
+    return x.reshape(u, k, each, q // each, *x.shape[3:]).swapaxes(1, 2).reshape(u * each, k, q // each, *x.shape[3:])

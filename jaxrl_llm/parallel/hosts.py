@@ -4,7 +4,6 @@ The host's part of a step (prompts, rewards, filter, replay) runs on every proce
 """
 
 import os
-from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -43,6 +42,8 @@ def start_distributed() -> None:
 
 def put(tree: PyTree, sharding: Sharding | PyTree) -> PyTree:
     """NumPy arrays, equal on every host, to global arrays; each host copies the bytes of its own devices only."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
 
     def place(x: np.ndarray, where: Sharding) -> jax.Array:
         x = np.asarray(x)
@@ -60,17 +61,12 @@ def gather(tree: PyTree) -> PyTree:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def share_out(n: int, work: Callable[[slice], PyTree]) -> PyTree:
-    """Split n items over the processes, do each part on one host, and give every host all results in order.
-
-    `work(part)` returns arrays whose first axis is the part's length. Parts are equal in size, so n is a multiple of the
-    number of processes.
-    """
-    hosts, me = jax.process_count(), jax.process_index()
-    if hosts == 1:
-        return work(slice(0, n))
-    size = n // hosts
-    return multihost_utils.process_allgather(work(slice(me * size, (me + 1) * size)), tiled=True)
+def each_from(tree: PyTree, owner: np.ndarray) -> PyTree:
+    """Arrays whose entry i along the first axis is that of the host owner[i], equal on every host."""
+    if jax.process_count() == 1:
+        return tree
+    every = multihost_utils.process_allgather(tree)
+    return jax.tree.map(lambda x: x[owner, np.arange(len(owner))], every)
 
 
 def all_agree(value: bool) -> bool:

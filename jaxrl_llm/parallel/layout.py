@@ -9,6 +9,8 @@ from types import MappingProxyType
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxrl_llm.parallel.config import AXES, MeshConfig, resolve
+
 Axes = tuple[str | None, ...]
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -27,6 +29,14 @@ TRAIN: Rules = MappingProxyType(
     }
 )
 DECODE: Rules = MappingProxyType({**TRAIN, "embed": None, "rows_beside_embed": TRAIN["rows"]})
+# `fsdp` splits what `tensor` splits, behind it: in this order a switch from TRAIN is one all-to-all per parameter.
+WIDE: Rules = MappingProxyType(
+    {
+        **DECODE,
+        **dict.fromkeys(("rows", "rows_beside_embed"), ("data", "expert")),
+        **dict.fromkeys(("heads", "mlp", "vocab"), ("tensor", "fsdp")),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,15 @@ class Layout:
         """Number of shards that the logical axis is split into."""
         names = self.rules[axis] or ()
         return math.prod(self.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
+
+    def for_decode(self, choice: str | MeshConfig) -> "Layout":
+        """Where the policy lies over the same devices: `replicated` over fsdp, `wide`, or on axes of its own."""
+        if isinstance(choice, str):
+            return Layout(self.mesh, {"replicated": DECODE, "wide": WIDE}[choice])
+        sizes, _ = resolve(choice, self.mesh.size)
+        # Devices in the same order: a jit may then read arrays of one mesh and leave them on the other.
+        devices = self.mesh.devices.reshape(sizes)
+        return Layout(Mesh(devices, AXES, axis_types=self.mesh.axis_types), DECODE)
 
     @property
     def replicated(self) -> NamedSharding:

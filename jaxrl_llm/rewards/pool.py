@@ -24,6 +24,7 @@ import sys
 import time
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +72,7 @@ def part_metrics(graded: Graded, names: Sequence[str]) -> dict[str, float]:
 
 
 class GraderPool:
-    """Worker processes for the graders of a config. Use it as a context manager, from one thread at a time.
+    """Worker processes for the graders of a config. Use it as a context manager, by `grade` or by `submit`, not by both at a time.
 
     Workers start in the background. They die with the pool, and on Linux with the parent too, however it ends.
 
@@ -87,6 +88,8 @@ class GraderPool:
         self._specs = [(grader.grader, dict(grader.options)) for grader in config.graders]
         self._num_failures: collections.Counter[tuple[int, Failure]] = collections.Counter()
         self._workers: list[_Worker] = []
+        # One thread for as long as the pool lives: a worker dies with the thread that started it.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="graders")
         try:
             for _ in range(config.workers):
                 self._workers.append(_Worker(self._specs))
@@ -104,6 +107,7 @@ class GraderPool:
         """Kills every worker. Closing twice is fine."""
         while self._workers:
             self._workers.pop().kill()
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def grade(self, groups: Sequence[Sequence[Sample]]) -> Graded:
         """Judges P groups of G samples each, in about ceil(P / workers) * deadline_s at most, whatever the graders do.
@@ -127,6 +131,10 @@ class GraderPool:
             self.close()
             raise
         return self._graded(verdicts, max(sizes, default=0))
+
+    def submit(self, groups: Sequence[Sequence[Sample]]) -> Future[Graded]:
+        """`grade`, behind what was submitted before, while the caller goes on."""
+        return self._thread.submit(self.grade, groups)
 
     def _weights(self) -> np.ndarray:
         """f64[n]."""

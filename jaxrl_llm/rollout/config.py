@@ -41,8 +41,8 @@ class EngineConfig:
     attention: Literal["auto", "dot", "reduce", "cudnn"] = "auto"
     """Form of attention over the caches; auto: what was measured fastest on the backend."""
     layout: Literal["replicated", "wide"] | MeshConfig = "replicated"
-    """How the policy lies: copied over `fsdp`; or `wide`, heads, mlp and vocabulary split over `fsdp` too; or axes of its own over the
-    same devices."""
+    """How the policy lies: copied over `fsdp`; or `wide`, heads, mlp and vocabulary split over `fsdp` too; or on axes of its own
+    over the same devices."""
 
 
 @dataclass(frozen=True)

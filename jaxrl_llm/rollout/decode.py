@@ -1,166 +1,160 @@
-"""`generate`: G samples for each prompt, in one compiled program on the mesh.
+"""The compiled programs of the engine: `segment`, a loop on the device that decodes one token a row and step against static caches.
 
-Prompts are read once each; then a `while_loop` on the device decodes one token a row and step against static caches until
-every row has ended. What was drawn, its log-probability under the distribution it was drawn from, that distribution's
-entropy and the policy's version are written down as they happen.
+Letters: U units in flight, each one prompt with F rows that share its keys and values; B = U * F rows, unit by unit; n steps.
+What was drawn, its log-probability under the distribution it was drawn from, and that distribution's entropy are written down
+as they happen, one line a step.
 """
 
-import operator
 from collections.abc import Callable
-from functools import reduce
+from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxrl_llm.model.cache import PromptCache, SuffixCache
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.distribution import entropy, process_logits
-from jaxrl_llm.model.transformer import PromptCache, SuffixCache, decode, prefill
+from jaxrl_llm.model.transformer import Place, decode
 from jaxrl_llm.parallel.layout import Layout
-from jaxrl_llm.rollout.sample import draw, row_keys
-from jaxrl_llm.types import Finish, Policy, Prompts, Rollouts
+from jaxrl_llm.rollout.sample import Controls, Vocabulary, draw, row_keys
+from jaxrl_llm.types import ArrayLike, PyTree
 
 
-class DecodeState(flax.struct.PyTreeNode):
+class Units(flax.struct.PyTreeNode):
+    """What is in flight, less its caches: small, and known to the host between segments."""
+
+    uid: Int[ArrayLike, " U"]
+    first: Int[ArrayLike, " U"]
+    """Sample number of the unit's first row."""
+    length: Int[ArrayLike, " U"]
+    """Prompt tokens less the last one, which the first step reads."""
+    age: Int[ArrayLike, " U"]
+    """Steps made: the completion slot that the next draw fills."""
+    limit: Int[ArrayLike, " U"]
+    """Completion tokens a row draws at most."""
+    controls: Controls
+    """A unit each."""
+    last: Int[ArrayLike, "U F"]
+    """The token that the next step reads."""
+    done: Bool[ArrayLike, "U F"]
+
+
+class Record(flax.struct.PyTreeNode):
+    """What a segment drew. Lines behind the steps that ran mean nothing."""
+
+    token: Int[ArrayLike, "n B"]
+    sampled: Bool[ArrayLike, "n B"]
+    """The row still lived."""
+    logprob: Float[ArrayLike, "n B"]
+    entropy: Float[ArrayLike, "n B"]
+    raw_logprob: Float[ArrayLike, "n B"] | None
+    support: Int[ArrayLike, "n B K"] | None
+    overflow: Bool[ArrayLike, "n B"] | None
+
+
+class Segment(flax.struct.PyTreeNode):
+    """What comes back: where the rows stand, and the record. Whole on every device."""
+
+    steps: Int[ArrayLike, ""]
+    last: Int[ArrayLike, "U F"]
+    done: Bool[ArrayLike, "U F"]
+    record: Record
+
+
+class Turn(flax.struct.PyTreeNode):
     """What the loop carries."""
 
-    slot: Int[Array, ""]
-    """Completion slot that the next draw fills."""
-    last: Int[Array, " B"]
-    """The token that the next step reads."""
-    done: Bool[Array, " B"]
+    steps: Int[Array, ""]
     live: Bool[Array, ""]
-    """Some row has not ended."""
-    cache: SuffixCache
-    tokens: Int[Array, "B C"]
-    sampled: Bool[Array, "B C"]
-    logprobs: Float[Array, "B C"]
-    entropy: Float[Array, "B C"]
+    """Some row had not ended when last looked at."""
+    last: Int[Array, " B"]
+    done: Bool[Array, " B"]
+    suffix: SuffixCache
+    record: Record
 
 
-class Vocabulary(flax.struct.PyTreeNode):
-    """What decoding must know of the tokenizer; static."""
+class Shape(NamedTuple):
+    """What is fixed when a segment is compiled."""
 
-    size: int = flax.struct.field(pytree_node=False)
-    pad: int = flax.struct.field(pytree_node=False)
-    eos: tuple[int, ...] = flax.struct.field(pytree_node=False)
-    """A row ends at any of them."""
-
-    def ends(self, token: Int[Array, "*rows"]) -> Bool[Array, "*rows"]:
-        return reduce(operator.or_, (token == eos for eos in self.eos))
-
-
-Generate = Callable[[Policy, Prompts, Key[Array, ""], Float[Array, " P"]], Rollouts]
+    steps: int
+    """n, lines of the record; a multiple of `interval`."""
+    interval: int
+    """Steps between two looks at whether any row lives."""
+    support: int
+    raw_logprobs: bool
 
 
-def start(prompts: Prompts, rows: int, slots: int, vocab: Vocabulary, cfg: ModelConfig, layout: Layout) -> DecodeState:
-    """The state before the first draw: each row is about to read its prompt's last token."""
-    last = jnp.take_along_axis(prompts.tokens, prompts.length[:, None] - 1, axis=1)[:, 0]
-    full = lambda value, dtype: layout.constrain(jnp.full((rows, slots), value, dtype), "rows", None)  # noqa: E731
-    return DecodeState(
-        slot=jnp.zeros((), jnp.int32),
-        last=jnp.repeat(last, rows // prompts.length.shape[0]),
-        done=jnp.zeros((rows,), bool),
-        live=jnp.ones((), bool),
-        cache=SuffixCache.empty(cfg, rows, slots, layout),
-        tokens=full(vocab.pad, jnp.int32),
-        sampled=full(False, bool),
-        logprobs=full(0.0, jnp.float32),
-        entropy=full(0.0, jnp.float32),
-    )
+DecodeSegment = Callable[[PyTree, SuffixCache, PromptCache, Units, Array, Array, Array], tuple[SuffixCache, Segment]]
 
 
 def step(
-    params: Policy,
-    keys: Key[Array, " B"],
-    temperature: Float[Array, " B"],
-    prompt: PromptCache,
-    state: DecodeState,
-    vocab: Vocabulary,
-    cfg: ModelConfig,
-    layout: Layout,
-) -> tuple[DecodeState, Float[Array, "B V"]]:
-    """One token for every row. Also returns the log-probabilities it was drawn from.
-
-    A row that has ended goes on computing, and nothing of it is written.
-    """
-    raw, cache = decode(params, state.last, state.slot, prompt, state.cache, cfg, layout)
+    params: PyTree, keys: Key[Array, " B"], units: Units, prompt: PromptCache, count: Int[Array, ""], turn: Turn,
+    shape: Shape, vocab: Vocabulary, cfg: ModelConfig, layout: Layout,
+) -> Turn:  # fmt: skip
+    """One token for every row. A row that has ended goes on computing, and nothing of it counts."""
+    each = turn.last.shape[0] // units.age.shape[0]
+    age = units.age + turn.steps
+    place = Place(count=count + turn.steps, length=units.length, age=age)
+    raw, suffix = decode(params, turn.last, place, prompt, turn.suffix, cfg, layout)
+    of_rows = lambda x: jnp.repeat(x, each)  # noqa: E731
     with jax.named_scope("draw"):
-        logp = _distribution(raw, temperature, state.live, vocab.size)
-        token, logprob = draw(keys, state.slot, logp)
-    live = ~state.done
-    done = state.done | vocab.ends(token)
-
-    def write(column: Array, value: Array, fill: float) -> Array:
-        return jax.lax.dynamic_update_slice(
-            column, jnp.where(live, value, fill)[:, None].astype(column.dtype), (0, state.slot)
-        )
-
-    return DecodeState(
-        slot=state.slot + 1,
-        last=jnp.where(live, token, vocab.pad),
-        done=done,
-        live=~jnp.all(done),
-        cache=cache,
-        tokens=write(state.tokens, token, vocab.pad),
-        sampled=write(state.sampled, live, False),
-        logprobs=write(state.logprobs, logprob, 0.0),
-        entropy=write(state.entropy, entropy(logp), 0.0),
-    ), logp
-
-
-def _distribution(raw: Array, temperature: Array, live: Array, num_tokens: int) -> Float[Array, "B V"]:
-    """`process_logits` as one array that all its readers share, so that the log-prob stored is the one drawn from, to the bit.
-
-    XLA:CPU would compute it anew inside the gather that stores one, and round it otherwise there (7e-7 nats); what a conditional
-    gives it keeps. On a TPU a conditional in the loop makes the compiler move caches, so only the CPU gets one.
-    """
-
-    def kept(raw: Array, temperature: Array) -> Array:
-        blank = lambda: jnp.zeros(raw.shape, jnp.float32)  # noqa: E731
-        return jax.lax.cond(live, lambda: process_logits(raw, temperature, num_tokens), blank)
-
-    def plain(raw: Array, temperature: Array) -> Array:
-        return process_logits(raw, temperature, num_tokens)
-
-    return jax.lax.platform_dependent(raw, temperature, cpu=kept, default=plain)
-
-
-def finished(prompts: Prompts, state: DecodeState, temperature: Array, version: Array, vocab: Vocabulary) -> Rollouts:
-    """What the loop wrote, as a value."""
-    length = jnp.sum(state.sampled, axis=1, dtype=jnp.int32)
-    ended = jnp.any(state.sampled & vocab.ends(state.tokens), axis=1)
-    return Rollouts(
-        prompts=prompts,
-        tokens=state.tokens,
-        length=length,
-        sampled=state.sampled,
-        behavior_logprobs=state.logprobs,
-        entropy=state.entropy,
-        temperature=temperature,
-        version=jnp.where(state.sampled, version, 0),
-        finish=jnp.where(ended, int(Finish.EOS), int(Finish.LENGTH)).astype(jnp.int32),
+        controls = jax.tree.map(of_rows, units.controls)
+        drawn = draw(keys, of_rows(age), raw, controls, turn.live, vocab, shape.support, shape.raw_logprobs, layout)
+    live = ~turn.done
+    line = Record(
+        drawn.token, live, drawn.logprob, drawn.entropy, drawn.raw_logprob, drawn.support, drawn.overflow
+    )  # fmt: skip
+    return Turn(
+        steps=turn.steps + 1,
+        live=turn.live,
+        last=jnp.where(live, drawn.token, vocab.pad),
+        done=turn.done | vocab.ends(drawn.token) | of_rows(age + 1 >= units.limit),
+        suffix=suffix,
+        record=jax.tree.map(lambda x, new: x.at[turn.steps].set(new), turn.record, line),
     )
 
 
-def make_generate(samples: int, max_new_tokens: int, vocab: Vocabulary, cfg: ModelConfig, layout: Layout) -> Generate:
-    """The program `generate(policy, prompts, key, temperature [P]) -> Rollouts`, rows split over the mesh, compiled once.
+def make_segment(shape: Shape, vocab: Vocabulary, cfg: ModelConfig, layout: Layout) -> DecodeSegment:
+    """The program `segment(params, suffix, prompt, units, key, count, steps) -> (suffix, Segment)`; `suffix` is donated.
 
-    A row's tokens depend on the weights, its prompt, `key`, its uid and its sample number, and on nothing else.
+    At most `steps` <= n steps, a multiple of the interval; fewer when every row has ended. `count` as in `model.cache`.
+    A row's tokens depend on the weights, its prompt, `key` (key data), its uid and its sample number, and on nothing else.
     """
 
-    def generate(policy: Policy, prompts: Prompts, key: Key[Array, ""], temperature: Float[Array, " P"]) -> Rollouts:
-        rows = prompts.length.shape[0] * samples
-        keys = row_keys(key, prompts.uid, samples)
-        row_temperature = jnp.repeat(temperature, samples)
-        with jax.named_scope("prefill"):
-            prompt = prefill(policy.params, prompts.tokens, prompts.length, cfg, layout)
-        state = jax.lax.while_loop(
-            lambda s: (s.slot < max_new_tokens) & s.live,
-            lambda s: step(policy.params, keys, row_temperature, prompt, s, vocab, cfg, layout)[0],
-            start(prompts, rows, max_new_tokens, vocab, cfg, layout),
-        )
-        return finished(prompts, state, row_temperature, policy.version, vocab)
+    def segment(params, suffix, prompt, units, key, count, steps):
+        each = units.last.shape[1]
+        keys = row_keys(jax.random.wrap_key_data(key), units.uid, units.first, each)
 
-    return jax.jit(generate, out_shardings=layout.sharding(("rows",)))
+        def advance(turn: Turn) -> Turn:
+            return step(params, keys, units, prompt, count, turn, shape, vocab, cfg, layout)
+
+        def stretch(turn: Turn) -> Turn:
+            turn = jax.lax.fori_loop(0, shape.interval, lambda _, turn: advance(turn), turn)
+            return turn.replace(live=~jnp.all(turn.done))
+
+        done = units.done.reshape(-1)
+        start = Turn(
+            steps=jnp.zeros((), jnp.int32), live=~jnp.all(done), last=units.last.reshape(-1), done=done, suffix=suffix,
+            record=_blank(shape, len(done), layout),
+        )  # fmt: skip
+        end = jax.lax.while_loop(lambda turn: (turn.steps < steps) & turn.live, stretch, start)
+        last, done = (x.reshape(units.last.shape) for x in (end.last, end.done))
+        return end.suffix, Segment(end.steps, last, done, end.record)
+
+    return segment
+
+
+def _blank(shape: Shape, rows: int, layout: Layout) -> Record:
+    def lines(dtype: jnp.dtype, *more: int) -> Array:
+        return layout.constrain(jnp.zeros((shape.steps, rows, *more), dtype), None, "rows", *(None for _ in more))
+
+    return Record(
+        token=lines(jnp.int32),
+        sampled=lines(bool),
+        logprob=lines(jnp.float32),
+        entropy=lines(jnp.float32),
+        raw_logprob=lines(jnp.float32) if shape.raw_logprobs else None,
+        support=lines(jnp.int32, shape.support) if shape.support else None,
+        overflow=lines(bool) if shape.support else None,
+    )

@@ -72,8 +72,9 @@ def make_update(
     num_tokens: int,
     cfg: ModelConfig,
     layout: Layout,
+    ends: tuple[int, ...] = (),
 ) -> Update:
-    """The program `update(state, batch) -> (state, metrics)`.
+    """The program `update(state, batch) -> (state, metrics)`. `ends`: as in `score_tokens`.
 
     Every term is weighted by counts over the whole minibatch before it is split, so the gradient does not depend on the
     number of micro-batches nor on the mesh. A non-finite loss or gradient (`nonfinite` 1), or a minibatch without any token,
@@ -83,7 +84,7 @@ def make_update(
     terms_of = TERMS[type(loss)]
 
     def objective(params: PyTree, part: Batch, weights: Array, share: Array) -> tuple[Array, tuple[Metrics, Metrics]]:
-        terms = terms_of(score_tokens(params, part, cfg, num_tokens, layout), part, loss, correction)
+        terms = terms_of(score_tokens(params, part, cfg, num_tokens, layout, ends), part, loss, correction)
         total = jnp.sum(jnp.where(part.loss_mask, terms.loss, 0.0) * weights)
         means = {name: jnp.sum(jnp.where(part.loss_mask, x, 0.0) * share) for name, x in terms.means.items()}
         maxima = {name: jnp.max(jnp.where(part.loss_mask, x, -jnp.inf)) for name, x in terms.maxima.items()}
@@ -144,10 +145,12 @@ def _accumulate(
     return grads, sums | maxima
 
 
-def make_score(num_tokens: int, cfg: ModelConfig, layout: Layout) -> Callable[[PyTree, Batch], Float[Array, "R T"]]:
+def make_score(
+    num_tokens: int, cfg: ModelConfig, layout: Layout, ends: tuple[int, ...] = ()
+) -> Callable[[PyTree, Batch], Float[Array, "R T"]]:
     """The program `score(params, batch) -> logprobs [R T]`: for the reference policy and for exact evaluation."""
 
     def score(params: PyTree, batch: Batch) -> Array:
-        return score_tokens(params, batch, cfg, num_tokens, layout).logprobs
+        return score_tokens(params, batch, cfg, num_tokens, layout, ends).logprobs
 
     return jax.jit(score, out_shardings=layout.sharding(("rows", None)))

@@ -56,6 +56,25 @@ def test_make_batch_by_hand():
     assert batch.reference_logprobs is None
 
 
+def test_support_and_bars_go_where_their_tokens_go():
+    """Two tokens kept at most; -1 in prompts and padding, where nothing was drawn."""
+    experience = tiny()
+    support = np.full((4, 3, 2), -1, np.int32)
+    support[0, :2], support[1, 0], support[3] = [[1, 5], [9, -1]], [9, 2], [[1, 3], [1, 4], [2, 8]]
+    barred = np.array([[1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 0, 0]], bool)
+    rollouts = check(experience.rollouts.replace(support=support, barred=barred))
+    batch = check(make_batch(experience.replace(rollouts=rollouts), np.array([True, True]), PAD))
+    none = [-1, -1]
+    np.testing.assert_array_equal(batch.support[0], [none, [1, 5], [9, -1], none, none, none])
+    np.testing.assert_array_equal(batch.support[1], [none, [9, 2], none, none, none, none])
+    np.testing.assert_array_equal(batch.support[2], [none] * 6)
+    np.testing.assert_array_equal(batch.support[3], [none, none, none, [1, 3], [1, 4], [2, 8]])
+    want = [[0, 1, 0, 0, 0, 0], [0] * 6, [0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0]]
+    np.testing.assert_array_equal(batch.barred, np.array(want, bool))
+    (part,) = minibatches(batch, 2, 1, np.random.default_rng(0))
+    np.testing.assert_array_equal(part.support, batch.support)
+
+
 def test_a_dropped_group_has_no_loss_tokens_and_no_nan():
     experience = tiny()
     experience = experience.replace(advantage=f32([np.nan, np.nan, 3, -3]))

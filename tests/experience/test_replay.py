@@ -26,6 +26,8 @@ def experience(version: int, first: int) -> Experience:
         behavior_logprobs=np.where(sampled, -token / 3, 0).astype(np.float32), entropy=(token / 7).astype(np.float32),
         temperature=(row / 11).astype(np.float32),
         version=np.where(sampled, version, 0).astype(np.int32), finish=(row % 2).astype(np.int32),
+        support=np.where(sampled[..., None], token[..., None] + np.arange(3), -1).astype(np.int32),
+        barred=sampled & (token % 3 == 0),
     )  # fmt: skip
     return check(Experience(rollouts, (row / 13).astype(np.float32), (row / 17).astype(np.float32)))
 

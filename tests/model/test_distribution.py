@@ -3,8 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from setups import TINY, layouts
 
-from jaxrl_llm.model.distribution import entropy, process_logits
+from jaxrl_llm.model.distribution import entropy, process_logits, score_tokens, support_logprobs
+from jaxrl_llm.types import Batch
 
 LOGITS = jnp.array([[1.0, 3.0, 3.0, 0.0, 9.0], [0.0, np.log(2.0), -1e4, 0.0, 9.0]], jnp.float32)
 
@@ -54,3 +57,41 @@ def test_gradients_are_finite_with_padding_and_beside_temperature_zero():
     p, h = np.array([1 / 6, 4 / 6, 1 / 6]), np.log(6) - 4 / 6 * np.log(4)
     np.testing.assert_allclose(by_entropy[1][[0, 1, 3]], -p * (np.log(p) + h) / 0.5, atol=1e-6)
     np.testing.assert_array_equal(by_entropy[1][[2, 4]], 0.0)
+
+
+def test_barred_end_tokens_have_no_mass_by_hand():
+    """exp = 1, 2, 0, 1: without token 1 half and half; the row that is not barred has it."""
+    row = jnp.stack([LOGITS[1]] * 2)
+    with np.errstate(divide="ignore"):
+        want = np.log([[1 / 2, 0, 0, 1 / 2, 0], [1 / 4, 2 / 4, 0, 1 / 4, 0]])
+    got = np.array(process_logits(row, jnp.ones(2), 4, (1, 4), jnp.array([True, False])))
+    got[:, 2] = -np.inf
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_a_support_is_the_whole_distribution_by_hand():
+    """Of exp = 1, 2, 0, 1 the tokens 1 and 3: two thirds and one third, at temperature 1/2 four fifths and one fifth."""
+    row, support = jnp.stack([LOGITS[1]] * 2), jnp.array([[1, 3, -1]] * 2)
+    with np.errstate(divide="ignore"):
+        want = np.log([[2 / 3, 1 / 3, 0], [4 / 5, 1 / 5, 0]])
+    np.testing.assert_allclose(support_logprobs(row, jnp.array([1.0, 0.5]), support), want, rtol=1e-6)
+
+
+def test_gradients_through_a_support_are_those_of_its_tokens():
+    """d log p(1) / d logit = (indicator - p) / T over tokens 1 and 3; a row without a support has finite ones."""
+    support = jnp.array([[1, 3, -1], [-1, -1, -1]])
+
+    def loss(x):
+        logp = support_logprobs(x, jnp.array([0.5, 0.5]), support)
+        return jnp.sum(jnp.where(support == 1, logp, 0.0)), jnp.sum(entropy(logp))
+
+    by_logp, by_entropy = map(np.asarray, jax.jit(jax.jacrev(loss))(LOGITS[::-1]))
+    np.testing.assert_allclose(by_logp, np.array([[0, 1 / 5, 0, -1 / 5, 0], [0] * 5]) / 0.5, atol=1e-6)
+    assert np.isfinite(by_entropy).all() and np.abs(by_entropy[0, [0, 2, 4]]).max() == 0
+
+
+def test_bars_without_the_end_tokens_are_refused():
+    ones = np.ones((1, 2), np.int32)
+    batch = Batch(ones, ones, ones, ones > 0, *(ones.astype(np.float32) for _ in range(3)), barred=ones > 0)
+    with pytest.raises(ValueError, match="ends: got none"):
+        score_tokens({}, batch, TINY, 16, layouts()[0])

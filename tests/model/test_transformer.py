@@ -9,8 +9,9 @@ from setups import FAMILIES, TINY, layouts
 
 from jaxrl_llm.model import transformer
 from jaxrl_llm.model.attention import WHOLE
+from jaxrl_llm.model.cache import empty_suffix
 from jaxrl_llm.model.mlp import gated
-from jaxrl_llm.model.transformer import SuffixCache, kinds, rms_norm, scanned_kinds
+from jaxrl_llm.model.transformer import kinds, rms_norm, scanned_kinds
 
 
 def test_norms_by_hand():
@@ -60,7 +61,7 @@ def test_only_what_differs_between_layers_is_scanned():
 
 
 def test_suffix_caches_are_rings_where_layers_slide():
-    cache = jax.eval_shape(lambda: SuffixCache.empty(FAMILIES["gemma2, window 5"], 3, 6, layouts()[1]))
+    cache = jax.eval_shape(lambda: empty_suffix(FAMILIES["gemma2, window 5"], 3, 6, layouts()[1]))
     assert [x.shape for x in cache.k] == [x.shape for x in cache.v] == [(3, 2, 5, 8), (3, 2, 6, 8)]
-    short = jax.eval_shape(lambda: SuffixCache.empty(FAMILIES["gemma2, window 5"], 3, 4, layouts()[1]))
+    short = jax.eval_shape(lambda: empty_suffix(FAMILIES["gemma2, window 5"], 3, 4, layouts()[1]))
     assert [x.shape[2] for x in short.k] == [4, 4]

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from setups import layouts
 
+from jaxrl_llm.parallel.config import MeshConfig
 from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 
@@ -28,6 +29,17 @@ def test_train_and_decode_differ_in_the_embedding_dim_and_what_follows_from_it()
     assert TRAIN.keys() == DECODE.keys()
     with pytest.raises(TypeError):
         TRAIN["rows"] = None
+
+
+def test_layouts_for_decode():
+    """Wide: what `tensor` splits, `fsdp` splits behind it, and rows are split over the rest. Own axes: the same devices."""
+    train, replicated = layouts((2, 2, 2))
+    wide, own = train.for_decode("wide"), train.for_decode(MeshConfig(data=1, fsdp=2, tensor=4))
+    assert train.for_decode("replicated") == replicated
+    assert wide.sharding(("embed", "heads")).spec == PartitionSpec(None, ("tensor", "fsdp"))
+    assert wide.sharding(("rows", None)).spec == PartitionSpec(("data", "expert"), None)
+    assert (wide.size("rows"), wide.size("vocab"), own.size("rows"), own.size("vocab")) == (2, 4, 2, 4)
+    assert list(own.mesh.devices.flat) == list(train.mesh.devices.flat)
 
 
 def test_an_unknown_axis_is_an_error():

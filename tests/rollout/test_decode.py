@@ -1,7 +1,6 @@
 """`generate`: what it promises about every row, the numbers it captures, and that it compiles once."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +11,13 @@ from setups import SMALL, VOCAB, generator, layouts, make_params, make_policy, m
 
 from jaxrl_llm.metrics import CompileCounter
 from jaxrl_llm.model import transformer
+from jaxrl_llm.model.cache import empty_suffix
 from jaxrl_llm.model.params import unstack
-from jaxrl_llm.parallel import hosts
-from jaxrl_llm.rollout import decode
-from jaxrl_llm.rollout.decode import Vocabulary
-from jaxrl_llm.rollout.sample import row_keys
+from jaxrl_llm.model.transformer import Place
+from jaxrl_llm.rollout import sample
+from jaxrl_llm.rollout.decode import Record
+from jaxrl_llm.rollout.harvest import Harvest
+from jaxrl_llm.rollout.sample import Controls, Vocabulary, row_keys
 from jaxrl_llm.types import Finish, Prompts, Rollouts, check
 
 KEY = jax.random.key(2)
@@ -34,14 +35,8 @@ def sampler():
     train, dec = layouts()
     params = make_params(ONE_LAYER, train)
     policy = make_policy(ONE_LAYER, params, train, dec, VERSION)
-    rows = dec.sharding(("rows",))
     prompts, generate = make_prompts(P), generator(G, C, ONE_LAYER, dec)
-
-    def sample(temperature, key=KEY) -> Rollouts:
-        temperature = np.broadcast_to(np.asarray(temperature, np.float32), (P,))
-        return hosts.gather(generate(policy, hosts.put(prompts, rows), key, hosts.put(temperature, rows)))
-
-    return sample, generate, params
+    return lambda temperature, key=KEY: generate(policy, prompts, key, temperature), params
 
 
 def check_contract(rollouts: Rollouts, slots: int, vocab: Vocabulary, temperature: np.ndarray, version: int) -> None:
@@ -96,13 +91,12 @@ def test_the_contract_tells_a_lost_end_token():
 
 
 def test_temperature_is_each_prompts_own_and_compiles_nothing(sampler):
-    sample, generate, _ = sampler
+    sample, _ = sampler
     sample(1.0)
-    programs, compiles = generate._cache_size(), CompileCounter()
+    compiles = CompileCounter()
     by_temperature = {t: sample(t) for t in (0.5, 1.0, 2.0)}
     mixed = sample([0.5] + [1.0] * (P - 2) + [2.0])
     sample(0.25, jax.random.key(9))
-    assert generate._cache_size() == programs
     assert compiles.take()["compiles"] == 0
     for p, t in ((0, 0.5), (1, 1.0), (P - 1, 2.0)):
         of_prompt = slice(p * G, (p + 1) * G)
@@ -122,7 +116,7 @@ def test_entropy_of_the_first_token_rises_with_temperature(sampler):
 
 def test_cold_sampling_is_the_chain_of_argmaxes(sampler):
     """T = 1e-4 turns gaps of 0.01 into 100 nats, far above any Gumbel noise."""
-    sample, _, params = sampler
+    sample, params = sampler
     rollouts = sample(1e-4)
     prompts, train = rollouts.prompts, layouts()[0]
     sequence = np.zeros((P * G, 7 + C), np.int32)
@@ -157,15 +151,17 @@ def test_temperature_zero_is_greedy_and_certain(sampler):
 def test_a_row_ends_at_any_of_several_end_tokens():
     vocab = Vocabulary(size=9, pad=0, eos=(7, 5))
     np.testing.assert_array_equal(vocab.ends(jnp.array([5, 6, 7, 0])), [True, False, True, False])
-    tokens = jnp.array([[3, 5, 0], [7, 0, 0], [3, 4, 6]])
-    sampled, zeros = jnp.array([[True, True, False], [True, False, False], [True] * 3]), jnp.zeros((3, 3))
-    state = decode.DecodeState(
-        slot=jnp.int32(3), last=tokens[:, 0], done=jnp.array([True, True, False]), live=jnp.array(False), cache=None,
-        tokens=tokens, sampled=sampled, logprobs=zeros, entropy=zeros,
-    )  # fmt: skip
-    rollouts = decode.finished(make_prompts(3), state, jnp.ones(3), jnp.int32(1), vocab)
-    np.testing.assert_array_equal(rollouts.finish, [Finish.EOS, Finish.EOS, Finish.LENGTH])
-    np.testing.assert_array_equal(rollouts.length, [2, 1, 3])
+    harvest = Harvest(make_prompts(2), 2, 3, vocab)
+    token = np.array([[3, 7, 3, 9], [5, 0, 4, 9], [0, 0, 6, 9]])
+    sampled = np.array([[True] * 4, [True, False, True, False], [False, False, True, False]])
+    zeros = np.zeros((3, 4), np.float32)
+    # Four columns, of rows 2, 1 and 0; the last belongs to nobody.
+    harvest.add(np.array([2, 1, 0, -1]), np.zeros(4, int), Record(token, sampled, zeros, zeros, None, None, None), 3)
+    controls = Controls(*(np.zeros(2) for _ in range(5)))
+    rollouts = harvest.rollouts(np.arange(2), controls, 1)
+    np.testing.assert_array_equal(rollouts.finish, [Finish.LENGTH, Finish.EOS, Finish.EOS, Finish.LENGTH])
+    np.testing.assert_array_equal(rollouts.length, [3, 1, 2, 0])
+    np.testing.assert_array_equal(rollouts.tokens, [[3, 4, 6], [7, 0, 0], [3, 5, 0], [0, 0, 0]])
 
 
 @pytest.mark.parametrize(
@@ -178,51 +174,49 @@ def test_a_row_ends_at_any_of_several_end_tokens():
         (False, "bfloat16", 304, 300),
     ],
 )
-def test_in_the_loop_the_stored_logprob_is_the_distributions_to_the_bit(jit, compute, rows_of_embedding, num_tokens):
-    """The loop by hand: `step` also returns the whole distribution. Rows at T = 0.6, 1 and 1.5."""
+def test_in_a_step_the_stored_logprob_is_the_distributions_to_the_bit(jit, compute, rows_of_embedding, num_tokens):
+    """Model and draw in one program, as in the loop. Rows at T = 0.6, 1 and 1.5."""
     cfg, vocab, slots = (
         dataclasses.replace(WIDE, compute=compute, vocab_size=rows_of_embedding),
         Vocabulary(num_tokens, 0, (12, 3)),
         3,
     )
     train, dec = layouts()
-    prompts = jax.tree.map(jnp.asarray, make_prompts(3, vocab=12))
+    prompts = make_prompts(3, vocab=12)
     params = jax.tree.map(lambda x: x.astype(compute), unstack(make_params(cfg, train), cfg.layers))
-    temperature = jnp.repeat(jnp.array([0.6, 1.0, 1.5]), G)
-    keys = row_keys(KEY, prompts.uid, G)
-    advance = partial(decode.step, vocab=vocab, cfg=cfg, layout=dec)
+    each = lambda *values: jnp.repeat(jnp.array(values), G)  # noqa: E731
+    none = jnp.zeros(3 * G, jnp.int32)
+    controls = Controls(each(0.6, 1.0, 1.5), none + 1.0, none, none + 0.0, none)
+    length, keys = prompts.length - 1, row_keys(KEY, prompts.uid, jnp.zeros(3, jnp.int32), G)
+    prompt = jax.jit(lambda: transformer.prefill(params, prompts.tokens, length, 7, cfg, dec))()
+
+    def advance(t, last, suffix):
+        """A step of the loop, with the distribution that it draws from."""
+        place = Place(t, length, jnp.full(3, t))
+        raw, suffix = transformer.decode(params, last, place, prompt, suffix, cfg, dec)
+        shown = sample.distribution(none + t, raw, controls, t < slots, vocab, 0, dec)
+        return sample.draw_from(keys, none + t, shown, False), shown.logp, suffix
+
     if jit:
         advance = jax.jit(advance)
-    prompt = jax.jit(lambda: transformer.prefill(params, prompts.tokens, prompts.length, cfg, dec))()
-    state = decode.start(prompts, 3 * G, slots, vocab, cfg, dec)
-    # Row 0 ended before: it must go on without writing anything.
-    state = state.replace(done=state.done.at[0].set(True))
+    last, suffix = jnp.repeat(prompts.tokens[np.arange(3), length], G), empty_suffix(cfg, 3 * G, slots, dec)
     for t in range(slots):
-        live = ~np.asarray(state.done)
-        state, logp = advance(params, keys, temperature, prompt, state)
-        token, stored = np.asarray(state.tokens[:, t]), np.asarray(state.logprobs[:, t])
-        gathered = np.take_along_axis(np.asarray(logp), token[:, None], axis=1)[:, 0]
-        np.testing.assert_array_equal(stored[live].view(np.uint32), gathered[live].view(np.uint32))
-        np.testing.assert_array_equal(stored[~live], 0.0)
-        np.testing.assert_array_equal(token[~live], vocab.pad)
-        np.testing.assert_array_equal(np.asarray(state.done), ~live | np.isin(token, vocab.eos))
-        assert np.isneginf(np.asarray(logp)[:, num_tokens:]).all()
+        drawn, logp, suffix = advance(jnp.int32(t), last, suffix)
+        last, logp = drawn.token, np.asarray(logp)
+        gathered = np.take_along_axis(logp, np.asarray(last)[:, None], axis=1)[:, 0]
+        np.testing.assert_array_equal(np.asarray(drawn.logprob).view(np.uint32), gathered.view(np.uint32))
+        assert np.isneginf(logp[:, num_tokens:]).all()
         # Sums of 300 f32 exponentials.
-        np.testing.assert_allclose(np.exp(np.asarray(logp, np.float64)).sum(axis=1), 1, atol=1e-5)
-    assert not np.asarray(state.sampled[0]).any() and np.asarray(state.sampled[1:, 0]).all()
-    assert int(state.slot) == slots
+        np.testing.assert_allclose(np.exp(logp.astype(np.float64)).sum(axis=1), 1, atol=1e-5)
 
 
 def test_a_row_that_ended_leaves_the_others_alone(sampler):
     """Each row equals the one that is drawn with an end token that nobody draws, up to its end."""
-    sample, _, params = sampler
+    sample, params = sampler
     train, dec = layouts()
     rollouts = sample(1.0)
     endless = generator(G, C, ONE_LAYER, dec, Vocabulary(size=16, pad=0, eos=(99,)))
-    rows = dec.sharding(("rows",))
-    policy = make_policy(ONE_LAYER, params, train, dec, VERSION)
-    temperature = hosts.put(np.ones(P, np.float32), rows)
-    longer = hosts.gather(endless(policy, hosts.put(make_prompts(P), rows), KEY, temperature))
+    longer = endless(make_policy(ONE_LAYER, params, train, dec, VERSION), make_prompts(P), KEY, 1.0)
     assert (longer.length == C).all() and (longer.finish == Finish.LENGTH).all()
     np.testing.assert_array_equal(longer.tokens[rollouts.sampled], rollouts.tokens[rollouts.sampled])
     assert not rollouts.sampled.all()

@@ -29,11 +29,8 @@ def experience(temperature: float = 1.0) -> Experience:
     """Ragged rollouts of a small random policy, rewarded for odd sums of tokens; G samples of P prompts."""
     train, decode = layouts()
     params = make_params(SMALL, train)
-    rows = decode.sharding(("rows",))
-    prompts = hosts.put(make_prompts(P), rows)
-    at = hosts.put(np.full(P, temperature, np.float32), rows)
     policy = make_policy(SMALL, params, train, decode)
-    rollouts = hosts.gather(generator(G, C, SMALL, decode)(policy, prompts, jax.random.key(3), at))
+    rollouts = generator(G, C, SMALL, decode)(policy, make_prompts(P), jax.random.key(3), temperature)
     reward = (rollouts.tokens.sum(axis=1) % 2).astype(np.float32)
     return Experience(rollouts, reward, rloo(reward.reshape(P, G)).reshape(-1))
 

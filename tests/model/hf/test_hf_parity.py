@@ -7,7 +7,9 @@ from hf_cases import CASES, FAMILIES, case, load_model
 from setups import layouts
 
 from jaxrl_llm.model.transformer import hidden, logits
-from jaxrl_llm.rollout.decode import Vocabulary, make_generate
+from jaxrl_llm.rollout.config import RolloutConfig
+from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Policy, Prompts
 
 # Both are f32 and sum in another order; the bound, relative to the largest logit.
@@ -46,7 +48,8 @@ def test_greedy_tokens_are_transformers_own(family, mesh, tmp_path):
     rows = np.arange(len(lengths), dtype=np.int32)
     # An end token that is never drawn: transformers was told of none.
     vocab = Vocabulary(size=cfg.vocab_size, pad=0, eos=(cfg.vocab_size,))
-    generate = make_generate(1, want.shape[1], vocab, cfg, layout)
+    rollout = RolloutConfig(prompts=4, samples=1, max_new_tokens=want.shape[1], temperature=0.0)
     prompts = Prompts(tokens=tokens, length=lengths, uid=rows, row=rows)
-    rollouts = generate(Policy(params=params, version=np.int32(0)), prompts, jax.random.key(0), np.zeros(4, np.float32))
-    assert np.asarray(rollouts.tokens).tolist() == want.tolist()
+    policy = Policy(params=params, version=np.int32(0))
+    rollouts = Engine(rollout, lengths.max(), vocab, cfg, layout).generate(policy, prompts, jax.random.key(0))
+    assert rollouts.tokens.tolist() == want.tolist()

@@ -6,16 +6,16 @@
                      for the general ceiling, or over a list of shapes one after another, at their own rate.
 
 Loops run inside one jit with a number of turns unknown to the compiler, and each turn reads from the one before, so nothing is
-hoisted or merged. Ceilings are the best of several calls; everything else in `benchmarks` is a median.
+hoisted or merged. Ceilings are the best of several calls.
 """
 
+import time
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-
-from benchmarks.clock import seconds_a_turn
 
 # How the two operands of a product lie: which dims are summed over. "dx" and "dw" are the two products of the backward pass.
 FORMS = {"forward": ((1,), (0,)), "dx": ((1,), (1,)), "dw": ((0,), (0,))}
@@ -71,3 +71,27 @@ def general(backend: str) -> dict:
         "copy": {"bytes_per_s": copy_bandwidth(nbytes, 2.0), "array_bytes": nbytes},
         "matmul": {d: {"flops_per_s": r, "shape": [edge] * 3} for d, r in rate.items()},
     }
+
+
+def timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def seconds_a_turn(loop: Callable[[jax.Array], object], seconds: float) -> float:
+    """Seconds of one turn of the compiled loop `loop(turns)`, the best of several calls: a ceiling is what was ever reached.
+
+    (t(n) - t(0)) / n, the least of each: a call without a turn holds the launch and the making of what the loop carries. n grows
+    until the turns last a fifth of `seconds` and four times that call; so about 2 `seconds` go by.
+    """
+    time_of = lambda n: timed(lambda: loop(jnp.asarray(n, jnp.int32)))  # noqa: E731
+    time_of(0)
+    empty, turns = min(time_of(0) for _ in range(3)), 1
+    enough = max(seconds / 5, 4 * empty)
+    while (spent := time_of(turns)) - empty < enough and turns < 2**20:
+        turns = min(max(2 * turns, int(1.2 * turns * enough / max(spent - empty, enough / 50))), 2**20)
+    best, end = spent, time.monotonic() + seconds
+    while time.monotonic() < end:
+        best = min(best, time_of(turns))
+    return max(best - empty, 1e-9) / turns

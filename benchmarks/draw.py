@@ -1,0 +1,113 @@
+"""`python -m benchmarks.draw [--rows 8,64] [--vocab 151936] [--seconds 60] [--step 8=0.1,64=0.4] [--out FILE.json]`: one draw.
+
+    plain      from the whole vocabulary
+    top_p 0.9, top_k 50, min_p 0.05, and all three together: truncated, with the default support, which is recorded
+
+Each is a loop of `TURNS` draws on the device, on logits that change from turn to turn, as a decode step's do. All in one process,
+taken in turns (`clock.alternate`), medians. The four truncated draws are one executable with other arrays.
+
+--rows     numbers of rows
+--vocab    of Qwen2.5 by default
+--seconds  for repetitions, shared by the rows
+--step     seconds of a decode step, by rows, from `benchmarks.generate`: then what truncation adds to it is printed too
+--out      a JSON file for the numbers
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.clock import alternate
+from benchmarks.models import layouts
+from benchmarks.run import machine
+from jaxrl_llm.rollout.config import RolloutConfig
+from jaxrl_llm.rollout.sample import Controls, Vocabulary, draw, row_keys
+
+TURNS = 8
+NOTHING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
+VARIANTS = {
+    "plain": {},
+    "top_p 0.9": {"top_p": 0.9},
+    "top_k 50": {"top_k": 50},
+    "min_p 0.05": {"min_p": 0.05},
+    "all three": {"top_p": 0.9, "top_k": 50, "min_p": 0.05},
+}
+
+
+def controls(rows: int, top_p: float, top_k: int, min_p: float) -> Controls:
+    full = lambda value, dtype: jnp.full(rows, value, dtype)  # noqa: E731
+    return Controls(
+        full(1.0, jnp.float32),
+        full(top_p, jnp.float32),
+        full(top_k, jnp.int32),
+        full(min_p, jnp.float32),
+        full(0, jnp.int32),
+    )
+
+
+def make_loop(vocab: int, support: int) -> Callable:
+    """`loop(keys, logits, controls)`: TURNS draws, each from logits that the last one changed at its tokens."""
+    vocabulary = Vocabulary(size=vocab, pad=0, eos=(vocab - 1,))
+
+    def loop(keys: jax.Array, logits: jax.Array, of: Controls) -> tuple:
+        def turn(t: jax.Array, carry: tuple) -> tuple:
+            logits, _ = carry
+            slot = jnp.full(keys.shape, t, jnp.int32)
+            drawn = draw(keys, slot, logits, of, t < TURNS, vocabulary, support, False, layouts()[1])
+            return logits.at[jnp.arange(len(logits)), drawn.token].add(-1e-3), drawn
+
+        start = jax.eval_shape(lambda t: turn(t, (logits, None))[1], jnp.int32(0))
+        blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), start)
+        return jax.lax.fori_loop(0, TURNS, turn, (logits, blank))[1]
+
+    return jax.jit(loop)
+
+
+def measure(rows: int, vocab: int, seconds: float) -> dict[str, float]:
+    """Seconds of one draw of all rows, by variant."""
+    keys = row_keys(jax.random.key(0), jnp.arange(rows), jnp.zeros(rows, jnp.int32), 1)
+    # As a language model's: p falls with the rank to the power 1.5, and half of all mass is on the first three.
+    rng = np.random.default_rng(0)
+    ranks = np.stack([rng.permutation(vocab) for _ in range(rows)])
+    logits = jnp.asarray(-1.5 * np.log1p(ranks) + 0.1 * rng.normal(size=ranks.shape), jnp.float32)
+    loops = {k: make_loop(vocab, k) for k in (0, RolloutConfig().support)}
+
+    def call(changes: dict) -> Callable[[], object]:
+        loop, of = loops[RolloutConfig().support if changes else 0], controls(rows, **(NOTHING | changes))
+        return lambda: loop(keys, logits, of)
+
+    times = alternate({name: call(changes) for name, changes in VARIANTS.items()}, seconds)
+    return {name: time.median / TURNS for name, time in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="8,64")
+    parser.add_argument("--vocab", type=int, default=151936)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--step", default="")
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    step = {int(rows): float(s) for rows, s in (part.split("=") for part in args.step.split(",") if part)}
+    found, result = machine(), {}
+    for rows in map(int, args.rows.split(",")):
+        result[rows] = measure(rows, args.vocab, args.seconds / len(args.rows.split(",")))
+        plain = result[rows]["plain"]
+        for name, seconds in result[rows].items():
+            beside = f", {(seconds - plain) / step[rows]:+.1%} of a step" if rows in step else ""
+            print(f"{rows} rows, {name}: {1e3 * seconds:.2f} ms, {seconds / plain:.2f} of plain{beside}")
+    if args.out:
+        with open(args.out, "w") as file:
+            json.dump(
+                {"machine": found, "vocab": args.vocab, "turns": TURNS, "draw_s": result, "step_s": step},
+                file,
+                indent=1,
+            )
+
+
+if __name__ == "__main__":
+    main()

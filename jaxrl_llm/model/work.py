@@ -1,0 +1,62 @@
+"""How much work a model is: matrices that a token meets, bytes and FLOPs of a decode step. A multiply and an add are two FLOPs."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from jaxrl_llm.model.cache import reaches
+from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.types import PyTree
+
+
+class Work(NamedTuple):
+    """Of one step, on one device."""
+
+    bytes: float
+    flops: float
+
+
+def weight_products(cfg: ModelConfig) -> list[tuple[int, int, int]]:
+    """(inputs, outputs, how often) of the matrices that one token meets; the embedding counts as head, not as look-up."""
+    heads = cfg.heads * cfg.head_dim
+    packed = cfg.kv_heads * (cfg.group + 2) * cfg.head_dim
+    mlps = cfg.layers * max(cfg.experts_per_token, 1)
+    return [
+        (cfg.d_model, packed, cfg.layers),
+        (heads, cfg.d_model, cfg.layers),
+        (cfg.d_model, 2 * cfg.d_mlp, mlps),
+        (cfg.d_mlp, cfg.d_model, mlps),
+        (cfg.d_model, cfg.vocab_size, 1),
+    ]
+
+
+def matmul_params(cfg: ModelConfig) -> int:
+    """N of 2 N and 6 N: entries of the matrices of `weight_products`."""
+    return sum(k * n * often for k, n, often in weight_products(cfg))
+
+
+def decode_step(
+    cfg: ModelConfig,
+    length: Int[np.ndarray, " U"],
+    age: Int[np.ndarray, " U"],
+    each: int,
+    entry: float,
+) -> Work:
+    """What a step of `each` rows a unit must do beside reading the weights, over the whole mesh: keys and values read once a unit
+    (prompt) or row (its own), and written; products with weights, scores and values. `entry`: bytes of a cached number."""
+    prompt, own = 0.0, 0.0
+    for reach in reaches(cfg):
+        prompt += np.minimum(length, np.maximum(reach - age - 1, 0)).sum()
+        own += each * np.minimum(age + 1, reach).sum()
+    rows = each * len(age)
+    numbers = 2 * cfg.kv_heads * cfg.head_dim * (prompt + own + rows * cfg.layers)
+    flops = 2 * matmul_params(cfg) * rows + 4 * cfg.heads * cfg.head_dim * (each * prompt + own)
+    return Work(entry * numbers, flops)
+
+
+def weight_bytes(params: PyTree, cfg: ModelConfig) -> int:
+    """Bytes of the weights that one device reads in a step: all it holds, but for an embedding that is no head."""
+    read = params if cfg.tied_head else {name: x for name, x in params.items() if name != "embed"}
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(read))

@@ -1,0 +1,200 @@
+"""The engine: segments, growth, compaction, refill and stops change when a row is computed, and never what it says."""
+
+import dataclasses
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+from setups import FAMILIES, SMALL, engine, layouts, make_params, make_policy, make_prompts
+
+from jaxrl_llm.metrics import CompileCounter
+from jaxrl_llm.parallel.config import MeshConfig
+from jaxrl_llm.rollout.config import EngineConfig
+from jaxrl_llm.rollout.engine import Engine, Sizes, doubled
+from jaxrl_llm.rollout.sample import Vocabulary
+from jaxrl_llm.types import Finish, check
+
+KEY = jax.random.key(4)
+P, G, C = 8, 4, 12
+ONE_LAYER = dataclasses.replace(SMALL, layers=1)
+# Several end tokens, so that most rows end early.
+VOCAB = Vocabulary(size=16, pad=0, eos=(15, 11, 4))
+WHOLE = EngineConfig(segment=C, compact=False, grow=False)
+# Three segments of four steps; windows of 4, 8 and 12 slots.
+FORMS = {
+    "segments": EngineConfig(segment=4, compact=False, grow=False),
+    "growth": EngineConfig(segment=4, compact=False),
+    "compaction": EngineConfig(segment=4),
+    "refill": EngineConfig(segment=4, in_flight=4),
+    "refill, pairs": EngineConfig(segment=4, in_flight=2, shared_by=2),
+    "every step": EngineConfig(segment=4, eos_interval=1, in_flight=2, compact=False),
+}
+
+
+def of(form: EngineConfig, cfg=ONE_LAYER, sizes=(1, 1, 1), **more) -> Engine:
+    more = {"prompts": P, "samples": G, "max_new_tokens": C, "temperature": 3.0, **more}
+    return engine(cfg, layouts(sizes)[1], VOCAB, engine=form, **more)
+
+
+def policy_of(cfg=ONE_LAYER, sizes=(1, 1, 1)):
+    train, decode = layouts(sizes)
+    return make_policy(cfg, make_params(cfg, train), train, decode)
+
+
+def run(form: EngineConfig, cfg=ONE_LAYER, sizes=(1, 1, 1), **more):
+    generation = of(form, cfg, sizes, **more).start(policy_of(cfg, sizes), make_prompts(P), KEY)
+    order = [p for finished in generation for p in finished.tolist()]
+    assert sorted(order) == list(range(P))
+    return check(generation.rollouts()), generation.stats, order
+
+
+def same(a, b) -> None:
+    for name in ("tokens", "length", "sampled", "version", "finish", "temperature"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+    # Other shapes, other kernels: rounding of sums of a few dozen f32 products.
+    np.testing.assert_allclose(a.behavior_logprobs, b.behavior_logprobs, atol=1e-4)
+    np.testing.assert_allclose(a.entropy, b.entropy, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_the_form_changes_no_token(form):
+    want, all_at_once, _ = run(WHOLE)
+    got, stats, _ = run(form)
+    same(got, want)
+    assert set(want.finish) == {Finish.EOS, Finish.LENGTH} and len(set(want.length)) > 5
+    assert stats.tokens == all_at_once.tokens == want.sampled.sum()
+    assert all_at_once.segments == 1 and stats.segments >= 3
+
+
+def test_nor_on_another_mesh():
+    """Each shard admits, drops and reads its own."""
+    form = dataclasses.replace(FORMS["refill, pairs"], in_flight=4)
+    same(run(form, sizes=(2, 2, 2))[0], run(WHOLE)[0])
+
+
+@pytest.mark.parametrize("choice", ["wide", MeshConfig(data=1, fsdp=2, tensor=4)], ids=["wide", "own axes"])
+def test_nor_where_the_policy_lies_otherwise(choice):
+    """Published from FSDP 2 x 2 x 2 in one jit, to one tensor shard a pair of devices, or to a mesh of other axes."""
+    train = layouts((2, 2, 2))[0]
+    decode = train.for_decode(choice)
+    policy = make_policy(ONE_LAYER, make_params(ONE_LAYER, train), train, decode)
+    made = Engine(of(WHOLE).cfg, 7, VOCAB, ONE_LAYER, decode)
+    same(made.generate(policy, make_prompts(P), KEY), run(WHOLE)[0])
+
+
+def test_nor_where_layers_slide_and_rings_are_shorter_than_the_window():
+    """Gemma 2's kind: a ring of 5 slots beside one that grows past it, both re-laid while rows of several ages are in flight."""
+    cfg = FAMILIES["gemma2, window 5"]
+    same(run(FORMS["refill, pairs"], cfg)[0], run(WHOLE, cfg)[0])
+
+
+def test_compaction_and_refill_save_work():
+    plain, compact, refill = (run(FORMS[name])[1] for name in ("growth", "compaction", "refill, pairs"))
+    assert plain.row_steps == plain.steps * P * G
+    assert compact.row_steps < plain.row_steps and refill.row_steps < plain.row_steps
+
+
+def test_groups_come_as_they_finish():
+    """Two in flight: a later prompt whose rows end early comes before the longest of all."""
+    rollouts, _, order = run(FORMS["refill"])
+    longest = rollouts.length.reshape(P, G).max(axis=1)
+    assert order != sorted(order)
+    generation = of(FORMS["refill"]).start(policy_of(), make_prompts(P), KEY)
+    first = next(iter(generation))
+    early = generation.rollouts(first)
+    assert len(first) < P and (longest[first] <= 4).all()
+    np.testing.assert_array_equal(early.tokens, rollouts.tokens.reshape(P, G, C)[first].reshape(-1, C))
+
+
+def test_a_generation_given_up_between_segments_leaves_nothing_behind():
+    """As a run that is stopped there and begun again."""
+    abandoned = of(FORMS["refill"]).start(policy_of(), make_prompts(P), KEY)
+    next(iter(abandoned))
+    same(run(FORMS["refill"])[0], run(WHOLE)[0])
+
+
+def test_each_prompt_may_have_a_limit_of_its_own():
+    whole, _, _ = run(WHOLE)
+    limit = np.array([1, 2, 3, 4, 5, 6, 7, 12], np.int32)
+    got = of(FORMS["refill"]).generate(policy_of(), make_prompts(P), KEY, limit=limit)
+    each = np.repeat(limit, G)
+    np.testing.assert_array_equal(got.length, np.minimum(whole.length, each))
+    np.testing.assert_array_equal(got.tokens, np.where(np.arange(C) < each[:, None], whole.tokens, VOCAB.pad))
+    cut = whole.length > each
+    np.testing.assert_array_equal(got.finish, np.where(cut, int(Finish.LENGTH), whole.finish))
+
+
+def test_fewer_prompts_take_smaller_programs_and_say_the_same():
+    """Three prompts in a flight of four, of an engine for eight."""
+    whole, _, _ = run(WHOLE)
+    some = jax.tree.map(lambda x: x[2:5], make_prompts(P))
+    generation = of(FORMS["compaction"]).start(policy_of(), some, KEY)
+    list(generation)
+    np.testing.assert_array_equal(generation.rollouts().tokens, whole.tokens.reshape(P, G, C)[2:5].reshape(-1, C))
+    assert generation.stats.row_steps <= generation.stats.steps * 4 * G
+
+
+def test_nothing_compiles_after_the_warm_up():
+    """Random numbers of prompts, lengths and limits, in one engine; the soak of `benchmarks.soak` is the long form of it."""
+    soaked, policy, rng = of(FORMS["refill"], max_new_tokens=8), policy_of(), np.random.default_rng(0)
+    soaked.warm(policy)
+    soaked.generate(policy, make_prompts(P), KEY)
+    counter = CompileCounter()
+    for seed in range(20):
+        num = int(rng.integers(1, 2 * P))
+        prompts = make_prompts(max(num, 2), slots=7, seed=seed)
+        soaked.generate(
+            policy, jax.tree.map(lambda x, n=num: x[:n], prompts), KEY, limit=rng.integers(1, 9, num).astype(np.int32)
+        )
+    assert counter.take()["compiles"] == 0
+
+
+TEXT = dict(enumerate("_abcdefghijklmno"))
+
+
+def text_of(tokens: list[int]) -> str:
+    return "".join(TEXT[t] for t in tokens)
+
+
+def test_a_stop_text_ends_a_row_with_the_token_that_completes_it():
+    """Of two tokens at least, so that it may lie across a look of the host."""
+    whole, _, _ = run(WHOLE)
+    texts = [text_of(t[:n]) for t, n in zip(whole.tokens.tolist(), whole.length, strict=True)]
+    pairs = Counter(pair for text in texts for pair in {text[i : i + 2] for i in range(len(text) - 1)})
+    stop = tuple(pair for pair, _ in pairs.most_common(2))
+    # An engine of its own: `text` is no part of the shared ones.
+    stopped = Engine(
+        dataclasses.replace(of(FORMS["segments"]).cfg, stop=stop), 7, VOCAB, ONE_LAYER, layouts()[1], text_of
+    )
+    got = stopped.generate(policy_of(), make_prompts(P), KEY)
+    found = 0
+    for b, text in enumerate(texts):
+        ends = [text.index(s) + len(s) for s in stop if s in text]
+        n = min(ends, default=len(text))
+        found += bool(ends)
+        assert text_of(got.tokens[b, : got.length[b]].tolist()) == text[:n]
+        assert got.finish[b] == (Finish.CONTROL if ends else whole.finish[b])
+        np.testing.assert_array_equal(got.sampled[b], np.arange(C) < n)
+        np.testing.assert_array_equal(got.tokens[b, n:], VOCAB.pad)
+        np.testing.assert_array_equal(got.behavior_logprobs[b, n:], 0.0)
+    assert 2 < found < P * G
+
+
+def test_sizes_are_few():
+    assert doubled(128, 1024, 2) == (128, 256, 512, 1024)
+    assert doubled(128, 300, 2) == (128, 256, 300)
+    assert doubled(5, 5, 2) == (5,)
+    cfg = of(FORMS["refill, pairs"]).cfg
+    cfg = dataclasses.replace(cfg, prompts=64, max_new_tokens=1024, engine=EngineConfig(in_flight=24, shared_by=2))
+    sizes = Sizes.of(cfg, 128, 512, 700, 4)
+    # 24 over 4 shards is 6 each; 6, 3 and 2 prompts of 4 rows; no fewer than 8 rows a shard.
+    assert sizes == Sizes(4, (24, 12, 8), 2, 2, (128, 256, 512, 700), (128, 512))
+
+
+@pytest.mark.parametrize(
+    "segment, interval, want", [(128, 8, (128, 8)), (100, 8, (100, 5)), (5, 8, (5, 5)), (7, 2, (7, 1))]
+)
+def test_looks_come_at_whole_intervals(segment, interval, want):
+    made = of(EngineConfig(segment=segment, eos_interval=interval), max_new_tokens=200)
+    assert (made.shape.steps, made.shape.interval) == want

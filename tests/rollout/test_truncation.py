@@ -1,0 +1,287 @@
+"""Truncated draws: exactly the right tokens are kept, what is drawn from is what is recorded, and nothing large is sorted."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+from setups import layouts
+
+from jaxrl_llm.model.distribution import process_logits, support_logprobs
+from jaxrl_llm.parallel import hosts
+from jaxrl_llm.rollout import lanes, sample
+from jaxrl_llm.rollout.sample import Controls, Vocabulary
+
+KEY = jax.random.key(5)
+ROWS, SUPPORT = 24, 16
+# Padding behind 291 of 300 and 9001 of 9011 tokens; lanes of several places, the last part and the last place short.
+SMALL, LARGE = Vocabulary(size=291, pad=0, eos=(7, 290)), Vocabulary(size=9001, pad=0, eos=(7, 9000))
+ENTRIES = {SMALL: 300, LARGE: 9011}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_lanes():
+    """512 lanes of 18 places, so that 9,011 logits are searched by lanes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lanes, "PARTS", 16)
+        patch.setattr(lanes, "LANES", 32)
+        yield
+
+
+def drawing(vocab: Vocabulary, support: int = SUPPORT, sizes: tuple[int, ...] = (1, 1, 1)):
+    """`draw` of raw logits by rows of controls, and its distribution, in one program."""
+
+    def both(keys, slot, raw, controls):
+        of = sample.distribution(slot, raw, controls, jnp.array(True), vocab, support, layouts(sizes)[1])
+        return sample.draw_from(keys, slot, of, raw_logprobs=True), of
+
+    return jax.jit(both)
+
+
+DRAWING = {vocab: drawing(vocab) for vocab in (SMALL, LARGE)}
+PLAIN = drawing(SMALL, 0)
+
+
+def keys_of(rows: int) -> jax.Array:
+    return sample.row_keys(KEY, jnp.arange(rows), jnp.zeros(rows, jnp.int32), 1)
+
+
+def controls_of(rows: int, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, min_new_tokens=0) -> Controls:
+    values = (temperature, top_p, top_k, min_p, min_new_tokens)
+    dtypes = (np.float32, np.float32, np.int32, np.float32, np.int32)
+    return Controls(*(jnp.asarray(np.broadcast_to(v, rows), d) for v, d in zip(values, dtypes, strict=True)))
+
+
+def random_controls(rng: np.random.Generator) -> Controls:
+    """Each truncation is off in some rows."""
+    off = rng.random((3, ROWS)) < 0.4
+    return controls_of(
+        ROWS,
+        temperature=np.resize([0.0, 0.5, 1.0, 2.0], ROWS),
+        top_p=np.where(off[0], 1.0, rng.uniform(0.05, 0.99, ROWS)),
+        top_k=np.where(off[1], 0, rng.integers(1, 2 * SUPPORT, ROWS)),
+        min_p=np.where(off[2], 0.0, rng.uniform(0.001, 0.5, ROWS)),
+        min_new_tokens=np.resize([0, 3], ROWS),
+    )
+
+
+def order_of(vocab: int, count: int) -> np.ndarray:
+    """Rank of each id among equal logits: (part, lane, place in the lane), the module's rule, written out again."""
+    if vocab <= 2 * lanes.PARTS * lanes.LANES or count >= lanes.PARTS * lanes.LANES:
+        return np.arange(vocab)
+    size = -(-vocab // lanes.PARTS)
+    part, inside = np.divmod(np.arange(vocab), size)
+    # The last places of a part that does not fill its lanes are counted from the part's end.
+    whole = size // lanes.LANES * lanes.LANES
+    lane = np.where(inside < whole, inside % lanes.LANES, inside - (size - lanes.LANES))
+    return np.argsort(np.lexsort((inside, lane, part)))
+
+
+def kept_by_hand(raw: np.ndarray, vocab: Vocabulary, controls: Controls, slot: np.ndarray, margin: float = 1e-5):
+    """float64: by row the ids kept, likeliest first; log-probs of all; whether a boundary is too near to tell in float32."""
+    rank, close, kept, full = order_of(raw.shape[1], SUPPORT + 1), [], [], []
+    for b, x in enumerate(raw.astype(np.float64)):
+        t, p, k, m, least = (float(np.asarray(c)[b]) for c in jax.tree.leaves(controls))
+        x = x.copy()
+        x[vocab.size :] = -np.inf
+        x[list(vocab.eos) if slot[b] < least else []] = -np.inf
+        x = np.where(x == x.max(), 0.0, -np.inf) if t == 0 else (x - x.max()) / t
+        logp = x - np.log(np.exp(x).sum())
+        by_rank = np.lexsort((rank, -raw[b].astype(np.float64) + np.where(logp == -np.inf, np.inf, 0)))
+        among = by_rank[: int(k) if 0 < k <= SUPPORT else np.isfinite(logp).sum()]
+        share = np.exp(logp[among]) / np.exp(logp[among]).sum()
+        before = np.cumsum(share) - share
+        ratio = np.exp(logp[among] - logp[among[0]])
+        among_kept = among[((p >= 1) | (before < p)) & (ratio >= m) & np.isfinite(logp[among])]
+        close.append((p < 1 and np.abs(before - p).min() < margin) or (m > 0 and np.abs(ratio / m - 1).min() < margin))
+        kept.append(among_kept)
+        full.append(logp)
+    return kept, np.array(full), np.array(close)
+
+
+def logits_with_ties(vocab: Vocabulary, seed: int) -> np.ndarray:
+    """A third of the rows on a grid of quarters, so that dozens of tokens share the values where the cuts are."""
+    raw = np.random.default_rng(seed).normal(size=(ROWS, ENTRIES[vocab])).astype(np.float32) * 2
+    raw[::3] = np.round(raw[::3] * 4) / 4
+    # Padding and barred tokens would be the likeliest.
+    raw[:, vocab.size :] = 20
+    raw[::2, vocab.eos[0]] = 15
+    return raw
+
+
+@pytest.mark.parametrize("vocab", [SMALL, LARGE], ids=["by ids", "by lanes"])
+@pytest.mark.parametrize("seed", range(6))
+def test_exactly_the_right_tokens_are_kept(vocab, seed):
+    raw, slot = logits_with_ties(vocab, seed), np.resize([0, 1, 2, 3, 9], ROWS)
+    controls = random_controls(np.random.default_rng(seed))
+    drawn, of = DRAWING[vocab](keys_of(ROWS), slot, raw, controls)
+    kept, full, close = kept_by_hand(raw, vocab, controls, slot)
+    assert close.sum() <= 3, "too few rows are told apart"
+    support, logp = np.asarray(drawn.support), np.asarray(of.logp)
+    for b in np.flatnonzero(~close):
+        want = kept[b][:SUPPORT]
+        got = support[b][support[b] >= 0]
+        np.testing.assert_array_equal(got, want)
+        assert drawn.overflow[b] == (len(kept[b]) > SUPPORT)
+        exact = full[b, want] - np.log(np.exp(full[b, want]).sum())
+        np.testing.assert_allclose(logp[b, : len(want)], exact, atol=1e-5)
+        np.testing.assert_allclose(drawn.entropy[b], -(np.exp(exact) * exact).sum(), atol=1e-5)
+        np.testing.assert_allclose(drawn.raw_logprob[b], full[b, drawn.token[b]], atol=1e-5)
+    assert len({len(ids[:SUPPORT]) for ids in kept}) >= 4 and 0 < np.asarray(drawn.overflow).sum() < ROWS
+
+
+def test_the_same_tokens_and_supports_where_the_vocabulary_is_split():
+    """9,024 logits in whole parts on 4 shards, ties at every cut; each shard searches its own."""
+    raw, slot, sizes = (
+        np.random.default_rng(8).normal(size=(ROWS, 9024)).astype(np.float32),
+        np.resize([0, 5], ROWS),
+        (1, 2, 4),
+    )
+    args = slot, np.round(raw * 4) / 4, random_controls(np.random.default_rng(8))
+    one, _ = DRAWING[LARGE](keys_of(ROWS), *args)
+    dec = layouts(sizes)[1]
+    rows = dec.sharding(("rows",))
+    put = [hosts.put(x, where) for x, where in zip(args, (rows, dec.sharding(("rows", "vocab")), rows), strict=True)]
+    split, _ = drawing(LARGE, sizes=sizes)(jax.device_put(keys_of(ROWS), rows), *put)
+    for name in ("token", "support", "overflow"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(split, name), err_msg=name)
+    np.testing.assert_allclose(one.logprob, split.logprob, atol=1e-6)
+
+
+def check_recorded(drawn, of) -> None:
+    """Whatever the controls: a token of the support, at its very log-prob; ids in front, -1 behind; never empty."""
+    support, logp, token = np.asarray(drawn.support), np.asarray(of.logp), np.asarray(drawn.token)
+    place = np.argmax(support == token[:, None], axis=1)
+    assert (support[np.arange(len(token)), place] == token).all() and (token >= 0).all()
+    stored, entry = np.asarray(drawn.logprob), logp[np.arange(len(token)), place]
+    np.testing.assert_array_equal(stored.view(np.uint32), entry.view(np.uint32))
+    assert (support[:, 0] >= 0).all()
+    assert (np.diff((support >= 0).astype(int), axis=1) <= 0).all()
+    np.testing.assert_array_equal(np.isneginf(logp), support < 0)
+    np.testing.assert_allclose(np.exp(logp.astype(np.float64)).sum(axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_the_stored_logprob_is_the_distributions_to_the_bit(eager):
+    raw, slot = logits_with_ties(SMALL, 9), np.resize([0, 1, 2, 3, 9], ROWS)
+    for seed in range(1 if eager else 20):
+        args = keys_of(ROWS), jnp.asarray(slot), jnp.asarray(raw), random_controls(np.random.default_rng(seed))
+        check_recorded(*(DRAWING[SMALL].__wrapped__ if eager else DRAWING[SMALL])(*args))
+
+
+def test_at_a_tie_by_hand():
+    """p = 1/2, 1/8, 1/8, 1/8, 1/8: half the mass is one token; a bit more takes the first of the equal ones, and no other."""
+    raw = np.full((ROWS, 300), -np.inf, np.float32)
+    raw[:, 50], raw[:, [20, 90, 100, 200]] = np.log(4.0), 0.0
+    cases = [
+        ({"top_p": 0.5}, [50]),
+        ({"top_p": 0.55}, [50, 20]),
+        ({"top_p": 0.75}, [50, 20, 90]),
+        ({"top_p": 0.76}, [50, 20, 90, 100]),
+        ({"top_k": 3}, [50, 20, 90]),
+        # Of the three likeliest, 4 : 1 : 1, two hold five sixths: of their mass, not of all.
+        ({"top_k": 3, "top_p": 0.8}, [50, 20]),
+        ({"min_p": 0.2}, [50, 20, 90, 100, 200]),
+        ({"min_p": 0.3}, [50]),
+        ({"min_p": 0.2, "top_p": 0.6}, [50, 20]),
+        ({"temperature": 0.0}, [50]),
+        # At temperature 1/2, 16 : 1 : 1 : 1 : 1.
+        ({"temperature": 0.5, "top_p": 0.82}, [50, 20]),
+        ({"temperature": 0.5, "top_p": 0.79}, [50]),
+    ]
+    each = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    columns = {n: np.array([c.get(n, v) for c, _ in cases] + [v] * (ROWS - len(cases))) for n, v in each.items()}
+    drawn, _ = DRAWING[SMALL](keys_of(ROWS), np.zeros(ROWS, np.int32), raw, controls_of(ROWS, **columns))
+    for (case, want), support in zip(cases, np.asarray(drawn.support), strict=False):
+        assert support[support >= 0].tolist() == want, case
+
+
+def test_temperature_zero_keeps_the_largest_and_its_equals():
+    raw = np.zeros((ROWS, 300), np.float32)
+    raw[:, [3, 30]] = 1.0
+    raw[0, :100] = 1.0
+    drawn, _ = DRAWING[SMALL](keys_of(ROWS), np.zeros(ROWS, np.int32), raw, controls_of(ROWS, temperature=0.0))
+    assert (np.asarray(drawn.support[1:, :3]) == [3, 30, -1]).all()
+    np.testing.assert_allclose(drawn.logprob[1:], -np.log(2.0), rtol=1e-6)
+    assert drawn.overflow[0] and not drawn.overflow[1:].any()
+
+
+def test_end_tokens_are_barred_before_the_minimum_plain_and_truncated():
+    """An end token with nearly all mass: never drawn in slots 0 to 2, always from 3 on; the rest is normalised without it."""
+    raw = np.random.default_rng(0).normal(size=(ROWS, 300)).astype(np.float32)
+    raw[:, 290] = 40.0
+    slot, controls = np.resize([0, 2, 3, 8], ROWS), controls_of(ROWS, min_new_tokens=3)
+    for program in (PLAIN, DRAWING[SMALL]):
+        drawn, of = program(keys_of(ROWS), slot, raw, controls)
+        assert not np.isin(np.asarray(drawn.token)[slot < 3], SMALL.eos).any()
+        assert (np.asarray(drawn.token)[slot >= 3] == 290).all()
+        np.testing.assert_allclose(np.exp(np.asarray(of.logp, np.float64)).sum(axis=1), 1, atol=1e-5)
+        exact = np.asarray(process_logits(jnp.asarray(raw), jnp.ones(ROWS), 291, SMALL.eos, jnp.asarray(slot < 3)))
+        np.testing.assert_allclose(drawn.raw_logprob, exact[np.arange(ROWS), np.asarray(drawn.token)], atol=1e-5)
+
+
+def test_a_logit_that_is_not_a_number_shows():
+    raw = np.zeros((ROWS, 300), np.float32)
+    raw[0, 44] = np.nan
+    drawn, _ = DRAWING[SMALL](keys_of(ROWS), np.zeros(ROWS, np.int32), raw, controls_of(ROWS, top_k=3))
+    assert np.isnan(drawn.logprob[0]) and np.isfinite(drawn.logprob[1:]).all()
+
+
+DRAWS, CHUNK = 200_000, 10_000
+
+
+def test_frequencies_are_those_of_the_distribution_kept():
+    """200,000 draws from 11 of 291 tokens: chi-square, and none outside."""
+    raw = np.random.default_rng(3).uniform(-2.5, 2.5, 300).astype(np.float32)
+    controls, slot = controls_of(CHUNK, temperature=0.7, top_p=0.25, min_p=0.4), jnp.zeros(CHUNK, jnp.int32)
+
+    @jax.jit
+    def tokens(uid):
+        rows = jnp.broadcast_to(raw, (CHUNK, 300))
+        keys = sample.row_keys(KEY, uid, jnp.zeros_like(uid), 1)
+        return sample.draw(keys, slot, rows, controls, jnp.array(True), SMALL, SUPPORT, False, layouts()[1]).token
+
+    drawn = np.concatenate([np.asarray(tokens(jnp.arange(i, i + CHUNK))) for i in range(0, DRAWS, CHUNK)])
+    (kept,), full, (close,) = kept_by_hand(raw[None], SMALL, jax.tree.map(lambda x: x[:1], controls), np.zeros(1))
+    probability = np.exp(full[0, kept])
+    counts = np.bincount(drawn, minlength=300)
+    assert not close and 8 <= len(kept) <= SUPPORT and counts[kept].sum() == DRAWS
+    p_value = stats.chisquare(counts[kept], DRAWS * probability / probability.sum()).pvalue
+    print(f"{len(kept)} tokens: chi-square p = {p_value:.4f}")
+    assert p_value > 1e-3
+
+
+def test_small_errors_of_the_logits_change_few_tokens():
+    """Ranks change, tokens do not: the noise is the id's. Named by rank it would change a tenth of them."""
+    raw = np.random.default_rng(1).normal(size=(ROWS, 300)).astype(np.float32) / 10
+    changed = []
+    for i in range(40):
+        noisy = raw + 1e-2 * np.random.default_rng(i).normal(size=raw.shape).astype(np.float32)
+        keys, slot, controls = keys_of(ROWS), np.full(ROWS, i), controls_of(ROWS, top_k=8, min_new_tokens=0)
+        # The eight likeliest stand out, so that the set stays.
+        lift = np.where(np.arange(300) % 37 == 5, 3.0, 0.0).astype(np.float32)
+        (a, _), (b, _) = (DRAWING[SMALL](keys, slot, x + lift, controls) for x in (raw, noisy))
+        changed.append(np.asarray(a.token) != np.asarray(b.token))
+    assert 0 < np.mean(changed) < 0.03
+
+
+def test_the_scorer_says_what_was_recorded():
+    """`support_logprobs` of the same logits is the distribution that was drawn from; a row without a support stays finite."""
+    raw, slot = logits_with_ties(SMALL, 4), np.resize([0, 5], ROWS)
+    drawn, of = DRAWING[SMALL](keys_of(ROWS), slot, raw, controls := random_controls(np.random.default_rng(4)))
+    again = support_logprobs(jnp.asarray(raw), controls.temperature, drawn.support)
+    np.testing.assert_allclose(again, of.logp, atol=1e-6)
+    none = support_logprobs(jnp.asarray(raw), controls.temperature, jnp.full((ROWS, SUPPORT), -1))
+    assert np.isfinite(none).all()
+
+
+@pytest.mark.parametrize("vocab, sorted_at_most", [(LARGE, SUPPORT + 1)])
+def test_no_sort_is_larger_than_the_support(vocab, sorted_at_most):
+    """XLA:CPU has a top-k of its own, and falls back to sorting where it does not see that only the first K are read."""
+    args = keys_of(ROWS), np.zeros(ROWS, np.int32), np.zeros((ROWS, ENTRIES[vocab]), np.float32), controls_of(ROWS)
+    text = DRAWING[vocab].lower(*args).compile().as_text()
+    sorts = [int(n) for n in re.findall(r"\[\d+,(\d+)\]\S* sort\(", text)]
+    assert max(sorts, default=0) <= sorted_at_most, sorts
+    assert text.count('custom_call_target="TopK"') == 2

@@ -1,0 +1,107 @@
+"""On the first update the ratio is 1, whatever the draw was truncated to: sampled by the engine, scored by the update."""
+
+from dataclasses import replace
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+from setups import TINY, engine, layouts, make_params, make_policy, make_prompts
+
+from jaxrl_llm.experience.batch import make_batch
+from jaxrl_llm.model import params as model_params
+from jaxrl_llm.parallel import hosts
+from jaxrl_llm.rollout.sample import Vocabulary
+from jaxrl_llm.types import Experience, check
+from jaxrl_llm.update.config import ClippedLoss, OptimizerConfig
+from jaxrl_llm.update.step import make_optimizer, make_start, make_update
+
+CFG = replace(TINY, layers=1, vocab_size=64)
+VOCAB = Vocabulary(size=60, pad=0, eos=(59, 7, 20, 33, 41, 52))
+P, G, C, K = 8, 4, 6, 12
+OFF = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "min_new_tokens": 0}
+TRUNCATIONS = {
+    "top-p 0.9": {"top_p": 0.9},
+    "top-k 5": {"top_k": 5},
+    "min-p 0.05": {"min_p": 0.05},
+    "all three, and a least length": {"top_p": 0.9, "top_k": 9, "min_p": 0.02, "min_new_tokens": 3},
+    # More than fits: the support is what was drawn from all the same.
+    "the support alone": {},
+}
+
+
+@cache
+def params():
+    return make_params(CFG, layouts()[0], sharpness=2.0)
+
+
+@cache
+def rollouts(top_p: float, /, **changes: float):
+    """From the engine of a config with that `top_p`, which truncates below 1, under other controls."""
+    train, decode = layouts()
+    of = engine(CFG, decode, VOCAB, prompts=P, samples=G, max_new_tokens=C, temperature=1.3, top_p=top_p, support=K)
+    controls = of.controls(P)
+    each = {name: np.full(P, value, getattr(controls, name).dtype) for name, value in (OFF | changes).items()}
+    policy = make_policy(CFG, params(), train, decode)
+    return check(of.generate(policy, make_prompts(P, vocab=58), jax.random.key(4), controls.replace(**each)))
+
+
+@cache
+def programs():
+    specs, optimizer, train = model_params.specs(CFG), OptimizerConfig(), layouts()[0]
+    update = make_update(
+        specs, ClippedLoss(), optimizer, normalize="token", length=C, micro_batches=1, num_tokens=VOCAB.size, cfg=CFG,
+        layout=train, ends=VOCAB.eos,
+    )  # fmt: skip
+    return make_start(specs, make_optimizer(optimizer), train), update
+
+
+def first_update(batch) -> dict[str, float]:
+    start, update = programs()
+    train = layouts()[0]
+    state = start(jax.tree.map(np.copy, jax.device_get(params())), hosts.put(np.int32(0), train.replicated))
+    _, metrics = update(state, hosts.put(batch, train.sharding(("rows", None))))
+    return {name: float(x) for name, x in metrics.items()}
+
+
+def batch_of(of):
+    """Bars always there, so that one program takes all that have no support."""
+    advantage = np.random.default_rng(0).normal(size=P * G).astype(np.float32)
+    batch = check(make_batch(Experience(of, advantage, advantage), np.ones(P, bool), VOCAB.pad))
+    return batch if of.barred is not None else batch.replace(barred=np.zeros(batch.tokens.shape, bool))
+
+
+def check_ratios(metrics: dict[str, float]) -> None:
+    assert max(abs(metrics["ratio/max"] - 1), abs(metrics["ratio/min"] - 1)) <= 1e-3
+    assert np.isfinite(metrics["grad_norm"]) and metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
+def test_the_ratio_is_1(truncation):
+    of = rollouts(0.5, **TRUNCATIONS[truncation])
+    metrics = first_update(batch_of(of))
+    print({name: metrics[name] for name in ("ratio/max", "ratio/min", "entropy")})
+    check_ratios(metrics)
+    np.testing.assert_allclose(metrics["entropy"], of.entropy[of.sampled].mean(), rtol=1e-4)
+    kept = (of.support >= 0).sum(axis=-1)
+    assert kept[of.sampled].min() >= 1 and kept.max() <= K and not kept[~of.sampled].any()
+
+
+def test_without_the_recorded_support_it_is_not():
+    """The mutant: the scorer takes the whole vocabulary."""
+    metrics = first_update(batch_of(rollouts(0.5, top_p=0.9)).replace(support=None))
+    assert metrics["ratio/min"] < 1 - 1e-2
+    with pytest.raises(AssertionError):
+        check_ratios(metrics)
+
+
+def test_a_least_length_is_a_part_of_the_distribution():
+    """Plain draws without end tokens in the first three slots; the mutant forgets the bars."""
+    of = rollouts(1.0, min_new_tokens=3)
+    assert of.support is None and of.length.min() >= 3
+    np.testing.assert_array_equal(of.barred, of.sampled & (np.arange(C) < 3))
+    batch = batch_of(of)
+    check_ratios(first_update(batch))
+    assert first_update(batch.replace(barred=np.zeros_like(batch.barred)))["ratio/min"] < 1 - 1e-2
+    truncated = rollouts(0.5, **TRUNCATIONS["all three, and a least length"])
+    assert truncated.length.min() >= 3 and not np.isin(truncated.support[:, :3], VOCAB.eos).any()
