@@ -162,6 +162,7 @@ def _causes(errors: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # A tagged union adds its tag to the path of an error, which nobody wrote.
 TAGS = (
     "own", "pretrained", "arithmetic", "file", "reasoning_gym", "character", "linear", "llama3", "yarn", "clipped", "cross_entropy",
+    "auto", "none", "truncated_importance",
 )  # fmt: skip
 
 

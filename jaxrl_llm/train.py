@@ -46,6 +46,7 @@ from jaxrl_llm.run import (
     target,
 )
 from jaxrl_llm.types import Batch, Experience, Finish, Policy, Rollouts, TrainState
+from jaxrl_llm.update.config import NoCorrection
 
 MAX_NONFINITE = 3
 
@@ -220,16 +221,20 @@ def update(
     cfg, state, alarm, rings, each = run.cfg.update, life.state, RatioAlarm(life.alarm), False, []
     if run.keeps_reference:
         batch = batch.replace(reference_logprobs=hosts.gather(run.score(life.reference, run.put_batch(batch))))
+    if run.scores_proximal:
+        batch = batch.replace(proximal_logprobs=hosts.gather(run.score(state.params, run.put_batch(batch))))
+    # Corrected, the ratio is to the trainer of before these updates: the first has ratio 1 on old data too.
+    stale = old and isinstance(run.correction, NoCorrection)
     for _ in range(cfg.epochs):
         for part in minibatches(batch, run.cfg.rollout.samples, cfg.minibatches, rng):
             state, metrics = run.update(state, run.put_batch(part))
             each.append(as_floats(jax.device_get(metrics)))
-            alarm, ring = alarm.observe(each[-1]["ratio/min"], each[-1]["ratio/max"], stale=old or len(each) > 1)
+            alarm, ring = alarm.observe(each[-1]["ratio/min"], each[-1]["ratio/max"], stale=stale or len(each) > 1)
             rings |= ring
     metrics = {name: float(np.mean([m[name] for m in each])) for name in each[0]}
     metrics |= {"ratio/max": max(m["ratio/max"] for m in each), "ratio/min": min(m["ratio/min"] for m in each)}
     # Only the first update on fresh data compares the same parameters: what is left is the sampler's own error.
-    metrics["mismatch/max_abs_dlogp"] = float("nan") if old else each[0]["mismatch/max_abs_dlogp"]
+    metrics |= {name: float("nan") if old else x for name, x in each[0].items() if name.startswith("mismatch/")}
     return state, alarm.streak, metrics | {"alarm/ratio": float(rings), "updates": len(each)}
 
 

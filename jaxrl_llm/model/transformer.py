@@ -33,6 +33,7 @@ from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.experts import mixture
 from jaxrl_llm.model.linear import contract, gather
 from jaxrl_llm.model.mlp import dense
+from jaxrl_llm.model.quantised import look_up
 from jaxrl_llm.model.rope import Angles, Rotation, angles, rope, rotation, shared_angles
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import PyTree
@@ -99,7 +100,7 @@ def _mlp(layer: Layer, x: Array, cfg: ModelConfig, layout: Layout) -> Array:
 
 
 def _embed(params: PyTree, tokens: Array, cfg: ModelConfig, layout: Layout) -> Array:
-    x = jnp.take(params["embed"], tokens, axis=0).astype(cfg.compute)
+    x = look_up(params["embed"], tokens, cfg.compute, layout)
     if cfg.scale_embedding:
         x = x * jnp.asarray(cfg.d_model**0.5, cfg.compute)
     # First as the table lies, then as rows: in training one all-to-all in the compute dtype, and one back for the gradient.
@@ -156,7 +157,7 @@ def _whole(mask: Array, cfg: ModelConfig) -> Callable[[Array, Array, Array], Arr
 
 def logits(params: PyTree, h: Float[Array, "... D"], cfg: ModelConfig) -> Float[Array, "... V"]:
     """Next-token logits of normed activations, f32."""
-    head = params["embed"].T if cfg.tied_head else params["head"]
+    head = jax.tree.map(jnp.transpose, params["embed"]) if cfg.tied_head else params["head"]
     return _capped(contract(h, head), cfg)
 
 
