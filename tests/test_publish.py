@@ -41,7 +41,7 @@ def test_every_matrix_is_its_master_within_half_a_scale(cfg):
             assert (np.abs(dequantise(leaf) - master) <= leaf.scale * (0.5 + 1e-4)).all()
         else:
             np.testing.assert_array_equal(leaf, master)
-    assert sum(map(is_quantised, leaves)) == 4 * cfg.layers + 1
+    assert sum(map(is_quantised, leaves)) == 5 * cfg.layers + 1
     assert int(policy.version) == 3
 
 
