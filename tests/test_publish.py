@@ -77,9 +77,7 @@ def mismatch(sizes, weights):
     """Trainer's log-prob less sampler's, of each token that the sampler drew."""
     train, decode = layouts(sizes)
     params, policy = published(sizes, weights)
-    rows = decode.sharding(("rows",))
-    prompts, at = hosts.put(make_prompts(P), rows), hosts.put(np.ones(P, np.float32), rows)
-    rollouts = hosts.gather(generator(G, C, SMALL, decode)(policy, prompts, jax.random.key(3), at))
+    rollouts = generator(G, C, SMALL, decode, prompts=P)(policy, make_prompts(P), jax.random.key(3), 1.0)
     nothing = np.zeros(P * G, np.float32)
     batch = make_batch(Experience(rollouts, nothing, nothing), np.ones(P, bool), VOCAB.pad)
     placed = hosts.put(batch, train.sharding(("rows", None)))
