@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.clock import alternate
-from benchmarks.models import NEW_TOKENS, SAMPLES, Workload, layouts, make_params
+from benchmarks.generate import make_engine
+from benchmarks.models import NEW_TOKENS, Workload, layouts, make_params
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.linear import contract
 from jaxrl_llm.publish import make_blank, make_publish
-from jaxrl_llm.rollout.decode import make_generate
 from jaxrl_llm.types import Policy, PyTree
 
 VARIANTS = {"f32": ("float32", "compute"), "bf16": ("bfloat16", "compute"), "int8": ("bfloat16", "int8")}
@@ -46,15 +46,13 @@ def products(policy: Policy, rows: int, cfg: ModelConfig) -> Callable[[], object
 
 
 def calls(work: Workload, params: PyTree) -> dict[str, Callable[[], object]]:
-    train, decode = layouts()
-    prompts, key = jax.device_put(work.make_prompts(), decode.replicated), jax.random.key(1)
-    temperature, found = jax.device_put(np.ones(work.prompts, np.float32), decode.replicated), {}
+    (train, decode), prompts, found = layouts(), work.make_prompts(), {}
     for name, (compute, weights) in VARIANTS.items():
-        cfg = dataclasses.replace(work.cfg, compute=compute)
-        policy = make_publish(cfg, train, decode, weights)(params, np.int32(0), make_blank(cfg, decode, weights)())
-        generate = make_generate(SAMPLES, NEW_TOKENS, work.vocabulary, cfg, decode)
-        found[f"generate {name}"] = lambda g=generate, p=policy: g(p, prompts, key, temperature)
-        found[f"products {name}"] = products(policy, work.rows, cfg)
+        variant = dataclasses.replace(work, compute=compute)
+        publish, blank = make_publish(variant.cfg, train, decode, weights), make_blank(variant.cfg, decode, weights)
+        engine, policy = make_engine(variant, weights=weights), publish(params, np.int32(0), blank())
+        found[f"generate {name}"] = lambda e=engine, p=policy: e.generate(p, prompts, jax.random.key(1))
+        found[f"products {name}"] = products(policy, work.rows, variant.cfg)
     return found
 
 

@@ -70,9 +70,13 @@ class Run:
     eval_key: Key[Array, ""]
 
     @property
+    def corrects(self) -> bool:
+        return not isinstance(self.correction, NoCorrection)
+
+    @property
     def scores_proximal(self) -> bool:
         """A batch is scored once before its first update; where that is the only one, the update does it itself."""
-        return not isinstance(self.correction, NoCorrection) and self.cfg.update.updates > 1
+        return self.corrects and self.cfg.update.updates > 1
 
     @property
     def keeps_reference(self) -> bool:

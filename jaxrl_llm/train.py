@@ -44,7 +44,6 @@ from jaxrl_llm.run import (
     target,
 )
 from jaxrl_llm.types import Batch, Experience, Policy, TrainState
-from jaxrl_llm.update.config import NoCorrection
 
 MAX_NONFINITE = 3
 
@@ -222,7 +221,7 @@ def update(
     if run.scores_proximal:
         batch = batch.replace(proximal_logprobs=hosts.gather(run.score(state.params, run.put_batch(batch))))
     # Corrected, the ratio is to the trainer of before these updates: the first has ratio 1 on old data too.
-    stale = old and isinstance(run.correction, NoCorrection)
+    stale = old and not run.corrects
     for _ in range(cfg.epochs):
         for part in minibatches(batch, run.cfg.rollout.samples, cfg.minibatches, rng):
             state, metrics = run.update(state, run.put_batch(part))
