@@ -53,7 +53,7 @@ def test_numbers_do_not_depend_on_the_mesh_and_shards_lie_where_they_are_multipl
     layer = other.params["layers"][0]
     spec = lambda x: tuple(x.sharding.spec) + (None,) * (x.ndim - len(x.sharding.spec))  # noqa: E731
     assert spec(layer["down"].q) == ("tensor", None) and spec(layer["down"].scale) == (None, None)
-    assert spec(layer["gate_up"].q) == (None, None, "tensor") == spec(layer["gate_up"].scale)
+    assert spec(layer["gate"].q) == (None, "tensor") == spec(layer["up"].scale)
     assert spec(layer["qkv"].scale) == (None, "tensor", None, None)
     assert spec(other.params["embed"].q) == ("tensor", None)
     wanted = jax.tree.leaves(policy_shardings(SMALL, layouts((2, 2, 2))[1], "int8"))
