@@ -38,8 +38,9 @@ class EngineConfig:
     """How the policy that samples holds its matrices: the model's compute dtype, or 8 bits with one scale an output channel."""
     cache: Literal["compute", "int8"] = "compute"
     """How keys and values are held: the compute dtype, or int8 with one scale a head and slot."""
-    attention: Literal["auto", "dot", "reduce", "cudnn"] = "auto"
-    """Form of attention over the caches; auto: what was measured fastest on the backend."""
+    attention: Literal["auto", "dot", "across"] = "auto"
+    """How keys lie in the cache: dot, each slot's H numbers together; across, those of all slots together; auto: as was measured
+    fastest on the backend."""
     layout: Literal["replicated", "wide"] | MeshConfig = "replicated"
     """How the policy lies: copied over `fsdp`; or `wide`, heads, mlp and vocabulary split over `fsdp` too; or on axes of its own
     over the same devices."""

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from jaxrl_llm.model.cache import PromptCache, reaches
+from jaxrl_llm.model.cache import PromptCache, choose_form, reaches
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.work import Work, decode_step, weight_bytes
 from jaxrl_llm.parallel import hosts
@@ -25,7 +25,7 @@ from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.rollout.decode import Record, Segment, Shape, Units
 from jaxrl_llm.rollout.harvest import Harvest, Text
-from jaxrl_llm.rollout.programs import Name, Programs
+from jaxrl_llm.rollout.programs import Memory, Name, Programs
 from jaxrl_llm.rollout.sample import Controls, Vocabulary
 from jaxrl_llm.types import Policy, Prompts, PyTree, Rollouts
 
@@ -110,7 +110,9 @@ class Engine:
         support = min(cfg.support, vocab.size) if truncated else 0
         self.shape = Shape(steps, interval, support, cfg.raw_logprobs)
         self.sizes = Sizes.of(cfg, steps, prompt_slots, max(reaches(model)), layout.size("rows"))
-        self.programs = Programs(self.shape, self.sizes.each, prompt_slots, vocab, model, layout)
+        form = choose_form(cfg.engine.attention, cfg.engine.cache, model, layout)
+        memory = Memory(prompt_slots, cfg.engine.prefill_chunk, form)
+        self.programs = Programs(self.shape, self.sizes.each, memory, vocab, model, layout)
 
     def controls(self, prompts: int, temperature: float | None = None) -> Controls:
         """The configured ones, for so many prompts."""

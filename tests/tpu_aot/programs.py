@@ -16,9 +16,9 @@ from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.experts import mixture
 from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
-from jaxrl_llm.publish import make_publish
+from jaxrl_llm.publish import abstract_policy, make_publish
 from jaxrl_llm.rollout.decode import Vocabulary, make_generate
-from jaxrl_llm.types import Batch, Policy, Prompts, TrainState
+from jaxrl_llm.types import Batch, Prompts, TrainState
 from jaxrl_llm.update.config import ClippedLoss, OptimizerConfig
 from jaxrl_llm.update.step import make_optimizer, make_update, state_shardings
 
@@ -87,23 +87,20 @@ def array(layout: Layout, shape: tuple[int, ...], dtype, *axes: str | None) -> j
     return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(axes))
 
 
-def abstract_policy(cfg: ModelConfig, decode: Layout) -> Policy:
-    specs = model_params.unstack(model_params.specs(cfg), cfg.layers)
-    return Policy(model_params.abstract(specs, decode, cfg.compute), array(decode, (), jnp.int32))
-
-
-def lower_generate(cfg: ModelConfig, decode: Layout) -> jax.stages.Lowered:
+def lower_generate(cfg: ModelConfig, decode: Layout, weights: str = "compute") -> jax.stages.Lowered:
     numbers = [array(decode, (P,), jnp.int32, "rows") for _ in range(3)]
     prompts = Prompts(array(decode, (P, S), jnp.int32, "rows", None), *numbers)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=decode.replicated)
     generate = make_generate(G, C, Vocabulary(size=cfg.vocab_size, pad=0, eos=(1,)), cfg, decode)
-    return generate.lower(abstract_policy(cfg, decode), prompts, key, array(decode, (P,), jnp.float32, "rows"))
+    temperature = array(decode, (P,), jnp.float32, "rows")
+    return generate.lower(abstract_policy(cfg, decode, weights), prompts, key, temperature)
 
 
-def lower_publish(cfg: ModelConfig, train: Layout, decode: Layout) -> jax.stages.Lowered:
+def lower_publish(cfg: ModelConfig, train: Layout, decode: Layout, weights: str = "compute") -> jax.stages.Lowered:
     params = model_params.abstract(model_params.specs(cfg), train)
-    return make_publish(cfg, train, decode).lower(params, array(decode, (), jnp.int32), abstract_policy(cfg, decode))
+    publish, old = make_publish(cfg, train, decode, weights), abstract_policy(cfg, decode, weights)
+    return publish.lower(params, array(decode, (), jnp.int32), old)
 
 
 def lower_update(cfg: ModelConfig, train: Layout) -> jax.stages.Lowered:
