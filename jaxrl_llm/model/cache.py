@@ -43,7 +43,7 @@ def choose_form(
     attention: Literal["auto", "dot", "across"], cache: Literal["compute", "int8"], cfg: ModelConfig, layout: Layout
 ) -> Form:
     """What was measured fastest where `layout` lies, or the form asked for."""
-    cpu = layout.mesh.devices.flat[0].platform == "cpu"
+    cpu = layout.on_cpu
     int8 = cache == "int8"
     return Form(
         int8=int8,

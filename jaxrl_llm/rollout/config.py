@@ -28,8 +28,9 @@ class EngineConfig:
     """Steps between two looks of the host: there finished rows leave, waiting ones join, and the cache grows."""
     eos_interval: Count = 8
     """Steps between two looks of the device at whether any row still lives."""
-    grow: bool = True
-    """The cache starts with one segment's slots and doubles as rows grow; else it has `max_new_tokens` at once."""
+    window: Natural = 0
+    """Slots that the cache of the rows' own keys starts with; it doubles as rows grow. 0: 32 on a CPU, 128 elsewhere, as measured;
+    `max_new_tokens` or more: it has them all at once."""
     compact: bool = True
     """Finished rows leave the batch when half of it, or less, lives."""
     prefill_chunk: Count = 1024
