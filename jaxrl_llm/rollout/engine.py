@@ -31,6 +31,8 @@ from jaxrl_llm.types import Policy, Prompts, PyTree, Rollouts
 
 # Rows of a device below which compaction does not go: with fewer, products round otherwise and weights are all that is read.
 LEAST_ROWS = 8
+# How often a flight is halved at most: each size is a program more for every window.
+HALVINGS = 2
 # The shortest bucket of prompt lengths; the others are this times 4, 16, ...
 LEAST_PROMPT = 128
 
@@ -76,7 +78,7 @@ class Sizes:
         engine, each = cfg.engine, cfg.engine.shared_by or cfg.samples
         flight = -(-min(engine.in_flight or cfg.prompts, cfg.prompts) // shards)
         halves = [flight]
-        while halves[-1] > 1 and -(-halves[-1] // 2) * cfg.samples >= LEAST_ROWS:
+        while len(halves) <= HALVINGS and halves[-1] > 1 and -(-halves[-1] // 2) * cfg.samples >= LEAST_ROWS:
             halves.append(-(-halves[-1] // 2))
         most = min(cfg.max_new_tokens, reach)
         windows = doubled(min(window, most), most, 2)
