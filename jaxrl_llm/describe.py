@@ -71,6 +71,7 @@ def responses(run: Run, experience: Experience, num_rows: int) -> list[dict]:
                 "tokens": [run.task.tokenizer.token(i) for i in ids],
                 "logprobs": rollouts.behavior_logprobs[b, :n],
                 "entropy": rollouts.entropy[b, :n],
+                **({} if rollouts.raw_logprobs is None else {"raw_logprobs": rollouts.raw_logprobs[b, :n]}),
                 "reward": experience.reward[b],
                 "advantage": experience.advantage[b],
                 "finish": Finish(rollouts.finish[b]).name.lower(),
