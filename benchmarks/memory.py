@@ -1,14 +1,15 @@
 """`python -m benchmarks.memory CONFIG --shape DIR [--topology v5e:2x4] [--section.field value ...]`: bytes a chip of a config.
 
-`generate`, `publish` and `update` are compiled ahead of time from shapes alone, for a TPU topology with the real TPU compiler,
-which needs no TPU. Chips are all of the topology; the mesh, batch and lengths are those of the config; the longest prompt is taken
-to be task.max_prompt_tokens. Prints one JSON object: bytes a chip of each program's arguments, outputs and temporaries, less what
-is aliased, and `step_peak`, the most that a chip holds in a step, with the policy or the TrainState that a program does not touch.
+`prefill`, `grow`, `segment`, `publish` and `update` are compiled ahead of time from shapes alone, for a TPU topology with the real
+TPU compiler, which needs no TPU. Chips are all of the topology; the mesh, batch and lengths are those of the config; the longest
+prompt is taken to be task.max_prompt_tokens. Rollouts are looked at where they hold most: all prompts in flight, in the widest
+window. Prints one JSON object: bytes a chip of each program's arguments, outputs and temporaries, less what is aliased, and
+`step_peak`, the most that a chip holds in a step, with what lives on beside a program: TrainState, policy and caches.
 
 --shape  directory whose config.json says how large the model is: the config's own model may not be on this machine
 --chips  how many of the topology's chips (default: all); 1 stands for a single GPU, whose compiler is another
---decode-layers  two numbers, as 2,4: `generate`, whose layers are unrolled and compile for minutes each, is compiled with so many
-         layers and extended to all by a straight line: more than it will be (by 21 % for Qwen3-1.7B, compiled both ways)
+--decode-layers  two numbers, as 2,4: `prefill` and `segment`, whose layers are unrolled, are compiled with so many layers and
+         extended to all by a straight line
 """
 
 import argparse
@@ -30,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
+from benchmarks.aot import bytes_of, policy_of
 from jaxrl_llm import config as run_config
 from jaxrl_llm.cli import read_config
 from jaxrl_llm.config import RunConfig
@@ -37,11 +39,12 @@ from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.config import read_config as read_model_config
 from jaxrl_llm.parallel.config import resolve
-from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
+from jaxrl_llm.parallel.layout import TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.publish import make_publish
-from jaxrl_llm.rollout.decode import Vocabulary, make_generate
-from jaxrl_llm.types import Batch, Policy, Prompts, TrainState
+from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.sample import Vocabulary
+from jaxrl_llm.types import Batch, TrainState
 from jaxrl_llm.update.step import make_optimizer, make_update, state_shardings
 
 Lower = Callable[[], jax.stages.Lowered]
@@ -51,20 +54,16 @@ def array(layout: Layout, shape: tuple[int, ...], dtype: jnp.dtype, *axes: str |
     return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(axes))
 
 
-def programs(cfg: RunConfig, model: ModelConfig, train: Layout, decode: Layout) -> dict[str, Lower]:
-    """The three programs of a step, each a function that traces it."""
+def programs(cfg: RunConfig, model: ModelConfig, train: Layout) -> dict[str, Lower]:
+    """The programs of a step, each a function that traces it."""
     specs, rollout = model_params.specs(model), cfg.rollout
+    decode = train.for_decode(rollout.engine.layout)
     params = model_params.abstract(specs, train)
-    unstacked = model_params.abstract(model_params.unstack(specs, model.layers), decode, model.compute)
-    policy = Policy(unstacked, array(decode, (), jnp.int32))
-    numbers = [array(decode, (rollout.prompts,), jnp.int32, "rows") for _ in range(3)]
+    policy = policy_of(model, decode)
     slots = cfg.task.max_prompt_tokens
-    prompts = Prompts(array(decode, (rollout.prompts, slots), jnp.int32, "rows", None), *numbers)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=decode.replicated)
-    temperature = array(decode, (rollout.prompts,), jnp.float32, "rows")
-    vocab = Vocabulary(size=model.vocab_size, pad=0, eos=(1,))
-    generate = make_generate(rollout.samples, rollout.max_new_tokens, vocab, model, decode)
+    engine = Engine(rollout, slots, Vocabulary(size=model.vocab_size, pad=0, eos=(1,)), model, decode)
+    prompts, window = engine.sizes.prompts[0], engine.sizes.windows[-1]
+    units = engine.sizes.units(prompts)
 
     optimizer = make_optimizer(cfg.update.optimizer)
     shapes = jax.eval_shape(lambda p: TrainState(p, optimizer.init(p), np.zeros((), np.int32)), params)
@@ -79,23 +78,18 @@ def programs(cfg: RunConfig, model: ModelConfig, train: Layout, decode: Layout) 
     )  # fmt: skip
     publish = make_publish(model, train, decode)
     return {
-        "generate": lambda: generate.lower(policy, prompts, key, temperature),
-        "publish": lambda: publish.lower(params, array(train, (), jnp.int32), policy),
+        "prefill": lambda: engine.programs.lower(policy.params, "prefill", prompts, slots),
+        "grow": lambda: engine.programs.lower(policy.params, "grow", units, *engine.sizes.windows[-2:]),
+        "segment": lambda: engine.programs.lower(policy.params, "segment", units, window),
+        "publish": lambda: publish.lower(params, policy.version, policy),
         "update": lambda: update.lower(state, batch),
     }
 
 
 def measure(lower: Lower) -> dict[str, float]:
     start = time.monotonic()
-    memory = lower().compile().memory_analysis()
-    parts = {
-        "arguments": memory.argument_size_in_bytes,
-        "outputs": memory.output_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "aliased": memory.alias_size_in_bytes,
-    }
-    peak = parts["arguments"] + parts["outputs"] + parts["temporaries"] - parts["aliased"]
-    return {"peak": peak, **parts, "compile_seconds": round(time.monotonic() - start, 1)}
+    parts = bytes_of(lower().compile())
+    return {"peak": parts.pop("chip"), **parts, "compile_seconds": round(time.monotonic() - start, 1)}
 
 
 def extended(lower: Callable[[int], Lower], compiled: tuple[int, int], layers: int) -> dict[str, float]:
@@ -120,18 +114,28 @@ def main() -> None:
     if problems := run_config.problems(dataclasses.replace(cfg, model=model), len(devices)):
         parser.error("\n".join(problems))
     mesh = make_mesh(resolve(cfg.mesh, len(devices))[0], devices)
-    layouts = Layout(mesh, TRAIN), Layout(mesh, DECODE)
-    lowered = programs(cfg, model, *layouts)
+    train = Layout(mesh, TRAIN)
+    lowered = programs(cfg, model, train)
+    if cfg.rollout.max_new_tokens <= cfg.rollout.engine.segment or not cfg.rollout.engine.grow:
+        del lowered["grow"]
     found = {name: measure(lowered[name]) for name in ("publish", "update")}
-    if args.decode_layers:
-        shallow = lambda n: programs(cfg, dataclasses.replace(model, layers=n), *layouts)["generate"]  # noqa: E731
-        found["generate"] = extended(shallow, args.decode_layers, model.layers)
-    else:
-        found["generate"] = measure(lowered["generate"])
+    for name in lowered.keys() - found.keys():
+        if args.decode_layers:
+            shallow = lambda n: programs(cfg, dataclasses.replace(model, layers=n), train)[name]  # noqa: E731, B023
+            found[name] = extended(shallow, args.decode_layers, model.layers)
+        else:
+            found[name] = measure(lowered[name])
     # Moments and master, three of the four f32 copies of an update; the policy is what publish writes.
     state, policy = found["update"]["aliased"], found["publish"]["outputs"]
-    step_peak = max(
-        found["generate"]["peak"] + state, found["publish"]["peak"] + 2 * state // 3, found["update"]["peak"] + policy
+    # A segment's arguments, beside a few numbers: the policy and both caches, of which the rows' own is donated.
+    rows = found["segment"]["aliased"]
+    prompts = found["segment"]["arguments"] - policy - rows
+    step_peak = state + max(
+        found["prefill"]["peak"] + rows,
+        found["grow"]["peak"] + policy + prompts if "grow" in found else 0,
+        found["segment"]["peak"],
+        found["publish"]["peak"] - state // 3,
+        found["update"]["peak"] + policy - state,
     )
     report = {
         "config": " ".join([args.config.name, *overrides]), "topology": args.topology, "chips": len(devices),

@@ -67,7 +67,8 @@ def specs(cfg: ModelConfig) -> PyTree:
         "final_norm": ParamSpec((d,), (None,), norm),
     }
     if not cfg.tied_head:
-        tree["head"] = ParamSpec((d, cfg.vocab_size), ("embed", "vocab"), inward)
+        # Like the embedding: with the vocabulary last a TPU re-lays the whole of it at the start of every rollout, and holds both.
+        tree["head"] = ParamSpec((cfg.vocab_size, d), ("vocab", "embed"), inward)
     return tree
 
 

@@ -111,10 +111,8 @@ def map_matrices(
     The head is quantised: it is a quarter and more of what a small model reads in a step. Where it is tied it is the embedding,
     with a scale a token, which serves the look-up as well. An embedding of its own is not: a step reads a few rows of it.
     """
-    head = {"embed": (1,)} if cfg.tied_head else {"head": (0,)}
-    top = {
-        key: matrix(leaf, head[key], 1) if key in head else other(leaf) for key, leaf in tree.items() if key != "layers"
-    }
+    head = "embed" if cfg.tied_head else "head"
+    top = {key: matrix(leaf, (1,), 1) if key == head else other(leaf) for key, leaf in tree.items() if key != "layers"}
 
     def of_layer(key: str, leaf: Any) -> Any:
         if key not in INNER:

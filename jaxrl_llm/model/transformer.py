@@ -157,7 +157,7 @@ def _whole(mask: Array, cfg: ModelConfig) -> Callable[[Array, Array, Array], Arr
 
 def logits(params: PyTree, h: Float[Array, "... D"], cfg: ModelConfig) -> Float[Array, "... V"]:
     """Next-token logits of normed activations, f32."""
-    head = jax.tree.map(jnp.transpose, params["embed"]) if cfg.tied_head else params["head"]
+    head = jax.tree.map(jnp.transpose, params["embed" if cfg.tied_head else "head"])
     return _capped(contract(h, head), cfg)
 
 
@@ -167,10 +167,9 @@ def _capped(x: Array, cfg: ModelConfig) -> Array:
 
 def gather_head(params: PyTree, cfg: ModelConfig, layout: Layout) -> Float[Array, "shards D V"]:
     """The head, one copy for each shard of the rows, split over the vocabulary alone: for `logits_in_loop`."""
-    name, axes = ("embed", ("vocab", "embed")) if cfg.tied_head else ("head", ("embed", "vocab"))
-    whole = layout.sharding(("rows", *(axis if axis == "vocab" else None for axis in axes)))
-    head = gather(params[name], layout.size("rows"), cfg.compute, layout.sharding(axes), whole)
-    return head.swapaxes(1, 2) if cfg.tied_head else head
+    table, whole = params["embed" if cfg.tied_head else "head"], layout.sharding(("rows", "vocab", None))
+    head = gather(table, layout.size("rows"), cfg.compute, layout.sharding(("vocab", "embed")), whole)
+    return head.swapaxes(1, 2)
 
 
 def logits_in_loop(

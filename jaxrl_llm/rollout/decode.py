@@ -136,7 +136,7 @@ def make_segment(shape: Shape, vocab: Vocabulary, cfg: ModelConfig, layout: Layo
         done = units.done.reshape(-1)
         start = Turn(
             steps=jnp.zeros((), jnp.int32), live=~jnp.all(done), last=units.last.reshape(-1), done=done, suffix=suffix,
-            record=_blank(shape, len(done), layout),
+            record=blank_record(shape, len(done), layout),
         )  # fmt: skip
         end = jax.lax.while_loop(lambda turn: (turn.steps < steps) & turn.live, stretch, start)
         last, done = (x.reshape(units.last.shape) for x in (end.last, end.done))
@@ -145,7 +145,7 @@ def make_segment(shape: Shape, vocab: Vocabulary, cfg: ModelConfig, layout: Layo
     return segment
 
 
-def _blank(shape: Shape, rows: int, layout: Layout) -> Record:
+def blank_record(shape: Shape, rows: int, layout: Layout) -> Record:
     def lines(dtype: jnp.dtype, *more: int) -> Array:
         return layout.constrain(jnp.zeros((shape.steps, rows, *more), dtype), None, "rows", *(None for _ in more))
 

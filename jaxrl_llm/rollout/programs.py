@@ -82,6 +82,10 @@ class Programs:
             lambda: cache.empty_suffix(self.cfg, units * self.each, window, self.layout, self.memory.form)
         )
 
+    def caches(self, units: int, window: int) -> tuple[PyTree, PyTree]:
+        """Prompt and suffix cache, as shapes, dtypes and shardings."""
+        return self._prompt(units), self._suffix(units, window)
+
     def _where(self, tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: x.sharding, tree)
 

@@ -18,17 +18,23 @@ import pytest
 from jax.experimental import topologies
 from programs import (
     DECODE_LAYERS,
+    EIGHT_BILLION,
     EXPERT_MESH,
     EXPERTS,
+    LONG,
+    LONG_WINDOW,
     MESH,
     ONE_BILLION,
     SLIDING,
+    C,
+    P,
     Program,
+    S,
     compile_program,
     layouts,
     lower_experts,
-    lower_generate,
     lower_publish,
+    lower_rollout,
     lower_update,
 )
 
@@ -68,9 +74,21 @@ def compile_once(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def generate(topology, compile_once) -> Program:
+def segment(topology, compile_once) -> Program:
     cfg = dataclasses.replace(ONE_BILLION, layers=DECODE_LAYERS)
-    return compile_once("generate", cfg, lambda: lower_generate(cfg, layouts(topology)[1]))
+    return compile_once("segment", cfg, lambda: lower_rollout(cfg, layouts(topology)[1], "segment", P, C))
+
+
+@pytest.fixture(scope="session")
+def prefill(topology, compile_once) -> Program:
+    cfg = dataclasses.replace(ONE_BILLION, layers=DECODE_LAYERS)
+    return compile_once("prefill", cfg, lambda: lower_rollout(cfg, layouts(topology)[1], "prefill", P, S))
+
+
+@pytest.fixture(scope="session")
+def eight_billion(topology, compile_once) -> Program:
+    layout = layouts(topology)[1]
+    return compile_once("eight-billion", EIGHT_BILLION, lambda: lower_rollout(EIGHT_BILLION, layout, "segment", P, C))
 
 
 @pytest.fixture(scope="session", params=[MESH, (2, 2, 4)], ids=str)
@@ -86,13 +104,17 @@ def update(topology, compile_once) -> Program:
 
 @pytest.fixture(scope="session")
 def sliding(topology, compile_once) -> Program:
-    return compile_once("sliding", SLIDING, lambda: lower_generate(SLIDING, layouts(topology)[1]))
+    """In one segment of 2,000 steps."""
+    layout = layouts(topology)[1]
+    return compile_once(
+        "sliding", SLIDING, lambda: lower_rollout(SLIDING, layout, "segment", P, LONG_WINDOW, steps=LONG)
+    )
 
 
 @pytest.fixture(scope="session")
-def experts_generate(topology, compile_once) -> Program:
+def experts_segment(topology, compile_once) -> Program:
     layout = layouts(topology, EXPERT_MESH)[1]
-    return compile_once("experts-generate", EXPERTS, lambda: lower_generate(EXPERTS, layout))
+    return compile_once("experts-segment", EXPERTS, lambda: lower_rollout(EXPERTS, layout, "segment", P, C))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The programs of a 1-billion-parameter run on 16 chips, lowered from shapes alone, and what the TPU compiler makes of them."""
+"""The programs of runs on 16 chips, lowered from shapes alone, and what the TPU compiler makes of them."""
 
 import dataclasses
 import os
@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from functools import cached_property
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,11 +13,16 @@ import numpy as np
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.experts import mixture
+from jaxrl_llm.model.params import ParamSpec
+from jaxrl_llm.parallel import hlo
 from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.publish import abstract_policy, make_publish
-from jaxrl_llm.rollout.decode import Vocabulary, make_generate
-from jaxrl_llm.types import Batch, Prompts, TrainState
+from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
+from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.programs import Programs
+from jaxrl_llm.rollout.sample import Vocabulary
+from jaxrl_llm.types import Batch, TrainState
 from jaxrl_llm.update.config import ClippedLoss, OptimizerConfig
 from jaxrl_llm.update.step import make_optimizer, make_update, state_shardings
 
@@ -27,18 +31,31 @@ ONE_BILLION = ModelConfig(
     vocab_size=128256, layers=16, d_model=2048, heads=32, kv_heads=8, head_dim=64, d_mlp=8192,
     rope_theta=5e5, norm_eps=1e-5, compute="bfloat16",
 )  # fmt: skip
+# Qwen3-8B, but for its 36 layers.
+EIGHT_BILLION = ModelConfig(
+    vocab_size=151936, layers=2, d_model=4096, heads=32, kv_heads=8, head_dim=128, d_mlp=12288,
+    rope_theta=1e6, norm_eps=1e-6, qk_norm=True, tied_head=False, compute="bfloat16",
+)  # fmt: skip
 # Decode is unrolled, and 16 layers compile for minutes; what is asserted is said per layer. Training scans: all 16.
 DECODE_LAYERS = int(os.environ.get("AOT_DECODE_LAYERS", "4"))
 MESH = (1, 4, 4)
+_, FSDP, TENSOR = MESH
+SPLIT = {"heads": TENSOR, "mlp": TENSOR, "vocab": TENSOR}
 P, S, G, C = 32, 512, 8, 256
+STEPS = 128
+# Of a segment that decodes all that a reasoning model may write, and its window: whole tiles of a chip.
+LONG, LONG_WINDOW = 2000, 2048
 ROWS, SLOTS, PARTS = 64, 1024, 4
 # Narrow, to compile in seconds. Layers of both kinds.
-SLIDING = dataclasses.replace(ONE_BILLION, vocab_size=4096, d_mlp=2048, layers=2, sliding=(True, False), window=64)
+SLIDING = dataclasses.replace(ONE_BILLION, vocab_size=4096, d_mlp=2048, layers=2, sliding=(True, False), window=128)
 EXPERTS = ModelConfig(
     vocab_size=4096, layers=1, d_model=1024, heads=16, kv_heads=4, head_dim=64, d_mlp=512, qk_norm=True,
     experts=16, experts_per_token=4, compute="bfloat16",
 )  # fmt: skip
 EXPERT_MESH = (1, 2, 2, 4)
+EXPERT_SPLIT = dict(zip(("data", "embed", "mlp", "expert"), EXPERT_MESH, strict=True))
+EXPERT_SPLIT |= {"heads": EXPERT_SPLIT["mlp"], "vocab": EXPERT_SPLIT["mlp"]}
+V5E_BYTES = 16e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +78,34 @@ class Program:
     def chip(self) -> int:
         """Bytes a chip holds while the program runs."""
         return self.argument + self.temp + self.output - self.alias
+
+
+def local(spec: ParamSpec, axes: dict[str, int]) -> tuple[int, ...]:
+    """The shape of a parameter's shard, given the split of each logical axis."""
+    return tuple(n // axes.get(a, 1) for n, a in zip(spec.shape, spec.axes, strict=True))
+
+
+def matrices(cfg: ModelConfig, axes: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """Shard shapes of one layer's matrices, as they train, and of the tables."""
+    specs = model_params.specs(cfg)
+    layer = {name: ParamSpec(s.shape[1:], s.axes[1:], s.std) for name, s in specs["layers"].items()}
+    return _matrices(layer, specs, axes)
+
+
+def policy_matrices(cfg: ModelConfig, axes: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """The same as a policy holds them."""
+    specs = model_params.unstack(model_params.specs(cfg), cfg.layers)
+    return _matrices(specs["layers"][0], specs, axes)
+
+
+def _matrices(layer: dict[str, ParamSpec], specs: dict, axes: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    leaves = {**layer, **{name: specs[name] for name in ("embed", "head") if name in specs}}
+    return {name: local(spec, axes) for name, spec in leaves.items() if len(spec.shape) > 1}
+
+
+def same_dims(array: hlo.ArrayShape, dims: tuple[int, ...]) -> bool:
+    """Equal up to order and dims of size 1."""
+    return sorted(n for n in array.dims if n > 1) == sorted(n for n in dims if n > 1)
 
 
 def compile_program(cfg: ModelConfig, lower: Callable[[], jax.stages.Lowered]) -> Program:
@@ -87,14 +132,18 @@ def array(layout: Layout, shape: tuple[int, ...], dtype, *axes: str | None) -> j
     return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(axes))
 
 
-def lower_generate(cfg: ModelConfig, decode: Layout, weights: str = "compute") -> jax.stages.Lowered:
-    numbers = [array(decode, (P,), jnp.int32, "rows") for _ in range(3)]
-    prompts = Prompts(array(decode, (P, S), jnp.int32, "rows", None), *numbers)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=decode.replicated)
-    generate = make_generate(G, C, Vocabulary(size=cfg.vocab_size, pad=0, eos=(1,)), cfg, decode)
-    temperature = array(decode, (P,), jnp.float32, "rows")
-    return generate.lower(abstract_policy(cfg, decode, weights), prompts, key, temperature)
+def rollout_programs(cfg: ModelConfig, decode: Layout, steps: int = STEPS, window: int = C) -> Programs:
+    """Of an engine for P prompts of S slots, G samples each, in segments of so many steps."""
+    rollout = RolloutConfig(prompts=P, samples=G, max_new_tokens=window, engine=EngineConfig(segment=steps))
+    return Engine(rollout, S, Vocabulary(size=cfg.vocab_size, pad=0, eos=(1,)), cfg, decode).programs
+
+
+def lower_rollout(
+    cfg: ModelConfig, decode: Layout, *name: str | int, steps: int = STEPS, weights: str = "compute"
+) -> jax.stages.Lowered:
+    """One of them by the name that `Programs` knows it under."""
+    window = name[2] if name[0] == "segment" else C
+    return rollout_programs(cfg, decode, steps, window).lower(abstract_policy(cfg, decode, weights).params, *name)
 
 
 def lower_publish(cfg: ModelConfig, train: Layout, decode: Layout, weights: str = "compute") -> jax.stages.Lowered:

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from hlo import ArrayShape, collectives
 from programs import ONE_BILLION, Program, array, compile_program, layouts
 
+from jaxrl_llm.parallel.hlo import ArrayShape, collectives
 from jaxrl_llm.rollout.sample import Controls, Vocabulary, draw
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.timeout(600)]

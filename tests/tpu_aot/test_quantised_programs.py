@@ -4,27 +4,34 @@ import dataclasses
 import math
 
 import pytest
-from hlo import collectives
-from programs import ONE_BILLION, Program, compile_program, layouts, lower_generate, lower_publish
-from test_programs import (
+from programs import (
+    ONE_BILLION,
     SPLIT,
-    check_collectives_of_a_step,
-    check_publish_writes_into_the_old_policy,
-    check_weights_are_not_copied,
-    decode_loop,
-    matrices,
+    C,
+    P,
+    Program,
+    compile_program,
+    layouts,
+    lower_publish,
+    lower_rollout,
+    policy_matrices,
     same_dims,
-)
+)  # fmt: skip
+from test_decode_programs import check_collectives_of_a_step, check_weights_are_not_copied, steps_of
+from test_programs import check_publish_writes_into_the_old_policy
 
 from jaxrl_llm.model import quantised
+from jaxrl_llm.parallel.hlo import collectives
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.timeout(1200)]
 CFG = dataclasses.replace(ONE_BILLION, layers=1)
 
 
 @pytest.fixture(scope="module")
-def int8_generate(topology, compile_once) -> Program:
-    return compile_once("int8-generate", CFG, lambda: lower_generate(CFG, layouts(topology)[1], "int8"))
+def int8_segment(topology, compile_once) -> Program:
+    return compile_once(
+        "int8-segment", CFG, lambda: lower_rollout(CFG, layouts(topology)[1], "segment", P, C, weights="int8")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -33,23 +40,23 @@ def int8_publish(topology) -> Program:
 
 
 def check_products_are_of_int8(program: Program) -> None:
-    """Five matrices, each multiplied once a step into s32, and none of them wider than 8 bits anywhere in the loop."""
-    steps = program.hlo.inside(*decode_loop(program))
+    """Five matrices a layer and the head, each multiplied once a step into s32; none is wider than 8 bits in the loop."""
+    steps = steps_of(program)
     products = [i for i in steps if i.opcode in ("convolution", "dot") and i.arrays[0].dtype == "s32"]
-    assert len(products) == 4 * program.cfg.layers + 1, f"int8 products a step: got {len(products)}"
-    for name, dims in matrices(program, SPLIT).items():
+    assert len(products) == 5 * program.cfg.layers + 1, f"int8 products a step: got {len(products)}"
+    for name, dims in policy_matrices(program.cfg, SPLIT).items():
         wide = [str(i) for i in steps if any(same_dims(a, dims) and a.dtype in ("bf16", "f32") for a in i.arrays)]
         assert not wide, f"{name} {dims}: got {wide}, want it in 8 bits only"
 
 
-def test_decode_multiplies_in_int8(int8_generate):
-    check_products_are_of_int8(int8_generate)
-    check_weights_are_not_copied(int8_generate)
+def test_decode_multiplies_in_int8(int8_segment):
+    check_products_are_of_int8(int8_segment)
+    check_weights_are_not_copied(int8_segment)
 
 
-def test_scales_of_activations_cost_no_collective(int8_generate):
-    check_collectives_of_a_step(int8_generate)
-    moved = collectives(int8_generate.hlo.inside(*decode_loop(int8_generate)))
+def test_scales_of_activations_cost_no_collective(int8_segment):
+    check_collectives_of_a_step(int8_segment)
+    moved = collectives(steps_of(int8_segment))
     sums = [a for i in moved for a in i.arrays if i.kind == "all-reduce" and a.dtype == "bf16"]
     assert len(sums) == 2 * CFG.layers + 1, (
         f"sums of bf16: got {sums}, want those of out and down a layer, and the embedding"
@@ -59,7 +66,7 @@ def test_scales_of_activations_cost_no_collective(int8_generate):
 def test_mutant_with_one_scale_a_row_pays_for_it(topology, monkeypatch):
     """The largest of a row that is split over the mesh: one more all-reduce for `out` and for `down`."""
     monkeypatch.setattr(quantised.math, "gcd", lambda *_: 1)
-    program = compile_program(CFG, lambda: lower_generate(CFG, layouts(topology)[1], "int8"))
+    program = compile_program(CFG, lambda: lower_rollout(CFG, layouts(topology)[1], "segment", P, C, weights="int8"))
     with pytest.raises(AssertionError, match="collectives a decode step"):
         check_collectives_of_a_step(program)
 
@@ -73,5 +80,5 @@ def test_publish_moves_8_bits_into_the_old_policy(int8_publish):
     assert {i.kind for i in moved} <= {"all-gather", "all-reduce"}
     share = sum(a.bytes for a in scales) / sum(a.bytes for a in gathered)
     assert share < 0.02, f"bytes of scales to bytes of matrices: got {share:.3f}, want below 0.02"
-    per_chip = sum(math.prod(dims) for dims in matrices(int8_publish, SPLIT).values())
+    per_chip = sum(math.prod(dims) for dims in policy_matrices(int8_publish.cfg, SPLIT).values())
     assert int8_publish.output < 1.05 * per_chip, "the policy: want a byte a parameter"

@@ -111,7 +111,7 @@ def leaves(tree: PyTree, prefix: str = "model.", fused: bool = False) -> list[Le
             found.append(_leaf(path, layer[name], letters, named))
     found.append(_leaf(("final_norm",), tree["final_norm"], "d", [(f"{prefix}norm.weight", "d", {})]))
     if "head" in tree:
-        found.append(_leaf(("head",), tree["head"], "dv", [("lm_head.weight", "v d", {})]))
+        found.append(_leaf(("head",), tree["head"], "vd", [("lm_head.weight", "v d", {})]))
     return found
 
 

@@ -1,0 +1,69 @@
+"""Bytes a chip holds while it decodes, from shapes and shardings alone: before anything is compiled, on machines without the chips.
+
+What counts is exact: the policy, both caches and what is written down. What the compiler needs beside that is an allowance: one
+array of the widest thing that a step makes, and the policy's `qkv` once more, which a TPU re-lays for the loop.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+
+from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.parallel.layout import Layout
+from jaxrl_llm.rollout.decode import blank_record
+from jaxrl_llm.rollout.programs import Programs
+from jaxrl_llm.types import PyTree
+
+
+class Flight(NamedTuple):
+    """Bytes of one chip while a segment runs."""
+
+    policy: int
+    prompt: int
+    """The prompt cache."""
+    suffix: int
+    """The rows' own cache, donated: the one that a segment returns is the one that it was given."""
+    record: int
+    """Each chip's own lines, in the loop; then all lines on every chip."""
+    working: int
+    """The allowance."""
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def flight(programs: Programs, params: PyTree, units: int, window: int) -> Flight:
+    """Of so many units in a window of so many slots.
+
+    `params`: the policy's, as arrays or as `jax.ShapeDtypeStruct`s with shardings.
+    """
+    rows, cfg, layout = units * programs.each, programs.cfg, programs.layout
+    prompt, suffix = programs.caches(units, window)
+    record = jax.eval_shape(lambda: blank_record(programs.shape, rows, layout))
+    lines = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(record))
+    share = rows // layout.size("rows")
+    slots = window + max(x.shape[2] for x in jax.tree.leaves(prompt))
+    relaid = held([layer["qkv"] for layer in params["layers"]])
+    return Flight(
+        policy=held(params),
+        prompt=held(prompt),
+        suffix=held(suffix),
+        record=lines + lines // layout.size("rows"),
+        working=4 * share * _widest(cfg, layout, slots) + relaid,
+    )
+
+
+def held(tree: PyTree) -> int:
+    """Bytes that one chip holds of arrays with shardings; not counting what a chip's tiles leave empty."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _widest(cfg: ModelConfig, layout: Layout, slots: int) -> int:
+    """Numbers that a step makes for one row at a time, at most: logits, scores of a layer, or gate and up of a layer."""
+    return max(
+        cfg.vocab_size // layout.size("vocab"),
+        cfg.heads // layout.size("heads") * slots,
+        2 * cfg.d_mlp * max(cfg.experts_per_token, 1) // layout.size("mlp"),
+    )

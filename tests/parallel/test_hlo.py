@@ -1,0 +1,44 @@
+"""The reader of optimized HLO, on a module written by hand."""
+
+from jaxrl_llm.parallel.hlo import ArrayShape, Module, collectives
+
+TEXT = """HloModule jit_f, is_scheduled=true
+
+%body (p: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  %p = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %x = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
+  %sum = bf16[8,128]{1,0:T(8,128)(2,1)} all-reduce-start(%x), to_apply=%add
+  ROOT %t = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) tuple(%i, %sum)
+}
+
+%condition (p.1: (s32[], bf16[8,128])) -> pred[] {
+  ROOT %less = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+%fused (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  ROOT %twice = f32[4]{0} add(%a, %a)
+}
+
+ENTRY %main (x.1: bf16[8,128]) -> bf16[8,128] {
+  %x.1 = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %f = f32[4]{0} fusion(%c), kind=kLoop, calls=%fused
+  %loop = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) while(%start), condition=%condition, body=%body
+  ROOT %out = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_what_stands_where():
+    module = Module(TEXT)
+    assert module.entry == "main"
+    assert module.loops == {"main": 0, "fused": 0, "condition": 1, "body": 1, "add": 1}
+    assert module.fused == {"fused"} and module.root("fused").name == "twice"
+    assert [i.name for i in module.inside("body")] == ["p", "x", "sum", "t"]
+
+
+def test_collectives_and_the_bytes_that_they_make():
+    (found,) = collectives(Module(TEXT).all)
+    assert (found.kind, found.computation) == ("all-reduce", "body")
+    assert found.arrays == (ArrayShape("bf16", (8, 128)),) and found.arrays[0].bytes == 2 * 8 * 128
+    assert str(found) == "all-reduce-start bf16[8,128] in body"

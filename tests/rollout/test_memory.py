@@ -1,0 +1,50 @@
+"""Bytes of a flight, added up by hand."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.model import params
+from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.parallel.layout import DECODE, Layout
+from jaxrl_llm.parallel.mesh import make_mesh
+from jaxrl_llm.rollout import memory
+from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
+from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.sample import Vocabulary
+
+CFG = ModelConfig(
+    vocab_size=64, layers=2, d_model=32, heads=4, kv_heads=2, head_dim=8, d_mlp=48, tied_head=False,
+    sliding=(True, False), window=4,
+)  # fmt: skip
+P, G, S, C = 4, 3, 16, 32
+
+
+def flight(sizes: tuple[int, ...]) -> memory.Flight:
+    layout = Layout(make_mesh(sizes, jax.devices()[: sizes[0] * sizes[1] * sizes[2]]), DECODE)
+    rollout = RolloutConfig(prompts=P, samples=G, max_new_tokens=C, engine=EngineConfig(segment=8))
+    programs = Engine(rollout, S, Vocabulary(size=64, pad=0, eos=(1,)), CFG, layout).programs
+    policy = params.abstract(params.unstack(params.specs(CFG), CFG.layers), layout, jnp.float32)
+    return memory.flight(programs, policy, P, C)
+
+
+def test_on_one_device():
+    found = flight((1, 1, 1))
+    norms, qkv, out, mlp = 2 * 32, 32 * 2 * 4 * 8, 4 * 8 * 32, 3 * 32 * 48
+    assert found.policy == 4 * (2 * (norms + qkv + out + mlp) + 2 * 64 * 32 + 32)
+    # One layer keeps 4 slots, the other all; keys and values, f32.
+    assert found.prompt == 2 * 4 * P * 2 * 8 * (4 + S)
+    assert found.suffix == 2 * 4 * P * G * 2 * 8 * (4 + C)
+    # Token, whether it was sampled, log-prob and entropy of each row and step, in the loop and as it comes back.
+    assert found.record == 2 * 8 * P * G * (4 + 1 + 4 + 4)
+    # Scores of 4 heads are more than 64 logits or 96 of gate and up.
+    assert found.working == 4 * P * G * 4 * (S + C) + 4 * 2 * qkv
+    assert found.total == sum(found)
+
+
+def test_rows_heads_and_vocabulary_are_split_and_the_record_is_whole_everywhere():
+    one, split = flight((1, 1, 1)), flight((1, 4, 2))
+    assert (split.prompt, split.suffix) == (one.prompt // 8, one.suffix // 8)
+    assert split.record == 8 * P * G * 13 + 8 * P * G * 13 // 4
+    assert split.working == 4 * P * G // 4 * 2 * (S + C) + 4 * 32 * 4 * 8 * 2
+    norms = 2 * 2 * 32 + 32
+    assert split.policy == (one.policy - 4 * norms) // 2 + 4 * norms
