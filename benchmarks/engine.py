@@ -37,14 +37,13 @@ KEY = jax.random.key(1)
 FORMS = {
     "as it is": {},
     "segments of 32": {"segment": 32},
-    "segments of 64": {"segment": 64},
-    "no growth, segments of 32": {"segment": 32, "grow": False},
+    "window of 64, doubled": {"window": 64},
+    "no growth": {"window": NEW_TOKENS},
     "looks every step": {"eos_interval": 1},
     "looks every 4": {"eos_interval": 4},
     "looks every 16": {"eos_interval": 16},
     "a copy of the prompt a row": {"shared_by": 1},
-    "attention by dot": {"attention": "dot"},
-    "attention by reduce": {"attention": "reduce"},
+    "keys by slot": {"attention": "dot"},
     "int8 cache": {"cache": "int8"},
 }
 

@@ -167,7 +167,7 @@ def main() -> None:
     if given.only:
         print(json.dumps(read(given.directory) if given.only == "read" else load(given.directory, given.dtype)))
         return
-    from benchmarks.run import machine
+    from benchmarks.machine import machine
 
     ran_on = machine()
     with tempfile.TemporaryDirectory() as name:

@@ -14,57 +14,18 @@ import datetime
 import gc
 import json
 import os
-import platform
-import re
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import jax
-import jaxlib
 
 from benchmarks import generate, publish, step, update
 from benchmarks.clock import alternate
+from benchmarks.machine import HERE, file_name, machine
 from benchmarks.models import DTYPES, SIZES, Workload, make_params
 from benchmarks.table import render
 from jaxrl_llm import ceilings
-
-HERE = Path(__file__).parent
-
-
-def processor() -> str:
-    """The CPU's model name; "unknown" where /proc/cpuinfo names none."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        return "unknown"
-    return found.group(1) if found else "unknown"
-
-
-def git(*args: str) -> str:
-    try:
-        done = subprocess.run(["git", *args], cwd=HERE, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip()
-
-
-def machine() -> dict:
-    on_cpu = jax.default_backend() == "cpu"
-    return {
-        "backend": jax.default_backend(),
-        "device": processor() if on_cpu else jax.devices()[0].device_kind,
-        "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
-        "commit": git("rev-parse", "HEAD") or "unknown",
-        "changed_files": git("status", "--porcelain", "--", "jaxrl_llm").splitlines(),
-        "load_before": os.getloadavg()[0],
-        "load_after": os.getloadavg()[0],
-    }
 
 
 def groups(sizes: list[str]) -> list[tuple[str, int]]:
@@ -107,9 +68,7 @@ def run(sizes: list[str], seconds: float, out: Path | None, date: str) -> dict:
         "command": f"python -m benchmarks.run {' '.join(sys.argv[1:])}".strip(),
         "machine": machine(),
     }
-    device = re.sub(r"[^a-z0-9]+", "-", result["machine"]["device"].lower()).strip("-")
-    kind = "cpu-" if result["machine"]["backend"] == "cpu" else ""
-    out = out or HERE / "results" / f"{kind}{device}-{result['machine']['cores']}core-{date}.json"
+    out = out or HERE / "results" / f"{file_name(result['machine'])}-{date}.json"
     result |= {"ceilings": ceilings.general(result["machine"]["backend"]), "results": [], "left_out": []}
     result["step"] = step.measure()
     save(out, result)

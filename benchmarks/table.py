@@ -9,7 +9,8 @@ PAGE = """# Benchmarks
 
 Each program beside what the same machine reached, minutes before, with a plain copy or a plain matrix product. Times are medians
 (lowest to highest) of calls taken in turns; compilation is in none. Formulas stand at the head of `benchmarks/generate.py`,
-`update.py` and `publish.py`. This page is written by `python -m benchmarks.table` from `{path}`.
+`update.py` and `publish.py`. What follows, as far as the next
+heading, is written by `python -m benchmarks.table` from `{path}`.
 """
 
 

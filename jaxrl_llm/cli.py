@@ -27,6 +27,7 @@ commands
   sample CONFIG|RUN            draw responses and show tokens, log-probs, entropy and reward
          --prompt TEXT         the prompt (default: the first held-out one)
          -n N                  number of responses (default 8)
+         --benchmark           instead: tokens a second of the config's own rollouts, beside what the machine can do
   eval   RUN|MODEL             avg@k, pass@k and maj@k with 95 % intervals, as JSON
          --task TASK           what to evaluate on (default: the run's own task): a CONFIG, whose task, reward and rollout
                                are taken, or reasoning_gym:NAME
@@ -177,15 +178,19 @@ def sample(target: str, args: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="jaxrl sample", add_help=False, allow_abbrev=False)
     parser.add_argument("--prompt")
     parser.add_argument("-n", type=int, default=8)
-    _refuse_typos(args, ["--prompt"])
+    parser.add_argument("--benchmark", action="store_true")
+    _refuse_typos(args, ["--prompt", "--benchmark"])
     given, overrides = parser.parse_known_args(args)
     if given.n < 1:
         raise UserError(f"-n: got {given.n}, want 1 or more")
     cfg = read_config(target, overrides)
     start_jax()
-    from jaxrl_llm.inspect_run import sample_prompt
+    from jaxrl_llm.inspect_run import benchmark_rollouts, sample_prompt
 
-    sample_prompt(cfg, given.prompt, given.n)
+    if given.benchmark:
+        benchmark_rollouts(cfg)
+    else:
+        sample_prompt(cfg, given.prompt, given.n)
     return 0
 
 

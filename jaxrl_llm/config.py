@@ -162,6 +162,7 @@ def _causes(errors: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # A tagged union adds its tag to the path of an error, which nobody wrote.
 TAGS = (
     "own", "pretrained", "arithmetic", "file", "reasoning_gym", "character", "linear", "llama3", "yarn", "clipped", "cross_entropy",
+    "auto", "none", "truncated_importance",
 )  # fmt: skip
 
 
@@ -240,7 +241,7 @@ def engine_problems(cfg: RunConfig, num_devices: int, axes: tuple[int, int, int]
         )
     if cfg.rollout.top_k > cfg.rollout.support:
         found.append(
-            f"rollout.top_k: got {cfg.rollout.top_k}, want at most rollout.support ({cfg.rollout.support}), the tokens that are kept"
+            f"rollout.top_k: got {cfg.rollout.top_k}, want at most the tokens kept, rollout.support ({cfg.rollout.support})"
         )
     if cfg.rollout.min_new_tokens > cfg.rollout.max_new_tokens:
         found.append(

@@ -1,6 +1,7 @@
 """Looking at a policy from outside: responses to one prompt, its score on a task, and its files for other libraries."""
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +19,13 @@ from jaxrl_llm.model.config import PretrainedModel
 from jaxrl_llm.model.hf.export import export
 from jaxrl_llm.model.hf.load import load
 from jaxrl_llm.model.hf.source import resolve as resolve_model
-from jaxrl_llm.model.params import unstack
+from jaxrl_llm.model.params import count, unstack
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.prompts.rows import Row
-from jaxrl_llm.prompts.stream import make_prompts
+from jaxrl_llm.prompts.stream import make_prompts, next_prompts
 from jaxrl_llm.rewards.pool import GraderPool
-from jaxrl_llm.run import Life, Run, begin, build, open_checkpoints, publish, target
+from jaxrl_llm.run import Life, Run, begin, build, decode_rates, open_checkpoints, publish, target
 from jaxrl_llm.types import Finish, Policy, PyTree, Rollouts
 
 EVALUATED_AT_ONCE = 64
@@ -123,6 +124,37 @@ def sample_prompt(cfg: RunConfig, text: str | None, n: int) -> None:
     print(f"{printable(row.prompt)}   from {source.name}, temperature {cfg.rollout.temperature}")
     for b in range(n):
         print(_line(run, rollouts, b, float(reward[b])))
+
+
+def benchmark_rollouts(cfg: RunConfig, calls: int = 5) -> None:
+    """Print what rollouts of the config's own shapes reach: tokens a second, of the machine's own ceiling, rows alive, waste."""
+    run = build(cfg)
+    source = open_source(run)
+    prompts, _ = next_prompts(run.task, run.order, 0, cfg.rollout.prompts)
+    start = time.perf_counter()
+    run.engine.warm(source.policy, cfg.rollout.prompts)
+    run.engine.generate(source.policy, prompts, run.key)
+    first, rates, seen = time.perf_counter() - start, decode_rates(run), []
+    for _ in range(calls):
+        generation = run.engine.start(source.policy, prompts, run.key)
+        for _ in generation:
+            pass
+        seen.append(generation.stats)
+    stats = sorted(seen, key=lambda stats: stats.seconds)[calls // 2]
+    (_, work), least = stats.segments[0], stats.least_seconds(*rates)
+    rows = [
+        ("policy", f"{source.name}, {count(run.specs):,} parameters, {run.model.compute}"),
+        ("rollouts", f"{cfg.rollout.prompts} prompts x {cfg.rollout.samples} samples, up to {cfg.rollout.max_new_tokens} tokens"),
+        ("first call", f"{first:.2f} s, compiling included"),
+        ("call", f"{stats.seconds:.3f} s, the median of {calls}; {stats.steps} steps in {len(stats.segments)} segments"),
+        ("tokens", f"{stats.tokens / stats.seconds:,.0f} a second, {stats.tokens:,} in all"),
+        ("live rows", f"{stats.tokens / stats.steps:.1f} a step; waste {1 - stats.tokens / stats.row_steps:.1%} of rows' steps"),
+        ("a step moves", f"{work.bytes / 1e6:,.1f} MB and computes {work.flops / 1e9:,.2f} GFLOP a device, in the first segment"),
+        ("this machine", f"{rates.bytes_per_s / 1e9:,.1f} GB/s, {rates.flops_per_s / 1e9:,.1f} GFLOP/s a device, at these shapes"),
+        ("of the ceiling", f"{least / stats.seconds:.0%}: {least:.3f} s at those rates, of {stats.seconds:.3f} s"),
+    ]  # fmt: skip
+    for name, text in rows:
+        print(f"{name:15s}{text}")
 
 
 def _line(run: Run, rollouts: Rollouts, b: int, reward: float) -> str:

@@ -1,4 +1,5 @@
-"""`publish`: the trainer's parameters to a policy that decodes: cast, re-laid and unstacked in one jit, never through the host."""
+"""`publish`: the trainer's parameters to a policy that decodes: cast or quantised, re-laid and unstacked in one jit, never through
+the host."""
 
 from collections.abc import Callable
 
@@ -7,41 +8,71 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.params import shardings, specs, unstack
+from jaxrl_llm.model.params import abstract, shardings, specs, unstack
+from jaxrl_llm.model.quantised import DTYPES, Quantised, map_matrices, quantise, quantised_specs
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import Policy, PyTree
 
 Publish = Callable[[PyTree, Array, Policy], Policy]
 
 
-def policy_shardings(cfg: ModelConfig, decode: Layout) -> Policy:
-    return Policy(params=shardings(unstack(specs(cfg), cfg.layers), decode), version=decode.replicated)
+def policy_shardings(cfg: ModelConfig, decode: Layout, weights: str = "compute") -> Policy:
+    return Policy(params=shardings(unstack(_view_specs(cfg, weights), cfg.layers), decode), version=decode.replicated)
 
 
-def make_publish(cfg: ModelConfig, train: Layout, decode: Layout) -> Publish:
-    """The program `publish(params, version, old) -> Policy`.
+def abstract_policy(cfg: ModelConfig, decode: Layout, weights: str = "compute") -> Policy:
+    """Shapes, dtypes and shardings of a policy without its arrays: what lowering needs."""
+
+    def make(params: PyTree) -> Policy:
+        return Policy(unstack(_view(params, cfg, weights), cfg.layers), jnp.zeros((), jnp.int32))
+
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        jax.eval_shape(make, abstract(specs(cfg), decode)),
+        policy_shardings(cfg, decode, weights),
+    )
+
+
+def make_publish(cfg: ModelConfig, train: Layout, decode: Layout, weights: str = "compute") -> Publish:
+    """The program `publish(params, version, old) -> Policy`; `weights` is `rollout.engine.weights`.
 
     `old`, the policy published before, only lends its buffers: it is donated, so one copy for decoding lives on, not two.
     `keep_unused` matters: without it jit drops the argument and the alias with it. The master is never donated.
     (While it runs, the TPU compiler gathers into memory of its own first: at most one more copy, see docs/tpu.md.)
     """
-    train_shardings = shardings(specs(cfg), train)
+    train_shardings = shardings(_view_specs(cfg, weights), train)
 
     def publish(params: PyTree, version: Array, old: Policy) -> Policy:
-        # Cast while still sharded: what crosses the wire is the compute dtype, on every backend.
-        cast = jax.tree.map(lambda x: x.astype(cfg.compute), params)
-        cast = jax.lax.with_sharding_constraint(cast, train_shardings)
-        return Policy(params=unstack(cast, cfg.layers), version=version)
+        # Cast and quantised while still sharded: what crosses the wire is the policy's own dtype, on every backend.
+        view = jax.lax.with_sharding_constraint(_view(params, cfg, weights), train_shardings)
+        return Policy(params=unstack(view, cfg.layers), version=version)
 
-    return jax.jit(publish, donate_argnums=2, keep_unused=True, out_shardings=policy_shardings(cfg, decode))
+    return jax.jit(publish, donate_argnums=2, keep_unused=True, out_shardings=policy_shardings(cfg, decode, weights))
 
 
-def make_blank(cfg: ModelConfig, decode: Layout) -> Callable[[], Policy]:
+def make_blank(cfg: ModelConfig, decode: Layout, weights: str = "compute") -> Callable[[], Policy]:
     """The program that makes the buffers the first `publish` writes into."""
-    tree = unstack(specs(cfg), cfg.layers)
+    shapes = abstract_policy(cfg, decode, weights)
+    return jax.jit(
+        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+        out_shardings=policy_shardings(cfg, decode, weights),
+    )
 
-    def blank() -> Policy:
-        params = jax.tree.map(lambda s: jnp.zeros(s.shape, cfg.compute), tree, is_leaf=lambda s: hasattr(s, "axes"))
-        return Policy(params=params, version=jnp.zeros((), jnp.int32))
 
-    return jax.jit(blank, out_shardings=policy_shardings(cfg, decode))
+def _view(params: PyTree, cfg: ModelConfig, weights: str) -> PyTree:
+    """The masters as a policy holds them, layers stacked."""
+
+    def cast(x: Array) -> Array:
+        return x.astype(cfg.compute)
+
+    if weights == "compute":
+        return jax.tree.map(cast, params)
+
+    def matrix(x: Array, inner: tuple[int, ...], groups: int) -> Quantised:
+        return quantise(x, inner, DTYPES[weights], groups)
+
+    return map_matrices(matrix, cast, params, cfg)
+
+
+def _view_specs(cfg: ModelConfig, weights: str) -> PyTree:
+    return specs(cfg) if weights == "compute" else quantised_specs(specs(cfg), cfg)

@@ -21,6 +21,7 @@ from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.replay import Replay, empty
 from jaxrl_llm.model import params as model_params
+from jaxrl_llm.model import quantised
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.load import load
@@ -38,7 +39,8 @@ from jaxrl_llm.rewards.graders import problems as grader_problems
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Batch, Experience, Policy, Prompts, PyTree, Rollouts, TrainState
-from jaxrl_llm.update.config import CrossEntropyLoss, LossConfig, OptimizerConfig
+from jaxrl_llm.update.config import Correction, CrossEntropyLoss, LossConfig, NoCorrection, OptimizerConfig
+from jaxrl_llm.update.config import resolve as resolve_correction
 from jaxrl_llm.update.step import Update, make_optimizer, make_score, make_start, make_update, state_shardings
 
 
@@ -57,6 +59,8 @@ class Run:
     decode: Layout
     specs: PyTree
     engine: Engine
+    correction: Correction
+    """Of the sampler's arithmetic, `auto` resolved."""
     publish: Publish
     score: jax.stages.Wrapped
     warm_update: Update
@@ -64,6 +68,15 @@ class Run:
     key: Key[Array, ""]
     """Sampling in training."""
     eval_key: Key[Array, ""]
+
+    @property
+    def corrects(self) -> bool:
+        return not isinstance(self.correction, NoCorrection)
+
+    @property
+    def scores_proximal(self) -> bool:
+        """A batch is scored once before its first update; where that is the only one, the update does it itself."""
+        return self.corrects and self.cfg.update.updates > 1
 
     @property
     def keeps_reference(self) -> bool:
@@ -130,12 +143,14 @@ def build(cfg: RunConfig) -> Run:
     mesh = make_mesh(resolve(cfg.mesh, jax.device_count())[0])
     train = Layout(mesh, TRAIN)
     decode = train.for_decode(cfg.rollout.engine.layout)
+    weights = cfg.rollout.engine.weights
+    correction = resolve_correction(cfg.update.correction, weights, cfg.rollout.engine.cache)
     vocab = Vocabulary(size=task.num_tokens, pad=task.pad, eos=task.eos)
     specs = model_params.specs(model)
 
     def update(loss: LossConfig, optimizer: OptimizerConfig, micro_batches: int) -> Update:
         return make_update(
-            specs, loss, optimizer, normalize=cfg.update.normalize, length=cfg.rollout.max_new_tokens,
+            specs, loss, optimizer, correction=correction, normalize=cfg.update.normalize, length=cfg.rollout.max_new_tokens,
             micro_batches=micro_batches, num_tokens=task.num_tokens, cfg=model, layout=train, ends=task.eos,
         )  # fmt: skip
 
@@ -150,7 +165,8 @@ def build(cfg: RunConfig) -> Run:
         decode=decode,
         specs=specs,
         engine=Engine(cfg.rollout, task.prompt_slots, vocab, model, decode, task.tokenizer.decode),
-        publish=make_publish(model, train, decode),
+        correction=correction,
+        publish=make_publish(model, train, decode, weights),
         score=make_score(task.num_tokens, model, train, task.eos),
         warm_update=update(CrossEntropyLoss(), cfg.warm_start.optimizer, 1),
         update=update(cfg.update.loss, cfg.update.optimizer, cfg.update.micro_batches),
@@ -169,6 +185,7 @@ def read_model(cfg: RunConfig) -> ModelConfig:
 def problems(cfg: RunConfig, task: Task) -> list[str]:
     """What does not fit between config, devices and task, in words."""
     found = run_config.problems(cfg, jax.device_count()) + grader_problems(cfg.reward)
+    found += quantised.problems(cfg.model, cfg.rollout.engine.weights)
     if cfg.model.vocab_size < task.num_tokens:
         found.append(f"model.vocab_size: got {cfg.model.vocab_size}, want at least the tokenizer's {task.num_tokens}")
     if cfg.rollout.max_new_tokens < task.target_slots:
@@ -239,7 +256,9 @@ def target(run: Run) -> PyTree:
 
 def publish(run: Run, state: TrainState, old: Policy | None) -> Policy:
     """The policy that the state's parameters make; `old` lends its buffers."""
-    return run.publish(state.params, state.step, old or make_blank(run.model, run.decode)())
+    return run.publish(
+        state.params, state.step, old or make_blank(run.model, run.decode, run.cfg.rollout.engine.weights)()
+    )
 
 
 def open_checkpoints(cfg: RunConfig) -> Checkpoints:

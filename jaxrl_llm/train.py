@@ -5,7 +5,6 @@
 
 import dataclasses
 import signal
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -19,8 +18,9 @@ from jax.experimental import multihost_utils
 
 from jaxrl_llm import config as run_config
 from jaxrl_llm.checkpoint import Checkpoints, RunLock, prepare_run_directory
-from jaxrl_llm.collect import GivenUp, Grades, collect
+from jaxrl_llm.collect import GivenUp, collect
 from jaxrl_llm.config import RunConfig
+from jaxrl_llm.describe import as_floats, describe, describe_engine, responses
 from jaxrl_llm.errors import CheckpointError, NonFiniteError, Preempted, UserError
 from jaxrl_llm.evaluate import evaluate, headline, supervised_batch
 from jaxrl_llm.experience.advantages import ADVANTAGES
@@ -31,11 +31,9 @@ from jaxrl_llm.metrics import CompileCounter, RatioAlarm, Recorder, Timers
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.prompts.stream import next_prompts
 from jaxrl_llm.prompts.supervised import noisy_rows
-from jaxrl_llm.rewards.pool import Failure, GraderPool, part_metrics
-from jaxrl_llm.rollout.engine import Stats
+from jaxrl_llm.rewards.pool import GraderPool
 from jaxrl_llm.run import (
     Life,
-    Rates,
     Run,
     begin,
     build,
@@ -45,7 +43,7 @@ from jaxrl_llm.run import (
     publish,
     target,
 )
-from jaxrl_llm.types import Batch, Experience, Finish, Policy, Rollouts, TrainState
+from jaxrl_llm.types import Batch, Experience, Policy, TrainState
 
 MAX_NONFINITE = 3
 
@@ -220,60 +218,21 @@ def update(
     cfg, state, alarm, rings, each = run.cfg.update, life.state, RatioAlarm(life.alarm), False, []
     if run.keeps_reference:
         batch = batch.replace(reference_logprobs=hosts.gather(run.score(life.reference, run.put_batch(batch))))
+    if run.scores_proximal:
+        batch = batch.replace(proximal_logprobs=hosts.gather(run.score(state.params, run.put_batch(batch))))
+    # Corrected, the ratio is to the trainer of before these updates: the first has ratio 1 on old data too.
+    stale = old and not run.corrects
     for _ in range(cfg.epochs):
         for part in minibatches(batch, run.cfg.rollout.samples, cfg.minibatches, rng):
             state, metrics = run.update(state, run.put_batch(part))
             each.append(as_floats(jax.device_get(metrics)))
-            alarm, ring = alarm.observe(each[-1]["ratio/min"], each[-1]["ratio/max"], stale=old or len(each) > 1)
+            alarm, ring = alarm.observe(each[-1]["ratio/min"], each[-1]["ratio/max"], stale=stale or len(each) > 1)
             rings |= ring
     metrics = {name: float(np.mean([m[name] for m in each])) for name in each[0]}
     metrics |= {"ratio/max": max(m["ratio/max"] for m in each), "ratio/min": min(m["ratio/min"] for m in each)}
     # Only the first update on fresh data compares the same parameters: what is left is the sampler's own error.
-    metrics["mismatch/max_abs_dlogp"] = float("nan") if old else each[0]["mismatch/max_abs_dlogp"]
+    metrics |= {name: float("nan") if old else x for name, x in each[0].items() if name.startswith("mismatch/")}
     return state, alarm.streak, metrics | {"alarm/ratio": float(rings), "updates": len(each)}
-
-
-def describe(
-    cfg: RunConfig, graded: Grades, rollouts: Rollouts, keep: np.ndarray, counts: np.ndarray
-) -> dict[str, float]:
-    """The step's rollouts in numbers, under the names that users of TRL know."""
-    reward = graded.reward[graded.failure == Failure.NONE]
-    length = rollouts.length
-    metrics = {
-        "reward": reward.mean() if reward.size else np.nan,
-        "reward_std": reward.std(axis=1, ddof=1).mean() if reward.size else np.nan,
-        "frac_reward_zero_std": np.mean(reward.max(axis=1) == reward.min(axis=1)) if reward.size else np.nan,
-        "completions/mean_length": length.mean(),
-        "completions/min_length": length.min(),
-        "completions/max_length": length.max(),
-        "completions/clipped_ratio": np.mean(rollouts.finish == Finish.LENGTH),
-        "completions/tokens": length.sum(),
-        "completions/crc32": zlib.crc32(rollouts.tokens.tobytes()),
-        "prompts/first_uid": rollouts.prompts.uid[0],
-        "groups/kept": keep.sum(),
-        "groups/replayed": counts.sum() - keep.sum(),
-        "sampling/mean_logprob": rollouts.behavior_logprobs.sum() / rollouts.sampled.sum(),
-        "sampling/entropy": rollouts.entropy.sum() / rollouts.sampled.sum(),
-    }
-    metrics |= part_metrics(graded, [grader.label for grader in cfg.reward.graders])
-    return as_floats(metrics)
-
-
-def describe_engine(stats: Stats, rates: Rates) -> dict[str, float]:
-    """How the engine got through the work: rows alive a step, the share of rows' steps that ended ones wasted, and the least
-    time that the steps take at the machine's measured rates, of the time they took."""
-    return {
-        "rollout/steps": float(stats.steps),
-        "rollout/segments": float(len(stats.segments)),
-        "rollout/live_rows": stats.tokens / max(stats.steps, 1),
-        "rollout/waste": 1 - stats.tokens / max(stats.row_steps, 1),
-        "sampling/support_overflow": stats.overflow / max(stats.tokens, 1),
-        "rollout/ceiling_fraction": stats.least_seconds(*rates) / stats.seconds,
-    }
-
-
-def as_floats(metrics: dict) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items()}
 
 
 def show(run: Run, shell: Shell, step: int, experience: Experience) -> None:
@@ -287,30 +246,6 @@ def show(run: Run, shell: Shell, step: int, experience: Experience) -> None:
         recorder.rollouts(step, rows)
     if recorder.wants(step, cfg.samples_every):
         recorder.samples(rows[: run.cfg.rollout.samples])
-
-
-def responses(run: Run, experience: Experience, num_rows: int) -> list[dict]:
-    """The first rows as a person would read them."""
-    rollouts, found = experience.rollouts, []
-    for b in range(min(num_rows, len(rollouts.length))):
-        p, n = b // run.cfg.rollout.samples, int(rollouts.length[b])
-        ids = rollouts.tokens[b, :n].tolist()
-        found.append(
-            {
-                "uid": int(rollouts.prompts.uid[p]),
-                "sample": b % run.cfg.rollout.samples,
-                "prompt": run.task.decode(rollouts.prompts.tokens[p : p + 1], rollouts.prompts.length[p : p + 1])[0],
-                "completion": run.task.decode(rollouts.tokens[b : b + 1], rollouts.length[b : b + 1])[0],
-                "ids": ids,
-                "tokens": [run.task.tokenizer.token(i) for i in ids],
-                "logprobs": rollouts.behavior_logprobs[b, :n],
-                "entropy": rollouts.entropy[b, :n],
-                "reward": experience.reward[b],
-                "advantage": experience.advantage[b],
-                "finish": Finish(rollouts.finish[b]).name.lower(),
-            }
-        )
-    return found
 
 
 @contextmanager

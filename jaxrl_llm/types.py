@@ -101,6 +101,8 @@ class Batch(flax.struct.PyTreeNode):
     temperature: Float[ArrayLike, "R T"]
     reference_logprobs: Float[ArrayLike, "R T"] | None = None
     """Under the frozen reference policy; only where the loss has a KL term."""
+    proximal_logprobs: Float[ArrayLike, "R T"] | None = None
+    """Under the trainer's parameters before the first update on this batch; only where a correction takes several updates."""
     support: Int[ArrayLike, "R T K"] | None = None
     """As in `Rollouts`: what the scorer's distribution is over. All -1 outside completions."""
     barred: Bool[ArrayLike, "R T"] | None = None

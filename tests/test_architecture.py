@@ -34,11 +34,12 @@ ALLOWED = {
     "report": {"errors", "metrics"},
     "run": FOUNDATION | STAGES | {"ceilings", "config", "model", "publish", "checkpoint"},
     "collect": FOUNDATION | STAGES | {"run"},
+    "describe": FOUNDATION | STAGES | {"config", "run", "collect"},
     "evaluate": FOUNDATION | STAGES | {"config", "estimates", "run", "collect"},
     "inspect_run": FOUNDATION | STAGES | {"config", "estimates", "metrics", "model", "run", "collect", "evaluate"},
     "train": FOUNDATION
     | STAGES
-    | {"config", "metrics", "model", "publish", "checkpoint", "run", "collect", "evaluate"},
+    | {"config", "metrics", "model", "publish", "checkpoint", "run", "collect", "describe", "evaluate"},
     "cli": {"errors", "config", "parallel", "report", "train", "inspect_run"},
 }
 NEVER = {"configs", "tests", "benchmarks", "launch", "docs"}

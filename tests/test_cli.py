@@ -180,3 +180,17 @@ def test_what_is_evaluated_and_on_what(tmp_path):
     assert own.task.kind == "arithmetic" and own.model.layers == 3 and own.rollout.max_new_tokens == 5
     other = cli.read_evaluation(str(run_dir), "reasoning_gym:leg_counting", [])
     assert other.model == own.model and other.tokenizer == own.tokenizer and other.task.name == "leg_counting"
+
+
+def test_sample_benchmark_counts_what_it_timed(tmp_path):
+    """8 prompts x 2 samples: tokens, steps, live rows and waste agree."""
+    shape = ["--rollout.prompts", "8", "--rollout.samples", "2", "--rollout.max_new_tokens", "4"]
+    done, _ = jaxrl("sample", CONFIG, "--benchmark", *shape, "--run_dir", str(tmp_path / "none"), "--mesh.fsdp", "1")
+    assert done.returncode == 0, done.stderr
+    told = {line[:15].strip(): line[15:] for line in done.stdout.splitlines()}
+    steps = int(told["call"].split("; ")[1].split()[0])
+    tokens = int(told["tokens"].split(", ")[1].split()[0])
+    assert told["rollouts"].startswith("8 prompts x 2 samples, up to 4 tokens")
+    assert 1 <= steps <= 4 and 16 <= tokens <= 16 * steps
+    assert told["live rows"].startswith(f"{tokens / steps:.1f} a step; waste {1 - tokens / (16 * steps):.1%}")
+    assert float(told["of the ceiling"].split("%")[0]) > 0

@@ -38,7 +38,11 @@ def make_tokenizer(out: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     problems = reasoning_gym.create_dataset("chain_sum", size=2000, seed=7)
-    texts = [f"{p['metadata']['expression']} = {p['answer']}" for p in problems] + ["user\n", "assistant\n", "system\n"] * 500
+    texts = [f"{p['metadata']['expression']} = {p['answer']}" for p in problems] + [
+        "user\n",
+        "assistant\n",
+        "system\n",
+    ] * 500
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

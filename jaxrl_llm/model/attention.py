@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.model.cache import WHOLE
+from jaxrl_llm.model.cache import WHOLE, Scaled
 
 # Finite, so that a query with no key at all gives zeros, not NaN; far below any real score.
 MASKED = -1e30
@@ -51,20 +51,32 @@ def causal_mask(
 
 def attend_part(
     q: Float[Array, "B K Q H"],
-    k: Float[Array, "B K U H"],
-    v: Float[Array, "B K U H"],
+    k: Float[Array, "B K U H"] | Float[Array, "B K H U"] | Scaled,
+    v: Float[Array, "B K U H"] | Scaled,
     mask: Bool[Array, "B U"],
     scale: float | None = None,
     softcap: float | None = None,
+    across: bool = False,
 ) -> tuple[Float[Array, "B K Q H"], Float[Array, "B K Q"], Float[Array, "B K Q"]]:
-    """Attention over a part of the keys, unnormalised: (weighted sum of v, sum of weights, maximum score), for `merge`."""
-    products = jnp.einsum("bkqh,bkuh->bkqu", q, k, preferred_element_type=jnp.float32)
-    scores = _scores(products, q.shape[-1], scale, softcap)
-    seen = mask[:, None, None, :]
-    top = jnp.max(jnp.where(seen, scores, MASKED), axis=-1)
-    weights = jnp.where(seen, jnp.exp(scores - top[..., None]), 0.0)
-    out = jnp.einsum("bkqu,bkuh->bkqh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    """Attention over a part of the keys, unnormalised: (weighted sum of v, sum of weights, maximum score), for `merge`.
+
+    `across`: keys lie [B K H U]. Keys and values in int8 multiply as they are; their scales go to the scores and the weights.
+    """
+    k, of_keys = _bare(k, q.dtype)
+    v, of_values = _bare(v, q.dtype)
+    products = jnp.einsum("bkqh,bkhu->bkqu" if across else "bkqh,bkuh->bkqu", q, k, preferred_element_type=jnp.float32)
+    products = products if of_keys is None else products * of_keys[:, :, None]
+    scores = jnp.where(mask[:, None, None, :], _scores(products, q.shape[-1], scale, softcap), MASKED)
+    # Above MASKED, so that the weights of a part without a key are 0, not 1.
+    top = jnp.maximum(jnp.max(scores, axis=-1), MASKED / 2)
+    weights = jnp.exp(scores - top[..., None])
+    shares = weights if of_values is None else weights * of_values[:, :, None]
+    out = jnp.einsum("bkqu,bkuh->bkqh", shares.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return out, jnp.sum(weights, axis=-1), top
+
+
+def _bare(x: Array | Scaled, dtype: jnp.dtype) -> tuple[Array, Array | None]:
+    return (x.q.astype(dtype), x.scale) if isinstance(x, Scaled) else (x, None)
 
 
 def merge(*parts: tuple[Array, Array, Array]) -> Array:

@@ -7,12 +7,21 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Sharding
 
+from jaxrl_llm.model.quantised import Quantised, product
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def contract(x: jax.Array, w: jax.Array, inner: int = 1) -> jax.Array:
+
+def contract(x: jax.Array, w: jax.Array | Quantised, inner: int = 1) -> jax.Array:
     """Sum over the last `inner` dims of `x` and the first `inner` of `w`: `[..., *I] x [*I, *O] -> [..., *O]`, in f32.
 
-    `w` is cast to the dtype of `x`, so f32 masters multiply in the compute dtype; sums are f32.
+    A quantised `w` multiplies in its own 8 bits and has no gradient.
+    """
+    return product(x, w, inner) if isinstance(w, Quantised) else _contract(x, w, inner)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _contract(x: jax.Array, w: jax.Array, inner: int) -> jax.Array:
+    """`w` is cast to the dtype of `x`, so f32 masters multiply in the compute dtype; sums are f32.
+
     The gradient casts its cotangent to the dtype of `x`: left f32 it would make both products of the backward pass mixed,
     off the fast path of every backend (jax issue 24047). dw comes out f32 before it takes the dtype of `w`.
     """
@@ -20,7 +29,7 @@ def contract(x: jax.Array, w: jax.Array, inner: int = 1) -> jax.Array:
 
 
 def _forward(x: jax.Array, w: jax.Array, inner: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return contract(x, w, inner), (x, w)
+    return _contract(x, w, inner), (x, w)
 
 
 def _backward(inner: int, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -32,7 +41,7 @@ def _backward(inner: int, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> t
     return dx.astype(x.dtype), _dot(x, g, rows, rows).astype(w.dtype)
 
 
-contract.defvjp(_forward, _backward)
+_contract.defvjp(_forward, _backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))

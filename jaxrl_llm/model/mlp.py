@@ -18,6 +18,9 @@ def gated(gate: Float[Array, "*rows F"], up: Float[Array, "*rows F"], cfg: Model
 
 
 def dense(layer: dict[str, Array], h: Float[Array, "B T D"], cfg: ModelConfig) -> Float[Array, "B T D"]:
-    """One MLP for every token."""
-    gate, up = jnp.moveaxis(contract(h, layer["gate_up"].swapaxes(0, 1)), -2, 0)
+    """One MLP for every token: a layer of a policy, or of masters."""
+    if "gate" in layer:
+        gate, up = contract(h, layer["gate"]), contract(h, layer["up"])
+    else:
+        gate, up = jnp.moveaxis(contract(h, layer["gate_up"].swapaxes(0, 1)), -2, 0)
     return contract(gated(gate, up, cfg).astype(h.dtype), layer["down"]).astype(h.dtype)

@@ -14,6 +14,9 @@ from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.parallel.layout import Axes, Layout
 from jaxrl_llm.types import PyTree
 
+# What lies in a `gate_up`, in this order.
+GATE_UP = ("gate", "up")
+
 
 class ParamSpec(NamedTuple):
     """One parameter: `std` None means ones, 0.0 zeros, else a normal with that standard deviation."""
@@ -32,7 +35,7 @@ def specs(cfg: ModelConfig) -> PyTree:
 
     Queries, keys and values of a key/value head lie together, `[D, K, G + 2, H]`, and gate before up, `[2, D, F]`: so a
     `tensor` shard holds whole heads, and splitting them costs no collective. (Columns joined end to end cost three times as many.)
-    With the 2 in the middle a TPU re-lays the whole of it at the start of every rollout, and holds both.
+    With the 2 in the middle a TPU re-lays the whole of it at the start of every rollout, and holds both. Policies have two apart.
     Norms that multiply by 1 + w start at w = 0.
     """
     norm = 0.0 if cfg.norm_plus_one else None
@@ -105,10 +108,22 @@ def _make(spec: ParamSpec, key: jax.Array) -> jax.Array:
 
 
 def unstack(tree: PyTree, num_layers: int) -> PyTree:
-    """From layers stacked on a leading L to a tuple of L layers; for arrays and for specs alike."""
+    """The tree of a policy, for arrays and for specs alike: a tuple of layers, and in each an MLP's `gate_up` as `gate` and `up`.
+
+    Joined, one of the two ways to multiply by them re-lays both: for a handful of rows that costs as much as the product.
+    """
 
     def take(x: jax.Array | ParamSpec, i: int) -> jax.Array | ParamSpec:
         return ParamSpec(x.shape[1:], x.axes[1:], x.std) if is_spec(x) else x[i]
 
-    layers = tuple(map_specs(lambda x, i=i: take(x, i), tree["layers"]) for i in range(num_layers))
-    return {**tree, "layers": layers}
+    def entry(tree: PyTree, i: int) -> PyTree:
+        return map_specs(lambda x: take(x, i), tree)
+
+    def layer(i: int) -> PyTree:
+        found = entry(tree["layers"], i)
+        if "router" in found:
+            return found
+        joined = found.pop("gate_up")
+        return found | {name: entry(joined, side) for side, name in enumerate(GATE_UP)}
+
+    return {**tree, "layers": tuple(layer(i) for i in range(num_layers))}

@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -19,17 +20,43 @@ class Rotation(NamedTuple):
     """Multiplies cosine and sine."""
 
 
-def rope(x: Float[Array, "B T *heads H"], position: Int[Array, "B T"], turn: Rotation) -> Float[Array, "B T *heads H"]:
-    """Turn the pairs (i, i + H/2) by position * frequency[i].
+class Angles(NamedTuple):
+    """Of positions, f32: the same for all heads, and for all layers that turn alike."""
+
+    sin: Float[Array, "B T H/2"]
+    cos: Float[Array, "B T H/2"]
+
+
+def angles(position: Int[Array, "B T"], turn: Rotation) -> Angles:
+    """Sine and cosine of position * frequency[i], times the scale.
 
     The angle is f32: bfloat16 rounds 257 to 256, which is another angle altogether.
     """
-    half = x.shape[-1] // 2
     angle = position.astype(jnp.float32)[..., None] * turn.frequency
-    angle = angle.reshape(*position.shape, *(1,) * (x.ndim - 3), half)
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     if not (isinstance(turn.scale, float) and turn.scale == 1.0):
         sin, cos = sin * turn.scale, cos * turn.scale
+    return Angles(sin, cos)
+
+
+def shared_angles(position: Int[Array, "B T"], turn: Rotation, count: Int[Array, ""]) -> Angles:
+    """`angles` as arrays that all layers of a decode step read; `count` is any number from 0 on that the compiler does not know.
+
+    XLA:CPU would work them out anew in each product of each layer, for every head; what a conditional gives it keeps. On a TPU a
+    conditional in the loop makes the compiler move caches, so only the CPU gets one.
+    """
+
+    def kept(position: Array, count: Array) -> Angles:
+        blank = jnp.zeros((*position.shape, turn.frequency.shape[-1]), jnp.float32)
+        return jax.lax.cond(count >= 0, lambda: angles(position, turn), lambda: Angles(blank, blank))
+
+    return jax.lax.platform_dependent(position, count, cpu=kept, default=lambda position, _: angles(position, turn))
+
+
+def rope(x: Float[Array, "B T *heads H"], by: Angles) -> Float[Array, "B T *heads H"]:
+    """Turn the pairs (i, i + H/2)."""
+    half = x.shape[-1] // 2
+    sin, cos = (a.reshape(*x.shape[:2], *(1,) * (x.ndim - 3), half) for a in by)
     a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 

@@ -16,10 +16,14 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.model.attention import attend, attend_part, causal_mask, merge
 from jaxrl_llm.model.cache import (
-    AXES,
+    PLAIN,
+    WHOLE,
+    Form,
+    Past,
     PromptCache,
     SuffixCache,
-    latest,
+    nothing_read,
+    num_slots,
     reaches,
     seen,
     seen_of_prompt,
@@ -29,7 +33,8 @@ from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.experts import mixture
 from jaxrl_llm.model.linear import contract, gather
 from jaxrl_llm.model.mlp import dense
-from jaxrl_llm.model.rope import Rotation, rope, rotation
+from jaxrl_llm.model.quantised import look_up
+from jaxrl_llm.model.rope import Angles, Rotation, angles, rope, rotation, shared_angles
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import PyTree
 
@@ -71,7 +76,7 @@ def rms_norm(x: Array, weight: Array, cfg: ModelConfig) -> Array:
     return (wide * (1 + weight if cfg.norm_plus_one else weight)).astype(x.dtype)
 
 
-def _qkv(layer: Layer, x: Array, position: Array, turn: Rotation, cfg: ModelConfig) -> tuple[Array, Array, Array]:
+def _qkv(layer: Layer, x: Array, by: Angles, cfg: ModelConfig) -> tuple[Array, Array, Array]:
     """Queries [B T K G H], keys and values [B T K H], rotated."""
     packed = contract(rms_norm(x, layer["attn_norm"], cfg), layer["qkv"])
     if cfg.qkv_bias:
@@ -80,7 +85,7 @@ def _qkv(layer: Layer, x: Array, position: Array, turn: Rotation, cfg: ModelConf
     q, k, v = packed[..., : cfg.group, :], packed[..., cfg.group, :], packed[..., cfg.group + 1, :]
     if cfg.qk_norm:
         q, k = rms_norm(q, layer["q_norm"], cfg), rms_norm(k, layer["k_norm"], cfg)
-    return rope(q, position, turn), rope(k, position, turn), v
+    return rope(q, by), rope(k, by), v
 
 
 def _attention_out(layer: Layer, x: Array, mixed: Array, cfg: ModelConfig) -> Array:
@@ -95,7 +100,7 @@ def _mlp(layer: Layer, x: Array, cfg: ModelConfig, layout: Layout) -> Array:
 
 
 def _embed(params: PyTree, tokens: Array, cfg: ModelConfig, layout: Layout) -> Array:
-    x = jnp.take(params["embed"], tokens, axis=0).astype(cfg.compute)
+    x = look_up(params["embed"], tokens, cfg.compute, layout)
     if cfg.scale_embedding:
         x = x * jnp.asarray(cfg.d_model**0.5, cfg.compute)
     # First as the table lies, then as rows: in training one all-to-all in the compute dtype, and one back for the gradient.
@@ -105,15 +110,14 @@ def _embed(params: PyTree, tokens: Array, cfg: ModelConfig, layout: Layout) -> A
 def _block(
     layer: Layer,
     x: Array,
-    position: Array,
-    turn: Rotation,
+    by: Angles,
     cfg: ModelConfig,
     layout: Layout,
     mix: Callable[[Array, Array, Array], Array],
 ) -> tuple[Array, KV]:
     """One layer; `mix(q, k, v)` is the attention. Returns the residual stream and this layer's keys and values."""
     with jax.named_scope("attention"):
-        q, k, v = _qkv(layer, x, position, turn, cfg)
+        q, k, v = _qkv(layer, x, by, cfg)
         x = layout.constrain(_attention_out(layer, x, mix(q, k, v), cfg), "rows", None, None)
     with jax.named_scope("mlp"):
         x = layout.constrain(_mlp(layer, x, cfg, layout), "rows", None, None)
@@ -140,7 +144,7 @@ def hidden(
         layer, own = scanned
         kind = first._replace(**own)
         mask = causal_mask(segment, position, kind.reach) if shared is None else shared
-        x, _ = _block(layer, x, position, kind.turn, cfg, layout, _whole(mask, cfg))
+        x, _ = _block(layer, x, angles(position, kind.turn), cfg, layout, _whole(mask, cfg))
         return x, None
 
     x, _ = jax.lax.scan(step, _embed(params, tokens, cfg, layout), (params["layers"], differ))
@@ -153,7 +157,8 @@ def _whole(mask: Array, cfg: ModelConfig) -> Callable[[Array, Array, Array], Arr
 
 def logits(params: PyTree, h: Float[Array, "... D"], cfg: ModelConfig) -> Float[Array, "... V"]:
     """Next-token logits of normed activations, f32."""
-    return _capped(contract(h, params["embed" if cfg.tied_head else "head"].T), cfg)
+    head = jax.tree.map(jnp.transpose, params["embed" if cfg.tied_head else "head"])
+    return _capped(contract(h, head), cfg)
 
 
 def _capped(x: Array, cfg: ModelConfig) -> Array:
@@ -177,24 +182,62 @@ def logits_in_loop(
 
 
 def prefill(
-    params: PyTree, tokens: Int[Array, "U S"], length: Int[Array, " U"], slots: int, cfg: ModelConfig, layout: Layout
+    params: PyTree,
+    tokens: Int[Array, "U S"],
+    length: Int[Array, " U"],
+    slots: int,
+    cfg: ModelConfig,
+    layout: Layout,
+    chunk: int = WHOLE,
+    form: Form = PLAIN,
 ) -> PromptCache:
     """Keys and values of the first `length` tokens of right-padded prompts, in caches of `slots` slots.
 
-    `params` has one entry a layer. No logits: the first decode step, which reads each prompt's last token, makes them.
+    `params` has one entry a layer. `chunk` tokens are read at a time: that bounds activations, and scores to chunk * S a head.
+    No logits: the first decode step, which reads each prompt's last token, makes them.
     """
-    position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    segment = (position < length[:, None]).astype(jnp.int32)
-    masks = {reach: causal_mask(segment, position, reach) for reach in dict.fromkeys(reaches(cfg))}
+    num, total = tokens.shape
+    turns = -(-total // chunk)
+    if turns == 1:
+        past = _read_chunk(params, tokens, length, 0, (None,) * cfg.layers, cfg, layout)
+    else:
+        tokens = jnp.pad(tokens, ((0, 0), (0, -total % chunk)))
+
+        def read(n: Array, past: tuple[Past, ...]) -> tuple[Past, ...]:
+            part = jax.lax.dynamic_slice_in_dim(tokens, n * chunk, chunk, axis=1)
+            return _read_chunk(params, part, length, n * chunk, past, cfg, layout)
+
+        past = jax.lax.fori_loop(0, turns, read, nothing_read(cfg, num, total, chunk, layout))
+    sizes = [(min(reach, total), min(reach, slots)) for reach in reaches(cfg)]
+    keys, values = zip(*(p.held(length, *size, form, layout) for p, size in zip(past, sizes, strict=True)), strict=True)
+    return PromptCache(k=keys, v=values)
+
+
+def _read_chunk(
+    params: PyTree,
+    tokens: Int[Array, "U T"],
+    length: Int[Array, " U"],
+    start: int | Int[Array, ""],
+    past: tuple[Past | None, ...],
+    cfg: ModelConfig,
+    layout: Layout,
+) -> tuple[Past, ...]:
+    """What was read once the tokens from position `start` on are; None: nothing was before them."""
+    position = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+    after: list[Past] = []
+
+    def mix(reach: int, before: Past | None, q: Array, k: Array, v: Array) -> Array:
+        after.append(Past(k, v) if before is None else before.with_chunk(k, v, start, length))
+        first, keys, values = (0, k, v) if before is None else before.joined(k, v, start)
+        behind = position[:, :, None] - (first + jnp.arange(keys.shape[1]))
+        # Of keys before the first token there is room, but there are none.
+        mask = (behind >= 0) & (behind < reach) & (behind <= position[:, :, None])
+        return attend(q, keys, values, mask, cfg.attention_scale, cfg.attention_softcap)
+
     x = _embed(params, tokens, cfg, layout)
-    keys, values = [], []
-    for kind, layer in zip(kinds(cfg), params["layers"], strict=True):
-        x, (k, v) = _block(layer, x, position, kind.turn, cfg, layout, _whole(masks[kind.reach], cfg))
-        for kept, part in ((keys, k), (values, v)):
-            part = latest(part, length, min(kind.reach, part.shape[1])).swapaxes(1, 2)
-            part = jnp.pad(part, ((0, 0), (0, 0), (0, min(kind.reach, slots) - part.shape[2]), (0, 0)))
-            kept.append(layout.constrain(part, *AXES))
-    return PromptCache(k=tuple(keys), v=tuple(values))
+    for kind, layer, before in zip(kinds(cfg), params["layers"], past, strict=True):
+        x, _ = _block(layer, x, angles(position, kind.turn), cfg, layout, partial(mix, kind.reach, before))
+    return tuple(after)
 
 
 class Place(NamedTuple):
@@ -225,26 +268,30 @@ def decode(
     rows, units = token.shape[0], place.age.shape[0]
     each = rows // units
     position = jnp.repeat(place.length + place.age, each)[:, None]
-    keys, values = list(suffix.k), list(suffix.v)
+    keys, values, form = list(suffix.k), list(suffix.v), suffix.form
     x = _embed(params, token[:, None], cfg, layout)
     attend_to = partial(attend_part, scale=cfg.attention_scale, softcap=cfg.attention_softcap)
+    # Masks once for all layers with rings of a size: a ring that has gone round holds the last `size` <= reach tokens.
+    sizes = {num_slots(x) for x in values}
+    own_masks = {n: jnp.repeat(seen(n, place.count, place.age), each, axis=0) for n in sizes}
 
     def mix(i: int, reach: int, q: Array, k: Array, v: Array) -> Array:
         # Written first, then read back from the written cache: the other order makes XLA copy the cache.
-        keys[i], values[i] = write(keys[i], k, place.count), write(values[i], v, place.count)
-        # A ring that has gone round holds the last `size` <= reach tokens.
-        mine = jnp.repeat(seen(keys[i].shape[2], place.count, place.age), each, axis=0)
-        own = attend_to(q[:, 0], keys[i], values[i], mine)
+        keys[i] = write(keys[i], k, place.count, form, form.across)
+        values[i] = write(values[i], v, place.count, form)
+        own = attend_to(q[:, 0], keys[i], values[i], own_masks[num_slots(values[i])], across=form.across)
         folded = q[:, 0].reshape(units, each, *q.shape[2:]).swapaxes(1, 2)
         folded = folded.reshape(units, cfg.kv_heads, each * cfg.group, cfg.head_dim)
-        mask = seen_of_prompt(prompt.k[i].shape[2], place.length, place.age, reach)
+        mask = seen_of_prompt(num_slots(prompt.v[i]), place.length, place.age, reach)
         shared = attend_to(folded, prompt.k[i], prompt.v[i], mask)
         return merge(tuple(_unfold(part, each) for part in shared), own)[:, None]
 
+    turns = {cfg.slides(i): kind.turn for i, kind in enumerate(kinds(cfg))}
+    by = {slides: shared_angles(position, turn, place.count) for slides, turn in turns.items()}
     for i, (kind, layer) in enumerate(zip(kinds(cfg), params["layers"], strict=True)):
-        x, _ = _block(layer, x, position, kind.turn, cfg, layout, partial(mix, i, kind.reach))
+        x, _ = _block(layer, x, by[cfg.slides(i)], cfg, layout, partial(mix, i, kind.reach))
     h = rms_norm(x[:, 0], params["final_norm"], cfg)
-    return logits(params, h, cfg), SuffixCache(k=tuple(keys), v=tuple(values))
+    return logits(params, h, cfg), suffix.replace(k=tuple(keys), v=tuple(values))
 
 
 def _unfold(x: Array, each: int) -> Array:

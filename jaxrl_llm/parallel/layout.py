@@ -69,5 +69,9 @@ class Layout:
         return Layout(Mesh(devices, AXES, axis_types=self.mesh.axis_types), DECODE)
 
     @property
+    def on_cpu(self) -> bool:
+        return self.mesh.devices.flat[0].platform == "cpu"
+
+    @property
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())

@@ -28,8 +28,9 @@ class EngineConfig:
     """Steps between two looks of the host: there finished rows leave, waiting ones join, and the cache grows."""
     eos_interval: Count = 8
     """Steps between two looks of the device at whether any row still lives."""
-    grow: bool = True
-    """The cache starts with one segment's slots and doubles as rows grow; else it has `max_new_tokens` at once."""
+    window: Natural = 0
+    """Slots that the cache of the rows' own keys starts with; it doubles as rows grow. 0: 32 on a CPU, 128 elsewhere, as measured;
+    `max_new_tokens` or more: it has them all at once."""
     compact: bool = True
     """Finished rows leave the batch when half of it, or less, lives."""
     prefill_chunk: Count = 1024
@@ -38,8 +39,9 @@ class EngineConfig:
     """How the policy that samples holds its matrices: the model's compute dtype, or 8 bits with one scale an output channel."""
     cache: Literal["compute", "int8"] = "compute"
     """How keys and values are held: the compute dtype, or int8 with one scale a head and slot."""
-    attention: Literal["auto", "dot", "reduce", "cudnn"] = "auto"
-    """Form of attention over the caches; auto: what was measured fastest on the backend."""
+    attention: Literal["auto", "dot", "across"] = "auto"
+    """How keys lie in the cache: dot, each slot's H numbers together; across, those of all slots together; auto: as was measured
+    fastest on the backend."""
     layout: Literal["replicated", "wide"] | MeshConfig = "replicated"
     """How the policy lies: copied over `fsdp`; or `wide`, heads, mlp and vocabulary split over `fsdp` too; or on axes of its own
     over the same devices."""

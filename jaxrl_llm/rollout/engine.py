@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from jaxrl_llm.model.cache import PromptCache, reaches
+from jaxrl_llm.model.cache import PromptCache, choose_form, reaches
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.work import Work, decode_step, weight_bytes
 from jaxrl_llm.parallel import hosts
@@ -25,12 +25,14 @@ from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.rollout.decode import Record, Segment, Shape, Units
 from jaxrl_llm.rollout.harvest import Harvest, Text
-from jaxrl_llm.rollout.programs import Name, Programs
+from jaxrl_llm.rollout.programs import Memory, Name, Programs
 from jaxrl_llm.rollout.sample import Controls, Vocabulary
 from jaxrl_llm.types import Policy, Prompts, PyTree, Rollouts
 
 # Rows of a device below which compaction does not go: with fewer, products round otherwise and weights are all that is read.
 LEAST_ROWS = 8
+# How often a flight is halved at most: each size is a program more for every window.
+HALVINGS = 2
 # The shortest bucket of prompt lengths; the others are this times 4, 16, ...
 LEAST_PROMPT = 128
 
@@ -72,14 +74,14 @@ class Sizes:
         return prompts * self.units_of_prompt
 
     @staticmethod
-    def of(cfg: RolloutConfig, steps: int, prompt_slots: int, reach: int, shards: int) -> "Sizes":
+    def of(cfg: RolloutConfig, window: int, prompt_slots: int, reach: int, shards: int) -> "Sizes":
         engine, each = cfg.engine, cfg.engine.shared_by or cfg.samples
         flight = -(-min(engine.in_flight or cfg.prompts, cfg.prompts) // shards)
         halves = [flight]
-        while halves[-1] > 1 and -(-halves[-1] // 2) * cfg.samples >= LEAST_ROWS:
+        while len(halves) <= HALVINGS and halves[-1] > 1 and -(-halves[-1] // 2) * cfg.samples >= LEAST_ROWS:
             halves.append(-(-halves[-1] // 2))
         most = min(cfg.max_new_tokens, reach)
-        windows = doubled(min(steps, most), most, 2) if engine.grow else (most,)
+        windows = doubled(min(window, most), most, 2)
         slots = doubled(min(LEAST_PROMPT, prompt_slots), prompt_slots, 4)
         return Sizes(shards, tuple(n * shards for n in halves), each, cfg.samples // each, windows, slots)
 
@@ -105,12 +107,16 @@ class Engine:
     ):  # fmt: skip
         self.cfg, self.vocab, self.layout, self.text = cfg, vocab, layout, text
         steps = min(cfg.engine.segment, cfg.max_new_tokens)
-        interval = max(n for n in range(1, min(cfg.engine.eos_interval, steps) + 1) if steps % n == 0)
+        window = cfg.engine.window or (32 if layout.on_cpu else 128)
+        self.sizes = Sizes.of(cfg, window, prompt_slots, max(reaches(model)), layout.size("rows"))
+        most = min(cfg.engine.eos_interval, steps, self.sizes.windows[0])
+        interval = max(n for n in range(1, most + 1) if steps % n == 0)
         truncated = cfg.top_p < 1 or cfg.top_k > 0 or cfg.min_p > 0
         support = min(cfg.support, vocab.size) if truncated else 0
         self.shape = Shape(steps, interval, support, cfg.raw_logprobs)
-        self.sizes = Sizes.of(cfg, steps, prompt_slots, max(reaches(model)), layout.size("rows"))
-        self.programs = Programs(self.shape, self.sizes.each, prompt_slots, vocab, model, layout)
+        form = choose_form(cfg.engine.attention, cfg.engine.cache, model, layout)
+        memory = Memory(prompt_slots, cfg.engine.prefill_chunk, form)
+        self.programs = Programs(self.shape, self.sizes.each, memory, vocab, model, layout)
 
     def controls(self, prompts: int, temperature: float | None = None) -> Controls:
         """The configured ones, for so many prompts."""
@@ -145,7 +151,8 @@ class Engine:
 
     def names(self, prompts: int) -> list[Name]:
         """All programs that calls of so many prompts can come to need."""
-        sizes, several = self.sizes, self.cfg.max_new_tokens > self.shape.steps
+        sizes = self.sizes
+        several = self.cfg.max_new_tokens > min(self.shape.steps, sizes.windows[0])
         flight = smallest(sizes.prompts, min(prompts, sizes.prompts[0]))
         fewer = [n for n in sizes.prompts if n <= flight]
         # In one segment all rows end together: places come free all at once.
@@ -201,9 +208,7 @@ class Generation:
             start = time.perf_counter()
             self._admit()
             self._compact()
-            steps = self._steps()
-            self._widen(steps)
-            finished = self._advance(steps)
+            finished = self._advance(self._room())
             self.stats = self.stats._replace(seconds=self.stats.seconds + time.perf_counter() - start)
             if len(finished):
                 yield finished
@@ -288,22 +293,20 @@ class Generation:
         self.row, self.age, self.last, self.done = (x[kept] for x in (self.row, self.age, self.last, self.done))
         self.flight = fewer
 
-    def _steps(self) -> int:
-        """Of the next segment: as many as some row may need, in whole intervals."""
-        live, samples = self.row >= 0, self.engine.cfg.samples
-        need = (self.limit[self.row[live] // samples] - self.age[live]).max()
-        interval = self.engine.shape.interval
-        return int(min(self.engine.shape.steps, -(-need // interval) * interval))
-
-    def _widen(self, steps: int) -> None:
-        """Make room for all keys that a living row will see in the next segment."""
-        windows = self.engine.sizes.windows
-        want = min(int(self.age[self.row >= 0].max()) + steps, windows[-1])
-        if want > self.window:
-            wider = smallest(windows, want)
+    def _room(self) -> int:
+        """Widen the cache if it is full of keys that living rows see. Returns the steps of the next segment, in whole intervals:
+        as many as fit into the window, and as some row may need."""
+        live, samples, windows = self.row >= 0, self.engine.cfg.samples, self.engine.sizes.windows
+        most, (steps, interval) = windows[-1], self.engine.shape[:2]
+        age = int(self.age[live].max())
+        need = int((self.limit[self.row[live] // samples] - self.age[live]).max())
+        steps = min(steps, -(-need // interval) * interval)
+        if min(age + interval, most) > self.window:
+            wider = smallest(windows, min(age + interval, most))
             grow = self._program("grow", self.flight, self.window, wider)
             self.suffix = grow(self.suffix, self._scalar(self.count))
             self.window, self.count = wider, self.window
+        return steps if self.window == most else min(steps, (self.window - age) // interval * interval)
 
     def _scalar(self, value: int) -> jax.Array:
         return hosts.put(np.int32(value), self.engine.layout.replicated)

@@ -3,12 +3,14 @@
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.stages import Compiled, Lowered
 
 from jaxrl_llm.model import cache
+from jaxrl_llm.model.cache import Form
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.transformer import prefill
 from jaxrl_llm.parallel.layout import Layout
@@ -17,6 +19,15 @@ from jaxrl_llm.rollout.sample import Controls, Vocabulary
 from jaxrl_llm.types import PyTree
 
 Name = tuple[str | int, ...]
+
+
+class Memory(NamedTuple):
+    """How prompts and rows are remembered."""
+
+    prompt_slots: int
+    chunk: int
+    """Prompt tokens read at a time."""
+    form: Form
 
 
 class Programs:
@@ -31,8 +42,8 @@ class Programs:
     ("segment", units, window)             see `decode.make_segment`
     """
 
-    def __init__(self, shape: Shape, each: int, prompt_slots: int, vocab: Vocabulary, cfg: ModelConfig, layout: Layout):
-        self.shape, self.each, self.prompt_slots = shape, each, prompt_slots
+    def __init__(self, shape: Shape, each: int, memory: Memory, vocab: Vocabulary, cfg: ModelConfig, layout: Layout):
+        self.shape, self.each, self.memory = shape, each, memory
         self.vocab, self.cfg, self.layout = vocab, cfg, layout
         self._compiled: dict[Name, Compiled] = {}
 
@@ -63,10 +74,13 @@ class Programs:
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
     def _prompt(self, units: int) -> PyTree:
-        return self._placed(lambda: cache.empty_prompt(self.cfg, units, self.prompt_slots, self.layout))
+        slots, _, form = self.memory
+        return self._placed(lambda: cache.empty_prompt(self.cfg, units, slots, self.layout, form))
 
     def _suffix(self, units: int, window: int) -> PyTree:
-        return self._placed(lambda: cache.empty_suffix(self.cfg, units * self.each, window, self.layout))
+        return self._placed(
+            lambda: cache.empty_suffix(self.cfg, units * self.each, window, self.layout, self.memory.form)
+        )
 
     def caches(self, units: int, window: int) -> tuple[PyTree, PyTree]:
         """Prompt and suffix cache, as shapes, dtypes and shardings."""
@@ -76,8 +90,10 @@ class Programs:
         return jax.tree.map(lambda x: x.sharding, tree)
 
     def _prefill(self, params: PyTree, prompts: int, slots: int) -> Lowered:
+        most, chunk, form = self.memory
+
         def read(params, tokens, length):
-            return prefill(params, tokens, length, self.prompt_slots, self.cfg, self.layout)
+            return prefill(params, tokens, length, most, self.cfg, self.layout, chunk, form)
 
         out = self._where(self._prompt(prompts))
         return jax.jit(read, out_shardings=out).lower(abstract(params), self._ints(prompts, slots), self._ints(prompts))
@@ -95,7 +111,7 @@ class Programs:
         return insert.lower(old, self._prompt(prompts), indices, indices)
 
     def _blank(self, params: PyTree, units: int, window: int) -> Lowered:
-        make = lambda: cache.empty_suffix(self.cfg, units * self.each, window, self.layout)  # noqa: E731
+        make = lambda: cache.empty_suffix(self.cfg, units * self.each, window, self.layout, self.memory.form)  # noqa: E731
         return jax.jit(make, out_shardings=self._where(self._suffix(units, window))).lower()
 
     def _grow(self, params: PyTree, units: int, window: int, wider: int) -> Lowered:

@@ -60,6 +60,47 @@ LossConfig = Annotated[ClippedLoss | CrossEntropyLoss, Field(discriminator="kind
 
 
 @dataclass(frozen=True)
+class NoCorrection:
+    """The ratio is to the policy that sampled, as it sampled."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["none"] = "none"
+
+
+@dataclass(frozen=True)
+class TruncatedImportance:
+    """Each token weighs min(p_trainer / p_sampler, cap), the trainer's parameters being those before the first update on it; the
+    ratio is to these (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training")."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["truncated_importance"] = "truncated_importance"
+    cap: Annotated[float, Gt(0)] = 2.0
+    """C; the weight has no gradient."""
+
+
+@dataclass(frozen=True)
+class AutoCorrection:
+    """`truncated_importance` where the sampler's weights or cache are quantised, else `none`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["auto"] = "auto"
+
+
+Correction = NoCorrection | TruncatedImportance
+CorrectionConfig = Annotated[Correction | AutoCorrection, Field(discriminator="kind")]
+
+
+def resolve(correction: CorrectionConfig, weights: str, cache: str) -> Correction:
+    """What `auto` stands for, given `rollout.engine.weights` and `rollout.engine.cache`."""
+    if not isinstance(correction, AutoCorrection):
+        return correction
+    return NoCorrection() if weights == cache == "compute" else TruncatedImportance()
+
+
+@dataclass(frozen=True)
 class UpdateConfig:
     """One step of RL: `epochs` passes over a batch of R rows, each in `minibatches` updates of `micro_batches` parts."""
 
@@ -69,12 +110,19 @@ class UpdateConfig:
     normalize: Literal["token", "sequence", "constant"] = "token"
     """What a term of the loss is a mean over, counted over the whole minibatch: all tokens (DAPO); the tokens of a sequence,
     then sequences (GRPO); a constant length of C tokens, then sequences (Dr. GRPO)."""
+    correction: CorrectionConfig = field(default_factory=AutoCorrection)
+    """Of the difference between the sampler's arithmetic and the trainer's."""
     epochs: Count = 1
     minibatches: Count = 1
     """Updates an epoch. Rows stay in groups; their order is drawn anew each epoch."""
     micro_batches: Count = 1
     """Parts whose gradients are added up before an update: less memory, the same numbers."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    @property
+    def updates(self) -> int:
+        """On each batch."""
+        return self.epochs * self.minibatches
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.distribution import score_tokens
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import Batch, PyTree, TrainState
-from jaxrl_llm.update.config import LossConfig, OptimizerConfig
+from jaxrl_llm.update.config import Correction, LossConfig, NoCorrection, OptimizerConfig
 from jaxrl_llm.update.losses import TERMS, token_weights
 
 Metrics = dict[str, Float[Array, ""]]
 Update = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+UNCORRECTED = NoCorrection()
 
 
 def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
@@ -64,6 +65,7 @@ def make_update(
     loss: LossConfig,
     optimizer_cfg: OptimizerConfig,
     *,
+    correction: Correction = UNCORRECTED,
     normalize: str,
     length: int,
     micro_batches: int,
@@ -82,7 +84,7 @@ def make_update(
     terms_of = TERMS[type(loss)]
 
     def objective(params: PyTree, part: Batch, weights: Array, share: Array) -> tuple[Array, tuple[Metrics, Metrics]]:
-        terms = terms_of(score_tokens(params, part, cfg, num_tokens, layout, ends), part, loss)
+        terms = terms_of(score_tokens(params, part, cfg, num_tokens, layout, ends), part, loss, correction)
         total = jnp.sum(jnp.where(part.loss_mask, terms.loss, 0.0) * weights)
         means = {name: jnp.sum(jnp.where(part.loss_mask, x, 0.0) * share) for name, x in terms.means.items()}
         maxima = {name: jnp.max(jnp.where(part.loss_mask, x, -jnp.inf)) for name, x in terms.maxima.items()}

@@ -84,10 +84,15 @@ def test_unstack_takes_layers_apart_for_arrays_and_for_specs(params):
     apart, described = unstack(values, cfg.layers), unstack(specs(cfg), cfg.layers)
     assert isinstance(apart["layers"], tuple) and len(apart["layers"]) == len(described["layers"]) == 2
     for i in range(2):
-        for name, x in apart["layers"][i].items():
+        layer, spec = dict(apart["layers"][i]), dict(described["layers"][i])
+        for side, name in enumerate(("gate", "up")):
+            np.testing.assert_array_equal(layer.pop(name), values["layers"]["gate_up"][i, side])
+            assert spec.pop(name) == ParamSpec((cfg.d_model, cfg.d_mlp), ("embed", "mlp"), cfg.d_model**-0.5)
+        assert layer.keys() == spec.keys() == values["layers"].keys() - {"gate_up"}
+        for name, x in layer.items():
             np.testing.assert_array_equal(x, values["layers"][name][i])
-            assert described["layers"][i][name].shape == x.shape
-            assert described["layers"][i][name].axes == specs(cfg)["layers"][name].axes[1:]
+            assert spec[name].shape == x.shape
+            assert spec[name].axes == specs(cfg)["layers"][name].axes[1:]
     assert apart["embed"] is values["embed"]
     assert count(described) == count(specs(cfg))
 

@@ -12,7 +12,10 @@ from jaxrl_llm.model import rope as rope_module
 from jaxrl_llm.model.config import LinearRope, Llama3Rope, ModelConfig, YarnRope
 from jaxrl_llm.model.rope import Rotation, rotation
 
-rope = jax.jit(rope_module.rope)
+
+@jax.jit
+def rope(x, position, turn):
+    return rope_module.rope(x, rope_module.angles(position, turn))
 
 
 def normal(seed, *shape):
@@ -148,3 +151,10 @@ def test_sliding_layers_may_have_a_base_of_their_own_that_is_never_stretched():
     np.testing.assert_allclose(turning(4, slides=False, **fields).frequency, [1 / 8, 1e-3 / 8], rtol=1e-6)
     alike = turning(4, slides=True, rope_theta=1e6, rope_scaling=LinearRope(factor=8.0))
     np.testing.assert_allclose(alike.frequency, [1 / 8, 1e-3 / 8], rtol=1e-6)
+
+
+def test_the_angles_that_layers_share_are_the_same():
+    position, turn = jnp.array([[3], [257]]), plain(1e4)._replace(scale=1.25)
+    got = jax.jit(lambda position, count: rope_module.shared_angles(position, turn, count))(position, jnp.int32(0))
+    for a, b in zip(got, rope_module.angles(position, turn), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)

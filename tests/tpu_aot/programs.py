@@ -17,12 +17,12 @@ from jaxrl_llm.model.params import ParamSpec
 from jaxrl_llm.parallel import hlo
 from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
-from jaxrl_llm.publish import make_publish
+from jaxrl_llm.publish import abstract_policy, make_publish
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.programs import Programs
 from jaxrl_llm.rollout.sample import Vocabulary
-from jaxrl_llm.types import Batch, Policy, TrainState
+from jaxrl_llm.types import Batch, TrainState
 from jaxrl_llm.update.config import ClippedLoss, OptimizerConfig
 from jaxrl_llm.update.step import make_optimizer, make_update, state_shardings
 
@@ -132,26 +132,24 @@ def array(layout: Layout, shape: tuple[int, ...], dtype, *axes: str | None) -> j
     return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(axes))
 
 
-def abstract_policy(cfg: ModelConfig, decode: Layout) -> Policy:
-    specs = model_params.unstack(model_params.specs(cfg), cfg.layers)
-    return Policy(model_params.abstract(specs, decode, cfg.compute), array(decode, (), jnp.int32))
-
-
 def rollout_programs(cfg: ModelConfig, decode: Layout, steps: int = STEPS, window: int = C) -> Programs:
     """Of an engine for P prompts of S slots, G samples each, in segments of so many steps."""
     rollout = RolloutConfig(prompts=P, samples=G, max_new_tokens=window, engine=EngineConfig(segment=steps))
     return Engine(rollout, S, Vocabulary(size=cfg.vocab_size, pad=0, eos=(1,)), cfg, decode).programs
 
 
-def lower_rollout(cfg: ModelConfig, decode: Layout, *name: str | int, steps: int = STEPS) -> jax.stages.Lowered:
+def lower_rollout(
+    cfg: ModelConfig, decode: Layout, *name: str | int, steps: int = STEPS, weights: str = "compute"
+) -> jax.stages.Lowered:
     """One of them by the name that `Programs` knows it under."""
     window = name[2] if name[0] == "segment" else C
-    return rollout_programs(cfg, decode, steps, window).lower(abstract_policy(cfg, decode).params, *name)
+    return rollout_programs(cfg, decode, steps, window).lower(abstract_policy(cfg, decode, weights).params, *name)
 
 
-def lower_publish(cfg: ModelConfig, train: Layout, decode: Layout) -> jax.stages.Lowered:
+def lower_publish(cfg: ModelConfig, train: Layout, decode: Layout, weights: str = "compute") -> jax.stages.Lowered:
     params = model_params.abstract(model_params.specs(cfg), train)
-    return make_publish(cfg, train, decode).lower(params, array(decode, (), jnp.int32), abstract_policy(cfg, decode))
+    publish, old = make_publish(cfg, train, decode, weights), abstract_policy(cfg, decode, weights)
+    return publish.lower(params, array(decode, (), jnp.int32), old)
 
 
 def lower_update(cfg: ModelConfig, train: Layout) -> jax.stages.Lowered:

@@ -7,7 +7,7 @@ import pytest
 
 from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.types import Batch
-from jaxrl_llm.update.config import ClippedLoss, CrossEntropyLoss
+from jaxrl_llm.update.config import ClippedLoss, CrossEntropyLoss, NoCorrection
 from jaxrl_llm.update.losses import clipped_surrogate, clipped_terms, cross_entropy_terms, k3, token_weights
 
 TABLE = [  # ratio, advantage, loss, held by low, held by high
@@ -83,7 +83,7 @@ def test_clipped_terms_put_surrogate_kl_and_entropy_together():
     batch = batch_of(
         mask, np.array([[0.0, -1.5]], np.float32), np.array([[0.0, 2.0]], np.float32), np.array([[0.0, -1.5]])
     )
-    terms = clipped_terms(scores, batch, ClippedLoss(low=0.2, high=0.28, kl=0.1, entropy=0.01))
+    terms = clipped_terms(scores, batch, ClippedLoss(low=0.2, high=0.28, kl=0.1, entropy=0.01), NoCorrection())
     # ratio e^0.5 = 1.6487 is held at 1.28; k3 at d = -0.5 is 0.10653066
     np.testing.assert_allclose(terms.loss[0, 1], -2 * 1.28 + 0.1 * 0.10653066 - 0.01 * 0.7, rtol=1e-6)
     np.testing.assert_allclose(terms.maxima["ratio/max"][0, 1], np.exp(0.5), rtol=1e-6)
@@ -99,7 +99,7 @@ def test_values_outside_the_mask_cannot_reach_the_gradient():
             mask, np.zeros((1, 2), np.float32), np.ones((1, 2), np.float32), np.full((1, 2), 200.0, np.float32)
         )
         batch = batch.replace(reference_logprobs=jnp.array([[200.0, -1.0]]))
-        terms = clipped_terms(TokenScores(logprobs, logprobs), batch, ClippedLoss(kl=0.1))
+        terms = clipped_terms(TokenScores(logprobs, logprobs), batch, ClippedLoss(kl=0.1), NoCorrection())
         return jnp.sum(jnp.where(mask, terms.loss, 0))
 
     gradient = jax.grad(loss)(jnp.array([[120.0, -0.1]]))
@@ -110,4 +110,6 @@ def test_values_outside_the_mask_cannot_reach_the_gradient():
 def test_cross_entropy():
     scores = TokenScores(jnp.array([[-2.0, -0.5]]), jnp.zeros((1, 2)))
     batch = batch_of(np.ones((1, 2), bool), np.zeros((1, 2)), np.zeros((1, 2)))
-    np.testing.assert_array_equal(cross_entropy_terms(scores, batch, CrossEntropyLoss()).loss, [[2.0, 0.5]])
+    np.testing.assert_array_equal(
+        cross_entropy_terms(scores, batch, CrossEntropyLoss(), NoCorrection()).loss, [[2.0, 0.5]]
+    )

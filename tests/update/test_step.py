@@ -16,7 +16,7 @@ from jaxrl_llm.model.distribution import score_tokens
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import Experience, TrainState
 from jaxrl_llm.update.config import ClippedLoss, OptimizerConfig
-from jaxrl_llm.update.step import make_optimizer, make_start, make_update
+from jaxrl_llm.update.step import UNCORRECTED, make_optimizer, make_start, make_update
 
 P, G, C = 16, 4, 6
 SPECS = model_params.specs(SMALL)
@@ -54,11 +54,12 @@ def scorer(train):
 
 
 @cache
-def updater(train, loss=CLIPPED, micro_batches=1, normalize="token", optimizer=LR):
+def updater(train, loss=CLIPPED, micro_batches=1, normalize="token", optimizer=LR, correction=UNCORRECTED):
     return make_update(
         SPECS,
         loss,
         optimizer,
+        correction=correction,
         normalize=normalize,
         length=C,
         micro_batches=micro_batches,

@@ -24,7 +24,7 @@ from jaxrl_llm.model.hf.checkpoint import INDEX, SINGLE
 from jaxrl_llm.model.hf.config import read_config, read_json
 from jaxrl_llm.model.hf.names import Leaf, Piece, leaves, tensors
 from jaxrl_llm.model.hf.written_config import write_config
-from jaxrl_llm.model.params import specs, unstack
+from jaxrl_llm.model.params import GATE_UP, specs, unstack
 from jaxrl_llm.types import PyTree
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -146,9 +146,11 @@ def _gather(params: PyTree, leaf: Leaf, dtype: np.dtype) -> np.ndarray:
     """A leaf of one layer as a NumPy array, on every host."""
     if leaf.path[0] == "layers" and isinstance(params["layers"], dict):
         _, layer, name = leaf.path
-        whole, index = params["layers"][name], layer
+        joined = name in GATE_UP
+        whole = params["layers"]["gate_up" if joined else name]
+        index = (layer, GATE_UP.index(name)) if joined else (layer,)
     else:
-        whole, index = params, None
+        whole, index = params, ()
         for key in leaf.path:
             whole = whole[key]
     everywhere = NamedSharding(whole.sharding.mesh, PartitionSpec())
@@ -156,11 +158,12 @@ def _gather(params: PyTree, leaf: Leaf, dtype: np.dtype) -> np.ndarray:
 
 
 @cache
-def _taker(dtype: np.dtype, everywhere: NamedSharding) -> Callable[[jax.Array, int | None], jax.Array]:
-    """Layer `index` of a stacked leaf, or a leaf as it is where that is None, cast, on every device."""
+def _taker(dtype: np.dtype, everywhere: NamedSharding) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]:
+    """The entry `index` of a leaf, all of it where that is empty, cast, on every device."""
 
-    def take(whole: jax.Array, index: jax.Array | None) -> jax.Array:
-        one = whole if index is None else jax.lax.dynamic_index_in_dim(whole, index, keepdims=False)
+    def take(one: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+        for i in index:
+            one = jax.lax.dynamic_index_in_dim(one, i, keepdims=False)
         return one.astype(dtype)
 
     return jax.jit(take, out_shardings=everywhere)

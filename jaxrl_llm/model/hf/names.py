@@ -67,6 +67,8 @@ def _layer_entries(layer: Mapping[str, ParamSpec], fused: bool) -> dict[str, tup
         "qkv_bias": ("kgh", [(f"self_attn.{name}.bias", rows, at) for name, rows, at in heads]),
         "out": ("kghd", [("self_attn.o_proj.weight", "d kgh", {})]),
         "gate_up": ("cdf", [("mlp.gate_proj.weight", "f d", {"c": 0}), ("mlp.up_proj.weight", "f d", {"c": 1})]),
+        "gate": ("df", [("mlp.gate_proj.weight", "f d", {})]),
+        "up": ("df", [("mlp.up_proj.weight", "f d", {})]),
         "down": ("fd", [("mlp.down_proj.weight", "d f", {})]),
         "router": ("de", [("mlp.gate.weight", "e d", {})]),
     }

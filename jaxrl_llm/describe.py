@@ -1,0 +1,80 @@
+"""A step's rollouts for people: numbers under the names that users of TRL know, and responses as text."""
+
+import zlib
+
+import numpy as np
+
+from jaxrl_llm.collect import Grades
+from jaxrl_llm.config import RunConfig
+from jaxrl_llm.rewards.pool import Failure, part_metrics
+from jaxrl_llm.rollout.engine import Stats
+from jaxrl_llm.run import Rates, Run
+from jaxrl_llm.types import Experience, Finish, Rollouts
+
+
+def describe(
+    cfg: RunConfig, graded: Grades, rollouts: Rollouts, keep: np.ndarray, counts: np.ndarray
+) -> dict[str, float]:
+    """The step's rollouts in numbers, under the names that users of TRL know."""
+    reward = graded.reward[graded.failure == Failure.NONE]
+    length = rollouts.length
+    metrics = {
+        "reward": reward.mean() if reward.size else np.nan,
+        "reward_std": reward.std(axis=1, ddof=1).mean() if reward.size else np.nan,
+        "frac_reward_zero_std": np.mean(reward.max(axis=1) == reward.min(axis=1)) if reward.size else np.nan,
+        "completions/mean_length": length.mean(),
+        "completions/min_length": length.min(),
+        "completions/max_length": length.max(),
+        "completions/clipped_ratio": np.mean(rollouts.finish == Finish.LENGTH),
+        "completions/tokens": length.sum(),
+        "completions/crc32": zlib.crc32(rollouts.tokens.tobytes()),
+        "prompts/first_uid": rollouts.prompts.uid[0],
+        "groups/kept": keep.sum(),
+        "groups/replayed": counts.sum() - keep.sum(),
+        "sampling/mean_logprob": rollouts.behavior_logprobs.sum() / rollouts.sampled.sum(),
+        "sampling/entropy": rollouts.entropy.sum() / rollouts.sampled.sum(),
+    }
+    metrics |= part_metrics(graded, [grader.label for grader in cfg.reward.graders])
+    return as_floats(metrics)
+
+
+def describe_engine(stats: Stats, rates: Rates) -> dict[str, float]:
+    """How the engine got through the work: rows alive a step, the share of rows' steps that ended ones wasted, and the least
+    time that the steps take at the machine's measured rates, of the time they took."""
+    return {
+        "rollout/steps": float(stats.steps),
+        "rollout/segments": float(len(stats.segments)),
+        "rollout/live_rows": stats.tokens / max(stats.steps, 1),
+        "rollout/waste": 1 - stats.tokens / max(stats.row_steps, 1),
+        "sampling/support_overflow": stats.overflow / max(stats.tokens, 1),
+        "rollout/ceiling_fraction": stats.least_seconds(*rates) / stats.seconds,
+    }
+
+
+def as_floats(metrics: dict) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def responses(run: Run, experience: Experience, num_rows: int) -> list[dict]:
+    """The first rows as a person would read them."""
+    rollouts, found = experience.rollouts, []
+    for b in range(min(num_rows, len(rollouts.length))):
+        p, n = b // run.cfg.rollout.samples, int(rollouts.length[b])
+        ids = rollouts.tokens[b, :n].tolist()
+        found.append(
+            {
+                "uid": int(rollouts.prompts.uid[p]),
+                "sample": b % run.cfg.rollout.samples,
+                "prompt": run.task.decode(rollouts.prompts.tokens[p : p + 1], rollouts.prompts.length[p : p + 1])[0],
+                "completion": run.task.decode(rollouts.tokens[b : b + 1], rollouts.length[b : b + 1])[0],
+                "ids": ids,
+                "tokens": [run.task.tokenizer.token(i) for i in ids],
+                "logprobs": rollouts.behavior_logprobs[b, :n],
+                "entropy": rollouts.entropy[b, :n],
+                **({} if rollouts.raw_logprobs is None else {"raw_logprobs": rollouts.raw_logprobs[b, :n]}),
+                "reward": experience.reward[b],
+                "advantage": experience.advantage[b],
+                "finish": Finish(rollouts.finish[b]).name.lower(),
+            }
+        )
+    return found

@@ -1,0 +1,84 @@
+"""What the TPU compiler must make of a policy in int8: products of 8 bits, weights that cross as 8 bits, no more collectives."""
+
+import dataclasses
+import math
+
+import pytest
+from programs import (
+    ONE_BILLION,
+    SPLIT,
+    C,
+    P,
+    Program,
+    compile_program,
+    layouts,
+    lower_publish,
+    lower_rollout,
+    policy_matrices,
+    same_dims,
+)  # fmt: skip
+from test_decode_programs import check_collectives_of_a_step, check_weights_are_not_copied, steps_of
+from test_programs import check_publish_writes_into_the_old_policy
+
+from jaxrl_llm.model import quantised
+from jaxrl_llm.parallel.hlo import collectives
+
+pytestmark = [pytest.mark.tpu_aot, pytest.mark.timeout(1200)]
+CFG = dataclasses.replace(ONE_BILLION, layers=1)
+
+
+@pytest.fixture(scope="module")
+def int8_segment(topology, compile_once) -> Program:
+    return compile_once(
+        "int8-segment", CFG, lambda: lower_rollout(CFG, layouts(topology)[1], "segment", P, C, weights="int8")
+    )
+
+
+@pytest.fixture(scope="module")
+def int8_publish(topology) -> Program:
+    return compile_program(CFG, lambda: lower_publish(CFG, *layouts(topology), "int8"))
+
+
+def check_products_are_of_int8(program: Program) -> None:
+    """Five matrices a layer and the head, each multiplied once a step into s32; none is wider than 8 bits in the loop."""
+    steps = steps_of(program)
+    products = [i for i in steps if i.opcode in ("convolution", "dot") and i.arrays[0].dtype == "s32"]
+    assert len(products) == 5 * program.cfg.layers + 1, f"int8 products a step: got {len(products)}"
+    for name, dims in policy_matrices(program.cfg, SPLIT).items():
+        wide = [str(i) for i in steps if any(same_dims(a, dims) and a.dtype in ("bf16", "f32") for a in i.arrays)]
+        assert not wide, f"{name} {dims}: got {wide}, want it in 8 bits only"
+
+
+def test_decode_multiplies_in_int8(int8_segment):
+    check_products_are_of_int8(int8_segment)
+    check_weights_are_not_copied(int8_segment)
+
+
+def test_scales_of_activations_cost_no_collective(int8_segment):
+    check_collectives_of_a_step(int8_segment)
+    moved = collectives(steps_of(int8_segment))
+    sums = [a for i in moved for a in i.arrays if i.kind == "all-reduce" and a.dtype == "bf16"]
+    assert len(sums) == 2 * CFG.layers + 1, (
+        f"sums of bf16: got {sums}, want those of out and down a layer, and the embedding"
+    )
+
+
+def test_mutant_with_one_scale_a_row_pays_for_it(topology, monkeypatch):
+    """The largest of a row that is split over the mesh: one more all-reduce for `out` and for `down`."""
+    monkeypatch.setattr(quantised.math, "gcd", lambda *_: 1)
+    program = compile_program(CFG, lambda: lower_rollout(CFG, layouts(topology)[1], "segment", P, C, weights="int8"))
+    with pytest.raises(AssertionError, match="collectives a decode step"):
+        check_collectives_of_a_step(program)
+
+
+def test_publish_moves_8_bits_into_the_old_policy(int8_publish):
+    check_publish_writes_into_the_old_policy(int8_publish)
+    moved = collectives(int8_publish.hlo.all)
+    gathered = [i.arrays[0] for i in moved if i.kind == "all-gather" and i.arrays[0].dtype == "s8"]
+    assert len(gathered) == 4 * CFG.layers + 1, f"matrices gathered as s8: got {len(gathered)}"
+    scales = [a for i in moved for a in i.arrays if a.dtype != "s8"]
+    assert {i.kind for i in moved} <= {"all-gather", "all-reduce"}
+    share = sum(a.bytes for a in scales) / sum(a.bytes for a in gathered)
+    assert share < 0.02, f"bytes of scales to bytes of matrices: got {share:.3f}, want below 0.02"
+    per_chip = sum(math.prod(dims) for dims in policy_matrices(int8_publish.cfg, SPLIT).values())
+    assert int8_publish.output < 1.05 * per_chip, "the policy: want a byte a parameter"
