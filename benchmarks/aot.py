@@ -26,7 +26,6 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.stages import Compiled, Lowered
 
@@ -37,26 +36,19 @@ from jaxrl_llm.parallel.config import MeshConfig
 from jaxrl_llm.parallel.hlo import Instruction, Module, collectives
 from jaxrl_llm.parallel.layout import TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
-from jaxrl_llm.publish import make_publish
+from jaxrl_llm.publish import abstract_policy, make_publish
 from jaxrl_llm.rollout import memory
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.programs import Programs
 from jaxrl_llm.rollout.sample import Vocabulary
-from jaxrl_llm.types import Policy
 
 VMEM = "S(1)"
 PLACES = ("segment", "interval", "step")
 
 
-def policy_of(cfg: ModelConfig, layout: Layout) -> Policy:
-    specs = model_params.unstack(model_params.specs(cfg), cfg.layers)
-    version = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated)
-    return Policy(model_params.abstract(specs, layout, cfg.compute), version)
-
-
 def lowered(args: argparse.Namespace, cfg: ModelConfig, train: Layout, decode: Layout) -> Lowered:
-    policy = policy_of(cfg, decode)
+    policy = abstract_policy(cfg, decode)
     if args.program == "publish":
         masters = model_params.abstract(model_params.specs(cfg), train)
         return make_publish(cfg, train, decode).lower(masters, policy.version, policy)
@@ -126,7 +118,7 @@ def report(args: argparse.Namespace, cfg: ModelConfig, train: Layout, decode: La
     sizes = {name: getattr(args, name) for name in ("prompts", "samples", "slots", "window", "segment")}
     found = {**given, "sizes": sizes, "seconds": took, "bytes": bytes_of(compiled), "collectives": moved(module)}
     if args.program == "segment":
-        params = policy_of(cfg, decode).params
+        params = abstract_policy(cfg, decode).params
         flight = memory.flight(programs_of(args, cfg, decode), params, args.prompts, args.window)
         layer = {memory.held(x) for x in params["layers"][0].values() if x.ndim > 1}
         caches = {n // (2 * cfg.layers) for n in (flight.prompt, flight.suffix)}

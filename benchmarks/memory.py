@@ -19,6 +19,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 # Before libtpu loads: no questions to a metadata server, and no lock against other compilations.
@@ -31,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from benchmarks.aot import bytes_of, policy_of
+from benchmarks.aot import bytes_of
 from jaxrl_llm import config as run_config
 from jaxrl_llm.cli import read_config
 from jaxrl_llm.config import RunConfig
@@ -41,7 +42,7 @@ from jaxrl_llm.model.hf.config import read_config as read_model_config
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.layout import TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
-from jaxrl_llm.publish import make_publish
+from jaxrl_llm.publish import abstract_policy, make_publish
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Batch, TrainState
@@ -59,7 +60,7 @@ def programs(cfg: RunConfig, model: ModelConfig, train: Layout) -> dict[str, Low
     specs, rollout = model_params.specs(model), cfg.rollout
     decode = train.for_decode(rollout.engine.layout)
     params = model_params.abstract(specs, train)
-    policy = policy_of(model, decode)
+    policy = abstract_policy(model, decode, rollout.engine.weights)
     slots = cfg.task.max_prompt_tokens
     engine = Engine(rollout, slots, Vocabulary(size=model.vocab_size, pad=0, eos=(1,)), model, decode)
     prompts, window = engine.sizes.prompts[0], engine.sizes.windows[-1]
@@ -76,11 +77,12 @@ def programs(cfg: RunConfig, model: ModelConfig, train: Layout) -> dict[str, Low
         specs, cfg.update.loss, cfg.update.optimizer, normalize=cfg.update.normalize, length=rollout.max_new_tokens,
         micro_batches=cfg.update.micro_batches, num_tokens=model.vocab_size, cfg=model, layout=train,
     )  # fmt: skip
-    publish = make_publish(model, train, decode)
-    return {
-        "prefill": lambda: engine.programs.lower(policy.params, "prefill", prompts, slots),
-        "grow": lambda: engine.programs.lower(policy.params, "grow", units, *engine.sizes.windows[-2:]),
-        "segment": lambda: engine.programs.lower(policy.params, "segment", units, window),
+    of_rollouts = {"prefill": (prompts, slots), "segment": (units, window)}
+    if len(engine.sizes.windows) > 1:
+        of_rollouts["grow"] = (units, *engine.sizes.windows[-2:])
+    lower = {name: partial(engine.programs.lower, policy.params, name, *sizes) for name, sizes in of_rollouts.items()}
+    publish = make_publish(model, train, decode, rollout.engine.weights)
+    return lower | {
         "publish": lambda: publish.lower(params, policy.version, policy),
         "update": lambda: update.lower(state, batch),
     }
@@ -116,8 +118,6 @@ def main() -> None:
     mesh = make_mesh(resolve(cfg.mesh, len(devices))[0], devices)
     train = Layout(mesh, TRAIN)
     lowered = programs(cfg, model, train)
-    if cfg.rollout.max_new_tokens <= cfg.rollout.engine.segment or not cfg.rollout.engine.grow:
-        del lowered["grow"]
     found = {name: measure(lowered[name]) for name in ("publish", "update")}
     for name in lowered.keys() - found.keys():
         if args.decode_layers:

@@ -255,11 +255,10 @@ def test_experts_in_decode_move_rows_and_no_weights(experts_segment):
 def test_mutant_segment_that_rewrites_caches_and_moves_logits(topology, monkeypatch):
     """A write by mask instead of by slice; 1002 blocks of the vocabulary, which four shards cannot have whole."""
 
-    def write_by_mask(array: jax.Array, update: jax.Array, start: tuple) -> jax.Array:
-        axis = next(i for i, (a, b) in enumerate(zip(array.shape, update.shape, strict=True)) if a != b)
-        return jnp.where(jax.lax.broadcasted_iota(jnp.int32, array.shape, axis) == start[axis], update, array)
+    def write_by_mask(x: jax.Array, new: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
+        return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) == slot, new, x)
 
-    monkeypatch.setattr(jax.lax, "dynamic_update_slice", write_by_mask)
+    monkeypatch.setattr(jax.lax, "dynamic_update_slice_in_dim", write_by_mask)
     monkeypatch.setattr(sample, "BLOCKS", 1002)
     cfg = dataclasses.replace(ONE_BILLION, layers=1)
     program = compile_program(cfg, lambda: lower_rollout(cfg, layouts(topology)[1], "segment", P, C))
