@@ -8,8 +8,6 @@ window. Prints one JSON object: bytes a chip of each program's arguments, output
 
 --shape  directory whose config.json says how large the model is: the config's own model may not be on this machine
 --chips  how many of the topology's chips (default: all); 1 stands for a single GPU, whose compiler is another
---decode-layers  two numbers, as 2,4: `prefill` and `segment`, whose layers are unrolled, are compiled with so many layers and
-         extended to all by a straight line
 """
 
 import argparse
@@ -94,21 +92,12 @@ def measure(lower: Lower) -> dict[str, float]:
     return {"peak": parts.pop("chip"), **parts, "compile_seconds": round(time.monotonic() - start, 1)}
 
 
-def extended(lower: Callable[[int], Lower], compiled: tuple[int, int], layers: int) -> dict[str, float]:
-    """What a program of `layers` layers holds, from those of two smaller ones."""
-    few, more = (measure(lower(n)) for n in compiled)
-    low, high = compiled
-    sizes = few.keys() - {"compile_seconds"}
-    return {name: round(more[name] + (more[name] - few[name]) / (high - low) * (layers - high)) for name in sizes}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--shape", type=Path, required=True)
     parser.add_argument("--topology", default="v5e:2x4")
     parser.add_argument("--chips", type=int)
-    parser.add_argument("--decode-layers", type=lambda text: tuple(map(int, text.split(","))))
     args, overrides = parser.parse_known_args()
     cfg = read_config(str(args.config), overrides)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices[: args.chips]
@@ -117,14 +106,7 @@ def main() -> None:
         parser.error("\n".join(problems))
     mesh = make_mesh(resolve(cfg.mesh, len(devices))[0], devices)
     train = Layout(mesh, TRAIN)
-    lowered = programs(cfg, model, train)
-    found = {name: measure(lowered[name]) for name in ("publish", "update")}
-    for name in lowered.keys() - found.keys():
-        if args.decode_layers:
-            shallow = lambda n: programs(cfg, dataclasses.replace(model, layers=n), train)[name]  # noqa: E731, B023
-            found[name] = extended(shallow, args.decode_layers, model.layers)
-        else:
-            found[name] = measure(lowered[name])
+    found = {name: measure(lower) for name, lower in programs(cfg, model, train).items()}
     # Moments and master, three of the four f32 copies of an update; the policy is what publish writes.
     state, policy = found["update"]["aliased"], found["publish"]["outputs"]
     # A segment's arguments, beside a few numbers: the policy and both caches, of which the rows' own is donated.
@@ -140,7 +122,7 @@ def main() -> None:
     report = {
         "config": " ".join([args.config.name, *overrides]), "topology": args.topology, "chips": len(devices),
         "jax": jax.__version__,
-        "date": datetime.date.today().isoformat(), "decode_layers": args.decode_layers or [model.layers],
+        "date": datetime.date.today().isoformat(),
         "parameters": model_params.count(model_params.specs(model)),
         "step_peak": step_peak, "train_state": state, "policy": policy, "programs": found,
     }  # fmt: skip
