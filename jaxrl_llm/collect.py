@@ -63,7 +63,8 @@ def collect(
     graded, num, me = [], jax.process_count(), jax.process_index()
     for finished in generation:
         mine = finished[finished % num == me]
-        graded.append((mine, pool.submit(groups_of(run, rows, generation.rollouts(mine)))))
+        if len(mine):
+            graded.append((mine, pool.submit(groups_of(run, rows, generation.rollouts(mine)))))
         if give_up():
             raise GivenUp
     start, num_prompts, size = time.perf_counter(), len(prompts.length), run.cfg.rollout.samples

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -16,8 +17,10 @@ import pytest
 
 from jaxrl_llm import config as run_config
 from jaxrl_llm.config import RunConfig
+from jaxrl_llm.errors import Preempted
 from jaxrl_llm.metrics import CompileCounter, read_jsonl
 from jaxrl_llm.rewards.config import GraderConfig, RewardConfig
+from jaxrl_llm.rollout.config import EngineConfig
 
 ROOT = Path(__file__).parents[1]
 TINY = """
@@ -34,7 +37,7 @@ checkpoint: {{every: {every}}}
 metrics: {{rollout_groups: -1, tensorboard: false, samples_every: 0}}
 """
 # What a clock or a compiler says; everything else must come out the same.
-CLOCKED = ("time/", "tokens_per_s", "compiles")
+CLOCKED = ("time/", "tokens_per_s", "compiles", "rollout/ceiling_fraction")
 
 
 @pytest.fixture(scope="session")
@@ -301,6 +304,31 @@ def tiny_run(tmp_path: Path, **changes) -> RunConfig:
     return dataclasses.replace(
         cfg, run_dir=str(tmp_path / "run"), mesh=dataclasses.replace(cfg.mesh, data=8, fsdp=1), **changes
     )
+
+
+def test_a_step_that_sigterm_gives_up_between_segments_is_done_again(tmp_path, monkeypatch):
+    """Told to stop while step 6 samples, in segments of two tokens: step 5 is saved, and the run that goes on is the same."""
+    from jaxrl_llm import train
+
+    engine = EngineConfig(segment=2, window=2)
+    cfg = tiny_run(tmp_path)
+    cfg = dataclasses.replace(cfg, rollout=dataclasses.replace(cfg.rollout, engine=engine))
+    whole = dataclasses.replace(cfg, run_dir=str(tmp_path / "whole"))
+    train.train(whole)
+    asked = []
+
+    @contextmanager
+    def stop_signal():
+        """The first question after step 5 is that of the loop; the second comes between two segments."""
+        yield lambda step: asked.append(step) or asked.count(5) == 2
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "stop_signal", stop_signal)
+        with pytest.raises(Preempted, match=r"after step 5, saved in .* given up while it sampled"):
+            train.train(cfg)
+    train.train(cfg, must_resume=True)
+    assert [row["rollout/segments"] for row in rows(tmp_path / "whole")[3:]] == [2.0] * 5
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_nothing_compiles_after_warm_up(tmp_path):

@@ -179,7 +179,7 @@ class Engine:
 
 
 class Generation:
-    """One call of the engine. Iterate over it: it yields the indices of prompts that are finished, as they come."""
+    """One call of the engine. Iterate over it: after each segment it yields the prompts that are finished, perhaps none."""
 
     def __init__(
         self, engine: Engine, policy: Policy, prompts: Prompts, key: Key[Array, ""], controls: Controls, limit: np.ndarray
@@ -210,8 +210,7 @@ class Generation:
             self._compact()
             finished = self._advance(self._room())
             self.stats = self.stats._replace(seconds=self.stats.seconds + time.perf_counter() - start)
-            if len(finished):
-                yield finished
+            yield finished
 
     def rollouts(self, index: Int[np.ndarray, " n"] | None = None) -> Rollouts:
         """Of these prompts; of all by default."""

@@ -101,7 +101,7 @@ def test_groups_come_as_they_finish():
     longest = rollouts.length.reshape(P, G).max(axis=1)
     assert order != sorted(order)
     generation = of(FORMS["refill"]).start(policy_of(), make_prompts(P), KEY)
-    first = next(iter(generation))
+    first = next(finished for finished in generation if len(finished))
     early = generation.rollouts(first)
     assert len(first) < P and (longest[first] <= 4).all()
     np.testing.assert_array_equal(early.tokens, rollouts.tokens.reshape(P, G, C)[first].reshape(-1, C))
