@@ -29,7 +29,7 @@ class EngineConfig:
     eos_interval: Count = 8
     """Steps between two looks of the device at whether any row still lives."""
     window: Natural = 0
-    """Slots that the cache of the rows' own keys starts with; it doubles as rows grow. 0: 32 on a CPU, 128 elsewhere, as measured;
+    """Slots that the cache of the rows' own keys starts with; it doubles as rows grow. 0: 128, or what fits a CPU's caches;
     `max_new_tokens` or more: it has them all at once."""
     compact: bool = True
     """Finished rows leave the batch when half of it, or less, lives."""

@@ -10,8 +10,8 @@ from setups import FAMILIES, SMALL, engine, layouts, make_params, make_policy, m
 
 from jaxrl_llm.metrics import CompileCounter
 from jaxrl_llm.parallel.config import MeshConfig
-from jaxrl_llm.rollout.config import EngineConfig
-from jaxrl_llm.rollout.engine import Engine, Sizes, doubled
+from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
+from jaxrl_llm.rollout.engine import Engine, Sizes, doubled, first_window
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Finish, check
 
@@ -198,3 +198,10 @@ def test_sizes_are_few():
 def test_looks_come_at_whole_intervals(segment, interval, want):
     made = of(EngineConfig(segment=segment, eos_interval=interval), max_new_tokens=200)
     assert (made.shape.steps, made.shape.interval) == want
+
+
+def test_the_first_window_of_a_cpu_fits_its_caches():
+    """M of the benchmarks: 64 rows x 4 heads x 64 numbers, keys and values in f32, are 128 KiB a slot; 4 MiB hold 32."""
+    m = dataclasses.replace(SMALL, heads=8, kv_heads=4, head_dim=64)
+    at = lambda rows: first_window(RolloutConfig(prompts=rows // 8, samples=8), m, layouts()[1])  # noqa: E731
+    assert (at(64), at(8), at(512)) == (32, 256, 32)
