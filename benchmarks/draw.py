@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.clock import alternate
+from benchmarks.machine import machine
 from benchmarks.models import layouts
-from benchmarks.run import machine
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.rollout.sample import Controls, Vocabulary, draw, row_keys
 

@@ -24,8 +24,8 @@ import numpy as np
 
 from benchmarks.clock import alternate
 from benchmarks.generate import make_engine, make_policy
+from benchmarks.machine import machine
 from benchmarks.models import NEW_TOKENS, SAMPLES, Workload, layouts, make_params
-from benchmarks.run import machine
 from jaxrl_llm.metrics import CompileCounter
 from jaxrl_llm.rollout import sample
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig

@@ -19,6 +19,7 @@ from benchmarks.generate import make_engine
 from benchmarks.models import NEW_TOKENS, Workload, layouts, make_params
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.linear import contract
+from jaxrl_llm.model.transformer import logits
 from jaxrl_llm.publish import make_blank, make_publish
 from jaxrl_llm.types import Policy, PyTree
 
@@ -32,11 +33,9 @@ def products(policy: Policy, rows: int, cfg: ModelConfig) -> Callable[[], object
     def step(params: PyTree, h: jax.Array, heads: jax.Array, mlp: jax.Array) -> list[jax.Array]:
         found = []
         for layer in params["layers"]:
-            gate_up = jax.tree.map(lambda w: w.swapaxes(0, 1), layer["gate_up"])
             found += [contract(h, layer["qkv"]), contract(heads, layer["out"], 3)]
-            found += [contract(h, gate_up), contract(mlp, layer["down"])]
-        head = jax.tree.map(jnp.transpose, params["embed"]) if cfg.tied_head else params["head"]
-        return [jnp.sum(x) for x in (*found, contract(h, head))]
+            found += [contract(h, layer["gate"]), contract(h, layer["up"]), contract(mlp, layer["down"])]
+        return [jnp.sum(x) for x in (*found, logits(params, h, cfg))]
 
     rng = np.random.default_rng(0)
     shapes = (cfg.d_model,), (cfg.kv_heads, cfg.group, cfg.head_dim), (cfg.d_mlp,)

@@ -135,13 +135,10 @@ def warm_step(run: Run, shell: Shell, life: Life) -> tuple[Life, dict[str, float
 def start_rl(run: Run, shell: Shell, life: Life) -> tuple[Life, Policy, dict[str, float]]:
     """The first policy of this process; at the very start of RL also a fresh optimizer, the reference, and the score before."""
     if life.step > run.cfg.warm_start.steps:
-        policy = publish(run, life.state, None)
-        warm(run, policy)
-        return life, policy, {}
+        return life, first_policy(run, life.state), {}
     reference = jax.tree.map(jnp.copy, life.state.params) if run.keeps_reference else None
     state = fresh_optimizer(run, life.state.params, int(life.state.step))
-    policy = publish(run, state, None)
-    warm(run, policy)
+    policy = first_policy(run, state)
     scores = evaluate(run, state.params, policy, shell.pool)
     shell.recorder.message(
         "held-out accuracy before RL: " + ", ".join(f"{v:.4f} {k.removeprefix('eval/')}" for k, v in scores.items())
@@ -150,10 +147,12 @@ def start_rl(run: Run, shell: Shell, life: Life) -> tuple[Life, Policy, dict[str
     return life, policy, scores
 
 
-def warm(run: Run, policy: Policy) -> None:
-    """Compile all that sampling and evaluation can come to need, whatever lengths they meet."""
+def first_policy(run: Run, state: TrainState) -> Policy:
+    """Published, and all compiled that sampling and evaluation can come to need, whatever lengths they meet."""
+    policy = publish(run, state, None)
     for num in {run.cfg.rollout.prompts, len(run.task.held_out)}:
         run.engine.warm(policy, num)
+    return policy
 
 
 def rl_step(

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_llm.collect import collect
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.evaluate import evaluate
 from jaxrl_llm.experience.advantages import ADVANTAGES
@@ -40,7 +41,7 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.prompts.config import ArithmeticTask
 from jaxrl_llm.prompts.stream import next_prompts
 from jaxrl_llm.rollout.config import RolloutConfig
-from jaxrl_llm.run import Run, begin, build, fresh_optimizer, grade, publish, sample
+from jaxrl_llm.run import Run, begin, build, fresh_optimizer, publish
 from jaxrl_llm.train import Shell, open_shell, warm_step
 from jaxrl_llm.types import Batch, Experience, PyTree, TrainState
 from jaxrl_llm.update.config import ClippedLoss, OptimizerConfig, UpdateConfig, WarmStartConfig
@@ -135,8 +136,8 @@ def learn(run: Run, shell: Shell, warm: TrainState, arm: str, lag: int) -> dict:
     for step in range(cfg.steps):
         rng = np.random.default_rng((cfg.seed, step))
         prompts, cursor = next_prompts(run.task, run.order, cursor, cfg.rollout.prompts)
-        rollouts = sample(run, policies[0], prompts, run.key)
-        reward = grade(run, shell.pool, run.task.train, rollouts).reward
+        rollouts, graded, *_ = collect(run, shell.pool, policies[0], prompts, run.task.train, run.key)
+        reward = graded.reward
         keep, advantage = FILTERS[cfg.experience.filter](reward), ADVANTAGES[cfg.experience.advantage](reward)
         batch = make_batch(Experience(rollouts, reward.reshape(-1), advantage.reshape(-1)), keep, run.task.pad)
         state, updates = update(run, state, batch, arm, rng)

@@ -116,7 +116,7 @@ def same_tokens(model: str) -> dict:
     from jaxrl_llm.cli import read_evaluation
     from jaxrl_llm.inspect_run import open_source
     from jaxrl_llm.prompts.stream import make_prompts
-    from jaxrl_llm.run import build, sample
+    from jaxrl_llm.run import build
 
     cfg = read_evaluation(str(HERE / model), str(ROOT / "configs/chain_sum.yaml"), [])
     values = config.to_dict(cfg)
@@ -125,7 +125,8 @@ def same_tokens(model: str) -> dict:
     run = build(config.validate(values, "greedy"))
     rows = run.task.held_out[:PROMPTS]
     index = np.arange(PROMPTS)
-    rollouts = sample(run, open_source(run).policy, make_prompts(run.task, rows, index, index), run.eval_key, 0.0)
+    prompts, controls = make_prompts(run.task, rows, index, index), run.engine.controls(PROMPTS, temperature=0.0)
+    rollouts = run.engine.generate(open_source(run).policy, prompts, run.eval_key, controls)
     ours = [rollouts.tokens[2 * p, : rollouts.length[2 * p]].tolist() for p in index]
     command = [os.environ["JAXRL_TORCH_PYTHON"], "-c", GREEDY, str(HERE / model), json.dumps([r.prompt for r in rows])]
     done = subprocess.run([*command, str(NEW_TOKENS)], stdout=subprocess.PIPE, text=True, check=True)

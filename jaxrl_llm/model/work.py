@@ -1,5 +1,6 @@
 """How much work a model is: matrices that a token meets, bytes and FLOPs of a decode step. A multiply and an add are two FLOPs."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -58,5 +59,9 @@ def decode_step(
 
 def weight_bytes(params: PyTree, cfg: ModelConfig) -> int:
     """Bytes of the weights that one device reads in a step: all it holds, but for an embedding that is no head."""
-    read = params if cfg.tied_head else {name: x for name, x in params.items() if name != "embed"}
-    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(read))
+    return held(params if cfg.tied_head else {name: x for name, x in params.items() if name != "embed"})
+
+
+def held(tree: PyTree) -> int:
+    """Bytes that one device holds of arrays with shardings; not counting what a TPU's tiles leave empty."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -25,7 +25,7 @@ from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.rollout.decode import Record, Segment, Shape, Units
 from jaxrl_llm.rollout.harvest import Harvest, Text
-from jaxrl_llm.rollout.programs import Memory, Name, Programs
+from jaxrl_llm.rollout.programs import Caching, Name, Programs
 from jaxrl_llm.rollout.sample import Controls, Vocabulary
 from jaxrl_llm.types import Policy, Prompts, PyTree, Rollouts
 
@@ -126,8 +126,8 @@ class Engine:
         support = min(cfg.support, vocab.size) if truncated else 0
         self.shape = Shape(steps, interval, support, cfg.raw_logprobs)
         form = choose_form(cfg.engine.attention, cfg.engine.cache, model, layout)
-        memory = Memory(prompt_slots, cfg.engine.prefill_chunk, form)
-        self.programs = Programs(self.shape, self.sizes.each, memory, vocab, model, layout)
+        caching = Caching(prompt_slots, cfg.engine.prefill_chunk, form)
+        self.programs = Programs(self.shape, self.sizes.each, caching, vocab, model, layout)
 
     def controls(self, prompts: int, temperature: float | None = None) -> Controls:
         """The configured ones, for so many prompts."""
@@ -342,7 +342,9 @@ class Generation:
         )  # fmt: skip
         came: Segment = jax.tree.map(np.array, came)
         ran = int(came.steps)
-        rows = np.where(self.row[:, None] >= 0, self.row[:, None] + np.arange(each), -1).reshape(-1)
+        # What had ended before brought in nothing new.
+        lived = (self.row[:, None] >= 0) & ~self.done
+        rows = np.where(lived, self.row[:, None] + np.arange(each), -1).reshape(-1)
         self.harvest.add(rows, np.repeat(self.age, each), came.record, ran)
         self.last, self.done = came.last, came.done
         if self.engine.cfg.stop:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -72,7 +73,7 @@ class Harvest:
         sampled, of = self.sampled[rows], {name: column[rows] for name, column in self.columns.items()}
         bars = np.repeat(controls.min_new_tokens[index], self.samples)[:, None]
         return Rollouts(
-            prompts=Prompts(*(getattr(self.prompts, name)[index] for name in ("tokens", "length", "uid", "row"))),
+            prompts=jax.tree.map(lambda x: x[index], self.prompts),
             tokens=self.tokens[rows],
             length=sampled.sum(axis=1, dtype=np.int32),
             sampled=sampled,

@@ -4,19 +4,19 @@ What counts is exact: the policy, both caches and what is written down. What a c
 widest thing that a step makes, and matrices that a TPU puts in another order before the loop, and then holds twice.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
 
 from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.work import held
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.rollout.decode import blank_record
 from jaxrl_llm.rollout.programs import Programs
 from jaxrl_llm.types import PyTree
 
 # Numbers side by side in a tile of a TPU's memory.
-LANES = 128
+TILE = 128
 
 
 class Flight(NamedTuple):
@@ -57,11 +57,6 @@ def flight(programs: Programs, params: PyTree, units: int, window: int) -> Fligh
     )
 
 
-def held(tree: PyTree) -> int:
-    """Bytes that one chip holds of arrays with shardings; not counting what a chip's tiles leave empty."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 def _widest(cfg: ModelConfig, layout: Layout, slots: int) -> int:
     """Numbers that a step makes for one row at a time, at most: logits, scores of a layer, or gate and up of a layer."""
     return max(
@@ -75,6 +70,6 @@ def _relaid(params: PyTree, cfg: ModelConfig, layout: Layout) -> int:
     """`qkv`; and experts of which a chip's share is not whole tiles wide, filled up to whole ones."""
     found = held([layer["qkv"] for layer in params["layers"]])
     width = cfg.d_mlp // layout.size("mlp")
-    if cfg.experts and width % LANES:
-        found += held([layer["gate_up"] for layer in params["layers"]]) // width * (width + -width % LANES)
+    if cfg.experts and width % TILE:
+        found += held([layer["gate_up"] for layer in params["layers"]]) // width * (width + -width % TILE)
     return found

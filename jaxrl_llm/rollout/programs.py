@@ -21,7 +21,7 @@ from jaxrl_llm.types import PyTree
 Name = tuple[str | int, ...]
 
 
-class Memory(NamedTuple):
+class Caching(NamedTuple):
     """How prompts and rows are remembered."""
 
     prompt_slots: int
@@ -42,8 +42,8 @@ class Programs:
     ("segment", units, window)             see `decode.make_segment`
     """
 
-    def __init__(self, shape: Shape, each: int, memory: Memory, vocab: Vocabulary, cfg: ModelConfig, layout: Layout):
-        self.shape, self.each, self.memory = shape, each, memory
+    def __init__(self, shape: Shape, each: int, caching: Caching, vocab: Vocabulary, cfg: ModelConfig, layout: Layout):
+        self.shape, self.each, self.caching = shape, each, caching
         self.vocab, self.cfg, self.layout = vocab, cfg, layout
         self._compiled: dict[Name, Compiled] = {}
 
@@ -74,12 +74,12 @@ class Programs:
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
     def _prompt(self, units: int) -> PyTree:
-        slots, _, form = self.memory
+        slots, _, form = self.caching
         return self._placed(lambda: cache.empty_prompt(self.cfg, units, slots, self.layout, form))
 
     def _suffix(self, units: int, window: int) -> PyTree:
         return self._placed(
-            lambda: cache.empty_suffix(self.cfg, units * self.each, window, self.layout, self.memory.form)
+            lambda: cache.empty_suffix(self.cfg, units * self.each, window, self.layout, self.caching.form)
         )
 
     def caches(self, units: int, window: int) -> tuple[PyTree, PyTree]:
@@ -90,7 +90,7 @@ class Programs:
         return jax.tree.map(lambda x: x.sharding, tree)
 
     def _prefill(self, params: PyTree, prompts: int, slots: int) -> Lowered:
-        most, chunk, form = self.memory
+        most, chunk, form = self.caching
 
         def read(params, tokens, length):
             return prefill(params, tokens, length, most, self.cfg, self.layout, chunk, form)
@@ -111,7 +111,7 @@ class Programs:
         return insert.lower(old, self._prompt(prompts), indices, indices)
 
     def _blank(self, params: PyTree, units: int, window: int) -> Lowered:
-        make = lambda: cache.empty_suffix(self.cfg, units * self.each, window, self.layout, self.memory.form)  # noqa: E731
+        make = lambda: cache.empty_suffix(self.cfg, units * self.each, window, self.layout, self.caching.form)  # noqa: E731
         return jax.jit(make, out_shardings=self._where(self._suffix(units, window))).lower()
 
     def _grow(self, params: PyTree, units: int, window: int, wider: int) -> Lowered:

@@ -1,0 +1,45 @@
+"""Scripts outside the package, which no test runs: what they import from it, and from each other, is there. Nothing is imported."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted([*ROOT.glob("docs/experiments/*.py"), *ROOT.glob("benchmarks/**/*.py")])
+
+
+def names_in(module: str) -> set[str]:
+    """What a module defines or imports at its top, and a package's own modules; of none: nothing."""
+    path = ROOT.joinpath(*module.split("."))
+    found = {p.stem for p in path.glob("*.py")} | {p.name for p in path.glob("*/")}
+    source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    for node in ast.parse(source.read_text()).body if source.exists() else []:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        else:
+            found |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return found
+
+
+def missing(source: str) -> list[str]:
+    """Names imported from jaxrl_llm and benchmarks, at the top or in a function, that do not exist."""
+    return [
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("jaxrl_llm", "benchmarks")
+        for alias in node.names
+        if alias.name not in names_in(node.module)
+    ]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_a_script_imports_is_there(path):
+    assert missing(path.read_text()) == []
+
+
+def test_the_check_tells_a_name_that_is_gone():
+    assert missing("def f():\n    from jaxrl_llm.run import build, gone") == ["jaxrl_llm.run.gone"]
+    assert missing("from jaxrl_llm.gone import build") == ["jaxrl_llm.gone.build"]
