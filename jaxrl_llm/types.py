@@ -4,7 +4,7 @@ Letters of the dimensions, the same everywhere:
 
     P prompts            G samples per prompt      B = P * G rows, prompt-major: row b belongs to prompt b // G
     S prompt slots       C completion slots        R rows and T slots of a training batch
-    V vocabulary         L layers                  D model
+    V vocabulary         L layers                  D model                   n graders
     N query heads        K key/value heads; of a support, its tokens        H head dim
 
 An array `[B C]` or `[R T]` speaks about the token in that very slot: `logprobs[b, c] = log p(tokens[b, c] | all before it)`.
@@ -83,26 +83,42 @@ class Experience(flax.struct.PyTreeNode):
 
     rollouts: Rollouts
     reward: Float[ArrayLike, " B"]
-    advantage: Float[ArrayLike, " B"]
+    """NaN where a group was not graded."""
+    parts: Float[ArrayLike, "B n"]
+    """What each of n graders gave, before weights."""
 
 
 class Batch(flax.struct.PyTreeNode):
-    """What one update consumes; the same shape all run long. A row holds one sequence or several (packing)."""
+    """What one update consumes; the same shape all run long. A row holds one sequence, several (packing), or trees: one prompt and
+    behind it all that was sampled for it, depth first, so the prompt is there once."""
 
     tokens: Int[ArrayLike, "R T"]
-    segment: Int[ArrayLike, "R T"]
-    """Which sequence of its row a slot belongs to: 1, 2, ...; 0 is padding."""
     position: Int[ArrayLike, "R T"]
     """Place of the token in its own sequence, from 0."""
+    until: Int[ArrayLike, "R T"]
+    """Slot t is seen by slots t to until[t] - 1, and by no other: to the end of its sequence, or of its tree where the sequences of
+    a tree share it. t itself at padding, which nobody sees."""
+    before: Int[ArrayLike, "R T"]
+    """Slot of the token before this one in its sequence; the slot itself at a sequence's first."""
+    segment: Int[ArrayLike, "R T"]
+    """Which sequence of its row a token belongs to: 1, 2, ...; 0 where it belongs to several, or is padding."""
+    group: Int[ArrayLike, "R T"]
+    """Which group (one prompt's samples) of its row a token belongs to: 1, 2, ...; 0 is padding."""
     loss_mask: Bool[ArrayLike, "R T"]
     """The token takes part in the loss: sampled by the policy, and its group was kept."""
+    weight: Float[ArrayLike, "R T"]
+    """Of the token's term in the loss: what makes sums means, by counts over the whole minibatch. 0 outside the loss mask."""
     behavior_logprobs: Float[ArrayLike, "R T"]
     advantage: Float[ArrayLike, "R T"]
     temperature: Float[ArrayLike, "R T"]
     reference_logprobs: Float[ArrayLike, "R T"] | None = None
-    """Under the frozen reference policy; only where the loss has a KL term."""
+    """Under the reference policy; only where the objective has a KL term that reads them."""
     proximal_logprobs: Float[ArrayLike, "R T"] | None = None
-    """Under the trainer's parameters before the first update on this batch; only where a correction takes several updates."""
+    """Under the trainer's parameters before the first update on this batch; only where the objective is anchored there."""
+    values: Float[ArrayLike, "R T"] | None = None
+    """The critic's, of the tokens before this one, before the first update on this batch."""
+    returns: Float[ArrayLike, "R T"] | None = None
+    """What the critic is to predict there."""
     support: Int[ArrayLike, "R T K"] | None = None
     """As in `Rollouts`: what the scorer's distribution is over. All -1 outside completions."""
     barred: Bool[ArrayLike, "R T"] | None = None

@@ -35,15 +35,16 @@ def attend(
     return jnp.einsum("bkgtu,bukh->btkgh", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
 
 
-def causal_mask(
-    segment: Int[Array, "B T"], position: Int[Array, "B T"], reach: int | Int[Array, ""] = WHOLE
+def tree_mask(
+    until: Int[Array, "B T"], position: Int[Array, "B T"], reach: int | Int[Array, ""] = WHOLE
 ) -> Bool[Array, "B T T"]:
-    """Query t sees the last `reach` keys of its sequence, its own among them, and none later.
+    """Query t sees key u where u <= t < until[u], and their positions are less than `reach` apart.
 
-    Padding (segment 0) sees padding, and nobody reads it.
+    With `until` the end of a key's sequence this is the causal mask of packed rows; where sequences share a prefix, which then stands
+    once before them all, `until` of its keys is the end of the last (Wang et al. 2024, FlashMask, has masks by such columns).
     """
-    same = segment[:, :, None] == segment[:, None, :]
-    seen = same & (position[:, :, None] >= position[:, None, :])
+    slot = jnp.arange(until.shape[1])
+    seen = (slot[None, None, :] <= slot[None, :, None]) & (slot[None, :, None] < until[:, None, :])
     if isinstance(reach, int) and reach == WHOLE:
         return seen
     return seen & (position[:, :, None] - position[:, None, :] < reach)

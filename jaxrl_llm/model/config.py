@@ -141,6 +141,26 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """How whole rows go through the model in training and scoring: `update.attention`, `update.remat`."""
+
+    attention: str = "auto"
+    remat: str = "layer"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside frozen matrices (Hu et al. 2021): W + alpha / rank * A B."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    rank: Annotated[int, Ge(0)] = 0
+    """0: no adapters, every parameter is trained."""
+    alpha: Positive = 16.0
+    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclass(frozen=True)
 class PretrainedModel:
     """A Hugging Face directory, or a hub name where there is internet: all numbers but `compute` come from its config.json."""
 

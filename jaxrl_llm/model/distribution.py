@@ -82,10 +82,14 @@ def entropy(logp: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
 
 class TokenScores(NamedTuple):
     logprobs: Float[Array, "R T"]
-    """log p(tokens[r, t] | before it) at the batch's temperature, over the recorded support where there is one; 0.0 in a row's
-    first slot, and in slots without a support in a batch that has them."""
+    """log p(tokens[r, t] | before it) at the batch's temperature, over the recorded support where there is one. Read it inside the
+    loss mask alone."""
     entropy: Float[Array, "R T"]
     """Of the distribution that tokens[r, t] was drawn from."""
+    values: Float[Array, "R T"] | None = None
+    """The critic's of what is before tokens[r, t]; where there is a critic."""
+    kl: Float[Array, "R T"] | None = None
+    """Exact KL(policy || reference) of the distribution that tokens[r, t] was drawn from; where a reference is given."""
 
 
 class _Slots(NamedTuple):
@@ -107,11 +111,11 @@ def score_tokens(
     """
     if batch.barred is not None and not ends:
         raise ValueError("ends: got none, want the end tokens that `batch.barred` is about")
-    h = hidden(params, batch.tokens, batch.segment, batch.position, cfg, layout)
+    h = hidden(params, batch.tokens, batch.position, batch.until, cfg, layout)
     rows, slots = batch.tokens.shape
-    # Slot t is scored from the activation before it; the last activation predicts nothing.
-    h = h[:, :-1]
-    read = jax.tree.map(lambda x: x[:, 1:], _Slots(batch.tokens, batch.temperature, batch.support, batch.barred))
+    # A token is scored from the activation before it, which with a shared prompt stands elsewhere in the row.
+    h = jnp.take_along_axis(h, batch.before[:, :, None], axis=1)
+    read = _Slots(batch.tokens, batch.temperature, batch.support, batch.barred)
     head = gather_head(params, cfg, layout)
 
     @jax.checkpoint
@@ -119,16 +123,15 @@ def score_tokens(
         h, read = chunk
         return _score(logits_in_loop(head, h, cfg), read, num_tokens, ends)
 
-    pad = -(slots - 1) % CHUNK if slots - 1 > CHUNK else 0
-    size = min(CHUNK, slots - 1)
+    pad = -slots % CHUNK if slots > CHUNK else 0
+    size = min(CHUNK, slots)
 
     def split(x: Array) -> Array:
         x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(rows, -1, size, *x.shape[2:]), 1, 0)
 
     def join(x: Array) -> Array:
-        x = jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, : slots - 1]
-        return jnp.pad(x, ((0, 0), (1, 0)))
+        return jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :slots]
 
     scores = jax.lax.map(score, jax.tree.map(split, (h, read)))
     return TokenScores(*(join(x) for x in scores))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.model.attention import attend, attend_part, causal_mask, merge
+from jaxrl_llm.model.attention import attend, attend_part, merge, tree_mask
 from jaxrl_llm.model.cache import (
     PLAIN,
     WHOLE,
@@ -127,23 +127,24 @@ def _block(
 def hidden(
     params: PyTree,
     tokens: Int[Array, "R T"],
-    segment: Int[Array, "R T"],
     position: Int[Array, "R T"],
+    until: Int[Array, "R T"],
     cfg: ModelConfig,
     layout: Layout,
 ) -> Float[Array, "R T D"]:
-    """Normed activations after the last layer, for whole rows. `params` has its layers stacked.
+    """Normed activations after the last layer, for whole rows; slot t is seen by slots t to until[t] - 1. `params` has its layers
+    stacked.
 
     Each layer is recomputed in the backward pass: what is kept is one residual stream a layer.
     """
     first, differ = scanned_kinds(cfg)
-    shared = None if "reach" in differ else causal_mask(segment, position, first.reach)
+    shared = None if "reach" in differ else tree_mask(until, position, first.reach)
 
     @jax.checkpoint
     def step(x: Array, scanned: tuple[Layer, dict[str, Array]]) -> tuple[Array, None]:
         layer, own = scanned
         kind = first._replace(**own)
-        mask = causal_mask(segment, position, kind.reach) if shared is None else shared
+        mask = tree_mask(until, position, kind.reach) if shared is None else shared
         x, _ = _block(layer, x, angles(position, kind.turn), cfg, layout, _whole(mask, cfg))
         return x, None
 

@@ -7,8 +7,10 @@ from annotated_types import Ge, Gt, Le
 from pydantic import ConfigDict, Field
 
 Count = Annotated[int, Ge(1)]
+Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
+Level = Literal["token", "sequence", "geometric"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class OptimizerConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    lr: Annotated[float, Gt(0)] = 1e-3
+    lr: Positive = 1e-3
     warmup_steps: Annotated[int, Ge(0)] = 0
     """Updates over which the learning rate rises from 0."""
     decay_steps: Annotated[int, Ge(0)] = 0
@@ -25,43 +27,97 @@ class OptimizerConfig:
     final_lr: NonNegative = 0.0
     b1: Fraction = 0.9
     b2: Fraction = 0.95
-    eps: Annotated[float, Gt(0)] = 1e-8
+    eps: Positive = 1e-8
     weight_decay: NonNegative = 0.0
-    max_grad_norm: Annotated[float, Gt(0)] = 1.0
+    max_grad_norm: Positive = 1.0
 
 
 @dataclass(frozen=True)
-class ClippedLoss:
+class Clip:
     """PPO's clipped surrogate with bounds of its own on either side; DAPO's clip-higher is high > low."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    kind: Literal["clipped"] = "clipped"
+    kind: Literal["clip"] = "clip"
     low: Fraction = 0.2
     """The ratio stops counting below 1 - low when the advantage is negative."""
     high: NonNegative = 0.2
     """The ratio stops counting above 1 + high when the advantage is positive."""
-    kl: NonNegative = 0.0
-    """Weight of the k3 estimate of KL(policy || reference). Above 0, the policy at the start of RL is kept as reference."""
-    entropy: NonNegative = 0.0
-    """Weight of the entropy bonus."""
+    dual: Annotated[float, Gt(1)] | None = None
+    """c: with a negative advantage A the loss is -c A at most (Ye et al. 2020)."""
 
 
 @dataclass(frozen=True)
-class CrossEntropyLoss:
-    """-log p of the tokens in the loss mask."""
+class Cispo:
+    """-clip(ratio, low, high) A log p, the clipped ratio without a gradient (MiniMax-M1). The bounds are those of the ratio itself:
+    a framework's 1 - eps_low, 1 + eps_high is written out."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    kind: Literal["cross_entropy"] = "cross_entropy"
+    kind: Literal["cispo"] = "cispo"
+    low: NonNegative = 0.0
+    high: Positive = 5.0
 
 
-LossConfig = Annotated[ClippedLoss | CrossEntropyLoss, Field(discriminator="kind")]
+@dataclass(frozen=True)
+class Gmpo:
+    """The geometric mean of a sequence's ratios, each log-ratio bounded to [-low, high] where its sign and the advantage's agree
+    (Zhao et al. 2025)."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["gmpo"] = "gmpo"
+    low: NonNegative = 0.4
+    high: NonNegative = 0.4
+
+
+@dataclass(frozen=True)
+class Sapo:
+    """-A sigmoid(tau (ratio - 1)) 4 / tau (SAPO)."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["sapo"] = "sapo"
+    positive: Positive = 1.0
+    """tau where A > 0."""
+    negative: Positive = 1.05
+    """tau elsewhere."""
+
+
+@dataclass(frozen=True)
+class Dppo:
+    """A token counts unless the policy has moved too far in the direction of its advantage, by the divergence of the token's own
+    two-way distribution (DPPO)."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["dppo"] = "dppo"
+    divergence: Literal["tv", "kl"] = "tv"
+    """tv: p - p_old. kl: of the Bernoulli of drawing this token."""
+    low: NonNegative = 0.2
+    high: NonNegative = 0.2
+    form: Literal["ratio", "reinforce"] = "ratio"
+    """-A ratio (SkyRL, prime-rl), or -A min(ratio, cap) log p, the ratio without a gradient (verl)."""
+    cap: Positive = 20.0
+    """Of the ratio in the form `reinforce`."""
+
+
+@dataclass(frozen=True)
+class Reinforce:
+    """-A log p (Williams 1992)."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["reinforce"] = "reinforce"
+
+
+Surrogate = Clip | Cispo | Gmpo | Sapo | Dppo | Reinforce
+SurrogateConfig = Annotated[Surrogate, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
 class NoCorrection:
-    """The ratio is to the policy that sampled, as it sampled."""
+    """The sampler's arithmetic is taken for the trainer's."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -70,14 +126,43 @@ class NoCorrection:
 
 @dataclass(frozen=True)
 class TruncatedImportance:
-    """Each token weighs min(p_trainer / p_sampler, cap), the trainer's parameters being those before the first update on it; the
-    ratio is to these (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training")."""
+    """Each token weighs w = p_proximal / p_sampler, bounded to [floor, cap]; the ratio is to the proximal policy, the trainer's
+    parameters before the first update (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training").
+    With level `token` this is decoupled PPO (Hilton et al. 2022)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["truncated_importance"] = "truncated_importance"
-    cap: Annotated[float, Gt(0)] = 2.0
+    level: Level = "token"
+    """w of each token; the product over its sequence; or that product's geometric mean."""
+    cap: Positive = 2.0
     """C; the weight has no gradient."""
+    floor: NonNegative = 0.0
+
+
+@dataclass(frozen=True)
+class MaskedImportance:
+    """What has w = p_proximal / p_sampler outside [low, high] weighs 0 (IcePop, MIS). The counts of means stay those before."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["masked_importance"] = "masked_importance"
+    level: Level = "token"
+    low: NonNegative = 0.5
+    high: Positive = 5.0
+    weight: Literal["level", "token", "one"] = "level"
+    """Of what is kept: the w that was tested, the token's own, or 1."""
+
+
+@dataclass(frozen=True)
+class SecondMoment:
+    """Tokens with the largest (log p_proximal - log p_sampler)^2 are dropped until the mean over the rest is at most `threshold`
+    (M2PO; Zheng et al. 2025, "Prosperity before collapse")."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["second_moment"] = "second_moment"
+    threshold: Positive = 0.04
 
 
 @dataclass(frozen=True)
@@ -89,15 +174,121 @@ class AutoCorrection:
     kind: Literal["auto"] = "auto"
 
 
-Correction = NoCorrection | TruncatedImportance
+Correction = NoCorrection | TruncatedImportance | MaskedImportance | SecondMoment
 CorrectionConfig = Annotated[Correction | AutoCorrection, Field(discriminator="kind")]
 
 
-def resolve(correction: CorrectionConfig, weights: str, cache: str) -> Correction:
-    """What `auto` stands for, given `rollout.engine.weights` and `rollout.engine.cache`."""
-    if not isinstance(correction, AutoCorrection):
-        return correction
-    return NoCorrection() if weights == cache == "compute" else TruncatedImportance()
+@dataclass(frozen=True)
+class KlConfig:
+    """weight * an estimate of KL(policy || other), token by token, with d = log p - log p_other."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["k1", "k2", "k3", "k3_plus", "full"] = "k3"
+    """k1: d. k2: d^2 / 2. k3: e^-d - 1 + d. k3_plus: the value of k3 with the gradient of k2. full: exact, over the vocabulary."""
+    weight: NonNegative = 0.0
+    to: Literal["reference", "behavior"] = "reference"
+    by_ratio: bool = False
+    """Times the ratio, gradient and all: that makes the gradient of k1 and k3 unbiased (DeepSeek-V3.2)."""
+    max_difference: Positive | None = None
+    """d is bounded to +- this first (verl 20)."""
+    max_value: Positive | None = None
+    """The estimate is bounded to +- this (verl 10)."""
+
+
+@dataclass(frozen=True)
+class CriticLoss:
+    """weight * 1/2 max((v - R)^2, (clip(v, v_old - clip, v_old + clip) - R)^2), normalised as the policy's term is."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    weight: NonNegative = 1.0
+    clip: Positive | None = 0.5
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """surrogate(ratio, advantage) * weight of the correction, + KL - entropy; every part normalised by the same weights."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["policy_gradient"] = "policy_gradient"
+    ratio: Literal["token", "sequence", "sequence_token", "product"] = "token"
+    """p / p_anchor: of each token; its geometric mean over the sequence (GSPO); that with each token's own gradient (GSPO-token);
+    the product over the sequence (TRL's RLOO)."""
+    anchor: Literal["auto", "behavior", "proximal"] = "auto"
+    """behavior: as captured while sampling. proximal: the trainer's own before the first update. auto: proximal where there is a
+    correction, else behavior."""
+    surrogate: SurrogateConfig = field(default_factory=Clip)
+    correction: CorrectionConfig = field(default_factory=AutoCorrection)
+    """Of the difference between the sampler's policy and the trainer's."""
+    aggregation: Literal["token", "sequence", "constant", "sequence_sum", "token_sum", "prompt"] = "token"
+    """What the loss is a mean over, counted over the whole minibatch: tokens (DAPO); the tokens of a sequence, then sequences
+    (GRPO); `length` tokens, then sequences (Dr. GRPO); sums of sequences; no mean at all; the tokens of a group, then groups."""
+    length: Count | None = None
+    """Of `constant`; None: rollout.max_new_tokens."""
+    kl: KlConfig = field(default_factory=KlConfig)
+    entropy: NonNegative = 0.0
+    """Weight of the entropy bonus: exact, of the distribution that each token was drawn from."""
+    critic: CriticLoss = field(default_factory=CriticLoss)
+    """Where the advantages are those of a critic."""
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """-log p of the tokens in the loss mask."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["cross_entropy"] = "cross_entropy"
+
+
+@dataclass(frozen=True)
+class Dpo:
+    """-log sigmoid(beta ((log p - log p_ref) of the best - that of the worst)), sequences summed (Rafailov et al. 2023, eq. 7)."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["dpo"] = "dpo"
+    beta: Positive = 0.1
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Exact KL(policy || reference) over the vocabulary, on the policy's own samples (on-policy distillation)."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["distillation"] = "distillation"
+
+
+LossConfig = Annotated[PolicyGradient | CrossEntropy | Dpo | Distillation, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class PackingConfig:
+    """How sequences lie in the rows of a batch. Loss and gradients are the same in all."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["none", "plain", "shared_prefix"] = "none"
+    """none: one a row. plain: as many whole ones as fit. shared_prefix: a group's prompt once, its completions behind it."""
+    slots: Annotated[int, Ge(0)] = 0
+    """T. 0: those of one sequence at its longest; with shared_prefix those of a whole group."""
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """When a run stops or complains by itself."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    max_nonfinite: Count = 3
+    """Steps in a row of which no update was finite; then the run ends with exit code 4. Such an update changes nothing."""
+    max_mismatch_kl: Positive | None = 0.1
+    """Mean KL(sampler || trainer), nats a token, of the same parameters; above it the run ends with exit code 4. None: no gate."""
+    zero_gradient_steps: Count = 3
+    """A parameter whose gradient is exactly 0 for so many steps is named."""
 
 
 @dataclass(frozen=True)
@@ -106,18 +297,18 @@ class UpdateConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    loss: LossConfig = field(default_factory=ClippedLoss)
-    normalize: Literal["token", "sequence", "constant"] = "token"
-    """What a term of the loss is a mean over, counted over the whole minibatch: all tokens (DAPO); the tokens of a sequence,
-    then sequences (GRPO); a constant length of C tokens, then sequences (Dr. GRPO)."""
-    correction: CorrectionConfig = field(default_factory=AutoCorrection)
-    """Of the difference between the sampler's arithmetic and the trainer's."""
     epochs: Count = 1
     minibatches: Count = 1
     """Updates an epoch. Rows stay in groups; their order is drawn anew each epoch."""
     micro_batches: Count = 1
     """Parts whose gradients are added up before an update: less memory, the same numbers."""
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    attention: Literal["auto", "plain", "blocks", "splash", "cudnn"] = "auto"
+    """The form of attention over whole rows: docs/update.md."""
+    remat: Literal["auto", "none", "attention", "layer", "offload"] = "layer"
+    """What the backward pass computes again instead of keeping it: docs/update.md."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
 
     @property
     def updates(self) -> int:

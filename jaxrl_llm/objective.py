@@ -1,0 +1,169 @@
+"""What a run maximises: an advantage, a loss, and the models beside the policy that these read. Imports no jax.
+
+    objective = advantage (x KL in the reward) x loss: ratio x surrogate x correction x aggregation + KL - entropy (+ critic)
+
+`presets.PRESETS` names whole objectives by their source; `refusals` says which parts do not go together, and why.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le
+from pydantic import ConfigDict, Field
+
+from jaxrl_llm.experience.config import AdvantageConfig, BestWorst, Gae, Grpo, RewardKl
+from jaxrl_llm.update.config import (
+    Cispo,
+    Clip,
+    Dpo,
+    Gmpo,
+    LossConfig,
+    NoCorrection,
+    PolicyGradient,
+    Reinforce,
+    Sapo,
+)
+
+GROUPED = ("grpo", "mean_only", "rloo", "leave_one_out", "max_rl", "pass_at_k", "gdpo", "best_worst")
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """Which policy the KL terms hold on to, where there are any."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["initial", "ema", "periodic", "pretrained"] = "initial"
+    """initial: the policy at the start of RL. ema: a running mean of the policy. periodic: the policy of every so many steps.
+    pretrained: another model with the same tokens, also as the teacher of a distillation."""
+    decay: Annotated[float, Gt(0), Le(1)] = 0.99
+    """Of `ema`: reference = decay * reference + (1 - decay) * policy after each step."""
+    every: Annotated[int, Ge(1)] = 100
+    """Of `periodic`: steps."""
+    path: str = ""
+    """Of `pretrained`: a Hugging Face directory, or a hub name where there is internet."""
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """Where values come from, for advantages that need them."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["head", "separate"] = "head"
+    """head: a linear map of the policy's last activations, whose gradient flows into the policy's layers. separate: a transformer
+    of its own, at first a copy of the policy's layers."""
+    lr_scale: Annotated[float, Gt(0)] = 1.0
+    """Its learning rate, times the policy's."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What RL maximises."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    preset: str = ""
+    """Where the parts that follow come from; what is written beside it replaces the preset's."""
+    advantage: AdvantageConfig = field(default_factory=Grpo)
+    reward_kl: RewardKl = field(default_factory=RewardKl)
+    loss: LossConfig = field(default_factory=PolicyGradient)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    """Only with the advantage `gae`."""
+
+    @property
+    def has_critic(self) -> bool:
+        return isinstance(self.advantage, Gae)
+
+    @property
+    def reads_reference_logprobs(self) -> bool:
+        """Of the tokens that were drawn."""
+        kl = self.loss.kl if isinstance(self.loss, PolicyGradient) else None
+        in_loss = kl is not None and kl.weight > 0 and kl.to == "reference" and kl.kind != "full"
+        return in_loss or self.reward_kl.weight > 0 or isinstance(self.loss, Dpo)
+
+    @property
+    def reads_reference_distribution(self) -> bool:
+        """Over the whole vocabulary: the update runs the reference too."""
+        if isinstance(self.loss, PolicyGradient):
+            return self.loss.kl.weight > 0 and self.loss.kl.kind == "full"
+        return self.loss.kind == "distillation"
+
+    @property
+    def has_reference(self) -> bool:
+        return self.reads_reference_logprobs or self.reads_reference_distribution
+
+
+def refusals(objective: ObjectiveConfig, samples: int, packing: str) -> list[str]:
+    """Parts that do not go together, and why; `samples` a prompt."""
+    found = []
+    if objective.advantage.kind in GROUPED and samples < 2:
+        found.append(
+            f"objective.advantage.kind: got {objective.advantage.kind} with rollout.samples {samples}, want 2 or more samples: "
+            "a group of one has no mean of others"
+        )
+    loss = objective.loss
+    if loss.kind == "cross_entropy":
+        found.append("objective.loss.kind: got cross_entropy, want one for RL: it uses no reward; warm_start is supervised")
+    if isinstance(loss, Dpo):
+        if not isinstance(objective.advantage, BestWorst):
+            found.append(
+                f"objective.advantage.kind: got {objective.advantage.kind}, want best_worst: the pairs of the loss dpo"
+            )
+        if packing != "shared_prefix":
+            found.append(
+                f"update.packing.kind: got {packing}, want shared_prefix: the loss dpo needs a pair in one row"
+            )
+    if isinstance(loss, PolicyGradient):
+        found += _refusals_of_loss(loss)
+        if isinstance(objective.advantage, BestWorst):
+            found.append(
+                "objective.advantage.kind: got best_worst, which is for the loss dpo; want an advantage of every sample"
+            )
+    if objective.reference.kind == "pretrained" and not objective.reference.path:
+        found.append("objective.reference.path: got nothing, want the model that reference.kind pretrained reads")
+    return found
+
+
+def _refusals_of_loss(loss: PolicyGradient) -> list[str]:
+    found = []
+    name, surrogate = "objective.loss", loss.surrogate
+    whole = loss.ratio in ("sequence", "product") or isinstance(surrogate, Gmpo)
+    if whole and loss.aggregation != "sequence":
+        found.append(
+            f"{name}.aggregation: got {loss.aggregation}, want sequence: with a ratio of whole sequences every other mean weighs a "
+            "sequence by its length"
+        )
+    if loss.ratio == "sequence_token" and loss.aggregation not in ("sequence", "token"):
+        found.append(f"{name}.aggregation: got {loss.aggregation}, want sequence or token: sums undo GSPO's 1 / length")
+    if loss.ratio != "token" and not isinstance(surrogate, Clip):
+        found.append(
+            f"{name}.ratio: got {loss.ratio} with the surrogate {surrogate.kind}, want token: only clip is defined on sequences"
+        )
+    if isinstance(surrogate, Clip) and surrogate.dual is not None and loss.ratio != "token":
+        found.append(f"{name}.surrogate.dual: got {surrogate.dual}, want null with the ratio {loss.ratio}: no source defines it")
+    if isinstance(surrogate, Cispo) and surrogate.low >= surrogate.high:
+        found.append(
+            f"{name}.surrogate.low: got {surrogate.low}, want less than high ({surrogate.high}): bounds of the ratio itself"
+        )
+    if loss.anchor == "behavior" and loss.correction.kind not in ("auto", "none"):
+        found.append(
+            f"{name}.anchor: got behavior with the correction {loss.correction.kind}, want proximal: the ratio to the sampler "
+            "already holds the weight, which would count twice"
+        )
+    if isinstance(surrogate, Gmpo | Sapo) and loss.correction.kind == "truncated_importance" and loss.correction.floor > 0:
+        found.append(f"{name}.correction.floor: got {loss.correction.floor}, want 0 with the surrogate {surrogate.kind}")
+    if loss.kl.by_ratio and loss.kl.kind in ("k2", "k3_plus", "full"):
+        found.append(
+            f"{name}.kl.by_ratio: got true with {loss.kl.kind}, want false: its gradient is right without the ratio"
+        )
+    if loss.kl.kind == "full" and loss.kl.to == "behavior":
+        found.append(f"{name}.kl.to: got behavior with the kind full, want reference: the sampler's logits are not kept")
+    if isinstance(surrogate, Reinforce) and loss.ratio != "token":
+        found.append(f"{name}.ratio: got {loss.ratio}, want token: reinforce has no ratio")
+    if loss.length is not None and loss.aggregation != "constant":
+        found.append(f"{name}.length: got {loss.length}, want null: only the aggregation constant reads it")
+    if isinstance(loss.correction, NoCorrection) and loss.kl.to == "behavior" and loss.kl.kind == "k1" and loss.kl.weight:
+        found.append(f"{name}.kl.kind: got k1 to behavior, want k2 or k3: the mean gradient of k1 in a loss is 0")
+    return found

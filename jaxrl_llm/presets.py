@@ -1,0 +1,117 @@
+"""Whole objectives, named by their source: what `objective.preset` may say. Two sources that call different things by one name
+are two presets.
+
+Each entry holds what differs from `ObjectiveConfig`'s defaults. `framework:name` is what that framework's code computes with its
+defaults for that algorithm (versions: docs/objectives.md); `paper:name` is the published equation.
+"""
+
+from typing import Any
+
+DUAL = {"kind": "clip", "low": 0.2, "high": 0.2, "dual": 3.0}
+CLIP = {"kind": "clip", "low": 0.2, "high": 0.2}
+VERL_GRPO = {"kind": "grpo", "eps": 1e-6}
+TRL_GRPO = {"kind": "grpo", "eps": 1e-4}
+TOKEN_TIS = {"kind": "truncated_importance", "cap": 2.0}
+
+
+def _policy(surrogate: dict[str, Any], aggregation: str = "token", **more: Any) -> dict[str, Any]:
+    return {"kind": "policy_gradient", "surrogate": surrogate, "aggregation": aggregation, **more}
+
+
+def _preset(advantage: dict[str, Any], loss: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"advantage": advantage, "loss": loss, **more}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper:reinforce": _preset({"kind": "raw"}, _policy({"kind": "reinforce"}, "sequence_sum")),
+    "paper:ppo": _preset({"kind": "gae", "lam": 0.95}, _policy(CLIP, critic={"weight": 0.5, "clip": None})),
+    "paper:rloo": _preset({"kind": "rloo"}, _policy({"kind": "reinforce"}, "sequence_sum")),
+    "paper:grpo": _preset(
+        {"kind": "grpo", "std": "population", "eps": 0.0},
+        _policy(CLIP, "sequence", kl={"kind": "k3", "weight": 0.04}),
+    ),
+    "paper:dr_grpo": _preset({"kind": "mean_only"}, _policy(CLIP, "constant")),
+    "paper:dapo": _preset({"kind": "grpo", "std": "population", "eps": 0.0}, _policy({**CLIP, "high": 0.28})),
+    "paper:gspo": _preset(
+        {"kind": "grpo", "std": "population", "eps": 0.0},
+        _policy({"kind": "clip", "low": 3e-4, "high": 4e-4}, "sequence", ratio="sequence"),
+    ),
+    "paper:cispo": _preset(
+        {"kind": "grpo", "std": "population", "eps": 0.0}, _policy({"kind": "cispo", "low": 0.0, "high": 5.0})
+    ),
+    "paper:gmpo": _preset({"kind": "grpo", "std": "population", "eps": 0.0}, _policy({"kind": "gmpo"}, "sequence")),
+    "paper:sapo": _preset({"kind": "grpo", "std": "population", "eps": 0.0}, _policy({"kind": "sapo"}, "sequence")),
+    "paper:max_rl": _preset({"kind": "max_rl"}, _policy({"kind": "reinforce"}, "sequence_sum")),
+    "paper:decoupled_ppo": _preset({"kind": "grpo", "eps": 1e-6}, _policy(CLIP, correction={**TOKEN_TIS, "cap": 5.0})),
+    "paper:icepop": _preset(
+        VERL_GRPO, _policy(CLIP, "sequence", correction={"kind": "masked_importance", "low": 0.5, "high": 5.0})
+    ),
+    "paper:m2po": _preset(VERL_GRPO, _policy(CLIP, correction={"kind": "second_moment", "threshold": 0.04})),
+    "paper:dpo": _preset({"kind": "best_worst"}, {"kind": "dpo", "beta": 0.1}),
+    "verl:ppo": _preset({"kind": "gae", "lam": 1.0}, _policy(DUAL, critic={"weight": 1.0, "clip": 0.5})),
+    "verl:grpo": _preset(VERL_GRPO, _policy(DUAL)),
+    "verl:dr_grpo": _preset({"kind": "mean_only"}, _policy(DUAL, "constant")),
+    "verl:dapo": _preset(VERL_GRPO, _policy({**DUAL, "high": 0.28})),
+    "verl:rloo": _preset({"kind": "rloo"}, _policy(DUAL)),
+    "verl:reinforce_pp": _preset({"kind": "reinforce_pp"}, _policy(DUAL)),
+    "verl:reinforce_pp_baseline": _preset({"kind": "reinforce_pp", "baseline": True}, _policy(DUAL)),
+    "verl:opo": _preset({"kind": "opo"}, _policy(DUAL)),
+    "verl:gpg": _preset({"kind": "gpg"}, _policy({"kind": "reinforce"})),
+    "verl:pass_at_k": _preset({"kind": "pass_at_k"}, _policy(DUAL)),
+    "verl:gspo": _preset(VERL_GRPO, _policy(CLIP, "sequence", ratio="sequence_token")),
+    "verl:cispo": _preset(VERL_GRPO, _policy({"kind": "cispo", "low": 0.8, "high": 1.2})),
+    "verl:gmpo": _preset(VERL_GRPO, _policy({"kind": "gmpo", "low": 0.2, "high": 0.2}, "sequence")),
+    "verl:sapo": _preset(VERL_GRPO, _policy({"kind": "sapo"}, "sequence")),
+    "verl:dppo_tv": _preset(VERL_GRPO, _policy({"kind": "dppo", "form": "reinforce", "cap": 20.0})),
+    "trl:grpo": _preset(TRL_GRPO, _policy(CLIP)),
+    "trl:grpo_sequence": _preset(TRL_GRPO, _policy(CLIP, "sequence")),
+    "trl:dr_grpo": _preset(TRL_GRPO, _policy(CLIP, "constant")),
+    "trl:gspo": _preset(TRL_GRPO, _policy(CLIP, "sequence", ratio="sequence")),
+    "trl:cispo": _preset(TRL_GRPO, _policy({"kind": "cispo", "low": 0.0, "high": 5.0})),
+    "trl:sapo": _preset(TRL_GRPO, _policy({"kind": "sapo"}, "sequence")),
+    "trl:rloo": _preset(
+        {"kind": "rloo"}, _policy(CLIP, "sequence", ratio="product"), reward_kl={"kind": "k1", "weight": 0.05}
+    ),
+    "trl:gdpo": _preset({"kind": "gdpo"}, _policy(CLIP)),
+    "openrlhf:reinforce_pp": _preset(
+        {"kind": "reinforce_pp", "variance": "population"}, _policy(CLIP), reward_kl={"kind": "k1", "weight": 0.01}
+    ),
+    "openrlhf:grpo": _preset(
+        {"kind": "grpo", "eps": 1e-9}, _policy(CLIP), reward_kl={"kind": "k1", "weight": 0.01}
+    ),
+    "slime:grpo": _preset(VERL_GRPO, _policy(CLIP, "sequence")),
+    "nemo:grpo": _preset(
+        {"kind": "leave_one_out"},
+        _policy(CLIP, kl={"kind": "k3", "weight": 0.01, "by_ratio": True, "max_difference": 20.0, "max_value": 10.0}),
+    ),
+    "skyrl:grpo": _preset(
+        VERL_GRPO, _policy(CLIP, kl={"kind": "k3", "weight": 0.001, "max_difference": 20.0, "max_value": 10.0})
+    ),
+    "skyrl:cispo": _preset(VERL_GRPO, _policy({"kind": "cispo", "low": 0.0, "high": 5.0})),
+    "skyrl:max_rl": _preset({"kind": "max_rl", "eps": 1e-6}, _policy(CLIP)),
+    "skyrl:dppo": _preset(VERL_GRPO, _policy({"kind": "dppo"})),
+    "areal:grpo": _preset(
+        {"kind": "grpo", "eps": 1e-5, "mean_over": "batch", "std_over": "batch"}, _policy(CLIP, correction=TOKEN_TIS)
+    ),
+    "prime:rl": _preset(
+        {"kind": "mean_only"}, _policy({"kind": "dppo"}, kl={"kind": "k2", "weight": 2e-3, "to": "behavior"})
+    ),
+    "tinker:cispo": _preset({"kind": "mean_only"}, _policy({"kind": "cispo", "low": 0.0, "high": 4.0}, "token_sum")),
+}
+
+
+def resolve(given: Any, names: dict[str, dict[str, Any]] = PRESETS) -> Any:
+    """`given` as a config holds it under `objective`, the preset's parts filled in below what is written beside it.
+
+    Raises KeyError with the name where there is no such preset.
+    """
+    if not isinstance(given, dict) or not given.get("preset"):
+        return given
+    return _over(names[given["preset"]], given)
+
+
+def _over(base: Any, top: Any) -> Any:
+    """`top` over `base`, key by key; another `kind` replaces the whole."""
+    if not isinstance(base, dict) or not isinstance(top, dict) or top.get("kind", base.get("kind")) != base.get("kind"):
+        return top
+    return base | {name: _over(base[name], value) if name in base else value for name, value in top.items()}
