@@ -21,6 +21,7 @@ from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.packing import Shape, shape_of
 from jaxrl_llm.experience.replay import Replay, empty
+from jaxrl_llm.guards import Guards
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model import quantised
 from jaxrl_llm.model.config import ModelConfig, Whole
@@ -51,7 +52,9 @@ from jaxrl_llm.update.config import (
 )
 from jaxrl_llm.update.config import resolve as resolve_correction
 from jaxrl_llm.update.losses import anchored_on_proximal
-from jaxrl_llm.update.step import Update, make_optimizer, make_score, make_start, make_update, state_shardings
+from jaxrl_llm.update.optimizer.state import make_start, state_shardings
+from jaxrl_llm.update.optimizer.transform import make_optimizer
+from jaxrl_llm.update.step import Update, make_score, make_update
 
 
 class Shapes(NamedTuple):
@@ -109,7 +112,7 @@ class Run:
         return hosts.put(batch, self.train.sharding(("rows", None)))
 
 
-COUNTERS = ("step", "cursor", "num_tokens", "alarm", "nonfinite", "eval_before")
+COUNTERS = ("step", "cursor", "num_tokens", "alarm", "eval_before")
 
 
 @dataclass(frozen=True)
@@ -124,10 +127,9 @@ class Life:
     """Completion tokens sampled so far."""
     alarm: int
     """Stale updates in a row whose ratios were all exactly 1."""
-    nonfinite: int
-    """Steps of RL in a row of which no update was finite."""
     eval_before: float
     """Held-out accuracy before RL (`evaluate.headline`); NaN until measured."""
+    guards: Guards
     state: TrainState
     reference: PyTree | None
     """Parameters at the start of RL, where the loss has a KL term."""
@@ -138,6 +140,7 @@ class Life:
         device = {"state": self.state, "reference": self.reference, "replay": self.replay}
         return (
             counters
+            | {"guards": {name: np.asarray(x, np.int32) for name, x in vars(self.guards).items()}}
             | {"key": np.asarray(jax.random.key_data(key))}
             | {n: v for n, v in device.items() if v is not None}
         )
@@ -149,8 +152,12 @@ class Life:
             cursor=int(tree["cursor"]),
             num_tokens=int(tree["num_tokens"]),
             alarm=int(tree["alarm"]),
-            nonfinite=int(tree["nonfinite"]),
             eval_before=float(tree["eval_before"]),
+            guards=Guards(
+                int(tree["guards"]["nonfinite"]),
+                int(tree["guards"]["no_gradient"]),
+                tuple(map(int, tree["guards"]["zero_gradient"])),
+            ),
             state=tree["state"],
             reference=tree.get("reference"),
             replay=tree.get("replay"),
@@ -259,7 +266,13 @@ def begin(run: Run) -> Life:
     """A life from the seed."""
     params = start_params(run)
     reference = jax.tree.map(jnp.copy, params) if run.cfg.objective.has_reference else None
-    return Life(0, 0, 0, 0, 0, float("nan"), fresh_optimizer(run, params, 0), reference, _empty_replay(run))
+    return Life(
+        0, 0, 0, 0, float("nan"), no_streaks(params), fresh_optimizer(run, params, 0), reference, _empty_replay(run)
+    )
+
+
+def no_streaks(params: PyTree) -> Guards:
+    return Guards(zero_gradient=(0,) * len(jax.tree.leaves(params)))
 
 
 def start_params(run: Run) -> PyTree:
@@ -305,7 +318,15 @@ def target(run: Run) -> PyTree:
         state_shardings(run.specs, optimizer, run.train),
     )
     return Life(
-        0, 0, 0, 0, 0, 0.0, state, params if run.cfg.objective.has_reference else None, _empty_replay(run)
+        0,
+        0,
+        0,
+        0,
+        0.0,
+        no_streaks(params),
+        state,
+        params if run.cfg.objective.has_reference else None,
+        _empty_replay(run),
     ).tree(run.key)
 
 

@@ -15,7 +15,7 @@ from jaxrl_llm.model import params as model_params
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import TrainState
 from jaxrl_llm.update.optimizer.config import Adafactor, AdamW, GroupConfig, Lion, Muon, OptimizerConfig
-from jaxrl_llm.update.optimizer.state import has_gradient, make_start, state_shardings
+from jaxrl_llm.update.optimizer.state import make_start, state_shardings, zero_gradients
 from jaxrl_llm.update.optimizer.transform import learning_rate, make_optimizer, names
 
 SPECS = model_params.specs(SMALL)
@@ -312,8 +312,9 @@ def test_a_parameter_without_any_gradient_is_seen():
     grads = jax.tree.map(np.zeros_like, SOME)
     grads["layers"]["down"][1, 2, 0] = -1e-30
     grads["value"][:] = np.nan
-    found = dict(zip(names(grads), np.asarray(has_gradient(grads)), strict=True))
-    assert [name for name, has in found.items() if has] == [DOWN, "value"]
+    found = {name.removeprefix("zero_gradient/"): float(x) for name, x in zero_gradients(grads).items()}
+    assert tuple(found) == names(grads) and set(found.values()) == {0.0, 1.0}
+    assert [name for name, zero in found.items() if not zero] == [DOWN, "value"]
 
 
 @pytest.mark.parametrize(

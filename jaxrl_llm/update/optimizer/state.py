@@ -5,11 +5,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Float
 
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.parallel.layout import Axes, Layout
 from jaxrl_llm.types import PyTree, TrainState
+from jaxrl_llm.update.optimizer.transform import names
+
+ZERO_GRADIENT = "zero_gradient/"
 
 
 def state_shardings(specs: PyTree, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
@@ -58,6 +61,7 @@ def make_start(
     return jax.jit(start, donate_argnums=0, out_shardings=state_shardings(specs, optimizer, layout))
 
 
-def has_gradient(grads: PyTree) -> Bool[Array, " leaves"]:
-    """Which parameters have a gradient that is not exactly 0 everywhere, in the order of `transform.names`."""
-    return jnp.stack([jnp.any(x != 0) for x in jax.tree.leaves(grads)])
+def zero_gradients(grads: PyTree) -> dict[str, Float[Array, ""]]:
+    """`zero_gradient/<path>` of each parameter: 1 where its gradient is exactly 0 everywhere, else 0."""
+    found = zip(names(grads), jax.tree.leaves(grads), strict=True)
+    return {f"{ZERO_GRADIENT}{path}": 1.0 - jnp.any(x != 0) for path, x in found}
