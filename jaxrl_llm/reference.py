@@ -6,8 +6,10 @@ from jaxrl_llm.objective import ReferenceConfig
 from jaxrl_llm.types import PyTree
 
 
-def refresh(cfg: ReferenceConfig, reference: PyTree, params: PyTree, step: int) -> PyTree:
-    """The reference after step 1, 2, ... of RL. Where it changes, `reference` is donated and the new one lies where it lay."""
+def refresh(cfg: ReferenceConfig, reference: PyTree | None, params: PyTree, step: int) -> PyTree | None:
+    """The reference, if there is one, after step 1, 2, ... Where it changes, `reference` is donated and the new one lies where it lay."""
+    if reference is None:
+        return None
     if cfg.kind == "ema":
         return _mean(reference, params, cfg.decay)
     if cfg.kind == "periodic" and step % cfg.every == 0:

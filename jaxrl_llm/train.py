@@ -28,8 +28,10 @@ from jaxrl_llm.experience.replay import fill
 from jaxrl_llm.guards import observe
 from jaxrl_llm.learn import learn, without_zero_gradients
 from jaxrl_llm.metrics import CompileCounter, Recorder, Timers
+from jaxrl_llm.model.params import policy_part
 from jaxrl_llm.prompts.stream import next_prompts
 from jaxrl_llm.prompts.supervised import noisy_rows
+from jaxrl_llm.reference import refresh
 from jaxrl_llm.rewards.pool import GraderPool
 from jaxrl_llm.run import (
     Life,
@@ -173,6 +175,7 @@ def rl_step(
         state = learned.state
     with timers("publish"):
         policy = jax.block_until_ready(publish(run, state, policy))
+    reference = refresh(cfg.objective.reference, life.reference, policy_part(state.params, run.model), life.step + 1)
     guards, warnings, error = observe(life.guards, cfg.update.guards, learned.metrics, learned.zero_gradient)
     for warning in warnings:
         shell.recorder.message(warning)
@@ -189,7 +192,7 @@ def rl_step(
     num_tokens = life.num_tokens + int(metrics["completions/tokens"])
     life = dataclasses.replace(
         life, step=life.step + 1, cursor=cursor, num_tokens=num_tokens, alarm=learned.alarm, guards=guards, state=state,
-        replay=replay,
+        reference=reference, replay=replay,
     )  # fmt: skip
     return life, policy, metrics | {"num_tokens": num_tokens}
 
