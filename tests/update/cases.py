@@ -24,8 +24,8 @@ PER_TOKEN = ("now", "behavior", "proximal", "reference", "entropy", "values", "o
 
 
 def random_case(seed: int) -> Case:
-    """Probabilities anywhere in (0.02, 0.98), so ratios and KL terms pass every bound; ragged, with tokens inside sequences that the
-    policy did not draw; seed 1 has a group of equal rewards, seed 2 one that was not graded. Where `mask` is False lies rubbish."""
+    """Probabilities anywhere in (0.02, 0.98), so ratios and KL terms pass every bound. Ragged, with tokens inside sequences that
+    the policy did not draw. Seed 1 has a group of equal rewards, seed 2 one that was not graded. Rubbish where `mask` is False."""
     rng = np.random.default_rng(seed)
     full = (GROUPS * SAMPLES, SLOTS)
     parts = rng.integers(0, 3, (GROUPS, SAMPLES, GRADERS)) / 2.0 if seed % 2 else rng.random((GROUPS, SAMPLES, GRADERS))
@@ -71,14 +71,16 @@ class Found(NamedTuple):
 
 def assess(cfg: ObjectiveConfig, case: Case) -> Found:
     """Advantages and returns by the package."""
+    own, late = reward_kl(case.behavior, case.reference, case.mask, cfg.reward_kl), cfg.reward_kl.to == "advantage"
     outcome = Outcome(
         reward=case.reward,
         parts=case.parts,
         part_weights=case.part_weights,
         counts=case.counts,
         mask=case.mask,
-        token_reward=reward_kl(case.behavior, case.reference, case.mask, cfg.reward_kl),
+        token_reward=np.zeros(case.mask.shape) if late else own,
         values=case.old_values,
+        late_reward=own if late else None,
     )
     return Found(*estimate(cfg.advantage, outcome))
 
