@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -37,9 +36,10 @@ from jaxrl_llm.run import (
     begin,
     build,
     decode_rates,
-    fresh_optimizer,
+    fresh_state,
     open_checkpoints,
     publish,
+    start_reference,
     target,
 )
 from jaxrl_llm.types import Experience, Policy, TrainState
@@ -133,16 +133,16 @@ def warm_step(run: Run, shell: Shell, life: Life) -> tuple[Life, dict[str, float
 
 def start_rl(run: Run, shell: Shell, life: Life) -> tuple[Life, Policy, dict[str, float]]:
     """The first policy of this process; at the very start of RL also a fresh optimizer, the reference, and the score before."""
-    if life.step > run.cfg.warm_start.steps:
+    if life.began:
         return life, first_policy(run, life.state), {}
-    reference = jax.tree.map(jnp.copy, life.state.params) if run.cfg.objective.has_reference else None
-    state = fresh_optimizer(run, life.state.params, int(life.state.step))
+    reference = start_reference(run, life.state.params) if run.cfg.objective.has_reference else None
+    state = fresh_state(run, life.state.params, int(life.state.step), began=True)
     policy = first_policy(run, state)
     scores = evaluate(run, state.params, policy, shell.pool)
     shell.recorder.message(
         "held-out accuracy before RL: " + ", ".join(f"{v:.4f} {k.removeprefix('eval/')}" for k, v in scores.items())
     )
-    life = dataclasses.replace(life, state=state, reference=reference, eval_before=scores[headline(run)])
+    life = dataclasses.replace(life, began=True, state=state, reference=reference, eval_before=scores[headline(run)])
     return life, policy, scores
 
 
@@ -244,7 +244,7 @@ def claim(run_dir: Path, cfg: RunConfig) -> None:
 
 def resume(run: Run, shell: Shell, must: bool) -> Life | None:
     """The newest life in the run directory; None in a fresh one."""
-    restored = shell.checkpoints.restore(target(run))
+    restored = shell.checkpoints.restore(partial(target, run))
     if restored is None:
         if must:
             raise CheckpointError(
@@ -254,11 +254,11 @@ def resume(run: Run, shell: Shell, must: bool) -> Life | None:
         return None
     shell.recorder.truncate(restored.meta["offsets"])
     shell.recorder.message(f"going on from step {restored.step} in {run.cfg.run_dir}")
-    return Life.revive(restored.tree)
+    return Life.revive(restored.tree, restored.meta)
 
 
 def save(run: Run, shell: Shell, life: Life) -> None:
-    shell.checkpoints.save(life.step, life.tree(run.key), {"offsets": shell.recorder.offsets()})
+    shell.checkpoints.save(life.step, life.tree(run.key), {"offsets": shell.recorder.offsets(), "began": life.began})
 
 
 def leave(run: Run, shell: Shell, life: Life, when: str = "") -> NoReturn:
