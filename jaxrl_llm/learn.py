@@ -94,7 +94,7 @@ def assess(
     if objective.reward_kl.weight > 0:
         token_reward = reward_kl(behavior, sequences.reference_logprobs, sequences.learn, objective.reward_kl)
         metrics["reward_kl"] = float(-token_reward.sum() / max(sequences.learn.sum(), 1) / objective.reward_kl.weight)
-    shape = (len(counts), -1)
+    late, shape = objective.reward_kl.to == "advantage", (len(counts), -1)
     weights = [grader.weight for grader in run.cfg.reward.graders]
     found = estimate(
         objective.advantage,
@@ -104,7 +104,8 @@ def assess(
             part_weights=np.array(weights),
             counts=counts,
             mask=sampled,
-            token_reward=token_reward,
+            token_reward=np.zeros(behavior.shape) if late else token_reward,
+            late_reward=token_reward if late else None,
             values=sequences.values,
         ),
     )
