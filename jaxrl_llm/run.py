@@ -21,8 +21,8 @@ from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.packing import Shape, shape_of
 from jaxrl_llm.experience.replay import Replay, empty
+from jaxrl_llm.model import lora, quantised
 from jaxrl_llm.model import params as model_params
-from jaxrl_llm.model import quantised
 from jaxrl_llm.model.config import ModelConfig, Whole
 from jaxrl_llm.model.critic import critic_specs, critic_start
 from jaxrl_llm.model.hf.config import read_config
@@ -83,7 +83,7 @@ class Run:
     specs: PyTree
     """Of the policy; what the warm start trains."""
     learner_specs: PyTree
-    """Of what RL trains: with the critic, if there is one."""
+    """Of the state of RL: with the adapters and the critic, where there are any."""
     engine: Engine
     correction: Correction
     """Of the sampler's arithmetic, `auto` resolved."""
@@ -136,7 +136,7 @@ class Life:
     """RL has: the state holds what it trains, and its optimizer's."""
     state: TrainState
     reference: PyTree | None
-    """Parameters at the start of RL, where the loss has a KL term."""
+    """Parameters at the start of RL, where the objective reads them; of a policy with adapters these alone."""
     replay: Replay | None
 
     def tree(self, key: Key[Array, ""]) -> PyTree:
@@ -177,7 +177,9 @@ def build(cfg: RunConfig) -> Run:
     correction = correction_of(cfg)
     vocab = Vocabulary(size=task.num_tokens, pad=task.pad, eos=task.eos)
     specs = model_params.specs(model)
-    learner_specs = specs | (critic_specs(model, cfg.objective.critic.kind) if cfg.objective.has_critic else {})
+    learner_specs = lora.adapted_specs(specs, model, cfg.lora) | (
+        critic_specs(model, cfg.objective.critic.kind) if cfg.objective.has_critic else {}
+    )
     shapes = shapes_of(cfg, task, train.size("rows"))
     how = Whole(cfg.update.attention, cfg.update.remat)
     scoring = {"num_tokens": task.num_tokens, "cfg": model, "layout": train, "ends": task.eos, "how": how}
@@ -247,7 +249,7 @@ def read_model(cfg: RunConfig) -> ModelConfig:
 def problems(cfg: RunConfig, task: Task) -> list[str]:
     """What does not fit between config, devices and task, in words."""
     found = run_config.problems(cfg, jax.device_count()) + grader_problems(cfg.reward)
-    found += quantised.problems(cfg.model, cfg.rollout.engine.weights)
+    found += quantised.problems(cfg.model, cfg.rollout.engine.weights) + lora.problems(cfg.model, cfg.lora)
     if cfg.model.vocab_size < task.num_tokens:
         found.append(f"model.vocab_size: got {cfg.model.vocab_size}, want at least the tokenizer's {task.num_tokens}")
     if cfg.rollout.max_new_tokens < task.target_slots:
@@ -259,12 +261,16 @@ def problems(cfg: RunConfig, task: Task) -> list[str]:
 
 
 def fresh_state(run: Run, params: PyTree, updates: int, began: bool) -> TrainState:
-    """A TrainState around the policy's `params`, which are donated, with empty moments and a critic that knows nothing where RL
-    trains one."""
+    """A TrainState around the policy's `params`, which are donated, with empty moments; where RL trains them, with adapters that
+    change nothing and a critic that knows nothing."""
     cfg, critic = run.cfg, run.cfg.objective.critic.kind
 
     def grown(params: PyTree) -> PyTree:
-        return params | (critic_start(params, run.model, critic) if began and cfg.objective.has_critic else {})
+        if not began:
+            return params
+        policy = model_params.policy_part(run.learner_specs, run.model)
+        adapted = lora.adapt(params, policy, jax.random.fold_in(run.key, 2**31 - 2), run.train)
+        return adapted | (critic_start(params, run.model, critic) if cfg.objective.has_critic else {})
 
     optimizer = make_optimizer(cfg.update.optimizer if began else cfg.warm_start.optimizer)
     start = make_start(run.learner_specs if began else run.specs, optimizer, run.train, grown)
@@ -273,28 +279,40 @@ def fresh_state(run: Run, params: PyTree, updates: int, began: bool) -> TrainSta
 
 def begin(run: Run) -> Life:
     """A life from the seed."""
-    state = fresh_state(run, start_params(run), 0, began=False)
+    if run.cfg.warm_start.steps:
+        state = fresh_state(run, start_params(run), 0, began=False)
+    else:
+        # RL comes first, with an optimizer of its own: moments of every parameter may be more than fits beside adapters.
+        state = TrainState(start_params(run), (), hosts.put(np.int32(0), run.train.replicated))
     return Life(0, 0, 0, 0, 0, float("nan"), False, state, None, _empty_replay(run))
 
 
 def start_params(run: Run) -> PyTree:
-    """f32 masters in the TRAIN layout: read from the pretrained model's files, or drawn from the seed."""
+    """Masters in the TRAIN layout: read from the pretrained model's files, or drawn from the seed. f32, but for what stays frozen."""
     if isinstance(run.cfg.model, ModelConfig):
         return model_params.init(run.specs, jax.random.fold_in(run.key, 2**31 - 1), run.train)
-    return load(resolve_model(run.cfg.model.path), run.specs, run.train, jnp.float32)
+    frozen = run.cfg.lora.rank and not run.cfg.warm_start.steps
+    return load(
+        resolve_model(run.cfg.model.path), run.specs, run.train, jnp.dtype(run.model.compute if frozen else "float32")
+    )
 
 
 def start_reference(run: Run, params: PyTree) -> PyTree:
-    """The reference at the start of RL: a copy of the policy's parameters, or another model's."""
+    """The reference at the start of RL: a copy of what is trained of the policy's parameters, or another model's."""
     cfg = run.cfg.objective.reference
     if cfg.kind != "pretrained":
-        return jax.tree.map(jnp.copy, params)
+        return jax.tree.map(jnp.copy, trained_policy(run, params))
     directory = resolve_model(cfg.path)
     if read_config(directory, run.model.compute) != run.model:
         raise UserError(
             f"objective.reference.path: got {cfg.path}, whose config.json describes another shape of model; want the policy's own"
         )
     return load(directory, run.specs, run.train, jnp.float32)
+
+
+def trained_policy(run: Run, params: PyTree) -> PyTree:
+    """What RL changes of the policy, for arrays and specs alike: all of it, or its adapters."""
+    return lora.split(model_params.policy_part(params, run.model))[0]
 
 
 def _empty_replay(run: Run) -> Replay | None:
@@ -328,13 +346,15 @@ def target(run: Run, meta: dict[str, Any]) -> PyTree:
     optimizer = make_optimizer(run.cfg.update.optimizer if began else run.cfg.warm_start.optimizer)
     specs = run.learner_specs if began else run.specs
     params = model_params.abstract(specs, run.train)
-    shapes = jax.eval_shape(lambda p: TrainState(p, optimizer.init(p), np.zeros((), np.int32)), params)
+    shapes = jax.eval_shape(lambda p: TrainState(p, optimizer.init(lora.split(p)[0]), np.zeros((), np.int32)), params)
     state = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         shapes,
         state_shardings(specs, optimizer, run.train),
     )
-    reference = model_params.abstract(run.specs, run.train) if began and run.cfg.objective.has_reference else None
+    copied = run.cfg.objective.reference.kind != "pretrained"
+    of_reference = model_params.abstract(trained_policy(run, specs) if copied else run.specs, run.train)
+    reference = of_reference if began and run.cfg.objective.has_reference else None
     return Life(0, 0, 0, 0, 0, 0.0, began, state, reference, _empty_replay(run)).tree(run.key)
 
 

@@ -135,8 +135,8 @@ def start_rl(run: Run, shell: Shell, life: Life) -> tuple[Life, Policy, dict[str
     """The first policy of this process; at the very start of RL also a fresh optimizer, the reference, and the score before."""
     if life.began:
         return life, first_policy(run, life.state), {}
-    reference = start_reference(run, life.state.params) if run.cfg.objective.has_reference else None
     state = fresh_state(run, life.state.params, int(life.state.step), began=True)
+    reference = start_reference(run, state.params) if run.cfg.objective.has_reference else None
     policy = first_policy(run, state)
     scores = evaluate(run, state.params, policy, shell.pool)
     shell.recorder.message(

@@ -45,6 +45,10 @@ MODULES = {
 }
 
 
+# Frozen where there are adapters. What else a parameter tree has is a critic's.
+POLICY = ("embed", "layers", "final_norm", "head")
+
+
 class Pair(flax.struct.PyTreeNode):
     """The adapter of one module. I: the dims that a product sums over, O: those of its outputs, as in the matrix it stands beside;
     in training a leading L before both."""
@@ -117,35 +121,37 @@ def _pair_specs(base: ParamSpec, name: str, rank: int) -> Pair:
 
 
 def adapt(params: PyTree, tree: PyTree, key: jax.Array, layout: Layout) -> PyTree:
-    """`params`, which are donated where they change their dtype, with fresh adapters; `tree`: `adapted_specs`."""
-    trainable, frozen = split(tree)
+    """`params` with fresh adapters, as `tree`, which is `adapted_specs`, describes them."""
+    trained, frozen = split(tree)
+    if trained is tree:
+        return params
     described, structure = jax.tree.flatten(frozen, is_leaf=is_spec)
-    dtypes = [jnp.dtype(spec.dtype) for spec in described]
-
-    def cast(leaves: list[Array]) -> list[Array]:
-        return [x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)]
-
-    leaves = jax.tree.leaves(params)
-    if any(x.dtype != dtype for x, dtype in zip(leaves, dtypes, strict=True)):
-        leaves = jax.jit(cast, donate_argnums=0)(leaves)
-    return join(model_params.init(trainable, key, layout), structure.unflatten(leaves))
+    cast = [x.astype(spec.dtype) for x, spec in zip(jax.tree.leaves(params), described, strict=True)]
+    return join(model_params.init(trained, key, layout), structure.unflatten(cast))
 
 
 def split(tree: PyTree) -> tuple[PyTree, PyTree]:
     """What is trained and what is frozen, each with None in the place of the other; `join` undoes it. For arrays and specs alike.
 
-    Where there are adapters they alone are trained, else everything is.
+    Where there are adapters they are trained, and what stands beside the policy, a critic; else everything is.
     """
     if not any(_is_adapted(x) for x in jax.tree.leaves(tree, is_leaf=_stops)):
         return tree, _nothing(tree)
+    return _side(tree, trained=True), _side(tree, trained=False)
 
-    def trained(x: object) -> object:
-        return x.replace(base=None) if _is_adapted(x) else None
 
-    def frozen(x: object) -> object:
-        return x.replace(pairs=_nothing(x.pairs)) if _is_adapted(x) else x
+def _side(tree: PyTree, trained: bool) -> PyTree:
+    def of(x: Array | ParamSpec | Adapted) -> object:
+        if not _is_adapted(x):
+            return None if trained else x
+        return x.replace(base=None) if trained else x.replace(pairs=_nothing(x.pairs))
 
-    return jax.tree.map(trained, tree, is_leaf=_stops), jax.tree.map(frozen, tree, is_leaf=_stops)
+    def part(name: str, x: PyTree) -> PyTree:
+        if name in POLICY:
+            return jax.tree.map(of, x, is_leaf=_stops)
+        return x if trained else _nothing(x)
+
+    return {name: part(name, x) for name, x in tree.items()}
 
 
 def _nothing(tree: PyTree) -> PyTree:
@@ -153,13 +159,16 @@ def _nothing(tree: PyTree) -> PyTree:
 
 
 def join(trained: PyTree, frozen: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda one, other: other if one is None else one, trained, frozen, is_leaf=lambda x: x is None or is_spec(x)
-    )
+    """The whole tree, of the names in `trained`. A `trained` without gaps is whole already: all of it, whatever is frozen."""
+    stops = lambda x: x is None or is_spec(x)  # noqa: E731
+    if not any(x is None for x in jax.tree.leaves(trained, is_leaf=stops)):
+        return trained
+    fill = lambda own, other: other if own is None else own  # noqa: E731
+    return {name: jax.tree.map(fill, x, frozen[name], is_leaf=stops) for name, x in trained.items()}
 
 
 def without_adapters(params: PyTree) -> PyTree:
-    """The base, not copied: with adapters the policy of the start of RL, a reference that costs no memory."""
+    """The base, not copied: the policy of the start of RL."""
     return jax.tree.map(lambda x: x.base if _is_adapted(x) else x, params, is_leaf=_stops)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig, Whole
 from jaxrl_llm.model.distribution import TokenScores, score_tokens
@@ -37,13 +38,13 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
 
 def state_shardings(specs: PyTree, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
     """Where each leaf of the TrainState lies: moments with their parameters, counters everywhere."""
-    abstract = model_params.abstract(specs, layout)
-    opt_state = jax.eval_shape(optimizer.init, abstract)
+    trained, _ = lora.split(specs)
+    opt_state = jax.eval_shape(optimizer.init, model_params.abstract(trained, layout))
     placed = optax.tree_map_params(
         optimizer,
         lambda _, spec: layout.sharding(spec.axes),
         opt_state,
-        specs,
+        trained,
         transform_non_params=lambda _: layout.replicated,
         is_leaf=model_params.is_spec,
     )
@@ -61,7 +62,7 @@ def make_start(
 
     def start(params: PyTree, step: Array) -> TrainState:
         params = grown(params)
-        return TrainState(params=params, opt_state=optimizer.init(params), step=step)
+        return TrainState(params=params, opt_state=optimizer.init(lora.split(params)[0]), step=step)
 
     return jax.jit(start, donate_argnums=0, out_shardings=state_shardings(specs, optimizer, layout))
 
@@ -80,7 +81,7 @@ def make_update(
     how: Whole = WHOLE_ROWS,
 ) -> Update:
     """The program `update(state, batch, reference) -> (state, metrics)`. `ends`, `how`: as in `score_tokens`; `reference`: the
-    parameters of a policy whose whole distribution the loss reads, else None.
+    parameters of a policy whose whole distribution the loss reads, else None; of one with adapters these are enough.
 
     Every term is weighted by `batch.weight`, made of counts over the whole minibatch, so the gradient does not depend on the
     number of micro-batches nor on the mesh. Micro-batches without a token to learn from are skipped if they stand last.
@@ -101,6 +102,8 @@ def make_update(
         return total, ({"loss": total, **means}, maxima)
 
     def update(state: TrainState, batch: Batch, reference: PyTree | None = None) -> tuple[TrainState, Metrics]:
+        trained, frozen = lora.split(state.params)
+        reference = None if reference is None else lora.join(reference, frozen)
         share = batch.loss_mask / jnp.maximum(jnp.sum(batch.loss_mask), 1)
         dropped = jnp.zeros(())
         if isinstance(correction, SecondMoment):
@@ -108,8 +111,8 @@ def make_update(
             dropped = jnp.sum(share * ~kept)
             batch = batch.replace(weight=jnp.where(kept, batch.weight, 0.0))
         grads, metrics = _accumulate(
-            lambda params, part, share: objective(params, part, share, reference),
-            state.params,
+            lambda trained, part, share: objective(lora.join(trained, frozen), part, share, reference),
+            trained,
             (batch, share),
             micro_batches,
             layout,
@@ -118,10 +121,10 @@ def make_update(
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
         # Adam would go on along its momentum where nothing was learnt.
         useful = finite & jnp.any(batch.loss_mask)
-        changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        changes, opt_state = optimizer.update(grads, state.opt_state, trained)
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(useful, a, b), new, old)  # noqa: E731
         new = TrainState(
-            params=keep(optax.apply_updates(state.params, changes), state.params),
+            params=lora.join(keep(optax.apply_updates(trained, changes), trained), frozen),
             opt_state=keep(opt_state, state.opt_state),
             step=state.step + 1,
         )
