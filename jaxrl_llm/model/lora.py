@@ -2,11 +2,12 @@
 
     scale = alpha / rank      A starts at random, B at 0: the first policy is the base
 
-One pair a module of Hugging Face's, though q, k and v lie in one matrix here and gate and up in another: PEFT takes them as they are.
+One pair a module of Hugging Face's, though q, k and v lie in one matrix here and gate and up in another: PEFT takes them as they
+are.
 
-The product is with the sum W + scale A B in the compute dtype, as `publish` makes it for the sampler: so trainer and sampler multiply
-by the same numbers. (x W + scale (x A) B, as PEFT has it, rounds elsewhere in bfloat16.) The gradient never makes that of W, which
-is a third of a step's work: with R the ranks of a matrix's modules together, [.., R] arrays are all it adds.
+The product is with the sum W + scale A B in the compute dtype, as `publish` makes it for the sampler: so trainer and sampler
+multiply by the same numbers. (x W + scale (x A) B, as PEFT has it, rounds elsewhere in bfloat16.) The gradient never makes that of
+W, a third of a step's work: with R the ranks of a matrix's modules together, products with [.., R] arrays are all it adds.
 """
 
 import math
@@ -99,7 +100,9 @@ def adapted_specs(tree: PyTree, cfg: ModelConfig, lora: LoraConfig) -> PyTree:
     tree = model_params.map_specs(lambda spec: spec._replace(dtype=cfg.compute), tree)
     layers = dict(tree["layers"])
     for leaf in {MODULES[name].leaf: None for name in lora.targets}:
-        pairs = {name: _pair_specs(layers[leaf], name, lora.rank) for name in lora.targets if MODULES[name].leaf == leaf}
+        pairs = {
+            name: _pair_specs(layers[leaf], name, lora.rank) for name in lora.targets if MODULES[name].leaf == leaf
+        }
         layers[leaf] = Adapted(layers[leaf], pairs, lora.alpha / lora.rank)
     return {**tree, "layers": layers}
 
