@@ -293,37 +293,30 @@ def begin(run: Run) -> Life:
 
 
 def no_streaks(run: Run) -> Guards:
-    return Guards(
-        zero_gradient=(0,) * len(jax.tree.leaves(lora.split(run.learner_specs)[0], is_leaf=model_params.is_spec))
-    )
+    trained, _ = lora.split(run.learner_specs)
+    return Guards(zero_gradient=(0,) * len(jax.tree.leaves(trained, is_leaf=model_params.is_spec)))
 
 
 def start_params(run: Run) -> PyTree:
-    """Masters in the TRAIN layout: read from the pretrained model's files, or drawn from the seed. f32, but for what stays frozen."""
+    """Masters in the TRAIN layout, read from the pretrained model's files or drawn from the seed; f32 if they are ever trained."""
     if isinstance(run.cfg.model, ModelConfig):
         return model_params.init(run.specs, jax.random.fold_in(run.key, 2**31 - 1), run.train)
     frozen = run.cfg.lora.rank and not run.cfg.warm_start.steps
-    return load(
-        resolve_model(run.cfg.model.path), run.specs, run.train, jnp.dtype(run.model.compute if frozen else "float32")
-    )
+    dtype = jnp.dtype(run.model.compute if frozen else jnp.float32)
+    return load(resolve_model(run.cfg.model.path), run.specs, run.train, dtype)
 
 
 def start_reference(run: Run, params: PyTree) -> PyTree:
     """The reference at the start of RL: a copy of what is trained of the policy's parameters, or another model's."""
     cfg = run.cfg.objective.reference
     if cfg.kind != "pretrained":
-        return jax.tree.map(jnp.copy, trained_policy(run, params))
+        return jax.tree.map(jnp.copy, lora.trained_policy(params, run.model))
     directory = resolve_model(cfg.path)
     if read_config(directory, run.model.compute) != run.model:
         raise UserError(
             f"objective.reference.path: got {cfg.path}, whose config.json describes another shape of model; want the policy's own"
         )
     return load(directory, run.specs, run.train, jnp.float32)
-
-
-def trained_policy(run: Run, params: PyTree) -> PyTree:
-    """What RL changes of the policy, for arrays and specs alike: all of it, or its adapters."""
-    return lora.split(model_params.policy_part(params, run.model))[0]
 
 
 def _empty_replay(run: Run) -> Replay | None:
@@ -364,7 +357,7 @@ def target(run: Run, meta: dict[str, Any]) -> PyTree:
         state_shardings(specs, optimizer, run.train),
     )
     whole = run.cfg.objective.reference.kind == "pretrained"
-    reference = model_params.abstract(run.specs if whole else trained_policy(run, specs), run.train)
+    reference = model_params.abstract(run.specs if whole else lora.trained_policy(specs, run.model), run.train)
     reference = reference if began and run.cfg.objective.has_reference else None
     return Life(0, 0, 0, 0, 0.0, began, no_streaks(run), state, reference, _empty_replay(run)).tree(run.key)
 
