@@ -9,11 +9,12 @@ from jaxtyping import Bool, Float
 from jaxrl_llm.describe import as_floats
 from jaxrl_llm.experience.advantages import Outcome, estimate, reward_kl
 from jaxrl_llm.experience.batch import Sequences, make_batch, minibatches, of_sequences, sequences_of
+from jaxrl_llm.life import Life
 from jaxrl_llm.metrics import RatioAlarm
 from jaxrl_llm.model import lora
 from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.run import Life, Run
+from jaxrl_llm.run import Run
 from jaxrl_llm.types import Experience, PyTree, TrainState
 from jaxrl_llm.update.config import PolicyGradient
 from jaxrl_llm.update.optimizer.state import ZERO_GRADIENT

@@ -27,24 +27,13 @@ from jaxrl_llm.experience.filters import FILTERS
 from jaxrl_llm.experience.replay import fill
 from jaxrl_llm.guards import observe
 from jaxrl_llm.learn import learn, without_zero_gradients
+from jaxrl_llm.life import Life, begin, fresh_state, open_checkpoints, start_reference, target, trained_policy
 from jaxrl_llm.metrics import CompileCounter, Recorder, Timers
-from jaxrl_llm.model.lora import trained_policy
 from jaxrl_llm.prompts.stream import next_prompts
 from jaxrl_llm.prompts.supervised import noisy_rows
 from jaxrl_llm.reference import refresh
 from jaxrl_llm.rewards.pool import GraderPool
-from jaxrl_llm.run import (
-    Life,
-    Run,
-    begin,
-    build,
-    decode_rates,
-    fresh_state,
-    open_checkpoints,
-    publish,
-    start_reference,
-    target,
-)
+from jaxrl_llm.run import Run, build, decode_rates, publish
 from jaxrl_llm.types import Experience, Policy, TrainState
 
 
@@ -175,7 +164,7 @@ def rl_step(
         state = learned.state
     with timers("publish"):
         policy = jax.block_until_ready(publish(run, state, policy))
-    reference = refresh(cfg.objective.reference, life.reference, trained_policy(state.params, run.model), life.step + 1)
+    reference = refresh(cfg.objective.reference, life.reference, trained_policy(run, state.params), life.step + 1)
     guards, warnings, error = observe(life.guards, cfg.update.guards, learned.metrics, learned.zero_gradient)
     for warning in warnings:
         shell.recorder.message(warning)

@@ -170,11 +170,6 @@ def join(trained: PyTree, frozen: PyTree) -> PyTree:
     return {name: jax.tree.map(fill, x, frozen[name], is_leaf=stops) for name, x in trained.items()}
 
 
-def trained_policy(params: PyTree, cfg: ModelConfig) -> PyTree:
-    """What RL changes of the policy, for arrays and specs alike: its adapters, else all of it."""
-    return split(model_params.policy_part(params, cfg))[0]
-
-
 def without_adapters(params: PyTree) -> PyTree:
     """The base, not copied: the policy of the start of RL."""
     return jax.tree.map(lambda x: x.base if _is_adapted(x) else x, params, is_leaf=_stops)
