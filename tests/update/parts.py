@@ -4,6 +4,7 @@ Gradients of the oracle are central differences. Its stopped gradients are held 
 flows where it must not, or does not where it must, shows.
 """
 
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -86,6 +87,13 @@ def with_loss(**loss):
 def parts():
     for name, (preset, loss) in SURROGATES.items():
         yield name, preset, with_loss(aggregation="sequence", **loss)
+        # With one advantage a sequence, GSPO-token is GSPO, and GMPO's mean of advantages unseen.
+        by_token = replace(preset, advantage=oracle.PRESETS["openrlhf:reinforce_pp"].advantage)
+        yield (
+            f"{name} by token",
+            by_token,
+            objective_of("openrlhf:reinforce_pp", loss={"aggregation": "sequence", **loss}),
+        )
     yield "anchored on proximal", Preset(NORM, anchor="proximal"), with_loss(anchor="proximal")
     for name, (correction, config) in CORRECTIONS.items():
         yield name, Preset(NORM, correction=correction), with_loss(correction=config)
