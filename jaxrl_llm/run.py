@@ -21,6 +21,7 @@ from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.packing import Shape, shape_of
 from jaxrl_llm.experience.replay import Replay, empty
+from jaxrl_llm.guards import Guards
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model import quantised
 from jaxrl_llm.model.config import ModelConfig, Whole
@@ -52,7 +53,9 @@ from jaxrl_llm.update.config import (
 )
 from jaxrl_llm.update.config import resolve as resolve_correction
 from jaxrl_llm.update.losses import anchored_on_proximal
-from jaxrl_llm.update.step import Update, make_optimizer, make_score, make_start, make_update, state_shardings
+from jaxrl_llm.update.optimizer.state import make_start, state_shardings
+from jaxrl_llm.update.optimizer.transform import make_optimizer
+from jaxrl_llm.update.step import Update, make_score, make_update
 
 
 class Shapes(NamedTuple):
@@ -113,7 +116,7 @@ class Run:
         return hosts.put(batch, self.train.sharding(("rows", None)))
 
 
-COUNTERS = ("step", "cursor", "num_tokens", "alarm", "nonfinite", "eval_before")
+COUNTERS = ("step", "cursor", "num_tokens", "alarm", "eval_before")
 
 
 @dataclass(frozen=True)
@@ -128,12 +131,11 @@ class Life:
     """Completion tokens sampled so far."""
     alarm: int
     """Stale updates in a row whose ratios were all exactly 1."""
-    nonfinite: int
-    """Steps of RL in a row of which no update was finite."""
     eval_before: float
     """Held-out accuracy before RL (`evaluate.headline`); NaN until measured."""
     began: bool
     """RL has: the state holds what it trains, and its optimizer's."""
+    guards: Guards
     state: TrainState
     reference: PyTree | None
     """Parameters at the start of RL, where the loss has a KL term."""
@@ -144,6 +146,7 @@ class Life:
         device = {"state": self.state, "reference": self.reference, "replay": self.replay}
         return (
             counters
+            | {"guards": {name: np.asarray(x, np.int32) for name, x in vars(self.guards).items()}}
             | {"key": np.asarray(jax.random.key_data(key))}
             | {n: v for n, v in device.items() if v is not None}
         )
@@ -155,9 +158,13 @@ class Life:
             cursor=int(tree["cursor"]),
             num_tokens=int(tree["num_tokens"]),
             alarm=int(tree["alarm"]),
-            nonfinite=int(tree["nonfinite"]),
             eval_before=float(tree["eval_before"]),
             began=meta["began"],
+            guards=Guards(
+                int(tree["guards"]["nonfinite"]),
+                int(tree["guards"]["no_gradient"]),
+                tuple(map(int, tree["guards"]["zero_gradient"])),
+            ),
             state=tree["state"],
             reference=tree.get("reference"),
             replay=tree.get("replay"),
@@ -274,7 +281,11 @@ def fresh_state(run: Run, params: PyTree, updates: int, began: bool) -> TrainSta
 def begin(run: Run) -> Life:
     """A life from the seed."""
     state = fresh_state(run, start_params(run), 0, began=False)
-    return Life(0, 0, 0, 0, 0, float("nan"), False, state, None, _empty_replay(run))
+    return Life(0, 0, 0, 0, float("nan"), False, no_streaks(run), state, None, _empty_replay(run))
+
+
+def no_streaks(run: Run) -> Guards:
+    return Guards(zero_gradient=(0,) * len(jax.tree.leaves(run.learner_specs, is_leaf=model_params.is_spec)))
 
 
 def start_params(run: Run) -> PyTree:
@@ -335,7 +346,7 @@ def target(run: Run, meta: dict[str, Any]) -> PyTree:
         state_shardings(specs, optimizer, run.train),
     )
     reference = model_params.abstract(run.specs, run.train) if began and run.cfg.objective.has_reference else None
-    return Life(0, 0, 0, 0, 0, 0.0, began, state, reference, _empty_replay(run)).tree(run.key)
+    return Life(0, 0, 0, 0, 0.0, began, no_streaks(run), state, reference, _empty_replay(run)).tree(run.key)
 
 
 def publish(run: Run, state: TrainState, old: Policy | None) -> Policy:
