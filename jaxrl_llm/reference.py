@@ -7,7 +7,7 @@ from jaxrl_llm.types import PyTree
 
 
 def refresh(cfg: ReferenceConfig, reference: PyTree | None, params: PyTree, step: int) -> PyTree | None:
-    """The reference, if there is one, after step 1, 2, ... Where it changes, `reference` is donated and the new one lies where it lay."""
+    """The reference, if there is one, after step 1, 2, ...; where it changes `reference` is donated, and its place taken."""
     if reference is None:
         return None
     if cfg.kind == "ema":

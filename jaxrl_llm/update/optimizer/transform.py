@@ -26,8 +26,8 @@ MATRICES = {
 
 
 def path_of(keys: tuple) -> str:
-    """`layers/qkv`, of the keys of a leaf of nested dicts."""
-    return "/".join(str(getattr(key, "key", key)) for key in keys)
+    """`layers/qkv`, of the keys of a leaf of nested dicts; `layers/qkv/pairs/q/a` of an adapter's."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in keys)
 
 
 def names(params: PyTree) -> tuple[str, ...]:
