@@ -21,7 +21,6 @@ from jaxrl_llm.update.config import (
     LossConfig,
     MaskedImportance,
     PolicyGradient,
-    Sapo,
     TruncatedImportance,
 )
 
@@ -167,14 +166,6 @@ def _refusals_of_loss(loss: PolicyGradient) -> list[str]:
         found.append(
             f"{name}.anchor: got behavior with the correction {loss.correction.kind}, want proximal: the ratio to the sampler "
             "already holds the weight, which would count twice"
-        )
-    if (
-        isinstance(surrogate, Gmpo | Sapo)
-        and loss.correction.kind == "truncated_importance"
-        and loss.correction.floor > 0
-    ):
-        found.append(
-            f"{name}.correction.floor: got {loss.correction.floor}, want 0 with the surrogate {surrogate.kind}"
         )
     if loss.kl.times != "one" and loss.kl.kind in ("k2", "k3_plus", "full"):
         found.append(

@@ -38,8 +38,6 @@ REFUSED = {
     "the mismatch twice": (
         of_loss("paper:decoupled_ppo", anchor="behavior"), "want proximal: the ratio to the sampler already holds the weight"),
     "IcePop's weight twice": (of_loss("paper:icepop", anchor="behavior"), "which would count twice"),
-    "GMPO with a floor": (
-        of_loss("paper:gmpo", correction={"kind": "truncated_importance", "floor": 0.5}), "want 0 with the surrogate gmpo"),
     "a floor above the cap": (
         of_loss("trl:grpo", correction={"kind": "truncated_importance", "floor": 3.0}), "want less than cap (2.0)"),
     "a mask that keeps nothing": (

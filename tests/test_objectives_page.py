@@ -44,7 +44,7 @@ def test_the_table_of_presets():
     rows = {}
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if re.fullmatch(r"`[a-z]+:[a-z_]+`", cells[0]):
+        if re.fullmatch(r"`[a-z]+:[a-z0-9_]+`", cells[0]):
             assert cells[0] not in rows, f"{cells[0]} stands twice"
             rows[cells[0].strip("`")] = cells[1:]
     assert sorted(rows) == sorted(PRESETS)
