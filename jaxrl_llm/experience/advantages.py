@@ -97,6 +97,7 @@ def _each(advantage: Group, outcome: Outcome) -> Estimate:
 
 def grpo(outcome: Outcome, cfg: Grpo) -> Estimate:
     score, ddof = scores(outcome), int(cfg.std == "sample")
+    score = score - score[outcome.counts][:1, :1].sum()
     kept = score[outcome.counts]
     away = centred(score) if cfg.mean_over == "group" else score - kept.mean()
     if cfg.std_over == "group":
@@ -244,6 +245,7 @@ def whiten(x: Completion, mask: Tokens, ddof: int = 1, eps: float = 1e-8, beside
     kept = x[mask]
     if kept.size < 2:
         return x
+    x, kept = x - kept[0], kept - kept[0]
     return (x - kept.mean()) / (np.sqrt(kept.var(ddof=ddof) + eps) + beside_std)
 
 
