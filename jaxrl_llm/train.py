@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -29,8 +28,10 @@ from jaxrl_llm.experience.replay import fill
 from jaxrl_llm.guards import observe
 from jaxrl_llm.learn import learn, without_zero_gradients
 from jaxrl_llm.metrics import CompileCounter, Recorder, Timers
+from jaxrl_llm.model.params import policy_part
 from jaxrl_llm.prompts.stream import next_prompts
 from jaxrl_llm.prompts.supervised import noisy_rows
+from jaxrl_llm.reference import refresh
 from jaxrl_llm.rewards.pool import GraderPool
 from jaxrl_llm.run import (
     Life,
@@ -38,9 +39,11 @@ from jaxrl_llm.run import (
     begin,
     build,
     decode_rates,
-    fresh_optimizer,
+    fresh_state,
+    no_streaks,
     open_checkpoints,
     publish,
+    start_reference,
     target,
 )
 from jaxrl_llm.types import Experience, Policy, TrainState
@@ -132,16 +135,19 @@ def warm_step(run: Run, shell: Shell, life: Life) -> tuple[Life, dict[str, float
 
 def start_rl(run: Run, shell: Shell, life: Life) -> tuple[Life, Policy, dict[str, float]]:
     """The first policy of this process; at the very start of RL also a fresh optimizer, the reference, and the score before."""
-    if life.step > run.cfg.warm_start.steps:
+    if life.began:
         return life, first_policy(run, life.state), {}
-    reference = jax.tree.map(jnp.copy, life.state.params) if run.cfg.objective.has_reference else None
-    state = fresh_optimizer(run, life.state.params, int(life.state.step))
+    reference = start_reference(run, life.state.params) if run.cfg.objective.has_reference else None
+    state = fresh_state(run, life.state.params, int(life.state.step), began=True)
     policy = first_policy(run, state)
     scores = evaluate(run, state.params, policy, shell.pool)
     shell.recorder.message(
         "held-out accuracy before RL: " + ", ".join(f"{v:.4f} {k.removeprefix('eval/')}" for k, v in scores.items())
     )
-    life = dataclasses.replace(life, state=state, reference=reference, eval_before=scores[headline(run)])
+    life = dataclasses.replace(
+        life, began=True, guards=no_streaks(state.params), state=state, reference=reference,
+        eval_before=scores[headline(run)],
+    )  # fmt: skip
     return life, policy, scores
 
 
@@ -186,10 +192,12 @@ def rl_step(
         **learned.metrics,
         **describe_engine(stats, decode_rates(run)),
     }
+    done = life.step + 1 - cfg.warm_start.steps
+    reference = refresh(cfg.objective.reference, life.reference, policy_part(state.params, run.model), done)
     num_tokens = life.num_tokens + int(metrics["completions/tokens"])
     life = dataclasses.replace(
         life, step=life.step + 1, cursor=cursor, num_tokens=num_tokens, alarm=learned.alarm, guards=guards, state=state,
-        replay=replay,
+        reference=reference, replay=replay,
     )  # fmt: skip
     return life, policy, metrics | {"num_tokens": num_tokens}
 
@@ -241,7 +249,7 @@ def claim(run_dir: Path, cfg: RunConfig) -> None:
 
 def resume(run: Run, shell: Shell, must: bool) -> Life | None:
     """The newest life in the run directory; None in a fresh one."""
-    restored = shell.checkpoints.restore(target(run))
+    restored = shell.checkpoints.restore(partial(target, run))
     if restored is None:
         if must:
             raise CheckpointError(
@@ -251,11 +259,11 @@ def resume(run: Run, shell: Shell, must: bool) -> Life | None:
         return None
     shell.recorder.truncate(restored.meta["offsets"])
     shell.recorder.message(f"going on from step {restored.step} in {run.cfg.run_dir}")
-    return Life.revive(restored.tree)
+    return Life.revive(restored.tree, restored.meta)
 
 
 def save(run: Run, shell: Shell, life: Life) -> None:
-    shell.checkpoints.save(life.step, life.tree(run.key), {"offsets": shell.recorder.offsets()})
+    shell.checkpoints.save(life.step, life.tree(run.key), {"offsets": shell.recorder.offsets(), "began": life.began})
 
 
 def leave(run: Run, shell: Shell, life: Life, when: str = "") -> NoReturn:

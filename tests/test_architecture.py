@@ -29,6 +29,8 @@ ALLOWED = {
     "rewards": FOUNDATION,
     "experience": FOUNDATION,
     "update": FOUNDATION | {"model"},
+    "guards": {"errors"},
+    "reference": {"types", "objective"},
     "publish": FOUNDATION | {"model"},
     "checkpoint": FOUNDATION,
     "report": {"errors", "metrics"},

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.model.config import ModelConfig, Whole
+from jaxrl_llm.model.critic import values_of
 from jaxrl_llm.model.transformer import gather_head, hidden, logits_in_loop
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import Batch, PyTree
@@ -142,7 +143,7 @@ def score_tokens(
         return jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :slots]
 
     scores = jax.lax.map(score, jax.tree.map(split, (h, read)))
-    return TokenScores(*(join(x) for x in scores))
+    return TokenScores(*(join(x) for x in scores), values=values_of(params, h, batch, cfg, layout, how))
 
 
 def _score(x: Float[Array, "R T V"], read: _Slots, num_tokens: int, ends: tuple[int, ...]) -> tuple[Array, Array]:

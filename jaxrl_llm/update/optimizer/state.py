@@ -51,11 +51,16 @@ def _axes_left(spec: model_params.ParamSpec, shape: tuple[int, ...], distinct: t
 
 
 def make_start(
-    specs: PyTree, optimizer: optax.GradientTransformation, layout: Layout
+    specs: PyTree,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    grown: Callable[[PyTree], PyTree] = lambda params: params,
 ) -> Callable[[PyTree, Array], TrainState]:
-    """The program `start(params, step) -> TrainState` with a fresh optimizer; `params` are donated."""
+    """The program `start(params, step) -> TrainState` with a fresh optimizer; `params` are donated. `specs` are those of
+    `grown(params)`, which is what is trained."""
 
     def start(params: PyTree, step: Array) -> TrainState:
+        params = grown(params)
         return TrainState(params=params, opt_state=optimizer.init(params), step=step)
 
     return jax.jit(start, donate_argnums=0, out_shardings=state_shardings(specs, optimizer, layout))
