@@ -87,6 +87,14 @@ def centred(score: Group) -> Group:
     return shifted - shifted.mean(axis=1, keepdims=True)
 
 
+def about_mean(x: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """x - mean of `kept`: exact zeros where all are equal."""
+    if not kept.size:
+        return x
+    first = kept.flat[0]
+    return x - first - (kept - first).mean()
+
+
 def _each(advantage: Group, outcome: Outcome) -> Estimate:
     return Estimate(np.broadcast_to(advantage.reshape(-1, 1), outcome.mask.shape))
 
@@ -94,7 +102,7 @@ def _each(advantage: Group, outcome: Outcome) -> Estimate:
 def grpo(outcome: Outcome, cfg: Grpo) -> Estimate:
     score, ddof = scores(outcome), int(cfg.std == "sample")
     kept = score[outcome.counts]
-    away = centred(score) if cfg.mean_over == "group" else score - kept.mean()
+    away = centred(score) if cfg.mean_over == "group" else about_mean(score, kept)
     if cfg.std_over == "group":
         std = centred(score).std(axis=1, ddof=ddof, keepdims=True)
     else:
@@ -235,7 +243,7 @@ def _to_go(rewards: Completion, mask: Tokens, gamma: float) -> Completion:
 def whiten(x: Completion, mask: Tokens, ddof: int = 1, eps: float = 1e-8) -> Completion:
     """(x - mean) / sqrt(var + eps) over the tokens in `mask`; of fewer than two, x itself."""
     kept = x[mask]
-    return (x - kept.mean()) / np.sqrt(kept.var(ddof=ddof) + eps) if kept.size > 1 else x
+    return about_mean(x, kept) / np.sqrt(kept.var(ddof=ddof) + eps) if kept.size > 1 else x
 
 
 ESTIMATORS = {
