@@ -33,7 +33,7 @@ def observe(guards: Guards, cfg: GuardConfig, metrics: Mapping[str, float], zero
 
     Args:
         metrics: of the step. Reads `nonfinite` (the share of its updates that were not finite), `mismatch/kl` (NaN where the data
-            was not drawn by the parameters that were updated) and `alarm/ratio`.
+            was not drawn by the parameters that were updated; nothing where the loss has no ratio) and `alarm/ratio`.
         zero: of each parameter that is trained, by its path: its gradient was exactly 0 in every update of the step. Empty where
             no update counts: none was finite, or none had a token to learn from.
     """
@@ -47,7 +47,7 @@ def observe(guards: Guards, cfg: GuardConfig, metrics: Mapping[str, float], zero
             f"no update of {nonfinite} steps in a row was finite (update.guards.max_nonfinite); "
             "parameters are those from before them"
         )
-    elif cfg.max_mismatch_kl is not None and metrics["mismatch/kl"] > cfg.max_mismatch_kl:
+    elif cfg.max_mismatch_kl is not None and metrics.get("mismatch/kl", 0.0) > cfg.max_mismatch_kl:
         error = MismatchError(
             f"mismatch/kl: got {metrics['mismatch/kl']:.3g} nats a token, want at most {cfg.max_mismatch_kl} "
             "(update.guards.max_mismatch_kl): sampler and trainer give the same tokens different probabilities under the same "

@@ -9,10 +9,11 @@ from jaxtyping import Bool, Float
 from jaxrl_llm.describe import as_floats
 from jaxrl_llm.experience.advantages import Outcome, estimate, reward_kl
 from jaxrl_llm.experience.batch import Sequences, make_batch, minibatches, of_sequences, sequences_of
+from jaxrl_llm.life import Life
 from jaxrl_llm.metrics import RatioAlarm
 from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.run import Life, Run
+from jaxrl_llm.run import Run
 from jaxrl_llm.types import Experience, PyTree, TrainState
 from jaxrl_llm.update.config import PolicyGradient
 from jaxrl_llm.update.optimizer.state import ZERO_GRADIENT
@@ -94,7 +95,7 @@ def assess(
     if objective.reward_kl.weight > 0:
         token_reward = reward_kl(behavior, sequences.reference_logprobs, sequences.learn, objective.reward_kl)
         metrics["reward_kl"] = float(-token_reward.sum() / max(sequences.learn.sum(), 1) / objective.reward_kl.weight)
-    shape = (len(counts), -1)
+    late, shape = objective.reward_kl.to == "advantage", (len(counts), -1)
     weights = [grader.weight for grader in run.cfg.reward.graders]
     found = estimate(
         objective.advantage,
@@ -104,7 +105,8 @@ def assess(
             part_weights=np.array(weights),
             counts=counts,
             mask=sampled,
-            token_reward=token_reward,
+            token_reward=np.zeros(behavior.shape) if late else token_reward,
+            late_reward=token_reward if late else None,
             values=sequences.values,
         ),
     )

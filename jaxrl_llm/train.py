@@ -27,25 +27,14 @@ from jaxrl_llm.experience.filters import FILTERS
 from jaxrl_llm.experience.replay import fill
 from jaxrl_llm.guards import observe
 from jaxrl_llm.learn import learn, without_zero_gradients
+from jaxrl_llm.life import Life, begin, fresh_state, open_checkpoints, start_reference, target
 from jaxrl_llm.metrics import CompileCounter, Recorder, Timers
 from jaxrl_llm.model.params import policy_part
 from jaxrl_llm.prompts.stream import next_prompts
 from jaxrl_llm.prompts.supervised import noisy_rows
 from jaxrl_llm.reference import refresh
 from jaxrl_llm.rewards.pool import GraderPool
-from jaxrl_llm.run import (
-    Life,
-    Run,
-    begin,
-    build,
-    decode_rates,
-    fresh_state,
-    no_streaks,
-    open_checkpoints,
-    publish,
-    start_reference,
-    target,
-)
+from jaxrl_llm.run import Run, build, decode_rates, publish
 from jaxrl_llm.types import Experience, Policy, TrainState
 
 
@@ -144,10 +133,7 @@ def start_rl(run: Run, shell: Shell, life: Life) -> tuple[Life, Policy, dict[str
     shell.recorder.message(
         "held-out accuracy before RL: " + ", ".join(f"{v:.4f} {k.removeprefix('eval/')}" for k, v in scores.items())
     )
-    life = dataclasses.replace(
-        life, began=True, guards=no_streaks(state.params), state=state, reference=reference,
-        eval_before=scores[headline(run)],
-    )  # fmt: skip
+    life = dataclasses.replace(life, began=True, state=state, reference=reference, eval_before=scores[headline(run)])
     return life, policy, scores
 
 
@@ -179,6 +165,8 @@ def rl_step(
         state = learned.state
     with timers("publish"):
         policy = jax.block_until_ready(publish(run, state, policy))
+    done = life.step + 1 - cfg.warm_start.steps
+    reference = refresh(cfg.objective.reference, life.reference, policy_part(state.params, run.model), done)
     guards, warnings, error = observe(life.guards, cfg.update.guards, learned.metrics, learned.zero_gradient)
     for warning in warnings:
         shell.recorder.message(warning)
@@ -192,8 +180,6 @@ def rl_step(
         **learned.metrics,
         **describe_engine(stats, decode_rates(run)),
     }
-    done = life.step + 1 - cfg.warm_start.steps
-    reference = refresh(cfg.objective.reference, life.reference, policy_part(state.params, run.model), done)
     num_tokens = life.num_tokens + int(metrics["completions/tokens"])
     life = dataclasses.replace(
         life, step=life.step + 1, cursor=cursor, num_tokens=num_tokens, alarm=learned.alarm, guards=guards, state=state,

@@ -178,12 +178,13 @@ class KlConfig:
     """k1: d. k2: d^2 / 2. k3: e^-d - 1 + d. k3_plus: the value of k3 with the gradient of k2. full: exact, over the vocabulary."""
     weight: NonNegative = 0.0
     to: Literal["reference", "behavior"] = "reference"
-    by_ratio: bool = False
-    """Times the ratio, gradient and all: that makes the gradient of k1 and k3 unbiased (DeepSeek-V3.2)."""
+    times: Literal["one", "score", "ratio"] = "one"
+    """What makes the gradient of k1 and k3 unbiased. score: times p / sg(p), 1 with the score's gradient (NeMo-RL). ratio: times
+    the ratio, gradient and all (DeepSeek-V3.2). In a first update on fresh data the two are one."""
     max_difference: Positive | None = None
     """d is bounded to +- this first (verl 20)."""
     max_value: Positive | None = None
-    """The estimate is bounded to +- this (verl 10)."""
+    """The estimate, times what `times` says, is bounded to +- this (verl 10)."""
 
 
 @dataclass(frozen=True)
