@@ -14,6 +14,7 @@ from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.replay import Replay, empty
 from jaxrl_llm.guards import Guards
+from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.critic import critic_start
@@ -48,7 +49,7 @@ class Life:
     guards: Guards
     state: TrainState
     reference: PyTree | None
-    """Parameters at the start of RL, where the loss has a KL term."""
+    """Parameters at the start of RL, where the objective reads them; of a policy with adapters these alone."""
     replay: Replay | None
 
     def tree(self, key: Key[Array, ""]) -> PyTree:
@@ -82,46 +83,62 @@ class Life:
 
 
 def fresh_state(run: Run, params: PyTree, updates: int, began: bool) -> TrainState:
-    """A TrainState around the policy's `params`, which are donated, with empty moments and a critic that knows nothing where RL
-    trains one."""
+    """A TrainState around the policy's `params`, which are donated, with empty moments; where RL trains them, with adapters that
+    change nothing and a critic that knows nothing."""
     cfg, critic = run.cfg, run.cfg.objective.critic.kind
+    specs = run.learner_specs if began else run.specs
 
     def grown(params: PyTree) -> PyTree:
-        return params | (critic_start(params, run.model, critic) if began and cfg.objective.has_critic else {})
+        key = jax.random.fold_in(run.key, 2**31 - 2)
+        policy = lora.adapt(params, model_params.policy_part(specs, run.model), key, run.train)
+        return policy | (critic_start(params, run.model, critic) if began and cfg.objective.has_critic else {})
 
     optimizer = make_optimizer(run.optimizer if began else cfg.warm_start.optimizer)
-    start = make_start(run.learner_specs if began else run.specs, optimizer, run.train, grown)
+    start = make_start(specs, optimizer, run.train, grown)
     return start(params, hosts.put(np.int32(updates), run.train.replicated))
 
 
 def begin(run: Run) -> Life:
     """A life from the seed."""
-    state = fresh_state(run, start_params(run), 0, began=False)
+    state = TrainState(start_params(run), (), hosts.put(np.int32(0), run.train.replicated))
+    if run.cfg.warm_start.steps:
+        # Else RL comes first, with an optimizer of its own: moments of all parameters may not fit where those of adapters do.
+        state = fresh_state(run, state.params, 0, began=False)
     return Life(0, 0, 0, 0, float("nan"), False, no_streaks(run), state, None, _empty_replay(run))
 
 
 def no_streaks(run: Run) -> Guards:
-    return Guards(zero_gradient=(0,) * len(jax.tree.leaves(run.learner_specs, is_leaf=model_params.is_spec)))
+    return Guards(
+        zero_gradient=(0,) * len(jax.tree.leaves(lora.split(run.learner_specs)[0], is_leaf=model_params.is_spec))
+    )
 
 
 def start_params(run: Run) -> PyTree:
-    """f32 masters in the TRAIN layout: read from the pretrained model's files, or drawn from the seed."""
+    """Masters in the TRAIN layout, read from the pretrained model or drawn from the seed; f32, but for what stays frozen."""
     if isinstance(run.cfg.model, ModelConfig):
         return model_params.init(run.specs, jax.random.fold_in(run.key, 2**31 - 1), run.train)
-    return load(resolve_model(run.cfg.model.path), run.specs, run.train, jnp.float32)
+    frozen = run.cfg.lora.rank and not run.cfg.warm_start.steps
+    return load(
+        resolve_model(run.cfg.model.path), run.specs, run.train, jnp.dtype(run.model.compute if frozen else "float32")
+    )
 
 
 def start_reference(run: Run, params: PyTree) -> PyTree:
-    """The reference at the start of RL: a copy of the policy's parameters, or another model's."""
+    """The reference at the start of RL: a copy of what is trained of the policy's parameters, or another model's."""
     cfg = run.cfg.objective.reference
     if cfg.kind != "pretrained":
-        return jax.tree.map(jnp.copy, params)
+        return jax.tree.map(jnp.copy, trained_policy(run, params))
     directory = resolve_model(cfg.path)
     if read_config(directory, run.model.compute) != run.model:
         raise UserError(
             f"objective.reference.path: got {cfg.path}, whose config.json describes another shape of model; want the policy's own"
         )
     return load(directory, run.specs, run.train, jnp.float32)
+
+
+def trained_policy(run: Run, params: PyTree) -> PyTree:
+    """What RL changes of the policy, for arrays and specs alike: all of it, or its adapters."""
+    return lora.split(model_params.policy_part(params, run.model))[0]
 
 
 def _empty_replay(run: Run) -> Replay | None:
@@ -155,13 +172,15 @@ def target(run: Run, meta: dict[str, Any]) -> PyTree:
     optimizer = make_optimizer(run.optimizer if began else run.cfg.warm_start.optimizer)
     specs = run.learner_specs if began else run.specs
     params = model_params.abstract(specs, run.train)
-    shapes = jax.eval_shape(lambda p: TrainState(p, optimizer.init(p), np.zeros((), np.int32)), params)
+    shapes = jax.eval_shape(lambda p: TrainState(p, optimizer.init(lora.split(p)[0]), np.zeros((), np.int32)), params)
     state = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         shapes,
         state_shardings(specs, optimizer, run.train),
     )
-    reference = model_params.abstract(run.specs, run.train) if began and run.cfg.objective.has_reference else None
+    whole = run.cfg.objective.reference.kind == "pretrained"
+    reference = model_params.abstract(run.specs if whole else trained_policy(run, specs), run.train)
+    reference = reference if began and run.cfg.objective.has_reference else None
     return Life(0, 0, 0, 0, 0.0, began, no_streaks(run), state, reference, _empty_replay(run)).tree(run.key)
 
 

@@ -17,8 +17,8 @@ from jaxrl_llm.ceilings import copy_bandwidth, matmul_rate
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.packing import Shape, shape_of
+from jaxrl_llm.model import lora, quantised
 from jaxrl_llm.model import params as model_params
-from jaxrl_llm.model import quantised
 from jaxrl_llm.model.config import ModelConfig, Whole
 from jaxrl_llm.model.critic import NAMES as CRITIC
 from jaxrl_llm.model.critic import critic_specs
@@ -80,7 +80,7 @@ class Run:
     specs: PyTree
     """Of the policy; what the warm start trains."""
     learner_specs: PyTree
-    """Of what RL trains: with the critic, if there is one."""
+    """Of the state of RL: with the adapters and the critic, where there are any."""
     optimizer: OptimizerConfig
     """Of RL: a critic is a group of its own."""
     engine: Engine
@@ -125,7 +125,9 @@ def build(cfg: RunConfig) -> Run:
     correction = correction_of(cfg)
     vocab = Vocabulary(size=task.num_tokens, pad=task.pad, eos=task.eos)
     specs = model_params.specs(model)
-    learner_specs = specs | (critic_specs(model, cfg.objective.critic.kind) if cfg.objective.has_critic else {})
+    learner_specs = lora.adapted_specs(specs, model, cfg.lora) | (
+        critic_specs(model, cfg.objective.critic.kind) if cfg.objective.has_critic else {}
+    )
     optimizer = optimizer_of(cfg)
     shapes = shapes_of(cfg, task, train.size("rows"))
     how = Whole(cfg.update.attention, cfg.update.remat)
@@ -206,7 +208,7 @@ def read_model(cfg: RunConfig) -> ModelConfig:
 def problems(cfg: RunConfig, task: Task) -> list[str]:
     """What does not fit between config, devices and task, in words."""
     found = run_config.problems(cfg, jax.device_count()) + grader_problems(cfg.reward)
-    found += quantised.problems(cfg.model, cfg.rollout.engine.weights)
+    found += quantised.problems(cfg.model, cfg.rollout.engine.weights) + lora.problems(cfg.model, cfg.lora)
     if cfg.model.vocab_size < task.num_tokens:
         found.append(f"model.vocab_size: got {cfg.model.vocab_size}, want at least the tokenizer's {task.num_tokens}")
     if cfg.rollout.max_new_tokens < task.target_slots:

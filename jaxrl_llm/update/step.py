@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from jaxrl_llm.model import lora
 from jaxrl_llm.model.config import ModelConfig, Whole
 from jaxrl_llm.model.distribution import TokenScores, score_tokens
 from jaxrl_llm.parallel.layout import Layout
@@ -36,7 +37,7 @@ def make_update(
     how: Whole = WHOLE_ROWS,
 ) -> Update:
     """The program `update(state, batch, reference) -> (state, metrics)`. `ends`, `how`: as in `score_tokens`; `reference`: the
-    parameters of a policy whose whole distribution the loss reads, else None.
+    parameters of a policy whose whole distribution the loss reads, else None; of one with adapters these are enough.
 
     Every term is weighted by `batch.weight`, made of counts over the whole minibatch, so the gradient does not depend on the
     number of micro-batches nor on the mesh. Micro-batches without a token to learn from are skipped if they stand last.
@@ -57,6 +58,8 @@ def make_update(
         return total, ({"loss": total, **means}, maxima)
 
     def update(state: TrainState, batch: Batch, reference: PyTree | None = None) -> tuple[TrainState, Metrics]:
+        trained, frozen = lora.split(state.params)
+        reference = None if reference is None else lora.join(reference, frozen)
         share = batch.loss_mask / jnp.maximum(jnp.sum(batch.loss_mask), 1)
         dropped = jnp.zeros(())
         if isinstance(correction, SecondMoment):
@@ -64,8 +67,8 @@ def make_update(
             dropped = jnp.sum(share * ~kept)
             batch = batch.replace(weight=jnp.where(kept, batch.weight, 0.0))
         grads, metrics = _accumulate(
-            lambda params, part, share: objective(params, part, share, reference),
-            state.params,
+            lambda trained, part, share: objective(lora.join(trained, frozen), part, share, reference),
+            trained,
             (batch, share),
             micro_batches,
             layout,
@@ -86,10 +89,11 @@ def make_update(
 
 def _stepped(state: TrainState, grads: PyTree, optimizer: optax.GradientTransformation, useful: Array) -> TrainState:
     """One step of the optimizer; where it is not `useful` only the count of steps changes."""
-    changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    trained, frozen = lora.split(state.params)
+    changes, opt_state = optimizer.update(grads, state.opt_state, trained)
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(useful, a, b), new, old)  # noqa: E731
     return TrainState(
-        params=keep(optax.apply_updates(state.params, changes), state.params),
+        params=lora.join(keep(optax.apply_updates(trained, changes), trained), frozen),
         opt_state=keep(opt_state, state.opt_state),
         step=state.step + 1,
     )
