@@ -118,19 +118,24 @@ def make_update(
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
         # Adam would go on along its momentum where nothing was learnt.
         useful = finite & jnp.any(batch.loss_mask)
-        changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(useful, a, b), new, old)  # noqa: E731
-        new = TrainState(
-            params=keep(optax.apply_updates(state.params, changes), state.params),
-            opt_state=keep(opt_state, state.opt_state),
-            step=state.step + 1,
-        )
+        new = _stepped(state, grads, optimizer, useful)
         if isinstance(correction, SecondMoment):
             metrics["mismatch/dropped"] = dropped
         return new, metrics | {"grad_norm": grad_norm, "nonfinite": 1.0 - finite}
 
     return jax.jit(
         update, donate_argnums=0, out_shardings=(state_shardings(specs, optimizer, layout), layout.replicated)
+    )
+
+
+def _stepped(state: TrainState, grads: PyTree, optimizer: optax.GradientTransformation, useful: Array) -> TrainState:
+    """One step of the optimizer; where it is not `useful` only the count of steps changes."""
+    changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(useful, a, b), new, old)  # noqa: E731
+    return TrainState(
+        params=keep(optax.apply_updates(state.params, changes), state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        step=state.step + 1,
     )
 
 
