@@ -4,11 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxrl_llm.model.config import ModelConfig, Whole
+from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.params import ParamSpec, specs
-from jaxrl_llm.model.transformer import hidden
-from jaxrl_llm.parallel.layout import Layout
-from jaxrl_llm.types import Batch, PyTree
+from jaxrl_llm.types import PyTree
 
 # What a critic adds to a parameter tree: its groups of the optimizer begin with these.
 NAMES = ("value", "critic")
@@ -32,15 +30,10 @@ def critic_start(params: PyTree, cfg: ModelConfig, kind: str) -> PyTree:
     return {"critic": {name: jax.tree.map(jnp.copy, params[name]) for name in TRUNK} | head}
 
 
-def values_of(
-    params: PyTree, h: Float[Array, "R T D"], batch: Batch, cfg: ModelConfig, layout: Layout, how: Whole
-) -> Float[Array, "R T"] | None:
-    """The critic's value of what is before each token, f32; None without a critic. `h`: the policy's activations there."""
-    if "critic" in params:
-        params = params["critic"]
-        h = hidden(params, batch.tokens, batch.position, batch.until, cfg, layout)
-        h = jnp.take_along_axis(h, batch.before[:, :, None], axis=1)
+def values_of(params: PyTree, h: Float[Array, "s N D"]) -> Float[Array, "s N"] | None:
+    """kernel . h + bias, f32; None for a tree without a critic's head."""
     if "value" not in params:
         return None
-    head = params["value"]
-    return h.astype(jnp.float32) @ head["kernel"] + head["bias"]
+    kernel, bias = (params["value"][name].astype(jnp.float32) for name in ("kernel", "bias"))
+    # Not a matrix product: that rounds f32 to bf16 on a TPU.
+    return jnp.sum(h.astype(jnp.float32) * kernel, axis=-1) + bias
