@@ -23,7 +23,7 @@ from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.programs import Programs
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Batch, TrainState
-from jaxrl_llm.update.config import ClippedLoss, OptimizerConfig
+from jaxrl_llm.update.config import OptimizerConfig, PolicyGradient
 from jaxrl_llm.update.step import make_optimizer, make_update, state_shardings
 
 # Llama-3.2-1B.
@@ -158,12 +158,17 @@ def lower_update(cfg: ModelConfig, train: Layout) -> jax.stages.Lowered:
     shapes = jax.eval_shape(lambda p: TrainState(p, optimizer.init(p), np.zeros((), np.int32)), params)
     where = state_shardings(specs, optimizer, train)
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
-    dtypes = [jnp.int32] * 3 + [bool] + [jnp.float32] * 3
+    dtypes = [jnp.int32] * 6 + [bool] + [jnp.float32] * 4
     batch = Batch(*(array(train, (ROWS, SLOTS), dtype, "rows", None) for dtype in dtypes))
     update = make_update(
-        specs, ClippedLoss(), OptimizerConfig(), normalize="token", length=C,
-        micro_batches=PARTS, num_tokens=cfg.vocab_size, cfg=cfg, layout=train,
-    )  # fmt: skip
+        specs,
+        PolicyGradient(),
+        OptimizerConfig(),
+        micro_batches=PARTS,
+        num_tokens=cfg.vocab_size,
+        cfg=cfg,
+        layout=train,
+    )
     return update.lower(state, batch)
 
 
