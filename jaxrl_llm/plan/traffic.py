@@ -57,31 +57,35 @@ class Reading(NamedTuple):
 
 def read(module: Module, turns: int = 1) -> Reading:
     """`turns`: of outermost loops whose number of turns is not fixed in the program."""
-    found: dict[tuple, list[int]] = defaultdict(lambda: [0, 0, 0])
-    seen, cycles, unknown = set(), 0, set()
-    fused = module.fused
+    collectives: dict[tuple[str, str], tuple[Instruction, Loops]] = {}
+    cycles, unknown, fused = 0, set(), module.fused
     for name, loops, guessed in _walk(module, turns):
         unknown |= guessed
         for i in module.computations[name]:
             if name not in fused:
                 cycles += prod(loops) * sum(map(int, _CYCLES.findall(i.line)[:1]))
-            if i.kind not in COLLECTIVES:
-                continue
-            channel = _CHANNEL.search(i.line)
-            # A collective that runs beside products stands in the text once for each of them, under one channel.
-            key = (channel[1] if channel else i.name, i.kind, loops)
-            n = group_size(i)
-            if key in seen or n == 1:
-                continue
-            seen.add(key)
-            kind = "reduce-scatter" if name.startswith(SCATTERED) else i.kind
-            entry = found[kind, _result(i)[0].dtype, loops]
-            made = sum(a.bytes for a in _result(i))
-            entry[0] += 1
-            entry[1] += prod(loops) * received(i.kind if kind == i.kind else SCATTERED, made, n)
-            entry[2] = max(entry[2], *(a.bytes for a in _result(i)))
-    order = sorted(found.items(), key=lambda item: -item[1][1])
-    return Reading(tuple(Traffic(*key, *entry) for key, entry in order), cycles, len(unknown))
+            if i.kind in COLLECTIVES and group_size(i) > 1:
+                channel = _CHANNEL.search(i.line)
+                key = (i.kind, f"channel {channel[1]}" if channel else i.name)
+                # One that runs beside products stands in the text once for each of them, under one channel, and goes on through
+                # loops: it starts where fewest are around it.
+                if key not in collectives or prod(loops) < prod(collectives[key][1]):
+                    collectives[key] = (i, loops)
+    return Reading(tuple(_summed(list(collectives.values()))), cycles, len(unknown))
+
+
+def _summed(collectives: list[tuple[Instruction, Loops]]) -> list[Traffic]:
+    """By kind, dtype and loops; what receives most first."""
+    found: dict[tuple[str, str, Loops], list[int]] = defaultdict(lambda: [0, 0, 0])
+    for i, loops in collectives:
+        scattered = i.computation.startswith(SCATTERED)
+        arrays = _result(i)
+        made = sum(a.bytes for a in arrays)
+        entry = found["reduce-scatter" if scattered else i.kind, arrays[0].dtype, loops]
+        entry[0] += 1
+        entry[1] += prod(loops) * received(SCATTERED if scattered else i.kind, made, group_size(i))
+        entry[2] = max(entry[2], *(a.bytes for a in arrays))
+    return sorted((Traffic(*key, *entry) for key, entry in found.items()), key=lambda t: -t.bytes)
 
 
 def _walk(module: Module, turns: int) -> Iterator[tuple[str, Loops, set[str]]]:
