@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,11 @@ from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.packing import Shape, shape_of
 from jaxrl_llm.experience.replay import Replay, empty
+from jaxrl_llm.guards import Guards
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model import quantised
 from jaxrl_llm.model.config import ModelConfig, Whole
+from jaxrl_llm.model.critic import critic_specs, critic_start
 from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.load import load
 from jaxrl_llm.model.hf.source import resolve as resolve_model
@@ -51,7 +53,9 @@ from jaxrl_llm.update.config import (
 )
 from jaxrl_llm.update.config import resolve as resolve_correction
 from jaxrl_llm.update.losses import anchored_on_proximal
-from jaxrl_llm.update.step import Update, make_optimizer, make_score, make_start, make_update, state_shardings
+from jaxrl_llm.update.optimizer.state import make_start, state_shardings
+from jaxrl_llm.update.optimizer.transform import make_optimizer
+from jaxrl_llm.update.step import Update, make_score, make_update
 
 
 class Shapes(NamedTuple):
@@ -80,6 +84,9 @@ class Run:
     train: Layout
     decode: Layout
     specs: PyTree
+    """Of the policy; what the warm start trains."""
+    learner_specs: PyTree
+    """Of what RL trains: with the critic, if there is one."""
     engine: Engine
     correction: Correction
     """Of the sampler's arithmetic, `auto` resolved."""
@@ -109,7 +116,7 @@ class Run:
         return hosts.put(batch, self.train.sharding(("rows", None)))
 
 
-COUNTERS = ("step", "cursor", "num_tokens", "alarm", "nonfinite", "eval_before")
+COUNTERS = ("step", "cursor", "num_tokens", "alarm", "eval_before")
 
 
 @dataclass(frozen=True)
@@ -124,10 +131,11 @@ class Life:
     """Completion tokens sampled so far."""
     alarm: int
     """Stale updates in a row whose ratios were all exactly 1."""
-    nonfinite: int
-    """Steps of RL in a row of which no update was finite."""
     eval_before: float
     """Held-out accuracy before RL (`evaluate.headline`); NaN until measured."""
+    began: bool
+    """RL has: the state holds what it trains, and its optimizer's."""
+    guards: Guards
     state: TrainState
     reference: PyTree | None
     """Parameters at the start of RL, where the loss has a KL term."""
@@ -138,19 +146,25 @@ class Life:
         device = {"state": self.state, "reference": self.reference, "replay": self.replay}
         return (
             counters
+            | {"guards": {name: np.asarray(x, np.int32) for name, x in vars(self.guards).items()}}
             | {"key": np.asarray(jax.random.key_data(key))}
             | {n: v for n, v in device.items() if v is not None}
         )
 
     @staticmethod
-    def revive(tree: PyTree) -> "Life":
+    def revive(tree: PyTree, meta: dict[str, Any]) -> "Life":
         return Life(
             step=int(tree["step"]),
             cursor=int(tree["cursor"]),
             num_tokens=int(tree["num_tokens"]),
             alarm=int(tree["alarm"]),
-            nonfinite=int(tree["nonfinite"]),
             eval_before=float(tree["eval_before"]),
+            began=meta["began"],
+            guards=Guards(
+                int(tree["guards"]["nonfinite"]),
+                int(tree["guards"]["no_gradient"]),
+                tuple(map(int, tree["guards"]["zero_gradient"])),
+            ),
             state=tree["state"],
             reference=tree.get("reference"),
             replay=tree.get("replay"),
@@ -170,11 +184,12 @@ def build(cfg: RunConfig) -> Run:
     correction = correction_of(cfg)
     vocab = Vocabulary(size=task.num_tokens, pad=task.pad, eos=task.eos)
     specs = model_params.specs(model)
+    learner_specs = specs | (critic_specs(model, cfg.objective.critic.kind) if cfg.objective.has_critic else {})
     shapes = shapes_of(cfg, task, train.size("rows"))
     how = Whole(cfg.update.attention, cfg.update.remat)
     scoring = {"num_tokens": task.num_tokens, "cfg": model, "layout": train, "ends": task.eos, "how": how}
 
-    def update(loss: LossConfig, optimizer: OptimizerConfig, micro_batches: int) -> Update:
+    def update(specs: PyTree, loss: LossConfig, optimizer: OptimizerConfig, micro_batches: int) -> Update:
         return make_update(specs, loss, optimizer, correction=correction, micro_batches=micro_batches, **scoring)
 
     key, eval_key = jax.random.split(jax.random.key(cfg.seed))
@@ -187,14 +202,15 @@ def build(cfg: RunConfig) -> Run:
         train=train,
         decode=decode,
         specs=specs,
+        learner_specs=learner_specs,
         engine=Engine(cfg.rollout, task.prompt_slots, vocab, model, decode, task.tokenizer.decode),
         correction=correction,
         publish=make_publish(model, train, decode, weights),
         shapes=shapes,
         score=make_score(**scoring),
         score_experience=make_score(**scoring, parts=shapes.experience.parts),
-        warm_update=update(CrossEntropy(), cfg.warm_start.optimizer, 1),
-        update=update(cfg.objective.loss, cfg.update.optimizer, cfg.update.micro_batches),
+        warm_update=update(specs, CrossEntropy(), cfg.warm_start.optimizer, 1),
+        update=update(learner_specs, cfg.objective.loss, cfg.update.optimizer, cfg.update.micro_batches),
         key=key,
         eval_key=eval_key,
     )
@@ -249,17 +265,27 @@ def problems(cfg: RunConfig, task: Task) -> list[str]:
     return found
 
 
-def fresh_optimizer(run: Run, params: PyTree, updates: int) -> TrainState:
-    """A TrainState around `params`, which are donated, with empty moments."""
-    start = make_start(run.specs, make_optimizer(run.cfg.update.optimizer), run.train)
+def fresh_state(run: Run, params: PyTree, updates: int, began: bool) -> TrainState:
+    """A TrainState around the policy's `params`, which are donated, with empty moments and a critic that knows nothing where RL
+    trains one."""
+    cfg, critic = run.cfg, run.cfg.objective.critic.kind
+
+    def grown(params: PyTree) -> PyTree:
+        return params | (critic_start(params, run.model, critic) if began and cfg.objective.has_critic else {})
+
+    optimizer = make_optimizer(cfg.update.optimizer if began else cfg.warm_start.optimizer)
+    start = make_start(run.learner_specs if began else run.specs, optimizer, run.train, grown)
     return start(params, hosts.put(np.int32(updates), run.train.replicated))
 
 
 def begin(run: Run) -> Life:
     """A life from the seed."""
-    params = start_params(run)
-    reference = jax.tree.map(jnp.copy, params) if run.cfg.objective.has_reference else None
-    return Life(0, 0, 0, 0, 0, float("nan"), fresh_optimizer(run, params, 0), reference, _empty_replay(run))
+    state = fresh_state(run, start_params(run), 0, began=False)
+    return Life(0, 0, 0, 0, float("nan"), False, no_streaks(run), state, None, _empty_replay(run))
+
+
+def no_streaks(run: Run) -> Guards:
+    return Guards(zero_gradient=(0,) * len(jax.tree.leaves(run.learner_specs, is_leaf=model_params.is_spec)))
 
 
 def start_params(run: Run) -> PyTree:
@@ -267,6 +293,19 @@ def start_params(run: Run) -> PyTree:
     if isinstance(run.cfg.model, ModelConfig):
         return model_params.init(run.specs, jax.random.fold_in(run.key, 2**31 - 1), run.train)
     return load(resolve_model(run.cfg.model.path), run.specs, run.train, jnp.float32)
+
+
+def start_reference(run: Run, params: PyTree) -> PyTree:
+    """The reference at the start of RL: a copy of the policy's parameters, or another model's."""
+    cfg = run.cfg.objective.reference
+    if cfg.kind != "pretrained":
+        return jax.tree.map(jnp.copy, params)
+    directory = resolve_model(cfg.path)
+    if read_config(directory, run.model.compute) != run.model:
+        raise UserError(
+            f"objective.reference.path: got {cfg.path}, whose config.json describes another shape of model; want the policy's own"
+        )
+    return load(directory, run.specs, run.train, jnp.float32)
 
 
 def _empty_replay(run: Run) -> Replay | None:
@@ -294,19 +333,20 @@ def _experience_shape(run: Run) -> Experience:
     return Experience(rollouts, np.zeros(b, f32), np.zeros((b, len(run.cfg.reward.graders)), f32))
 
 
-def target(run: Run) -> PyTree:
+def target(run: Run, meta: dict[str, Any]) -> PyTree:
     """What a checkpoint of this run holds: shapes and where they go."""
-    optimizer = make_optimizer(run.cfg.update.optimizer)
-    params = model_params.abstract(run.specs, run.train)
+    began = meta["began"]
+    optimizer = make_optimizer(run.cfg.update.optimizer if began else run.cfg.warm_start.optimizer)
+    specs = run.learner_specs if began else run.specs
+    params = model_params.abstract(specs, run.train)
     shapes = jax.eval_shape(lambda p: TrainState(p, optimizer.init(p), np.zeros((), np.int32)), params)
     state = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         shapes,
-        state_shardings(run.specs, optimizer, run.train),
+        state_shardings(specs, optimizer, run.train),
     )
-    return Life(
-        0, 0, 0, 0, 0, 0.0, state, params if run.cfg.objective.has_reference else None, _empty_replay(run)
-    ).tree(run.key)
+    reference = model_params.abstract(run.specs, run.train) if began and run.cfg.objective.has_reference else None
+    return Life(0, 0, 0, 0, 0.0, began, no_streaks(run), state, reference, _empty_replay(run)).tree(run.key)
 
 
 def publish(run: Run, state: TrainState, old: Policy | None) -> Policy:

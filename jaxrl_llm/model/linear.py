@@ -5,7 +5,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Sharding
 
 from jaxrl_llm.model.quantised import Quantised, product
 
@@ -42,31 +41,6 @@ def _backward(inner: int, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> t
 
 
 _contract.defvjp(_forward, _backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def gather(w: jax.Array, copies: int, dtype: str, shard: Sharding, whole: Sharding) -> jax.Array:
-    """`copies` of `w`, `[copies, *w.shape]`, one for each shard of the rows: ahead of a loop that multiplies rows by `w`.
-
-    Left to itself such a loop gathers the weight and reduces its gradient over the mesh in every turn. With a copy of its own,
-    a shard of rows adds up its gradient alone, and the copies are summed into `shard` once. What moves is `dtype`; the result has
-    the dtype of `w` again, because JAX adds up a loop's gradient in the dtype of the weight: so that sum is f32, unrounded.
-    """
-    moved = lax.with_sharding_constraint(w.astype(dtype), shard)
-    return lax.with_sharding_constraint(jnp.broadcast_to(moved, (copies, *w.shape)), whole).astype(w.dtype)
-
-
-def _gather_forward(w: jax.Array, copies: int, dtype: str, shard: Sharding, whole: Sharding) -> tuple[jax.Array, None]:
-    return gather(w, copies, dtype, shard, whole), None
-
-
-def _gather_backward(
-    copies: int, dtype: str, shard: Sharding, whole: Sharding, saved: None, g: jax.Array
-) -> tuple[jax.Array]:
-    return (lax.with_sharding_constraint(jnp.sum(lax.with_sharding_constraint(g, whole), axis=0), shard),)
-
-
-gather.defvjp(_gather_forward, _gather_backward)
 
 
 def _tail(x: jax.Array, n: int) -> tuple[int, ...]:
