@@ -43,7 +43,8 @@ ALLOWED = {
     "train": FOUNDATION
     | STAGES
     | {"config", "metrics", "model", "publish", "checkpoint", "run", "collect", "describe", "evaluate", "learn"},
-    "cli": {"errors", "config", "parallel", "report", "train", "inspect_run"},
+    "plan": FOUNDATION | STAGES | {"config", "model", "publish", "run"},
+    "cli": {"errors", "config", "parallel", "report", "plan", "train", "inspect_run"},
 }
 NEVER = {"configs", "tests", "benchmarks", "launch", "docs"}
 VAGUE = {"utils", "util", "common", "core", "helpers", "helper", "manager", "misc"}

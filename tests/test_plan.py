@@ -103,16 +103,16 @@ def test_traffic_multiplies_loops_and_counts_what_a_chip_receives():
     assert next(t for t in reading.traffic if t.kind == "all-reduce").times == 15
 
 
-def test_inner_loops_that_nobody_can_count_are_named_and_taken_once():
+def test_inner_loops_that_depend_on_the_batch_are_counted_as_told():
     text = HLO.replace("compare(%i, %c), direction=LT", "get-tuple-element(%p), index=0")
-    reading = traffic.read(Module(text), turns=5)
-    assert reading.unknown == 1 and reading.cycles == 5 * 100 + 7
+    reading = traffic.read(Module(text), turns=5, inner=2)
+    assert reading.unknown == 1 and reading.cycles == 10 * 100 + 7
 
 
 def test_a_topology_is_a_known_kind_and_sizes():
     assert chips.of_topology("v5p:4x4x4").memory == 95e9
     for wrong in ("v5x:2x2", "v5e", "v5e:2by2", "H100:2x2"):
-        with pytest.raises(UserError, match="--topology: got .*, want a kind"):
+        with pytest.raises(UserError, match=r"--topology: got .*, want a kind"):
             chips.of_topology(wrong)
     assert chips.of_device("gpu", "NVIDIA H200", 1).memory == 141e9
     assert chips.of_device("tpu", "TPU v5 lite", 8) == chips.CHIPS["v5e"]
@@ -160,7 +160,7 @@ def test_phases_add_what_the_compiler_needs_to_what_lives_on(job):
 
 
 def test_predictions_by_hand(job):
-    """6 N a token and 12 N_heads H T / 2 a token and layer; the head is the embedding. Memory's time of decode: weights, every step."""
+    """6 N a token, and 12 heads x H x T / 2 a token and layer; the head is the embedding. Decode reads all weights every step."""
     matrices = 512 + 2 * LAYER
     flops = 16 * 13 * (6 * matrices + 2 * 12 * 4 * 8 * 13 / 2)
     assert predict.model_flops(job) == pytest.approx(flops)
@@ -186,10 +186,13 @@ def test_advice_changes_what_fills_the_fullest_phase(job):
     update = next(phase for phase in found if phase.name == "update")
     assert memory.peak(found) == update
     more = [
-        Phase(p.name, p.parts | {memory.TEMPORARIES: p.parts[memory.TEMPORARIES] + 10**6 * (p is update)}) for p in found
+        Phase(p.name, p.parts | {memory.TEMPORARIES: p.parts[memory.TEMPORARIES] + 10**6 * (p is update)})
+        for p in found
     ]
     fewer = advice.changed(job.cfg, {"update.micro_batches": 4})
-    after = memory.peak(memory.estimated(make_job(fewer, job.model, 7, list(job.train.mesh.devices.flat)))).total + 10**6
+    after = (
+        memory.peak(memory.estimated(make_job(fewer, job.model, 7, list(job.train.mesh.devices.flat)))).total + 10**6
+    )
     best = advice.advise(job, more, after)[0]
     assert best.bytes <= after and best.overrides in ({"update.micro_batches": 4}, {"update.minibatches": 4})
     assert "--update.m" in best.flags
@@ -237,7 +240,9 @@ def test_all_meshes_of_eight_devices_and_their_micro_batches():
     assert len(found) == len(set(found)) == 20 and all(a * b * c * d == 8 for a, b, c, d in found)
     cfg = validate(VALUES, "test")
     assert sweep.micro_batches(cfg, (1, 2, 1, 1)) == [1, 2, 4, 8]
-    assert sweep.micro_batches(dataclasses.replace(cfg, update=dataclasses.replace(cfg.update, micro_batches=3)), (2, 2, 1, 1)) == [1, 2, 3, 4]
+    assert sweep.micro_batches(
+        dataclasses.replace(cfg, update=dataclasses.replace(cfg.update, micro_batches=3)), (2, 2, 1, 1)
+    ) == [1, 2, 3, 4]
 
 
 def test_bad_input_is_refused_before_anything_compiles(monkeypatch, capsys, tmp_path):

@@ -35,7 +35,14 @@ CHIPS = {
     "H200": Chip("H200", 141e9, 9.89e14, 4.8e12, 4.5e11),
 }
 # What JAX calls them.
-DEVICE_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e"}
+DEVICE_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+}
 
 
 def of_topology(name: str) -> Chip:

@@ -67,7 +67,9 @@ def prompt_slots(cfg: RunConfig, target: Target) -> int:
     if isinstance(cfg.task, ArithmeticTask):
         return 2 * cfg.task.terms + 1
     if not cfg.task.max_prompt_tokens:
-        raise UserError("task.max_prompt_tokens: got 0, want the longest prompt, or --prompt-tokens N: plan reads no data")
+        raise UserError(
+            "task.max_prompt_tokens: got 0, want the longest prompt, or --prompt-tokens N: plan reads no data"
+        )
     return cfg.task.max_prompt_tokens
 
 
@@ -84,9 +86,13 @@ def devices_of(target: Target) -> tuple[list["jax.Device"], Chip]:
         try:
             devices = topologies.get_topology_desc(platform="tpu", topology_name=target.topology).devices
         except jax.errors.JaxRuntimeError as error:
-            raise UserError(f"--topology: got {target.topology}, which libtpu refuses: {str(error).splitlines()[0]}") from None
+            raise UserError(
+                f"--topology: got {target.topology}, which libtpu refuses: {str(error).splitlines()[0]}"
+            ) from None
     if target.chips is not None and not 1 <= target.chips <= len(devices):
-        raise UserError(f"--chips: got {target.chips}, want 1 to {len(devices)}, the chips of {target.topology or 'this machine'}")
+        raise UserError(
+            f"--chips: got {target.chips}, want 1 to {len(devices)}, the chips of {target.topology or 'this machine'}"
+        )
     return list(devices)[: target.chips], chip
 
 

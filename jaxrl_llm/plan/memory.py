@@ -1,7 +1,7 @@
 """What a chip holds in each phase of a step, by part. All in bytes of one chip, the fullest phase is the step's peak.
 
-Parts are exact, from shapes and shardings; temporaries are the compiler's. Before anything is compiled they are estimated, to choose
-what is worth compiling.
+Parts are exact, from shapes and shardings; temporaries are the compiler's. Before anything is compiled they are estimated, to
+choose what is worth compiling.
 """
 
 from math import prod
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxrl_llm.model.distribution import CHUNK
+from jaxrl_llm.model.head import TILE
 from jaxrl_llm.model.work import held
 from jaxrl_llm.plan.programs import Job, Program
 from jaxrl_llm.rollout import memory as rollout_memory
@@ -47,9 +47,10 @@ def residents(job: Job) -> dict[str, Residents]:
     caches = job.engine.programs.caches(units, window)
     prompts, rows = (held(cache) for cache in caches)
     state = {MASTERS: masters, OPTIMIZER: optimizer, REFERENCE: reference}
+    read, _ = job.engine.programs.caches(job.flight[0], window)
     waiting = {PROMPTS: prompts, ROWS: rows} if job.waits else {}
     found = {
-        "prefill": Residents({POLICY: policy, PROMPTS: held(job.engine.programs.caches(job.flight[0], window)[0])}, state | waiting),
+        "prefill": Residents({POLICY: policy, PROMPTS: held(read)}, state | waiting),
         "segment": Residents({POLICY: policy, PROMPTS: prompts, ROWS: rows}, state),
         "publish": Residents({MASTERS: masters, POLICY: policy}, {OPTIMIZER: optimizer, REFERENCE: reference}),
     }  # fmt: skip
@@ -89,9 +90,7 @@ def estimated(job: Job) -> list[Phase]:
     ]
 
 
-def _phase(
-    job: Job, name: str, inside: dict[str, int], beside: dict[str, int], temporaries: int, rest: int
-) -> Phase:
+def _phase(job: Job, name: str, inside: dict[str, int], beside: dict[str, int], temporaries: int, rest: int) -> Phase:
     parts = dict.fromkeys(PARTS, 0)
     for more in (inside, beside):
         for part, size in more.items():
@@ -128,7 +127,7 @@ def _activations(job: Job) -> int:
     matrices = sum(prod(x.shape) for x in jax.tree.leaves(job.state.params["layers"])) // cfg.layers
     matrices //= layout.size("mlp") * (layout.size("expert") if cfg.experts else 1)
     scores = 2 * 4 * share * cfg.heads // layout.size("heads") * slots * min(slots, 1024)
-    head = (size + 8) * vocab * cfg.d_model + 2 * 4 * share * CHUNK * vocab
+    head = (size + 8) * vocab * cfg.d_model + 2 * 4 * min(TILE, tokens * vocab)
     return size * tokens * (cfg.layers * kept + 2 * made) + scores + 2 * size * matrices + head
 
 

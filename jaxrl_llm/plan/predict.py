@@ -123,8 +123,8 @@ def gathered(job: Job) -> int:
 
 
 def _update_traffic(job: Job, whole: int) -> float:
-    """Bytes that a chip receives, estimated: weights gathered twice and gradients scattered in f32 every micro-batch, gradients added
-    over `data`, and activations over `tensor` four times a layer."""
+    """Bytes that a chip receives, estimated: weights gathered twice and gradients scattered in f32 every micro-batch, gradients
+    added over `data`, and activations over `tensor` four times a layer."""
     mesh, parts, model = job.train.mesh.shape, job.cfg.update.micro_batches, job.model
     size = np.dtype(model.compute).itemsize
     weights = parts * whole * (2 + 4 / size) * (1 - 1 / mesh["fsdp"])

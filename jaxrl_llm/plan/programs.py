@@ -21,6 +21,8 @@ from jaxrl_llm.experience.packing import shape_of
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model import quantised
 from jaxrl_llm.model.config import ModelConfig, Whole
+from jaxrl_llm.model.critic import critic_specs
+from jaxrl_llm.model.head import CHUNK
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.hlo import Module
 from jaxrl_llm.parallel.layout import TRAIN, Layout
@@ -32,7 +34,9 @@ from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.run import correction_of
 from jaxrl_llm.types import Batch, Policy, PyTree, TrainState
 from jaxrl_llm.update.config import NoCorrection
-from jaxrl_llm.update.step import make_optimizer, make_update, state_shardings
+from jaxrl_llm.update.optimizer.state import state_shardings
+from jaxrl_llm.update.optimizer.transform import make_optimizer
+from jaxrl_llm.update.step import make_update
 
 Lower = Callable[[], jax.stages.Lowered]
 # How libtpu says that a program does not fit.
@@ -108,14 +112,20 @@ def make_job(cfg: RunConfig, model: ModelConfig, prompt_slots: int, devices: Seq
         decode=decode,
         engine=Engine(cfg.rollout, prompt_slots, vocab, model, decode),
         state=state,
-        reference=state.params if cfg.objective.has_reference else None,
+        reference=model_params.abstract(model_params.specs(model), train) if cfg.objective.has_reference else None,
         policy=abstract_policy(model, decode, cfg.rollout.engine.weights),
         batch=abstract_batch(cfg, prompt_slots, train),
     )
 
 
+def learner_specs(cfg: RunConfig, model: ModelConfig) -> PyTree:
+    """What the update trains: the policy, and a critic where there is one."""
+    critic = critic_specs(model, cfg.objective.critic.kind) if cfg.objective.has_critic else {}
+    return model_params.specs(model) | critic
+
+
 def abstract_state(cfg: RunConfig, model: ModelConfig, train: Layout) -> TrainState:
-    specs, optimizer = model_params.specs(model), make_optimizer(cfg.update.optimizer)
+    specs, optimizer = learner_specs(cfg, model), make_optimizer(cfg.update.optimizer)
     params = model_params.abstract(specs, train)
     shapes = jax.eval_shape(lambda p: TrainState(p, optimizer.init(p), np.zeros((), np.int32)), params)
     where = state_shardings(specs, optimizer, train)
@@ -152,7 +162,7 @@ def lowerings(job: Job) -> dict[str, Lower]:
     """The programs that a step holds most memory in, each a function that traces it."""
     cfg, model = job.cfg, job.model
     prompts, units, window = job.flight
-    policy, specs = job.policy, model_params.specs(model)
+    policy, masters = job.policy, {name: job.state.params[name] for name in model_params.specs(model)}
     of_rollouts = {"prefill": (prompts, job.prompt_slots), "segment": (units, window)}
     if len(job.engine.sizes.windows) > 1:
         of_rollouts["grow"] = (units, *job.engine.sizes.windows[-2:])
@@ -161,13 +171,13 @@ def lowerings(job: Job) -> dict[str, Lower]:
     }
     publish = make_publish(model, job.train, job.decode, cfg.rollout.engine.weights)
     update = make_update(
-        specs, cfg.objective.loss, cfg.update.optimizer, correction=correction_of(cfg),
+        learner_specs(cfg, model), cfg.objective.loss, cfg.update.optimizer, correction=correction_of(cfg),
         micro_batches=cfg.update.micro_batches, num_tokens=model.vocab_size, cfg=model, layout=job.train, ends=(1,),
         how=Whole(cfg.update.attention, cfg.update.remat),
     )  # fmt: skip
     whole = job.reference if cfg.objective.reads_reference_distribution else None
     return lower | {
-        "publish": lambda: publish.lower(job.state.params, policy.version, policy),
+        "publish": lambda: publish.lower(masters, policy.version, policy),
         "update": lambda: update.lower(job.state, job.batch, whole),
     }
 
@@ -182,13 +192,18 @@ def compile_all(job: Job) -> dict[str, Program]:
         return dict(zip(order, found, strict=True))
 
 
-def turns_of(job: Job, name: str) -> int:
-    """Turns of a program's outermost loop, at most: looks at whether rows live, or micro-batches."""
-    shape = job.engine.shape
-    return {"segment": shape.steps // shape.interval, "update": job.cfg.update.micro_batches}.get(name, 1)
+def turns_of(job: Job, name: str) -> tuple[int, int]:
+    """Turns of a program's outermost loop, at most: looks at whether rows live, or micro-batches. And of inner ones whose turns
+    depend on the batch: chunks of tokens in the head, all of them learnt from."""
+    if name == "segment":
+        return job.engine.shape.steps // job.engine.shape.interval, 1
+    if name != "update":
+        return 1, 1
+    parts, (rows, slots) = job.cfg.update.micro_batches, job.batch.tokens.shape
+    return parts, -(-(rows // parts // job.train.size("rows") * slots) // CHUNK)
 
 
-def compile_one(lowered: jax.stages.Lowered, turns: int) -> Program:
+def compile_one(lowered: jax.stages.Lowered, turns: tuple[int, int]) -> Program:
     start = time.monotonic()
     try:
         compiled = lowered.compile()
@@ -200,12 +215,14 @@ def compile_one(lowered: jax.stages.Lowered, turns: int) -> Program:
     seconds = time.monotonic() - start
     return Program(
         memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes, memory.alias_size_in_bytes,
-        read(Module(compiled.as_text()), turns), round(seconds, 1),
+        read(Module(compiled.as_text()), *turns), round(seconds, 1),
     )  # fmt: skip
 
 
 def _refused(message: str, seconds: float) -> Program:
     """With the bytes that the message names, of temporaries or of everything."""
-    used, used_unit, temporaries, unit = _USED.search(message).groups() if _USED.search(message) else (None, "", "0", "K")
+    used, used_unit, temporaries, unit = (
+        _USED.search(message).groups() if _USED.search(message) else (None, "", "0", "K")
+    )
     bytes_ = int(float(used or temporaries) * _UNITS[used_unit or unit])
     return Program(0, 0, bytes_, 0, Reading((), 0, 0), round(seconds, 1), "all" if used else "temporaries")

@@ -41,7 +41,9 @@ def memory_table(report: Report) -> str:
 
 def traffic_table(report: Report) -> str:
     """Collectives of one run of each program."""
-    rows = [["program", "collective", "on the wire", "in loops of", "times a run", "received, MB a chip", "largest, MB"]]
+    rows = [
+        ["program", "collective", "on the wire", "in loops of", "times a run", "received, MB a chip", "largest, MB"]
+    ]
     for name, program in report["programs"].items():
         least = SMALL * program["received"]
         for t in (t for t in program["traffic"] if t["bytes"] > least):
@@ -90,7 +92,9 @@ def verdict(report: Report) -> str:
         return f"fits: {_gb(peak['bytes'])} GB of {limit / GB:.0f}, most of it in {peak['phase']}"
     refused = any(p["refused"] for p in report["programs"].values()) or not report["compiled"]
     about = "about " if refused else ""
-    lines = [f"does not fit: needs {about}{_gb(peak['bytes'])} GB of {limit / GB:.0f}, most of it in {peak['phase']}; change"]
+    lines = [
+        f"does not fit: needs {about}{_gb(peak['bytes'])} GB of {limit / GB:.0f}, most of it in {peak['phase']}; change"
+    ]
     lines += [f"  {a['flags']}    (about {_gb(a['bytes'])} GB)" for a in report["advice"]]
     if not report["advice"]:
         lines.append("  to more chips: nothing in the config saves enough")
@@ -101,7 +105,16 @@ def verdict(report: Report) -> str:
 
 def sweep_table(found: Report) -> str:
     """What was tried, the fastest that fits first."""
-    rows = [["mesh (data, fsdp, tensor, expert)", "micro-batches", "GB a chip", "fits", "s a step, predicted", "MFU, predicted"]]
+    rows = [
+        [
+            "mesh (data, fsdp, tensor, expert)",
+            "micro-batches",
+            "GB a chip",
+            "fits",
+            "s a step, predicted",
+            "MFU, predicted",
+        ]
+    ]
     for r in found["compiled"]:
         time = r["predicted"]
         rows.append([
@@ -109,8 +122,8 @@ def sweep_table(found: Report) -> str:
             "yes" if r["fits"] else "no", f"{time['step_seconds']:.1f}" if time else "-", f"{time['mfu']:.2f}" if time else "-",
         ])  # fmt: skip
     tried = (
-        f"{found['meshes']} meshes of {found['chips']} chips, of which {found['possible']} go with the config; with their numbers of "
-        f"micro-batches {found['tried']} forms, of which {found['estimated']} are estimated to fit. Compiled: the "
+        f"{found['meshes']} meshes of {found['chips']} chips, of which {found['possible']} go with the config; with their numbers "
+        f"of micro-batches {found['tried']} forms, of which {found['estimated']} are estimated to fit. Compiled: the "
         f"{len(found['compiled'])} fastest by prediction, one a mesh."
     )
     best = next((r for r in found["compiled"] if r["fits"]), None)

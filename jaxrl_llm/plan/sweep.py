@@ -45,7 +45,10 @@ def micro_batches(cfg: RunConfig, mesh: tuple[int, ...]) -> list[int]:
     data, fsdp, _, expert = mesh
     rows = cfg.rollout.prompts * cfg.rollout.samples // cfg.update.minibatches
     most = max(rows // (data * fsdp * expert), 1)
-    return sorted({m for m in (2**i for i in range(most.bit_length())) if m <= most} | ({cfg.update.micro_batches} & set(range(most + 1))))
+    return sorted(
+        {m for m in (2**i for i in range(most.bit_length())) if m <= most}
+        | ({cfg.update.micro_batches} & set(range(most + 1)))
+    )
 
 
 def sweep(cfg: RunConfig, target: Target, command: list[str], candidates: int) -> dict[str, Any]:
@@ -54,7 +57,9 @@ def sweep(cfg: RunConfig, target: Target, command: list[str], candidates: int) -
     slots = prompt_slots(cfg, target)
     devices, chip = devices_of(target)
     if not chip.flops:
-        raise UserError(f"--sweep: got {chip.name}, whose peaks nobody publishes, want a --topology: forms are ranked by predicted time")
+        raise UserError(
+            f"--sweep: got {chip.name}, whose peaks nobody publishes, want a --topology: forms are ranked by predicted time"
+        )
     from jaxrl_llm.plan import memory, predict
     from jaxrl_llm.plan.advice import changed
     from jaxrl_llm.plan.programs import make_job, problems

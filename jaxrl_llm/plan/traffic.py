@@ -47,7 +47,7 @@ class Reading(NamedTuple):
     cycles: int
     """The compiler's estimates added up, collectives mostly not in them; 0 where it gives none."""
     unknown: int
-    """Inner loops whose turns nobody could tell: counted once."""
+    """Inner loops whose turns were given, not read."""
 
     @property
     def received(self) -> int:
@@ -55,11 +55,11 @@ class Reading(NamedTuple):
         return sum(t.bytes for t in self.traffic)
 
 
-def read(module: Module, turns: int = 1) -> Reading:
-    """`turns`: of outermost loops whose number of turns is not fixed in the program."""
+def read(module: Module, turns: int = 1, inner: int = 1) -> Reading:
+    """`turns`, `inner`: of outermost and of other loops whose number of turns is not fixed in the program."""
     collectives: dict[tuple[str, str], tuple[Instruction, Loops]] = {}
     cycles, unknown, fused = 0, set(), module.fused
-    for name, loops, guessed in _walk(module, turns):
+    for name, loops, guessed in _walk(module, turns, inner):
         unknown |= guessed
         for i in module.computations[name]:
             if name not in fused:
@@ -88,7 +88,7 @@ def _summed(collectives: list[tuple[Instruction, Loops]]) -> list[Traffic]:
     return sorted((Traffic(*key, *entry) for key, entry in found.items()), key=lambda t: -t.bytes)
 
 
-def _walk(module: Module, turns: int) -> Iterator[tuple[str, Loops, set[str]]]:
+def _walk(module: Module, turns: int, inner: int) -> Iterator[tuple[str, Loops, set[str]]]:
     """Each computation that runs, once for each place that it is called from, with the loops around that place."""
     todo: list[tuple[str, Loops, set[str]]] = [(module.entry, (), set())]
     while todo:
@@ -101,7 +101,7 @@ def _walk(module: Module, turns: int) -> Iterator[tuple[str, Loops, set[str]]]:
                 todo += [(called, loops, guessed) for called in i.calls]
                 continue
             fixed = loop_turns(module, i)
-            around = (*loops, fixed or (1 if loops else turns))
+            around = (*loops, fixed or (inner if loops else turns))
             more = {i.name} if fixed is None and loops else set()
             todo += [(called, around, guessed | more) for called in i.calls]
 
