@@ -13,8 +13,6 @@ from programs import (
     EXPERT_SPLIT,
     FSDP,
     ONE_BILLION,
-    PARTS,
-    ROWS,
     SPLIT,
     TENSOR,
     V5E_BYTES,
