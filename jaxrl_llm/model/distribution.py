@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.config import ModelConfig, Whole
 from jaxrl_llm.model.transformer import gather_head, hidden, logits_in_loop
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import Batch, PyTree
 
 # Slots of a row whose logits exist at a time while scoring.
 CHUNK = 128
+WHOLE_ROWS = Whole()
 
 
 def drawable(
@@ -102,7 +103,14 @@ class _Slots(NamedTuple):
 
 
 def score_tokens(
-    params: PyTree, batch: Batch, cfg: ModelConfig, num_tokens: int, layout: Layout, ends: tuple[int, ...] = ()
+    params: PyTree,
+    batch: Batch,
+    cfg: ModelConfig,
+    num_tokens: int,
+    layout: Layout,
+    ends: tuple[int, ...] = (),
+    how: Whole = WHOLE_ROWS,
+    reference: PyTree | None = None,
 ) -> TokenScores:
     """Score every token of a batch under `params` (layers stacked). The only place where logits and tokens shift.
 
