@@ -192,14 +192,13 @@ def _written(loc: tuple[str | int, ...], values: Any) -> list[str]:
     """The path without what nobody wrote: a tagged union adds its tag."""
     path = []
     for n, name in enumerate(loc):
-        if n == len(loc) - 1 or isinstance(name, int) or (isinstance(values, dict) and name in values):
+        known = isinstance(values, dict) and name in values
+        if isinstance(name, int):
             path.append(str(name))
-            inside = (
-                isinstance(values, list | tuple)
-                if isinstance(name, int)
-                else isinstance(values, dict) and name in values
-            )
-            values = values[name] if inside else None
+            values = values[name] if isinstance(values, list | tuple) else None
+        elif known or (n == len(loc) - 1 and isinstance(values, dict)):
+            path.append(name)
+            values = values.get(name)
     return path
 
 

@@ -123,6 +123,11 @@ def refusals(objective: ObjectiveConfig, samples: int, packing: str) -> list[str
             found.append(
                 "objective.advantage.kind: got best_worst, which is for the loss dpo; want an advantage of every sample"
             )
+    if objective.reward_kl.to == "advantage" and objective.advantage.kind in ("gae", "reinforce_pp"):
+        found.append(
+            f"objective.reward_kl.to: got advantage with the advantage {objective.advantage.kind}, want reward: it gives each "
+            "token what is still to come by itself"
+        )
     if objective.reference.kind == "pretrained" and not objective.reference.path:
         found.append("objective.reference.path: got nothing, want the model that reference.kind pretrained reads")
     return found
@@ -164,9 +169,9 @@ def _refusals_of_loss(loss: PolicyGradient) -> list[str]:
         found.append(
             f"{name}.correction.floor: got {loss.correction.floor}, want 0 with the surrogate {surrogate.kind}"
         )
-    if loss.kl.by_ratio and loss.kl.kind in ("k2", "k3_plus", "full"):
+    if loss.kl.times != "one" and loss.kl.kind in ("k2", "k3_plus", "full"):
         found.append(
-            f"{name}.kl.by_ratio: got true with {loss.kl.kind}, want false: its gradient is right without the ratio"
+            f"{name}.kl.times: got {loss.kl.times} with {loss.kl.kind}, want one: its gradient is right without a factor"
         )
     if loss.kl.kind == "full" and loss.kl.to == "behavior":
         found.append(
