@@ -18,7 +18,9 @@ ALLOWED = {
     "__init__": set(),
     "errors": set(),
     "types": set(),
-    "config": {"errors", "metrics"},
+    "objective": set(),
+    "presets": set(),
+    "config": {"errors", "metrics", "objective", "presets"},
     "metrics": {"errors"},
     "estimates": set(),
     "ceilings": set(),
@@ -32,15 +34,36 @@ ALLOWED = {
     "publish": FOUNDATION | {"model"},
     "checkpoint": FOUNDATION,
     "report": {"errors", "metrics"},
-    "run": FOUNDATION | STAGES | {"ceilings", "config", "model", "publish", "checkpoint"},
+    "run": FOUNDATION | STAGES | {"ceilings", "config", "model", "publish", "checkpoint", "guards", "objective"},
     "collect": FOUNDATION | STAGES | {"run"},
     "describe": FOUNDATION | STAGES | {"config", "run", "collect"},
+    "guards": {"errors"},
+    "reference": {"types", "objective"},
+    "life": FOUNDATION | STAGES | {"config", "model", "checkpoint", "guards", "run"},
+    "learn": FOUNDATION | STAGES | {"life", "metrics", "model", "run", "describe"},
     "evaluate": FOUNDATION | STAGES | {"config", "estimates", "run", "collect"},
-    "inspect_run": FOUNDATION | STAGES | {"config", "estimates", "metrics", "model", "run", "collect", "evaluate"},
+    "inspect_run": FOUNDATION
+    | STAGES
+    | {"life", "config", "estimates", "metrics", "model", "run", "collect", "evaluate"},
     "train": FOUNDATION
     | STAGES
-    | {"config", "metrics", "model", "publish", "checkpoint", "run", "collect", "describe", "evaluate"},
-    "cli": {"errors", "config", "parallel", "report", "train", "inspect_run"},
+    | {
+        "config",
+        "metrics",
+        "model",
+        "publish",
+        "checkpoint",
+        "run",
+        "collect",
+        "describe",
+        "evaluate",
+        "learn",
+        "life",
+        "guards",
+        "reference",
+    },
+    "plan": FOUNDATION | STAGES | {"config", "model", "publish", "run"},
+    "cli": {"errors", "config", "parallel", "report", "plan", "train", "inspect_run"},
 }
 NEVER = {"configs", "tests", "benchmarks", "launch", "docs"}
 VAGUE = {"utils", "util", "common", "core", "helpers", "helper", "manager", "misc"}

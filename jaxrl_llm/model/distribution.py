@@ -4,6 +4,7 @@ A truncated draw is one from `process_logits` of the logits at the tokens it kep
 """
 
 import operator
+from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
 
@@ -11,13 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.transformer import gather_head, hidden, logits_in_loop
+from jaxrl_llm.model.config import ModelConfig, Whole
+from jaxrl_llm.model.critic import values_of
+from jaxrl_llm.model.head import Head, Source, over_logits
+from jaxrl_llm.model.transformer import hidden
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import Batch, PyTree
-
-# Slots of a row whose logits exist at a time while scoring.
-CHUNK = 128
 
 
 def drawable(
@@ -40,6 +40,14 @@ def tempered(
     return jnp.where(greedy, limit, x / jnp.where(greedy, 1.0, temperature[..., None]))
 
 
+class Normalised(NamedTuple):
+    """Log-probs and what they were made with: log p = `tempered`(x, largest, temperature) - log_sum."""
+
+    logp: Float[Array, "*rows V"]
+    largest: Float[Array, "*rows"]
+    log_sum: Float[Array, "*rows"]
+
+
 def process_logits(
     x: Float[Array, "*rows V"],
     temperature: Float[Array, "*rows"],
@@ -51,12 +59,32 @@ def process_logits(
 
     At temperature 0 it is the limit: uniform over the tokens of the largest logit, -inf elsewhere. No gradient flows there.
     """
+    limit = num_tokens if num_tokens < x.shape[-1] else None
+    return normalise(only_drawable(x, jnp.arange(x.shape[-1]), limit, ends, barred), temperature).logp
+
+
+def only_drawable(
+    x: Float[Array, "*rows n"],
+    ids: Int[Array, " n"],
+    num_tokens: int | None,
+    ends: tuple[int, ...],
+    barred: Bool[Array, "*rows"] | None,
+) -> Float[Array, "*rows n"]:
+    """Logits of the tokens `ids`, f32; -inf where they are not `drawable`. `num_tokens` None: no entry is padding."""
     x = x.astype(jnp.float32)
-    if num_tokens < x.shape[-1] or barred is not None:
-        barred = jnp.zeros(x.shape[:-1], bool) if barred is None else barred
-        x = jnp.where(drawable(jnp.arange(x.shape[-1]), num_tokens, ends, barred[..., None]), x, -jnp.inf)
-    x = tempered(x, jax.lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True)), temperature)
-    return x - jnp.log(jnp.sum(jnp.exp(x), axis=-1, keepdims=True))
+    if num_tokens is None and barred is None:
+        return x
+    num_tokens = jnp.iinfo(jnp.int32).max if num_tokens is None else num_tokens
+    barred = jnp.zeros(x.shape[:-1], bool) if barred is None else barred
+    return jnp.where(drawable(ids, num_tokens, ends, barred[..., None]), x, -jnp.inf)
+
+
+def normalise(x: Float[Array, "*rows n"], temperature: Float[Array, "*rows"]) -> Normalised:
+    """The distribution over all of `x`; -inf has no mass."""
+    largest = jax.lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True))
+    x = tempered(x, largest, temperature)
+    log_sum = jnp.log(jnp.sum(jnp.exp(x), axis=-1, keepdims=True))
+    return Normalised(x - log_sum, largest[..., 0], log_sum[..., 0])
 
 
 def support_logprobs(
@@ -66,18 +94,25 @@ def support_logprobs(
 
     A row without any has had nothing drawn from it: finite numbers that mean nothing.
     """
+    return normalise(_at_support(x, support), temperature).logp
+
+
+def _at_support(x: Float[Array, "*rows V"], support: Int[Array, "*rows K"]) -> Float[Array, "*rows K"]:
     kept = support >= 0
     at_support = jnp.take_along_axis(x.astype(jnp.float32), jnp.maximum(support, 0), axis=-1)
-    kept = kept | ~jnp.any(kept, axis=-1, keepdims=True)
-    return process_logits(jnp.where(kept, at_support, -jnp.inf), temperature, support.shape[-1])
+    return jnp.where(kept | ~jnp.any(kept, axis=-1, keepdims=True), at_support, -jnp.inf)
 
 
 def entropy(logp: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
     """-sum p log p, nats."""
+    return -_mean(logp, logp)
+
+
+def _mean(logp: Float[Array, "*rows V"], of: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
+    """sum p `of`, 0 where p is 0."""
     # A value of its own where p is 0: the gradient of 0 * -inf would be NaN there, masked or not.
     seen = logp > -jnp.inf
-    safe = jnp.where(seen, logp, 0.0)
-    return -jnp.sum(jnp.where(seen, jnp.exp(safe) * safe, 0.0), axis=-1)
+    return jnp.sum(jnp.where(seen, jnp.exp(jnp.where(seen, logp, 0.0)) * jnp.where(seen, of, 0.0), 0.0), axis=-1)
 
 
 class TokenScores(NamedTuple):
@@ -92,56 +127,190 @@ class TokenScores(NamedTuple):
     """Exact KL(policy || reference) of the distribution that tokens[r, t] was drawn from; where a reference is given."""
 
 
-class _Slots(NamedTuple):
-    """What scoring reads of the batch, slot by slot."""
+class _Read(NamedTuple):
+    """What scoring reads of the batch, token by token."""
 
-    tokens: Int[Array, "R T"]
-    temperature: Float[Array, "R T"]
-    support: Int[Array, "R T K"] | None
-    barred: Bool[Array, "R T"] | None
+    tokens: Int[Array, "*rows"]
+    temperature: Float[Array, "*rows"]
+    support: Int[Array, "*rows K"] | None
+    barred: Bool[Array, "*rows"] | None
+
+
+class _Value(NamedTuple):
+    """What is made of a token's logits, and all that its gradient needs beside them."""
+
+    logprob: Float[Array, "*rows"]
+    entropy: Float[Array, "*rows"]
+    kl: Float[Array, "*rows"] | None
+    by: tuple[Float[Array, "*rows"], Float[Array, "*rows"]]
+    """`largest` and `log_sum` of the policy's logits."""
+    reference_by: tuple[Float[Array, "*rows"], Float[Array, "*rows"]] | None
+
+
+@dataclass(frozen=True)
+class _OfVocabulary:
+    """Over all that is drawable."""
+
+    num_tokens: int | None
+    ends: tuple[int, ...]
+    whole = False
+
+    def value(self, x: Array, y: Array | None, read: _Read) -> _Value:
+        ids = jnp.arange(x.shape[-1])
+        x, y = (None if z is None else normalise(self._only(z, ids, read), read.temperature) for z in (x, y))
+        return _values(x, y, jnp.take_along_axis(x.logp, read.tokens[..., None], axis=-1)[..., 0])
+
+    def pullback(
+        self, x: Array, y: Array | None, ids: Array, read: _Read, value: _Value, given: _Value
+    ) -> Float[Array, "s n W"]:
+        logp = _again(self._only(x, ids, read), read.temperature, value.by)
+        if given.kl is not None:
+            y = _again(self._only(y, ids, read), read.temperature, value.reference_by)
+        return _cotangent(logp, y, ids == read.tokens[..., None], read.temperature, value, given)
+
+    def _only(self, x: Array, ids: Array, read: _Read) -> Array:
+        return only_drawable(x, ids, self.num_tokens, self.ends, read.barred)
+
+
+@dataclass(frozen=True)
+class _OfSupport:
+    """Over the tokens that a truncated draw kept; a token without any has log-prob and entropy 0."""
+
+    whole = True
+
+    def value(self, x: Array, y: Array | None, read: _Read) -> _Value:
+        x, y = (None if z is None else normalise(_at_support(z, read.support), read.temperature) for z in (x, y))
+        drawn = jnp.sum(jnp.where(read.support == read.tokens[..., None], x.logp, 0.0), axis=-1)
+        any_kept = jnp.any(read.support >= 0, axis=-1)
+        of = _values(x, y, drawn)
+        return of._replace(
+            entropy=jnp.where(any_kept, of.entropy, 0.0), kl=None if y is None else jnp.where(any_kept, of.kl, 0.0)
+        )
+
+    def pullback(
+        self, x: Array, y: Array | None, ids: Array, read: _Read, value: _Value, given: _Value
+    ) -> Float[Array, "s n V"]:
+        logp = _again(_at_support(x, read.support), read.temperature, value.by)
+        if given.kl is not None:
+            y = _again(_at_support(y, read.support), read.temperature, value.reference_by)
+        at_support = _cotangent(logp, y, read.support == read.tokens[..., None], read.temperature, value, given)
+        put = jax.vmap(jax.vmap(lambda row, support, dx: row.at[support].add(dx)))
+        return put(jnp.zeros_like(x), jnp.maximum(read.support, 0), jnp.where(read.support >= 0, at_support, 0.0))
+
+
+def _values(x: Normalised, y: Normalised | None, logprob: Array) -> _Value:
+    kl = None if y is None else _mean(x.logp, x.logp - y.logp)
+    return _Value(logprob, entropy(x.logp), kl, x[1:], None if y is None else y[1:])
+
+
+def _again(x: Float[Array, "s n W"], temperature: Array, by: tuple[Array, Array]) -> Float[Array, "s n W"]:
+    """Log-probs of a part of the logits that were normalised `by` these numbers."""
+    largest, log_sum = by
+    return tempered(x, largest[..., None], temperature) - log_sum[..., None]
+
+
+def _cotangent(
+    logp: Float[Array, "s n W"],
+    reference: Float[Array, "s n W"] | None,
+    drawn: Bool[Array, "s n W"],
+    temperature: Float[Array, "s n"],
+    value: _Value,
+    given: _Value,
+) -> Float[Array, "s n W"]:
+    """Of the logits, where log p and log q are of policy and reference, in units of 1 / temperature:
+
+    d log p(drawn) = [drawn] - p     dH = -p (log p + H)     dKL = p (log p - log q - KL)
+    """
+    seen = logp > -jnp.inf
+    finite = jnp.where(seen, logp, 0.0)
+    dx = jnp.zeros_like(logp)
+    of_p = jnp.zeros_like(logp)
+    if given.logprob is not None:
+        dx = jnp.where(drawn, given.logprob[..., None], 0.0)
+        of_p = -given.logprob[..., None]
+    if given.entropy is not None:
+        of_p = of_p - given.entropy[..., None] * (finite + value.entropy[..., None])
+    if given.kl is not None:
+        of_p = of_p + given.kl[..., None] * (finite - jnp.where(seen, reference, 0.0) - value.kl[..., None])
+    # At temperature 0 no gradient flows.
+    scale = jnp.where(temperature == 0, 0.0, 1 / jnp.where(temperature == 0, 1.0, temperature))
+    return jnp.where(seen, (dx + jnp.exp(finite) * of_p) * scale[..., None], 0.0)
 
 
 def score_tokens(
-    params: PyTree, batch: Batch, cfg: ModelConfig, num_tokens: int, layout: Layout, ends: tuple[int, ...] = ()
+    params: PyTree,
+    batch: Batch,
+    cfg: ModelConfig,
+    num_tokens: int,
+    layout: Layout,
+    ends: tuple[int, ...] = (),
+    how: Whole = Whole(),  # noqa: B008
+    reference: PyTree | None = None,
 ) -> TokenScores:
-    """Score every token of a batch under `params` (layers stacked). The only place where logits and tokens shift.
+    """Score the tokens in the loss mask under `params` (layers stacked). The only place where logits and tokens shift.
 
     `ends`: the end tokens that could not be drawn where `batch.barred`; ValueError where a batch has bars and they are not given.
-    Logits exist for `CHUNK` slots at a time and are made again in the backward pass, so no [R, T, V] array ever does.
+    `reference`: parameters of the same model; `kl` is then from the policy to it, and its gradient flows into `params` alone.
+    A tree with a critic (`model/critic.py`) has `values`, of every token.
+    Tokens outside the mask cost no logits, and have log-prob, entropy and KL 0.
     """
     if batch.barred is not None and not ends:
         raise ValueError("ends: got none, want the end tokens that `batch.barred` is about")
-    h = hidden(params, batch.tokens, batch.position, batch.until, cfg, layout)
-    rows, slots = batch.tokens.shape
-    # A token is scored from the activation before it, which with a shared prompt stands elsewhere in the row.
-    h = jnp.take_along_axis(h, batch.before[:, :, None], axis=1)
-    read = _Slots(batch.tokens, batch.temperature, batch.support, batch.barred)
-    head = gather_head(params, cfg, layout)
+    order = _Order.of(batch, layout)
+    read = _Read(*map(order.take, (batch.tokens, batch.temperature, batch.support, batch.barred)))
 
-    @jax.checkpoint
-    def score(chunk: tuple[Array, _Slots]) -> tuple[Array, Array]:
-        h, read = chunk
-        return _score(logits_in_loop(head, h, cfg), read, num_tokens, ends)
+    def activations(params: PyTree) -> Array:
+        return order.take_before(hidden(params, batch.tokens, batch.position, batch.until, cfg, layout))
 
-    pad = -slots % CHUNK if slots > CHUNK else 0
-    size = min(CHUNK, slots)
+    def source(params: PyTree) -> Source:
+        return Source(params["embed" if cfg.tied_head else "head"], activations(params))
 
-    def split(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(rows, -1, size, *x.shape[2:]), 1, 0)
-
-    def join(x: Array) -> Array:
-        return jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :slots]
-
-    scores = jax.lax.map(score, jax.tree.map(split, (h, read)))
-    return TokenScores(*(join(x) for x in scores))
+    policy = source(params)
+    other = None if reference is None else source(jax.lax.stop_gradient(reference))
+    limit = num_tokens if num_tokens < cfg.vocab_size else None
+    rule = _OfVocabulary(limit, ends) if batch.support is None else _OfSupport()
+    of = over_logits(rule, Head.of(cfg, layout), policy, other, read, order.count)
+    back = lambda x: None if x is None else order.put_back(x)  # noqa: E731
+    critic = params.get("critic", params)
+    values = values_of(critic, policy.h if critic is params else activations(critic))
+    return TokenScores(back(of.logprob), back(of.entropy), back(values), back(of.kl))
 
 
-def _score(x: Float[Array, "R T V"], read: _Slots, num_tokens: int, ends: tuple[int, ...]) -> tuple[Array, Array]:
-    """Log-prob of each token and entropy of its distribution. Tokens outside `num_tokens` and barred ones are in no support."""
-    if read.support is None:
-        logp = process_logits(x, read.temperature, num_tokens, ends, read.barred)
-        return jnp.take_along_axis(logp, read.tokens[..., None], axis=-1)[..., 0], entropy(logp)
-    logp = support_logprobs(x, read.temperature, read.support)
-    drawn = jnp.sum(jnp.where(read.support == read.tokens[..., None], logp, 0.0), axis=-1)
-    return drawn, jnp.where(jnp.any(read.support >= 0, axis=-1), entropy(logp), 0.0)
+class _Order(NamedTuple):
+    """The tokens of each shard of the rows in one line, those in the loss mask first."""
+
+    slots: Int[Array, "s N"]
+    """Slot of the shard's rows, end to end, that a token stands in."""
+    before: Int[Array, "s N"]
+    """Slot of the token before it."""
+    rank: Int[Array, "s N"]
+    """Where a slot's token stands in the line."""
+    count: Int[Array, " s"]
+    """Tokens in the loss mask."""
+    layout: Layout
+    shape: tuple[int, int]
+
+    @staticmethod
+    def of(batch: Batch, layout: Layout) -> "_Order":
+        rows, slots = batch.tokens.shape
+        by_shard = lambda x: layout.constrain(x.reshape(layout.size("rows"), -1), "rows", None)  # noqa: E731
+        mask = by_shard(batch.loss_mask)
+        order = jnp.argsort(~mask, axis=-1, stable=True)
+        first = jnp.arange(rows)[:, None] % (rows // len(mask)) * slots
+        before = jnp.take_along_axis(by_shard(first + batch.before), order, axis=-1)
+        return _Order(order, before, jnp.argsort(order, axis=-1), jnp.sum(mask, axis=-1), layout, (rows, slots))
+
+    def take(self, x: Array | None) -> Array | None:
+        return None if x is None else self._gathered(x, self.slots)
+
+    def take_before(self, x: Array) -> Array:
+        return self._gathered(x, self.before)
+
+    def put_back(self, x: Float[Array, "s N"]) -> Float[Array, "R T"]:
+        x = jnp.take_along_axis(x, self.rank, axis=-1).reshape(self.shape)
+        return self.layout.constrain(x, "rows", None)
+
+    def _gathered(self, x: Array, slots: Array) -> Array:
+        x = x.reshape(*slots.shape, *x.shape[2:])
+        axes = ("rows", *(None,) * (x.ndim - 1))
+        return self.layout.constrain(jax.vmap(lambda x, i: x[i])(self.layout.constrain(x, *axes), slots), *axes)

@@ -5,17 +5,22 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Sharding
 
-from jaxrl_llm.model.quantised import Quantised, product
+from jaxrl_llm.model import lora, quantised
+from jaxrl_llm.model.lora import Adapted
+from jaxrl_llm.model.quantised import Quantised
 
 
-def contract(x: jax.Array, w: jax.Array | Quantised, inner: int = 1) -> jax.Array:
+def contract(x: jax.Array, w: jax.Array | Adapted | Quantised, inner: int = 1) -> jax.Array:
     """Sum over the last `inner` dims of `x` and the first `inner` of `w`: `[..., *I] x [*I, *O] -> [..., *O]`, in f32.
 
-    A quantised `w` multiplies in its own 8 bits and has no gradient.
+    Of a `w` with adapters only these have a gradient. A quantised one multiplies in its own 8 bits and has none.
     """
-    return product(x, w, inner) if isinstance(w, Quantised) else _contract(x, w, inner)
+    if isinstance(w, Adapted):
+        return lora.product(x, w, inner)
+    if isinstance(w, Quantised):
+        return quantised.product(x, w, inner)
+    return _contract(x, w, inner)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -42,31 +47,6 @@ def _backward(inner: int, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> t
 
 
 _contract.defvjp(_forward, _backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def gather(w: jax.Array, copies: int, dtype: str, shard: Sharding, whole: Sharding) -> jax.Array:
-    """`copies` of `w`, `[copies, *w.shape]`, one for each shard of the rows: ahead of a loop that multiplies rows by `w`.
-
-    Left to itself such a loop gathers the weight and reduces its gradient over the mesh in every turn. With a copy of its own,
-    a shard of rows adds up its gradient alone, and the copies are summed into `shard` once. What moves is `dtype`; the result has
-    the dtype of `w` again, because JAX adds up a loop's gradient in the dtype of the weight: so that sum is f32, unrounded.
-    """
-    moved = lax.with_sharding_constraint(w.astype(dtype), shard)
-    return lax.with_sharding_constraint(jnp.broadcast_to(moved, (copies, *w.shape)), whole).astype(w.dtype)
-
-
-def _gather_forward(w: jax.Array, copies: int, dtype: str, shard: Sharding, whole: Sharding) -> tuple[jax.Array, None]:
-    return gather(w, copies, dtype, shard, whole), None
-
-
-def _gather_backward(
-    copies: int, dtype: str, shard: Sharding, whole: Sharding, saved: None, g: jax.Array
-) -> tuple[jax.Array]:
-    return (lax.with_sharding_constraint(jnp.sum(lax.with_sharding_constraint(g, whole), axis=0), shard),)
-
-
-gather.defvjp(_gather_forward, _gather_backward)
 
 
 def _tail(x: jax.Array, n: int) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ from jaxrl_llm.model.cache import (
 )
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.experts import mixture
-from jaxrl_llm.model.linear import contract, gather
+from jaxrl_llm.model.linear import contract
 from jaxrl_llm.model.mlp import dense
 from jaxrl_llm.model.quantised import look_up
 from jaxrl_llm.model.rope import Angles, Rotation, angles, rope, rotation, shared_angles
@@ -164,22 +164,6 @@ def logits(params: PyTree, h: Float[Array, "... D"], cfg: ModelConfig) -> Float[
 
 def _capped(x: Array, cfg: ModelConfig) -> Array:
     return x if cfg.logit_softcap is None else cfg.logit_softcap * jnp.tanh(x / cfg.logit_softcap)
-
-
-def gather_head(params: PyTree, cfg: ModelConfig, layout: Layout) -> Float[Array, "shards D V"]:
-    """The head, one copy for each shard of the rows, split over the vocabulary alone: for `logits_in_loop`."""
-    table, whole = params["embed" if cfg.tied_head else "head"], layout.sharding(("rows", "vocab", None))
-    head = gather(table, layout.size("rows"), cfg.compute, layout.sharding(("vocab", "embed")), whole)
-    return head.swapaxes(1, 2)
-
-
-def logits_in_loop(
-    head: Float[Array, "shards D V"], h: Float[Array, "R T D"], cfg: ModelConfig
-) -> Float[Array, "R T V"]:
-    """`logits`, each shard of the rows with its own copy of the head."""
-    by_shard = h.reshape(head.shape[0], -1, *h.shape[1:])
-    x = jax.vmap(lambda h, head: contract(h, head))(by_shard, head).reshape(*h.shape[:-1], head.shape[-1])
-    return _capped(x, cfg)
 
 
 def prefill(

@@ -92,6 +92,6 @@ def test_gradients_through_a_support_are_those_of_its_tokens():
 
 def test_bars_without_the_end_tokens_are_refused():
     ones = np.ones((1, 2), np.int32)
-    batch = Batch(ones, ones, ones, ones > 0, *(ones.astype(np.float32) for _ in range(3)), barred=ones > 0)
+    batch = Batch(*[ones] * 6, ones > 0, *[ones.astype(np.float32)] * 4, barred=ones > 0)
     with pytest.raises(ValueError, match="ends: got none"):
         score_tokens({}, batch, TINY, 16, layouts()[0])

@@ -1,0 +1,180 @@
+"""The head in tiles of logits: equal to the dense form, gradients too, on every mesh; and what is not asked for costs nothing."""
+
+from dataclasses import replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from setups import MESHES, TINY, layouts
+
+from jaxrl_llm.model import distribution, head
+from jaxrl_llm.model.distribution import entropy, process_logits, score_tokens, support_logprobs
+from jaxrl_llm.parallel import hosts
+from jaxrl_llm.types import Batch
+
+R, T, D, V, K = 8, 12, 16, 40, 5
+ENDS = (3, 7)
+CFG = replace(TINY, d_model=D, vocab_size=V)
+# Chunks of several tokens and blocks of the vocabulary that do not divide what they are cut from, on every mesh.
+SMALL_TILE, SMALL_CHUNK = 5 * V, 5
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Activations are a parameter here: what is above the head has its own tests."""
+    monkeypatch.setattr(distribution, "hidden", lambda params, *_: params["h"])
+    monkeypatch.setattr(head, "TILE", SMALL_TILE)
+    monkeypatch.setattr(head, "CHUNK", SMALL_CHUNK)
+    monkeypatch.setattr(head, "LANES", 3)
+
+
+def make_params(seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    value = {"kernel": draw(D), "bias": np.float32(0.5)}
+    return {"embed": 0.5 * draw(V, D), "h": draw(R, T, D), "value": value}
+
+
+def make_batch(num_tokens: int, support: bool = False, barred: bool = False, temperature: float | None = 1.0) -> Batch:
+    """Ragged masks, one row without any; `temperature` None: other ones in every slot, and 0 here and there outside the mask."""
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    tokens = rng.integers(8, num_tokens, (R, T)).astype(np.int32)
+    mask = rng.random((R, T)) < 0.6
+    mask[2] = False
+    mask[:, 0] = False
+    slots = np.broadcast_to(np.arange(T, dtype=np.int32), (R, T))
+    # As in a tree: some tokens come after one further back, several after the same one.
+    before = np.maximum(np.where(rng.random((R, T)) < 0.3, 1, slots - 1), 0).astype(np.int32)
+    if temperature is None:
+        temps = np.where(mask, rng.choice(np.float32([0.6, 1.0, 1.7]), (R, T)), np.float32(0))
+    else:
+        temps = np.full((R, T), temperature, np.float32)
+    kept = None
+    if support:
+        kept = np.stack([rng.permutation(np.arange(8, num_tokens))[:K] for _ in range(R * T)]).reshape(R, T, K)
+        kept[..., 0] = tokens
+        kept = np.where((kept == tokens[..., None]) & (np.arange(K) > 0), -1, kept)
+        kept[..., 3:] = np.where(rng.random((R, T, 1)) < 0.5, -1, kept[..., 3:])
+        kept = np.where(mask[..., None], kept, -1).astype(np.int32)
+    return Batch(
+        tokens=tokens, position=slots, until=slots, before=before, segment=slots, group=slots, loss_mask=mask,
+        weight=np.where(mask, draw(R, T), 0), behavior_logprobs=draw(R, T), advantage=draw(R, T), temperature=temps,
+        support=kept, barred=rng.random((R, T)) < 0.5 if barred else None,
+    )  # fmt: skip
+
+
+def dense(params, batch, cfg, num_tokens, reference):
+    """Every logit at once, and what jax.grad makes of it."""
+
+    def logp(params):
+        h = jnp.take_along_axis(params["h"], batch.before[:, :, None], axis=1)
+        x = jnp.einsum("rtd,vd->rtv", h, params["embed"], precision="highest")
+        x = x if cfg.logit_softcap is None else cfg.logit_softcap * jnp.tanh(x / cfg.logit_softcap)
+        if batch.support is not None:
+            return support_logprobs(x, batch.temperature, batch.support)
+        return process_logits(x, batch.temperature, num_tokens, ENDS, batch.barred)
+
+    p, q = logp(params), jax.lax.stop_gradient(logp(reference))
+    if batch.support is None:
+        drawn = jnp.take_along_axis(p, batch.tokens[..., None], axis=-1)[..., 0]
+    else:
+        drawn = jnp.sum(jnp.where(batch.support == batch.tokens[..., None], p, 0.0), axis=-1)
+    seen = p > -jnp.inf
+    kl = jnp.sum(jnp.where(seen, jnp.exp(p) * (jnp.where(seen, p, 0) - jnp.where(seen, q, 0)), 0.0), axis=-1)
+    h = jnp.take_along_axis(params["h"], batch.before[:, :, None], axis=1)
+    values = h @ params["value"]["kernel"] + params["value"]["bias"]
+    return tuple(jnp.where(batch.loss_mask, x, 0.0) for x in (drawn, entropy(p), values, kl))
+
+
+WEIGHTS = np.random.default_rng(2).normal(size=(4, R, T)).astype(np.float32)
+
+
+def gradients(scores, batch):
+    """Of a sum in which every token has its own weight in each of the four numbers."""
+
+    def loss(params, reference):
+        of = scores(params, reference)
+        return sum(jnp.sum(jnp.where(batch.loss_mask, x, 0.0) * w) for x, w in zip(of, WEIGHTS, strict=True)), of
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+
+
+CASES = {
+    "plain": ({}, V, None),
+    "temperatures": ({"temperature": None}, V, None),
+    "padding and bars": ({"barred": True, "temperature": 0.7}, V - 5, None),
+    "support": ({"support": True, "temperature": 0.7}, V, None),
+    "soft cap": ({"temperature": 0.7}, V, 1.5),
+    "soft cap, support": ({"support": True, "temperature": None}, V, 1.5),
+    "all": ({"barred": True, "temperature": None}, V - 3, 2.0),
+}
+
+
+def check_close(got, want):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6 * max(1, np.abs(b).max()), err_msg=jax.tree_util.keystr(path))
+
+
+@cache
+def one(case: str, sizes: tuple[int, ...]):
+    changes, num_tokens, cap = CASES[case]
+    cfg, train, batch = replace(CFG, logit_softcap=cap), layouts(sizes)[0], make_batch(num_tokens, **changes)
+
+    def tiled(params, reference):
+        return score_tokens(params, batch, cfg, num_tokens, train, ENDS, reference=reference)
+
+    program = jax.jit(gradients(tiled, batch))
+    return hosts.gather(program(make_params(0), make_params(1)))
+
+
+@cache
+def other(case: str):
+    changes, num_tokens, cap = CASES[case]
+    cfg, batch = replace(CFG, logit_softcap=cap), make_batch(num_tokens, **changes)
+    program = jax.jit(gradients(lambda p, q: dense(p, batch, cfg, num_tokens, q), batch))
+    return hosts.gather(program(make_params(0), make_params(1)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equal_to_the_dense_form(case):
+    ((loss, of), (got, of_reference)), ((want_loss, want_of), (want, _)) = one(case, MESHES[0]), other(case)
+    mask = make_batch(V).loss_mask
+    check_close([np.where(mask, x, 0) for x in of], list(want_of))
+    np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
+    check_close(got, want)
+    assert min(np.abs(x).max() for x in jax.tree.leaves(got)) > 1e-2
+    assert max(np.abs(x).max() for x in jax.tree.leaves(of_reference)) == 0
+
+
+@pytest.mark.parametrize("sizes", MESHES[1:], ids=str)
+@pytest.mark.parametrize("case", ["support", "all"])
+def test_does_not_depend_on_the_mesh(case, sizes):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6 * max(1, np.abs(b).max())),
+        one(case, sizes),
+        one(case, MESHES[0]),
+    )
+
+
+def test_no_gradient_flows_at_temperature_0():
+    """Of the likeliest token alone: log p = 0, entropy 0; the other tokens have their gradient."""
+    params, batch = make_params(), make_batch(V)
+    cold = batch.loss_mask & (np.arange(T) % 2 == 0)
+    best = (np.take_along_axis(params["h"], batch.before[..., None], axis=1) @ params["embed"].T).argmax(axis=-1)
+    batch = batch.replace(
+        temperature=np.where(cold, 0, 1).astype(np.float32), tokens=np.where(cold, best, batch.tokens).astype(np.int32)
+    )
+
+    def loss(params, batch):
+        of = score_tokens(params, batch, CFG, V, layouts()[0])
+        return jnp.sum(of.logprobs + of.entropy), of
+
+    program = jax.jit(jax.grad(loss, has_aux=True))
+    got, of = program(params, batch)
+    np.testing.assert_array_equal([of.logprobs[cold], of.entropy[cold]], 0)
+    warm, _ = program(params, batch.replace(loss_mask=batch.loss_mask & ~cold))
+    assert np.abs(warm["h"]).max() > 0.1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, warm)
