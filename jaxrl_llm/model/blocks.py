@@ -3,9 +3,8 @@
 The forward pass keeps the output and each query's log-sum-exp, the backward pass makes the weights again (Dao et al. 2022,
 FlashAttention). Which blocks of keys a block of queries sees is known from `until` (Wang et al. 2024, FlashMask).
 
-Blocks of queries are worked on several at a time, those that see the most blocks of keys first: so the blocks of a turn have about as
-much to do, causal rows, packed rows and trees alike. The gradient of keys and values goes the other way round, from a block of keys
-over the blocks of queries that see it: then no sum is scattered.
+In the forward pass several blocks of queries are worked on at a time, those that see the most blocks of keys first: so the blocks of
+a turn have about as much to do, causal rows, packed rows and trees alike. The backward pass goes over the pairs of blocks.
 
 Letters: B rows of n blocks of S slots, Q = B n blocks in all, C of them at a time; K key/value heads, G query heads each, M = S G
 query rows of a block, H head dim.
@@ -23,8 +22,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrl_llm.model.attention import MASKED, scores_of
 from jaxrl_llm.model.cache import WHOLE
 
-# Scores that exist at a time, entries: some megabytes, which stay in a CPU's caches and fill an accelerator.
-AT_A_TIME = 2**20
+# Scores that exist at a time, entries: a megabyte, which stays in a CPU core's caches.
+AT_A_TIME = 2**18
 
 
 class Spec(NamedTuple):
@@ -34,6 +33,7 @@ class Spec(NamedTuple):
     softcap: float | None
     size: int
     """S."""
+    at_a_time: int
 
 
 class Slots(NamedTuple):
@@ -62,11 +62,15 @@ def attend_blocks(
     reach: int | Int[Array, ""] = WHOLE,
     scale: float | None = None,
     softcap: float | None = None,
-    size: int = 128,
+    size: int = 64,
+    at_a_time: int = AT_A_TIME,
 ) -> Float[Array, "B T K G H"]:
-    """`attend` under `tree_mask(until, position, reach)`, in blocks of `size` slots."""
-    size = min(size, q.shape[1])
-    return _attend(q, k, v, until, position, reach, Spec(scale, softcap, size))
+    """`attend` under `tree_mask(until, position, reach)`, in blocks of `size` slots; about `at_a_time` scores exist at once.
+
+    Zeros for a query that sees no key.
+    """
+    spec = Spec(scale, softcap, min(size, q.shape[1]), at_a_time)
+    return _attend(q, k, v, until, position, reach, spec)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -98,7 +102,7 @@ def _forward(
     f32 = partial(jnp.full, dtype=jnp.float32)
     # The start of `top` lies above MASKED, so that the weights of a query without a key are 0, not 1.
     shapes = ((kv_heads, rows, dim), 0.0), ((kv_heads, rows), 0.0), ((kv_heads, rows), MASKED / 2)
-    turns = _turns(live, _at_a_time(qs, spec.size))
+    turns = _turns(live, _at_a_time(qs, spec))
     start = tuple(f32((turns.block.shape[1], *s), x) for s, x in shapes)
     out, peak = _meet(turns, num, step, start, finish)
     return _from_blocks(out, q), (q, k, v, until, position, reach, out, peak)
@@ -117,7 +121,7 @@ def _backward(spec: Spec, saved: tuple, g: Array) -> tuple[Array | None, ...]:
         ds = weights * (dw - mean) * scale
         return ds if spec.softcap is None else ds * (1 - jnp.square(jnp.maximum(scores, -spec.softcap) / spec.softcap))
 
-    chunk = _at_a_time(qs, spec.size)
+    chunk = _at_a_time(qs, spec)
     pairs = _pairs(live, chunk)
 
     def turn(i: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -199,9 +203,9 @@ def _from_blocks(x: Float[Array, "Q K M H"], like: Float[Array, "B T K *G H"]) -
     return x.reshape(num, -1, kv_heads, *heads, dim)[:, :length]
 
 
-def _at_a_time(qs: Float[Array, "Q K M H"], size: int) -> int:
+def _at_a_time(qs: Float[Array, "Q K M H"], spec: Spec) -> int:
     """C."""
-    return max(1, min(qs.shape[0], AT_A_TIME // (qs.shape[1] * qs.shape[2] * size)))
+    return max(1, min(qs.shape[0], spec.at_a_time // (qs.shape[1] * qs.shape[2] * spec.size)))
 
 
 def _turns(live: Bool[Array, "B n n"], chunk: int) -> Turns:
