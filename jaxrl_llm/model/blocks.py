@@ -143,9 +143,7 @@ def _backward(spec: Spec, saved: tuple, g: Array) -> tuple[Array | None, ...]:
 _attend.defvjp(_forward, _backward)
 
 
-def _slots(
-    until: Array, position: Array, reach: int | Array, size: int
-) -> tuple[Slots, Bool[Array, "B queries keys"]]:
+def _slots(until: Array, position: Array, reach: int | Array, size: int) -> tuple[Slots, Bool[Array, "B queries keys"]]:
     """The slots block by block, and which blocks of keys each block of queries sees at all."""
     num, length = until.shape
     pad = -length % size
@@ -155,7 +153,8 @@ def _slots(
     slot = split(jnp.broadcast_to(jnp.arange(length + pad, dtype=until.dtype), until.shape))
     until, position = split(until), split(position)
     first = slot[0, :, 0]
-    live = (first[:, None] >= first) & (first[:, None] < jnp.max(until, axis=2)[:, None, :])
+    last = jnp.max(jnp.where(until > slot, until, 0), axis=2)
+    live = (first[:, None] >= first) & (first[:, None] < last[:, None, :])
     if not _whole(reach):
         live &= jnp.min(position, axis=2)[:, :, None] - jnp.max(position, axis=2)[:, None, :] < reach
     return Slots(*(x.reshape(-1, size) for x in (slot, until, position))), live
@@ -165,9 +164,7 @@ def _whole(reach: int | Array) -> bool:
     return isinstance(reach, int) and reach == WHOLE
 
 
-def _mask(
-    slots: Slots, queries: Array, keys: Array, meet: Array, reach: int | Array
-) -> Bool[Array, "C queries keys"]:
+def _mask(slots: Slots, queries: Array, keys: Array, meet: Array, reach: int | Array) -> Bool[Array, "C queries keys"]:
     """`tree_mask` of blocks of queries and of keys of the same row, where they are to `meet` [C]."""
     t, u = slots.slot[queries][:, :, None], slots.slot[keys][:, None, :]
     seen = (u <= t) & (t < slots.until[keys][:, None, :]) & meet[:, None, None]
@@ -212,7 +209,9 @@ def _turns(live: Bool[Array, "B n n"], chunk: int) -> Turns:
     """Each block's partners, as numbers among all Q."""
     num, n, _ = live.shape
     count = jnp.sum(live, axis=2, dtype=jnp.int32).reshape(-1)
-    partner = jnp.argsort(~live, axis=2, stable=True).astype(jnp.int32) + n * jnp.arange(num, dtype=jnp.int32)[:, None, None]
+    partner = (
+        jnp.argsort(~live, axis=2, stable=True).astype(jnp.int32) + n * jnp.arange(num, dtype=jnp.int32)[:, None, None]
+    )
     block = jnp.argsort(-count, stable=True).astype(jnp.int32)
     pad = lambda x: jnp.pad(x, ((0, -len(x) % chunk), *((0, 0),) * (x.ndim - 1)))  # noqa: E731
     found = Turns(block, partner.reshape(-1, n)[block], count[block])

@@ -14,7 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, make_splash_mha_single_device
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.attention import attend, tree_mask
@@ -41,16 +41,22 @@ def choose(name: str, slots: int, cfg: ModelConfig, layout: Layout) -> str:
 
     UserError where a form that is asked for by name cannot be had.
     """
-    platform = layout.mesh.devices.flat[0].platform
+    platform = _platform(layout)
     if name == "auto":
         if platform == "tpu":
             return "splash" if slots >= BLOCKS_FROM["other"] and slots % LANES == 0 else "plain"
         return "blocks" if slots >= BLOCKS_FROM.get(platform, BLOCKS_FROM["other"]) else "plain"
     if name == "splash" and slots % LANES:
-        raise UserError(f"update.attention: got splash for rows of {slots} slots, want a multiple of {LANES}, or blocks")
+        raise UserError(
+            f"update.attention: got splash for rows of {slots} slots, want a multiple of {LANES}, or blocks"
+        )
     if name == "cudnn":
         _check_cudnn(platform, cfg)
     return name
+
+
+def _platform(layout: Layout) -> str:
+    return layout.mesh.devices.flat[0].platform
 
 
 def _check_cudnn(platform: str, cfg: ModelConfig) -> None:
@@ -95,7 +101,11 @@ def _remember(of: Callable[[int | Array], Mix]) -> Callable[[int | Array], Mix]:
 def _on_mesh(form: Callable, layout: Layout, *of_rows: Array, **rest: object) -> Mix:
     """`form(q, k, v, *of_rows, **rest)` on each device for its own rows and heads: nothing there moves between devices."""
     spec = lambda *axes: layout.sharding(axes).spec  # noqa: E731
-    heads = (spec("rows", None, "heads", None, None), spec("rows", None, "heads", None), spec("rows", None, "heads", None))
+    heads = (
+        spec("rows", None, "heads", None, None),
+        spec("rows", None, "heads", None),
+        spec("rows", None, "heads", None),
+    )
     rows = tuple(spec("rows", *(None,) * (x.ndim - 1)) for x in of_rows)
     static = {name: x for name, x in rest.items() if isinstance(x, int)}
     traced = {name: x for name, x in rest.items() if name not in static}
@@ -140,7 +150,7 @@ def _splash(q: Array, k: Array, v: Array, mask: Array, cfg: ModelConfig, layout:
         q, k, v, mask = x
         kernel = make_splash_mha_single_device(
             mask[None], block_sizes=sizes, attn_logits_soft_cap=cfg.attention_softcap,
-            interpret=layout.mesh.devices.flat[0].platform != "tpu",
+            interpret=_platform(layout) != "tpu",
         )  # fmt: skip
         # Made inside a jit, the kernel's own mark of such a mask is traced, and then it asks for its value.
         for name in ("fwd_mask_info", "dq_mask_info", "dkv_mask_info"):
