@@ -26,8 +26,9 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.prompts.rows import Row
 from jaxrl_llm.prompts.stream import make_prompts, next_prompts
+from jaxrl_llm.rates import decode_rates
 from jaxrl_llm.rewards.pool import GraderPool
-from jaxrl_llm.run import Run, build, decode_rates, publish
+from jaxrl_llm.run import Run, build, publish
 from jaxrl_llm.types import Finish, Policy, PyTree, Rollouts
 
 EVALUATED_AT_ONCE = 64
