@@ -23,8 +23,11 @@ from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.programs import Programs
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Batch, TrainState
-from jaxrl_llm.update.config import OptimizerConfig, PolicyGradient
-from jaxrl_llm.update.step import make_optimizer, make_update, state_shardings
+from jaxrl_llm.update.config import PolicyGradient
+from jaxrl_llm.update.optimizer.config import AdamW
+from jaxrl_llm.update.optimizer.state import state_shardings
+from jaxrl_llm.update.optimizer.transform import make_optimizer
+from jaxrl_llm.update.step import make_update
 
 # Llama-3.2-1B.
 ONE_BILLION = ModelConfig(
@@ -153,7 +156,7 @@ def lower_publish(cfg: ModelConfig, train: Layout, decode: Layout, weights: str 
 
 
 def lower_update(cfg: ModelConfig, train: Layout) -> jax.stages.Lowered:
-    specs, optimizer = model_params.specs(cfg), make_optimizer(OptimizerConfig())
+    specs, optimizer = model_params.specs(cfg), make_optimizer(AdamW())
     params = model_params.abstract(specs, train)
     shapes = jax.eval_shape(lambda p: TrainState(p, optimizer.init(p), np.zeros((), np.int32)), params)
     where = state_shardings(specs, optimizer, train)
@@ -163,7 +166,7 @@ def lower_update(cfg: ModelConfig, train: Layout) -> jax.stages.Lowered:
     update = make_update(
         specs,
         PolicyGradient(),
-        OptimizerConfig(),
+        AdamW(),
         micro_batches=PARTS,
         num_tokens=cfg.vocab_size,
         cfg=cfg,
