@@ -164,7 +164,8 @@ def rl_step(
         state = learned.state
     with timers("publish"):
         policy = jax.block_until_ready(publish(run, state, policy))
-    reference = refresh(cfg.objective.reference, life.reference, trained_policy(run, state.params), life.step + 1)
+    done = life.step + 1 - cfg.warm_start.steps
+    reference = refresh(cfg.objective.reference, life.reference, trained_policy(run, state.params), done)
     guards, warnings, error = observe(life.guards, cfg.update.guards, learned.metrics, learned.zero_gradient)
     for warning in warnings:
         shell.recorder.message(warning)

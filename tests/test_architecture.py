@@ -62,7 +62,8 @@ ALLOWED = {
         "guards",
         "reference",
     },
-    "cli": {"errors", "config", "parallel", "report", "train", "inspect_run"},
+    "plan": FOUNDATION | STAGES | {"config", "model", "publish", "run"},
+    "cli": {"errors", "config", "parallel", "report", "plan", "train", "inspect_run"},
 }
 NEVER = {"configs", "tests", "benchmarks", "launch", "docs"}
 VAGUE = {"utils", "util", "common", "core", "helpers", "helper", "manager", "misc"}

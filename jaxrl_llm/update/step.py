@@ -13,7 +13,7 @@ from jaxrl_llm.model.distribution import TokenScores, score_tokens
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import Batch, PyTree, TrainState
 from jaxrl_llm.update.config import Correction, LossConfig, NoCorrection, OptimizerConfig, SecondMoment
-from jaxrl_llm.update.losses import TERMS, second_moment_mask
+from jaxrl_llm.update.losses import TERMS, Terms, second_moment_mask
 from jaxrl_llm.update.optimizer.state import state_shardings, zero_gradients
 from jaxrl_llm.update.optimizer.transform import make_optimizer
 
@@ -51,11 +51,7 @@ def make_update(
         params: PyTree, part: Batch, share: Array, reference: PyTree | None
     ) -> tuple[Array, tuple[Metrics, Metrics]]:
         scores = score_tokens(params, part, cfg, num_tokens, layout, ends, how, reference)
-        terms = terms_of(scores, part, loss, correction)
-        total = jnp.sum(jnp.where(part.loss_mask, terms.loss, 0.0) * part.weight)
-        means = {name: jnp.sum(jnp.where(part.loss_mask, x, 0.0) * share) for name, x in terms.means.items()}
-        maxima = {name: jnp.max(jnp.where(part.loss_mask, x, -jnp.inf)) for name, x in terms.maxima.items()}
-        return total, ({"loss": total, **means}, maxima)
+        return _summed(terms_of(scores, part, loss, correction), part, share)
 
     def update(state: TrainState, batch: Batch, reference: PyTree | None = None) -> tuple[TrainState, Metrics]:
         trained, frozen = lora.split(state.params)
@@ -85,6 +81,14 @@ def make_update(
     return jax.jit(
         update, donate_argnums=0, out_shardings=(state_shardings(specs, optimizer, layout), layout.replicated)
     )
+
+
+def _summed(terms: Terms, part: Batch, share: Array) -> tuple[Array, tuple[Metrics, Metrics]]:
+    """A part's loss, its share of the means, and its maxima."""
+    total = jnp.sum(jnp.where(part.loss_mask, terms.loss, 0.0) * part.weight)
+    means = {name: jnp.sum(jnp.where(part.loss_mask, x, 0.0) * share) for name, x in terms.means.items()}
+    maxima = {name: jnp.max(jnp.where(part.loss_mask, x, -jnp.inf)) for name, x in terms.maxima.items()}
+    return total, ({"loss": total, **means}, maxima)
 
 
 def _stepped(state: TrainState, grads: PyTree, optimizer: optax.GradientTransformation, useful: Array) -> TrainState:
