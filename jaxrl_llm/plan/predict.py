@@ -78,8 +78,8 @@ def rollout_time(job: Job, chip: Chip, programs: dict[str, Program] | None) -> T
     decode = Time(work.flops / shards / chip.flops, (weights + work.bytes / shards) / chip.hbm, 0.0)
     if programs is None:
         rows = units * each // layout.size("rows")
-        sent = 2 * 2 * model.layers * rows * model.d_model * size * (1 - 1 / layout.size("heads"))
-        wire, cycles = steps * sent / chip.wire, 0.0
+        through = 2 * 2 * (1 - 1 / layout.size("heads")) + (2 * (layout.size("expert") - 1) if model.experts else 0)
+        wire, cycles = steps * through * model.layers * rows * model.d_model * size / chip.wire, 0.0
     else:
         segments = steps / job.engine.shape.steps
         wire = (segments * programs["segment"].reading.received + programs["prefill"].reading.received) / chip.wire
@@ -124,14 +124,15 @@ def gathered(job: Job) -> int:
 
 def _update_traffic(job: Job, whole: int) -> float:
     """Bytes that a chip receives, estimated: weights gathered twice and gradients scattered in f32 every micro-batch, gradients
-    added over `data`, and activations over `tensor` four times a layer."""
+    added over `data`, activations over `tensor` four times a layer, and tokens to the experts' shards and back three times."""
     mesh, parts, model = job.train.mesh.shape, job.cfg.update.micro_batches, job.model
     size = np.dtype(model.compute).itemsize
     weights = parts * whole * (2 + 4 / size) * (1 - 1 / mesh["fsdp"])
     gradients = 2 * held(job.state.params) * (1 - 1 / mesh["data"])
     rows, slots = job.batch.tokens.shape
     activations = rows * slots // job.train.size("rows") * model.d_model * size
-    return weights + gradients + 2 * 4 * model.layers * activations * (1 - 1 / mesh["tensor"])
+    through = 2 * 4 * (1 - 1 / mesh["tensor"]) + (2 * 3 * (mesh["expert"] - 1) if model.experts else 0)
+    return weights + gradients + through * model.layers * activations
 
 
 def model_flops(job: Job) -> float:

@@ -124,6 +124,12 @@ def learner_specs(cfg: RunConfig, model: ModelConfig) -> PyTree:
     return model_params.specs(model) | critic
 
 
+def with_micro_batches(job: Job, parts: int) -> Job:
+    """The same with another number of micro-batches: all else stays."""
+    cfg = dataclasses.replace(job.cfg, update=dataclasses.replace(job.cfg.update, micro_batches=parts))
+    return dataclasses.replace(job, cfg=cfg, batch=abstract_batch(cfg, job.prompt_slots, job.train))
+
+
 def abstract_state(cfg: RunConfig, model: ModelConfig, train: Layout) -> TrainState:
     specs, optimizer = learner_specs(cfg, model), make_optimizer(cfg.update.optimizer)
     params = model_params.abstract(specs, train)
