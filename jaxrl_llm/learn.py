@@ -9,10 +9,12 @@ from jaxtyping import Bool, Float
 from jaxrl_llm.describe import as_floats
 from jaxrl_llm.experience.advantages import Outcome, estimate, reward_kl
 from jaxrl_llm.experience.batch import Sequences, make_batch, minibatches, of_sequences, sequences_of
+from jaxrl_llm.life import Life
 from jaxrl_llm.metrics import RatioAlarm
+from jaxrl_llm.model import lora
 from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.run import Life, Run
+from jaxrl_llm.run import Run
 from jaxrl_llm.types import Experience, PyTree, TrainState
 from jaxrl_llm.update.config import PolicyGradient
 from jaxrl_llm.update.optimizer.state import ZERO_GRADIENT
@@ -85,7 +87,8 @@ def assess(
     sampled, behavior = experience.rollouts.sampled, sequences.behavior_logprobs
     token_reward = np.zeros(behavior.shape)
     if objective.reads_reference_logprobs:
-        sequences = sequences._replace(reference_logprobs=score(run, life.reference, sequences).logprobs)
+        reference = lora.join(life.reference, lora.split(life.state.params)[1])
+        sequences = sequences._replace(reference_logprobs=score(run, reference, sequences).logprobs)
     if run.scores_proximal or objective.has_critic:
         scores = score(run, life.state.params, sequences)
         sequences = sequences._replace(

@@ -7,22 +7,17 @@ from jaxrl_llm.types import PyTree
 
 
 def refresh(cfg: ReferenceConfig, reference: PyTree | None, params: PyTree, step: int) -> PyTree | None:
-    """The reference, if there is one, after step 1, 2, ... Where it changes, `reference` is donated and the new one lies where it lay."""
-    if reference is None:
-        return None
-    if cfg.kind == "ema":
-        return _mean(reference, params, cfg.decay)
-    if cfg.kind == "periodic" and step % cfg.every == 0:
-        return _copy(reference, params)
-    return reference
+    """The reference after step 1, 2, ... of RL: keep * reference + (1 - keep) * params.
+
+    `params` are those of the policy, in the structure of `reference`. Where it can change, `reference` is donated, and the new one
+    lies where it lay. None stays None: nothing reads a reference.
+    """
+    if reference is None or cfg.kind not in ("ema", "periodic"):
+        return reference
+    # A copy every so often is the mean with weight 0: one program, compiled at the first step.
+    return _mean(reference, params, cfg.decay if cfg.kind == "ema" else float(step % cfg.every != 0))
 
 
 @jax.jit(donate_argnums=0)
-def _mean(reference: PyTree, params: PyTree, decay: float) -> PyTree:
-    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, reference, params)
-
-
-# Unread, the donated buffers would be lost and not lent.
-@jax.jit(donate_argnums=0, keep_unused=True)
-def _copy(reference: PyTree, params: PyTree) -> PyTree:
-    return params
+def _mean(reference: PyTree, params: PyTree, keep: float) -> PyTree:
+    return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, reference, params)

@@ -27,24 +27,13 @@ from jaxrl_llm.experience.filters import FILTERS
 from jaxrl_llm.experience.replay import fill
 from jaxrl_llm.guards import observe
 from jaxrl_llm.learn import learn, without_zero_gradients
+from jaxrl_llm.life import Life, begin, fresh_state, open_checkpoints, start_reference, target, trained_policy
 from jaxrl_llm.metrics import CompileCounter, Recorder, Timers
-from jaxrl_llm.model.params import policy_part
 from jaxrl_llm.prompts.stream import next_prompts
 from jaxrl_llm.prompts.supervised import noisy_rows
 from jaxrl_llm.reference import refresh
 from jaxrl_llm.rewards.pool import GraderPool
-from jaxrl_llm.run import (
-    Life,
-    Run,
-    begin,
-    build,
-    decode_rates,
-    fresh_state,
-    open_checkpoints,
-    publish,
-    start_reference,
-    target,
-)
+from jaxrl_llm.run import Run, build, decode_rates, publish
 from jaxrl_llm.types import Experience, Policy, TrainState
 
 
@@ -136,8 +125,8 @@ def start_rl(run: Run, shell: Shell, life: Life) -> tuple[Life, Policy, dict[str
     """The first policy of this process; at the very start of RL also a fresh optimizer, the reference, and the score before."""
     if life.began:
         return life, first_policy(run, life.state), {}
-    reference = start_reference(run, life.state.params) if run.cfg.objective.has_reference else None
     state = fresh_state(run, life.state.params, int(life.state.step), began=True)
+    reference = start_reference(run, state.params) if run.cfg.objective.has_reference else None
     policy = first_policy(run, state)
     scores = evaluate(run, state.params, policy, shell.pool)
     shell.recorder.message(
@@ -175,7 +164,8 @@ def rl_step(
         state = learned.state
     with timers("publish"):
         policy = jax.block_until_ready(publish(run, state, policy))
-    reference = refresh(cfg.objective.reference, life.reference, policy_part(state.params, run.model), life.step + 1)
+    done = life.step + 1 - cfg.warm_start.steps
+    reference = refresh(cfg.objective.reference, life.reference, trained_policy(run, state.params), done)
     guards, warnings, error = observe(life.guards, cfg.update.guards, learned.metrics, learned.zero_gradient)
     for warning in warnings:
         shell.recorder.message(warning)

@@ -91,6 +91,14 @@ def centred(score: Group) -> Group:
     return shifted - shifted.mean(axis=1, keepdims=True)
 
 
+def about_mean(x: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """x - mean of `kept`: exact zeros where all are equal."""
+    if not kept.size:
+        return x
+    first = kept.flat[0]
+    return x - first - (kept - first).mean()
+
+
 def _each(advantage: Group, outcome: Outcome) -> Estimate:
     return Estimate(np.broadcast_to(advantage.reshape(-1, 1), outcome.mask.shape))
 
@@ -98,7 +106,7 @@ def _each(advantage: Group, outcome: Outcome) -> Estimate:
 def grpo(outcome: Outcome, cfg: Grpo) -> Estimate:
     score, ddof = scores(outcome), int(cfg.std == "sample")
     kept = score[outcome.counts]
-    away = centred(score) if cfg.mean_over == "group" else score - kept.mean()
+    away = centred(score) if cfg.mean_over == "group" else about_mean(score, kept)
     if cfg.std_over == "group":
         std = centred(score).std(axis=1, ddof=ddof, keepdims=True)
     else:
@@ -244,7 +252,7 @@ def whiten(x: Completion, mask: Tokens, ddof: int = 1, eps: float = 1e-8, beside
     kept = x[mask]
     if kept.size < 2:
         return x
-    return (x - kept.mean()) / (np.sqrt(kept.var(ddof=ddof) + eps) + beside_std)
+    return about_mean(x, kept) / (np.sqrt(kept.var(ddof=ddof) + eps) + beside_std)
 
 
 ESTIMATORS = {

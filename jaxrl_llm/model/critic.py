@@ -27,7 +27,9 @@ def critic_start(params: PyTree, cfg: ModelConfig, kind: str) -> PyTree:
     head = {"value": {"kernel": jnp.zeros((cfg.d_model,), jnp.float32), "bias": jnp.zeros((), jnp.float32)}}
     if kind == "head":
         return head
-    return {"critic": {name: jax.tree.map(jnp.copy, params[name]) for name in TRUNK} | head}
+    return {
+        "critic": {name: jax.tree.map(lambda x: jnp.copy(x.astype(jnp.float32)), params[name]) for name in TRUNK} | head
+    }
 
 
 def values_of(params: PyTree, h: Float[Array, "s N D"]) -> Float[Array, "s N"] | None:

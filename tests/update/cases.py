@@ -104,7 +104,8 @@ def batch_of(case: Case, found: Found, learn: np.ndarray, aggregation: str, pack
         tokens |= {"returns": found.returns, "values": case.old_values}
     unread = dict.fromkeys(("tokens", "position", "until", "before", "temperature"), np.zeros((rows, slots), np.int32))
     shape = (1, -1) if packed else (rows, slots)
-    return Batch(**{name: jnp.asarray(np.reshape(x, shape)) for name, x in (unread | tokens).items()})
+    given = {name: x for name, x in (unread | tokens).items() if x is not None}
+    return Batch(**{name: jnp.asarray(np.reshape(x, shape)) for name, x in given.items()})
 
 
 def package_loss(cfg: ObjectiveConfig, case: Case, found: Found, packed: bool = False):

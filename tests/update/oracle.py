@@ -34,11 +34,12 @@ class Preset:
     critic: tuple[float, float | None] | None = None
     """Weight of the mean of half the squared error; how far the value may go from the old one."""
     entropy: float = 0.0
+    anchor: str = "auto"
+    """Which log-probabilities the ratio is to; auto: the proximal ones where there is a correction."""
 
     @property
     def old(self) -> str:
-        """Which log-probabilities the ratio is to."""
-        return "behavior" if self.correction is None else "proximal"
+        return self.anchor if self.anchor != "auto" else "behavior" if self.correction is None else "proximal"
 
 
 def aggregate(case: Case, losses: np.ndarray, how: str) -> float:

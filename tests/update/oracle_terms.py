@@ -5,6 +5,7 @@ is to; what a framework stops the gradient of is computed from `still`, a second
 differences are the gradient.
 """
 
+from functools import partial
 from math import exp, expm1, log, log1p
 
 import numpy as np
@@ -167,6 +168,11 @@ def times_ratio(kind, now, still, other, old) -> float:
     return exp(now - old) * kind(now, still, other, old)
 
 
+def times_score(kind, now, still, other, old) -> float:
+    """2.14, NeMo: a factor of value 1 with the score's gradient."""
+    return exp(now - still) * kind(now, still, other, old)
+
+
 def nemo_k3(now, still, other, old) -> float:
-    """2.14, NeMo: a factor of value 1 that has the score's gradient; the estimate is bounded after it."""
-    return clipped(exp(now - still) * k3(now, still, other, old, most=20.0), -10.0, 10.0)
+    """2.14: the estimate is bounded after the factor."""
+    return clipped(times_score(partial(k3, most=20.0), now, still, other, old), -10.0, 10.0)

@@ -94,3 +94,74 @@ def idle(cfg, path: str) -> bool:
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_no_preset_is_refused(name):
     assert refusals(objective_of(name), samples=4, packing="shared_prefix") == []
+
+
+# Its baseline is the critic, or there is none: a return of 0.3 is then worth something.
+WITHOUT_GROUP = {
+    "paper:reinforce",
+    "paper:ppo",
+    "verl:ppo",
+    "trl:rloo",
+    "openrlhf:reinforce_pp",
+    "openrlhf:grpo",
+    "areal:grpo",
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - WITHOUT_GROUP))
+def test_equal_rewards_are_worth_exactly_nothing(name):
+    """Not 1e-17 over a tiny std: 0."""
+    case = CASES[0]._replace(reward=np.full_like(CASES[0].reward, 0.3), parts=np.full_like(CASES[0].parts, 0.2))
+    beside = {} if name == "paper:dpo" else {"loss": {"kl": {"weight": 0.0}}}
+    advantage, loss = package(objective_of(name, **beside), case)
+    assert (advantage == 0).all()
+    assert loss == 0
+
+
+def test_equal_rewards_over_the_batch_are_worth_exactly_nothing():
+    case = CASES[0]._replace(reward=np.full_like(CASES[0].reward, 0.3))
+    for over in ("group", "batch"):
+        cfg = objective_of("trl:grpo", advantage={"mean_over": over, "std_over": "batch", "eps": 1e-9})
+        assert (package(cfg, case)[0] == 0).all()
+
+
+def test_statistics_over_the_batch():
+    """TRL's scale_rewards: batch; and both over the batch, sequences counting alike, groups that were dropped not at all."""
+    case = CASES[2]
+    kept = case.reward[case.counts]
+    for over, mean in (("group", kept.mean(axis=1, keepdims=True)), ("batch", kept.mean())):
+        cfg = objective_of("trl:grpo", advantage={"mean_over": over, "std_over": "batch"})
+        want = np.zeros(case.reward.shape)
+        want[case.counts] = (kept - mean) / (kept.std(ddof=1) + 1e-4)
+        np.testing.assert_allclose(package(cfg, case)[0], np.where(case.mask, want.reshape(-1, 1), 0), rtol=1e-9, atol=1e-12)
+
+
+def test_rloo_may_be_whitened():
+    """TRL's normalize_advantages."""
+    case = CASES[3]
+    raw = case.reward - (case.reward.sum(axis=1, keepdims=True) - case.reward) / (case.reward.shape[1] - 1)
+    want = (raw - raw.mean()) / (raw.std(ddof=1) + 1e-4)
+    got, _ = package(objective_of("paper:rloo", advantage={"whiten": True}), case)
+    np.testing.assert_allclose(got, np.where(case.mask, want.reshape(-1, 1), 0), rtol=1e-9, atol=1e-12)
+
+
+def test_pass_at_k_may_stay_unscaled():
+    case = CASES[0]
+    ranked = np.sort(case.reward, axis=1)
+    want = np.where(case.reward == ranked[:, -1:], ranked[:, -1:] - ranked[:, -2:-1], 0)
+    got, _ = package(objective_of("verl:pass_at_k", advantage={"scale": False}), case)
+    np.testing.assert_allclose(got, np.where(case.mask, want.reshape(-1, 1), 0), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 0.9])
+def test_returns_may_be_discounted(gamma):
+    """By the number of drawn tokens between, not of slots."""
+    case = CASES[1]
+    returns = np.zeros(case.mask.shape)
+    for b, row in enumerate(case.mask):
+        at = np.flatnonzero(row)
+        returns[b, at] = case.reward.flat[b] * gamma ** (len(at) - 1 - np.arange(len(at)))
+    kept = returns[case.mask]
+    want = np.where(case.mask, (returns - kept.mean()) / np.sqrt(kept.var(ddof=1) + 1e-8), 0)
+    got, _ = package(objective_of("verl:reinforce_pp", advantage={"gamma": gamma}), case)
+    np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)

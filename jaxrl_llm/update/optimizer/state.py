@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.parallel.layout import Axes, Layout
 from jaxrl_llm.types import PyTree, TrainState
@@ -18,10 +19,11 @@ ZERO_GRADIENT = "zero_gradient/"
 def state_shardings(specs: PyTree, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
     """Where each leaf of the TrainState lies: a moment as its parameter does, one of fewer axes on what is left of the parameter's,
     counters everywhere."""
-    params = {keys: spec for keys, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=model_params.is_spec)}
-    shapes = jax.eval_shape(optimizer.init, _abstract(specs, lambda shape: shape))
+    trained, _ = lora.split(specs)
+    params = dict(jax.tree_util.tree_leaves_with_path(trained, is_leaf=model_params.is_spec))
+    shapes = jax.eval_shape(optimizer.init, _abstract(trained, lambda shape: shape))
     # No two axes of a parameter are equally long here, and their order by length is the same: a length tells which axis is left.
-    told = jax.eval_shape(optimizer.init, _abstract(specs, _distinct))
+    told = jax.eval_shape(optimizer.init, _abstract(trained, _distinct))
 
     def place(keys: tuple, leaf: jax.ShapeDtypeStruct, distinct: jax.ShapeDtypeStruct) -> jax.sharding.NamedSharding:
         own = next((params[keys[n:]] for n in range(len(keys)) if keys[n:] in params), None)
@@ -61,7 +63,7 @@ def make_start(
 
     def start(params: PyTree, step: Array) -> TrainState:
         params = grown(params)
-        return TrainState(params=params, opt_state=optimizer.init(params), step=step)
+        return TrainState(params=params, opt_state=optimizer.init(lora.split(params)[0]), step=step)
 
     return jax.jit(start, donate_argnums=0, out_shardings=state_shardings(specs, optimizer, layout))
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
+from optax.contrib import MuonDimensionNumbers
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.types import PyTree
@@ -18,16 +19,16 @@ from jaxrl_llm.update.optimizer.config import Adafactor, AdamW, GroupConfig, Lio
 # (inputs, outputs) of the matrices that Muon makes orthogonal, from the last axis; axes that are in neither are many matrices:
 # layers, experts, gate and up. The queries, keys and values of a layer are one matrix.
 MATRICES = {
-    "qkv": optax.contrib.MuonDimensionNumbers((-4,), (-3, -2, -1)),
-    "out": optax.contrib.MuonDimensionNumbers((-4, -3, -2), (-1,)),
-    "gate_up": optax.contrib.MuonDimensionNumbers((-2,), (-1,)),
-    "down": optax.contrib.MuonDimensionNumbers((-2,), (-1,)),
+    "qkv": MuonDimensionNumbers((-4,), (-3, -2, -1)),
+    "out": MuonDimensionNumbers((-4, -3, -2), (-1,)),
+    "gate_up": MuonDimensionNumbers((-2,), (-1,)),
+    "down": MuonDimensionNumbers((-2,), (-1,)),
 }
 
 
 def path_of(keys: tuple) -> str:
-    """`layers/qkv`, of the keys of a leaf of nested dicts."""
-    return "/".join(str(getattr(key, "key", key)) for key in keys)
+    """`layers/qkv`, of the keys of a leaf of nested dicts; `layers/qkv/pairs/q/a` of an adapter's."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in keys)
 
 
 def names(params: PyTree) -> tuple[str, ...]:
@@ -90,7 +91,15 @@ DIRECTIONS = {AdamW: _adamw, Adafactor: _adafactor, Lion: _lion, Muon: _muon}
 
 
 def _matrices(params: PyTree) -> PyTree:
-    return jax.tree_util.tree_map_with_path(lambda keys, _: MATRICES.get(path_of(keys).rpartition("/")[2]), params)
+    return jax.tree_util.tree_map_with_path(lambda keys, x: _matrix(path_of(keys).split("/"), x.ndim), params)
+
+
+def _matrix(path: list[str], ndim: int) -> MuonDimensionNumbers | None:
+    """None: no matrix of a layer. Adapters, [L *inputs rank] and [L rank *outputs], are two."""
+    if "pairs" in path:
+        cut = ndim - 1 if path[-1] == "a" else 2
+        return MuonDimensionNumbers(tuple(range(1, cut)), tuple(range(cut, ndim)))
+    return MATRICES.get(path[-1])
 
 
 def _refuse_idle_groups(cfg: Optimizer, params: PyTree) -> optax.EmptyState:
