@@ -181,7 +181,7 @@ def test_predictions_by_hand(job):
 
 
 def test_advice_changes_what_fills_the_fullest_phase(job):
-    """The compiler found ten times the temporaries that were estimated: those after a change are taken for ten times too many too."""
+    """The compiler found ten times the temporaries that were estimated: those after a change are taken times ten, too."""
     found = memory.estimated(job)
     real = [
         Phase(p.name, p.parts | {memory.TEMPORARIES: p.parts[memory.TEMPORARIES] * (10 if p.name == "update" else 1)})

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxrl_llm.model import lora
 from jaxrl_llm.model.head import TILE
 from jaxrl_llm.model.work import held
 from jaxrl_llm.plan.programs import Job, Program
@@ -77,7 +78,7 @@ def _state(job: Job) -> dict[str, int]:
 
 def gradients(job: Job) -> int:
     """Of what is trained, in f32, as they are added up over micro-batches."""
-    return held(job.state.params)
+    return held(lora.split(job.state.params)[0])
 
 
 def phases(job: Job, programs: dict[str, Program]) -> list[Phase]:

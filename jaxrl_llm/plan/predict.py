@@ -42,8 +42,8 @@ class Prediction(NamedTuple):
     rollout_tokens_per_s: float
     """Completion tokens, all chips."""
     mfu: float
-    """Of the update: 6 FLOPs a parameter that multiplies and token, and attention's, over what the chips could do meanwhile. What
-    is computed again in the backward pass does not count."""
+    """Of the update: 6 FLOPs a parameter that multiplies and token (4 with adapters), and attention's, over what the chips could do
+    meanwhile. What is computed again in the backward pass does not count."""
 
     @property
     def step(self) -> float:
@@ -103,7 +103,7 @@ def publish_time(job: Job, chip: Chip, programs: dict[str, Program] | None) -> T
 def update_time(job: Job, chip: Chip, programs: dict[str, Program] | None) -> Time:
     """One update: forward, backward, and what is computed again; masters, moments and gradients pass through memory."""
     again = {"none": 0, "attention": 0}.get(job.cfg.update.remat, 1)
-    flops = model_flops(job) * (3 + again) / 3 / job.train.mesh.size
+    flops = model_flops(job) * (1 + again / _passes(job)) / job.train.mesh.size
     parts = job.cfg.update.micro_batches
     whole = gathered(job)
     masters = held(job.state.params)
@@ -136,7 +136,12 @@ def _update_traffic(job: Job, whole: int) -> float:
 
 
 def model_flops(job: Job) -> float:
-    """Of one update over all chips: 6 N a token, and 12 a query head, its dimension and pair of slots, half of them masked."""
+    """Of one update over all chips. A pass: 2 N a token, and 4 for each query head, its dimensions and pairs of slots, half masked."""
     model, (rows, slots) = job.model, job.batch.tokens.shape
     seen = sum(min(slots / 2, reach) for reach in reaches(model))
-    return rows * slots * (6 * matmul_params(model) + 12 * model.heads * model.head_dim * seen)
+    return _passes(job) * rows * slots * (2 * matmul_params(model) + 4 * model.heads * model.head_dim * seen)
+
+
+def _passes(job: Job) -> int:
+    """Forward, gradients of activations, and of weights unless they are frozen."""
+    return 2 if job.cfg.lora.rank else 3
