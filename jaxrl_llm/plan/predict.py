@@ -136,7 +136,7 @@ def _update_traffic(job: Job, whole: int) -> float:
 
 
 def model_flops(job: Job) -> float:
-    """Of one update over all chips. A pass: 2 N a token, and 4 for each query head, its dimensions and pairs of slots, half masked."""
+    """Of one update over all chips. A pass: 2 N a token, and 4 a query head, its dimension and pair of slots; half are masked."""
     model, (rows, slots) = job.model, job.batch.tokens.shape
     seen = sum(min(slots / 2, reach) for reach in reaches(model))
     return _passes(job) * rows * slots * (2 * matmul_params(model) + 4 * model.heads * model.head_dim * seen)
