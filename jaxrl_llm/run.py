@@ -121,9 +121,7 @@ def build(cfg: RunConfig) -> Run:
     correction = correction_of(cfg)
     vocab = Vocabulary(size=task.num_tokens, pad=task.pad, eos=task.eos)
     specs = model_params.specs(model)
-    learner_specs = lora.adapted_specs(specs, model, cfg.lora) | (
-        critic_specs(model, cfg.objective.critic.kind) if cfg.objective.has_critic else {}
-    )
+    learner_specs = learner_specs_of(cfg, model)
     optimizer = optimizer_of(cfg)
     shapes = shapes_of(cfg, task, train.size("rows"))
     how = Whole(cfg.update.attention, cfg.update.remat)
@@ -155,6 +153,12 @@ def build(cfg: RunConfig) -> Run:
         key=key,
         eval_key=eval_key,
     )
+
+
+def learner_specs_of(cfg: RunConfig, model: ModelConfig) -> PyTree:
+    """What RL trains and what it reads beside: the policy with its adapters, and a critic where there is one."""
+    critic = critic_specs(model, cfg.objective.critic.kind) if cfg.objective.has_critic else {}
+    return lora.adapted_specs(model_params.specs(model), model, cfg.lora) | critic
 
 
 def correction_of(cfg: RunConfig) -> Correction:
