@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jaxrl_llm import config as run_config
 from jaxrl_llm.metrics import MetricsConfig
-from jaxrl_llm.run import begin, build, publish
+from jaxrl_llm.run import begin, build, fresh_state, publish
 from jaxrl_llm.train import open_shell, rl_step
 from jaxrl_llm.update.config import WarmStartConfig
 
@@ -29,7 +29,8 @@ def measure(steps: int = 15, warm: int = 2) -> dict:
         )
         run = build(cfg)
         with open_shell(cfg) as shell:
-            life, policy, seen = begin(run), None, []
+            life, seen = begin(run), []
+            life = dataclasses.replace(life, began=True, state=fresh_state(run, life.state.params, 0, began=True))
             policy = publish(run, life.state, None)
             for _ in range(warm + steps):
                 start = time.perf_counter()

@@ -221,11 +221,11 @@ class Checkpoints:
         finally:
             self._drop_manager()
 
-    def restore(self, target: PyTree) -> Restored | None:
+    def restore(self, target: Callable[[dict[str, Any]], PyTree]) -> Restored | None:
         """The newest step of which every leaf has the fingerprint it was saved with; None where no step was ever saved.
 
-        `target` has the wanted structure: a ShapeDtypeStruct with a sharding (of any mesh) for each leaf on devices, a NumPy array
-        of the right shape and dtype for each on the host. Raises UserError if a step holds other paths, shapes or dtypes. A step
+        `target(meta)` has the wanted structure: a ShapeDtypeStruct with a sharding (of any mesh) for each leaf on devices, a NumPy
+        array of the right shape and dtype for each on the host. Raises UserError if a step holds other paths, shapes or dtypes. One
         that cannot be read is moved to `corrupt-<step>` with a warning, and the one before is tried; when none is left,
         CheckpointError, never a fresh start.
         """
@@ -243,11 +243,12 @@ class Checkpoints:
             raise CheckpointError(f"{problem}; put a good copy back, or give another run_dir to start anew")
         return None
 
-    def _read(self, step: int, target: PyTree) -> Restored:
+    def _read(self, step: int, target_of: Callable[[dict[str, Any]], PyTree]) -> Restored:
         directory = epath.Path(self.directory / str(step))
         document = _agreed(lambda: _unsealed(ocp.JsonCheckpointHandler().restore(directory / "meta")))
         if document["format_version"] != FORMAT_VERSION:
             raise UserError(f"{directory}: got format {document['format_version']}, want {FORMAT_VERSION}")
+        target = target_of(document["meta"])
         wanted = {path: _placed(x) for path, x in _by_path(target).items()}
         saved = document["leaves"]
         _must_fit(directory, {path: x[0] for path, x in saved.items()}, _shapes(wanted))

@@ -145,6 +145,9 @@ def _override(cfg: "RunConfig", target: str, overrides: Sequence[str]) -> "RunCo
 
     if not overrides:
         return cfg
+    if preset := _given(overrides, "--objective.preset"):
+        # Its parts replace those of the file; what else is given replaces the preset's.
+        cfg = config.validate(config.to_dict(cfg) | {"objective": preset}, "command line")
     typed = tyro.cli(
         config.RunConfig,
         args=list(overrides),
@@ -153,6 +156,12 @@ def _override(cfg: "RunConfig", target: str, overrides: Sequence[str]) -> "RunCo
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
     )
     return config.validate(config.to_dict(typed), "command line")
+
+
+def _given(args: Sequence[str], flag: str) -> str:
+    """The value of a flag, "" where it is not given."""
+    after = dict(zip(args, [*args[1:], ""], strict=True))
+    return next((a.partition("=")[2] for a in args if a.startswith(f"{flag}=")), after.get(flag, ""))
 
 
 def start_jax() -> None:

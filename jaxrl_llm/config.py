@@ -17,8 +17,10 @@ from pydantic import ConfigDict, Discriminator, Tag, TypeAdapter, ValidationErro
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.config import ExperienceConfig
 from jaxrl_llm.metrics import MetricsConfig
-from jaxrl_llm.model.config import ModelConfig, PretrainedModel
+from jaxrl_llm.model.config import LoraConfig, ModelConfig, PretrainedModel
+from jaxrl_llm.objective import ObjectiveConfig, refusals
 from jaxrl_llm.parallel.config import MeshConfig, divisors, resolve
+from jaxrl_llm.presets import PRESETS, filled
 from jaxrl_llm.prompts.config import (
     ArithmeticTask,
     CharacterTokenizer,
@@ -86,6 +88,9 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     experience: ExperienceConfig = field(default_factory=ExperienceConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters, trained by RL in the place of the model's own parameters."""
     update: UpdateConfig = field(default_factory=UpdateConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -133,6 +138,7 @@ def load(path: Path) -> RunConfig:
 
 
 def validate(values: dict[str, Any], source: str) -> RunConfig:
+    values = _with_preset(values, source)
     try:
         cfg = TypeAdapter(RunConfig).validate_python(values)
     except ValidationError as error:
@@ -143,6 +149,18 @@ def validate(values: dict[str, Any], source: str) -> RunConfig:
     if isinstance(cfg.tokenizer, PretrainedTokenizer) and not cfg.tokenizer.path:
         raise UserError(f"{source}: tokenizer.path: got nothing, want a directory, since model has no path either")
     return cfg
+
+
+def _with_preset(values: dict[str, Any], source: str) -> dict[str, Any]:
+    given = values.get("objective")
+    name = given.get("preset") if isinstance(given, dict) else given
+    if isinstance(name, str) and name and name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
+        hint = f"; perhaps you meant {near[0]}" if near else ""
+        raise UserError(f"{source}: objective.preset: got {name!r}, want one of {', '.join(PRESETS)}{hint}")
+    if given is None:
+        return values
+    return values | {"objective": filled(given, dataclasses.asdict(ObjectiveConfig()))}
 
 
 def tokenizer_of(cfg: RunConfig, model_path: str) -> TokenizerConfig:
@@ -159,15 +177,8 @@ def _causes(errors: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [e for e in errors if e["type"] != "too_short" or e["loc"] not in deeper]
 
 
-# A tagged union adds its tag to the path of an error, which nobody wrote.
-TAGS = (
-    "own", "pretrained", "arithmetic", "file", "reasoning_gym", "character", "linear", "llama3", "yarn", "clipped", "cross_entropy",
-    "auto", "none", "truncated_importance",
-)  # fmt: skip
-
-
 def _describe(error: dict[str, Any], values: dict[str, Any]) -> str:
-    path = [str(p) for p in error["loc"] if str(p) not in TAGS]
+    path = _written(error["loc"], values)
     name = ".".join(path)
     if error["type"] != "unexpected_keyword_argument":
         got = "nothing" if error["type"].startswith("missing") else repr(error["input"])
@@ -175,6 +186,20 @@ def _describe(error: dict[str, Any], values: dict[str, Any]) -> str:
     others = [name for name in _fields(path[:-1], values) if name != path[-1]]
     near = difflib.get_close_matches(path[-1], others, n=1)
     return f"{name}: no such key" + (f", perhaps you meant {'.'.join([*path[:-1], *near])}" if near else "")
+
+
+def _written(loc: tuple[str | int, ...], values: Any) -> list[str]:
+    """The path without what nobody wrote: a tagged union adds its tag."""
+    path = []
+    for n, name in enumerate(loc):
+        known = isinstance(values, dict) and name in values
+        if isinstance(name, int):
+            path.append(str(name))
+            values = values[name] if isinstance(values, list | tuple) else None
+        elif known or (n == len(loc) - 1 and isinstance(values, dict)):
+            path.append(name)
+            values = values.get(name)
+    return path
 
 
 def _fields(path: list[str], values: dict[str, Any]) -> list[str]:
@@ -221,12 +246,12 @@ def problems(cfg: RunConfig, num_devices: int) -> list[str]:
             f"update.minibatches: got {cfg.update.minibatches}, want a divisor of rollout.prompts "
             f"({cfg.rollout.prompts}): {', '.join(map(str, divisors(cfg.rollout.prompts)))}"
         )
-    elif (rows // cfg.update.minibatches) % (cfg.update.micro_batches * split):
-        part = rows // cfg.update.minibatches
-        works = [m for m in divisors(part) if part % (m * split) == 0]
+    elif cfg.update.packing.kind == "none" and cfg.update.micro_batches * split > rows // cfg.update.minibatches:
+        most = rows // cfg.update.minibatches // split
         found.append(
-            f"update.micro_batches: got {cfg.update.micro_batches}, want a divisor of the {part} rows of a minibatch "
-            f"that leaves a multiple of mesh.data * mesh.fsdp * mesh.expert ({split}): {', '.join(map(str, works)) or 'none'}"
+            f"update.micro_batches: got {cfg.update.micro_batches}, want {most} at most: a minibatch has "
+            f"{rows // cfg.update.minibatches} rows, and each part takes one at least on each of {split} shards of "
+            "mesh.data * mesh.fsdp * mesh.expert"
         )
     return found
 
@@ -265,13 +290,7 @@ def training_problems(cfg: RunConfig) -> list[str]:
     found = []
     if cfg.rollout.temperature == 0:
         found.append("rollout.temperature: got 0, want more: a policy that never explores learns nothing")
-    if cfg.rollout.samples < 2:
-        found.append(f"rollout.samples: got {cfg.rollout.samples}, want 2 or more: a group of one has no advantage")
-    if cfg.update.loss.kind != "clipped":
-        found.append(
-            f"update.loss.kind: got {cfg.update.loss.kind}, want clipped: RL needs a loss that uses advantages"
-        )
-    return found
+    return found + refusals(cfg.objective, cfg.rollout.samples, cfg.update.packing.kind)
 
 
 def changes(saved: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:

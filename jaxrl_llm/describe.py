@@ -55,8 +55,8 @@ def as_floats(metrics: dict) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def responses(run: Run, experience: Experience, num_rows: int) -> list[dict]:
-    """The first rows as a person would read them."""
+def responses(run: Run, experience: Experience, advantage: np.ndarray, num_rows: int) -> list[dict]:
+    """The first rows as a person would read them. `advantage` [B C]: its mean over a row's tokens is shown."""
     rollouts, found = experience.rollouts, []
     for b in range(min(num_rows, len(rollouts.length))):
         p, n = b // run.cfg.rollout.samples, int(rollouts.length[b])
@@ -73,7 +73,7 @@ def responses(run: Run, experience: Experience, num_rows: int) -> list[dict]:
                 "entropy": rollouts.entropy[b, :n],
                 **({} if rollouts.raw_logprobs is None else {"raw_logprobs": rollouts.raw_logprobs[b, :n]}),
                 "reward": experience.reward[b],
-                "advantage": experience.advantage[b],
+                "advantage": float(np.mean(advantage[b, :n])),
                 "finish": Finish(rollouts.finish[b]).name.lower(),
             }
         )

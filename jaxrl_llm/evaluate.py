@@ -7,13 +7,13 @@ from jaxtyping import Float, Int
 
 from jaxrl_llm.collect import collect
 from jaxrl_llm.estimates import avg_at_k, correct, maj_at_k, pass_at_k
-from jaxrl_llm.experience.batch import rows_of
+from jaxrl_llm.experience.batch import Sequences, make_batch, of_sequences, supervised
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.prompts.rows import Row
 from jaxrl_llm.prompts.stream import make_prompts, pad_rows
 from jaxrl_llm.rewards.pool import GraderPool
 from jaxrl_llm.run import Run
-from jaxrl_llm.types import Batch, Policy, PyTree
+from jaxrl_llm.types import Policy, PyTree
 
 
 class Answers(NamedTuple):
@@ -47,17 +47,18 @@ def probabilities(run: Run, params: PyTree, rows: tuple[Row, ...]) -> np.ndarray
     """f32[len(rows)]: of each row's target, at the run's temperature. Teacher-forced, so there is no sampling noise."""
     found = []
     for part in _parts(len(rows), run.cfg.rollout.prompts):
-        batch = supervised_batch(run, [rows[i] for i in part])
-        logprobs = hosts.gather(run.score(params, run.put_batch(batch)))
-        found.append(np.exp(np.sum(np.where(batch.loss_mask, logprobs, 0.0), axis=1)))
+        sequences = supervised_sequences(run, [rows[i] for i in part])
+        batch, where = make_batch(sequences, run.shapes.held_out, run.task.pad)
+        logprobs = of_sequences(hosts.gather(run.score(params, run.put_batch(batch)).logprobs), where, sequences)
+        found.append(np.exp(np.sum(logprobs, axis=1)))
     return np.concatenate(found)[: len(rows)]
 
 
-def supervised_batch(run: Run, rows: list[Row]) -> Batch:
-    """Prompts with their targets, the target in the loss mask."""
+def supervised_sequences(run: Run, rows: list[Row]) -> Sequences:
+    """Prompts with their targets, the target to be learnt."""
     prompt, prompt_length = pad_rows([row.tokens for row in rows], run.task.prompt_slots, run.task.pad)
     target, length = pad_rows([row.target for row in rows], run.cfg.rollout.max_new_tokens, run.task.pad)
-    return rows_of(prompt, prompt_length, target, length, run.task.pad, run.cfg.rollout.temperature)[0]
+    return supervised(prompt, prompt_length, target, length, run.cfg.rollout.temperature)
 
 
 def answers(run: Run, policy: Policy, pool: GraderPool) -> Answers:

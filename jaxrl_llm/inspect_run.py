@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from jaxrl_llm.model.config import PretrainedModel
 from jaxrl_llm.model.hf.export import export
 from jaxrl_llm.model.hf.load import load
 from jaxrl_llm.model.hf.source import resolve as resolve_model
-from jaxrl_llm.model.params import count, unstack
+from jaxrl_llm.model.params import count, policy_part, unstack
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.prompts.rows import Row
@@ -47,10 +48,10 @@ def restore(run: Run) -> Life | None:
         return None
     checkpoints = open_checkpoints(run.cfg)
     try:
-        restored = checkpoints.restore(target(run))
+        restored = checkpoints.restore(partial(target, run))
     finally:
         checkpoints.close()
-    return None if restored is None else Life.revive(restored.tree)
+    return None if restored is None else Life.revive(restored.tree, restored.meta)
 
 
 def open_source(run: Run) -> Source:
@@ -101,8 +102,9 @@ def export_run(cfg: RunConfig, out: Path, dtype: str | None) -> Path:
     if life is None:
         raise CheckpointError(f"{cfg.run_dir}: got no checkpoint, want a run directory that holds one")
     source = resolve_model(cfg.model.path) if isinstance(cfg.model, PretrainedModel) else None
+    params = policy_part(life.state.params, run.model)
     export(
-        life.state.params, run.model, out, dtype or run.model.compute, source=source, eos=run.task.eos, pad=run.task.pad,
+        params, run.model, out, dtype or run.model.compute, source=source, eos=run.task.eos, pad=run.task.pad,
         save_tokenizer=run.task.tokenizer.save,
     )  # fmt: skip
     return out

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 
 from jaxrl_llm.experience.config import AdvantageConfig, BestWorst, Gae, Grpo, RewardKl
 from jaxrl_llm.update.config import (
@@ -105,7 +105,9 @@ def refusals(objective: ObjectiveConfig, samples: int, packing: str) -> list[str
         )
     loss = objective.loss
     if loss.kind == "cross_entropy":
-        found.append("objective.loss.kind: got cross_entropy, want one for RL: it uses no reward; warm_start is supervised")
+        found.append(
+            "objective.loss.kind: got cross_entropy, want one for RL: it uses no reward; warm_start is supervised"
+        )
     if isinstance(loss, Dpo):
         if not isinstance(objective.advantage, BestWorst):
             found.append(
@@ -142,7 +144,9 @@ def _refusals_of_loss(loss: PolicyGradient) -> list[str]:
             f"{name}.ratio: got {loss.ratio} with the surrogate {surrogate.kind}, want token: only clip is defined on sequences"
         )
     if isinstance(surrogate, Clip) and surrogate.dual is not None and loss.ratio != "token":
-        found.append(f"{name}.surrogate.dual: got {surrogate.dual}, want null with the ratio {loss.ratio}: no source defines it")
+        found.append(
+            f"{name}.surrogate.dual: got {surrogate.dual}, want null with the ratio {loss.ratio}: no source defines it"
+        )
     if isinstance(surrogate, Cispo) and surrogate.low >= surrogate.high:
         found.append(
             f"{name}.surrogate.low: got {surrogate.low}, want less than high ({surrogate.high}): bounds of the ratio itself"
@@ -152,18 +156,31 @@ def _refusals_of_loss(loss: PolicyGradient) -> list[str]:
             f"{name}.anchor: got behavior with the correction {loss.correction.kind}, want proximal: the ratio to the sampler "
             "already holds the weight, which would count twice"
         )
-    if isinstance(surrogate, Gmpo | Sapo) and loss.correction.kind == "truncated_importance" and loss.correction.floor > 0:
-        found.append(f"{name}.correction.floor: got {loss.correction.floor}, want 0 with the surrogate {surrogate.kind}")
+    if (
+        isinstance(surrogate, Gmpo | Sapo)
+        and loss.correction.kind == "truncated_importance"
+        and loss.correction.floor > 0
+    ):
+        found.append(
+            f"{name}.correction.floor: got {loss.correction.floor}, want 0 with the surrogate {surrogate.kind}"
+        )
     if loss.kl.by_ratio and loss.kl.kind in ("k2", "k3_plus", "full"):
         found.append(
             f"{name}.kl.by_ratio: got true with {loss.kl.kind}, want false: its gradient is right without the ratio"
         )
     if loss.kl.kind == "full" and loss.kl.to == "behavior":
-        found.append(f"{name}.kl.to: got behavior with the kind full, want reference: the sampler's logits are not kept")
+        found.append(
+            f"{name}.kl.to: got behavior with the kind full, want reference: the sampler's logits are not kept"
+        )
     if isinstance(surrogate, Reinforce) and loss.ratio != "token":
         found.append(f"{name}.ratio: got {loss.ratio}, want token: reinforce has no ratio")
     if loss.length is not None and loss.aggregation != "constant":
         found.append(f"{name}.length: got {loss.length}, want null: only the aggregation constant reads it")
-    if isinstance(loss.correction, NoCorrection) and loss.kl.to == "behavior" and loss.kl.kind == "k1" and loss.kl.weight:
+    if (
+        isinstance(loss.correction, NoCorrection)
+        and loss.kl.to == "behavior"
+        and loss.kl.kind == "k1"
+        and loss.kl.weight
+    ):
         found.append(f"{name}.kl.kind: got k1 to behavior, want k2 or k3: the mean gradient of k1 in a loss is 0")
     return found

@@ -76,9 +76,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "openrlhf:reinforce_pp": _preset(
         {"kind": "reinforce_pp", "variance": "population"}, _policy(CLIP), reward_kl={"kind": "k1", "weight": 0.01}
     ),
-    "openrlhf:grpo": _preset(
-        {"kind": "grpo", "eps": 1e-9}, _policy(CLIP), reward_kl={"kind": "k1", "weight": 0.01}
-    ),
+    "openrlhf:grpo": _preset({"kind": "grpo", "eps": 1e-9}, _policy(CLIP), reward_kl={"kind": "k1", "weight": 0.01}),
     "slime:grpo": _preset(VERL_GRPO, _policy(CLIP, "sequence")),
     "nemo:grpo": _preset(
         {"kind": "leave_one_out"},
@@ -100,14 +98,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def resolve(given: Any, names: dict[str, dict[str, Any]] = PRESETS) -> Any:
-    """`given` as a config holds it under `objective`, the preset's parts filled in below what is written beside it.
+def filled(given: Any, defaults: dict[str, Any]) -> Any:
+    """`given`, as a config holds it under `objective`, over its preset's parts, over `defaults`: a `kind` need not be repeated.
 
-    Raises KeyError with the name where there is no such preset.
+    A name alone is short for {preset: name}. Raises KeyError where there is no such preset.
     """
-    if not isinstance(given, dict) or not given.get("preset"):
+    given = {"preset": given} if isinstance(given, str) else given
+    if not isinstance(given, dict):
         return given
-    return _over(names[given["preset"]], given)
+    base = PRESETS[given["preset"]] if given.get("preset") else {}
+    return _over(_over(defaults, base), given)
 
 
 def _over(base: Any, top: Any) -> Any:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.params import abstract, shardings, specs, unstack
+from jaxrl_llm.model.params import abstract, policy_part, shardings, specs, unstack
 from jaxrl_llm.model.quantised import DTYPES, Quantised, map_matrices, quantise, quantised_specs
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import Policy, PyTree
@@ -61,6 +61,7 @@ def make_blank(cfg: ModelConfig, decode: Layout, weights: str = "compute") -> Ca
 
 def _view(params: PyTree, cfg: ModelConfig, weights: str) -> PyTree:
     """The masters as a policy holds them, layers stacked."""
+    params = policy_part(params, cfg)
 
     def cast(x: Array) -> Array:
         return x.astype(cfg.compute)

@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,12 @@ from jaxrl_llm.ceilings import copy_bandwidth, matmul_rate
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.experience.packing import Shape, shape_of
 from jaxrl_llm.experience.replay import Replay, empty
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model import quantised
-from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.config import ModelConfig, Whole
+from jaxrl_llm.model.critic import critic_specs, critic_start
 from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.load import load
 from jaxrl_llm.model.hf.source import resolve as resolve_model
@@ -39,9 +41,30 @@ from jaxrl_llm.rewards.graders import problems as grader_problems
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Batch, Experience, Policy, Prompts, PyTree, Rollouts, TrainState
-from jaxrl_llm.update.config import Correction, CrossEntropyLoss, LossConfig, NoCorrection, OptimizerConfig
+from jaxrl_llm.update.config import (
+    Correction,
+    CrossEntropy,
+    LossConfig,
+    NoCorrection,
+    OptimizerConfig,
+    PolicyGradient,
+    SecondMoment,
+)
 from jaxrl_llm.update.config import resolve as resolve_correction
+from jaxrl_llm.update.losses import anchored_on_proximal
 from jaxrl_llm.update.step import Update, make_optimizer, make_score, make_start, make_update, state_shardings
+
+
+class Shapes(NamedTuple):
+    """Of the batches of a run."""
+
+    update: Shape
+    """A minibatch."""
+    experience: Shape
+    """All groups of a step, for scores before the first update."""
+    warm_start: Shape
+    held_out: Shape
+    """`rollout.prompts` rows with the right responses."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +81,17 @@ class Run:
     train: Layout
     decode: Layout
     specs: PyTree
+    """Of the policy; what the warm start trains."""
+    learner_specs: PyTree
+    """Of what RL trains: with the critic, if there is one."""
     engine: Engine
     correction: Correction
     """Of the sampler's arithmetic, `auto` resolved."""
     publish: Publish
+    shapes: Shapes
     score: jax.stages.Wrapped
+    """Of batches of the shape `held_out`."""
+    score_experience: jax.stages.Wrapped
     warm_update: Update
     update: Update
     key: Key[Array, ""]
@@ -70,17 +99,15 @@ class Run:
     eval_key: Key[Array, ""]
 
     @property
-    def corrects(self) -> bool:
-        return not isinstance(self.correction, NoCorrection)
+    def anchored_on_proximal(self) -> bool:
+        """The ratio is to the trainer's parameters before the first update on a batch, not to what was captured while sampling."""
+        loss = self.cfg.objective.loss
+        return isinstance(loss, PolicyGradient) and anchored_on_proximal(loss, self.correction)
 
     @property
     def scores_proximal(self) -> bool:
         """A batch is scored once before its first update; where that is the only one, the update does it itself."""
-        return self.corrects and self.cfg.update.updates > 1
-
-    @property
-    def keeps_reference(self) -> bool:
-        return self.cfg.update.loss.kl > 0
+        return isinstance(self.correction, SecondMoment) or (self.anchored_on_proximal and self.cfg.update.updates > 1)
 
     def put_batch(self, batch: Batch) -> Batch:
         return hosts.put(batch, self.train.sharding(("rows", None)))
@@ -105,6 +132,8 @@ class Life:
     """Steps of RL in a row of which no update was finite."""
     eval_before: float
     """Held-out accuracy before RL (`evaluate.headline`); NaN until measured."""
+    began: bool
+    """RL has: the state holds what it trains, and its optimizer's."""
     state: TrainState
     reference: PyTree | None
     """Parameters at the start of RL, where the loss has a KL term."""
@@ -120,7 +149,7 @@ class Life:
         )
 
     @staticmethod
-    def revive(tree: PyTree) -> "Life":
+    def revive(tree: PyTree, meta: dict[str, Any]) -> "Life":
         return Life(
             step=int(tree["step"]),
             cursor=int(tree["cursor"]),
@@ -128,6 +157,7 @@ class Life:
             alarm=int(tree["alarm"]),
             nonfinite=int(tree["nonfinite"]),
             eval_before=float(tree["eval_before"]),
+            began=meta["began"],
             state=tree["state"],
             reference=tree.get("reference"),
             replay=tree.get("replay"),
@@ -144,15 +174,16 @@ def build(cfg: RunConfig) -> Run:
     train = Layout(mesh, TRAIN)
     decode = train.for_decode(cfg.rollout.engine.layout)
     weights = cfg.rollout.engine.weights
-    correction = resolve_correction(cfg.update.correction, weights, cfg.rollout.engine.cache)
+    correction = correction_of(cfg)
     vocab = Vocabulary(size=task.num_tokens, pad=task.pad, eos=task.eos)
     specs = model_params.specs(model)
+    learner_specs = specs | (critic_specs(model, cfg.objective.critic.kind) if cfg.objective.has_critic else {})
+    shapes = shapes_of(cfg, task, train.size("rows"))
+    how = Whole(cfg.update.attention, cfg.update.remat)
+    scoring = {"num_tokens": task.num_tokens, "cfg": model, "layout": train, "ends": task.eos, "how": how}
 
-    def update(loss: LossConfig, optimizer: OptimizerConfig, micro_batches: int) -> Update:
-        return make_update(
-            specs, loss, optimizer, correction=correction, normalize=cfg.update.normalize, length=cfg.rollout.max_new_tokens,
-            micro_batches=micro_batches, num_tokens=task.num_tokens, cfg=model, layout=train, ends=task.eos,
-        )  # fmt: skip
+    def update(specs: PyTree, loss: LossConfig, optimizer: OptimizerConfig, micro_batches: int) -> Update:
+        return make_update(specs, loss, optimizer, correction=correction, micro_batches=micro_batches, **scoring)
 
     key, eval_key = jax.random.split(jax.random.key(cfg.seed))
     return Run(
@@ -164,14 +195,45 @@ def build(cfg: RunConfig) -> Run:
         train=train,
         decode=decode,
         specs=specs,
+        learner_specs=learner_specs,
         engine=Engine(cfg.rollout, task.prompt_slots, vocab, model, decode, task.tokenizer.decode),
         correction=correction,
         publish=make_publish(model, train, decode, weights),
-        score=make_score(task.num_tokens, model, train, task.eos),
-        warm_update=update(CrossEntropyLoss(), cfg.warm_start.optimizer, 1),
-        update=update(cfg.update.loss, cfg.update.optimizer, cfg.update.micro_batches),
+        shapes=shapes,
+        score=make_score(**scoring),
+        score_experience=make_score(**scoring, parts=shapes.experience.parts),
+        warm_update=update(specs, CrossEntropy(), cfg.warm_start.optimizer, 1),
+        update=update(learner_specs, cfg.objective.loss, cfg.update.optimizer, cfg.update.micro_batches),
         key=key,
         eval_key=eval_key,
+    )
+
+
+def correction_of(cfg: RunConfig) -> Correction:
+    """`auto` resolved; none where the loss knows no correction."""
+    loss, engine = cfg.objective.loss, cfg.rollout.engine
+    return (
+        resolve_correction(loss.correction, engine.weights, engine.cache)
+        if isinstance(loss, PolicyGradient)
+        else NoCorrection()
+    )
+
+
+def shapes_of(cfg: RunConfig, task: Task, shards: int) -> Shapes:
+    prompts, samples, packing, update = cfg.rollout.prompts, cfg.rollout.samples, cfg.update.packing, cfg.update
+    sizes = task.prompt_slots, cfg.rollout.max_new_tokens
+
+    def of_rollouts(prompts: int, parts: int) -> Shape:
+        return shape_of(packing.kind, prompts, samples, sizes, packing.slots, parts, shards)
+
+    def supervised(rows: int) -> Shape:
+        return shape_of("none", rows, 1, sizes, 0, 1, shards)
+
+    return Shapes(
+        of_rollouts(prompts // update.minibatches, update.micro_batches),
+        of_rollouts(prompts, update.micro_batches * update.minibatches),
+        supervised(cfg.warm_start.rows),
+        supervised(prompts),
     )
 
 
@@ -196,17 +258,23 @@ def problems(cfg: RunConfig, task: Task) -> list[str]:
     return found
 
 
-def fresh_optimizer(run: Run, params: PyTree, updates: int) -> TrainState:
-    """A TrainState around `params`, which are donated, with empty moments."""
-    start = make_start(run.specs, make_optimizer(run.cfg.update.optimizer), run.train)
+def fresh_state(run: Run, params: PyTree, updates: int, began: bool) -> TrainState:
+    """A TrainState around the policy's `params`, which are donated, with empty moments and a critic that knows nothing where RL
+    trains one."""
+    cfg, critic = run.cfg, run.cfg.objective.critic.kind
+
+    def grown(params: PyTree) -> PyTree:
+        return params | (critic_start(params, run.model, critic) if began and cfg.objective.has_critic else {})
+
+    optimizer = make_optimizer(cfg.update.optimizer if began else cfg.warm_start.optimizer)
+    start = make_start(run.learner_specs if began else run.specs, optimizer, run.train, grown)
     return start(params, hosts.put(np.int32(updates), run.train.replicated))
 
 
 def begin(run: Run) -> Life:
     """A life from the seed."""
-    params = start_params(run)
-    reference = jax.tree.map(jnp.copy, params) if run.keeps_reference else None
-    return Life(0, 0, 0, 0, 0, float("nan"), fresh_optimizer(run, params, 0), reference, _empty_replay(run))
+    state = fresh_state(run, start_params(run), 0, began=False)
+    return Life(0, 0, 0, 0, 0, float("nan"), False, state, None, _empty_replay(run))
 
 
 def start_params(run: Run) -> PyTree:
@@ -214,6 +282,19 @@ def start_params(run: Run) -> PyTree:
     if isinstance(run.cfg.model, ModelConfig):
         return model_params.init(run.specs, jax.random.fold_in(run.key, 2**31 - 1), run.train)
     return load(resolve_model(run.cfg.model.path), run.specs, run.train, jnp.float32)
+
+
+def start_reference(run: Run, params: PyTree) -> PyTree:
+    """The reference at the start of RL: a copy of the policy's parameters, or another model's."""
+    cfg = run.cfg.objective.reference
+    if cfg.kind != "pretrained":
+        return jax.tree.map(jnp.copy, params)
+    directory = resolve_model(cfg.path)
+    if read_config(directory, run.model.compute) != run.model:
+        raise UserError(
+            f"objective.reference.path: got {cfg.path}, whose config.json describes another shape of model; want the policy's own"
+        )
+    return load(directory, run.specs, run.train, jnp.float32)
 
 
 def _empty_replay(run: Run) -> Replay | None:
@@ -238,20 +319,23 @@ def _experience_shape(run: Run) -> Experience:
         barred=np.zeros((b, c), bool) if rollout.min_new_tokens else None,
         **{name: np.zeros((b, c), dtype) for name, dtype in per_token.items()},
     )
-    return Experience(rollouts, np.zeros(b, f32), np.zeros(b, f32))
+    return Experience(rollouts, np.zeros(b, f32), np.zeros((b, len(run.cfg.reward.graders)), f32))
 
 
-def target(run: Run) -> PyTree:
+def target(run: Run, meta: dict[str, Any]) -> PyTree:
     """What a checkpoint of this run holds: shapes and where they go."""
-    optimizer = make_optimizer(run.cfg.update.optimizer)
-    params = model_params.abstract(run.specs, run.train)
+    began = meta["began"]
+    optimizer = make_optimizer(run.cfg.update.optimizer if began else run.cfg.warm_start.optimizer)
+    specs = run.learner_specs if began else run.specs
+    params = model_params.abstract(specs, run.train)
     shapes = jax.eval_shape(lambda p: TrainState(p, optimizer.init(p), np.zeros((), np.int32)), params)
     state = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         shapes,
-        state_shardings(run.specs, optimizer, run.train),
+        state_shardings(specs, optimizer, run.train),
     )
-    return Life(0, 0, 0, 0, 0, 0.0, state, params if run.keeps_reference else None, _empty_replay(run)).tree(run.key)
+    reference = model_params.abstract(run.specs, run.train) if began and run.cfg.objective.has_reference else None
+    return Life(0, 0, 0, 0, 0, 0.0, began, state, reference, _empty_replay(run)).tree(run.key)
 
 
 def publish(run: Run, state: TrainState, old: Policy | None) -> Policy:

@@ -1,4 +1,4 @@
-"""The sentence: prompts -> generate -> reward -> filter -> advantage -> replay -> update -> publish -> generate ...
+"""The sentence: prompts -> generate -> reward -> filter -> replay -> advantage -> update -> publish -> generate ...
 
 `train` reads from top to bottom as what a run does. Each stage is a function of values; this file is where they meet.
 """
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -22,13 +21,12 @@ from jaxrl_llm.collect import GivenUp, collect
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.describe import as_floats, describe, describe_engine, responses
 from jaxrl_llm.errors import CheckpointError, NonFiniteError, Preempted, UserError
-from jaxrl_llm.evaluate import evaluate, headline, supervised_batch
-from jaxrl_llm.experience.advantages import ADVANTAGES
-from jaxrl_llm.experience.batch import make_batch, minibatches
+from jaxrl_llm.evaluate import evaluate, headline, supervised_sequences
+from jaxrl_llm.experience.batch import make_batch
 from jaxrl_llm.experience.filters import FILTERS
 from jaxrl_llm.experience.replay import fill
-from jaxrl_llm.metrics import CompileCounter, RatioAlarm, Recorder, Timers
-from jaxrl_llm.parallel import hosts
+from jaxrl_llm.learn import learn
+from jaxrl_llm.metrics import CompileCounter, Recorder, Timers
 from jaxrl_llm.prompts.stream import next_prompts
 from jaxrl_llm.prompts.supervised import noisy_rows
 from jaxrl_llm.rewards.pool import GraderPool
@@ -38,12 +36,13 @@ from jaxrl_llm.run import (
     begin,
     build,
     decode_rates,
-    fresh_optimizer,
+    fresh_state,
     open_checkpoints,
     publish,
+    start_reference,
     target,
 )
-from jaxrl_llm.types import Batch, Experience, Policy, TrainState
+from jaxrl_llm.types import Experience, Policy, TrainState
 
 MAX_NONFINITE = 3
 
@@ -126,7 +125,7 @@ def warm_step(run: Run, shell: Shell, life: Life) -> tuple[Life, dict[str, float
     places = range(life.step * cfg.rows, (life.step + 1) * cfg.rows)
     with shell.timers("update"):
         rows = noisy_rows(run.task, run.warm_order, places, cfg.noise, run.cfg.seed)
-        batch = supervised_batch(run, rows)
+        batch, _ = make_batch(supervised_sequences(run, rows), run.shapes.warm_start, run.task.pad)
         state, metrics = run.warm_update(life.state, run.put_batch(batch))
         metrics = jax.device_get(metrics)
     return dataclasses.replace(life, step=life.step + 1, state=state), {"phase": "warm_start", **as_floats(metrics)}
@@ -134,16 +133,16 @@ def warm_step(run: Run, shell: Shell, life: Life) -> tuple[Life, dict[str, float
 
 def start_rl(run: Run, shell: Shell, life: Life) -> tuple[Life, Policy, dict[str, float]]:
     """The first policy of this process; at the very start of RL also a fresh optimizer, the reference, and the score before."""
-    if life.step > run.cfg.warm_start.steps:
+    if life.began:
         return life, first_policy(run, life.state), {}
-    reference = jax.tree.map(jnp.copy, life.state.params) if run.keeps_reference else None
-    state = fresh_optimizer(run, life.state.params, int(life.state.step))
+    reference = start_reference(run, life.state.params) if run.cfg.objective.has_reference else None
+    state = fresh_state(run, life.state.params, int(life.state.step), began=True)
     policy = first_policy(run, state)
     scores = evaluate(run, state.params, policy, shell.pool)
     shell.recorder.message(
         "held-out accuracy before RL: " + ", ".join(f"{v:.4f} {k.removeprefix('eval/')}" for k, v in scores.items())
     )
-    life = dataclasses.replace(life, state=state, reference=reference, eval_before=scores[headline(run)])
+    life = dataclasses.replace(life, began=True, state=state, reference=reference, eval_before=scores[headline(run)])
     return life, policy, scores
 
 
@@ -167,12 +166,11 @@ def rl_step(
     timers.add("generate", stats.seconds)
     timers.add("reward", waited)
     keep = FILTERS[cfg.experience.filter](graded.reward)
-    advantage = ADVANTAGES[cfg.experience.advantage](graded.reward)
-    fresh = Experience(rollouts, graded.reward.reshape(-1), advantage.reshape(-1))
+    parts = np.moveaxis(graded.parts, 0, -1).reshape(len(rollouts.length), -1)
+    fresh = Experience(rollouts, graded.reward.reshape(-1), parts.astype(np.float32))
     replay, experience, counts = fill(life.replay, fresh, keep, version, cfg.experience.replay, rng)
     with timers("update"):
-        batch = make_batch(experience, counts, run.task.pad)
-        state, alarm, learned = update(run, life, batch, is_old(experience, counts, version), rng)
+        state, alarm, learned, advantage = learn(run, life, experience, counts, rng)
     with timers("publish"):
         policy = jax.block_until_ready(publish(run, state, policy))
     if learned["alarm/ratio"]:
@@ -184,7 +182,7 @@ def rl_step(
         raise NonFiniteError(
             f"no update of {MAX_NONFINITE} steps in a row was finite; parameters are those from before them"
         )
-    show(run, shell, life.step + 1, fresh)
+    show(run, shell, life.step + 1, fresh, np.where(np.repeat(keep, cfg.rollout.samples)[:, None], advantage, 0.0))
     metrics = {
         "phase": "rl",
         **describe(cfg, graded, rollouts, keep, counts),
@@ -199,48 +197,13 @@ def rl_step(
     return life, policy, metrics | {"num_tokens": num_tokens}
 
 
-def is_old(experience: Experience, counts: np.ndarray, version: int) -> bool:
-    """Some token to learn from was drawn by an earlier policy."""
-    rollouts = experience.rollouts
-    learn = rollouts.sampled & np.repeat(counts, len(rollouts.length) // len(counts))[:, None]
-    return bool((rollouts.version[learn] < version).any())
-
-
-def update(
-    run: Run, life: Life, batch: Batch, old: bool, rng: np.random.Generator
-) -> tuple[TrainState, int, dict[str, float]]:
-    """Epochs x minibatches of updates. Returns the state, the alarm's streak and the step's metrics.
-
-    Every update compares with the log-probs captured while sampling, the last as well as the first. An update is stale, to the
-    alarm, from the second on, or when the data is `old`.
-    """
-    cfg, state, alarm, rings, each = run.cfg.update, life.state, RatioAlarm(life.alarm), False, []
-    if run.keeps_reference:
-        batch = batch.replace(reference_logprobs=hosts.gather(run.score(life.reference, run.put_batch(batch))))
-    if run.scores_proximal:
-        batch = batch.replace(proximal_logprobs=hosts.gather(run.score(state.params, run.put_batch(batch))))
-    # Corrected, the ratio is to the trainer of before these updates: the first has ratio 1 on old data too.
-    stale = old and not run.corrects
-    for _ in range(cfg.epochs):
-        for part in minibatches(batch, run.cfg.rollout.samples, cfg.minibatches, rng):
-            state, metrics = run.update(state, run.put_batch(part))
-            each.append(as_floats(jax.device_get(metrics)))
-            alarm, ring = alarm.observe(each[-1]["ratio/min"], each[-1]["ratio/max"], stale=stale or len(each) > 1)
-            rings |= ring
-    metrics = {name: float(np.mean([m[name] for m in each])) for name in each[0]}
-    metrics |= {"ratio/max": max(m["ratio/max"] for m in each), "ratio/min": min(m["ratio/min"] for m in each)}
-    # Only the first update on fresh data compares the same parameters: what is left is the sampler's own error.
-    metrics |= {name: float("nan") if old else x for name, x in each[0].items() if name.startswith("mismatch/")}
-    return state, alarm.streak, metrics | {"alarm/ratio": float(rings), "updates": len(each)}
-
-
-def show(run: Run, shell: Shell, step: int, experience: Experience) -> None:
+def show(run: Run, shell: Shell, step: int, experience: Experience, advantage: np.ndarray) -> None:
     """Rollouts to the run's record, and a few of them to the screen, where they are due."""
     recorder, cfg = shell.recorder, run.cfg.metrics
     if not (recorder.wants(step, cfg.rollouts_every) or recorder.wants(step, cfg.samples_every)):
         return
     groups = cfg.rollout_groups if cfg.rollout_groups >= 0 else run.cfg.rollout.prompts
-    rows = responses(run, experience, groups * run.cfg.rollout.samples)
+    rows = responses(run, experience, advantage, groups * run.cfg.rollout.samples)
     if recorder.wants(step, cfg.rollouts_every):
         recorder.rollouts(step, rows)
     if recorder.wants(step, cfg.samples_every):
@@ -281,7 +244,7 @@ def claim(run_dir: Path, cfg: RunConfig) -> None:
 
 def resume(run: Run, shell: Shell, must: bool) -> Life | None:
     """The newest life in the run directory; None in a fresh one."""
-    restored = shell.checkpoints.restore(target(run))
+    restored = shell.checkpoints.restore(partial(target, run))
     if restored is None:
         if must:
             raise CheckpointError(
@@ -291,11 +254,11 @@ def resume(run: Run, shell: Shell, must: bool) -> Life | None:
         return None
     shell.recorder.truncate(restored.meta["offsets"])
     shell.recorder.message(f"going on from step {restored.step} in {run.cfg.run_dir}")
-    return Life.revive(restored.tree)
+    return Life.revive(restored.tree, restored.meta)
 
 
 def save(run: Run, shell: Shell, life: Life) -> None:
-    shell.checkpoints.save(life.step, life.tree(run.key), {"offsets": shell.recorder.offsets()})
+    shell.checkpoints.save(life.step, life.tree(run.key), {"offsets": shell.recorder.offsets(), "began": life.began})
 
 
 def leave(run: Run, shell: Shell, life: Life, when: str = "") -> NoReturn:

@@ -18,7 +18,9 @@ ALLOWED = {
     "__init__": set(),
     "errors": set(),
     "types": set(),
-    "config": {"errors", "metrics"},
+    "objective": set(),
+    "presets": set(),
+    "config": {"errors", "metrics", "objective", "presets"},
     "metrics": {"errors"},
     "estimates": set(),
     "ceilings": set(),
@@ -35,11 +37,12 @@ ALLOWED = {
     "run": FOUNDATION | STAGES | {"ceilings", "config", "model", "publish", "checkpoint"},
     "collect": FOUNDATION | STAGES | {"run"},
     "describe": FOUNDATION | STAGES | {"config", "run", "collect"},
+    "learn": FOUNDATION | STAGES | {"metrics", "model", "run", "describe"},
     "evaluate": FOUNDATION | STAGES | {"config", "estimates", "run", "collect"},
     "inspect_run": FOUNDATION | STAGES | {"config", "estimates", "metrics", "model", "run", "collect", "evaluate"},
     "train": FOUNDATION
     | STAGES
-    | {"config", "metrics", "model", "publish", "checkpoint", "run", "collect", "describe", "evaluate"},
+    | {"config", "metrics", "model", "publish", "checkpoint", "run", "collect", "describe", "evaluate", "learn"},
     "cli": {"errors", "config", "parallel", "report", "train", "inspect_run"},
 }
 NEVER = {"configs", "tests", "benchmarks", "launch", "docs"}

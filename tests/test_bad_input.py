@@ -79,10 +79,17 @@ def test_two_runs_in_one_directory(tmp_path):
 def test_a_run_directory_with_another_config(tmp_path):
     (tmp_path / "config.yaml").write_text((ROOT / "configs/arithmetic.yaml").read_text())
     said = jaxrl(
-        "train", ROOT / "configs/arithmetic.yaml", "--run-dir", tmp_path, "--seed", 3, "--update.loss.low", 0.1
+        "train",
+        ROOT / "configs/arithmetic.yaml",
+        "--run-dir",
+        tmp_path,
+        "--seed",
+        3,
+        "--objective.loss.surrogate.low",
+        0.1,
     )
     assert "holds a run with another config" in said
-    assert "seed: 0 -> 3" in said and "update.loss.low: 0.2 -> 0.1" in said
+    assert "seed: 0 -> 3" in said and "objective.loss.surrogate.low: 0.2 -> 0.1" in said
 
 
 def test_resume_without_a_checkpoint(tmp_path):

@@ -31,7 +31,8 @@ rollout: {{prompts: 8, samples: 4, max_new_tokens: 4}}
 task: {{kind: arithmetic, terms: 2, held_out: 16}}
 reward: {{workers: 1}}
 experience: {{filter: {filter}, replay: {{capacity: 12}}}}
-update: {{minibatches: 2, epochs: 2, loss: {{kind: clipped, kl: 0.01}}, optimizer: {{lr: 1.0e-3}}}}
+objective: {{preset: paper:ppo, loss: {{kl: {{weight: 0.01}}}}}}
+update: {{minibatches: 2, epochs: 2, packing: {{kind: shared_prefix}}, optimizer: {{lr: 1.0e-3}}}}
 evaluation: {{every: 5}}
 checkpoint: {{every: {every}}}
 metrics: {{rollout_groups: -1, tensorboard: false, samples_every: 0}}
@@ -117,6 +118,7 @@ def test_a_run_records_what_it_did(reference):
         "completions/clipped_ratio",
         "entropy",
         "kl",
+        "critic/loss",
     }
     names |= {
         "clip_ratio/low",

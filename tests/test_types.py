@@ -22,7 +22,7 @@ def rollouts(p=2, g=2, c=4) -> Rollouts:
 
 def batch(r=2, t=3, **changes) -> Batch:
     i32, f32 = np.zeros((r, t), np.int32), np.zeros((r, t), np.float32)
-    return Batch(i32, i32, i32, np.ones((r, t), bool), f32, f32, f32).replace(**changes)
+    return Batch(i32, i32, i32, i32, i32, i32, np.ones((r, t), bool), f32, f32, f32, f32).replace(**changes)
 
 
 def test_a_good_value_comes_back_itself():

@@ -31,27 +31,28 @@ import numpy as np
 from jaxrl_llm.collect import collect
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.evaluate import evaluate
-from jaxrl_llm.experience.advantages import ADVANTAGES
-from jaxrl_llm.experience.batch import make_batch, minibatches
-from jaxrl_llm.experience.config import ExperienceConfig
+from jaxrl_llm.experience.batch import Sequences, make_batch, minibatches, of_sequences
+from jaxrl_llm.experience.config import Rloo
 from jaxrl_llm.experience.filters import FILTERS
+from jaxrl_llm.learn import assess, means_of
 from jaxrl_llm.metrics import RatioAlarm
 from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.objective import ObjectiveConfig
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.prompts.config import ArithmeticTask
 from jaxrl_llm.prompts.stream import next_prompts
 from jaxrl_llm.rollout.config import RolloutConfig
-from jaxrl_llm.run import Run, begin, build, fresh_optimizer, publish
+from jaxrl_llm.run import Life, Run, begin, build, fresh_state, publish
 from jaxrl_llm.train import Shell, open_shell, warm_step
-from jaxrl_llm.types import Batch, Experience, PyTree, TrainState
-from jaxrl_llm.update.config import ClippedLoss, OptimizerConfig, UpdateConfig, WarmStartConfig
+from jaxrl_llm.types import Experience, PyTree, TrainState
+from jaxrl_llm.update.config import Clip, OptimizerConfig, PolicyGradient, UpdateConfig, WarmStartConfig
 
 ARMS, LAGS, SEEDS, RATE = ("captured", "recomputed"), (0, 4), (0, 1, 2), 3e-4
 CASES = [(arm, lag, RATE, seed) for seed in SEEDS for lag in LAGS for arm in ARMS]
 """arm, lag, learning rate, seed."""
 HIGHER_RATE = [(arm, lag, 1e-3, 0) for lag in LAGS for arm in ARMS]
 CAUSES = [(arm, lag, RATE, seed) for seed in SEEDS for arm, lag in (("once", 4), ("unclipped", 0), ("unclipped", 4))]
-UNCLIPPED = ClippedLoss(low=1.0, high=1e9)
+UNCLIPPED = ObjectiveConfig(advantage=Rloo(), loss=PolicyGradient(surrogate=Clip(low=1.0, high=1e9)))
 EVERY = 20
 """Steps between evaluations."""
 HERE = Path(__file__).parent
@@ -66,16 +67,16 @@ SETUP = dataclasses.replace(
         steps=500, rows=128, noise=0.56, optimizer=OptimizerConfig(lr=2e-3, warmup_steps=20, weight_decay=0.1)
     ),
     rollout=RolloutConfig(prompts=32, samples=8, max_new_tokens=4, temperature=1.0),
-    experience=ExperienceConfig(filter="has_signal", advantage="rloo"),
-    update=UpdateConfig(loss=ClippedLoss(low=0.2, high=0.2), epochs=2, minibatches=2),
+    objective=ObjectiveConfig(advantage=Rloo()),
+    update=UpdateConfig(epochs=2, minibatches=2),
 )
 """All but the seed and the learning rate."""
 
 
 def config(arm: str, rate: float, seed: int, run_dir: str) -> RunConfig:
-    loss = UNCLIPPED if arm == "unclipped" else SETUP.update.loss
-    update = dataclasses.replace(SETUP.update, loss=loss, optimizer=OptimizerConfig(lr=rate))
-    return dataclasses.replace(SETUP, seed=seed, update=update, run_dir=run_dir)
+    objective = UNCLIPPED if arm == "unclipped" else SETUP.objective
+    update = dataclasses.replace(SETUP.update, optimizer=OptimizerConfig(lr=rate))
+    return dataclasses.replace(SETUP, seed=seed, objective=objective, update=update, run_dir=run_dir)
 
 
 def experiment(cases: list[tuple[str, int, float, int]]) -> None:
@@ -89,8 +90,8 @@ def experiment(cases: list[tuple[str, int, float, int]]) -> None:
             cfg = config(arm, rate, seed, run_dir)
             run = build(cfg)
             # The compiled programs depend on all of the config but the seed.
-            shared = programs.setdefault(repr(cfg.update), run)
-            names = ("generate", "publish", "score", "warm_update", "update")
+            shared = programs.setdefault(repr((cfg.objective, cfg.update)), run)
+            names = ("engine", "publish", "score", "score_experience", "warm_update", "update")
             run = dataclasses.replace(run, **{name: getattr(shared, name) for name in names})
             with open_shell(cfg) as shell:
                 warm[seed] = warm.get(seed) or warm_up(run, shell)
@@ -116,20 +117,20 @@ def store(runs: list[dict]) -> None:
     RESULTS.write_text(json.dumps(found, separators=(",", ":"), allow_nan=False) + "\n")
 
 
-def warm_up(run: Run, shell: Shell) -> TrainState:
-    """The state that all arms of a seed start from."""
+def warm_up(run: Run, shell: Shell) -> Life:
+    """What all arms of a seed start from."""
     life = begin(run)
     while life.step < run.cfg.warm_start.steps:
         life, metrics = warm_step(run, shell, life)
         if life.step % 100 == 0:
             print(f"seed {run.cfg.seed}: warm start {life.step}, loss {metrics['loss']:.3f}", flush=True)
-    return life.state
+    return life
 
 
-def learn(run: Run, shell: Shell, warm: TrainState, arm: str, lag: int) -> dict:
+def learn(run: Run, shell: Shell, warm: Life, arm: str, lag: int) -> dict:
     """One run of RL: the loop of `train.rl_step`, with a queue of policies and, in one arm, the bug."""
     cfg, cursor, alarm = run.cfg, 0, RatioAlarm()
-    state = fresh_optimizer(run, jax.tree.map(jnp.copy, warm.params), int(warm.step))
+    state = fresh_state(run, jax.tree.map(jnp.copy, warm.state.params), int(warm.state.step), began=True)
     policies = deque([publish(run, state, None)], maxlen=lag + 1)
     exact = {0: evaluate(run, state.params, policies[-1], shell.pool)["eval/exact"]}
     steps, rings = [], 0
@@ -138,9 +139,10 @@ def learn(run: Run, shell: Shell, warm: TrainState, arm: str, lag: int) -> dict:
         prompts, cursor = next_prompts(run.task, run.order, cursor, cfg.rollout.prompts)
         rollouts, graded, *_ = collect(run, shell.pool, policies[0], prompts, run.task.train, run.key)
         reward = graded.reward
-        keep, advantage = FILTERS[cfg.experience.filter](reward), ADVANTAGES[cfg.experience.advantage](reward)
-        batch = make_batch(Experience(rollouts, reward.reshape(-1), advantage.reshape(-1)), keep, run.task.pad)
-        state, updates = update(run, state, batch, arm, rng)
+        keep = FILTERS[cfg.experience.filter](reward)
+        experience = Experience(rollouts, reward.reshape(-1), reward.reshape(-1, 1))
+        sequences, _ = assess(run, dataclasses.replace(warm, state=state), experience, keep)
+        state, updates = update(run, state, sequences, arm, rng)
         for i, metrics in enumerate(updates):
             stale = i > 0 or bool(rollouts.version.max() < int(state.step) - len(updates))
             alarm, ring = alarm.observe(metrics["ratio/min"], metrics["ratio/max"], stale)
@@ -154,24 +156,27 @@ def learn(run: Run, shell: Shell, warm: TrainState, arm: str, lag: int) -> dict:
 
 
 def update(
-    run: Run, state: TrainState, batch: Batch, arm: str, rng: np.random.Generator
+    run: Run, state: TrainState, sequences: Sequences, arm: str, rng: np.random.Generator
 ) -> tuple[TrainState, list[dict[str, float]]]:
     """Epochs x minibatches of updates, and the metrics of each."""
     cfg, found = run.cfg.update, []
     if arm == "once":
-        batch = batch.replace(behavior_logprobs=rescored(run, state.params, batch))
+        sequences = rescored(run, state.params, sequences)
     for _ in range(cfg.epochs):
-        for part in minibatches(batch, run.cfg.rollout.samples, cfg.minibatches, rng):
+        for part in minibatches(sequences, cfg.minibatches, rng):
             if arm == "recomputed":
-                part = part.replace(behavior_logprobs=rescored(run, state.params, part))
-            state, metrics = run.update(state, run.put_batch(part))
+                part = rescored(run, state.params, part)
+            batch, _ = make_batch(part, run.shapes.update, run.task.pad, *means_of(run))
+            state, metrics = run.update(state, run.put_batch(batch))
             found.append({name: float(x) for name, x in jax.device_get(metrics).items()})
     return state, found
 
 
-def rescored(run: Run, params: PyTree, part: Batch) -> np.ndarray:
-    """The bug, f32[R T]: what the current policy says of the tokens takes the place of what their own policy said."""
-    return hosts.gather(run.score(params, run.put_batch(part)))
+def rescored(run: Run, params: PyTree, part: Sequences) -> Sequences:
+    """The bug: what the current policy says of the tokens takes the place of what their own policy said."""
+    batch, where = make_batch(part, run.shapes.update, run.task.pad)
+    logprobs = hosts.gather(run.score(params, run.put_batch(batch)).logprobs)
+    return part._replace(behavior_logprobs=of_sequences(logprobs, where, part))
 
 
 def describe(reward: np.ndarray, keep: np.ndarray, updates: list[dict[str, float]]) -> dict[str, float]:

@@ -26,16 +26,17 @@ import jax
 import numpy as np
 
 from jaxrl_llm.config import CheckpointConfig, EvaluationConfig, RunConfig
-from jaxrl_llm.experience.config import ExperienceConfig
+from jaxrl_llm.experience.config import Rloo
 from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.objective import ObjectiveConfig
 from jaxrl_llm.prompts.config import ArithmeticTask
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
 from jaxrl_llm.train import train
 from jaxrl_llm.update.config import (
     AutoCorrection,
-    ClippedLoss,
     NoCorrection,
     OptimizerConfig,
+    PolicyGradient,
     UpdateConfig,
     WarmStartConfig,
 )
@@ -62,10 +63,8 @@ SETUP = dataclasses.replace(
         steps=500, rows=128, noise=0.56, optimizer=OptimizerConfig(lr=2e-3, warmup_steps=20, weight_decay=0.1)
     ),
     rollout=RolloutConfig(prompts=32, samples=8, max_new_tokens=4, temperature=1.0),
-    experience=ExperienceConfig(filter="has_signal", advantage="rloo"),
-    update=UpdateConfig(
-        loss=ClippedLoss(low=0.2, high=0.2), epochs=2, minibatches=2, optimizer=OptimizerConfig(lr=3e-4)
-    ),
+    objective=ObjectiveConfig(advantage=Rloo()),
+    update=UpdateConfig(epochs=2, minibatches=2, optimizer=OptimizerConfig(lr=3e-4)),
     evaluation=EvaluationConfig(every=EVERY),
     checkpoint=CheckpointConfig(every=1000),
 )
@@ -83,8 +82,8 @@ SERIES = (
 def config(arm: str, seed: int, run_dir: str) -> RunConfig:
     engine, correction = ARMS[arm]
     rollout = dataclasses.replace(SETUP.rollout, engine=engine)
-    update = dataclasses.replace(SETUP.update, correction=correction)
-    return dataclasses.replace(SETUP, seed=seed, run_dir=run_dir, rollout=rollout, update=update)
+    objective = dataclasses.replace(SETUP.objective, loss=PolicyGradient(correction=correction))
+    return dataclasses.replace(SETUP, seed=seed, run_dir=run_dir, rollout=rollout, objective=objective)
 
 
 def experiment(cases: list[tuple[str, int]]) -> None:

@@ -118,7 +118,11 @@ def make_batch(
         tokens[row, at], position[row, at], until[row, at] = q.prompt[b, :n], np.arange(n), where.end[b]
         before[row, at], group[row, at] = np.maximum(slot[at] - 1, s), where.group[b]
     b, c, row, at = _slots(where, q.length, q.tokens.shape[1])
-    tokens[row, at], position[row, at], until[row, at] = q.tokens[b, c], q.prompt_length[b] + c, where.start[b] + q.length[b]
+    tokens[row, at], position[row, at], until[row, at] = (
+        q.tokens[b, c],
+        q.prompt_length[b] + c,
+        where.start[b] + q.length[b],
+    )
     before[row, at] = np.where(c > 0, at - 1, where.prompt[b] + q.prompt_length[b] - 1)
     segment[row, at], group[row, at] = where.segment[b], where.group[b]
 

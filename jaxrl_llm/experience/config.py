@@ -177,7 +177,19 @@ class Gae:
 
 
 AdvantageConfig = Annotated[
-    Grpo | MeanOnly | Rloo | LeaveOneOut | MaxRl | PassAtK | Opo | Gpg | Gdpo | Raw | BestWorst | ReinforcePlusPlus | Gae,
+    Grpo
+    | MeanOnly
+    | Rloo
+    | LeaveOneOut
+    | MaxRl
+    | PassAtK
+    | Opo
+    | Gpg
+    | Gdpo
+    | Raw
+    | BestWorst
+    | ReinforcePlusPlus
+    | Gae,
     Field(discriminator="kind"),
 ]
 

@@ -1,4 +1,4 @@
-"""Where sequences lie in the rows of a batch. A unit is what stays together: a prompt and one completion, or several that share it."""
+"""Where sequences lie in the rows of a batch. A unit stays together: a prompt and one completion, or several that share it."""
 
 from typing import NamedTuple
 
@@ -64,7 +64,9 @@ def place(prompt_length: Each, length: Each, group: Each, learn: Bool[np.ndarray
 
     `group` is ascending: a group's sequences stand together.
     """
-    fields = {name: np.full(len(length), -1, np.int32) for name in ("row", "prompt", "start", "end", "segment", "group")}
+    fields = {
+        name: np.full(len(length), -1, np.int32) for name in ("row", "prompt", "start", "end", "segment", "group")
+    }
     first = np.zeros(len(length), bool)
     units = _units(prompt_length, length, group, learn, shape)
     sizes = [int(prompt_length[unit[0]] + sum(length[b] for b in unit)) for unit in units]

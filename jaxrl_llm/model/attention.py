@@ -40,8 +40,8 @@ def tree_mask(
 ) -> Bool[Array, "B T T"]:
     """Query t sees key u where u <= t < until[u], and their positions are less than `reach` apart.
 
-    With `until` the end of a key's sequence this is the causal mask of packed rows; where sequences share a prefix, which then stands
-    once before them all, `until` of its keys is the end of the last (Wang et al. 2024, FlashMask, has masks by such columns).
+    With `until` the end of a key's sequence this is the causal mask of packed rows; where sequences share a prefix, which then
+    stands once before them all, `until` of its keys is the end of the last (masks by such columns: Wang et al. 2024, FlashMask).
     """
     slot = jnp.arange(until.shape[1])
     seen = (slot[None, None, :] <= slot[None, :, None]) & (slot[None, :, None] < until[:, None, :])

@@ -13,10 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.model.config import ModelConfig, Whole
+from jaxrl_llm.model.critic import values_of
 from jaxrl_llm.model.head import Head, Source, over_logits
 from jaxrl_llm.model.transformer import hidden
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import Batch, PyTree
+
+WHOLE_ROWS = Whole()
 
 
 def drawable(
@@ -243,40 +246,30 @@ def score_tokens(
     num_tokens: int,
     layout: Layout,
     ends: tuple[int, ...] = (),
-    how: Whole = Whole(),  # noqa: B008
+    how: Whole = WHOLE_ROWS,
     reference: PyTree | None = None,
 ) -> TokenScores:
     """Score the tokens in the loss mask under `params` (layers stacked). The only place where logits and tokens shift.
 
     `ends`: the end tokens that could not be drawn where `batch.barred`; ValueError where a batch has bars and they are not given.
     `reference`: parameters of the same model; `kl` is then from the policy to it, and its gradient flows into `params` alone.
-    A tree with "value", {"kernel": [D], "bias": []}, has `values`: kernel . h + bias in f32, of every token.
-    Tokens outside the mask cost no logits, and have log-prob, entropy and KL 0.
+    Tokens outside the mask cost no logits, and have log-prob, entropy and KL 0. `values` are of every token.
     """
     if batch.barred is not None and not ends:
         raise ValueError("ends: got none, want the end tokens that `batch.barred` is about")
     order = _Order.of(batch, layout)
     read = _Read(*map(order.take, (batch.tokens, batch.temperature, batch.support, batch.barred)))
-
-    def source(params: PyTree) -> Source:
-        h = hidden(params, batch.tokens, batch.position, batch.until, cfg, layout)
-        return Source(params["embed" if cfg.tied_head else "head"], order.take_before(h))
-
-    policy = source(params)
-    other = None if reference is None else source(jax.lax.stop_gradient(reference))
+    activations = lambda params: hidden(params, batch.tokens, batch.position, batch.until, cfg, layout)  # noqa: E731
+    source = lambda params, h: Source(params["embed" if cfg.tied_head else "head"], order.take_before(h))  # noqa: E731
+    h = activations(params)
+    reference = jax.lax.stop_gradient(reference)
+    other = None if reference is None else source(reference, activations(reference))
     limit = num_tokens if num_tokens < cfg.vocab_size else None
     rule = _OfVocabulary(limit, ends) if batch.support is None else _OfSupport()
-    of = over_logits(rule, Head.of(cfg, layout), policy, other, read, order.count)
+    of = over_logits(rule, Head.of(cfg, layout), source(params, h), other, read, order.count)
     back = lambda x: None if x is None else order.put_back(x)  # noqa: E731
-    return TokenScores(back(of.logprob), back(of.entropy), back(_critic(params, policy.h)), back(of.kl))
-
-
-def _critic(params: PyTree, h: Float[Array, "s N D"]) -> Float[Array, "s N"] | None:
-    if "value" not in params:
-        return None
-    kernel, bias = (params["value"][name].astype(jnp.float32) for name in ("kernel", "bias"))
-    # Not a matrix product: that rounds f32 to bf16 on a TPU.
-    return jnp.sum(h.astype(jnp.float32) * kernel, axis=-1) + bias
+    values = values_of(params, h, batch, cfg, layout, how)
+    return TokenScores(back(of.logprob), back(of.entropy), values, back(of.kl))
 
 
 class _Order(NamedTuple):

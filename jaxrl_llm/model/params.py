@@ -72,6 +72,11 @@ def specs(cfg: ModelConfig) -> PyTree:
     return tree
 
 
+def policy_part(params: PyTree, cfg: ModelConfig) -> PyTree:
+    """Without what only training has beside the policy: a critic."""
+    return {name: params[name] for name in specs(cfg)}
+
+
 def map_specs(f, tree: PyTree) -> PyTree:
     return jax.tree.map(f, tree, is_leaf=is_spec)
 

@@ -178,6 +178,13 @@ Correction = NoCorrection | TruncatedImportance | MaskedImportance | SecondMomen
 CorrectionConfig = Annotated[Correction | AutoCorrection, Field(discriminator="kind")]
 
 
+def resolve(correction: CorrectionConfig, weights: str, cache: str) -> Correction:
+    """What `auto` stands for, given `rollout.engine.weights` and `rollout.engine.cache`."""
+    if not isinstance(correction, AutoCorrection):
+        return correction
+    return NoCorrection() if weights == cache == "compute" else TruncatedImportance()
+
+
 @dataclass(frozen=True)
 class KlConfig:
     """weight * an estimate of KL(policy || other), token by token, with d = log p - log p_other."""

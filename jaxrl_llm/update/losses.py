@@ -1,12 +1,9 @@
-"""Losses of tokens: one function per published loss, model-free. Each returns a term a token; `token_weights` makes the mean.
+"""Losses of tokens: one function per published part, model-free. Each returns a term a token; `Batch.weight` makes the mean.
 
-ratio r = exp(logprobs - behavior_logprobs), where the behaviour's log-probs are those captured while sampling.
+    r = p / p_anchor, the anchor the policy as it sampled (behaviour) or the trainer's before the first update (proximal)
+    term = w * surrogate(r, A) + KL - entropy,   w the correction p_proximal / p_behaviour, bounded or masked, without a gradient
 
-A sampler of other arithmetic than the trainer's (8-bit weights, say) is corrected for: with a weight w a token,
-
-    w = min(exp(proximal - behaviour), cap), without a gradient        r = exp(logprobs - proximal)
-
-where the proximal log-probs are those of the trainer's parameters before the first update on the batch.
+A term of a whole sequence stands at each of its tokens: the aggregation `sequence` then takes its mean over sequences.
 """
 
 from typing import NamedTuple
@@ -17,57 +14,27 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.types import Batch
-from jaxrl_llm.update.config import ClippedLoss, Correction, CrossEntropyLoss, NoCorrection, TruncatedImportance
+from jaxrl_llm.update.config import (
+    Cispo,
+    Clip,
+    Correction,
+    CriticLoss,
+    CrossEntropy,
+    Distillation,
+    Dpo,
+    Dppo,
+    Gmpo,
+    KlConfig,
+    NoCorrection,
+    PolicyGradient,
+    Reinforce,
+    Sapo,
+    SecondMoment,
+    TruncatedImportance,
+)
 
 Tokens = Float[Array, "R T"]
-
-
-class Clipped(NamedTuple):
-    loss: Tokens
-    low: Bool[Array, "R T"]
-    """The lower bound holds the token: no gradient."""
-    high: Bool[Array, "R T"]
-    """The upper bound holds the token: no gradient."""
-
-
-def clipped_surrogate(ratio: Tokens, advantage: Tokens, low: float, high: float) -> Clipped:
-    """-min(r A, clip(r, 1 - low, 1 + high) A).
-
-    Source: Schulman et al. 2017 (PPO), eq. 7; separate bounds: Yu et al. 2025 (DAPO), eq. 10.
-    """
-    bounded = jnp.clip(ratio, 1 - low, 1 + high)
-    return Clipped(
-        loss=-jnp.minimum(ratio * advantage, bounded * advantage),
-        low=(ratio < 1 - low) & (advantage < 0),
-        high=(ratio > 1 + high) & (advantage > 0),
-    )
-
-
-def k3(logprobs: Tokens, reference_logprobs: Tokens) -> Tokens:
-    """e^d - d - 1 with d = reference - policy: never negative, unbiased for KL(policy || reference) on the policy's samples.
-
-    Source: Schulman 2020, "Approximating KL divergence"; Shao et al. 2024 (GRPO), eq. 4.
-    """
-    d = reference_logprobs - logprobs
-    return jnp.exp(d) - d - 1
-
-
-def token_weights(mask: Bool[Array, "R T"], segment: Int[Array, "R T"], normalize: str, length: int) -> Tokens:
-    """Weights whose sum over the tokens of any term is its mean; counted over the whole minibatch, all devices.
-
-    "token": 1 / N tokens. "sequence": 1 / (tokens of its sequence * sequences). "constant": 1 / (length * sequences).
-    Only tokens in `mask` count, and only sequences that have one. With none at all every weight is 0.
-    """
-    mask = mask.astype(jnp.float32)
-    slots = mask.shape[1]
-    in_sequence = jax.vmap(lambda m, s: jax.ops.segment_sum(m, s, num_segments=slots + 1)[s])(mask, segment)
-    share = mask / jnp.maximum(in_sequence, 1)
-    sequences = jnp.maximum(jnp.sum(share), 1)
-    if normalize == "token":
-        return mask / jnp.maximum(jnp.sum(mask), 1)
-    if normalize == "sequence":
-        return share / sequences
-    return mask / (length * sequences)
+Mask = Bool[Array, "R T"]
 
 
 class Terms(NamedTuple):
@@ -80,57 +47,260 @@ class Terms(NamedTuple):
     """Named values whose maximum over the loss mask is wanted; a minimum is the maximum of the negative."""
 
 
-class Anchored(NamedTuple):
-    """A batch's tokens against the policy that sampled them, inside the loss mask; the rest is 0, or 1 where it is a factor."""
+class Held(NamedTuple):
+    """A surrogate's terms, and where a bound holds the token: no gradient."""
 
-    ratio: Tokens
-    """To the policy before the first update: what the clip sees."""
+    loss: Tokens
+    low: Mask
+    high: Mask
+
+
+def within(mask: Mask, x: Tokens) -> Tokens:
+    """0 outside the mask. Differences mean nothing there and may overflow; taken before exp this keeps them out of the gradient."""
+    return jnp.where(mask, x, 0.0)
+
+
+def sum_by(ids: Int[Array, "R T"], x: Tokens) -> Tokens:
+    """At each token the sum of x over the tokens of its row with its id."""
+    slots = x.shape[1]
+    return jax.vmap(lambda x, ids: jax.ops.segment_sum(x, ids, num_segments=slots + 1)[ids])(x, ids)
+
+
+def mean_by(ids: Int[Array, "R T"], mask: Mask, x: Tokens) -> Tokens:
+    """At each token the mean of x over the tokens in `mask` of its row with its id."""
+    return sum_by(ids, within(mask, x)) / jnp.maximum(sum_by(ids, mask.astype(x.dtype)), 1)
+
+
+def log_ratio(logprobs: Tokens, anchor: Tokens, batch: Batch, level: str) -> Tokens:
+    """log r at each token.
+
+    token: of itself. sequence: mean over its sequence (Zheng et al. 2025, GSPO, eq. 7). sequence_token: the value of that, each
+    token with its own gradient (eq. 14). product: sum over its sequence (Ahmadian et al. 2024).
+    """
+    mask, own = batch.loss_mask, within(batch.loss_mask, logprobs - anchor)
+    if level == "token":
+        return own
+    if level == "product":
+        return sum_by(batch.segment, own)
+    mean = mean_by(batch.segment, mask, own)
+    if level == "sequence":
+        return mean
+    return jax.lax.stop_gradient(mean) + within(mask, logprobs - jax.lax.stop_gradient(logprobs))
+
+
+def clip(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Clip) -> Held:
+    """-min(r A, clip(r, 1 - low, 1 + high) A); with `dual` at most -dual A where A < 0.
+
+    Source: Schulman et al. 2017 (PPO), eq. 7; separate bounds: Yu et al. 2025 (DAPO), eq. 10; dual: Ye et al. 2020, eq. 5.
+    """
+    ratio = jnp.exp(log_r)
+    bounded = jnp.clip(ratio, 1 - cfg.low, 1 + cfg.high)
+    loss = -jnp.minimum(ratio * advantage, bounded * advantage)
+    low, high = (ratio < 1 - cfg.low) & (advantage < 0), (ratio > 1 + cfg.high) & (advantage > 0)
+    if cfg.dual is not None:
+        loss = jnp.where(advantage < 0, jnp.minimum(loss, -cfg.dual * advantage), loss)
+        high = high | ((ratio > cfg.dual) & (advantage < 0))
+    return Held(loss, low, high)
+
+
+def cispo(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Cispo) -> Held:
+    """-sg(clip(r, low, high)) A log p: every token keeps a gradient. Source: MiniMax-M1 2025, eq. 4."""
+    ratio = jax.lax.stop_gradient(jnp.exp(log_r))
+    loss = -jnp.clip(ratio, cfg.low, cfg.high) * advantage * logprobs
+    return Held(loss, ratio < cfg.low, ratio > cfg.high)
+
+
+def gmpo(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Gmpo) -> Held:
+    """-mean(A) exp(mean over the sequence of x'), x' = sgn(A) min(sgn(A) x, sgn(A) clip(x, -low, high)), x = log r.
+
+    Source: Zhao et al. 2025 (GMPO), eq. 4.
+    """
+    sign = jnp.sign(advantage)
+    bounded = sign * jnp.minimum(sign * log_r, sign * jnp.clip(log_r, -cfg.low, cfg.high))
+    ratio = jnp.exp(mean_by(batch.segment, batch.loss_mask, bounded))
+    loss = -mean_by(batch.segment, batch.loss_mask, advantage) * ratio
+    return Held(loss, (log_r < -cfg.low) & (advantage < 0), (log_r > cfg.high) & (advantage > 0))
+
+
+def sapo(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Sapo) -> Held:
+    """-A sigmoid(tau (r - 1)) 4 / tau: a soft gate, of slope 1 at r = 1. Source: Gao et al. 2025 (SAPO)."""
+    tau = jnp.where(advantage > 0, cfg.positive, cfg.negative)
+    loss = -advantage * jax.nn.sigmoid(tau * (jnp.exp(log_r) - 1)) * 4 / tau
+    nothing = jnp.zeros_like(batch.loss_mask)
+    return Held(loss, nothing, nothing)
+
+
+def dppo(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Dppo) -> Held:
+    """A token is dropped where it has moved beyond `high` up with A > 0, or beyond `low` down with A <= 0.
+
+    tv: by p - p_old. kl: by KL of the two-way distributions (p_old, 1 - p_old) and (p, 1 - p), with the sign of p - p_old.
+    Source: DPPO 2025; forms: SkyRL and prime-rl, verl.
+    """
+    new = jax.lax.stop_gradient(jnp.exp(logprobs))
+    old = jax.lax.stop_gradient(jnp.exp(logprobs - log_r))
+    moved = new - old
+    if cfg.divergence == "kl":
+        tiny = jnp.finfo(new.dtype).tiny
+        other = lambda p: jnp.maximum(1 - p, tiny)  # noqa: E731
+        divergence = -old * log_r + other(old) * (jnp.log(other(old)) - jnp.log(other(new)))
+        moved = jnp.sign(moved) * jax.lax.stop_gradient(jnp.maximum(divergence, 0))
+    low, high = (moved < -cfg.low) & (advantage <= 0), (moved > cfg.high) & (advantage > 0)
+    ratio = jnp.exp(log_r)
+    if cfg.form == "ratio":
+        term = ratio
+    else:
+        term = jax.lax.stop_gradient(jnp.minimum(ratio, cfg.cap)) * logprobs
+    return Held(jnp.where(low | high, 0.0, -advantage * term), low, high)
+
+
+def reinforce(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Reinforce) -> Held:
+    """-A log p."""
+    nothing = jnp.zeros_like(batch.loss_mask)
+    return Held(-advantage * logprobs, nothing, nothing)
+
+
+SURROGATES = {Clip: clip, Cispo: cispo, Gmpo: gmpo, Sapo: sapo, Dppo: dppo, Reinforce: reinforce}
+
+
+class Weighed(NamedTuple):
+    """A correction's weight a token, and where it is bounded or masked."""
+
     weight: Tokens
-    """What the surrogate is multiplied by; 1 without a correction."""
-    held: Bool[Array, "R T"]
-    """The weight is at its cap."""
-    mismatch: Tokens
-    """The trainer's log-prob less the sampler's; without a correction the trainer's of now."""
+    held: Mask
 
 
-def anchored(logprobs: Tokens, batch: Batch, correction: Correction) -> Anchored:
-    """Ratio and weight. Without `batch.proximal_logprobs` a correction takes the log-probs of now: they are the same in the first
-    update on a batch, so where it is the only one no second pass is needed."""
-    # Outside the mask differences mean nothing and may overflow; the double `where` keeps them out of the gradient.
-    within = lambda x: jnp.where(batch.loss_mask, x, 0.0)  # noqa: E731
-    if isinstance(correction, NoCorrection):
-        difference = within(logprobs - batch.behavior_logprobs)
-        return Anchored(jnp.exp(difference), jnp.ones_like(difference), jnp.zeros_like(batch.loss_mask), difference)
-    proximal = jax.lax.stop_gradient(logprobs) if batch.proximal_logprobs is None else batch.proximal_logprobs
-    mismatch = within(proximal - batch.behavior_logprobs)
-    raw = jnp.exp(mismatch)
-    ratio = jnp.exp(within(logprobs - proximal))
-    return Anchored(ratio, jnp.minimum(raw, correction.cap), raw >= correction.cap, mismatch)
-
-
-def clipped_terms(scores: TokenScores, batch: Batch, cfg: ClippedLoss, correction: Correction) -> Terms:
-    """The clipped surrogate times the correction's weight, plus kl * k3 to the reference, minus entropy * entropy."""
-    ratio, weight, held, mismatch = anchored(scores.logprobs, batch, correction)
-    clipped = clipped_surrogate(ratio, batch.advantage, cfg.low, cfg.high)
-    loss = weight * clipped.loss
-    means = {"ratio/mean": ratio, "clip_ratio/low": clipped.low, "clip_ratio/high": clipped.high}
-    means |= {"entropy": scores.entropy, "mismatch/kl": k3(jnp.zeros_like(mismatch), mismatch)}
-    means["mismatch/mean_abs_dlogp"] = jnp.abs(mismatch)
+def weighed(mismatch: Tokens, batch: Batch, correction: Correction) -> Weighed:
+    """From mismatch = log p_proximal - log p_behaviour; without a gradient."""
+    mismatch = jax.lax.stop_gradient(mismatch)
+    if isinstance(correction, NoCorrection | SecondMoment):
+        return Weighed(jnp.ones_like(mismatch), jnp.zeros_like(batch.loss_mask))
+    level = {"token": "token", "sequence": "product", "geometric": "sequence"}[correction.level]
+    tested = jnp.exp(log_ratio(mismatch, jnp.zeros_like(mismatch), batch, level))
     if isinstance(correction, TruncatedImportance):
+        held = (tested >= correction.cap) | (tested <= correction.floor)
+        return Weighed(jnp.clip(tested, correction.floor, correction.cap), held)
+    kept = (tested >= correction.low) & (tested <= correction.high)
+    weight = {"level": tested, "token": jnp.exp(mismatch), "one": jnp.ones_like(tested)}[correction.weight]
+    return Weighed(jnp.where(kept, weight, 0.0), ~kept)
+
+
+def second_moment_mask(batch: Batch, threshold: float) -> Mask:
+    """Tokens kept of a whole minibatch: those with the largest squared mismatch go, until the mean over the rest is at most
+    `threshold` (M2PO)."""
+    square = within(batch.loss_mask, batch.proximal_logprobs - batch.behavior_logprobs) ** 2
+    order = jnp.sort(jnp.where(batch.loss_mask, square, jnp.inf).reshape(-1))
+    # Ascending: a mean over the first n grows with n.
+    sums = jnp.cumsum(jnp.where(jnp.isfinite(order), order, 0.0))
+    fits = jnp.isfinite(order) & (sums <= threshold * jnp.arange(1, order.size + 1))
+    largest = jnp.max(jnp.where(fits, order, -jnp.inf))
+    return batch.loss_mask & (square <= largest)
+
+
+def kl_estimate(difference: Tokens, cfg: KlConfig) -> Tokens:
+    """Of KL(policy || other) from d = log p - log p_other. Source: Schulman 2020; k3 in a loss: Shao et al. 2024, eq. 4."""
+    d = difference if cfg.max_difference is None else jnp.clip(difference, -cfg.max_difference, cfg.max_difference)
+    if cfg.kind == "k1":
+        found = d
+    elif cfg.kind == "k2":
+        found = d**2 / 2
+    else:
+        found = jnp.exp(-d) - 1 + d
+    if cfg.max_value is not None:
+        found = jnp.clip(found, -cfg.max_value, cfg.max_value)
+    if cfg.kind == "k3_plus":
+        square = d**2 / 2
+        found = jax.lax.stop_gradient(found - square) + square
+    return found
+
+
+def kl_terms(scores: TokenScores, log_r: Tokens, batch: Batch, cfg: KlConfig) -> Tokens:
+    if cfg.kind == "full":
+        return scores.kl
+    other = batch.reference_logprobs if cfg.to == "reference" else batch.behavior_logprobs
+    found = kl_estimate(within(batch.loss_mask, scores.logprobs - other), cfg)
+    return jnp.exp(log_r) * found if cfg.by_ratio else found
+
+
+def k3(d: Tokens) -> Tokens:
+    """e^-d - 1 + d: never negative, unbiased for the KL of d = log p - log q on samples of p."""
+    return jnp.exp(-d) - 1 + d
+
+
+def critic_terms(values: Tokens, batch: Batch, cfg: CriticLoss) -> Tokens:
+    """1/2 max((v - R)^2, (v_clipped - R)^2). Source: Schulman et al. 2017's code; verl's 1/2."""
+    loss = (values - batch.returns) ** 2
+    if cfg.clip is not None:
+        bounded = batch.values + jnp.clip(values - batch.values, -cfg.clip, cfg.clip)
+        loss = jnp.maximum(loss, (bounded - batch.returns) ** 2)
+    return loss / 2
+
+
+def policy_terms(scores: TokenScores, batch: Batch, cfg: PolicyGradient, correction: Correction) -> Terms:
+    """`objective.loss` of kind policy_gradient. Without `batch.proximal_logprobs` those of now stand in: in the first update on a
+    batch they are the same."""
+    mask, logprobs = batch.loss_mask, scores.logprobs
+    now = jax.lax.stop_gradient(logprobs)
+    proximal = now if batch.proximal_logprobs is None else batch.proximal_logprobs
+    mismatch = within(mask, proximal - batch.behavior_logprobs)
+    anchor = proximal if anchored_on_proximal(cfg, correction) else batch.behavior_logprobs
+    own = log_ratio(logprobs, anchor, batch, "token")
+    log_r = log_ratio(logprobs, anchor, batch, cfg.ratio)
+    weight, held = weighed(mismatch, batch, correction)
+    surrogate = SURROGATES[type(cfg.surrogate)](logprobs, log_r, batch.advantage, batch, cfg.surrogate)
+    loss = weight * surrogate.loss
+    ratio = jnp.exp(log_r)
+    means = {"ratio/mean": ratio, "clip_ratio/low": surrogate.low, "clip_ratio/high": surrogate.high}
+    means |= {"entropy": scores.entropy, "mismatch/kl": k3(-mismatch), "mismatch/mean_abs_dlogp": jnp.abs(mismatch)}
+    if not isinstance(correction, NoCorrection | SecondMoment):
         means |= {"mismatch/weight_mean": weight, "mismatch/truncated": held}
-    if cfg.kl > 0:
-        reference = jnp.where(batch.loss_mask, batch.reference_logprobs, scores.logprobs)
-        means["kl"] = k3(scores.logprobs, reference)
-        loss = loss + cfg.kl * means["kl"]
+    if cfg.kl.weight > 0:
+        means["kl"] = kl_terms(scores, own, batch, cfg.kl)
+        loss = loss + cfg.kl.weight * means["kl"]
     if cfg.entropy > 0:
         loss = loss - cfg.entropy * scores.entropy
+    if batch.returns is not None:
+        means["critic/loss"] = critic_terms(scores.values, batch, cfg.critic)
+        means |= {"critic/value": scores.values, "critic/return": batch.returns}
+        loss = loss + cfg.critic.weight * means["critic/loss"]
     maxima = {"ratio/max": ratio, "ratio/-min": -ratio, "mismatch/max_abs_dlogp": jnp.abs(mismatch)}
     return Terms(loss, means, maxima)
 
 
-def cross_entropy_terms(scores: TokenScores, batch: Batch, cfg: CrossEntropyLoss, correction: Correction) -> Terms:
+def anchored_on_proximal(cfg: PolicyGradient, correction: Correction) -> bool:
+    if cfg.anchor == "auto":
+        return not isinstance(correction, NoCorrection)
+    return cfg.anchor == "proximal"
+
+
+def cross_entropy_terms(scores: TokenScores, batch: Batch, cfg: CrossEntropy, correction: Correction) -> Terms:
     """-log p(token). Nothing was sampled, so nothing is corrected."""
     return Terms(-scores.logprobs, {"entropy": scores.entropy}, {})
 
 
-TERMS = {ClippedLoss: clipped_terms, CrossEntropyLoss: cross_entropy_terms}
+def dpo_terms(scores: TokenScores, batch: Batch, cfg: Dpo, correction: Correction) -> Terms:
+    """-log sigmoid(beta (m_best - m_worst)) at every token of a pair, m the sum over a sequence of log p - log p_ref.
+
+    Advantages of 1 and -1 mark the two. Source: Rafailov et al. 2023 (DPO), eq. 7.
+    """
+    own = within(batch.loss_mask, scores.logprobs - batch.reference_logprobs)
+    margin = sum_by(batch.group, jnp.sign(batch.advantage) * own)
+    means = {"entropy": scores.entropy, "dpo/margin": margin, "dpo/accuracy": margin > 0}
+    return Terms(-jax.nn.log_sigmoid(cfg.beta * margin), means, _ratio_maxima(scores, batch))
+
+
+def distillation_terms(scores: TokenScores, batch: Batch, cfg: Distillation, correction: Correction) -> Terms:
+    """Exact KL(policy || teacher). Source: Agarwal et al. 2024 (GKD) with the reverse KL, on the policy's own samples."""
+    return Terms(scores.kl, {"entropy": scores.entropy, "kl": scores.kl}, _ratio_maxima(scores, batch))
+
+
+def _ratio_maxima(scores: TokenScores, batch: Batch) -> dict[str, Tokens]:
+    ratio = jnp.exp(log_ratio(scores.logprobs, batch.behavior_logprobs, batch, "token"))
+    return {"ratio/max": ratio, "ratio/-min": -ratio}
+
+
+TERMS = {
+    PolicyGradient: policy_terms,
+    CrossEntropy: cross_entropy_terms,
+    Dpo: dpo_terms,
+    Distillation: distillation_terms,
+}

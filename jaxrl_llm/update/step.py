@@ -8,16 +8,17 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxrl_llm.model import params as model_params
-from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.distribution import score_tokens
+from jaxrl_llm.model.config import ModelConfig, Whole
+from jaxrl_llm.model.distribution import TokenScores, score_tokens
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import Batch, PyTree, TrainState
-from jaxrl_llm.update.config import Correction, LossConfig, NoCorrection, OptimizerConfig
-from jaxrl_llm.update.losses import TERMS, token_weights
+from jaxrl_llm.update.config import Correction, LossConfig, NoCorrection, OptimizerConfig, SecondMoment
+from jaxrl_llm.update.losses import TERMS, second_moment_mask
 
 Metrics = dict[str, Float[Array, ""]]
-Update = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+Update = Callable[..., tuple[TrainState, Metrics]]
 UNCORRECTED = NoCorrection()
+WHOLE_ROWS = Whole()
 
 
 def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
@@ -50,11 +51,16 @@ def state_shardings(specs: PyTree, optimizer: optax.GradientTransformation, layo
 
 
 def make_start(
-    specs: PyTree, optimizer: optax.GradientTransformation, layout: Layout
+    specs: PyTree,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    grown: Callable[[PyTree], PyTree] = lambda params: params,
 ) -> Callable[[PyTree, Array], TrainState]:
-    """The program `start(params, step) -> TrainState` with a fresh optimizer; `params` are donated."""
+    """The program `start(params, step) -> TrainState` with a fresh optimizer; `params` are donated. `specs` are those of
+    `grown(params)`, which is what is trained."""
 
     def start(params: PyTree, step: Array) -> TrainState:
+        params = grown(params)
         return TrainState(params=params, opt_state=optimizer.init(params), step=step)
 
     return jax.jit(start, donate_argnums=0, out_shardings=state_shardings(specs, optimizer, layout))
@@ -66,45 +72,55 @@ def make_update(
     optimizer_cfg: OptimizerConfig,
     *,
     correction: Correction = UNCORRECTED,
-    normalize: str,
-    length: int,
     micro_batches: int,
     num_tokens: int,
     cfg: ModelConfig,
     layout: Layout,
     ends: tuple[int, ...] = (),
+    how: Whole = WHOLE_ROWS,
 ) -> Update:
-    """The program `update(state, batch) -> (state, metrics)`. `ends`: as in `score_tokens`.
+    """The program `update(state, batch, reference) -> (state, metrics)`. `ends`, `how`: as in `score_tokens`; `reference`: the
+    parameters of a policy whose whole distribution the loss reads, else None.
 
-    Every term is weighted by counts over the whole minibatch before it is split, so the gradient does not depend on the
-    number of micro-batches nor on the mesh. A non-finite loss or gradient (`nonfinite` 1), or a minibatch without any token,
-    leaves parameters and optimizer bit for bit as they were.
+    Every term is weighted by `batch.weight`, made of counts over the whole minibatch, so the gradient does not depend on the
+    number of micro-batches nor on the mesh. Micro-batches without a token to learn from are skipped if they stand last.
+    A non-finite loss or gradient (`nonfinite` 1), or a minibatch without any token, leaves parameters and optimizer bit for bit
+    as they were.
     """
     optimizer = make_optimizer(optimizer_cfg)
     terms_of = TERMS[type(loss)]
 
-    def objective(params: PyTree, part: Batch, weights: Array, share: Array) -> tuple[Array, tuple[Metrics, Metrics]]:
-        terms = terms_of(score_tokens(params, part, cfg, num_tokens, layout, ends), part, loss, correction)
-        total = jnp.sum(jnp.where(part.loss_mask, terms.loss, 0.0) * weights)
+    def objective(
+        params: PyTree, part: Batch, share: Array, reference: PyTree | None
+    ) -> tuple[Array, tuple[Metrics, Metrics]]:
+        scores = score_tokens(params, part, cfg, num_tokens, layout, ends, how, reference)
+        terms = terms_of(scores, part, loss, correction)
+        total = jnp.sum(jnp.where(part.loss_mask, terms.loss, 0.0) * part.weight)
         means = {name: jnp.sum(jnp.where(part.loss_mask, x, 0.0) * share) for name, x in terms.means.items()}
         maxima = {name: jnp.max(jnp.where(part.loss_mask, x, -jnp.inf)) for name, x in terms.maxima.items()}
         return total, ({"loss": total, **means}, maxima)
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        weights = token_weights(batch.loss_mask, batch.segment, normalize, length)
-        share = token_weights(batch.loss_mask, batch.segment, "token", length)
-        grads, metrics = _accumulate(objective, state.params, (batch, weights, share), micro_batches, layout)
+    def update(state: TrainState, batch: Batch, reference: PyTree | None = None) -> tuple[TrainState, Metrics]:
+        share = batch.loss_mask / jnp.maximum(jnp.sum(batch.loss_mask), 1)
+        dropped = jnp.zeros(())
+        if isinstance(correction, SecondMoment):
+            kept = second_moment_mask(batch, correction.threshold)
+            dropped = jnp.sum(share * ~kept)
+            batch = batch.replace(weight=jnp.where(kept, batch.weight, 0.0))
+        grads, metrics = _accumulate(
+            lambda params, part, share: objective(params, part, share, reference),
+            state.params,
+            (batch, share),
+            micro_batches,
+            layout,
+        )
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
         # Adam would go on along its momentum where nothing was learnt.
         useful = finite & jnp.any(batch.loss_mask)
-        changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(useful, a, b), new, old)  # noqa: E731
-        new = TrainState(
-            params=keep(optax.apply_updates(state.params, changes), state.params),
-            opt_state=keep(opt_state, state.opt_state),
-            step=state.step + 1,
-        )
+        new = _stepped(state, grads, optimizer, useful)
+        if isinstance(correction, SecondMoment):
+            metrics["mismatch/dropped"] = dropped
         return new, metrics | {"grad_norm": grad_norm, "nonfinite": 1.0 - finite}
 
     return jax.jit(
@@ -112,45 +128,75 @@ def make_update(
     )
 
 
+def _stepped(state: TrainState, grads: PyTree, optimizer: optax.GradientTransformation, useful: Array) -> TrainState:
+    """One step of the optimizer; where it is not `useful` only the count of steps changes."""
+    changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(useful, a, b), new, old)  # noqa: E731
+    return TrainState(
+        params=keep(optax.apply_updates(state.params, changes), state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        step=state.step + 1,
+    )
+
+
 def _accumulate(
-    objective: Callable, params: PyTree, minibatch: tuple[Batch, Array, Array], parts: int, layout: Layout
+    objective: Callable, params: PyTree, minibatch: tuple[Batch, Array], parts: int, layout: Layout
 ) -> tuple[PyTree, Metrics]:
     """Gradient and metrics of a minibatch, added up over `parts` of its rows in turn; accumulators are f32."""
 
-    def split(x: Array) -> Array:
-        # Part i takes rows i, i + parts, ...: every device keeps its own rows. Consecutive rows would move them all.
-        x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
-        return layout.constrain(x, None, "rows", *(None,) * (x.ndim - 2))
-
-    def one(part: tuple[Batch, Array, Array]) -> tuple[PyTree, tuple[Metrics, Metrics]]:
+    def one(part: tuple[Batch, Array]) -> tuple[PyTree, tuple[Metrics, Metrics]]:
         return jax.grad(objective, has_aux=True)(params, *part)
 
-    def add(total: tuple, part: tuple) -> tuple[tuple, None]:
+    def add(i: Array, total: tuple) -> tuple:
         grads, (sums, maxima) = total
+        part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacked)
         more, (more_sums, more_maxima) = one(part)
         sums, grads = jax.tree.map(jnp.add, (sums, grads), (more_sums, more))
-        return (grads, (sums, jax.tree.map(jnp.maximum, maxima, more_maxima))), None
+        return grads, (sums, jax.tree.map(jnp.maximum, maxima, more_maxima))
 
     if parts == 1:
         grads, (sums, maxima) = one(minibatch)
     else:
-        stacked = jax.tree.map(split, minibatch)
+        stacked = _in_parts(minibatch, parts, layout)
         # From nothing, not from the first part: else the whole model is compiled twice.
         _, (sums, maxima) = jax.eval_shape(one, jax.tree.map(lambda x: x[0], stacked))
         fill = lambda tree, value: jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), tree)  # noqa: E731
         nothing = (jax.tree.map(jnp.zeros_like, params), (fill(sums, 0), fill(maxima, -jnp.inf)))
-        (grads, (sums, maxima)), _ = jax.lax.scan(add, nothing, stacked)
+        learns = jnp.any(stacked[0].loss_mask, axis=(1, 2))
+        last = jnp.max(jnp.where(learns, jnp.arange(1, parts + 1), 0))
+        grads, (sums, maxima) = jax.lax.fori_loop(0, last, add, nothing)
     for name in [n for n in maxima if n.endswith("/-min")]:
         maxima[name.replace("-min", "min")] = -maxima.pop(name)
     return grads, sums | maxima
 
 
-def make_score(
-    num_tokens: int, cfg: ModelConfig, layout: Layout, ends: tuple[int, ...] = ()
-) -> Callable[[PyTree, Batch], Float[Array, "R T"]]:
-    """The program `score(params, batch) -> logprobs [R T]`: for the reference policy and for exact evaluation."""
+def _in_parts(tree: PyTree, parts: int, layout: Layout) -> PyTree:
+    """[R ...] to [parts, R / parts, ...]: part i takes rows i, i + parts, ..."""
 
-    def score(params: PyTree, batch: Batch) -> Array:
-        return score_tokens(params, batch, cfg, num_tokens, layout, ends).logprobs
+    def split(x: Array) -> Array:
+        # Every device keeps its own rows. Consecutive rows would move them all.
+        x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+        return layout.constrain(x, None, "rows", *(None,) * (x.ndim - 2))
+
+    return jax.tree.map(split, tree)
+
+
+def make_score(
+    num_tokens: int,
+    cfg: ModelConfig,
+    layout: Layout,
+    ends: tuple[int, ...] = (),
+    how: Whole = WHOLE_ROWS,
+    parts: int = 1,
+) -> Callable[[PyTree, Batch], TokenScores]:
+    """The program `score(params, batch) -> TokenScores`, `parts` of the rows in turn: for the reference and the proximal policy,
+    the critic and exact evaluation."""
+
+    def score(params: PyTree, batch: Batch) -> TokenScores:
+        one = lambda part: score_tokens(params, part, cfg, num_tokens, layout, ends, how)  # noqa: E731
+        if parts == 1:
+            return one(batch)
+        scores = jax.lax.map(one, _in_parts(batch, parts, layout))
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), scores)
 
     return jax.jit(score, out_shardings=layout.sharding(("rows", None)))
