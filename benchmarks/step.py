@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 
 from jaxrl_llm import config as run_config
+from jaxrl_llm.life import begin, fresh_state
 from jaxrl_llm.metrics import MetricsConfig
-from jaxrl_llm.run import begin, build, fresh_state, publish
+from jaxrl_llm.run import build, publish
 from jaxrl_llm.train import open_shell, rl_step
 from jaxrl_llm.update.config import WarmStartConfig
 

@@ -1,4 +1,4 @@
-"""`jaxrl train | sample | eval | export | report`: arguments in, exit code out. Imports no jax until a command really needs it.
+"""`jaxrl train | sample | eval | plan | export | report`: arguments in, exit code out. Imports no jax until a command needs it.
 
 Exit codes: 0 done; 2 bad input; 3 no checkpoint can be used; 4 stopped as not finite; 75 stopped by SIGTERM and saved, start
 again to go on.
@@ -32,6 +32,13 @@ commands
          --task TASK           what to evaluate on (default: the run's own task): a CONFIG, whose task, reward and rollout
                                are taken, or reasoning_gym:NAME
          -k K                  samples for each prompt (default 8)
+  plan   CONFIG|RUN            compile a step ahead of time: memory, collectives, predicted speed; does it fit?
+         --topology NAME       of a TPU slice, as v5e:4x4; needs no TPU (default: the devices of this machine)
+         --chips N             use N of them (default: all)
+         --prompt-tokens N     longest prompt (default: task.max_prompt_tokens)
+         --sweep               try all meshes and numbers of micro-batches, compile the best, rank those that fit
+         --candidates N        with --sweep: how many to compile (default 3)
+         --json                the report as JSON
   export RUN                   write the newest checkpoint as a Hugging Face directory
          --out DIR             where; must not exist yet
          --dtype DTYPE         float32 or bfloat16 (default: model.compute)
@@ -218,6 +225,33 @@ def evaluate(target: str, args: list[str]) -> int:
     return 0
 
 
+def plan(target: str, args: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="jaxrl plan", add_help=False, allow_abbrev=False)
+    parser.add_argument("--topology")
+    parser.add_argument("--chips", type=int)
+    parser.add_argument("--prompt-tokens", type=int, default=0)
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--candidates", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    _refuse_typos(args, ["--topology", "--chips", "--prompt-tokens", "--sweep", "--candidates", "--json"])
+    given, overrides = parser.parse_known_args(args)
+    for flag, value, least in (("--candidates", given.candidates, 1), ("--prompt-tokens", given.prompt_tokens, 0)):
+        if value < least:
+            raise UserError(f"{flag}: got {value}, want {least} or more")
+    cfg = read_config(target, overrides)
+    from jaxrl_llm.plan import command, show, sweep
+
+    wanted = command.Target(given.topology, given.chips, given.prompt_tokens)
+    if given.sweep:
+        own = [a for a in args if a not in ("--sweep", "--json")]
+        found = sweep.sweep(cfg, wanted, [sys.executable, "-m", "jaxrl_llm.cli", "plan", target, *own], given.candidates)
+        print(json.dumps(found, indent=1) if given.json else show.sweep_table(found))
+        return 0
+    found = command.plan(cfg, wanted)
+    print(json.dumps(found, indent=1) if given.json else show.show(found))
+    return 0
+
+
 def export(target: str, args: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="jaxrl export", add_help=False, allow_abbrev=False)
     parser.add_argument("--out")
@@ -245,7 +279,7 @@ def report(target: str, args: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": train, "sample": sample, "eval": evaluate, "export": export, "report": report}
+COMMANDS = {"train": train, "sample": sample, "eval": evaluate, "plan": plan, "export": export, "report": report}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -22,6 +22,12 @@ class NonFiniteError(UserError):
     exit_code = 4
 
 
+class MismatchError(UserError):
+    """The sampler's probabilities are too far from the trainer's; the last good checkpoint is the latest one."""
+
+    exit_code = 4
+
+
 class Preempted(Exception):
     """SIGTERM arrived, the state is saved: start the same command again to go on."""
 

@@ -15,6 +15,7 @@ from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import CheckpointError, UserError
 from jaxrl_llm.estimates import Estimate, avg_at_k, maj_at_k, pass_at_k
 from jaxrl_llm.evaluate import answers, probabilities
+from jaxrl_llm.life import Life, begin, open_checkpoints, target
 from jaxrl_llm.metrics import printable
 from jaxrl_llm.model.config import PretrainedModel
 from jaxrl_llm.model.hf.export import export
@@ -26,7 +27,7 @@ from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.prompts.rows import Row
 from jaxrl_llm.prompts.stream import make_prompts, next_prompts
 from jaxrl_llm.rewards.pool import GraderPool
-from jaxrl_llm.run import Life, Run, begin, build, decode_rates, open_checkpoints, publish, target
+from jaxrl_llm.run import Run, build, decode_rates, publish
 from jaxrl_llm.types import Finish, Policy, PyTree, Rollouts
 
 EVALUATED_AT_ONCE = 64

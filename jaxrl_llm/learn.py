@@ -9,12 +9,15 @@ from jaxtyping import Bool, Float
 from jaxrl_llm.describe import as_floats
 from jaxrl_llm.experience.advantages import Outcome, estimate, reward_kl
 from jaxrl_llm.experience.batch import Sequences, make_batch, minibatches, of_sequences, sequences_of
+from jaxrl_llm.life import Life
 from jaxrl_llm.metrics import RatioAlarm
+from jaxrl_llm.model import lora
 from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.run import Life, Run
+from jaxrl_llm.run import Run
 from jaxrl_llm.types import Experience, PyTree, TrainState
 from jaxrl_llm.update.config import PolicyGradient
+from jaxrl_llm.update.optimizer.state import ZERO_GRADIENT
 
 
 class Learned(NamedTuple):
@@ -23,6 +26,9 @@ class Learned(NamedTuple):
     """Stale updates in a row whose ratios were all exactly 1."""
     metrics: dict[str, float]
     advantage: Float[np.ndarray, "B C"]
+    zero_gradient: dict[str, bool]
+    """Of each parameter: its gradient was exactly 0 in every update that counts, one that was finite and had a token to learn
+    from. Empty where none was."""
 
 
 def learn(
@@ -33,7 +39,7 @@ def learn(
     Every update compares with the log-probs captured while sampling, or scored before the first, the last as well as the first.
     An update is stale, to the alarm, from the second on, or when the data is old: some token was drawn by an earlier policy.
     """
-    cfg, state, alarm, rings, each = run.cfg.update, life.state, RatioAlarm(life.alarm), False, []
+    cfg, state, alarm, rings, each, zero = run.cfg.update, life.state, RatioAlarm(life.alarm), False, [], []
     sequences, metrics = assess(run, life, experience, counts)
     old = is_old(experience, counts, int(state.step))
     # Anchored on the trainer of before these updates, the first has ratio 1 on old data too.
@@ -43,7 +49,10 @@ def learn(
         for part in minibatches(sequences, cfg.minibatches, rng):
             batch, _ = make_batch(part, run.shapes.update, run.task.pad, *means_of(run))
             state, found = run.update(state, run.put_batch(batch), reference)
-            each.append(as_floats(jax.device_get(found)))
+            found, gradients = without_zero_gradients(as_floats(jax.device_get(found)))
+            each.append(found)
+            if found["nonfinite"] == 0 and batch.loss_mask.any():
+                zero.append(gradients)
             alarm, ring = alarm.observe(each[-1]["ratio/min"], each[-1]["ratio/max"], stale=stale or len(each) > 1)
             rings |= ring
     metrics |= {name: float(np.mean([m[name] for m in each])) for name in each[0]}
@@ -51,7 +60,15 @@ def learn(
     # Only the first update on fresh data compares the same parameters: what is left is the sampler's own error.
     metrics |= {name: float("nan") if old else x for name, x in each[0].items() if name.startswith("mismatch/")}
     metrics |= {"alarm/ratio": float(rings), "updates": len(each)}
-    return Learned(state, alarm.streak, metrics, sequences.advantage)
+    never = {path: all(gradients[path] for gradients in zero) for path in zero[0]} if zero else {}
+    return Learned(state, alarm.streak, metrics, sequences.advantage, never)
+
+
+def without_zero_gradients(metrics: dict[str, float]) -> tuple[dict[str, float], dict[str, bool]]:
+    """An update's metrics for the eye, and which parameters had a gradient of exactly 0."""
+    zero = {name: x for name, x in metrics.items() if name.startswith(ZERO_GRADIENT)}
+    rest = {name: x for name, x in metrics.items() if name not in zero}
+    return rest, {name.removeprefix(ZERO_GRADIENT): x == 1 for name, x in zero.items()}
 
 
 def means_of(run: Run) -> tuple[str, int]:
@@ -70,7 +87,8 @@ def assess(
     sampled, behavior = experience.rollouts.sampled, sequences.behavior_logprobs
     token_reward = np.zeros(behavior.shape)
     if objective.reads_reference_logprobs:
-        sequences = sequences._replace(reference_logprobs=score(run, life.reference, sequences).logprobs)
+        reference = lora.join(life.reference, lora.split(life.state.params)[1])
+        sequences = sequences._replace(reference_logprobs=score(run, reference, sequences).logprobs)
     if run.scores_proximal or objective.has_critic:
         scores = score(run, life.state.params, sequences)
         sequences = sequences._replace(
@@ -79,7 +97,7 @@ def assess(
     if objective.reward_kl.weight > 0:
         token_reward = reward_kl(behavior, sequences.reference_logprobs, sequences.learn, objective.reward_kl)
         metrics["reward_kl"] = float(-token_reward.sum() / max(sequences.learn.sum(), 1) / objective.reward_kl.weight)
-    shape = (len(counts), -1)
+    late, shape = objective.reward_kl.to == "advantage", (len(counts), -1)
     weights = [grader.weight for grader in run.cfg.reward.graders]
     found = estimate(
         objective.advantage,
@@ -89,7 +107,8 @@ def assess(
             part_weights=np.array(weights),
             counts=counts,
             mask=sampled,
-            token_reward=token_reward,
+            token_reward=np.zeros(behavior.shape) if late else token_reward,
+            late_reward=token_reward if late else None,
             values=sequences.values,
         ),
     )

@@ -11,20 +11,20 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 from pydantic import ConfigDict
 
-from jaxrl_llm.experience.config import AdvantageConfig, BestWorst, Gae, Grpo, RewardKl
+from jaxrl_llm.experience.config import AdvantageConfig, BestWorst, Gae, Grpo, ReinforcePlusPlus, RewardKl
 from jaxrl_llm.update.config import (
     Cispo,
     Clip,
+    CorrectionConfig,
     Dpo,
     Gmpo,
     LossConfig,
-    NoCorrection,
+    MaskedImportance,
     PolicyGradient,
-    Reinforce,
-    Sapo,
+    TruncatedImportance,
 )
 
-GROUPED = ("grpo", "mean_only", "rloo", "leave_one_out", "max_rl", "pass_at_k", "gdpo", "best_worst")
+GROUPED = ("mean_only", "rloo", "leave_one_out", "max_rl", "pass_at_k", "opo", "gpg", "gdpo", "best_worst")
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,16 @@ class ObjectiveConfig:
         return self.reads_reference_logprobs or self.reads_reference_distribution
 
 
+def _compares_a_group(advantage: AdvantageConfig) -> bool:
+    if isinstance(advantage, Grpo):
+        return "group" in (advantage.mean_over, advantage.std_over)
+    return advantage.kind in GROUPED or (isinstance(advantage, ReinforcePlusPlus) and advantage.baseline)
+
+
 def refusals(objective: ObjectiveConfig, samples: int, packing: str) -> list[str]:
     """Parts that do not go together, and why; `samples` a prompt."""
     found = []
-    if objective.advantage.kind in GROUPED and samples < 2:
+    if _compares_a_group(objective.advantage) and samples < 2:
         found.append(
             f"objective.advantage.kind: got {objective.advantage.kind} with rollout.samples {samples}, want 2 or more samples: "
             "a group of one has no mean of others"
@@ -123,6 +129,11 @@ def refusals(objective: ObjectiveConfig, samples: int, packing: str) -> list[str
             found.append(
                 "objective.advantage.kind: got best_worst, which is for the loss dpo; want an advantage of every sample"
             )
+    if objective.reward_kl.to == "advantage" and objective.advantage.kind in ("gae", "reinforce_pp"):
+        found.append(
+            f"objective.reward_kl.to: got advantage with the advantage {objective.advantage.kind}, want reward: it gives each "
+            "token what is still to come by itself"
+        )
     if objective.reference.kind == "pretrained" and not objective.reference.path:
         found.append("objective.reference.path: got nothing, want the model that reference.kind pretrained reads")
     return found
@@ -151,36 +162,39 @@ def _refusals_of_loss(loss: PolicyGradient) -> list[str]:
         found.append(
             f"{name}.surrogate.low: got {surrogate.low}, want less than high ({surrogate.high}): bounds of the ratio itself"
         )
-    if loss.anchor == "behavior" and loss.correction.kind not in ("auto", "none"):
+    if loss.anchor == "behavior" and _weighs(loss.correction):
         found.append(
             f"{name}.anchor: got behavior with the correction {loss.correction.kind}, want proximal: the ratio to the sampler "
             "already holds the weight, which would count twice"
         )
-    if (
-        isinstance(surrogate, Gmpo | Sapo)
-        and loss.correction.kind == "truncated_importance"
-        and loss.correction.floor > 0
-    ):
+    if loss.kl.times != "one" and loss.kl.kind in ("k2", "k3_plus", "full"):
         found.append(
-            f"{name}.correction.floor: got {loss.correction.floor}, want 0 with the surrogate {surrogate.kind}"
-        )
-    if loss.kl.by_ratio and loss.kl.kind in ("k2", "k3_plus", "full"):
-        found.append(
-            f"{name}.kl.by_ratio: got true with {loss.kl.kind}, want false: its gradient is right without the ratio"
+            f"{name}.kl.times: got {loss.kl.times} with {loss.kl.kind}, want one: its gradient is right without a factor"
         )
     if loss.kl.kind == "full" and loss.kl.to == "behavior":
         found.append(
             f"{name}.kl.to: got behavior with the kind full, want reference: the sampler's logits are not kept"
         )
-    if isinstance(surrogate, Reinforce) and loss.ratio != "token":
-        found.append(f"{name}.ratio: got {loss.ratio}, want token: reinforce has no ratio")
     if loss.length is not None and loss.aggregation != "constant":
         found.append(f"{name}.length: got {loss.length}, want null: only the aggregation constant reads it")
-    if (
-        isinstance(loss.correction, NoCorrection)
-        and loss.kl.to == "behavior"
-        and loss.kl.kind == "k1"
-        and loss.kl.weight
-    ):
-        found.append(f"{name}.kl.kind: got k1 to behavior, want k2 or k3: the mean gradient of k1 in a loss is 0")
-    return found
+    if loss.kl.kind == "k1" and loss.kl.weight and loss.kl.times == "one":
+        found.append(
+            f"{name}.kl.kind: got k1 in the loss, want k2, k3, reward_kl, or kl.times score: the mean gradient of k1 alone is 0"
+        )
+    return found + _refusals_of_bounds(loss.correction, f"{name}.correction")
+
+
+def _weighs(correction: CorrectionConfig) -> bool:
+    """By p_proximal / p_behavior, not by 0 or 1 alone."""
+    masks = isinstance(correction, MaskedImportance) and correction.weight == "one"
+    return correction.kind not in ("auto", "none", "second_moment") and not masks
+
+
+def _refusals_of_bounds(correction: CorrectionConfig, name: str) -> list[str]:
+    if isinstance(correction, MaskedImportance) and correction.low >= correction.high:
+        return [f"{name}.low: got {correction.low}, want less than high ({correction.high}): else nothing is kept"]
+    if isinstance(correction, TruncatedImportance) and correction.floor >= correction.cap:
+        return [
+            f"{name}.floor: got {correction.floor}, want less than cap ({correction.cap}): else every weight is the same"
+        ]
+    return []

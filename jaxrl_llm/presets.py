@@ -11,7 +11,7 @@ DUAL = {"kind": "clip", "low": 0.2, "high": 0.2, "dual": 3.0}
 CLIP = {"kind": "clip", "low": 0.2, "high": 0.2}
 VERL_GRPO = {"kind": "grpo", "eps": 1e-6}
 TRL_GRPO = {"kind": "grpo", "eps": 1e-4}
-TOKEN_TIS = {"kind": "truncated_importance", "cap": 2.0}
+SKYRL_KL = {"kind": "k3", "weight": 0.001, "max_difference": 20.0, "max_value": 10.0}
 
 
 def _policy(surrogate: dict[str, Any], aggregation: str = "token", **more: Any) -> dict[str, Any]:
@@ -24,7 +24,9 @@ def _preset(advantage: dict[str, Any], loss: dict[str, Any], **more: Any) -> dic
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper:reinforce": _preset({"kind": "raw"}, _policy({"kind": "reinforce"}, "sequence_sum")),
-    "paper:ppo": _preset({"kind": "gae", "lam": 0.95}, _policy(CLIP, critic={"weight": 0.5, "clip": None})),
+    "paper:ppo": _preset(
+        {"kind": "gae", "lam": 0.95, "whiten": False}, _policy(CLIP, critic={"weight": 2.0, "clip": None})
+    ),
     "paper:rloo": _preset({"kind": "rloo"}, _policy({"kind": "reinforce"}, "sequence_sum")),
     "paper:grpo": _preset(
         {"kind": "grpo", "std": "population", "eps": 0.0},
@@ -42,7 +44,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper:gmpo": _preset({"kind": "grpo", "std": "population", "eps": 0.0}, _policy({"kind": "gmpo"}, "sequence")),
     "paper:sapo": _preset({"kind": "grpo", "std": "population", "eps": 0.0}, _policy({"kind": "sapo"}, "sequence")),
     "paper:max_rl": _preset({"kind": "max_rl"}, _policy({"kind": "reinforce"}, "sequence_sum")),
-    "paper:decoupled_ppo": _preset({"kind": "grpo", "eps": 1e-6}, _policy(CLIP, correction={**TOKEN_TIS, "cap": 5.0})),
+    "paper:decoupled_ppo": _preset(
+        VERL_GRPO,
+        _policy(CLIP, correction={"kind": "truncated_importance", "cap": 5.0}),
+    ),
     "paper:icepop": _preset(
         VERL_GRPO, _policy(CLIP, "sequence", correction={"kind": "masked_importance", "low": 0.5, "high": 5.0})
     ),
@@ -51,7 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "verl:ppo": _preset({"kind": "gae", "lam": 1.0}, _policy(DUAL, critic={"weight": 1.0, "clip": 0.5})),
     "verl:grpo": _preset(VERL_GRPO, _policy(DUAL)),
     "verl:dr_grpo": _preset({"kind": "mean_only"}, _policy(DUAL, "constant")),
-    "verl:dapo": _preset(VERL_GRPO, _policy({**DUAL, "high": 0.28})),
+    "verl:dapo": _preset(VERL_GRPO, _policy({**DUAL, "high": 0.28, "dual": 10.0})),
     "verl:rloo": _preset({"kind": "rloo"}, _policy(DUAL)),
     "verl:reinforce_pp": _preset({"kind": "reinforce_pp"}, _policy(DUAL)),
     "verl:reinforce_pp_baseline": _preset({"kind": "reinforce_pp", "baseline": True}, _policy(DUAL)),
@@ -62,7 +67,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "verl:cispo": _preset(VERL_GRPO, _policy({"kind": "cispo", "low": 0.8, "high": 1.2})),
     "verl:gmpo": _preset(VERL_GRPO, _policy({"kind": "gmpo", "low": 0.2, "high": 0.2}, "sequence")),
     "verl:sapo": _preset(VERL_GRPO, _policy({"kind": "sapo"}, "sequence")),
-    "verl:dppo_tv": _preset(VERL_GRPO, _policy({"kind": "dppo", "form": "reinforce", "cap": 20.0})),
+    "verl:dppo_tv": _preset(VERL_GRPO, _policy({"kind": "dppo", "form": "reinforce", "cap": 3.0})),
     "trl:grpo": _preset(TRL_GRPO, _policy(CLIP)),
     "trl:grpo_sequence": _preset(TRL_GRPO, _policy(CLIP, "sequence")),
     "trl:dr_grpo": _preset(TRL_GRPO, _policy(CLIP, "constant")),
@@ -76,20 +81,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     "openrlhf:reinforce_pp": _preset(
         {"kind": "reinforce_pp", "variance": "population"}, _policy(CLIP), reward_kl={"kind": "k1", "weight": 0.01}
     ),
-    "openrlhf:grpo": _preset({"kind": "grpo", "eps": 1e-9}, _policy(CLIP), reward_kl={"kind": "k1", "weight": 0.01}),
+    "openrlhf:grpo": _preset(
+        {"kind": "grpo", "eps": 1e-9}, _policy(CLIP), reward_kl={"kind": "k1", "weight": 0.01, "to": "advantage"}
+    ),
     "slime:grpo": _preset(VERL_GRPO, _policy(CLIP, "sequence")),
     "nemo:grpo": _preset(
         {"kind": "leave_one_out"},
-        _policy(CLIP, kl={"kind": "k3", "weight": 0.01, "by_ratio": True, "max_difference": 20.0, "max_value": 10.0}),
+        _policy(CLIP, kl={"kind": "k3", "weight": 0.01, "times": "score", "max_difference": 20.0, "max_value": 10.0}),
     ),
-    "skyrl:grpo": _preset(
-        VERL_GRPO, _policy(CLIP, kl={"kind": "k3", "weight": 0.001, "max_difference": 20.0, "max_value": 10.0})
-    ),
-    "skyrl:cispo": _preset(VERL_GRPO, _policy({"kind": "cispo", "low": 0.0, "high": 5.0})),
-    "skyrl:max_rl": _preset({"kind": "max_rl", "eps": 1e-6}, _policy(CLIP)),
-    "skyrl:dppo": _preset(VERL_GRPO, _policy({"kind": "dppo"})),
+    "skyrl:grpo": _preset(VERL_GRPO, _policy(CLIP, kl=SKYRL_KL)),
+    "skyrl:cispo": _preset(VERL_GRPO, _policy({"kind": "cispo", "low": 0.0, "high": 5.0}, kl=SKYRL_KL)),
+    "skyrl:max_rl": _preset({"kind": "max_rl", "eps": 1e-6}, _policy(CLIP, kl=SKYRL_KL)),
+    "skyrl:dppo": _preset(VERL_GRPO, _policy({"kind": "dppo"}, kl=SKYRL_KL)),
     "areal:grpo": _preset(
-        {"kind": "grpo", "eps": 1e-5, "mean_over": "batch", "std_over": "batch"}, _policy(CLIP, correction=TOKEN_TIS)
+        {"kind": "reinforce_pp", "eps": 1e-5, "eps_beside": "std"},
+        _policy(CLIP, correction={"kind": "masked_importance", "low": 0.0, "high": 5.0}),
+        reward_kl={"kind": "k1", "weight": 0.1},
     ),
     "prime:rl": _preset(
         {"kind": "mean_only"}, _policy({"kind": "dppo"}, kl={"kind": "k2", "weight": 2e-3, "to": "behavior"})

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxrl_llm.model import lora
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.params import abstract, policy_part, shardings, specs, unstack
 from jaxrl_llm.model.quantised import DTYPES, Quantised, map_matrices, quantise, quantised_specs
@@ -60,8 +61,8 @@ def make_blank(cfg: ModelConfig, decode: Layout, weights: str = "compute") -> Ca
 
 
 def _view(params: PyTree, cfg: ModelConfig, weights: str) -> PyTree:
-    """The masters as a policy holds them, layers stacked."""
-    params = policy_part(params, cfg)
+    """The masters as a policy holds them, layers stacked, adapters merged."""
+    params = lora.merge(policy_part(params, cfg), cfg.compute if weights == "compute" else jnp.float32)
 
     def cast(x: Array) -> Array:
         return x.astype(cfg.compute)

@@ -20,31 +20,21 @@ from jaxrl_llm.checkpoint import Checkpoints, RunLock, prepare_run_directory
 from jaxrl_llm.collect import GivenUp, collect
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.describe import as_floats, describe, describe_engine, responses
-from jaxrl_llm.errors import CheckpointError, NonFiniteError, Preempted, UserError
+from jaxrl_llm.errors import CheckpointError, Preempted, UserError
 from jaxrl_llm.evaluate import evaluate, headline, supervised_sequences
 from jaxrl_llm.experience.batch import make_batch
 from jaxrl_llm.experience.filters import FILTERS
 from jaxrl_llm.experience.replay import fill
-from jaxrl_llm.learn import learn
+from jaxrl_llm.guards import observe
+from jaxrl_llm.learn import learn, without_zero_gradients
+from jaxrl_llm.life import Life, begin, fresh_state, open_checkpoints, start_reference, target, trained_policy
 from jaxrl_llm.metrics import CompileCounter, Recorder, Timers
 from jaxrl_llm.prompts.stream import next_prompts
 from jaxrl_llm.prompts.supervised import noisy_rows
+from jaxrl_llm.reference import refresh
 from jaxrl_llm.rewards.pool import GraderPool
-from jaxrl_llm.run import (
-    Life,
-    Run,
-    begin,
-    build,
-    decode_rates,
-    fresh_state,
-    open_checkpoints,
-    publish,
-    start_reference,
-    target,
-)
+from jaxrl_llm.run import Run, build, decode_rates, publish
 from jaxrl_llm.types import Experience, Policy, TrainState
-
-MAX_NONFINITE = 3
 
 
 class Shell(NamedTuple):
@@ -127,16 +117,16 @@ def warm_step(run: Run, shell: Shell, life: Life) -> tuple[Life, dict[str, float
         rows = noisy_rows(run.task, run.warm_order, places, cfg.noise, run.cfg.seed)
         batch, _ = make_batch(supervised_sequences(run, rows), run.shapes.warm_start, run.task.pad)
         state, metrics = run.warm_update(life.state, run.put_batch(batch))
-        metrics = jax.device_get(metrics)
-    return dataclasses.replace(life, step=life.step + 1, state=state), {"phase": "warm_start", **as_floats(metrics)}
+        metrics, _ = without_zero_gradients(as_floats(jax.device_get(metrics)))
+    return dataclasses.replace(life, step=life.step + 1, state=state), {"phase": "warm_start", **metrics}
 
 
 def start_rl(run: Run, shell: Shell, life: Life) -> tuple[Life, Policy, dict[str, float]]:
     """The first policy of this process; at the very start of RL also a fresh optimizer, the reference, and the score before."""
     if life.began:
         return life, first_policy(run, life.state), {}
-    reference = start_reference(run, life.state.params) if run.cfg.objective.has_reference else None
     state = fresh_state(run, life.state.params, int(life.state.step), began=True)
+    reference = start_reference(run, state.params) if run.cfg.objective.has_reference else None
     policy = first_policy(run, state)
     scores = evaluate(run, state.params, policy, shell.pool)
     shell.recorder.message(
@@ -170,29 +160,29 @@ def rl_step(
     fresh = Experience(rollouts, graded.reward.reshape(-1), parts.astype(np.float32))
     replay, experience, counts = fill(life.replay, fresh, keep, version, cfg.experience.replay, rng)
     with timers("update"):
-        state, alarm, learned, advantage = learn(run, life, experience, counts, rng)
+        learned = learn(run, life, experience, counts, rng)
+        state = learned.state
     with timers("publish"):
         policy = jax.block_until_ready(publish(run, state, policy))
-    if learned["alarm/ratio"]:
-        shell.recorder.message(
-            "ALARM: all ratios were exactly 1 on stale data, twice: old log-probs are not those captured"
-        )
-    nonfinite = life.nonfinite + 1 if learned["nonfinite"] == 1 else 0
-    if nonfinite == MAX_NONFINITE:
-        raise NonFiniteError(
-            f"no update of {MAX_NONFINITE} steps in a row was finite; parameters are those from before them"
-        )
-    show(run, shell, life.step + 1, fresh, np.where(np.repeat(keep, cfg.rollout.samples)[:, None], advantage, 0.0))
+    done = life.step + 1 - cfg.warm_start.steps
+    reference = refresh(cfg.objective.reference, life.reference, trained_policy(run, state.params), done)
+    guards, warnings, error = observe(life.guards, cfg.update.guards, learned.metrics, learned.zero_gradient)
+    for warning in warnings:
+        shell.recorder.message(warning)
+    if error:
+        raise error
+    advantage = np.where(np.repeat(keep, cfg.rollout.samples)[:, None], learned.advantage, 0.0)
+    show(run, shell, life.step + 1, fresh, advantage)
     metrics = {
         "phase": "rl",
         **describe(cfg, graded, rollouts, keep, counts),
-        **learned,
+        **learned.metrics,
         **describe_engine(stats, decode_rates(run)),
     }
     num_tokens = life.num_tokens + int(metrics["completions/tokens"])
     life = dataclasses.replace(
-        life, step=life.step + 1, cursor=cursor, num_tokens=num_tokens, alarm=alarm, nonfinite=nonfinite, state=state,
-        replay=replay,
+        life, step=life.step + 1, cursor=cursor, num_tokens=num_tokens, alarm=learned.alarm, guards=guards, state=state,
+        reference=reference, replay=replay,
     )  # fmt: skip
     return life, policy, metrics | {"num_tokens": num_tokens}
 

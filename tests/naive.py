@@ -6,6 +6,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from setups import until_of
 
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.distribution import process_logits
@@ -36,9 +37,9 @@ def generate(
         for t in range(c):
             ids = np.full((1, slots), vocab.pad, np.int32)
             ids[0, : len(sequence)] = sequence
-            segment = (np.arange(slots) < len(sequence))[None].astype(np.int32)
+            until = until_of(np.array([len(sequence)]), slots)
             with jax.disable_jit():
-                h = np.asarray(hidden(params, ids, segment, np.arange(slots)[None], cfg, layout))[:, len(sequence) - 1]
+                h = np.asarray(hidden(params, ids, np.arange(slots)[None], until, cfg, layout))[:, len(sequence) - 1]
                 logp = process_logits(logits(params, h, cfg), jnp.asarray(temperature[p : p + 1]), vocab.size)
             drawn = draw_from(keys[b : b + 1], jnp.array([t]), Plain(logp), raw_logprobs=False)
             (token,), (logprobs[b, t],), (entropies[b, t],) = drawn.token, drawn.logprob, drawn.entropy

@@ -6,6 +6,8 @@ from functools import cache
 import jax
 import numpy as np
 
+from jaxrl_llm.experience.batch import Sequences, make_batch, sequences_of
+from jaxrl_llm.experience.packing import shape_of
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import LinearRope, Llama3Rope, ModelConfig, YarnRope
 from jaxrl_llm.parallel import hosts
@@ -15,7 +17,7 @@ from jaxrl_llm.publish import make_blank, make_publish
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
-from jaxrl_llm.types import Policy, Prompts, PyTree, Rollouts
+from jaxrl_llm.types import Batch, Experience, Policy, Prompts, PyTree, Rollouts
 
 # Eight heads over eight key/value heads, so that every mesh below divides them; sharp logits, so that an error shows.
 SMALL = ModelConfig(vocab_size=16, layers=2, d_model=32, heads=16, kv_heads=8, head_dim=8, d_mlp=64, qk_norm=True)
@@ -105,3 +107,32 @@ def make_prompts(num: int, slots: int = 7, seed: int = 0, vocab: int = 15) -> Pr
     return Prompts(
         tokens=tokens, length=length, uid=np.arange(num, dtype=np.int32) * 1000 + 7, row=np.arange(num, dtype=np.int32)
     )
+
+
+def until_of(length: np.ndarray, slots: int) -> np.ndarray:
+    """`Batch.until` of rows that hold one sequence each, from slot 0 on."""
+    slot = np.arange(slots)
+    return np.where(slot < np.asarray(length)[:, None], np.asarray(length)[:, None], slot).astype(np.int32)
+
+
+def to_sequences(
+    rollouts: Rollouts, advantage: np.ndarray | None = None, counts: np.ndarray | None = None
+) -> Sequences:
+    """What updates learn from, one advantage a sequence; all groups count unless told."""
+    rows, groups = len(rollouts.length), len(rollouts.prompts.length)
+    experience = Experience(rollouts, np.zeros(rows, np.float32), np.zeros((rows, 1), np.float32))
+    found = sequences_of(experience, np.ones(groups, bool) if counts is None else counts)
+    if advantage is None:
+        return found
+    return found._replace(advantage=np.where(found.learn, advantage[:, None], 0).astype(np.float32))
+
+
+def to_batch(
+    sequences: Sequences, kind: str = "none", slots: int = 0, parts: int = 1, shards: int = 1, aggregation: str = "token",
+    length: int = 1,
+) -> Batch:  # fmt: skip
+    """Of all of them, in the least rows that hold the longest there could be."""
+    groups = int(sequences.group[-1]) + 1
+    sizes = sequences.prompt.shape[1], sequences.tokens.shape[1]
+    shape = shape_of(kind, groups, len(sequences.length) // groups, sizes, slots, parts, shards)
+    return make_batch(sequences, shape, VOCAB.pad, aggregation, length)[0]

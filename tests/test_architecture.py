@@ -34,16 +34,36 @@ ALLOWED = {
     "publish": FOUNDATION | {"model"},
     "checkpoint": FOUNDATION,
     "report": {"errors", "metrics"},
-    "run": FOUNDATION | STAGES | {"ceilings", "config", "model", "publish", "checkpoint"},
+    "run": FOUNDATION | STAGES | {"ceilings", "config", "model", "publish", "checkpoint", "guards", "objective"},
     "collect": FOUNDATION | STAGES | {"run"},
     "describe": FOUNDATION | STAGES | {"config", "run", "collect"},
-    "learn": FOUNDATION | STAGES | {"metrics", "model", "run", "describe"},
+    "guards": {"errors"},
+    "reference": {"types", "objective"},
+    "life": FOUNDATION | STAGES | {"config", "model", "checkpoint", "guards", "run"},
+    "learn": FOUNDATION | STAGES | {"life", "metrics", "model", "run", "describe"},
     "evaluate": FOUNDATION | STAGES | {"config", "estimates", "run", "collect"},
-    "inspect_run": FOUNDATION | STAGES | {"config", "estimates", "metrics", "model", "run", "collect", "evaluate"},
+    "inspect_run": FOUNDATION
+    | STAGES
+    | {"life", "config", "estimates", "metrics", "model", "run", "collect", "evaluate"},
     "train": FOUNDATION
     | STAGES
-    | {"config", "metrics", "model", "publish", "checkpoint", "run", "collect", "describe", "evaluate", "learn"},
-    "cli": {"errors", "config", "parallel", "report", "train", "inspect_run"},
+    | {
+        "config",
+        "metrics",
+        "model",
+        "publish",
+        "checkpoint",
+        "run",
+        "collect",
+        "describe",
+        "evaluate",
+        "learn",
+        "life",
+        "guards",
+        "reference",
+    },
+    "plan": FOUNDATION | STAGES | {"config", "model", "publish", "run"},
+    "cli": {"errors", "config", "parallel", "report", "plan", "train", "inspect_run"},
 }
 NEVER = {"configs", "tests", "benchmarks", "launch", "docs"}
 VAGUE = {"utils", "util", "common", "core", "helpers", "helper", "manager", "misc"}

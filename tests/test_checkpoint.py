@@ -62,7 +62,7 @@ def make_tree(seed: int, layout: str = "eight") -> dict:
     }
 
 
-def target_of(layout: str = "eight") -> dict:
+def target_of(meta: dict | None = None, layout: str = "eight") -> dict:
     def shape(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if isinstance(x, jax.Array) else x
 
@@ -116,7 +116,7 @@ def copy_of(directory: Path, to: Path) -> Path:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_restores_the_same_bits_on_any_mesh(two_steps, layout):
-    restored = Checkpoints(two_steps).restore(target_of(layout))
+    restored = Checkpoints(two_steps).restore(lambda _: target_of(layout=layout))
     assert (restored.step, restored.meta) == (40, {"step": 40})
     assert_same(restored.tree, make_tree(40, layout))
     assert restored.tree["w"].sharding == LAYOUTS[layout][0]
@@ -126,7 +126,9 @@ def test_restores_the_same_bits_on_any_mesh(two_steps, layout):
 def test_a_target_without_sharding_goes_to_one_device(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, {"x": jnp.arange(4.0)}, {})
-    assert_same(checkpoints.restore({"x": jax.ShapeDtypeStruct((4,), np.float32)}).tree, {"x": jnp.arange(4.0)})
+    assert_same(
+        checkpoints.restore(lambda _: {"x": jax.ShapeDtypeStruct((4,), np.float32)}).tree, {"x": jnp.arange(4.0)}
+    )
     checkpoints.close()
 
 
@@ -134,15 +136,31 @@ def test_meta_comes_back_as_json_gives_it(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     meta = {"offsets": {"metrics.jsonl": 2**50}, "name": "数学", "best": float("inf"), "list": [1, None, 0.1]}
     checkpoints.save(1, {"x": np.zeros(1)}, meta)
-    assert checkpoints.restore({"x": np.zeros(1)}).meta == meta
+    assert checkpoints.restore(lambda _: {"x": np.zeros(1)}).meta == meta
+    checkpoints.close()
+
+
+def test_each_step_is_read_into_what_its_own_meta_asks_for(tmp_path):
+    """The newer step holds more leaves than the one before, and cannot be read."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"x": np.arange(2)}, {"size": 2, "more": False})
+    checkpoints.save(2, {"x": np.arange(3), "y": np.zeros(1)}, {"size": 3, "more": True})
+    checkpoints.wait()
+
+    def target(meta):
+        return {"x": np.zeros(meta["size"], int)} | ({"y": np.zeros(1)} if meta["more"] else {})
+
+    assert_same(checkpoints.restore(target).tree, {"x": np.arange(3), "y": np.zeros(1)})
+    shutil.rmtree(tmp_path / "2" / "state")
+    assert_same(checkpoints.restore(target).tree, {"x": np.arange(2)})
     checkpoints.close()
 
 
 def test_nothing_saved_gives_none(tmp_path):
-    assert Checkpoints(tmp_path / "not there").restore(target_of()) is None
+    assert Checkpoints(tmp_path / "not there").restore(target_of) is None
     assert not (tmp_path / "not there").exists()
     (tmp_path / "3.orbax-checkpoint-tmp").mkdir()
-    assert Checkpoints(tmp_path).restore(target_of()) is None
+    assert Checkpoints(tmp_path).restore(target_of) is None
 
 
 # ---- fingerprint
@@ -208,7 +226,7 @@ def test_every_truncated_or_deleted_file_is_survived(two_steps, tmp_path, caplog
             path = directory / name
             os.truncate(path, path.stat().st_size // 2) if damage == "truncate" else path.unlink()
             caplog.clear()
-            restored = Checkpoints(directory).restore(target_of())
+            restored = Checkpoints(directory).restore(target_of)
             assert_same(restored.tree, make_tree(restored.step))
             assert restored.step == restored.meta["step"]
             if restored.step == 35:
@@ -230,7 +248,7 @@ def test_a_flipped_bit_never_gives_wrong_numbers(two_steps, tmp_path):
         content = bytearray(path.read_bytes())
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         path.write_bytes(content)
-        restored = Checkpoints(directory).restore(target_of())
+        restored = Checkpoints(directory).restore(target_of)
         assert_same(restored.tree, make_tree(restored.step))
         fallen += restored.step == 35
     assert fallen >= 5
@@ -247,7 +265,7 @@ def test_a_flipped_bit_in_the_numbers_is_seen_by_the_fingerprint(tmp_path, caplo
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
-    restored = checkpoints.restore({"x": jax.ShapeDtypeStruct((2**16,), np.uint32), "y": numbers})
+    restored = checkpoints.restore(lambda _: {"x": jax.ShapeDtypeStruct((2**16,), np.uint32), "y": numbers})
     assert restored.step == 1 and (np.asarray(restored.tree["x"]) == numbers).all()
     assert re.search(r"not the bits that were saved: \[\"\['[xy]'\]\"\], 1 in all", caplog.text)
     checkpoints.close()
@@ -259,7 +277,7 @@ def test_no_readable_step_is_an_error_and_stays_one(two_steps, tmp_path):
         shutil.rmtree(directory / str(step) / "state")
     for _ in range(2):
         with pytest.raises(CheckpointError, match="no checkpoint can be read"):
-            Checkpoints(directory).restore(target_of())
+            Checkpoints(directory).restore(target_of)
     assert sorted(p.name for p in directory.iterdir()) == ["corrupt-35", "corrupt-40"]
 
 
@@ -268,13 +286,13 @@ def test_after_falling_back_the_same_steps_are_saved_again(two_steps, tmp_path):
     (directory / "corrupt-40").mkdir()
     shutil.rmtree(directory / "40" / "state")
     checkpoints = Checkpoints(directory)
-    assert checkpoints.restore(target_of()).step == 35
+    assert checkpoints.restore(target_of).step == 35
     assert (directory / "corrupt-40-again").is_dir()
     for step in (36, 40):
         checkpoints.save(step, make_tree(step), {})
     checkpoints.wait()
     assert checkpoints.steps() == [35, 36, 40]
-    assert_same(checkpoints.restore(target_of()).tree, make_tree(40))
+    assert_same(checkpoints.restore(target_of).tree, make_tree(40))
     checkpoints.close()
 
 
@@ -286,7 +304,7 @@ def test_foreign_files_change_nothing(two_steps, tmp_path):
         (directory / name).mkdir(parents=True)
     checkpoints = Checkpoints(directory)
     assert checkpoints.steps() == [35, 40]
-    assert checkpoints.restore(target_of()).step == 40
+    assert checkpoints.restore(target_of).step == 40
     for step in (41, 42, 43):
         checkpoints.save(step, make_tree(step), {})
     checkpoints.close()
@@ -309,10 +327,10 @@ def test_another_config_is_named_and_nothing_is_moved(two_steps):
     }
     for message, target in cases.items():
         with pytest.raises(UserError) as caught:
-            Checkpoints(two_steps).restore(target)
+            Checkpoints(two_steps).restore(lambda _, target=target: target)
         assert message in str(caught.value) and not isinstance(caught.value, CheckpointError)
     with pytest.raises(UserError) as caught:
-        Checkpoints(two_steps).restore({f"x{i}": np.zeros(1) for i in range(9)})
+        Checkpoints(two_steps).restore(lambda _: {f"x{i}": np.zeros(1) for i in range(9)})
     assert str(caught.value).count("saved") == checkpoint.SHOWN_PATHS
     assert Checkpoints(two_steps).steps() == [35, 40]
 
@@ -323,7 +341,7 @@ def test_an_older_machine_does_not_move_good_steps_away(two_steps, monkeypatch):
 
     monkeypatch.setattr(checkpoint.ocp.StandardCheckpointHandler, "restore", too_small)
     with pytest.raises(MemoryError):
-        Checkpoints(two_steps).restore(target_of())
+        Checkpoints(two_steps).restore(target_of)
     assert Checkpoints(two_steps).steps() == [35, 40]
 
 
@@ -346,7 +364,7 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path):
         for _ in range(10):
             state = update(state)
         jax.block_until_ready(state)
-        restored = checkpoints.restore({"state": target, "host": host}).tree
+        restored = checkpoints.restore(lambda _, target=target: {"state": target, "host": np.arange(6)}).tree
         for i in range(8):
             assert (np.asarray(restored["state"][str(i)]) == i + 1).all()
         assert restored["host"].tolist() == [0, 1, 2, 3, 4, 5]
@@ -411,7 +429,7 @@ def test_a_full_disk_costs_one_save(tmp_path, monkeypatch, caplog, keep):
     checkpoints.save(6, make_tree(6), {})
     wait_for_end(checkpoints)
     assert checkpoints.steps() == [3, 6][-keep:]
-    assert_same(checkpoints.restore(target_of()).tree, make_tree(6))
+    assert_same(checkpoints.restore(target_of).tree, make_tree(6))
     assert not [record for record in caplog.records if "orbax" in record.pathname]
     checkpoints.close()
 
@@ -428,7 +446,7 @@ def test_the_third_failure_in_a_row_ends_the_run(tmp_path, monkeypatch):
         wait_for_end(checkpoints)
     checkpoints.close()
     monkeypatch.undo()
-    assert Checkpoints(tmp_path).restore(target_of()).step == 3
+    assert Checkpoints(tmp_path).restore(target_of).step == 3
 
 
 def test_wait_and_close_raise_what_went_wrong(tmp_path, monkeypatch):
@@ -461,7 +479,7 @@ import numpy as np
 from jaxrl_llm.checkpoint import Checkpoints
 checkpoints = Checkpoints(Path(sys.argv[1]), keep=2)
 target = {"w": jax.ShapeDtypeStruct((64, 1024), np.float32), "n": np.asarray(0)}
-restored = checkpoints.restore(target)
+restored = checkpoints.restore(lambda meta: target)
 step = restored.step if restored else 0
 if restored:
     assert (np.asarray(restored.tree["w"]) == step).all() and restored.tree["n"] == step
@@ -490,7 +508,8 @@ def test_sigkill_at_any_moment_loses_no_confirmed_step(tmp_path):
         lines += process.communicate()[0].splitlines(keepends=True)
         confirmed = max([int(first[1]), *(int(line.split()[1]) for line in lines if line.endswith("\n"))])
     assert confirmed > 6
-    restored = Checkpoints(tmp_path).restore({"w": jax.ShapeDtypeStruct((64, 1024), np.float32), "n": np.asarray(0)})
+    target = {"w": jax.ShapeDtypeStruct((64, 1024), np.float32), "n": np.asarray(0)}
+    restored = Checkpoints(tmp_path).restore(lambda _: target)
     assert restored.step >= confirmed and (np.asarray(restored.tree["w"]) == restored.step).all()
     assert not list(tmp_path.glob("corrupt-*"))
     assert len(Checkpoints(tmp_path).steps()) <= 4

@@ -179,7 +179,7 @@ def test_a_choice_is_a_type(read):
     assert given.loss == PolicyGradient(surrogate=Clip(high=0.28))
     assert read("objective: {loss: {kind: cross_entropy}}").objective.loss == CrossEntropy()
     assert read("objective: {preset: verl:dapo, loss: {aggregation: sequence}}").objective.loss == PolicyGradient(
-        surrogate=Clip(low=0.2, high=0.28, dual=3.0), aggregation="sequence"
+        surrogate=Clip(low=0.2, high=0.28, dual=10.0), aggregation="sequence"
     )
 
 

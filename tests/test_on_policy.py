@@ -6,14 +6,13 @@ from functools import cache
 import jax
 import numpy as np
 import pytest
-from setups import TINY, engine, layouts, make_params, make_policy, make_prompts
+from setups import TINY, engine, layouts, make_params, make_policy, make_prompts, to_batch, to_sequences
 
-from jaxrl_llm.experience.batch import make_batch
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rollout.sample import Vocabulary
-from jaxrl_llm.types import Experience, check
-from jaxrl_llm.update.config import ClippedLoss, OptimizerConfig
+from jaxrl_llm.types import check
+from jaxrl_llm.update.config import OptimizerConfig, PolicyGradient
 from jaxrl_llm.update.step import make_optimizer, make_start, make_update
 
 CFG = replace(TINY, layers=1, vocab_size=64)
@@ -50,9 +49,15 @@ def rollouts(top_p: float, /, **changes: float):
 def programs():
     specs, optimizer, train = model_params.specs(CFG), OptimizerConfig(), layouts()[0]
     update = make_update(
-        specs, ClippedLoss(), optimizer, normalize="token", length=C, micro_batches=1, num_tokens=VOCAB.size, cfg=CFG,
-        layout=train, ends=VOCAB.eos,
-    )  # fmt: skip
+        specs,
+        PolicyGradient(),
+        optimizer,
+        micro_batches=1,
+        num_tokens=VOCAB.size,
+        cfg=CFG,
+        layout=train,
+        ends=VOCAB.eos,
+    )
     return make_start(specs, make_optimizer(optimizer), train), update
 
 
@@ -67,7 +72,7 @@ def first_update(batch) -> dict[str, float]:
 def batch_of(of):
     """Bars always there, so that one program takes all that have no support."""
     advantage = np.random.default_rng(0).normal(size=P * G).astype(np.float32)
-    batch = check(make_batch(Experience(of, advantage, advantage), np.ones(P, bool), VOCAB.pad))
+    batch = check(to_batch(to_sequences(of, advantage)))
     return batch if of.barred is not None else batch.replace(barred=np.zeros(batch.tokens.shape, bool))
 
 

@@ -8,15 +8,28 @@ import jax.numpy as jnp
 import naive
 import numpy as np
 import pytest
-from setups import FAMILIES, MESHES, SMALL, TINY, VOCAB, generator, layouts, make_params, make_policy, make_prompts
+from setups import (
+    FAMILIES,
+    MESHES,
+    SMALL,
+    TINY,
+    VOCAB,
+    generator,
+    layouts,
+    make_params,
+    make_policy,
+    make_prompts,
+    to_batch,
+    to_sequences,
+    until_of,
+)  # fmt: skip
 
-from jaxrl_llm.experience.batch import make_batch
 from jaxrl_llm.model import transformer
 from jaxrl_llm.model.cache import empty_suffix
 from jaxrl_llm.model.distribution import score_tokens
 from jaxrl_llm.model.transformer import Place
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.types import Experience, check
+from jaxrl_llm.types import check
 
 QWEN2 = dataclasses.replace(SMALL, qk_norm=False, qkv_bias=True, tied_head=False, rope_theta=1e6)
 VARIANTS = {"qk_norm, tied": SMALL, "qkv_bias, untied": QWEN2}
@@ -39,8 +52,7 @@ def sample(cfg, sizes=(1, 1, 1), prompts=None, temperature=1.0, params=None):
 
 
 def scores(rollouts, params, train, cfg):
-    zeros = np.zeros(len(rollouts.length), np.float32)
-    batch = make_batch(Experience(rollouts, zeros, zeros), np.ones(len(rollouts.prompts.length), bool), VOCAB.pad)
+    batch = to_batch(to_sequences(rollouts), shards=train.size("rows"))
     placed = hosts.put(batch, train.sharding(("rows", None)))
     return batch, score(params, placed, cfg, VOCAB.size, train)
 
@@ -50,13 +62,11 @@ def test_forward_does_not_depend_on_the_batch_around_a_row(cfg):
     train, _ = layouts()
     params, prompts = make_params(cfg, train), make_prompts(P)
     position = np.broadcast_to(np.arange(7), (P, 7))
-    segment = (position < prompts.length[:, None]).astype(np.int32)
-    together = hidden(params, prompts.tokens, segment, position, cfg, train)
+    until = until_of(prompts.length, 7)
+    together = hidden(params, prompts.tokens, position, until, cfg, train)
     for p in (0, 3, P - 1):
         n = prompts.length[p]
-        alone = hidden(
-            params, prompts.tokens[p : p + 1, :n], segment[p : p + 1, :n], position[p : p + 1, :n], cfg, train
-        )
+        alone = hidden(params, prompts.tokens[p : p + 1, :n], position[p : p + 1, :n], until[p : p + 1, :n], cfg, train)
         # Other shapes, other kernels: a few rounding errors of values of order 1.
         np.testing.assert_allclose(alone[0], together[p, :n], atol=2e-5)
 
@@ -68,8 +78,8 @@ def test_a_token_changes_only_what_comes_after_it(cfg):
     tokens = np.arange(1, 9)[None].astype(np.int32)
     other = tokens.copy()
     other[0, 4] = 12
-    ones, position = np.ones_like(tokens), np.arange(8)[None]
-    a, b = (np.asarray(hidden(params, t, ones, position, cfg, train)) for t in (tokens, other))
+    until, position = np.full_like(tokens, 8), np.arange(8)[None]
+    a, b = (np.asarray(hidden(params, t, position, until, cfg, train)) for t in (tokens, other))
     np.testing.assert_array_equal(a[0, :4], b[0, :4])
     assert np.abs(a[0, 4:] - b[0, 4:]).max(axis=-1).min() > 1e-3
 
@@ -78,9 +88,9 @@ def test_packed_sequences_do_not_see_each_other():
     train, _ = layouts()
     params = make_params(SMALL, train)
     tokens = np.array([[1, 2, 3, 4, 5, 6, 7]])
-    packed = hidden(params, tokens, np.array([[1, 1, 1, 2, 2, 2, 2]]), np.array([[0, 1, 2, 0, 1, 2, 3]]), SMALL, train)
-    first = hidden(params, tokens[:, :3], np.ones((1, 3), int), np.arange(3)[None], SMALL, train)
-    second = hidden(params, tokens[:, 3:], np.ones((1, 4), int), np.arange(4)[None], SMALL, train)
+    packed = hidden(params, tokens, np.array([[0, 1, 2, 0, 1, 2, 3]]), np.array([[3, 3, 3, 7, 7, 7, 7]]), SMALL, train)
+    first = hidden(params, tokens[:, :3], np.arange(3)[None], np.full((1, 3), 3), SMALL, train)
+    second = hidden(params, tokens[:, 3:], np.arange(4)[None], np.full((1, 4), 4), SMALL, train)
     np.testing.assert_allclose(packed, np.concatenate([first, second], axis=1), atol=2e-5)
 
 
@@ -99,8 +109,7 @@ def check_prefill_and_decode(cfg, trained=None):
     for p in range(P):
         whole[p, : prompts.length[p] + C] = np.concatenate([prompts.tokens[p, : prompts.length[p]], text[p]])
     position = np.broadcast_to(np.arange(7 + C), whole.shape)
-    segment = (position < prompts.length[:, None] + C).astype(np.int32)
-    h = hidden(params, whole, segment, position, trained or cfg, train)
+    h = hidden(params, whole, position, until_of(prompts.length + C, 7 + C), trained or cfg, train)
     want = np.asarray(logits(params, h, cfg))
     length = jnp.asarray(prompts.length) - 1
     cache, suffix = prefill(policy.params, prompts.tokens, length, 7, cfg, dec), empty_suffix(cfg, P, C, dec)
@@ -203,8 +212,7 @@ def test_gradients_through_experts_do_not_depend_on_the_mesh():
     """Rows, parameters, widths and experts split over 1 x 2 x 2 x 2 devices, recomputed under the scan, as one device has them."""
     cfg, gradients = FAMILIES["qwen3-moe"], []
     rollouts, _, _ = sample(cfg, params=make_params(cfg, layouts()[0], noise=0.2))
-    zeros = np.zeros(len(rollouts.length), np.float32)
-    batch = make_batch(Experience(rollouts, zeros, zeros), np.ones(P, bool), VOCAB.pad)
+    batch = to_batch(to_sequences(rollouts))
     for sizes in ((1, 1, 1), (1, 2, 2, 2)):
         train, _ = layouts(sizes)
         params = make_params(cfg, train, noise=0.2)

@@ -6,16 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from setups import FAMILIES, SMALL, VOCAB, engine, layouts, make_params, make_prompts
+from setups import FAMILIES, SMALL, engine, layouts, make_params, make_prompts, to_batch, to_sequences
 
-from jaxrl_llm.experience.batch import make_batch
 from jaxrl_llm.model.distribution import score_tokens
 from jaxrl_llm.model.params import unstack
 from jaxrl_llm.model.quantised import Quantised, dequantise
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.publish import abstract_policy, make_blank, make_publish, policy_shardings
 from jaxrl_llm.rollout.config import EngineConfig
-from jaxrl_llm.types import Experience
 
 P, G, C = 16, 4, 6
 
@@ -80,8 +78,7 @@ def mismatch(sizes, weights):
     params, policy = published(sizes, weights)
     of = engine(SMALL, decode, prompts=P, samples=G, max_new_tokens=C, engine=EngineConfig(weights=weights))
     rollouts = of.generate(policy, make_prompts(P), jax.random.key(3))
-    nothing = np.zeros(P * G, np.float32)
-    batch = make_batch(Experience(rollouts, nothing, nothing), np.ones(P, bool), VOCAB.pad)
+    batch = to_batch(to_sequences(rollouts), shards=train.size("rows"))
     placed = hosts.put(batch, train.sharding(("rows", None)))
     scored = hosts.gather(jax.jit(lambda p, b: score_tokens(p, b, SMALL, 16, train).logprobs)(params, placed))
     return (scored - batch.behavior_logprobs)[batch.loss_mask]

@@ -1,7 +1,9 @@
-"""A worker's side of the comparison: one generator in a process of its own, asked by lines of JSON, answering by lines of JSON.
+"""A worker's side of the comparison: one generator or trainer in a process of its own, asked by lines of JSON, answering by lines
+of JSON.
 
     {"load": {"directory": .., "compute": .., "variant": ..}}   -> {"facts": {..}, "seconds": .., "others": .., "peak_bytes": ..}
     {"generate": {"prompts": .., "samples": .., ..}}            -> {"tokens": [[..]], "seconds": .., "others": .., "peak_bytes": ..}
+    {"step": {}}                                                -> {"rollout_s": .., .., "seconds": .., "others": .., "peak_bytes": ..}
 
 Standard library alone: it runs in every peer's environment.
 """
@@ -37,20 +39,38 @@ class Call:
 
 Generate = Callable[[Call], Any]
 """To tokens [rows][new_tokens], prompt-major, on the host."""
-Load = Callable[[str, str, str], tuple[Generate, dict]]
-"""(directory, compute dtype, variant) to the generator and what is to be known of it."""
+Load = Callable[..., tuple[Generate, dict]]
+"""(directory, compute, variant) to the generator and what is to be known of it. `compute` is a dtype."""
+Step = Callable[[], dict]
+"""One whole step of training; what it says of itself: `rollout_s`, seconds of its sampling; `tokens`, how many were sampled; `updates`,
+steps of the optimizer since the start."""
+LoadTrainer = Callable[..., tuple[Step, dict]]
+"""(directory, words, compute, variant, beta) to the step and what is to be known of it. `words` holds tokenizer and prompts."""
 
 
 def peak_bytes() -> int:
-    """The most memory this process has had resident. Where /proc has no VmHWM, ru_maxrss, which a parent's size may hide in."""
-    try:
-        found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.M)
-    except OSError:
-        found = None
-    if found:
-        return int(found.group(1)) * 1024
+    """The most memory this process and those that it started have had resident. Where /proc has no VmHWM, ru_maxrss of this one,
+    which a parent's size may hide in."""
+    own = _peak_of("self")
+    if own is not None:
+        return own + sum(_peak_of(child) or 0 for child in _children())
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _peak_of(process: str) -> int | None:
+    try:
+        found = re.search(r"^VmHWM:\s*(\d+) kB", Path(f"/proc/{process}/status").read_text(), re.M)
+    except OSError:
+        return None
+    return int(found.group(1)) * 1024 if found else None
+
+
+def _children() -> list[str]:
+    try:
+        return [child for task in Path("/proc/self/task").iterdir() for child in (task / "children").read_text().split()]
+    except OSError:
+        return []
 
 
 def machine_seconds() -> float | None:
@@ -91,21 +111,31 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def serve(load: Load) -> None:
-    """Answer until the input ends. What libraries print goes to stderr: stdout holds the answers alone."""
+    """Answer for a generator until the input ends."""
+
+    def tokens_of(found: Any) -> dict:
+        return {"tokens": [[int(token) for token in row] for row in found]}
+
+    _answer(load, lambda generate, given: generate(Call(**given)), tokens_of)
+
+
+def serve_steps(load: LoadTrainer) -> None:
+    """Answer for a trainer until the input ends."""
+    _answer(load, lambda step, given: step(**given), lambda found: found)
+
+
+def _answer(load: Callable, ask: Callable[[Callable, dict], Any], shown: Callable[[Any], dict]) -> None:
+    """What libraries print goes to stderr: stdout holds the answers alone."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    generate: Generate | None = None
+    loaded = None
     for line in sys.stdin:
         [(verb, given)] = json.loads(line).items()
-        if verb == "generate":
-            given = Call(**given)
         with Clock() as clock:
             if verb == "load":
-                generate, facts = load(given["directory"], given["compute"], given["variant"])
-                answer = {"facts": facts}
+                loaded, facts = load(**given)
             else:
-                answer = {"tokens": generate(given)}
-        if verb == "generate":
-            answer["tokens"] = [[int(token) for token in row] for row in answer["tokens"]]
-        found = {"seconds": clock.seconds, "others": clock.others, "peak_bytes": peak_bytes()}
-        print(json.dumps(found | answer), file=answers, flush=True)
+                found = ask(loaded, given)
+        answer = {"facts": facts} if verb == "load" else shown(found)
+        said = {"seconds": clock.seconds, "others": clock.others, "peak_bytes": peak_bytes()}
+        print(json.dumps(said | answer), file=answers, flush=True)

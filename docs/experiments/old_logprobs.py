@@ -35,6 +35,7 @@ from jaxrl_llm.experience.batch import Sequences, make_batch, minibatches, of_se
 from jaxrl_llm.experience.config import Rloo
 from jaxrl_llm.experience.filters import FILTERS
 from jaxrl_llm.learn import assess, means_of
+from jaxrl_llm.life import Life, begin, fresh_state
 from jaxrl_llm.metrics import RatioAlarm
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.objective import ObjectiveConfig
@@ -42,7 +43,7 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.prompts.config import ArithmeticTask
 from jaxrl_llm.prompts.stream import next_prompts
 from jaxrl_llm.rollout.config import RolloutConfig
-from jaxrl_llm.run import Life, Run, begin, build, fresh_state, publish
+from jaxrl_llm.run import Run, build, publish
 from jaxrl_llm.train import Shell, open_shell, warm_step
 from jaxrl_llm.types import Experience, PyTree, TrainState
 from jaxrl_llm.update.config import Clip, OptimizerConfig, PolicyGradient, UpdateConfig, WarmStartConfig

@@ -48,6 +48,8 @@ class Outcome(NamedTuple):
     """Of each token beside its sequence's: minus weight * KL, or 0."""
     values: Completion | None = None
     """The critic's of what is before each token."""
+    late_reward: Completion | None = None
+    """As `token_reward`, but its returns to go join the advantages after every statistic."""
 
 
 class Estimate(NamedTuple):
@@ -65,6 +67,8 @@ def estimate(cfg: AdvantageConfig, outcome: Outcome) -> Estimate:
         mask=outcome.mask & np.repeat(outcome.counts, outcome.reward.shape[1])[:, None],
     )
     found = ESTIMATORS[type(cfg)](clean, cfg)
+    if outcome.late_reward is not None:
+        found = found._replace(advantage=found.advantage + _to_go(outcome.late_reward, clean.mask, 1.0))
     within = lambda x: None if x is None else np.where(clean.mask, x, 0.0)  # noqa: E731
     return Estimate(within(found.advantage), within(found.returns))
 
@@ -87,6 +91,14 @@ def centred(score: Group) -> Group:
     return shifted - shifted.mean(axis=1, keepdims=True)
 
 
+def about_mean(x: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """x - mean of `kept`: exact zeros where all are equal."""
+    if not kept.size:
+        return x
+    first = kept.flat[0]
+    return x - first - (kept - first).mean()
+
+
 def _each(advantage: Group, outcome: Outcome) -> Estimate:
     return Estimate(np.broadcast_to(advantage.reshape(-1, 1), outcome.mask.shape))
 
@@ -94,7 +106,7 @@ def _each(advantage: Group, outcome: Outcome) -> Estimate:
 def grpo(outcome: Outcome, cfg: Grpo) -> Estimate:
     score, ddof = scores(outcome), int(cfg.std == "sample")
     kept = score[outcome.counts]
-    away = centred(score) if cfg.mean_over == "group" else score - kept.mean()
+    away = centred(score) if cfg.mean_over == "group" else about_mean(score, kept)
     if cfg.std_over == "group":
         std = centred(score).std(axis=1, ddof=ddof, keepdims=True)
     else:
@@ -198,7 +210,10 @@ def reinforce_pp(outcome: Outcome, cfg: ReinforcePlusPlus) -> Estimate:
     else:
         # verl: what is between two drawn tokens passes credit on.
         returns = _to_go(token_rewards(outcome), outcome.mask, cfg.gamma)
-    return Estimate(whiten(returns, outcome.mask, int(cfg.variance == "sample"), cfg.eps))
+    ddof = int(cfg.variance == "sample")
+    if cfg.eps_beside == "std":
+        return Estimate(whiten(returns, outcome.mask, ddof, 0.0, cfg.eps))
+    return Estimate(whiten(returns, outcome.mask, ddof, cfg.eps))
 
 
 def gae(outcome: Outcome, cfg: Gae) -> Estimate:
@@ -232,10 +247,12 @@ def _to_go(rewards: Completion, mask: Tokens, gamma: float) -> Completion:
     return returns
 
 
-def whiten(x: Completion, mask: Tokens, ddof: int = 1, eps: float = 1e-8) -> Completion:
-    """(x - mean) / sqrt(var + eps) over the tokens in `mask`; of fewer than two, x itself."""
+def whiten(x: Completion, mask: Tokens, ddof: int = 1, eps: float = 1e-8, beside_std: float = 0.0) -> Completion:
+    """(x - mean) / (sqrt(var + eps) + beside_std) over the tokens in `mask`; of fewer than two, x itself."""
     kept = x[mask]
-    return (x - kept.mean()) / np.sqrt(kept.var(ddof=ddof) + eps) if kept.size > 1 else x
+    if kept.size < 2:
+        return x
+    return about_mean(x, kept) / (np.sqrt(kept.var(ddof=ddof) + eps) + beside_std)
 
 
 ESTIMATORS = {

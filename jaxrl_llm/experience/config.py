@@ -161,6 +161,8 @@ class ReinforcePlusPlus:
     variance: Literal["sample", "population"] = "sample"
     """Of the whitening: verl's n - 1, or OpenRLHF's n."""
     eps: Annotated[float, Gt(0)] = 1e-8
+    eps_beside: Literal["variance", "std"] = "variance"
+    """Divided by sqrt(var + eps), or by std + eps (AReaL)."""
 
 
 @dataclass(frozen=True)
@@ -202,3 +204,5 @@ class RewardKl:
 
     kind: Literal["k1", "k2", "k3"] = "k1"
     weight: NonNegative = 0.0
+    to: Literal["reward", "advantage"] = "reward"
+    """reward: before any statistic (verl, TRL). advantage: after them, each token getting what is still to come (OpenRLHF)."""

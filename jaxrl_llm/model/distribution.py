@@ -19,8 +19,6 @@ from jaxrl_llm.model.transformer import hidden
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import Batch, PyTree
 
-WHOLE_ROWS = Whole()
-
 
 def drawable(
     token: Int[Array, "*rows n"], num_tokens: int, ends: tuple[int, ...], barred: Bool[Array, "*rows n"]
@@ -246,30 +244,36 @@ def score_tokens(
     num_tokens: int,
     layout: Layout,
     ends: tuple[int, ...] = (),
-    how: Whole = WHOLE_ROWS,
+    how: Whole = Whole(),  # noqa: B008
     reference: PyTree | None = None,
 ) -> TokenScores:
     """Score the tokens in the loss mask under `params` (layers stacked). The only place where logits and tokens shift.
 
     `ends`: the end tokens that could not be drawn where `batch.barred`; ValueError where a batch has bars and they are not given.
     `reference`: parameters of the same model; `kl` is then from the policy to it, and its gradient flows into `params` alone.
-    Tokens outside the mask cost no logits, and have log-prob, entropy and KL 0. `values` are of every token.
+    A tree with a critic (`model/critic.py`) has `values`, of every token.
+    Tokens outside the mask cost no logits, and have log-prob, entropy and KL 0.
     """
     if batch.barred is not None and not ends:
         raise ValueError("ends: got none, want the end tokens that `batch.barred` is about")
     order = _Order.of(batch, layout)
     read = _Read(*map(order.take, (batch.tokens, batch.temperature, batch.support, batch.barred)))
-    activations = lambda params: hidden(params, batch.tokens, batch.position, batch.until, cfg, layout)  # noqa: E731
-    source = lambda params, h: Source(params["embed" if cfg.tied_head else "head"], order.take_before(h))  # noqa: E731
-    h = activations(params)
-    reference = jax.lax.stop_gradient(reference)
-    other = None if reference is None else source(reference, activations(reference))
+
+    def activations(params: PyTree) -> Array:
+        return order.take_before(hidden(params, batch.tokens, batch.position, batch.until, cfg, layout))
+
+    def source(params: PyTree) -> Source:
+        return Source(params["embed" if cfg.tied_head else "head"], activations(params))
+
+    policy = source(params)
+    other = None if reference is None else source(jax.lax.stop_gradient(reference))
     limit = num_tokens if num_tokens < cfg.vocab_size else None
     rule = _OfVocabulary(limit, ends) if batch.support is None else _OfSupport()
-    of = over_logits(rule, Head.of(cfg, layout), source(params, h), other, read, order.count)
+    of = over_logits(rule, Head.of(cfg, layout), policy, other, read, order.count)
     back = lambda x: None if x is None else order.put_back(x)  # noqa: E731
-    values = values_of(params, h, batch, cfg, layout, how)
-    return TokenScores(back(of.logprob), back(of.entropy), values, back(of.kl))
+    critic = params.get("critic", params)
+    values = values_of(critic, policy.h if critic is params else activations(critic))
+    return TokenScores(back(of.logprob), back(of.entropy), back(values), back(of.kl))
 
 
 class _Order(NamedTuple):

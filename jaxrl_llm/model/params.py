@@ -19,11 +19,13 @@ GATE_UP = ("gate", "up")
 
 
 class ParamSpec(NamedTuple):
-    """One parameter: `std` None means ones, 0.0 zeros, else a normal with that standard deviation."""
+    """One parameter of the trainer: `std` None means ones, 0.0 zeros, else a normal with that standard deviation."""
 
     shape: tuple[int, ...]
     axes: Axes
     std: float | None
+    dtype: str = "float32"
+    """f32 of what is trained; what is frozen may be held in fewer bits."""
 
 
 def is_spec(x: object) -> bool:
@@ -90,13 +92,15 @@ def count(tree: PyTree) -> int:
     return sum(math.prod(s.shape) for s in jax.tree.leaves(tree, is_leaf=is_spec))
 
 
-def abstract(tree: PyTree, layout: Layout, dtype: jnp.dtype = jnp.float32) -> PyTree:
-    """Shapes and shardings without arrays: what lowering and restoring need."""
-    return map_specs(lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=layout.sharding(s.axes)), tree)
+def abstract(tree: PyTree, layout: Layout, dtype: jnp.dtype | None = None) -> PyTree:
+    """Shapes and shardings without arrays: what lowering and restoring need. `dtype` None: that of each."""
+    return map_specs(
+        lambda s: jax.ShapeDtypeStruct(s.shape, dtype or jnp.dtype(s.dtype), sharding=layout.sharding(s.axes)), tree
+    )
 
 
 def init(tree: PyTree, key: jax.Array, layout: Layout) -> PyTree:
-    """f32 parameters, made where they lie: no device or host ever holds them whole."""
+    """Parameters, made where they lie: no device or host ever holds them whole."""
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_spec)
 
     def make(key: jax.Array) -> PyTree:
@@ -108,8 +112,8 @@ def init(tree: PyTree, key: jax.Array, layout: Layout) -> PyTree:
 
 def _make(spec: ParamSpec, key: jax.Array) -> jax.Array:
     if spec.std is None:
-        return jnp.ones(spec.shape, jnp.float32)
-    return spec.std * jax.random.normal(key, spec.shape, jnp.float32)
+        return jnp.ones(spec.shape, spec.dtype)
+    return (spec.std * jax.random.normal(key, spec.shape, jnp.float32)).astype(spec.dtype)
 
 
 def unstack(tree: PyTree, num_layers: int) -> PyTree:
@@ -119,7 +123,7 @@ def unstack(tree: PyTree, num_layers: int) -> PyTree:
     """
 
     def take(x: jax.Array | ParamSpec, i: int) -> jax.Array | ParamSpec:
-        return ParamSpec(x.shape[1:], x.axes[1:], x.std) if is_spec(x) else x[i]
+        return x._replace(shape=x.shape[1:], axes=x.axes[1:]) if is_spec(x) else x[i]
 
     def entry(tree: PyTree, i: int) -> PyTree:
         return map_specs(lambda x: take(x, i), tree)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from jaxrl_llm.model.cache import reaches
 from jaxrl_llm.model.config import ModelConfig
@@ -55,6 +55,37 @@ def decode_step(
     numbers = 2 * cfg.kv_heads * cfg.head_dim * (prompt + own + rows * cfg.layers)
     flops = 2 * matmul_params(cfg) * rows + 4 * cfg.heads * cfg.head_dim * (each * prompt + own)
     return Work(entry * numbers, flops)
+
+
+def attention_pairs(cfg: ModelConfig, position: Int[np.ndarray, "R T"], real: Bool[np.ndarray, "R T"]) -> int:
+    """(query, key) pairs that attend, over all layers: a token at position p sees itself and the p before it, a sliding layer's at
+    most its reach of them. The same in packed rows and in trees: what lies between in the row is not seen."""
+    seen = position[real].astype(np.int64) + 1
+    return sum(int(np.minimum(seen, reach).sum()) for reach in reaches(cfg))
+
+
+def head_params(cfg: ModelConfig) -> int:
+    return cfg.d_model * cfg.vocab_size
+
+
+def train_flops(cfg: ModelConfig, pairs: int, tokens: int, scored: int, adapters: int | None = None) -> float:
+    """Model FLOPs of an update, over the whole mesh: forward, and backward twice that.
+
+        6 (N - N_head) tokens + 6 N_head scored + 12 heads head_dim pairs
+
+    N: `matmul_params`; the look-up of the embedding is not counted, the head only at tokens that are scored. 12: scores and weighted
+    values take 2 heads head_dim each a pair. `tokens` are real ones, no padding, a shared prompt once. What remat computes again is
+    not counted, nor a critic, norms, rotations and the optimizer.
+
+    Args:
+        pairs: `attention_pairs`.
+        adapters: entries of LoRA's matrices, with all else frozen: forward and the gradient of activations alone, 4 N instead of
+            6 N, and 6 adapters a token. None: every parameter is trained.
+    """
+    body, head = matmul_params(cfg) - head_params(cfg), head_params(cfg)
+    each = 6 if adapters is None else 4
+    matrices = each * (body * tokens + head * scored) + 6 * (adapters or 0) * tokens
+    return float(matrices + 12 * cfg.heads * cfg.head_dim * pairs)
 
 
 def weight_bytes(params: PyTree, cfg: ModelConfig) -> int:

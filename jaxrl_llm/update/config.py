@@ -6,30 +6,13 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 from pydantic import ConfigDict, Field
 
+from jaxrl_llm.update.optimizer.config import AdamW, OptimizerConfig
+
 Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 Level = Literal["token", "sequence", "geometric"]
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019) after a clip of the global gradient norm; linear warm-up, then constant or linear decay."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    lr: Positive = 1e-3
-    warmup_steps: Annotated[int, Ge(0)] = 0
-    """Updates over which the learning rate rises from 0."""
-    decay_steps: Annotated[int, Ge(0)] = 0
-    """Updates after the warm-up over which it falls linearly to `final_lr`, to stay there; 0 = it does not fall."""
-    final_lr: NonNegative = 0.0
-    b1: Fraction = 0.9
-    b2: Fraction = 0.95
-    eps: Positive = 1e-8
-    weight_decay: NonNegative = 0.0
-    max_grad_norm: Positive = 1.0
 
 
 @dataclass(frozen=True)
@@ -195,12 +178,13 @@ class KlConfig:
     """k1: d. k2: d^2 / 2. k3: e^-d - 1 + d. k3_plus: the value of k3 with the gradient of k2. full: exact, over the vocabulary."""
     weight: NonNegative = 0.0
     to: Literal["reference", "behavior"] = "reference"
-    by_ratio: bool = False
-    """Times the ratio, gradient and all: that makes the gradient of k1 and k3 unbiased (DeepSeek-V3.2)."""
+    times: Literal["one", "score", "ratio"] = "one"
+    """What makes the gradient of k1 and k3 unbiased. score: times p / sg(p), 1 with the score's gradient (NeMo-RL). ratio: times
+    the ratio, gradient and all (DeepSeek-V3.2). In a first update on fresh data the two are one."""
     max_difference: Positive | None = None
     """d is bounded to +- this first (verl 20)."""
     max_value: Positive | None = None
-    """The estimate is bounded to +- this (verl 10)."""
+    """The estimate, times what `times` says, is bounded to +- this (verl 10)."""
 
 
 @dataclass(frozen=True)
@@ -314,7 +298,7 @@ class UpdateConfig:
     """The form of attention over whole rows: docs/update.md."""
     remat: Literal["auto", "none", "attention", "layer", "offload"] = "layer"
     """What the backward pass computes again instead of keeping it: docs/update.md."""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=AdamW)
     guards: GuardConfig = field(default_factory=GuardConfig)
 
     @property
@@ -334,4 +318,4 @@ class WarmStartConfig:
     """Sequences an update."""
     noise: Fraction = 0.0
     """Share of the training answers that are wrong."""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=AdamW)

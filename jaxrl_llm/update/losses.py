@@ -196,8 +196,11 @@ def second_moment_mask(batch: Batch, threshold: float) -> Mask:
     return batch.loss_mask & (square <= largest)
 
 
-def kl_estimate(difference: Tokens, cfg: KlConfig) -> Tokens:
-    """Of KL(policy || other) from d = log p - log p_other. Source: Schulman 2020; k3 in a loss: Shao et al. 2024, eq. 4."""
+def kl_estimate(difference: Tokens, factor: Tokens | float, cfg: KlConfig) -> Tokens:
+    """factor * the estimate of KL(policy || other) from d = log p - log p_other.
+
+    Source: Schulman 2020; k3 in a loss: Shao et al. 2024, eq. 4; the factor: Tang & Munos 2025.
+    """
     d = difference if cfg.max_difference is None else jnp.clip(difference, -cfg.max_difference, cfg.max_difference)
     if cfg.kind == "k1":
         found = d
@@ -205,6 +208,7 @@ def kl_estimate(difference: Tokens, cfg: KlConfig) -> Tokens:
         found = d**2 / 2
     else:
         found = jnp.exp(-d) - 1 + d
+    found = factor * found
     if cfg.max_value is not None:
         found = jnp.clip(found, -cfg.max_value, cfg.max_value)
     if cfg.kind == "k3_plus":
@@ -217,8 +221,9 @@ def kl_terms(scores: TokenScores, log_r: Tokens, batch: Batch, cfg: KlConfig) ->
     if cfg.kind == "full":
         return scores.kl
     other = batch.reference_logprobs if cfg.to == "reference" else batch.behavior_logprobs
-    found = kl_estimate(within(batch.loss_mask, scores.logprobs - other), cfg)
-    return jnp.exp(log_r) * found if cfg.by_ratio else found
+    score = within(batch.loss_mask, scores.logprobs - jax.lax.stop_gradient(scores.logprobs))
+    factor = {"one": 1.0, "score": jnp.exp(score), "ratio": jnp.exp(log_r)}[cfg.times]
+    return kl_estimate(within(batch.loss_mask, scores.logprobs - other), factor, cfg)
 
 
 def k3(d: Tokens) -> Tokens:

@@ -7,63 +7,20 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jaxrl_llm.model import params as model_params
+from jaxrl_llm.model import lora
 from jaxrl_llm.model.config import ModelConfig, Whole
 from jaxrl_llm.model.distribution import TokenScores, score_tokens
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import Batch, PyTree, TrainState
 from jaxrl_llm.update.config import Correction, LossConfig, NoCorrection, OptimizerConfig, SecondMoment
-from jaxrl_llm.update.losses import TERMS, second_moment_mask
+from jaxrl_llm.update.losses import TERMS, Terms, second_moment_mask
+from jaxrl_llm.update.optimizer.state import state_shardings, zero_gradients
+from jaxrl_llm.update.optimizer.transform import make_optimizer
 
 Metrics = dict[str, Float[Array, ""]]
 Update = Callable[..., tuple[TrainState, Metrics]]
 UNCORRECTED = NoCorrection()
 WHOLE_ROWS = Whole()
-
-
-def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
-    after = optax.linear_schedule(cfg.lr, cfg.final_lr, cfg.decay_steps) if cfg.decay_steps else lambda _: cfg.lr
-    schedule = optax.join_schedules(
-        [optax.linear_schedule(0.0, cfg.lr, max(cfg.warmup_steps, 1)), after], [cfg.warmup_steps]
-    )
-    # The schedule counts from 0, and a first update of size 0 would be wasted.
-    return optax.chain(
-        optax.clip_by_global_norm(cfg.max_grad_norm),
-        optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
-        optax.add_decayed_weights(cfg.weight_decay),
-        optax.scale_by_learning_rate(lambda count: schedule(count + 1)),
-    )
-
-
-def state_shardings(specs: PyTree, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
-    """Where each leaf of the TrainState lies: moments with their parameters, counters everywhere."""
-    abstract = model_params.abstract(specs, layout)
-    opt_state = jax.eval_shape(optimizer.init, abstract)
-    placed = optax.tree_map_params(
-        optimizer,
-        lambda _, spec: layout.sharding(spec.axes),
-        opt_state,
-        specs,
-        transform_non_params=lambda _: layout.replicated,
-        is_leaf=model_params.is_spec,
-    )
-    return TrainState(model_params.shardings(specs, layout), placed, layout.replicated)
-
-
-def make_start(
-    specs: PyTree,
-    optimizer: optax.GradientTransformation,
-    layout: Layout,
-    grown: Callable[[PyTree], PyTree] = lambda params: params,
-) -> Callable[[PyTree, Array], TrainState]:
-    """The program `start(params, step) -> TrainState` with a fresh optimizer; `params` are donated. `specs` are those of
-    `grown(params)`, which is what is trained."""
-
-    def start(params: PyTree, step: Array) -> TrainState:
-        params = grown(params)
-        return TrainState(params=params, opt_state=optimizer.init(params), step=step)
-
-    return jax.jit(start, donate_argnums=0, out_shardings=state_shardings(specs, optimizer, layout))
 
 
 def make_update(
@@ -80,12 +37,12 @@ def make_update(
     how: Whole = WHOLE_ROWS,
 ) -> Update:
     """The program `update(state, batch, reference) -> (state, metrics)`. `ends`, `how`: as in `score_tokens`; `reference`: the
-    parameters of a policy whose whole distribution the loss reads, else None.
+    parameters of a policy whose whole distribution the loss reads, else None; of one with adapters these are enough.
 
     Every term is weighted by `batch.weight`, made of counts over the whole minibatch, so the gradient does not depend on the
     number of micro-batches nor on the mesh. Micro-batches without a token to learn from are skipped if they stand last.
     A non-finite loss or gradient (`nonfinite` 1), or a minibatch without any token, leaves parameters and optimizer bit for bit
-    as they were.
+    as they were. `zero_gradient/<path>` is 1 where a parameter's gradient is exactly 0 everywhere.
     """
     optimizer = make_optimizer(optimizer_cfg)
     terms_of = TERMS[type(loss)]
@@ -94,13 +51,11 @@ def make_update(
         params: PyTree, part: Batch, share: Array, reference: PyTree | None
     ) -> tuple[Array, tuple[Metrics, Metrics]]:
         scores = score_tokens(params, part, cfg, num_tokens, layout, ends, how, reference)
-        terms = terms_of(scores, part, loss, correction)
-        total = jnp.sum(jnp.where(part.loss_mask, terms.loss, 0.0) * part.weight)
-        means = {name: jnp.sum(jnp.where(part.loss_mask, x, 0.0) * share) for name, x in terms.means.items()}
-        maxima = {name: jnp.max(jnp.where(part.loss_mask, x, -jnp.inf)) for name, x in terms.maxima.items()}
-        return total, ({"loss": total, **means}, maxima)
+        return _summed(terms_of(scores, part, loss, correction), part, share)
 
     def update(state: TrainState, batch: Batch, reference: PyTree | None = None) -> tuple[TrainState, Metrics]:
+        trained, frozen = lora.split(state.params)
+        reference = None if reference is None else lora.join(reference, frozen)
         share = batch.loss_mask / jnp.maximum(jnp.sum(batch.loss_mask), 1)
         dropped = jnp.zeros(())
         if isinstance(correction, SecondMoment):
@@ -108,8 +63,8 @@ def make_update(
             dropped = jnp.sum(share * ~kept)
             batch = batch.replace(weight=jnp.where(kept, batch.weight, 0.0))
         grads, metrics = _accumulate(
-            lambda params, part, share: objective(params, part, share, reference),
-            state.params,
+            lambda trained, part, share: objective(lora.join(trained, frozen), part, share, reference),
+            trained,
             (batch, share),
             micro_batches,
             layout,
@@ -121,19 +76,28 @@ def make_update(
         new = _stepped(state, grads, optimizer, useful)
         if isinstance(correction, SecondMoment):
             metrics["mismatch/dropped"] = dropped
-        return new, metrics | {"grad_norm": grad_norm, "nonfinite": 1.0 - finite}
+        return new, metrics | zero_gradients(grads) | {"grad_norm": grad_norm, "nonfinite": 1.0 - finite}
 
     return jax.jit(
         update, donate_argnums=0, out_shardings=(state_shardings(specs, optimizer, layout), layout.replicated)
     )
 
 
+def _summed(terms: Terms, part: Batch, share: Array) -> tuple[Array, tuple[Metrics, Metrics]]:
+    """A part's loss, its share of the means, and its maxima."""
+    total = jnp.sum(jnp.where(part.loss_mask, terms.loss, 0.0) * part.weight)
+    means = {name: jnp.sum(jnp.where(part.loss_mask, x, 0.0) * share) for name, x in terms.means.items()}
+    maxima = {name: jnp.max(jnp.where(part.loss_mask, x, -jnp.inf)) for name, x in terms.maxima.items()}
+    return total, ({"loss": total, **means}, maxima)
+
+
 def _stepped(state: TrainState, grads: PyTree, optimizer: optax.GradientTransformation, useful: Array) -> TrainState:
     """One step of the optimizer; where it is not `useful` only the count of steps changes."""
-    changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    trained, frozen = lora.split(state.params)
+    changes, opt_state = optimizer.update(grads, state.opt_state, trained)
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(useful, a, b), new, old)  # noqa: E731
     return TrainState(
-        params=keep(optax.apply_updates(state.params, changes), state.params),
+        params=lora.join(keep(optax.apply_updates(trained, changes), trained), frozen),
         opt_state=keep(opt_state, state.opt_state),
         step=state.step + 1,
     )

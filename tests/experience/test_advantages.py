@@ -5,68 +5,102 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxrl_llm.experience.advantages import ADVANTAGES, grpo, mean_only, rloo
+from jaxrl_llm.experience.advantages import Outcome, estimate
+from jaxrl_llm.experience.config import (
+    BestWorst,
+    Gpg,
+    Grpo,
+    LeaveOneOut,
+    MeanOnly,
+    Opo,
+    PassAtK,
+    Rloo,
+)
 from jaxrl_llm.experience.filters import FILTERS
 
 GOLDEN = np.array([[1, 0, 0, 0.5]], np.float32)
+# Of a group alone, with a baseline: what is added to all its rewards does not matter.
+BASELINED = [Grpo(), MeanOnly(), Rloo(), LeaveOneOut(), PassAtK(), Opo(), Gpg(), BestWorst()]
+# A reward that is not 0 is a part of the whole batch's scale.
+ALONE = [cfg for cfg in BASELINED if not isinstance(cfg, Gpg)]
+CENTRED = [Grpo(), MeanOnly(), Rloo()]
+KIND = {"ids": lambda cfg: cfg.kind}
+
+
+def outcome(reward, counts=None) -> Outcome:
+    """Sequences of one token each."""
+    groups, samples = reward.shape
+    return Outcome(
+        reward=reward,
+        parts=reward[..., None],
+        part_weights=np.ones(1),
+        counts=np.ones(groups, bool) if counts is None else np.array(counts),
+        mask=np.ones((groups * samples, 1), bool),
+        token_reward=np.zeros((groups * samples, 1)),
+    )
+
+
+def of(cfg, reward, counts=None):
+    """Advantages [P G]."""
+    return estimate(cfg, outcome(reward, counts)).advantage.reshape(reward.shape)
 
 
 @pytest.mark.parametrize(
-    "advantage, want",
+    "cfg, want",
     [
-        (lambda r: grpo(r), [1.30530975, -0.78318585, -0.78318585, 0.26106195]),  # TRL
-        (lambda r: grpo(r, 1e-6), [1.30557969, -0.78334782, -0.78334782, 0.26111594]),  # verl
-        (lambda r: grpo(r, 1e-9), [1.30558242, -0.78334945, -0.78334945, 0.26111648]),  # OpenRLHF
-        (mean_only, [0.625, -0.375, -0.375, 0.125]),
-        (rloo, [0.83333333, -0.5, -0.5, 0.16666667]),
+        (Grpo(), [1.30530975, -0.78318585, -0.78318585, 0.26106195]),  # TRL
+        (Grpo(eps=1e-6), [1.30557969, -0.78334782, -0.78334782, 0.26111594]),  # verl
+        (Grpo(eps=1e-9), [1.30558242, -0.78334945, -0.78334945, 0.26111648]),  # OpenRLHF
+        (MeanOnly(), [0.625, -0.375, -0.375, 0.125]),
+        (Rloo(), [0.83333333, -0.5, -0.5, 0.16666667]),
     ],
     ids=["grpo as TRL", "grpo as verl", "grpo as OpenRLHF", "mean_only", "rloo"],
 )
-def test_golden_vectors(advantage, want):
-    got = advantage(GOLDEN)
-    assert got.dtype == np.float32
-    # Half an ulp of f32 at 1.3 is 6e-8, and a few operations are made.
-    np.testing.assert_allclose(got[0], want, atol=5e-7)
+def test_golden_vectors(cfg, want):
+    np.testing.assert_allclose(of(cfg, GOLDEN)[0], want, atol=5e-9)
 
 
 def test_rloo_is_the_reward_less_the_mean_of_the_others():
     reward = np.random.default_rng(0).uniform(size=(3, 5)).astype(np.float32)
     others = (reward.sum(axis=1, keepdims=True) - reward) / 4
-    np.testing.assert_allclose(rloo(reward), reward - others, atol=1e-6)
+    np.testing.assert_allclose(of(Rloo(), reward), reward - others, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ADVANTAGES)
-def test_groups_do_not_mix_and_order_does_not_matter(name):
+@pytest.mark.parametrize("cfg", BASELINED, **KIND)
+def test_groups_do_not_mix_and_order_does_not_matter(cfg):
     rng = np.random.default_rng(1)
     reward = rng.uniform(size=(6, 8)).astype(np.float32)
-    advantage = ADVANTAGES[name](reward)
-    np.testing.assert_array_equal(ADVANTAGES[name](reward[[4, 1]]), advantage[[4, 1]])
+    advantage = of(cfg, reward)
+    np.testing.assert_array_equal(of(cfg, reward[[4, 1]]), advantage[[4, 1]])
     order = rng.permutation(8)
     # Another first reward is subtracted and sums go in another order: roundings of numbers around 1.
-    np.testing.assert_allclose(ADVANTAGES[name](reward[:, order]), advantage[:, order], atol=2e-6)
-    np.testing.assert_allclose(advantage.sum(axis=1), 0, atol=1e-5)
+    np.testing.assert_allclose(of(cfg, reward[:, order]), advantage[:, order], atol=1e-12)
+    if cfg in CENTRED:
+        np.testing.assert_allclose(advantage.sum(axis=1), 0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ADVANTAGES)
-def test_a_constant_added_to_all_rewards_changes_nothing(name):
-    # Multiples of 1/8 and shifts by them are exact in f32, so equality is to the bit.
+@pytest.mark.parametrize("cfg", ALONE, **KIND)
+def test_a_constant_added_to_all_rewards_changes_nothing(cfg):
+    # Multiples of 1/8 and shifts by them are exact, so equality is to the bit.
     reward = np.random.default_rng(2).integers(0, 9, (50, 6)).astype(np.float32) / 8
     for shift in (1.0, -7.5, 1024.0):
-        np.testing.assert_array_equal(ADVANTAGES[name](reward + np.float32(shift)), ADVANTAGES[name](reward))
+        np.testing.assert_array_equal(of(cfg, reward + np.float32(shift)), of(cfg, reward))
 
 
-@pytest.mark.parametrize("name", ADVANTAGES)
-def test_equal_rewards_earn_exactly_nothing(name):
+@pytest.mark.parametrize("cfg", BASELINED, **KIND)
+def test_equal_rewards_earn_exactly_nothing(cfg):
     for size, value in ((5, 0.9532), (3, 0.9532), (6, 0.3), (7, 1e-30), (12, 1e30)):
-        np.testing.assert_array_equal(ADVANTAGES[name](np.full((2, size), value, np.float32)), 0.0)
+        np.testing.assert_array_equal(of(cfg, np.full((2, size), value, np.float32)), 0.0)
 
 
-@pytest.mark.parametrize("name", ADVANTAGES)
-def test_a_group_without_rewards_stays_nan_alone_and_is_dropped(name):
+@pytest.mark.parametrize("cfg", BASELINED, **KIND)
+def test_a_group_without_rewards_is_dropped_and_earns_nothing(cfg):
+    """And changes nothing of the others."""
     reward = np.array([[0, 1, 0], [np.nan] * 3, [1, 0, 1]], np.float32)
-    advantage = ADVANTAGES[name](reward)
-    np.testing.assert_array_equal(np.isnan(advantage).any(axis=1), [False, True, False])
     assert not FILTERS["has_signal"](reward)[1] and not FILTERS["none"](reward)[1]
+    advantage = of(cfg, reward, [True, False, True])
+    np.testing.assert_array_equal(advantage[1], 0)
+    np.testing.assert_array_equal(advantage[[0, 2]], of(cfg, reward[[0, 2]]))
 
 
 # The toy: a softmax policy over arms a with fixed rewards. grad log p(a) = e_a - p, so dJ/dtheta_a = p_a (r_a - J).
@@ -79,6 +113,18 @@ SCORES = np.eye(len(P)) - P
 
 def no_baseline(reward: np.ndarray) -> np.ndarray:
     return reward
+
+
+def rloo(reward: np.ndarray) -> np.ndarray:
+    return of(Rloo(), reward)
+
+
+def mean_only(reward: np.ndarray) -> np.ndarray:
+    return of(MeanOnly(), reward)
+
+
+def grpo(reward: np.ndarray) -> np.ndarray:
+    return of(Grpo(), reward)
 
 
 def estimates(advantage, arms: np.ndarray, reward: np.ndarray = REWARD, scores: np.ndarray = SCORES) -> np.ndarray:

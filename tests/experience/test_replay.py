@@ -29,7 +29,8 @@ def experience(version: int, first: int) -> Experience:
         support=np.where(sampled[..., None], token[..., None] + np.arange(3), -1).astype(np.int32),
         barred=sampled & (token % 3 == 0),
     )  # fmt: skip
-    return check(Experience(rollouts, (row / 13).astype(np.float32), (row / 17).astype(np.float32)))
+    parts = (row[:, None] / [17, 19]).astype(np.float32)
+    return check(Experience(rollouts, (row / 13).astype(np.float32), parts))
 
 
 def group_of(whole: Experience, place: int) -> list[bytes]:

@@ -40,7 +40,8 @@ def ours(directory, tokens):
     layout, _ = layouts()
     cfg, params = load_model(directory, layout)
     position = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    run = jax.jit(lambda p, t: logits(p, hidden(p, t, position * 0 + 1, position, cfg, layout), cfg))
+    until = np.full_like(position, tokens.shape[1])
+    run = jax.jit(lambda p, t: logits(p, hidden(p, t, position, until, cfg, layout), cfg))
     return cfg, params, np.asarray(run(params, tokens))
 
 

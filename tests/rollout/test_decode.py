@@ -126,7 +126,9 @@ def test_cold_sampling_is_the_chain_of_argmaxes(sampler):
     position = np.broadcast_to(np.arange(7 + C), sequence.shape)
     forward = jax.jit(
         lambda ids: transformer.logits(
-            params, transformer.hidden(params, ids, jnp.ones_like(ids), position, ONE_LAYER, train), ONE_LAYER
+            params,
+            transformer.hidden(params, ids, position, jnp.full_like(ids, 7 + C), ONE_LAYER, train),
+            ONE_LAYER,
         )
     )
     best = np.asarray(jnp.argmax(forward(sequence), axis=-1))

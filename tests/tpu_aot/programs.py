@@ -23,8 +23,10 @@ from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.programs import Programs
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Batch, TrainState
-from jaxrl_llm.update.config import ClippedLoss, OptimizerConfig
-from jaxrl_llm.update.step import make_optimizer, make_update, state_shardings
+from jaxrl_llm.update.config import AdamW, PolicyGradient
+from jaxrl_llm.update.optimizer.state import state_shardings
+from jaxrl_llm.update.optimizer.transform import make_optimizer
+from jaxrl_llm.update.step import make_update
 
 # Llama-3.2-1B.
 ONE_BILLION = ModelConfig(
@@ -153,17 +155,20 @@ def lower_publish(cfg: ModelConfig, train: Layout, decode: Layout, weights: str 
 
 
 def lower_update(cfg: ModelConfig, train: Layout) -> jax.stages.Lowered:
-    specs, optimizer = model_params.specs(cfg), make_optimizer(OptimizerConfig())
+    specs, optimizer = model_params.specs(cfg), make_optimizer(AdamW())
     params = model_params.abstract(specs, train)
     shapes = jax.eval_shape(lambda p: TrainState(p, optimizer.init(p), np.zeros((), np.int32)), params)
     where = state_shardings(specs, optimizer, train)
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
-    dtypes = [jnp.int32] * 3 + [bool] + [jnp.float32] * 3
-    batch = Batch(*(array(train, (ROWS, SLOTS), dtype, "rows", None) for dtype in dtypes))
+    of = lambda dtype: array(train, (ROWS, SLOTS), dtype, "rows", None)  # noqa: E731
+    batch = Batch(
+        **dict.fromkeys(("tokens", "position", "until", "before", "segment", "group"), of(jnp.int32)),
+        loss_mask=of(bool),
+        **dict.fromkeys(("weight", "behavior_logprobs", "advantage", "temperature"), of(jnp.float32)),
+    )
     update = make_update(
-        specs, ClippedLoss(), OptimizerConfig(), normalize="token", length=C,
-        micro_batches=PARTS, num_tokens=cfg.vocab_size, cfg=cfg, layout=train,
-    )  # fmt: skip
+        specs, PolicyGradient(), AdamW(), micro_batches=PARTS, num_tokens=cfg.vocab_size, cfg=cfg, layout=train
+    )
     return update.lower(state, batch)
 
 

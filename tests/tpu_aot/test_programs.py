@@ -13,8 +13,6 @@ from programs import (
     EXPERT_SPLIT,
     FSDP,
     ONE_BILLION,
-    PARTS,
-    ROWS,
     SPLIT,
     TENSOR,
     V5E_BYTES,
@@ -28,7 +26,7 @@ from programs import (
 )
 
 from jaxrl_llm.model import params as model_params
-from jaxrl_llm.model.distribution import CHUNK
+from jaxrl_llm.model.head import TILE
 from jaxrl_llm.parallel.hlo import collectives
 from jaxrl_llm.parallel.mesh import make_mesh
 
@@ -118,10 +116,10 @@ def test_update_fits_a_chip(update):
 
 
 def test_update_never_holds_the_logits_of_all_slots(update):
-    """The largest arrays with a vocabulary in them are one chunk of logits, and the head."""
+    """The largest arrays with a vocabulary in them are one tile of logits, and the head."""
     cfg = update.cfg
     vocab = cfg.vocab_size // TENSOR
-    most = max(ROWS // PARTS // FSDP * CHUNK * vocab, vocab * cfg.d_model)
+    most = max(TILE, vocab * cfg.d_model)
     arrays = {a for i in update.hlo.all for a in i.arrays if {vocab, cfg.vocab_size} & set(a.dims)}
     largest = max(arrays, key=lambda a: a.size)
     assert largest.size <= most, f"largest array with a vocabulary: got {largest}, want at most {most} elements"

@@ -10,15 +10,16 @@ from test_step import batch, gradient, run_updates
 from jaxrl_llm.config import validate
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.distribution import TokenScores
+from jaxrl_llm.objective import ObjectiveConfig
 from jaxrl_llm.update.config import (
     AutoCorrection,
-    ClippedLoss,
+    Clip,
     NoCorrection,
+    PolicyGradient,
     TruncatedImportance,
-    UpdateConfig,
     resolve,
 )
-from jaxrl_llm.update.losses import Anchored, anchored, clipped_terms
+from jaxrl_llm.update.losses import policy_terms
 
 CAP2 = TruncatedImportance(cap=2.0)
 LN = np.log
@@ -39,7 +40,8 @@ def a_batch(proximal=PROXIMAL):
 
 
 def terms_of(now, data, correction=CAP2):
-    return clipped_terms(TokenScores(now, jnp.zeros_like(now)), data, ClippedLoss(low=0.2, high=0.2), correction)
+    cfg = PolicyGradient(surrogate=Clip(low=0.2, high=0.2))
+    return policy_terms(TokenScores(now, jnp.zeros_like(now)), data, cfg, correction)
 
 
 def loss_of(now, data, correction=CAP2):
@@ -107,11 +109,7 @@ def test_mutant_with_the_weight_inside_the_gradient_is_killed(monkeypatch):
 
 def test_mutant_anchored_on_the_sampler_is_killed(monkeypatch):
     """The ratio to the sampler times the weight counts the mismatch twice."""
-
-    def wrong(logprobs, data, correction) -> Anchored:
-        return anchored(logprobs, data, correction)._replace(ratio=jnp.exp(logprobs - data.behavior_logprobs))
-
-    monkeypatch.setattr("jaxrl_llm.update.losses.anchored", wrong)
+    monkeypatch.setattr("jaxrl_llm.update.losses.anchored_on_proximal", lambda cfg, correction: False)
     for check in (lambda: assert_by_hand(a_batch()), assert_gradient):
         with pytest.raises(AssertionError):
             check()
@@ -130,7 +128,7 @@ def test_a_token_outside_the_loss_may_be_as_unlikely_as_it_likes():
 
 
 def test_auto_corrects_what_is_quantised_and_nothing_else():
-    auto = UpdateConfig().correction
+    auto = ObjectiveConfig().loss.correction
     assert auto == AutoCorrection()
     assert resolve(auto, "compute", "compute") == NoCorrection()
     assert resolve(auto, "int8", "compute") == resolve(auto, "compute", "int8") == TruncatedImportance(cap=2.0)
@@ -139,14 +137,16 @@ def test_auto_corrects_what_is_quantised_and_nothing_else():
 
 
 def test_the_config_names_what_is_wrong_with_a_correction():
-    given = {"update": {"correction": {"kind": "truncated_importance", "cap": 3}}}
-    assert validate(given, "a.yaml").update.correction == TruncatedImportance(cap=3.0)
-    with pytest.raises(UserError, match=r"a\.yaml: update\.correction\.cap: got 0, want"):
-        validate({"update": {"correction": {"kind": "truncated_importance", "cap": 0}}}, "a.yaml")
-    with pytest.raises(
-        UserError, match=r"a\.yaml: update\.correction\.caps: no such key, perhaps you meant update\.correction\.cap"
-    ):
-        validate({"update": {"correction": {"kind": "truncated_importance", "caps": 1}}}, "a.yaml")
+
+    def given(**more):
+        return validate({"objective": {"loss": {"correction": {"kind": "truncated_importance", **more}}}}, "a.yaml")
+
+    assert given(cap=3).objective.loss.correction == TruncatedImportance(cap=3.0)
+    name = r"objective\.loss\.correction"
+    with pytest.raises(UserError, match=rf"a\.yaml: {name}\.cap: got 0, want"):
+        given(cap=0)
+    with pytest.raises(UserError, match=rf"a\.yaml: {name}\.caps: no such key, perhaps you meant {name}\.cap"):
+        given(caps=1)
 
 
 def test_an_update_weighs_each_token_once():

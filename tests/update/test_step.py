@@ -7,36 +7,46 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from setups import MESHES, SMALL, VOCAB, generator, layouts, make_params, make_policy, make_prompts
+from setups import (
+    MESHES,
+    SMALL,
+    VOCAB,
+    generator,
+    layouts,
+    make_params,
+    make_policy,
+    make_prompts,
+    to_batch,
+    to_sequences,
+)
 
-from jaxrl_llm.experience.advantages import rloo
-from jaxrl_llm.experience.batch import make_batch
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.distribution import score_tokens
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.types import Experience, TrainState
-from jaxrl_llm.update.config import ClippedLoss, OptimizerConfig
+from jaxrl_llm.types import Rollouts, TrainState
+from jaxrl_llm.update.config import KlConfig, OptimizerConfig, PolicyGradient
 from jaxrl_llm.update.step import UNCORRECTED, make_optimizer, make_start, make_update
 
 P, G, C = 16, 4, 6
 SPECS = model_params.specs(SMALL)
 LR = OptimizerConfig(lr=1e-2)
-CLIPPED = ClippedLoss()
+CLIPPED = PolicyGradient()
 
 
 @cache
-def experience(temperature: float = 1.0) -> Experience:
-    """Ragged rollouts of a small random policy, rewarded for odd sums of tokens; G samples of P prompts."""
+def rollouts(temperature: float = 1.0) -> Rollouts:
+    """Ragged, of a small random policy; G samples of P prompts."""
     train, decode = layouts()
     params = make_params(SMALL, train)
     policy = make_policy(SMALL, params, train, decode)
-    rollouts = generator(G, C, SMALL, decode)(policy, make_prompts(P), jax.random.key(3), temperature)
-    reward = (rollouts.tokens.sum(axis=1) % 2).astype(np.float32)
-    return Experience(rollouts, reward, rloo(reward.reshape(P, G)).reshape(-1))
+    return generator(G, C, SMALL, decode)(policy, make_prompts(P), jax.random.key(3), temperature)
 
 
-def batch(temperature: float = 1.0):
-    return make_batch(experience(temperature), np.ones(P, bool), VOCAB.pad)
+def batch(temperature: float = 1.0, aggregation: str = "token"):
+    """Rewarded for odd sums of tokens, less the mean of the group's others."""
+    reward = (rollouts(temperature).tokens.sum(axis=1) % 2).astype(np.float32).reshape(P, G)
+    advantage = G / (G - 1) * (reward - reward.mean(axis=1, keepdims=True))
+    return to_batch(to_sequences(rollouts(temperature), advantage.reshape(-1)), aggregation=aggregation, length=C)
 
 
 @cache
@@ -54,14 +64,12 @@ def scorer(train):
 
 
 @cache
-def updater(train, loss=CLIPPED, micro_batches=1, normalize="token", optimizer=LR, correction=UNCORRECTED):
+def updater(train, loss=CLIPPED, micro_batches=1, optimizer=LR, correction=UNCORRECTED):
     return make_update(
         SPECS,
         loss,
         optimizer,
         correction=correction,
-        normalize=normalize,
-        length=C,
         micro_batches=micro_batches,
         num_tokens=16,
         cfg=SMALL,
@@ -97,19 +105,19 @@ def assert_equal_gradients(a, b):
 
 
 @pytest.mark.parametrize(
-    ("normalize", "micro_batches"), [("token", 2), ("token", 4), ("token", 8), ("sequence", 4), ("constant", 4)]
+    ("aggregation", "micro_batches"), [("token", 2), ("token", 4), ("token", 8), ("sequence", 4), ("constant", 4)]
 )
-def test_the_gradient_does_not_depend_on_micro_batches(normalize, micro_batches):
-    assert len(set(experience().rollouts.length.tolist())) > 2, "the lengths must be ragged for this to mean anything"
-    assert_equal_gradients(gradient(normalize=normalize), gradient(normalize=normalize, micro_batches=micro_batches))
+def test_the_gradient_does_not_depend_on_micro_batches(aggregation, micro_batches):
+    assert len(set(rollouts().length.tolist())) > 2, "the lengths must be ragged for this to mean anything"
+    data = batch(aggregation=aggregation)
+    assert_equal_gradients(gradient(data), gradient(data, micro_batches=micro_batches))
 
 
 def test_local_means_would_depend_on_micro_batches():
     """The mutant: each part normalised by its own count and the parts averaged. With ragged lengths it must show."""
-    data = batch()
-    whole = gradient()
-    halves = [gradient(jax.tree.map(lambda x, i=i: x[i::2], data)) for i in range(2)]
-    mean = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
+    data, whole = batch(), gradient()
+    own = data.loss_mask / np.stack([data.loss_mask[i::2].sum() for i in range(2)] * (P * G // 2))[:, None]
+    mean = gradient(data.replace(weight=(own / 2).astype(np.float32)))
     assert max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(mean), strict=True)) > 1e-4
 
 
@@ -170,7 +178,7 @@ MUTANTS = {
     "scorer ignores the temperature": lambda b: b.replace(temperature=np.ones_like(b.temperature)),
     "log-probs divided by the temperature": lambda b: b.replace(behavior_logprobs=b.behavior_logprobs * 0.6),
     "log-probs one slot off": lambda b: b.replace(behavior_logprobs=np.roll(b.behavior_logprobs, 1, axis=1)),
-    "prompt tokens in the loss mask": lambda b: b.replace(loss_mask=b.segment > 0),
+    "prompt tokens in the loss mask": lambda b: b.replace(loss_mask=b.group > 0),
 }
 
 
@@ -184,11 +192,10 @@ def test_mutants_of_the_scored_distribution_are_killed(mutate):
 
 def test_the_end_token_is_in_the_loss():
     """The mutant without it passes every ratio test, so ask for the mask itself."""
-    rollouts, data = experience().rollouts, batch()
-    ended = rollouts.finish == 0
+    data, ended = batch(), rollouts().finish == 0
     assert 5 < ended.sum() < len(ended)
     assert (data.loss_mask & np.isin(data.tokens, VOCAB.eos)).sum() == ended.sum()
-    assert data.loss_mask.sum() == rollouts.length.sum()
+    assert data.loss_mask.sum() == rollouts().length.sum()
 
 
 # --- what an update may and may not touch --------------------------------------------------------------------------------
@@ -219,6 +226,7 @@ def test_a_non_finite_loss_changes_nothing_and_is_counted():
     data = batch()
     data.advantage[3, 8] = np.nan
     data.loss_mask[3, 8] = True
+    data.weight[3, 8] = 1.0
     before, after, metrics = after_one_more(data)
     assert unchanged(before, after)
     assert metrics["nonfinite"] == 1
@@ -243,7 +251,7 @@ def test_kl_pulls_back_to_the_reference_and_is_zero_on_it():
     params, data = make_params(SMALL, train), batch()
     placed = hosts.put(data, train.sharding(("rows", None)))
     data = data.replace(reference_logprobs=np.asarray(scorer(train)(params, placed)))
-    _, metrics = run_updates(3, data, loss=ClippedLoss(kl=0.5))
+    _, metrics = run_updates(3, data, loss=PolicyGradient(kl=KlConfig(weight=0.5)))
     # The update compiles the same sums anew, so the first is rounding, squared.
     assert metrics[0]["kl"] < 1e-9
     assert metrics[2]["kl"] > 1e-4
@@ -272,9 +280,7 @@ def test_optimizer_by_hand():
 def test_bfloat16_trains_float32_masters():
     cfg = dataclasses.replace(SMALL, compute="bfloat16")
     train, _ = layouts()
-    update = make_update(
-        SPECS, ClippedLoss(), LR, normalize="token", length=C, micro_batches=1, num_tokens=16, cfg=cfg, layout=train
-    )
+    update = make_update(SPECS, PolicyGradient(), LR, micro_batches=1, num_tokens=16, cfg=cfg, layout=train)
     state, metrics = update(begin(train), hosts.put(batch(), train.sharding(("rows", None))))
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     assert np.isfinite(metrics["grad_norm"]) and metrics["mismatch/max_abs_dlogp"] < 0.3

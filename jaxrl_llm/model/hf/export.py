@@ -5,7 +5,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -50,10 +51,19 @@ def export(
     writes the tokenizer's files. Every process calls this; the first one writes. The host holds one file's tensors at a time.
     Raises UserError where the directory has something in it, or `cfg` is no family, or not that of `source`.
     """
-    directory = Path(directory)
+    texts = {"config.json": _config(cfg, dtype, source, length, eos, pad), **_generation(source, eos, pad)}
+    with whole(Path(directory), texts) as building:
+        if building is not None and save_tokenizer is not None:
+            save_tokenizer(building)
+        _write_tensors(params, cfg, building, jnp.dtype(dtype), max_shard_bytes)
+
+
+@contextmanager
+def whole(directory: Path, texts: Mapping[str, Any]) -> Iterator[Path | None]:
+    """Where to build `directory`, which appears at the end, whole, or not at all; None in all processes but the first. `texts` are
+    in it already, JSON by file name."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory}: got a place that is taken, want a new or an empty directory")
-    texts = {"config.json": _config(cfg, dtype, source, length, eos, pad), **_generation(source, eos, pad)}
     building = directory.with_name(f".{directory.name}.{os.getpid()}.part")
     first = jax.process_index() == 0
     try:
@@ -61,9 +71,7 @@ def export(
             building.mkdir(parents=True)
             for name, text in texts.items():
                 (building / name).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
-            if save_tokenizer is not None:
-                save_tokenizer(building)
-        _write_tensors(params, cfg, building if first else None, jnp.dtype(dtype), max_shard_bytes)
+        yield building if first else None
         if first:
             os.replace(building, directory)
     finally:

@@ -10,8 +10,8 @@ FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def resolve(name: str | Path) -> Path:
-    """The directory that `name` means: itself, or the hub's files of that name, downloaded once into the hub's cache.
+def resolve(name: str | Path, files: tuple[str, ...] = FILES) -> Path:
+    """The directory that `name` means: itself, or the hub's `files` of that name, downloaded once into the hub's cache.
 
     Raises UserError where it is neither, or the hub cannot be reached.
     """
@@ -25,14 +25,14 @@ def resolve(name: str | Path) -> Path:
     if not HUB_NAME.fullmatch(str(name)) or str(name).startswith("."):
         want = "a Hugging Face model directory, or a hub name (org/model)"
         raise UserError(f"{path}: got a path that does not exist, want {want}")
-    return _download(str(name))
+    return _download(str(name), files)
 
 
-def _download(name: str) -> Path:
+def _download(name: str, files: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        path = Path(snapshot_download(name, allow_patterns=FILES))
+        path = Path(snapshot_download(name, allow_patterns=files))
     # Whatever the HTTP library of the day raises, beside the hub's own errors: to the user all say that there is no model.
     except Exception as error:
         raise UserError(

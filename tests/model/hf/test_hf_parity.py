@@ -25,7 +25,7 @@ def test_logits_are_transformers_own(name, tmp_path):
 
     @jax.jit
     def run(params, tokens, position):
-        return logits(params, hidden(params, tokens, position * 0 + 1, position, cfg, layout), cfg)
+        return logits(params, hidden(params, tokens, position, position * 0 + tokens.shape[1], cfg, layout), cfg)
 
     found = np.asarray(run(params, tokens, position))
     found = np.stack([found[row, slot] for row, slot in golden["places"]])

@@ -1,0 +1,38 @@
+"""A training loop of somebody else's, one step at a time. Standard library alone: it runs in every peer's environment."""
+
+import threading
+from collections.abc import Callable
+
+Loop = Callable[[Callable[[], None]], None]
+"""A whole training run; it calls what it is given after each step."""
+
+
+class Paced:
+    """Runs `loop` in a thread of its own; between two steps it waits until the next is asked for."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(loop,), daemon=True)
+
+    def step(self) -> None:
+        """One step; the first also holds what the loop does before it. Raises what the loop raises, RuntimeError if it ends."""
+        if self._thread.ident is None:
+            self._thread.start()
+        else:
+            self._go.release()
+        self._done.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self, loop: Loop) -> None:
+        try:
+            loop(self._pause)
+            self._error = RuntimeError("the training loop ended")
+        except BaseException as error:
+            self._error = error
+        self._done.release()
+
+    def _pause(self) -> None:
+        self._done.release()
+        self._go.acquire()

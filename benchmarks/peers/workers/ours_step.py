@@ -1,0 +1,81 @@
+"""Our own trainer through the loop's `rl_step`: the step that `jaxrl train` takes, graders in worker processes and metrics included.
+
+    shared   a prompt and its 8 completions in one row (update.packing shared_prefix)
+    apart    one sequence a row, as the others do it
+
+No end token is drawn (`rollout.min_new_tokens`). With beta the reference is a copy of the weights and KL is TRL's: k3 by the ratio.
+"""
+
+import contextlib
+import tempfile
+from pathlib import Path
+
+from benchmarks.peers.serve import Step, serve_steps, versions
+from jaxrl_llm import config as run_config
+from jaxrl_llm.run import Run, begin, build, publish
+from jaxrl_llm.train import open_shell, rl_step
+
+GROUPS, SAMPLES, NEW_TOKENS = 8, 8, 128
+PACKINGS = {"shared": "shared_prefix", "apart": "none"}
+
+
+def config(directory: str, words: str, compute: str, variant: str, beta: float, run_dir: str) -> run_config.RunConfig:
+    """As a YAML file would hold it."""
+    values = {
+        "run_dir": run_dir,
+        "model": {"path": directory, "compute": compute},
+        "tokenizer": {"path": words, "chat": False},
+        "task": {"kind": "file", "path": str(Path(words) / "prompts.jsonl"), "held_out": 8},
+        "rollout": {
+            "prompts": GROUPS,
+            "samples": SAMPLES,
+            "max_new_tokens": NEW_TOKENS,
+            "min_new_tokens": NEW_TOKENS,
+        },
+        "reward": "benchmarks.peers.reward:grade",
+        "objective": {"preset": "trl:grpo", "loss": {"kl": {"kind": "k3", "weight": beta, "by_ratio": beta > 0}}},
+        "update": {"packing": {"kind": PACKINGS[variant]}, "optimizer": {"lr": 1e-6}},
+        "metrics": {"samples_every": 0, "rollouts_every": 0, "tensorboard": False},
+    }
+    return run_config.validate(values, "ours_step")
+
+
+def load(directory: str, words: str, compute: str, variant: str, beta: float) -> tuple[Step, dict]:
+    cfg = config(directory, words, compute, variant, beta, tempfile.mkdtemp())
+    run = build(cfg)
+    # Open until the process ends.
+    shell = contextlib.ExitStack().enter_context(open_shell(cfg))
+    life = begin(run)
+    held = [life, publish(run, life.state, None)]
+
+    def step() -> dict:
+        life, policy, metrics = rl_step(run, shell, *held)
+        held[:] = life, policy
+        times = shell.timers.take()
+        return {
+            "rollout_s": times["time/generate"],
+            "tokens": int(metrics["completions/tokens"]),
+            "updates": int(life.state.step),
+            "stages": times,
+            "gradient_norm": metrics["grad_norm"],
+        }
+
+    return step, facts(run)
+
+
+def facts(run: Run) -> dict:
+    cfg = run.cfg
+    return {
+        "versions": versions("jax", "jaxlib", "flax", "optax"),
+        "threads": "XLA: one a core",
+        "packing": cfg.update.packing.kind,
+        "remat": cfg.update.remat,
+        "attention": cfg.update.attention,
+        "dtype": "float32",
+        "compute": run.model.compute,
+        "optimizer": "optax adamw",
+    }
+
+
+if __name__ == "__main__":
+    serve_steps(load)

@@ -1,0 +1,140 @@
+"""Every preset on the arithmetic task, from one warm start: does it learn, and how far beside GRPO?
+
+    python docs/experiments/presets.py                       # the runs that the JSON lacks, then the table
+    python docs/experiments/presets.py --presets verl:grpo   # only these
+    python docs/experiments/presets.py --report              # the table alone
+
+All share the warm start, the stream of prompts, the random keys, the optimizer and its rate; only the objective differs.
+docs/objectives.md says what came out.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_llm import config as run_config
+from jaxrl_llm.config import RunConfig
+from jaxrl_llm.evaluate import evaluate
+from jaxrl_llm.life import Life, begin
+from jaxrl_llm.metrics import MetricsConfig
+from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.presets import PRESETS
+from jaxrl_llm.prompts.config import ArithmeticTask
+from jaxrl_llm.rollout.config import RolloutConfig
+from jaxrl_llm.run import build
+from jaxrl_llm.train import open_shell, rl_step, start_rl, warm_step
+from jaxrl_llm.update.config import PackingConfig, UpdateConfig, WarmStartConfig
+from jaxrl_llm.update.optimizer.config import AdamW
+
+STEPS, EVERY, BESIDE = 100, 20, "trl:grpo"
+RESULTS = Path(__file__).parent / "presets.json"
+SETUP = dataclasses.replace(
+    RunConfig(),
+    steps=STEPS,
+    task=ArithmeticTask(terms=3, held_out=128),
+    model=ModelConfig(vocab_size=16, layers=2, d_model=64, heads=4, kv_heads=2, head_dim=16, d_mlp=256),
+    warm_start=WarmStartConfig(
+        steps=500, rows=128, noise=0.56, optimizer=AdamW(lr=2e-3, warmup_steps=20, weight_decay=0.1)
+    ),
+    rollout=RolloutConfig(prompts=32, samples=8, max_new_tokens=4, temperature=1.0),
+    update=UpdateConfig(epochs=2, minibatches=2, packing=PackingConfig("shared_prefix"), optimizer=AdamW(lr=3e-4)),
+    metrics=MetricsConfig(console_every=1000, samples_every=0, rollouts_every=0, tensorboard=False),
+)
+"""All but the objective."""
+
+
+def config(preset: str, run_dir: str) -> RunConfig:
+    values = run_config.to_dict(dataclasses.replace(SETUP, run_dir=run_dir)) | {"objective": preset}
+    return run_config.validate(values, preset)
+
+
+def warm_up() -> Life:
+    """What all presets start from, on the host."""
+    with tempfile.TemporaryDirectory() as run_dir:
+        cfg = config(BESIDE, run_dir)
+        run = build(cfg)
+        with open_shell(cfg) as shell:
+            life = begin(run)
+            while life.step < cfg.warm_start.steps:
+                life, _ = warm_step(run, shell, life)
+    return life
+
+
+def learn(preset: str, warm: Life) -> dict:
+    """One run of RL."""
+    with tempfile.TemporaryDirectory() as run_dir:
+        cfg = config(preset, run_dir)
+        run = build(cfg)
+        with open_shell(cfg) as shell:
+            start = time.monotonic()
+            life = dataclasses.replace(warm, state=jax.tree.map(jnp.copy, warm.state))
+            life, policy, scores = start_rl(run, shell, life)
+            exact, reward = {0: scores["eval/exact"]}, []
+            for step in range(1, STEPS + 1):
+                life, policy, metrics = rl_step(run, shell, life, policy)
+                reward.append(metrics["reward"])
+                if step % EVERY == 0:
+                    exact[step] = evaluate(run, life.state.params, policy, shell.pool)["eval/exact"]
+            seconds = time.monotonic() - start
+    return {
+        "preset": preset,
+        "seconds": round(seconds, 1),
+        "exact": {str(step): round(value, 4) for step, value in exact.items()},
+        "reward": [round(float(r), 4) for r in reward],
+    }
+
+
+def stored() -> dict[str, dict]:
+    return {r["preset"]: r for r in json.loads(RESULTS.read_text())["runs"]} if RESULTS.exists() else {}
+
+
+def store(found: dict) -> None:
+    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), shared; jax {jax.__version__}"
+    runs = stored() | {found["preset"]: found}
+    ordered = [runs[name] for name in PRESETS if name in runs]
+    setup = dataclasses.asdict(SETUP)
+    RESULTS.write_text(
+        json.dumps({"machine": machine, "setup": setup, "runs": ordered}, separators=(",", ":"), allow_nan=False) + "\n"
+    )
+
+
+def late(run: dict) -> float:
+    """Mean accuracy of the last three evaluations."""
+    return float(np.mean(list(run["exact"].values())[-3:]))
+
+
+def table(runs: dict[str, dict]) -> str:
+    """Markdown, a row for each preset."""
+    own = late(runs[BESIDE])
+    rows = ["| preset | exact accuracy after 20, 40, 60, 80, 100 steps | late | of GRPO's |", "|---|---|---|---|"]
+    for name, run in runs.items():
+        path = ", ".join(f"{value:.3f}" for step, value in run["exact"].items() if step != "0")
+        rows.append(f"| `{name}` | {path} | {late(run):.3f} | {late(run) / own:.2f} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--report", action="store_true", help="no runs: the table from the JSON")
+    parser.add_argument("--presets", nargs="+", default=list(PRESETS), choices=list(PRESETS), help="only these")
+    options = parser.parse_args()
+    missing = [] if options.report else [name for name in options.presets if name not in stored()]
+    warm = warm_up() if missing else None
+    for name in missing:
+        found = learn(name, warm)
+        print(time.strftime("%H:%M:%S"), name, found["exact"], found["seconds"], flush=True)
+        store(found)
+    print(table(stored()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""What a chip holds in each phase of a step, by part. All in bytes of one chip, the fullest phase is the step's peak.
+
+Parts are exact, from shapes and shardings; temporaries are the compiler's. Before anything is compiled they are estimated, to
+choose what is worth compiling.
+"""
+
+from math import prod
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxrl_llm.model.head import TILE
+from jaxrl_llm.model.work import held
+from jaxrl_llm.plan.programs import Job, Program
+from jaxrl_llm.rollout import memory as rollout_memory
+
+MASTERS, OPTIMIZER, REFERENCE, POLICY = "master parameters", "optimizer state", "reference parameters", "policy"
+PROMPTS, ROWS, BATCH = "KV cache of prompts", "KV cache of rows", "batch"
+GRADIENTS, TEMPORARIES, REST = "gradients", "activations and temporaries", "records, tiles, small inputs"
+PARTS = (MASTERS, OPTIMIZER, REFERENCE, POLICY, PROMPTS, ROWS, BATCH, GRADIENTS, TEMPORARIES, REST)
+
+
+class Phase(NamedTuple):
+    """One program while it runs, and what lives on beside it."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+class Residents(NamedTuple):
+    """What a program is given or returns, and what else is there meanwhile."""
+
+    inside: dict[str, int]
+    beside: dict[str, int]
+
+
+def residents(job: Job) -> dict[str, Residents]:
+    """By program."""
+    masters, optimizer, policy = held(job.state.params), held(job.state.opt_state), held(job.policy.params)
+    reference = held(job.reference) if job.reference is not None else 0
+    _, units, window = job.flight
+    caches = job.engine.programs.caches(units, window)
+    prompts, rows = (held(cache) for cache in caches)
+    state = {MASTERS: masters, OPTIMIZER: optimizer, REFERENCE: reference}
+    read, _ = job.engine.programs.caches(job.flight[0], window)
+    waiting = {PROMPTS: prompts, ROWS: rows} if job.waits else {}
+    found = {
+        "prefill": Residents({POLICY: policy, PROMPTS: held(read)}, state | waiting),
+        "segment": Residents({POLICY: policy, PROMPTS: prompts, ROWS: rows}, state),
+        "publish": Residents({MASTERS: masters, POLICY: policy}, {OPTIMIZER: optimizer, REFERENCE: reference}),
+    }  # fmt: skip
+    windows = job.engine.sizes.windows
+    if len(windows) > 1:
+        before = held(job.engine.programs.caches(units, windows[-2])[1])
+        found["grow"] = Residents({ROWS: before + rows}, state | {POLICY: policy, PROMPTS: prompts})
+    own = {REFERENCE: reference} if job.cfg.objective.reads_reference_distribution else {}
+    inside = {MASTERS: masters, OPTIMIZER: optimizer, BATCH: held(job.batch)} | own
+    found["update"] = Residents(inside, {POLICY: policy} | ({} if own else {REFERENCE: reference}))
+    return found
+
+
+def gradients(job: Job) -> int:
+    """Of what is trained, in f32, as they are added up over micro-batches."""
+    return held(job.state.params)
+
+
+def phases(job: Job, programs: dict[str, Program]) -> list[Phase]:
+    """As compiled."""
+    found = []
+    for name, (inside, beside) in residents(job).items():
+        program = programs[name]
+        given = sum(inside.values())
+        temporaries = max(program.temporaries - (given if program.refused == "all" else 0), 0)
+        # What a program does not read, the compiler leaves out, and yet it is there.
+        rest = 0 if program.refused else max(program.passed - given, 0)
+        found.append(_phase(job, name, inside, beside, temporaries, rest))
+    return found
+
+
+def estimated(job: Job) -> list[Phase]:
+    """Before anything is compiled."""
+    return [
+        _phase(job, name, inside, beside, temporaries_of(job, name), 0)
+        for name, (inside, beside) in residents(job).items()
+    ]
+
+
+def _phase(job: Job, name: str, inside: dict[str, int], beside: dict[str, int], temporaries: int, rest: int) -> Phase:
+    parts = dict.fromkeys(PARTS, 0)
+    for more in (inside, beside):
+        for part, size in more.items():
+            parts[part] += size
+    own = min(gradients(job), temporaries) if name == "update" else 0
+    parts |= {GRADIENTS: own, TEMPORARIES: temporaries - own, REST: rest}
+    return Phase(name, parts)
+
+
+def temporaries_of(job: Job, name: str) -> int:
+    """An estimate, to leave out what has no chance: within a factor of two of what the TPU compiler finds."""
+    if name == "grow":
+        return 0
+    if name == "publish":
+        # The compiler gathers into memory of its own, and copies.
+        return held(job.policy.params) if job.train.mesh.shape["fsdp"] > 1 else 0
+    if name == "update":
+        return gradients(job) + _activations(job)
+    if name == "segment":
+        flight = rollout_memory.flight(job.engine.programs, job.policy.params, *job.flight[1:])
+        return flight.record + flight.working
+    tokens = job.flight[0] // job.decode.size("rows") * min(job.prompt_slots, job.cfg.rollout.engine.prefill_chunk)
+    return 2 * 2 * tokens * _widths(job, job.decode)
+
+
+def _activations(job: Job) -> int:
+    """Of one micro-batch: what each layer keeps, what one layer makes, and head and logits."""
+    cfg, layout, (rows, slots) = job.model, job.train, job.batch.tokens.shape
+    share = max(rows // job.cfg.update.micro_batches // layout.size("rows"), 1)
+    tokens, vocab = share * slots, cfg.vocab_size // layout.size("vocab")
+    size = np.dtype(cfg.compute).itemsize
+    made = _widths(job, layout)
+    kept = cfg.d_model if job.cfg.update.remat in ("layer", "auto", "offload") else made
+    matrices = sum(prod(x.shape) for x in jax.tree.leaves(job.state.params["layers"])) // cfg.layers
+    matrices //= layout.size("mlp") * (layout.size("expert") if cfg.experts else 1)
+    scores = 2 * 4 * share * cfg.heads // layout.size("heads") * slots * min(slots, 1024)
+    head = (size + 8) * vocab * cfg.d_model + 2 * 4 * min(TILE, tokens * vocab)
+    return size * tokens * (cfg.layers * kept + 2 * made) + scores + 2 * size * matrices + head
+
+
+def _widths(job: Job, layout) -> int:
+    """Numbers that a layer makes for one token on one chip."""
+    cfg = job.model
+    packed = cfg.kv_heads * (cfg.group + 2) * cfg.head_dim // layout.size("heads")
+    return 3 * cfg.d_model + 2 * packed + 3 * cfg.d_mlp * max(cfg.experts_per_token, 1) // layout.size("mlp")
+
+
+def peak(found: list[Phase]) -> Phase:
+    return max(found, key=lambda phase: phase.total)

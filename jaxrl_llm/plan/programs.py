@@ -1,0 +1,228 @@
+"""The programs of a step, traced from shapes and compiled without a device: no array is made, nothing runs."""
+
+import dataclasses
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_llm import config as run_config
+from jaxrl_llm.config import RunConfig
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.experience.packing import shape_of
+from jaxrl_llm.model import params as model_params
+from jaxrl_llm.model import quantised
+from jaxrl_llm.model.config import ModelConfig, Whole
+from jaxrl_llm.model.critic import critic_specs
+from jaxrl_llm.model.head import CHUNK
+from jaxrl_llm.parallel.config import resolve
+from jaxrl_llm.parallel.hlo import Module
+from jaxrl_llm.parallel.layout import TRAIN, Layout
+from jaxrl_llm.parallel.mesh import make_mesh
+from jaxrl_llm.plan.traffic import Reading, read
+from jaxrl_llm.publish import abstract_policy, make_publish
+from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.sample import Vocabulary
+from jaxrl_llm.run import correction_of
+from jaxrl_llm.types import Batch, Policy, PyTree, TrainState
+from jaxrl_llm.update.config import NoCorrection
+from jaxrl_llm.update.optimizer.state import state_shardings
+from jaxrl_llm.update.optimizer.transform import make_optimizer
+from jaxrl_llm.update.step import make_update
+
+Lower = Callable[[], jax.stages.Lowered]
+# How libtpu says that a program does not fit.
+_USED = re.compile(r"Used ([\d.]+)([KMG])|required for HLO temporaries \(([\d.]+)([KMG])\)")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run as shapes on devices that need not exist."""
+
+    cfg: RunConfig
+    model: ModelConfig
+    prompt_slots: int
+    train: Layout
+    decode: Layout
+    engine: Engine
+    state: TrainState
+    reference: PyTree | None
+    policy: Policy
+    batch: Batch
+    """Of one update."""
+
+    @property
+    def waits(self) -> bool:
+        """Some prompts of a step are read while others are in flight."""
+        return self.cfg.rollout.prompts > self.engine.sizes.prompts[0]
+
+    @property
+    def flight(self) -> tuple[int, int, int]:
+        """Prompts and units at most in flight, and their widest window."""
+        sizes = self.engine.sizes
+        return sizes.prompts[0], sizes.units(sizes.prompts[0]), sizes.windows[-1]
+
+
+class Program(NamedTuple):
+    """What the compiler made of one: bytes of one chip, collectives, its estimate."""
+
+    arguments: int
+    outputs: int
+    temporaries: int
+    aliased: int
+    reading: Reading
+    compile_seconds: float
+    refused: str = ""
+    """`temporaries` or `all`: the compiler would not, for these need more than the chip has. `temporaries` holds what it named."""
+
+    @property
+    def passed(self) -> int:
+        """Bytes of arguments and outputs, donated ones once."""
+        return self.arguments + self.outputs - self.aliased
+
+
+def problems(cfg: RunConfig, model: ModelConfig, num_devices: int) -> list[str]:
+    """What cannot work on so many devices, in words."""
+    whole = dataclasses.replace(cfg, model=model)
+    return run_config.problems(whole, num_devices) + quantised.problems(model, cfg.rollout.engine.weights)
+
+
+def make_job(cfg: RunConfig, model: ModelConfig, prompt_slots: int, devices: Sequence[jax.Device]) -> Job:
+    """Raises UserError with everything that does not fit together."""
+    if found := problems(cfg, model, len(devices)):
+        raise UserError("\n".join(found))
+    train = Layout(make_mesh(resolve(cfg.mesh, len(devices))[0], list(devices)), TRAIN)
+    decode = train.for_decode(cfg.rollout.engine.layout)
+    vocab = Vocabulary(size=model.vocab_size, pad=0, eos=(1,))
+    state = abstract_state(cfg, model, train)
+    return Job(
+        cfg=cfg,
+        model=model,
+        prompt_slots=prompt_slots,
+        train=train,
+        decode=decode,
+        engine=Engine(cfg.rollout, prompt_slots, vocab, model, decode),
+        state=state,
+        reference=model_params.abstract(model_params.specs(model), train) if cfg.objective.has_reference else None,
+        policy=abstract_policy(model, decode, cfg.rollout.engine.weights),
+        batch=abstract_batch(cfg, prompt_slots, train),
+    )
+
+
+def learner_specs(cfg: RunConfig, model: ModelConfig) -> PyTree:
+    """What the update trains: the policy, and a critic where there is one."""
+    critic = critic_specs(model, cfg.objective.critic.kind) if cfg.objective.has_critic else {}
+    return model_params.specs(model) | critic
+
+
+def abstract_state(cfg: RunConfig, model: ModelConfig, train: Layout) -> TrainState:
+    specs, optimizer = learner_specs(cfg, model), make_optimizer(cfg.update.optimizer)
+    params = model_params.abstract(specs, train)
+    shapes = jax.eval_shape(lambda p: TrainState(p, optimizer.init(p), np.zeros((), np.int32)), params)
+    where = state_shardings(specs, optimizer, train)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+
+
+def abstract_batch(cfg: RunConfig, prompt_slots: int, train: Layout) -> Batch:
+    """Of one update: the rows of a minibatch at their longest."""
+    rollout, update, objective = cfg.rollout, cfg.update, cfg.objective
+    shape = shape_of(
+        update.packing.kind, rollout.prompts // update.minibatches, rollout.samples, (prompt_slots, rollout.max_new_tokens),
+        update.packing.slots, update.micro_batches, train.size("rows"),
+    )  # fmt: skip
+
+    def of(dtype: jnp.dtype, *more: int) -> jax.ShapeDtypeStruct:
+        sharding = train.sharding(("rows", *(None for _ in (shape.slots, *more))))
+        return jax.ShapeDtypeStruct((shape.rows, shape.slots, *more), dtype, sharding=sharding)
+
+    numbers = ("weight", "behavior_logprobs", "advantage", "temperature")
+    numbers += ("reference_logprobs",) * objective.reads_reference_logprobs
+    numbers += ("proximal_logprobs",) * (not isinstance(correction_of(cfg), NoCorrection) and update.updates > 1)
+    numbers += ("values", "returns") * objective.has_critic
+    truncated = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
+    support = {"support": of(jnp.int32, rollout.support)} if truncated else {}
+    barred = {"barred": of(bool)} if rollout.min_new_tokens else {}
+    integers = ("tokens", "position", "until", "before", "segment", "group")
+    return Batch(
+        **{name: of(jnp.int32) for name in integers}, loss_mask=of(bool), **{name: of(jnp.float32) for name in numbers},
+        **support, **barred,
+    )  # fmt: skip
+
+
+def lowerings(job: Job) -> dict[str, Lower]:
+    """The programs that a step holds most memory in, each a function that traces it."""
+    cfg, model = job.cfg, job.model
+    prompts, units, window = job.flight
+    policy, masters = job.policy, {name: job.state.params[name] for name in model_params.specs(model)}
+    of_rollouts = {"prefill": (prompts, job.prompt_slots), "segment": (units, window)}
+    if len(job.engine.sizes.windows) > 1:
+        of_rollouts["grow"] = (units, *job.engine.sizes.windows[-2:])
+    lower = {
+        name: partial(job.engine.programs.lower, policy.params, name, *sizes) for name, sizes in of_rollouts.items()
+    }
+    publish = make_publish(model, job.train, job.decode, cfg.rollout.engine.weights)
+    update = make_update(
+        learner_specs(cfg, model), cfg.objective.loss, cfg.update.optimizer, correction=correction_of(cfg),
+        micro_batches=cfg.update.micro_batches, num_tokens=model.vocab_size, cfg=model, layout=job.train, ends=(1,),
+        how=Whole(cfg.update.attention, cfg.update.remat),
+    )  # fmt: skip
+    whole = job.reference if cfg.objective.reads_reference_distribution else None
+    return lower | {
+        "publish": lambda: publish.lower(masters, policy.version, policy),
+        "update": lambda: update.lower(job.state, job.batch, whole),
+    }
+
+
+def compile_all(job: Job) -> dict[str, Program]:
+    """All of them, several at a time: the compiler runs beside Python."""
+    lowered = {name: lower() for name, lower in lowerings(job).items()}
+    # Those that take longest first.
+    order = sorted(lowered, key=("segment", "update", "prefill", "publish", "grow").index)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        found = threads.map(lambda name: compile_one(lowered[name], turns_of(job, name)), order)
+        return dict(zip(order, found, strict=True))
+
+
+def turns_of(job: Job, name: str) -> tuple[int, int]:
+    """Turns of a program's outermost loop, at most: looks at whether rows live, or micro-batches. And of inner ones whose turns
+    depend on the batch: chunks of tokens in the head, all of them learnt from."""
+    if name == "segment":
+        return job.engine.shape.steps // job.engine.shape.interval, 1
+    if name != "update":
+        return 1, 1
+    parts, (rows, slots) = job.cfg.update.micro_batches, job.batch.tokens.shape
+    return parts, -(-(rows // parts // job.train.size("rows") * slots) // CHUNK)
+
+
+def compile_one(lowered: jax.stages.Lowered, turns: tuple[int, int]) -> Program:
+    start = time.monotonic()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _refused(str(error), time.monotonic() - start)
+    memory = compiled.memory_analysis()
+    seconds = time.monotonic() - start
+    return Program(
+        memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes, memory.alias_size_in_bytes,
+        read(Module(compiled.as_text()), *turns), round(seconds, 1),
+    )  # fmt: skip
+
+
+def _refused(message: str, seconds: float) -> Program:
+    """With the bytes that the message names, of temporaries or of everything."""
+    used, used_unit, temporaries, unit = (
+        _USED.search(message).groups() if _USED.search(message) else (None, "", "0", "K")
+    )
+    bytes_ = int(float(used or temporaries) * _UNITS[used_unit or unit])
+    return Program(0, 0, bytes_, 0, Reading((), 0, 0), round(seconds, 1), "all" if used else "temporaries")

@@ -1,0 +1,98 @@
+"""`jaxrl plan --sweep`: every mesh of the chips, every number of micro-batches; arithmetic first, the compiler for the best few.
+
+Each compilation is a process of its own: what a compiler leaves behind, or how it dies, is no matter of the next one.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from jaxrl_llm.config import RunConfig
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.parallel.config import AXES, divisors
+from jaxrl_llm.plan.command import Target, devices_of, prepare, prompt_slots, read_model
+
+# What arithmetic says may be off by so much before a form is not worth compiling.
+SLACK = 1.1
+
+
+class Form(NamedTuple):
+    """A mesh with a number of micro-batches, before it is compiled."""
+
+    mesh: tuple[int, ...]
+    micro_batches: int
+    bytes: int
+    seconds: float
+
+    @property
+    def flags(self) -> list[str]:
+        axes = [f"--mesh.{name}={size}" for name, size in zip(AXES, self.mesh, strict=True)]
+        return [*axes, f"--update.micro_batches={self.micro_batches}"]
+
+
+def meshes(num: int) -> Iterator[tuple[int, ...]]:
+    """All (data, fsdp, tensor, expert) of so many devices."""
+    for data in divisors(num):
+        for fsdp in divisors(num // data):
+            for tensor in divisors(num // data // fsdp):
+                yield data, fsdp, tensor, num // data // fsdp // tensor
+
+
+def micro_batches(cfg: RunConfig, mesh: tuple[int, ...]) -> list[int]:
+    """Powers of two and what the config says, up to one row a shard in each."""
+    data, fsdp, _, expert = mesh
+    rows = cfg.rollout.prompts * cfg.rollout.samples // cfg.update.minibatches
+    most = max(rows // (data * fsdp * expert), 1)
+    return sorted(
+        {m for m in (2**i for i in range(most.bit_length())) if m <= most}
+        | ({cfg.update.micro_batches} & set(range(most + 1)))
+    )
+
+
+def sweep(cfg: RunConfig, target: Target, command: list[str], candidates: int) -> dict[str, Any]:
+    """`command`: the command line of one plan, as a list; flags of a form and --json are put behind it."""
+    prepare(target)
+    slots = prompt_slots(cfg, target)
+    devices, chip = devices_of(target)
+    if not chip.flops:
+        raise UserError(
+            f"--sweep: got {chip.name}, whose peaks nobody publishes, want a --topology: forms are ranked by predicted time"
+        )
+    from jaxrl_llm.plan import memory, predict
+    from jaxrl_llm.plan.advice import changed
+    from jaxrl_llm.plan.programs import make_job, problems
+
+    model = read_model(cfg)
+    forms, possible, every = [], set(), list(meshes(len(devices)))
+    for mesh in every:
+        for parts in micro_batches(cfg, mesh):
+            axes = {f"mesh.{name}": size for name, size in zip(AXES, mesh, strict=True)}
+            form = changed(cfg, axes | {"update.micro_batches": parts})
+            if problems(form, model, len(devices)):
+                continue
+            possible.add(mesh)
+            job = make_job(form, model, slots, devices)
+            found = memory.peak(memory.estimated(job)).total
+            forms.append(Form(mesh, parts, found, float(predict.predict(job, chip).step)))
+    fitting = sorted((f for f in forms if f.bytes <= SLACK * chip.memory), key=lambda f: f.seconds)
+    # The best of each mesh.
+    best = list({f.mesh: f for f in reversed(fitting)}.values())[::-1]
+    best = sorted(best, key=lambda f: f.seconds)[:candidates]
+    compiled = [compile_form(command, form) for form in best]
+    order = sorted(compiled, key=lambda r: (not r["fits"], r["predicted"]["step_seconds"] if r["predicted"] else 0.0))
+    return {
+        "chips": len(devices), "meshes": len(every), "possible": len(possible), "tried": len(forms), "estimated": len(fitting),
+        "compiled": order,
+    }  # fmt: skip
+
+
+def compile_form(command: list[str], form: Form) -> dict[str, Any]:
+    """The report of one plan. Raises UserError with the last line of a compilation that failed."""
+    done = subprocess.run([*command, *form.flags, "--json"], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise UserError(f"{' '.join(form.flags)}: got no plan: {last}")
+    print(f"compiled {' '.join(form.flags)}", file=sys.stderr)
+    return json.loads(done.stdout) | {"flags": " ".join(form.flags)}

@@ -1,0 +1,205 @@
+"""Loss, advantages and gradients of the presets trl:* beside TRL's own trainers on the same tensors, in float64.
+
+JAXRL_TRL_PYTHON names the Python of an environment with TRL 1.16 and torch: neither is a dependency of ours.
+"""
+
+import json
+import os
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pydantic import TypeAdapter
+
+from jaxrl_llm.experience.advantages import Outcome, estimate, reward_kl
+from jaxrl_llm.experience.batch import token_weights
+from jaxrl_llm.model.distribution import TokenScores
+from jaxrl_llm.objective import ObjectiveConfig
+from jaxrl_llm.presets import filled
+from jaxrl_llm.types import Batch
+from jaxrl_llm.update.config import AutoCorrection, NoCorrection
+from jaxrl_llm.update.losses import policy_terms
+
+PYTHON = os.environ.get("JAXRL_TRL_PYTHON")
+pytestmark = [
+    pytest.mark.peers,
+    pytest.mark.skipif(PYTHON is None, reason="JAXRL_TRL_PYTHON: not set, want the Python of an environment with TRL"),
+]
+P, G, C = 4, 4, 6
+B = P * G
+# Both sides compute in float64; our weights of tokens are kept in f32, which rounds each by 6e-8.
+TOLERANCE = 1e-6
+BETA = 0.04
+
+
+class Case(NamedTuple):
+    preset: str
+    arguments: dict[str, Any]
+    """Of TRL's config."""
+    over: dict[str, Any] = {}
+    """What is written beside the preset."""
+    trainer: str = "grpo"
+    sampler: bool = False
+    """Completions come from another program, whose log-probs differ from the trainer's."""
+    parts: bool = False
+    """Two graders."""
+
+
+PLAIN_K3 = {"loss": {"kl": {"kind": "k3", "weight": BETA, "by_ratio": False}}}
+# TRL multiplies its k3 by the ratio by default.
+K3 = {"loss": {"kl": {"kind": "k3", "weight": BETA, "by_ratio": True}}}
+CASES = {
+    "grpo": Case("trl:grpo_sequence", {"loss_type": "grpo"}),
+    "grpo kl": Case("trl:grpo_sequence", {"loss_type": "grpo", "beta": BETA}, K3),
+    "bnpo": Case("trl:grpo", {"loss_type": "bnpo"}),
+    "bnpo kl": Case("trl:grpo", {"loss_type": "bnpo", "beta": BETA}, K3),
+    "dr_grpo": Case("trl:dr_grpo", {"loss_type": "dr_grpo"}),
+    "dr_grpo kl": Case("trl:dr_grpo", {"loss_type": "dr_grpo", "beta": BETA}, K3),
+    "dapo": Case("trl:grpo", {}),
+    "dapo kl": Case("trl:grpo", {"beta": BETA}, K3),
+    "dapo clip higher": Case("trl:grpo", {"epsilon_high": 0.28}, {"loss": {"surrogate": {"high": 0.28}}}),
+    "two-sided": Case("trl:grpo", {"delta": 1.5}, {"loss": {"surrogate": {"dual": 1.5}}}),
+    "plain kl": Case("trl:grpo", {"beta": BETA, "use_bias_correction_kl": False}, PLAIN_K3),
+    "entropy": Case("trl:grpo", {"entropy_coef": 0.01}, {"loss": {"entropy": 0.01}}),
+    "gspo": Case("trl:gspo", {"loss_type": "grpo", "importance_sampling_level": "sequence"}),
+    "gspo kl": Case(
+        "trl:gspo",
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "beta": BETA, "use_bias_correction_kl": False},
+        PLAIN_K3,
+    ),
+    "cispo": Case("trl:cispo", {"loss_type": "cispo", "epsilon_high": 5.0}),
+    "cispo tight": Case(
+        "trl:cispo", {"loss_type": "cispo", "epsilon_high": 1.2}, {"loss": {"surrogate": {"high": 1.2}}}
+    ),
+    "cispo kl": Case("trl:cispo", {"loss_type": "cispo", "epsilon_high": 5.0, "beta": BETA}, K3),
+    "sapo": Case("trl:sapo", {"loss_type": "sapo"}),
+    "sapo kl": Case("trl:sapo", {"loss_type": "sapo", "beta": BETA}, K3),
+    "mean only": Case("trl:grpo", {"scale_rewards": "none"}, {"advantage": {"kind": "mean_only"}}),
+    "std of the batch": Case("trl:grpo", {"scale_rewards": "batch"}, {"advantage": {"std_over": "batch"}}),
+    "gdpo": Case(
+        "trl:gdpo",
+        {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": [1.0, 0.3]},
+        parts=True,
+    ),
+    "truncated importance": Case(
+        "trl:grpo",
+        {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": 1.3},
+        {"loss": {"correction": {"kind": "truncated_importance", "cap": 1.3}}},
+        sampler=True,
+    ),
+    "masked importance": Case(
+        "trl:grpo",
+        {"vllm_importance_sampling_mode": "sequence_mask", "vllm_importance_sampling_clip_max": 1.3},
+        {"loss": {"correction": {"kind": "masked_importance", "level": "sequence", "low": 0.0, "high": 1.3}}},
+        sampler=True,
+    ),
+    "rloo": Case("trl:rloo", {}, trainer="rloo"),
+    "rloo without kl": Case("trl:rloo", {"beta": 0.0}, {"reward_kl": {"weight": 0.0}}, trainer="rloo"),
+    "rloo whitened": Case(
+        "trl:rloo", {"normalize_advantages": True}, {"advantage": {"whiten": True}}, trainer="rloo"
+    ),
+}  # fmt: skip
+
+
+def tensors() -> dict[str, np.ndarray]:
+    """Ratios on both sides of every bound; lengths 1 to C; a group of equal rewards; tokens inside that nobody drew."""
+    rng = np.random.default_rng(5)
+    length = rng.integers(1, C + 1, B)
+    length[:2] = 1, C
+    reward = np.round(rng.normal(size=(P, G)), 2)
+    reward[1] = 0.7
+    drawn = rng.random((B, C)) < 0.85
+    drawn[:, 0] = True
+    logprobs = -rng.exponential(1.2, (B, C))
+    parts = np.stack([reward, rng.integers(0, 2, (P, G)).astype(float)], axis=-1)
+    return {
+        "length": length,
+        "reward": reward,
+        "parts": parts,
+        "drawn": drawn & (np.arange(C) < length[:, None]),
+        "logprobs": logprobs,
+        "old": logprobs + rng.normal(0, 0.35, (B, C)),
+        "sampler": logprobs + rng.normal(0, 0.35, (B, C)),
+        "reference": logprobs + rng.normal(0, 0.5, (B, C)),
+        "entropy": rng.exponential(1.0, (B, C)),
+    }
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory) -> dict[str, np.ndarray]:
+    """What TRL computes, <case>/<what>."""
+    directory = tmp_path_factory.mktemp("trl")
+    np.savez(directory / "tensors.npz", **tensors())
+    listed = [
+        {k: v for k, v in case._asdict().items() if k not in ("preset", "over")} | {"name": name}
+        for name, case in CASES.items()
+    ]
+    (directory / "cases.json").write_text(json.dumps(listed))
+    script = Path(__file__).parent / "trl_says.py"
+    done = subprocess.run([PYTHON, script, directory], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return dict(np.load(directory / "said.npz"))
+
+
+def ours(case: Case) -> dict[str, np.ndarray]:
+    given = tensors()
+    settings = filled({"preset": case.preset, **case.over}, asdict(ObjectiveConfig()))
+    cfg = TypeAdapter(ObjectiveConfig).validate_python(settings)
+    # RLOOTrainer learns from all of a completion.
+    mask = np.arange(C) < given["length"][:, None] if case.trainer == "rloo" else given["drawn"]
+    token_reward = np.zeros((B, C))
+    if cfg.reward_kl.weight:
+        token_reward = reward_kl(given["old"], given["reference"], mask, cfg.reward_kl)
+    parts = given["parts"] if case.parts else given["reward"][..., None]
+    weights = np.array(case.arguments.get("reward_weights", [1.0]))
+    outcome = Outcome(parts @ weights, parts, weights, np.ones(P, bool), mask, token_reward)
+    advantage = estimate(cfg.advantage, outcome).advantage
+    found = loss_and_gradients(cfg, given, mask, advantage, case.sampler)
+    return found | {"advantages": advantage[:, 0]}
+
+
+def loss_and_gradients(
+    cfg: ObjectiveConfig, given: dict[str, np.ndarray], mask: np.ndarray, advantage: np.ndarray, sampler: bool
+) -> dict[str, np.ndarray]:
+    group = np.repeat(np.arange(P), G)
+    slot = np.tile(np.arange(C), (B, 1))
+    batch = Batch(
+        tokens=np.zeros((B, C), np.int32),
+        position=slot,
+        until=np.full((B, C), C),
+        before=slot,
+        segment=np.where(np.arange(C) < given["length"][:, None], 1, 0),
+        group=np.where(np.arange(C) < given["length"][:, None], 1, 0),
+        loss_mask=mask,
+        weight=token_weights(mask, group, cfg.loss.aggregation, C),
+        behavior_logprobs=given["sampler" if sampler else "old"],
+        advantage=advantage,
+        temperature=np.ones((B, C)),
+        reference_logprobs=given["reference"],
+        proximal_logprobs=given["old"] if sampler else None,
+    )
+    correction = cfg.loss.correction
+    correction = NoCorrection() if isinstance(correction, AutoCorrection) else correction
+
+    def loss(logprobs, entropy):
+        terms = policy_terms(TokenScores(logprobs, entropy), batch, cfg.loss, correction)
+        return jnp.sum(jnp.where(mask, terms.loss, 0.0) * batch.weight)
+
+    with jax.enable_x64(True):
+        batch = jax.tree.map(jnp.asarray, batch)
+        value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(given["logprobs"], given["entropy"])
+    return {"loss": np.asarray(value), "logprobs": np.asarray(grads[0]), "entropy": np.asarray(grads[1])}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_trl(name, said):
+    found = ours(CASES[name])
+    for key, want in ((key, said[f"{name}/{key}"]) for key in ("advantages", "loss", "logprobs", "entropy")):
+        assert want.dtype == np.float64 and found[key].dtype == np.float64
+        assert np.abs(found[key] - want).max() <= TOLERANCE * np.abs(want).max(), key
+    assert np.abs(said[f"{name}/logprobs"]).max() > 1e-3

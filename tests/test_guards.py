@@ -1,0 +1,220 @@
+"""Guards: each tested by the fault that it is there for, as a value and in a run."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl_llm import config as run_config
+from jaxrl_llm import learn as learning
+from jaxrl_llm import life as lives
+from jaxrl_llm import train
+from jaxrl_llm.errors import MismatchError, NonFiniteError
+from jaxrl_llm.experience.advantages import ESTIMATORS, Outcome, estimate
+from jaxrl_llm.experience.config import Gae, Grpo, PassAtK, Raw, ReinforcePlusPlus, Rloo
+from jaxrl_llm.guards import Guards, observe
+from jaxrl_llm.update.config import GuardConfig
+
+FINE = {"nonfinite": 0.0, "mismatch/kl": 1e-6, "alarm/ratio": 0.0}
+SOME = {"embed": False, "layers/qkv": False}
+
+
+def look(steps, cfg=GuardConfig(), guards=Guards()):  # noqa: B008
+    """Verdicts of steps, each (changes of FINE, parameters without a gradient), up to the first error."""
+    found = []
+    for changes, zero in steps:
+        found.append(observe(guards, cfg, FINE | changes, zero))
+        guards = found[-1].guards
+        if found[-1].error:
+            break
+    return found
+
+
+def test_a_sound_step_says_nothing():
+    (verdict,) = look([({}, SOME)])
+    assert verdict == (Guards(0, 0, (0, 0)), (), None)
+
+
+def test_steps_without_a_finite_update_end_the_run_when_they_are_in_a_row():
+    bad, good = ({"nonfinite": 1.0, "mismatch/kl": np.nan}, {}), ({"nonfinite": 0.5}, SOME)
+    found = look([bad, bad, good, bad, bad, bad, good], GuardConfig(max_nonfinite=3))
+    assert [v.guards.nonfinite for v in found] == [1, 2, 0, 1, 2, 3]
+    assert [v.error is None for v in found] == [True] * 5 + [False]
+    assert isinstance(found[-1].error, NonFiniteError) and found[-1].error.exit_code == 4
+    assert "no update of 3 steps in a row was finite" in str(found[-1].error)
+
+
+def test_a_sampler_far_from_the_trainer_ends_the_run():
+    far = {"mismatch/kl": 0.3}
+    found = look([({"mismatch/kl": np.nan}, SOME), ({"mismatch/kl": 0.1}, SOME), (far, SOME)])
+    assert [v.error is None for v in found] == [True, True, False]
+    assert isinstance(found[-1].error, MismatchError) and found[-1].error.exit_code == 4
+    assert str(found[-1].error).startswith(
+        "mismatch/kl: got 0.3 nats a token, want at most 0.1 (update.guards.max_mismatch_kl)"
+    )
+    assert look([(far, SOME)], GuardConfig(max_mismatch_kl=None))[0].error is None
+
+
+def test_a_parameter_without_a_gradient_is_named_once():
+    dead, alive = ({}, {"embed": False, "layers/qkv": True}), ({}, SOME)
+    found = look([dead, alive, dead, dead, dead, dead, alive, dead, dead, dead], GuardConfig(zero_gradient_steps=3))
+    told = ("the gradient of layers/qkv was exactly 0 for 3 steps: nothing in the loss depends on it",)
+    assert [v.warnings for v in found] == [()] * 4 + [told] + [()] * 5
+    assert [v.guards.zero_gradient for v in found[:6]] == [(0, 1), (0, 0), (0, 1), (0, 2), (0, 3), (0, 3)]
+
+
+def test_steps_without_a_useful_update_neither_count_nor_reset():
+    dead = ({}, {"embed": False, "layers/qkv": True})
+    found = look([dead, dead, ({}, {}), dead], GuardConfig(zero_gradient_steps=3))
+    assert [bool(v.warnings) for v in found] == [False, False, False, True]
+
+
+def test_no_gradient_anywhere_is_one_warning_about_rewards():
+    nothing = ({}, {"embed": True, "layers/qkv": True})
+    dead = ({}, {"embed": False, "layers/qkv": True})
+    found = look([dead, dead, nothing, nothing, nothing, nothing, dead], GuardConfig(zero_gradient_steps=3))
+    assert [len(v.warnings) for v in found] == [0, 0, 0, 0, 1, 0, 1]
+    assert found[4].warnings[0].startswith("every gradient was exactly 0 for 3 steps: are the rewards")
+    assert "layers/qkv" in found[6].warnings[0]
+
+
+def test_the_ratio_alarm_is_passed_on():
+    (verdict,) = look([({"alarm/ratio": 1.0}, SOME)])
+    assert verdict.warnings == (
+        "ALARM: all ratios were exactly 1 on stale data, twice: old log-probs are not those captured",
+    )
+
+
+# --- equal rewards teach nothing -------------------------------------------------------------------------------------------
+
+
+COMPARING = [
+    *(kind() for kind in ESTIMATORS if kind not in (Raw, Gae)),
+    Grpo(mean_over="batch", std_over="batch"),
+    Rloo(whiten=True),
+    PassAtK(scale=True),
+    ReinforcePlusPlus(baseline=True),
+]
+
+
+@pytest.mark.parametrize("reward", [0.0, 0.1, -1 / 3, 1e6 + 0.1])
+@pytest.mark.parametrize("cfg", COMPARING, ids=repr)
+def test_equal_rewards_have_an_advantage_of_exactly_zero(cfg, reward):
+    """All groups equal, one of them left out, sequences of one length; numbers whose mean is not themselves in floating point."""
+    outcome = Outcome(
+        reward=np.full((5, 7), reward),
+        parts=np.full((5, 7, 2), [reward, 0.3]),
+        part_weights=np.array([1.0, 0.7]),
+        counts=np.array([True, True, False, True, True]),
+        mask=np.arange(6)[None] < np.full((35, 1), 5),
+        token_reward=np.zeros((35, 6)),
+    )
+    assert not estimate(cfg, outcome).advantage.any()
+
+
+# --- in a run --------------------------------------------------------------------------------------------------------------
+
+# `out` is 0 and stays so: no attention reaches the residual stream, so queries, keys, values and their norm have no gradient.
+CONFIG = {
+    "steps": 9,
+    "model": {"vocab_size": 16, "layers": 1, "d_model": 32, "heads": 8, "kv_heads": 8, "head_dim": 8, "d_mlp": 64},
+    "rollout": {"prompts": 8, "samples": 4, "max_new_tokens": 4},
+    "task": {"kind": "arithmetic", "terms": 2, "held_out": 8},
+    "reward": {"workers": 1, "grader": "parity_grader:odd"},
+    "experience": {"filter": "none"},
+    "update": {"optimizer": {"lr": 1e-3, "groups": [{"match": "layers/out", "lr_scale": 0}]}},
+    "mesh": {"data": 8},
+    "metrics": {"tensorboard": False, "samples_every": 0, "rollouts_every": 0},
+}
+
+
+class Told(list):
+    """A recorder that remembers messages alone."""
+
+    def message(self, text):
+        self.append(text)
+
+    def wants(self, step, every):
+        return False
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """(run, shell, life at the start of RL): built once."""
+    directory = tmp_path_factory.mktemp("guards")
+    (directory / "parity_grader.py").write_text("def odd(sample): return float(sum(map(ord, sample.completion)) % 2)\n")
+    cfg = run_config.validate(CONFIG | {"run_dir": str(directory / "run")}, "test")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(str(directory))
+        run = train.build(cfg)
+        with train.open_shell(cfg) as shell:
+            shell = shell._replace(recorder=Told())
+            life, _, _ = train.start_rl(run, shell, train.begin(run))
+            yield run, shell, life
+
+
+@pytest.fixture
+def start(opened):
+    """(run, shell, life, policy, what was told), all anew."""
+    run, shell, life = opened
+    shell.recorder.clear()
+    # The state is donated to the first update.
+    state = jax.tree.map(lambda x: jax.device_put(np.array(x), x.sharding), life.state)
+    return run, shell, dataclasses.replace(life, state=state), train.publish(run, state, None), shell.recorder
+
+
+def as_numpy(state):
+    return [np.array(x) for x in jax.tree.leaves((state.params, state.opt_state))]
+
+
+def test_a_poisoned_batch_changes_nothing_and_ends_the_run(start, monkeypatch):
+    run, shell, life, policy, _ = start
+    whole = learning.make_batch
+    life, policy, _ = train.rl_step(run, shell, life, policy)
+
+    def poisoned(*args):
+        batch, where = whole(*args)
+        batch.advantage[batch.loss_mask] = np.nan
+        return batch, where
+
+    monkeypatch.setattr(learning, "make_batch", poisoned)
+    before = as_numpy(life.state)
+    for streak in (1, 2):
+        life, policy, metrics = train.rl_step(run, shell, life, policy)
+        assert metrics["nonfinite"] == 1 and life.guards.nonfinite == streak
+        assert all(np.array_equal(a, b) for a, b in zip(before, as_numpy(life.state), strict=True))
+    with pytest.raises(NonFiniteError):
+        train.rl_step(run, shell, life, policy)
+
+
+def test_log_probs_of_another_distribution_end_the_run(start, monkeypatch):
+    run, shell, life, policy, _ = start
+    sampled = learning.sequences_of
+
+    def colder(*args):
+        sequences = sampled(*args)
+        return sequences._replace(behavior_logprobs=sequences.behavior_logprobs * 0.5)
+
+    life, policy, metrics = train.rl_step(run, shell, life, policy)
+    assert 0 <= metrics["mismatch/kl"] < 1e-4
+    monkeypatch.setattr(learning, "sequences_of", colder)
+    with pytest.raises(MismatchError, match=r"update\.guards\.max_mismatch_kl"):
+        train.rl_step(run, shell, life, policy)
+
+
+def test_parameters_that_the_loss_cannot_reach_are_named_once_and_across_a_resume(start):
+    run, shell, life, policy, told = start
+    cut = dict(life.state.params["layers"])
+    cut["out"] = jax.numpy.zeros_like(cut["out"])
+    life = dataclasses.replace(life, state=life.state.replace(params=life.state.params | {"layers": cut}))
+    policy = train.publish(run, life.state, policy)
+    for _ in range(2):
+        life, policy, metrics = train.rl_step(run, shell, life, policy)
+    assert not told and not any(name.startswith("zero_gradient") for name in metrics)
+    life = lives.Life.revive(life.tree(run.key), {"began": True})
+    for _ in range(2):
+        life, policy, _ = train.rl_step(run, shell, life, policy)
+    assert told == [
+        "the gradient of layers/attn_norm, layers/qkv was exactly 0 for 3 steps: nothing in the loss depends on it"
+    ]

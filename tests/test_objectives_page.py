@@ -1,0 +1,53 @@
+"""docs/objectives.md's table of presets says what the configs say, and names each preset once."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from jaxrl_llm.objective import ObjectiveConfig
+from jaxrl_llm.presets import PRESETS, filled
+from jaxrl_llm.update.config import PolicyGradient
+
+PAGE = Path(__file__).parents[1] / "docs" / "objectives.md"
+# What a preset writes down only to repeat a default says nothing.
+QUIET = {"kind", "max_difference", "max_value"}
+
+
+def described(part) -> str:
+    """The kind and what differs from its defaults: `clip high 0.28, dual 10`."""
+    words = []
+    for field in dataclasses.fields(part):
+        x = getattr(part, field.name)
+        if field.name not in QUIET and x != field.default:
+            words.append(f"{field.name} {x:g}" if type(x) is float else f"{field.name} {str(x).lower()}")
+    return f"{part.kind} {', '.join(words)}".strip()
+
+
+def row(name: str) -> list[str]:
+    """advantage, ratio and surrogate, correction, mean over, KL."""
+    given = filled({"preset": name}, dataclasses.asdict(ObjectiveConfig()))
+    cfg = TypeAdapter(ObjectiveConfig).validate_python(given)
+    loss, reward_kl = cfg.loss, ""
+    if cfg.reward_kl.weight:
+        reward_kl = f"{cfg.reward_kl.kind} {cfg.reward_kl.weight:g} in the {cfg.reward_kl.to}"
+    if not isinstance(loss, PolicyGradient):
+        return [described(cfg.advantage), described(loss), "", "pairs", reward_kl]
+    correction = "" if loss.correction.kind == "auto" else described(loss.correction)
+    kl = described(loss.kl) if loss.kl.weight else reward_kl
+    ratio = {"token": "", "sequence": "sequence: ", "sequence_token": "sequence, by token: ", "product": "product: "}
+    return [described(cfg.advantage), ratio[loss.ratio] + described(loss.surrogate), correction, loss.aggregation, kl]
+
+
+def test_the_table_of_presets():
+    rows = {}
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if re.fullmatch(r"`[a-z]+:[a-z0-9_]+`", cells[0]):
+            assert cells[0] not in rows, f"{cells[0]} stands twice"
+            rows[cells[0].strip("`")] = cells[1:]
+    assert sorted(rows) == sorted(PRESETS)
+    for name, cells in rows.items():
+        assert cells[:5] == row(name), name
+        assert cells[5], f"{name}: no source"

@@ -1,0 +1,276 @@
+"""`jaxrl plan` without the TPU compiler: reading collectives and loops, what a chip holds, predictions, advice, and the command."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxrl_llm import cli
+from jaxrl_llm.config import validate
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.parallel.hlo import Module
+from jaxrl_llm.plan import advice, chips, command, memory, predict, show, sweep, traffic
+from jaxrl_llm.plan.command import Target
+from jaxrl_llm.plan.memory import Phase
+from jaxrl_llm.plan.programs import Job, Program, make_job
+from jaxrl_llm.plan.traffic import Reading, Traffic
+
+ROOT = Path(__file__).parents[1]
+CONFIG = str(ROOT / "configs" / "arithmetic.yaml")
+MODEL = {"vocab_size": 32, "layers": 2, "d_model": 16, "heads": 4, "kv_heads": 2, "head_dim": 8, "d_mlp": 64}
+# By hand: embedding 32 x 16; a layer's qkv 16 x 2 x 4 x 8, out 2 x 2 x 8 x 16, gate and up 2 x 16 x 64, down 64 x 16, two norms.
+LAYER = 1024 + 512 + 2048 + 1024
+PARAMS = 512 + 2 * (LAYER + 32) + 16
+VALUES = {
+    "task": {"kind": "arithmetic", "terms": 3},
+    "model": MODEL,
+    "rollout": {"prompts": 8, "samples": 4, "max_new_tokens": 6},
+    "update": {"minibatches": 2, "micro_batches": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def job() -> Job:
+    devices, _ = command.devices_of(Target(chips=1))
+    cfg = validate(VALUES, "test")
+    return make_job(cfg, cfg.model, 7, devices)
+
+
+HLO = """HloModule jit_update, is_scheduled=true
+
+%cond (p: (s32[], bf16[8])) -> pred[] {
+  %c = s32[] constant(3)
+  %p = (s32[], bf16[8]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %c), direction=LT
+}
+
+%async_fusion (q: bf16[2,8]) -> bf16[8,8] {
+  %q = bf16[2,8]{1,0} parameter(0)
+  ROOT %ag.2 = bf16[8,8]{1,0} all-gather(%q), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%body (p: (s32[], bf16[8])) -> (s32[], bf16[8]) {
+  %p = (s32[], bf16[8]) parameter(0)
+  %f = bf16[8,8]{1,0} fusion(%p), kind=kOutput, calls=%async_fusion, backend_config={"estimated_cycles":"100"}
+  %ar = f32[16]{0} all-reduce(%p), channel_id=8, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+  %alone = f32[16]{0} all-reduce(%p), channel_id=9, replica_groups=[8,1]<=[8], to_apply=%add
+  ROOT %t = (s32[], bf16[8]) tuple(%p, %f)
+}
+
+%live (p: (s32[], pred[])) -> pred[] {
+  %p = (s32[], pred[]) parameter(0)
+  ROOT %live = pred[] get-tuple-element(%p), index=1
+}
+
+%outer (p: (s32[], pred[])) -> (s32[], pred[]) {
+  %p = (s32[], pred[]) parameter(0)
+  %w = (s32[], bf16[8]) while(%p), condition=%cond, body=%body
+  %start = (f32[4]{0}, f32[16]{0}) all-gather-start(%p), channel_id=10, replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+  %begin = bf16[8,8]{1,0} all-gather(%p), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %t = (s32[], pred[]) tuple(%p, %w)
+}
+
+%all-reduce-scatter.1 (p: f32[32]) -> f32[4] {
+  %p = f32[32]{0} parameter(0)
+  %r = f32[32]{0} all-reduce(%p), channel_id=11, replica_groups=[1,8]<=[8], to_apply=%add
+  ROOT %s = f32[4]{0} dynamic-slice(%r)
+}
+
+ENTRY %main (a: f32[32]) -> f32[4] {
+  %a = f32[32]{0} parameter(0)
+  %w = (s32[], pred[]) while(%a), condition=%live, body=%outer
+  %perm = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%a), channel_id=12, source_target_pairs={{0,1},{1,0}}
+  ROOT %s = f32[4]{0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1, backend_config={"estimated_cycles":"7"}
+}
+"""
+
+
+def test_traffic_multiplies_loops_and_counts_what_a_chip_receives():
+    """The loop of unknown turns stands for 5. By hand, of n chips: all-gather (n - 1) / n of its result, all-reduce twice that, a
+    reduction that keeps a shard once. Channel 7 runs on beside products of the inner loop, and starts outside of it."""
+    reading = traffic.read(Module(HLO), turns=5)
+    assert set(reading.traffic) == {
+        Traffic("all-gather", "bf16", (5,), 1, 5 * 128 * 3 // 4, 128),
+        Traffic("all-gather", "f32", (5,), 1, 5 * 64 * 3 // 4, 64),
+        Traffic("all-reduce", "f32", (5, 3), 1, 15 * 64, 64),
+        Traffic("reduce-scatter", "f32", (), 1, 128 * 7 // 8, 128),
+        Traffic("collective-permute", "f32", (), 1, 16, 16),
+    }
+    assert reading.cycles == 15 * 100 + 7 and reading.unknown == 0
+    assert reading.received == 480 + 240 + 960 + 112 + 16
+    assert next(t for t in reading.traffic if t.kind == "all-reduce").times == 15
+
+
+def test_inner_loops_that_depend_on_the_batch_are_counted_as_told():
+    text = HLO.replace("compare(%i, %c), direction=LT", "get-tuple-element(%p), index=0")
+    reading = traffic.read(Module(text), turns=5, inner=2)
+    assert reading.unknown == 1 and reading.cycles == 10 * 100 + 7
+
+
+def test_a_topology_is_a_known_kind_and_sizes():
+    assert chips.of_topology("v5p:4x4x4").memory == 95e9
+    for wrong in ("v5x:2x2", "v5e", "v5e:2by2", "H100:2x2"):
+        with pytest.raises(UserError, match=r"--topology: got .*, want a kind"):
+            chips.of_topology(wrong)
+    assert chips.of_device("gpu", "NVIDIA H200", 1).memory == 141e9
+    assert chips.of_device("tpu", "TPU v5 lite", 8) == chips.CHIPS["v5e"]
+    assert chips.of_device("cpu", "cpu", 2).memory == chips.of_device("cpu", "cpu", 1).memory / 2
+    with pytest.raises(UserError, match="a chip that plan knows nothing of"):
+        chips.of_device("gpu", "NVIDIA RTX 9000", 1)
+
+
+def test_parts_of_memory_by_hand(job):
+    """f32 masters and policy (compute float32), two moments and two counters; caches of 8 prompts of 7 slots and 32 rows of 6."""
+    found = {phase.name: phase.parts for phase in memory.estimated(job)}
+    assert set(found) == {"prefill", "segment", "publish", "update"}
+    numbers = 2 * 2 * 2 * 8  # keys and values, 2 layers, 2 heads of 8
+    for parts in found.values():
+        assert parts[memory.MASTERS] == parts[memory.POLICY] == 4 * PARAMS
+        assert 8 * PARAMS <= parts[memory.OPTIMIZER] <= 8 * PARAMS + 16
+    assert found["segment"][memory.PROMPTS] == 4 * numbers * 8 * 7
+    assert found["segment"][memory.ROWS] == 4 * numbers * 32 * 6
+    assert found["update"][memory.ROWS] == 0 and found["prefill"][memory.ROWS] == 0
+    # 16 rows of 13 slots: ten fields of 4 bytes and a mask of 1.
+    assert found["update"][memory.BATCH] == 16 * 13 * 41
+    assert found["update"][memory.GRADIENTS] == 4 * PARAMS
+
+
+def compiled(**sizes: int) -> Program:
+    return Program(
+        sizes.get("arguments", 0), sizes.get("outputs", 0), sizes.get("temporaries", 0), sizes.get("aliased", 0),
+        Reading((), 0, 0), 1.0, sizes.get("refused", ""),
+    )  # fmt: skip
+
+
+def test_phases_add_what_the_compiler_needs_to_what_lives_on(job):
+    programs = dict.fromkeys(("prefill", "segment", "publish"), compiled())
+    kept = memory.residents(job)["update"]
+    given = sum(kept.inside.values())
+    usual = compiled(arguments=given + 100, outputs=1000, aliased=900, temporaries=5 * PARAMS)
+    found = memory.phases(job, programs | {"update": usual})[-1]
+    assert found.parts[memory.REST] == 200
+    assert (found.parts[memory.GRADIENTS], found.parts[memory.TEMPORARIES]) == (4 * PARAMS, PARAMS)
+    assert found.total == given + 200 + 5 * PARAMS + 4 * PARAMS  # and the policy
+    # Refused: the message names the temporaries, or everything that the program holds.
+    for refused, named in (("temporaries", 6 * PARAMS), ("all", given + 6 * PARAMS)):
+        program = compiled(temporaries=named, refused=refused)
+        assert memory.phases(job, programs | {"update": program})[-1].total == given + 10 * PARAMS
+
+
+def test_predictions_by_hand(job):
+    """6 N a token, and 12 heads x H x T / 2 a token and layer; the head is the embedding. Decode reads all weights every step."""
+    matrices = 512 + 2 * LAYER
+    flops = 16 * 13 * (6 * matrices + 2 * 12 * 4 * 8 * 13 / 2)
+    assert predict.model_flops(job) == pytest.approx(flops)
+    chip = chips.Chip("test", 1e9, flops=1e6, hbm=1e9, wire=1e3, clock=1e3)
+    received = Traffic("all-gather", "f32", (), 1, 500, 500)
+    one = compiled()._replace(reading=Reading((received,), 2000, 0))
+    found = predict.predict(job, chip, dict.fromkeys(("prefill", "segment", "publish", "update"), one))
+    # With remat the forward pass is computed twice; two updates a step.
+    assert found.update.compute == pytest.approx(2 * flops * 4 / 3 / 1e6)
+    assert (found.update.wire, found.update.compiler) == (1.0, 4.0)
+    assert found.mfu == pytest.approx(flops / 1e6 / (flops * 4 / 3 / 1e6 + 0.5))
+    # One segment of 6 steps, and the prompts.
+    assert found.rollout.wire == pytest.approx(1.0) and found.rollout_tokens_per_s == pytest.approx(
+        8 * 4 * 6 / found.rollout.total
+    )
+    assert found.rollout.memory >= 6 * 4 * PARAMS / 1e9
+    assert predict.predict(job, chips.Chip("cpu", 1e9)) is None
+
+
+def test_advice_changes_what_fills_the_fullest_phase(job):
+    """The estimate is moved by what the compiler found beyond it, so a limit just above the best single change takes that one."""
+    found = memory.estimated(job)
+    update = next(phase for phase in found if phase.name == "update")
+    assert memory.peak(found) == update
+    more = [
+        Phase(p.name, p.parts | {memory.TEMPORARIES: p.parts[memory.TEMPORARIES] + 10**6 * (p is update)})
+        for p in found
+    ]
+    fewer = advice.changed(job.cfg, {"update.micro_batches": 4})
+    after = (
+        memory.peak(memory.estimated(make_job(fewer, job.model, 7, list(job.train.mesh.devices.flat)))).total + 10**6
+    )
+    best = advice.advise(job, more, after)[0]
+    assert best.bytes <= after and best.overrides in ({"update.micro_batches": 4}, {"update.minibatches": 4})
+    assert "--update.m" in best.flags
+    # Where nothing suffices, the best together, and it says what they come to.
+    hopeless = advice.advise(job, more, 10**6)
+    assert len(hopeless) == 1 and len(hopeless[0].overrides) > 1 and hopeless[0].bytes > 10**6
+
+
+def report(**changes) -> dict:
+    parts = dict.fromkeys(memory.PARTS, 0) | {memory.MASTERS: 3 * 10**9, memory.TEMPORARIES: 9 * 10**9}
+    base = {
+        "topology": "v5e:2x2", "chips": 4, "chip": chips.CHIPS["v5e"]._asdict(), "jax": "0", "parameters": 10**9,
+        "mesh": {"data": 1, "fsdp": 2, "tensor": 2, "expert": 1}, "minibatches": 1, "micro_batches": 2, "rows": 64,
+        "slots": [7, 6], "phases": [{"name": "update", "total": 12 * 10**9, "parts": parts}],
+        "peak": {"phase": "update", "bytes": 12 * 10**9}, "compiled": True, "fits": True, "advice": [], "predicted": None,
+        "programs": {"update": {"refused": "", "received": 2000, "traffic": [
+            {"kind": "all-gather", "dtype": "bf16", "loops": (2, 4), "count": 3, "times": 24, "bytes": 1990, "largest": 5 * 10**6},
+            {"kind": "all-reduce", "dtype": "f32", "loops": (), "count": 1, "times": 1, "bytes": 10, "largest": 10},
+        ]}},
+    }  # fmt: skip
+    return base | changes
+
+
+def test_the_report_as_text():
+    text = show.show(report())
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    assert ["master parameters", "3.00"] in lines and ["**together**", "**12.00**"] in lines
+    assert ["update", "all-gather", "bf16", "2 x 4", "24", "0.0", "5.0"] in lines
+    assert ["update", "1 smaller kinds", "", "", "1", "0.0", ""] in lines
+    assert "inside the loop over layers, at most 5 MB at a time; outside of it at most 0 MB" in text
+    assert text.splitlines()[-1] == "fits: 12.00 GB of 16, most of it in update"
+    too_much = report(
+        fits=False, peak={"phase": "update", "bytes": 2 * 10**10},
+        advice=[{"flags": "--update.micro_batches 4", "bytes": 10**10}],
+    )  # fmt: skip
+    assert show.show(too_much).splitlines()[-2:] == [
+        "does not fit: needs 20.00 GB of 16, most of it in update; change",
+        "  --update.micro_batches 4    (about 10.00 GB)",
+    ]
+
+
+def test_all_meshes_of_eight_devices_and_their_micro_batches():
+    found = list(sweep.meshes(8))
+    # Three factors of two, each on one of four axes: the ways to put 3 into 4 are 20.
+    assert len(found) == len(set(found)) == 20 and all(a * b * c * d == 8 for a, b, c, d in found)
+    cfg = validate(VALUES, "test")
+    assert sweep.micro_batches(cfg, (1, 2, 1, 1)) == [1, 2, 4, 8]
+    assert sweep.micro_batches(
+        dataclasses.replace(cfg, update=dataclasses.replace(cfg.update, micro_batches=3)), (2, 2, 1, 1)
+    ) == [1, 2, 3, 4]
+
+
+def test_bad_input_is_refused_before_anything_compiles(monkeypatch, capsys, tmp_path):
+    def message(*args: str) -> str:
+        assert cli.main(["plan", *args]) == 2
+        return capsys.readouterr().err
+
+    assert "want a kind (v4, v5e, v5p, v6e) and sizes" in message(CONFIG, "--topology", "v7:2x2")
+    assert "--chips: got 99999, want 1 to" in message(CONFIG, "--chips", "99999")
+    assert "--topologi: no such flag, perhaps you meant --topology" in message(CONFIG, "--topologi", "v5e:2x2")
+    path = tmp_path / "rows.yaml"
+    path.write_text("task: {kind: file, path: rows.jsonl}\nmodel: {path: nowhere}\nreward: exact_match\n")
+    assert "task.max_prompt_tokens: got 0" in message(str(path))
+    assert "nowhere: got a path that does not exist" in message(str(path), "--prompt-tokens", "8")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert "got no TPU compiler, want libtpu: pip install" in message(CONFIG, "--topology", "v5e:2x2")
+
+
+def test_plan_for_this_machine(capsys, tmp_path):
+    """The real command on local devices: compiles all programs, and what it says adds up."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(json.dumps(VALUES))
+    assert cli.main(["plan", str(path), "--chips", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["compiled"] and found["parameters"] == PARAMS
+    assert set(found["programs"]) == {"prefill", "segment", "publish", "update"}
+    for phase in found["phases"]:
+        assert sum(phase["parts"].values()) == phase["total"]
+    assert found["peak"]["bytes"] == max(phase["total"] for phase in found["phases"]) > 16 * PARAMS
+    assert found["predicted"] is None

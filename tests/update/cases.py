@@ -1,0 +1,139 @@
+"""Random off-policy minibatches for the oracle, and the same through the package: one row a sequence, or all in one row."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from oracle_advantages import Case
+from pydantic import TypeAdapter
+
+from jaxrl_llm.experience.advantages import Outcome, estimate, reward_kl
+from jaxrl_llm.experience.batch import token_weights
+from jaxrl_llm.model.distribution import TokenScores
+from jaxrl_llm.objective import ObjectiveConfig
+from jaxrl_llm.presets import filled
+from jaxrl_llm.types import Batch
+from jaxrl_llm.update import losses
+from jaxrl_llm.update.config import AutoCorrection, NoCorrection, PolicyGradient, SecondMoment
+
+GROUPS, SAMPLES, SLOTS, GRADERS, CONSTANT = 3, 4, 7, 2, 9
+SEEDS = range(8)
+PER_TOKEN = ("now", "behavior", "proximal", "reference", "entropy", "values", "old_values")
+
+
+def random_case(seed: int) -> Case:
+    """Probabilities anywhere in (0.02, 0.98), so ratios and KL terms pass every bound. Ragged, with tokens inside sequences that
+    the policy did not draw. Seed 1 has a group of equal rewards, seed 2 one that was not graded. Rubbish where `mask` is False."""
+    rng = np.random.default_rng(seed)
+    full = (GROUPS * SAMPLES, SLOTS)
+    parts = rng.integers(0, 3, (GROUPS, SAMPLES, GRADERS)) / 2.0 if seed % 2 else rng.random((GROUPS, SAMPLES, GRADERS))
+    counts = np.ones(GROUPS, bool)
+    if seed == 1:
+        parts[1] = 0.3
+    if seed == 2:
+        counts[0], parts[0] = False, np.nan
+    length = rng.integers(1, SLOTS + 1, full[0])
+    length[0], length[-1] = SLOTS, 1
+    mask = np.arange(SLOTS) < length[:, None]
+    mask &= (rng.random(full) > 0.15) | (np.arange(SLOTS) == length[:, None] - 1)
+    mask &= np.repeat(counts, SAMPLES)[:, None]
+    log_p = {name: np.log(rng.uniform(0.02, 0.98, full)) for name in ("now", "behavior", "reference")}
+    log_p["proximal"] = np.minimum(log_p["behavior"] + rng.normal(0, 0.9, full), -1e-3)
+    log_p = {name: np.where(mask, x, rng.uniform(-900, 0, full)) for name, x in log_p.items()}
+    part_weights = np.array([1.0, 0.5])
+    return Case(
+        reward=parts @ part_weights,
+        parts=parts,
+        part_weights=part_weights,
+        counts=counts,
+        mask=mask,
+        entropy=rng.uniform(0, 2, full),
+        values=rng.normal(0.5, 0.8, full),
+        old_values=rng.normal(0.5, 0.5, full),
+        length=CONSTANT,
+        **log_p,
+    )
+
+
+def objective_of(preset: str, **beside: Any) -> ObjectiveConfig:
+    """The config of a preset with what is written beside it, as a YAML file's is made."""
+    given = {"preset": preset, **beside}
+    return TypeAdapter(ObjectiveConfig).validate_python(filled(given, dataclasses.asdict(ObjectiveConfig())))
+
+
+class Found(NamedTuple):
+    advantage: np.ndarray
+    """[B, C]"""
+    returns: np.ndarray | None
+
+
+def assess(cfg: ObjectiveConfig, case: Case) -> Found:
+    """Advantages and returns by the package."""
+    own, late = reward_kl(case.behavior, case.reference, case.mask, cfg.reward_kl), cfg.reward_kl.to == "advantage"
+    outcome = Outcome(
+        reward=case.reward,
+        parts=case.parts,
+        part_weights=case.part_weights,
+        counts=case.counts,
+        mask=case.mask,
+        token_reward=np.zeros(case.mask.shape) if late else own,
+        values=case.old_values,
+        late_reward=own if late else None,
+    )
+    return Found(*estimate(cfg.advantage, outcome))
+
+
+def batch_of(case: Case, found: Found, learn: np.ndarray, aggregation: str, packed: bool) -> Batch:
+    """[B, C], or [1, B * C]: all sequences in one row."""
+    rows, slots = learn.shape
+    member = np.arange(rows)[:, None] + np.zeros((1, slots), int)
+    segment, group = (member + 1, member // SAMPLES + 1) if packed else (np.ones_like(member), np.ones_like(member))
+    tokens = {
+        "segment": segment,
+        "group": group,
+        "loss_mask": learn,
+        "weight": token_weights(learn, np.arange(rows) // SAMPLES, aggregation, case.length),
+        "behavior_logprobs": case.behavior,
+        "proximal_logprobs": case.proximal,
+        "reference_logprobs": case.reference,
+        "advantage": found.advantage,
+    }
+    if found.returns is not None:
+        tokens |= {"returns": found.returns, "values": case.old_values}
+    unread = dict.fromkeys(("tokens", "position", "until", "before", "temperature"), np.zeros((rows, slots), np.int32))
+    shape = (1, -1) if packed else (rows, slots)
+    given = {name: x for name, x in (unread | tokens).items() if x is not None}
+    return Batch(**{name: jnp.asarray(np.reshape(x, shape)) for name, x in given.items()})
+
+
+def package_loss(cfg: ObjectiveConfig, case: Case, found: Found, packed: bool = False):
+    """(loss of (now, values, entropy), those three), in the arrangement of the batch; call under enable_x64."""
+    loss, aggregation, learn = cfg.loss, "sequence", case.mask
+    correction = NoCorrection()
+    if isinstance(loss, PolicyGradient):
+        aggregation = loss.aggregation
+        correction = correction if isinstance(loss.correction, AutoCorrection) else loss.correction
+    else:
+        learn = learn & (found.advantage != 0)
+    batch = batch_of(case, found, learn, aggregation, packed)
+    if isinstance(correction, SecondMoment):
+        kept = losses.second_moment_mask(batch, correction.threshold)
+        batch = batch.replace(weight=jnp.where(kept, batch.weight, 0.0))
+
+    def of(now, values, entropy):
+        scores = TokenScores(now, entropy, values)
+        terms = losses.TERMS[type(loss)](scores, batch, loss, correction)
+        return jnp.sum(jnp.where(batch.loss_mask, terms.loss, 0.0) * batch.weight)
+
+    given = tuple(jnp.asarray(x.reshape(batch.tokens.shape)) for x in (case.now, case.values, case.entropy))
+    return of, given
+
+
+def package(cfg: ObjectiveConfig, case: Case, packed: bool = False) -> tuple[np.ndarray, float]:
+    """Advantages [B, C] and the loss."""
+    with jax.enable_x64(True):
+        found = assess(cfg, case)
+        of, given = package_loss(cfg, case, found, packed)
+        return found.advantage, float(of(*given))

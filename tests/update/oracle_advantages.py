@@ -1,0 +1,229 @@
+"""Advantages of every preset in float64 NumPy, loop by loop, from the published formulas and the frameworks' code.
+
+Shares nothing with the package. Sections (2.1, ...): see oracle.py. A sequence is a row of [B, C], prompt-major.
+"""
+
+from collections.abc import Callable
+from math import sqrt
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Case(NamedTuple):
+    """All that an objective may read."""
+
+    reward: np.ndarray
+    """[P, G]"""
+    parts: np.ndarray
+    """[P, G, n]: what each grader gave."""
+    part_weights: np.ndarray
+    """[n]"""
+    counts: np.ndarray
+    """[P]: groups that the filter kept. The others have no token in `mask` and enter no statistic."""
+    mask: np.ndarray
+    """[B, C]"""
+    now: np.ndarray
+    behavior: np.ndarray
+    proximal: np.ndarray
+    reference: np.ndarray
+    entropy: np.ndarray
+    values: np.ndarray
+    old_values: np.ndarray
+    length: int
+    """What Dr. GRPO divides a sequence by."""
+
+
+# One number a sequence: [P, G].
+
+
+def over_groups(
+    formula: Callable[..., list[float]], case: Case, reward: np.ndarray | None = None, **more
+) -> np.ndarray:
+    """A formula of one group, for every group that counts."""
+    reward = case.reward if reward is None else reward
+    out = np.zeros(reward.shape)
+    for p in range(len(reward)):
+        if case.counts[p]:
+            out[p] = formula([float(r) for r in reward[p]], **more)
+    return out
+
+
+def deviation(xs: list[float], less: int) -> float:
+    """Root of the sum of squares over n - less; exactly 0 for equal numbers."""
+    if all(x == xs[0] for x in xs):
+        return 0.0
+    mean = sum(xs) / len(xs)
+    return sqrt(sum((x - mean) ** 2 for x in xs) / (len(xs) - less))
+
+
+def centred(rs: list[float]) -> list[float]:
+    """2.1, the mean of all."""
+    if all(r == rs[0] for r in rs):
+        return [0.0] * len(rs)
+    mean = sum(rs) / len(rs)
+    return [r - mean for r in rs]
+
+
+def group_norm(rs: list[float], eps: float, less: int = 1) -> list[float]:
+    """2.1. 0 where all are equal, with eps 0 too."""
+    std = deviation(rs, less)
+    return [c / (std + eps) if std > 0 else 0.0 for c in centred(rs)]
+
+
+def leave_one_out_baseline(rs: list[float]) -> list[float]:
+    """2.6."""
+    return [r - (sum(rs) - r) / (len(rs) - 1) if deviation(rs, 0) > 0 else 0.0 for r in rs]
+
+
+def nemo_leave_one_out(rs: list[float], eps: float = 1e-6) -> list[float]:
+    """2.1, NeMo: mean and std both of the others; unscaled where these are equal (T13)."""
+    out = []
+    for i, r in enumerate(rs):
+        others = rs[:i] + rs[i + 1 :]
+        std = deviation(others, 1) if len(others) > 1 else 0.0
+        above = r - sum(others) / len(others) if deviation(rs, 0) > 0 else 0.0
+        out.append(above / (std + eps) if std > 0 else above)
+    return out
+
+
+def over_mean(rs: list[float], eps: float) -> list[float]:
+    """2.8, MaxRL."""
+    mean = sum(rs) / len(rs)
+    return [c / (mean + eps) if mean > 0 else 0.0 for c in centred(rs)]
+
+
+def best_only(rs: list[float], eps: float = 1e-6) -> list[float]:
+    """2.8, Pass@k in verl."""
+    if deviation(rs, 0) == 0:
+        return [0.0] * len(rs)
+    order = sorted(range(len(rs)), key=lambda i: -rs[i])
+    out = [0.0] * len(rs)
+    out[order[0]] = (rs[order[0]] - rs[order[1]]) / (deviation(rs, 1) + eps)
+    return out
+
+
+def best_and_worst(rs: list[float]) -> list[float]:
+    if deviation(rs, 0) == 0:
+        return [0.0] * len(rs)
+    return [float(r == max(rs)) - float(r == min(rs)) for r in rs]
+
+
+def opo(case: Case) -> np.ndarray:
+    """2.8: the baseline weighs rewards by length."""
+    lengths = case.mask.sum(axis=1).reshape(case.reward.shape)
+    out = np.zeros(case.reward.shape)
+    for p in np.flatnonzero(case.counts):
+        baseline = sum(n * r for n, r in zip(lengths[p], case.reward[p], strict=True)) / sum(lengths[p])
+        out[p] = [r - baseline for r in case.reward[p]]
+    return out
+
+
+def gpg(case: Case) -> np.ndarray:
+    """2.8."""
+    kept = case.reward[case.counts]
+    alpha = kept.size / max(np.count_nonzero(kept), 1)
+    return over_groups(lambda rs: [alpha * c for c in centred(rs)], case)
+
+
+def gdpo(case: Case, eps: float = 1e-4) -> np.ndarray:
+    """2.8 and TRL's normalize_then_sum: each part in its group, the weighted sum over the batch."""
+    total = np.zeros(case.reward.shape)
+    for k, weight in enumerate(case.part_weights):
+        total += weight * over_groups(group_norm, case, case.parts[:, :, k], eps=eps)
+    kept = [float(a) for a in total[case.counts].ravel()]
+    mean, std = sum(kept) / len(kept), deviation(kept, 1)
+    return np.where(case.counts[:, None], (total - mean) / (std + eps), 0.0)
+
+
+def rloo_with_kl(case: Case, weight: float) -> np.ndarray:
+    """2.6, TRL: the sequence's k1 to the reference is in the reward before the baseline."""
+    reward = case.reward.copy()
+    for b, row in enumerate(case.mask):
+        for t in np.flatnonzero(row):
+            reward.flat[b] -= weight * (case.behavior[b, t] - case.reference[b, t])
+    return over_groups(leave_one_out_baseline, case, reward)
+
+
+# Token by token: [B, C].
+
+
+def on_every_token(each: Callable[[Case], np.ndarray]) -> Callable[[Case], tuple[np.ndarray, None]]:
+    return lambda case: (np.where(case.mask, each(case).reshape(-1, 1), 0.0), None)
+
+
+def group(formula: Callable[..., list[float]], **more) -> Callable[[Case], tuple[np.ndarray, None]]:
+    return on_every_token(lambda case: over_groups(formula, case, **more))
+
+
+def token_rewards(case: Case, kl_weight: float, reward: np.ndarray | None = None) -> np.ndarray:
+    """-weight * k1 of each token, and the sequence's reward on its last."""
+    reward = case.reward if reward is None else reward
+    out = np.zeros(case.mask.shape)
+    for b, row in enumerate(case.mask):
+        tokens = np.flatnonzero(row)
+        for t in tokens:
+            out[b, t] = -kl_weight * (case.behavior[b, t] - case.reference[b, t])
+        if len(tokens):
+            out[b, tokens[-1]] += reward.flat[b]
+    return out
+
+
+def returns_to_go(case: Case, rewards: np.ndarray, gamma: float = 1.0) -> np.ndarray:
+    """2.7: what is masked neither adds nor discounts, and credit goes on before it (T11)."""
+    out = np.zeros(rewards.shape)
+    for b, row in enumerate(case.mask):
+        running = 0.0
+        for t in reversed(np.flatnonzero(row)):
+            running = rewards[b, t] + gamma * running
+            out[b, t] = running
+    return out
+
+
+def whiten(case: Case, x: np.ndarray, scale: Callable[[float, int], float]) -> np.ndarray:
+    """Over the batch's tokens; `scale(sum of squares, n)` is what is divided by (T16)."""
+    kept = [float(v) for v in x[case.mask]]
+    mean = sum(kept) / len(kept)
+    by = scale(sum((v - mean) ** 2 for v in kept), len(kept))
+    return np.where(case.mask, (x - mean) / by, 0.0)
+
+
+def verl_scale(squares: float, n: int) -> float:
+    return sqrt(squares / (n - 1) + 1e-8)
+
+
+def openrlhf_scale(squares: float, n: int) -> float:
+    return sqrt(max(squares / n, 1e-8))
+
+
+def areal_scale(squares: float, n: int) -> float:
+    return sqrt(squares / (n - 1)) + 1e-5
+
+
+def whitened_returns(case: Case, scale, kl_weight: float = 0.0) -> tuple[np.ndarray, None]:
+    """2.7, REINFORCE++; 2.1, AReaL."""
+    return whiten(case, returns_to_go(case, token_rewards(case, kl_weight)), scale), None
+
+
+def whitened_baseline(case: Case) -> tuple[np.ndarray, None]:
+    """2.7, verl's REINFORCE++-baseline: the group's mean first."""
+    return whiten(case, np.where(case.mask, over_groups(centred, case).reshape(-1, 1), 0.0), verl_scale), None
+
+
+def openrlhf_group_norm(case: Case, kl_weight: float) -> tuple[np.ndarray, None]:
+    """2.6 and 2.14, OpenRLHF: the KL of the tokens still to come, beside the normalised reward."""
+    return returns_to_go(case, token_rewards(case, kl_weight, over_groups(group_norm, case, eps=1e-9))), None
+
+
+def gae(case: Case, lam: float, gamma: float = 1.0, whitened: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """2.13: the scan steps over masked tokens; returns are taken before A is whitened."""
+    rewards = token_rewards(case, 0.0)
+    advantage, returns = np.zeros(rewards.shape), np.zeros(rewards.shape)
+    for b, row in enumerate(case.mask):
+        later, value_after = 0.0, 0.0
+        for t in reversed(np.flatnonzero(row)):
+            delta = rewards[b, t] + gamma * value_after - case.old_values[b, t]
+            later = delta + gamma * lam * later
+            value_after = case.old_values[b, t]
+            advantage[b, t], returns[b, t] = later, later + case.old_values[b, t]
+    return (whiten(case, advantage, verl_scale) if whitened else advantage), returns
