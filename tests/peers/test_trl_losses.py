@@ -6,8 +6,10 @@ JAXRL_TRL_PYTHON names the Python of an environment with TRL 1.16 and torch: nei
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +43,7 @@ class Case(NamedTuple):
     preset: str
     arguments: dict[str, Any]
     """Of TRL's config."""
-    over: dict[str, Any] = {}
+    over: Mapping[str, Any] = MappingProxyType({})
     """What is written beside the preset."""
     trainer: str = "grpo"
     sampler: bool = False
@@ -50,9 +52,9 @@ class Case(NamedTuple):
     """Two graders."""
 
 
-PLAIN_K3 = {"loss": {"kl": {"kind": "k3", "weight": BETA, "by_ratio": False}}}
+PLAIN_K3 = {"loss": {"kl": {"kind": "k3", "weight": BETA, "times": "one"}}}
 # TRL multiplies its k3 by the ratio by default.
-K3 = {"loss": {"kl": {"kind": "k3", "weight": BETA, "by_ratio": True}}}
+K3 = {"loss": {"kl": {"kind": "k3", "weight": BETA, "times": "ratio"}}}
 CASES = {
     "grpo": Case("trl:grpo_sequence", {"loss_type": "grpo"}),
     "grpo kl": Case("trl:grpo_sequence", {"loss_type": "grpo", "beta": BETA}, K3),
