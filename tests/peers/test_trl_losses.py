@@ -54,7 +54,7 @@ class Case(NamedTuple):
 
 PLAIN_K3 = {"loss": {"kl": {"kind": "k3", "weight": BETA, "times": "one"}}}
 # TRL multiplies its k3 by the ratio by default.
-K3 = {"loss": {"kl": {"kind": "k3", "weight": BETA, "times": "one"}}}
+K3 = {"loss": {"kl": {"kind": "k3", "weight": BETA, "times": "ratio"}}}
 CASES = {
     "grpo": Case("trl:grpo_sequence", {"loss_type": "grpo"}),
     "grpo kl": Case("trl:grpo_sequence", {"loss_type": "grpo", "beta": BETA}, K3),
