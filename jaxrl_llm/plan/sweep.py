@@ -7,12 +7,18 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.parallel.config import AXES, divisors
+from jaxrl_llm.plan.chips import Chip
 from jaxrl_llm.plan.command import Target, devices_of, prepare, prompt_slots, read_model
+
+if TYPE_CHECKING:
+    import jax
+
+    from jaxrl_llm.model.config import ModelConfig
 
 # What arithmetic says may be off by so much before a form is not worth compiling.
 SLACK = 1.1
@@ -60,22 +66,9 @@ def sweep(cfg: RunConfig, target: Target, command: list[str], candidates: int) -
         raise UserError(
             f"--sweep: got {chip.name}, whose peaks nobody publishes, want a --topology: forms are ranked by predicted time"
         )
-    from jaxrl_llm.plan import memory, predict
-    from jaxrl_llm.plan.advice import changed
-    from jaxrl_llm.plan.programs import make_job, problems
-
-    model = read_model(cfg)
-    forms, possible, every = [], set(), list(meshes(len(devices)))
+    every, forms = list(meshes(len(devices))), []
     for mesh in every:
-        for parts in micro_batches(cfg, mesh):
-            axes = {f"mesh.{name}": size for name, size in zip(AXES, mesh, strict=True)}
-            form = changed(cfg, axes | {"update.micro_batches": parts})
-            if problems(form, model, len(devices)):
-                continue
-            possible.add(mesh)
-            job = make_job(form, model, slots, devices)
-            found = memory.peak(memory.estimated(job)).total
-            forms.append(Form(mesh, parts, found, float(predict.predict(job, chip).step)))
+        forms += forms_of(cfg, read_model(cfg), mesh, slots, devices, chip)
     fitting = sorted((f for f in forms if f.bytes <= SLACK * chip.memory), key=lambda f: f.seconds)
     # The best of each mesh.
     best = list({f.mesh: f for f in reversed(fitting)}.values())[::-1]
@@ -83,9 +76,36 @@ def sweep(cfg: RunConfig, target: Target, command: list[str], candidates: int) -
     compiled = [compile_form(command, form) for form in best]
     order = sorted(compiled, key=lambda r: (not r["fits"], r["predicted"]["step_seconds"] if r["predicted"] else 0.0))
     return {
-        "chips": len(devices), "meshes": len(every), "possible": len(possible), "tried": len(forms), "estimated": len(fitting),
+        "chips": len(devices),
+        "meshes": len(every),
+        "possible": len({form.mesh for form in forms}),
+        "tried": len(forms),
+        "estimated": len(fitting),
         "compiled": order,
-    }  # fmt: skip
+    }
+
+
+def forms_of(
+    cfg: RunConfig, model: "ModelConfig", mesh: tuple[int, ...], slots: int, devices: "list[jax.Device]", chip: Chip
+) -> list[Form]:
+    """Of one mesh, each number of micro-batches; none where config and mesh do not go together."""
+    from jaxrl_llm.plan import memory, predict
+    from jaxrl_llm.plan.advice import changed
+    from jaxrl_llm.plan.programs import make_job, problems, with_micro_batches
+
+    axes = {f"mesh.{name}": size for name, size in zip(AXES, mesh, strict=True)}
+    found, job, others = [], None, 0
+    for parts in micro_batches(cfg, mesh):
+        form = changed(cfg, axes | {"update.micro_batches": parts})
+        if problems(form, model, len(devices)):
+            continue
+        if job is None:
+            job = make_job(form, model, slots, devices)
+            others = max(phase.total for phase in memory.estimated(job) if phase.name != "update")
+        job = with_micro_batches(job, parts)
+        size = max(others, memory.estimated_update(job).total)
+        found.append(Form(mesh, parts, size, float(predict.predict(job, chip).step)))
+    return found
 
 
 def compile_form(command: list[str], form: Form) -> dict[str, Any]:
