@@ -5,15 +5,12 @@
 
 import dataclasses
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from jaxrl_llm import config as run_config
-from jaxrl_llm.ceilings import copy_bandwidth, matmul_rate
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.packing import Shape, shape_of
@@ -24,7 +21,6 @@ from jaxrl_llm.model.critic import NAMES as CRITIC
 from jaxrl_llm.model.critic import critic_specs
 from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.source import resolve as resolve_model
-from jaxrl_llm.model.work import matmul_params, weight_products
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.layout import TRAIN, Layout
@@ -227,29 +223,4 @@ def publish(run: Run, state: TrainState, old: Policy | None) -> Policy:
     """The policy that the state's parameters make; `old` lends its buffers."""
     return run.publish(
         state.params, state.step, old or make_blank(run.model, run.decode, run.cfg.rollout.engine.weights)()
-    )
-
-
-class Rates(NamedTuple):
-    """What one device was measured to do at most, at the shapes of a decode step."""
-
-    bytes_per_s: float
-    flops_per_s: float
-
-
-def decode_rates(run: Run) -> Rates:
-    """Of a step with all rows in flight; measured once a process, in about a second."""
-    sizes = run.engine.sizes
-    return _rates(run.model, sizes.units(sizes.prompts[0]) * sizes.each // sizes.shards, run.decode.size("mlp"))
-
-
-@cache
-def _rates(model: ModelConfig, rows: int, shards: int) -> Rates:
-    # The head is left out: with a large vocabulary it would not fit beside the policy.
-    (d, packed, _), (heads, _, _), (_, up, _), (down, _, _), _ = weight_products(model)
-    shapes = [(d, packed // shards), (heads // shards, d), (d, up // shards), (down // shards, d)]
-    nbytes = matmul_params(model) * jnp.dtype(model.compute).itemsize // shards
-    return Rates(
-        copy_bandwidth(min(nbytes, 2**28), 0.1),
-        matmul_rate([("forward", rows, max(k, 1), max(n, 1)) for k, n in shapes], model.compute, 0.1),
     )
