@@ -143,9 +143,7 @@ def _backward(spec: Spec, saved: tuple, g: Array) -> tuple[Array | None, ...]:
 _attend.defvjp(_forward, _backward)
 
 
-def _slots(
-    until: Array, position: Array, reach: int | Array, size: int
-) -> tuple[Slots, Bool[Array, "B queries keys"]]:
+def _slots(until: Array, position: Array, reach: int | Array, size: int) -> tuple[Slots, Bool[Array, "B queries keys"]]:
     """The slots block by block, and which blocks of keys each block of queries sees at all."""
     num, length = until.shape
     pad = -length % size
@@ -165,9 +163,7 @@ def _whole(reach: int | Array) -> bool:
     return isinstance(reach, int) and reach == WHOLE
 
 
-def _mask(
-    slots: Slots, queries: Array, keys: Array, meet: Array, reach: int | Array
-) -> Bool[Array, "C queries keys"]:
+def _mask(slots: Slots, queries: Array, keys: Array, meet: Array, reach: int | Array) -> Bool[Array, "C queries keys"]:
     """`tree_mask` of blocks of queries and of keys of the same row, where they are to `meet` [C]."""
     t, u = slots.slot[queries][:, :, None], slots.slot[keys][:, None, :]
     seen = (u <= t) & (t < slots.until[keys][:, None, :]) & meet[:, None, None]
@@ -212,7 +208,9 @@ def _turns(live: Bool[Array, "B n n"], chunk: int) -> Turns:
     """Each block's partners, as numbers among all Q."""
     num, n, _ = live.shape
     count = jnp.sum(live, axis=2, dtype=jnp.int32).reshape(-1)
-    partner = jnp.argsort(~live, axis=2, stable=True).astype(jnp.int32) + n * jnp.arange(num, dtype=jnp.int32)[:, None, None]
+    partner = (
+        jnp.argsort(~live, axis=2, stable=True).astype(jnp.int32) + n * jnp.arange(num, dtype=jnp.int32)[:, None, None]
+    )
     block = jnp.argsort(-count, stable=True).astype(jnp.int32)
     pad = lambda x: jnp.pad(x, ((0, -len(x) % chunk), *((0, 0),) * (x.ndim - 1)))  # noqa: E731
     found = Turns(block, partner.reshape(-1, n)[block], count[block])

@@ -14,7 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, make_splash_mha_single_device
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.attention import attend, tree_mask
@@ -47,7 +47,9 @@ def choose(name: str, slots: int, cfg: ModelConfig, layout: Layout) -> str:
             return "splash" if slots >= BLOCKS_FROM["other"] and slots % LANES == 0 else "plain"
         return "blocks" if slots >= BLOCKS_FROM.get(platform, BLOCKS_FROM["other"]) else "plain"
     if name == "splash" and slots % LANES:
-        raise UserError(f"update.attention: got splash for rows of {slots} slots, want a multiple of {LANES}, or blocks")
+        raise UserError(
+            f"update.attention: got splash for rows of {slots} slots, want a multiple of {LANES}, or blocks"
+        )
     if name == "cudnn":
         _check_cudnn(platform, cfg)
     return name
@@ -95,7 +97,11 @@ def _remember(of: Callable[[int | Array], Mix]) -> Callable[[int | Array], Mix]:
 def _on_mesh(form: Callable, layout: Layout, *of_rows: Array, **rest: object) -> Mix:
     """`form(q, k, v, *of_rows, **rest)` on each device for its own rows and heads: nothing there moves between devices."""
     spec = lambda *axes: layout.sharding(axes).spec  # noqa: E731
-    heads = (spec("rows", None, "heads", None, None), spec("rows", None, "heads", None), spec("rows", None, "heads", None))
+    heads = (
+        spec("rows", None, "heads", None, None),
+        spec("rows", None, "heads", None),
+        spec("rows", None, "heads", None),
+    )
     rows = tuple(spec("rows", *(None,) * (x.ndim - 1)) for x in of_rows)
     static = {name: x for name, x in rest.items() if isinstance(x, int)}
     traced = {name: x for name, x in rest.items() if name not in static}

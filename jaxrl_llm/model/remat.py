@@ -1,9 +1,9 @@
 """What the backward pass of a layer finds in memory, and what it computes again (Chen et al. 2016).
 
-    none       all that its gradient reads is kept
-    attention  scores and weights of the attention are made again; the rest is kept. Forms but `plain` never keep them
-    layer      a layer is computed again from its input, the residual stream: a third more products
-    offload    as `layer`, and the inputs wait in the host's memory
+none       all that its gradient reads is kept
+attention  scores and weights of the attention are made again; the rest is kept. Forms but `plain` never keep them
+layer      a layer is computed again from its input, the residual stream: a third more products
+offload    as `layer`, and the inputs wait in the host's memory
 """
 
 import math
@@ -52,6 +52,9 @@ def checkpointed(step: Callable, name: str) -> Callable:
     if name == "layer":
         return jax.checkpoint(step)
     away = checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=[INPUT], offload_src="device", offload_dst="pinned_host"
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
     )
     return jax.checkpoint(step, policy=away)
