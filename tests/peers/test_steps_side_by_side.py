@@ -1,12 +1,15 @@
 """benchmarks/peers/grpo without a peer: the loop that is let on step by step, works, entries, the table, the file of results."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
+from benchmarks.peers import grpo, weights, words
 from benchmarks.peers.grpo import default_trainers, entry_of, keep, parse, step, table, trainers_of
 from benchmarks.peers.paced import Paced
-from benchmarks.peers.processes import WorkerError
+from benchmarks.peers.processes import Worker, WorkerError
 from benchmarks.peers.reward import rewards
 from jaxrl_llm.errors import UserError
 
@@ -103,3 +106,24 @@ def test_results_of_other_works_stay(tmp_path):
         keep(out, {"name": name, "rounds": rounds}, {"date": "today"})
     found = json.loads(out.read_text())["results"]
     assert [(each["name"], each["rounds"], each["date"]) for each in found] == [("M", 1, "today"), ("S", 2, "today")]
+
+
+def test_trainers_in_turns(monkeypatch, tmp_path):
+    """Two workers, of which one ends: the other's steps count, in the order of their turns."""
+
+    def fake(python, module, threads, settings):
+        assert module == "benchmarks.peers.workers.ours_step"
+        path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+        return Worker(python, "fake_trainer", threads, {"PYTHONPATH": path})
+
+    monkeypatch.setattr(grpo, "Worker", fake)
+    monkeypatch.setattr(weights, "directory", lambda size: tmp_path / size)
+    monkeypatch.setattr(words, "directory", lambda size: tmp_path / "words")
+    found = grpo.measure(parse("S,float32,0.04"), ["ours/shared", "ours/apart"], rounds=2, seconds=0.0, threads=1)
+    assert list(found["failed"]) == ["ours/apart"] and "out of everything" in found["failed"]["ours/apart"]
+    assert found["rounds"] == found["rounds_run"] == 2 and found["work"]["beta"] == 0.04
+    [(name, ours)] = found["entries"].items()
+    assert name == "ours/shared" and ours["beta"] == 0.04 and ours["words"] == str(tmp_path / "words")
+    assert ours["median_rollout_s"] == 0.25 and ours["stages"] == [{"time/update": 0.5}] * 2
+    assert 0 < ours["start_s"] < ours["first_step_after_start_s"]
+    assert table(found)[0] == "S float32, beta 0.04, 8,192 new tokens a step, the quietest 2 of 2 rounds"
