@@ -153,7 +153,8 @@ def _slots(until: Array, position: Array, reach: int | Array, size: int) -> tupl
     slot = split(jnp.broadcast_to(jnp.arange(length + pad, dtype=until.dtype), until.shape))
     until, position = split(until), split(position)
     first = slot[0, :, 0]
-    live = (first[:, None] >= first) & (first[:, None] < jnp.max(until, axis=2)[:, None, :])
+    last = jnp.max(jnp.where(until > slot, until, 0), axis=2)
+    live = (first[:, None] >= first) & (first[:, None] < last[:, None, :])
     if not _whole(reach):
         live &= jnp.min(position, axis=2)[:, :, None] - jnp.max(position, axis=2)[:, None, :] < reach
     return Slots(*(x.reshape(-1, size) for x in (slot, until, position))), live

@@ -41,7 +41,7 @@ def choose(name: str, slots: int, cfg: ModelConfig, layout: Layout) -> str:
 
     UserError where a form that is asked for by name cannot be had.
     """
-    platform = layout.mesh.devices.flat[0].platform
+    platform = _platform(layout)
     if name == "auto":
         if platform == "tpu":
             return "splash" if slots >= BLOCKS_FROM["other"] and slots % LANES == 0 else "plain"
@@ -53,6 +53,10 @@ def choose(name: str, slots: int, cfg: ModelConfig, layout: Layout) -> str:
     if name == "cudnn":
         _check_cudnn(platform, cfg)
     return name
+
+
+def _platform(layout: Layout) -> str:
+    return layout.mesh.devices.flat[0].platform
 
 
 def _check_cudnn(platform: str, cfg: ModelConfig) -> None:
@@ -146,7 +150,7 @@ def _splash(q: Array, k: Array, v: Array, mask: Array, cfg: ModelConfig, layout:
         q, k, v, mask = x
         kernel = make_splash_mha_single_device(
             mask[None], block_sizes=sizes, attn_logits_soft_cap=cfg.attention_softcap,
-            interpret=layout.mesh.devices.flat[0].platform != "tpu",
+            interpret=_platform(layout) != "tpu",
         )  # fmt: skip
         # Made inside a jit, the kernel's own mark of such a mask is traced, and then it asks for its value.
         for name in ("fwd_mask_info", "dq_mask_info", "dkv_mask_info"):
