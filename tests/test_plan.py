@@ -243,6 +243,31 @@ def test_all_meshes_of_eight_devices_and_their_micro_batches():
     ) == [1, 2, 3, 4]
 
 
+def test_candidates_are_compiled_until_one_fits(monkeypatch):
+    """Two candidates: the fastest dies, the second does not fit, so a third is tried; the fourth and last is not needed."""
+    forms = [sweep.Form((1, n, 1, 1), 1, 0, 0.1 * n) for n in (1, 2, 3, 4)]
+    again = sweep.Form((1, 1, 1, 1), 2, 0, 0.15)
+    assert sweep.fastest([forms[0], again, *forms[1:]]) == forms
+
+    def compiled(command: list[str], form: sweep.Form) -> dict:
+        if form is forms[0]:
+            raise UserError("got no plan, want one: CHECK failed")
+        return report(fits=form is forms[2], predicted={"step_seconds": 2.0, "mfu": 0.25}, mesh={"data": form.mesh[1]})
+
+    monkeypatch.setattr(sweep, "compile_form", compiled)
+    done, failed = sweep.compile_best([], forms, 2)
+    assert [r["fits"] for r in done] == [False, True]
+    assert [f["reason"] for f in failed] == ["got no plan, want one: CHECK failed"]
+    text = show.sweep_table(
+        {"meshes": 4, "chips": 4, "possible": 4, "tried": 5, "estimated": 5, "compiled": done[::-1], "failed": failed}
+    )
+    assert "| 3" in text and "| yes  | 2.0" in text and "not compiled: --mesh.data=1 --mesh.fsdp=1" in text
+    assert (
+        text.splitlines()[-1]
+        == "best: --mesh.data=1 --mesh.fsdp=3 --mesh.tensor=1 --mesh.expert=1 --update.micro_batches=1"
+    )
+
+
 def test_bad_input_is_refused_before_anything_compiles(monkeypatch, capsys, tmp_path):
     def message(*args: str) -> str:
         assert cli.main(["plan", *args]) == 2

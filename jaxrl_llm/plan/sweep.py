@@ -5,15 +5,14 @@ Each compilation is a process of its own: what a compiler leaves behind, or how 
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.parallel.config import AXES, divisors
 from jaxrl_llm.plan.chips import Chip
-from jaxrl_llm.plan.command import Target, devices_of, prepare, prompt_slots, read_model
+from jaxrl_llm.plan.command import Report, Target, devices_of, prepare, prompt_slots, read_model
 
 if TYPE_CHECKING:
     import jax
@@ -57,7 +56,7 @@ def micro_batches(cfg: RunConfig, mesh: tuple[int, ...]) -> list[int]:
     )
 
 
-def sweep(cfg: RunConfig, target: Target, command: list[str], candidates: int) -> dict[str, Any]:
+def sweep(cfg: RunConfig, target: Target, command: list[str], candidates: int) -> Report:
     """`command`: the command line of one plan, as a list; flags of a form and --json are put behind it."""
     prepare(target)
     slots = prompt_slots(cfg, target)
@@ -66,23 +65,41 @@ def sweep(cfg: RunConfig, target: Target, command: list[str], candidates: int) -
         raise UserError(
             f"--sweep: got {chip.name}, whose peaks nobody publishes, want a --topology: forms are ranked by predicted time"
         )
-    every, forms = list(meshes(len(devices))), []
-    for mesh in every:
-        forms += forms_of(cfg, read_model(cfg), mesh, slots, devices, chip)
+    every, model = list(meshes(len(devices))), read_model(cfg)
+    forms = [form for mesh in every for form in forms_of(cfg, model, mesh, slots, devices, chip)]
     fitting = sorted((f for f in forms if f.bytes <= SLACK * chip.memory), key=lambda f: f.seconds)
-    # The best of each mesh.
-    best = list({f.mesh: f for f in reversed(fitting)}.values())[::-1]
-    best = sorted(best, key=lambda f: f.seconds)[:candidates]
-    compiled = [compile_form(command, form) for form in best]
-    order = sorted(compiled, key=lambda r: (not r["fits"], r["predicted"]["step_seconds"] if r["predicted"] else 0.0))
+    compiled, failed = compile_best(command, fastest(fitting), candidates)
     return {
         "chips": len(devices),
         "meshes": len(every),
         "possible": len({form.mesh for form in forms}),
         "tried": len(forms),
         "estimated": len(fitting),
-        "compiled": order,
+        "compiled": sorted(compiled, key=lambda r: (not r["fits"], (r["predicted"] or {}).get("step_seconds", 0.0))),
+        "failed": failed,
     }
+
+
+def fastest(forms: list[Form]) -> list[Form]:
+    """The fastest of each mesh, in order of predicted time; `forms` are."""
+    first: dict[tuple[int, ...], Form] = {}
+    for form in forms:
+        first.setdefault(form.mesh, form)
+    return list(first.values())
+
+
+def compile_best(command: list[str], forms: list[Form], candidates: int) -> tuple[list[Report], list[Report]]:
+    """Reports of the first `candidates`, and of as many more, at most, until one fits; and those that no compiler got through."""
+    compiled, failed = [], []
+    for n, form in enumerate(forms[: 2 * candidates]):
+        if n >= candidates and any(r["fits"] for r in compiled):
+            break
+        flags = " ".join(form.flags)
+        try:
+            compiled.append(compile_form(command, form) | {"flags": flags})
+        except UserError as error:
+            failed.append({"flags": flags, "reason": str(error)})
+    return compiled, failed
 
 
 def forms_of(
@@ -108,11 +125,10 @@ def forms_of(
     return found
 
 
-def compile_form(command: list[str], form: Form) -> dict[str, Any]:
+def compile_form(command: list[str], form: Form) -> Report:
     """The report of one plan. Raises UserError with the last line of a compilation that failed."""
     done = subprocess.run([*command, *form.flags, "--json"], capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise UserError(f"{' '.join(form.flags)}: got no plan: {last}")
-    print(f"compiled {' '.join(form.flags)}", file=sys.stderr)
-    return json.loads(done.stdout) | {"flags": " ".join(form.flags)}
+        raise UserError(f"got no plan, want one: {last}")
+    return json.loads(done.stdout)
