@@ -245,7 +245,9 @@ def plan(target: str, args: list[str]) -> int:
     wanted = command.Target(given.topology, given.chips, given.prompt_tokens)
     if given.sweep:
         own = [a for a in args if a not in ("--sweep", "--json")]
-        found = sweep.sweep(cfg, wanted, [sys.executable, "-m", "jaxrl_llm.cli", "plan", target, *own], given.candidates)
+        found = sweep.sweep(
+            cfg, wanted, [sys.executable, "-m", "jaxrl_llm.cli", "plan", target, *own], given.candidates
+        )
         print(json.dumps(found, indent=1) if given.json else show.sweep_table(found))
         return 0
     found = command.plan(cfg, wanted)

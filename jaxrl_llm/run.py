@@ -36,7 +36,6 @@ from jaxrl_llm.types import Batch, Policy, PyTree, TrainState
 from jaxrl_llm.update.config import (
     Correction,
     CrossEntropy,
-    LossConfig,
     NoCorrection,
     OptimizerConfig,
     PolicyGradient,
@@ -127,9 +126,6 @@ def build(cfg: RunConfig) -> Run:
     how = Whole(cfg.update.attention, cfg.update.remat)
     scoring = {"num_tokens": task.num_tokens, "cfg": model, "layout": train, "ends": task.eos, "how": how}
 
-    def update(specs: PyTree, loss: LossConfig, optimizer: OptimizerConfig, micro_batches: int) -> Update:
-        return make_update(specs, loss, optimizer, correction=correction, micro_batches=micro_batches, **scoring)
-
     key, eval_key = jax.random.split(jax.random.key(cfg.seed))
     return Run(
         cfg=cfg,
@@ -148,8 +144,15 @@ def build(cfg: RunConfig) -> Run:
         shapes=shapes,
         score=make_score(**scoring),
         score_experience=make_score(**scoring, parts=shapes.experience.parts),
-        warm_update=update(specs, CrossEntropy(), cfg.warm_start.optimizer, 1),
-        update=update(learner_specs, cfg.objective.loss, optimizer, cfg.update.micro_batches),
+        warm_update=make_update(specs, CrossEntropy(), cfg.warm_start.optimizer, micro_batches=1, **scoring),
+        update=make_update(
+            learner_specs,
+            cfg.objective.loss,
+            optimizer,
+            correction=correction,
+            micro_batches=cfg.update.micro_batches,
+            **scoring,
+        ),
         key=key,
         eval_key=eval_key,
     )
