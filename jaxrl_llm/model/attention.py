@@ -14,7 +14,7 @@ from jaxrl_llm.model.cache import WHOLE, Scaled
 MASKED = -1e30
 
 
-def _scores(products: Array, head_dim: int, scale: float | None, softcap: float | None) -> Array:
+def scores_of(products: Array, head_dim: int, scale: float | None, softcap: float | None) -> Array:
     """Scores of q k' : times `scale` (None: H^-0.5), and c tanh(scores / c) where there is a cap."""
     scores = products * (head_dim**-0.5 if scale is None else scale)
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
@@ -30,7 +30,7 @@ def attend(
 ) -> Float[Array, "B T K G H"]:
     """softmax(scores) v over the keys where `mask` is True."""
     products = jnp.einsum("btkgh,bukh->bkgtu", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], _scores(products, q.shape[-1], scale, softcap), MASKED)
+    scores = jnp.where(mask[:, None, None], scores_of(products, q.shape[-1], scale, softcap), MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgtu,bukh->btkgh", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
 
@@ -67,7 +67,7 @@ def attend_part(
     v, of_values = _bare(v, q.dtype)
     products = jnp.einsum("bkqh,bkhu->bkqu" if across else "bkqh,bkuh->bkqu", q, k, preferred_element_type=jnp.float32)
     products = products if of_keys is None else products * of_keys[:, :, None]
-    scores = jnp.where(mask[:, None, None, :], _scores(products, q.shape[-1], scale, softcap), MASKED)
+    scores = jnp.where(mask[:, None, None, :], scores_of(products, q.shape[-1], scale, softcap), MASKED)
     # Above MASKED, so that the weights of a part without a key are 0, not 1.
     top = jnp.maximum(jnp.max(scores, axis=-1), MASKED / 2)
     weights = jnp.exp(scores - top[..., None])

@@ -260,7 +260,7 @@ def score_tokens(
     read = _Read(*map(order.take, (batch.tokens, batch.temperature, batch.support, batch.barred)))
 
     def activations(params: PyTree) -> Array:
-        return order.take_before(hidden(params, batch.tokens, batch.position, batch.until, cfg, layout))
+        return order.take_before(hidden(params, batch.tokens, batch.position, batch.until, cfg, layout, how))
 
     def source(params: PyTree) -> Source:
         return Source(params["embed" if cfg.tied_head else "head"], activations(params))

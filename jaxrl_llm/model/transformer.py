@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.model.attention import attend, attend_part, merge, tree_mask
+from jaxrl_llm.model.attention import attend, attend_part, merge
 from jaxrl_llm.model.cache import (
     PLAIN,
     WHOLE,
@@ -29,11 +29,13 @@ from jaxrl_llm.model.cache import (
     seen_of_prompt,
     write,
 )
-from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.config import ModelConfig, Whole
 from jaxrl_llm.model.experts import mixture
+from jaxrl_llm.model.forms import choose, mixer
 from jaxrl_llm.model.linear import contract
 from jaxrl_llm.model.mlp import dense
 from jaxrl_llm.model.quantised import look_up
+from jaxrl_llm.model.remat import checkpointed, keeping, named_input
 from jaxrl_llm.model.rope import Angles, Rotation, angles, rope, rotation, shared_angles
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import PyTree
@@ -131,29 +133,32 @@ def hidden(
     until: Int[Array, "R T"],
     cfg: ModelConfig,
     layout: Layout,
+    how: Whole = Whole(),  # noqa: B008
 ) -> Float[Array, "R T D"]:
     """Normed activations after the last layer, for whole rows; slot t is seen by slots t to until[t] - 1. `params` has its layers
     stacked.
 
-    Each layer is recomputed in the backward pass: what is kept is one residual stream a layer.
+    `how`: the form of attention (`forms.choose`) and what the backward pass makes again (`remat.checkpointed`). A layer's weights
+    are gathered inside the loop over layers: one layer's at a time are whole.
     """
     first, differ = scanned_kinds(cfg)
-    shared = None if "reach" in differ else tree_mask(until, position, first.reach)
+    form = choose(how.attention, tokens.shape[1], cfg, layout)
+    kept = keeping(how.remat, tokens.shape, cfg, layout)
+    mix_of = mixer(form, until, position, cfg, layout)
+    if "reach" not in differ:
+        mix_of(first.reach)
 
-    @jax.checkpoint
     def step(x: Array, scanned: tuple[Layer, dict[str, Array]]) -> tuple[Array, None]:
         layer, own = scanned
         kind = first._replace(**own)
-        mask = tree_mask(until, position, kind.reach) if shared is None else shared
-        x, _ = _block(layer, x, angles(position, kind.turn), cfg, layout, _whole(mask, cfg))
+        mix = mix_of(kind.reach)
+        mix = jax.checkpoint(mix) if kept == "attention" and form == "plain" else mix
+        x, _ = _block(layer, named_input(x), angles(position, kind.turn), cfg, layout, mix)
         return x, None
 
-    x, _ = jax.lax.scan(step, _embed(params, tokens, cfg, layout), (params["layers"], differ))
+    x = _embed(params, tokens, cfg, layout)
+    x, _ = jax.lax.scan(checkpointed(step, kept), x, (params["layers"], differ))
     return rms_norm(x, params["final_norm"], cfg)
-
-
-def _whole(mask: Array, cfg: ModelConfig) -> Callable[[Array, Array, Array], Array]:
-    return lambda q, k, v: attend(q, k, v, mask, cfg.attention_scale, cfg.attention_softcap)
 
 
 def logits(params: PyTree, h: Float[Array, "... D"], cfg: ModelConfig) -> Float[Array, "... V"]:
