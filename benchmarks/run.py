@@ -37,7 +37,7 @@ def measure(size: str, rows: int, square: dict, seconds: float, deadline: float)
     """One group: the ceilings at its shapes, then all its programs in turns. Returns results, and names of what was left out."""
     works = [Workload(size, rows, compute) for compute in DTYPES]
     part = min(1.0, seconds / 20)
-    limits = {w: (generate.ceiling(w, part), publish.ceiling(w, part), update.own_rate(w, part)) for w in works}
+    limits = {w: (generate.ceiling(w, part), publish.ceiling(w, part), update.own_rates(w, part)) for w in works}
     params = make_params(size)
     calls = {
         name: c for room in (publish, generate, update) for w in works for name, c in room.calls(w, params).items()

@@ -1,103 +1,162 @@
 """`update`: tokens a second of one optimizer step, and its FLOPs beside the measured matmul ceiling.
 
-    tokens a second   R T / t, with R rows of T = 64 + 128 slots, all of them real tokens
-    FLOPs             6 N_mat R T + 6 L N_heads H R T^2
+    python -m benchmarks.update [--packing none,plain,shared_prefix] [--sizes S,M] [--compute float32,bfloat16] [--rows 64]
 
-N_mat are the entries of all weight matrices, the head included and the look-up of the embedding not; two FLOPs forward and four
-backward for each and each token. Attention is counted causal (half of the square): q k' and weights v are 2 * 2 * R T^2 / 2 * L N H
-FLOPs forward, twice that backward. What remat computes again (about a third on top) is not counted: this is model FLOPs
-utilisation against a measured peak, not against a data sheet's.
+Prompts of 64 tokens with 8 completions of 128 each; the loss reads the completions. `plain` puts four sequences in a row,
+`shared_prefix` a prompt with all of its completions.
 
-    fraction            FLOPs / t / rate of a large square product in the compute dtype
-    own-shape fraction  FLOPs / t / rate over this step's own weight products: forward, dx = g w', dw = x' g
+    tokens a second      rows * 192 / t, whatever the packing: a shared prompt counts as often as it is used
+    FLOPs                `model.work.train_flops`: of tokens that are there, a shared prompt once; the head at scored tokens; what
+                         remat computes again (about a third on top) is not counted
+    fraction             FLOPs / t / rate of a large square product in the compute dtype
+    own-shape fraction   `rates.least_seconds` / t: the same FLOPs at the rates of this step's own weight products, forward,
+                         dx = g w', dw = x' g. It is what a run logs as `update/ceiling_fraction`.
 
 Rows beyond 64 go in micro-batches of 64.
 """
 
+import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.clock import Timing
-from benchmarks.models import NEW_TOKENS, PROMPT_SLOTS, Workload, layouts
-from jaxrl_llm.ceilings import Product, matmul_rate
+from benchmarks.clock import Timing, alternate
+from benchmarks.models import DTYPES, NEW_TOKENS, PROMPT_SLOTS, SAMPLES, SIZES, Workload, layouts, make_params
+from jaxrl_llm.experience.batch import make_batch, supervised
+from jaxrl_llm.experience.packing import Shape, shape_of
 from jaxrl_llm.model import params as model_params
-from jaxrl_llm.model.work import matmul_params, weight_products
+from jaxrl_llm.model.work import TrainFlops, attention_pairs, train_flops
+from jaxrl_llm.rates import UpdateRates, least_seconds, measure_update
 from jaxrl_llm.types import Batch, PyTree
-from jaxrl_llm.update.config import ClippedLoss, OptimizerConfig
-from jaxrl_llm.update.step import make_optimizer, make_start, make_update
+from jaxrl_llm.update.config import Clip, PolicyGradient
+from jaxrl_llm.update.optimizer.config import AdamW
+from jaxrl_llm.update.optimizer.state import make_start
+from jaxrl_llm.update.optimizer.transform import make_optimizer
+from jaxrl_llm.update.step import make_update
 
 SLOTS = PROMPT_SLOTS + NEW_TOKENS
 MICRO_ROWS = 64
+PACKINGS = ("none", "plain", "shared_prefix")
 
 
-def step_flops(work: Workload) -> float:
-    cfg, tokens = work.cfg, work.rows * SLOTS
-    return 6 * matmul_params(cfg) * tokens + 6 * cfg.layers * cfg.heads * cfg.head_dim * tokens * SLOTS
+@dataclass(frozen=True)
+class Case:
+    """One update."""
 
+    work: Workload
+    packing: str = "none"
 
-def own_products(work: Workload) -> list[Product]:
-    """One layer's and the head's; the head's rows are a quarter, and its size at most 2^15, to bound memory."""
-    tokens = min(work.rows, MICRO_ROWS) * SLOTS
-    shapes = [(tokens if often > 1 else tokens // 4, k, min(n, 2**15)) for k, n, often in weight_products(work.cfg)]
-    return [(form, *shape) for shape in shapes for form in ("forward", "dx", "dw")]
+    @property
+    def name(self) -> str:
+        return f"update {self.work.name}" + ("" if self.packing == "none" else f" {self.packing}")
 
+    @property
+    def shape(self) -> Shape:
+        slots = 4 * SLOTS if self.packing == "plain" else 0
+        parts = max(1, self.work.rows // MICRO_ROWS)
+        return shape_of(self.packing, self.work.prompts, SAMPLES, (PROMPT_SLOTS, NEW_TOKENS), slots, parts, 1)
 
-def make_batch(work: Workload) -> Batch:
-    """Random tokens; advantages of both signs; behaviour log-probs of a uniform policy, so that ratios are near 1."""
-    rng = np.random.default_rng(0)
-    shape = (work.rows, SLOTS)
-    learn = np.broadcast_to(np.arange(SLOTS) >= PROMPT_SLOTS, shape)
-    return Batch(
-        tokens=rng.integers(0, work.cfg.vocab_size, shape).astype(np.int32),
-        segment=np.ones(shape, np.int32),
-        position=np.broadcast_to(np.arange(SLOTS, dtype=np.int32), shape).copy(),
-        loss_mask=learn.copy(),
-        behavior_logprobs=np.where(learn, -np.log(work.cfg.vocab_size), 0).astype(np.float32),
-        advantage=np.where(learn, rng.standard_normal((work.rows, 1)), 0).astype(np.float32),
-        temperature=np.ones(shape, np.float32),
-    )
+    def batch(self) -> Batch:
+        """Random tokens; advantages of both signs; behaviour log-probs of a uniform policy, so that ratios are near 1."""
+        rng, rows, vocab = np.random.default_rng(0), self.work.rows, self.work.cfg.vocab_size
+        prompts = np.repeat(rng.integers(0, vocab, (self.work.prompts, PROMPT_SLOTS)).astype(np.int32), SAMPLES, axis=0)
+        tokens = rng.integers(0, vocab, (rows, NEW_TOKENS)).astype(np.int32)
+        whole = [np.full(rows, n, np.int32) for n in (PROMPT_SLOTS, NEW_TOKENS)]
+        sequences = supervised(prompts, whole[0], tokens, whole[1])._replace(
+            group=np.repeat(np.arange(self.work.prompts, dtype=np.int32), SAMPLES),
+            behavior_logprobs=np.full(tokens.shape, -np.log(vocab), np.float32),
+            advantage=np.broadcast_to(rng.standard_normal((rows, 1)), tokens.shape).astype(np.float32),
+        )
+        return make_batch(sequences, self.shape, 0)[0]
+
+    def flops(self) -> TrainFlops:
+        batch, cfg = self.batch(), self.work.cfg
+        real = batch.group > 0
+        return train_flops(cfg, attention_pairs(cfg, batch.position, real), int(real.sum()), int(batch.loss_mask.sum()))
+
+    def call(self, params: PyTree) -> Callable[[], object]:
+        """The program to time. Its state is donated, so each call goes on from the one before."""
+        cfg, (train, _) = self.work.cfg, layouts()
+        specs, optimizer = model_params.specs(cfg), AdamW(lr=1e-6)
+        update = make_update(
+            specs, PolicyGradient(surrogate=Clip()), optimizer, micro_batches=self.shape.parts, num_tokens=cfg.vocab_size,
+            cfg=cfg, layout=train,
+        )  # fmt: skip
+        batch = jax.device_put(self.batch(), train.replicated)
+        state = make_start(specs, make_optimizer(optimizer), train)(jax.tree.map(jnp.copy, params), np.int32(0))
+
+        def call() -> object:
+            nonlocal state
+            state, metrics = update(state, batch)
+            return state, metrics
+
+        return call
+
+    def result(self, time: Timing, square_rate: float, own: UpdateRates) -> dict:
+        flops, work = self.flops(), self.work
+        rate = sum(flops) / time.median
+        return {
+            "program": "update",
+            "size": work.size,
+            "compute": work.compute,
+            "packing": self.packing,
+            "shapes": {"rows": self.shape.rows, "slots": self.shape.slots, "micro_batches": self.shape.parts},
+            "time": time.as_dict(),
+            "tokens_per_s": work.rows * SLOTS / time.median,
+            "flops": sum(flops),
+            "flops_per_s": rate,
+            "ceiling": {
+                "flops_per_s": square_rate,
+                "own_shapes_flops_per_s": sum(flops) / least_seconds(flops, own, 1),
+            },
+            "fraction_of_ceiling": rate / square_rate,
+            "fraction_of_own_shapes": least_seconds(flops, own, 1) / time.median,
+        }
 
 
 def calls(work: Workload, params: PyTree) -> dict[str, Callable[[], object]]:
-    """The program to time. Its state is donated, so each call goes on from the one before."""
-    cfg, (train, _) = work.cfg, layouts()
-    specs, optimizer = model_params.specs(cfg), OptimizerConfig(lr=1e-6)
-    update = make_update(
-        specs, ClippedLoss(), optimizer, normalize="token", length=NEW_TOKENS,
-        micro_batches=max(1, work.rows // MICRO_ROWS), num_tokens=cfg.vocab_size, cfg=cfg, layout=train,
-    )  # fmt: skip
-    batch = jax.device_put(make_batch(work), train.replicated)
-    state = make_start(specs, make_optimizer(optimizer), train)(jax.tree.map(jnp.copy, params), np.int32(0))
-
-    def call() -> object:
-        nonlocal state
-        state, metrics = update(state, batch)
-        return state, metrics
-
-    return {f"update {work.name}": call}
+    case = Case(work)
+    return {case.name: case.call(params)}
 
 
-def result(work: Workload, times: dict[str, Timing], square_rate: float, own_rate: float) -> dict:
-    time, flops = times[f"update {work.name}"], step_flops(work)
-    rate = flops / time.median
-    return {
-        "program": "update",
-        "size": work.size,
-        "compute": work.compute,
-        "shapes": {"rows": work.rows, "slots": SLOTS, "micro_batches": max(1, work.rows // MICRO_ROWS)},
-        "time": time.as_dict(),
-        "tokens_per_s": work.rows * SLOTS / time.median,
-        "flops": flops,
-        "flops_per_s": rate,
-        "ceiling": {"flops_per_s": square_rate, "own_shapes_flops_per_s": own_rate},
-        "fraction_of_ceiling": rate / square_rate,
-        "fraction_of_own_shapes": rate / own_rate,
-    }
+def result(work: Workload, times: dict[str, Timing], square_rate: float, own: UpdateRates) -> dict:
+    case = Case(work)
+    return case.result(times[case.name], square_rate, own)
 
 
-def own_rate(work: Workload, seconds: float) -> float:
-    """FLOPs a second over `own_products`."""
-    return matmul_rate(own_products(work), work.compute, seconds)
+def own_rates(work: Workload, seconds: float) -> UpdateRates:
+    """At the products of a micro-batch, or of its first 4096 tokens."""
+    return measure_update(work.cfg, min(work.rows, MICRO_ROWS, 4096 // SLOTS) * SLOTS, 1, seconds=seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.update", description=__doc__.split("\n")[0])
+    parser.add_argument("--packing", default="none")
+    parser.add_argument("--sizes", default="S")
+    parser.add_argument("--compute", default=",".join(DTYPES))
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=60)
+    given = parser.parse_args()
+    for name, known in (("packing", PACKINGS), ("sizes", tuple(SIZES)), ("compute", DTYPES)):
+        if unknown := [x for x in getattr(given, name).split(",") if x not in known]:
+            parser.error(f"--{name}: got {', '.join(unknown)}, want some of {', '.join(known)}")
+    for size in given.sizes.split(","):
+        params = make_params(size)
+        works = [Workload(size, given.rows, compute) for compute in given.compute.split(",")]
+        cases = [Case(work, packing) for work in works for packing in given.packing.split(",")]
+        rates = {work: own_rates(work, 0.5) for work in works}
+        times = alternate({case.name: case.call(params) for case in cases}, given.seconds)
+        for case in cases:
+            found = case.result(times[case.name], float("nan"), rates[case.work])
+            print(
+                f"{case.name}: {found['time']['median_s']:.3f} s, {found['tokens_per_s']:,.0f} tokens/s, "
+                f"{found['flops_per_s'] / 1e9:,.0f} GFLOP/s, {found['fraction_of_own_shapes']:.2f} of the ceiling "
+                f"(layers {rates[case.work].layers / 1e9:,.0f}, head {rates[case.work].head / 1e9:,.0f} GFLOP/s)"
+            )
+
+
+if __name__ == "__main__":
+    main()

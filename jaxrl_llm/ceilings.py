@@ -32,14 +32,16 @@ PEAKS = {
     "TPU v6e": 918e12,
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H200": 989e12,
 }
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Of `jax.Device.device_kind`; of a GPU's name what stands before its form and memory. None where it is not known."""
-    names = [name for name in PEAKS if device_kind == name or (name.startswith("NVIDIA") and device_kind.startswith(name))]
-    return PEAKS[names[0]] if names else None
+    """Of `jax.Device.device_kind`, which for a GPU goes on with its form and memory. None where it is not known."""
+    gpu = device_kind.startswith("NVIDIA")
+    known = [name for name in PEAKS if device_kind == name or (gpu and device_kind.startswith(name))]
+    return PEAKS[max(known, key=len)] if known else None
 
 
 def copy_bandwidth(nbytes: int, seconds: float = 1.0) -> float:

@@ -42,6 +42,7 @@ commands
   export RUN                   write the newest checkpoint as a Hugging Face directory
          --out DIR             where; must not exist yet
          --dtype DTYPE         float32 or bfloat16 (default: model.compute)
+         --adapter             its adapters alone, as PEFT reads them (default: the model with its adapters merged)
   report RUN                   write RUN/report.html
 
 CONFIG is a YAML file (see configs/), RUN a run directory, MODEL a Hugging Face directory or hub name.
@@ -244,7 +245,9 @@ def plan(target: str, args: list[str]) -> int:
     wanted = command.Target(given.topology, given.chips, given.prompt_tokens)
     if given.sweep:
         own = [a for a in args if a not in ("--sweep", "--json")]
-        found = sweep.sweep(cfg, wanted, [sys.executable, "-m", "jaxrl_llm.cli", "plan", target, *own], given.candidates)
+        found = sweep.sweep(
+            cfg, wanted, [sys.executable, "-m", "jaxrl_llm.cli", "plan", target, *own], given.candidates
+        )
         print(json.dumps(found, indent=1) if given.json else show.sweep_table(found))
         return 0
     found = command.plan(cfg, wanted)
@@ -256,7 +259,8 @@ def export(target: str, args: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="jaxrl export", add_help=False, allow_abbrev=False)
     parser.add_argument("--out")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-    _refuse_typos(args, ["--out", "--dtype"])
+    parser.add_argument("--adapter", action="store_true")
+    _refuse_typos(args, ["--out", "--dtype", "--adapter"])
     given, overrides = parser.parse_known_args(args)
     if not given.out:
         raise UserError("--out: got nothing, want the directory to write")
@@ -266,7 +270,7 @@ def export(target: str, args: list[str]) -> int:
     start_jax()
     from jaxrl_llm.inspect_run import export_run
 
-    print(export_run(cfg, Path(given.out), given.dtype))
+    print(export_run(cfg, Path(given.out), given.dtype, given.adapter))
     return 0
 
 

@@ -6,9 +6,10 @@ import numpy as np
 
 from jaxrl_llm.collect import Grades
 from jaxrl_llm.config import RunConfig
+from jaxrl_llm.rates import Rates
 from jaxrl_llm.rewards.pool import Failure, part_metrics
 from jaxrl_llm.rollout.engine import Stats
-from jaxrl_llm.run import Rates, Run
+from jaxrl_llm.run import Run
 from jaxrl_llm.types import Experience, Finish, Rollouts
 
 

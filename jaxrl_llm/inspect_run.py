@@ -17,17 +17,20 @@ from jaxrl_llm.estimates import Estimate, avg_at_k, maj_at_k, pass_at_k
 from jaxrl_llm.evaluate import answers, probabilities
 from jaxrl_llm.life import Life, begin, open_checkpoints, target
 from jaxrl_llm.metrics import printable
+from jaxrl_llm.model import lora
 from jaxrl_llm.model.config import PretrainedModel
 from jaxrl_llm.model.hf.export import export
 from jaxrl_llm.model.hf.load import load
+from jaxrl_llm.model.hf.peft import export_adapter
 from jaxrl_llm.model.hf.source import resolve as resolve_model
-from jaxrl_llm.model.params import count, policy_part, unstack
+from jaxrl_llm.model.params import count, policy_part, shardings, unstack
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.prompts.rows import Row
 from jaxrl_llm.prompts.stream import make_prompts, next_prompts
+from jaxrl_llm.rates import decode_rates
 from jaxrl_llm.rewards.pool import GraderPool
-from jaxrl_llm.run import Run, build, decode_rates, publish
+from jaxrl_llm.run import Run, build, publish
 from jaxrl_llm.types import Finish, Policy, PyTree, Rollouts
 
 EVALUATED_AT_ONCE = 64
@@ -96,18 +99,32 @@ def _plain(estimate: Estimate) -> dict[str, float | None]:
     return {name: None if np.isnan(x) else x for name, x in estimate._asdict().items()}
 
 
-def export_run(cfg: RunConfig, out: Path, dtype: str | None) -> Path:
-    """Write the run's newest checkpoint as a Hugging Face directory. Returns it."""
+def export_run(cfg: RunConfig, out: Path, dtype: str | None, adapter: bool = False) -> Path:
+    """Write the newest checkpoint as a Hugging Face directory, adapters merged, or its adapters alone, for PEFT. Returns it."""
     run = build(_reshape(cfg, 1, 1))
     life = restore(run)
     if life is None:
         raise CheckpointError(f"{cfg.run_dir}: got no checkpoint, want a run directory that holds one")
     source = resolve_model(cfg.model.path) if isinstance(cfg.model, PretrainedModel) else None
-    params = policy_part(life.state.params, run.model)
-    export(
-        params, run.model, out, dtype or run.model.compute, source=source, eos=run.task.eos, pad=run.task.pad,
-        save_tokenizer=run.task.tokenizer.save,
-    )  # fmt: skip
+    params, dtype = policy_part(life.state.params, run.model), dtype or run.model.compute
+
+    def write(params: PyTree, directory: Path) -> None:
+        export(
+            params, run.model, directory, dtype, source=source, eos=run.task.eos, pad=run.task.pad,
+            save_tokenizer=run.task.tokenizer.save,
+        )  # fmt: skip
+
+    if not adapter:
+        merge = jax.jit(partial(lora.merge, dtype=dtype), out_shardings=shardings(run.specs, run.train))
+        write(merge(params) if cfg.lora.rank else params, out)
+        return out
+    if not cfg.lora.rank or not life.began:
+        raise UserError("--adapter: got a checkpoint without adapters, want one of RL with lora.rank above 0")
+    changed = source is None or cfg.warm_start.steps > 0
+    export_adapter(params, cfg.lora, (out / "base").resolve() if changed else cfg.model.path, out, source=source)
+    if changed:
+        # Nobody else has the model that they stand beside.
+        write(lora.without_adapters(params), out / "base")
     return out
 
 

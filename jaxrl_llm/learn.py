@@ -1,5 +1,6 @@
 """From experience to a new TrainState: scores of the models beside the policy, advantages, epochs of minibatches of updates."""
 
+import time
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,9 @@ from jaxrl_llm.life import Life
 from jaxrl_llm.metrics import RatioAlarm
 from jaxrl_llm.model import lora
 from jaxrl_llm.model.distribution import TokenScores
+from jaxrl_llm.model.work import TrainFlops
 from jaxrl_llm.parallel import hosts
+from jaxrl_llm.rates import batch_flops
 from jaxrl_llm.run import Run
 from jaxrl_llm.types import Experience, PyTree, TrainState
 from jaxrl_llm.update.config import PolicyGradient
@@ -29,6 +32,10 @@ class Learned(NamedTuple):
     zero_gradient: dict[str, bool]
     """Of each parameter: its gradient was exactly 0 in every update that counts, one that was finite and had a token to learn
     from. Empty where none was."""
+    flops: TrainFlops
+    """Of all updates."""
+    seconds: float
+    """That these took, batches on their way and metrics back."""
 
 
 def learn(
@@ -40,6 +47,7 @@ def learn(
     An update is stale, to the alarm, from the second on, or when the data is old: some token was drawn by an earlier policy.
     """
     cfg, state, alarm, rings, each, zero = run.cfg.update, life.state, RatioAlarm(life.alarm), False, [], []
+    flops, seconds = [], 0.0
     sequences, metrics = assess(run, life, experience, counts)
     old = is_old(experience, counts, int(state.step))
     # Anchored on the trainer of before these updates, the first has ratio 1 on old data too.
@@ -48,8 +56,11 @@ def learn(
     for _ in range(cfg.epochs):
         for part in minibatches(sequences, cfg.minibatches, rng):
             batch, _ = make_batch(part, run.shapes.update, run.task.pad, *means_of(run))
+            begun = time.monotonic()
             state, found = run.update(state, run.put_batch(batch), reference)
             found, gradients = without_zero_gradients(as_floats(jax.device_get(found)))
+            seconds += time.monotonic() - begun
+            flops.append(batch_flops(run, batch))
             each.append(found)
             if found["nonfinite"] == 0 and batch.loss_mask.any():
                 zero.append(gradients)
@@ -61,7 +72,8 @@ def learn(
     metrics |= {name: float("nan") if old else x for name, x in each[0].items() if name.startswith("mismatch/")}
     metrics |= {"alarm/ratio": float(rings), "updates": len(each)}
     never = {path: all(gradients[path] for gradients in zero) for path in zero[0]} if zero else {}
-    return Learned(state, alarm.streak, metrics, sequences.advantage, never)
+    work = TrainFlops(*map(sum, zip(*flops, strict=True)))
+    return Learned(state, alarm.streak, metrics, sequences.advantage, never, work, seconds)
 
 
 def without_zero_gradients(metrics: dict[str, float]) -> tuple[dict[str, float], dict[str, bool]]:

@@ -68,16 +68,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "verl:gmpo": _preset(VERL_GRPO, _policy({"kind": "gmpo", "low": 0.2, "high": 0.2}, "sequence")),
     "verl:sapo": _preset(VERL_GRPO, _policy({"kind": "sapo"}, "sequence")),
     "verl:dppo_tv": _preset(VERL_GRPO, _policy({"kind": "dppo", "form": "reinforce", "cap": 3.0})),
-    "trl:grpo": _preset(TRL_GRPO, _policy(CLIP)),
-    "trl:grpo_sequence": _preset(TRL_GRPO, _policy(CLIP, "sequence")),
-    "trl:dr_grpo": _preset(TRL_GRPO, _policy(CLIP, "constant")),
+    "trl:grpo": _preset(TRL_GRPO, _policy(CLIP, kl=TRL_KL)),
+    "trl:grpo_sequence": _preset(TRL_GRPO, _policy(CLIP, "sequence", kl=TRL_KL)),
+    "trl:dr_grpo": _preset(TRL_GRPO, _policy(CLIP, "constant", kl=TRL_KL)),
     "trl:gspo": _preset(TRL_GRPO, _policy(CLIP, "sequence", ratio="sequence")),
-    "trl:cispo": _preset(TRL_GRPO, _policy({"kind": "cispo", "low": 0.0, "high": 5.0})),
-    "trl:sapo": _preset(TRL_GRPO, _policy({"kind": "sapo"}, "sequence")),
+    "trl:cispo": _preset(TRL_GRPO, _policy({"kind": "cispo", "low": 0.0, "high": 5.0}, kl=TRL_KL)),
+    "trl:sapo": _preset(TRL_GRPO, _policy({"kind": "sapo"}, "sequence", kl=TRL_KL)),
     "trl:rloo": _preset(
         {"kind": "rloo"}, _policy(CLIP, "sequence", ratio="product"), reward_kl={"kind": "k1", "weight": 0.05}
     ),
-    "trl:gdpo": _preset({"kind": "gdpo"}, _policy(CLIP)),
+    "trl:gdpo": _preset({"kind": "gdpo"}, _policy(CLIP, kl=TRL_KL)),
     "openrlhf:reinforce_pp": _preset(
         {"kind": "reinforce_pp", "variance": "population"}, _policy(CLIP), reward_kl={"kind": "k1", "weight": 0.01}
     ),

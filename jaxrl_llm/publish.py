@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxrl_llm.model import lora
 from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.lora import Adapted, by_layer, is_adapted
 from jaxrl_llm.model.params import abstract, policy_part, shardings, specs, unstack
 from jaxrl_llm.model.quantised import DTYPES, Quantised, map_matrices, quantise, quantised_specs
 from jaxrl_llm.parallel.layout import Layout
@@ -62,16 +62,16 @@ def make_blank(cfg: ModelConfig, decode: Layout, weights: str = "compute") -> Ca
 
 def _view(params: PyTree, cfg: ModelConfig, weights: str) -> PyTree:
     """The masters as a policy holds them, layers stacked, adapters merged."""
-    params = lora.merge(policy_part(params, cfg), cfg.compute if weights == "compute" else jnp.float32)
+    params = policy_part(params, cfg)
 
-    def cast(x: Array) -> Array:
-        return x.astype(cfg.compute)
+    def cast(x: Array | Adapted) -> Array:
+        return by_layer(lambda w: w.astype(cfg.compute), x)
 
     if weights == "compute":
-        return jax.tree.map(cast, params)
+        return jax.tree.map(cast, params, is_leaf=is_adapted)
 
-    def matrix(x: Array, inner: tuple[int, ...], groups: int) -> Quantised:
-        return quantise(x, inner, DTYPES[weights], groups)
+    def matrix(x: Array | Adapted, inner: tuple[int, ...], groups: int) -> Quantised:
+        return by_layer(lambda w: quantise(w, inner, DTYPES[weights], groups), x)
 
     return map_matrices(matrix, cast, params, cfg)
 

@@ -5,15 +5,12 @@
 
 import dataclasses
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from jaxrl_llm import config as run_config
-from jaxrl_llm.ceilings import copy_bandwidth, matmul_rate
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.packing import Shape, shape_of
@@ -24,7 +21,6 @@ from jaxrl_llm.model.critic import NAMES as CRITIC
 from jaxrl_llm.model.critic import critic_specs
 from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.source import resolve as resolve_model
-from jaxrl_llm.model.work import matmul_params, weight_products
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.layout import TRAIN, Layout
@@ -40,7 +36,6 @@ from jaxrl_llm.types import Batch, Policy, PyTree, TrainState
 from jaxrl_llm.update.config import (
     Correction,
     CrossEntropy,
-    LossConfig,
     NoCorrection,
     OptimizerConfig,
     PolicyGradient,
@@ -125,16 +120,11 @@ def build(cfg: RunConfig) -> Run:
     correction = correction_of(cfg)
     vocab = Vocabulary(size=task.num_tokens, pad=task.pad, eos=task.eos)
     specs = model_params.specs(model)
-    learner_specs = lora.adapted_specs(specs, model, cfg.lora) | (
-        critic_specs(model, cfg.objective.critic.kind) if cfg.objective.has_critic else {}
-    )
+    learner_specs = learner_specs_of(cfg, model)
     optimizer = optimizer_of(cfg)
     shapes = shapes_of(cfg, task, train.size("rows"))
     how = Whole(cfg.update.attention, cfg.update.remat)
     scoring = {"num_tokens": task.num_tokens, "cfg": model, "layout": train, "ends": task.eos, "how": how}
-
-    def update(specs: PyTree, loss: LossConfig, optimizer: OptimizerConfig, micro_batches: int) -> Update:
-        return make_update(specs, loss, optimizer, correction=correction, micro_batches=micro_batches, **scoring)
 
     key, eval_key = jax.random.split(jax.random.key(cfg.seed))
     return Run(
@@ -154,11 +144,24 @@ def build(cfg: RunConfig) -> Run:
         shapes=shapes,
         score=make_score(**scoring),
         score_experience=make_score(**scoring, parts=shapes.experience.parts),
-        warm_update=update(specs, CrossEntropy(), cfg.warm_start.optimizer, 1),
-        update=update(learner_specs, cfg.objective.loss, optimizer, cfg.update.micro_batches),
+        warm_update=make_update(specs, CrossEntropy(), cfg.warm_start.optimizer, micro_batches=1, **scoring),
+        update=make_update(
+            learner_specs,
+            cfg.objective.loss,
+            optimizer,
+            correction=correction,
+            micro_batches=cfg.update.micro_batches,
+            **scoring,
+        ),
         key=key,
         eval_key=eval_key,
     )
+
+
+def learner_specs_of(cfg: RunConfig, model: ModelConfig) -> PyTree:
+    """What RL trains and what it reads beside: the policy with its adapters, and a critic where there is one."""
+    critic = critic_specs(model, cfg.objective.critic.kind) if cfg.objective.has_critic else {}
+    return lora.adapted_specs(model_params.specs(model), model, cfg.lora) | critic
 
 
 def correction_of(cfg: RunConfig) -> Correction:
@@ -223,29 +226,4 @@ def publish(run: Run, state: TrainState, old: Policy | None) -> Policy:
     """The policy that the state's parameters make; `old` lends its buffers."""
     return run.publish(
         state.params, state.step, old or make_blank(run.model, run.decode, run.cfg.rollout.engine.weights)()
-    )
-
-
-class Rates(NamedTuple):
-    """What one device was measured to do at most, at the shapes of a decode step."""
-
-    bytes_per_s: float
-    flops_per_s: float
-
-
-def decode_rates(run: Run) -> Rates:
-    """Of a step with all rows in flight; measured once a process, in about a second."""
-    sizes = run.engine.sizes
-    return _rates(run.model, sizes.units(sizes.prompts[0]) * sizes.each // sizes.shards, run.decode.size("mlp"))
-
-
-@cache
-def _rates(model: ModelConfig, rows: int, shards: int) -> Rates:
-    # The head is left out: with a large vocabulary it would not fit beside the policy.
-    (d, packed, _), (heads, _, _), (_, up, _), (down, _, _), _ = weight_products(model)
-    shapes = [(d, packed // shards), (heads // shards, d), (d, up // shards), (down // shards, d)]
-    nbytes = matmul_params(model) * jnp.dtype(model.compute).itemsize // shards
-    return Rates(
-        copy_bandwidth(min(nbytes, 2**28), 0.1),
-        matmul_rate([("forward", rows, max(k, 1), max(n, 1)) for k, n in shapes], model.compute, 0.1),
     )

@@ -31,9 +31,10 @@ from jaxrl_llm.life import Life, begin, fresh_state, open_checkpoints, start_ref
 from jaxrl_llm.metrics import CompileCounter, Recorder, Timers
 from jaxrl_llm.prompts.stream import next_prompts
 from jaxrl_llm.prompts.supervised import noisy_rows
+from jaxrl_llm.rates import decode_rates, describe_updates
 from jaxrl_llm.reference import refresh
 from jaxrl_llm.rewards.pool import GraderPool
-from jaxrl_llm.run import Run, build, decode_rates, publish
+from jaxrl_llm.run import Run, build, publish
 from jaxrl_llm.types import Experience, Policy, TrainState
 
 
@@ -177,6 +178,7 @@ def rl_step(
         "phase": "rl",
         **describe(cfg, graded, rollouts, keep, counts),
         **learned.metrics,
+        **describe_updates(run, learned.flops, learned.seconds),
         **describe_engine(stats, decode_rates(run)),
     }
     num_tokens = life.num_tokens + int(metrics["completions/tokens"])

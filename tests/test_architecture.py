@@ -34,17 +34,18 @@ ALLOWED = {
     "publish": FOUNDATION | {"model"},
     "checkpoint": FOUNDATION,
     "report": {"errors", "metrics"},
-    "run": FOUNDATION | STAGES | {"ceilings", "config", "model", "publish", "checkpoint", "guards", "objective"},
+    "run": FOUNDATION | STAGES | {"config", "model", "publish", "checkpoint", "guards", "objective"},
     "collect": FOUNDATION | STAGES | {"run"},
-    "describe": FOUNDATION | STAGES | {"config", "run", "collect"},
+    "rates": {"ceilings", "model", "run", "types"},
+    "describe": FOUNDATION | STAGES | {"config", "run", "rates", "collect"},
     "guards": {"errors"},
     "reference": {"types", "objective"},
     "life": FOUNDATION | STAGES | {"config", "model", "checkpoint", "guards", "run"},
-    "learn": FOUNDATION | STAGES | {"life", "metrics", "model", "run", "describe"},
+    "learn": FOUNDATION | STAGES | {"life", "metrics", "model", "run", "rates", "describe"},
     "evaluate": FOUNDATION | STAGES | {"config", "estimates", "run", "collect"},
     "inspect_run": FOUNDATION
     | STAGES
-    | {"life", "config", "estimates", "metrics", "model", "run", "collect", "evaluate"},
+    | {"life", "config", "estimates", "metrics", "model", "run", "rates", "collect", "evaluate"},
     "train": FOUNDATION
     | STAGES
     | {
@@ -60,6 +61,7 @@ ALLOWED = {
         "learn",
         "life",
         "guards",
+        "rates",
         "reference",
     },
     "plan": FOUNDATION | STAGES | {"config", "model", "publish", "run"},

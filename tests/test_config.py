@@ -51,7 +51,9 @@ MEANT_FOR = {
     "qwen2.5-0.5b_gsm8k": (1, "Qwen2.5-0.5B"),
     "qwen3-1.7b_gsm8k": (8, "Qwen3-1.7B"),
     "llama3.1-8b_gsm8k": (8, "Llama-3.1-8B"),
+    "qwen3-8b_gsm8k": (64, "Qwen3-8B"),
     "qwen3-30b-a3b_gsm8k": (32, "Qwen3-30B-A3B"),
+    "llama3-70b_gsm8k": (512, "Llama-3-70B"),
 }
 
 

@@ -198,6 +198,8 @@ def test_log_probs_of_another_distribution_end_the_run(start, monkeypatch):
 
     life, policy, metrics = train.rl_step(run, shell, life, policy)
     assert 0 <= metrics["mismatch/kl"] < 1e-4
+    # Of the updates' rates only that they are told: the maker of this chip states no peak.
+    assert metrics["update/ceiling_fraction"] > 0 < metrics["update/flops_per_s"] and "update/mfu" not in metrics
     monkeypatch.setattr(learning, "sequences_of", colder)
     with pytest.raises(MismatchError, match=r"update\.guards\.max_mismatch_kl"):
         train.rl_step(run, shell, life, policy)

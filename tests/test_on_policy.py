@@ -12,8 +12,11 @@ from jaxrl_llm.model import params as model_params
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import check
-from jaxrl_llm.update.config import OptimizerConfig, PolicyGradient
-from jaxrl_llm.update.step import make_optimizer, make_start, make_update
+from jaxrl_llm.update.config import PolicyGradient
+from jaxrl_llm.update.optimizer.config import AdamW
+from jaxrl_llm.update.optimizer.state import make_start
+from jaxrl_llm.update.optimizer.transform import make_optimizer
+from jaxrl_llm.update.step import make_update
 
 CFG = replace(TINY, layers=1, vocab_size=64)
 VOCAB = Vocabulary(size=60, pad=0, eos=(59, 7, 20, 33, 41, 52))
@@ -47,7 +50,7 @@ def rollouts(top_p: float, /, **changes: float):
 
 @cache
 def programs():
-    specs, optimizer, train = model_params.specs(CFG), OptimizerConfig(), layouts()[0]
+    specs, optimizer, train = model_params.specs(CFG), AdamW(), layouts()[0]
     update = make_update(
         specs,
         PolicyGradient(),

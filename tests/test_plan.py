@@ -13,7 +13,7 @@ from jaxrl_llm.parallel.hlo import Module
 from jaxrl_llm.plan import advice, chips, command, memory, predict, show, sweep, traffic
 from jaxrl_llm.plan.command import Target
 from jaxrl_llm.plan.memory import Phase
-from jaxrl_llm.plan.programs import Job, Program, make_job
+from jaxrl_llm.plan.programs import Job, Program, make_job, with_micro_batches
 from jaxrl_llm.plan.traffic import Reading, Traffic
 
 ROOT = Path(__file__).parents[1]
@@ -181,24 +181,22 @@ def test_predictions_by_hand(job):
 
 
 def test_advice_changes_what_fills_the_fullest_phase(job):
-    """The estimate is moved by what the compiler found beyond it, so a limit just above the best single change takes that one."""
+    """The compiler found ten times the temporaries that were estimated: those after a change are taken times ten, too."""
     found = memory.estimated(job)
-    update = next(phase for phase in found if phase.name == "update")
-    assert memory.peak(found) == update
-    more = [
-        Phase(p.name, p.parts | {memory.TEMPORARIES: p.parts[memory.TEMPORARIES] + 10**6 * (p is update)})
+    real = [
+        Phase(p.name, p.parts | {memory.TEMPORARIES: p.parts[memory.TEMPORARIES] * (10 if p.name == "update" else 1)})
         for p in found
     ]
-    fewer = advice.changed(job.cfg, {"update.micro_batches": 4})
-    after = (
-        memory.peak(memory.estimated(make_job(fewer, job.model, 7, list(job.train.mesh.devices.flat)))).total + 10**6
-    )
-    best = advice.advise(job, more, after)[0]
-    assert best.bytes <= after and best.overrides in ({"update.micro_batches": 4}, {"update.minibatches": 4})
-    assert "--update.m" in best.flags
+    assert memory.peak(real).name == "update"
+    four = memory.estimated_update(with_micro_batches(job, 4))
+    limit = four.total + 9 * four.parts[memory.TEMPORARIES]
+    best = advice.advise(job, real, limit)
+    assert {"update.micro_batches": 4} in [a.overrides for a in best] and all(a.bytes <= limit for a in best)
+    mended = next(a for a in best if a.overrides == {"update.micro_batches": 4})
+    assert (mended.bytes, mended.flags) == (limit, "--update.micro_batches 4")
     # Where nothing suffices, the best together, and it says what they come to.
-    hopeless = advice.advise(job, more, 10**6)
-    assert len(hopeless) == 1 and len(hopeless[0].overrides) > 1 and hopeless[0].bytes > 10**6
+    hopeless = advice.advise(job, real, 1)
+    assert len(hopeless) == 1 and len(hopeless[0].overrides) > 1 and 1 < hopeless[0].bytes < limit
 
 
 def report(**changes) -> dict:
@@ -243,6 +241,31 @@ def test_all_meshes_of_eight_devices_and_their_micro_batches():
     assert sweep.micro_batches(
         dataclasses.replace(cfg, update=dataclasses.replace(cfg.update, micro_batches=3)), (2, 2, 1, 1)
     ) == [1, 2, 3, 4]
+
+
+def test_candidates_are_compiled_until_one_fits(monkeypatch):
+    """Two candidates: the fastest dies, the second does not fit, so a third is tried; the fourth and last is not needed."""
+    forms = [sweep.Form((1, n, 1, 1), 1, 0, 0.1 * n) for n in (1, 2, 3, 4)]
+    again = sweep.Form((1, 1, 1, 1), 2, 0, 0.15)
+    assert sweep.fastest([forms[0], again, *forms[1:]]) == forms
+
+    def compiled(command: list[str], form: sweep.Form) -> dict:
+        if form is forms[0]:
+            raise UserError("got no plan, want one: CHECK failed")
+        return report(fits=form is forms[2], predicted={"step_seconds": 2.0, "mfu": 0.25}, mesh={"data": form.mesh[1]})
+
+    monkeypatch.setattr(sweep, "compile_form", compiled)
+    done, failed = sweep.compile_best([], forms, 2)
+    assert [r["fits"] for r in done] == [False, True]
+    assert [f["reason"] for f in failed] == ["got no plan, want one: CHECK failed"]
+    text = show.sweep_table(
+        {"meshes": 4, "chips": 4, "possible": 4, "tried": 5, "estimated": 5, "compiled": done[::-1], "failed": failed}
+    )
+    assert "| 3" in text and "| yes  | 2.0" in text and "not compiled: --mesh.data=1 --mesh.fsdp=1" in text
+    assert (
+        text.splitlines()[-1]
+        == "best: --mesh.data=1 --mesh.fsdp=3 --mesh.tensor=1 --mesh.expert=1 --update.micro_batches=1"
+    )
 
 
 def test_bad_input_is_refused_before_anything_compiles(monkeypatch, capsys, tmp_path):

@@ -38,7 +38,7 @@ checkpoint: {{every: {every}}}
 metrics: {{rollout_groups: -1, tensorboard: false, samples_every: 0}}
 """
 # What a clock or a compiler says; everything else must come out the same.
-CLOCKED = ("time/", "tokens_per_s", "compiles", "rollout/ceiling_fraction")
+CLOCKED = ("time/", "tokens_per_s", "compiles", "rollout/ceiling_fraction", "update/")
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@ of JSON.
 
     {"load": {"directory": .., "compute": .., "variant": ..}}   -> {"facts": {..}, "seconds": .., "others": .., "peak_bytes": ..}
     {"generate": {"prompts": .., "samples": .., ..}}            -> {"tokens": [[..]], "seconds": .., "others": .., "peak_bytes": ..}
-    {"step": {}}                                                -> {"rollout_s": .., .., "seconds": .., "others": .., "peak_bytes": ..}
+    {"step": {}}                                                -> {"rollout_s": .., .., "seconds": .., "others": .., ..}
 
 Standard library alone: it runs in every peer's environment.
 """
@@ -42,8 +42,8 @@ Generate = Callable[[Call], Any]
 Load = Callable[..., tuple[Generate, dict]]
 """(directory, compute, variant) to the generator and what is to be known of it. `compute` is a dtype."""
 Step = Callable[[], dict]
-"""One whole step of training; what it says of itself: `rollout_s`, seconds of its sampling; `tokens`, how many were sampled; `updates`,
-steps of the optimizer since the start."""
+"""One whole step of training; what it says of itself: `rollout_s`, seconds of its sampling; `tokens`, how many were sampled;
+`updates`, steps of the optimizer since the start."""
 LoadTrainer = Callable[..., tuple[Step, dict]]
 """(directory, words, compute, variant, beta) to the step and what is to be known of it. `words` holds tokenizer and prompts."""
 
@@ -68,7 +68,9 @@ def _peak_of(process: str) -> int | None:
 
 def _children() -> list[str]:
     try:
-        return [child for task in Path("/proc/self/task").iterdir() for child in (task / "children").read_text().split()]
+        return [
+            child for task in Path("/proc/self/task").iterdir() for child in (task / "children").read_text().split()
+        ]
     except OSError:
         return []
 

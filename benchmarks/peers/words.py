@@ -39,4 +39,4 @@ def _tokenizer(vocab_size: int):
 def _prompts(vocab_size: int) -> str:
     ids = np.random.default_rng(0).integers(1, vocab_size - 1, (PROMPTS, PROMPT_SLOTS))
     texts = [" ".join(f"w{i}" for i in row) for row in ids]
-    return "".join(json.dumps({"prompt": text, "answer": ""}) + "\n" for text in texts)
+    return "".join(json.dumps({"prompt": text}) + "\n" for text in texts)

@@ -46,7 +46,7 @@ from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.run import Run, build, publish
 from jaxrl_llm.train import Shell, open_shell, warm_step
 from jaxrl_llm.types import Experience, PyTree, TrainState
-from jaxrl_llm.update.config import Clip, OptimizerConfig, PolicyGradient, UpdateConfig, WarmStartConfig
+from jaxrl_llm.update.config import AdamW, Clip, PolicyGradient, UpdateConfig, WarmStartConfig
 
 ARMS, LAGS, SEEDS, RATE = ("captured", "recomputed"), (0, 4), (0, 1, 2), 3e-4
 CASES = [(arm, lag, RATE, seed) for seed in SEEDS for lag in LAGS for arm in ARMS]
@@ -65,7 +65,7 @@ SETUP = dataclasses.replace(
     task=ArithmeticTask(terms=3, held_out=128),
     model=ModelConfig(vocab_size=16, layers=2, d_model=64, heads=4, kv_heads=2, head_dim=16, d_mlp=256),
     warm_start=WarmStartConfig(
-        steps=500, rows=128, noise=0.56, optimizer=OptimizerConfig(lr=2e-3, warmup_steps=20, weight_decay=0.1)
+        steps=500, rows=128, noise=0.56, optimizer=AdamW(lr=2e-3, warmup_steps=20, weight_decay=0.1)
     ),
     rollout=RolloutConfig(prompts=32, samples=8, max_new_tokens=4, temperature=1.0),
     objective=ObjectiveConfig(advantage=Rloo()),
@@ -76,7 +76,7 @@ SETUP = dataclasses.replace(
 
 def config(arm: str, rate: float, seed: int, run_dir: str) -> RunConfig:
     objective = UNCLIPPED if arm == "unclipped" else SETUP.objective
-    update = dataclasses.replace(SETUP.update, optimizer=OptimizerConfig(lr=rate))
+    update = dataclasses.replace(SETUP.update, optimizer=AdamW(lr=rate))
     return dataclasses.replace(SETUP, seed=seed, objective=objective, update=update, run_dir=run_dir)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from jaxrl_llm import config as run_config
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.evaluate import evaluate
-from jaxrl_llm.life import Life, begin
+from jaxrl_llm.life import Life, begin, no_streaks
 from jaxrl_llm.metrics import MetricsConfig
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.presets import PRESETS
@@ -76,7 +76,7 @@ def learn(preset: str, warm: Life) -> dict:
         run = build(cfg)
         with open_shell(cfg) as shell:
             start = time.monotonic()
-            life = dataclasses.replace(warm, state=jax.tree.map(jnp.copy, warm.state))
+            life = dataclasses.replace(warm, state=jax.tree.map(jnp.copy, warm.state), guards=no_streaks(run))
             life, policy, scores = start_rl(run, shell, life)
             exact, reward = {0: scores["eval/exact"]}, []
             for step in range(1, STEPS + 1):

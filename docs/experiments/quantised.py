@@ -33,9 +33,9 @@ from jaxrl_llm.prompts.config import ArithmeticTask
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
 from jaxrl_llm.train import train
 from jaxrl_llm.update.config import (
+    AdamW,
     AutoCorrection,
     NoCorrection,
-    OptimizerConfig,
     PolicyGradient,
     UpdateConfig,
     WarmStartConfig,
@@ -60,11 +60,11 @@ SETUP = dataclasses.replace(
     task=ArithmeticTask(terms=3, held_out=128),
     model=ModelConfig(vocab_size=16, layers=2, d_model=64, heads=4, kv_heads=2, head_dim=16, d_mlp=256),
     warm_start=WarmStartConfig(
-        steps=500, rows=128, noise=0.56, optimizer=OptimizerConfig(lr=2e-3, warmup_steps=20, weight_decay=0.1)
+        steps=500, rows=128, noise=0.56, optimizer=AdamW(lr=2e-3, warmup_steps=20, weight_decay=0.1)
     ),
     rollout=RolloutConfig(prompts=32, samples=8, max_new_tokens=4, temperature=1.0),
     objective=ObjectiveConfig(advantage=Rloo()),
-    update=UpdateConfig(epochs=2, minibatches=2, optimizer=OptimizerConfig(lr=3e-4)),
+    update=UpdateConfig(epochs=2, minibatches=2, optimizer=AdamW(lr=3e-4)),
     evaluation=EvaluationConfig(every=EVERY),
     checkpoint=CheckpointConfig(every=1000),
 )

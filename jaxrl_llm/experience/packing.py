@@ -64,44 +64,67 @@ def place(prompt_length: Each, length: Each, group: Each, learn: Bool[np.ndarray
 
     `group` is ascending: a group's sequences stand together.
     """
-    fields = {
-        name: np.full(len(length), -1, np.int32) for name in ("row", "prompt", "start", "end", "segment", "group")
-    }
-    first = np.zeros(len(length), bool)
-    units = _units(prompt_length, length, group, learn, shape)
-    sizes = [int(prompt_length[unit[0]] + sum(length[b] for b in unit)) for unit in units]
-    order = sorted(range(len(units)), key=lambda u: -sizes[u]) if shape.kind != "none" else range(len(units))
-    used, segments, groups = [], [], []
-    for u in order:
-        row = next((r for r, n in enumerate(used) if shape.kind != "none" and n + sizes[u] <= shape.slots), len(used))
-        if row == len(used):
-            used, segments, groups = [*used, 0], [*segments, 0], [*groups, 0]
-        prompt, slot = used[row], used[row] + int(prompt_length[units[u][0]])
-        groups[row] += 1
-        for b in units[u]:
-            segments[row] += 1
-            fields["row"][b], fields["prompt"][b], fields["start"][b] = row, prompt, slot
-            fields["end"][b], fields["segment"][b], fields["group"][b] = prompt + sizes[u], segments[row], groups[row]
-            slot += int(length[b])
-        first[units[u][0]] = True
-        used[row] += sizes[u]
-    if len(used) > shape.rows:
-        raise ValueError(f"packing: got {len(used)} rows, want at most {shape.rows}")
+    of, sizes = _units(prompt_length, length, group, learn, shape)
+    if sizes.max(initial=0) > shape.slots:
+        raise ValueError(
+            f"packing: got a sequence of {sizes.max()} tokens, want at most the {shape.slots} slots of a row"
+        )
+    turn, row_of = _rows(sizes, shape)
+    if row_of.max(initial=-1) >= shape.rows:
+        raise ValueError(f"packing: got {row_of.max() + 1} rows, want at most {shape.rows}")
+    # All that is placed, in the order in which it lies: rows, their units by turn, a unit's sequences as they came.
+    taken = np.flatnonzero(of >= 0)
+    b = taken[np.lexsort((turn[of[taken]], row_of[of[taken]]))]
+    unit, row = of[b], row_of[of[b]]
+    begins_unit, begins_row = np.diff(unit, prepend=-1) != 0, np.diff(row, prepend=-1) != 0
+    taken_by = length[b] + np.where(begins_unit, prompt_length[b], 0)
+    stop = _within(begins_row, np.cumsum(taken_by), taken_by)
+    start = stop - length[b]
+    prompt = (start - prompt_length[b])[begins_unit][np.cumsum(begins_unit) - 1]
     each = shape.rows // shape.parts
-    spread = (fields["row"] % each) * shape.parts + fields["row"] // each
-    fields["row"] = np.where(fields["row"] >= 0, spread, -1).astype(np.int32)
+    found = {
+        "row": row % each * shape.parts + row // each,
+        "prompt": prompt,
+        "start": start,
+        "end": prompt + sizes[unit],
+        "segment": _within(begins_row, np.arange(1, len(b) + 1), 1),
+        "group": _within(begins_row, np.cumsum(begins_unit), begins_unit),
+    }
+    fields = {name: np.full(len(length), -1, np.int32) for name in found}
+    for name, values in found.items():
+        fields[name][b] = values
+    first = np.zeros(len(length), bool)
+    first[b[begins_unit]] = True
     return Places(shape=shape, first=first, **fields)
 
 
-def _units(prompt_length: Each, length: Each, group: Each, learn: np.ndarray, shape: Shape) -> list[list[int]]:
-    units: list[list[int]] = []
-    size, last = 0, None
-    for b in np.flatnonzero(learn):
-        shares = shape.kind == "shared_prefix" and group[b] == last and size + length[b] <= shape.slots
-        if shares:
-            units[-1].append(int(b))
-            size += int(length[b])
+def _within(begins: Bool[np.ndarray, " n"], total: Int[np.ndarray, " n"], own: np.ndarray | int) -> np.ndarray:
+    """Running totals, each row's from its own beginning on."""
+    return total - (total - own)[begins][np.cumsum(begins) - 1]
+
+
+def _rows(sizes: Int[np.ndarray, " units"], shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    """Of each unit when it is placed, and the row: one after another, or the largest first, in the first with room."""
+    if shape.kind == "none":
+        return np.arange(len(sizes)), np.arange(len(sizes))
+    turn, row_of, room = np.zeros(len(sizes), int), np.zeros(len(sizes), int), np.full(len(sizes), shape.slots)
+    for n, u in enumerate(np.argsort(-sizes, kind="stable")):
+        turn[u], row_of[u] = n, np.argmax(room >= sizes[u])
+        room[row_of[u]] -= sizes[u]
+    return turn, row_of
+
+
+def _units(
+    prompt_length: Each, length: Each, group: Each, learn: np.ndarray, shape: Shape
+) -> tuple[Each, Int[np.ndarray, " units"]]:
+    """Each sequence's unit, -1 for what is left out, and the tokens of each unit."""
+    of, sizes, last = np.full(len(length), -1), [], None
+    for b in np.flatnonzero(learn).tolist():
+        more = int(length[b])
+        if shape.kind == "shared_prefix" and group[b] == last and sizes[-1] + more <= shape.slots:
+            sizes[-1] += more
         else:
-            units.append([int(b)])
-            size, last = int(prompt_length[b] + length[b]), group[b]
-    return units
+            sizes.append(int(prompt_length[b]) + more)
+            last = group[b]
+        of[b] = len(sizes) - 1
+    return of, np.array(sizes, int)

@@ -81,8 +81,8 @@ class Head:
 
     def reduce(self, x: Float[Array, "s t W D"], like: Float[Array, "V D"]) -> Float[Array, "V D"]:
         """The sum over the shards of the rows, where the table lies."""
-        total = jnp.sum(self.place(x), axis=0).reshape(like.shape)
-        return self.layout.constrain(total, "vocab", "embed").astype(like.dtype)
+        total = self.layout.constrain(jnp.sum(self.place(x), axis=0), "vocab", None, "embed")
+        return self.layout.constrain(total.reshape(like.shape), "vocab", "embed").astype(like.dtype)
 
     def place(self, x: Float[Array, "s t W D"]) -> Float[Array, "s t W D"]:
         return self.layout.constrain(x, "rows", "vocab", None, None)
@@ -150,14 +150,15 @@ def _backward(rule: Rule, head: Head, saved: tuple, given: PyTree) -> tuple:
     lanes = jnp.arange(block)
 
     def tile(start: Array, first: Array, fresh: Array, of_block: tuple) -> tuple[Array, Array]:
-        """Cotangents of a chunk's activations and of a block of the table, f32."""
+        """Cotangents of a chunk's activations, from each shard of the vocabulary, and of a block of the table, transposed;
+        f32. A CPU would transpose `dx` for the other order."""
         part, of, of_values, of_given = _slice((h, read, values, given), start, size)
         x, y = (None if b is None else head.logits(a, b) for a, b in zip(part, of_block, strict=True))
         ids = (jnp.arange(shards)[:, None] * width + first + lanes).reshape(-1)
         dx = head.uncapped(rule.pullback(x, y, ids, of, of_values, of_given), x)
         dx = jnp.where(fresh, dx.reshape(*dx.shape[:2], shards, block), 0.0).astype(w[0].dtype)
         sums = partial(jnp.einsum, preferred_element_type=jnp.float32)
-        return sums("sntw,stwd->snd", dx, of_block[0]), sums("sntw,snd->stwd", dx, part[0].astype(dx.dtype))
+        return sums("sntw,stwd->stnd", dx, of_block[0]), sums("snd,sntw->stdw", part[0].astype(dx.dtype), dx)
 
     def over_block(j: Array, total: tuple[Array, Array]) -> tuple[Array, Array]:
         first = jnp.minimum(j * block, width - block)
@@ -169,14 +170,15 @@ def _backward(rule: Rule, head: Head, saved: tuple, given: PyTree) -> tuple:
             # The last chunk and the last block begin early, so that they are as large as the others.
             once = ((at >= i * size) & (at < count[:, None]))[..., None, None] & (first + lanes >= j * block)
             dh, dw = tile(start, first, once, of_block)
-            return _add(total[0], dh, start, 1), total[1] + dw
+            return _add(total[0], dh, start, 2), total[1] + dw
 
-        nothing = head.place(jnp.zeros((len(count), shards, block, depth), jnp.float32))
+        nothing = head.place(jnp.zeros((len(count), shards, depth, block), jnp.float32))
         dh, dw = lax.fori_loop(0, _turns(count, size), over_chunk, (total[0], nothing))
-        return dh, _add(total[1], dw, first, 2)
+        return dh, _add(total[1], dw.swapaxes(2, 3), first, 2)
 
-    nothing = (jnp.zeros(h[0].shape, jnp.float32), head.place(jnp.zeros(w[0].shape, jnp.float32)))
+    nothing = tuple(head.place(jnp.zeros((len(count), shards, n, depth), jnp.float32)) for n in (tokens, width))
     dh, dw = lax.fori_loop(0, -(-width // block), over_block, nothing)
+    dh = head.layout.constrain(jnp.sum(dh, axis=1), "rows", None, None)
     return Source(head.reduce(dw, table), dh.astype(h[0].dtype)), None, None, None
 
 

@@ -11,6 +11,7 @@ W, a third of a step's work: with R the ranks of a matrix's modules together, pr
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -68,6 +69,11 @@ class Adapted(flax.struct.PyTreeNode):
     pairs: dict[str, Pair]
     """By module, of those that have one."""
     scale: float = flax.struct.field(pytree_node=False, default=1.0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix."""
+        return self.base.shape
 
     def swapaxes(self, one: int, other: int) -> "Adapted":
         """With two dims of the base swapped. The adapters stay: their outputs lie as in `[*I, *O]` always."""
@@ -138,14 +144,14 @@ def split(tree: PyTree) -> tuple[PyTree, PyTree]:
 
     Where there are adapters they are trained, and what stands beside the policy, a critic; else everything is.
     """
-    if not any(_is_adapted(x) for x in jax.tree.leaves(tree, is_leaf=_stops)):
+    if not any(is_adapted(x) for x in jax.tree.leaves(tree, is_leaf=_stops)):
         return tree, _nothing(tree)
     return _side(tree, trained=True), _side(tree, trained=False)
 
 
 def _side(tree: PyTree, trained: bool) -> PyTree:
     def of(x: Array | ParamSpec | Adapted) -> object:
-        if not _is_adapted(x):
+        if not is_adapted(x):
             return None if trained else x
         return x.replace(base=None) if trained else x.replace(pairs=_nothing(x.pairs))
 
@@ -172,32 +178,36 @@ def join(trained: PyTree, frozen: PyTree) -> PyTree:
 
 def without_adapters(params: PyTree) -> PyTree:
     """The base, not copied: the policy of the start of RL."""
-    return jax.tree.map(lambda x: x.base if _is_adapted(x) else x, params, is_leaf=_stops)
+    return jax.tree.map(lambda x: x.base if is_adapted(x) else x, params, is_leaf=_stops)
 
 
 def merge(params: PyTree, dtype: jnp.dtype) -> PyTree:
-    """Stacked parameters with W + scale A B, summed in f32 and cast, for each matrix with adapters; the rest as it is.
+    """Stacked parameters with W + scale A B, summed in f32 and cast, for each matrix with adapters; the rest as it is."""
+    return jax.tree.map(
+        lambda x: by_layer(lambda w: w.astype(dtype), x) if is_adapted(x) else x, params, is_leaf=is_adapted
+    )
 
-    One layer at a time: the A B of all of them would be f32 of the size of the model.
+
+def by_layer(view: Callable[[Array], PyTree], x: Array | Adapted) -> PyTree:
+    """`view` of a stacked matrix; of one with adapters that of W + scale A B, f32.
+
+    There a loop makes it for a layer at a time, [1, ...]: in f32 all layers at once would be more than the policy itself.
     """
+    if not is_adapted(x):
+        return view(x)
+    turned = MODULES[next(iter(x.pairs))].leaf == "gate_up"
 
-    def whole(name: str, x: Array | Adapted) -> Array:
-        if not _is_adapted(x):
-            return x
-        turn = (lambda x: x.swapaxes(0, 1)) if name == "gate_up" else lambda x: x
-        layers = [jax.tree.map(lambda x, i=i: x[i], x) for i in range(len(x.base))]
-        return jnp.stack([turn(_sum(turn(layer), dtype)) for layer in layers])
+    def one(w: Adapted) -> PyTree:
+        w = w.swapaxes(0, 1) if turned else w
+        whole = _matrix(w.base, *_packed(w), w.scale, jnp.float32)
+        return jax.tree.map(lambda x: x[0], view((whole.swapaxes(0, 1) if turned else whole)[None]))
 
-    return {**params, "layers": {name: whole(name, x) for name, x in params["layers"].items()}}
+    return jax.lax.map(one, x)
 
 
 def product(x: Array, w: Adapted, inner: int) -> Array:
     """As `linear.contract`: sum over the last `inner` dims of `x` and the first `inner` of W + scale A B, f32."""
     return _product(x, w.base, *_packed(w), w.scale, inner)
-
-
-def _sum(w: Adapted, dtype: jnp.dtype) -> Array:
-    return _matrix(w.base, *_packed(w), w.scale, dtype)
 
 
 def _packed(w: Adapted) -> tuple[Array, Array]:
@@ -249,9 +259,9 @@ def _dot(a: Array, b: Array, over: int | tuple[tuple[int, ...], tuple[int, ...]]
     return jnp.tensordot(a, b, over, preferred_element_type=jnp.float32)
 
 
-def _is_adapted(x: object) -> bool:
+def is_adapted(x: object) -> bool:
     return isinstance(x, Adapted)
 
 
 def _stops(x: object) -> bool:
-    return _is_adapted(x) or is_spec(x)
+    return is_adapted(x) or is_spec(x)

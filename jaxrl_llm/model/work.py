@@ -64,28 +64,32 @@ def attention_pairs(cfg: ModelConfig, position: Int[np.ndarray, "R T"], real: Bo
     return sum(int(np.minimum(seen, reach).sum()) for reach in reaches(cfg))
 
 
-def head_params(cfg: ModelConfig) -> int:
-    return cfg.d_model * cfg.vocab_size
+class TrainFlops(NamedTuple):
+    """Model FLOPs of an update, over the whole mesh; their sum is what MFU counts."""
+
+    layers: float
+    head: float
+    attention: float
 
 
-def train_flops(cfg: ModelConfig, pairs: int, tokens: int, scored: int, adapters: int | None = None) -> float:
-    """Model FLOPs of an update, over the whole mesh: forward, and backward twice that.
+def train_flops(cfg: ModelConfig, pairs: int, tokens: int, scored: int, adapters: int | None = None) -> TrainFlops:
+    """Forward, and backward twice that:
 
         6 (N - N_head) tokens + 6 N_head scored + 12 heads head_dim pairs
 
-    N: `matmul_params`; the look-up of the embedding is not counted, the head only at tokens that are scored. 12: scores and weighted
-    values take 2 heads head_dim each a pair. `tokens` are real ones, no padding, a shared prompt once. What remat computes again is
-    not counted, nor a critic, norms, rotations and the optimizer.
+    N: `matmul_params`. The look-up of the embedding is not counted, the head only at tokens that are scored; a pair's score and
+    weighted value take 2 heads head_dim each. `tokens` are real ones: no padding, a shared prompt once. What remat computes again
+    is not counted, nor a critic, norms, rotations and the optimizer.
 
     Args:
         pairs: `attention_pairs`.
-        adapters: entries of LoRA's matrices, with all else frozen: forward and the gradient of activations alone, 4 N instead of
-            6 N, and 6 adapters a token. None: every parameter is trained.
+        adapters: entries of LoRA's matrices, all else frozen: forward and the gradient of activations alone, 4 N, and 6 of these.
+            None: every parameter is trained.
     """
-    body, head = matmul_params(cfg) - head_params(cfg), head_params(cfg)
+    head = cfg.d_model * cfg.vocab_size
     each = 6 if adapters is None else 4
-    matrices = each * (body * tokens + head * scored) + 6 * (adapters or 0) * tokens
-    return float(matrices + 12 * cfg.heads * cfg.head_dim * pairs)
+    layers = each * (matmul_params(cfg) - head) + 6 * (adapters or 0)
+    return TrainFlops(layers * tokens, each * head * scored, 12 * cfg.heads * cfg.head_dim * pairs)
 
 
 def weight_bytes(params: PyTree, cfg: ModelConfig) -> int:

@@ -1,11 +1,12 @@
 """What to change in a config so that it fits: each change as it is typed, with what it is estimated to need."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jaxrl_llm import config as run_config
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.plan import memory
-from jaxrl_llm.plan.memory import Phase
+from jaxrl_llm.plan.memory import TEMPORARIES, Phase
 from jaxrl_llm.plan.programs import Job, make_job, problems
 
 Overrides = dict[str, Any]
@@ -40,7 +41,8 @@ def changes(job: Job) -> list[Overrides]:
     cfg, mesh = job.cfg, job.train.mesh.shape
     engine, parts = cfg.rollout.engine, cfg.update.micro_batches
     axes = {f"mesh.{name}": mesh[name] for name in ("data", "fsdp", "tensor", "expert")}
-    found: list[Overrides] = [{"update.micro_batches": parts * 2}, {"update.minibatches": cfg.update.minibatches * 2}]
+    found: list[Overrides] = [{"update.micro_batches": parts * 2**i} for i in range(1, 9)]
+    found.append({"update.minibatches": cfg.update.minibatches * 2})
     if cfg.update.remat in ("none", "attention"):
         found.append({"update.remat": "layer"})
     moves = [("data", "fsdp"), ("data", "tensor"), ("fsdp", "tensor")]
@@ -61,22 +63,19 @@ def changes(job: Job) -> list[Overrides]:
 def advise(job: Job, found: list[Phase], limit: float) -> list[Advice]:
     """What would help: single changes that fit on their own, the one that needs least first; else changes together, each the best
     after those before it, whether or not they suffice in the end."""
-    before = {phase.name: phase.total for phase in memory.estimated(job)}
-    real = {phase.name: phase.total for phase in found}
-    now, overrides, devices = memory.peak(found).total, {}, list(job.train.mesh.devices.flat)
+    real = {phase.name: phase.parts for phase in found}
+    before = {phase.name: phase.parts for phase in memory.estimated(job)}
+    now, overrides = memory.peak(found).total, {}
     for turn in range(MOST):
         tried = []
-        for change in changes(job):
-            cfg = changed(job.cfg, change)
-            if problems(cfg, job.model, len(devices)):
-                continue
-            new = make_job(cfg, job.model, job.prompt_slots, devices)
-            after = {phase.name: phase.total for phase in memory.estimated(new)}
-            total = max(real[name] - before[name] + after.get(name, 0) for name in real)
+        for change, new in _possible(job):
+            after = {phase.name: phase.parts for phase in memory.estimated(new)}
+            total = max(_moved(real[name], before[name], after.get(name, before[name])) for name in real)
             tried.append((total, len(tried), change, new))
         tried = sorted(t for t in tried if t[0] < (1 - LEAST) * now)
-        if turn == 0 and (alone := [Advice(change, total) for total, _, change, _ in tried if total <= limit]):
-            return alone
+        alone = [Advice(change, total) for total, _, change, _ in tried if total <= limit]
+        if turn == 0 and alone:
+            return _mildest(alone)
         if not tried:
             break
         now, _, change, job = tried[0]
@@ -84,3 +83,23 @@ def advise(job: Job, found: list[Phase], limit: float) -> list[Advice]:
         if now <= limit:
             break
     return [Advice(overrides, now)] if overrides else []
+
+
+def _possible(job: Job) -> Iterator[tuple[Overrides, Job]]:
+    devices = list(job.train.mesh.devices.flat)
+    for change in changes(job):
+        cfg = changed(job.cfg, change)
+        if not problems(cfg, job.model, len(devices)):
+            yield change, make_job(cfg, job.model, job.prompt_slots, devices)
+
+
+def _moved(real: dict[str, int], before: dict[str, int], after: dict[str, int]) -> int:
+    """What was found, moved as the estimate moves: parts by their difference, temporaries by their ratio."""
+    parts = sum(real[part] + after[part] - before[part] for part in real if part != TEMPORARIES)
+    return parts + round(real[TEMPORARIES] * after[TEMPORARIES] / max(before[TEMPORARIES], 1))
+
+
+def _mildest(found: list[Advice]) -> list[Advice]:
+    """Of several numbers of micro-batches the smallest."""
+    parts = [a for a in found if "update.micro_batches" in a.overrides]
+    return [a for a in found if a not in parts] + parts[-1:]

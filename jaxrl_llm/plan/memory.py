@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxrl_llm.model import lora
 from jaxrl_llm.model.head import TILE
 from jaxrl_llm.model.work import held
 from jaxrl_llm.plan.programs import Job, Program
@@ -41,32 +42,43 @@ class Residents(NamedTuple):
 
 def residents(job: Job) -> dict[str, Residents]:
     """By program."""
-    masters, optimizer, policy = held(job.state.params), held(job.state.opt_state), held(job.policy.params)
-    reference = held(job.reference) if job.reference is not None else 0
+    state, policy = _state(job), held(job.policy.params)
     _, units, window = job.flight
-    caches = job.engine.programs.caches(units, window)
-    prompts, rows = (held(cache) for cache in caches)
-    state = {MASTERS: masters, OPTIMIZER: optimizer, REFERENCE: reference}
-    read, _ = job.engine.programs.caches(job.flight[0], window)
+    caches = job.engine.programs.caches
+    prompts, rows = (held(cache) for cache in caches(units, window))
+    read = held(caches(job.flight[0], window)[0])
     waiting = {PROMPTS: prompts, ROWS: rows} if job.waits else {}
     found = {
-        "prefill": Residents({POLICY: policy, PROMPTS: held(read)}, state | waiting),
+        "prefill": Residents({POLICY: policy, PROMPTS: read}, state | waiting),
         "segment": Residents({POLICY: policy, PROMPTS: prompts, ROWS: rows}, state),
-        "publish": Residents({MASTERS: masters, POLICY: policy}, {OPTIMIZER: optimizer, REFERENCE: reference}),
-    }  # fmt: skip
+        "publish": Residents(
+            {POLICY: policy, MASTERS: state[MASTERS]}, {k: v for k, v in state.items() if k != MASTERS}
+        ),
+        "update": residents_of_update(job),
+    }
     windows = job.engine.sizes.windows
     if len(windows) > 1:
-        before = held(job.engine.programs.caches(units, windows[-2])[1])
-        found["grow"] = Residents({ROWS: before + rows}, state | {POLICY: policy, PROMPTS: prompts})
-    own = {REFERENCE: reference} if job.cfg.objective.reads_reference_distribution else {}
-    inside = {MASTERS: masters, OPTIMIZER: optimizer, BATCH: held(job.batch)} | own
-    found["update"] = Residents(inside, {POLICY: policy} | ({} if own else {REFERENCE: reference}))
+        before = held(caches(units, windows[-2])[1])
+        found["grow"] = Residents({ROWS: before + rows}, _state(job) | {POLICY: policy, PROMPTS: prompts})
     return found
+
+
+def residents_of_update(job: Job) -> Residents:
+    state, policy = _state(job), held(job.policy.params)
+    reference = {REFERENCE: state.pop(REFERENCE)}
+    if job.cfg.objective.reads_reference_distribution:
+        return Residents(state | reference | {BATCH: held(job.batch)}, {POLICY: policy})
+    return Residents(state | {BATCH: held(job.batch)}, {POLICY: policy} | reference)
+
+
+def _state(job: Job) -> dict[str, int]:
+    reference = held(job.reference) if job.reference is not None else 0
+    return {MASTERS: held(job.state.params), OPTIMIZER: held(job.state.opt_state), REFERENCE: reference}
 
 
 def gradients(job: Job) -> int:
     """Of what is trained, in f32, as they are added up over micro-batches."""
-    return held(job.state.params)
+    return held(lora.split(job.state.params)[0])
 
 
 def phases(job: Job, programs: dict[str, Program]) -> list[Phase]:
@@ -84,10 +96,16 @@ def phases(job: Job, programs: dict[str, Program]) -> list[Phase]:
 
 def estimated(job: Job) -> list[Phase]:
     """Before anything is compiled."""
-    return [
-        _phase(job, name, inside, beside, temporaries_of(job, name), 0)
-        for name, (inside, beside) in residents(job).items()
-    ]
+    return [_estimated(job, name, found) for name, found in residents(job).items()]
+
+
+def estimated_update(job: Job) -> Phase:
+    """The one phase that depends on the number of micro-batches."""
+    return _estimated(job, "update", residents_of_update(job))
+
+
+def _estimated(job: Job, name: str, found: Residents) -> Phase:
+    return _phase(job, name, *found, temporaries_of(job, name), 0)
 
 
 def _phase(job: Job, name: str, inside: dict[str, int], beside: dict[str, int], temporaries: int, rest: int) -> Phase:
@@ -135,7 +153,8 @@ def _widths(job: Job, layout) -> int:
     """Numbers that a layer makes for one token on one chip."""
     cfg = job.model
     packed = cfg.kv_heads * (cfg.group + 2) * cfg.head_dim // layout.size("heads")
-    return 3 * cfg.d_model + 2 * packed + 3 * cfg.d_mlp * max(cfg.experts_per_token, 1) // layout.size("mlp")
+    gathered = 2 * layout.size("expert") * cfg.d_model if cfg.experts else 0
+    return gathered + 3 * cfg.d_model + 2 * packed + 3 * cfg.d_mlp * max(cfg.experts_per_token, 1) // layout.size("mlp")
 
 
 def peak(found: list[Phase]) -> Phase:

@@ -42,8 +42,8 @@ class Prediction(NamedTuple):
     rollout_tokens_per_s: float
     """Completion tokens, all chips."""
     mfu: float
-    """Of the update: 6 FLOPs a parameter that multiplies and token, and attention's, over what the chips could do meanwhile. What
-    is computed again in the backward pass does not count."""
+    """Of the update: 6 FLOPs a parameter that multiplies and token (4 with adapters), and attention's, over what the chips could do
+    meanwhile. What is computed again in the backward pass does not count."""
 
     @property
     def step(self) -> float:
@@ -78,8 +78,8 @@ def rollout_time(job: Job, chip: Chip, programs: dict[str, Program] | None) -> T
     decode = Time(work.flops / shards / chip.flops, (weights + work.bytes / shards) / chip.hbm, 0.0)
     if programs is None:
         rows = units * each // layout.size("rows")
-        sent = 2 * 2 * model.layers * rows * model.d_model * size * (1 - 1 / layout.size("heads"))
-        wire, cycles = steps * sent / chip.wire, 0.0
+        through = 2 * 2 * (1 - 1 / layout.size("heads")) + (2 * (layout.size("expert") - 1) if model.experts else 0)
+        wire, cycles = steps * through * model.layers * rows * model.d_model * size / chip.wire, 0.0
     else:
         segments = steps / job.engine.shape.steps
         wire = (segments * programs["segment"].reading.received + programs["prefill"].reading.received) / chip.wire
@@ -103,7 +103,7 @@ def publish_time(job: Job, chip: Chip, programs: dict[str, Program] | None) -> T
 def update_time(job: Job, chip: Chip, programs: dict[str, Program] | None) -> Time:
     """One update: forward, backward, and what is computed again; masters, moments and gradients pass through memory."""
     again = {"none": 0, "attention": 0}.get(job.cfg.update.remat, 1)
-    flops = model_flops(job) * (3 + again) / 3 / job.train.mesh.size
+    flops = model_flops(job) * (1 + again / _passes(job)) / job.train.mesh.size
     parts = job.cfg.update.micro_batches
     whole = gathered(job)
     masters = held(job.state.params)
@@ -124,18 +124,24 @@ def gathered(job: Job) -> int:
 
 def _update_traffic(job: Job, whole: int) -> float:
     """Bytes that a chip receives, estimated: weights gathered twice and gradients scattered in f32 every micro-batch, gradients
-    added over `data`, and activations over `tensor` four times a layer."""
+    added over `data`, activations over `tensor` four times a layer, and tokens to the experts' shards and back three times."""
     mesh, parts, model = job.train.mesh.shape, job.cfg.update.micro_batches, job.model
     size = np.dtype(model.compute).itemsize
     weights = parts * whole * (2 + 4 / size) * (1 - 1 / mesh["fsdp"])
     gradients = 2 * held(job.state.params) * (1 - 1 / mesh["data"])
     rows, slots = job.batch.tokens.shape
     activations = rows * slots // job.train.size("rows") * model.d_model * size
-    return weights + gradients + 2 * 4 * model.layers * activations * (1 - 1 / mesh["tensor"])
+    through = 2 * 4 * (1 - 1 / mesh["tensor"]) + (2 * 3 * (mesh["expert"] - 1) if model.experts else 0)
+    return weights + gradients + through * model.layers * activations
 
 
 def model_flops(job: Job) -> float:
-    """Of one update over all chips: 6 N a token, and 12 a query head, its dimension and pair of slots, half of them masked."""
+    """Of one update over all chips. A pass: 2 N a token, and 4 a query head, its dimension and pair of slots; half are masked."""
     model, (rows, slots) = job.model, job.batch.tokens.shape
     seen = sum(min(slots / 2, reach) for reach in reaches(model))
-    return rows * slots * (6 * matmul_params(model) + 12 * model.heads * model.head_dim * seen)
+    return _passes(job) * rows * slots * (2 * matmul_params(model) + 4 * model.heads * model.head_dim * seen)
+
+
+def _passes(job: Job) -> int:
+    """Forward, gradients of activations, and of weights unless they are frozen."""
+    return 2 if job.cfg.lora.rank else 3

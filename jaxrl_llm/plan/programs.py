@@ -18,10 +18,9 @@ from jaxrl_llm import config as run_config
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.packing import shape_of
+from jaxrl_llm.model import lora, quantised
 from jaxrl_llm.model import params as model_params
-from jaxrl_llm.model import quantised
 from jaxrl_llm.model.config import ModelConfig, Whole
-from jaxrl_llm.model.critic import critic_specs
 from jaxrl_llm.model.head import CHUNK
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.hlo import Module
@@ -31,7 +30,7 @@ from jaxrl_llm.plan.traffic import Reading, read
 from jaxrl_llm.publish import abstract_policy, make_publish
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
-from jaxrl_llm.run import correction_of
+from jaxrl_llm.run import correction_of, learner_specs_of, optimizer_of
 from jaxrl_llm.types import Batch, Policy, PyTree, TrainState
 from jaxrl_llm.update.config import NoCorrection
 from jaxrl_llm.update.optimizer.state import state_shardings
@@ -93,7 +92,11 @@ class Program(NamedTuple):
 def problems(cfg: RunConfig, model: ModelConfig, num_devices: int) -> list[str]:
     """What cannot work on so many devices, in words."""
     whole = dataclasses.replace(cfg, model=model)
-    return run_config.problems(whole, num_devices) + quantised.problems(model, cfg.rollout.engine.weights)
+    return (
+        run_config.problems(whole, num_devices)
+        + quantised.problems(model, cfg.rollout.engine.weights)
+        + lora.problems(model, cfg.lora)
+    )
 
 
 def make_job(cfg: RunConfig, model: ModelConfig, prompt_slots: int, devices: Sequence[jax.Device]) -> Job:
@@ -112,24 +115,33 @@ def make_job(cfg: RunConfig, model: ModelConfig, prompt_slots: int, devices: Seq
         decode=decode,
         engine=Engine(cfg.rollout, prompt_slots, vocab, model, decode),
         state=state,
-        reference=model_params.abstract(model_params.specs(model), train) if cfg.objective.has_reference else None,
+        reference=abstract_reference(cfg, model, train),
         policy=abstract_policy(model, decode, cfg.rollout.engine.weights),
         batch=abstract_batch(cfg, prompt_slots, train),
     )
 
 
-def learner_specs(cfg: RunConfig, model: ModelConfig) -> PyTree:
-    """What the update trains: the policy, and a critic where there is one."""
-    critic = critic_specs(model, cfg.objective.critic.kind) if cfg.objective.has_critic else {}
-    return model_params.specs(model) | critic
+def with_micro_batches(job: Job, parts: int) -> Job:
+    """The same with another number of micro-batches: all else stays."""
+    cfg = dataclasses.replace(job.cfg, update=dataclasses.replace(job.cfg.update, micro_batches=parts))
+    return dataclasses.replace(job, cfg=cfg, batch=abstract_batch(cfg, job.prompt_slots, job.train))
 
 
 def abstract_state(cfg: RunConfig, model: ModelConfig, train: Layout) -> TrainState:
-    specs, optimizer = learner_specs(cfg, model), make_optimizer(cfg.update.optimizer)
+    specs, optimizer = learner_specs_of(cfg, model), make_optimizer(optimizer_of(cfg))
     params = model_params.abstract(specs, train)
-    shapes = jax.eval_shape(lambda p: TrainState(p, optimizer.init(p), np.zeros((), np.int32)), params)
+    shapes = jax.eval_shape(lambda p: TrainState(p, optimizer.init(lora.split(p)[0]), np.zeros((), np.int32)), params)
     where = state_shardings(specs, optimizer, train)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+
+
+def abstract_reference(cfg: RunConfig, model: ModelConfig, train: Layout) -> PyTree | None:
+    """A copy of what is trained of the policy, or a whole model."""
+    if not cfg.objective.has_reference:
+        return None
+    specs = lora.adapted_specs(model_params.specs(model), model, cfg.lora)
+    whole = cfg.objective.reference.kind == "pretrained"
+    return model_params.abstract(model_params.specs(model) if whole else lora.split(specs)[0], train)
 
 
 def abstract_batch(cfg: RunConfig, prompt_slots: int, train: Layout) -> Batch:
@@ -162,7 +174,7 @@ def lowerings(job: Job) -> dict[str, Lower]:
     """The programs that a step holds most memory in, each a function that traces it."""
     cfg, model = job.cfg, job.model
     prompts, units, window = job.flight
-    policy, masters = job.policy, {name: job.state.params[name] for name in model_params.specs(model)}
+    policy, masters = job.policy, model_params.policy_part(job.state.params, model)
     of_rollouts = {"prefill": (prompts, job.prompt_slots), "segment": (units, window)}
     if len(job.engine.sizes.windows) > 1:
         of_rollouts["grow"] = (units, *job.engine.sizes.windows[-2:])
@@ -171,7 +183,7 @@ def lowerings(job: Job) -> dict[str, Lower]:
     }
     publish = make_publish(model, job.train, job.decode, cfg.rollout.engine.weights)
     update = make_update(
-        learner_specs(cfg, model), cfg.objective.loss, cfg.update.optimizer, correction=correction_of(cfg),
+        learner_specs_of(cfg, model), cfg.objective.loss, optimizer_of(cfg), correction=correction_of(cfg),
         micro_batches=cfg.update.micro_batches, num_tokens=model.vocab_size, cfg=model, layout=job.train, ends=(1,),
         how=Whole(cfg.update.attention, cfg.update.remat),
     )  # fmt: skip

@@ -128,7 +128,8 @@ def sweep_table(found: Report) -> str:
     )
     best = next((r for r in found["compiled"] if r["fits"]), None)
     end = f"best: {best['flags']}" if best else "none of those compiled fits"
-    return "\n\n".join([tried, table(rows), end])
+    failed = [f"not compiled: {f['flags']}: {f['reason']}" for f in found["failed"]]
+    return "\n\n".join([tried, table(rows), *failed, end])
 
 
 def table(rows: list[list[str]]) -> str:

@@ -5,14 +5,19 @@ Each compilation is a process of its own: what a compiler leaves behind, or how 
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.parallel.config import AXES, divisors
-from jaxrl_llm.plan.command import Target, devices_of, prepare, prompt_slots, read_model
+from jaxrl_llm.plan.chips import Chip
+from jaxrl_llm.plan.command import Report, Target, devices_of, prepare, prompt_slots, read_model
+
+if TYPE_CHECKING:
+    import jax
+
+    from jaxrl_llm.model.config import ModelConfig
 
 # What arithmetic says may be off by so much before a form is not worth compiling.
 SLACK = 1.1
@@ -51,7 +56,7 @@ def micro_batches(cfg: RunConfig, mesh: tuple[int, ...]) -> list[int]:
     )
 
 
-def sweep(cfg: RunConfig, target: Target, command: list[str], candidates: int) -> dict[str, Any]:
+def sweep(cfg: RunConfig, target: Target, command: list[str], candidates: int) -> Report:
     """`command`: the command line of one plan, as a list; flags of a form and --json are put behind it."""
     prepare(target)
     slots = prompt_slots(cfg, target)
@@ -60,39 +65,70 @@ def sweep(cfg: RunConfig, target: Target, command: list[str], candidates: int) -
         raise UserError(
             f"--sweep: got {chip.name}, whose peaks nobody publishes, want a --topology: forms are ranked by predicted time"
         )
+    every, model = list(meshes(len(devices))), read_model(cfg)
+    forms = [form for mesh in every for form in forms_of(cfg, model, mesh, slots, devices, chip)]
+    fitting = sorted((f for f in forms if f.bytes <= SLACK * chip.memory), key=lambda f: f.seconds)
+    compiled, failed = compile_best(command, fastest(fitting), candidates)
+    return {
+        "chips": len(devices),
+        "meshes": len(every),
+        "possible": len({form.mesh for form in forms}),
+        "tried": len(forms),
+        "estimated": len(fitting),
+        "compiled": sorted(compiled, key=lambda r: (not r["fits"], (r["predicted"] or {}).get("step_seconds", 0.0))),
+        "failed": failed,
+    }
+
+
+def fastest(forms: list[Form]) -> list[Form]:
+    """The fastest of each mesh, in order of predicted time; `forms` are."""
+    first: dict[tuple[int, ...], Form] = {}
+    for form in forms:
+        first.setdefault(form.mesh, form)
+    return list(first.values())
+
+
+def compile_best(command: list[str], forms: list[Form], candidates: int) -> tuple[list[Report], list[Report]]:
+    """Reports of the first `candidates`, and of as many more, at most, until one fits; and those that no compiler got through."""
+    compiled, failed = [], []
+    for n, form in enumerate(forms[: 2 * candidates]):
+        if n >= candidates and any(r["fits"] for r in compiled):
+            break
+        flags = " ".join(form.flags)
+        try:
+            compiled.append(compile_form(command, form) | {"flags": flags})
+        except UserError as error:
+            failed.append({"flags": flags, "reason": str(error)})
+    return compiled, failed
+
+
+def forms_of(
+    cfg: RunConfig, model: "ModelConfig", mesh: tuple[int, ...], slots: int, devices: "list[jax.Device]", chip: Chip
+) -> list[Form]:
+    """Of one mesh, each number of micro-batches; none where config and mesh do not go together."""
     from jaxrl_llm.plan import memory, predict
     from jaxrl_llm.plan.advice import changed
-    from jaxrl_llm.plan.programs import make_job, problems
+    from jaxrl_llm.plan.programs import make_job, problems, with_micro_batches
 
-    model = read_model(cfg)
-    forms, possible, every = [], set(), list(meshes(len(devices)))
-    for mesh in every:
-        for parts in micro_batches(cfg, mesh):
-            axes = {f"mesh.{name}": size for name, size in zip(AXES, mesh, strict=True)}
-            form = changed(cfg, axes | {"update.micro_batches": parts})
-            if problems(form, model, len(devices)):
-                continue
-            possible.add(mesh)
+    axes = {f"mesh.{name}": size for name, size in zip(AXES, mesh, strict=True)}
+    found, job, others = [], None, 0
+    for parts in micro_batches(cfg, mesh):
+        form = changed(cfg, axes | {"update.micro_batches": parts})
+        if problems(form, model, len(devices)):
+            continue
+        if job is None:
             job = make_job(form, model, slots, devices)
-            found = memory.peak(memory.estimated(job)).total
-            forms.append(Form(mesh, parts, found, float(predict.predict(job, chip).step)))
-    fitting = sorted((f for f in forms if f.bytes <= SLACK * chip.memory), key=lambda f: f.seconds)
-    # The best of each mesh.
-    best = list({f.mesh: f for f in reversed(fitting)}.values())[::-1]
-    best = sorted(best, key=lambda f: f.seconds)[:candidates]
-    compiled = [compile_form(command, form) for form in best]
-    order = sorted(compiled, key=lambda r: (not r["fits"], r["predicted"]["step_seconds"] if r["predicted"] else 0.0))
-    return {
-        "chips": len(devices), "meshes": len(every), "possible": len(possible), "tried": len(forms), "estimated": len(fitting),
-        "compiled": order,
-    }  # fmt: skip
+            others = max(phase.total for phase in memory.estimated(job) if phase.name != "update")
+        job = with_micro_batches(job, parts)
+        size = max(others, memory.estimated_update(job).total)
+        found.append(Form(mesh, parts, size, float(predict.predict(job, chip).step)))
+    return found
 
 
-def compile_form(command: list[str], form: Form) -> dict[str, Any]:
+def compile_form(command: list[str], form: Form) -> Report:
     """The report of one plan. Raises UserError with the last line of a compilation that failed."""
     done = subprocess.run([*command, *form.flags, "--json"], capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise UserError(f"{' '.join(form.flags)}: got no plan: {last}")
-    print(f"compiled {' '.join(form.flags)}", file=sys.stderr)
-    return json.loads(done.stdout) | {"flags": " ".join(form.flags)}
+        raise UserError(f"got no plan, want one: {last}")
+    return json.loads(done.stdout)

@@ -57,10 +57,10 @@ def make_update(
         trained, frozen = lora.split(state.params)
         reference = None if reference is None else lora.join(reference, frozen)
         share = batch.loss_mask / jnp.maximum(jnp.sum(batch.loss_mask), 1)
-        dropped = jnp.zeros(())
+        more = {}
         if isinstance(correction, SecondMoment):
             kept = second_moment_mask(batch, correction.threshold)
-            dropped = jnp.sum(share * ~kept)
+            more = {"mismatch/dropped": jnp.sum(share * ~kept)}
             batch = batch.replace(weight=jnp.where(kept, batch.weight, 0.0))
         grads, metrics = _accumulate(
             lambda trained, part, share: objective(lora.join(trained, frozen), part, share, reference),
@@ -74,9 +74,7 @@ def make_update(
         # Adam would go on along its momentum where nothing was learnt.
         useful = finite & jnp.any(batch.loss_mask)
         new = _stepped(state, grads, optimizer, useful)
-        if isinstance(correction, SecondMoment):
-            metrics["mismatch/dropped"] = dropped
-        return new, metrics | zero_gradients(grads) | {"grad_norm": grad_norm, "nonfinite": 1.0 - finite}
+        return new, metrics | more | zero_gradients(grads) | {"grad_norm": grad_norm, "nonfinite": 1.0 - finite}
 
     return jax.jit(
         update, donate_argnums=0, out_shardings=(state_shardings(specs, optimizer, layout), layout.replicated)

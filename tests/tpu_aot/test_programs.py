@@ -116,7 +116,7 @@ def test_update_fits_a_chip(update):
 
 
 def test_update_never_holds_the_logits_of_all_slots(update):
-    """The largest arrays with a vocabulary in them are one chunk of logits, and the head."""
+    """The largest arrays with a vocabulary in them are one tile of logits, and the head."""
     cfg = update.cfg
     vocab = cfg.vocab_size // TENSOR
     most = max(TILE, vocab * cfg.d_model)

@@ -13,6 +13,8 @@ from cases import Found, assess, batch_of, objective_of
 
 from jaxrl_llm.experience.batch import token_weights
 from jaxrl_llm.model.distribution import TokenScores
+from jaxrl_llm.rewards.graders import Sample
+from jaxrl_llm.rewards.text import Length
 from jaxrl_llm.update.config import Clip, Gmpo, KlConfig, NoCorrection, PolicyGradient, Sapo
 from jaxrl_llm.update.losses import policy_terms
 
@@ -134,6 +136,13 @@ def test_golden_gae():
     for white, returns in found[True]:
         np.testing.assert_allclose(white[case.mask], [-0.28025102, 1.11022517, -0.82997416], atol=5e-9)
         np.testing.assert_allclose(returns[case.mask], [0.951, 0.98, 1.0], atol=1e-12)
+
+
+@pytest.mark.parametrize(("length", "want"), [(16000, 0.0), (16384, 0.0), (18432, -0.5), (20480, -1.0)])
+def test_golden_overlong(length, want):
+    """DAPO's soft punishment is a grader: L_max 20,480, the last 4,096 of it soft."""
+    grader = Length(limit=20480, soft=4096)
+    assert grader(Sample("", "", "", "eos", num_tokens=length)) == want
 
 
 def test_credit_goes_on_before_a_masked_span():

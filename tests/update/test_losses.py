@@ -44,7 +44,7 @@ def test_a_clipped_token_has_no_gradient_and_an_unclipped_one_has_its_advantage(
 
 def test_k3():
     np.testing.assert_allclose(
-        kl_estimate(jnp.array([0.5, -0.5, 0.0]), KlConfig()), [0.10653066, 0.14872127, 0.0], rtol=1e-5
+        kl_estimate(jnp.array([0.5, -0.5, 0.0]), 1.0, KlConfig()), [0.10653066, 0.14872127, 0.0], rtol=1e-5
     )
 
 

@@ -11,7 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 from setups import SMALL, layouts, make_params
 
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
+from jaxrl_llm.model.config import LoraConfig
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import TrainState
 from jaxrl_llm.update.optimizer.config import Adafactor, AdamW, GroupConfig, Lion, Muon, OptimizerConfig
@@ -129,6 +131,33 @@ def test_muon_steps_are_those_of_optax_on_single_matrices_and_adamw_elsewhere():
 
     adam = optax.adamw(1e-2, 0.8, 0.9, weight_decay=0.0, nesterov=True)
     assert_equal(rest(ours), plain_steps(adam, rest(numpy_params()), [rest(g) for g in clipped]))
+
+
+def test_muon_steps_adapters_as_the_two_matrices_they_are():
+    """A [L *inputs rank] and B [L rank *outputs] of q and of the output projection, layer by layer."""
+    specs, _ = lora.split(lora.adapted_specs(SPECS, SMALL, LoraConfig(rank=2, targets=("q", "o"))))
+    rng = np.random.default_rng(3)
+    params, grads = (
+        model_params.map_specs(lambda s: rng.standard_normal(s.shape).astype(np.float32), specs) for _ in range(2)
+    )
+    optimizer = make_optimizer(Muon(lr=1e-2, iterations=3, max_grad_norm=1e9))
+    assert set(names(params)) == {
+        f"layers/{leaf}/pairs/{name}/{x}" for leaf, name in (("qkv", "q"), ("out", "o")) for x in "ab"
+    }
+    ours = jax.device_get(jax.jit(lambda p, g: optimizer.update(g, optimizer.init(p), p)[0])(params, grads))
+
+    def flat(tree):
+        pairs = {name: tree["layers"][leaf].pairs[name] for leaf, name in (("qkv", "q"), ("out", "o"))}
+        return {
+            f"{name} {x} {n}": pair[n].reshape(-1, 2) if x == "a" else pair[n].reshape(2, -1)
+            for name, both in pairs.items()
+            for x, pair in (("a", both.a), ("b", both.b))
+            for n in range(LAYERS)
+        }
+
+    plain = optax.contrib.muon(1e-2, ns_steps=3, beta=0.95, consistent_rms=0.2)
+    theirs = jax.device_get(jax.jit(lambda p, g: plain.update(g, plain.init(p), p)[0])(flat(params), flat(grads)))
+    assert_equal(flat(ours), theirs)
 
 
 # --- where the state lies --------------------------------------------------------------------------------------------------

@@ -133,7 +133,9 @@ def test_statistics_over_the_batch():
         cfg = objective_of("trl:grpo", advantage={"mean_over": over, "std_over": "batch"})
         want = np.zeros(case.reward.shape)
         want[case.counts] = (kept - mean) / (kept.std(ddof=1) + 1e-4)
-        np.testing.assert_allclose(package(cfg, case)[0], np.where(case.mask, want.reshape(-1, 1), 0), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(
+            package(cfg, case)[0], np.where(case.mask, want.reshape(-1, 1), 0), rtol=1e-9, atol=1e-12
+        )
 
 
 def test_rloo_may_be_whitened():

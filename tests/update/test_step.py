@@ -24,12 +24,15 @@ from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.distribution import score_tokens
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import Rollouts, TrainState
-from jaxrl_llm.update.config import KlConfig, OptimizerConfig, PolicyGradient
-from jaxrl_llm.update.step import UNCORRECTED, make_optimizer, make_start, make_update
+from jaxrl_llm.update.config import KlConfig, PolicyGradient
+from jaxrl_llm.update.optimizer.config import AdamW
+from jaxrl_llm.update.optimizer.state import make_start
+from jaxrl_llm.update.optimizer.transform import make_optimizer
+from jaxrl_llm.update.step import UNCORRECTED, make_update
 
 P, G, C = 16, 4, 6
 SPECS = model_params.specs(SMALL)
-LR = OptimizerConfig(lr=1e-2)
+LR = AdamW(lr=1e-2)
 CLIPPED = PolicyGradient()
 
 
@@ -91,7 +94,7 @@ def run_updates(n, data, sizes=(1, 1, 1), **options):
 # --- normalisation -------------------------------------------------------------------------------------------------------
 
 # One step of Adam hides the gradient's size, so read it off Adam's first moment, which with b1 = 0 is the last gradient.
-UNCLIPPED = OptimizerConfig(lr=1e-3, b1=0.0, max_grad_norm=1e9)
+UNCLIPPED = AdamW(lr=1e-3, b1=0.0, max_grad_norm=1e9)
 
 
 def gradient(data=None, **options):
@@ -259,22 +262,22 @@ def test_kl_pulls_back_to_the_reference_and_is_zero_on_it():
 
 def test_optimizer_by_hand():
     """Adam's first step is lr * sign(g); warm-up takes a tenth of it at the first of ten steps; decay adds lr * wd * w."""
-    weights, grads = {"w": jnp.array([2.0, -4.0])}, {"w": jnp.array([0.3, -0.4])}
+    weights, grads = {"w": jnp.array([[2.0, -4.0]])}, {"w": jnp.array([[0.3, -0.4]])}
 
     def first_step(cfg):
         optimizer = make_optimizer(cfg)
-        return optimizer.update(grads, optimizer.init(weights), weights)[0]["w"]
+        return optimizer.update(grads, optimizer.init(weights), weights)[0]["w"][0]
 
-    np.testing.assert_allclose(first_step(OptimizerConfig(lr=1e-2)), [-1e-2, 1e-2], rtol=1e-5)
-    np.testing.assert_allclose(first_step(OptimizerConfig(lr=1e-2, warmup_steps=10)), [-1e-3, 1e-3], rtol=1e-5)
-    np.testing.assert_allclose(first_step(OptimizerConfig(lr=1e-2, weight_decay=0.5)), [-2e-2, 3e-2], rtol=1e-5)
+    np.testing.assert_allclose(first_step(AdamW(lr=1e-2)), [-1e-2, 1e-2], rtol=1e-5)
+    np.testing.assert_allclose(first_step(AdamW(lr=1e-2, warmup_steps=10)), [-1e-3, 1e-3], rtol=1e-5)
+    np.testing.assert_allclose(first_step(AdamW(lr=1e-2, weight_decay=0.5)), [-2e-2, 3e-2], rtol=1e-5)
     # The first update is number 1: one of four steps down from 1e-2 to 2e-3.
-    decay = OptimizerConfig(lr=1e-2, decay_steps=4, final_lr=2e-3)
+    decay = AdamW(lr=1e-2, decay_steps=4, final_lr=2e-3)
     np.testing.assert_allclose(first_step(decay), [-8e-3, 8e-3], rtol=1e-5)
     # Norm 0.5, held at 0.05: a tenth of the gradient arrives at Adam's first moment, times 1 - b1.
-    optimizer = make_optimizer(OptimizerConfig(max_grad_norm=0.05))
+    optimizer = make_optimizer(AdamW(max_grad_norm=0.05))
     _, state = optimizer.update(grads, optimizer.init(weights), weights)
-    np.testing.assert_allclose(state[1].mu["w"], [0.003, -0.004], rtol=1e-5)
+    np.testing.assert_allclose(state[1].mu["w"], [[0.003, -0.004]], rtol=1e-5)
 
 
 def test_bfloat16_trains_float32_masters():

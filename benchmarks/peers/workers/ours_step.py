@@ -1,4 +1,4 @@
-"""Our own trainer through the loop's `rl_step`: the step that `jaxrl train` takes, graders in worker processes and metrics included.
+"""Our own trainer through the loop's `rl_step`: the step that `jaxrl train` takes, graders in their processes and metrics included.
 
     shared   a prompt and its 8 completions in one row (update.packing shared_prefix)
     apart    one sequence a row, as the others do it
@@ -6,13 +6,16 @@
 No end token is drawn (`rollout.min_new_tokens`). With beta the reference is a copy of the weights and KL is TRL's: k3 by the ratio.
 """
 
+import atexit
 import contextlib
+import dataclasses
 import tempfile
 from pathlib import Path
 
 from benchmarks.peers.serve import Step, serve_steps, versions
 from jaxrl_llm import config as run_config
-from jaxrl_llm.run import Run, begin, build, publish
+from jaxrl_llm.life import Life, begin, fresh_state, start_reference
+from jaxrl_llm.run import Run, build, publish
 from jaxrl_llm.train import open_shell, rl_step
 
 GROUPS, SAMPLES, NEW_TOKENS = 8, 8, 128
@@ -25,7 +28,7 @@ def config(directory: str, words: str, compute: str, variant: str, beta: float, 
         "run_dir": run_dir,
         "model": {"path": directory, "compute": compute},
         "tokenizer": {"path": words, "chat": False},
-        "task": {"kind": "file", "path": str(Path(words) / "prompts.jsonl"), "held_out": 8},
+        "task": {"kind": "file", "path": str(Path(words) / "prompts.jsonl"), "answer": "", "held_out": 8},
         "rollout": {
             "prompts": GROUPS,
             "samples": SAMPLES,
@@ -33,7 +36,7 @@ def config(directory: str, words: str, compute: str, variant: str, beta: float, 
             "min_new_tokens": NEW_TOKENS,
         },
         "reward": "benchmarks.peers.reward:grade",
-        "objective": {"preset": "trl:grpo", "loss": {"kl": {"kind": "k3", "weight": beta, "by_ratio": beta > 0}}},
+        "objective": {"preset": "trl:grpo", "loss": {"kl": {"kind": "k3", "weight": beta, "times": "ratio"}}},
         "update": {"packing": {"kind": PACKINGS[variant]}, "optimizer": {"lr": 1e-6}},
         "metrics": {"samples_every": 0, "rollouts_every": 0, "tensorboard": False},
     }
@@ -43,9 +46,10 @@ def config(directory: str, words: str, compute: str, variant: str, beta: float, 
 def load(directory: str, words: str, compute: str, variant: str, beta: float) -> tuple[Step, dict]:
     cfg = config(directory, words, compute, variant, beta, tempfile.mkdtemp())
     run = build(cfg)
-    # Open until the process ends.
-    shell = contextlib.ExitStack().enter_context(open_shell(cfg))
-    life = begin(run)
+    stack = contextlib.ExitStack()
+    shell = stack.enter_context(open_shell(cfg))
+    atexit.register(stack.close)
+    life = start_of_rl(run)
     held = [life, publish(run, life.state, None)]
 
     def step() -> dict:
@@ -61,6 +65,14 @@ def load(directory: str, words: str, compute: str, variant: str, beta: float) ->
         }
 
     return step, facts(run)
+
+
+def start_of_rl(run: Run) -> Life:
+    """As `train` starts, without the evaluation before: the others do none."""
+    life = begin(run)
+    state = fresh_state(run, life.state.params, 0, began=True)
+    reference = start_reference(run, state.params) if run.cfg.objective.has_reference else None
+    return dataclasses.replace(life, began=True, state=state, reference=reference)
 
 
 def facts(run: Run) -> dict:

@@ -18,17 +18,18 @@ from jaxrl_llm.types import PyTree
 BLOCKS = {**dict.fromkeys("qkvo", "self_attn"), **dict.fromkeys(("gate", "up", "down"), "mlp")}
 
 
-def export_adapter(params: PyTree, lora: LoraConfig, base: str | Path, directory: str | Path) -> None:
+def export_adapter(
+    params: PyTree, lora: LoraConfig, base: str | Path, directory: str | Path, *, source: Path | None = None
+) -> None:
     """Write the adapters of `params` (layers stacked; on any mesh) as `directory`, whole or not at all, f32 as they are trained.
 
-    `base` is the model that they stand beside, as PEFT is to find it. Every process calls this; the first one writes.
-    Raises UserError where the directory has something in it, or `base` is a model of which the text part alone was read: its
-    modules have other names.
+    `base` is the model that they stand beside, as PEFT is to find it, `source` the directory it was read from. Every process calls
+    this; the first one writes. Raises UserError where the directory has something in it, or of the model in `source` the text part
+    alone was read: there its modules have other names.
     """
-    config = Path(base) / "config.json"
-    if config.is_file() and "text_config" in read_json(config):
+    if source is not None and "text_config" in read_json(source / "config.json"):
         raise UserError(
-            f"{base}: got a model of which the text part alone is trained, want the merged model of it: leave out --adapter"
+            f"{source}: got a model of which the text part alone is trained, want the merged model: leave out --adapter"
         )
     tensors = dict(_tensors(hosts.gather({name: params["layers"][name].pairs for name in _adapted(params)})))
     with whole(Path(directory), {"adapter_config.json": _config(lora, base)}) as building:

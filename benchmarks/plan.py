@@ -1,0 +1,96 @@
+"""`python -m benchmarks.plan [NAME ...] [--write]`: `jaxrl plan` of the GSM8K configs for the slices that they name.
+
+Each is a process of its own: 1 to 10 minutes on two cores. Adds each report to benchmarks/results/plan-tpu-aot.json, in place of
+an older one of that name, and prints a line for each: seconds, bytes of the fullest phase, fits or not.
+
+--write  put the tables of TABLES into docs/plan.md, from the results
+"""
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxrl_llm.plan import show
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "plan-tpu-aot.json"
+PAGE = ROOT / "docs" / "plan.md"
+BEGIN, END = "<!-- tables: python -m benchmarks.plan --write -->", "<!-- end of tables -->"
+
+
+class Case(NamedTuple):
+    config: str
+    shape: str
+    topology: str
+    flags: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> list[str]:
+        shape = f"--model.path=benchmarks/shapes/{self.shape}"
+        return ["plan", f"configs/{self.config}_gsm8k.yaml", "--topology", self.topology, *self.flags, shape]
+
+
+CASES = {
+    "qwen3-8b": Case("qwen3-8b", "Qwen3-8B", "v5e:8x8"),
+    "llama3-70b": Case("llama3-70b", "Llama-3-70B", "v5p:8x8x8"),
+    "qwen3-30b-a3b sweep": Case("qwen3-30b-a3b", "Qwen3-30B-A3B", "v5p:4x4x4", ("--sweep", "--candidates", "2")),
+    "qwen3-30b-a3b": Case("qwen3-30b-a3b", "Qwen3-30B-A3B", "v5p:2x4x4"),
+    "llama3.1-8b": Case("llama3.1-8b", "Llama-3.1-8B", "v5p:2x2x2"),
+    "qwen3-1.7b": Case("qwen3-1.7b", "Qwen3-1.7B", "v5e:2x4"),
+    "qwen2.5-0.5b": Case("qwen2.5-0.5b", "Qwen2.5-0.5B", "v5e:2x2", ("--chips", "1")),
+}
+TABLES = ("qwen3-8b", "llama3-70b", "qwen3-30b-a3b sweep")
+
+
+def run(name: str) -> dict:
+    start = time.monotonic()
+    command = [sys.executable, "-m", "jaxrl_llm.cli", *CASES[name].command, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(f"{name}: {done.stderr.strip()[-2000:]}")
+    took = {"seconds": round(time.monotonic() - start), "date": datetime.date.today().isoformat()}
+    return took | {"command": "jaxrl " + " ".join(CASES[name].command), "report": json.loads(done.stdout)}
+
+
+def line(name: str, found: dict) -> str:
+    report = found["report"]
+    best = report["compiled"][0] if "meshes" in report else report
+    size = f"{best['peak']['bytes'] / 1e9:.1f} GB in {best['peak']['phase']}"
+    return f"{name}: {found['seconds']} s; {size}, {'fits' if best['fits'] else 'does not fit'}"
+
+
+def write(results: dict[str, dict]) -> None:
+    """The tables between the two marks of the page."""
+    parts = []
+    for name in (n for n in TABLES if n in results):
+        found = results[name]
+        text = show.sweep_table(found["report"]) if "meshes" in found["report"] else show.show(found["report"])
+        head, _, rest = text.partition("\n\n")
+        lines = [line + "  " if line.startswith(("mesh:", "  --")) else line for line in rest.splitlines()]
+        took = f"{found['date']}: {found['seconds']} s on two cores."
+        parts.append(f"    {found['command']}\n\n{took} {head}\n\n" + "\n".join(lines))
+    before, _, after = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(before + BEGIN + "\n\n" + "\n\n".join(parts) + "\n\n" + END + after.partition(END)[2])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(CASES))
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in args.names or ([] if args.write else list(CASES)):
+        results[name] = run(name)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        print(line(name, results[name]), flush=True)
+    if args.write:
+        write(results)
+
+
+if __name__ == "__main__":
+    main()

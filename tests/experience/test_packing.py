@@ -1,0 +1,262 @@
+"""Where sequences lie: rows against a brute-force reading, token by token, and enough rows for whatever lengths come."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxrl_llm.experience.batch import Sequences, make_batch, of_sequences, token_weights
+from jaxrl_llm.experience.packing import Shape, place, shape_of
+from jaxrl_llm.types import Batch, check
+
+KINDS = ("none", "plain", "shared_prefix")
+PAD = 0
+EACH = ("segment", "group", "loss_mask", "weight", "behavior_logprobs", "advantage")
+few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+@st.composite
+def cases(draw):
+    """Ragged groups, some of whose sequences and tokens are not learnt from, and the shape of a run that packs them."""
+    groups, samples, s, c = (draw(st.integers(1, most)) for most in (4, 4, 5, 4))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    kind, parts, shards = draw(st.sampled_from(KINDS)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    slots = draw(st.one_of(st.just(0), st.integers(s + c, s + c + 12)))
+    longest = draw(st.sampled_from(["ragged", "longest", "shortest"]))
+    rows = groups * samples
+    prompt_length, length = rng.integers(1, s + 1, groups), rng.integers(1, c + 1, rows)
+    if longest != "ragged":
+        prompt_length[:], length[:] = (s, c) if longest == "longest" else (1, 1)
+    learn = (np.arange(c) < length[:, None]) & (rng.random((rows, c)) < 0.9)
+    if draw(st.booleans()):
+        learn &= rng.random(rows)[:, None] < 0.7
+    shape = shape_of(kind, groups, samples, (s, c), slots, parts, shards)
+    return numbered(np.repeat(prompt_length, samples), length, samples, learn, (s, c)), shape
+
+
+def numbered(prompt_length, length, samples, learn, sizes) -> Sequences:
+    """Every token of a completion has a number of its own, from 1000 on; those of a prompt tell the group and the place."""
+    (s, c), rows = sizes, len(length)
+    group = np.arange(rows) // samples
+    own = 1000 + np.arange(rows * c).reshape(rows, c)
+    there = np.arange(c) < length[:, None]
+    return Sequences(
+        prompt=np.where(np.arange(s) < prompt_length[:, None], 1 + group[:, None] * s + np.arange(s), PAD).astype(
+            np.int32
+        ),
+        prompt_length=prompt_length.astype(np.int32),
+        tokens=np.where(there, own, PAD).astype(np.int32),
+        length=length.astype(np.int32),
+        group=group.astype(np.int32),
+        learn=learn,
+        temperature=(1 + np.arange(rows) / 8).astype(np.float32),
+        behavior_logprobs=np.where(there, -own, 0).astype(np.float32),
+        advantage=np.where(learn, own / 2, 0).astype(np.float32),
+    )
+
+
+def slots_seen(batch: Batch, row: int, slot: int) -> set[int]:
+    return {u for u in range(slot + 1) if slot < batch.until[row, u]}
+
+
+def check_sequence(batch: Batch, q: Sequences, b: int, weights: np.ndarray) -> set[tuple[int, int]]:
+    """Reads sequence b back from where its tokens are found; returns all slots that it takes, its prompt's too."""
+    n, m = q.prompt_length[b], q.length[b]
+    row, at = (x[0] for x in np.nonzero(batch.tokens == q.tokens[b, 0]))
+    # From the first token of the completion back along `before`: the whole prompt.
+    prompt = [int(batch.before[row, at])]
+    while len(prompt) < n:
+        prompt.insert(0, int(batch.before[row, prompt[0]]))
+    own = list(range(at, at + m))
+    line = prompt + own
+    want = np.concatenate([q.prompt[b, :n], q.tokens[b, :m]])
+    np.testing.assert_array_equal(batch.tokens[row, line], want)
+    np.testing.assert_array_equal(batch.position[row, line], np.arange(n + m))
+    np.testing.assert_array_equal(batch.before[row, line], [line[0], *line[:-1]])
+    for k, slot in enumerate(line):
+        assert slots_seen(batch, row, slot) == set(line[: k + 1])
+    assert len(set(batch.segment[row, own])) == 1 and batch.segment[row, at] > 0
+    assert (np.isin(np.nonzero(batch.segment[row] == batch.segment[row, at])[0], own)).all()
+    assert len(set(batch.group[row, line])) == 1 and batch.group[row, at] > 0
+    np.testing.assert_array_equal(batch.loss_mask[row, own], q.learn[b, :m])
+    np.testing.assert_array_equal(batch.weight[row, own], weights[b, :m])
+    np.testing.assert_array_equal(batch.temperature[row, own], q.temperature[b])
+    np.testing.assert_array_equal(batch.behavior_logprobs[row, own], q.behavior_logprobs[b, :m])
+    np.testing.assert_array_equal(batch.advantage[row, own], q.advantage[b, :m])
+    for name in EACH:
+        if name != "group":
+            assert not getattr(batch, name)[row, prompt].any(), name
+    return {(int(row), slot) for slot in line}
+
+
+def check_batch(q: Sequences, shape: Shape, aggregation: str = "token") -> Batch:
+    batch, where = make_batch(q, shape, PAD, aggregation, 7)
+    check(batch)
+    assert batch.tokens.shape == (shape.rows, shape.slots)
+    weights = token_weights(q.learn, q.group, aggregation, 7)
+    kept = np.flatnonzero(q.learn.any(axis=1))
+    np.testing.assert_array_equal(np.flatnonzero(where.row >= 0), kept)
+    # Nothing twice: of a completion never, of a prompt once a unit.
+    completions = batch.tokens[batch.tokens >= 1000]
+    np.testing.assert_array_equal(np.sort(completions), np.sort(q.tokens[kept][q.tokens[kept] >= 1000]))
+    assert (batch.tokens > 0).sum() == q.length[kept].sum() + q.prompt_length[where.first].sum()
+    taken = [check_sequence(batch, q, b, weights) for b in kept]
+    padding = np.ones(batch.tokens.shape, bool)
+    for row, slot in set().union(*taken):
+        padding[row, slot] = False
+    slot = np.broadcast_to(np.arange(shape.slots), batch.tokens.shape)
+    assert (batch.tokens[padding] == PAD).all() and (batch.until[padding] == slot[padding]).all()
+    for name in EACH:
+        assert not getattr(batch, name)[padding].any(), name
+    scores = np.where(batch.tokens >= 1000, batch.tokens, -1).astype(np.float32)
+    in_place = np.isin(np.arange(len(q.length)), kept)[:, None] & (q.tokens >= 1000)
+    np.testing.assert_array_equal(of_sequences(scores, where, q), np.where(in_place, q.tokens, 0))
+    check_sharing(q, shape, where)
+    return batch
+
+
+def check_sharing(q: Sequences, shape: Shape, where) -> None:
+    """A prompt stands once a row for all of its group there; without sharing each completion has its own."""
+    kept = np.flatnonzero(where.row >= 0)
+    units = {(int(where.row[b]), int(where.prompt[b])) for b in kept}
+    assert where.first.sum() == len(units)
+    if shape.kind == "shared_prefix":
+        assert all(q.group[b] == q.group[a] for a in kept for b in kept if unit_of(where, a) == unit_of(where, b))
+    else:
+        assert len(units) == len(kept)
+    if shape.kind == "none":
+        assert len({row for row, _ in units}) == len(kept)
+
+
+def unit_of(where, b: int) -> tuple[int, int]:
+    return where.row[b], where.prompt[b]
+
+
+@few
+@given(cases(), st.sampled_from(["token", "sequence", "prompt", "constant"]))
+def test_every_token_sees_its_own_prompt_and_its_own_earlier_tokens(case, aggregation):
+    check_batch(*case, aggregation)
+
+
+@few
+@given(cases())
+def test_the_first_parts_are_filled_first(case):
+    """An update's loop ends behind the last part that has a row: the parts before that one are full."""
+    q, shape = case
+    _, where = make_batch(q, shape, PAD)
+    used = {int(row) for row in where.row if row >= 0}
+    by_part = [sum(row % shape.parts == i for row in used) for i in range(shape.parts)]
+    each = shape.rows // shape.parts
+    assert by_part == [min(max(len(used) - i * each, 0), each) for i in range(shape.parts)]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_there_are_rows_enough_whatever_the_lengths(data):
+    groups, samples, s, c = (data.draw(st.integers(1, most)) for most in (6, 6, 9, 9))
+    kind, parts, shards = data.draw(st.sampled_from(KINDS)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    slots = data.draw(st.one_of(st.just(0), st.integers(s + c, 4 * (s + samples * c))))
+    shape = shape_of(kind, groups, samples, (s, c), slots, parts, shards)
+    assert shape.rows % (parts * shards) == 0
+    rng, rows = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1))), groups * samples
+    # Lengths at both ends are the worst for rows.
+    low = data.draw(st.integers(1, c))
+    length = np.where(rng.random(rows) < data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])), low, c)
+    prompt_length = np.repeat(np.where(rng.random(groups) < 0.3, 1, s), samples)
+    learn = rng.random(rows) < data.draw(st.sampled_from([0.5, 1.0]))
+    where = place(prompt_length, length, np.arange(rows) // samples, learn, shape)
+    assert (where.row < shape.rows).all() and ((where.row >= 0) == learn).all()
+    assert where.end.max(initial=0) <= shape.slots
+    assert (where.start + length <= where.end)[learn].all()
+
+
+@pytest.mark.parametrize(
+    ("args", "rows", "slots"),
+    [
+        # 6 groups of 4 at 3 + 5 slots.
+        (("none", 6, 4, (3, 5), 0, 1, 1), 24, 8),
+        (("none", 6, 4, (3, 5), 99, 5, 1), 25, 8),
+        (("plain", 6, 4, (3, 5), 0, 1, 1), 24, 8),
+        (("plain", 6, 4, (3, 5), 17, 1, 1), 12, 17),
+        (("plain", 6, 4, (3, 5), 33, 1, 4), 8, 33),
+        # A whole group: 3 + 4 * 5.
+        (("shared_prefix", 6, 4, (3, 5), 0, 1, 1), 6, 23),
+        (("shared_prefix", 6, 4, (3, 5), 0, 2, 2), 8, 23),
+        (("shared_prefix", 6, 4, (3, 5), 46, 1, 1), 3, 46),
+        # Two a unit, so two units a group; one a unit.
+        (("shared_prefix", 6, 4, (3, 5), 13, 1, 1), 12, 13),
+        (("shared_prefix", 6, 4, (3, 5), 8, 1, 1), 24, 8),
+    ],
+)
+def test_shapes_by_hand(args, rows, slots):
+    shape = shape_of(*args)
+    assert (shape.rows, shape.slots) == (rows, slots)
+
+
+@pytest.mark.parametrize("kind", ["plain", "shared_prefix"])
+def test_slots_for_less_than_one_sequence_are_refused(kind):
+    with pytest.raises(ValueError, match="got 7 slots, want at least the 8 of one sequence"):
+        shape_of(kind, 2, 2, (3, 5), 7, 1, 1)
+
+
+def test_what_does_not_fit_is_refused():
+    length, learn = np.array([5, 5]), np.ones(2, bool)
+    with pytest.raises(ValueError, match="got a sequence of 8 tokens, want at most the 7 slots of a row"):
+        place(np.array([3, 2]), length, np.arange(2), learn, Shape("none", 2, 7, 1))
+    for kind in KINDS:
+        with pytest.raises(ValueError, match="got 2 rows, want at most 1"):
+            place(np.array([3, 3]), length, np.arange(2), learn, Shape(kind, 1, 8, 1))
+
+
+def test_a_group_that_no_row_holds_is_split_and_each_part_has_the_prompt():
+    """Prompt of 3, completions of 4, 2, 4, 1 and 1 in rows of 9: 4 + 2, then 4 + 1 + 1. The second prompt, of 2, has one."""
+    length = np.array([4, 2, 4, 1, 1, 3])
+    learn = np.arange(4) < length[:, None]
+    q = numbered(np.array([3] * 5 + [2]), length, 5, learn, (3, 4))
+    shape = Shape("shared_prefix", 3, 9, 1)
+    where = place(q.prompt_length, length, q.group, np.ones(6, bool), shape)
+    np.testing.assert_array_equal(where.row, [0, 0, 1, 1, 1, 2])
+    np.testing.assert_array_equal(where.start, [3, 7, 3, 7, 8, 2])
+    np.testing.assert_array_equal(where.end, [9, 9, 9, 9, 9, 5])
+    np.testing.assert_array_equal(where.segment, [1, 2, 1, 2, 3, 1])
+    np.testing.assert_array_equal(where.first, [True, False, True, False, False, True])
+    batch = check_batch(q, shape)
+    np.testing.assert_array_equal(batch.tokens[:2, :3], [[1, 2, 3], [1, 2, 3]])
+
+
+def test_a_sequence_left_out_of_a_group_leaves_no_room_behind():
+    length = np.array([2, 3, 1])
+    learn = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0]], bool)
+    q = numbered(np.full(3, 2), length, 3, learn, (2, 3))
+    batch = check_batch(q, Shape("shared_prefix", 1, 11, 1))
+    np.testing.assert_array_equal(batch.tokens[0, :6], [1, 2, 1000, 1001, 1006, PAD])
+    np.testing.assert_array_equal(batch.until[0, :6], [5, 5, 4, 4, 5, 5])
+
+
+def test_nothing_to_learn_from_makes_a_batch_of_padding():
+    q = numbered(np.full(4, 2), np.full(4, 3), 2, np.zeros((4, 3), bool), (2, 3))
+    for kind in KINDS:
+        batch, where = make_batch(q, shape_of(kind, 2, 2, (2, 3), 0, 2, 1), PAD)
+        assert not batch.group.any() and (where.row == -1).all() and not where.first.any()
+
+
+MUTANTS = {
+    "completions see each other": lambda b: b.replace(
+        until=np.where(b.segment > 0, b.until.max(axis=1, keepdims=True), b.until)
+    ),
+    "a completion's first token is scored from the slot before it": lambda b: b.replace(
+        before=np.maximum(np.arange(b.tokens.shape[1]) - (b.group > 0), 0)
+    ),
+    "positions are slots": lambda b: b.replace(position=np.where(b.group > 0, np.arange(b.tokens.shape[1]), 0)),
+}
+
+
+@pytest.mark.parametrize("mutate", MUTANTS.values(), ids=MUTANTS)
+def test_mutants_of_a_shared_prompt_are_read_wrong(mutate):
+    q = numbered(np.full(2, 2), np.array([2, 2]), 2, np.ones((2, 2), bool), (2, 2))
+    batch, _ = make_batch(q, Shape("shared_prefix", 1, 6, 1), PAD)
+    weights = token_weights(q.learn, q.group, "token", 1)
+    check_sequence(batch, q, 1, weights)
+    with pytest.raises(AssertionError):
+        for b in range(2):
+            check_sequence(mutate(batch), q, b, weights)

@@ -1,0 +1,75 @@
+"""What the TPU compiler makes of the head at 8,192 tokens, D 1,024 and V 151,936: memory of a chip, and what moves."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from programs import Program, array, compile_program, layouts
+
+from jaxrl_llm.model import distribution
+from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.parallel.hlo import collectives
+from jaxrl_llm.types import Batch
+
+pytestmark = [pytest.mark.tpu_aot, pytest.mark.timeout(1200)]
+
+R, T, D, V = 8, 1024, 1024, 151936
+CFG = ModelConfig(vocab_size=V, d_model=D, layers=1, compute="bfloat16")
+
+
+def dense(params, batch, layout):
+    """Log-prob and entropy from all logits at once."""
+    h = jnp.take_along_axis(params["h"], batch.before[:, :, None], axis=1)
+    x = jnp.einsum("rtd,vd->rtv", h, params["embed"].astype(h.dtype), preferred_element_type=jnp.float32)
+    logp = distribution.process_logits(x, batch.temperature, V)
+    drawn = jnp.take_along_axis(logp, batch.tokens[..., None], axis=-1)[..., 0]
+    return distribution.TokenScores(drawn, distribution.entropy(logp))
+
+
+def tiled(params, batch, layout):
+    return distribution.score_tokens(params, batch, CFG, V, layout)
+
+
+def gradient(scores, topology, sizes: tuple[int, ...]) -> Program:
+    """Of the head alone: activations are an argument."""
+    layout = layouts(topology, sizes)[0]
+    numbers = lambda dtype: array(layout, (R, T), dtype, "rows", None)  # noqa: E731
+    i32, f32 = numbers(jnp.int32), numbers(jnp.float32)
+    batch = Batch(*[i32] * 6, numbers(jnp.bool_), *[f32] * 4)
+    params = {
+        "embed": array(layout, (V, D), jnp.float32, "vocab", "embed"),
+        "h": array(layout, (R, T, D), CFG.compute, "rows", None, None),
+    }
+
+    def loss(params, batch):
+        of = scores(params, batch, layout)
+        return jnp.sum(batch.weight * (of.logprobs + 0.01 * of.entropy))
+
+    program = jax.jit(jax.grad(loss), out_shardings=jax.tree.map(lambda x: x.sharding, params))
+    return compile_program(CFG, lambda: program.lower(params, batch))
+
+
+@pytest.fixture(autouse=True)
+def activations(monkeypatch):
+    monkeypatch.setattr(distribution, "hidden", lambda params, *_: params["h"])
+
+
+def test_temporaries_of_a_chip(topology):
+    """The table in bf16 and one tile of logits; the dense form has every logit in f32, 4.98 GB."""
+    got, every = gradient(tiled, topology, (1, 1, 1)).temp, gradient(dense, topology, (1, 1, 1)).temp
+    print(f"temp: {got / 1e6:.0f} MB in tiles, {every / 1e6:.0f} MB dense")
+    assert got < 0.7e9, f"temp: got {got / 1e9:.2f} GB, want less than 0.7"
+    assert every >= 4 * R * T * V, f"temp of the dense form: got {every / 1e9:.2f} GB: is it still dense?"
+
+
+def test_neither_logits_nor_activations_move(topology):
+    """Over `fsdp` the table and its gradient, once each; over `tensor` the activations' cotangent, once, and numbers a token."""
+    program = gradient(tiled, topology, (1, 2, 2))
+    tokens, width = R * T // 2, V // 2
+    moved = [(program.hlo.loops[i.computation], i.kind, a) for i in collectives(program.hlo.all) for a in i.arrays]
+    print(*moved, sep="\n")
+    large = sorted((kind, a.size) for _, kind, a in moved if a.size > tokens)
+    assert ("all-gather", width * D) in large
+    assert {size for kind, size in large if kind == "all-gather"} == {width * D}, large
+    assert {size for _, size in large} <= {width * D, width * D // 2, tokens * D}, large
+    in_loops = [(kind, a) for depth, kind, a in moved if depth]
+    assert in_loops and all(kind == "all-reduce" and a.size <= tokens for kind, a in in_loops), in_loops
