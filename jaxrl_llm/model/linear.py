@@ -1,6 +1,5 @@
 """The matrix product of the model, with the gradient that keeps it fast in bfloat16."""
 
-import math
 from functools import partial
 
 import jax
@@ -43,19 +42,11 @@ def _backward(inner: int, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> t
     g = g.astype(x.dtype)
     outer = w.ndim - inner
     dx = _dot(g, w.astype(x.dtype), _tail(g, outer), tuple(range(inner, w.ndim)))
-    return dx.astype(x.dtype), _of_weight(x, g, inner).astype(w.dtype)
+    rows = tuple(range(x.ndim - inner))
+    return dx.astype(x.dtype), _dot(x, g, rows, rows).astype(w.dtype)
 
 
 _contract.defvjp(_forward, _backward)
-
-
-def _of_weight(x: jax.Array, g: jax.Array, inner: int) -> jax.Array:
-    """x' g, `[*I, *O]` in f32. A CPU lays the left operand anew to sum over its rows: that is to be the smaller of the two."""
-    rows = tuple(range(x.ndim - inner))
-    if math.prod(x.shape[len(rows) :]) <= math.prod(g.shape[len(rows) :]):
-        return _dot(x, g, rows, rows)
-    turned = _dot(g, x, rows, rows)
-    return jnp.moveaxis(turned, range(turned.ndim - inner, turned.ndim), range(inner))
 
 
 @jax.custom_vjp
@@ -75,7 +66,8 @@ def _backward_each(saved: tuple[jax.Array, jax.Array], g: tuple[jax.Array, ...])
     x, w = saved
     g = [part.astype(x.dtype) for part in g]
     dx = sum(_dot(part, matrix.astype(x.dtype), (x.ndim - 1,), (1,)) for part, matrix in zip(g, w, strict=True))
-    return dx.astype(x.dtype), jnp.stack([_of_weight(x, part, 1) for part in g]).astype(w.dtype)
+    rows = tuple(range(x.ndim - 1))
+    return dx.astype(x.dtype), jnp.stack([_dot(x, part, rows, rows) for part in g]).astype(w.dtype)
 
 
 contract_each.defvjp(_forward_each, _backward_each)

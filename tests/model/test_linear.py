@@ -79,3 +79,14 @@ def test_each_of_several_is_a_product_of_its_own(width):
     np.testing.assert_allclose(ours(x, w), theirs(x, w), atol=1e-5)
     for got, want in zip(jax.grad(ours, (0, 1))(x, w), jax.grad(theirs, (0, 1))(x, w), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_each_of_several_in_bfloat16():
+    """Compiled: on a CPU not every form of a product of bfloat16 with sums in f32 exists."""
+    x, w = arrays((2, 30, 16), (3, 16, 8))
+    half = x.astype(jnp.bfloat16)
+    gradient = jax.jit(jax.grad(lambda x, w: sum(jnp.sum(part**2) for part in contract_each(x, w)), (0, 1)))
+    dx, dw = gradient(half, w)
+    assert (dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.float32)
+    want = jax.grad(lambda w: sum(jnp.sum(jnp.einsum("bti,io->bto", x, part) ** 2) for part in w))(w)
+    np.testing.assert_allclose(dw, want, atol=0.03 * np.max(np.abs(want)))
