@@ -3,8 +3,8 @@
 The forward pass keeps the output and each query's log-sum-exp, the backward pass makes the weights again (Dao et al. 2022,
 FlashAttention). Which blocks of keys a block of queries sees is known from `until` (Wang et al. 2024, FlashMask).
 
-In the forward pass several blocks of queries are worked on at a time, those that see the most blocks of keys first: so the blocks of
-a turn have about as much to do, causal rows, packed rows and trees alike. The backward pass goes over the pairs of blocks.
+In the forward pass several blocks of queries are worked on at a time, those that see the most blocks of keys first: so the blocks
+of a turn have about as much to do, causal rows, packed rows and trees alike. The backward pass goes over the pairs of blocks.
 
 Letters: B rows of n blocks of S slots, Q = B n blocks in all, C of them at a time; K key/value heads, G query heads each, M = S G
 query rows of a block, H head dim.
@@ -112,7 +112,7 @@ def _backward(spec: Spec, saved: tuple, g: Array) -> tuple[Array | None, ...]:
     q, k, v, until, position, reach, out, peak = saved
     slots, live = _slots(until, position, reach, spec.size)
     qs, ks, vs, gs = (_to_blocks(x, spec.size) for x in (q, k, v, g))
-    num, _, _, dim = qs.shape
+    dim = qs.shape[-1]
     inner = jnp.sum(gs.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     scale = dim**-0.5 if spec.scale is None else spec.scale
 

@@ -1,5 +1,6 @@
 """The matrix product of the model, with the gradient that keeps it fast in bfloat16."""
 
+import math
 from functools import partial
 
 import jax
@@ -42,11 +43,42 @@ def _backward(inner: int, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> t
     g = g.astype(x.dtype)
     outer = w.ndim - inner
     dx = _dot(g, w.astype(x.dtype), _tail(g, outer), tuple(range(inner, w.ndim)))
-    rows = tuple(range(x.ndim - inner))
-    return dx.astype(x.dtype), _dot(x, g, rows, rows).astype(w.dtype)
+    return dx.astype(x.dtype), _of_weight(x, g, inner).astype(w.dtype)
 
 
 _contract.defvjp(_forward, _backward)
+
+
+def _of_weight(x: jax.Array, g: jax.Array, inner: int) -> jax.Array:
+    """x' g, `[*I, *O]` in f32. A CPU lays the left operand anew to sum over its rows: that is to be the smaller of the two."""
+    rows = tuple(range(x.ndim - inner))
+    if math.prod(x.shape[len(rows) :]) <= math.prod(g.shape[len(rows) :]):
+        return _dot(x, g, rows, rows)
+    turned = _dot(g, x, rows, rows)
+    return jnp.moveaxis(turned, range(turned.ndim - inner, turned.ndim), range(inner))
+
+
+@jax.custom_vjp
+def contract_each(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
+    """`contract` with each of the `[D, F]` in `w`, `[n, D, F]`: n times `[..., F]`.
+
+    One product with all of them would lay them beside each other first, and its results apart afterwards.
+    """
+    return tuple(_contract(x, part, 1) for part in w)
+
+
+def _forward_each(x: jax.Array, w: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, jax.Array]]:
+    return contract_each(x, w), (x, w)
+
+
+def _backward_each(saved: tuple[jax.Array, jax.Array], g: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    x, w = saved
+    g = [part.astype(x.dtype) for part in g]
+    dx = sum(_dot(part, matrix.astype(x.dtype), (x.ndim - 1,), (1,)) for part, matrix in zip(g, w, strict=True))
+    return dx.astype(x.dtype), jnp.stack([_of_weight(x, part, 1) for part in g]).astype(w.dtype)
+
+
+contract_each.defvjp(_forward_each, _backward_each)
 
 
 def _tail(x: jax.Array, n: int) -> tuple[int, ...]:

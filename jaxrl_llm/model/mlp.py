@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.linear import contract
+from jaxrl_llm.model.linear import contract, contract_each
+from jaxrl_llm.parallel.layout import Layout
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
@@ -17,10 +18,15 @@ def gated(gate: Float[Array, "*rows F"], up: Float[Array, "*rows F"], cfg: Model
     return ACTIVATIONS[cfg.activation](gate) * up
 
 
-def dense(layer: dict[str, Array], h: Float[Array, "B T D"], cfg: ModelConfig) -> Float[Array, "B T D"]:
-    """One MLP for every token: a layer of a policy, or of masters."""
+def dense(layer: dict[str, Array], h: Float[Array, "B T D"], cfg: ModelConfig, layout: Layout) -> Float[Array, "B T D"]:
+    """One MLP for every token: a layer of a policy, or of masters.
+
+    Of masters gate and up are one product, with one collective each way; on a CPU two, whose results need not be laid apart.
+    """
     if "gate" in layer:
         gate, up = contract(h, layer["gate"]), contract(h, layer["up"])
+    elif layout.on_cpu and isinstance(layer["gate_up"], jax.Array):
+        gate, up = contract_each(h, layer["gate_up"])
     else:
         gate, up = jnp.moveaxis(contract(h, layer["gate_up"].swapaxes(0, 1)), -2, 0)
     return contract(gated(gate, up, cfg).astype(h.dtype), layer["down"]).astype(h.dtype)

@@ -97,7 +97,7 @@ def _attention_out(layer: Layer, x: Array, mixed: Array, cfg: ModelConfig) -> Ar
 
 def _mlp(layer: Layer, x: Array, cfg: ModelConfig, layout: Layout) -> Array:
     h = rms_norm(x, layer["mlp_norm"], cfg)
-    out = mixture(layer, h, cfg, layout) if cfg.experts else dense(layer, h, cfg)
+    out = mixture(layer, h, cfg, layout) if cfg.experts else dense(layer, h, cfg, layout)
     return x + (rms_norm(out, layer["mlp_out_norm"], cfg) if cfg.sandwich_norms else out)
 
 

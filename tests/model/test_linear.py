@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.model.linear import contract
+from jaxrl_llm.model.linear import contract, contract_each
 
 SHAPES = [
     ((5, 4), (4, 3), 1, "ti,io->to"),
@@ -66,3 +66,16 @@ def test_gradients_have_the_dtypes_of_their_arguments_and_no_product_is_mixed():
     # A bf16 cotangent is 2^-9 off, relatively.
     exact = jax.grad(lambda x, w: jnp.sum((x @ w) ** 2), argnums=(0, 1))(half.astype(jnp.float32), w)
     np.testing.assert_allclose(dw, exact[1], atol=0.03 * np.abs(exact[1]).max())
+
+
+@pytest.mark.parametrize("width", [2, 6], ids=["narrower", "wider"])
+def test_each_of_several_is_a_product_of_its_own(width):
+    x, w = arrays((2, 5, 4), (3, 4, width))
+
+    def loss(product):
+        return lambda x, w: sum(jnp.sum(jnp.sin((i + 1) * part)) for i, part in enumerate(product(x, w)))
+
+    ours, theirs = loss(contract_each), loss(lambda x, w: [jnp.einsum("bti,io->bto", x, part) for part in w])
+    np.testing.assert_allclose(ours(x, w), theirs(x, w), atol=1e-5)
+    for got, want in zip(jax.grad(ours, (0, 1))(x, w), jax.grad(theirs, (0, 1))(x, w), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
