@@ -11,6 +11,8 @@ DUAL = {"kind": "clip", "low": 0.2, "high": 0.2, "dual": 3.0}
 CLIP = {"kind": "clip", "low": 0.2, "high": 0.2}
 VERL_GRPO = {"kind": "grpo", "eps": 1e-6}
 TRL_GRPO = {"kind": "grpo", "eps": 1e-4}
+# The factor is TRL's default (use_bias_correction_kl); its beta is 0 where nothing is said.
+TRL_KL = {"kind": "k3", "times": "ratio"}
 SKYRL_KL = {"kind": "k3", "weight": 0.001, "max_difference": 20.0, "max_value": 10.0}
 
 

@@ -219,6 +219,14 @@ def problems(cfg: RunConfig, task: Task) -> list[str]:
             f"rollout.max_new_tokens: got {cfg.rollout.max_new_tokens}, want at least the {task.target_slots} tokens of the "
             "longest right response"
         )
+    packing = cfg.update.packing
+    together = 2 if cfg.objective.loss.kind == "dpo" else 1
+    least = task.prompt_slots + together * cfg.rollout.max_new_tokens
+    if packing.kind != "none" and 0 < packing.slots < least:
+        what = "a pair of the loss dpo" if together == 2 else "one sequence"
+        found.append(
+            f"update.packing.slots: got {packing.slots}, want 0 or at least the {least} of {what} at its longest"
+        )
     return found
 
 

@@ -104,3 +104,11 @@ def test_sampling_a_prompt_that_cannot_be_spelled():
 def test_eval_of_something_that_is_no_run(tmp_path):
     assert "want a run directory" in jaxrl("eval", ROOT / "configs/arithmetic.yaml")
     assert "config.yaml: cannot be read" in jaxrl("eval", tmp_path)
+
+
+def test_rows_too_short_for_a_sequence_or_a_pair_are_refused(tmp_path):
+    """Prompts of 7 slots at most, and 12 new tokens: 24 slots hold one sequence and no pair."""
+    for preset, slots, words in (("trl:grpo", 10, "of one sequence"), ("paper:dpo", 24, "of a pair of the loss dpo")):
+        packing = f"update: {{packing: {{kind: shared_prefix, slots: {slots}}}}}\n"
+        said = jaxrl("train", config(tmp_path, f"rollout: {{max_new_tokens: 12}}\nobjective: {preset}\n{packing}"))
+        assert f"update.packing.slots: got {slots}, want 0 or at least the" in said and words in said

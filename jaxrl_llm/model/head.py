@@ -20,9 +20,19 @@ from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import PyTree
 
-# Logits that a device holds at a time, and tokens of a chunk in the backward pass; chosen by measurement (LOG.md).
-TILE = 2**24
-CHUNK = 2048
+
+class Tile(NamedTuple):
+    logits: int
+    """That a device holds at a time."""
+    tokens: int
+    """Of a chunk in the backward pass."""
+
+
+# On a CPU a tile stays in the caches: passes over larger ones cost 5 to 8 times as much, the products do not care.
+CPU = Tile(logits=2**20, tokens=512)
+ACCELERATOR = Tile(logits=2**24, tokens=2048)
+# Tokens of a chunk in the forward pass, at least: each chunk reads the whole table.
+FEWEST = 128
 # Entries of the vocabulary in a block are a multiple of it: tiles of a TPU.
 LANES = 128
 
@@ -67,6 +77,10 @@ class Head:
     @staticmethod
     def of(cfg: ModelConfig, layout: Layout) -> "Head":
         return Head(cfg.compute, cfg.logit_softcap, layout)
+
+    @property
+    def tile(self) -> Tile:
+        return CPU if self.layout.on_cpu else ACCELERATOR
 
     def gather(self, table: Float[Array, "V D"]) -> Float[Array, "s t W D"]:
         """A copy for each shard of the rows, split over the t shards of the vocabulary alone; moved in the compute dtype.
@@ -116,7 +130,7 @@ def _values(
     rule: Rule, head: Head, h: tuple[Array, Array | None], w: tuple[Array, Array | None], read: PyTree, count: Array
 ) -> PyTree:
     tokens, width = h[0].shape[1], w[0].shape[2]
-    size = chunk_tokens(width, tokens)
+    size = _chunk(head.tile, width, tokens)
 
     def chunk(start: Array) -> PyTree:
         part, of = _slice((h, read), start, size)
@@ -146,7 +160,7 @@ def _backward(rule: Rule, head: Head, saved: tuple, given: PyTree) -> tuple:
     table, h, w, read, count, values = saved
     given = jax.tree.map(lambda g: None if isinstance(g, SymbolicZero) else g, given)
     tokens, (_, shards, width, depth) = h[0].shape[1], w[0].shape
-    size, block = _tile(rule, width, tokens)
+    size, block = _blocks(head.tile, rule, width, tokens)
     lanes = jnp.arange(block)
 
     def tile(start: Array, first: Array, fresh: Array, of_block: tuple) -> tuple[Array, Array]:
@@ -185,17 +199,17 @@ def _backward(rule: Rule, head: Head, saved: tuple, given: PyTree) -> tuple:
 over_logits.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def chunk_tokens(width: int, tokens: int) -> int:
+def _chunk(tile: Tile, width: int, tokens: int) -> int:
     """Tokens whose logits over a `width` of the vocabulary fill a tile."""
-    return min(tokens, max(TILE // width // 8 * 8, 8))
+    return min(tokens, max(tile.logits // width // 8 * 8, FEWEST))
 
 
-def _tile(rule: Rule, width: int, tokens: int) -> tuple[int, int]:
+def _blocks(tile: Tile, rule: Rule, width: int, tokens: int) -> tuple[int, int]:
     """Tokens of a chunk and entries of the vocabulary, of each shard of it, in the backward pass."""
     if rule.whole:
-        return chunk_tokens(width, tokens), width
-    size = min(CHUNK, tokens)
-    return size, min(width, max(TILE // size // LANES * LANES, LANES))
+        return _chunk(tile, width, tokens), width
+    size = min(tile.tokens, tokens)
+    return size, min(width, max(tile.logits // size // LANES * LANES, LANES))
 
 
 def _turns(count: Int[Array, " s"], size: int) -> Int[Array, ""]:

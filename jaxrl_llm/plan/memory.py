@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxrl_llm.model import lora
-from jaxrl_llm.model.head import TILE
+from jaxrl_llm.model.head import ACCELERATOR
 from jaxrl_llm.model.work import held
 from jaxrl_llm.plan.programs import Job, Program
 from jaxrl_llm.rollout import memory as rollout_memory
@@ -145,7 +145,7 @@ def _activations(job: Job) -> int:
     matrices = sum(prod(x.shape) for x in jax.tree.leaves(job.state.params["layers"])) // cfg.layers
     matrices //= layout.size("mlp") * (layout.size("expert") if cfg.experts else 1)
     scores = 2 * 4 * share * cfg.heads // layout.size("heads") * slots * min(slots, 1024)
-    head = (size + 8) * vocab * cfg.d_model + 2 * 4 * min(TILE, tokens * vocab)
+    head = (size + 8) * vocab * cfg.d_model + 2 * 4 * min(ACCELERATOR.logits, tokens * vocab)
     return size * tokens * (cfg.layers * kept + 2 * made) + scores + 2 * size * matrices + head
 
 

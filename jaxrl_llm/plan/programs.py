@@ -21,7 +21,7 @@ from jaxrl_llm.experience.packing import shape_of
 from jaxrl_llm.model import lora, quantised
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig, Whole
-from jaxrl_llm.model.head import CHUNK
+from jaxrl_llm.model.head import ACCELERATOR
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.hlo import Module
 from jaxrl_llm.parallel.layout import TRAIN, Layout
@@ -212,7 +212,7 @@ def turns_of(job: Job, name: str) -> tuple[int, int]:
     if name != "update":
         return 1, 1
     parts, (rows, slots) = job.cfg.update.micro_batches, job.batch.tokens.shape
-    return parts, -(-(rows // parts // job.train.size("rows") * slots) // CHUNK)
+    return parts, -(-(rows // parts // job.train.size("rows") * slots) // ACCELERATOR.tokens)
 
 
 def compile_one(lowered: jax.stages.Lowered, turns: tuple[int, int]) -> Program:

@@ -19,15 +19,15 @@ ENDS = (3, 7)
 CFG = replace(TINY, d_model=D, vocab_size=V)
 # Forward chunks of 8 tokens; backward of 10, against blocks of 15 of the vocabulary: of the 88 tokens and 40 entries of one
 # device, and of the 22 or 11 and 40 or 20 of a shard, the last chunk and the last block overlap the ones before.
-SMALL_TILE, SMALL_CHUNK = 4 * V, 10
+SMALL = head.Tile(logits=4 * V, tokens=10)
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Activations are a parameter here: what is above the head has its own tests."""
     monkeypatch.setattr(distribution, "hidden", lambda params, *_: params["h"])
-    monkeypatch.setattr(head, "TILE", SMALL_TILE)
-    monkeypatch.setattr(head, "CHUNK", SMALL_CHUNK)
+    monkeypatch.setattr(head, "CPU", SMALL)
+    monkeypatch.setattr(head, "FEWEST", 8)
     monkeypatch.setattr(head, "LANES", 3)
 
 

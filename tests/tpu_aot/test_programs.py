@@ -26,7 +26,7 @@ from programs import (
 )
 
 from jaxrl_llm.model import params as model_params
-from jaxrl_llm.model.head import TILE
+from jaxrl_llm.model.head import ACCELERATOR
 from jaxrl_llm.parallel.hlo import collectives
 from jaxrl_llm.parallel.mesh import make_mesh
 
@@ -119,7 +119,7 @@ def test_update_never_holds_the_logits_of_all_slots(update):
     """The largest arrays with a vocabulary in them are one tile of logits, and the head."""
     cfg = update.cfg
     vocab = cfg.vocab_size // TENSOR
-    most = max(TILE, vocab * cfg.d_model)
+    most = max(ACCELERATOR.logits, vocab * cfg.d_model)
     arrays = {a for i in update.hlo.all for a in i.arrays if {vocab, cfg.vocab_size} & set(a.dims)}
     largest = max(arrays, key=lambda a: a.size)
     assert largest.size <= most, f"largest array with a vocabulary: got {largest}, want at most {most} elements"
