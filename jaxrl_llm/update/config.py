@@ -296,7 +296,7 @@ class UpdateConfig:
     packing: PackingConfig = field(default_factory=PackingConfig)
     attention: Literal["auto", "plain", "blocks", "splash", "cudnn"] = "auto"
     """The form of attention over whole rows: docs/update.md."""
-    remat: Literal["auto", "none", "attention", "layer", "offload"] = "layer"
+    remat: Literal["auto", "none", "attention", "layer", "offload"] = "auto"
     """What the backward pass computes again instead of keeping it: docs/update.md."""
     optimizer: OptimizerConfig = field(default_factory=AdamW)
     guards: GuardConfig = field(default_factory=GuardConfig)

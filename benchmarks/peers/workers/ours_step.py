@@ -37,7 +37,8 @@ def config(directory: str, words: str, compute: str, variant: str, beta: float, 
         },
         "reward": "benchmarks.peers.reward:grade",
         "objective": {"preset": "trl:grpo", "loss": {"kl": {"kind": "k3", "weight": beta, "times": "ratio"}}},
-        "update": {"packing": {"kind": PACKINGS[variant]}, "optimizer": {"lr": 1e-6}},
+        # A group a part: its activations stay small, and need not be made again.
+        "update": {"packing": {"kind": PACKINGS[variant]}, "micro_batches": GROUPS, "optimizer": {"lr": 1e-6}},
         "metrics": {"samples_every": 0, "rollouts_every": 0, "tensorboard": False},
     }
     return run_config.validate(values, "ours_step")
