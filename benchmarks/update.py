@@ -1,33 +1,37 @@
 """`update`: tokens a second of one optimizer step, and its FLOPs beside the measured matmul ceiling.
 
     python -m benchmarks.update [--packing none,plain,shared_prefix] [--sizes S,M] [--compute float32,bfloat16] [--rows 64]
+                                [--prompt 64] [--new 128] [--out FILE.json]
 
 Prompts of 64 tokens with 8 completions of 128 each; the loss reads the completions. `plain` puts four sequences in a row,
-`shared_prefix` a prompt with all of its completions.
+`shared_prefix` a prompt with all of its completions. A group's rows are a part, so the gradient is added up over the groups.
 
-    tokens a second      rows * 192 / t, whatever the packing: a shared prompt counts as often as it is used
+    tokens a second      rows * (prompt + new) / t, whatever the packing: a shared prompt counts as often as it is used
     FLOPs                `model.work.train_flops`: of tokens that are there, a shared prompt once; the head at scored tokens; what
                          remat computes again (about a third on top) is not counted
     fraction             FLOPs / t / rate of a large square product in the compute dtype
     own-shape fraction   `rates.least_seconds` / t: the same FLOPs at the rates of this step's own weight products, forward,
                          dx = g w', dw = x' g. It is what a run logs as `update/ceiling_fraction`.
-
-Rows beyond 64 go in micro-batches of 64.
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.clock import Timing, alternate
+from benchmarks.machine import machine
 from benchmarks.models import DTYPES, NEW_TOKENS, PROMPT_SLOTS, SAMPLES, SIZES, Workload, layouts, make_params
+from jaxrl_llm.ceilings import matmul_rate
 from jaxrl_llm.experience.batch import make_batch, supervised
 from jaxrl_llm.experience.packing import Shape, shape_of
 from jaxrl_llm.model import params as model_params
+from jaxrl_llm.model.config import Whole
 from jaxrl_llm.model.work import TrainFlops, attention_pairs, train_flops
 from jaxrl_llm.rates import UpdateRates, least_seconds, measure_update
 from jaxrl_llm.types import Batch, PyTree
@@ -37,8 +41,8 @@ from jaxrl_llm.update.optimizer.state import make_start
 from jaxrl_llm.update.optimizer.transform import make_optimizer
 from jaxrl_llm.update.step import make_update
 
-SLOTS = PROMPT_SLOTS + NEW_TOKENS
-MICRO_ROWS = 64
+# Tokens at which the ceiling is measured, at most.
+CEILING_TOKENS = 4096
 PACKINGS = ("none", "plain", "shared_prefix")
 
 
@@ -48,6 +52,13 @@ class Case:
 
     work: Workload
     packing: str = "none"
+    prompt: int = PROMPT_SLOTS
+    new: int = NEW_TOKENS
+
+    @property
+    def slots(self) -> int:
+        """Of one sequence."""
+        return self.prompt + self.new
 
     @property
     def name(self) -> str:
@@ -55,16 +66,15 @@ class Case:
 
     @property
     def shape(self) -> Shape:
-        slots = 4 * SLOTS if self.packing == "plain" else 0
-        parts = max(1, self.work.rows // MICRO_ROWS)
-        return shape_of(self.packing, self.work.prompts, SAMPLES, (PROMPT_SLOTS, NEW_TOKENS), slots, parts, 1)
+        slots = 4 * self.slots if self.packing == "plain" else 0
+        return shape_of(self.packing, self.work.prompts, SAMPLES, (self.prompt, self.new), slots, self.work.prompts, 1)
 
     def batch(self) -> Batch:
         """Random tokens; advantages of both signs; behaviour log-probs of a uniform policy, so that ratios are near 1."""
         rng, rows, vocab = np.random.default_rng(0), self.work.rows, self.work.cfg.vocab_size
-        prompts = np.repeat(rng.integers(0, vocab, (self.work.prompts, PROMPT_SLOTS)).astype(np.int32), SAMPLES, axis=0)
-        tokens = rng.integers(0, vocab, (rows, NEW_TOKENS)).astype(np.int32)
-        whole = [np.full(rows, n, np.int32) for n in (PROMPT_SLOTS, NEW_TOKENS)]
+        prompts = np.repeat(rng.integers(0, vocab, (self.work.prompts, self.prompt)).astype(np.int32), SAMPLES, axis=0)
+        tokens = rng.integers(0, vocab, (rows, self.new)).astype(np.int32)
+        whole = [np.full(rows, n, np.int32) for n in (self.prompt, self.new)]
         sequences = supervised(prompts, whole[0], tokens, whole[1])._replace(
             group=np.repeat(np.arange(self.work.prompts, dtype=np.int32), SAMPLES),
             behavior_logprobs=np.full(tokens.shape, -np.log(vocab), np.float32),
@@ -83,7 +93,7 @@ class Case:
         specs, optimizer = model_params.specs(cfg), AdamW(lr=1e-6)
         update = make_update(
             specs, PolicyGradient(surrogate=Clip()), optimizer, micro_batches=self.shape.parts, num_tokens=cfg.vocab_size,
-            cfg=cfg, layout=train,
+            cfg=cfg, layout=train, how=Whole(remat="auto"),
         )  # fmt: skip
         batch = jax.device_put(self.batch(), train.replicated)
         state = make_start(specs, make_optimizer(optimizer), train)(jax.tree.map(jnp.copy, params), np.int32(0))
@@ -105,7 +115,7 @@ class Case:
             "packing": self.packing,
             "shapes": {"rows": self.shape.rows, "slots": self.shape.slots, "micro_batches": self.shape.parts},
             "time": time.as_dict(),
-            "tokens_per_s": work.rows * SLOTS / time.median,
+            "tokens_per_s": work.rows * self.slots / time.median,
             "flops": sum(flops),
             "flops_per_s": rate,
             "ceiling": {
@@ -128,8 +138,8 @@ def result(work: Workload, times: dict[str, Timing], square_rate: float, own: Up
 
 
 def own_rates(work: Workload, seconds: float) -> UpdateRates:
-    """At the products of a micro-batch, or of its first 4096 tokens."""
-    return measure_update(work.cfg, min(work.rows, MICRO_ROWS, 4096 // SLOTS) * SLOTS, 1, seconds=seconds)
+    """At the products of a group's tokens."""
+    return measure_update(work.cfg, min(SAMPLES * (PROMPT_SLOTS + NEW_TOKENS), CEILING_TOKENS), 1, seconds=seconds)
 
 
 def main() -> None:
@@ -138,24 +148,34 @@ def main() -> None:
     parser.add_argument("--sizes", default="S")
     parser.add_argument("--compute", default=",".join(DTYPES))
     parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=PROMPT_SLOTS)
+    parser.add_argument("--new", type=int, default=NEW_TOKENS)
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     for name, known in (("packing", PACKINGS), ("sizes", tuple(SIZES)), ("compute", DTYPES)):
         if unknown := [x for x in getattr(given, name).split(",") if x not in known]:
             parser.error(f"--{name}: got {', '.join(unknown)}, want some of {', '.join(known)}")
+    results = []
     for size in given.sizes.split(","):
         params = make_params(size)
         works = [Workload(size, given.rows, compute) for compute in given.compute.split(",")]
-        cases = [Case(work, packing) for work in works for packing in given.packing.split(",")]
+        cases = [Case(work, packing, given.prompt, given.new) for work in works for packing in given.packing.split(",")]
         rates = {work: own_rates(work, 0.5) for work in works}
         times = alternate({case.name: case.call(params) for case in cases}, given.seconds)
         for case in cases:
-            found = case.result(times[case.name], float("nan"), rates[case.work])
+            found = case.result(
+                times[case.name], matmul_rate([("forward", 2048, 2048, 2048)], case.work.compute), rates[case.work]
+            )
+            results.append(found)
             print(
                 f"{case.name}: {found['time']['median_s']:.3f} s, {found['tokens_per_s']:,.0f} tokens/s, "
                 f"{found['flops_per_s'] / 1e9:,.0f} GFLOP/s, {found['fraction_of_own_shapes']:.2f} of the ceiling "
-                f"(layers {rates[case.work].layers / 1e9:,.0f}, head {rates[case.work].head / 1e9:,.0f} GFLOP/s)"
+                f"(layers {rates[case.work].layers / 1e9:,.0f}, head {rates[case.work].head / 1e9:,.0f} GFLOP/s)",
+                flush=True,
             )
+    if given.out:
+        given.out.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

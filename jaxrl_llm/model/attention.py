@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.model.cache import WHOLE, Scaled
 
-# Finite, so that a query with no key at all gives zeros, not NaN; far below any real score.
+# Finite, so that a query with no key at all gives numbers, not NaN; far below any real score.
 MASKED = -1e30
 
 
