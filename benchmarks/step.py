@@ -35,7 +35,7 @@ def measure(steps: int = 15, warm: int = 2) -> dict:
             policy = publish(run, life.state, None)
             for _ in range(warm + steps):
                 start = time.perf_counter()
-                life, policy, _ = rl_step(run, shell, life, policy)
+                life, policy, *_ = rl_step(run, shell, life, policy)
                 whole = time.perf_counter() - start
                 stages = {name.removeprefix("time/"): s for name, s in shell.timers.take().items()}
                 seen.append({**stages, "other": whole - sum(stages.values()), "whole": whole})

@@ -1,6 +1,6 @@
 """`jaxrl train | sample | eval | plan | export | report`: arguments in, exit code out. Imports no jax until a command needs it.
 
-Exit codes: 0 done; 2 bad input; 3 no checkpoint can be used; 4 stopped as not finite; 75 stopped by SIGTERM and saved, start
+Exit codes: 0 done; 2 bad input; 3 no checkpoint can be used; 4 stopped by a guard; 75 stopped by SIGTERM and saved, start
 again to go on.
 """
 

@@ -290,7 +290,8 @@ def training_problems(cfg: RunConfig) -> list[str]:
     found = []
     if cfg.rollout.temperature == 0:
         found.append("rollout.temperature: got 0, want more: a policy that never explores learns nothing")
-    return found + refusals(cfg.objective, cfg.rollout.samples, cfg.update.packing.kind)
+    graders = len(cfg.reward.graders)
+    return found + refusals(cfg.objective, cfg.rollout.samples, cfg.update.packing.kind, cfg.experience.filter, graders)
 
 
 def changes(saved: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:

@@ -16,13 +16,10 @@ from jaxrl_llm.types import Experience, Finish, Rollouts
 def describe(
     cfg: RunConfig, graded: Grades, rollouts: Rollouts, keep: np.ndarray, counts: np.ndarray
 ) -> dict[str, float]:
-    """The step's rollouts in numbers, under the names that users of TRL know."""
-    reward = graded.reward[graded.failure == Failure.NONE]
+    """The step's rollouts in numbers, under the names that users of TRL know; what there is nothing of is absent."""
+    reward = graded.reward[graded.failure == Failure.NONE].astype(np.float64)
     length = rollouts.length
     metrics = {
-        "reward": reward.mean() if reward.size else np.nan,
-        "reward_std": reward.std(axis=1, ddof=1).mean() if reward.size else np.nan,
-        "frac_reward_zero_std": np.mean(reward.max(axis=1) == reward.min(axis=1)) if reward.size else np.nan,
         "completions/mean_length": length.mean(),
         "completions/min_length": length.min(),
         "completions/max_length": length.max(),
@@ -30,11 +27,18 @@ def describe(
         "completions/tokens": length.sum(),
         "completions/crc32": zlib.crc32(rollouts.tokens.tobytes()),
         "prompts/first_uid": rollouts.prompts.uid[0],
+        "groups/graded": len(reward),
         "groups/kept": keep.sum(),
         "groups/replayed": counts.sum() - keep.sum(),
         "sampling/mean_logprob": rollouts.behavior_logprobs.sum() / rollouts.sampled.sum(),
         "sampling/entropy": rollouts.entropy.sum() / rollouts.sampled.sum(),
     }
+    if reward.size:
+        metrics["reward"] = reward.mean()
+    if reward.size and cfg.rollout.samples > 1:
+        # About the first of each group: equal rewards have a deviation of exactly 0.
+        metrics["reward_std"] = (reward - reward[:, :1]).std(axis=1, ddof=1).mean()
+        metrics["frac_reward_zero_std"] = np.mean(reward.max(axis=1) == reward.min(axis=1))
     metrics |= part_metrics(graded, [grader.label for grader in cfg.reward.graders])
     return as_floats(metrics)
 

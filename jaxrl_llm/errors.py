@@ -22,6 +22,12 @@ class NonFiniteError(UserError):
     exit_code = 4
 
 
+class GradingError(UserError):
+    """No group could be graded for too many steps in a row: nothing can be learned."""
+
+    exit_code = 4
+
+
 class MismatchError(UserError):
     """The sampler's probabilities are too far from the trainer's; the last good checkpoint is the latest one."""
 

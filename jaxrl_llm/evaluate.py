@@ -7,13 +7,13 @@ from jaxtyping import Float, Int
 
 from jaxrl_llm.collect import collect
 from jaxrl_llm.estimates import avg_at_k, correct, maj_at_k, pass_at_k
-from jaxrl_llm.experience.batch import Sequences, make_batch, of_sequences, supervised
+from jaxrl_llm.experience.batch import Sequences, make_batch, of_groups, of_sequences, sequences_of, supervised
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.prompts.rows import Row
 from jaxrl_llm.prompts.stream import make_prompts, pad_rows
 from jaxrl_llm.rewards.pool import GraderPool
-from jaxrl_llm.run import Run
-from jaxrl_llm.types import Policy, PyTree
+from jaxrl_llm.run import Run, score
+from jaxrl_llm.types import Policy, PyTree, Rollouts
 
 
 class Answers(NamedTuple):
@@ -31,16 +31,31 @@ def headline(run: Run) -> str:
 
 
 def evaluate(run: Run, params: PyTree, policy: Policy, pool: GraderPool) -> dict[str, float]:
-    """`eval/exact`, the mean probability of the right response, where that is known; from k samples a row `eval/pass@1`,
-    the share of right ones (which is avg@k), and `eval/pass@k` and `eval/maj@k`."""
+    """`eval/exact`, the mean probability of the right response, where that is known; from k samples per prompt `eval/pass@1`,
+    the share of right ones (which is avg@k), and `eval/pass@k` and `eval/maj@k`, absent where no prompt could be graded.
+
+    `eval/mismatch_kl` where training may reuse old rollouts, which cannot tell how far the sampler is from the trainer: these can.
+    """
     k, rows = run.cfg.rollout.samples, run.task.held_out
     found = {"eval/exact": float(np.mean(probabilities(run, params, rows)))} if run.task.has_targets else {}
-    right, vote = answers(run, policy, pool)
-    return found | {
-        "eval/pass@1": avg_at_k(right).value,
-        f"eval/pass@{k}": pass_at_k(right, k).value,
-        f"eval/maj@{k}": maj_at_k(right, vote).value,
-    }
+    (right, vote), rollouts = answers(run, policy, pool)
+    if not np.isnan(right).any(axis=1).all():
+        found |= {
+            "eval/pass@1": avg_at_k(right).value,
+            f"eval/pass@{k}": pass_at_k(right, k).value,
+            f"eval/maj@{k}": maj_at_k(right, vote).value,
+        }
+    return found | ({"eval/mismatch_kl": mismatch(run, params, rollouts)} if run.cfg.experience.replay.capacity else {})
+
+
+def mismatch(run: Run, params: PyTree, rollouts: Rollouts) -> float:
+    """KL(sampler || trainer) of the same parameters, nats per token: the k3 estimate, mean over the tokens of the rollouts of
+    `rollout.prompts` prompts, or of all where they are fewer."""
+    num = len(rollouts.prompts.length)
+    part = _parts(num, run.cfg.rollout.prompts)[0]
+    sequences = of_groups(sequences_of(rollouts, np.ones(num, bool)), part)
+    d = (score(run, params, sequences).logprobs - sequences.behavior_logprobs).astype(np.float64)[sequences.learn]
+    return float(np.mean(np.maximum(np.expm1(d) - d, 0.0)))
 
 
 def probabilities(run: Run, params: PyTree, rows: tuple[Row, ...]) -> np.ndarray:
@@ -61,12 +76,12 @@ def supervised_sequences(run: Run, rows: list[Row]) -> Sequences:
     return supervised(prompt, prompt_length, target, length, run.cfg.rollout.temperature)
 
 
-def answers(run: Run, policy: Policy, pool: GraderPool) -> Answers:
+def answers(run: Run, policy: Policy, pool: GraderPool) -> tuple[Answers, Rollouts]:
     """k = `rollout.samples` graded responses to each held-out row. Keys of their own: training is not disturbed."""
     rows = run.task.held_out
     prompts = make_prompts(run.task, rows, np.arange(len(rows)), np.arange(len(rows)))
-    grades = collect(run, pool, policy, prompts, rows, run.eval_key).grades
-    return Answers(correct(grades.parts[0], run.cfg.evaluation.threshold), grades.vote)
+    rollouts, grades, *_ = collect(run, pool, policy, prompts, rows, run.eval_key)
+    return Answers(correct(grades.parts[0], run.cfg.evaluation.threshold), grades.vote), rollouts
 
 
 def _parts(n: int, size: int) -> list[np.ndarray]:

@@ -86,7 +86,7 @@ def evaluate_target(cfg: RunConfig, k: int) -> dict[str, Any]:
     if source.params is not None and run.task.has_targets:
         found["exact"] = float(np.mean(probabilities(run, source.params, run.task.held_out)))
     with GraderPool(cfg.reward) as pool:
-        right, vote = answers(run, source.policy, pool)
+        (right, vote), _ = answers(run, source.policy, pool)
     found[f"avg@{k}"] = _plain(avg_at_k(right))
     for n in sorted({*(2**i for i in range(k.bit_length())), k}):
         found[f"pass@{n}"] = _plain(pass_at_k(right, n))

@@ -9,18 +9,29 @@ from jaxtyping import Bool, Float
 
 from jaxrl_llm.describe import as_floats
 from jaxrl_llm.experience.advantages import Outcome, estimate, reward_kl
-from jaxrl_llm.experience.batch import Sequences, make_batch, minibatches, of_sequences, sequences_of
+from jaxrl_llm.experience.batch import Sequences, make_batch, minibatches, sequences_of
 from jaxrl_llm.life import Life
 from jaxrl_llm.metrics import RatioAlarm
 from jaxrl_llm.model import lora
-from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.model.work import TrainFlops
-from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rates import batch_flops
-from jaxrl_llm.run import Run
-from jaxrl_llm.types import Experience, PyTree, TrainState
+from jaxrl_llm.run import Run, score
+from jaxrl_llm.types import Experience, TrainState
 from jaxrl_llm.update.config import PolicyGradient
 from jaxrl_llm.update.optimizer.state import ZERO_GRADIENT
+
+# Numbers of an update as a whole; every other is a mean over its tokens, or over its sequences, or an extreme.
+OF_UPDATES = ("loss", "grad_norm", "nonfinite")
+
+
+class Seen(NamedTuple):
+    """What one update said, which had a token to learn from."""
+
+    metrics: dict[str, float]
+    tokens: int
+    """To learn from."""
+    sequences: int
+    """With such a token."""
 
 
 class Learned(NamedTuple):
@@ -28,12 +39,13 @@ class Learned(NamedTuple):
     alarm: int
     """Stale updates in a row whose ratios were all exactly 1."""
     metrics: dict[str, float]
+    """Of the updates that had a token to learn from; a number of tokens is absent where none had one."""
     advantage: Float[np.ndarray, "B C"]
     zero_gradient: dict[str, bool]
     """Of each parameter: its gradient was exactly 0 in every update that counts, one that was finite and had a token to learn
     from. Empty where none was."""
     flops: TrainFlops
-    """Of all updates."""
+    """Of the updates that had a token to learn from."""
     seconds: float
     """That these took, batches on their way and metrics back."""
 
@@ -45,9 +57,11 @@ def learn(
 
     Every update compares with the log-probs captured while sampling, or scored before the first, the last as well as the first.
     An update is stale, to the alarm, from the second on, or when the data is old: some token was drawn by an earlier policy.
+    One without a token to learn from changes nothing, and says nothing.
     """
-    cfg, state, alarm, rings, each, zero = run.cfg.update, life.state, RatioAlarm(life.alarm), False, [], []
-    flops, seconds = [], 0.0
+    cfg, state, alarm, rings = run.cfg.update, life.state, RatioAlarm(life.alarm), False
+    each: list[Seen] = []
+    zero, flops, seconds = [], [], 0.0
     sequences, metrics = assess(run, life, experience, counts)
     old = is_old(experience, counts, int(state.step))
     # Anchored on the trainer of before these updates, the first has ratio 1 on old data too.
@@ -59,21 +73,39 @@ def learn(
             begun = time.monotonic()
             state, found = run.update(state, run.put_batch(batch), reference)
             found, gradients = without_zero_gradients(as_floats(jax.device_get(found)))
-            seconds += time.monotonic() - begun
+            took = time.monotonic() - begun
+            if not batch.loss_mask.any():
+                continue
+            seconds += took
             flops.append(batch_flops(run, batch))
-            each.append(found)
-            if found["nonfinite"] == 0 and batch.loss_mask.any():
+            each.append(Seen(found, int(batch.loss_mask.sum()), int(part.learn.any(axis=1).sum())))
+            if found["nonfinite"] == 0:
                 zero.append(gradients)
-            alarm, ring = alarm.observe(each[-1]["ratio/min"], each[-1]["ratio/max"], stale=stale or len(each) > 1)
+            alarm, ring = alarm.observe(found["ratio/min"], found["ratio/max"], stale=stale or len(each) > 1)
             rings |= ring
-    metrics |= {name: float(np.mean([m[name] for m in each])) for name in each[0]}
-    metrics |= {"ratio/max": max(m["ratio/max"] for m in each), "ratio/min": min(m["ratio/min"] for m in each)}
-    # Only the first update on fresh data compares the same parameters: what is left is the sampler's own error.
-    metrics |= {name: float("nan") if old else x for name, x in each[0].items() if name.startswith("mismatch/")}
-    metrics |= {"alarm/ratio": float(rings), "updates": len(each)}
+    metrics |= over_updates(each, old) | {"alarm/ratio": float(rings), "updates": len(each)}
     never = {path: all(gradients[path] for gradients in zero) for path in zero[0]} if zero else {}
-    work = TrainFlops(*map(sum, zip(*flops, strict=True)))
+    work = TrainFlops(*np.sum(flops, axis=0)) if flops else TrainFlops(0, 0, 0)
     return Learned(state, alarm.streak, metrics, sequences.advantage, never, work, seconds)
+
+
+def over_updates(each: list[Seen], old: bool) -> dict[str, float]:
+    """A step's numbers: means over all tokens, sequences or updates that they speak of, and extremes; {} without an update.
+
+    `mismatch/*` compares the sampler with the trainer at the same parameters: the first update alone does, on fresh data.
+    """
+    if not each:
+        return {}
+
+    def mean(name: str) -> float:
+        counts = [1 if name in OF_UPDATES else s.sequences if name.startswith("dpo/") else s.tokens for s in each]
+        return float(np.average([s.metrics[name] for s in each], weights=counts))
+
+    first = each[0].metrics
+    found = {name: mean(name) for name in first if not name.startswith("mismatch/")}
+    found |= {"ratio/max": max(s.metrics["ratio/max"] for s in each)}
+    found |= {"ratio/min": min(s.metrics["ratio/min"] for s in each)}
+    return found | ({} if old else {name: x for name, x in first.items() if name.startswith("mismatch/")})
 
 
 def without_zero_gradients(metrics: dict[str, float]) -> tuple[dict[str, float], dict[str, bool]]:
@@ -95,7 +127,7 @@ def assess(
     run: Run, life: Life, experience: Experience, counts: Bool[np.ndarray, " P"]
 ) -> tuple[Sequences, dict[str, float]]:
     """The sequences to learn from, with advantages and all that the loss reads, and what there is to say of these."""
-    objective, sequences, metrics = run.cfg.objective, sequences_of(experience, counts), {}
+    objective, sequences, metrics = run.cfg.objective, sequences_of(experience.rollouts, counts), {}
     sampled, behavior = experience.rollouts.sampled, sequences.behavior_logprobs
     token_reward = np.zeros(behavior.shape)
     if objective.reads_reference_logprobs:
@@ -108,7 +140,8 @@ def assess(
         )
     if objective.reward_kl.weight > 0:
         token_reward = reward_kl(behavior, sequences.reference_logprobs, sequences.learn, objective.reward_kl)
-        metrics["reward_kl"] = float(-token_reward.sum() / max(sequences.learn.sum(), 1) / objective.reward_kl.weight)
+        if sequences.learn.any():
+            metrics["reward_kl"] = float(-token_reward.sum() / sequences.learn.sum() / objective.reward_kl.weight)
     late, shape = objective.reward_kl.to == "advantage", (len(counts), -1)
     weights = [grader.weight for grader in run.cfg.reward.graders]
     found = estimate(
@@ -131,13 +164,6 @@ def assess(
         # The pair alone: what is neither best nor worst takes no part.
         sequences = sequences._replace(learn=sequences.learn & (found.advantage != 0))
     return sequences, metrics
-
-
-def score(run: Run, params: PyTree, sequences: Sequences) -> TokenScores:
-    """Of the completions' tokens [B C] under `params`, on the host."""
-    batch, where = make_batch(sequences, run.shapes.experience, run.task.pad)
-    scores = hosts.gather(run.score_experience(params, run.put_batch(batch)))
-    return jax.tree.map(lambda x: of_sequences(x, where, sequences), scores)
 
 
 def is_old(experience: Experience, counts: Bool[np.ndarray, " P"], version: int) -> bool:

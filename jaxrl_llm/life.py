@@ -72,9 +72,10 @@ class Life:
             eval_before=float(tree["eval_before"]),
             began=meta["began"],
             guards=Guards(
-                int(tree["guards"]["nonfinite"]),
-                int(tree["guards"]["no_gradient"]),
-                tuple(map(int, tree["guards"]["zero_gradient"])),
+                **{
+                    name: tuple(map(int, x)) if name == "zero_gradient" else int(x)
+                    for name, x in tree["guards"].items()
+                }
             ),
             state=tree["state"],
             reference=tree.get("reference"),

@@ -11,7 +11,16 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 from pydantic import ConfigDict
 
-from jaxrl_llm.experience.config import AdvantageConfig, BestWorst, Gae, Grpo, ReinforcePlusPlus, RewardKl
+from jaxrl_llm.experience.config import (
+    AdvantageConfig,
+    BestWorst,
+    Gae,
+    Gdpo,
+    Grpo,
+    Raw,
+    ReinforcePlusPlus,
+    RewardKl,
+)
 from jaxrl_llm.update.config import (
     Cispo,
     Clip,
@@ -24,6 +33,8 @@ from jaxrl_llm.update.config import (
     TruncatedImportance,
 )
 
+# Presets whose source leaves out groups of equal rewards (DAPO's dynamic sampling).
+FILTERED = ("paper:dapo", "verl:dapo")
 GROUPED = ("mean_only", "rloo", "leave_one_out", "max_rl", "pass_at_k", "opo", "gpg", "gdpo", "best_worst")
 
 
@@ -101,9 +112,47 @@ def _compares_a_group(advantage: AdvantageConfig) -> bool:
     return advantage.kind in GROUPED or (isinstance(advantage, ReinforcePlusPlus) and advantage.baseline)
 
 
-def refusals(objective: ObjectiveConfig, samples: int, packing: str) -> list[str]:
-    """Parts that do not go together, and why; `samples` a prompt."""
+def teaches_without_signal(objective: ObjectiveConfig, graders: int) -> str:
+    """What a group of equal rewards teaches: the part of the objective that gives its tokens a reward or an advantage other than 0,
+    or that reads no reward; "" where it teaches nothing. `graders`: how many there are."""
+    advantage, name = objective.advantage, f"objective.advantage {objective.advantage.kind}"
+    if objective.loss.kind == "distillation":
+        return "objective.loss distillation reads no reward: every group teaches"
+    if objective.reward_kl.weight > 0:
+        return "objective.reward_kl gives each token a reward of its own"
+    if isinstance(advantage, Raw):
+        return f"{name} has no baseline: equal rewards teach too"
+    if isinstance(advantage, Gae) or (isinstance(advantage, ReinforcePlusPlus) and not advantage.baseline):
+        return f"{name} compares with what other groups and states are worth: equal rewards teach too"
+    if isinstance(advantage, Grpo) and advantage.mean_over == "batch":
+        return f"{name} with mean_over batch compares groups with each other: equal rewards teach too"
+    if isinstance(advantage, Gdpo) and graders > 1:
+        return f"{name} compares each grader's part by itself: parts may differ where their sum is equal"
+    return ""
+
+
+def filter_of(choice: str, objective: ObjectiveConfig, graders: int) -> str:
+    """What `experience.filter` stands for: `auto` is the preset's source, where nothing that teaches is dropped by it; without a
+    preset has_signal where equal rewards have no gradient to give, by advantage, KL or entropy, and move no statistic."""
+    if choice != "auto":
+        return choice
+    if teaches_without_signal(objective, graders):
+        return "none"
+    if objective.preset:
+        return "has_signal" if objective.preset in FILTERED else "none"
+    advantage, loss = objective.advantage, objective.loss
+    over_batch = isinstance(advantage, Gdpo | ReinforcePlusPlus) or (
+        isinstance(advantage, Grpo) and advantage.std_over == "batch"
+    )
+    pulls = isinstance(loss, PolicyGradient) and (loss.kl.weight > 0 or loss.entropy > 0)
+    return "none" if over_batch or pulls else "has_signal"
+
+
+def refusals(objective: ObjectiveConfig, samples: int, packing: str, keep: str = "auto", graders: int = 1) -> list[str]:
+    """Parts that do not go together, and why; `samples` per prompt, `keep` and `graders` as in `filter_of`."""
     found = []
+    if keep == "has_signal" and (why := teaches_without_signal(objective, graders)):
+        found.append(f"experience.filter: got has_signal, want auto or none: {why}")
     if _compares_a_group(objective.advantage) and samples < 2:
         found.append(
             f"objective.advantage.kind: got {objective.advantage.kind} with rollout.samples {samples}, want 2 or more samples: "

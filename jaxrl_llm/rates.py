@@ -98,8 +98,10 @@ def describe_updates(run: Run, flops: TrainFlops, seconds: float) -> dict[str, f
 
     `update/ceiling_fraction`: `least_seconds` of the time they took. `update/mfu`: model FLOPs (`train_flops`) over the time and
     the maker's bf16 peak of all devices, whatever the compute dtype; left out where that is not known. The first step's time holds
-    the compilation.
+    the compilation. Nothing where no update had a token to learn from.
     """
+    if not seconds:
+        return {}
     devices = run.train.mesh.devices
     peak = peak_flops(devices.flat[0].device_kind)
     least = least_seconds(flops, update_rates(run), devices.size)

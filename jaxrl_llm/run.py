@@ -4,23 +4,29 @@
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jaxtyping import Array, Key
 
 from jaxrl_llm import config as run_config
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.experience.batch import Sequences, make_batch, of_sequences
+from jaxrl_llm.experience.filters import FILTERS
 from jaxrl_llm.experience.packing import Shape, shape_of
 from jaxrl_llm.model import lora, quantised
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig, Whole
 from jaxrl_llm.model.critic import NAMES as CRITIC
 from jaxrl_llm.model.critic import critic_specs
+from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.source import resolve as resolve_model
+from jaxrl_llm.objective import filter_of
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.layout import TRAIN, Layout
@@ -82,6 +88,8 @@ class Run:
     correction: Correction
     """Of the sampler's arithmetic, `auto` resolved."""
     publish: Publish
+    keep: Callable[[np.ndarray], np.ndarray]
+    """Which groups may teach: `experience.filter`, `auto` resolved."""
     shapes: Shapes
     score: jax.stages.Wrapped
     """Of batches of the shape `held_out`."""
@@ -141,6 +149,7 @@ def build(cfg: RunConfig) -> Run:
         engine=Engine(cfg.rollout, task.prompt_slots, vocab, model, decode, task.tokenizer.decode),
         correction=correction,
         publish=make_publish(model, train, decode, weights),
+        keep=FILTERS[filter_of(cfg.experience.filter, cfg.objective, len(cfg.reward.graders))],
         shapes=shapes,
         score=make_score(**scoring),
         score_experience=make_score(**scoring, parts=shapes.experience.parts),
@@ -228,6 +237,13 @@ def problems(cfg: RunConfig, task: Task) -> list[str]:
             f"update.packing.slots: got {packing.slots}, want 0 or at least the {least} of {what} at its longest"
         )
     return found
+
+
+def score(run: Run, params: PyTree, sequences: Sequences) -> TokenScores:
+    """Of the completions' tokens [B C] under `params`, on the host."""
+    batch, where = make_batch(sequences, run.shapes.experience, run.task.pad)
+    scores = hosts.gather(run.score_experience(params, run.put_batch(batch)))
+    return jax.tree.map(lambda x: of_sequences(x, where, sequences), scores)
 
 
 def publish(run: Run, state: TrainState, old: Policy | None) -> Policy:

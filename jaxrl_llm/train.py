@@ -23,9 +23,8 @@ from jaxrl_llm.describe import as_floats, describe, describe_engine, responses
 from jaxrl_llm.errors import CheckpointError, Preempted, UserError
 from jaxrl_llm.evaluate import evaluate, headline, supervised_sequences
 from jaxrl_llm.experience.batch import make_batch
-from jaxrl_llm.experience.filters import FILTERS
 from jaxrl_llm.experience.replay import fill
-from jaxrl_llm.guards import observe
+from jaxrl_llm.guards import observe, observe_update
 from jaxrl_llm.learn import learn, without_zero_gradients
 from jaxrl_llm.life import Life, begin, fresh_state, open_checkpoints, start_reference, target, trained_policy
 from jaxrl_llm.metrics import CompileCounter, Recorder, Timers
@@ -63,20 +62,29 @@ def train(cfg: RunConfig, must_resume: bool = False) -> Result:
     refuse_what_cannot_train(run)
     with open_shell(cfg) as shell, stop_signal() as stopping:
         life, policy, scores = resume(run, shell, must_resume) or begin(run), None, {}
+        if life.step == cfg.warm_start.steps < cfg.total_steps and not life.began:
+            life, policy, scores = start_rl(run, shell, life)
+            shell.recorder.log(life.step, with_rates({"phase": "rl", **scores}, shell))
         while life.step < cfg.total_steps:
             if life.step < cfg.warm_start.steps:
-                life, metrics = warm_step(run, shell, life)
-            else:
-                if policy is None:
+                life, metrics, error = warm_step(run, shell, life)
+                if life.step == cfg.warm_start.steps and not error:
                     life, policy, scores = start_rl(run, shell, life)
+                    metrics |= scores
+            else:
+                policy = policy or first_policy(run, life.state)
                 try:
-                    life, policy, metrics = rl_step(run, shell, life, policy, partial(stops_alone, stopping, life.step))
+                    step = rl_step(run, shell, life, policy, partial(stops_alone, stopping, life.step))
                 except GivenUp:
                     leave(run, shell, life, "the next one was given up while it sampled")
-            if policy is not None and is_due(life.step - cfg.warm_start.steps, cfg.evaluation.every, cfg.steps):
-                scores = evaluate(run, life.state.params, policy, shell.pool)
-                metrics |= scores
+                life, policy, metrics = step.life, step.policy, step.metrics
+                if is_due(life.step - cfg.warm_start.steps, cfg.evaluation.every, cfg.steps):
+                    scores = evaluate(run, life.state.params, policy, shell.pool)
+                    metrics |= scores
+                life, metrics, error = guard(run, shell, step, metrics)
             shell.recorder.log(life.step, with_rates(metrics, shell))
+            if error:
+                raise error
             stop = stopping(life.step)
             if stop or is_due(life.step, cfg.checkpoint.every, cfg.total_steps):
                 save(run, shell, life)
@@ -87,7 +95,8 @@ def train(cfg: RunConfig, must_resume: bool = False) -> Result:
             policy = publish(run, life.state, None)
             scores = evaluate(run, life.state.params, policy, shell.pool)
         measure = headline(run)
-        return Result(measure.removeprefix("eval/"), life.eval_before, scores[measure], Path(cfg.run_dir).resolve())
+        after = scores.get(measure, float("nan"))
+        return Result(measure.removeprefix("eval/"), life.eval_before, after, Path(cfg.run_dir).resolve())
 
 
 def refuse_what_cannot_train(run: Run) -> None:
@@ -110,8 +119,8 @@ def is_due(step: int, every: int, last: int) -> bool:
     return step > 0 and (step % every == 0 or step == last)
 
 
-def warm_step(run: Run, shell: Shell, life: Life) -> tuple[Life, dict[str, float]]:
-    """One supervised update on noisy answers."""
+def warm_step(run: Run, shell: Shell, life: Life) -> tuple[Life, dict[str, float], UserError | None]:
+    """One supervised update on noisy answers, and what ends the run, if anything does."""
     cfg = run.cfg.warm_start
     places = range(life.step * cfg.rows, (life.step + 1) * cfg.rows)
     with shell.timers("update"):
@@ -119,21 +128,25 @@ def warm_step(run: Run, shell: Shell, life: Life) -> tuple[Life, dict[str, float
         batch, _ = make_batch(supervised_sequences(run, rows), run.shapes.warm_start, run.task.pad)
         state, metrics = run.warm_update(life.state, run.put_batch(batch))
         metrics, _ = without_zero_gradients(as_floats(jax.device_get(metrics)))
-    return dataclasses.replace(life, step=life.step + 1, state=state), {"phase": "warm_start", **metrics}
+    found = observe_update(life.guards, run.cfg.update.guards, metrics)
+    life = dataclasses.replace(life, step=life.step + 1, state=state, guards=found.guards)
+    return life, {"phase": "warm_start", **metrics}, found.error
 
 
 def start_rl(run: Run, shell: Shell, life: Life) -> tuple[Life, Policy, dict[str, float]]:
-    """The first policy of this process; at the very start of RL also a fresh optimizer, the reference, and the score before."""
-    if life.began:
-        return life, first_policy(run, life.state), {}
-    state = fresh_state(run, life.state.params, int(life.state.step), began=True)
-    reference = start_reference(run, state.params) if run.cfg.objective.has_reference else None
+    """What RL begins with: a fresh optimizer, the reference, the first policy, and the score before. Where no step of RL is to come
+    the score alone."""
+    state, reference = life.state, None
+    if run.cfg.steps:
+        state = fresh_state(run, life.state.params, int(life.state.step), began=True)
+        reference = start_reference(run, state.params) if run.cfg.objective.has_reference else None
     policy = first_policy(run, state)
     scores = evaluate(run, state.params, policy, shell.pool)
     shell.recorder.message(
         "held-out accuracy before RL: " + ", ".join(f"{v:.4f} {k.removeprefix('eval/')}" for k, v in scores.items())
     )
-    life = dataclasses.replace(life, began=True, state=state, reference=reference, eval_before=scores[headline(run)])
+    before = scores.get(headline(run), float("nan"))
+    life = dataclasses.replace(life, began=run.cfg.steps > 0, state=state, reference=reference, eval_before=before)
     return life, policy, scores
 
 
@@ -145,9 +158,17 @@ def first_policy(run: Run, state: TrainState) -> Policy:
     return policy
 
 
-def rl_step(
-    run: Run, shell: Shell, life: Life, policy: Policy, give_up: Callable[[], bool] = lambda: False
-) -> tuple[Life, Policy, dict[str, float]]:
+class Step(NamedTuple):
+    """What one step of RL leaves behind."""
+
+    life: Life
+    policy: Policy
+    metrics: dict[str, float]
+    zero_gradient: dict[str, bool]
+    """As in `Learned`."""
+
+
+def rl_step(run: Run, shell: Shell, life: Life, policy: Policy, give_up: Callable[[], bool] = lambda: False) -> Step:
     """The sentence, once. Raises GivenUp, with nothing changed, if `give_up` says so while responses are sampled."""
     cfg, timers = run.cfg, shell.timers
     rng = np.random.default_rng((cfg.seed, life.step))
@@ -156,7 +177,7 @@ def rl_step(
     rollouts, graded, stats, waited = collect(run, shell.pool, policy, prompts, run.task.train, run.key, give_up)
     timers.add("generate", stats.seconds)
     timers.add("reward", waited)
-    keep = FILTERS[cfg.experience.filter](graded.reward)
+    keep = run.keep(graded.reward)
     parts = np.moveaxis(graded.parts, 0, -1).reshape(len(rollouts.length), -1)
     fresh = Experience(rollouts, graded.reward.reshape(-1), parts.astype(np.float32))
     replay, experience, counts = fill(life.replay, fresh, keep, version, cfg.experience.replay, rng)
@@ -167,11 +188,6 @@ def rl_step(
         policy = jax.block_until_ready(publish(run, state, policy))
     done = life.step + 1 - cfg.warm_start.steps
     reference = refresh(cfg.objective.reference, life.reference, trained_policy(run, state.params), done)
-    guards, warnings, error = observe(life.guards, cfg.update.guards, learned.metrics, learned.zero_gradient)
-    for warning in warnings:
-        shell.recorder.message(warning)
-    if error:
-        raise error
     advantage = np.where(np.repeat(keep, cfg.rollout.samples)[:, None], learned.advantage, 0.0)
     show(run, shell, life.step + 1, fresh, advantage)
     metrics = {
@@ -183,10 +199,19 @@ def rl_step(
     }
     num_tokens = life.num_tokens + int(metrics["completions/tokens"])
     life = dataclasses.replace(
-        life, step=life.step + 1, cursor=cursor, num_tokens=num_tokens, alarm=learned.alarm, guards=guards, state=state,
-        reference=reference, replay=replay,
+        life, step=life.step + 1, cursor=cursor, num_tokens=num_tokens, alarm=learned.alarm, state=state, reference=reference,
+        replay=replay,
     )  # fmt: skip
-    return life, policy, metrics | {"num_tokens": num_tokens}
+    return Step(life, policy, metrics | {"num_tokens": num_tokens}, learned.zero_gradient)
+
+
+def guard(run: Run, shell: Shell, step: Step, metrics: dict) -> tuple[Life, dict, UserError | None]:
+    """The step's life with the guards' counts, its `metrics` with their warnings, and what ends the run, if anything does."""
+    found = observe(step.life.guards, run.cfg.update.guards, metrics, step.zero_gradient, shell.pool.first_failure)
+    for warning in found.warnings:
+        shell.recorder.message(warning)
+    told = {"warnings": list(found.warnings)} if found.warnings else {}
+    return dataclasses.replace(step.life, guards=found.guards), metrics | told, found.error
 
 
 def show(run: Run, shell: Shell, step: int, experience: Experience, advantage: np.ndarray) -> None:

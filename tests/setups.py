@@ -17,7 +17,7 @@ from jaxrl_llm.publish import make_blank, make_publish
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
-from jaxrl_llm.types import Batch, Experience, Policy, Prompts, PyTree, Rollouts
+from jaxrl_llm.types import Batch, Policy, Prompts, PyTree, Rollouts
 
 # Eight heads over eight key/value heads, so that every mesh below divides them; sharp logits, so that an error shows.
 SMALL = ModelConfig(vocab_size=16, layers=2, d_model=32, heads=16, kv_heads=8, head_dim=8, d_mlp=64, qk_norm=True)
@@ -119,9 +119,8 @@ def to_sequences(
     rollouts: Rollouts, advantage: np.ndarray | None = None, counts: np.ndarray | None = None
 ) -> Sequences:
     """What updates learn from, one advantage a sequence; all groups count unless told."""
-    rows, groups = len(rollouts.length), len(rollouts.prompts.length)
-    experience = Experience(rollouts, np.zeros(rows, np.float32), np.zeros((rows, 1), np.float32))
-    found = sequences_of(experience, np.ones(groups, bool) if counts is None else counts)
+    groups = len(rollouts.prompts.length)
+    found = sequences_of(rollouts, np.ones(groups, bool) if counts is None else counts)
     if advantage is None:
         return found
     return found._replace(advantage=np.where(found.learn, advantage[:, None], 0).astype(np.float32))

@@ -104,7 +104,7 @@ def test_defaults_alone_work():
         ("model: 3", ["model: got 3, want: input should be a dictionary or an instance of ModelConfig"]),
         (
             "experience: {filter: all}",
-            ["experience.filter: got 'all', want: input should be 'has_signal' or 'none'"],
+            ["experience.filter: got 'all', want: input should be 'auto', 'has_signal' or 'none'"],
         ),
         ("task: {kind: file}", ["task.path: got nothing, want: field required"]),
         ("update: {optimizer: {lr: .nan}}", ["update.optimizer.lr: got nan, want: input should be a finite number"]),

@@ -10,13 +10,18 @@ from jaxrl_llm import config as run_config
 from jaxrl_llm import learn as learning
 from jaxrl_llm import life as lives
 from jaxrl_llm import train
-from jaxrl_llm.errors import MismatchError, NonFiniteError
+from jaxrl_llm.errors import GradingError, MismatchError, NonFiniteError
 from jaxrl_llm.experience.advantages import ESTIMATORS, Outcome, estimate
 from jaxrl_llm.experience.config import Gae, Grpo, PassAtK, Raw, ReinforcePlusPlus, Rloo
 from jaxrl_llm.guards import Guards, observe
 from jaxrl_llm.update.config import GuardConfig
 
-FINE = {"nonfinite": 0.0, "mismatch/kl": 1e-6, "alarm/ratio": 0.0}
+FINE = {
+    "nonfinite": 0.0, "mismatch/kl": 1e-6, "alarm/ratio": 0.0, "updates": 2, "groups/graded": 8.0, "groups/kept": 8.0,
+}  # fmt: skip
+# What a step without a token to learn from leaves: nothing was measured.
+NO_SIGNAL = {"updates": 0, "groups/kept": 0.0}
+UNGRADED = NO_SIGNAL | {"groups/graded": 0.0}
 SOME = {"embed": False, "layers/qkv": False}
 
 
@@ -24,7 +29,10 @@ def look(steps, cfg=GuardConfig(), guards=Guards()):  # noqa: B008
     """Verdicts of steps, each (changes of FINE, parameters without a gradient), up to the first error."""
     found = []
     for changes, zero in steps:
-        found.append(observe(guards, cfg, FINE | changes, zero))
+        metrics = FINE | changes
+        if not metrics["updates"]:
+            del metrics["nonfinite"], metrics["mismatch/kl"]
+        found.append(observe(guards, cfg, metrics, zero, "grader even: ValueError: odd"))
         guards = found[-1].guards
         if found[-1].error:
             break
@@ -33,14 +41,14 @@ def look(steps, cfg=GuardConfig(), guards=Guards()):  # noqa: B008
 
 def test_a_sound_step_says_nothing():
     (verdict,) = look([({}, SOME)])
-    assert verdict == (Guards(0, 0, (0, 0)), (), None)
+    assert verdict == (Guards(seen=1, zero_gradient=(0, 0)), (), None)
 
 
 def test_steps_without_a_finite_update_end_the_run_when_they_are_in_a_row():
-    bad, good = ({"nonfinite": 1.0, "mismatch/kl": np.nan}, {}), ({"nonfinite": 0.5}, SOME)
-    found = look([bad, bad, good, bad, bad, bad, good], GuardConfig(max_nonfinite=3))
-    assert [v.guards.nonfinite for v in found] == [1, 2, 0, 1, 2, 3]
-    assert [v.error is None for v in found] == [True] * 5 + [False]
+    bad, good, idle = ({"nonfinite": 1.0, "mismatch/kl": np.nan}, {}), ({"nonfinite": 0.5}, SOME), (NO_SIGNAL, {})
+    found = look([bad, bad, good, bad, bad, idle, bad, good], GuardConfig(max_nonfinite=3))
+    assert [v.guards.nonfinite for v in found] == [1, 2, 0, 1, 2, 2, 3]
+    assert [v.error is None for v in found] == [True] * 6 + [False]
     assert isinstance(found[-1].error, NonFiniteError) and found[-1].error.exit_code == 4
     assert "no update of 3 steps in a row was finite" in str(found[-1].error)
 
@@ -51,9 +59,17 @@ def test_a_sampler_far_from_the_trainer_ends_the_run():
     assert [v.error is None for v in found] == [True, True, False]
     assert isinstance(found[-1].error, MismatchError) and found[-1].error.exit_code == 4
     assert str(found[-1].error).startswith(
-        "mismatch/kl: got 0.3 nats a token, want at most 0.1 (update.guards.max_mismatch_kl)"
+        "mismatch/kl: got 0.3 nats per token, want at most 0.1 (update.guards.max_mismatch_kl)"
     )
     assert look([(far, SOME)], GuardConfig(max_mismatch_kl=None))[0].error is None
+
+
+def test_an_evaluation_ends_the_run_where_the_steps_data_is_old():
+    """Replay: the step itself measures nothing, and its place in the metrics is empty."""
+    old = FINE | {"eval/mismatch_kl": 0.2}
+    del old["mismatch/kl"]
+    error = observe(Guards(), GuardConfig(), old, SOME).error
+    assert isinstance(error, MismatchError) and str(error).startswith("eval/mismatch_kl: got 0.2 nats per token")
 
 
 def test_a_parameter_without_a_gradient_is_named_once():
@@ -75,8 +91,54 @@ def test_no_gradient_anywhere_is_one_warning_about_rewards():
     dead = ({}, {"embed": False, "layers/qkv": True})
     found = look([dead, dead, nothing, nothing, nothing, nothing, dead], GuardConfig(zero_gradient_steps=3))
     assert [len(v.warnings) for v in found] == [0, 0, 0, 0, 1, 0, 1]
-    assert found[4].warnings[0].startswith("every gradient was exactly 0 for 3 steps: are the rewards")
+    assert (
+        found[4]
+        .warnings[0]
+        .startswith(
+            "3 of 5 steps of RL so far learned nothing; this one: every gradient was exactly 0: are the rewards"
+        )
+    )
     assert "layers/qkv" in found[6].warnings[0]
+
+
+def test_steps_without_signal_are_told_at_3_6_12_and_24_of_them_in_a_row_or_not():
+    idle, fine = (NO_SIGNAL, {}), ({}, SOME)
+    found = look([idle, fine] * 26)
+    told = {n: v.warnings[0] for n, v in enumerate(found, 1) if v.warnings}
+    assert list(told) == [5, 11, 23, 47]
+    assert told[47].startswith(
+        "24 of 47 steps of RL so far learned nothing; this one: the rewards of each group were equal"
+    )
+    assert found[-1].error is None
+
+
+def test_a_guard_may_say_why_a_step_learned_nothing():
+    reasons = {
+        "no group could be graded": UNGRADED,
+        "the rewards of each group were equal": NO_SIGNAL,
+        "no token of the groups that were kept takes part in the loss": NO_SIGNAL | {"groups/kept": 8.0},
+    }
+    for reason, changes in reasons.items():
+        (verdict,) = look([(changes, {})], GuardConfig(idle_steps=1, max_ungraded=2))
+        assert verdict.warnings[0].startswith(f"1 of 1 steps of RL so far learned nothing; this one: {reason}")
+
+
+def test_groups_that_nobody_can_grade_end_the_run_with_the_first_failure():
+    found = look([(UNGRADED, {}), (UNGRADED, {}), (NO_SIGNAL, {}), *[(UNGRADED, {})] * 3], GuardConfig(max_ungraded=3))
+    assert [v.guards.ungraded for v in found] == [1, 2, 0, 1, 2, 3]
+    assert [v.error is None for v in found] == [True] * 5 + [False]
+    assert isinstance(found[-1].error, GradingError) and found[-1].error.exit_code == 4
+    assert str(found[-1].error) == (
+        "no group of 3 steps in a row could be graded (update.guards.max_ungraded), so nothing was learned; the first failure: "
+        "grader even: ValueError: odd"
+    )
+
+
+def test_a_support_that_cuts_off_most_draws_is_told_once():
+    cut, whole = ({"sampling/support_overflow": 1.0}, SOME), ({"sampling/support_overflow": 0.1}, SOME)
+    found = look([cut, cut, whole, cut, cut, cut, cut])
+    assert [len(v.warnings) for v in found] == [0, 0, 0, 0, 0, 1, 0]
+    assert found[5].warnings[0].startswith("sampling/support_overflow: got 1.00 of the tokens, want at most 0.1")
 
 
 def test_the_ratio_alarm_is_passed_on():
@@ -164,6 +226,15 @@ def start(opened):
     return run, shell, dataclasses.replace(life, state=state), train.publish(run, state, None), shell.recorder
 
 
+def step(run, shell, life, policy):
+    """One step of RL under its guards, as `train` takes it."""
+    done = train.rl_step(run, shell, life, policy)
+    life, metrics, error = train.guard(run, shell, done, done.metrics)
+    if error:
+        raise error
+    return life, done.policy, metrics
+
+
 def as_numpy(state):
     return [np.array(x) for x in jax.tree.leaves((state.params, state.opt_state))]
 
@@ -171,7 +242,7 @@ def as_numpy(state):
 def test_a_poisoned_batch_changes_nothing_and_ends_the_run(start, monkeypatch):
     run, shell, life, policy, _ = start
     whole = learning.make_batch
-    life, policy, _ = train.rl_step(run, shell, life, policy)
+    life, policy, _ = step(run, shell, life, policy)
 
     def poisoned(*args):
         batch, where = whole(*args)
@@ -181,11 +252,11 @@ def test_a_poisoned_batch_changes_nothing_and_ends_the_run(start, monkeypatch):
     monkeypatch.setattr(learning, "make_batch", poisoned)
     before = as_numpy(life.state)
     for streak in (1, 2):
-        life, policy, metrics = train.rl_step(run, shell, life, policy)
+        life, policy, metrics = step(run, shell, life, policy)
         assert metrics["nonfinite"] == 1 and life.guards.nonfinite == streak
         assert all(np.array_equal(a, b) for a, b in zip(before, as_numpy(life.state), strict=True))
     with pytest.raises(NonFiniteError):
-        train.rl_step(run, shell, life, policy)
+        step(run, shell, life, policy)
 
 
 def test_log_probs_of_another_distribution_end_the_run(start, monkeypatch):
@@ -196,13 +267,13 @@ def test_log_probs_of_another_distribution_end_the_run(start, monkeypatch):
         sequences = sampled(*args)
         return sequences._replace(behavior_logprobs=sequences.behavior_logprobs * 0.5)
 
-    life, policy, metrics = train.rl_step(run, shell, life, policy)
+    life, policy, metrics = step(run, shell, life, policy)
     assert 0 <= metrics["mismatch/kl"] < 1e-4
     # Of the updates' rates only that they are told: the maker of this chip states no peak.
     assert metrics["update/ceiling_fraction"] > 0 < metrics["update/flops_per_s"] and "update/mfu" not in metrics
     monkeypatch.setattr(learning, "sequences_of", colder)
     with pytest.raises(MismatchError, match=r"update\.guards\.max_mismatch_kl"):
-        train.rl_step(run, shell, life, policy)
+        step(run, shell, life, policy)
 
 
 def test_parameters_that_the_loss_cannot_reach_are_named_once_and_across_a_resume(start):
@@ -212,11 +283,10 @@ def test_parameters_that_the_loss_cannot_reach_are_named_once_and_across_a_resum
     life = dataclasses.replace(life, state=life.state.replace(params=life.state.params | {"layers": cut}))
     policy = train.publish(run, life.state, policy)
     for _ in range(2):
-        life, policy, metrics = train.rl_step(run, shell, life, policy)
-    assert not told and not any(name.startswith("zero_gradient") for name in metrics)
+        life, policy, metrics = step(run, shell, life, policy)
+    assert not told and not any(name.startswith("zero_gradient") for name in metrics) and "warnings" not in metrics
     life = lives.Life.revive(life.tree(run.key), {"began": True})
-    for _ in range(2):
-        life, policy, _ = train.rl_step(run, shell, life, policy)
-    assert told == [
-        "the gradient of layers/attn_norm, layers/qkv was exactly 0 for 3 steps: nothing in the loss depends on it"
-    ]
+    life, policy, metrics = step(run, shell, life, policy)
+    life, policy, _ = step(run, shell, life, policy)
+    said = "the gradient of layers/attn_norm, layers/qkv was exactly 0 for 3 steps: nothing in the loss depends on it"
+    assert told == metrics["warnings"] == [said], "on the screen, and in the record"

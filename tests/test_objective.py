@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from pydantic import TypeAdapter
 
-from jaxrl_llm.objective import ObjectiveConfig, refusals
+from jaxrl_llm.objective import ObjectiveConfig, filter_of, refusals
 from jaxrl_llm.presets import PRESETS, filled
 
 CLIP = {"preset": "trl:grpo"}
@@ -107,3 +107,54 @@ def test_every_fault_is_named_at_once():
         "objective.loss.kl.to",
         "objective.loss.length",
     ]
+
+
+# objective, graders -> what `experience.filter: auto` stands for, and what has_signal is refused for ("" where it may stand).
+FILTERS = {
+    "grpo": ({}, 1, "has_signal", ""),
+    "grpo with KL in the loss": ({"loss": {"kl": {"weight": 0.01}}}, 1, "none", ""),
+    "grpo with an entropy bonus": ({"loss": {"entropy": 0.01}}, 1, "none", ""),
+    "grpo with KL in the reward": (
+        {"reward_kl": {"weight": 0.01}},
+        1,
+        "none",
+        "objective.reward_kl gives each token a reward",
+    ),
+    "grpo over the batch": ({"advantage": {"mean_over": "batch"}}, 1, "none", "compares groups with each other"),
+    "grpo scaled over the batch": ({"advantage": {"std_over": "batch"}}, 1, "none", ""),
+    "rloo": ({"advantage": {"kind": "rloo"}}, 1, "has_signal", ""),
+    "raw": ({"advantage": {"kind": "raw"}}, 1, "none", "objective.advantage raw has no baseline"),
+    "gae": ({"advantage": {"kind": "gae"}}, 1, "none", "objective.advantage gae compares with what other groups"),
+    "reinforce++": ({"advantage": {"kind": "reinforce_pp"}}, 1, "none", "objective.advantage reinforce_pp compares"),
+    "reinforce++ with a baseline": ({"advantage": {"kind": "reinforce_pp", "baseline": True}}, 1, "none", ""),
+    "gdpo of one grader": ({"advantage": {"kind": "gdpo"}}, 1, "none", ""),
+    "gdpo of two": ({"advantage": {"kind": "gdpo"}}, 2, "none", "compares each grader's part by itself"),
+    "distillation": ({"loss": {"kind": "distillation"}}, 1, "none", "objective.loss distillation reads no reward"),
+    "a source that does not filter": ({"preset": "verl:grpo"}, 1, "none", ""),
+    "a source that does": ({"preset": "paper:dapo"}, 1, "has_signal", ""),
+    "a part in its place that needs all": (
+        {"preset": "paper:dapo", "advantage": {"kind": "raw"}},
+        1,
+        "none",
+        "no baseline",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_the_filter_follows_from_what_teaches(name):
+    given, graders, want, why = FILTERS[name]
+    asked = objective(given)
+    assert filter_of("auto", asked, graders) == want
+    assert filter_of("none", asked, graders) == "none" and filter_of("has_signal", asked, graders) == "has_signal"
+    found = refusals(asked, samples=4, packing="none", keep="has_signal", graders=graders)
+    told = [line for line in found if line.startswith("experience.filter: got has_signal, want auto or none: ")]
+    assert [why in line for line in told] == ([True] if why else [])
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_no_presets_own_filter_is_refused(name):
+    asked = objective({"preset": name})
+    keep = filter_of("auto", asked, 1)
+    assert keep == ("has_signal" if name in ("paper:dapo", "verl:dapo") else "none")
+    assert refusals(asked, samples=4, packing="shared_prefix", keep=keep) == []

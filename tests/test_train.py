@@ -342,12 +342,12 @@ def test_nothing_compiles_after_warm_up(tmp_path):
     with train.open_shell(cfg) as shell:
         life = train.begin(run)
         while life.step < cfg.warm_start.steps:
-            life, _ = train.warm_step(run, shell, life)
+            life, *_ = train.warm_step(run, shell, life)
         life, policy, _ = train.start_rl(run, shell, life)
 
         def steps(run, life, policy, n):
             for _ in range(n):
-                life, policy, metrics = train.rl_step(run, shell, life, policy)
+                life, policy, metrics, _ = train.rl_step(run, shell, life, policy)
                 shell.recorder.log(life.step, metrics)
                 # Fresh data, first update: what is left is the sampler's own error against the trainer.
                 assert 0 < metrics["mismatch/max_abs_dlogp"] <= 5e-4
@@ -376,7 +376,7 @@ def test_live_arrays_do_not_grow(tmp_path):
         life, policy, _ = train.start_rl(run, shell, dataclasses.replace(train.begin(run), step=3))
         counts = []
         for _ in range(6):
-            life, policy, _ = train.rl_step(run, shell, life, policy)
+            life, policy, *_ = train.rl_step(run, shell, life, policy)
             counts.append(len(jax.live_arrays()))
         assert counts[-1] == counts[1]
 

@@ -33,7 +33,7 @@ from jaxrl_llm.config import RunConfig
 from jaxrl_llm.evaluate import evaluate
 from jaxrl_llm.experience.batch import Sequences, make_batch, minibatches, of_sequences
 from jaxrl_llm.experience.config import Rloo
-from jaxrl_llm.experience.filters import FILTERS
+from jaxrl_llm.experience.filters import has_signal
 from jaxrl_llm.learn import assess, means_of
 from jaxrl_llm.life import Life, begin, fresh_state
 from jaxrl_llm.metrics import RatioAlarm
@@ -122,7 +122,7 @@ def warm_up(run: Run, shell: Shell) -> Life:
     """What all arms of a seed start from."""
     life = begin(run)
     while life.step < run.cfg.warm_start.steps:
-        life, metrics = warm_step(run, shell, life)
+        life, metrics, _ = warm_step(run, shell, life)
         if life.step % 100 == 0:
             print(f"seed {run.cfg.seed}: warm start {life.step}, loss {metrics['loss']:.3f}", flush=True)
     return life
@@ -140,12 +140,12 @@ def learn(run: Run, shell: Shell, warm: Life, arm: str, lag: int) -> dict:
         prompts, cursor = next_prompts(run.task, run.order, cursor, cfg.rollout.prompts)
         rollouts, graded, *_ = collect(run, shell.pool, policies[0], prompts, run.task.train, run.key)
         reward = graded.reward
-        keep = FILTERS[cfg.experience.filter](reward)
+        keep = has_signal(reward)
         experience = Experience(rollouts, reward.reshape(-1), reward.reshape(-1, 1))
         sequences, _ = assess(run, dataclasses.replace(warm, state=state), experience, keep)
         state, updates = update(run, state, sequences, arm, rng)
         for i, metrics in enumerate(updates):
-            stale = i > 0 or bool(rollouts.version.max() < int(state.step) - len(updates))
+            stale = i > 0 or bool(rollouts.version.max() < int(state.step) - cfg.update.updates)
             alarm, ring = alarm.observe(metrics["ratio/min"], metrics["ratio/max"], stale)
             rings += ring
         steps.append(describe(reward, keep, updates))
@@ -159,7 +159,7 @@ def learn(run: Run, shell: Shell, warm: Life, arm: str, lag: int) -> dict:
 def update(
     run: Run, state: TrainState, sequences: Sequences, arm: str, rng: np.random.Generator
 ) -> tuple[TrainState, list[dict[str, float]]]:
-    """Epochs x minibatches of updates, and the metrics of each."""
+    """Epochs x minibatches of updates, and the metrics of each that had a token to learn from."""
     cfg, found = run.cfg.update, []
     if arm == "once":
         sequences = rescored(run, state.params, sequences)
@@ -169,7 +169,8 @@ def update(
                 part = rescored(run, state.params, part)
             batch, _ = make_batch(part, run.shapes.update, run.task.pad, *means_of(run))
             state, metrics = run.update(state, run.put_batch(batch))
-            found.append({name: float(x) for name, x in jax.device_get(metrics).items()})
+            if tokens := batch.loss_mask.sum():
+                found.append({name: float(x) for name, x in jax.device_get(metrics).items()} | {"tokens": int(tokens)})
     return state, found
 
 
@@ -185,14 +186,16 @@ def describe(reward: np.ndarray, keep: np.ndarray, updates: list[dict[str, float
 
     `off_one`, max |r - 1|, is -inf where no minibatch holds such a group, and null in the JSON.
     """
+    tokens = [m["tokens"] for m in updates]
+    clipped = [m["clip_ratio/low"] + m["clip_ratio/high"] for m in updates]
 
     def off_one(some: list[dict[str, float]]) -> float:
-        return max(max(m["ratio/max"] - 1, 1 - m["ratio/min"]) for m in some)
+        return max((max(m["ratio/max"] - 1, 1 - m["ratio/min"]) for m in some), default=-np.inf)
 
     return {
         "reward": reward.mean(),
         "groups_kept": keep.sum(),
-        "clip_fraction": np.mean([m["clip_ratio/low"] + m["clip_ratio/high"] for m in updates]),
+        "clip_fraction": np.average(clipped, weights=tokens) if updates else np.nan,
         "off_one_first": off_one(updates[:1]),
         "off_one_later": off_one(updates[1:]),
         "entropy": np.mean([m["entropy"] for m in updates]),

@@ -70,7 +70,7 @@ def warm_up() -> Life:
         with open_shell(cfg) as shell:
             life = begin(run)
             while life.step < cfg.warm_start.steps:
-                life, _ = warm_step(run, shell, life)
+                life, *_ = warm_step(run, shell, life)
     return life
 
 
@@ -85,7 +85,7 @@ def learn(preset: str, updates: int, warm: Life) -> dict:
             life, policy, scores = start_rl(run, shell, life)
             exact, reward = {0: scores["eval/exact"]}, []
             for step in range(1, STEPS + 1):
-                life, policy, metrics = rl_step(run, shell, life, policy)
+                life, policy, metrics, _ = rl_step(run, shell, life, policy)
                 reward.append(metrics["reward"])
                 if step % EVERY == 0:
                     exact[step] = evaluate(run, life.state.params, policy, shell.pool)["eval/exact"]

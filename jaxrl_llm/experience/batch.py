@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxrl_llm.experience.packing import Places, Shape, place
-from jaxrl_llm.types import Batch, Experience
+from jaxrl_llm.types import Batch, Rollouts
 
 Completion = Float[np.ndarray, "B C"]
 
@@ -42,10 +42,9 @@ PER_TOKEN = (
 EMPTY = {"support": -1}
 
 
-def sequences_of(experience: Experience, counts: Bool[np.ndarray, " P"]) -> Sequences:
+def sequences_of(rollouts: Rollouts, counts: Bool[np.ndarray, " P"]) -> Sequences:
     """Of groups that count only tokens that the policy drew are learnt from: the prompt never, the end token always.
     Advantages are still 0."""
-    rollouts = experience.rollouts
     prompts, samples = rollouts.prompts, len(rollouts.length) // len(counts)
     return Sequences(
         prompt=np.repeat(prompts.tokens, samples, axis=0),
@@ -167,8 +166,14 @@ def minibatches(sequences: Sequences, num: int, rng: np.random.Generator) -> Ite
     """One epoch: whole groups in a new order, in `num` equal parts. A single part keeps its order."""
     groups = int(sequences.group[-1]) + 1
     order = rng.permutation(groups) if num > 1 else np.arange(groups)
-    samples = len(sequences.group) // groups
     for part in np.split(order, num):
-        rows = (part[:, None] * samples + np.arange(samples)).reshape(-1)
-        taken = jax.tree.map(lambda x, rows=rows: x[rows], sequences)
-        yield taken._replace(group=np.repeat(np.arange(len(part), dtype=np.int32), samples))
+        yield of_groups(sequences, part)
+
+
+def of_groups(sequences: Sequences, index: Int[np.ndarray, " n"]) -> Sequences:
+    """Those of the groups at `index`, in its order; a group's number is its new place."""
+    samples = len(sequences.group) // (int(sequences.group[-1]) + 1)
+    rows = (index[:, None] * samples + np.arange(samples)).reshape(-1)
+    return jax.tree.map(lambda x: x[rows], sequences)._replace(
+        group=np.repeat(np.arange(len(index), dtype=np.int32), samples)
+    )

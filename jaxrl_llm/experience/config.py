@@ -29,8 +29,9 @@ class ExperienceConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    filter: Literal["has_signal", "none"] = "has_signal"
-    """has_signal keeps a group whose rewards differ; the others have no gradient to give."""
+    filter: Literal["auto", "has_signal", "none"] = "auto"
+    """has_signal: keeps a group whose rewards differ. none: keeps every group that was graded. auto: what the preset's source does;
+    without a preset has_signal where a group of equal rewards has no gradient to give, else none."""
     replay: ReplayConfig = ReplayConfig()
 
 

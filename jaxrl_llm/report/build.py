@@ -105,7 +105,9 @@ def build(run_dir: Path, out: Path | None = None) -> Path:
         raise UserError(f"run directory {run_dir}: got {found}, want one that `jaxrl train` wrote")
     rows = read_jsonl(run_dir / METRICS)
     phases = {
-        "Training": [row for row in rows if row.get("phase") != "warm_start"],
+        "Training": [
+            row if row.get("phase") != "warm_start" else _evaluated(row) for row in rows if _is_of_training(row)
+        ],
         "Warm start": [row for row in rows if row.get("phase") == "warm_start"],
     }
     config = run_dir / "config.yaml"
@@ -125,6 +127,15 @@ def build(run_dir: Path, out: Path | None = None) -> Path:
     half.write_text(text, encoding="utf-8", newline="\n")
     os.replace(half, out)
     return out
+
+
+def _is_of_training(row: Row) -> bool:
+    """Whether the row is of RL, or holds the score that it begins with."""
+    return row.get("phase") != "warm_start" or any(name.startswith("eval/") for name in row)
+
+
+def _evaluated(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name == "step" or name.startswith("eval/")}
 
 
 def _facts(rows: Sequence[Row]) -> list[tuple[str, str]]:

@@ -60,12 +60,13 @@ class Graded:
 
 
 def part_metrics(graded: Graded, names: Sequence[str]) -> dict[str, float]:
-    """`rewards/<name>/mean`, over the groups that did not fail, and `rewards/<name>/<failure>`, groups lost to that grader."""
+    """`rewards/<name>/mean` over the groups that did not fail, absent if all did; `rewards/<name>/<failure>`, groups lost to it."""
     good = graded.failure == Failure.NONE
     found = {}
     for index, name in enumerate(names):
         part = graded.parts[index, good]
-        found[f"rewards/{name}/mean"] = float(part.mean()) if part.size else math.nan
+        if part.size:
+            found[f"rewards/{name}/mean"] = float(part.mean(dtype=np.float64))
         lost = graded.failure[graded.failed_by == index]
         found |= {f"rewards/{name}/{kind.name.lower()}": float(np.sum(lost == kind)) for kind in Failure if kind}
     return found
@@ -87,6 +88,8 @@ class GraderPool:
         self._names = [grader.label for grader in config.graders]
         self._specs = [(grader.grader, dict(grader.options)) for grader in config.graders]
         self._num_failures: collections.Counter[tuple[int, Failure]] = collections.Counter()
+        self.first_failure = ""
+        """Which grader failed first, and how, in its own words."""
         self._workers: list[_Worker] = []
         # One thread for as long as the pool lives: a worker dies with the thread that started it.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="graders")
@@ -212,6 +215,7 @@ class GraderPool:
     def _report(self, verdict: Verdict, group: Sequence[Sample]) -> None:
         self._num_failures[verdict.grader, verdict.failure] += 1
         count = self._num_failures[verdict.grader, verdict.failure]
+        self.first_failure = self.first_failure or f"grader {self._names[verdict.grader]}: {verdict.text}"
         if count <= NUM_LOGGED:
             last = " (further ones are counted, not logged)" if count == NUM_LOGGED else ""
             grader, name, prompt = self._names[verdict.grader], verdict.failure.name, group[0].prompt[:200]

@@ -277,7 +277,13 @@ class GuardConfig:
     max_nonfinite: Count = 3
     """Steps in a row of which no update was finite; then the run ends with exit code 4. Such an update changes nothing."""
     max_mismatch_kl: Positive | None = 0.1
-    """Mean KL(sampler || trainer), nats a token, of the same parameters; above it the run ends with exit code 4. None: no gate."""
+    """Mean KL(sampler || trainer), nats per token, of the same parameters; above it the run ends with exit code 4. None: no gate.
+    Measured in the first update on fresh data, and, where groups are reused, on each evaluation's rollouts."""
+    max_ungraded: Count = 3
+    """Steps in a row of which no group could be graded; then the run ends with exit code 4."""
+    idle_steps: Count = 3
+    """Once so many steps have learned nothing, that is said with the reason; again at twice, four times, ... as many. Draws that
+    `rollout.support` cuts off are told after so many steps in a row."""
     zero_gradient_steps: Count = 3
     """A parameter whose gradient is exactly 0 for so many steps is named."""
 

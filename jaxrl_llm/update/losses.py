@@ -6,6 +6,7 @@
 A term of a whole sequence stands at each of its tokens: the aggregation `sequence` then takes its mean over sequences.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -45,6 +46,8 @@ class Terms(NamedTuple):
     """Named values to average over the tokens of the loss mask."""
     maxima: dict[str, Tokens]
     """Named values whose maximum over the loss mask is wanted; a minimum is the maximum of the negative."""
+    weighted: dict[str, Tokens]
+    """Named values to add up with the weights of the loss, which make a mean over sequences of what is one number for each."""
 
 
 class Held(NamedTuple):
@@ -207,7 +210,7 @@ def kl_estimate(difference: Tokens, factor: Tokens | float, cfg: KlConfig) -> To
     elif cfg.kind == "k2":
         found = d**2 / 2
     else:
-        found = jnp.exp(-d) - 1 + d
+        found = k3(d)
     found = factor * found
     if cfg.max_value is not None:
         found = jnp.clip(found, -cfg.max_value, cfg.max_value)
@@ -227,8 +230,17 @@ def kl_terms(scores: TokenScores, log_r: Tokens, batch: Batch, cfg: KlConfig) ->
 
 
 def k3(d: Tokens) -> Tokens:
-    """e^-d - 1 + d: never negative, unbiased for the KL of d = log p - log q on samples of p."""
-    return jnp.exp(-d) - 1 + d
+    """e^-d - 1 + d: never negative, unbiased for the KL of d = log p - log q on samples of p (Schulman 2020).
+
+    Near 0 by its series d^2 (1/2 - d/6 + d^2/24 - ...), whose bracket is positive: the difference itself rounds below 0 there, by
+    as much as the processor's exp is off. At |d| = 0.25 the seven terms are good to 1e-9 of the value.
+    """
+    near = jnp.abs(d) < 0.25
+    small = jnp.where(near, d, 0.0)
+    series = 0.0
+    for n in range(8, 1, -1):
+        series = series * -small + 1 / math.factorial(n)
+    return jnp.where(near, small * small * series, jnp.expm1(-jnp.where(near, 0.0, d)) + d)
 
 
 def critic_terms(values: Tokens, batch: Batch, cfg: CriticLoss) -> Tokens:
@@ -268,7 +280,7 @@ def policy_terms(scores: TokenScores, batch: Batch, cfg: PolicyGradient, correct
         means |= {"critic/value": scores.values, "critic/return": batch.returns}
         loss = loss + cfg.critic.weight * means["critic/loss"]
     maxima = {"ratio/max": ratio, "ratio/-min": -ratio, "mismatch/max_abs_dlogp": jnp.abs(mismatch)}
-    return Terms(loss, means, maxima)
+    return Terms(loss, means, maxima, {})
 
 
 def anchored_on_proximal(cfg: PolicyGradient, correction: Correction) -> bool:
@@ -279,7 +291,7 @@ def anchored_on_proximal(cfg: PolicyGradient, correction: Correction) -> bool:
 
 def cross_entropy_terms(scores: TokenScores, batch: Batch, cfg: CrossEntropy, correction: Correction) -> Terms:
     """-log p(token). Nothing was sampled, so nothing is corrected."""
-    return Terms(-scores.logprobs, {"entropy": scores.entropy}, {})
+    return Terms(-scores.logprobs, {"entropy": scores.entropy}, {}, {})
 
 
 def dpo_terms(scores: TokenScores, batch: Batch, cfg: Dpo, correction: Correction) -> Terms:
@@ -289,13 +301,14 @@ def dpo_terms(scores: TokenScores, batch: Batch, cfg: Dpo, correction: Correctio
     """
     own = within(batch.loss_mask, scores.logprobs - batch.reference_logprobs)
     margin = sum_by(batch.group, jnp.sign(batch.advantage) * own)
-    means = {"entropy": scores.entropy, "dpo/margin": margin, "dpo/accuracy": margin > 0}
-    return Terms(-jax.nn.log_sigmoid(cfg.beta * margin), means, _ratio_maxima(scores, batch))
+    pairs = {"dpo/margin": margin, "dpo/accuracy": margin > 0}
+    loss = -jax.nn.log_sigmoid(cfg.beta * margin)
+    return Terms(loss, {"entropy": scores.entropy}, _ratio_maxima(scores, batch), pairs)
 
 
 def distillation_terms(scores: TokenScores, batch: Batch, cfg: Distillation, correction: Correction) -> Terms:
     """Exact KL(policy || teacher). Source: Agarwal et al. 2024 (GKD) with the reverse KL, on the policy's own samples."""
-    return Terms(scores.kl, {"entropy": scores.entropy, "kl": scores.kl}, _ratio_maxima(scores, batch))
+    return Terms(scores.kl, {"entropy": scores.entropy, "kl": scores.kl}, _ratio_maxima(scores, batch), {})
 
 
 def _ratio_maxima(scores: TokenScores, batch: Batch) -> dict[str, Tokens]:

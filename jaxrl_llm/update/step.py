@@ -83,8 +83,10 @@ def make_update(
 
 def _summed(terms: Terms, part: Batch, share: Array) -> tuple[Array, tuple[Metrics, Metrics]]:
     """A part's loss, its share of the means, and its maxima."""
-    total = jnp.sum(jnp.where(part.loss_mask, terms.loss, 0.0) * part.weight)
-    means = {name: jnp.sum(jnp.where(part.loss_mask, x, 0.0) * share) for name, x in terms.means.items()}
+    summed = lambda x, by: jnp.sum(jnp.where(part.loss_mask, x, 0.0) * by)  # noqa: E731
+    total = summed(terms.loss, part.weight)
+    means = {name: summed(x, share) for name, x in terms.means.items()}
+    means |= {name: summed(x, part.weight) for name, x in terms.weighted.items()}
     maxima = {name: jnp.max(jnp.where(part.loss_mask, x, -jnp.inf)) for name, x in terms.maxima.items()}
     return total, ({"loss": total, **means}, maxima)
 

@@ -37,7 +37,7 @@ def tiny(**changes) -> Experience:
 
 def sequences(experience: Experience, counts=(True, True)):
     """Advantages 2, -2, 3, -3 of the four."""
-    found = sequences_of(experience, np.array(counts))
+    found = sequences_of(experience.rollouts, np.array(counts))
     return found._replace(advantage=np.where(found.learn, f32([[2], [-2], [3], [-3]]), 0).astype(np.float32))
 
 

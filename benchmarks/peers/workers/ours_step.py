@@ -54,7 +54,7 @@ def load(directory: str, words: str, compute: str, variant: str, beta: float) ->
     held = [life, publish(run, life.state, None)]
 
     def step() -> dict:
-        life, policy, metrics = rl_step(run, shell, *held)
+        life, policy, metrics, _ = rl_step(run, shell, *held)
         held[:] = life, policy
         times = shell.timers.take()
         return {

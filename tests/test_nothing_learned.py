@@ -1,0 +1,96 @@
+"""What a run says when there is nothing to learn, what it records, and that each objective learns where there is something."""
+
+import pytest
+import yaml
+
+from jaxrl_llm import cli
+from jaxrl_llm.metrics import read_jsonl
+
+CONFIG = {
+    "steps": 4,
+    "model": {"vocab_size": 16, "layers": 1, "d_model": 32, "heads": 8, "kv_heads": 8, "head_dim": 8, "d_mlp": 64},
+    "rollout": {"prompts": 8, "samples": 2, "max_new_tokens": 4},
+    "task": {"kind": "arithmetic", "terms": 2, "held_out": 8},
+    "evaluation": {"every": 100},
+    "mesh": {"data": 8},
+    "metrics": {"tensorboard": False, "samples_every": 0, "rollouts_every": 0},
+}
+GRADERS = """
+def raises(sample): raise ValueError(f"cannot read {len(sample.completion) >= 0}")
+def same(sample): return 1.0
+def odd(sample): return float(sum(map(ord, sample.completion)) % 2)
+"""
+# What is said of the tokens that were learned from, and of the rewards that were given.
+OF_TOKENS = ("loss", "entropy", "ratio/", "clip_ratio/", "grad_norm", "nonfinite", "mismatch/", "kl", "update/")
+OF_REWARDS = ("reward", "reward_std", "frac_reward_zero_std", "rewards/it/mean", "eval/pass@1", "eval/maj@2")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    (tmp_path / "some_graders.py").write_text(GRADERS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def run(grader: str, expect: int, **changes) -> list[dict]:
+        reward = {"workers": 1, "graders": [{"grader": f"some_graders:{grader}", "name": "it"}]}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"reward": reward} | changes))
+        assert cli.main(["train", str(tmp_path / "config.yaml"), "--run-dir", str(tmp_path / "run")]) == expect
+        return read_jsonl(tmp_path / "run" / "metrics.jsonl")
+
+    return run
+
+
+def named(row: dict, prefixes: tuple[str, ...]) -> list[str]:
+    return [name for name in row if name.startswith(prefixes)]
+
+
+@pytest.mark.slow
+def test_a_grader_that_always_raises_ends_the_run_with_its_words(run, capsys):
+    rows = run("raises", expect=4)
+    out, err = capsys.readouterr()
+    assert "no group of 3 steps in a row could be graded (update.guards.max_ungraded)" in err
+    assert "the first failure: grader it: ValueError: cannot read True" in err
+    assert [row["step"] for row in rows] == [0, 1, 2, 3], "the step that ends the run is recorded too"
+    assert all(row["groups/graded"] == row["groups/kept"] == row["updates"] == 0 for row in rows[1:])
+    assert all(row["rewards/it/raised"] == 8 for row in rows[1:])
+    assert [named(row, OF_TOKENS) for row in rows] == [[]] * 4, "no number of what is not there"
+    assert not any(row.keys() & set(OF_REWARDS) for row in rows)
+    # The right responses are known, so this one needs no grader.
+    assert "eval/exact" in rows[0]
+    assert "kept 0" in out and "nan" not in out
+
+
+@pytest.mark.slow
+def test_rewards_that_never_differ_are_told_on_the_screen_and_in_the_record(run, capsys):
+    rows = run("same", expect=0)
+    told = "3 of 3 steps of RL so far learned nothing; this one: the rewards of each group were equal"
+    assert [[w[: len(told)] for w in row.get("warnings", [])] for row in rows] == [[], [], [], [told], []]
+    out = capsys.readouterr().out
+    assert told in out and "kept 0" in out
+    assert all(row["frac_reward_zero_std"] == row["reward"] == 1 and row["reward_std"] == 0 for row in rows[1:])
+    assert [named(row, OF_TOKENS) for row in rows] == [[]] * 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["paper:reinforce", "paper:ppo"])
+def test_one_sample_per_prompt_teaches_without_a_group(run, preset):
+    """PPO's usual setting: no group of one has a reward that differs from another."""
+    rows = run("odd", expect=0, steps=2, rollout=CONFIG["rollout"] | {"samples": 1}, objective=preset)
+    assert all(row["groups/kept"] == 8 and row["updates"] == 1 and row["grad_norm"] > 0 for row in rows[1:])
+    # A group of one has no deviation, and no reward that is equal to another's.
+    assert not any({"reward_std", "frac_reward_zero_std"} & row.keys() for row in rows)
+
+
+@pytest.mark.slow
+def test_the_score_before_rl_is_on_the_last_line_before_it(run, tmp_path):
+    rows = run("odd", expect=0, steps=1, warm_start={"steps": 2, "rows": 8})
+    assert [(row["step"], row["phase"], "eval/exact" in row) for row in rows] == [
+        (1, "warm_start", False),
+        (2, "warm_start", True),
+        (3, "rl", True),
+    ]
+    assert {n for n in rows[1] if n.startswith("eval/")} == {n for n in rows[2] if n.startswith("eval/")}
+    assert rows[1]["eval/exact"] != rows[2]["eval/exact"]
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    training = page[page.index("Training") : page.index("Warm start")]
+    assert f"step 2\neval/exact {rows[1]['eval/exact']:.4g}" in training, "its curve begins there"
