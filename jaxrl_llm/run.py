@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -82,6 +83,8 @@ class Run:
     correction: Correction
     """Of the sampler's arithmetic, `auto` resolved."""
     publish: Publish
+    blank: Callable[[], Policy]
+    """Buffers for a policy where none is there to lend its own."""
     shapes: Shapes
     score: jax.stages.Wrapped
     """Of batches of the shape `held_out`."""
@@ -141,6 +144,7 @@ def build(cfg: RunConfig) -> Run:
         engine=Engine(cfg.rollout, task.prompt_slots, vocab, model, decode, task.tokenizer.decode),
         correction=correction,
         publish=make_publish(model, train, decode, weights),
+        blank=make_blank(model, decode, weights),
         shapes=shapes,
         score=make_score(**scoring),
         score_experience=make_score(**scoring, parts=shapes.experience.parts),
@@ -232,6 +236,4 @@ def problems(cfg: RunConfig, task: Task) -> list[str]:
 
 def publish(run: Run, state: TrainState, old: Policy | None) -> Policy:
     """The policy that the state's parameters make; `old` lends its buffers."""
-    return run.publish(
-        state.params, state.step, old or make_blank(run.model, run.decode, run.cfg.rollout.engine.weights)()
-    )
+    return run.publish(state.params, state.step, old or run.blank())
