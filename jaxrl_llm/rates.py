@@ -6,7 +6,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm.ceilings import copy_bandwidth, matmul_rate, peak_flops
+from jaxrl_llm import chips
+from jaxrl_llm.ceilings import copy_bandwidth, matmul_rate
 from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
@@ -101,7 +102,7 @@ def describe_updates(run: Run, flops: TrainFlops, seconds: float) -> dict[str, f
     the compilation.
     """
     devices = run.train.mesh.devices
-    peak = peak_flops(devices.flat[0].device_kind)
+    chip = chips.known(devices.flat[0].device_kind)
     least = least_seconds(flops, update_rates(run), devices.size)
     found = {"update/flops_per_s": sum(flops) / seconds, "update/ceiling_fraction": least / seconds}
-    return found | ({"update/mfu": sum(flops) / (seconds * peak * devices.size)} if peak else {})
+    return found | ({"update/mfu": sum(flops) / (seconds * chip.flops * devices.size)} if chip else {})

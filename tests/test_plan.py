@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from jaxrl_llm import cli
+from jaxrl_llm import chips, cli
 from jaxrl_llm.config import validate
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.parallel.hlo import Module
-from jaxrl_llm.plan import advice, chips, command, memory, predict, show, sweep, traffic
+from jaxrl_llm.plan import advice, command, memory, predict, show, sweep, traffic
 from jaxrl_llm.plan.command import Target
 from jaxrl_llm.plan.memory import Phase
 from jaxrl_llm.plan.programs import Job, Program, make_job, with_micro_batches
@@ -115,7 +115,7 @@ def test_a_topology_is_a_known_kind_and_sizes():
         with pytest.raises(UserError, match=r"--topology: got .*, want a kind"):
             chips.of_topology(wrong)
     assert chips.of_device("gpu", "NVIDIA H200", 1).memory == 141e9
-    assert chips.of_device("tpu", "TPU v5 lite", 8) == chips.CHIPS["v5e"]
+    assert chips.of_device("tpu", "TPU v5 lite", 8) == chips.V5E
     assert chips.of_device("cpu", "cpu", 2).memory == chips.of_device("cpu", "cpu", 1).memory / 2
     with pytest.raises(UserError, match="a chip that plan knows nothing of"):
         chips.of_device("gpu", "NVIDIA RTX 9000", 1)
@@ -202,7 +202,7 @@ def test_advice_changes_what_fills_the_fullest_phase(job):
 def report(**changes) -> dict:
     parts = dict.fromkeys(memory.PARTS, 0) | {memory.MASTERS: 3 * 10**9, memory.TEMPORARIES: 9 * 10**9}
     base = {
-        "topology": "v5e:2x2", "chips": 4, "chip": chips.CHIPS["v5e"]._asdict(), "jax": "0", "parameters": 10**9,
+        "topology": "v5e:2x2", "chips": 4, "chip": chips.V5E._asdict(), "jax": "0", "parameters": 10**9,
         "mesh": {"data": 1, "fsdp": 2, "tensor": 2, "expert": 1}, "minibatches": 1, "micro_batches": 2, "rows": 64,
         "slots": [7, 6], "phases": [{"name": "update", "total": 12 * 10**9, "parts": parts}],
         "peak": {"phase": "update", "bytes": 12 * 10**9}, "compiled": True, "fits": True, "advice": [], "predicted": None,

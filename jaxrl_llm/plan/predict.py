@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxrl_llm.chips import Chip
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.cache import reaches
 from jaxrl_llm.model.work import decode_step, held, matmul_params, weight_bytes
-from jaxrl_llm.plan.chips import Chip
 from jaxrl_llm.plan.programs import Job, Program
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from setups import TINY
 
-from jaxrl_llm.ceilings import peak_flops
+from jaxrl_llm import chips
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.batch import Sequences, make_batch
 from jaxrl_llm.experience.packing import shape_of
 from jaxrl_llm.model.work import TrainFlops, attention_pairs, matmul_params, train_flops
@@ -69,10 +70,20 @@ def test_the_least_time_by_hand():
         ("NVIDIA H200", 989e12),
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("TPU v6e", 918e12),
+        ("NVIDIA GH200 480GB", None),
         ("cpu", None),
         ("TPU v7x", None),
     ],
 )
 def test_peaks_by_the_name_of_the_device(kind, peak):
-    assert peak_flops(kind) == peak
+    """The chip that `update/mfu` takes is the one that `jaxrl plan` does."""
+    chip = chips.known(kind)
+    assert (chip and chip.flops) == peak
+    if peak is None and kind != "cpu":
+        with pytest.raises(UserError, match="a chip that plan knows nothing of"):
+            chips.of_device("gpu", kind, 1)
+    elif peak:
+        assert chips.of_device("gpu", kind, 1) == chip
