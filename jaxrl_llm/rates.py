@@ -4,14 +4,11 @@ from functools import cache
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 
 from jaxrl_llm import chips
 from jaxrl_llm.ceilings import copy_bandwidth, matmul_rate
-from jaxrl_llm.model import lora
-from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.work import TrainFlops, attention_pairs, matmul_params, train_flops, weight_products
+from jaxrl_llm.model.work import TrainFlops, adapters_of, matmul_params, seen, train_flops, weight_products
 from jaxrl_llm.run import Run
 from jaxrl_llm.types import Batch
 
@@ -83,15 +80,7 @@ def least_seconds(flops: TrainFlops, rates: UpdateRates, devices: int) -> float:
 
 def batch_flops(run: Run, batch: Batch) -> TrainFlops:
     """Of an update on this batch, which is on the host."""
-    real = np.asarray(batch.group) > 0
-    trained, _ = lora.split(model_params.policy_part(run.learner_specs, run.model))
-    return train_flops(
-        run.model,
-        attention_pairs(run.model, batch.position, real),
-        int(real.sum()),
-        int(np.asarray(batch.loss_mask).sum()),
-        model_params.count(trained) if run.cfg.lora.rank else None,
-    )
+    return train_flops(run.model, *seen(run.model, batch), adapters_of(run.learner_specs, run.model))
 
 
 def describe_updates(run: Run, flops: TrainFlops, seconds: float) -> dict[str, float]:

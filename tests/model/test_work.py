@@ -2,15 +2,17 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
-from setups import TINY
+from setups import TINY, layouts
 
 from jaxrl_llm import chips
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.batch import Sequences, make_batch
 from jaxrl_llm.experience.packing import shape_of
-from jaxrl_llm.model.work import TrainFlops, attention_pairs, matmul_params, train_flops
+from jaxrl_llm.model.cache import Form, empty_suffix
+from jaxrl_llm.model.work import Seen, TrainFlops, attention_pairs, forward_flops, matmul_params, train_flops
 from jaxrl_llm.rates import UpdateRates, least_seconds
 
 SLIDING = dataclasses.replace(TINY, window=3, sliding=(True, False))
@@ -53,6 +55,21 @@ def test_flops_by_hand():
     assert train_flops(TINY, pairs=7, tokens=5, scored=3) == TrainFlops(6 * layers * 5, 6 * 256 * 3, 12 * 4 * 8 * 7)
     adapted = train_flops(TINY, pairs=7, tokens=5, scored=3, adapters=100)
     assert adapted == TrainFlops((4 * layers + 600) * 5, 4 * 256 * 3, 12 * 4 * 8 * 7)
+
+
+def test_training_is_three_forward_passes():
+    counts = Seen(pairs=7, tokens=5, scored=3)
+    assert sum(train_flops(TINY, *counts)) == 3 * forward_flops(TINY, *counts)
+
+
+@pytest.mark.parametrize(("form", "each"), [(Form(), 4), (Form(int8=True), 1 + 4 / 8)])
+def test_bytes_of_a_cached_number_are_those_of_the_cache(form, each):
+    """Of f32, and in int8 a scale of 4 bytes for the 8 numbers of a head."""
+    layout = layouts()[1]
+    cache = jax.eval_shape(lambda: empty_suffix(TINY, 3, 5, layout, form))
+    numbers = 2 * TINY.layers * 3 * TINY.kv_heads * 5 * TINY.head_dim
+    assert form.number_bytes(TINY) == each
+    assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) == each * numbers
 
 
 def test_the_least_time_by_hand():
