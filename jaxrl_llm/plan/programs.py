@@ -43,7 +43,7 @@ from jaxrl_llm.run import (
     vocabulary_problems,
 )
 from jaxrl_llm.types import Batch, Policy, PyTree, TrainState
-from jaxrl_llm.update.optimizer.state import state_shardings
+from jaxrl_llm.update.optimizer.state import abstract_state
 from jaxrl_llm.update.optimizer.transform import make_optimizer
 from jaxrl_llm.update.step import make_update
 
@@ -126,7 +126,7 @@ def make_job(cfg: RunConfig, model: ModelConfig, prompt_slots: int, devices: Seq
     train = Layout(make_mesh(resolve(cfg.mesh, len(devices))[0], list(devices)), TRAIN)
     decode = train.for_decode(cfg.rollout.engine.layout)
     engine = Engine(cfg.rollout, prompt_slots, vocabulary(cfg, model), model, decode)
-    state = abstract_state(cfg, model, train)
+    specs, optimizer = learner_specs_of(cfg, model), make_optimizer(optimizer_of(cfg))
     return Job(
         cfg=cfg,
         model=model,
@@ -134,7 +134,7 @@ def make_job(cfg: RunConfig, model: ModelConfig, prompt_slots: int, devices: Seq
         train=train,
         decode=decode,
         engine=engine,
-        state=state,
+        state=abstract_state(specs, optimizer, train),
         reference=abstract_reference(cfg, model, train),
         policy=abstract_policy(model, decode, cfg.rollout.engine.weights),
         batch=abstract_batch(cfg, prompt_slots, engine.shape.support, train),
@@ -146,14 +146,6 @@ def with_micro_batches(job: Job, parts: int) -> Job:
     cfg = dataclasses.replace(job.cfg, update=dataclasses.replace(job.cfg.update, micro_batches=parts))
     batch = abstract_batch(cfg, job.prompt_slots, job.engine.shape.support, job.train)
     return dataclasses.replace(job, cfg=cfg, batch=batch)
-
-
-def abstract_state(cfg: RunConfig, model: ModelConfig, train: Layout) -> TrainState:
-    specs, optimizer = learner_specs_of(cfg, model), make_optimizer(optimizer_of(cfg))
-    params = model_params.abstract(specs, train)
-    shapes = jax.eval_shape(lambda p: TrainState(p, optimizer.init(lora.split(p)[0]), np.zeros((), np.int32)), params)
-    where = state_shardings(specs, optimizer, train)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
 
 def abstract_reference(cfg: RunConfig, model: ModelConfig, train: Layout) -> PyTree | None:
