@@ -275,7 +275,7 @@ def test_planned_flops_are_those_that_training_counts(both):
     ("name", "columns"), [("one m2po update", {"proximal_logprobs"}), ("dpo", {"reference_logprobs"})]
 )
 def test_columns_by_hand(name, columns):
-    cfg = validate(VALUES | OBJECTIVES[name], "test")
+    cfg = validate(VALUES | {"update": {}} | OBJECTIVES[name], "test")
     batch = make_job(cfg, cfg.model, 7, command.devices_of(Target(chips=1))[0]).batch
     optional = ("reference_logprobs", "proximal_logprobs", "values", "returns", "support", "barred")
     assert {column for column in optional if getattr(batch, column) is not None} == columns
