@@ -32,7 +32,7 @@ from jaxrl_llm.experience.batch import make_batch, supervised
 from jaxrl_llm.experience.packing import Shape, shape_of
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import Whole
-from jaxrl_llm.model.work import TrainFlops, attention_pairs, train_flops
+from jaxrl_llm.model.work import TrainFlops, seen, train_flops
 from jaxrl_llm.rates import UpdateRates, least_seconds, measure_update
 from jaxrl_llm.types import Batch, PyTree
 from jaxrl_llm.update.config import Clip, PolicyGradient
@@ -83,9 +83,7 @@ class Case:
         return make_batch(sequences, self.shape, 0)[0]
 
     def flops(self) -> TrainFlops:
-        batch, cfg = self.batch(), self.work.cfg
-        real = batch.group > 0
-        return train_flops(cfg, attention_pairs(cfg, batch.position, real), int(real.sum()), int(batch.loss_mask.sum()))
+        return train_flops(self.work.cfg, *seen(self.work.cfg, self.batch()))
 
     def call(self, params: PyTree) -> Callable[[], object]:
         """The program to time. Its state is donated, so each call goes on from the one before."""

@@ -21,27 +21,6 @@ from jax import lax
 FORMS = {"forward": ((1,), (0,)), "dx": ((1,), (1,)), "dw": ((0,), (0,))}
 Product = tuple[str, int, int, int]
 """(form, m, k, n): `m` rows through a matrix [k n]; 2 m k n FLOPs in every form."""
-# bf16 FLOPs a second of one device without sparsity, as its maker states it, by jax's name of the device.
-PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Of `jax.Device.device_kind`, which for a GPU goes on with its form and memory. None where it is not known."""
-    gpu = device_kind.startswith("NVIDIA")
-    known = [name for name in PEAKS if device_kind == name or (gpu and device_kind.startswith(name))]
-    return PEAKS[max(known, key=len)] if known else None
 
 
 def copy_bandwidth(nbytes: int, seconds: float = 1.0) -> float:

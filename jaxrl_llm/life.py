@@ -24,7 +24,7 @@ from jaxrl_llm.model.hf.source import resolve as resolve_model
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.run import Run
 from jaxrl_llm.types import Experience, Prompts, PyTree, Rollouts, TrainState
-from jaxrl_llm.update.optimizer.state import make_start, state_shardings
+from jaxrl_llm.update.optimizer.state import abstract_state, make_start
 from jaxrl_llm.update.optimizer.transform import make_optimizer
 
 COUNTERS = ("step", "cursor", "num_tokens", "alarm", "eval_before")
@@ -172,13 +172,7 @@ def target(run: Run, meta: dict[str, Any]) -> PyTree:
     began = meta["began"]
     optimizer = make_optimizer(run.optimizer if began else run.cfg.warm_start.optimizer)
     specs = run.learner_specs if began else run.specs
-    params = model_params.abstract(specs, run.train)
-    shapes = jax.eval_shape(lambda p: TrainState(p, optimizer.init(lora.split(p)[0]), np.zeros((), np.int32)), params)
-    state = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        shapes,
-        state_shardings(specs, optimizer, run.train),
-    )
+    state = abstract_state(specs, optimizer, run.train)
     whole = run.cfg.objective.reference.kind == "pretrained"
     reference = model_params.abstract(run.specs if whole else trained_policy(run, specs), run.train)
     reference = reference if began and run.cfg.objective.has_reference else None

@@ -2,7 +2,7 @@
 are two presets.
 
 Each entry holds what differs from `ObjectiveConfig`'s defaults. `framework:name` is what that framework's code computes with its
-defaults for that algorithm (versions: docs/objectives.md); `paper:name` is the published equation.
+defaults for that algorithm, `paper:name` the published equation; `SOURCES` says of which version and date.
 """
 
 from typing import Any
@@ -100,11 +100,47 @@ PRESETS: dict[str, dict[str, Any]] = {
         _policy(CLIP, correction={"kind": "masked_importance", "low": 0.0, "high": 5.0}),
         reward_kl={"kind": "k1", "weight": 0.1},
     ),
-    "prime:rl": _preset(
+    "prime:rl": _preset({"kind": "mean_only"}, _policy({"kind": "ipo"})),
+    "prime:dppo": _preset(
         {"kind": "mean_only"}, _policy({"kind": "dppo"}, kl={"kind": "k2", "weight": 2e-3, "to": "behavior"})
     ),
     "tinker:cispo": _preset({"kind": "mean_only"}, _policy({"kind": "cispo", "low": 0.0, "high": 4.0}, "token_sum")),
 }
+
+# Version and date of what was read: of a preset, or of its framework.
+SOURCES = {
+    "paper:reinforce": "Machine Learning 8, 1992",
+    "paper:ppo": "arXiv 1707.06347, 2017-07",
+    "paper:rloo": "arXiv 2402.14740, 2024-02",
+    "paper:grpo": "arXiv 2402.03300, 2024-02",
+    "paper:dr_grpo": "arXiv 2503.20783, 2025-03",
+    "paper:dapo": "arXiv 2503.14476, 2025-03",
+    "paper:gspo": "arXiv 2507.18071, 2025-07",
+    "paper:cispo": "arXiv 2506.13585, 2025-06",
+    "paper:gmpo": "arXiv 2507.20673, 2025-07",
+    "paper:sapo": "arXiv 2511.20347, 2025-11",
+    "paper:max_rl": "arXiv 2602.02710, 2026-02",
+    "paper:decoupled_ppo": "arXiv 2110.00641, 2021-10",
+    "paper:icepop": "arXiv 2510.18855, 2025-10",
+    "paper:m2po": "arXiv 2510.01161, 2025-10",
+    "paper:dpo": "arXiv 2305.18290, 2023-05",
+    "verl": "v0.8.0 + 337 (1dda039b), 2026-08-22",
+    "verl:dapo": "verl-recipe 48ea0a79, 2026-08-05",
+    "trl": "v1.9.0 + 26 (f2cd5771), 2026-07-24; the KL of v1.16.0, 2026-10-15",
+    "openrlhf": "v0.11.0 (3c3be623), 2026-08-13",
+    "slime": "v0.3.1 + 38 (624b824a), 2026-08-21",
+    "nemo": "v0.6 (7ea279ab), 2026-08-22",
+    "skyrl": "v0.3 (a9564572), 2026-08-21",
+    "areal": "v2.0.0 + 55 (cbff54d6), 2026-08-22",
+    "prime:rl": "pull requests 3418, 2026-08-27, and 3586, 2026-09-18, commit unknown",
+    "prime:dppo": "v0.8.1.dev67 (559b4477), 2026-08-21",
+    "tinker": "tinker-cookbook 9dfcc3a2, 2026-08-19",
+}
+
+
+def source(preset: str) -> str:
+    """Version and date of what the preset was read from."""
+    return SOURCES.get(preset) or SOURCES[preset.partition(":")[0]]
 
 
 def filled(given: Any, defaults: dict[str, Any]) -> Any:

@@ -52,12 +52,12 @@ def make_publish(cfg: ModelConfig, train: Layout, decode: Layout, weights: str =
 
 
 def make_blank(cfg: ModelConfig, decode: Layout, weights: str = "compute") -> Callable[[], Policy]:
-    """The program that makes the buffers the first `publish` writes into."""
-    shapes = abstract_policy(cfg, decode, weights)
-    return jax.jit(
-        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
-        out_shardings=policy_shardings(cfg, decode, weights),
-    )
+    """The program that makes the buffers which a `publish` without an older policy writes into."""
+
+    def blank() -> Policy:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_policy(cfg, decode, weights))
+
+    return jax.jit(blank, out_shardings=policy_shardings(cfg, decode, weights))
 
 
 def _view(params: PyTree, cfg: ModelConfig, weights: str) -> PyTree:

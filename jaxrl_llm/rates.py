@@ -4,13 +4,11 @@ from functools import cache
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 
-from jaxrl_llm.ceilings import copy_bandwidth, matmul_rate, peak_flops
-from jaxrl_llm.model import lora
-from jaxrl_llm.model import params as model_params
+from jaxrl_llm import chips
+from jaxrl_llm.ceilings import copy_bandwidth, matmul_rate
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.work import TrainFlops, attention_pairs, matmul_params, train_flops, weight_products
+from jaxrl_llm.model.work import TrainFlops, adapters_of, matmul_params, seen, train_flops, weight_products
 from jaxrl_llm.run import Run
 from jaxrl_llm.types import Batch
 
@@ -82,15 +80,7 @@ def least_seconds(flops: TrainFlops, rates: UpdateRates, devices: int) -> float:
 
 def batch_flops(run: Run, batch: Batch) -> TrainFlops:
     """Of an update on this batch, which is on the host."""
-    real = np.asarray(batch.group) > 0
-    trained, _ = lora.split(model_params.policy_part(run.learner_specs, run.model))
-    return train_flops(
-        run.model,
-        attention_pairs(run.model, batch.position, real),
-        int(real.sum()),
-        int(np.asarray(batch.loss_mask).sum()),
-        model_params.count(trained) if run.cfg.lora.rank else None,
-    )
+    return train_flops(run.model, *seen(run.model, batch), adapters_of(run.learner_specs, run.model))
 
 
 def describe_updates(run: Run, flops: TrainFlops, seconds: float) -> dict[str, float]:
@@ -103,7 +93,7 @@ def describe_updates(run: Run, flops: TrainFlops, seconds: float) -> dict[str, f
     if not seconds:
         return {}
     devices = run.train.mesh.devices
-    peak = peak_flops(devices.flat[0].device_kind)
+    chip = chips.known(devices.flat[0].device_kind)
     least = least_seconds(flops, update_rates(run), devices.size)
     found = {"update/flops_per_s": sum(flops) / seconds, "update/ceiling_fraction": least / seconds}
-    return found | ({"update/mfu": sum(flops) / (seconds * peak * devices.size)} if peak else {})
+    return found | ({"update/mfu": sum(flops) / (seconds * chip.flops * devices.size)} if chip else {})

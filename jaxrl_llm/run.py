@@ -90,6 +90,8 @@ class Run:
     publish: Publish
     keep: Callable[[np.ndarray], np.ndarray]
     """Which groups may teach: `experience.filter`, `auto` resolved."""
+    blank: Callable[[], Policy]
+    """Buffers for a policy where none is there to lend its own."""
     shapes: Shapes
     score: jax.stages.Wrapped
     """Of batches of the shape `held_out`."""
@@ -102,14 +104,11 @@ class Run:
 
     @property
     def anchored_on_proximal(self) -> bool:
-        """The ratio is to the trainer's parameters before the first update on a batch, not to what was captured while sampling."""
-        loss = self.cfg.objective.loss
-        return isinstance(loss, PolicyGradient) and anchored_on_proximal(loss, self.correction)
+        return is_anchored_on_proximal(self.cfg)
 
     @property
     def scores_proximal(self) -> bool:
-        """A batch is scored once before its first update; where that is the only one, the update does it itself."""
-        return isinstance(self.correction, SecondMoment) or (self.anchored_on_proximal and self.cfg.update.updates > 1)
+        return scores_proximal(self.cfg)
 
     def put_batch(self, batch: Batch) -> Batch:
         return hosts.put(batch, self.train.sharding(("rows", None)))
@@ -130,7 +129,7 @@ def build(cfg: RunConfig) -> Run:
     specs = model_params.specs(model)
     learner_specs = learner_specs_of(cfg, model)
     optimizer = optimizer_of(cfg)
-    shapes = shapes_of(cfg, task, train.size("rows"))
+    shapes = shapes_of(cfg, task.prompt_slots, train.size("rows"))
     how = Whole(cfg.update.attention, cfg.update.remat)
     scoring = {"num_tokens": task.num_tokens, "cfg": model, "layout": train, "ends": task.eos, "how": how}
 
@@ -150,6 +149,7 @@ def build(cfg: RunConfig) -> Run:
         correction=correction,
         publish=make_publish(model, train, decode, weights),
         keep=FILTERS[filter_of(cfg.experience.filter, cfg.objective, len(cfg.reward.graders))],
+        blank=make_blank(model, decode, weights),
         shapes=shapes,
         score=make_score(**scoring),
         score_experience=make_score(**scoring, parts=shapes.experience.parts),
@@ -183,6 +183,17 @@ def correction_of(cfg: RunConfig) -> Correction:
     )
 
 
+def is_anchored_on_proximal(cfg: RunConfig) -> bool:
+    """The ratio is to the trainer's parameters before the first update on a batch, not to what was captured while sampling."""
+    loss = cfg.objective.loss
+    return isinstance(loss, PolicyGradient) and anchored_on_proximal(loss, correction_of(cfg))
+
+
+def scores_proximal(cfg: RunConfig) -> bool:
+    """A batch is scored once before its first update; where that is the only one, the update does it itself."""
+    return isinstance(correction_of(cfg), SecondMoment) or (is_anchored_on_proximal(cfg) and cfg.update.updates > 1)
+
+
 def optimizer_of(cfg: RunConfig) -> OptimizerConfig:
     """With a group for the critic, whose gradient then has a norm of its own as well."""
     optimizer = cfg.update.optimizer
@@ -192,9 +203,9 @@ def optimizer_of(cfg: RunConfig) -> OptimizerConfig:
     return dataclasses.replace(optimizer, groups=(critic, *optimizer.groups))
 
 
-def shapes_of(cfg: RunConfig, task: Task, shards: int) -> Shapes:
+def shapes_of(cfg: RunConfig, prompt_slots: int, shards: int) -> Shapes:
     prompts, samples, packing, update = cfg.rollout.prompts, cfg.rollout.samples, cfg.update.packing, cfg.update
-    sizes = task.prompt_slots, cfg.rollout.max_new_tokens
+    sizes = prompt_slots, cfg.rollout.max_new_tokens
 
     def of_rollouts(prompts: int, parts: int) -> Shape:
         return shape_of(packing.kind, prompts, samples, sizes, packing.slots, parts, shards)
@@ -221,22 +232,30 @@ def problems(cfg: RunConfig, task: Task) -> list[str]:
     """What does not fit between config, devices and task, in words."""
     found = run_config.problems(cfg, jax.device_count()) + grader_problems(cfg.reward)
     found += quantised.problems(cfg.model, cfg.rollout.engine.weights) + lora.problems(cfg.model, cfg.lora)
-    if cfg.model.vocab_size < task.num_tokens:
-        found.append(f"model.vocab_size: got {cfg.model.vocab_size}, want at least the tokenizer's {task.num_tokens}")
+    found += vocabulary_problems(cfg.model, task.num_tokens)
     if cfg.rollout.max_new_tokens < task.target_slots:
         found.append(
             f"rollout.max_new_tokens: got {cfg.rollout.max_new_tokens}, want at least the {task.target_slots} tokens of the "
             "longest right response"
         )
+    return found + packing_problems(cfg, task.prompt_slots)
+
+
+def vocabulary_problems(model: ModelConfig, num_tokens: int) -> list[str]:
+    if model.vocab_size >= num_tokens:
+        return []
+    return [f"model.vocab_size: got {model.vocab_size}, want at least the tokenizer's {num_tokens}"]
+
+
+def packing_problems(cfg: RunConfig, prompt_slots: int) -> list[str]:
+    """Rows too short for what must lie in one."""
     packing = cfg.update.packing
     together = 2 if cfg.objective.loss.kind == "dpo" else 1
-    least = task.prompt_slots + together * cfg.rollout.max_new_tokens
-    if packing.kind != "none" and 0 < packing.slots < least:
-        what = "a pair of the loss dpo" if together == 2 else "one sequence"
-        found.append(
-            f"update.packing.slots: got {packing.slots}, want 0 or at least the {least} of {what} at its longest"
-        )
-    return found
+    least = prompt_slots + together * cfg.rollout.max_new_tokens
+    if packing.kind == "none" or not 0 < packing.slots < least:
+        return []
+    what = "a pair of the loss dpo" if together == 2 else "one sequence"
+    return [f"update.packing.slots: got {packing.slots}, want 0 or at least the {least} of {what} at its longest"]
 
 
 def score(run: Run, params: PyTree, sequences: Sequences) -> TokenScores:
@@ -248,6 +267,4 @@ def score(run: Run, params: PyTree, sequences: Sequences) -> TokenScores:
 
 def publish(run: Run, state: TrainState, old: Policy | None) -> Policy:
     """The policy that the state's parameters make; `old` lends its buffers."""
-    return run.publish(
-        state.params, state.step, old or make_blank(run.model, run.decode, run.cfg.rollout.engine.weights)()
-    )
+    return run.publish(state.params, state.step, old or run.blank())

@@ -24,6 +24,7 @@ ALLOWED = {
     "metrics": {"errors"},
     "estimates": set(),
     "ceilings": set(),
+    "chips": {"errors"},
     "parallel": {"types", "errors", "config"},
     "model": FOUNDATION | {"config"},
     "prompts": FOUNDATION,
@@ -36,7 +37,7 @@ ALLOWED = {
     "report": {"errors", "metrics"},
     "run": FOUNDATION | STAGES | {"config", "model", "publish", "checkpoint", "guards", "objective"},
     "collect": FOUNDATION | STAGES | {"run"},
-    "rates": {"ceilings", "model", "run", "types"},
+    "rates": {"ceilings", "chips", "model", "run", "types"},
     "describe": FOUNDATION | STAGES | {"config", "run", "rates", "collect"},
     "guards": {"errors"},
     "reference": {"types", "objective"},
@@ -64,7 +65,7 @@ ALLOWED = {
         "rates",
         "reference",
     },
-    "plan": FOUNDATION | STAGES | {"config", "model", "publish", "run"},
+    "plan": FOUNDATION | STAGES | {"chips", "config", "model", "publish", "run"},
     "cli": {"errors", "config", "parallel", "report", "plan", "train", "inspect_run"},
 }
 NEVER = {"configs", "tests", "benchmarks", "launch", "docs"}

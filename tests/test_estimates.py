@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from jaxrl_llm.estimates import Estimate, _t_quantile, avg_at_k, correct, maj_at_k, pass_at_k
+from jaxrl_llm.estimates import Estimate, avg_at_k, correct, maj_at_k, pass_at_k
 
 NAN = math.nan
 
@@ -18,11 +18,32 @@ def test_avg_at_k_by_hand():
 
 
 def test_rewards_on_another_scale_get_students_interval():
-    # Means of the prompts 1, 3, 5: mean 3, standard error 2 / sqrt 3; t with 2 degrees of freedom is 4.303.
+    # Means of the prompts 1, 3, 5: mean 3, standard error 2 / sqrt 3; t with 2 degrees of freedom is 4.302653.
     estimate = avg_at_k(np.array([[0, 2], [3, 3], [4, 6]]))
     assert estimate.value == 3
-    # The quantile is good to 1 %.
-    np.testing.assert_allclose([3 - estimate.low, estimate.high - 3], 4.303 * 2 / math.sqrt(3), rtol=0.01)
+    np.testing.assert_allclose([3 - estimate.low, estimate.high - 3], 4.302653 * 2 / math.sqrt(3), rtol=1e-6)
+
+
+# The 97.5 % quantiles of a printed table.
+STUDENT = {1: 12.706205, 2: 4.302653, 5: 2.570582, 10: 2.228139, 30: 2.042272, 1000: 1.962339}
+
+
+@pytest.mark.parametrize("df", STUDENT)
+def test_students_quantile_is_that_of_the_tables(df):
+    """As many values of 8 as of 12, and one of 10 where their number is odd: the squares add up to 4 for each but that one."""
+    n = df + 1
+    values = np.full(n, 10.0)
+    values[: n // 2], values[n - n // 2 :] = 8.0, 12.0
+    error = math.sqrt(4 * (n - n % 2) / df / n)
+    estimate = avg_at_k(values[:, None])
+    np.testing.assert_allclose([10 - estimate.low, estimate.high - 10], STUDENT[df] * error, rtol=1e-6)
+
+
+def test_two_prompts_that_are_right_say_little():
+    # As if 2 (z / t)^2 = 2 (1.959964 / 12.706205)^2 = 0.0475873 prompts, all right: Wilson's low end is n / (n + z^2).
+    estimate = avg_at_k(np.ones((2, 4)))
+    assert (estimate.value, estimate.high) == (1.0, 1.0)
+    assert estimate.low == pytest.approx(0.0475873 / (0.0475873 + 1.959964**2), rel=1e-5)
 
 
 @pytest.mark.parametrize("right", range(6))
@@ -112,11 +133,6 @@ def test_no_spread_is_no_certainty():
     assert half.low < 0.5 < half.high and half.high - half.low > 1.9 * 1.96 * math.sqrt(0.25 / 240)
     assert avg_at_k(np.ones((1, 8))) == Estimate(1.0, 0.0, 1.0, 1, 0)
     assert avg_at_k(np.full((1, 8), 2.0))[1:3] == (-math.inf, math.inf)
-
-
-@pytest.mark.parametrize(("df", "want"), [(2, 4.3027), (5, 2.5706), (10, 2.2281), (30, 2.0423), (1000, 1.9623)])
-def test_students_quantile_is_that_of_the_tables(df, want):
-    assert _t_quantile(df) == pytest.approx(want, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from jaxrl_llm.objective import ObjectiveConfig
-from jaxrl_llm.presets import PRESETS, filled
+from jaxrl_llm.presets import PRESETS, SOURCES, filled, source
 from jaxrl_llm.update.config import PolicyGradient
 
 PAGE = Path(__file__).parents[1] / "docs" / "objectives.md"
@@ -40,15 +40,30 @@ def row(name: str) -> list[str]:
     return [described(cfg.advantage), ratio[loss.ratio] + described(loss.surrogate), correction, loss.aggregation, kl]
 
 
-def test_the_table_of_presets():
+def table(width: int) -> dict[str, list[str]]:
+    """Rows of so many cells of the section about presets, by their first cell."""
     rows = {}
     section = PAGE.read_text(encoding="utf-8").split("\n## Presets\n")[1].split("\n## ")[0]
     for line in section.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if re.fullmatch(r"`[a-z]+:[a-z0-9_]+`", cells[0]):
+        if re.fullmatch(r"`[a-z]+:[a-z0-9_]*`", cells[0]) and len(cells) == width:
             assert cells[0] not in rows, f"{cells[0]} stands twice"
             rows[cells[0].strip("`")] = cells[1:]
+    return rows
+
+
+def test_the_table_of_presets():
+    rows = table(7)
     assert sorted(rows) == sorted(PRESETS)
     for name, cells in rows.items():
         assert cells[:5] == row(name), name
         assert cells[5], f"{name}: no source"
+
+
+def test_every_preset_names_version_and_date_of_its_source():
+    versions = {name.removesuffix(":"): cells[0] for name, cells in table(2).items()}
+    assert versions == {name: of for name, of in SOURCES.items() if not name.startswith("paper:")}
+    for name, cells in table(7).items():
+        assert re.search(r"(19|20)\d\d(-\d\d)?", source(name)), name
+        assert not name.startswith("paper:") or cells[5].endswith(source(name)), name
+    assert "2026-09-18" in source("prime:rl") and "no recipe's default" in table(7)["tinker:cispo"][5]

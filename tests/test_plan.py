@@ -3,18 +3,24 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from jaxrl_llm import cli
+from jaxrl_llm import chips, cli, learn, rates, run
 from jaxrl_llm.config import validate
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.experience.batch import Sequences, make_batch, minibatches
+from jaxrl_llm.life import trained_policy
+from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.parallel.hlo import Module
-from jaxrl_llm.plan import advice, chips, command, memory, predict, show, sweep, traffic
+from jaxrl_llm.plan import advice, command, memory, predict, show, sweep, traffic
 from jaxrl_llm.plan.command import Target
 from jaxrl_llm.plan.memory import Phase
 from jaxrl_llm.plan.programs import Job, Program, make_job, with_micro_batches
 from jaxrl_llm.plan.traffic import Reading, Traffic
+from jaxrl_llm.types import Batch, Experience, Prompts, Rollouts
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs" / "arithmetic.yaml")
@@ -22,6 +28,8 @@ MODEL = {"vocab_size": 32, "layers": 2, "d_model": 16, "heads": 4, "kv_heads": 2
 # By hand: embedding 32 x 16; a layer's qkv 16 x 2 x 4 x 8, out 2 x 2 x 8 x 16, gate and up 2 x 16 x 64, down 64 x 16, two norms.
 LAYER = 1024 + 512 + 2048 + 1024
 PARAMS = 512 + 2 * (LAYER + 32) + 16
+FLOPS = 12_914_688
+"""Of one update on what VALUES says, every response at its full length."""
 VALUES = {
     "task": {"kind": "arithmetic", "terms": 3},
     "model": MODEL,
@@ -109,13 +117,19 @@ def test_inner_loops_that_depend_on_the_batch_are_counted_as_told():
     assert reading.unknown == 1 and reading.cycles == 10 * 100 + 7
 
 
+def test_what_the_compiler_has_no_estimate_for_takes_no_thousand_years():
+    """It then writes 2^63 - 1: seen in updates of Llama-3-70B, whose page said 42,163,986,464 s."""
+    text = HLO.replace('"estimated_cycles":"7"', f'"estimated_cycles":"{2**63 - 1}"')
+    assert text != HLO and traffic.read(Module(text), turns=5).cycles == 15 * 100
+
+
 def test_a_topology_is_a_known_kind_and_sizes():
     assert chips.of_topology("v5p:4x4x4").memory == 95e9
     for wrong in ("v5x:2x2", "v5e", "v5e:2by2", "H100:2x2"):
         with pytest.raises(UserError, match=r"--topology: got .*, want a kind"):
             chips.of_topology(wrong)
     assert chips.of_device("gpu", "NVIDIA H200", 1).memory == 141e9
-    assert chips.of_device("tpu", "TPU v5 lite", 8) == chips.CHIPS["v5e"]
+    assert chips.of_device("tpu", "TPU v5 lite", 8) == chips.V5E
     assert chips.of_device("cpu", "cpu", 2).memory == chips.of_device("cpu", "cpu", 1).memory / 2
     with pytest.raises(UserError, match="a chip that plan knows nothing of"):
         chips.of_device("gpu", "NVIDIA RTX 9000", 1)
@@ -160,15 +174,15 @@ def test_phases_add_what_the_compiler_needs_to_what_lives_on(job):
 
 
 def test_predictions_by_hand(job):
-    """6 N a token, and 12 heads x H x T / 2 a token and layer; the head is the embedding. Decode reads all weights every step."""
-    matrices = 512 + 2 * LAYER
-    flops = 16 * 13 * (6 * matrices + 2 * 12 * 4 * 8 * 13 / 2)
-    assert predict.model_flops(job) == pytest.approx(flops)
+    """Of 16 rows of 7 + 6 tokens: 6 a parameter of the layers and token, and of the head and completion token, 12 heads x H a pair,
+    13 x 14 / 2 a row and layer. Decode reads all weights every step."""
+    flops = 6 * 2 * LAYER * 16 * 13 + 6 * 512 * 16 * 6 + 12 * 4 * 8 * 2 * 16 * 91
+    assert sum(predict.update_flops(job)) == flops == FLOPS
     chip = chips.Chip("test", 1e9, flops=1e6, hbm=1e9, wire=1e3, clock=1e3)
     received = Traffic("all-gather", "f32", (), 1, 500, 500)
     one = compiled()._replace(reading=Reading((received,), 2000, 0))
     found = predict.predict(job, chip, dict.fromkeys(("prefill", "segment", "publish", "update"), one))
-    # With remat the forward pass is computed twice; two updates a step.
+    # With remat the forward pass is computed twice, the head's always is; two updates a step.
     assert found.update.compute == pytest.approx(2 * flops * 4 / 3 / 1e6)
     assert (found.update.wire, found.update.compiler) == (1.0, 4.0)
     assert found.mfu == pytest.approx(flops / 1e6 / (flops * 4 / 3 / 1e6 + 0.5))
@@ -178,6 +192,93 @@ def test_predictions_by_hand(job):
     )
     assert found.rollout.memory >= 6 * 4 * PARAMS / 1e9
     assert predict.predict(job, chips.Chip("cpu", 1e9)) is None
+
+
+# A step's worth of rollouts, every prompt and response at its longest, in the way of training: what an update is given.
+OBJECTIVES = {
+    "one m2po update": {"objective": "paper:m2po"},
+    "m2po": {"objective": "paper:m2po", "update": {"minibatches": 2}},
+    "grpo": {"objective": "trl:grpo", "update": {"minibatches": 2, "epochs": 2}},
+    "anchored on the trainer": {
+        "objective": {"preset": "trl:grpo", "loss": {"anchor": "proximal"}},
+        "update": {"minibatches": 2, "packing": {"kind": "plain", "slots": 30}},
+    },
+    "masked and anchored on the sampler": {
+        "objective": {
+            "loss": {"anchor": "behavior", "correction": {"kind": "masked_importance", "weight": "one"}},
+            "reward_kl": {"weight": 0.1},
+        },
+        "update": {"epochs": 2, "packing": {"kind": "shared_prefix"}},
+    },
+    "ppo": {"objective": "verl:ppo", "update": {"packing": {"kind": "shared_prefix", "slots": 20}}},
+    "dpo": {"objective": "paper:dpo", "update": {"packing": {"kind": "shared_prefix"}}},
+    "adapters": {"lora": {"rank": 2}, "objective": "prime:rl"},
+    "truncated": {"rollout": VALUES["rollout"] | {"top_p": 0.9, "min_new_tokens": 2}},
+    "truncated to few": {"rollout": VALUES["rollout"] | {"top_k": 3, "support": 4}},
+    "a window": {"model": MODEL | {"window": 3, "sliding": [True, False]}},
+}
+
+
+def longest(of: run.Run) -> Experience:
+    """Every prompt and response at its full length, as the engine gives them; rewards that differ in each group."""
+    cfg, prompts = of.cfg.rollout, of.cfg.rollout.prompts
+    rows, full = prompts * cfg.samples, (prompts * cfg.samples, cfg.max_new_tokens)
+    integers, numbers = np.ones(rows, np.int32), np.zeros(full, np.float32)
+    slots, support = of.task.prompt_slots, of.engine.shape.support
+    tokens = np.zeros((prompts, slots), np.int32)
+    rollouts = Rollouts(
+        prompts=Prompts(tokens, np.full(prompts, slots, np.int32), integers[:prompts], integers[:prompts]),
+        tokens=np.zeros(full, np.int32), length=cfg.max_new_tokens * integers, sampled=np.ones(full, bool),
+        behavior_logprobs=numbers, entropy=numbers, temperature=np.ones(rows, np.float32),
+        version=np.zeros(full, np.int32), finish=integers,
+        support=np.zeros((*full, support), np.int32) if support else None,
+        barred=np.zeros(full, bool) if cfg.min_new_tokens else None,
+    )  # fmt: skip
+    reward = np.arange(rows, dtype=np.float32)
+    return Experience(rollouts, reward, reward[:, None])
+
+
+@pytest.fixture(params=OBJECTIVES)
+def both(request, monkeypatch) -> tuple[Job, run.Run, Batch]:
+    """The plan's shapes, the run, and the first batch of a step of it; scores are 0, and nothing compiles."""
+    cfg = validate(VALUES | {"reward": "exact_match", "update": {}} | OBJECTIVES[request.param], "test")
+    of = run.build(cfg)
+
+    def score(of: run.Run, params: object, sequences: Sequences) -> TokenScores:
+        nothing = np.zeros(sequences.tokens.shape, np.float32)
+        return TokenScores(nothing, nothing, nothing if cfg.objective.has_critic else None)
+
+    monkeypatch.setattr(learn, "score", score)
+    state = SimpleNamespace(params=of.learner_specs)
+    life = SimpleNamespace(state=state, reference=trained_policy(of, of.learner_specs))
+    sequences, _ = learn.assess(of, life, longest(of), np.ones(cfg.rollout.prompts, bool))
+    part = next(minibatches(sequences, cfg.update.minibatches, np.random.default_rng(0)))
+    batch, _ = make_batch(part, of.shapes.update, 0, *learn.means_of(of))
+    return make_job(cfg, cfg.model, of.task.prompt_slots, list(of.train.mesh.devices.flat)), of, batch
+
+
+def test_a_planned_batch_is_the_runs(both):
+    """Every column, its dtype and its shape: what `scores_proximal`, a critic, a reference and truncation put there."""
+    job, _, batch = both
+    described = lambda tree: {  # noqa: E731
+        f.name: (x.shape, x.dtype) for f in dataclasses.fields(tree) if (x := getattr(tree, f.name)) is not None
+    }
+    assert described(job.batch) == described(batch)
+
+
+def test_planned_flops_are_those_that_training_counts(both):
+    job, of, batch = both
+    assert predict.update_flops(job) == rates.batch_flops(of, batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"), [("one m2po update", {"proximal_logprobs"}), ("dpo", {"reference_logprobs"})]
+)
+def test_columns_by_hand(name, columns):
+    cfg = validate(VALUES | {"update": {}} | OBJECTIVES[name], "test")
+    batch = make_job(cfg, cfg.model, 7, command.devices_of(Target(chips=1))[0]).batch
+    optional = ("reference_logprobs", "proximal_logprobs", "values", "returns", "support", "barred")
+    assert {column for column in optional if getattr(batch, column) is not None} == columns
 
 
 def test_advice_changes_what_fills_the_fullest_phase(job):
@@ -202,7 +303,7 @@ def test_advice_changes_what_fills_the_fullest_phase(job):
 def report(**changes) -> dict:
     parts = dict.fromkeys(memory.PARTS, 0) | {memory.MASTERS: 3 * 10**9, memory.TEMPORARIES: 9 * 10**9}
     base = {
-        "topology": "v5e:2x2", "chips": 4, "chip": chips.CHIPS["v5e"]._asdict(), "jax": "0", "parameters": 10**9,
+        "topology": "v5e:2x2", "chips": 4, "chip": chips.V5E._asdict(), "jax": "0", "parameters": 10**9,
         "mesh": {"data": 1, "fsdp": 2, "tensor": 2, "expert": 1}, "minibatches": 1, "micro_batches": 2, "rows": 64,
         "slots": [7, 6], "phases": [{"name": "update", "total": 12 * 10**9, "parts": parts}],
         "peak": {"phase": "update", "bytes": 12 * 10**9}, "compiled": True, "fits": True, "advice": [], "predicted": None,
@@ -279,6 +380,17 @@ def test_bad_input_is_refused_before_anything_compiles(monkeypatch, capsys, tmp_
     path = tmp_path / "rows.yaml"
     path.write_text("task: {kind: file, path: rows.jsonl}\nmodel: {path: nowhere}\nreward: exact_match\n")
     assert "task.max_prompt_tokens: got 0" in message(str(path))
+    for name, values, words in (
+        ("alphabet", {"model": MODEL | {"vocab_size": 8}}, "model.vocab_size: got 8, want at least the tokenizer's 16"),
+        (
+            "packed",
+            {"update": {"packing": {"kind": "plain", "slots": 5}}},
+            "slots: got 5, want 0 or at least the 13 of one",
+        ),
+        ("tokenizer", {"tokenizer": {"path": "nowhere"}}, "--prompt-tokens: got nothing, want the longest prompt"),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(VALUES | values))
+        assert words in message(str(tmp_path / f"{name}.yaml"))
     assert "nowhere: got a path that does not exist" in message(str(path), "--prompt-tokens", "8")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
@@ -296,4 +408,4 @@ def test_plan_for_this_machine(capsys, tmp_path):
     for phase in found["phases"]:
         assert sum(phase["parts"].values()) == phase["total"]
     assert found["peak"]["bytes"] == max(phase["total"] for phase in found["phases"]) > 16 * PARAMS
-    assert found["predicted"] is None
+    assert found["predicted"] is None and found["update_flops"] == FLOPS

@@ -1,5 +1,6 @@
 """`publish` in 8 bits: the same numbers on every mesh, where they belong, in the buffers of the one before, and its cost."""
 
+import dataclasses
 from functools import cache
 
 import jax
@@ -8,12 +9,15 @@ import numpy as np
 import pytest
 from setups import FAMILIES, SMALL, engine, layouts, make_params, make_prompts, to_batch, to_sequences
 
+from jaxrl_llm import config, run
+from jaxrl_llm.metrics import CompileCounter
 from jaxrl_llm.model.distribution import score_tokens
 from jaxrl_llm.model.params import unstack
 from jaxrl_llm.model.quantised import Quantised, dequantise
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.publish import abstract_policy, make_blank, make_publish, policy_shardings
 from jaxrl_llm.rollout.config import EngineConfig
+from jaxrl_llm.types import TrainState
 
 P, G, C = 16, 4, 6
 
@@ -69,6 +73,21 @@ def test_a_policy_is_written_into_the_one_before(weights):
     new = publish(make_params(SMALL, train), np.int32(1), old)
     assert all(x.is_deleted() for x in jax.tree.leaves(old))
     assert sorted(x.unsafe_buffer_pointer() for x in jax.tree.leaves(new)) == at
+
+
+def test_publishing_without_an_older_policy_compiles_once_a_run():
+    values = {"model": dataclasses.asdict(SMALL), "rollout": {"prompts": 8, "samples": 2}, "reward": "exact_match"}
+    of = run.build(config.validate(values, "test"))
+    state = TrainState(make_params(of.model, of.train), (), hosts.put(np.int32(2), of.train.replicated))
+    counter = CompileCounter()
+    first = run.publish(of, state, None)
+    assert counter.take()["compiles"] == 2  # the blank and the policy
+    others = [run.publish(of, state, None) for _ in range(3)]
+    assert counter.take()["compiles"] == 0
+    # Each has buffers of its own.
+    assert not any(x.is_deleted() for policy in (first, *others) for x in jax.tree.leaves(policy))
+    for policy in others:
+        jax.tree.map(np.testing.assert_array_equal, policy, first)
 
 
 @cache

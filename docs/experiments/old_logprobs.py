@@ -92,7 +92,7 @@ def experiment(cases: list[tuple[str, int, float, int]]) -> None:
             run = build(cfg)
             # The compiled programs depend on all of the config but the seed.
             shared = programs.setdefault(repr((cfg.objective, cfg.update)), run)
-            names = ("engine", "publish", "score", "score_experience", "warm_update", "update")
+            names = ("engine", "publish", "blank", "score", "score_experience", "warm_update", "update")
             run = dataclasses.replace(run, **{name: getattr(shared, name) for name in names})
             with open_shell(cfg) as shell:
                 warm[seed] = warm.get(seed) or warm_up(run, shell)

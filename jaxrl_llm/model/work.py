@@ -7,9 +7,11 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
+from jaxrl_llm.model import lora
+from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.cache import reaches
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.types import PyTree
+from jaxrl_llm.types import Batch, PyTree
 
 
 class Work(NamedTuple):
@@ -53,8 +55,7 @@ def decode_step(
         own += each * np.minimum(age + 1, reach).sum()
     rows = each * len(age)
     numbers = 2 * cfg.kv_heads * cfg.head_dim * (prompt + own + rows * cfg.layers)
-    flops = 2 * matmul_params(cfg) * rows + 4 * cfg.heads * cfg.head_dim * (each * prompt + own)
-    return Work(entry * numbers, flops)
+    return Work(entry * numbers, forward_flops(cfg, each * prompt + own, rows, rows))
 
 
 def attention_pairs(cfg: ModelConfig, position: Int[np.ndarray, "R T"], real: Bool[np.ndarray, "R T"]) -> int:
@@ -62,6 +63,30 @@ def attention_pairs(cfg: ModelConfig, position: Int[np.ndarray, "R T"], real: Bo
     most its reach of them. The same in packed rows and in trees: what lies between in the row is not seen."""
     seen = position[real].astype(np.int64) + 1
     return sum(int(np.minimum(seen, reach).sum()) for reach in reaches(cfg))
+
+
+class Seen(NamedTuple):
+    """What an update's FLOPs depend on."""
+
+    pairs: int
+    """`attention_pairs`."""
+    tokens: int
+    """Real ones: no padding, a shared prompt once."""
+    scored: int
+    """Those that are learnt from."""
+
+
+def seen(cfg: ModelConfig, batch: Batch) -> Seen:
+    """Of a batch on the host."""
+    real = np.asarray(batch.group) > 0
+    return Seen(attention_pairs(cfg, batch.position, real), int(real.sum()), int(np.asarray(batch.loss_mask).sum()))
+
+
+def forward_flops(cfg: ModelConfig, pairs: float, tokens: int, scored: int) -> float:
+    """2 (N - N_head) tokens + 2 N_head scored + 4 heads head_dim pairs, N: `matmul_params`. The look-up of the embedding is not
+    counted, the head only at tokens that are scored or drawn; a pair's score and weighted value take 2 heads head_dim each."""
+    head = cfg.d_model * cfg.vocab_size
+    return 2 * (matmul_params(cfg) - head) * tokens + 2 * head * scored + 4 * cfg.heads * cfg.head_dim * pairs
 
 
 class TrainFlops(NamedTuple):
@@ -73,16 +98,13 @@ class TrainFlops(NamedTuple):
 
 
 def train_flops(cfg: ModelConfig, pairs: int, tokens: int, scored: int, adapters: int | None = None) -> TrainFlops:
-    """Forward, and backward twice that:
+    """`forward_flops`, and backward twice that:
 
         6 (N - N_head) tokens + 6 N_head scored + 12 heads head_dim pairs
 
-    N: `matmul_params`. The look-up of the embedding is not counted, the head only at tokens that are scored; a pair's score and
-    weighted value take 2 heads head_dim each. `tokens` are real ones: no padding, a shared prompt once. What remat computes again
-    is not counted, nor a critic, norms, rotations and the optimizer.
+    What remat computes again is not counted, nor a critic, norms, rotations and the optimizer.
 
     Args:
-        pairs: `attention_pairs`.
         adapters: entries of LoRA's matrices, all else frozen: forward and the gradient of activations alone, 4 N, and 6 of these.
             None: every parameter is trained.
     """
@@ -90,6 +112,12 @@ def train_flops(cfg: ModelConfig, pairs: int, tokens: int, scored: int, adapters
     each = 6 if adapters is None else 4
     layers = each * (matmul_params(cfg) - head) + 6 * (adapters or 0)
     return TrainFlops(layers * tokens, each * head * scored, 12 * cfg.heads * cfg.head_dim * pairs)
+
+
+def adapters_of(specs: PyTree, cfg: ModelConfig) -> int | None:
+    """Of a learner with these specs, as `train_flops` takes them."""
+    trained, frozen = lora.split(model_params.policy_part(specs, cfg))
+    return model_params.count(trained) if jax.tree.leaves(frozen) else None
 
 
 def weight_bytes(params: PyTree, cfg: ModelConfig) -> int:

@@ -8,11 +8,11 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from jaxrl_llm import chips
+from jaxrl_llm.chips import Chip
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.plan import chips
-from jaxrl_llm.plan.chips import Chip
-from jaxrl_llm.prompts.config import ArithmeticTask
+from jaxrl_llm.prompts.config import ArithmeticTask, CharacterTokenizer
 
 if TYPE_CHECKING:
     import jax
@@ -65,7 +65,11 @@ def prompt_slots(cfg: RunConfig, target: Target) -> int:
     if target.prompt_tokens:
         return target.prompt_tokens
     if isinstance(cfg.task, ArithmeticTask):
-        return 2 * cfg.task.terms + 1
+        if not isinstance(cfg.tokenizer, CharacterTokenizer):
+            raise UserError("--prompt-tokens: got nothing, want the longest prompt: plan does not read this tokenizer")
+        from jaxrl_llm.prompts.tokenizer import load_tokenizer
+
+        return len(load_tokenizer(cfg.tokenizer).prompt(cfg.task.prompt("9" * cfg.task.terms)))
     if not cfg.task.max_prompt_tokens:
         raise UserError(
             "task.max_prompt_tokens: got 0, want the longest prompt, or --prompt-tokens N: plan reads no data"
@@ -131,6 +135,7 @@ def report(
     from jaxrl_llm.model import params as model_params
     from jaxrl_llm.plan import memory
     from jaxrl_llm.plan.advice import advise
+    from jaxrl_llm.plan.predict import update_flops
 
     peak = memory.peak(phases)
     fits = bool(compiled) and peak.total <= chip.memory and not any(p.refused for p in compiled.values())
@@ -151,6 +156,7 @@ def report(
         "compiled": bool(compiled),
         "fits": fits,
         "advice": [{"flags": a.flags, "bytes": a.bytes} for a in advice],
+        "update_flops": sum(update_flops(job)),
         "programs": {name: _program(program, chip) for name, program in compiled.items()},
         "predicted": None if predicted is None else _predicted(predicted),
     }

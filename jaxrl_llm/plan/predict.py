@@ -8,11 +8,22 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxrl_llm.chips import Chip
 from jaxrl_llm.model import params as model_params
-from jaxrl_llm.model.cache import reaches
-from jaxrl_llm.model.work import decode_step, held, matmul_params, weight_bytes
-from jaxrl_llm.plan.chips import Chip
-from jaxrl_llm.plan.programs import Job, Program
+from jaxrl_llm.model.work import (
+    Seen,
+    TrainFlops,
+    adapters_of,
+    attention_pairs,
+    decode_step,
+    forward_flops,
+    held,
+    seen,
+    train_flops,
+    weight_bytes,
+)
+from jaxrl_llm.plan.programs import Job, Program, longest_group
+from jaxrl_llm.run import learner_specs_of
 
 
 class Time(NamedTuple):
@@ -42,8 +53,7 @@ class Prediction(NamedTuple):
     rollout_tokens_per_s: float
     """Completion tokens, all chips."""
     mfu: float
-    """Of the update: 6 FLOPs a parameter that multiplies and token (4 with adapters), and attention's, over what the chips could do
-    meanwhile. What is computed again in the backward pass does not count."""
+    """Of the update: `update_flops` over what the chips could do meanwhile. What is computed again does not count."""
 
     @property
     def step(self) -> float:
@@ -60,7 +70,7 @@ def predict(job: Job, chip: Chip, programs: dict[str, Program] | None = None) ->
     tokens = cfg.rollout.prompts * cfg.rollout.samples * cfg.rollout.max_new_tokens
     return Prediction(
         rollout, publish, update.times(updates), tokens / rollout.total,
-        model_flops(job) / (update.total * chips * chip.flops),
+        sum(update_flops(job)) / (update.total * chips * chip.flops),
     )  # fmt: skip
 
 
@@ -72,9 +82,11 @@ def rollout_time(job: Job, chip: Chip, programs: dict[str, Program] | None) -> T
     shards = layout.size("rows") * layout.size("heads")
     size = np.dtype(model.compute).itemsize
     full, middle = np.full(units, job.prompt_slots - 1), np.full(units, steps // 2)
-    work = decode_step(model, full, middle, each, 1 if cfg.engine.cache == "int8" else size)
+    work = decode_step(model, full, middle, each, job.engine.programs.caching.form.number_bytes(model))
     weights = weight_bytes(job.policy.params, model)
-    reading = 2 * matmul_params(model) * prompts * job.prompt_slots / shards / chip.flops
+    position = np.arange(job.prompt_slots)[None]
+    pairs = prompts * attention_pairs(model, position, np.ones(position.shape, bool))
+    reading = forward_flops(model, pairs, prompts * job.prompt_slots, 0) / shards / chip.flops
     decode = Time(work.flops / shards / chip.flops, (weights + work.bytes / shards) / chip.hbm, 0.0)
     if programs is None:
         rows = units * each // layout.size("rows")
@@ -103,7 +115,10 @@ def publish_time(job: Job, chip: Chip, programs: dict[str, Program] | None) -> T
 def update_time(job: Job, chip: Chip, programs: dict[str, Program] | None) -> Time:
     """One update: forward, backward, and what is computed again; masters, moments and gradients pass through memory."""
     again = {"none": 0, "attention": 0}.get(job.cfg.update.remat, 1)
-    flops = model_flops(job) * (1 + again / _passes(job)) / job.train.mesh.size
+    longest = update_seen(job)
+    # The backward pass makes logits again whatever `remat` says: the head keeps none.
+    repeated = forward_flops(job.model, again * longest.pairs, again * longest.tokens, longest.scored)
+    flops = (sum(update_flops(job)) + repeated) / job.train.mesh.size
     parts = job.cfg.update.micro_batches
     whole = gathered(job)
     masters = held(job.state.params)
@@ -135,13 +150,13 @@ def _update_traffic(job: Job, whole: int) -> float:
     return weights + gradients + through * model.layers * activations
 
 
-def model_flops(job: Job) -> float:
-    """Of one update over all chips. A pass: 2 N a token, and 4 a query head, its dimension and pair of slots; half are masked."""
-    model, (rows, slots) = job.model, job.batch.tokens.shape
-    seen = sum(min(slots / 2, reach) for reach in reaches(model))
-    return _passes(job) * rows * slots * (2 * matmul_params(model) + 4 * model.heads * model.head_dim * seen)
+def update_seen(job: Job) -> Seen:
+    """In one update, every response at its full length."""
+    groups = job.cfg.rollout.prompts // job.cfg.update.minibatches
+    return Seen(*(groups * n for n in seen(job.model, longest_group(job))))
 
 
-def _passes(job: Job) -> int:
-    """Forward, gradients of activations, and of weights unless they are frozen."""
-    return 2 if job.cfg.lora.rank else 3
+def update_flops(job: Job) -> TrainFlops:
+    """Of one update over all chips, counted as training counts them."""
+    specs = learner_specs_of(job.cfg, job.model)
+    return train_flops(job.model, *update_seen(job), adapters_of(specs, job.model))

@@ -17,6 +17,7 @@ import numpy as np
 from jaxrl_llm import config as run_config
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.experience.batch import make_batch, supervised
 from jaxrl_llm.experience.packing import shape_of
 from jaxrl_llm.model import lora, quantised
 from jaxrl_llm.model import params as model_params
@@ -27,13 +28,22 @@ from jaxrl_llm.parallel.hlo import Module
 from jaxrl_llm.parallel.layout import TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.plan.traffic import Reading, read
+from jaxrl_llm.prompts.config import CharacterTokenizer
+from jaxrl_llm.prompts.tokenizer import load_tokenizer
 from jaxrl_llm.publish import abstract_policy, make_publish
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
-from jaxrl_llm.run import correction_of, learner_specs_of, optimizer_of
+from jaxrl_llm.run import (
+    correction_of,
+    learner_specs_of,
+    optimizer_of,
+    packing_problems,
+    scores_proximal,
+    shapes_of,
+    vocabulary_problems,
+)
 from jaxrl_llm.types import Batch, Policy, PyTree, TrainState
-from jaxrl_llm.update.config import NoCorrection
-from jaxrl_llm.update.optimizer.state import state_shardings
+from jaxrl_llm.update.optimizer.state import abstract_state
 from jaxrl_llm.update.optimizer.transform import make_optimizer
 from jaxrl_llm.update.step import make_update
 
@@ -89,50 +99,53 @@ class Program(NamedTuple):
         return self.arguments + self.outputs - self.aliased
 
 
-def problems(cfg: RunConfig, model: ModelConfig, num_devices: int) -> list[str]:
+def problems(cfg: RunConfig, model: ModelConfig, prompt_slots: int, num_devices: int) -> list[str]:
     """What cannot work on so many devices, in words."""
     whole = dataclasses.replace(cfg, model=model)
     return (
         run_config.problems(whole, num_devices)
         + quantised.problems(model, cfg.rollout.engine.weights)
         + lora.problems(model, cfg.lora)
+        + vocabulary_problems(model, vocabulary(cfg, model).size)
+        + packing_problems(cfg, prompt_slots)
     )
+
+
+def vocabulary(cfg: RunConfig, model: ModelConfig) -> Vocabulary:
+    """What may be drawn: the tokens of an alphabet, which stands in the config; of a tokenizer that is not read, the model's."""
+    if isinstance(cfg.tokenizer, CharacterTokenizer):
+        tokenizer = load_tokenizer(cfg.tokenizer)
+        return Vocabulary(tokenizer.size, tokenizer.pad, tokenizer.eos)
+    return Vocabulary(model.vocab_size, pad=0, eos=(1,))
 
 
 def make_job(cfg: RunConfig, model: ModelConfig, prompt_slots: int, devices: Sequence[jax.Device]) -> Job:
     """Raises UserError with everything that does not fit together."""
-    if found := problems(cfg, model, len(devices)):
+    if found := problems(cfg, model, prompt_slots, len(devices)):
         raise UserError("\n".join(found))
     train = Layout(make_mesh(resolve(cfg.mesh, len(devices))[0], list(devices)), TRAIN)
     decode = train.for_decode(cfg.rollout.engine.layout)
-    vocab = Vocabulary(size=model.vocab_size, pad=0, eos=(1,))
-    state = abstract_state(cfg, model, train)
+    engine = Engine(cfg.rollout, prompt_slots, vocabulary(cfg, model), model, decode)
+    specs, optimizer = learner_specs_of(cfg, model), make_optimizer(optimizer_of(cfg))
     return Job(
         cfg=cfg,
         model=model,
         prompt_slots=prompt_slots,
         train=train,
         decode=decode,
-        engine=Engine(cfg.rollout, prompt_slots, vocab, model, decode),
-        state=state,
+        engine=engine,
+        state=abstract_state(specs, optimizer, train),
         reference=abstract_reference(cfg, model, train),
         policy=abstract_policy(model, decode, cfg.rollout.engine.weights),
-        batch=abstract_batch(cfg, prompt_slots, train),
+        batch=abstract_batch(cfg, prompt_slots, engine.shape.support, train),
     )
 
 
 def with_micro_batches(job: Job, parts: int) -> Job:
     """The same with another number of micro-batches: all else stays."""
     cfg = dataclasses.replace(job.cfg, update=dataclasses.replace(job.cfg.update, micro_batches=parts))
-    return dataclasses.replace(job, cfg=cfg, batch=abstract_batch(cfg, job.prompt_slots, job.train))
-
-
-def abstract_state(cfg: RunConfig, model: ModelConfig, train: Layout) -> TrainState:
-    specs, optimizer = learner_specs_of(cfg, model), make_optimizer(optimizer_of(cfg))
-    params = model_params.abstract(specs, train)
-    shapes = jax.eval_shape(lambda p: TrainState(p, optimizer.init(lora.split(p)[0]), np.zeros((), np.int32)), params)
-    where = state_shardings(specs, optimizer, train)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+    batch = abstract_batch(cfg, job.prompt_slots, job.engine.shape.support, job.train)
+    return dataclasses.replace(job, cfg=cfg, batch=batch)
 
 
 def abstract_reference(cfg: RunConfig, model: ModelConfig, train: Layout) -> PyTree | None:
@@ -144,13 +157,9 @@ def abstract_reference(cfg: RunConfig, model: ModelConfig, train: Layout) -> PyT
     return model_params.abstract(model_params.specs(model) if whole else lora.split(specs)[0], train)
 
 
-def abstract_batch(cfg: RunConfig, prompt_slots: int, train: Layout) -> Batch:
-    """Of one update: the rows of a minibatch at their longest."""
-    rollout, update, objective = cfg.rollout, cfg.update, cfg.objective
-    shape = shape_of(
-        update.packing.kind, rollout.prompts // update.minibatches, rollout.samples, (prompt_slots, rollout.max_new_tokens),
-        update.packing.slots, update.micro_batches, train.size("rows"),
-    )  # fmt: skip
+def abstract_batch(cfg: RunConfig, prompt_slots: int, support: int, train: Layout) -> Batch:
+    """Of one update: the rows of a minibatch at their longest. `support`: of the engine's draws."""
+    objective, shape = cfg.objective, shapes_of(cfg, prompt_slots, train.size("rows")).update
 
     def of(dtype: jnp.dtype, *more: int) -> jax.ShapeDtypeStruct:
         sharding = train.sharding(("rows", *(None for _ in (shape.slots, *more))))
@@ -158,16 +167,28 @@ def abstract_batch(cfg: RunConfig, prompt_slots: int, train: Layout) -> Batch:
 
     numbers = ("weight", "behavior_logprobs", "advantage", "temperature")
     numbers += ("reference_logprobs",) * objective.reads_reference_logprobs
-    numbers += ("proximal_logprobs",) * (not isinstance(correction_of(cfg), NoCorrection) and update.updates > 1)
+    numbers += ("proximal_logprobs",) * scores_proximal(cfg)
     numbers += ("values", "returns") * objective.has_critic
-    truncated = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
-    support = {"support": of(jnp.int32, rollout.support)} if truncated else {}
-    barred = {"barred": of(bool)} if rollout.min_new_tokens else {}
     integers = ("tokens", "position", "until", "before", "segment", "group")
+    more = {"support": of(jnp.int32, support)} if support else {}
+    more |= {"barred": of(bool)} if cfg.rollout.min_new_tokens else {}
     return Batch(
         **{name: of(jnp.int32) for name in integers}, loss_mask=of(bool), **{name: of(jnp.float32) for name in numbers},
-        **support, **barred,
+        **more,
     )  # fmt: skip
+
+
+def longest_group(job: Job) -> Batch:
+    """The batch of one group, on the host, every response at its full length; of the loss dpo's pair what else there is is left
+    out, as in training."""
+    rollout, update = job.cfg.rollout, job.cfg.update
+    samples, sizes = rollout.samples, (job.prompt_slots, rollout.max_new_tokens)
+    tokens = [np.zeros((samples, size), np.int32) for size in sizes]
+    lengths = [np.full(samples, size, np.int32) for size in sizes]
+    group = supervised(tokens[0], lengths[0], tokens[1], lengths[1])
+    taught = np.arange(samples) < (2 if job.cfg.objective.loss.kind == "dpo" else samples)
+    group = group._replace(group=np.zeros(samples, np.int32), learn=group.learn & taught[:, None])
+    return make_batch(group, shape_of(update.packing.kind, 1, samples, sizes, update.packing.slots, 1, 1), 0)[0]
 
 
 def lowerings(job: Job) -> dict[str, Lower]:
@@ -184,8 +205,8 @@ def lowerings(job: Job) -> dict[str, Lower]:
     publish = make_publish(model, job.train, job.decode, cfg.rollout.engine.weights)
     update = make_update(
         learner_specs_of(cfg, model), cfg.objective.loss, optimizer_of(cfg), correction=correction_of(cfg),
-        micro_batches=cfg.update.micro_batches, num_tokens=model.vocab_size, cfg=model, layout=job.train, ends=(1,),
-        how=Whole(cfg.update.attention, cfg.update.remat),
+        micro_batches=cfg.update.micro_batches, num_tokens=job.engine.vocab.size, cfg=model, layout=job.train,
+        ends=job.engine.vocab.eos, how=Whole(cfg.update.attention, cfg.update.remat),
     )  # fmt: skip
     whole = job.reference if cfg.objective.reads_reference_distribution else None
     return lower | {

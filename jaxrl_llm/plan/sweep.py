@@ -8,10 +8,10 @@ import subprocess
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from jaxrl_llm.chips import Chip
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.parallel.config import AXES, divisors
-from jaxrl_llm.plan.chips import Chip
 from jaxrl_llm.plan.command import Report, Target, devices_of, prepare, prompt_slots, read_model
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def forms_of(
     found, job, others = [], None, 0
     for parts in micro_batches(cfg, mesh):
         form = changed(cfg, axes | {"update.micro_batches": parts})
-        if problems(form, model, len(devices)):
+        if problems(form, model, slots, len(devices)):
             continue
         if job is None:
             job = make_job(form, model, slots, devices)

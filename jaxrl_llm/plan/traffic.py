@@ -16,6 +16,8 @@ _CHANNEL = re.compile(r"channel_id=(\d+)")
 _TILED = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _NAMED = re.compile(r"replica_groups=(?:@\w+|mesh)\[(.*?)\] ?\{(.*?)\}")
+# Cycles that the TPU compiler states where it has no estimate.
+NO_ESTIMATE = 2**63 - 1
 # How the TPU compiler names a reduction of which each chip keeps its shard.
 SCATTERED = "all-reduce-scatter"
 
@@ -45,7 +47,7 @@ class Traffic(NamedTuple):
 class Reading(NamedTuple):
     traffic: tuple[Traffic, ...]
     cycles: int
-    """The compiler's estimates added up, collectives mostly not in them; 0 where it gives none."""
+    """The compiler's estimates added up, of instructions that have one: collectives mostly do not. 0 where it gives none."""
     unknown: int
     """Inner loops whose turns were given, not read."""
 
@@ -63,7 +65,7 @@ def read(module: Module, turns: int = 1, inner: int = 1) -> Reading:
         unknown |= guessed
         for i in module.computations[name]:
             if name not in fused:
-                cycles += prod(loops) * sum(map(int, _CYCLES.findall(i.line)[:1]))
+                cycles += prod(loops) * sum(n for n in map(int, _CYCLES.findall(i.line)[:1]) if n != NO_ESTIMATE)
             if i.kind in COLLECTIVES and group_size(i) > 1:
                 channel = _CHANNEL.search(i.line)
                 key = (i.kind, f"channel {channel[1]}" if channel else i.name)

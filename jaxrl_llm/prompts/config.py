@@ -1,6 +1,7 @@
 """What the run is about: where prompts and answers come from, and how text becomes tokens."""
 
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -76,6 +77,11 @@ class ArithmeticTask:
     terms: Annotated[int, Ge(2)] = 3
     held_out: Annotated[int, Ge(1)] = 128
     """Prompts kept for evaluation, drawn with the run's seed; never trained on."""
+
+    @staticmethod
+    def prompt(digits: Sequence[str]) -> str:
+        """That asks for the sum of these."""
+        return f"<{'+'.join(digits)}>"
 
 
 @dataclass(frozen=True)

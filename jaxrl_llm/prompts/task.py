@@ -79,7 +79,7 @@ def _arithmetic(cfg: ArithmeticTask, tokenizer: Tokenizer, seed: int) -> Task:
     end = tokenizer.decode([tokenizer.eos[0]])
     texts = []
     for terms in itertools.product(DIGITS, repeat=cfg.terms):
-        prompt, total = f"<{'+'.join(terms)}>", str(sum(map(int, terms)))
+        prompt, total = cfg.prompt(terms), str(sum(map(int, terms)))
         texts.append(Text("arithmetic", prompt, total + end, total, {"prompt": prompt, "answer": total}))
     if cfg.held_out >= len(texts):
         raise UserError(

@@ -78,3 +78,8 @@ class RolloutConfig:
     raw_logprobs: bool = False
     """Also record each token's log-probability under the untruncated distribution."""
     engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def support_of(self, num_tokens: int) -> int:
+        """Tokens that a draw from so many keeps and records; 0 where nothing is truncated."""
+        truncated = self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+        return min(self.support, num_tokens) if truncated else 0

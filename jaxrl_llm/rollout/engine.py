@@ -122,9 +122,7 @@ class Engine:
         self.sizes = Sizes.of(cfg, window, prompt_slots, max(reaches(model)), layout.size("rows"))
         most = min(cfg.engine.eos_interval, steps, self.sizes.windows[0])
         interval = max(n for n in range(1, most + 1) if steps % n == 0)
-        truncated = cfg.top_p < 1 or cfg.top_k > 0 or cfg.min_p > 0
-        support = min(cfg.support, vocab.size) if truncated else 0
-        self.shape = Shape(steps, interval, support, cfg.raw_logprobs)
+        self.shape = Shape(steps, interval, cfg.support_of(vocab.size), cfg.raw_logprobs)
         form = choose_form(cfg.engine.attention, cfg.engine.cache, model, layout)
         caching = Caching(prompt_slots, cfg.engine.prefill_chunk, form)
         self.programs = Programs(self.shape, self.sizes.each, caching, vocab, model, layout)
@@ -360,7 +358,7 @@ class Generation:
         cfg, layout, s, each = self.engine.programs.cfg, self.engine.layout, self.stats, self.engine.sizes.each
         there = self.row >= 0
         length = np.where(there, self.prompts.length[np.maximum(self.row, 0) // self.engine.cfg.samples] - 1, 0)
-        entry = jax.tree.leaves(self.suffix)[0].dtype.itemsize
+        entry = self.engine.programs.caching.form.number_bytes(cfg)
         work = decode_step(cfg, length, np.where(there, self.age + ran // 2, 0), each, entry)
         shards = layout.size("rows") * layout.size("heads")
         work = Work(self.weights + work.bytes / shards, work.flops / shards)

@@ -80,9 +80,21 @@ class Dppo:
     low: NonNegative = 0.2
     high: NonNegative = 0.2
     form: Literal["ratio", "reinforce"] = "ratio"
-    """-A ratio (SkyRL, prime-rl), or -A min(ratio, cap) log p, the ratio without a gradient (verl)."""
+    """-A ratio (SkyRL, prime-rl until August 2026), or -A min(ratio, cap) log p, the ratio without a gradient (verl)."""
     cap: Positive = 20.0
     """Of the ratio in the form `reinforce`."""
+
+
+@dataclass(frozen=True)
+class Ipo:
+    """-A ratio of tokens whose probability has moved by at most `eps` since they were drawn, up or down, whatever the sign of A
+    (prime-rl's IPO; not the preference loss of that name)."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["ipo"] = "ipo"
+    eps: NonNegative = 0.3
+    """Largest |p - p_old| that still counts."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +106,7 @@ class Reinforce:
     kind: Literal["reinforce"] = "reinforce"
 
 
-Surrogate = Clip | Cispo | Gmpo | Sapo | Dppo | Reinforce
+Surrogate = Clip | Cispo | Gmpo | Sapo | Dppo | Ipo | Reinforce
 SurrogateConfig = Annotated[Surrogate, Field(discriminator="kind")]
 
 

@@ -25,6 +25,7 @@ from jaxrl_llm.update.config import (
     Dpo,
     Dppo,
     Gmpo,
+    Ipo,
     KlConfig,
     NoCorrection,
     PolicyGradient,
@@ -137,7 +138,7 @@ def dppo(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: 
     """A token is dropped where it has moved beyond `high` up with A > 0, or beyond `low` down with A <= 0.
 
     tv: by p - p_old. kl: by KL of the two-way distributions (p_old, 1 - p_old) and (p, 1 - p), with the sign of p - p_old.
-    Source: DPPO 2025; forms: SkyRL and prime-rl, verl.
+    Source: DPPO (arXiv 2602.04879); forms: SkyRL and prime-rl until August 2026, verl.
     """
     new = jax.lax.stop_gradient(jnp.exp(logprobs))
     old = jax.lax.stop_gradient(jnp.exp(logprobs - log_r))
@@ -156,13 +157,20 @@ def dppo(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: 
     return Held(jnp.where(low | high, 0.0, -advantage * term), low, high)
 
 
+def ipo(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Ipo) -> Held:
+    """-A r where |p - p_old| <= eps, else 0, whatever the sign of A. Source: prime-rl's `ipo_loss_fn`."""
+    moved = jax.lax.stop_gradient(jnp.exp(logprobs) - jnp.exp(logprobs - log_r))
+    low, high = moved < -cfg.eps, moved > cfg.eps
+    return Held(jnp.where(low | high, 0.0, -advantage * jnp.exp(log_r)), low, high)
+
+
 def reinforce(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Reinforce) -> Held:
     """-A log p."""
     nothing = jnp.zeros_like(batch.loss_mask)
     return Held(-advantage * logprobs, nothing, nothing)
 
 
-SURROGATES = {Clip: clip, Cispo: cispo, Gmpo: gmpo, Sapo: sapo, Dppo: dppo, Reinforce: reinforce}
+SURROGATES = {Clip: clip, Cispo: cispo, Gmpo: gmpo, Sapo: sapo, Dppo: dppo, Ipo: ipo, Reinforce: reinforce}
 
 
 class Weighed(NamedTuple):

@@ -2,14 +2,17 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
-from setups import TINY
+from setups import TINY, layouts
 
-from jaxrl_llm.ceilings import peak_flops
+from jaxrl_llm import chips
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.batch import Sequences, make_batch
 from jaxrl_llm.experience.packing import shape_of
-from jaxrl_llm.model.work import TrainFlops, attention_pairs, matmul_params, train_flops
+from jaxrl_llm.model.cache import Form, empty_suffix
+from jaxrl_llm.model.work import Seen, TrainFlops, attention_pairs, forward_flops, matmul_params, train_flops
 from jaxrl_llm.rates import UpdateRates, least_seconds
 
 SLIDING = dataclasses.replace(TINY, window=3, sliding=(True, False))
@@ -54,6 +57,21 @@ def test_flops_by_hand():
     assert adapted == TrainFlops((4 * layers + 600) * 5, 4 * 256 * 3, 12 * 4 * 8 * 7)
 
 
+def test_training_is_three_forward_passes():
+    counts = Seen(pairs=7, tokens=5, scored=3)
+    assert sum(train_flops(TINY, *counts)) == 3 * forward_flops(TINY, *counts)
+
+
+@pytest.mark.parametrize(("form", "each"), [(Form(), 4), (Form(int8=True), 1 + 4 / 8)])
+def test_bytes_of_a_cached_number_are_those_of_the_cache(form, each):
+    """Of f32, and in int8 a scale of 4 bytes for the 8 numbers of a head."""
+    layout = layouts()[1]
+    cache = jax.eval_shape(lambda: empty_suffix(TINY, 3, 5, layout, form))
+    numbers = 2 * TINY.layers * 3 * TINY.kv_heads * 5 * TINY.head_dim
+    assert form.number_bytes(TINY) == each
+    assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) == each * numbers
+
+
 def test_the_least_time_by_hand():
     """(6 + 2) / 4 + 3 / 1.5 seconds of one device, by eight."""
     assert least_seconds(TrainFlops(layers=6.0, head=3.0, attention=2.0), UpdateRates(4.0, 1.5), 8) == 0.5
@@ -69,10 +87,20 @@ def test_the_least_time_by_hand():
         ("NVIDIA H200", 989e12),
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("TPU v6e", 918e12),
+        ("NVIDIA GH200 480GB", None),
         ("cpu", None),
         ("TPU v7x", None),
     ],
 )
 def test_peaks_by_the_name_of_the_device(kind, peak):
-    assert peak_flops(kind) == peak
+    """The chip that `update/mfu` takes is the one that `jaxrl plan` does."""
+    chip = chips.known(kind)
+    assert (chip and chip.flops) == peak
+    if peak is None and kind != "cpu":
+        with pytest.raises(UserError, match="a chip that plan knows nothing of"):
+            chips.of_device("gpu", kind, 1)
+    elif peak:
+        assert chips.of_device("gpu", kind, 1) == chip

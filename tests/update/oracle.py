@@ -171,7 +171,8 @@ PRESETS: dict[str, Preset] = {
         partial(advantages.whitened_returns, scale=advantages.areal_scale, kl_weight=0.1),
         correction=partial(terms.masked, low=0.0, high=5.0),
     ),
-    "prime:rl": Preset(MEAN_ONLY, terms.dppo_ratio, kl=Kl(terms.k2, 2e-3, to="behavior")),
+    "prime:rl": Preset(MEAN_ONLY, terms.ipo),
+    "prime:dppo": Preset(MEAN_ONLY, terms.dppo_ratio, kl=Kl(terms.k2, 2e-3, to="behavior")),
     "tinker:cispo": Preset(MEAN_ONLY, partial(terms.cispo, high=4.0), "token_sum"),
 }
 """All but paper:dpo, which is `dpo_loss`."""

@@ -82,7 +82,7 @@ def within(s: float, o: float, a: float, low: float, high: float, divergence: st
 
 
 def dppo_ratio(now, still, old, adv, low=0.2, high=0.2, divergence="tv") -> list[float]:
-    """2.12, SkyRL and prime-rl."""
+    """2.12, SkyRL and prime-rl until August 2026."""
     return [
         -a * exp(n - o) * within(s, o, a, low, high, divergence)
         for n, s, o, a in zip(now, still, old, adv, strict=True)
@@ -94,6 +94,13 @@ def dppo_reinforce(now, still, old, adv, low=0.2, high=0.2, cap=3.0, divergence=
     return [
         -a * min(exp(s - o), cap) * n * within(s, o, a, low, high, divergence)
         for n, s, o, a in zip(now, still, old, adv, strict=True)
+    ]
+
+
+def ipo(now, still, old, adv, eps=0.3) -> list[float]:
+    """prime-rl's `ipo_loss_fn`: its mask does not ask for the advantage's sign, and is by probability, not by the ratio."""
+    return [
+        -a * exp(n - o) if abs(exp(s) - exp(o)) <= eps else 0.0 for n, s, o, a in zip(now, still, old, adv, strict=True)
     ]
 
 

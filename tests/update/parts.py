@@ -39,6 +39,7 @@ SURROGATES = {
     "cispo": surrogate(terms.cispo, "cispo", low=0.5, high=2.0),
     "gmpo": surrogate(terms.gmpo, "gmpo", low=0.5, high=0.6),
     "sapo": surrogate(terms.sapo, "sapo", positive=0.7, negative=1.3),
+    "ipo": surrogate(terms.ipo, "ipo", eps=0.1),
     "reinforce": surrogate(terms.reinforce, "reinforce"),
 }
 for divergence in ("tv", "kl"):

@@ -16,7 +16,7 @@ from jaxrl_llm.experience import advantages
 from jaxrl_llm.experience.batch import token_weights
 from jaxrl_llm.experience.config import Grpo, LeaveOneOut, ReinforcePlusPlus, Rloo
 from jaxrl_llm.update import losses
-from jaxrl_llm.update.config import Cispo, Clip, Dppo, Gmpo, Sapo
+from jaxrl_llm.update.config import Cispo, Clip, Dppo, Gmpo, Ipo, Sapo
 
 
 def told(name: str) -> bool:
@@ -167,6 +167,23 @@ def gmpo_without_signs(logprobs, log_r, advantage, batch, cfg):
     return losses.Held(-advantage * ratio, advantage > 0, advantage < 0)
 
 
+def ipo_one_sided(logprobs, log_r, advantage, batch, cfg):
+    """DPPO's mask: what went against its advantage still counts."""
+    own = dataclasses.replace(Dppo(), low=cfg.eps, high=cfg.eps)
+    return losses.dppo(logprobs, log_r, advantage, batch, own)
+
+
+def ipo_by_the_ratio(logprobs, log_r, advantage, batch, cfg):
+    ratio = jnp.exp(log_r)
+    low, high = ratio < 1 - cfg.eps, ratio > 1 + cfg.eps
+    return losses.Held(jnp.where(low | high, 0.0, -advantage * ratio), low, high)
+
+
+def ipo_without_the_ratio(logprobs, log_r, advantage, batch, cfg):
+    held = losses.ipo(logprobs, log_r, advantage, batch, cfg)
+    return held._replace(loss=jnp.where(held.low | held.high, 0.0, -advantage * logprobs))
+
+
 own_log_ratio, own_weighed, own_kl, own_critic = losses.log_ratio, losses.weighed, losses.kl_terms, losses.critic_terms
 own_kl_estimate, own_moment = losses.kl_estimate, losses.second_moment_mask
 
@@ -216,6 +233,10 @@ LOSSES = {
     "DPPO's bounds gone": (changed(Dppo, low=1.0, high=1.0), "skyrl:dppo"),
     "DPPO's documented cap (T2)": (changed(Dppo, cap=20.0), "verl:dppo_tv"),
     "DPPO by total variation for KL": (changed(Dppo, divergence="tv"), "dppo kl"),
+    "IPO's mask by the sign of the advantage": (surrogate(Ipo, ipo_one_sided), "prime:rl"),
+    "IPO's eps on the ratio": (surrogate(Ipo, ipo_by_the_ratio), "prime:rl"),
+    "IPO without the ratio": (surrogate(Ipo, ipo_without_the_ratio), "prime:rl"),
+    "IPO's eps of before September": (changed(Ipo, eps=0.1), "prime:rl"),
     "the mask ignored": ((losses, "within", lambda mask, x: x), "trl:gspo"),
     "TIS cap ignored": (
         (losses, "weighed", lambda m, b, c: losses.Weighed(jnp.exp(jax.lax.stop_gradient(m)), b.loss_mask)), "truncated token"),

@@ -52,6 +52,16 @@ def _axes_left(spec: model_params.ParamSpec, shape: tuple[int, ...], distinct: t
     return tuple(spec.axes[axis] for axis in left)
 
 
+def abstract_state(specs: PyTree, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
+    """Shapes, dtypes and shardings of the state that trains parameters of these specs."""
+    shapes = jax.eval_shape(
+        lambda p: TrainState(p, optimizer.init(lora.split(p)[0]), jnp.zeros((), jnp.int32)),
+        model_params.abstract(specs, layout),
+    )
+    where = state_shardings(specs, optimizer, layout)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+
+
 def make_start(
     specs: PyTree,
     optimizer: optax.GradientTransformation,
