@@ -33,8 +33,8 @@ from jaxrl_llm.update.config import (
     TruncatedImportance,
 )
 
-# Presets whose source leaves out groups of equal rewards (DAPO's dynamic sampling).
-FILTERED = ("paper:dapo", "verl:dapo")
+# Presets whose source leaves out what has no signal by default: DAPO's dynamic sampling, prime-rl's `filter_zero_advantages`.
+FILTERED = ("paper:dapo", "verl:dapo", "prime:rl", "prime:dppo")
 GROUPED = ("mean_only", "rloo", "leave_one_out", "max_rl", "pass_at_k", "opo", "gpg", "gdpo", "best_worst")
 
 

@@ -156,5 +156,5 @@ def test_the_filter_follows_from_what_teaches(name):
 def test_no_presets_own_filter_is_refused(name):
     asked = objective({"preset": name})
     keep = filter_of("auto", asked, 1)
-    assert keep == ("has_signal" if name in ("paper:dapo", "verl:dapo") else "none")
+    assert keep == ("has_signal" if name in ("paper:dapo", "verl:dapo", "prime:rl", "prime:dppo") else "none")
     assert refusals(asked, samples=4, packing="shared_prefix", keep=keep) == []
