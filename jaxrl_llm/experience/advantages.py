@@ -89,7 +89,10 @@ READ = {
 def _check_float32(cfg: AdvantageConfig, outcome: Outcome, columns: dict[str, np.ndarray | None]) -> None:
     most = np.finfo(np.float32).max
     for name, x in columns.items():
-        largest = 0.0 if x is None else np.abs(np.where(outcome.mask, x, 0.0)).max(initial=0.0)
+        # Most often all are small, those that no token of `mask` has among them.
+        if x is None or np.abs(x).max(initial=0.0) <= most:
+            continue
+        largest = np.abs(np.where(outcome.mask, x, 0.0)).max(initial=0.0)
         if not largest <= most:
             todo = READ[name][1] if name in READ else f"rewards reach {np.abs(outcome.reward).max():g}; {LOWER_REWARDS}"
             raise AdvantageError(

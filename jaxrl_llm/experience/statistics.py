@@ -22,7 +22,10 @@ def ratio(top: np.ndarray, bottom: np.ndarray | float) -> np.ndarray:
 
 def total(x: Group) -> PerGroup:
     """The sum of a group, rounded once."""
-    return np.array([math.fsum(row) for row in x.reshape(-1, x.shape[-1]).tolist()]).reshape(*x.shape[:-1], 1)
+    # Slices of one list: a list per group would keep the garbage collector at work.
+    numbers, n = x.ravel().tolist(), x.shape[-1]
+    sums = [math.fsum(numbers[start : start + n]) for start in range(0, len(numbers), n)]
+    return np.array(sums).reshape(*x.shape[:-1], 1)
 
 
 def centred(x: Group) -> Group:
