@@ -74,8 +74,8 @@ def test_a_lone_success_is_not_scaled_by_nemo():
 
 
 def test_equal_others_have_no_std_in_float32_either():
-    """The graders' rewards are float32, and no sum of squares of 0.1 is exact. The first has 0.9 more than seven equal others; among
-    the others of each other one it makes a std of 0.9 / sqrt(7) and a mean of 0.9 / 7 more."""
+    """The graders' rewards are float32, and no sum of squares of 0.1 is exact. The first has 0.9 more than seven equal others; it
+    gives the others of each other one a std of 0.9 / sqrt(7) and a mean 0.9 / 7 higher."""
     reward = np.float32([1.0] + [0.1] * 7)
     want = [0.9] + 7 * [-1 / 7**0.5]
     np.testing.assert_allclose(advantages.nemo_leave_one_out(reward.tolist()), want, rtol=4e-6)
