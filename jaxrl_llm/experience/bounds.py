@@ -73,8 +73,9 @@ def _of_leave_one_out(score: Group, outcome: Outcome, cfg: LeaveOneOut) -> float
 
 def _of_max_rl(score: Group, outcome: Outcome, cfg: MaxRl) -> float:
     """(n - 1) where no reward is below 0: then the range is n means at most."""
-    mean = total(score) / score.shape[1]
-    return _about_mean(score / np.where(mean > 0, mean + cfg.eps, np.inf))
+    n, ranges = score.shape[1], np.ptp(score, axis=1, keepdims=True)
+    mean = total(score) / n
+    return (ranges / np.where(mean > 0, mean + cfg.eps, np.inf)).max() * (n - 1) / n
 
 
 def _of_reinforce_pp(score: Group, outcome: Outcome, cfg: ReinforcePlusPlus) -> float:

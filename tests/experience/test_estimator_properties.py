@@ -110,7 +110,7 @@ def outcomes(draw) -> Outcome:
         part_weights=weights,
         counts=rng.random(groups) < 0.8,
         mask=mask,
-        token_reward=rng.normal(0, 0.01, mask.shape) * draw(st.booleans()),
+        token_reward=rng.normal(0, 1, mask.shape) * draw(st.sampled_from([0, 0.01, 1e-8])),
         values=rng.normal(0, 1, mask.shape).astype(np.float32),
     )
 
