@@ -34,6 +34,13 @@ class MismatchError(UserError):
     exit_code = 4
 
 
+class AdvantageError(UserError):
+    """An advantage that float32 cannot hold, or one above what its estimator's formula allows; the last good checkpoint is the
+    latest one."""
+
+    exit_code = 4
+
+
 class Preempted(Exception):
     """SIGTERM arrived, the state is saved: start the same command again to go on."""
 

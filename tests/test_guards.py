@@ -10,8 +10,8 @@ from jaxrl_llm import config as run_config
 from jaxrl_llm import learn as learning
 from jaxrl_llm import life as lives
 from jaxrl_llm import train
-from jaxrl_llm.errors import GradingError, MismatchError, NonFiniteError
-from jaxrl_llm.experience.advantages import ESTIMATORS, Outcome, estimate
+from jaxrl_llm.errors import AdvantageError, GradingError, MismatchError, NonFiniteError
+from jaxrl_llm.experience.advantages import ESTIMATORS, Estimate, Outcome, estimate
 from jaxrl_llm.experience.config import Gae, Grpo, PassAtK, Raw, ReinforcePlusPlus, Rloo
 from jaxrl_llm.guards import Guards, observe
 from jaxrl_llm.update.config import GuardConfig
@@ -274,6 +274,18 @@ def test_log_probs_of_another_distribution_end_the_run(start, monkeypatch):
     monkeypatch.setattr(learning, "sequences_of", colder)
     with pytest.raises(MismatchError, match=r"update\.guards\.max_mismatch_kl"):
         step(run, shell, life, policy)
+
+
+def test_advantages_that_no_reward_explains_end_the_run(start, monkeypatch):
+    """Four rewards are at most 3 / sqrt(4) stds from their mean; the batch of four gives finite losses none the less."""
+    run, shell, life, policy, _ = start
+    own = ESTIMATORS[Grpo]
+    larger = lambda outcome, cfg: Estimate(own(outcome, cfg).advantage * 1e5)  # noqa: E731
+    monkeypatch.setitem(ESTIMATORS, Grpo, larger)
+    with pytest.raises(
+        AdvantageError, match=r"objective\.advantage\.kind grpo: got an advantage of .*, want at most 1\.5,"
+    ):
+        train.rl_step(run, shell, life, policy)
 
 
 def test_parameters_that_the_loss_cannot_reach_are_named_once_and_across_a_resume(start):

@@ -1,15 +1,17 @@
 """What each token's action was worth: one function per published estimator, in float64 over whole groups.
 
 A sequence's reward is the graders' plus the sum of its tokens' own, which are minus weight * KL where `objective.reward_kl` asks
-for it. Most estimators give all tokens of a sequence the same advantage. A group of equal rewards gets exactly 0 from those with a
-baseline: subtracting its first reward before the mean makes the differences exact.
+for it. Most estimators give all tokens of a sequence the same advantage. Equal rewards give exactly 0 where there is a baseline,
+and the order of rows changes nothing, not even the last bit.
 """
 
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 
+from jaxrl_llm.errors import AdvantageError
+from jaxrl_llm.experience.bounds import bound
 from jaxrl_llm.experience.config import (
     AdvantageConfig,
     BestWorst,
@@ -27,29 +29,25 @@ from jaxrl_llm.experience.config import (
     RewardKl,
     Rloo,
 )
-
-Group = Float[np.ndarray, "P G"]
-Completion = Float[np.ndarray, "B C"]
-Tokens = Bool[np.ndarray, "B C"]
-
-
-class Outcome(NamedTuple):
-    """What estimators read of P groups of G sequences."""
-
-    reward: Group
-    parts: Float[np.ndarray, "P G n"]
-    """Of each grader, before weights."""
-    part_weights: Float[np.ndarray, " n"]
-    counts: Bool[np.ndarray, " P"]
-    """The groups that are learnt from; the others' numbers may be NaN and get advantage 0."""
-    mask: Tokens
-    """Tokens that the policy drew."""
-    token_reward: Completion
-    """Of each token beside its sequence's: minus weight * KL, or 0."""
-    values: Completion | None = None
-    """The critic's of what is before each token."""
-    late_reward: Completion | None = None
-    """As `token_reward`, but its returns to go join the advantages after every statistic."""
+from jaxrl_llm.experience.outcome import (
+    Completion,
+    Group,
+    Outcome,
+    Tokens,
+    of_groups_that_count,
+    own_rewards,
+    scores,
+)
+from jaxrl_llm.experience.statistics import (
+    batch_centred,
+    batch_deviation,
+    centred,
+    deviation,
+    others,
+    ratio,
+    total,
+    whiten,
+)
 
 
 class Estimate(NamedTuple):
@@ -59,44 +57,74 @@ class Estimate(NamedTuple):
 
 
 def estimate(cfg: AdvantageConfig, outcome: Outcome) -> Estimate:
-    """Advantages of the tokens in `mask` of the groups that count; 0 elsewhere."""
-    counted = outcome.counts[:, None]
-    clean = outcome._replace(
-        reward=np.where(counted, outcome.reward, 0.0).astype(np.float64),
-        parts=np.where(counted[..., None], outcome.parts, 0.0).astype(np.float64),
-        mask=outcome.mask & np.repeat(outcome.counts, outcome.reward.shape[1])[:, None],
-    )
-    found = ESTIMATORS[type(cfg)](clean, cfg)
-    if outcome.late_reward is not None:
-        found = found._replace(advantage=found.advantage + _to_go(outcome.late_reward, clean.mask, 1.0))
-    within = lambda x: None if x is None else np.where(clean.mask, x, 0.0)  # noqa: E731
-    return Estimate(within(found.advantage), within(found.returns))
+    """Advantages of the tokens in `mask` of the groups that count, 0 elsewhere.
+
+    Raises AdvantageError where float32 does not hold what is read or found, or an advantage is above the `bound` of its formula.
+    """
+    outcome = of_groups_that_count(outcome)
+    _check_float32(cfg, outcome, {name: read(outcome) for name, (read, _) in READ.items()})
+    within = lambda x: None if x is None else np.where(outcome.mask, x, 0.0)  # noqa: E731
+    # What is too large is named by the checks, and is no warning.
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = Estimate(*map(within, ESTIMATORS[type(cfg)](outcome, cfg)))
+        _check_bound(cfg, outcome, found.advantage)
+        if outcome.late_reward is not None:
+            late = within(_to_go(outcome.late_reward, outcome.mask, 1.0))
+            found = found._replace(advantage=found.advantage + late)
+    _check_float32(cfg, outcome, {"advantages": found.advantage, "returns": found.returns})
+    return found
+
+
+LOWER_REWARDS = "bound what the graders return, or lower their reward.graders.weight"
+LOWER_KL = "k1 and k2 of objective.reward_kl.kind stay smaller than k3; or lower its weight"
+READ = {
+    "rewards": (lambda o: o.reward.reshape(-1, 1), LOWER_REWARDS),
+    "rewards per token": (lambda o: o.token_reward, LOWER_KL),
+    "late rewards per token": (lambda o: o.late_reward, LOWER_KL),
+    "values of the critic": (lambda o: o.values, "the critic has diverged: lower its learning rate"),
+}
+"""What must be a number that float32 holds, and what to do where it is not."""
+
+
+def _check_float32(cfg: AdvantageConfig, outcome: Outcome, columns: dict[str, np.ndarray | None]) -> None:
+    most = np.finfo(np.float32).max
+    for name, x in columns.items():
+        # Most often all are small, those that no token of `mask` has among them.
+        if x is None or np.abs(x).max(initial=0.0) <= most:
+            continue
+        largest = np.abs(np.where(outcome.mask, x, 0.0)).max(initial=0.0)
+        if not largest <= most:
+            todo = READ[name][1] if name in READ else f"rewards reach {np.abs(outcome.reward).max():g}; {LOWER_REWARDS}"
+            raise AdvantageError(
+                f"objective.advantage.kind {cfg.kind}: got {name} of {largest:g}, want at most {most:g}, the largest that "
+                f"float32 holds: {todo}"
+            )
+
+
+def _check_bound(cfg: AdvantageConfig, outcome: Outcome, advantage: Completion) -> None:
+    largest, most = np.abs(advantage).max(initial=0.0), bound(cfg, outcome)
+    # Roundings in float64 are far below this, and float32 hardly tells it.
+    if largest > most * (1 + 1e-7):
+        raise AdvantageError(
+            f"objective.advantage.kind {cfg.kind}: got an advantage of {largest:g}, want at most {most:g}, the most that its "
+            "formula gives for these rewards: this is a bug of the estimator, please report it; another kind avoids it"
+        )
 
 
 def reward_kl(logprobs: Completion, reference: Completion, mask: Tokens, cfg: RewardKl) -> Completion:
     """Minus weight * the estimate of KL(policy that sampled || reference) at each token (Schulman 2020)."""
-    d = np.where(mask, logprobs.astype(np.float64) - reference, 0.0)
-    return -cfg.weight * {"k1": d, "k2": d**2 / 2, "k3": np.expm1(-d) + d}[cfg.kind]
+    # What is infinite is named by `estimate`.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return -cfg.weight * KL[cfg.kind](np.where(mask, logprobs.astype(np.float64) - reference, 0.0))
 
 
-def scores(outcome: Outcome) -> Group:
-    """Rewards of whole sequences."""
-    own = np.where(outcome.mask, outcome.token_reward, 0.0).sum(axis=1)
-    return outcome.reward + own.reshape(outcome.reward.shape)
+# e^-d - 1 + d is never below 0, but its roundings are.
+KL = {"k1": lambda d: d, "k2": lambda d: d**2 / 2, "k3": lambda d: np.maximum(np.expm1(-d) + d, 0.0)}
 
 
-def centred(score: Group) -> Group:
-    """r - mean of the group."""
-    shifted = score - score[:, :1]
-    return shifted - shifted.mean(axis=1, keepdims=True)
-
-
-def about_mean(x: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """x - mean of `kept`: exact zeros where all are equal."""
-    if not kept.size:
-        return x
-    first = kept.flat[0]
-    return x - first - (kept - first).mean()
+def _rows(x: Group, outcome: Outcome) -> tuple[Completion, Tokens]:
+    """As one token per sequence, and which of these count."""
+    return x.reshape(-1, 1), np.repeat(outcome.counts, x.shape[1])[:, None]
 
 
 def _each(advantage: Group, outcome: Outcome) -> Estimate:
@@ -105,18 +133,14 @@ def _each(advantage: Group, outcome: Outcome) -> Estimate:
 
 def grpo(outcome: Outcome, cfg: Grpo) -> Estimate:
     score, ddof = scores(outcome), int(cfg.std == "sample")
-    kept = score[outcome.counts]
-    away = centred(score) if cfg.mean_over == "group" else about_mean(score, kept)
-    if cfg.std_over == "group":
-        std = centred(score).std(axis=1, ddof=ddof, keepdims=True)
-    else:
-        std = np.full((len(score), 1), kept.std(ddof=ddof) if kept.size > ddof else 0.0)
-    return _each(_ratio(away, std + cfg.eps), outcome)
-
-
-def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
-    """top / bottom, 0 where bottom is 0."""
-    return np.divide(top, bottom, out=np.zeros(np.broadcast_shapes(top.shape, bottom.shape)), where=bottom != 0)
+    rows, kept = _rows(score, outcome)
+    several = np.count_nonzero(kept) > 1
+    away, std = centred(score), deviation(score, ddof)
+    if cfg.mean_over == "batch" and several:
+        away = batch_centred(rows, kept).reshape(score.shape)
+    if cfg.std_over == "batch" and several:
+        std = batch_deviation(rows, kept, ddof)
+    return _each(ratio(away, std + cfg.eps), outcome)
 
 
 def mean_only(outcome: Outcome, cfg: MeanOnly) -> Estimate:
@@ -124,34 +148,30 @@ def mean_only(outcome: Outcome, cfg: MeanOnly) -> Estimate:
     return _each(centred(scores(outcome)), outcome)
 
 
+def _about_others(score: Group) -> Group:
+    """r - mean of the G - 1 others, which is G / (G - 1) times what it is about the mean of all."""
+    return centred(score) * (score.shape[1] / (score.shape[1] - 1))
+
+
 def rloo(outcome: Outcome, cfg: Rloo) -> Estimate:
-    """G/(G-1) times the centred reward; unbiased."""
-    score = scores(outcome)
-    advantage = centred(score) * (score.shape[1] / (score.shape[1] - 1))
+    """Unbiased."""
+    advantage = _about_others(scores(outcome))
     if cfg.whiten:
-        kept = advantage[outcome.counts]
-        advantage = (advantage - kept.mean()) / (kept.std(ddof=1) + 1e-4)
+        advantage = whiten(*_rows(advantage, outcome), 1, 0.0, 1e-4)
     return _each(advantage, outcome)
 
 
 def leave_one_out(outcome: Outcome, cfg: LeaveOneOut) -> Estimate:
     """The others' std has G - 2; with G = 2 nothing is scaled."""
     score = scores(outcome)
-    n = score.shape[1] - 1
-    away = centred(score) * ((n + 1) / n)
-    # Of the others, about the group's first reward: exact zeros for equal ones.
-    shifted = score - score[:, :1]
-    mean = (shifted.sum(axis=1, keepdims=True) - shifted) / n
-    square = ((shifted**2).sum(axis=1, keepdims=True) - shifted**2) / n
-    variance = np.maximum(square - mean**2, 0.0) * (n / max(n - 1, 1))
-    std = np.sqrt(variance) if n > 1 else np.zeros_like(score)
-    return _each(np.where(std > 0, away / (std + cfg.eps), away), outcome)
+    std = deviation(others(score), 1)[..., 0]
+    return _each(_about_others(score) / np.where(std > 0, std + cfg.eps, 1.0), outcome)
 
 
 def max_rl(outcome: Outcome, cfg: MaxRl) -> Estimate:
     score = scores(outcome)
-    mean = score.mean(axis=1, keepdims=True)
-    return _each(np.where(mean > 0, _ratio(centred(score), mean + cfg.eps), 0.0), outcome)
+    mean = total(score) / score.shape[1]
+    return _each(np.where(mean > 0, ratio(centred(score), mean + cfg.eps), 0.0), outcome)
 
 
 def pass_at_k(outcome: Outcome, cfg: PassAtK) -> Estimate:
@@ -160,15 +180,14 @@ def pass_at_k(outcome: Outcome, cfg: PassAtK) -> Estimate:
     ahead = ranked[:, -1] - ranked[:, -2]
     advantage = np.zeros_like(score)
     advantage[np.arange(len(score)), score.argmax(axis=1)] = ahead
-    std = centred(score).std(axis=1, ddof=1, keepdims=True)
-    return _each(advantage / (std + cfg.eps) if cfg.scale else advantage, outcome)
+    return _each(ratio(advantage, deviation(score, 1) + cfg.eps) if cfg.scale else advantage, outcome)
 
 
 def opo(outcome: Outcome, cfg: Opo) -> Estimate:
     score = scores(outcome)
     length = outcome.mask.sum(axis=1).reshape(score.shape)
-    away = score - score[:, :1]
-    return _each(away - _ratio((length * away).sum(axis=1, keepdims=True), length.sum(axis=1, keepdims=True)), outcome)
+    above = score - score.min(axis=1, keepdims=True)
+    return _each(above - ratio(total(length * above), total(length)), outcome)
 
 
 def gpg(outcome: Outcome, cfg: Gpg) -> Estimate:
@@ -179,16 +198,10 @@ def gpg(outcome: Outcome, cfg: Gpg) -> Estimate:
 
 def gdpo(outcome: Outcome, cfg: Gdpo) -> Estimate:
     """Whitened with (A - mean) / (std + eps), std with n - 1."""
-    own = (outcome.token_reward * outcome.mask).sum(axis=1).reshape(outcome.reward.shape)
-    total = np.zeros_like(outcome.reward)
+    summed = centred(own_rewards(outcome))
     for weight, part in zip(outcome.part_weights, np.moveaxis(outcome.parts, -1, 0), strict=True):
-        away = centred(part)
-        total += weight * away / (away.std(axis=1, ddof=1, keepdims=True) + cfg.eps)
-    total += centred(own)
-    kept = total[outcome.counts]
-    if kept.size < 2:
-        return _each(total, outcome)
-    return _each((total - kept.mean()) / (kept.std(ddof=1) + cfg.eps), outcome)
+        summed += weight * ratio(centred(part), deviation(part, 1) + cfg.eps)
+    return _each(whiten(*_rows(summed, outcome), 1, 0.0, cfg.eps), outcome)
 
 
 def raw(outcome: Outcome, cfg: Raw) -> Estimate:
@@ -245,14 +258,6 @@ def _to_go(rewards: Completion, mask: Tokens, gamma: float) -> Completion:
         after = np.where(mask[:, t], rewards[:, t] + gamma * after, after)
         returns[:, t] = after
     return returns
-
-
-def whiten(x: Completion, mask: Tokens, ddof: int = 1, eps: float = 1e-8, beside_std: float = 0.0) -> Completion:
-    """(x - mean) / (sqrt(var + eps) + beside_std) over the tokens in `mask`; of fewer than two, x itself."""
-    kept = x[mask]
-    if kept.size < 2:
-        return x
-    return about_mean(x, kept) / (np.sqrt(kept.var(ddof=ddof) + eps) + beside_std)
 
 
 ESTIMATORS = {

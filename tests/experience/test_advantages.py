@@ -4,8 +4,9 @@ import itertools
 
 import numpy as np
 import pytest
+from outcomes import single_tokens
 
-from jaxrl_llm.experience.advantages import Outcome, estimate
+from jaxrl_llm.experience.advantages import estimate
 from jaxrl_llm.experience.config import (
     BestWorst,
     Gpg,
@@ -27,22 +28,11 @@ CENTRED = [Grpo(), MeanOnly(), Rloo()]
 KIND = {"ids": lambda cfg: cfg.kind}
 
 
-def outcome(reward, counts=None) -> Outcome:
-    """Sequences of one token each."""
-    groups, samples = reward.shape
-    return Outcome(
-        reward=reward,
-        parts=reward[..., None],
-        part_weights=np.ones(1),
-        counts=np.ones(groups, bool) if counts is None else np.array(counts),
-        mask=np.ones((groups * samples, 1), bool),
-        token_reward=np.zeros((groups * samples, 1)),
-    )
-
-
 def of(cfg, reward, counts=None):
     """Advantages [P G]."""
-    return estimate(cfg, outcome(reward, counts)).advantage.reshape(reward.shape)
+    reward = np.asarray(reward)
+    more = {} if counts is None else {"counts": np.array(counts)}
+    return estimate(cfg, single_tokens(reward, **more)).advantage.reshape(reward.shape)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +56,25 @@ def test_rloo_is_the_reward_less_the_mean_of_the_others():
     np.testing.assert_allclose(of(Rloo(), reward), reward - others, atol=1e-6)
 
 
+@pytest.mark.parametrize("lone", range(8))
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(0.1, 1.0), (1e6 + 0.0625, 1e6 + 1.0), (1e30, 2.1e30), (-0.3, 0.7), (1 / 3, 1.0), (0.0, 2.0**-140)],
+)
+def test_leave_one_out_of_equal_others(low, high, lone):
+    """One of eight has d more than the others. It gets d: the others' std is 0. Of the others of each other one, seven, one has d
+    more: (-d / 7) / (d / sqrt(7)) = -1 / sqrt(7)."""
+    reward = np.full((1, 8), low, np.float32)
+    reward[0, lone] = high
+    d = float(np.float32(high)) - float(np.float32(low))
+    want = np.full(8, -1 / np.sqrt(7))
+    want[lone] = d
+    np.testing.assert_allclose(of(LeaveOneOut(eps=0), reward)[0], want, rtol=1e-14)
+    # As its source has it, 1e-6 beside a std of d / sqrt(7).
+    want[np.arange(8) != lone] *= d / (d + 1e-6 * np.sqrt(7))
+    np.testing.assert_allclose(of(LeaveOneOut(), reward)[0], want, rtol=1e-14)
+
+
 @pytest.mark.parametrize("cfg", BASELINED, **KIND)
 def test_groups_do_not_mix_and_order_does_not_matter(cfg):
     rng = np.random.default_rng(1)
@@ -73,8 +82,7 @@ def test_groups_do_not_mix_and_order_does_not_matter(cfg):
     advantage = of(cfg, reward)
     np.testing.assert_array_equal(of(cfg, reward[[4, 1]]), advantage[[4, 1]])
     order = rng.permutation(8)
-    # Another first reward is subtracted and sums go in another order: roundings of numbers around 1.
-    np.testing.assert_allclose(of(cfg, reward[:, order]), advantage[:, order], atol=1e-12)
+    np.testing.assert_array_equal(of(cfg, reward[:, order]), advantage[:, order])
     if cfg in CENTRED:
         np.testing.assert_allclose(advantage.sum(axis=1), 0, atol=1e-12)
 

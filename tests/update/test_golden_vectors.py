@@ -73,6 +73,16 @@ def test_a_lone_success_is_not_scaled_by_nemo():
     np.testing.assert_allclose(found.advantage[:, 0], want, atol=1e-5)
 
 
+def test_equal_others_have_no_std_in_float32_either():
+    """The graders' rewards are float32, and no sum of squares of 0.1 is exact. The first has 0.9 more than seven equal others; it
+    gives the others of each other one a std of 0.9 / sqrt(7) and a mean 0.9 / 7 higher."""
+    reward = np.float32([1.0] + [0.1] * 7)
+    want = [0.9] + 7 * [-1 / 7**0.5]
+    np.testing.assert_allclose(advantages.nemo_leave_one_out(reward.tolist()), want, rtol=4e-6)
+    found = assess(objective_of("nemo:grpo"), case_of((1,) * 8, reward))
+    np.testing.assert_allclose(found.advantage[:, 0], want, rtol=4e-6)
+
+
 @pytest.mark.parametrize(
     ("how", "want"),
     [("token", 11 / 6), ("sequence", 1.75), ("sequence_sum", 5.5), ("constant", 0.6875), ("token_sum", 11)],

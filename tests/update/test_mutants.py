@@ -279,6 +279,8 @@ STOPPING = ("trl:cispo", "gspo token by token", "verl:dppo_tv", "k3_plus to refe
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_bug_is_told(name, monkeypatch):
     (where, attribute, mutant), part = MUTANTS[name]
+    # The comparison with the oracle is to tell, not the guard before it.
+    monkeypatch.setattr(advantages, "bound", lambda cfg, outcome: np.inf)
     if isinstance(where, str):
         monkeypatch.setattr(f"{where}.{attribute}", mutant)
     else:

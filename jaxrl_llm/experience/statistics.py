@@ -1,0 +1,68 @@
+"""Means and stds of groups and of batches, in float64: exactly 0 away from the mean for equal numbers, the same in every order.
+
+They are taken of differences from the smallest number, never as differences of sums, and sums over what has no order are rounded
+once. *Group* is a statistic over the last axis; *batch* one over all tokens in a mask, where rows (sequences) have no order.
+"""
+
+import math
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+Group = Float[np.ndarray, "*rows n"]
+PerGroup = Float[np.ndarray, "*rows 1"]
+Completion = Float[np.ndarray, "B C"]
+Tokens = Bool[np.ndarray, "B C"]
+
+
+def ratio(top: np.ndarray, bottom: np.ndarray | float) -> np.ndarray:
+    """top / bottom, 0 where bottom is 0."""
+    return np.divide(top, bottom, out=np.zeros(np.broadcast_shapes(top.shape, np.shape(bottom))), where=bottom != 0)
+
+
+def total(x: Group) -> PerGroup:
+    """The sum of a group, rounded once."""
+    # Slices of one list: a list per group would keep the garbage collector at work.
+    numbers, n = x.ravel().tolist(), x.shape[-1]
+    sums = [math.fsum(numbers[start : start + n]) for start in range(0, len(numbers), n)]
+    return np.array(sums).reshape(*x.shape[:-1], 1)
+
+
+def centred(x: Group) -> Group:
+    """x - mean of the group."""
+    above = x - x.min(axis=-1, keepdims=True)
+    return above - total(above) / x.shape[-1]
+
+
+def deviation(x: Group, ddof: int) -> PerGroup:
+    """The group's std; 0 of one number."""
+    return np.sqrt(total(centred(x) ** 2) / max(x.shape[-1] - ddof, 1))
+
+
+def others(x: Float[np.ndarray, "P G"]) -> Float[np.ndarray, "P G G-1"]:
+    """Of each sample the rest of its group. Taking one term from a sum instead would leave that term's rounding behind."""
+    size = x.shape[1]
+    return x[:, np.nonzero(~np.eye(size, dtype=bool))[1].reshape(size, size - 1)]
+
+
+def batch_centred(x: Completion, mask: Tokens) -> Completion:
+    """x - mean of those in `mask`."""
+    above = x - x[mask].min()
+    return above - _batch_total(above, mask) / np.count_nonzero(mask)
+
+
+def batch_deviation(x: Completion, mask: Tokens, ddof: int) -> float:
+    """The std of those in `mask`."""
+    return math.sqrt(_batch_total(batch_centred(x, mask) ** 2, mask) / (np.count_nonzero(mask) - ddof))
+
+
+def _batch_total(x: Completion, mask: Tokens) -> float:
+    """Of each row by itself, then of the rows, rounded once: the tokens would be too many."""
+    return math.fsum(np.where(mask, x, 0.0).sum(axis=1))
+
+
+def whiten(x: Completion, mask: Tokens, ddof: int = 1, eps: float = 1e-8, beside_std: float = 0.0) -> Completion:
+    """(x - mean) / (sqrt(var + eps) + beside_std) over the tokens in `mask`; of fewer than two, x itself."""
+    if np.count_nonzero(mask) < 2:
+        return x
+    return ratio(batch_centred(x, mask), math.sqrt(batch_deviation(x, mask, ddof) ** 2 + eps) + beside_std)
