@@ -30,7 +30,7 @@ model: {{path: {model}, compute: float32}}
 tokenizer: {{system: Be brief., stop: ["<s>"]}}
 task: {{kind: file, path: {data}, held_out_path: {held_out}, prompt: "{{question}}", answer: "{{answer}}"}}
 mesh: {{fsdp: {fsdp}, tensor: 2}}
-rollout: {{prompts: 20, samples: 4, max_new_tokens: 6}}
+rollout: {{prompts: 20, samples: 4, max_new_tokens: 6, stop: ["<|im_start|>"]}}
 reward: {{graders: [row_graders:counts_letters, {{grader: length, weight: 0.1, options: {{target: 3}}}}], deadline_s: 8}}
 evaluation: {{every: {every}}}
 update: {{optimizer: {{lr: 1.0e-3}}}}
@@ -90,6 +90,15 @@ def test_the_prompt_is_the_chat_and_the_completion_ends_at_any_end_token(trained
     assert first.startswith("system\nBe brief.\nuser\nWhat is ") and first.endswith("?\nassistant\n")
     ended = {row["ids"][-1] for row in rollouts if row["finish"] == "eos"}
     assert ended <= {2, 3} and all(not {2, 3} & set(row["ids"][:-1]) for row in rollouts)
+
+
+@pytest.mark.slow
+def test_a_stop_text_that_is_a_special_token_ends_every_row_that_draws_it(trained):
+    """Token 1, which no text for graders shows. It used to be drawn and passed over."""
+    rows = [row for row in read_jsonl(trained[1].run_dir / "rollouts.jsonl") if 1 in row["ids"]]
+    assert len(rows) > 2
+    assert all(row["ids"].index(1) == len(row["ids"]) - 1 and row["finish"] == "control" for row in rows)
+    assert not any("<|im_start|>" in row["completion"] for row in rows)
 
 
 @pytest.mark.slow
