@@ -118,6 +118,25 @@ def test_the_export_is_the_run_bit_for_bit_and_can_be_trained_on(trained, place,
 
 
 @pytest.mark.slow
+def test_other_prompts_are_told_at_resume(trained, place, tmp_path, capsys):
+    """The chat template's, and an answer; nothing is said where nothing changed."""
+    kept = [place / "test.jsonl", place / "model" / "chat_template.jinja"]
+    before = [path.read_text() for path in kept]
+    shutil.copytree(trained[1].run_dir, tmp_path / "run")
+    write(place, tmp_path, every=100)
+    again = lambda: (cli.main(["train", str(tmp_path / "theirs.yaml")]), capsys.readouterr().out)  # noqa: E731
+    try:
+        code, said = again()
+        assert code == 0 and "going on from step 5" in said and "at the checkpoint" not in said
+        kept[0].write_text(before[0].replace('"answer": "102"', '"answer": "103"'))
+        kept[1].write_text(before[1] + " ")
+        assert "task: got other training rows, held-out rows than at the checkpoint" in again()[1]
+    finally:
+        for path, text in zip(kept, before, strict=True):
+            path.write_text(text)
+
+
+@pytest.mark.slow
 def test_evaluating_in_between_changes_nothing(trained, place, tmp_path):
     _, result = trained
     often = train(write(place, tmp_path, every=1, steps=3))

@@ -1,5 +1,7 @@
 """Text to tokens and back. Tokens in, tokens out: a prompt is encoded once, a completion is decoded for graders and people only."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,6 +72,13 @@ class Tokenizer:
     @cached_property
     def _special(self) -> frozenset[int]:
         return frozenset(id for id, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its tokens, and of those that end, pad and are not shown."""
+        vocabulary = sorted((id, token) for token, id in self.backend.get_vocab(with_added_tokens=True).items())
+        known = [self.eos, self.pad, sorted(self._special), vocabulary]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def token(self, id: int) -> str:
         """One token for people: its text, or its name where it is special or not a whole character."""

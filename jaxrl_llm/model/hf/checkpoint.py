@@ -62,8 +62,8 @@ def find_leaves(directory: Path, tree: PyTree) -> tuple[list[Leaf], Mapping[str,
         raise UserError("\n".join(problems))
     if "head" not in tree and HEAD in stored and not _equal(stored[f"{prefix}embed_tokens.weight"], stored[HEAD]):
         raise UserError(
-            f"{directory / 'config.json'}: tie_word_embeddings: got true beside {HEAD} ({stored[HEAD].file.name}), which is no copy "
-            "of the embedding, want false, for a model with that head, or files without it"
+            f"{directory / 'config.json'}: tie_word_embeddings: got true beside {HEAD} ({stored[HEAD].file.name}), which is no "
+            "copy of the embedding, want false, for a model with that head, or files without it"
         )
     return found, stored
 
