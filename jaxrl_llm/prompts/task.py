@@ -169,6 +169,11 @@ def _task(
     kept = train if source is None else without(train, held_out, source)
     if dropped:
         log.warning("task.max_prompt_tokens: %d rows with longer prompts were dropped", dropped)
+    if hidden := [row.answer for row in (*kept, *held_out) if tokenizer.hidden(row.answer)]:
+        example = hidden[0][:100]
+        log.warning(
+            "task.answer: %d hold special tokens, which graders never see in a response, e.g. %r", len(hidden), example
+        )
     if len(kept) < len(train):
         log.warning("task: %d rows were left out of training: their prompt is held out", len(train) - len(kept))
     return Task(kept, held_out, tokenizer, dropped, len(train) - len(kept))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,6 +80,15 @@ class Tokenizer:
         vocabulary = sorted((id, token) for token, id in self.backend.get_vocab(with_added_tokens=True).items())
         known = [self.eos, self.pad, sorted(self._special), vocabulary]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+    def hidden(self, text: str) -> bool:
+        """Whether the text holds a special token, which no decoded response does."""
+        return self._names is not None and self._names.search(text) is not None
+
+    @cached_property
+    def _names(self) -> re.Pattern | None:
+        names = [re.escape(self.backend.id_to_token(id)) for id in sorted(self._special)]
+        return re.compile("|".join(names)) if names else None
 
     def token(self, id: int) -> str:
         """One token for people: its text, or its name where it is special or not a whole character."""

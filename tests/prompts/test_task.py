@@ -250,3 +250,15 @@ def test_settings_without_an_effect_are_refused(load, tmp_path):
     with pytest.raises(UserError, match=r"task.split: got 'test', want it left out: .*/d has no splits"):
         load_task(FileTask(str(tmp_path / "d"), split="test", held_out=1), DIGITS, 0)
     assert load_task(FileTask(str(tmp_path / "d"), held_out=1), DIGITS, 0).train
+
+
+def test_answers_that_no_response_can_equal_are_told(tmp_path, caplog):
+    """Graders read responses without special tokens; a tag that is none stays."""
+    tokenizer = load_tokenizer(PretrainedTokenizer(str(save_tokenizer(tmp_path))))
+    path = jsonl(tmp_path / "r.jsonl", *sums(3))
+    load_task(FileTask(path, held_out=1, answer="<think>{answer}</think>"), tokenizer, 0)
+    assert caplog.messages == []
+    task = load_task(FileTask(path, held_out=1, answer="{answer}<|im_end|>"), tokenizer, 0)
+    assert caplog.messages == [
+        f"task.answer: 3 hold special tokens, which graders never see in a response, e.g. {task.train[0].answer!r}"
+    ]
