@@ -111,16 +111,21 @@ def _check_answer(
     template: Template, asked: list[dict[str, Any]], answer: dict[str, Any], eos: tuple[int, ...]
 ) -> None:
     """The assistant's turn begins with the prompt, and ends with a token that ends a response."""
-    prompt, plain = (template.write([asked], begun)[0] for begun in (True, False))
-    try:
-        whole = template.write([[*asked, answer]], prompt=False)[0]
-    except UserError:
-        whole = ""
+    prompt = template.write([asked])[0]
+    plain, whole = (_written(template, turns) for turns in (asked, [*asked, answer]))
     before, found, after = whole.rpartition(ANSWER)
     if prompt == plain:
         _check_beginning(template, prompt, before, known=bool(found) and before.startswith(prompt))
     if found:
         _check_end(template, after, eos)
+
+
+def _written(template: Template, turns: list[dict[str, Any]]) -> str:
+    """Turns that nothing follows; nothing where the template raises: a run asks for prompts alone."""
+    try:
+        return template.write([turns], prompt=False)[0]
+    except UserError:
+        return ""
 
 
 def _check_beginning(template: Template, prompt: str, before: str, known: bool) -> None:

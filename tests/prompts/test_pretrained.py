@@ -338,6 +338,8 @@ def test_a_template_without_generation_prompt(tmp_path, caplog):
     )
     tokenizer = load(save_tokenizer(tmp_path, template=INST))
     assert tokenizer.decode(tokenizer.prompt("2+2")) == "[INST] 2+2 [/INST]" and not caplog.messages
+    only = "{% if not add_generation_prompt %}{{ raise_exception('no') }}{% endif %}"
+    assert load(save_tokenizer(tmp_path, template=only + CHATML)).prompt("7") and not caplog.messages
     load(save_tokenizer(tmp_path, template="{{ messages[0].content }}="))
     assert caplog.messages == [
         f"{tmp_path}: the chat template writes no generation prompt (add_generation_prompt changes nothing): prompts may lack the "
