@@ -14,8 +14,10 @@ Spell = Callable[[list[int]], Sequence[str]]
 """The texts of some tokens in which stop texts are looked for: with special tokens, and without."""
 # What stands for bytes that are no whole character, or not yet.
 BROKEN = "\ufffd"
-# Bytes of a character at most: so many of the last ones of a text may still change.
+# Bytes of a character at most.
 CHARACTER = 4
+# Tokens that are tried as the first one to read.
+NEAR = 16
 
 
 class Harvest:
@@ -96,30 +98,29 @@ def first_end(tokens: list[int], seen: int, stop: tuple[str, ...], spell: Spell)
     such, and without a stop text, had none when it was shorter either.
     """
     known = not any(BROKEN in s for s in stop)
-
-    def holds(texts: Sequence[str]) -> bool:
-        return any(s in text for text in texts for s in stop)
-
-    def clear(texts: Sequence[str]) -> bool:
-        return known and not holds(texts) and not any(BROKEN in text for text in texts)
+    begin = _begin(tokens, seen, max(map(len, stop)), spell) if known else 0
 
     def first(low: int, high: int) -> int | None:
-        texts = spell(tokens[:high])
+        texts = spell(tokens[begin:high])
+        holds = any(s in text for text in texts for s in stop)
         if high - low == 1:
-            return high if holds(texts) else None
-        if clear(texts):
+            return high if holds else None
+        if known and not holds and not any(BROKEN in text for text in texts):
             return None
         middle = (low + high) // 2
         return first(low, middle) or first(middle, high)
 
-    if len(tokens) == seen or clear(spell(tokens[_overlap(tokens, seen, max(map(len, stop)), spell) :])):
-        return None
-    return first(seen, len(tokens))
+    return first(seen, len(tokens)) if len(tokens) > seen else None
 
 
-def _overlap(tokens: list[int], seen: int, longest: int, spell: Spell) -> int:
-    """Where to begin, so that what is behind `seen` can complete no stop text that began before: most rows need no more read."""
-    back = longest + CHARACTER
-    while back < seen and min(map(len, spell(tokens[seen - back : seen]))) < longest + CHARACTER:
+def _begin(tokens: list[int], seen: int, longest: int, spell: Spell) -> int:
+    """Where the text may be read from: enough characters before `seen` for a stop text that is completed behind it, at a token of
+    several characters, which is no part of one whatever stands before it. The beginning where that is not near."""
+    enough = CHARACTER * (longest + 1)
+    back = longest
+    while back < seen and min(map(len, spell(tokens[seen - back : seen]))) < enough:
         back *= 2
-    return max(seen - back, 0)
+    for begin in range(seen - back, max(seen - back - NEAR, 0), -1):
+        if all(len(text) > 1 and BROKEN not in text for text in spell(tokens[begin : begin + 1])):
+            return begin
+    return 0
