@@ -33,7 +33,7 @@ from jaxrl_llm.parallel.layout import TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.prompts.stream import Order, make_order
 from jaxrl_llm.prompts.task import Task, load_task
-from jaxrl_llm.prompts.tokenizer import load_tokenizer
+from jaxrl_llm.prompts.tokenizer import load_tokenizer, stop_problems
 from jaxrl_llm.publish import Publish, make_blank, make_publish
 from jaxrl_llm.rewards.graders import problems as grader_problems
 from jaxrl_llm.rollout.engine import Engine
@@ -145,7 +145,7 @@ def build(cfg: RunConfig) -> Run:
         specs=specs,
         learner_specs=learner_specs,
         optimizer=optimizer,
-        engine=Engine(cfg.rollout, task.prompt_slots, vocab, model, decode, task.tokenizer.decode),
+        engine=Engine(cfg.rollout, task.prompt_slots, vocab, model, decode, task.tokenizer.spellings),
         correction=correction,
         publish=make_publish(model, train, decode, weights),
         keep=FILTERS[filter_of(cfg.experience.filter, cfg.objective, len(cfg.reward.graders))],
@@ -231,6 +231,7 @@ def read_model(cfg: RunConfig) -> ModelConfig:
 def problems(cfg: RunConfig, task: Task) -> list[str]:
     """What does not fit between config, devices and task, in words."""
     found = run_config.problems(cfg, jax.device_count()) + grader_problems(cfg.reward)
+    found += stop_problems(cfg.rollout.stop, task.tokenizer)
     found += quantised.problems(cfg.model, cfg.rollout.engine.weights) + lora.problems(cfg.model, cfg.lora)
     found += vocabulary_problems(cfg.model, task.num_tokens)
     if cfg.rollout.max_new_tokens < task.target_slots:

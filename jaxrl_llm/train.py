@@ -271,11 +271,14 @@ def resume(run: Run, shell: Shell, must: bool) -> Life | None:
         return None
     shell.recorder.truncate(restored.meta["offsets"])
     shell.recorder.message(f"going on from step {restored.step} in {run.cfg.run_dir}")
+    if changed := run.task.changed(restored.meta.get("task")):
+        shell.recorder.message(changed)
     return Life.revive(restored.tree, restored.meta)
 
 
 def save(run: Run, shell: Shell, life: Life) -> None:
-    shell.checkpoints.save(life.step, life.tree(run.key), {"offsets": shell.recorder.offsets(), "began": life.began})
+    meta = {"offsets": shell.recorder.offsets(), "began": life.began, "task": run.task.fingerprint}
+    shell.checkpoints.save(life.step, life.tree(run.key), meta)
 
 
 def leave(run: Run, shell: Shell, life: Life, when: str = "") -> NoReturn:

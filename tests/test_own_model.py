@@ -30,7 +30,7 @@ model: {{path: {model}, compute: float32}}
 tokenizer: {{system: Be brief., stop: ["<s>"]}}
 task: {{kind: file, path: {data}, held_out_path: {held_out}, prompt: "{{question}}", answer: "{{answer}}"}}
 mesh: {{fsdp: {fsdp}, tensor: 2}}
-rollout: {{prompts: 20, samples: 4, max_new_tokens: 6}}
+rollout: {{prompts: 20, samples: 4, max_new_tokens: 6, stop: ["<|im_start|>"]}}
 reward: {{graders: [row_graders:counts_letters, {{grader: length, weight: 0.1, options: {{target: 3}}}}], deadline_s: 8}}
 evaluation: {{every: {every}}}
 update: {{optimizer: {{lr: 1.0e-3}}}}
@@ -93,6 +93,15 @@ def test_the_prompt_is_the_chat_and_the_completion_ends_at_any_end_token(trained
 
 
 @pytest.mark.slow
+def test_a_stop_text_that_is_a_special_token_ends_every_row_that_draws_it(trained):
+    """Token 1, which no text for graders shows. It used to be drawn and passed over."""
+    rows = [row for row in read_jsonl(trained[1].run_dir / "rollouts.jsonl") if 1 in row["ids"]]
+    assert len(rows) > 2
+    assert all(row["ids"].index(1) == len(row["ids"]) - 1 and row["finish"] == "control" for row in rows)
+    assert not any("<|im_start|>" in row["completion"] for row in rows)
+
+
+@pytest.mark.slow
 def test_the_export_is_the_run_bit_for_bit_and_can_be_trained_on(trained, place, tmp_path):
     cfg, _result = trained
     out = export_run(cfg, tmp_path / "out", "float32")
@@ -106,6 +115,25 @@ def test_the_export_is_the_run_bit_for_bit_and_can_be_trained_on(trained, place,
     by_run, by_export = (evaluate_target(c, 2) for c in (cfg, config.load(tmp_path / "theirs.yaml")))
     assert by_run["avg@2"] == by_export["avg@2"] and by_run["step"] == 5 and by_export["step"] == 0
     assert set(by_run) == {"model", "step", "k", "temperature", "avg@2", "pass@1", "pass@2", "maj@2"}
+
+
+@pytest.mark.slow
+def test_other_prompts_are_told_at_resume(trained, place, tmp_path, capsys):
+    """The chat template's, and an answer; nothing is said where nothing changed."""
+    kept = [place / "test.jsonl", place / "model" / "chat_template.jinja"]
+    before = [path.read_text() for path in kept]
+    shutil.copytree(trained[1].run_dir, tmp_path / "run")
+    write(place, tmp_path, every=100)
+    again = lambda: (cli.main(["train", str(tmp_path / "theirs.yaml")]), capsys.readouterr().out)  # noqa: E731
+    try:
+        code, said = again()
+        assert code == 0 and "going on from step 5" in said and "at the checkpoint" not in said
+        kept[0].write_text(before[0].replace('"answer": "102"', '"answer": "103"'))
+        kept[1].write_text(before[1] + " ")
+        assert "task: got other training rows, held-out rows than at the checkpoint" in again()[1]
+    finally:
+        for path, text in zip(kept, before, strict=True):
+            path.write_text(text)
 
 
 @pytest.mark.slow

@@ -1,13 +1,12 @@
 """A Hugging Face tokenizer with its chat template, read from a directory."""
 
-import difflib
 import json
 import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.prompts.chat import chat, first_line
 from jaxrl_llm.prompts.config import PretrainedTokenizer
 from jaxrl_llm.prompts.tokenizer import Tokenizer
 
@@ -19,6 +18,7 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", 
 
 
 def load(cfg: PretrainedTokenizer) -> Tokenizer:
+    _check_plain(cfg)
     directory = find(cfg.path)
     fast = read(directory)
     backend = fast.backend_tokenizer
@@ -32,10 +32,20 @@ def load(cfg: PretrainedTokenizer) -> Tokenizer:
         pad=eos[0] if fast.pad_token_id is None else fast.pad_token_id,
         eos=eos,
         write=lambda out: fast.save_pretrained(out),
-        **({"render": chat(directory, fast, cfg)} if cfg.chat else {"prefix": beginning(fast)}),
+        **({"render": chat(directory, fast, cfg, eos)} if cfg.chat else {"prefix": beginning(fast)}),
     )
     tokenizer.prompt("1+1")  # a template that raises does so here, before any row is read
     return tokenizer
+
+
+def _check_plain(cfg: PretrainedTokenizer) -> None:
+    ignored = [name for name in ("system", "template") if getattr(cfg, name) and not cfg.chat]
+    if ignored:
+        raise UserError(
+            "\n".join(
+                f"tokenizer.{n}: got {getattr(cfg, n)!r}, want it empty: tokenizer.chat is false" for n in ignored
+            )
+        )
 
 
 def find(path: str) -> Path:
@@ -70,7 +80,7 @@ def read(directory: Path) -> "PreTrainedTokenizerFast":
     try:
         fast = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # bad JSON, bad merges, unknown classes: each library beneath raises its own
-        raise UserError(f"{directory}: the tokenizer cannot be read: {_first_line(error)}") from None
+        raise UserError(f"{directory}: the tokenizer cannot be read: {first_line(error)}") from None
     if not getattr(fast, "is_fast", False):
         raise UserError(f"{directory}: got a {type(fast).__name__}, want a fast tokenizer (one with tokenizer.json)")
     return fast
@@ -112,6 +122,11 @@ def _stop_tokens(fast: "PreTrainedTokenizerFast", stop: tuple[str, ...]) -> list
             wrong.append(
                 f"tokenizer.stop: got {text!r}, which is {len(encoding.ids)} tokens {encoding.tokens}, want one"
             )
+        # An unknown word is one token as well, and so is one that a normalizer changes.
+        elif fast.backend_tokenizer.decode(encoding.ids, skip_special_tokens=False).strip() != text.strip():
+            wrong.append(
+                f"tokenizer.stop: got {text!r}, which is the token {encoding.tokens[0]!r}, want text that it spells"
+            )
     if wrong:
         raise UserError("\n".join(wrong))
     return found
@@ -124,46 +139,3 @@ def beginning(fast: "PreTrainedTokenizerFast") -> tuple[int, ...]:
     whole = fast.backend_tokenizer.encode(text, add_special_tokens=True).ids
     start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
     return tuple(whole[:start])
-
-
-def chat(
-    directory: Path, fast: "PreTrainedTokenizerFast", cfg: PretrainedTokenizer
-) -> Callable[[Sequence[str]], list[str]]:
-    """Texts as the user's turn, with the system's turn before them and the beginning of the assistant's behind."""
-    try:
-        source = fast.get_chat_template()
-    except ValueError:
-        raise UserError(
-            f"{directory}: got no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), "
-            "want one, or tokenizer.chat: false for plain prompts"
-        ) from None
-    _check_arguments(source, cfg.template)
-    system = [{"role": "system", "content": cfg.system}] if cfg.system else []
-
-    def render(texts: Sequence[str]) -> list[str]:
-        turns = [[*system, {"role": "user", "content": text}] for text in texts]
-        try:
-            return fast.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **cfg.template)
-        except Exception as error:  # the template is a program of its own and raises what it likes
-            raise UserError(f"{directory}: the chat template raises {_first_line(error)}") from None
-
-    if cfg.system.strip() not in render(["1+1"])[0]:
-        raise UserError(f"{directory}: tokenizer.system: the chat template leaves the system prompt out, want it empty")
-    return render
-
-
-def _check_arguments(source: str, arguments: dict[str, Any]) -> None:
-    """A template ignores an argument that it does not know, and so nobody would see the slip of the pen."""
-    known = set(re.findall(r"[A-Za-z_]\w*", source))
-    wrong = []
-    for name in arguments:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f", perhaps you meant {near[0]}" if near else ""
-            wrong.append(f"tokenizer.template.{name}: the chat template has no such argument{hint}")
-    if wrong:
-        raise UserError("\n".join(wrong))
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -26,10 +26,15 @@ def refuse(problems: list[str]) -> None:
         raise UserError("\n".join(problems[:SHOWN] + more))
 
 
-def read(path: Path, split: str) -> list[Record]:
-    """Raises UserError that names file, line and reason of what cannot be read."""
+def read(path: Path, split: str, setting: str = "") -> list[Record]:
+    """`setting`: the one that asks for the split, where one does.
+
+    Raises UserError that names file, line and reason of what cannot be read, or the setting where there are no splits.
+    """
     if path.is_dir():
-        records = _saved(path, split)
+        records = _saved(path, split, setting)
+    elif setting:
+        raise _without_splits(path, split, setting)
     elif path.suffix == ".parquet":
         records = _parquet(path)
     elif path.suffix == ".jsonl":
@@ -83,7 +88,11 @@ def _parquet(path: Path) -> list[Record]:
     return [Record(f"{path} row {number}", row) for number, row in enumerate(rows, 1)]
 
 
-def _saved(path: Path, split: str) -> list[Record]:
+def _without_splits(path: Path, split: str, setting: str) -> UserError:
+    return UserError(f"{setting}: got {split!r}, want it left out: {path} has no splits")
+
+
+def _saved(path: Path, split: str, setting: str) -> list[Record]:
     try:
         import datasets
     except ImportError:
@@ -97,4 +106,6 @@ def _saved(path: Path, split: str) -> list[Record]:
         if split not in found:
             raise UserError(f"{path}: got no split {split!r}, want one of {', '.join(found)}")
         found, path = found[split], path / split
+    elif setting:
+        raise _without_splits(path, split, setting)
     return [Record(f"{path} row {number}", row) for number, row in enumerate(found.to_list(), 1)]

@@ -1,6 +1,8 @@
 """Rows: what a policy is asked, what a grader compares with, and the tokens of both, made once."""
 
 import difflib
+import hashlib
+import json
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -164,3 +166,19 @@ def without(rows: Sequence[Row], others: Sequence[Row], where: str) -> tuple[Row
     if not left:
         raise UserError(f"{where}: every prompt for training is held out too, want more different prompts")
     return left
+
+
+def hash_rows(rows: Sequence[Row]) -> str:
+    """Of all that policy and graders read, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        tokens = [None if ids is None else ids.tolist() for ids in (row.tokens, row.target)]
+        digest.update(json.dumps([*tokens, row.answer, row.columns], sort_keys=True, default=_plain).encode())
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know, the same in every process: no order of a set, no address of an object."""
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    return str(value) if type(value).__str__ is not object.__str__ else type(value).__name__

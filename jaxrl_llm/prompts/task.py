@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from jaxtyping import Int32
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.prompts import gym, records
 from jaxrl_llm.prompts.config import ArithmeticTask, FileTask, ReasoningGymTask
-from jaxrl_llm.prompts.rows import Row, Text, fill_all, limit, make_rows, without
+from jaxrl_llm.prompts.rows import Row, Text, fill_all, hash_rows, limit, make_rows, without
 from jaxrl_llm.prompts.tokenizer import Tokenizer
 
 log = logging.getLogger("jaxrl_llm.prompts")
@@ -57,6 +57,25 @@ class Task:
     def has_targets(self) -> bool:
         """Whether the right response of every row is known: what a warm start and the exact evaluation need."""
         return all(row.target is not None for row in self.train + self.held_out)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """What prompts, answers and tokens are, by part: equal for equal ones, on every host and after every restart."""
+        return {
+            "training rows": hash_rows(self.train),
+            "held-out rows": hash_rows(self.held_out),
+            "tokenizer": self.tokenizer.fingerprint,
+        }
+
+    def changed(self, saved: Mapping[str, str] | None) -> str:
+        """What to say where the task is no longer the one of this fingerprint; nothing where it is, or where none was saved."""
+        differing = [name for name, now in self.fingerprint.items() if saved and saved.get(name) != now]
+        if not differing:
+            return ""
+        return (
+            f"task: got other {', '.join(differing)} than at the checkpoint (data file, chat template, tokenizer, or the library "
+            "that makes them): from here on this is another run than one that was never stopped; put them back to go on exactly"
+        )
 
     def decode(self, tokens: Int32[np.ndarray, "n t"], length: Int32[np.ndarray, " n"]) -> list[str]:
         return self.tokenizer.decode_batch([row[:n].tolist() for row, n in zip(tokens, length, strict=True)])
@@ -103,21 +122,23 @@ def _file(cfg: FileTask, tokenizer: Tokenizer, seed: int) -> Task:
             f"task: got {got} of held_out ({cfg.held_out}) and held_out_path ({cfg.held_out_path!r}) or held_out_split "
             f"({cfg.held_out_split!r}), want a number of rows or a place: they are what the run is evaluated on"
         )
-    rows, dropped = _rows(cfg, _file_texts(cfg, Path(cfg.path), cfg.split), tokenizer)
+    setting = "task.split" if cfg.split != FileTask.split else ""
+    rows, dropped = _rows(cfg, _file_texts(cfg, Path(cfg.path), cfg.split, setting), tokenizer)
     if not apart:
         if cfg.held_out >= len(rows):
             raise UserError(f"task.held_out: got {cfg.held_out}, want less than the {len(rows)} rows of {cfg.path}")
         train, held_out = _split(rows, cfg.held_out, seed)
         return _task(train, held_out, tokenizer, dropped, cfg.path)
     place = Path(cfg.held_out_path or cfg.path), cfg.held_out_split or cfg.split
-    held_out, more = _rows(cfg, _file_texts(cfg, *place), tokenizer)
+    setting = "task.held_out_split" if cfg.held_out_split else ""
+    held_out, more = _rows(cfg, _file_texts(cfg, *place, setting), tokenizer)
     if shared := {row.prompt for row in rows} & {row.prompt for row in held_out}:
         log.warning("task.held_out_path: %d of its prompts are trained on too, e.g. %r", len(shared), min(shared))
     return _task(rows, held_out, tokenizer, dropped + more, None)
 
 
-def _file_texts(cfg: FileTask, path: Path, split: str) -> list[Text]:
-    return fill_all(records.read(path, split), cfg.prompt, cfg.answer, cfg.response)
+def _file_texts(cfg: FileTask, path: Path, split: str, setting: str) -> list[Text]:
+    return fill_all(records.read(path, split, setting), cfg.prompt, cfg.answer, cfg.response)
 
 
 def _gym(cfg: ReasoningGymTask, tokenizer: Tokenizer, seed: int) -> Task:
@@ -134,6 +155,10 @@ def _gym_texts(cfg: ReasoningGymTask, entries: list[records.Record]) -> list[Tex
 
 
 def _rows(cfg: FileTask | ReasoningGymTask, texts: list[Text], tokenizer: Tokenizer) -> tuple[tuple[Row, ...], int]:
+    if cfg.too_long == "drop" and not cfg.max_prompt_tokens:
+        raise UserError(
+            "task.too_long: got drop, want a task.max_prompt_tokens above 0 beside it: without one, none is too long"
+        )
     return limit(make_rows(texts, tokenizer), texts, cfg.max_prompt_tokens, cfg.too_long)
 
 
@@ -144,6 +169,11 @@ def _task(
     kept = train if source is None else without(train, held_out, source)
     if dropped:
         log.warning("task.max_prompt_tokens: %d rows with longer prompts were dropped", dropped)
+    if hidden := [row.answer for row in (*kept, *held_out) if tokenizer.hidden(row.answer)]:
+        example = hidden[0][:100]
+        log.warning(
+            "task.answer: %d hold special tokens, which graders never see in a response, e.g. %r", len(hidden), example
+        )
     if len(kept) < len(train):
         log.warning("task: %d rows were left out of training: their prompt is held out", len(train) - len(kept))
     return Task(kept, held_out, tokenizer, dropped, len(train) - len(kept))

@@ -1,7 +1,11 @@
 """Text to tokens and back. Tokens in, tokens out: a prompt is encoded once, a completion is decoded for graders and people only."""
 
+import hashlib
+import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,6 +65,31 @@ class Tokenizer:
     def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
         return self.backend.decode_batch(rows, skip_special_tokens=True)
 
+    def spellings(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """The text with special tokens in it, and the one that `decode` gives where that differs: what stop texts may stand in."""
+        whole = self.backend.decode(ids, skip_special_tokens=False)
+        return (whole,) if self._special.isdisjoint(ids) else (whole, self.decode(ids))
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        return frozenset(id for id, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its tokens, and of those that end, pad and are not shown."""
+        vocabulary = sorted((id, token) for token, id in self.backend.get_vocab(with_added_tokens=True).items())
+        known = [self.eos, self.pad, sorted(self._special), vocabulary]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+    def hidden(self, text: str) -> bool:
+        """Whether the text holds a special token, which no decoded response does."""
+        return self._names is not None and self._names.search(text) is not None
+
+    @cached_property
+    def _names(self) -> re.Pattern | None:
+        names = [re.escape(self.backend.id_to_token(id)) for id in sorted(self._special)]
+        return re.compile("|".join(names)) if names else None
+
     def token(self, id: int) -> str:
         """One token for people: its text, or its name where it is special or not a whole character."""
         name = self.backend.id_to_token(id)
@@ -81,6 +110,16 @@ class Tokenizer:
         """Characters that it cannot spell, in order, each once."""
         return [c for c in dict.fromkeys(text) if c not in self.alphabet] if self.alphabet is not None else []
 
+    def unspellable(self, text: str) -> list[str]:
+        """Characters of the text that no response can hold, in order, each once."""
+        if self.alphabet is not None or text in self.spellings(self.encode(text))[0]:
+            return self.unknown(text)
+        # A normalizer may change what is encoded and not what is drawn: the tokens themselves have the last word.
+        texts = self.backend.decode_batch([[id] for id in range(self.size)], skip_special_tokens=False)
+        letters = frozenset("".join(texts))
+        # A token that is no whole character stands for bytes, and with bytes all can be spelled.
+        return [] if "\ufffd" in letters else [c for c in dict.fromkeys(text) if c not in letters]
+
     def save(self, directory: Path) -> None:
         """Writes what `AutoTokenizer.from_pretrained` reads. Stop tokens belong to generation_config.json, which is not written."""
         self.write(directory)
@@ -93,6 +132,16 @@ def load_tokenizer(cfg: CharacterTokenizer | PretrainedTokenizer) -> Tokenizer:
     from jaxrl_llm.prompts import pretrained
 
     return pretrained.load(cfg)
+
+
+def stop_problems(stop: Sequence[str], tokenizer: Tokenizer) -> list[str]:
+    """What is wrong with `rollout.stop`: a text at which every response would end, and texts at which none can."""
+    found = ["rollout.stop: got '', want text: every response would end with its first token"] if "" in stop else []
+    for text in filter(None, stop):
+        if unknown := tokenizer.unspellable(text):
+            characters = " ".join(map(repr, unknown))
+            found.append(f"rollout.stop: got {text!r}, want text that tokens can spell: no token has {characters}")
+    return found
 
 
 def character_tokenizer(alphabet: str) -> Tokenizer:

@@ -74,7 +74,7 @@ class RolloutConfig:
     min_new_tokens: Natural = 0
     """No end token is drawn before so many tokens."""
     stop: tuple[str, ...] = ()
-    """Texts at which a response ends; the token that completes one is its last."""
+    """Texts at which a response ends; the token that completes one is its last. They may hold special tokens."""
     raw_logprobs: bool = False
     """Also record each token's log-probability under the untruncated distribution."""
     engine: EngineConfig = field(default_factory=EngineConfig)

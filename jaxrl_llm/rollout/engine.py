@@ -24,7 +24,7 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.rollout.decode import Record, Segment, Shape, Units
-from jaxrl_llm.rollout.harvest import Harvest, Text
+from jaxrl_llm.rollout.harvest import Harvest, Spell
 from jaxrl_llm.rollout.programs import Caching, Name, Programs
 from jaxrl_llm.rollout.sample import Controls, Vocabulary
 from jaxrl_llm.types import Policy, Prompts, PyTree, Rollouts
@@ -110,13 +110,13 @@ def first_window(cfg: RolloutConfig, model: ModelConfig, layout: Layout) -> int:
 
 
 class Engine:
-    """G samples for each prompt, under one config; `text` turns token ids into text, for stop texts alone."""
+    """G samples for each prompt, under one config; `spell` turns token ids into text, for stop texts alone."""
 
     def __init__(
         self, cfg: RolloutConfig, prompt_slots: int, vocab: Vocabulary, model: ModelConfig, layout: Layout,
-        text: Text | None = None,
+        spell: Spell | None = None,
     ):  # fmt: skip
-        self.cfg, self.vocab, self.layout, self.text = cfg, vocab, layout, text
+        self.cfg, self.vocab, self.layout, self.spell = cfg, vocab, layout, spell
         steps = min(cfg.engine.segment, cfg.max_new_tokens)
         window = cfg.engine.window or first_window(cfg, model, layout)
         self.sizes = Sizes.of(cfg, window, prompt_slots, max(reaches(model)), layout.size("rows"))
@@ -143,10 +143,22 @@ class Engine:
         self, policy: Policy, prompts: Prompts, key: Key[Array, ""], controls: Controls | None = None,
         limit: Int[np.ndarray, " P"] | None = None,
     ) -> "Generation":  # fmt: skip
-        """Begin to sample for `prompts` (NumPy, equal on every host). `limit`: completion tokens of each at most."""
+        """Begin to sample for `prompts` (NumPy, equal on every host). `limit`: completion tokens of each at most.
+
+        Raises ValueError for what would give no rows, or rows that are not those asked for.
+        """
         num = len(prompts.length)
-        limit = np.full(num, self.cfg.max_new_tokens, np.int32) if limit is None else limit
+        limit = np.full(num, self.cfg.max_new_tokens, np.int32) if limit is None else np.asarray(limit, np.int32)
+        self._check(prompts, limit)
         return Generation(self, policy, prompts, key, self.controls(num) if controls is None else controls, limit)
+
+    def _check(self, prompts: Prompts, limit: np.ndarray) -> None:
+        num, slots = len(prompts.length), self.sizes.prompt_slots[-1]
+        if not num:
+            raise ValueError("prompts: got none, want one or more")
+        for name, got, most in (("prompts.length", prompts.length, slots), ("limit", limit, self.cfg.max_new_tokens)):
+            if got.shape != (num,) or not ((got >= 1) & (got <= most)).all():
+                raise ValueError(f"{name}: got {got.tolist()}, want {num} numbers from 1 to {most}")
 
     def generate(
         self, policy: Policy, prompts: Prompts, key: Key[Array, ""], controls: Controls | None = None,
@@ -343,10 +355,11 @@ class Generation:
         # What had ended before brought in nothing new.
         lived = (self.row[:, None] >= 0) & ~self.done
         rows = np.where(lived, self.row[:, None] + np.arange(each), -1).reshape(-1)
-        self.harvest.add(rows, np.repeat(self.age, each), came.record, ran)
+        age = np.repeat(self.age, each)
+        self.harvest.add(rows, age, came.record, ran)
         self.last, self.done = came.last, came.done
         if self.engine.cfg.stop:
-            stopped = self.harvest.stop(rows, self.engine.cfg.stop, self.engine.text)
+            stopped = self.harvest.stop(rows, age, self.engine.cfg.stop, self.engine.spell)
             self.done |= stopped.reshape(self.done.shape)
         self._count(ran, came.record)
         self.age = self.age + np.int32(ran)

@@ -1,6 +1,6 @@
 """What a generation has brought in so far: NumPy arrays, a row for each sample of each prompt, filled segment by segment."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -10,7 +10,14 @@ from jaxrl_llm.rollout.decode import Record
 from jaxrl_llm.rollout.sample import Controls, Vocabulary
 from jaxrl_llm.types import Finish, Prompts, Rollouts
 
-Text = Callable[[list[int]], str]
+Spell = Callable[[list[int]], Sequence[str]]
+"""The texts of some tokens in which stop texts are looked for: with special tokens, and without."""
+# What stands for bytes that are no whole character, or not yet.
+BROKEN = "\ufffd"
+# Bytes of a character at most.
+CHARACTER = 4
+# Tokens that are tried as the first one to read.
+NEAR = 16
 
 
 class Harvest:
@@ -43,27 +50,22 @@ class Harvest:
             self.columns[name] = np.full((*self.tokens.shape, *like.shape[2:]), fill, like.dtype)
         return self.columns[name]
 
-    def stop(self, rows: Int[np.ndarray, " B"], stop: tuple[str, ...], text: Text) -> Bool[np.ndarray, " B"]:
-        """End each row with the token that completes one of the texts. Returns which rows that were."""
-        return np.array([row >= 0 and self._stop(int(row), stop, text) for row in rows], bool)
+    def stop(
+        self, rows: Int[np.ndarray, " B"], seen: Int[np.ndarray, " B"], stop: tuple[str, ...], spell: Spell
+    ) -> Bool[np.ndarray, " B"]:
+        """End each row with the token that completes one of the texts; its first `seen` tokens complete none. Returns which rows
+        that were."""
+        return np.array([r >= 0 and self._stop(int(r), int(n), stop, spell) for r, n in zip(rows, seen, strict=True)])
 
-    def _stop(self, row: int, stop: tuple[str, ...], text: Text) -> bool:
+    def _stop(self, row: int, seen: int, stop: tuple[str, ...], spell: Spell) -> bool:
         tokens = self.tokens[row, : self.sampled[row].sum()].tolist()
-
-        def holds(n: int) -> bool:
-            so_far = text(tokens[:n])
-            return any(s in so_far for s in stop)
-
-        low, high = 0, len(tokens)
-        if not holds(high):
+        end = first_end(tokens, seen, stop, spell)
+        if end is None:
             return False
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if holds(middle) else (middle, high)
-        self.tokens[row, high:] = self.vocab.pad
-        self.sampled[row, high:] = False
+        self.tokens[row, end:] = self.vocab.pad
+        self.sampled[row, end:] = False
         for name, column in self.columns.items():
-            column[row, high:] = -1 if name == "support" else 0
+            column[row, end:] = -1 if name == "support" else 0
         self.finish[row] = int(Finish.CONTROL)
         return True
 
@@ -87,3 +89,38 @@ class Harvest:
             # Of all prompts: what a batch holds does not change with its rows.
             barred=sampled & (np.arange(sampled.shape[1]) < bars) if np.any(controls.min_new_tokens) else None,
         )
+
+
+def first_end(tokens: list[int], seen: int, stop: tuple[str, ...], spell: Spell) -> int | None:
+    """The smallest n above `seen` for which the text of the first n tokens holds a stop text; None where there is none.
+
+    A further token changes the text before it where that has bytes that are no whole character, and nowhere else: a text without
+    such, and without a stop text, had none when it was shorter either.
+    """
+    known = not any(BROKEN in s for s in stop)
+    begin = _begin(tokens, seen, max(map(len, stop)), spell) if known else 0
+
+    def first(low: int, high: int) -> int | None:
+        texts = spell(tokens[begin:high])
+        holds = any(s in text for text in texts for s in stop)
+        if high - low == 1:
+            return high if holds else None
+        if known and not holds and not any(BROKEN in text for text in texts):
+            return None
+        middle = (low + high) // 2
+        return first(low, middle) or first(middle, high)
+
+    return first(seen, len(tokens)) if len(tokens) > seen else None
+
+
+def _begin(tokens: list[int], seen: int, longest: int, spell: Spell) -> int:
+    """Where the text may be read from: enough characters before `seen` for a stop text that is completed behind it, at a token of
+    several characters, which is no part of one whatever stands before it. The beginning where that is not near."""
+    enough = CHARACTER * (longest + 1)
+    back = longest
+    while back < seen and min(map(len, spell(tokens[seen - back : seen]))) < enough:
+        back *= 2
+    for begin in range(seen - back, max(seen - back - NEAR, 0), -1):
+        if all(len(text) > 1 and BROKEN not in text for text in spell(tokens[begin : begin + 1])):
+            return begin
+    return 0

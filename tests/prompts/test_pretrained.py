@@ -7,6 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_setup import BOS, CHATML, ENDOFTEXT, IM_END, IM_START, SPECIAL, save_tokenizer
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.prompts.config import PretrainedTokenizer
@@ -284,6 +287,120 @@ def test_a_template_that_is_broken(tmp_path, template):
 def test_a_template_that_leaves_the_system_prompt_out(tmp_path):
     save_tokenizer(tmp_path, template="{{ messages[-1].content }}:")
     assert "tokenizer.system: the chat template leaves the system prompt out" in said(tmp_path, system="Be brief.")
+    # A word that the template writes anyway is no sign of a place for it.
+    save_tokenizer(tmp_path, template="user: {{ messages[-1].content }}")
+    assert "tokenizer.system: the chat template leaves the system prompt out" in said(tmp_path, system="use")
+
+
+CONTENT, PARTS = "{{ message.content }}", "{% for part in message.content %}{{ part.text }}{% endfor %}"
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+@pytest.mark.parametrize(
+    "content",
+    [
+        PARTS,
+        "{{ message.content[0]['text'] }}",
+        "{% for part in message.content %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}",
+        "{% if message.role == 'system' %}" + CONTENT + "{% else %}" + PARTS + "{% endif %}",
+        "{% if message.role == 'system' %}" + PARTS + "{% else %}" + CONTENT + "{% endif %}",
+    ],
+)
+def test_content_in_parts_where_the_template_wants_it(tmp_path, content, system):
+    """A loop over the parts of a text finds none: every prompt of a run lacked its question."""
+    parts = load(save_tokenizer(tmp_path / "parts", template=CHATML.replace(CONTENT, content)), system=system)
+    assert parts.prompt_batch(TEXTS) == load(save_tokenizer(tmp_path / "text"), system=system).prompt_batch(TEXTS)
+
+
+@pytest.mark.parametrize(
+    "template", [CHATML.replace(CONTENT, ""), CHATML.replace(CONTENT, "{{ message.text }}"), "Hello."]
+)
+def test_a_template_without_a_place_for_the_prompt(tmp_path, template):
+    assert said(save_tokenizer(tmp_path, template=template)) == (
+        f"{tmp_path}: the chat template leaves the prompt out, as text and as a list of parts: want one that writes the user's turn"
+    )
+
+
+NO_BEGINNING = CHATML.split("{%- if add_generation_prompt %}")[0]
+# Mistral's form: an answer stands right behind the prompt, and the end token behind it.
+INST = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_without_generation_prompt(tmp_path, caplog):
+    """Refused where an answer has something before it that no prompt would have; a warning where nobody can tell."""
+    assert said(save_tokenizer(tmp_path, template=NO_BEGINNING)) == (
+        f"{tmp_path}: the chat template writes no generation prompt (add_generation_prompt changes nothing), though "
+        "'<|im_start|>assistant' stands before an answer: every prompt would lack it; want it written where "
+        "add_generation_prompt is true, or tokenizer.chat: false for plain prompts"
+    )
+    tokenizer = load(save_tokenizer(tmp_path, template=INST))
+    assert tokenizer.decode(tokenizer.prompt("2+2")) == "[INST] 2+2 [/INST]" and not caplog.messages
+    only = "{% if not add_generation_prompt %}{{ raise_exception('no') }}{% endif %}"
+    assert load(save_tokenizer(tmp_path, template=only + CHATML)).prompt("7") and not caplog.messages
+    load(save_tokenizer(tmp_path, template="{{ messages[0].content }}="))
+    assert caplog.messages == [
+        f"{tmp_path}: the chat template writes no generation prompt (add_generation_prompt changes nothing): prompts may lack the "
+        "beginning of the assistant's turn"
+    ]
+
+
+def test_a_turn_that_ends_in_a_token_that_ends_no_row(tmp_path, caplog):
+    """ChatML over a base model's end token."""
+    save_tokenizer(tmp_path, eos="<|endoftext|>")
+    load(tmp_path)
+    assert caplog.messages == [
+        f"{tmp_path}: the chat template ends the assistant's turn with '<|im_end|>', which ends no response here: want it in "
+        "tokenizer.stop"
+    ]
+    caplog.clear()
+    load(tmp_path, stop=("<|im_end|>",))
+    load(save_tokenizer(tmp_path, eos="<|endoftext|>", generation={"eos_token_id": [ENDOFTEXT, IM_END]}))
+    assert caplog.messages == []
+    load(save_tokenizer(tmp_path, template=INST.replace("{{ eos_token }}", "[END]")))
+    assert [text.split("turn with ")[1] for text in caplog.messages] == [
+        "'[END]', which ends no response here: want it in rollout.stop"
+    ]
+
+
+DATE = (
+    "{%- if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}\n"
+)
+
+
+def test_a_template_that_writes_todays_date(tmp_path, caplog):
+    """As Llama 3's: a warning, and none where the date is passed."""
+    save_tokenizer(tmp_path, template=DATE + CHATML)
+    load(tmp_path, template={"date_string": "26 Jul 2024"})
+    assert caplog.messages == []
+    load(tmp_path)
+    (said,) = caplog.messages
+    assert said.startswith(
+        f"{tmp_path}: the chat template writes today's date: a run that is resumed on another day reads other"
+    )
+    assert "tokenizer.template" in said and "date_string" in said
+
+
+def test_chat_settings_without_a_chat(plain):
+    assert said(plain, chat=False, system="Be brief.", template={"enable_thinking": False}).splitlines() == [
+        "tokenizer.system: got 'Be brief.', want it empty: tokenizer.chat is false",
+        "tokenizer.template: got {'enable_thinking': False}, want it empty: tokenizer.chat is false",
+    ]
+
+
+def test_an_end_token_for_a_text_that_it_does_not_spell(tmp_path):
+    """An unknown word is one token: all unknown words would have ended a response."""
+    backend = Backend(models.WordLevel({"[UNK]": 0, "stop": 1, "</s>": 2}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.Lowercase()
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="[UNK]")
+    fast.save_pretrained(tmp_path)
+    assert load(tmp_path, chat=False, stop=("stop",)).eos == (2, 1)
+    assert said(tmp_path, chat=False, stop=("halt", "STOP")).splitlines() == [
+        "tokenizer.stop: got 'halt', which is the token '[UNK]', want text that it spells",
+        "tokenizer.stop: got 'STOP', which is the token 'stop', want text that it spells",
+    ]
 
 
 def test_an_argument_that_the_template_does_not_know(plain):

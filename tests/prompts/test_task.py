@@ -1,5 +1,6 @@
 """Rows that are true, parts that do not overlap, and data that cannot work refused with its place."""
 
+import datetime
 import json
 import logging
 import re
@@ -7,10 +8,11 @@ import re
 import datasets
 import numpy as np
 import pytest
-from tokenizer_setup import save_tokenizer
+from tokenizer_setup import CHATML, save_tokenizer
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.prompts.config import ArithmeticTask, CharacterTokenizer, FileTask, PretrainedTokenizer
+from jaxrl_llm.prompts.rows import Row, hash_rows
 from jaxrl_llm.prompts.task import load_task
 from jaxrl_llm.prompts.tokenizer import load_tokenizer
 
@@ -186,3 +188,77 @@ def test_a_missing_column_is_named_with_file_line_and_template(load, tmp_path):
     assert str(error.value) == (
         f"{tmp_path}/rows.jsonl:2: task.prompt: got no column 'prompt', want one of promt, answer (perhaps you meant promt)"
     )
+
+
+def test_what_changed_since_a_checkpoint_is_named(load):
+    """A prompt, an answer, a column that graders read, the order; nothing where nothing did, or nothing was saved."""
+    saved = load(sums(20, level=1), held_out=5).fingerprint
+    rows = sums(20, level=1)
+    assert load(rows, held_out=5).changed(saved) == load(rows, held_out=5).changed(None) == ""
+    held = {int(row.answer) // 2 for row in load(rows, held_out=5).held_out}
+    for i in (min(held), min(set(range(20)) - held)):
+        part = "held-out rows" if i in held else "training rows"
+        for change in ({"prompt": "9+9+9"}, {"answer": "1"}, {"level": 2}):
+            other = [*rows[:i], rows[i] | change, *rows[i + 1 :]]
+            assert (
+                load(other, held_out=5)
+                .changed(saved)
+                .startswith(f"task: got other {part} than at the checkpoint (data file, ")
+            )
+    assert "got other training rows, held-out rows than" in load(rows[::-1], held_out=5).changed(saved)
+
+
+def test_another_chat_template_or_tokenizer_is_another_task(load, tmp_path):
+    def changed(saved, **fields):
+        tokenizer = load_tokenizer(PretrainedTokenizer(str(save_tokenizer(tmp_path / "t", **fields))))
+        task = load_task(FileTask(jsonl(tmp_path / "r.jsonl", *sums(3)), held_out=1), tokenizer, 0)
+        return task.fingerprint if saved is None else task.changed(saved)
+
+    saved = changed(None)
+    assert changed(saved) == ""
+    assert "got other training rows, held-out rows than" in changed(
+        saved, template=CHATML.replace("user", "User") + " "
+    )
+    assert "got other tokenizer than" in changed(saved, generation={"eos_token_id": [0, 2]})
+
+
+def test_a_fingerprint_knows_no_addresses_and_no_order_of_sets():
+    """They are others in every process."""
+
+    def hashed(some: set, thing: object, last: bytes = b"1") -> str:
+        columns = {"a": some, "b": thing, "c": last, "d": datetime.date(2026, 1, 2)}
+        return hash_rows([Row("1", "2", None, np.array([1], np.int32), None, columns)])
+
+    one, other, zero_first, eight_first = object(), object(), {0, 8}, {8, 0}
+    assert repr(one) != repr(other) and repr(zero_first) != repr(eight_first)
+    assert hashed(zero_first, one) == hashed(eight_first, other)
+    assert len({hashed({0}, one), hashed({0, 8}, one), hashed({0}, one, b"2"), hashed({0}, "x")}) == 4
+
+
+def test_settings_without_an_effect_are_refused(load, tmp_path):
+    for fields, said in (
+        ({"held_out": 1, "split": "test"}, "task.split: got 'test', want it left out: .*rows.jsonl has no splits"),
+        ({"held_out_split": "test"}, "task.held_out_split: got 'test', want it left out: .*rows.jsonl has no splits"),
+        (
+            {"held_out": 1, "too_long": "drop"},
+            "task.too_long: got drop, want a task.max_prompt_tokens above 0 beside it",
+        ),
+    ):
+        with pytest.raises(UserError, match=said):
+            load(sums(4), **fields)
+    datasets.Dataset.from_list(sums(4)).save_to_disk(tmp_path / "d")
+    with pytest.raises(UserError, match=r"task.split: got 'test', want it left out: .*/d has no splits"):
+        load_task(FileTask(str(tmp_path / "d"), split="test", held_out=1), DIGITS, 0)
+    assert load_task(FileTask(str(tmp_path / "d"), held_out=1), DIGITS, 0).train
+
+
+def test_answers_that_no_response_can_equal_are_told(tmp_path, caplog):
+    """Graders read responses without special tokens; a tag that is none stays."""
+    tokenizer = load_tokenizer(PretrainedTokenizer(str(save_tokenizer(tmp_path))))
+    path = jsonl(tmp_path / "r.jsonl", *sums(3))
+    load_task(FileTask(path, held_out=1, answer="<think>{answer}</think>"), tokenizer, 0)
+    assert caplog.messages == []
+    task = load_task(FileTask(path, held_out=1, answer="{answer}<|im_end|>"), tokenizer, 0)
+    assert caplog.messages == [
+        f"task.answer: 3 hold special tokens, which graders never see in a response, e.g. {task.train[0].answer!r}"
+    ]

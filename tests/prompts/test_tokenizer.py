@@ -3,10 +3,15 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_setup import save_tokenizer
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from jaxrl_llm import config
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.prompts.config import CharacterTokenizer, PretrainedTokenizer
-from jaxrl_llm.prompts.tokenizer import BATCH, load_tokenizer
+from jaxrl_llm.prompts.tokenizer import BATCH, Tokenizer, load_tokenizer
+from jaxrl_llm.run import build
 
 ODD = load_tokenizer(CharacterTokenizer("ab +#<>é∑\n\t😀"))
 DIGITS = load_tokenizer(CharacterTokenizer())
@@ -70,3 +75,31 @@ def test_the_character_tokenizer_is_exported_for_transformers(tmp_path):
     assert again.prompt("<3+4>") == [12, 4, 11, 5, 13]
     # Writing it leaves the one in use as it was: the end stays visible to graders.
     assert DIGITS.decode([2, 3, 15]) == "12#"
+
+
+def test_a_stop_text_that_no_response_can_hold_is_refused_by_character():
+    """And an empty one, at which every response would end."""
+    values = {"rollout": {"stop": ["12", "</answer>", "\n\n", ""]}}
+    with pytest.raises(UserError) as caught:
+        build(config.validate(values, "x"))
+    assert str(caught.value).splitlines() == [
+        "rollout.stop: got '', want text: every response would end with its first token",
+        "rollout.stop: got '</answer>', want text that tokens can spell: no token has '/' 'a' 'n' 's' 'w' 'e' 'r'",
+        "rollout.stop: got '\\n\\n', want text that tokens can spell: no token has '\\n'",
+    ]
+
+
+def words(*names: str, normalizer=None) -> Tokenizer:
+    backend = Backend(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=names[0]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.WhitespaceSplit(), decoders.Fuse()
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    return Tokenizer(backend, pad=0, eos=(0,), write=lambda out: None)
+
+
+def test_what_a_vocabulary_can_spell(tmp_path):
+    """Bytes spell all; words spell their letters; what a normalizer makes of a text does not matter to what is drawn."""
+    plain = load_tokenizer(PretrainedTokenizer(str(save_tokenizer(tmp_path)), chat=False))
+    assert plain.unspellable("</answer> \n\u00e9\ufffd\U0001f600<|im_end|>") == []
+    assert words("[UNK]", "Stop", "now").unspellable("Stop, nowhere") == [",", " ", "h", "e", "r"]
+    assert words("[UNK]", "Stop", "now", normalizer=normalizers.Lowercase()).unspellable("Stop") == []

@@ -150,11 +150,62 @@ def test_nothing_compiles_after_the_warm_up():
     assert counter.take()["compiles"] == 0
 
 
+@pytest.mark.parametrize("limit", [0, C + 1, -1])
+def test_a_limit_that_no_row_can_keep_is_refused(limit):
+    """0 used to loop for ever, where all of a flight had it; C + 1 to write behind the last slot."""
+    each = np.full(P, 3, np.int32)
+    each[-1] = limit
+    with pytest.raises(ValueError, match=rf"^limit: got \[3, .*, {limit}\], want {P} numbers from 1 to {C}$"):
+        of(WHOLE).start(policy_of(), make_prompts(P), KEY, limit=each)
+    with pytest.raises(ValueError, match=rf"^limit: got \[3, 3\], want {P} numbers from 1 to {C}$"):
+        of(WHOLE).start(policy_of(), make_prompts(P), KEY, limit=np.full(2, 3, np.int32))
+
+
+@pytest.mark.parametrize("length", [0, 8])
+def test_a_prompt_without_tokens_or_with_too_many_is_refused(length):
+    """Without tokens it began with whatever stood in the last slot."""
+    prompts = make_prompts(2, slots=9)
+    prompts = prompts.replace(length=np.array([3, length], np.int32))
+    with pytest.raises(ValueError, match=rf"^prompts.length: got \[3, {length}\], want 2 numbers from 1 to 7$"):
+        of(WHOLE).generate(policy_of(), prompts, KEY)
+
+
+def test_no_prompts_at_all_are_refused():
+    none = jax.tree.map(lambda x: x[:0], make_prompts(P))
+    with pytest.raises(ValueError, match=r"^prompts: got none, want one or more$"):
+        of(WHOLE).generate(policy_of(), none, KEY)
+
+
 TEXT = dict(enumerate("_abcdefghijklmno"))
 
 
 def text_of(tokens: list[int]) -> str:
     return "".join(TEXT[t] for t in tokens)
+
+
+def stopping(stop: tuple[str, ...], spell, form: EngineConfig) -> Engine:
+    """An engine of its own, for stop texts are no part of the shared ones; it borrows their programs."""
+    shared = of(form)
+    made = Engine(dataclasses.replace(shared.cfg, stop=stop), 7, VOCAB, ONE_LAYER, layouts()[1], spell)
+    made.programs = shared.programs
+    return made
+
+
+def check_stops(stop: tuple[str, ...], spell, form: EngineConfig) -> int:
+    """Each row ends with the first token after which its text holds a stop text, found by looking after every token. Returns how
+    many rows do."""
+    whole, found = run(WHOLE)[0], 0
+    got = stopping(stop, spell, form).generate(policy_of(), make_prompts(P), KEY)
+    for b, tokens in enumerate(whole.tokens.tolist()):
+        length = int(whole.length[b])
+        held = [n for n in range(1, length + 1) if any(s in text for text in spell(tokens[:n]) for s in stop)]
+        n = min(held, default=length)
+        found += bool(held)
+        assert got.tokens[b].tolist() == [*tokens[:n], *[VOCAB.pad] * (C - n)]
+        assert got.finish[b] == (Finish.CONTROL if held else whole.finish[b])
+        np.testing.assert_array_equal(got.sampled[b], np.arange(C) < n)
+        np.testing.assert_array_equal(got.behavior_logprobs[b, n:], 0.0)
+    return found
 
 
 def test_a_stop_text_ends_a_row_with_the_token_that_completes_it():
@@ -163,22 +214,15 @@ def test_a_stop_text_ends_a_row_with_the_token_that_completes_it():
     texts = [text_of(t[:n]) for t, n in zip(whole.tokens.tolist(), whole.length, strict=True)]
     pairs = Counter(pair for text in texts for pair in {text[i : i + 2] for i in range(len(text) - 1)})
     stop = tuple(pair for pair, _ in pairs.most_common(2))
-    # An engine of its own: `text` is no part of the shared ones.
-    stopped = Engine(
-        dataclasses.replace(of(FORMS["segments"]).cfg, stop=stop), 7, VOCAB, ONE_LAYER, layouts()[1], text_of
-    )
-    got = stopped.generate(policy_of(), make_prompts(P), KEY)
-    found = 0
-    for b, text in enumerate(texts):
-        ends = [text.index(s) + len(s) for s in stop if s in text]
-        n = min(ends, default=len(text))
-        found += bool(ends)
-        assert text_of(got.tokens[b, : got.length[b]].tolist()) == text[:n]
-        assert got.finish[b] == (Finish.CONTROL if ends else whole.finish[b])
-        np.testing.assert_array_equal(got.sampled[b], np.arange(C) < n)
-        np.testing.assert_array_equal(got.tokens[b, n:], VOCAB.pad)
-        np.testing.assert_array_equal(got.behavior_logprobs[b, n:], 0.0)
-    assert 2 < found < P * G
+    assert 2 < check_stops(stop, lambda tokens: (text_of(tokens),), FORMS["segments"]) < P * G
+
+
+@pytest.mark.parametrize("stop", [("\ufffd",), ("\ufffd\ufffd",), ("a\ufffd",)])
+def test_a_stop_text_of_half_characters_ends_a_row_at_once(stop):
+    """After half of an e with acute the text holds U+FFFD, and after the other half it no longer does: a bisection went past it."""
+    halves = [b"\xc3", b"\xa9", b"a"]
+    text = lambda tokens: b"".join(halves[t % 3] for t in tokens).decode(errors="replace")  # noqa: E731
+    assert 8 < check_stops(stop, lambda tokens: (text(tokens),), WHOLE) < P * G
 
 
 def test_sizes_are_few():

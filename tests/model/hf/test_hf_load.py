@@ -4,12 +4,14 @@ import json
 import shutil
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from hf_cases import case, equal, load_model, write_tensors
 from setups import layouts
 
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.model.hf import checkpoint
 from jaxrl_llm.model.hf import load as loading
 from jaxrl_llm.model.hf.source import resolve
 
@@ -130,6 +132,46 @@ def test_what_does_no_harm_is_left_alone(tmp_path):
     assert (
         message(directory)
         == f"{directory}: tensors that config.json has no place for: lm_head.weight (model.safetensors)"
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_another_head_in_a_model_that_is_said_to_be_tied_is_refused(tmp_path, monkeypatch, dtype):
+    """One number of 899 that differs, in the last piece that is compared. It was left alone, and the model was another one."""
+    monkeypatch.setattr(checkpoint, "COMPARED", 100)
+    tied = case(LLAMA).weights["model.embed_tokens.weight"].astype(ml_dtypes.bfloat16)
+    head = tied.astype(dtype)
+    embed = {"model.embed_tokens.weight": tied}
+    _, params = load_model(changed(tmp_path, lambda w: w.update(embed | {"lm_head.weight": head})), layouts()[0])
+    assert "head" not in params
+    shutil.rmtree(tmp_path / "model")
+    other = head.copy()
+    other[-1, -1] += 0.125
+    directory = changed(tmp_path, lambda w: w.update(embed | {"lm_head.weight": other}))
+    assert message(directory) == (
+        f"{directory}/config.json: tie_word_embeddings: got true beside lm_head.weight (model.safetensors), which is no copy of "
+        "the embedding, want false, for a model with that head, or files without it"
+    )
+    config = json.loads((directory / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (directory / "config.json").write_text(json.dumps(config))
+    _, params = load_model(directory, layouts()[0])
+    np.testing.assert_array_equal(params["head"], other.astype(np.float32))
+
+
+def test_what_sees_images_is_left_alone_in_a_model_with_eyes_alone(tmp_path):
+    directory = changed(tmp_path, lambda w: w.update({"vision_tower.x.weight": np.zeros(3, np.float32)}))
+    assert message(directory) == (
+        f"{directory}: tensors that config.json has no place for: vision_tower.x.weight (model.safetensors)"
+    )
+
+
+def test_one_file_beside_an_index_of_others(tmp_path):
+    """transformers would read the one, and we the others."""
+    directory = case(LLAMA).write(tmp_path, 10_000)
+    (directory / "model.safetensors").write_bytes(b"")
+    assert message(directory) == (
+        f"{directory}: got model.safetensors and model.safetensors.index.json, which does not name it, want one of them: they are "
+        "two models"
     )
 
 
