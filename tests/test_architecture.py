@@ -19,8 +19,11 @@ ALLOWED = {
     "errors": set(),
     "types": set(),
     "objective": set(),
-    "presets": set(),
-    "config": {"errors", "metrics", "objective", "presets"},
+    "values": {"errors"},
+    "explain": {"values"},
+    "options": {"values"},
+    "presets": {"objective", "values"},
+    "config": {"errors", "explain", "metrics", "objective", "presets", "values"},
     "metrics": {"errors"},
     "estimates": set(),
     "ceilings": set(),
@@ -65,7 +68,7 @@ ALLOWED = {
         "reference",
     },
     "plan": FOUNDATION | STAGES | {"config", "model", "publish", "run"},
-    "cli": {"errors", "config", "parallel", "report", "plan", "train", "inspect_run"},
+    "cli": {"errors", "config", "options", "parallel", "report", "plan", "train", "inspect_run"},
 }
 NEVER = {"configs", "tests", "benchmarks", "launch", "docs"}
 VAGUE = {"utils", "util", "common", "core", "helpers", "helper", "manager", "misc"}
