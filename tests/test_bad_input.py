@@ -60,6 +60,22 @@ def test_bad_data_is_named_by_file_and_line(tmp_path, content, said):
     assert said in jaxrl("train", path)
 
 
+def test_data_model_graders_mesh_and_objective_are_all_judged_at_once(tmp_path):
+    """No file, no checkpoint and no such grader, and each hides none of the others, nor what cannot train."""
+    said = jaxrl(
+        "train",
+        config(tmp_path, "rollout: {prompts: 9, temperature: 0}\nreward: nothing\nupdate: {minibatches: 2}\n"),
+        "--task", f"{{kind: file, path: {tmp_path}/none.jsonl, held_out: 1}}",
+        "--model.path", tmp_path / "nowhere",
+        "--tokenizer.alphabet", "ab#",
+    )  # fmt: skip
+    assert f"{tmp_path}/nowhere: got a path that does not exist" in said
+    assert f"{tmp_path}/none.jsonl" in said
+    assert 'reward.graders.0.grader: got "nothing", want one of' in said
+    assert "update.minibatches: got 2, want a divisor of rollout.prompts (9): 1, 3, 9" in said
+    assert "rollout.temperature: got 0, want more" in said
+
+
 def test_a_run_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     assert f"run_dir: got {tmp_path}/file/run" in jaxrl(
