@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -15,6 +16,7 @@ from jaxrl_llm import config as run_config
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.packing import Shape, shape_of
+from jaxrl_llm.idle import idle
 from jaxrl_llm.model import lora, quantised
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig, Whole
@@ -47,6 +49,7 @@ from jaxrl_llm.update.losses import anchored_on_proximal
 from jaxrl_llm.update.optimizer.config import GroupConfig
 from jaxrl_llm.update.step import Update, make_score, make_update
 
+log = logging.getLogger("jaxrl_llm.run")
 Read = TypeVar("Read")
 
 
@@ -122,6 +125,8 @@ def build(cfg: RunConfig, refusals: Callable[[RunConfig, Task | None], list[str]
     found += problems(cfg if model is None else dataclasses.replace(cfg, model=model), task) + refusals(cfg, task)
     if found or model is None or task is None:
         raise UserError("\n".join(found))
+    for line in idle(cfg):
+        log.warning("%s", line)
     mesh = make_mesh(resolve(cfg.mesh, jax.device_count())[0])
     train = Layout(mesh, TRAIN)
     decode = train.for_decode(cfg.rollout.engine.layout)
