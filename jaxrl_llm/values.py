@@ -100,7 +100,13 @@ def defaults(variant: type) -> dict[str, Any]:
             found[f.name] = f.default_factory()
         elif f.default is not dataclasses.MISSING:
             found[f.name] = f.default
-    return {name: dataclasses.asdict(x) if dataclasses.is_dataclass(x) else x for name, x in found.items()}
+    return {name: _plain(value) for name, value in found.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
 
 
 def variant_of(section: dict[str, Any], variants: Sequence[type]) -> type:
@@ -155,7 +161,7 @@ def _path(name: str, root: type, own: Sequence[str]) -> tuple[str, ...]:
             flags = {k: "--" + ".".join([*path, k, *words[n + 1 :]]) for k in known}
             flags |= {} if path else {flag[2:]: flag for flag in own}
             near = difflib.get_close_matches(word, flags, n=1)
-            raise UserError(f"{name}: no such key" + (f", perhaps you meant {flags[near[0]]}" if near else ""))
+            raise UserError(f"{name}: no such flag" + (f", perhaps you meant {flags[near[0]]}" if near else ""))
         path = (*path, word)
     return path
 

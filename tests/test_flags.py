@@ -233,6 +233,8 @@ def test_lists_and_mappings(tmp_path):
         tmp_path, "reward: numeric", "--reward.graders.0.options.tolerance", "0.1", "--reward.workers=5"
     ).reward
     assert (short.graders[0].grader, short.graders[0].options, short.workers) == ("numeric", {"tolerance": 0.1}, 5)
+    default = read(tmp_path, "reward: {workers: 5}", "--reward.graders.0.weight", "2").reward
+    assert (default.graders[0].grader, default.graders[0].weight, default.workers) == ("exact_match", 2.0, 5)
     assert [g.grader for g in read(tmp_path, graders, "--reward", "a.b:c").reward.graders] == ["a.b:c"]
     stop = "rollout: {stop: [a, b]}"
     assert read(tmp_path, stop, "--rollout.stop", '["</answer>", "007"]').rollout.stop == ("</answer>", "007")
@@ -285,11 +287,11 @@ def test_the_last_of_two_flags_wins_and_a_part_wins_over_its_section(tmp_path):
         (["wide"], ["wide: got a word that belongs to no flag, want --section.field VALUE"]),
         (["--seed", "1", "-x"], ["-x: got a word that belongs to no flag, want --section.field VALUE"]),
         (["--seed"], ["--seed: got no value, want --seed VALUE; --seed=VALUE where it begins with --"]),
-        (["--model.pth", "x"], ["--model.pth: no such key, perhaps you meant --model.path"]),
-        (["--model.layerz", "2"], ["--model.layerz: no such key, perhaps you meant --model.layers"]),
-        (["--update.optimizr.lr", "1"], ["--update.optimizr.lr: no such key, perhaps you meant --update.optimizer.lr"]),
-        (["--seed.x", "1"], ["--seed.x: no such key"]),
-        (["--resum", "--zzz=1"], ["--resum: no such key, perhaps you meant --resume", "--zzz: no such key"]),
+        (["--model.pth", "x"], ["--model.pth: no such flag, perhaps you meant --model.path"]),
+        (["--model.layerz", "2"], ["--model.layerz: no such flag, perhaps you meant --model.layers"]),
+        (["--update.optimizr.lr", "1"], ["--update.optimizr.lr: no such flag, perhaps you meant --update.optimizer.lr"]),
+        (["--seed.x", "1"], ["--seed.x: no such flag"]),
+        (["--resum", "--zzz=1"], ["--resum: no such flag, perhaps you meant --resume", "--zzz: no such flag"]),
         (["--update.optimizer", "{lrr: 1}"], ["--update.optimizer.lrr: no such key, perhaps you meant --update.optimizer.lr"]),
         (["--update.optimizer.clip_rms", "1"], ["--update.optimizer.clip_rms: no such key with kind adamw, only with adafactor"]),
         (["--task.kind", "fil"], ["--task.kind: got 'fil', want one of arithmetic, file, reasoning_gym; perhaps you meant file"]),
@@ -324,4 +326,13 @@ def test_what_is_wrong_in_the_file_and_on_the_command_line_comes_at_once(tmp_pat
         "FILE stpes",
         "FILE objective.preset",
     ]
-    assert refused(tmp_path, "a: [", "--seeed", "1")[-1] == "--seeed: no such key, perhaps you meant --seed"
+    assert refused(tmp_path, "a: [", "--seeed", "1")[-1] == "--seeed: no such flag, perhaps you meant --seed"
+
+
+@pytest.mark.parametrize(
+    "file", ["model: 3", "model: [1]", "model: words", "reward: {graders: 3}", "rollout: {stop: a}"]
+)
+def test_a_flag_for_a_part_does_not_hide_that_the_files_section_is_none(tmp_path, file):
+    args = ["--model.layers=2", "--reward.graders.0.weight=2", "--rollout.stop.0=x"]
+    (line,) = refused(tmp_path, file, *args)
+    assert line.startswith(f"FILE {'.'.join(file.replace('{', '').split(': ')[:-1])}: got ")
