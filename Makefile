@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: quickstart test lint bench docs clean
 
-quickstart: $(VENV)/.installed-core
+quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/jaxrl train configs/arithmetic.yaml
 
 test: $(VENV)/.installed-dev
@@ -34,9 +34,9 @@ $(BIN)/python:
 # One stamp for each set of packages; a changed pyproject.toml or constraints.txt installs again.
 STAMP_NEEDS := pyproject.toml constraints.txt | $(BIN)/python
 
-$(VENV)/.installed-core: $(STAMP_NEEDS)
+$(VENV)/.installed-quickstart: $(STAMP_NEEDS)
 	@echo "Installing jaxrl_llm into $(VENV): about a minute"
-	$(PIP) -e .
+	$(PIP) -e '.[track]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(STAMP_NEEDS)

@@ -49,6 +49,9 @@ CONFIG is a YAML file (see configs/), RUN a run directory, MODEL a Hugging Face 
 Any value of the config can be set by its path, for example
   jaxrl train configs/arithmetic.yaml --seed 1 --mesh.fsdp 2 --update.optimizer.lr 3e-4
   jaxrl train configs/arithmetic.yaml --help      lists them all
+Values are YAML: true, null, 3e-4, '[a, b]', '{kind: lion, lr: 1e-4}'. A section given so keeps what it does not name; a list
+or an entry of one (--reward.graders.0.weight 2) is replaced. Another kind starts from its own defaults, and another preset
+replaces all parts of the objective. A flag of a part wins over one of its section; of two of one path the last wins.
 """
 
 
@@ -71,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
         # That there is no PyTorch is no news here.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        if argv[0] != "report" and {"-h", "--help"} & set(argv[2:]):
+            print(list_values(argv[1]))
+            return 0
         return COMMANDS[argv[0]](argv[1], argv[2:])
     except (UserError, Preempted) as error:
         print(f"jaxrl: {error}", file=sys.stderr)
@@ -87,23 +93,26 @@ def _near(name: str, known: Iterable[str]) -> str:
     return f", perhaps you meant {near[0]}" if near else ""
 
 
-def _refuse_typos(args: Sequence[str], own: Sequence[str]) -> None:
-    """Raise UserError for a flag that nearly is one of the command's own; tyro does so for those of the config."""
-    for arg in args:
-        if arg.startswith("--") and arg not in own and (near := _near(arg, own)):
-            raise UserError(f"{arg}: no such flag{near}")
-
-
-def read_config(target: str, overrides: Sequence[str]) -> "RunConfig":
-    """The config of a YAML file or of a run directory, with command-line overrides on top."""
+def read_config(target: str, args: Sequence[str], own: Sequence[str] = ()) -> "RunConfig":
+    """The config of a YAML file or of a run directory, with flags over it; `own`: flags of the command itself."""
     from jaxrl_llm import config
 
     path = Path(target)
-    loaded = config.load(path / "config.yaml" if path.is_dir() else path)
-    return _override(dataclasses.replace(loaded, run_dir=str(path)) if path.is_dir() else loaded, target, overrides)
+    if path.is_dir():
+        return config.load(path / "config.yaml", [f"--run_dir={path}", *args], own)
+    return config.load(path, args, own)
 
 
-def read_evaluation(target: str, task: str | None, overrides: Sequence[str]) -> "RunConfig":
+def list_values(target: str) -> str:
+    """Every value of the config, with those of `target` where that is one."""
+    from jaxrl_llm import config
+    from jaxrl_llm.options import listing
+
+    cfg = read_config(target, []) if Path(target).exists() else config.RunConfig()
+    return listing(config.to_dict(cfg), config.RunConfig)
+
+
+def read_evaluation(target: str, task: str | None, args: Sequence[str]) -> "RunConfig":
     """What `jaxrl eval` runs: a run directory's config, or that of `task` around a pretrained model."""
     from jaxrl_llm import config
     from jaxrl_llm.model.config import PretrainedModel
@@ -125,7 +134,7 @@ def read_evaluation(target: str, task: str | None, overrides: Sequence[str]) -> 
     found = dataclasses.replace(
         base, run_dir=target, task=asked.task, reward=asked.reward, rollout=asked.rollout, evaluation=asked.evaluation
     )
-    return _override(found, target, overrides)
+    return config.validate(config.to_dict(found), target, args, ["--task"])
 
 
 def _read_task(task: str, target: str) -> "RunConfig":
@@ -145,33 +154,6 @@ def _read_task(task: str, target: str) -> "RunConfig":
     return config.load(Path(task))
 
 
-def _override(cfg: "RunConfig", target: str, overrides: Sequence[str]) -> "RunConfig":
-    """tyro exits with 2 and a suggestion by itself on an unknown flag."""
-    import tyro
-
-    from jaxrl_llm import config
-
-    if not overrides:
-        return cfg
-    if preset := _given(overrides, "--objective.preset"):
-        # Its parts replace those of the file; what else is given replaces the preset's.
-        cfg = config.validate(config.to_dict(cfg) | {"objective": preset}, "command line")
-    typed = tyro.cli(
-        config.RunConfig,
-        args=list(overrides),
-        default=cfg,
-        prog=f"jaxrl COMMAND {target}",
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-    )
-    return config.validate(config.to_dict(typed), "command line")
-
-
-def _given(args: Sequence[str], flag: str) -> str:
-    """The value of a flag, "" where it is not given."""
-    after = dict(zip(args, [*args[1:], ""], strict=True))
-    return next((a.partition("=")[2] for a in args if a.startswith(f"{flag}=")), after.get(flag, ""))
-
-
 def start_jax() -> None:
     from jaxrl_llm.parallel.hosts import start_distributed
 
@@ -179,9 +161,8 @@ def start_jax() -> None:
 
 
 def train(target: str, args: list[str]) -> int:
-    _refuse_typos(args, ["--resume"])
     must_resume = "--resume" in args
-    cfg = read_config(target, [a for a in args if a != "--resume"])
+    cfg = read_config(target, [a for a in args if a != "--resume"], ["--resume"])
     start_jax()
     from jaxrl_llm.train import train as run_training
 
@@ -196,11 +177,10 @@ def sample(target: str, args: list[str]) -> int:
     parser.add_argument("--prompt")
     parser.add_argument("-n", type=int, default=8)
     parser.add_argument("--benchmark", action="store_true")
-    _refuse_typos(args, ["--prompt", "--benchmark"])
     given, overrides = parser.parse_known_args(args)
     if given.n < 1:
         raise UserError(f"-n: got {given.n}, want 1 or more")
-    cfg = read_config(target, overrides)
+    cfg = read_config(target, overrides, ["--prompt", "--benchmark"])
     start_jax()
     from jaxrl_llm.inspect_run import benchmark_rollouts, sample_prompt
 
@@ -234,19 +214,19 @@ def plan(target: str, args: list[str]) -> int:
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--candidates", type=int, default=3)
     parser.add_argument("--json", action="store_true")
-    _refuse_typos(args, ["--topology", "--chips", "--prompt-tokens", "--sweep", "--candidates", "--json"])
     given, overrides = parser.parse_known_args(args)
     for flag, value, least in (("--candidates", given.candidates, 1), ("--prompt-tokens", given.prompt_tokens, 0)):
         if value < least:
             raise UserError(f"{flag}: got {value}, want {least} or more")
-    cfg = read_config(target, overrides)
+    own = ["--topology", "--chips", "--prompt-tokens", "--sweep", "--candidates", "--json"]
+    cfg = read_config(target, overrides, own)
     from jaxrl_llm.plan import command, show, sweep
 
     wanted = command.Target(given.topology, given.chips, given.prompt_tokens)
     if given.sweep:
-        own = [a for a in args if a not in ("--sweep", "--json")]
+        again = [a for a in args if a not in ("--sweep", "--json")]
         found = sweep.sweep(
-            cfg, wanted, [sys.executable, "-m", "jaxrl_llm.cli", "plan", target, *own], given.candidates
+            cfg, wanted, [sys.executable, "-m", "jaxrl_llm.cli", "plan", target, *again], given.candidates
         )
         print(json.dumps(found, indent=1) if given.json else show.sweep_table(found))
         return 0
@@ -260,13 +240,12 @@ def export(target: str, args: list[str]) -> int:
     parser.add_argument("--out")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--adapter", action="store_true")
-    _refuse_typos(args, ["--out", "--dtype", "--adapter"])
     given, overrides = parser.parse_known_args(args)
     if not given.out:
         raise UserError("--out: got nothing, want the directory to write")
     if not Path(target).is_dir():
         raise UserError(f"{target}: got no directory, want a run directory")
-    cfg = read_config(target, overrides)
+    cfg = read_config(target, overrides, ["--out", "--dtype", "--adapter"])
     start_jax()
     from jaxrl_llm.inspect_run import export_run
 

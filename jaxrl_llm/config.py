@@ -4,8 +4,8 @@ Precedence: defaults < the YAML file < `--section.field value` on the command li
 """
 
 import dataclasses
-import difflib
-import re
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,11 +16,12 @@ from pydantic import ConfigDict, Discriminator, Tag, TypeAdapter, ValidationErro
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.config import ExperienceConfig
+from jaxrl_llm.explain import errors_in_words, named
 from jaxrl_llm.metrics import MetricsConfig
 from jaxrl_llm.model.config import LoraConfig, ModelConfig, PretrainedModel
 from jaxrl_llm.objective import ObjectiveConfig, refusals
 from jaxrl_llm.parallel.config import MeshConfig, divisors, resolve
-from jaxrl_llm.presets import PRESETS, filled
+from jaxrl_llm.presets import PRESETS, filled, nearest
 from jaxrl_llm.prompts.config import (
     ArithmeticTask,
     CharacterTokenizer,
@@ -31,6 +32,7 @@ from jaxrl_llm.prompts.config import (
 from jaxrl_llm.rewards.config import RewardConfig
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.update.config import UpdateConfig, WarmStartConfig
+from jaxrl_llm.values import Flag, put, read_flags, read_yaml
 
 Steps = Annotated[int, Ge(0)]
 
@@ -105,62 +107,77 @@ class RunConfig:
 MAY_CHANGE = ("run_dir", "steps", "mesh", "evaluation", "checkpoint", "metrics", "reward.workers", "reward.deadline_s")
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: a key twice is an error, and 1e-5 is a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = []
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
-            seen.append(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def load(path: Path) -> RunConfig:
-    """Read a YAML file. Raises UserError with everything that is wrong with it."""
+def load(path: Path, args: Sequence[str] = (), own: Sequence[str] = ()) -> RunConfig:
+    """A YAML file with flags over it. Raises UserError with everything that is wrong with both; see `read_flags`."""
+    flags, wrong = read_flags(args, RunConfig, own)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        values, repeated = _read(path)
+    except UserError as error:
+        raise UserError("\n".join([str(error), *wrong])) from None
+    return _checked(values, str(path), flags, [*repeated, *wrong])
+
+
+def validate(values: dict[str, Any], source: str, args: Sequence[str] = (), own: Sequence[str] = ()) -> RunConfig:
+    """The config of such values with flags over them. Raises UserError with everything that is wrong with both."""
+    return _checked(values, source, *read_flags(args, RunConfig, own))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
+    try:
+        values, repeated = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML: {error}") from None
+    wrong = [f"{path}: {line}" for line in repeated]
     if not isinstance(values, dict):
-        raise UserError(
-            f"{path}: got {'an empty file' if values is None else type(values).__name__}, want section: values"
-        )
-    return validate(values, str(path))
+        got = "an empty file" if values is None else type(values).__name__
+        raise UserError(f"{path}: got {got}, want section: values")
+    return values, wrong
 
 
-def validate(values: dict[str, Any], source: str) -> RunConfig:
-    values = _with_preset(values, source)
+def _checked(values: dict[str, Any], source: str, flags: Sequence[Flag], wrong: Sequence[str]) -> RunConfig:
+    # A preset on the command line brings its parts before other flags change them.
+    preset = [flag for flag in flags if flag.path == ("objective", "preset")]
+    values, _ = put(_with_preset(values), preset, RunConfig)
+    values, misplaced = put(_with_preset(values), [flag for flag in flags if flag not in preset], RunConfig)
+    values, found = _with_preset(values), [*wrong, *misplaced]
     try:
-        cfg = TypeAdapter(RunConfig).validate_python(values)
+        cfg = _reader().validate_python(values)
     except ValidationError as error:
-        raise UserError("\n".join(f"{source}: {_describe(e, values)}" for e in _causes(error.errors()))) from None
+        found += errors_in_words(error.errors(), values, RunConfig, source, flags)
+    found += [f"{named(path, source, flags)}: {text}" for path, text in _misfits(values)]
+    if found:
+        raise UserError("\n".join(found))
     if isinstance(cfg.model, PretrainedModel):
         given = cfg if "tokenizer" in values else dataclasses.replace(cfg, tokenizer=PretrainedTokenizer())
         return dataclasses.replace(cfg, tokenizer=tokenizer_of(given, cfg.model.path))
-    if isinstance(cfg.tokenizer, PretrainedTokenizer) and not cfg.tokenizer.path:
-        raise UserError(f"{source}: tokenizer.path: got nothing, want a directory, since model has no path either")
     return cfg
 
 
-def _with_preset(values: dict[str, Any], source: str) -> dict[str, Any]:
-    given = values.get("objective")
-    name = given.get("preset") if isinstance(given, dict) else given
-    if isinstance(name, str) and name and name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
-        hint = f"; perhaps you meant {near[0]}" if near else ""
-        raise UserError(f"{source}: objective.preset: got {name!r}, want one of {', '.join(PRESETS)}{hint}")
-    if given is None:
+@functools.cache
+def _reader() -> TypeAdapter[RunConfig]:
+    return TypeAdapter(RunConfig)
+
+
+def _with_preset(values: dict[str, Any]) -> dict[str, Any]:
+    if values.get("objective") is None:
         return values
-    return values | {"objective": filled(given, dataclasses.asdict(ObjectiveConfig()))}
+    return values | {"objective": filled(values["objective"], dataclasses.asdict(ObjectiveConfig()))}
+
+
+def _misfits(values: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
+    """What the types do not say, as path and words. The values may be wrong otherwise."""
+    found = []
+    name = values["objective"].get("preset") if isinstance(values.get("objective"), dict) else None
+    if isinstance(name, str) and name and name not in PRESETS:
+        hint = f"; perhaps you meant {nearest(name)}" if nearest(name) else ""
+        found.append((("objective", "preset"), f"got {name!r}, want one of {', '.join(PRESETS)}{hint}"))
+    model, tokenizer = values.get("model", {}), values.get("tokenizer", CharacterTokenizer())
+    pretrained = isinstance(tokenizer, dict) and "alphabet" not in tokenizer and not tokenizer.get("path")
+    if pretrained and isinstance(model, dict) and "path" not in model:
+        found.append((("tokenizer", "path"), "got nothing, want a directory, since model has no path either"))
+    return found
 
 
 def tokenizer_of(cfg: RunConfig, model_path: str) -> TokenizerConfig:
@@ -169,54 +186,6 @@ def tokenizer_of(cfg: RunConfig, model_path: str) -> TokenizerConfig:
     if isinstance(cfg.tokenizer, PretrainedTokenizer):
         return dataclasses.replace(cfg.tokenizer, path=model_path) if cfg.tokenizer.path in own else cfg.tokenizer
     return cfg.tokenizer
-
-
-def _causes(errors: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without those that only follow from others: a list whose entries are wrong counts as too short as well."""
-    deeper = {e["loc"][:n] for e in errors for n in range(len(e["loc"]))}
-    return [e for e in errors if e["type"] != "too_short" or e["loc"] not in deeper]
-
-
-def _describe(error: dict[str, Any], values: dict[str, Any]) -> str:
-    path = _written(error["loc"], values)
-    name = ".".join(path)
-    if error["type"] != "unexpected_keyword_argument":
-        got = "nothing" if error["type"].startswith("missing") else repr(error["input"])
-        return f"{name}: got {got}, want: {error['msg'][0].lower()}{error['msg'][1:]}"
-    others = [name for name in _fields(path[:-1], values) if name != path[-1]]
-    near = difflib.get_close_matches(path[-1], others, n=1)
-    return f"{name}: no such key" + (f", perhaps you meant {'.'.join([*path[:-1], *near])}" if near else "")
-
-
-def _written(loc: tuple[str | int, ...], values: Any) -> list[str]:
-    """The path without what nobody wrote: a tagged union adds its tag."""
-    path = []
-    for n, name in enumerate(loc):
-        known = isinstance(values, dict) and name in values
-        if isinstance(name, int):
-            path.append(str(name))
-            values = values[name] if isinstance(values, list | tuple) else None
-        elif known or (n == len(loc) - 1 and isinstance(values, dict)):
-            path.append(name)
-            values = values.get(name)
-    return path
-
-
-def _fields(path: list[str], values: dict[str, Any]) -> list[str]:
-    """Names of the fields of the section at `path`, all variants of a union together."""
-    types: list[type] = [RunConfig]
-    for name in path:
-        if name.isdigit():  # of a list: its entries are of the type found already
-            continue
-        found = [f for t in types for f in dataclasses.fields(t) if f.name == name]
-        types = [t for f in found for t in _dataclasses_in(f.type)]
-    return [f.name for t in types for f in dataclasses.fields(t)]
-
-
-def _dataclasses_in(annotation: Any) -> list[type]:
-    if dataclasses.is_dataclass(annotation):
-        return [annotation]
-    return [t for part in getattr(annotation, "__args__", ()) for t in _dataclasses_in(part)]
 
 
 def to_dict(cfg: RunConfig) -> dict[str, Any]:

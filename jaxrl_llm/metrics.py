@@ -24,6 +24,7 @@ from unicodedata import category
 from annotated_types import Ge
 from pydantic import ConfigDict
 
+from jaxrl_llm.boards import Boards, why_not
 from jaxrl_llm.errors import UserError
 
 METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
@@ -58,7 +59,7 @@ class MetricsConfig:
     rollout_groups: Annotated[int, Ge(-1)] = 4
     """Groups (prompts with all their samples) recorded each time; -1 = all."""
     tensorboard: bool = True
-    """Write TensorBoard scalars under <run>/tensorboard when tensorboardX is installed."""
+    """Write TensorBoard scalars under <run>/tensorboard. Needs tensorboardX; where it is missing, the start of a run says so."""
 
 
 class Timers:
@@ -301,7 +302,7 @@ class Recorder:
     def __init__(self, run_dir: Path, config: MetricsConfig, total_steps: int, active: bool):
         self.run_dir, self.config, self.total_steps, self.active = Path(run_dir), config, total_steps, active
         self._files: dict[str, _JsonLines] = {}
-        self._boards: dict[str, Any] = {}
+        self._boards: Boards | None = None
         self._console: _Console | None = None
         self._past: dict[str, deque[tuple[int, float]]] = {}  # phase -> (step, monotonic seconds) of the last steps
 
@@ -315,13 +316,20 @@ class Recorder:
             if hasattr(self._stream, "reconfigure"):  # an ASCII locale must not fail on a response in Chinese
                 self._stream.reconfigure(errors="backslashreplace")
             self._console = _Console(self._stream)
+        if self.config.tensorboard:
+            missing = why_not()
+            self._boards = None if missing else Boards(self.run_dir / "tensorboard")
+            if missing:
+                self.message(missing)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._show(_Console.close)
-        for writer in (*self._files.values(), *self._boards.values()):
+        if self._boards:
+            self._boards.close()
+        for file in self._files.values():
             with suppress(OSError):
-                writer.close()
+                file.close()
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record one step: `metrics` are scalars (JSON null where non-finite); "phase" may be "warm_start" or "rl"."""
@@ -330,31 +338,14 @@ class Recorder:
         row = {name: _jsonable(value) for name, value in metrics.items()}
         self._files[METRICS].append([{"step": int(step), **row}])
         phase = str(row.get("phase", ""))
-        if self.config.tensorboard:
-            with suppress(OSError, ImportError):
-                self._plot(phase, int(step), row)
+        if self._boards:
+            with suppress(OSError):
+                self._boards.draw(phase, int(step), row)
         past = self._past.setdefault(phase, deque(maxlen=20))
         past.append((step, time.monotonic()))
         if step % self.config.console_every == 0 or step == self.total_steps or any(n.startswith("eval/") for n in row):
             pace = _tell_pace(past, self.total_steps)
             self._show(lambda console: console.step(step, self.total_steps, row, pace))
-
-    def _plot(self, phase: str, step: int, row: Mapping[str, Any]) -> None:
-        """Append the scalars to TensorBoard's events, a directory per phase: phases may count their steps anew."""
-        # Not SummaryWriter: when its thread dies on a full disk, its next call waits for ever.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.proto.summary_pb2 import Summary
-
-        if phase not in self._boards:
-            (self.run_dir / "tensorboard" / phase).mkdir(parents=True, exist_ok=True)
-            self._boards[phase] = EventsWriter(str(self.run_dir / "tensorboard" / phase / "events"), f".{os.getpid()}")
-            hide_later = SessionLog(status=SessionLog.START)  # what a killed process drew from this step on
-            self._boards[phase].write_event(Event(wall_time=time.time(), step=step, session_log=hide_later))
-        numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
-        self._boards[phase].write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
-        self._boards[phase].flush()
 
     def offsets(self) -> dict[str, int]:
         """Return {file name: bytes} after an fsync, for the checkpoint; {} where not active. Raises OSError on a full disk."""

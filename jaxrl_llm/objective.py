@@ -6,10 +6,10 @@
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
-from pydantic import ConfigDict
+from pydantic import ConfigDict, model_validator
 
 from jaxrl_llm.experience.config import (
     AdvantageConfig,
@@ -82,6 +82,12 @@ class ObjectiveConfig:
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     """Only with the advantage `gae`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def written_out(cls, value: Any) -> Any:
+        """A name alone is short for {preset: name}."""
+        return {"preset": value} if isinstance(value, str) else value
 
     @property
     def has_critic(self) -> bool:

@@ -5,7 +5,11 @@ Each entry holds what differs from `ObjectiveConfig`'s defaults. `framework:name
 defaults for that algorithm, `paper:name` the published equation; `SOURCES` says of which version and date.
 """
 
+import difflib
 from typing import Any
+
+from jaxrl_llm.objective import ObjectiveConfig
+from jaxrl_llm.values import merged
 
 DUAL = {"kind": "clip", "low": 0.2, "high": 0.2, "dual": 3.0}
 CLIP = {"kind": "clip", "low": 0.2, "high": 0.2}
@@ -146,17 +150,17 @@ def source(preset: str) -> str:
 def filled(given: Any, defaults: dict[str, Any]) -> Any:
     """`given`, as a config holds it under `objective`, over its preset's parts, over `defaults`: a `kind` need not be repeated.
 
-    A name alone is short for {preset: name}. Raises KeyError where there is no such preset.
+    A misspelled preset is taken for the nearest, so that what else is wrong can be found.
     """
-    given = {"preset": given} if isinstance(given, str) else given
+    given = ObjectiveConfig.written_out(given)
     if not isinstance(given, dict):
         return given
-    base = PRESETS[given["preset"]] if given.get("preset") else {}
-    return _over(_over(defaults, base), given)
+    preset = PRESETS.get(nearest(given.get("preset")), {})
+    own = {name: value for name, value in given.items() if name != "preset"}
+    parts = merged(merged(defaults, preset, ObjectiveConfig), own, ObjectiveConfig)
+    return parts | {"preset": given.get("preset", "")}
 
 
-def _over(base: Any, top: Any) -> Any:
-    """`top` over `base`, key by key; another `kind` replaces the whole."""
-    if not isinstance(base, dict) or not isinstance(top, dict) or top.get("kind", base.get("kind")) != base.get("kind"):
-        return top
-    return base | {name: _over(base[name], value) if name in base else value for name, value in top.items()}
+def nearest(name: Any) -> str:
+    """The preset that is most like `name`; "" where none is."""
+    return next(iter(difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)), "") if isinstance(name, str) else ""

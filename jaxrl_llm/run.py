@@ -4,9 +4,10 @@
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -39,6 +40,7 @@ from jaxrl_llm.rewards.graders import problems as grader_problems
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Batch, Policy, PyTree, TrainState
+from jaxrl_llm.unread import unread
 from jaxrl_llm.update.config import (
     Correction,
     CrossEntropy,
@@ -51,6 +53,9 @@ from jaxrl_llm.update.config import resolve as resolve_correction
 from jaxrl_llm.update.losses import anchored_on_proximal
 from jaxrl_llm.update.optimizer.config import GroupConfig
 from jaxrl_llm.update.step import Update, make_score, make_update
+
+log = logging.getLogger("jaxrl_llm.run")
+Read = TypeVar("Read")
 
 
 class Shapes(NamedTuple):
@@ -114,12 +119,20 @@ class Run:
         return hosts.put(batch, self.train.sharding(("rows", None)))
 
 
-def build(cfg: RunConfig) -> Run:
-    """Raises UserError with everything that does not fit, before anything compiles."""
-    model = read_model(cfg)
-    task = load_task(cfg.task, load_tokenizer(cfg.tokenizer), cfg.seed)
-    if found := problems(dataclasses.replace(cfg, model=model), task):
+def no_refusals(cfg: RunConfig, task: Task | None) -> list[str]:
+    return []
+
+
+def build(cfg: RunConfig, refusals: Callable[[RunConfig, Task | None], list[str]] = no_refusals) -> Run:
+    """Raises UserError with everything that does not fit, before anything compiles; `refusals`: what the caller cannot do."""
+    found: list[str] = []
+    model = _or_words(found, lambda: read_model(cfg))
+    task = _or_words(found, lambda: load_task(cfg.task, load_tokenizer(cfg.tokenizer), cfg.seed))
+    found += problems(cfg if model is None else dataclasses.replace(cfg, model=model), task) + refusals(cfg, task)
+    if found or model is None or task is None:
         raise UserError("\n".join(found))
+    for line in unread(cfg):
+        log.warning("%s", line)
     mesh = make_mesh(resolve(cfg.mesh, jax.device_count())[0])
     train = Layout(mesh, TRAIN)
     decode = train.for_decode(cfg.rollout.engine.layout)
@@ -228,12 +241,25 @@ def read_model(cfg: RunConfig) -> ModelConfig:
     return read_config(resolve_model(cfg.model.path), cfg.model.compute)
 
 
-def problems(cfg: RunConfig, task: Task) -> list[str]:
-    """What does not fit between config, devices and task, in words."""
+def _or_words(found: list[str], read: Callable[[], Read]) -> Read | None:
+    """What `read` returns; where it cannot, the reason is put into `found`, so that others can join it."""
+    try:
+        return read()
+    except UserError as error:
+        found.append(str(error))
+        return None
+
+
+def problems(cfg: RunConfig, task: Task | None) -> list[str]:
+    """What does not fit between config, devices and task, in words. Of a model that cannot be read only its path is known."""
     found = run_config.problems(cfg, jax.device_count()) + grader_problems(cfg.reward)
+    if isinstance(cfg.model, ModelConfig):
+        found += quantised.problems(cfg.model, cfg.rollout.engine.weights) + lora.problems(cfg.model, cfg.lora)
+    if task is None:
+        return found
     found += stop_problems(cfg.rollout.stop, task.tokenizer)
-    found += quantised.problems(cfg.model, cfg.rollout.engine.weights) + lora.problems(cfg.model, cfg.lora)
-    found += vocabulary_problems(cfg.model, task.num_tokens)
+    if isinstance(cfg.model, ModelConfig):
+        found += vocabulary_problems(cfg.model, task.num_tokens)
     if cfg.rollout.max_new_tokens < task.target_slots:
         found.append(
             f"rollout.max_new_tokens: got {cfg.rollout.max_new_tokens}, want at least the {task.target_slots} tokens of the "

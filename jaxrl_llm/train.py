@@ -30,6 +30,7 @@ from jaxrl_llm.life import Life, begin, fresh_state, open_checkpoints, start_ref
 from jaxrl_llm.metrics import CompileCounter, Recorder, Timers
 from jaxrl_llm.prompts.stream import next_prompts
 from jaxrl_llm.prompts.supervised import noisy_rows
+from jaxrl_llm.prompts.task import Task
 from jaxrl_llm.rates import decode_rates, describe_updates
 from jaxrl_llm.reference import refresh
 from jaxrl_llm.rewards.pool import GraderPool
@@ -58,8 +59,7 @@ class Result(NamedTuple):
 
 def train(cfg: RunConfig, must_resume: bool = False) -> Result:
     """Run `cfg` to its end, going on from the newest checkpoint in its run directory if there is one."""
-    run = build(cfg)
-    refuse_what_cannot_train(run)
+    run = build(cfg, what_cannot_train)
     with open_shell(cfg) as shell, stop_signal() as stopping:
         life, policy, scores = resume(run, shell, must_resume) or begin(run), None, {}
         if life.step == cfg.warm_start.steps < cfg.total_steps and not life.began:
@@ -99,12 +99,12 @@ def train(cfg: RunConfig, must_resume: bool = False) -> Result:
         return Result(measure.removeprefix("eval/"), life.eval_before, after, Path(cfg.run_dir).resolve())
 
 
-def refuse_what_cannot_train(run: Run) -> None:
-    found, steps = run_config.training_problems(run.cfg), run.cfg.warm_start.steps
-    if steps and not run.task.has_targets:
+def what_cannot_train(cfg: RunConfig, task: Task | None) -> list[str]:
+    """What sampling and evaluation can do and training cannot, in words."""
+    found, steps = run_config.training_problems(cfg), cfg.warm_start.steps
+    if steps and task is not None and not task.has_targets:
         found.append(f"task.response: got nothing, want the right response: warm_start.steps is {steps}")
-    if found:
-        raise UserError("\n".join(found))
+    return found
 
 
 def with_rates(metrics: dict[str, float], shell: Shell) -> dict[str, float]:

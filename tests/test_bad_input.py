@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from jaxrl_llm.cli import read_config
+from jaxrl_llm.unread import unread
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -60,11 +63,62 @@ def test_bad_data_is_named_by_file_and_line(tmp_path, content, said):
     assert said in jaxrl("train", path)
 
 
+def test_data_model_graders_mesh_and_objective_are_all_judged_at_once(tmp_path):
+    """No file, no checkpoint and no such grader, and each hides none of the others, nor what cannot train."""
+    said = jaxrl(
+        "train",
+        config(tmp_path, "rollout: {prompts: 9, temperature: 0}\nreward: nothing\nupdate: {minibatches: 2}\n"),
+        "--task", f"{{kind: file, path: {tmp_path}/none.jsonl, held_out: 1}}",
+        "--model.path", tmp_path / "nowhere",
+        "--tokenizer.alphabet", "ab#",
+    )  # fmt: skip
+    assert f"{tmp_path}/nowhere: got a path that does not exist" in said
+    assert f"{tmp_path}/none.jsonl" in said
+    assert 'reward.graders.0.grader: got "nothing", want one of' in said
+    assert "update.minibatches: got 2, want a divisor of rollout.prompts (9): 1, 3, 9" in said
+    assert "rollout.temperature: got 0, want more" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "names", "why"),
+    [
+        ("", "", ""),
+        ("--objective=trl:grpo", "", ""),
+        ("--objective.loss.kl.kind=k2", "objective.loss.kl.kind", "objective.loss.kl.weight is 0"),
+        ("--objective.loss.kl.kind=k2 --objective.loss.kl.weight=0.1", "", ""),
+        ("--lora.alpha=8 --lora.targets=[q]", "lora.alpha, lora.targets", "lora.rank is 0: every parameter is trained"),
+        ("--lora.alpha=8 --lora.rank=2", "", ""),
+        (
+            "--update.optimizer.decay_steps=0",
+            "update.optimizer.final_lr",
+            "update.optimizer.decay_steps is 0: the learning rate does not fall",
+        ),
+        ("--objective.reference.decay=0.9", "objective.reference.decay", "reference.kind is not ema"),
+        ("--objective.reference.kind=ema", "objective.reference.kind", "no term of the objective reads a reference"),
+        ("--objective.critic.lr_scale=2", "objective.critic.lr_scale", "the advantage is not gae"),
+        ("--objective=verl:ppo --objective.critic.lr_scale=2", "", ""),
+        ("--model.window=4", "model.window", "no layer of model.sliding slides"),
+        ("--rollout.support=9", "rollout.support", "rollout.top_p, top_k and min_p leave all tokens"),
+        ("--rollout.support=9 --rollout.top_k=3 --objective.loss.kind=dpo", "", ""),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_named(flags, names, why):
+    found = unread(read_config(str(ROOT / "configs/arithmetic.yaml"), flags.split()))
+    these = "these" if "," in names else "this"
+    assert found == ([f"{names}: nothing reads {these}, since {why}"] if names else [])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configs_of_the_repository_set_nothing_in_vain(path):
+    assert unread(read_config(str(path), [])) == []
+
+
 def test_a_run_directory_that_cannot_be_written(tmp_path):
+    """And a setting that nothing reads is said once when a run begins."""
     (tmp_path / "file").write_text("")
-    assert f"run_dir: got {tmp_path}/file/run" in jaxrl(
-        "train", ROOT / "configs/arithmetic.yaml", "--run-dir", tmp_path / "file/run"
-    )
+    said = jaxrl("train", ROOT / "configs/arithmetic.yaml", "--run-dir", tmp_path / "file/run", "--lora.alpha", 8)
+    assert f"run_dir: got {tmp_path}/file/run" in said
+    assert said.count("lora.alpha: nothing reads this, since lora.rank is 0") == 1
 
 
 def test_two_runs_in_one_directory(tmp_path):

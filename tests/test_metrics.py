@@ -317,6 +317,18 @@ def test_tensorboard_gets_numbers_by_phase(tmp_path):
     assert drawn == {("warm_start", 1, "loss"): 2.0, ("rl", 5, "reward"): 0.5, ("rl", 5, "eval/pass@1"): 0.25}
 
 
+def test_a_missing_tensorboard_is_said_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    record(tmp_path / "a", [1, 2, 3], config=MetricsConfig())
+    lines = [line for line in capsys.readouterr().out.splitlines() if "tensorboard" in line]
+    assert len(lines) == 1 and "tensorboardX" in lines[0] and "pip install 'jaxrl-llm[track]'" in lines[0]
+    assert not (tmp_path / "a/tensorboard").exists() and len(read_jsonl(tmp_path / "a/metrics.jsonl")) == 3
+    record(tmp_path / "b", [1], config=QUIET)
+    with Recorder(tmp_path / "c", MetricsConfig(), 1, active=False) as recorder:
+        recorder.log(1, {"loss": 1.0})
+    assert "tensorboard" not in capsys.readouterr().out and not (tmp_path / "c").exists()
+
+
 def test_json_lines_are_ascii(tmp_path):
     with Recorder(tmp_path, QUIET, 10, active=True) as recorder:
         recorder.rollouts(1, [{"completion": "数\u2028"}])

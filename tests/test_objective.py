@@ -42,13 +42,14 @@ REFUSED = {
         of_loss("trl:grpo", correction={"kind": "truncated_importance", "floor": 3.0}), "want less than cap (2.0)"),
     "a mask that keeps nothing": (
         of_loss("trl:grpo", correction={"kind": "masked_importance", "low": 6.0}), "high (5.0): else nothing is kept"),
-    "k1 in the loss (#10)": (of_loss("trl:grpo", kl={"kind": "k1", "weight": 0.1}), "the mean gradient of k1 alone is 0"),
+    "k1 in the loss (#10)": (
+        of_loss("trl:grpo", kl={"kind": "k1", "weight": 0.1, "times": "one"}), "the mean gradient of k1 alone is 0"),
     "k2 times the ratio": (
         of_loss("trl:grpo", kl={"kind": "k2", "weight": 0.1, "times": "ratio"}), "its gradient is right without a factor"),
     "k3+ times the score": (
         of_loss("trl:grpo", kl={"kind": "k3_plus", "weight": 0.1, "times": "score"}), "got score with k3_plus, want one"),
     "exact KL to the sampler": (
-        of_loss("trl:grpo", kl={"kind": "full", "weight": 0.1, "to": "behavior"}), "the sampler's logits are not kept"),
+        of_loss("verl:grpo", kl={"kind": "full", "weight": 0.1, "to": "behavior"}), "the sampler's logits are not kept"),
     "a length that nothing reads": (of_loss("trl:grpo", length=512), "want null: only the aggregation constant reads it"),
     "supervised in RL": ({"loss": {"kind": "cross_entropy"}}, "it uses no reward; warm_start is supervised"),
     "DPO of all samples": ({"loss": {"kind": "dpo"}}, "objective.advantage.kind: got grpo, want best_worst"),

@@ -4,17 +4,19 @@ from dataclasses import dataclass
 from math import prod
 from typing import Annotated
 
-from annotated_types import Predicate
-from pydantic import ConfigDict
+from pydantic import AfterValidator, ConfigDict
+from pydantic_core import PydanticCustomError
 
 AXES = ("data", "fsdp", "tensor", "expert")
 
 
-def minus_one_or_positive(size: int) -> bool:
-    return size == -1 or size >= 1
+def check_axis_size(size: int) -> int:
+    if size != -1 and size < 1:
+        raise PydanticCustomError("axis_size", "1 or more, or -1 for what is left")
+    return size
 
 
-AxisSize = Annotated[int, Predicate(minus_one_or_positive)]
+AxisSize = Annotated[int, AfterValidator(check_axis_size)]
 
 
 @dataclass(frozen=True)

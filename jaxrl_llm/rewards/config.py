@@ -36,7 +36,7 @@ class GraderConfig:
 
     @model_validator(mode="before")
     @classmethod
-    def _read(cls, value: Any) -> Any:
+    def written_out(cls, value: Any) -> Any:
         return {"grader": value} if isinstance(value, str) else value
 
 
@@ -55,7 +55,7 @@ class RewardConfig:
 
     @model_validator(mode="before")
     @classmethod
-    def _read(cls, value: Any) -> Any:
+    def written_out(cls, value: Any) -> Any:
         if isinstance(value, str):
             return {"graders": [value]}
         if isinstance(value, dict) and "graders" not in value and "grader" in value:

@@ -132,7 +132,7 @@ def _wrong_options(name: str, options: Mapping[str, Any]) -> list[str]:
     wrong += _wrong_values(name, found, {option: options[option] for option in options if option in known})
     library = getattr(found, "needs", None)
     if library and importlib.util.find_spec(library) is None:
-        wrong.append(f': grader "{name}" needs {library}, which is not installed: pip install "jaxrl_llm[tasks]"')
+        wrong.append(f""": grader "{name}" needs {library}, which is not installed: pip install 'jaxrl-llm[tasks]'""")
     return wrong
 
 

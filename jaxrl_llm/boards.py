@@ -1,0 +1,49 @@
+"""TensorBoard: a step's scalars -> event files under <run>/tensorboard, a directory per phase: each may count its steps anew."""
+
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+def why_not() -> str:
+    """What stands against drawing, in words; "" where nothing does."""
+    try:
+        import tensorboardX.event_file_writer  # noqa: F401
+    except ImportError as error:
+        return (
+            f"metrics.tensorboard: got true without tensorboardX ({error}): no tensorboard/ is written; "
+            "pip install 'jaxrl-llm[track]', or say metrics.tensorboard: false"
+        )
+    return ""
+
+
+class Boards:
+    """The event files of a run. Raises OSError on a full disk."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._writers: dict[str, Any] = {}
+
+    def draw(self, phase: str, step: int, row: Mapping[str, Any]) -> None:
+        # Not SummaryWriter: when its thread dies on a full disk, its next call waits for ever.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        if phase not in self._writers:
+            (self._directory / phase).mkdir(parents=True, exist_ok=True)
+            self._writers[phase] = EventsWriter(str(self._directory / phase / "events"), f".{os.getpid()}")
+            hide_later = SessionLog(status=SessionLog.START)  # what a killed process drew from this step on
+            self._writers[phase].write_event(Event(wall_time=time.time(), step=step, session_log=hide_later))
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._writers[phase].write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self._writers[phase].flush()
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            with suppress(OSError):
+                writer.close()
