@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -63,8 +64,12 @@ def train(cfg: RunConfig, must_resume: bool = False) -> Result:
     with open_shell(cfg) as shell, stop_signal() as stopping:
         life, policy, scores = resume(run, shell, must_resume) or begin(run), None, {}
         if life.step == cfg.warm_start.steps < cfg.total_steps and not life.began:
+            is_recorded = not math.isnan(
+                life.eval_before
+            )  # by a run of supervised steps alone, which goes on with RL now
             life, policy, scores = start_rl(run, shell, life)
-            shell.recorder.log(life.step, with_rates({"phase": "rl", **scores}, shell))
+            if not is_recorded:
+                shell.recorder.log(life.step, with_rates({"phase": "rl", **scores}, shell))
         while life.step < cfg.total_steps:
             if life.step < cfg.warm_start.steps:
                 life, metrics, error = warm_step(run, shell, life)

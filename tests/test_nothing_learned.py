@@ -82,7 +82,10 @@ def test_one_sample_per_prompt_teaches_without_a_group(run, preset):
 
 @pytest.mark.slow
 def test_the_score_before_rl_is_on_the_last_line_before_it(run, tmp_path):
-    rows = run("odd", expect=0, steps=1, warm_start={"steps": 2, "rows": 8})
+    """Of a run of supervised steps alone too, which RL goes on with: one row for each step."""
+    warm_start = {"steps": 2, "rows": 8}
+    assert [row["step"] for row in run("odd", expect=0, steps=0, warm_start=warm_start)] == [1, 2]
+    rows = run("odd", expect=0, steps=1, warm_start=warm_start)
     assert [(row["step"], row["phase"], "eval/exact" in row) for row in rows] == [
         (1, "warm_start", False),
         (2, "warm_start", True),

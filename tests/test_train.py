@@ -132,7 +132,9 @@ def test_a_run_records_what_it_did(reference):
     assert names <= found[-1].keys()
     timed = read_jsonl(run_dir / "metrics.jsonl")[-1].keys()
     assert {"time/generate", "time/update", "time/publish", "tokens_per_s", "compiles"} <= timed
-    assert [row["step"] for row in found if "eval/exact" in row] == [8, 13, 18, 23, 27]
+    assert [row["step"] for row in found if "eval/exact" in row] == [3, 8, 13, 18, 23, 27], (
+        "the last step before RL is the first"
+    )
     assert all(row["alarm/ratio"] == 0 for row in found[3:])
     rollouts = read_jsonl(run_dir / "rollouts.jsonl")
     assert len(rollouts) == 24 * 8 * 4
