@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ALPHABET = "0123456789+<> #"  # of the task: token 0 is padding, then one for each character, the last of which ends a response
+ALPHABET = (
+    "0123456789+<> #"  # of the task: token 0 is padding, then one for each character, the last of which ends a response
+)
 PAD, END, NUM_TOKENS = 0, 15, 16
 FAILURES = "none", "raised", "timed_out", "not_finite", "wrong_type", "died"
 NEVER = -1e30

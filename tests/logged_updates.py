@@ -1,4 +1,4 @@
-"""What a step's updates, and those of the warm start, have to log: the second part of `logged_oracle`, in whose terms it is told."""
+"""What updates have to log, those of RL and of the warm start: the second part of `logged_oracle`, in whose terms it is told."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +34,9 @@ def policy_gradient(params, x, how):
 def dpo(params, x, beta):
     """Rafailov et al. 2023, eq. 7, a mean over pairs; `sign` is 1 at the tokens of the best, -1 at those of the worst."""
     logp, entropy, value, _ = scores_of(params, *x["inputs"])
-    margin = jnp.sum((x["sign"] * jnp.where(x["mask"], logp - x["reference"], 0.0)).reshape(*x["shape"], -1), axis=(1, 2))
+    margin = jnp.sum(
+        (x["sign"] * jnp.where(x["mask"], logp - x["reference"], 0.0)).reshape(*x["shape"], -1), axis=(1, 2)
+    )
     pair = jnp.any(x["mask"].reshape(len(margin), -1), axis=1)
     loss = jnp.sum(jnp.where(pair, jnp.log1p(jnp.exp(-beta * margin)), 0.0)) / jnp.sum(pair)
     return loss, (logp, entropy, value, margin)
@@ -58,7 +60,9 @@ def differentiated(loss, params, x, how=None):
 
 def of_warm_start(params, prompts, targets, cfg) -> dict[str, float]:
     rows = rows_of(prompts, targets, cfg["rollout"]["max_new_tokens"])
-    loss, norm, (_, entropy, _) = differentiated(cross_entropy, params, {"inputs": inputs(rows, cfg), "mask": rows.learn})
+    loss, norm, (_, entropy, _) = differentiated(
+        cross_entropy, params, {"inputs": inputs(rows, cfg), "mask": rows.learn}
+    )
     return {"loss": loss, "grad_norm": norm, "nonfinite": 0.0, "entropy": entropy[rows.learn].mean()}
 
 
@@ -93,7 +97,11 @@ class Numbers:
 def kept_groups(draw: Draw, cfg) -> list[int]:
     reward = draw.reward(cfg)
     all_equal = [len(set(group)) == 1 for group in reward]
-    return [p for p in range(len(reward)) if draw.graded[p] and not (cfg["experience"]["filter"] == "has_signal" and all_equal[p])]
+    return [
+        p
+        for p in range(len(reward))
+        if draw.graded[p] and not (cfg["experience"]["filter"] == "has_signal" and all_equal[p])
+    ]
 
 
 def learned_groups(step: Step, earlier: list[Step], cfg) -> list[set[tuple[int, int]]]:
@@ -168,7 +176,7 @@ def second_moment_kept(square, mask, threshold: float) -> np.ndarray:
 
 def of_step(step: Step, earlier: list[Step], reference, cfg) -> tuple[dict[str, float], list[Numbers | None]]:
     """All numbers of a step's updates, and those of each; None where it had no token to learn from."""
-    x, counts, rows, found = batch_of(step, earlier, reference, cfg)
+    x, rows, found = batch_of(step, earlier, reference, cfg)
     each = [of_update(update, x, rows, cfg) for update in step.updates]
     some = [numbers for numbers in each if numbers]
     fresh = found["groups/replayed"] == 0
@@ -186,7 +194,7 @@ def of_step(step: Step, earlier: list[Step], reference, cfg) -> tuple[dict[str, 
 
 
 def batch_of(step: Step, earlier: list[Step], reference, cfg):
-    """What all updates of a step share: arrays of the loss, which groups count, their rows, and what is said of these."""
+    """What all updates of a step share: arrays of the loss, its rows, and what is said of these."""
     draws, samples, objective = [one.draw for one in [*earlier, step]], cfg["rollout"]["samples"], cfg["objective"]
     places, counts = places_of(step, earlier, cfg)
     before, allowed = [rows_of_draw(draw) for draw in draws], [nucleus(draw, cfg)[0] for draw in draws]
@@ -202,7 +210,10 @@ def batch_of(step: Step, earlier: list[Step], reference, cfg):
     start = score(step.updates[0].params, rows, cfg, allowed)
     x = {"inputs": inputs(rows, cfg, allowed), "behavior": behavior, "proximal": start[0], "reference": behavior}
     x |= {"reference": score(reference, rows, cfg, allowed)[0]}
-    found, weight = {"groups/replayed": sum(i < len(earlier) for i, _ in places)}, objective.get("reward_kl", {}).get("weight")
+    found, weight = (
+        {"groups/replayed": sum(i < len(earlier) for i, _ in places)},
+        objective.get("reward_kl", {}).get("weight"),
+    )
     token_reward = np.zeros(behavior.shape)
     if weight:
         k1 = behavior - x["reference"]
@@ -211,7 +222,7 @@ def batch_of(step: Step, earlier: list[Step], reference, cfg):
     x["advantage"], returns = advantages(reward, counts, rows.learn, token_reward, start[2], cfg)
     if objective["advantage"]["kind"] == "gae":
         x |= {"returns": returns, "value": start[2]}
-    return x, counts, rows, found
+    return x, rows, found
 
 
 def of_update(update: Update, x, rows: Rows, cfg) -> Numbers | None:

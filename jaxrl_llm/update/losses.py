@@ -284,7 +284,7 @@ def policy_terms(scores: TokenScores, batch: Batch, cfg: PolicyGradient, correct
 
 
 def mismatch_means(mismatch: Tokens) -> dict[str, Tokens]:
-    """From mismatch = log p - log p_behaviour under the same parameters: the k3 estimate of KL(sampler || trainer), and its size."""
+    """Of mismatch = log p - log p_behaviour, under the same parameters: the k3 estimate of KL(sampler || trainer), and its size."""
     return {"mismatch/kl": k3(-mismatch), "mismatch/mean_abs_dlogp": jnp.abs(mismatch)}
 
 
