@@ -54,7 +54,9 @@ def mismatch(run: Run, params: PyTree, rollouts: Rollouts) -> float:
     num = len(rollouts.prompts.length)
     part = _parts(num, run.cfg.rollout.prompts)[0]
     sequences = of_groups(sequences_of(rollouts, np.ones(num, bool)), part)
-    d = (score(run, params, sequences).logprobs - sequences.behavior_logprobs).astype(np.float64)[sequences.learn]
+    # Where they are fewer the part is filled up with repetitions, which count once.
+    learn = sequences.learn & (sequences.group < num)[:, None]
+    d = (score(run, params, sequences).logprobs - sequences.behavior_logprobs).astype(np.float64)[learn]
     return float(np.mean(np.maximum(np.expm1(d) - d, 0.0)))
 
 

@@ -275,7 +275,7 @@ def policy_terms(scores: TokenScores, batch: Batch, cfg: PolicyGradient, correct
     loss = weight * surrogate.loss
     ratio = jnp.exp(log_r)
     means = {"ratio/mean": ratio, "clip_ratio/low": surrogate.low, "clip_ratio/high": surrogate.high}
-    means |= {"entropy": scores.entropy, "mismatch/kl": k3(-mismatch), "mismatch/mean_abs_dlogp": jnp.abs(mismatch)}
+    means |= {"entropy": scores.entropy} | mismatch_means(mismatch)
     if not isinstance(correction, NoCorrection | SecondMoment):
         means |= {"mismatch/weight_mean": weight, "mismatch/truncated": held}
     if cfg.kl.weight > 0:
@@ -289,6 +289,11 @@ def policy_terms(scores: TokenScores, batch: Batch, cfg: PolicyGradient, correct
         loss = loss + cfg.critic.weight * means["critic/loss"]
     maxima = {"ratio/max": ratio, "ratio/-min": -ratio, "mismatch/max_abs_dlogp": jnp.abs(mismatch)}
     return Terms(loss, means, maxima, {})
+
+
+def mismatch_means(mismatch: Tokens) -> dict[str, Tokens]:
+    """Of mismatch = log p - log p_behaviour, under the same parameters: the k3 estimate of KL(sampler || trainer), and its size."""
+    return {"mismatch/kl": k3(-mismatch), "mismatch/mean_abs_dlogp": jnp.abs(mismatch)}
 
 
 def anchored_on_proximal(cfg: PolicyGradient, correction: Correction) -> bool:
@@ -311,17 +316,22 @@ def dpo_terms(scores: TokenScores, batch: Batch, cfg: Dpo, correction: Correctio
     margin = sum_by(batch.group, jnp.sign(batch.advantage) * own)
     pairs = {"dpo/margin": margin, "dpo/accuracy": margin > 0}
     loss = -jax.nn.log_sigmoid(cfg.beta * margin)
-    return Terms(loss, {"entropy": scores.entropy}, _ratio_maxima(scores, batch), pairs)
+    means, maxima = _beside_sampler(scores, batch)
+    return Terms(loss, means, maxima, pairs)
 
 
 def distillation_terms(scores: TokenScores, batch: Batch, cfg: Distillation, correction: Correction) -> Terms:
     """Exact KL(policy || teacher). Source: Agarwal et al. 2024 (GKD) with the reverse KL, on the policy's own samples."""
-    return Terms(scores.kl, {"entropy": scores.entropy, "kl": scores.kl}, _ratio_maxima(scores, batch), {})
+    means, maxima = _beside_sampler(scores, batch)
+    return Terms(scores.kl, means | {"kl": scores.kl}, maxima, {})
 
 
-def _ratio_maxima(scores: TokenScores, batch: Batch) -> dict[str, Tokens]:
-    ratio = jnp.exp(log_ratio(scores.logprobs, batch.behavior_logprobs, batch, "token"))
-    return {"ratio/max": ratio, "ratio/-min": -ratio}
+def _beside_sampler(scores: TokenScores, batch: Batch) -> tuple[dict[str, Tokens], dict[str, Tokens]]:
+    """Means and maxima where the loss reads no ratio: how far the policy is from the one that sampled."""
+    away = within(batch.loss_mask, jax.lax.stop_gradient(scores.logprobs) - batch.behavior_logprobs)
+    ratio = jnp.exp(away)
+    maxima = {"ratio/max": ratio, "ratio/-min": -ratio, "mismatch/max_abs_dlogp": jnp.abs(away)}
+    return {"entropy": scores.entropy} | mismatch_means(away), maxima
 
 
 TERMS = {

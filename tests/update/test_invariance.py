@@ -93,10 +93,11 @@ ALL = tuple(LOSSES)
 # Of tokens, of sequences, of pairs, of values. Their metrics are compared too: each sort is in one.
 SOME = ("clip, k1", "sequence, k3", "truncated by token", "sapo, critic", "dpo")
 MEANS = (
-    "clip_ratio/high", "clip_ratio/low", "critic/loss", "critic/return", "critic/value", "dpo/accuracy", "dpo/margin", "entropy",
+    "clip_ratio/high", "clip_ratio/low", "critic/loss", "critic/return", "critic/value", "entropy",
     "kl", "mismatch/kl", "mismatch/mean_abs_dlogp", "mismatch/truncated", "mismatch/weight_mean", "ratio/mean",
 )  # fmt: skip
 MAXIMA = ("mismatch/max_abs_dlogp", "ratio/-min", "ratio/max")
+WEIGHTED = ("dpo/accuracy", "dpo/margin")
 
 
 class Chosen(Batch):
@@ -120,9 +121,10 @@ def one_of(scores, batch: Chosen, cfg: OneOf, correction) -> Terms:
 
         def terms(scores, batch):
             found = losses.TERMS[type(loss)](scores, batch, loss, correction)
-            assert set(found.means) <= set(MEANS) and set(found.maxima) <= set(MAXIMA)
+            given = (found.means, MEANS), (found.maxima, MAXIMA), (found.weighted, WEIGHTED)
+            assert all(set(some) <= set(names) for some, names in given)
             filled = lambda names, x: {n: zeros + (x.get(n, zeros) if name in SOME else 0.0) for n in names}  # noqa: E731
-            return Terms(found.loss + zeros, filled(MEANS, found.means), filled(MAXIMA, found.maxima))
+            return Terms(found.loss + zeros, *(filled(names, some) for some, names in given))
 
         return terms
 

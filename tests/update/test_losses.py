@@ -7,8 +7,8 @@ import pytest
 
 from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.types import Batch
-from jaxrl_llm.update.config import Clip, CrossEntropy, KlConfig, NoCorrection, PolicyGradient
-from jaxrl_llm.update.losses import clip, cross_entropy_terms, kl_estimate, policy_terms
+from jaxrl_llm.update.config import Clip, CrossEntropy, Distillation, Dpo, KlConfig, NoCorrection, PolicyGradient
+from jaxrl_llm.update.losses import TERMS, clip, cross_entropy_terms, kl_estimate, policy_terms
 
 TABLE = [  # ratio, advantage, loss, held by low, held by high
     (1.5, 1.0, -1.28, False, True),
@@ -68,6 +68,18 @@ def test_policy_terms_put_surrogate_kl_and_entropy_together():
     np.testing.assert_allclose(terms.loss[0, 1], -2 * 1.28 + 0.1 * 0.10653066 - 0.01 * 0.7, rtol=1e-6)
     np.testing.assert_allclose(terms.maxima["ratio/max"][0, 1], np.exp(0.5), rtol=1e-6)
     np.testing.assert_allclose(terms.maxima["mismatch/max_abs_dlogp"][0, 1], 0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [PolicyGradient(), Dpo(), Distillation()], ids=lambda loss: loss.kind)
+def test_every_loss_of_sampled_tokens_tells_how_far_the_sampler_is(loss):
+    """What the gate of `update.guards.max_mismatch_kl` reads: no loss may leave it blind."""
+    mask, zeros = np.array([[False, True]]), np.zeros((1, 2), np.float32)
+    scores = TokenScores(jnp.array([[-9.0, -1.0]]), zeros, kl=zeros)
+    terms = TERMS[type(loss)](scores, batch_of(mask, zeros - 1.5, zeros, zeros), loss, NoCorrection())
+    # The trainer has d = 0.5 nats more than the sampler; e^d - 1 - d.
+    np.testing.assert_allclose(terms.means["mismatch/kl"], [[0, 0.14872127]], rtol=1e-6)
+    np.testing.assert_allclose(terms.means["mismatch/mean_abs_dlogp"], [[0, 0.5]], rtol=1e-6)
+    np.testing.assert_allclose(terms.maxima["mismatch/max_abs_dlogp"], [[0, 0.5]], rtol=1e-6)
 
 
 def test_values_outside_the_mask_cannot_reach_the_gradient():

@@ -1,0 +1,288 @@
+"""What updates have to log, those of RL and of the warm start: the second part of `logged_oracle`, in whose terms it is told."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from logged_oracle import Draw, Rows, inputs, nucleus, rows_of, rows_of_draw, score, scores_of, wide
+
+# --- losses ----------------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(params, x, how):
+    logp, entropy, value, _ = scores_of(params, *x["inputs"])
+    return jnp.sum(jnp.where(x["mask"], -logp, 0.0)) / jnp.sum(x["mask"]), (logp, entropy, value)
+
+
+def policy_gradient(params, x, how):
+    """w min(r A, clip(r) A) of Schulman et al. 2017, eq. 7; k3 of Schulman 2020; a value loss clipped as theirs, by 0.5."""
+    (low, high), beta, bonus = how
+    logp, entropy, value, _ = scores_of(params, *x["inputs"])
+    r = jnp.exp(logp - x["old"])
+    term = -x["correction"] * jnp.minimum(r * x["advantage"], jnp.clip(r, 1 - low, 1 + high) * x["advantage"])
+    if beta:
+        term = term + beta * (jnp.exp(x["reference"] - logp) - 1 + logp - x["reference"])
+    term = term - bonus * entropy
+    if "returns" in x:
+        near = x["value"] + jnp.clip(value - x["value"], -0.5, 0.5)
+        term = term + jnp.maximum((value - x["returns"]) ** 2, (near - x["returns"]) ** 2) / 2
+    return jnp.sum(jnp.where(x["mask"], x["weight"] * term, 0.0)), (logp, entropy, value)
+
+
+def dpo(params, x, beta):
+    """Rafailov et al. 2023, eq. 7, a mean over pairs; `sign` is 1 at the tokens of the best, -1 at those of the worst."""
+    logp, entropy, value, _ = scores_of(params, *x["inputs"])
+    margin = jnp.sum(
+        (x["sign"] * jnp.where(x["mask"], logp - x["reference"], 0.0)).reshape(*x["shape"], -1), axis=(1, 2)
+    )
+    pair = jnp.any(x["mask"].reshape(len(margin), -1), axis=1)
+    loss = jnp.sum(jnp.where(pair, jnp.log1p(jnp.exp(-beta * margin)), 0.0)) / jnp.sum(pair)
+    return loss, (logp, entropy, value, margin)
+
+
+@partial(jax.jit, static_argnums=(0, 3, 4))
+def _differentiated(loss, params, x, how, shape):
+    x = x | {"shape": shape}
+    return jax.value_and_grad(loss, has_aux=True)(params, x, how)
+
+
+def differentiated(loss, params, x, how=None):
+    """(loss, the gradient's global norm, what was scored)."""
+    with jax.enable_x64(True):
+        shape = x.get("shape")
+        arrays = {name: value for name, value in x.items() if name != "shape"}
+        (value, seen), grads = _differentiated(loss, wide(params), arrays, how, shape)
+        norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
+    return float(value), norm, [np.asarray(part) for part in seen]
+
+
+def of_warm_start(params, prompts, targets, cfg) -> dict[str, float]:
+    rows = rows_of(prompts, targets, cfg["rollout"]["max_new_tokens"])
+    loss, norm, (_, entropy, _) = differentiated(
+        cross_entropy, params, {"inputs": inputs(rows, cfg), "mask": rows.learn}
+    )
+    return {"loss": loss, "grad_norm": norm, "nonfinite": 0.0, "entropy": entropy[rows.learn].mean()}
+
+
+# --- a step of RL ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Update:
+    params: dict
+    """Before it."""
+    learned: np.ndarray
+    """The sampler's log-probs of the tokens in its loss. No two tokens of a run have the same: they are noisy."""
+
+
+@dataclass
+class Step:
+    draw: Draw
+    updates: list[Update]
+
+
+@dataclass
+class Numbers:
+    """Of an update that had a token to learn from."""
+
+    whole: dict[str, float]
+    tokens: dict[str, np.ndarray]
+    mismatch: dict[str, float]
+    margin: np.ndarray | None = None
+    """Of each pair."""
+
+
+def kept_groups(draw: Draw, cfg) -> list[int]:
+    reward = draw.reward(cfg)
+    all_equal = [len(set(group)) == 1 for group in reward]
+    return [
+        p
+        for p in range(len(reward))
+        if draw.graded[p] and not (cfg["experience"]["filter"] == "has_signal" and all_equal[p])
+    ]
+
+
+def learned_groups(step: Step, earlier: list[Step], cfg) -> list[set[tuple[int, int]]]:
+    """(step, group) of each update's tokens; a log-prob that no draw gave is a KeyError."""
+    steps, samples = [*earlier, step], cfg["rollout"]["samples"]
+    where = {}
+    for i, one in enumerate(steps):
+        tokens = np.argwhere(rows_of_draw(one.draw).learn)
+        where |= {one.draw.behavior[b, c].item(): (i, int(b) // samples) for b, c in tokens}
+    assert len(where) == sum(one.draw.length.sum() for one in steps)
+    return [{where[x] for x in update.learned.tolist()} for update in step.updates]
+
+
+def places_of(step: Step, earlier: list[Step], cfg) -> tuple[list[tuple[int, int]], np.ndarray]:
+    """The group (step, number) in each place of the batch, and whether it counts. Each epoch goes once over all that count: the
+    kept groups, and in places of dropped ones older groups, as many as there are."""
+    now, update = len(earlier), cfg["update"]
+    kept = {(now, p) for p in kept_groups(step.draw, cfg)}
+    older = {(i, p) for i, one in enumerate(earlier) for p in kept_groups(one.draw, cfg)}
+    groups, dropped = learned_groups(step, earlier, cfg), len(step.draw.prompts) - len(kept)
+    counted = set().union(*groups)
+    replayed = counted - kept
+    assert replayed <= older
+    assert len(replayed) == (min(dropped, len(older)) if cfg["experience"].get("replay") else 0)
+    assert len(groups) == update["epochs"] * update["minibatches"]
+    for n in range(0, len(groups), update["minibatches"]):
+        epoch = groups[n : n + update["minibatches"]]
+        assert kept <= set().union(*epoch) == counted and sum(map(len, epoch)) == len(counted)
+    waiting = sorted(replayed)
+    places = [(now, p) if (now, p) in kept or not waiting else waiting.pop() for p in range(len(step.draw.prompts))]
+    return places, np.array([place in counted for place in places])
+
+
+def advantages(reward, counts, learn, token_reward, value, cfg) -> tuple[np.ndarray, np.ndarray]:
+    """[B C] and what the critic is to predict."""
+    kind, samples = cfg["objective"]["advantage"]["kind"], reward.shape[1]
+    found, returns = np.zeros(learn.shape), np.zeros(learn.shape)
+    for b in np.flatnonzero(np.repeat(counts, samples)):
+        group, own = reward[b // samples], reward[b // samples, b % samples]
+        if kind == "grpo":
+            std = np.sqrt(sum((r - group.mean()) ** 2 for r in group) / (samples - 1))
+            found[b] = (own - group.mean()) / (std + 1e-4)
+        elif kind == "best_worst":
+            found[b] = (b % samples == np.argmax(group)) - (1.0 * (b % samples == np.argmin(group)))
+        else:  # gae, Schulman et al. 2016, eq. 16: gamma 1, lambda 0.95
+            n, later, after = learn[b].sum(), 0.0, 0.0
+            for t in reversed(range(n)):
+                later = token_reward[b, t] + (own if t == n - 1 else 0) + after - value[b, t] + 0.95 * later
+                found[b, t], after = later, value[b, t]
+    if kind == "gae":
+        returns, here = found + value, learn & np.repeat(counts, samples)[:, None]
+        found = (found - found[here].mean()) / np.sqrt(found[here].var(ddof=1) + 1e-8)
+    return found, returns
+
+
+def weights_of(mask, aggregation: str) -> np.ndarray:
+    """By which a sum over tokens is the loss's mean."""
+    each = mask.sum(axis=1)
+    if aggregation == "token":
+        return mask / max(each.sum(), 1)
+    assert aggregation == "sequence"
+    return mask / np.maximum(each, 1)[:, None] / max(np.count_nonzero(each), 1)
+
+
+def second_moment_kept(square, mask, threshold: float) -> np.ndarray:
+    """Of the tokens in `mask` the largest are dropped until the mean of the others is at most the threshold."""
+    left = sorted(square[mask])
+    while left and np.mean(left) > threshold:
+        left.pop()
+    return mask & (square <= (left[-1] if left else -1))
+
+
+def of_step(step: Step, earlier: list[Step], reference, cfg) -> tuple[dict[str, float], list[Numbers | None]]:
+    """All numbers of a step's updates, and those of each; None where it had no token to learn from."""
+    x, rows, found = batch_of(step, earlier, reference, cfg)
+    each = [of_update(update, x, rows, cfg) for update in step.updates]
+    some = [numbers for numbers in each if numbers]
+    fresh = found["groups/replayed"] == 0
+    found |= {"updates": len(some), "alarm/ratio": 0.0, "groups/kept": len(kept_groups(step.draw, cfg))}
+    assert all(np.ptp(n.tokens["ratio"]) > 1e-6 for n in some[1:]), "ratios that differ ring no alarm"
+    if some:
+        found |= {name: np.mean([n.whole[name] for n in some]) for name in some[0].whole}
+        pooled = {name: np.concatenate([n.tokens[name] for n in some]) for name in some[0].tokens}
+        ratio = pooled.pop("ratio")
+        found |= {name: values.mean() for name, values in pooled.items()}
+        found |= {"ratio/max": ratio.max(), "ratio/min": ratio.min()}
+        found |= of_margins(np.concatenate([n.margin for n in some])) if some[0].margin is not None else {}
+        found |= some[0].mismatch if fresh else {}
+    return found, each
+
+
+def batch_of(step: Step, earlier: list[Step], reference, cfg):
+    """What all updates of a step share: arrays of the loss, its rows, and what is said of these."""
+    draws, samples, objective = [one.draw for one in [*earlier, step]], cfg["rollout"]["samples"], cfg["objective"]
+    places, counts = places_of(step, earlier, cfg)
+    before, allowed = [rows_of_draw(draw) for draw in draws], [nucleus(draw, cfg)[0] for draw in draws]
+
+    def lay(arrays):
+        return np.concatenate([arrays[i][p * samples : (p + 1) * samples] for i, p in places])
+
+    rows = Rows(*(lay([getattr(one, name) for one in before]) for name in ("full", "start", "tokens", "learn")))
+    rows.learn = rows.learn & np.repeat(counts, samples)[:, None]
+    allowed = None if allowed[0] is None else lay(allowed)
+    behavior = lay([draw.behavior for draw in draws]).astype(np.float64)
+    reward = np.stack([draws[i].reward(cfg)[p] for i, p in places])
+    start = score(step.updates[0].params, rows, cfg, allowed)
+    x = {"inputs": inputs(rows, cfg, allowed), "behavior": behavior, "proximal": start[0], "reference": behavior}
+    x |= {"reference": score(reference, rows, cfg, allowed)[0]}
+    found, weight = (
+        {"groups/replayed": sum(i < len(earlier) for i, _ in places)},
+        objective.get("reward_kl", {}).get("weight"),
+    )
+    token_reward = np.zeros(behavior.shape)
+    if weight:
+        k1 = behavior - x["reference"]
+        token_reward = -weight * k1
+        found |= {"reward_kl": k1[rows.learn].mean()} if rows.learn.any() else {}
+    x["advantage"], returns = advantages(reward, counts, rows.learn, token_reward, start[2], cfg)
+    if objective["advantage"]["kind"] == "gae":
+        x |= {"returns": returns, "value": start[2]}
+    return x, rows, found
+
+
+def of_update(update: Update, x, rows: Rows, cfg) -> Numbers | None:
+    mask = rows.learn & np.isin(x["behavior"], update.learned.astype(np.float64))
+    loss, kind = cfg["objective"]["loss"], cfg["objective"]["loss"].get("kind")
+    # Of a group none or all: of a loss of pairs all that the two have.
+    samples = cfg["rollout"]["samples"]
+    whole = np.repeat(mask.reshape(len(mask) // samples, -1).any(axis=1), samples)[:, None] & rows.learn
+    assert (mask == (whole & (x["advantage"] != 0) if kind == "dpo" else whole)).all()
+    if not mask.any():
+        return None
+    return (of_pairs if kind == "dpo" else of_tokens)(update, x | {"mask": mask}, loss, samples)
+
+
+def of_pairs(update: Update, x, loss, samples: int) -> Numbers:
+    mask, shape = x["mask"], (len(x["mask"]) // samples, samples)
+    arrays = {"inputs": x["inputs"], "mask": mask, "reference": x["reference"], "sign": x["advantage"], "shape": shape}
+    value, norm, (logp, entropy, _, margin) = differentiated(dpo, update.params, arrays, loss["beta"])
+    tokens = {"ratio": np.exp(logp - x["behavior"])[mask], "entropy": entropy[mask]}
+    mismatch = of_mismatch(x["proximal"] - x["behavior"], mask)
+    margin = margin[mask.reshape(shape[0], -1).any(axis=1)]
+    return Numbers({"loss": value, "grad_norm": norm, "nonfinite": 0.0}, tokens, mismatch, margin)
+
+
+def of_margins(margin) -> dict[str, float | tuple[float, float]]:
+    """While the policy is the reference a margin is 0 but for rounding, and may fall on either side: two bounds."""
+    return {"dpo/margin": margin.mean(), "dpo/accuracy": (np.mean(margin > 1e-5), np.mean(margin > -1e-5))}
+
+
+def of_mismatch(off, mask) -> dict[str, float]:
+    """From log p_trainer - log p_sampler: the samples are the sampler's, so KL(sampler || trainer) is the mean of m - 1 - log m."""
+    off = off[mask]
+    found = {"kl": np.mean(np.exp(off) - 1 - off), "mean_abs_dlogp": abs(off).mean(), "max_abs_dlogp": abs(off).max()}
+    return {f"mismatch/{name}": number for name, number in found.items()}
+
+
+def of_tokens(update: Update, x, loss, samples: int) -> Numbers:
+    mask, advantage, correction = x["mask"], x["advantage"], loss["correction"]
+    (low, high), beta = (loss["surrogate"]["low"], loss["surrogate"]["high"]), loss.get("kl", {}).get("weight", 0.0)
+    off, weight = x["proximal"] - x["behavior"], weights_of(mask, loss["aggregation"])
+    m, old, one = np.exp(off), x["behavior"], np.ones(mask.shape)
+    mismatch = of_mismatch(off, mask)
+    if correction["kind"] == "truncated_importance":
+        old, one = x["proximal"], np.clip(m, correction["floor"], correction["cap"])
+        mismatch |= {"mismatch/weight_mean": one[mask].mean(), "mismatch/truncated": (one != m)[mask].mean()}
+    elif correction["kind"] == "second_moment":
+        kept = second_moment_kept(off**2, mask, correction["threshold"])
+        weight, mismatch = weight * kept, mismatch | {"mismatch/dropped": 1 - kept[mask].mean()}
+    arrays = x | {"old": old, "correction": one, "weight": weight}
+    how = ((low, high), beta, loss.get("entropy", 0.0))
+    value, norm, (logp, entropy, values) = differentiated(policy_gradient, update.params, arrays, how)
+    r, d = np.exp(logp - old), x["reference"] - logp
+    tokens = {"ratio": r, "ratio/mean": r, "entropy": entropy}
+    tokens |= {"clip_ratio/low": (r < 1 - low) & (advantage < 0), "clip_ratio/high": (r > 1 + high) & (advantage > 0)}
+    if beta:
+        tokens["kl"] = np.exp(d) - 1 - d
+    if "returns" in x:
+        near = x["value"] + np.clip(values - x["value"], -0.5, 0.5)
+        worse = np.maximum((values - x["returns"]) ** 2, (near - x["returns"]) ** 2)
+        tokens |= {"critic/loss": worse / 2, "critic/value": values, "critic/return": x["returns"]}
+    whole = {"loss": value, "grad_norm": norm, "nonfinite": 0.0}
+    tokens = {name: values[mask] for name, values in tokens.items()}
+    return Numbers(whole, tokens, mismatch)

@@ -1,0 +1,318 @@
+"""Every number that a run logs, against `logged_oracle`, which works it out again from the run's arrays.
+
+Of a run this takes what it reads and what it draws, nothing that it computes of these: parameters before each update, rollouts and
+grades, the rows of the warm start, and which tokens were in an update's loss.
+"""
+
+import re
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import jax
+import logged_oracle as oracle
+import logged_updates as updates
+import numpy as np
+import pytest
+from setups import make_params
+
+from jaxrl_llm import config as run_config
+from jaxrl_llm import evaluate as evaluation
+from jaxrl_llm import life as lives
+from jaxrl_llm import train
+from jaxrl_llm.metrics import read_jsonl
+
+GRADERS = '''
+"""A task's graders; `late` counts the prompts that it has seen."""
+SEEN = []
+
+def total(sample): return sum(map(int, sample.prompt.strip("<>").split("+")))
+
+def letters(sample): return sum(map(ord, sample.completion))
+
+def mixed(sample):
+    """One group in seven cannot be read (nor, by `length`, another); of the others most have equal rewards."""
+    if total(sample) % 7 == 5: raise ValueError("cannot read this")
+    return float(letters(sample) % 2) if total(sample) % 3 == 0 else 1.0
+
+def length(sample):
+    if total(sample) % 7 == 4: return "long"
+    return len(sample.completion) / 3 if total(sample) % 3 == 0 else 0.0
+
+def spread(sample):
+    if total(sample) % 5 == 3: raise ValueError("cannot read this")
+    return letters(sample) % 5 / 4
+
+def late(sample):
+    """No group from the 17th on: none after the first step of RL."""
+    if sample.prompt not in SEEN[-1:]: SEEN.append(sample.prompt)
+    if len(SEEN) > 16: raise ValueError("too late")
+    return letters(sample) % 11 / 10
+'''
+BASE = {
+    "steps": 2,
+    "model": {"vocab_size": 20, "layers": 1, "d_model": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "d_mlp": 64},
+    "task": {"kind": "arithmetic", "terms": 2, "held_out": 8},
+    "metrics": {"tensorboard": False, "samples_every": 0, "rollouts_every": 0},
+    "experience": {"filter": "none"},
+}
+ROLLOUT = {"prompts": 8, "samples": 4, "max_new_tokens": 4, "temperature": 1.0}
+# What each of them is there for: `test_the_runs_hold_what_they_are_there_for`.
+GRPO = BASE | {
+    "warm_start": {"steps": 1, "rows": 16, "noise": 0.5, "optimizer": {"lr": 3e-3}},
+    "rollout": ROLLOUT | {"engine": {"segment": 2, "eos_interval": 1, "compact": False}},
+    "experience": {"filter": "has_signal"},
+    "reward": {
+        "workers": 1,
+        "graders": [
+            {"grader": "logged_graders:mixed", "name": "mixed", "weight": 1.0},
+            {"grader": "logged_graders:length", "name": "length", "weight": 0.5},
+        ],
+    },
+    "objective": {
+        "advantage": {"kind": "grpo"},
+        "loss": {
+            "anchor": "behavior",
+            "surrogate": {"kind": "clip", "low": 0.1, "high": 0.15},
+            "correction": {"kind": "second_moment", "threshold": 0.001},
+            "aggregation": "sequence",
+            "kl": {"kind": "k3", "weight": 0.3},
+            "entropy": 0.05,
+        },
+    },
+    "update": {"epochs": 2, "minibatches": 4, "optimizer": {"lr": 1e-2}},
+}
+PPO = BASE | {
+    "task": BASE["task"] | {"held_out": 5},
+    "rollout": ROLLOUT
+    | {"temperature": 0.8, "top_p": 0.8, "support": 6, "engine": {"segment": 128, "eos_interval": 8}},
+    "experience": {"filter": "none", "replay": {"capacity": 8}},
+    "reward": {"workers": 1, "graders": [{"grader": "logged_graders:spread", "name": "spread"}]},
+    "objective": {
+        "advantage": {"kind": "gae"},
+        "reward_kl": {"kind": "k1", "weight": 0.1},
+        "loss": {
+            "surrogate": {"kind": "clip", "low": 0.2, "high": 0.2},
+            "correction": {"kind": "truncated_importance", "cap": 1.04, "floor": 0.97},
+            "aggregation": "token",
+        },
+    },
+    "update": {"epochs": 2, "minibatches": 2, "optimizer": {"lr": 1e-2}},
+}
+DPO = BASE | {
+    "rollout": ROLLOUT | {"engine": {"segment": 128, "eos_interval": 8}},
+    "reward": {"workers": 1, "graders": [{"grader": "logged_graders:late", "name": "late"}]},
+    "objective": {"advantage": {"kind": "best_worst"}, "loss": {"kind": "dpo", "beta": 0.5}},
+    "update": {"epochs": 2, "minibatches": 2, "packing": {"kind": "shared_prefix"}, "optimizer": {"lr": 1e-2}},
+}
+CONFIGS = {"grpo": GRPO, "ppo": PPO, "dpo": DPO}
+# What a clock, a compiler or the machine says.
+MEASURED = re.compile(
+    r"time/.*|compiles|tokens_per_s|update/(flops_per_s|ceiling_fraction|mfu)|rollout/ceiling_fraction"
+)
+# The package computes in float32: log-probs are good to 1e-6, sums of some hundred terms of size 1 to 1e-7.
+CLOSE = {"rtol": 1e-4, "atol": 3e-7}
+EXACT = re.compile(
+    r"step|phase|num_tokens|updates|groups/.*|prompts/.*|completions/.*|rollout/(steps|segments)|rewards/.*/(?!mean).*"
+)
+
+
+class Recording:
+    """What a run read and drew, for each row of metrics.jsonl in turn."""
+
+    def __init__(self, seed: int = 0):
+        self.rows: list[dict] = []
+        self.rng = np.random.default_rng(seed)
+
+    def install(self, patched):
+        build, evaluate = train.build, train.evaluate
+        for module in (train, evaluation):
+            patched.setattr(module, "collect", self.noisy(module.collect))
+        patched.setattr(train, "noisy_rows", self.kept_rows(train.noisy_rows))
+        patched.setattr(train, "build", lambda cfg: self.watched(build(cfg)))
+
+        def evaluated(run, params, *rest):
+            if not self.rows:
+                self.rows.append({"phase": "rl"})
+            self.rows[-1]["evaluated"] = as_numpy(params)
+            return evaluate(run, params, *rest)
+
+        patched.setattr(train, "evaluate", evaluated)
+
+    def kept_rows(self, noisy_rows):
+        def kept(*args):
+            found = noisy_rows(*args)
+            self.rows.append({"phase": "warm_start", "learned": [(row.tokens, row.target) for row in found]})
+            return found
+
+        return kept
+
+    def noisy(self, collect):
+        """The sampler's log-probs are off by some 0.05: so its mismatch is a number that can be checked, and names its tokens."""
+
+        def collected(run, pool, policy, prompts, *rest):
+            got = collect(run, pool, policy, prompts, *rest)
+            rollouts, grades = got.rollouts, got.grades
+            noise = np.where(rollouts.sampled, self.rng.normal(0, 0.05, rollouts.tokens.shape), 0).astype(np.float32)
+            rollouts = rollouts.replace(behavior_logprobs=rollouts.behavior_logprobs + noise)
+            draw = oracle.Draw(
+                None, prompts.tokens, prompts.length, rollouts.tokens, rollouts.length, noise, rollouts.behavior_logprobs,
+                grades.parts, grades.failure, grades.failed_by, grades.vote,
+            )  # fmt: skip
+            if rest[0] is run.task.held_out:
+                self.rows[-1]["answers"] = draw
+            else:
+                self.rows.append({"phase": "rl", "draw": draw, "updates": []})
+            return got._replace(rollouts=rollouts)
+
+        return collected
+
+    def watched(self, run):
+        def update(state, batch, *rest):
+            learned = np.asarray(batch.behavior_logprobs)[np.asarray(batch.loss_mask)]
+            self.rows[-1]["updates"].append(updates.Update(as_numpy(state.params), learned))
+            return run.update(state, batch, *rest)
+
+        def warm_update(state, batch):
+            self.rows[-1]["params"] = as_numpy(state.params)
+            return run.warm_update(state, batch)
+
+        return replace(run, update=update, warm_update=warm_update)
+
+
+def as_numpy(params):
+    return jax.tree.map(lambda x: np.array(x), params)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """Of a config's name: the rows of metrics.jsonl, what the run read and drew for each, and what they have to hold. Run once."""
+    # What a number means does not depend on how well its program was compiled, and this halves the time.
+    jax.config.update("jax_disable_most_optimizations", True)
+
+    @cache
+    def recorded(name: str):
+        directory, recording = tmp_path_factory.mktemp(name), Recording()
+        (directory / "logged_graders.py").write_text(GRADERS)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.syspath_prepend(str(directory))
+            # One device: what several change is the business of other tests, and compiling for them takes longer.
+            patched.setattr(jax, "device_count", lambda: 1)
+            patched.setattr(lives, "start_params", lambda run: make_params(run.model, run.train, sharpness=1.0))
+            recording.install(patched)
+            train.train(run_config.validate(CONFIGS[name] | {"run_dir": str(directory / "run")}, name))
+        logged = read_jsonl(directory / "run" / "metrics.jsonl")
+        return list(zip(logged, recording.rows, expected(recording.rows, CONFIGS[name]), strict=True))
+
+    yield recorded
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def expected(rows: list[dict], cfg) -> list[tuple[dict, list]]:
+    """For each row of metrics.jsonl: its numbers, and those of each of its updates."""
+    found, earlier, num_tokens = [], [], 0
+    first = next(row["updates"][0].params for row in rows if row.get("updates"))
+    step = 0 if "draw" not in rows[0] and rows[0]["phase"] == "rl" else 1
+    for row in rows:
+        numbers, each = {"step": step, "phase": row["phase"]}, []
+        if row["phase"] == "warm_start":
+            numbers |= updates.of_warm_start(row["params"], *zip(*row["learned"], strict=True), cfg)
+        if "draw" in row:
+            row["draw"].params = row["updates"][0].params
+            taken = updates.Step(row["draw"], row["updates"])
+            of_updates, each = updates.of_step(taken, earlier, first, cfg)
+            numbers |= oracle.of_rollouts(row["draw"], cfg) | of_updates
+            num_tokens += numbers["completions/tokens"]
+            numbers |= {"num_tokens": num_tokens, "prompts/first_uid": len(earlier) * cfg["rollout"]["prompts"]}
+            earlier.append(taken)
+        if "answers" in row:
+            row["answers"].params = row["evaluated"]
+            numbers |= oracle.of_evaluation(row["evaluated"], row["answers"], cfg)
+        found.append((numbers, each))
+        step += 1
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_logged_number_is_what_its_definition_says(recorded, name):
+    for row, _, (want, _) in recorded(name):
+        got = {key: value for key, value in row.items() if not MEASURED.fullmatch(key)}
+        assert got.keys() == want.keys()
+        assert {key: (value, want[key]) for key, value in got.items() if not agrees(key, value, want[key])} == {}
+
+
+def agrees(name: str, got, want) -> bool:
+    if EXACT.fullmatch(name):
+        return got == want
+    if isinstance(want, tuple):
+        return want[0] <= got <= want[1]
+    return got is not None and bool(np.isclose(got, want, **CLOSE))
+
+
+@pytest.mark.slow
+def test_the_runs_hold_what_they_are_there_for(recorded):
+    """Else the test above would say nothing of it."""
+    warm, *steps = recorded("grpo")
+    assert warm[0]["phase"] == "warm_start" and {"eval/exact", "eval/pass@1"} <= warm[0].keys()
+    for row, _, (_, each) in steps:
+        assert 0 < row["groups/kept"] < row["groups/graded"], "groups with equal rewards"
+        assert 0 < row["updates"] < len(each) == 8 and None in each, "minibatches without a token"
+    assert steps[0][0]["rewards/mixed/raised"] > 0
+    assert all(0 < steps[0][0][name] < 1 for name in ("clip_ratio/low", "clip_ratio/high", "mismatch/dropped"))
+
+    before, fresh, old = (row for row, *_ in recorded("ppo"))
+    assert before["step"] == 0 and before["eval/mismatch_kl"] > 1e-4 < fresh["mismatch/kl"], "the sampler is off"
+    assert all(0 < fresh[name] < 1 for name in ("clip_ratio/low", "sampling/support_overflow", "mismatch/truncated"))
+    assert old["groups/replayed"] > 0 and not any(name.startswith("mismatch/") for name in old)
+
+    _, some, nothing = (row for row, *_ in recorded("dpo"))
+    gone = {"reward", "reward_std", "rewards/late/mean", "loss", "entropy", "dpo/margin", "ratio/max", "mismatch/kl"}
+    assert gone <= some.keys() and not gone & nothing.keys(), "no group was graded"
+
+
+@pytest.mark.slow
+def test_a_minibatch_without_a_token_changes_no_parameter(recorded):
+    for _, read, (_, each) in recorded("grpo")[1:]:
+        after = [update.params for update in read["updates"]][1:]
+        for update, numbers, params in zip(read["updates"], each, after, strict=False):
+            same = jax.tree.map(np.array_equal, update.params, params)
+            assert all(jax.tree.leaves(same)) == (numbers is None)
+
+
+@pytest.mark.slow
+def test_mutants_means_over_what_is_not_there(recorded):
+    """The faults of before, put into the numbers of the same runs, are told apart from what was logged."""
+    for row, _, (_, each) in recorded("grpo")[1:]:
+        some = [numbers for numbers in each if numbers]
+        for name in ("loss", "grad_norm"):
+            assert agrees(name, row[name], np.mean([n.whole[name] for n in some]))
+            empty_as_zero = np.mean([n.whole[name] if n else 0.0 for n in each])
+            assert not agrees(name, row[name], empty_as_zero)
+        for name in ("ratio/mean", "entropy", "kl", "clip_ratio/low"):
+            empty_as_zero = np.mean([n.tokens[name].mean() if n else 0.0 for n in each])
+            updates_alike = np.mean([n.tokens[name].mean() for n in some])
+            assert not agrees(name, row[name], empty_as_zero) and not agrees(name, row[name], updates_alike)
+    row, read, _ = recorded("ppo")[-1]
+    answers, k = read["answers"], PPO["rollout"]["samples"]
+    allowed, _ = oracle.nucleus(answers, PPO)
+    d = oracle.score(read["evaluated"], oracle.rows_of_draw(answers), PPO, allowed)[0] - answers.behavior
+    # Five held-out prompts in a batch of eight: three were counted twice.
+    twice = [(np.exp(x) - 1 - x)[: answers.length[b]] for b, x in enumerate(d) for _ in range(1 + (b < 3 * k))]
+    assert not agrees("eval/mismatch_kl", row["eval/mismatch_kl"], np.concatenate(twice).mean())
+
+
+def defined() -> list[str]:
+    """Names in the table of docs/update.md, as patterns: `rewards/<grader>/mean` is one for any grader."""
+    text = (Path(__file__).parents[1] / "docs" / "update.md").read_text().partition("## What is logged")[2]
+    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    return [re.sub(r"<\w+>", r"[^/]+", name) for cell in cells for name in re.findall("`([^`]+)`", cell)]
+
+
+@pytest.mark.slow
+def test_every_logged_number_is_defined_in_the_docs_and_the_other_way_round(recorded):
+    logged = {key for name in CONFIGS for row, *_ in recorded(name) for key in row}
+    assert {key for key in logged if not any(re.fullmatch(pattern, key) for pattern in defined())} == set()
+    # Nothing went wrong in these runs, and the maker of this chip states no peak.
+    unseen = {"warnings", "update/mfu"}
+    assert {pattern for pattern in defined() if not any(re.fullmatch(pattern, key) for key in logged)} == unseen
