@@ -129,7 +129,7 @@ class Recording:
         for module in (train, evaluation):
             patched.setattr(module, "collect", self.noisy(module.collect))
         patched.setattr(train, "noisy_rows", self.kept_rows(train.noisy_rows))
-        patched.setattr(train, "build", lambda cfg: self.watched(build(cfg)))
+        patched.setattr(train, "build", lambda *args: self.watched(build(*args)))
 
         def evaluated(run, params, *rest):
             if not self.rows:
