@@ -32,14 +32,18 @@ def headline(run: Run) -> str:
 
 def evaluate(run: Run, params: PyTree, policy: Policy, pool: GraderPool) -> dict[str, float]:
     """`eval/exact`, the mean probability of the right response, where that is known; from k samples per prompt `eval/pass@1`,
-    the share of right ones (which is avg@k), and `eval/pass@k` and `eval/maj@k`, absent where no prompt could be graded.
+    the share of right ones (which is avg@k), and `eval/pass@k` and `eval/maj@k`, absent where no prompt could be graded; `eval/left_out`, how many could
+    not, where there are any.
 
     `eval/mismatch_kl` where training may reuse old rollouts, which cannot tell how far the sampler is from the trainer: these can.
     """
     k, rows = run.cfg.rollout.samples, run.task.held_out
     found = {"eval/exact": float(np.mean(probabilities(run, params, rows)))} if run.task.has_targets else {}
     (right, vote), rollouts = answers(run, policy, pool)
-    if not np.isnan(right).any(axis=1).all():
+    left_out = np.isnan(right).any(axis=1)
+    if left_out.any():
+        found["eval/left_out"] = float(left_out.sum())
+    if not left_out.all():
         found |= {
             "eval/pass@1": avg_at_k(right).value,
             f"eval/pass@{k}": pass_at_k(right, k).value,

@@ -217,6 +217,8 @@ def of_evaluation(params, draw: Draw, cfg) -> dict[str, float]:
     logp = score(params, rows, cfg)[0]
     found["eval/exact"] = np.mean([np.exp(x[here].sum()) for x, here in zip(logp, rows.learn, strict=True)])
     right = (draw.parts[0] >= 1.0)[draw.graded]
+    if not draw.graded.all():
+        found["eval/left_out"] = np.sum(~draw.graded)
     if len(right):
         found["eval/pass@1"] = right.mean()
         found[f"eval/pass@{k}"] = right.any(axis=1).mean()
