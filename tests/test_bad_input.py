@@ -1,6 +1,8 @@
 """Bad input ends with exit code 2, one clear message, and no traceback; nothing is lost."""
 
+import contextlib
 import fcntl
+import io
 import os
 import subprocess
 import sys
@@ -8,10 +10,21 @@ from pathlib import Path
 
 import pytest
 
+from jaxrl_llm import cli
+
 ROOT = Path(__file__).parents[1]
 
 
-def jaxrl(*arguments: object, devices: int = 1, expect: int = 2) -> str:
+def jaxrl(*arguments: object, expect: int = 2) -> str:
+    """What the command says on stderr, called in this process: starting another takes a hundred times as long."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert cli.main([str(argument) for argument in arguments]) == expect, said.getvalue()
+    return said.getvalue()
+
+
+def jaxrl_process(*arguments: object, devices: int, expect: int = 2) -> str:
+    """The same in a process of its own. Beside this file, `test_cli.py` starts some for 2, `test_train.py` for 3 and 75."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     done = subprocess.run(
         [sys.executable, "-m", "jaxrl_llm.cli", *map(str, arguments)],
@@ -34,7 +47,7 @@ def test_an_impossible_mesh_is_refused_with_all_that_is_wrong(tmp_path):
         "mesh: {data: 2, fsdp: 1, tensor: 3}\n"
         "model: {vocab_size: 10, kv_heads: 2}\nrollout: {prompts: 9}\nupdate: {minibatches: 2}\n",
     )
-    said = jaxrl("train", path, devices=8)
+    said = jaxrl_process("train", path, devices=8)
     assert "asked for data 2, fsdp 1, tensor 3, expert 1 (a product of 6), found 8 devices" in said
     assert "mesh.tensor: got 3, want a divisor of model.kv_heads (2): 1, 2" in said
     assert "mesh.tensor: got 3, want a divisor of model.vocab_size (10): 1, 2, 5, 10" in said

@@ -119,6 +119,7 @@ def gradients(sliding: bool, mesh: tuple[int, ...], how: Whole):
     return jax.device_get(jax.grad(loss)(make_params(cfg, train)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sliding", "mesh", "how"),
     [

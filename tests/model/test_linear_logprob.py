@@ -150,6 +150,7 @@ def test_equal_to_the_dense_form(case):
     assert max(np.abs(x).max() for x in jax.tree.leaves(of_reference)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "sizes"), [*(("all", sizes) for sizes in MESHES[1:]), ("support", (2, 2, 2)), ("support", (1, 4, 2))]
 )

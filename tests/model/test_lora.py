@@ -124,6 +124,7 @@ def plain_gradient():
     return jax.device_get(jax.jit(jax.value_and_grad(loss))(trained, batch()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [MESHES[0], (2, 2, 2)], ids=str)
 def test_gradient_through_the_model_is_the_plain_one(sizes):
     train, _ = layouts(sizes)

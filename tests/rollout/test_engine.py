@@ -57,6 +57,7 @@ def same(a, b) -> None:
     np.testing.assert_allclose(a.entropy, b.entropy, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_the_form_changes_no_token(form):
     want, all_at_once, _ = run(WHOLE)
@@ -67,6 +68,7 @@ def test_the_form_changes_no_token(form):
     assert len(all_at_once.segments) == 1 and len(stats.segments) >= 3
 
 
+@pytest.mark.slow
 def test_nor_on_another_mesh():
     """Each shard admits, drops and reads its own."""
     form = dataclasses.replace(FORMS["refill, pairs"], in_flight=4)
@@ -83,6 +85,7 @@ def test_nor_where_the_policy_lies_otherwise(choice):
     same(made.generate(policy, make_prompts(P), KEY), run(WHOLE)[0])
 
 
+@pytest.mark.slow
 def test_nor_where_layers_slide_and_rings_are_shorter_than_the_window():
     """Gemma 2's kind: a ring of 5 slots beside one that grows past it, both re-laid while rows of several ages are in flight."""
     cfg = FAMILIES["gemma2, window 5"]

@@ -107,6 +107,7 @@ def assert_equal_gradients(a, b):
         np.testing.assert_allclose(x, y, atol=1e-6, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("aggregation", "micro_batches"), [("token", 2), ("token", 4), ("token", 8), ("sequence", 4), ("constant", 4)]
 )
@@ -124,6 +125,7 @@ def test_local_means_would_depend_on_micro_batches():
     assert max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(mean), strict=True)) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", MESHES[1:])
 def test_gradient_and_three_losses_do_not_depend_on_the_mesh(sizes):
     (one, losses), (other, other_losses) = (run_updates(3, batch(), s, optimizer=UNCLIPPED) for s in (MESHES[0], sizes))
