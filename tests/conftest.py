@@ -34,7 +34,7 @@ def trim(directory: Path, most: int) -> None:
     total = sum(size for _, size, _ in files)
     for _, size, path in files:
         if total > most:
-            path.unlink()
+            path.unlink(missing_ok=True)
             total -= size
 
 

@@ -110,8 +110,9 @@ def test_resume_without_a_checkpoint(tmp_path):
     assert "holds no checkpoint" in said
 
 
-def test_sampling_a_prompt_that_cannot_be_spelled():
-    assert "'x' 'y'" in jaxrl("sample", ROOT / "configs/arithmetic.yaml", "--prompt", "xy")
+def test_sampling_a_prompt_that_cannot_be_spelled(tmp_path):
+    tiny = "model: {vocab_size: 16, layers: 1, d_model: 8, heads: 2, kv_heads: 1, head_dim: 8, d_mlp: 8}\n"
+    assert "'x' 'y'" in jaxrl("sample", config(tmp_path, tiny), "--prompt", "xy")
 
 
 def test_eval_of_something_that_is_no_run(tmp_path):

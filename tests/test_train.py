@@ -265,6 +265,7 @@ def test_two_processes_sample_the_same_tokens(reference, environment, tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_to_a_job_of_two_processes(environment, tmp_path):
+    """On the mesh of the test above, whose programs it loads."""
     config = write_config(tmp_path, steps=2000, every=100000)
     launcher = [
         sys.executable,
@@ -272,11 +273,11 @@ def test_sigterm_to_a_job_of_two_processes(environment, tmp_path):
         "--processes",
         "2",
         "--devices",
-        "1",
+        "4",
         "--log-dir",
         str(tmp_path),
     ]
-    arguments = ["train", str(config), "--run-dir", str(tmp_path / "run")]
+    arguments = ["train", str(config), "--run-dir", str(tmp_path / "run"), "--mesh.fsdp", "4", "--mesh.tensor", "2"]
     process = subprocess.Popen(
         [*launcher, "--grace", "60", "--", *arguments],
         env=environment,
@@ -295,8 +296,9 @@ def test_sigterm_to_a_job_of_two_processes(environment, tmp_path):
 
 def tiny_run(tmp_path: Path, **changes) -> RunConfig:
     cfg = run_config.load(write_config(tmp_path, steps=5, keep="none"))
+    # The model and the mesh of `test_lora_run.py`, so that what both run is compiled once.
     return dataclasses.replace(
-        cfg, run_dir=str(tmp_path / "run"), mesh=dataclasses.replace(cfg.mesh, data=8, fsdp=1), **changes
+        cfg, run_dir=str(tmp_path / "run"), mesh=dataclasses.replace(cfg.mesh, fsdp=4, tensor=2), **changes
     )
 
 
