@@ -265,7 +265,6 @@ def test_two_processes_sample_the_same_tokens(reference, environment, tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_to_a_job_of_two_processes(environment, tmp_path):
-    """On the mesh of the test above, whose programs it loads."""
     config = write_config(tmp_path, steps=2000, every=100000)
     launcher = [
         sys.executable,
@@ -273,11 +272,11 @@ def test_sigterm_to_a_job_of_two_processes(environment, tmp_path):
         "--processes",
         "2",
         "--devices",
-        "4",
+        "1",
         "--log-dir",
         str(tmp_path),
     ]
-    arguments = ["train", str(config), "--run-dir", str(tmp_path / "run"), "--mesh.fsdp", "4", "--mesh.tensor", "2"]
+    arguments = ["train", str(config), "--run-dir", str(tmp_path / "run")]
     process = subprocess.Popen(
         [*launcher, "--grace", "60", "--", *arguments],
         env=environment,
