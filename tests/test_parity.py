@@ -137,6 +137,7 @@ def test_captured_logprobs_equal_the_trainers(cfg, sizes, temperature):
     np.testing.assert_allclose(entropy.sum(), rollouts.entropy.sum(), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_captured_logprobs_in_bfloat16():
     """Measured on CPU: mean 0.0034, max 0.018 nats; the bounds leave a factor of two."""
     cfg = dataclasses.replace(SMALL, compute="bfloat16")
@@ -232,6 +233,7 @@ def test_gradients_through_experts_do_not_depend_on_the_mesh():
     assert all(np.abs(x).max() > 1e-3 for x in jax.tree.leaves(gradients[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [1, C, 7, 20])
 def test_a_sliding_layer_keeps_its_window_and_decodes_as_the_trainer_reads(window):
     """Of its own token alone, as long as the completion, as long as the prompt, longer than both; 3, 5 and 9 are above."""

@@ -29,6 +29,7 @@ def is_quantised(leaf) -> bool:
     return isinstance(leaf, Quantised)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cfg", [SMALL, FAMILIES["mistral, window 3"]], ids=["tied", "untied"])
 def test_every_matrix_is_its_master_within_half_a_scale(cfg):
     params, policy = published(cfg=cfg)

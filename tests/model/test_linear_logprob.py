@@ -139,6 +139,7 @@ def other(case: str):
     return hosts.gather(program(make_params(0), make_params(1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_equal_to_the_dense_form(case):
     ((loss, of), (got, of_reference)), ((want_loss, want_of), (want, _)) = one(case, MESHES[0]), other(case)

@@ -154,6 +154,7 @@ def test_the_gradient_of_the_base_is_never_made():
     assert 1.99 * product < work["flops"] < 2.3 * product
 
 
+@pytest.mark.slow
 def test_only_adapters_change_and_have_an_optimizer():
     """One update on a mesh: the frozen parameters are the same bits, in the buffers they were in."""
     train, _ = layouts((2, 2, 2))
@@ -185,6 +186,7 @@ def pieces(tree):
     return [shard.data for x in jax.tree.leaves(tree) for shard in x.addressable_shards]
 
 
+@pytest.mark.slow
 def test_fresh_adapters_change_nothing():
     train, _ = layouts()
     params = make_params(SMALL, train)

@@ -75,6 +75,7 @@ def test_nor_on_another_mesh():
     same(run(form, sizes=(2, 2, 2))[0], run(WHOLE)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["wide", MeshConfig(data=1, fsdp=2, tensor=4)], ids=["wide", "own axes"])
 def test_nor_where_the_policy_lies_otherwise(choice):
     """Published from FSDP 2 x 2 x 2 in one jit, to one tensor shard a pair of devices, or to a mesh of other axes."""
@@ -128,6 +129,7 @@ def test_each_prompt_may_have_a_limit_of_its_own():
     np.testing.assert_array_equal(got.finish, np.where(cut, int(Finish.LENGTH), whole.finish))
 
 
+@pytest.mark.slow
 def test_fewer_prompts_take_smaller_programs_and_say_the_same():
     """Three prompts in a flight of four, of an engine for eight."""
     whole, _, _ = run(WHOLE)
@@ -138,6 +140,7 @@ def test_fewer_prompts_take_smaller_programs_and_say_the_same():
     assert generation.stats.row_steps <= generation.stats.steps * 4 * G
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_the_warm_up():
     """Random numbers of prompts, lengths and limits, in one engine; the soak of `benchmarks.soak` is the long form of it."""
     soaked, policy, rng = of(FORMS["refill"], max_new_tokens=8), policy_of(), np.random.default_rng(0)

@@ -251,6 +251,7 @@ def test_the_state_is_donated_and_the_batch_is_not():
     assert not placed.tokens.is_deleted()
 
 
+@pytest.mark.slow
 def test_kl_pulls_back_to_the_reference_and_is_zero_on_it():
     train, _ = layouts()
     params, data = make_params(SMALL, train), batch()
@@ -282,6 +283,7 @@ def test_optimizer_by_hand():
     np.testing.assert_allclose(state[1].mu["w"], [[0.003, -0.004]], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_float32_masters():
     cfg = dataclasses.replace(SMALL, compute="bfloat16")
     train, _ = layouts()
