@@ -5,6 +5,8 @@ import os
 import platform
 from pathlib import Path
 
+import jax
+
 CACHE_BYTES = 1_000_000_000
 
 
@@ -17,13 +19,12 @@ def machine() -> str:
 
 
 OWN = Path(__file__).parents[1] / ".pytest_cache" / f"xla-{machine()}"
-# jax reads these names when it is imported, here and in every process that a test starts. A directory named by the user stays.
+# In the environment for the processes that tests start; a directory that the user names stays.
 if os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(OWN)) == str(OWN):
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
-
-import jax  # noqa: E402
-
+    # A plugin of pytest may have imported jax before, which reads the environment then.
+    jax.config.update("jax_compilation_cache_dir", str(OWN))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 

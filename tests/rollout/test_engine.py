@@ -93,6 +93,7 @@ def test_nor_where_layers_slide_and_rings_are_shorter_than_the_window():
     same(run(FORMS["refill, pairs"], cfg)[0], run(WHOLE, cfg)[0])
 
 
+@pytest.mark.slow
 def test_compaction_and_refill_save_work():
     plain, compact, refill = (run(FORMS[name])[1] for name in ("growth", "compaction", "refill, pairs"))
     assert plain.row_steps == plain.steps * P * G

@@ -135,6 +135,7 @@ def test_muon_steps_are_those_of_optax_on_single_matrices_and_adamw_elsewhere():
     assert_equal(rest(ours), plain_steps(adam, rest(numpy_params()), [rest(g) for g in clipped]))
 
 
+@pytest.mark.slow
 def test_muon_steps_adapters_as_the_two_matrices_they_are():
     """A [L *inputs rank] and B [L rank *outputs] of q and of the output projection, layer by layer."""
     specs, _ = lora.split(lora.adapted_specs(SPECS, SMALL, LoraConfig(rank=2, targets=("q", "o"))))

@@ -117,6 +117,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(aggregation, micro_batche
     assert_equal_gradients(gradient(data), gradient(data, micro_batches=micro_batches))
 
 
+@pytest.mark.slow
 def test_local_means_would_depend_on_micro_batches():
     """The mutant: each part normalised by its own count and the parts averaged. With ragged lengths it must show."""
     data, whole = batch(), gradient()
