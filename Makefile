@@ -1,17 +1,27 @@
-# make quickstart | test | lint | bench | docs | clean.  Each makes $(VENV) on first use; nothing else is installed.
+# make quickstart | check | test | soak | lint | bench | docs | clean.  Each makes $(VENV) on first use; nothing else is installed.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test lint bench docs clean
+.PHONY: quickstart check test soak lint bench docs clean
 
 quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/jaxrl train configs/arithmetic.yaml
 
+# One process a core, each with whole files, in the order of tests/conftest.py: the long ones first.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+check: lint
+	$(PYTEST) -m "not slow and not soak and not tpu_aot and not gpu and not peers"
+
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not peers"
+	$(PYTEST) -m "not soak and not gpu and not peers"
+
+soak: $(VENV)/.installed-dev
+	$(PYTEST) -m "soak and not gpu and not peers"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -31,9 +31,9 @@ def headline(run: Run) -> str:
 
 
 def evaluate(run: Run, params: PyTree, policy: Policy, pool: GraderPool) -> dict[str, float]:
-    """`eval/exact`, the mean probability of the right response, where that is known; from k samples per prompt `eval/pass@1`,
-    the share of right ones (which is avg@k), and `eval/pass@k` and `eval/maj@k`, absent where no prompt could be graded; `eval/left_out`, how many could
-    not, where there are any.
+    """`eval/exact`, the mean probability of the right response, where that is known; from k samples per prompt `eval/pass@1`, the
+    share of right ones (which is avg@k), `eval/pass@k` and `eval/maj@k`, absent where no prompt could be graded; `eval/left_out`,
+    how many could not, where there are any.
 
     `eval/mismatch_kl` where training may reuse old rollouts, which cannot tell how far the sampler is from the trainer: these can.
     """

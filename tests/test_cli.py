@@ -187,6 +187,7 @@ def test_what_is_evaluated_and_on_what(tmp_path):
     assert other.model == own.model and other.tokenizer == own.tokenizer and other.task.name == "leg_counting"
 
 
+@pytest.mark.slow
 def test_sample_benchmark_counts_what_it_timed(tmp_path):
     """8 prompts x 2 samples: tokens, steps, live rows and waste agree."""
     shape = ["--rollout.prompts", "8", "--rollout.samples", "2", "--rollout.max_new_tokens", "4"]

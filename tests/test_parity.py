@@ -137,6 +137,7 @@ def test_captured_logprobs_equal_the_trainers(cfg, sizes, temperature):
     np.testing.assert_allclose(entropy.sum(), rollouts.entropy.sum(), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_captured_logprobs_in_bfloat16():
     """Measured on CPU: mean 0.0034, max 0.018 nats; the bounds leave a factor of two."""
     cfg = dataclasses.replace(SMALL, compute="bfloat16")
@@ -147,6 +148,7 @@ def test_captured_logprobs_in_bfloat16():
     assert difference.max() <= 0.04
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cfg", VARIANTS.values(), ids=VARIANTS)
 def test_the_naive_engine_says_the_same(cfg):
     prompts = make_prompts(4)
@@ -158,6 +160,7 @@ def test_the_naive_engine_says_the_same(cfg):
     np.testing.assert_allclose(fast.entropy, slow.entropy, atol=5e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", MESHES[1:])
 def test_same_tokens_on_every_mesh(sizes):
     one, _, _ = sample(SMALL)
@@ -187,6 +190,7 @@ def test_samples_of_a_prompt_differ_and_so_do_visits():
     assert (again.tokens != first.tokens).any(axis=1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_scored_as_it_was_sampled_and_samples_the_same_on_every_mesh(name):
     """Caches, rings and experts in decode; whole sequences under a scan in training."""
@@ -208,6 +212,7 @@ def test_every_family_is_scored_as_it_was_sampled_and_samples_the_same_on_every_
         np.testing.assert_allclose(other.behavior_logprobs, by_mesh[0].behavior_logprobs, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_gradients_through_experts_do_not_depend_on_the_mesh():
     """Rows, parameters, widths and experts split over 1 x 2 x 2 x 2 devices, recomputed under the scan, as one device has them."""
     cfg, gradients = FAMILIES["qwen3-moe"], []
@@ -228,6 +233,7 @@ def test_gradients_through_experts_do_not_depend_on_the_mesh():
     assert all(np.abs(x).max() > 1e-3 for x in jax.tree.leaves(gradients[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [1, C, 7, 20])
 def test_a_sliding_layer_keeps_its_window_and_decodes_as_the_trainer_reads(window):
     """Of its own token alone, as long as the completion, as long as the prompt, longer than both; 3, 5 and 9 are above."""

@@ -397,6 +397,7 @@ def test_bad_input_is_refused_before_anything_compiles(monkeypatch, capsys, tmp_
     assert "got no TPU compiler, want libtpu: pip install" in message(CONFIG, "--topology", "v5e:2x2")
 
 
+@pytest.mark.slow
 def test_plan_for_this_machine(capsys, tmp_path):
     """The real command on local devices: compiles all programs, and what it says adds up."""
     path = tmp_path / "tiny.yaml"

@@ -33,6 +33,7 @@ def is_quantised(leaf) -> bool:
     return isinstance(leaf, Quantised)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cfg", [SMALL, FAMILIES["mistral, window 3"]], ids=["tied", "untied"])
 def test_every_matrix_is_its_master_within_half_a_scale(cfg):
     params, policy = published(cfg=cfg)
@@ -107,6 +108,7 @@ def k3(d):
     return np.mean(np.exp(d) - d - 1)
 
 
+@pytest.mark.slow
 def test_int8_decodes_nearly_what_the_trainer_would():
     """Sharp logits of a random model. KL as measured here: 2.8e-4 in int8, on a mesh too; below 1e-12 in f32."""
     d = mismatch((1, 1, 1), "int8")
@@ -114,6 +116,7 @@ def test_int8_decodes_nearly_what_the_trainer_would():
     assert np.abs(mismatch((1, 1, 1), "compute")).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_int8_decodes_alike_on_a_mesh():
     """A shard finds its own scales. A wrong one (of the whole row, of another shard) is off by whole nats."""
     assert k3(mismatch((2, 2, 2), "int8")) < 2e-3

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jaxrl_llm.plan.programs import Job, Program
 
 Report = dict[str, Any]
-# No question to a metadata server, no lock against other compilations, and no search for workers.
+# No question to a metadata server, no lock against other compilations, no search for workers, and no cache.
 COMPILER = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -32,6 +32,8 @@ COMPILER = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "3",
+    # What is compiled for a topology can be written to jax's cache and not read from it.
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
 
 

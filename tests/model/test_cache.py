@@ -113,6 +113,7 @@ def test_the_form_is_the_backends_unless_asked_for():
 prefill = jax.jit(transformer.prefill, static_argnums=(3, 4, 5, 6, 7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 3, 4])
 @pytest.mark.parametrize("family", ["gemma2, window 5", "mistral, window 3", "qwen3"])
 def test_prompts_read_in_chunks_are_prompts_read_at_once(family, chunk):
@@ -131,6 +132,7 @@ def test_prompts_read_in_chunks_are_prompts_read_at_once(family, chunk):
         np.testing.assert_allclose(v_parts, v, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma2, window 5"])
 def test_logits_from_int8_caches_are_near(family):
     """Three steps behind ragged prompts. The entries are off by at most 1 part in 254: logits of order 1 by hundredths."""

@@ -76,6 +76,7 @@ def test_assign_by_hand():
     np.testing.assert_array_equal(part.order[part.place], np.arange(6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 2, 2, 1), (1, 1, 2, 4), (2, 2, 1, 2)])
 def test_value_and_gradients_are_those_of_a_loop_over_experts(sizes):
     layer, h = draw()

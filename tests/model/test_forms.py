@@ -38,6 +38,7 @@ def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "at_a_time", "reach", "softcap"),
     [(16, 2**12, WHOLE, None), (8, 1, 6, 1.5), (100, 2**20, "traced", None)],
@@ -78,6 +79,7 @@ def by_formula(q, k, v, g, mask, cap):
     )
 
 
+@pytest.mark.slow
 def test_blocks_leave_out_what_no_query_sees():
     """Values that nobody sees are NaN, in blocks of their own: a product with them would show."""
     until, position = (x[:1] for x in rows(64))
@@ -119,6 +121,7 @@ def gradients(sliding: bool, mesh: tuple[int, ...], how: Whole):
     return jax.device_get(jax.grad(loss)(make_params(cfg, train)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sliding", "mesh", "how"),
     [

@@ -139,6 +139,7 @@ def other(case: str):
     return hosts.gather(program(make_params(0), make_params(1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_equal_to_the_dense_form(case):
     ((loss, of), (got, of_reference)), ((want_loss, want_of), (want, _)) = one(case, MESHES[0]), other(case)
@@ -150,6 +151,7 @@ def test_equal_to_the_dense_form(case):
     assert max(np.abs(x).max() for x in jax.tree.leaves(of_reference)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "sizes"), [*(("all", sizes) for sizes in MESHES[1:]), ("support", (2, 2, 2)), ("support", (1, 4, 2))]
 )

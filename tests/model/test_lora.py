@@ -124,6 +124,7 @@ def plain_gradient():
     return jax.device_get(jax.jit(jax.value_and_grad(loss))(trained, batch()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [MESHES[0], (2, 2, 2)], ids=str)
 def test_gradient_through_the_model_is_the_plain_one(sizes):
     train, _ = layouts(sizes)
@@ -153,6 +154,7 @@ def test_the_gradient_of_the_base_is_never_made():
     assert 1.99 * product < work["flops"] < 2.3 * product
 
 
+@pytest.mark.slow
 def test_only_adapters_change_and_have_an_optimizer():
     """One update on a mesh: the frozen parameters are the same bits, in the buffers they were in."""
     train, _ = layouts((2, 2, 2))
@@ -184,6 +186,7 @@ def pieces(tree):
     return [shard.data for x in jax.tree.leaves(tree) for shard in x.addressable_shards]
 
 
+@pytest.mark.slow
 def test_fresh_adapters_change_nothing():
     train, _ = layouts()
     params = make_params(SMALL, train)

@@ -69,6 +69,7 @@ def assert_same(one, other):
         assert worst <= 1e-5, f"{jax.tree_util.keystr(path)}: {worst:.1e}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "shared_prefix"])
 @pytest.mark.parametrize("name", CFGS)
 def test_packed_rows_give_the_same_scores_and_gradients(name, kind):

@@ -37,6 +37,7 @@ def params():
     return cfg, init(specs(cfg), jax.random.key(3), layouts()[0])
 
 
+@pytest.mark.slow
 def test_init_draws_what_the_description_says(params):
     cfg, values = params
     described = jax.tree.leaves(specs(cfg), is_leaf=is_spec)
@@ -58,6 +59,7 @@ def test_init_draws_what_the_description_says(params):
     assert len(np.unique(np.round(drawn, 6), axis=0)) == len(drawn)
 
 
+@pytest.mark.slow
 def test_init_is_the_same_on_every_mesh(params):
     cfg, values = params
     train, _ = layouts((2, 2, 2))

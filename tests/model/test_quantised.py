@@ -53,6 +53,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("x_shape, w_shape, inner, groups", SHAPES)
 def test_product_is_that_of_integers(x_shape, w_shape, inner, groups):
     """Integers of which each row and group, and each channel, has a largest of 127: scales are 1, and sums must be exact."""
@@ -107,6 +108,7 @@ def test_fp8_product_is_near_the_exact_one():
     assert 1e-3 < np.abs(got - exact).max() < 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
 def test_a_row_of_the_embedding_is_that_of_the_table(sizes):
     """Tokens of both halves of the vocabulary, and the first and last of each."""

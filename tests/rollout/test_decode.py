@@ -66,6 +66,7 @@ def test_contract(sampler):
     assert len(set(rollouts.length)) > 3
 
 
+@pytest.mark.slow
 def test_the_naive_engine_keeps_the_same_contract():
     """One prompt of one token, since each length of a sequence compiles all its operations anew."""
     train, _ = layouts()
@@ -166,6 +167,7 @@ def test_a_row_ends_at_any_of_several_end_tokens():
     np.testing.assert_array_equal(rollouts.tokens, [[3, 4, 6], [7, 0, 0], [3, 5, 0], [0, 0, 0]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "jit, compute, rows_of_embedding, num_tokens",
     [

@@ -57,6 +57,7 @@ def same(a, b) -> None:
     np.testing.assert_allclose(a.entropy, b.entropy, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_the_form_changes_no_token(form):
     want, all_at_once, _ = run(WHOLE)
@@ -67,12 +68,14 @@ def test_the_form_changes_no_token(form):
     assert len(all_at_once.segments) == 1 and len(stats.segments) >= 3
 
 
+@pytest.mark.slow
 def test_nor_on_another_mesh():
     """Each shard admits, drops and reads its own."""
     form = dataclasses.replace(FORMS["refill, pairs"], in_flight=4)
     same(run(form, sizes=(2, 2, 2))[0], run(WHOLE)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["wide", MeshConfig(data=1, fsdp=2, tensor=4)], ids=["wide", "own axes"])
 def test_nor_where_the_policy_lies_otherwise(choice):
     """Published from FSDP 2 x 2 x 2 in one jit, to one tensor shard a pair of devices, or to a mesh of other axes."""
@@ -83,12 +86,14 @@ def test_nor_where_the_policy_lies_otherwise(choice):
     same(made.generate(policy, make_prompts(P), KEY), run(WHOLE)[0])
 
 
+@pytest.mark.slow
 def test_nor_where_layers_slide_and_rings_are_shorter_than_the_window():
     """Gemma 2's kind: a ring of 5 slots beside one that grows past it, both re-laid while rows of several ages are in flight."""
     cfg = FAMILIES["gemma2, window 5"]
     same(run(FORMS["refill, pairs"], cfg)[0], run(WHOLE, cfg)[0])
 
 
+@pytest.mark.slow
 def test_compaction_and_refill_save_work():
     plain, compact, refill = (run(FORMS[name])[1] for name in ("growth", "compaction", "refill, pairs"))
     assert plain.row_steps == plain.steps * P * G
@@ -125,6 +130,7 @@ def test_each_prompt_may_have_a_limit_of_its_own():
     np.testing.assert_array_equal(got.finish, np.where(cut, int(Finish.LENGTH), whole.finish))
 
 
+@pytest.mark.slow
 def test_fewer_prompts_take_smaller_programs_and_say_the_same():
     """Three prompts in a flight of four, of an engine for eight."""
     whole, _, _ = run(WHOLE)
@@ -135,6 +141,7 @@ def test_fewer_prompts_take_smaller_programs_and_say_the_same():
     assert generation.stats.row_steps <= generation.stats.steps * 4 * G
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_the_warm_up():
     """Random numbers of prompts, lengths and limits, in one engine; the soak of `benchmarks.soak` is the long form of it."""
     soaked, policy, rng = of(FORMS["refill"], max_new_tokens=8), policy_of(), np.random.default_rng(0)

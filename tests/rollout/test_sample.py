@@ -86,6 +86,7 @@ def check_frequencies(logp: np.ndarray) -> None:
     assert p_value > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab", [16, 300])
 def test_frequencies_are_the_distributions(vocab):
     check_frequencies(distribution(vocab))

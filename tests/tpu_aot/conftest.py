@@ -16,6 +16,7 @@ os.environ.setdefault("TPU_WORKER_ID", "0")
 import jax
 import pytest
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from programs import (
     DECODE_LAYERS,
     EIGHT_BILLION,
@@ -39,6 +40,18 @@ from programs import (
 )
 
 from jaxrl_llm.model.config import ModelConfig
+
+
+@pytest.fixture(scope="package", autouse=True)
+def no_cache():
+    """A program for a topology can be written to jax's persistent cache and not be read from it: that warns and compiles again."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
+        yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of the head at 8,192 tokens, D 1,024 and V 151,936: memory of a chip, and what moves."""
+"""What the TPU compiler makes of the head at 2,048 tokens, D 1,024 and V 151,936: memory of a chip, and what moves."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxrl_llm.types import Batch
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.timeout(1200)]
 
-R, T, D, V = 8, 1024, 1024, 151936
+R, T, D, V = 2, 1024, 1024, 151936
 CFG = ModelConfig(vocab_size=V, d_model=D, layers=1, compute="bfloat16")
 
 
@@ -54,10 +54,10 @@ def activations(monkeypatch):
 
 
 def test_temporaries_of_a_chip(topology):
-    """The table in bf16 and one tile of logits; the dense form has every logit in f32, 4.98 GB."""
+    """The table in bf16 and one tile of logits; the dense form has every logit in f32, 1.25 GB."""
     got, every = gradient(tiled, topology, (1, 1, 1)).temp, gradient(dense, topology, (1, 1, 1)).temp
     print(f"temp: {got / 1e6:.0f} MB in tiles, {every / 1e6:.0f} MB dense")
-    assert got < 0.7e9, f"temp: got {got / 1e9:.2f} GB, want less than 0.7"
+    assert got < 0.5e9, f"temp: got {got / 1e9:.2f} GB, want less than 0.5"
     assert every >= 4 * R * T * V, f"temp of the dense form: got {every / 1e9:.2f} GB: is it still dense?"
 
 

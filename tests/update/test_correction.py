@@ -149,6 +149,7 @@ def test_the_config_names_what_is_wrong_with_a_correction():
         given(caps=1)
 
 
+@pytest.mark.slow
 def test_an_update_weighs_each_token_once():
     """A sampler that gave every token e^-1 of its probability: all weights are at the cap, and the gradient is twice as large."""
     data = batch()

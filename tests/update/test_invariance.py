@@ -282,6 +282,7 @@ def base_of(name: str, seed: int):
 BOUND = 5e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @settings(max_examples=2, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
@@ -322,6 +323,7 @@ def all_seen(batch: Chosen) -> Chosen:
     return batch.replace(until=np.where(batch.group > 0, end, batch.until).astype(np.int32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutate", [own_counts, all_seen])
 def test_mutants_are_killed(mutate):
     q = sequences(1, False)

@@ -96,6 +96,7 @@ PLAIN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PLAIN)
 def test_three_steps_on_a_mesh_are_those_of_optax(kind):
     cfg, plain = PLAIN[kind]
@@ -116,6 +117,7 @@ def as_matrices(layers):
     return found
 
 
+@pytest.mark.slow
 def test_muon_steps_are_those_of_optax_on_single_matrices_and_adamw_elsewhere():
     """optax's Muon on every matrix as a leaf of its own; its Adam, which has Nesterov's momentum too, on all else."""
     cfg = Muon(lr=1e-2, momentum=0.9, iterations=3, b1=0.8, b2=0.9, max_grad_norm=CLIP)
@@ -133,6 +135,7 @@ def test_muon_steps_are_those_of_optax_on_single_matrices_and_adamw_elsewhere():
     assert_equal(rest(ours), plain_steps(adam, rest(numpy_params()), [rest(g) for g in clipped]))
 
 
+@pytest.mark.slow
 def test_muon_steps_adapters_as_the_two_matrices_they_are():
     """A [L *inputs rank] and B [L rank *outputs] of q and of the output projection, layer by layer."""
     specs, _ = lora.split(lora.adapted_specs(SPECS, SMALL, LoraConfig(rank=2, targets=("q", "o"))))

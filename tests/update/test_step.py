@@ -107,6 +107,7 @@ def assert_equal_gradients(a, b):
         np.testing.assert_allclose(x, y, atol=1e-6, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("aggregation", "micro_batches"), [("token", 2), ("token", 4), ("token", 8), ("sequence", 4), ("constant", 4)]
 )
@@ -116,6 +117,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(aggregation, micro_batche
     assert_equal_gradients(gradient(data), gradient(data, micro_batches=micro_batches))
 
 
+@pytest.mark.slow
 def test_local_means_would_depend_on_micro_batches():
     """The mutant: each part normalised by its own count and the parts averaged. With ragged lengths it must show."""
     data, whole = batch(), gradient()
@@ -124,6 +126,7 @@ def test_local_means_would_depend_on_micro_batches():
     assert max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(mean), strict=True)) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", MESHES[1:])
 def test_gradient_and_three_losses_do_not_depend_on_the_mesh(sizes):
     (one, losses), (other, other_losses) = (run_updates(3, batch(), s, optimizer=UNCLIPPED) for s in (MESHES[0], sizes))
@@ -249,6 +252,7 @@ def test_the_state_is_donated_and_the_batch_is_not():
     assert not placed.tokens.is_deleted()
 
 
+@pytest.mark.slow
 def test_kl_pulls_back_to_the_reference_and_is_zero_on_it():
     train, _ = layouts()
     params, data = make_params(SMALL, train), batch()
@@ -280,6 +284,7 @@ def test_optimizer_by_hand():
     np.testing.assert_allclose(state[1].mu["w"], [[0.003, -0.004]], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_float32_masters():
     cfg = dataclasses.replace(SMALL, compute="bfloat16")
     train, _ = layouts()

@@ -34,6 +34,7 @@ def test_logits_are_transformers_own(name, tmp_path):
     assert (found.argmax(-1) == want.argmax(-1)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_transformers_own(family, mesh, tmp_path):
