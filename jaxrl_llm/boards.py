@@ -12,9 +12,10 @@ def why_not() -> str:
     """What stands against drawing, in words; "" where nothing does."""
     try:
         import tensorboardX.event_file_writer  # noqa: F401
-    except ImportError as error:
+    except Exception as error:  # protobuf's own, where versions do not go together
+        why = (str(error).splitlines() or [type(error).__name__])[0]
         return (
-            f"metrics.tensorboard: got true without tensorboardX ({error}): no tensorboard/ is written; "
+            f"metrics.tensorboard: got true without tensorboardX ({why}): no tensorboard/ is written; "
             "pip install 'jaxrl-llm[track]', or say metrics.tensorboard: false"
         )
     return ""

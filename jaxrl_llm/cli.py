@@ -167,7 +167,8 @@ def train(target: str, args: list[str]) -> int:
     from jaxrl_llm.train import train as run_training
 
     result = run_training(cfg, must_resume)
-    print(f"held-out accuracy ({result.measure}): {result.before:.4f} before RL, {result.after:.4f} after")
+    before, after = ("not known" if x != x else f"{x:.4f}" for x in (result.before, result.after))
+    print(f"held-out accuracy ({result.measure}): {before} before RL, {after} after")
     print(f"run directory: {result.run_dir}")
     return 0
 

@@ -104,7 +104,9 @@ class RunConfig:
 
 
 # What may differ between a run and its resumption: where and how it runs and reports, not what it computes.
-MAY_CHANGE = ("run_dir", "steps", "mesh", "evaluation", "checkpoint", "metrics", "reward.workers", "reward.deadline_s")
+MAY_CHANGE = (
+    "run_dir", "steps", "mesh", "evaluation", "checkpoint", "metrics", "reward.workers", "reward.deadline_s", "update.guards",
+)  # fmt: skip
 
 
 def load(path: Path, args: Sequence[str] = (), own: Sequence[str] = ()) -> RunConfig:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import isnan
 from typing import NamedTuple
 
 from jaxrl_llm.errors import GradingError, MismatchError, NonFiniteError, UserError
@@ -23,6 +24,8 @@ class Guards:
     """In a row, whose draws the support cut off."""
     idle: int = 0
     """Of RL, that learned nothing."""
+    spoiled: int = 0
+    """Of RL, with an update that was not finite."""
     seen: int = 0
     """Of RL."""
     zero_gradient: tuple[int, ...] = ()
@@ -51,17 +54,24 @@ def observe(
     update = observe_update(guards, cfg, metrics)
     streaks, warnings = _zero_gradients(guards.zero_gradient, cfg.zero_gradient_steps, zero)
     reason = _nothing_learned(metrics, zero)
+    spoiled = metrics.get("nonfinite", 0.0) > 0
     overflows = metrics.get("sampling/support_overflow", 0.0) > MOST_OVERFLOW
     after = replace(
         update.guards,
         ungraded=guards.ungraded + 1 if metrics["groups/graded"] == 0 else 0,
         overflow=guards.overflow + 1 if overflows else 0,
         idle=guards.idle + bool(reason),
+        spoiled=guards.spoiled + spoiled,
         seen=guards.seen + 1,
         zero_gradient=streaks,
     )
     if reason and _is_doubling(after.idle, cfg.idle_steps):
         warnings.append(f"{after.idle} of {after.seen} steps of RL so far learned nothing; this one: {reason}")
+    if spoiled and _is_doubling(after.spoiled, cfg.idle_steps):
+        warnings.append(
+            f"{after.spoiled} of {after.seen} steps of RL so far had updates whose loss or gradient was not finite; of this one "
+            f"{metrics['nonfinite']:.0%}: look at the size of the rewards, and at update.optimizer.lr"
+        )
     if after.overflow == cfg.idle_steps:
         warnings.append(
             f"sampling/support_overflow: got {metrics['sampling/support_overflow']:.2f} of the tokens, want at most "
@@ -94,7 +104,7 @@ def observe_update(guards: Guards, cfg: GuardConfig, metrics: Mapping[str, float
 
 def _mismatch(cfg: GuardConfig, metrics: Mapping[str, float]) -> MismatchError | None:
     """Of the step's own rollouts, where these are fresh, and of an evaluation's."""
-    measured = [name for name in ("mismatch/kl", "eval/mismatch_kl") if name in metrics]
+    measured = [name for name in ("mismatch/kl", "eval/mismatch_kl") if name in metrics and not isnan(metrics[name])]
     worst = max(measured, key=metrics.__getitem__, default=None)
     if worst is None or cfg.max_mismatch_kl is None or not metrics[worst] > cfg.max_mismatch_kl:
         return None
@@ -107,15 +117,20 @@ def _mismatch(cfg: GuardConfig, metrics: Mapping[str, float]) -> MismatchError |
 
 
 def _nothing_learned(metrics: Mapping[str, float], zero: Mapping[str, bool]) -> str:
-    """Why a step learned nothing, and what to look at; "" where it did, or where its updates were not finite."""
+    """Why a step learned nothing, and what to look at; "" where it did."""
     if metrics["updates"] == 0:
         if metrics["groups/graded"] == 0:
             return "no group could be graded, see rewards/<grader>/<failure>"
         if metrics["groups/kept"] == 0:
             return "the rewards of each group were equal (experience.filter), so the task is too hard, or too easy, for this policy"
         return "no token of the groups that were kept takes part in the loss"
-    if zero and all(zero.values()):
-        return "every gradient was exactly 0: are the rewards of each group equal, or the advantages or weights all 0?"
+    if not zero:
+        return "no update was finite"
+    if all(zero.values()):
+        return (
+            "every gradient was exactly 0: are the rewards of each group equal, the advantages or weights all 0, or all tokens "
+            "beyond the clip?"
+        )
     return ""
 
 

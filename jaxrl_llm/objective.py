@@ -164,7 +164,12 @@ def refusals(objective: ObjectiveConfig, samples: int, packing: str, keep: str =
             f"objective.advantage.kind: got {objective.advantage.kind} with rollout.samples {samples}, want 2 or more samples: "
             "a group of one has no mean of others"
         )
-    loss = objective.loss
+    advantage, loss = objective.advantage, objective.loss
+    if isinstance(advantage, Grpo) and advantage.mean_over == "batch" and advantage.std_over == "group":
+        found.append(
+            "objective.advantage.std_over: got group with mean_over batch, want batch: a group of equal rewards is away from the "
+            "batch's mean, and would be divided by eps alone"
+        )
     if loss.kind == "cross_entropy":
         found.append(
             "objective.loss.kind: got cross_entropy, want one for RL: it uses no reward; warm_start is supervised"

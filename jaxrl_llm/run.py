@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -40,7 +39,6 @@ from jaxrl_llm.rewards.graders import problems as grader_problems
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Batch, Policy, PyTree, TrainState
-from jaxrl_llm.unread import unread
 from jaxrl_llm.update.config import (
     Correction,
     CrossEntropy,
@@ -54,7 +52,6 @@ from jaxrl_llm.update.losses import anchored_on_proximal
 from jaxrl_llm.update.optimizer.config import GroupConfig
 from jaxrl_llm.update.step import Update, make_score, make_update
 
-log = logging.getLogger("jaxrl_llm.run")
 Read = TypeVar("Read")
 
 
@@ -131,8 +128,6 @@ def build(cfg: RunConfig, refusals: Callable[[RunConfig, Task | None], list[str]
     found += problems(cfg if model is None else dataclasses.replace(cfg, model=model), task) + refusals(cfg, task)
     if found or model is None or task is None:
         raise UserError("\n".join(found))
-    for line in unread(cfg):
-        log.warning("%s", line)
     mesh = make_mesh(resolve(cfg.mesh, jax.device_count())[0])
     train = Layout(mesh, TRAIN)
     decode = train.for_decode(cfg.rollout.engine.layout)

@@ -4,13 +4,14 @@
 """
 
 import dataclasses
+import logging
 import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from jaxrl_llm.checkpoint import Checkpoints, RunLock, prepare_run_directory
 from jaxrl_llm.collect import GivenUp, collect
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.describe import as_floats, describe, describe_engine, responses
-from jaxrl_llm.errors import CheckpointError, Preempted, UserError
+from jaxrl_llm.errors import AdvantageError, CheckpointError, Preempted, UserError
 from jaxrl_llm.evaluate import evaluate, headline, supervised_sequences
 from jaxrl_llm.experience.batch import make_batch
 from jaxrl_llm.experience.replay import fill
@@ -37,6 +38,13 @@ from jaxrl_llm.reference import refresh
 from jaxrl_llm.rewards.pool import GraderPool
 from jaxrl_llm.run import Run, build, publish
 from jaxrl_llm.types import Experience, Policy, TrainState
+from jaxrl_llm.unread import unread
+
+log = logging.getLogger("jaxrl_llm.train")
+
+
+# Of the held-out part's scores.
+ACCURACIES = ("eval/exact", "eval/pass@", "eval/maj@")
 
 
 class Shell(NamedTuple):
@@ -61,12 +69,13 @@ class Result(NamedTuple):
 def train(cfg: RunConfig, must_resume: bool = False) -> Result:
     """Run `cfg` to its end, going on from the newest checkpoint in its run directory if there is one."""
     run = build(cfg, what_cannot_train)
+    for line in unread(cfg):
+        log.warning("%s", line)
     with open_shell(cfg) as shell, stop_signal() as stopping:
         life, policy, scores = resume(run, shell, must_resume) or begin(run), None, {}
-        if life.step == cfg.warm_start.steps < cfg.total_steps and not life.began:
-            is_recorded = not math.isnan(
-                life.eval_before
-            )  # by a run of supervised steps alone, which goes on with RL now
+        # Supervised steps alone have recorded the score, and RL may go on from them.
+        is_recorded = not math.isnan(life.eval_before)
+        if life.step == cfg.warm_start.steps and not life.began and (cfg.steps or not is_recorded):
             life, policy, scores = start_rl(run, shell, life)
             if not is_recorded:
                 shell.recorder.log(life.step, with_rates({"phase": "rl", **scores}, shell))
@@ -82,9 +91,12 @@ def train(cfg: RunConfig, must_resume: bool = False) -> Result:
                     step = rl_step(run, shell, life, policy, partial(stops_alone, stopping, life.step))
                 except GivenUp:
                     leave(run, shell, life, "the next one was given up while it sampled")
+                except AdvantageError as refused:
+                    shell.recorder.log(life.step + 1, {"phase": "rl", "warnings": [str(refused)]})
+                    raise
                 life, policy, metrics = step.life, step.policy, step.metrics
                 if is_due(life.step - cfg.warm_start.steps, cfg.evaluation.every, cfg.steps):
-                    scores = evaluate(run, life.state.params, policy, shell.pool)
+                    scores = score_held_out(run, shell, life, policy)
                     metrics |= scores
                 life, metrics, error = guard(run, shell, step, metrics)
             shell.recorder.log(life.step, with_rates(metrics, shell))
@@ -97,8 +109,7 @@ def train(cfg: RunConfig, must_resume: bool = False) -> Result:
                 leave(run, shell, life)
             shell.checkpoints.poll()
         if not scores:
-            policy = publish(run, life.state, None)
-            scores = evaluate(run, life.state.params, policy, shell.pool)
+            scores = score_held_out(run, shell, life, publish(run, life.state, None))
         measure = headline(run)
         after = scores.get(measure, float("nan"))
         return Result(measure.removeprefix("eval/"), life.eval_before, after, Path(cfg.run_dir).resolve())
@@ -135,7 +146,8 @@ def warm_step(run: Run, shell: Shell, life: Life) -> tuple[Life, dict[str, float
         metrics, _ = without_zero_gradients(as_floats(jax.device_get(metrics)))
     found = observe_update(life.guards, run.cfg.update.guards, metrics)
     life = dataclasses.replace(life, step=life.step + 1, state=state, guards=found.guards)
-    return life, {"phase": "warm_start", **metrics}, found.error
+    told = {"warnings": [str(found.error)]} if found.error else {}
+    return life, {"phase": "warm_start", **metrics, **told}, found.error
 
 
 def start_rl(run: Run, shell: Shell, life: Life) -> tuple[Life, Policy, dict[str, float]]:
@@ -146,13 +158,22 @@ def start_rl(run: Run, shell: Shell, life: Life) -> tuple[Life, Policy, dict[str
         state = fresh_state(run, life.state.params, int(life.state.step), began=True)
         reference = start_reference(run, state.params) if run.cfg.objective.has_reference else None
     policy = first_policy(run, state)
-    scores = evaluate(run, state.params, policy, shell.pool)
-    shell.recorder.message(
-        "held-out accuracy before RL: " + ", ".join(f"{v:.4f} {k.removeprefix('eval/')}" for k, v in scores.items())
-    )
+    scores = score_held_out(run, shell, dataclasses.replace(life, state=state), policy)
+    told = [f"{scores[name]:.4f} {name.removeprefix('eval/')}" for name in scores if name.startswith(ACCURACIES)]
+    shell.recorder.message(f"held-out accuracy before RL: {', '.join(told) or 'not known'}")
     before = scores.get(headline(run), float("nan"))
     life = dataclasses.replace(life, began=run.cfg.steps > 0, state=state, reference=reference, eval_before=before)
     return life, policy, scores
+
+
+def score_held_out(run: Run, shell: Shell, life: Life, policy: Policy) -> dict[str, Any]:
+    """The evaluation's numbers, with a warning where nobody could grade it."""
+    scores = evaluate(run, life.state.params, policy, shell.pool)
+    if scores.get("eval/left_out") != len(run.task.held_out):
+        return scores
+    warning = f"no held-out prompt could be graded; the first failure: {shell.pool.first_failure or 'on another host'}"
+    shell.recorder.message(warning)
+    return scores | {"warnings": [warning]}
 
 
 def first_policy(run: Run, state: TrainState) -> Policy:
@@ -215,8 +236,9 @@ def guard(run: Run, shell: Shell, step: Step, metrics: dict) -> tuple[Life, dict
     found = observe(step.life.guards, run.cfg.update.guards, metrics, step.zero_gradient, shell.pool.first_failure)
     for warning in found.warnings:
         shell.recorder.message(warning)
-    told = {"warnings": list(found.warnings)} if found.warnings else {}
-    return dataclasses.replace(step.life, guards=found.guards), metrics | told, found.error
+    told = [*metrics.get("warnings", ()), *found.warnings, *([str(found.error)] if found.error else ())]
+    metrics = metrics | {"warnings": told} if told else metrics
+    return dataclasses.replace(step.life, guards=found.guards), metrics, found.error
 
 
 def show(run: Run, shell: Shell, step: int, experience: Experience, advantage: np.ndarray) -> None:

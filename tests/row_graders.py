@@ -1,4 +1,4 @@
-"""A grader as people write them: right most of the time, and what else it does is decided by the row."""
+"""Graders as people write them: right most of the time, and what else they do is decided by the row."""
 
 import time
 
@@ -15,3 +15,15 @@ def counts_letters(sample: Sample) -> float | str:
     if row % 100 == 3:
         return "0.5"
     return sum(c.isalpha() for c in sample.completion) / max(len(sample.completion), 1)
+
+
+def odd(sample: Sample) -> float:
+    """What a policy that knows nothing can earn already."""
+    return float(sum(map(ord, sample.completion)) % 2)
+
+
+def odd_if_readable(sample: Sample) -> float:
+    """Raises where the first digit is below 3, so that there are groups that no filter keeps."""
+    if int(sample.prompt[1]) < 3:
+        raise ValueError("cannot read this")
+    return odd(sample)

@@ -70,6 +70,22 @@ def test_an_evaluation_ends_the_run_where_the_steps_data_is_old():
     del old["mismatch/kl"]
     error = observe(Guards(), GuardConfig(), old, SOME).error
     assert isinstance(error, MismatchError) and str(error).startswith("eval/mismatch_kl: got 0.2 nats per token")
+    # What a step that was not finite says of the sampler hides nothing.
+    assert isinstance(observe(Guards(), GuardConfig(), old | {"mismatch/kl": np.nan}, SOME).error, MismatchError)
+
+
+def test_updates_that_are_not_finite_now_and_then_are_told():
+    """Never in so many steps in a row that the run ends."""
+    bad, some, good = ({"nonfinite": 1.0, "mismatch/kl": np.nan}, {}), ({"nonfinite": 0.75}, SOME), ({}, SOME)
+    found = look([bad, bad, good, some] * 3)
+    told = [v.warnings for v in found]
+    assert [n for n, texts in enumerate(told) if any("not finite; of this one" in text for text in texts)] == [3, 7]
+    assert told[3] == (
+        "3 of 4 steps of RL so far had updates whose loss or gradient was not finite; of this one 75%: look at the size of the "
+        "rewards, and at update.optimizer.lr",
+    )
+    assert told[4] == ("3 of 5 steps of RL so far learned nothing; this one: no update was finite",)
+    assert all(v.error is None for v in found)
 
 
 def test_a_parameter_without_a_gradient_is_named_once():

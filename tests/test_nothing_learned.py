@@ -57,13 +57,20 @@ def test_a_grader_that_always_raises_ends_the_run_with_its_words(run, capsys):
     # The right responses are known, so this one needs no grader.
     assert "eval/exact" in rows[0]
     assert "kept 0" in out and "nan" not in out
+    told = [" ".join(row.get("warnings", [])) for row in rows]
+    assert told[0].startswith(
+        "no held-out prompt could be graded; the first failure: grader it: ValueError: cannot read True"
+    )
+    assert "update.guards.max_ungraded" in told[3] and told[1:3] == ["", ""], "what ends the run is in the record"
 
 
 @pytest.mark.slow
-def test_rewards_that_never_differ_are_told_on_the_screen_and_in_the_record(run, capsys):
+def test_rewards_that_never_differ_are_told_on_the_screen_and_in_the_record(run, capsys, tmp_path):
     rows = run("same", expect=0)
     told = "3 of 3 steps of RL so far learned nothing; this one: the rewards of each group were equal"
     assert [[w[: len(told)] for w in row.get("warnings", [])] for row in rows] == [[], [], [], [told], []]
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
+    assert f"<dt>step 3</dt><dd>{told}" in (tmp_path / "run" / "report.html").read_text()
     out = capsys.readouterr().out
     assert told in out and "kept 0" in out
     assert all(row["frac_reward_zero_std"] == row["reward"] == 1 and row["reward_std"] == 0 for row in rows[1:])

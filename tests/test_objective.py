@@ -53,6 +53,7 @@ REFUSED = {
     "a length that nothing reads": (of_loss("trl:grpo", length=512), "want null: only the aggregation constant reads it"),
     "supervised in RL": ({"loss": {"kind": "cross_entropy"}}, "it uses no reward; warm_start is supervised"),
     "DPO of all samples": ({"loss": {"kind": "dpo"}}, "objective.advantage.kind: got grpo, want best_worst"),
+    "the batch's mean by a group's std": ({"advantage": {"mean_over": "batch"}}, "got group with mean_over batch, want batch"),
     "pairs for a policy gradient": ({"advantage": {"kind": "best_worst"}}, "best_worst, which is for the loss dpo"),
     "late KL of token returns": (
         {"preset": "openrlhf:reinforce_pp", "reward_kl": {"to": "advantage"}}, "got advantage with the advantage reinforce_pp"),
