@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -60,11 +61,15 @@ class Worker:
         return found
 
     def _end(self) -> str:
+        # A worker that ends closes its answers before it prints why.
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=5)
         self._log.seek(0)
         return self._log.read()[-2000:].strip()
 
     def close(self) -> None:
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # what was asked of a worker that had ended
+            self._process.stdin.close()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
