@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 
 from jaxrl_llm.collect import collect
 from jaxrl_llm.estimates import avg_at_k, correct, maj_at_k, pass_at_k
+from jaxrl_llm.experience.advantages import KL
 from jaxrl_llm.experience.batch import Sequences, make_batch, of_groups, of_sequences, sequences_of, supervised
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.prompts.rows import Row
@@ -61,7 +62,7 @@ def mismatch(run: Run, params: PyTree, rollouts: Rollouts) -> float:
     # Where they are fewer the part is filled up with repetitions, which count once.
     learn = sequences.learn & (sequences.group < num)[:, None]
     d = (score(run, params, sequences).logprobs - sequences.behavior_logprobs).astype(np.float64)[learn]
-    return float(np.mean(np.maximum(np.expm1(d) - d, 0.0)))
+    return float(np.mean(KL["k3"](-d)))
 
 
 def probabilities(run: Run, params: PyTree, rows: tuple[Row, ...]) -> np.ndarray:
