@@ -76,17 +76,24 @@ def run(capsys, *args: str) -> tuple[int, str]:
         (["train", "--seed", "1"], "jaxrl: jaxrl train: got no CONFIG; see jaxrl --help"),
         (["eval"], "jaxrl: jaxrl eval: got no RUN; see jaxrl --help"),
         (["report"], "jaxrl: jaxrl report: got no RUN; see jaxrl --help"),
-        (["train", "nowhere.yaml"], "jaxrl: nowhere.yaml: cannot be read: No such file or directory"),
+        (
+            ["train", "nowhere.yaml"],
+            "jaxrl: nowhere.yaml: got no such file or directory, want a config file or a run directory",
+        ),
         (["eval", CONFIG], f"jaxrl: {CONFIG}: got a file, want a run directory or a Hugging Face model"),
-        (["eval", "nowhere"], "jaxrl: nowhere: got no directory, want a run directory or a Hugging Face model"),
+        (
+            ["eval", "nowhere"],
+            "jaxrl: nowhere: got no such file or directory, want a run directory or a Hugging Face model",
+        ),
         (
             ["eval", "some/model"],
-            "jaxrl: --task: got nothing, want what to evaluate some/model on: a config, or reasoning_gym:NAME",
+            "jaxrl: some/model: got no such directory, want a run directory or a Hugging Face model; with a model on the hub, "
+            "--task too: a config, or reasoning_gym:NAME",
         ),
         (["eval", "some/model", "--task", "x"], "jaxrl: --task: got x, want a config file, or reasoning_gym:NAME"),
         (["eval", "some/model", "-k", "0"], "jaxrl: -k: got 0, want 1 or more"),
         (["export", "nowhere"], "jaxrl: --out: got nothing, want the directory to write"),
-        (["export", "nowhere", "--out", "x"], "jaxrl: nowhere: got no directory, want a run directory"),
+        (["export", "nowhere", "--out", "x"], "jaxrl: nowhere: got no such file or directory, want a run directory"),
         (["sample", CONFIG, "-n", "0"], "jaxrl: -n: got 0, want 1 or more"),
         (
             ["train", CONFIG, "--update.optimizer.lr", "-1"],
@@ -113,9 +120,9 @@ def test_bad_input_is_one_message_and_exit_code_2(capsys, args, message):
         (["plan", CONFIG, "--sweeep", "--chip=2"], ["--sweeep", "meant --sweep", "--chip:", "meant --chips"]),
         (["export", str(ROOT / "configs"), "--out", "x", "--adaptor"], ["--adaptor", "meant --adapter"]),
         (["sample", CONFIG, "-n", "many"], ["-n", "many"]),
-        (["eval", str(ROOT / "configs")], ["config.yaml", "cannot be read"]),
-        (["report", str(ROOT / "nowhere")], ["nowhere", "no such directory"]),
-        (["report", str(ROOT), "--seed", "1"], ["--seed 1", "want a run directory and nothing else"]),
+        (["eval", str(ROOT / "configs")], ["got a directory without config.yaml, want a run directory"]),
+        (["report", str(ROOT / "nowhere")], ["nowhere: got no such file or directory, want a run directory"]),
+        (["report", str(ROOT), "--seed", "1"], ["--seed 1", "want a run directory and nothing else but --out FILE"]),
     ],
 )
 def test_typos_are_named_and_exit_with_2(capsys, args, words):
