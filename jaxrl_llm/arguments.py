@@ -10,9 +10,19 @@ Reader = Callable[[str], Any]
 SHOWN = 60
 
 
+def path(given: str) -> str:
+    if not given:
+        raise ValueError("a path")
+    return given
+
+
 def text(given: str) -> str:
     if not given.strip():
         raise ValueError("some text")
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        raise ValueError("text in UTF-8") from None
     return given
 
 
@@ -92,4 +102,6 @@ def _value(name: str, value: str | None, rest: list[str], read: Reader) -> Any:
 
 
 def _shown(value: str) -> str:
-    return value if 0 < len(value) <= SHOWN else f"{value[:SHOWN]}..." if value else "nothing"
+    if not value:
+        return "nothing"
+    return value if len(value) <= SHOWN else f"{value[:SHOWN]}..."

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from jaxrl_llm.arguments import Reader, one_of, take, text, whole_number
+from jaxrl_llm.arguments import Reader, one_of, path, take, text, whole_number
 from jaxrl_llm.errors import Preempted, UserError, in_words
 from jaxrl_llm.targets import list_values, read_config, read_evaluation, read_run, read_sampled, refusal
 
@@ -180,9 +180,12 @@ def _program() -> str:
 def sample(target: str, args: list[str]) -> int:
     given, overrides = take(args, OPTIONS["sample"])
     cfg, has_task = read_sampled(target, given.get("--task"), overrides, list(OPTIONS["sample"]))
-    if not has_task and ("--prompt" not in given or "--benchmark" in given):
-        flag = "--benchmark" if "--benchmark" in given else "--prompt"
-        raise UserError(f"{flag}: {target} has no prompts of its own: want --prompt TEXT, or --task, whose are taken")
+    if not has_task and "--benchmark" in given:
+        raise UserError(f"--benchmark: {target} has no prompts of its own: want --task CONFIG beside it")
+    if not has_task and "--prompt" not in given:
+        raise UserError(
+            f"--prompt: {target} has no prompts of its own: want --prompt TEXT, or --task CONFIG, whose are taken"
+        )
     start_jax()
     from jaxrl_llm.inspect_run import benchmark_rollouts, sample_prompt
 
@@ -224,7 +227,7 @@ def export(target: str, args: list[str]) -> int:
     given, overrides = take(args, OPTIONS["export"])
     if "--out" not in given:
         raise UserError("--out: got nothing, want the directory to write")
-    cfg, out = read_run(target, overrides, list(OPTIONS["export"])), Path(given["--out"])
+    cfg, out = read_run(target, overrides, list(OPTIONS["export"])), Path(given["--out"]).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: got {out}, a place that is taken, want a new or an empty directory")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -256,8 +259,8 @@ OPTIONS: dict[str, Mapping[str, Reader | None]] = {
         "--topology": text, "--chips": whole_number(1), "--prompt-tokens": whole_number(0), "--sweep": None,
         "--candidates": whole_number(1), "--json": None,
     },
-    "export": {"--out": text, "--dtype": one_of("float32", "bfloat16"), "--adapter": None},
-    "report": {"--out": text},
+    "export": {"--out": path, "--dtype": one_of("float32", "bfloat16"), "--adapter": None},
+    "report": {"--out": path},
 }  # fmt: skip
 WITHOUT_VALUES = ("report",)
 """Commands that read no config."""

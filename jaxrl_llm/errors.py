@@ -57,6 +57,7 @@ WHAT_TO_DO = {
     errno.EACCES: "want a place that this user may read and write",
     errno.EPERM: "want a place that this user may read and write",
     errno.ENOTDIR: "a part of this path is a file, want directories",
+    errno.EEXIST: "a part of this path is a file, want directories",
     errno.EISDIR: "want a file",
     errno.ENAMETOOLONG: "want a shorter name",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
@@ -65,10 +66,10 @@ WHAT_TO_DO = {
 }
 
 
-def in_words(error: OSError) -> str:
-    """`path: what the system said; what to do`, on one line."""
-    named = isinstance(error.filename, str | bytes)
-    where = f"{os.fsdecode(error.filename)}: " if named else ""
+def in_words(error: OSError, path: os.PathLike | None = None) -> str:
+    """`path: what the system said; what to do`, on one line. `path`: where the error's own is not what the person knows."""
+    where = error.filename if path is None else path
+    named = f"{os.fsdecode(where)}: " if isinstance(where, str | bytes | os.PathLike) else ""
     why = error.strerror or " ".join(str(error).split()) or type(error).__name__
     advice = f"; {WHAT_TO_DO[error.errno]}" if error.errno in WHAT_TO_DO else ""
-    return f"{where}{why}{advice}"
+    return f"{named}{why}{advice}"

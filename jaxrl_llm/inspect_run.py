@@ -158,10 +158,6 @@ def _asking(cfg: RunConfig, text: str | None, has_task: bool) -> Task:
     task = read_task(cfg) if has_task else Task((), (), load_tokenizer(cfg.tokenizer))
     if text is None:
         return task
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError("--prompt: got bytes that are not UTF-8, want text") from None
     row = task.row(text)
     most = _positions(cfg) - cfg.rollout.max_new_tokens
     if len(row.tokens) > most:

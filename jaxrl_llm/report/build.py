@@ -18,7 +18,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from jaxrl_llm.errors import UserError
+from jaxrl_llm.errors import UserError, in_words
 from jaxrl_llm.metrics import METRICS, ROLLOUTS, printable
 from jaxrl_llm.report.records import Reader, metrics_row, rollouts_row
 
@@ -168,7 +168,7 @@ def _write(out: Path, text: str) -> None:
     except OSError as error:
         with suppress(OSError):
             half.unlink()
-        raise UserError(f"{out}: cannot be written: {error.strerror}; --out FILE puts the page elsewhere") from None
+        raise UserError(f"{in_words(error, out)}; --out FILE puts the page elsewhere") from None
 
 
 def _is_of_training(row: Row) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jaxrl_llm.errors import UserError
@@ -54,7 +55,10 @@ def export(
     texts = {"config.json": _config(cfg, dtype, source, length, eos, pad), **_generation(source, eos, pad)}
     with whole(Path(directory), texts) as building:
         if building is not None and save_tokenizer is not None:
-            save_tokenizer(building)
+            try:
+                save_tokenizer(building)
+            except Exception as error:  # the libraries beneath have no type of their own for a full disk
+                raise UserError(f"{directory}: the tokenizer cannot be written: {error}") from None
         _write_tensors(params, cfg, building, jnp.dtype(dtype), max_shard_bytes)
 
 
@@ -132,13 +136,19 @@ def _write_tensors(params: PyTree, cfg: ModelConfig, directory: Path | None, dty
         file = file_of[name]
         pending[name], left[file] = numbers, left[file] - 1
         if not left[file]:
-            save_file(
-                {n: pending.pop(n) for n in plan.filename_to_tensors[file]}, directory / file, metadata={"format": "pt"}
-            )
+            save_tensors({n: pending.pop(n) for n in plan.filename_to_tensors[file]}, directory / file)
     if plan.is_sharded and directory is not None:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     assert plan.is_sharded or set(plan.filename_to_tensors) == {SINGLE}
+
+
+def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Raises UserError where the file cannot be written."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise UserError(f"{path.parent.parent}: the tensors cannot be written: {error}") from None
 
 
 def _numbers(params: PyTree, found: list[Leaf], dtype: np.dtype, keep: bool) -> Iterator[tuple[str, np.ndarray]]:
