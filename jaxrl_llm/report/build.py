@@ -5,18 +5,18 @@ servers or outside resources. All text of models and data sets is escaped twice 
 invisible and bidirectional characters, which could make a page read differently from what it holds.
 """
 
+import functools
 import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from jaxrl_llm.errors import UserError, in_words
 from jaxrl_llm.metrics import METRICS, ROLLOUTS, printable
@@ -130,7 +130,7 @@ def _sources(run_dir: Path) -> list[Path]:
 
 def _page(run_dir: Path) -> tuple[str, list[str]]:
     """The page, and what had to be left out."""
-    metrics = Reader(run_dir / METRICS, partial(metrics_row, drawn=DRAWN))
+    metrics = Reader(run_dir / METRICS, functools.partial(metrics_row, drawn=DRAWN))
     rollouts = Reader(run_dir / ROLLOUTS, rollouts_row)
     rows = sorted(metrics, key=lambda row: row["step"])
     phases = {
@@ -142,9 +142,7 @@ def _page(run_dir: Path) -> tuple[str, list[str]]:
     steps = _last_steps(rollouts) if (run_dir / ROLLOUTS).is_file() else []
     told = [printable(line) for line in (*metrics.told, *rollouts.told)]
     config = run_dir / CONFIG
-    loader = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
-    jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = jinja.get_template("page.html.j2").render(
+    text = _template().render(
         name=printable(run_dir.resolve().name),
         facts=_facts(phases["Training"]),
         told=told,
@@ -156,6 +154,13 @@ def _page(run_dir: Path) -> tuple[str, list[str]]:
         faintest=FAINTEST_LOGPROB,
     )
     return text, told
+
+
+@functools.cache
+def _template() -> Template:
+    loader = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
+    jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return jinja.get_template("page.html.j2")
 
 
 def _write(out: Path, text: str) -> None:
