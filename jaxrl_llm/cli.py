@@ -61,9 +61,10 @@ replaces all parts of the objective. A flag of a part wins over one of its secti
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. What a person can mend is one message without a traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if hasattr(sys.stdout, "reconfigure"):
-        # Names of files and texts of models may hold what the terminal's encoding does not.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # Names of files and texts of models may hold what the terminal's encoding does not.
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = _run(argv)
         sys.stdout.flush()
@@ -244,7 +245,7 @@ def report(target: str, args: list[str]) -> int:
     given, others = take(args, OPTIONS["report"])
     if others:
         raise UserError(f"jaxrl report: got {' '.join(others)}, want a run directory and nothing else but --out FILE")
-    if not Path(target).is_dir():
+    if not target or not Path(target).is_dir():
         raise refusal(target, "a run directory")
     print(build(Path(target), Path(given["--out"]) if "--out" in given else None))
     return 0
