@@ -158,6 +158,10 @@ def _asking(cfg: RunConfig, text: str | None, has_task: bool) -> Task:
     task = read_task(cfg) if has_task else Task((), (), load_tokenizer(cfg.tokenizer))
     if text is None:
         return task
+    if unknown := task.tokenizer.unknown(text):
+        raise UserError(
+            f"--prompt: got characters {' '.join(map(repr, unknown))}, want only those of tokenizer.alphabet"
+        )
     row = task.row(text)
     most = _positions(cfg) - cfg.rollout.max_new_tokens
     if len(row.tokens) > most:
