@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from jaxrl_llm.errors import UserError
+from jaxrl_llm.errors import UserError, in_words
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.checkpoint import INDEX, SINGLE
 from jaxrl_llm.model.hf.config import read_config, read_json
@@ -65,7 +65,7 @@ def export(
 @contextmanager
 def whole(directory: Path, texts: Mapping[str, Any]) -> Iterator[Path | None]:
     """Where to build `directory`, which appears at the end, whole, or not at all; None in all processes but the first. `texts` are
-    in it already, JSON by file name."""
+    in it already, JSON by file name. Raises UserError for a place that is taken or cannot be written."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory}: got a place that is taken, want a new or an empty directory")
     building = directory.with_name(f".{directory.name}.{os.getpid()}.part")
@@ -78,6 +78,10 @@ def whole(directory: Path, texts: Mapping[str, Any]) -> Iterator[Path | None]:
         yield building if first else None
         if first:
             os.replace(building, directory)
+    except OSError as error:
+        raise UserError(in_words(error, directory)) from None
+    except SafetensorError as error:
+        raise UserError(f"{directory}: the tensors cannot be written: {error}") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
     if jax.process_count() > 1:
@@ -136,19 +140,13 @@ def _write_tensors(params: PyTree, cfg: ModelConfig, directory: Path | None, dty
         file = file_of[name]
         pending[name], left[file] = numbers, left[file] - 1
         if not left[file]:
-            save_tensors({n: pending.pop(n) for n in plan.filename_to_tensors[file]}, directory / file)
+            save_file(
+                {n: pending.pop(n) for n in plan.filename_to_tensors[file]}, directory / file, metadata={"format": "pt"}
+            )
     if plan.is_sharded and directory is not None:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     assert plan.is_sharded or set(plan.filename_to_tensors) == {SINGLE}
-
-
-def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """Raises UserError where the file cannot be written."""
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise UserError(f"{path.parent.parent}: the tensors cannot be written: {error}") from None
 
 
 def _numbers(params: PyTree, found: list[Leaf], dtype: np.dtype, keep: bool) -> Iterator[tuple[str, np.ndarray]]:

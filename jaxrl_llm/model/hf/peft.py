@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.config import LoraConfig
 from jaxrl_llm.model.hf.config import read_json
-from jaxrl_llm.model.hf.export import save_tensors, whole
+from jaxrl_llm.model.hf.export import whole
 from jaxrl_llm.model.lora import MODULES, Adapted
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import PyTree
@@ -33,7 +34,7 @@ def export_adapter(
     tensors = dict(_tensors(hosts.gather({name: params["layers"][name].pairs for name in _adapted(params)})))
     with whole(Path(directory), {"adapter_config.json": _config(lora, base)}) as building:
         if building is not None:
-            save_tensors(tensors, building / "adapter_model.safetensors")
+            save_file(tensors, building / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _adapted(params: PyTree) -> list[str]:
