@@ -164,8 +164,9 @@ def train(target: str, args: list[str]) -> int:
 
 def what_next(run_dir: Path) -> str:
     """Commands that look at a finished run, as this shell knows them."""
-    here = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
-    jaxrl, run = _program(), shlex.quote(str(here))
+    with suppress(OSError, ValueError):
+        run_dir = run_dir.relative_to(Path.cwd())
+    jaxrl, run = _program(), shlex.quote(str(run_dir))
     return f"next: {jaxrl} report {run}   (one page of curves and responses)\n      likewise sample, eval, export"
 
 
@@ -232,6 +233,8 @@ def export(target: str, args: list[str]) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: got {out}, a place that is taken, want a new or an empty directory")
     out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"--out: got {out}, want a place that can be written, which {out.parent} cannot")
     start_jax()
     from jaxrl_llm.inspect_run import export_run
 

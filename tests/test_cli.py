@@ -332,6 +332,26 @@ def test_at_its_end_train_names_the_next_command(tmp_path, capsys, monkeypatch, 
     assert (done.returncode, done.stdout) == (0, f"{name}/report.html\n"), done.stderr
 
 
+def test_the_next_command_is_named_as_this_shell_knows_it(tmp_path, monkeypatch):
+    """After `make quickstart` the shell knows no `jaxrl`; in an activated environment it does; another's is not meant."""
+    for place in ("venv", "other"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "jaxrl").touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["venv/jaxrl"])
+    for path, name in (("", "venv/jaxrl"), ("venv", "jaxrl"), ("other", "venv/jaxrl"), ("venv:other", "jaxrl")):
+        monkeypatch.setenv("PATH", ":".join(str(tmp_path / p) for p in path.split(":")) if path else "/nowhere")
+        assert cli.what_next(tmp_path / "runs/a").splitlines()[0].startswith(f"next: {name} report runs/a ")
+
+
+def test_an_export_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path, capsys, monkeypatch):
+    (tmp_path / "config.yaml").write_text("{}")
+    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
+    assert run(capsys, "export", str(tmp_path), "--out", str(tmp_path / "x")) == (
+        2, f"jaxrl: --out: got {tmp_path}/x, want a place that can be written, which {tmp_path} cannot\n"
+    )  # fmt: skip
+
+
 def test_what_is_evaluated_and_on_what(tmp_path):
     model, run_dir = tmp_path / "model", tmp_path / "run"
     for directory in (model, run_dir):
