@@ -1,17 +1,19 @@
-"""What a command is about: a config file, a run directory, a Hugging Face model. To the config that it makes; imports no jax."""
+"""What a command is about: a config file, a run directory, a Hugging Face model. To the config that it makes; imports no jax.
+
+What reads a config is imported when one is read: `jaxrl --help` needs none of it.
+"""
 
 import dataclasses
 import difflib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from jaxrl_llm import config
-from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.model.config import PretrainedModel
-from jaxrl_llm.values import read_flags
+
+if TYPE_CHECKING:
+    from jaxrl_llm.config import RunConfig
 
 Kind = Literal["file", "run", "model", "directory", "name", "nothing"]
 POLICY = "a run directory or a Hugging Face model"
@@ -35,6 +37,9 @@ def kind_of(target: str) -> Kind:
 
 def refusal(target: str, want: str, args: Sequence[str] = (), own: Sequence[str] = ()) -> UserError:
     """For a target that the command cannot take: what it is, which neighbor may be meant, and what is wrong with the flags."""
+    from jaxrl_llm.config import RunConfig
+    from jaxrl_llm.values import read_flags
+
     found = {
         "file": "a file",
         "run": "a run directory",
@@ -63,8 +68,10 @@ def _can_be_named(path: Path) -> bool:
     return path.suffix in (".yaml", ".yml") or kind_of(str(path)) == "run"
 
 
-def read_config(target: str, args: Sequence[str], own: Sequence[str] = ()) -> RunConfig:
+def read_config(target: str, args: Sequence[str], own: Sequence[str] = ()) -> "RunConfig":
     """The config of a YAML file or of a run directory, with flags over it; `own`: flags of the command itself."""
+    from jaxrl_llm import config
+
     kind, path = kind_of(target), Path(target)
     if kind == "model":
         want = f"a config, which takes a model by its flag: jaxrl train CONFIG --model.path {target}"
@@ -76,15 +83,20 @@ def read_config(target: str, args: Sequence[str], own: Sequence[str] = ()) -> Ru
     return config.load(path, args, own)
 
 
-def read_run(target: str, args: Sequence[str], own: Sequence[str]) -> RunConfig:
+def read_run(target: str, args: Sequence[str], own: Sequence[str]) -> "RunConfig":
     """The config of a run directory alone."""
     if kind_of(target) != "run":
         raise refusal(target, "a run directory", args, own)
     return read_config(target, args, own)
 
 
-def read_evaluation(target: str, task: str | None, args: Sequence[str], own: Sequence[str] = ("--task",)) -> RunConfig:
+def read_evaluation(
+    target: str, task: str | None, args: Sequence[str], own: Sequence[str] = ("--task",)
+) -> "RunConfig":
     """A run directory's config, or that of `task` around a run's or a pretrained model."""
+    from jaxrl_llm import config
+    from jaxrl_llm.model.config import PretrainedModel
+
     kind = kind_of(target)
     if kind in ("file", "nothing", "directory"):
         raise refusal(target, POLICY, args, own)
@@ -94,7 +106,7 @@ def read_evaluation(target: str, task: str | None, args: Sequence[str], own: Seq
         )
     if kind == "model" and task is None:
         raise UserError(f"--task: got nothing, want what to evaluate {target} on: a config, or reasoning_gym:NAME")
-    base = config.load(Path(target) / "config.yaml") if kind == "run" else RunConfig()
+    base = config.load(Path(target) / "config.yaml") if kind == "run" else config.RunConfig()
     asked = base if task is None else _read_task(task, target)
     if kind != "run":
         compute = {"compute": asked.model.compute} if isinstance(asked.model, PretrainedModel) else {}
@@ -106,7 +118,9 @@ def read_evaluation(target: str, task: str | None, args: Sequence[str], own: Seq
     return config.validate(config.to_dict(found), target, args, own)
 
 
-def _read_task(task: str, target: str) -> RunConfig:
+def _read_task(task: str, target: str) -> "RunConfig":
+    from jaxrl_llm import config
+
     kind, colon, name = task.partition(":")
     if colon and kind == "reasoning_gym":
         values = {
@@ -121,8 +135,10 @@ def _read_task(task: str, target: str) -> RunConfig:
     return config.load(Path(task))
 
 
-def read_sampled(target: str, task: str | None, args: Sequence[str], own: Sequence[str]) -> tuple[RunConfig, bool]:
+def read_sampled(target: str, task: str | None, args: Sequence[str], own: Sequence[str]) -> "tuple[RunConfig, bool]":
     """What `jaxrl sample` draws from, and whether it has a task: a model by itself has none."""
+    from jaxrl_llm import config
+
     kind = kind_of(target)
     if task is not None:
         return read_evaluation(target, task, args, own), True
@@ -134,7 +150,8 @@ def read_sampled(target: str, task: str | None, args: Sequence[str], own: Sequen
 
 def list_values(target: str) -> str:
     """Every value of the config, with those of `target` where it has any."""
+    from jaxrl_llm import config
     from jaxrl_llm.options import listing
 
-    cfg = read_config(target, []) if kind_of(target) in ("file", "run") else RunConfig()
-    return listing(config.to_dict(cfg), RunConfig)
+    cfg = read_config(target, []) if kind_of(target) in ("file", "run") else config.RunConfig()
+    return listing(config.to_dict(cfg), config.RunConfig)
