@@ -1,7 +1,8 @@
 """`jaxrl train | sample | eval | plan | export | report`: arguments in, exit code out. Imports no jax until a command needs it.
 
-Exit codes: 0 done; 2 bad input, or a place that cannot be read or written; 3 no checkpoint can be used; 4 stopped by a guard;
-75 stopped and saved, start again to go on; 130 interrupted; 141 nobody reads the output any more. docs/commands.md has the table.
+Exit codes: 0 done; 2 bad input, or a place that cannot be read or written; 3 no checkpoint can be used, or none can be written;
+4 stopped by a guard; 75 stopped and saved, start again to go on; 130 stopped at once by Ctrl-C; 141 nobody reads the output any
+more. docs/commands.md has the table.
 """
 
 import json
@@ -89,13 +90,15 @@ def _fail(why: str, code: int) -> int:
 
 def _nobody_reads() -> bool:
     """Whether the reader of our output has gone, as `head` has after ten lines."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    return bool(poll.poll(0))
+    with suppress(OSError, ValueError):  # a stream without a file has no reader to lose
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return bool(poll.poll(0))
+    return False
 
 
 def _run(argv: Sequence[str]) -> int:
-    if not argv or argv[0] in HELP or argv[0] == "help":
+    if not argv or argv[0] == "help" or (HELP & set(argv) and argv[0] not in COMMANDS):
         print(USAGE)
         return 0 if argv else UserError.exit_code
     if argv[0] in VERSION:

@@ -172,7 +172,7 @@ def test_without_a_command_the_usage_is_shown(capsys):
 @pytest.mark.parametrize(
     "args",
     [["--help"], ["-h"], ["help"], ["train", "--help"], ["eval", "-h"], ["report", "--help"], ["report", "nowhere", "-h"],
-     ["--help", "train"], ["export", "--help", "x"]],
+     ["--help", "train"], ["--seed", "1", "--help"], ["export", "--help", "x"]],
 )  # fmt: skip
 def test_help_of_every_kind(capsys, args):
     assert cli.main(args) == 0
@@ -253,7 +253,6 @@ def test_what_the_system_refuses_is_one_line_in_every_command(capsys, monkeypatc
         raise error
 
     monkeypatch.setitem(cli.COMMANDS, command, refused)
-    monkeypatch.setattr(cli, "_nobody_reads", lambda: False)
     assert run(capsys, command, "x") == (2, f"jaxrl: {message}\n")
 
 
@@ -316,8 +315,8 @@ def test_a_reader_that_leaves_is_no_error():
 def test_at_its_end_train_names_the_next_command(tmp_path, capsys, monkeypatch, name):
     """Which runs as it stands, from where it was printed."""
     result = SimpleNamespace(measure="exact", before=0.25, after=0.5, run_dir=tmp_path / name)
-    monkeypatch.setitem(sys.modules, "jaxrl_llm.train", SimpleNamespace(train=lambda *_: result))
-    monkeypatch.setattr(cli, "start_jax", lambda: None)
+    monkeypatch.setitem(sys.modules, "jaxrl_llm.train", SimpleNamespace(train=lambda *_, **__: result))
+    monkeypatch.setattr(cli, "start_jax", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", CONFIG]) == 0
     *_, where, command, others = capsys.readouterr().out.splitlines()
