@@ -306,8 +306,8 @@ def test_targets_that_are_something_else(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("args", [["--version"], ["train", CONFIG, "--help"]], ids=["buffered", "long"])
 def test_a_reader_that_leaves_is_no_error(args):
     """`jaxrl ... | head`: nothing on stderr, and the exit code of a program that SIGPIPE ends."""
-    command = [sys.executable, "-m", "jaxrl_llm.cli", *args]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+    command, env = [sys.executable, "-m", "jaxrl_llm.cli", *args], {**os.environ, "PYTHONUNBUFFERED": ""}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=env) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait(60) == 141
 
