@@ -74,7 +74,7 @@ def read_config(target: str, args: Sequence[str], own: Sequence[str] = ()) -> "R
 
     kind, path = kind_of(target), Path(target)
     if kind == "model":
-        want = f"a config, which takes a model by its flag: jaxrl train CONFIG --model.path {target}"
+        want = f"a config file or a run directory; a model stands beside one: CONFIG --model.path {target}"
         raise refusal(target, want, args, own)
     if kind == "run":
         return config.load(path / "config.yaml", [f"--run_dir={path}", *args], own)

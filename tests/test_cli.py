@@ -287,8 +287,8 @@ def test_targets_that_are_something_else(tmp_path, capsys, monkeypatch):
         (["report", "empty"], "run directory empty: got a directory without metrics.jsonl, want one that `jaxrl train` wrote"),
         (["export", "empty", "--out", "x"], "empty: got a directory without config.yaml, want a run directory"),
         (["export", "model", "--out", "x"], "model: got a Hugging Face model directory, want a run directory"),
-        (["train", "model"], "model: got a Hugging Face model directory, want a config, which takes a model by its flag: "
-         "jaxrl train CONFIG --model.path model"),
+        (["train", "model"], f"model: got a Hugging Face model directory, want {config_or_run}; a model stands beside one: "
+            "CONFIG --model.path model"),
         (["eval", "file"], f"file: got a file, want {run_or_model}"),
         (["export", "file", "--out", "x"], "file: got a file, want a run directory"),
         (["report", "file"], "file: got a file, want a run directory"),
