@@ -1,31 +1,34 @@
 """`jaxrl train | sample | eval | plan | export | report`: arguments in, exit code out. Imports no jax until a command needs it.
 
-Exit codes: 0 done; 2 bad input; 3 no checkpoint can be used; 4 stopped by a guard; 75 stopped by SIGTERM and saved, start
-again to go on.
+Exit codes: 0 done; 2 bad input, or a place that cannot be read or written; 3 no checkpoint can be used, or none can be written;
+4 stopped by a guard; 75 stopped and saved, start again to go on; 130 stopped at once by Ctrl-C; 141 nobody reads the output any
+more. docs/commands.md has the table.
 """
 
-import argparse
-import dataclasses
 import json
 import logging
 import os
+import select
+import shlex
+import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from jaxrl_llm.errors import Preempted, UserError
-
-if TYPE_CHECKING:
-    from jaxrl_llm.config import RunConfig
+from jaxrl_llm.arguments import Reader, one_of, path, take, text, whole_number
+from jaxrl_llm.errors import Preempted, UserError, in_words
+from jaxrl_llm.targets import list_values, read_config, read_evaluation, read_run, read_sampled, refusal
 
 USAGE = """usage: jaxrl COMMAND TARGET [options] [--section.field value ...]
+       jaxrl --version
 
 commands
   train  CONFIG|RUN            train; goes on by itself if the run directory holds checkpoints
          --resume              refuse to start from scratch
-  sample CONFIG|RUN            draw responses and show tokens, log-probs, entropy and reward
-         --prompt TEXT         the prompt (default: the first held-out one)
+  sample CONFIG|RUN|MODEL      draw responses and show tokens, log-probs, entropy and reward
+         --prompt TEXT         the prompt (default: the first held-out one); a MODEL without --task has no other
+         --task TASK           whose settings, prompts and answers are taken, as for eval
          -n N                  number of responses (default 8)
          --benchmark           instead: tokens a second of the config's own rollouts, beside what the machine can do
   eval   RUN|MODEL             avg@k, pass@k and maj@k with 95 % intervals, as JSON
@@ -43,7 +46,8 @@ commands
          --out DIR             where; must not exist yet
          --dtype DTYPE         float32 or bfloat16 (default: model.compute)
          --adapter             its adapters alone, as PEFT reads them (default: the model with its adapters merged)
-  report RUN                   write RUN/report.html
+  report RUN                   write one HTML page of curves and responses
+         --out FILE            where (default: RUN/report.html)
 
 CONFIG is a YAML file (see configs/), RUN a run directory, MODEL a Hugging Face directory or hub name.
 Any value of the config can be set by its path, for example
@@ -56,34 +60,64 @@ replaces all parts of the objective. A flag of a part wins over one of its secti
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Errors that a person can mend are printed without a traceback."""
+    """Run one command. What a person can mend is one message without a traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(USAGE)
-        return 0 if argv else 2
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # Names of files and texts of models may hold what the terminal's encoding does not.
+            stream.reconfigure(errors="backslashreplace")
     try:
-        if argv[0] not in COMMANDS:
-            raise UserError(f"{argv[0]}: no such command{_near(argv[0], COMMANDS)}; jaxrl --help lists them")
-        if len(argv) < 2 or (argv[1].startswith("-") and argv[1] not in ("-h", "--help")):
-            raise UserError(
-                f"jaxrl {argv[0]}: got no {'RUN' if argv[0] in ('eval', 'export', 'report') else 'CONFIG'}; see jaxrl --help"
-            )
-        if argv[1] in ("-h", "--help"):
-            print(USAGE)
-            return 0
-        logging.basicConfig(format="%(message)s", level=logging.WARNING)
-        # That there is no PyTorch is no news here.
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        if argv[0] != "report" and {"-h", "--help"} & set(argv[2:]):
-            print(list_values(argv[1]))
-            return 0
-        return COMMANDS[argv[0]](argv[1], argv[2:])
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
     except (UserError, Preempted) as error:
-        print(f"jaxrl: {error}", file=sys.stderr)
-        return error.exit_code
+        return _fail(str(error), error.exit_code)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            # The interpreter flushes at exit, and would fail once more.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        return _fail(in_words(error), UserError.exit_code)
     except KeyboardInterrupt:
-        print("jaxrl: interrupted", file=sys.stderr)
-        return 130
+        return _fail("interrupted", 130)
+
+
+def _fail(why: str, code: int) -> int:
+    with suppress(OSError):
+        print(f"jaxrl: {why}", file=sys.stderr)
+    return code
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of our output has gone, as `head` has after ten lines."""
+    with suppress(OSError, ValueError):  # a stream without a file has no reader to lose
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return bool(poll.poll(0))
+    return False
+
+
+def _run(argv: Sequence[str]) -> int:
+    if not argv or argv[0] == "help" or (HELP & set(argv) and argv[0] not in COMMANDS):
+        print(USAGE)
+        return 0 if argv else UserError.exit_code
+    if argv[0] in VERSION:
+        print(version())
+        return 0
+    command, *rest = argv
+    if command not in COMMANDS:
+        raise UserError(f"{command}: no such command{_near(command, [*COMMANDS, *VERSION])}; jaxrl --help lists them")
+    if HELP & set(rest):
+        known = command not in WITHOUT_VALUES and rest[0] not in HELP
+        print(list_values(rest[0]) if known else USAGE)
+        return 0
+    if not rest or rest[0].startswith("-"):
+        wanted = "RUN" if command in ("eval", "export", "report") else "CONFIG"
+        raise UserError(f"jaxrl {command}: got no {wanted}; see jaxrl --help")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    # That there is no PyTorch is no news here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    return COMMANDS[command](rest[0], rest[1:])
 
 
 def _near(name: str, known: Iterable[str]) -> str:
@@ -93,65 +127,22 @@ def _near(name: str, known: Iterable[str]) -> str:
     return f", perhaps you meant {near[0]}" if near else ""
 
 
-def read_config(target: str, args: Sequence[str], own: Sequence[str] = ()) -> "RunConfig":
-    """The config of a YAML file or of a run directory, with flags over it; `own`: flags of the command itself."""
-    from jaxrl_llm import config
+def version() -> str:
+    """Versions of what computes, and whether an accelerator's plugin is installed; starts nothing."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
 
-    path = Path(target)
-    if path.is_dir():
-        return config.load(path / "config.yaml", [f"--run_dir={path}", *args], own)
-    return config.load(path, args, own)
+    def of(package: str) -> str | None:
+        with suppress(PackageNotFoundError):
+            return installed(package)
+        return None
 
-
-def list_values(target: str) -> str:
-    """Every value of the config, with those of `target` where that is one."""
-    from jaxrl_llm import config
-    from jaxrl_llm.options import listing
-
-    cfg = read_config(target, []) if Path(target).exists() else config.RunConfig()
-    return listing(config.to_dict(cfg), config.RunConfig)
-
-
-def read_evaluation(target: str, task: str | None, args: Sequence[str]) -> "RunConfig":
-    """What `jaxrl eval` runs: a run directory's config, or that of `task` around a pretrained model."""
-    from jaxrl_llm import config
-    from jaxrl_llm.model.config import PretrainedModel
-
-    path = Path(target)
-    if path.is_file():
-        raise UserError(f"{target}: got a file, want a run directory or a Hugging Face model")
-    if not path.exists() and target.count("/") != 1:
-        raise UserError(f"{target}: got no directory, want a run directory or a Hugging Face model")
-    is_run = path.is_dir() and not (path / "config.json").is_file()
-    if not is_run and task is None:
-        raise UserError(f"--task: got nothing, want what to evaluate {target} on: a config, or reasoning_gym:NAME")
-    base = config.load(path / "config.yaml") if is_run else config.RunConfig()
-    asked = base if task is None else _read_task(task, target)
-    if not is_run:
-        compute = {"compute": asked.model.compute} if isinstance(asked.model, PretrainedModel) else {}
-        base = dataclasses.replace(base, model=PretrainedModel(target, **compute))
-        base = dataclasses.replace(base, tokenizer=config.tokenizer_of(asked, target), mesh=asked.mesh)
-    found = dataclasses.replace(
-        base, run_dir=target, task=asked.task, reward=asked.reward, rollout=asked.rollout, evaluation=asked.evaluation
+    plugins = [f"{name} {of(name)}" for name in PLUGINS if of(name)]
+    return (
+        f"jaxrl_llm {of('jaxrl_llm') or 'not installed'}\n"
+        f"jax {of('jax') or 'not installed'}, jaxlib {of('jaxlib') or 'not installed'}, Python {sys.version.split()[0]}\n"
+        f"accelerators: {', '.join(plugins) or 'none, CPU alone; see docs/install.md'}"
     )
-    return config.validate(config.to_dict(found), target, args, ["--task"])
-
-
-def _read_task(task: str, target: str) -> "RunConfig":
-    from jaxrl_llm import config
-
-    kind, colon, name = task.partition(":")
-    if colon and kind == "reasoning_gym":
-        values = {
-            "task": {"kind": kind, "name": name, "size": 1, "held_out": 128},
-            "reward": kind,
-            "rollout": {"max_new_tokens": 256},
-            "model": {"path": target},
-        }
-        return config.validate(values, "--task")
-    if not Path(task).is_file():
-        raise UserError(f"--task: got {task}, want a config file, or reasoning_gym:NAME")
-    return config.load(Path(task))
 
 
 def start_jax() -> None:
@@ -161,109 +152,128 @@ def start_jax() -> None:
 
 
 def train(target: str, args: list[str]) -> int:
-    must_resume = "--resume" in args
-    cfg = read_config(target, [a for a in args if a != "--resume"], ["--resume"])
+    given, overrides = take(args, OPTIONS["train"])
+    cfg = read_config(target, overrides, list(OPTIONS["train"]))
     start_jax()
     from jaxrl_llm.train import train as run_training
 
-    result = run_training(cfg, must_resume)
+    result = run_training(cfg, "--resume" in given)
     before, after = ("not known" if x != x else f"{x:.4f}" for x in (result.before, result.after))
     print(f"held-out accuracy ({result.measure}): {before} before RL, {after} after")
     print(f"run directory: {result.run_dir}")
+    print(what_next(result.run_dir))
     return 0
 
 
+def what_next(run_dir: Path) -> str:
+    """Commands that look at a finished run, as this shell knows them."""
+    with suppress(OSError, ValueError):
+        run_dir = run_dir.relative_to(Path.cwd())
+    jaxrl, run = _program(), shlex.quote(str(run_dir))
+    return f"next: {jaxrl} report {run}   (one page of curves and responses)\n      likewise sample, eval, export"
+
+
+def _program() -> str:
+    """What to type for this program: its name where the shell finds it, else its path."""
+    called = Path(sys.argv[0])
+    if called.name != "jaxrl" or not called.exists():
+        return f"{shlex.quote(sys.executable)} -m jaxrl_llm.cli"
+    found = shutil.which("jaxrl")
+    return "jaxrl" if found and Path(found).samefile(called) else shlex.quote(str(called))
+
+
 def sample(target: str, args: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="jaxrl sample", add_help=False, allow_abbrev=False)
-    parser.add_argument("--prompt")
-    parser.add_argument("-n", type=int, default=8)
-    parser.add_argument("--benchmark", action="store_true")
-    given, overrides = parser.parse_known_args(args)
-    if given.n < 1:
-        raise UserError(f"-n: got {given.n}, want 1 or more")
-    cfg = read_config(target, overrides, ["--prompt", "--benchmark"])
+    given, overrides = take(args, OPTIONS["sample"])
+    cfg, has_task = read_sampled(target, given.get("--task"), overrides, list(OPTIONS["sample"]))
+    if not has_task and "--benchmark" in given:
+        raise UserError(f"--benchmark: {target} has no prompts of its own: want --task CONFIG beside it")
+    if not has_task and "--prompt" not in given:
+        raise UserError(
+            f"--prompt: {target} has no prompts of its own: want --prompt TEXT, or --task CONFIG, whose are taken"
+        )
     start_jax()
     from jaxrl_llm.inspect_run import benchmark_rollouts, sample_prompt
 
-    if given.benchmark:
+    if "--benchmark" in given:
         benchmark_rollouts(cfg)
     else:
-        sample_prompt(cfg, given.prompt, given.n)
+        sample_prompt(cfg, given.get("--prompt"), given.get("-n", 8), has_task)
     return 0
 
 
 def evaluate(target: str, args: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="jaxrl eval", add_help=False, allow_abbrev=False)
-    parser.add_argument("--task")
-    parser.add_argument("-k", type=int, default=8)
-    given, overrides = parser.parse_known_args(args)
-    if given.k < 1:
-        raise UserError(f"-k: got {given.k}, want 1 or more")
-    cfg = read_evaluation(target, given.task, overrides)
+    given, overrides = take(args, OPTIONS["eval"])
+    cfg = read_evaluation(target, given.get("--task"), overrides, list(OPTIONS["eval"]))
     start_jax()
     from jaxrl_llm.inspect_run import evaluate_target
 
-    print(json.dumps(evaluate_target(cfg, given.k), indent=1))
+    print(json.dumps(evaluate_target(cfg, given.get("-k", 8)), indent=1))
     return 0
 
 
 def plan(target: str, args: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="jaxrl plan", add_help=False, allow_abbrev=False)
-    parser.add_argument("--topology")
-    parser.add_argument("--chips", type=int)
-    parser.add_argument("--prompt-tokens", type=int, default=0)
-    parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--candidates", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
-    given, overrides = parser.parse_known_args(args)
-    for flag, value, least in (("--candidates", given.candidates, 1), ("--prompt-tokens", given.prompt_tokens, 0)):
-        if value < least:
-            raise UserError(f"{flag}: got {value}, want {least} or more")
-    own = ["--topology", "--chips", "--prompt-tokens", "--sweep", "--candidates", "--json"]
-    cfg = read_config(target, overrides, own)
+    given, overrides = take(args, OPTIONS["plan"])
+    cfg = read_config(target, overrides, list(OPTIONS["plan"]))
     from jaxrl_llm.plan import command, show, sweep
 
-    wanted = command.Target(given.topology, given.chips, given.prompt_tokens)
-    if given.sweep:
+    wanted = command.Target(given.get("--topology"), given.get("--chips"), given.get("--prompt-tokens", 0))
+    if "--sweep" in given:
         again = [a for a in args if a not in ("--sweep", "--json")]
-        found = sweep.sweep(
-            cfg, wanted, [sys.executable, "-m", "jaxrl_llm.cli", "plan", target, *again], given.candidates
-        )
-        print(json.dumps(found, indent=1) if given.json else show.sweep_table(found))
-        return 0
-    found = command.plan(cfg, wanted)
-    print(json.dumps(found, indent=1) if given.json else show.show(found))
+        line = [sys.executable, "-m", "jaxrl_llm.cli", "plan", target, *again]
+        found = sweep.sweep(cfg, wanted, line, given.get("--candidates", 3))
+    else:
+        found = command.plan(cfg, wanted)
+    in_text = show.sweep_table if "--sweep" in given else show.show
+    print(json.dumps(found, indent=1) if "--json" in given else in_text(found))
     return 0
 
 
 def export(target: str, args: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="jaxrl export", add_help=False, allow_abbrev=False)
-    parser.add_argument("--out")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-    parser.add_argument("--adapter", action="store_true")
-    given, overrides = parser.parse_known_args(args)
-    if not given.out:
+    given, overrides = take(args, OPTIONS["export"])
+    if "--out" not in given:
         raise UserError("--out: got nothing, want the directory to write")
-    if not Path(target).is_dir():
-        raise UserError(f"{target}: got no directory, want a run directory")
-    cfg = read_config(target, overrides, ["--out", "--dtype", "--adapter"])
+    cfg, out = read_run(target, overrides, list(OPTIONS["export"])), Path(given["--out"]).absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out: got {out}, a place that is taken, want a new or an empty directory")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"--out: got {out}, want a place that can be written, which {out.parent} cannot")
     start_jax()
     from jaxrl_llm.inspect_run import export_run
 
-    print(export_run(cfg, Path(given.out), given.dtype, given.adapter))
+    print(export_run(cfg, out, given.get("--dtype"), "--adapter" in given))
     return 0
 
 
 def report(target: str, args: list[str]) -> int:
     from jaxrl_llm.report.build import build
 
-    if args:
-        raise UserError(f"jaxrl report: got {' '.join(args)}, want a run directory and nothing else")
-    print(build(Path(target)))
+    given, others = take(args, OPTIONS["report"])
+    if others:
+        raise UserError(f"jaxrl report: got {' '.join(others)}, want a run directory and nothing else but --out FILE")
+    if not target or not Path(target).is_dir():
+        raise refusal(target, "a run directory")
+    print(build(Path(target), Path(given["--out"]) if "--out" in given else None))
     return 0
 
 
 COMMANDS = {"train": train, "sample": sample, "eval": evaluate, "plan": plan, "export": export, "report": report}
+OPTIONS: dict[str, Mapping[str, Reader | None]] = {
+    "train": {"--resume": None},
+    "sample": {"--prompt": text, "--task": text, "-n": whole_number(1), "--benchmark": None},
+    "eval": {"--task": text, "-k": whole_number(1)},
+    "plan": {
+        "--topology": text, "--chips": whole_number(1), "--prompt-tokens": whole_number(0), "--sweep": None,
+        "--candidates": whole_number(1), "--json": None,
+    },
+    "export": {"--out": path, "--dtype": one_of("float32", "bfloat16"), "--adapter": None},
+    "report": {"--out": path},
+}  # fmt: skip
+WITHOUT_VALUES = ("report",)
+"""Commands that read no config."""
+HELP = {"-h", "--help"}
+VERSION = ("--version", "-V", "version")
+PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -175,6 +175,8 @@ def _misfits(values: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
     if isinstance(name, str) and name and name not in PRESETS:
         hint = f"; perhaps you meant {nearest(name)}" if nearest(name) else ""
         found.append((("objective", "preset"), f"got {name!r}, want one of {', '.join(PRESETS)}{hint}"))
+    if values.get("run_dir") == "":
+        found.append((("run_dir",), "got nothing, want a directory"))
     model, tokenizer = values.get("model", {}), values.get("tokenizer", CharacterTokenizer())
     pretrained = isinstance(tokenizer, dict) and "alphabet" not in tokenizer and not tokenizer.get("path")
     if pretrained and isinstance(model, dict) and "path" not in model:

@@ -19,6 +19,7 @@ from jaxrl_llm.life import Life, begin, open_checkpoints, target
 from jaxrl_llm.metrics import printable
 from jaxrl_llm.model import lora
 from jaxrl_llm.model.config import PretrainedModel
+from jaxrl_llm.model.hf.config import read_json
 from jaxrl_llm.model.hf.export import export
 from jaxrl_llm.model.hf.load import load
 from jaxrl_llm.model.hf.peft import export_adapter
@@ -26,11 +27,12 @@ from jaxrl_llm.model.hf.source import resolve as resolve_model
 from jaxrl_llm.model.params import count, policy_part, shardings, unstack
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
-from jaxrl_llm.prompts.rows import Row
 from jaxrl_llm.prompts.stream import make_prompts, next_prompts
+from jaxrl_llm.prompts.task import Task
+from jaxrl_llm.prompts.tokenizer import load_tokenizer
 from jaxrl_llm.rates import decode_rates
 from jaxrl_llm.rewards.pool import GraderPool
-from jaxrl_llm.run import Run, build, publish
+from jaxrl_llm.run import Run, build, publish, read_task
 from jaxrl_llm.types import Finish, Policy, PyTree, Rollouts
 
 EVALUATED_AT_ONCE = 64
@@ -128,11 +130,16 @@ def export_run(cfg: RunConfig, out: Path, dtype: str | None, adapter: bool = Fal
     return out
 
 
-def sample_prompt(cfg: RunConfig, text: str | None, n: int) -> None:
-    """Print `n` responses to one prompt: tokens with log-prob and entropy, and the reward where the answer is known."""
-    run = build(_reshape(cfg, 1, n))
+def sample_prompt(cfg: RunConfig, text: str | None, n: int, has_task: bool = True) -> None:
+    """Print `n` responses to one prompt: tokens with log-prob and entropy, and the reward where the answer is known.
+
+    Args:
+        text: the prompt; None: the task's first held-out one.
+        has_task: whether the config's own task counts. Else the prompt is all that there is.
+    """
+    run = build(_reshape(cfg, 1, n), read_task=partial(_asking, text=text, has_task=has_task))
     source = open_source(run)
-    row = _find(run, text)
+    row = run.task.held_out[0]
     prompts = make_prompts(run.task, (row,), np.zeros(run.cfg.rollout.prompts, int), np.arange(run.cfg.rollout.prompts))
     reward = np.full(n, np.nan)
     if row.answer:
@@ -144,6 +151,36 @@ def sample_prompt(cfg: RunConfig, text: str | None, n: int) -> None:
     print(f"{printable(row.prompt)}   from {source.name}, temperature {cfg.rollout.temperature}")
     for b in range(n):
         print(_line(run, rollouts, b, float(reward[b])))
+
+
+def _asking(cfg: RunConfig, text: str | None, has_task: bool) -> Task:
+    """The task with this prompt as the only held-out one, however long the task's own are."""
+    task = read_task(cfg) if has_task else Task((), (), load_tokenizer(cfg.tokenizer))
+    if text is None:
+        return task
+    if unknown := task.tokenizer.unknown(text):
+        raise UserError(
+            f"--prompt: got characters {' '.join(map(repr, unknown))}, want only those of tokenizer.alphabet"
+        )
+    row = task.row(text)
+    most = _positions(cfg) - cfg.rollout.max_new_tokens
+    if len(row.tokens) > most:
+        raise UserError(
+            f"--prompt: got {len(row.tokens):,} tokens, want {max(most, 0):,} at most: the model was made for {_positions(cfg):,} "
+            f"positions, and rollout.max_new_tokens takes {cfg.rollout.max_new_tokens:,} of them"
+        )
+    # Something must be trained on, though nothing is.
+    return dataclasses.replace(task, train=task.train or (row,), held_out=(row,))
+
+
+def _positions(cfg: RunConfig) -> float:
+    """Of prompt and response together, as the model's config.json says; without one there is no such number."""
+    if not isinstance(cfg.model, PretrainedModel):
+        return float("inf")
+    values = read_json(resolve_model(cfg.model.path, ("config.json",)) / "config.json")
+    inner = values.get("text_config")
+    found = (inner if isinstance(inner, dict) else values).get("max_position_embeddings")
+    return found if isinstance(found, int) else float("inf")
 
 
 def benchmark_rollouts(cfg: RunConfig, calls: int = 5) -> None:
@@ -202,15 +239,3 @@ def _reshape(cfg: RunConfig, prompts: int, samples: int) -> RunConfig:
         update=dataclasses.replace(cfg.update, minibatches=1, micro_batches=1),
         warm_start=dataclasses.replace(cfg.warm_start, rows=split),
     )
-
-
-def _find(run: Run, text: str | None) -> Row:
-    """The task's row for a prompt, or one without an answer."""
-    if text is None:
-        return run.task.held_out[0]
-    if not text:
-        raise UserError("--prompt: got nothing, want text")
-    row = run.task.row(text)
-    if len(row.tokens) > run.task.prompt_slots:
-        raise UserError(f"--prompt: got {len(row.tokens)} tokens, want {run.task.prompt_slots} at most, as in the task")
-    return row

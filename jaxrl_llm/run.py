@@ -120,11 +120,20 @@ def no_refusals(cfg: RunConfig, task: Task | None) -> list[str]:
     return []
 
 
-def build(cfg: RunConfig, refusals: Callable[[RunConfig, Task | None], list[str]] = no_refusals) -> Run:
-    """Raises UserError with everything that does not fit, before anything compiles; `refusals`: what the caller cannot do."""
+def read_task(cfg: RunConfig) -> Task:
+    return load_task(cfg.task, load_tokenizer(cfg.tokenizer), cfg.seed)
+
+
+def build(
+    cfg: RunConfig,
+    refusals: Callable[[RunConfig, Task | None], list[str]] = no_refusals,
+    read_task: Callable[[RunConfig], Task] = read_task,
+) -> Run:
+    """Raises UserError with everything that does not fit, before anything compiles; `refusals`: what the caller cannot do;
+    `read_task`: where another task takes the place of the config's."""
     found: list[str] = []
     model = _or_words(found, lambda: read_model(cfg))
-    task = _or_words(found, lambda: load_task(cfg.task, load_tokenizer(cfg.tokenizer), cfg.seed))
+    task = _or_words(found, lambda: read_task(cfg))
     found += problems(cfg if model is None else dataclasses.replace(cfg, model=model), task) + refusals(cfg, task)
     if found or model is None or task is None:
         raise UserError("\n".join(found))

@@ -72,7 +72,9 @@ ALLOWED = {
         "unread",
     },
     "plan": FOUNDATION | STAGES | {"chips", "config", "model", "publish", "run"},
-    "cli": {"errors", "config", "options", "parallel", "report", "plan", "train", "inspect_run"},
+    "arguments": {"errors"},
+    "targets": {"errors", "config", "options", "model", "values"},
+    "cli": {"arguments", "errors", "parallel", "report", "plan", "targets", "train", "inspect_run"},
 }
 NEVER = {"configs", "tests", "benchmarks", "launch", "docs"}
 VAGUE = {"utils", "util", "common", "core", "helpers", "helper", "manager", "misc"}

@@ -170,7 +170,7 @@ def test_sampling_a_prompt_that_cannot_be_spelled(tmp_path):
 
 def test_eval_of_something_that_is_no_run(tmp_path):
     assert "want a run directory" in jaxrl("eval", ROOT / "configs/arithmetic.yaml")
-    assert "config.yaml: cannot be read" in jaxrl("eval", tmp_path)
+    assert "got a directory without config.yaml, want a run directory" in jaxrl("eval", tmp_path)
 
 
 def test_rows_too_short_for_a_sequence_or_a_pair_are_refused(tmp_path):

@@ -1,9 +1,14 @@
 """The command line: fast before anything is needed, and bad input ends with 2 and one clear message."""
 
+import errno
+import os
+import shlex
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -76,18 +81,53 @@ def run(capsys, *args: str) -> tuple[int, str]:
         (["train", "--seed", "1"], "jaxrl: jaxrl train: got no CONFIG; see jaxrl --help"),
         (["eval"], "jaxrl: jaxrl eval: got no RUN; see jaxrl --help"),
         (["report"], "jaxrl: jaxrl report: got no RUN; see jaxrl --help"),
-        (["train", "nowhere.yaml"], "jaxrl: nowhere.yaml: cannot be read: No such file or directory"),
+        (
+            ["train", "nowhere.yaml"],
+            "jaxrl: nowhere.yaml: got no such file or directory, want a config file or a run directory",
+        ),
         (["eval", CONFIG], f"jaxrl: {CONFIG}: got a file, want a run directory or a Hugging Face model"),
-        (["eval", "nowhere"], "jaxrl: nowhere: got no directory, want a run directory or a Hugging Face model"),
+        (
+            ["eval", "nowhere"],
+            "jaxrl: nowhere: got no such file or directory, want a run directory or a Hugging Face model",
+        ),
         (
             ["eval", "some/model"],
-            "jaxrl: --task: got nothing, want what to evaluate some/model on: a config, or reasoning_gym:NAME",
+            "jaxrl: some/model: got no such directory, want a run directory or a Hugging Face model; with a model on the hub, "
+            "--task too: a config, or reasoning_gym:NAME",
         ),
         (["eval", "some/model", "--task", "x"], "jaxrl: --task: got x, want a config file, or reasoning_gym:NAME"),
         (["eval", "some/model", "-k", "0"], "jaxrl: -k: got 0, want 1 or more"),
         (["export", "nowhere"], "jaxrl: --out: got nothing, want the directory to write"),
-        (["export", "nowhere", "--out", "x"], "jaxrl: nowhere: got no directory, want a run directory"),
+        (["export", "nowhere", "--out", "x"], "jaxrl: nowhere: got no such file or directory, want a run directory"),
         (["sample", CONFIG, "-n", "0"], "jaxrl: -n: got 0, want 1 or more"),
+        (["sample", CONFIG, "-n", "x"], "jaxrl: -n: got x, want a whole number"),
+        (["sample", CONFIG, "-nx"], "jaxrl: -n: got x, want a whole number"),
+        (["sample", CONFIG, "-n=1.5"], "jaxrl: -n: got 1.5, want a whole number"),
+        (["sample", CONFIG, "-n"], "jaxrl: -n: got no value, want -n VALUE; -n=VALUE where it begins with --"),
+        (["sample", CONFIG, "-n", "9" * 5000], f"jaxrl: -n: got {'9' * 60}..., want a whole number"),
+        (["sample", CONFIG, "--prompt="], "jaxrl: --prompt: got nothing, want some text"),
+        (["sample", CONFIG, "--prompt", "\udcff"], "jaxrl: --prompt: got \\udcff, want text in UTF-8"),
+        (["sample", CONFIG, "--prompt", "-n=2", "-n", "x"], "jaxrl: -n: got x, want a whole number"),
+        (["sample", CONFIG, "--benchmark=no"], "jaxrl: --benchmark: got no, want no value: it is on where it stands"),
+        (["train", CONFIG, "--resume=yes"], "jaxrl: --resume: got yes, want no value: it is on where it stands"),
+        (["train", CONFIG, "--run_dir="], "jaxrl: --run_dir: got nothing, want a directory"),
+        (["train", CONFIG, "--run-dir", ""], "jaxrl: --run_dir: got nothing, want a directory"),
+        (["plan", CONFIG, "--chips", "0"], "jaxrl: --chips: got 0, want 1 or more"),
+        (
+            ["plan", CONFIG, "--chips", "two", "--prompt_tokens", "-1"],
+            "jaxrl: --chips: got two, want a whole number\n--prompt-tokens: got -1, want 0 or more",
+        ),
+        (["plan", CONFIG, "--json=1"], "jaxrl: --json: got 1, want no value: it is on where it stands"),
+        (["plan", CONFIG, "--topology="], "jaxrl: --topology: got nothing, want some text"),
+        (
+            ["export", "x", "--out", "y", "--dtype", "float64"],
+            "jaxrl: --dtype: got float64, want one of float32, bfloat16",
+        ),
+        (["export", "x", "--out="], "jaxrl: --out: got nothing, want a path"),
+        (["report", "x", "--out"], "jaxrl: --out: got no value, want --out VALUE; --out=VALUE where it begins with --"),
+        (["--verion"], "jaxrl: --verion: no such command, perhaps you meant --version; jaxrl --help lists them"),
+        (["train", ""], "jaxrl: the target: got no such file or directory, want a config file or a run directory"),
+        (["report", ""], "jaxrl: the target: got no such file or directory, want a run directory"),
         (
             ["train", CONFIG, "--update.optimizer.lr", "-1"],
             "jaxrl: --update.optimizer.lr: got -1, want: input should be greater than 0",
@@ -113,9 +153,9 @@ def test_bad_input_is_one_message_and_exit_code_2(capsys, args, message):
         (["plan", CONFIG, "--sweeep", "--chip=2"], ["--sweeep", "meant --sweep", "--chip:", "meant --chips"]),
         (["export", str(ROOT / "configs"), "--out", "x", "--adaptor"], ["--adaptor", "meant --adapter"]),
         (["sample", CONFIG, "-n", "many"], ["-n", "many"]),
-        (["eval", str(ROOT / "configs")], ["config.yaml", "cannot be read"]),
-        (["report", str(ROOT / "nowhere")], ["nowhere", "no such directory"]),
-        (["report", str(ROOT), "--seed", "1"], ["--seed 1", "want a run directory and nothing else"]),
+        (["eval", str(ROOT / "configs")], ["got a directory without config.yaml, want a run directory"]),
+        (["report", str(ROOT / "nowhere")], ["nowhere: got no such file or directory, want a run directory"]),
+        (["report", str(ROOT), "--seed", "1"], ["--seed 1", "want a run directory and nothing else but --out FILE"]),
     ],
 )
 def test_typos_are_named_and_exit_with_2(capsys, args, words):
@@ -129,7 +169,11 @@ def test_without_a_command_the_usage_is_shown(capsys):
     assert capsys.readouterr().out.startswith("usage: jaxrl COMMAND")
 
 
-@pytest.mark.parametrize("args", [["--help"], ["-h"], ["help"], ["train", "--help"], ["eval", "-h"]])
+@pytest.mark.parametrize(
+    "args",
+    [["--help"], ["-h"], ["help"], ["train", "--help"], ["eval", "-h"], ["report", "--help"], ["report", "nowhere", "-h"],
+     ["--help", "train"], ["--seed", "1", "--help"], ["export", "--help", "x"]],
+)  # fmt: skip
 def test_help_of_every_kind(capsys, args):
     assert cli.main(args) == 0
     assert "--section.field value" in capsys.readouterr().out
@@ -160,6 +204,152 @@ def test_exit_codes_are_the_errors_own(capsys, monkeypatch):
 
         monkeypatch.setitem(cli.COMMANDS, "train", stop)
         assert run(capsys, "train", "x") == (code, "jaxrl: why\n")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["train", "nowhere"],
+        ["sample", "nowhere", "--seed", "1"],
+        ["plan", "--seed", "1"],
+        ["export", str(ROOT / "configs")],
+    ],
+)
+def test_help_behind_anything_lists_the_values(capsys, args):
+    assert cli.main([*args, "--help"]) == 0
+    assert "--update.optimizer.lr NUMBER = " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("word", ["--version", "-V", "version"])
+def test_version_tells_what_computes_and_starts_nothing(capsys, word):
+    assert cli.main([word]) == 0
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first == f"jaxrl_llm {version('jaxrl_llm')}"
+    assert second == f"jax {version('jax')}, jaxlib {version('jaxlib')}, Python {sys.version.split()[0]}"
+    assert third.startswith("accelerators: ")
+
+
+def test_version_is_instant():
+    """Below 0.5 s, as `--help`: jax is not imported. Twice that is asserted, since other tests run beside this one."""
+    done, seconds = best_of_three("--version")
+    assert done.returncode == 0 and seconds < 1.0
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "eval", "plan", "export", "report"])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.EROFS, "no", "runs/a"), "runs/a: no; want a place that can be written"),
+        (OSError(errno.ENOSPC, "full", "a", None, "b"), "a: full; free some space there, then start again"),
+        (OSError(errno.ENOSPC, "full"), "full; free some space there, then start again"),
+        (PermissionError(errno.EACCES, "no", b"a"), "a: no; want a place that this user may read and write"),
+        (OSError("a library's own\n  words"), "a library's own words"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), "Broken pipe"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_in_every_command(capsys, monkeypatch, command, error, message):
+    def refused(*_):
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, command, refused)
+    assert run(capsys, command, "x") == (2, f"jaxrl: {message}\n")
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "eval", "plan", "report"])
+def test_a_target_that_the_system_refuses(capsys, command):
+    name = "a" * 300
+    code, said = run(capsys, command, name)
+    assert (code, said.splitlines()) == (2, [f"jaxrl: {name}: File name too long; want a shorter name"])
+
+
+def test_targets_that_are_something_else(tmp_path, capsys, monkeypatch):
+    """Each command with a file, an empty directory, a model, a run and a slip of the pen."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("seed: 1")
+    for name, file in (("model", "config.json"), ("runs/add", "config.yaml"), ("runs/b", "config.yaml"), ("empty", "")):
+        (tmp_path / name).mkdir(parents=True)
+        if file:
+            (tmp_path / name / file).write_text("{}")
+    os.utime(tmp_path / "runs/b", (1, 1))
+    below = "; a part of this path is a file, want directories"
+    taken = ", a place that is taken, want a new or an empty directory"
+    run_or_model, config_or_run = "a run directory or a Hugging Face model", "a config file or a run directory"
+    for args, message in (
+        (["eval", "runs/ad"], f"runs/ad: got no such file or directory, want {run_or_model}; perhaps you meant runs/add"),
+        (["eval", "runs/nope"], f"runs/nope: got no such file or directory, want {run_or_model}; there is runs/add, runs/b"),
+        (["sample", "runs/nope"], f"runs/nope: got no such file or directory, want {config_or_run}; there is runs/add, runs/b"),
+        (["report", "runs/ad"], "runs/ad: got no such file or directory, want a run directory; perhaps you meant runs/add"),
+        (["export", "runs/ad", "--out", "x"],
+         "runs/ad: got no such file or directory, want a run directory; perhaps you meant runs/add"),
+        (["train", "empty"], f"empty: got a directory without config.yaml, want {config_or_run}"),
+        (["eval", "empty"], f"empty: got a directory without config.yaml, want {run_or_model}"),
+        (["report", "empty"], "run directory empty: got a directory without metrics.jsonl, want one that `jaxrl train` wrote"),
+        (["export", "empty", "--out", "x"], "empty: got a directory without config.yaml, want a run directory"),
+        (["export", "model", "--out", "x"], "model: got a Hugging Face model directory, want a run directory"),
+        (["train", "model"], f"model: got a Hugging Face model directory, want {config_or_run}; a model stands beside one: "
+            "CONFIG --model.path model"),
+        (["eval", "file"], f"file: got a file, want {run_or_model}"),
+        (["export", "file", "--out", "x"], "file: got a file, want a run directory"),
+        (["report", "file"], "file: got a file, want a run directory"),
+        (["eval", "model"], "--task: got nothing, want what to evaluate model on: a config, or reasoning_gym:NAME"),
+        (["sample", "model"], "--prompt: model has no prompts of its own: want --prompt TEXT, or --task CONFIG, whose are taken"),
+        (["sample", "model", "--prompt", "x", "--benchmark"],
+         "--benchmark: model has no prompts of its own: want --task CONFIG beside it"),
+        (["export", "runs/b", "--out", "file"], f"--out: got {tmp_path}/file{taken}"),
+        (["export", "runs/b", "--out", "runs"], f"--out: got {tmp_path}/runs{taken}"),
+        (["export", "runs/b", "--out", "file/x/y"], f"{tmp_path}/file/x: Not a directory{below}"),
+    ):  # fmt: skip
+        assert run(capsys, *args) == (2, f"jaxrl: {message}\n"), args
+
+
+@pytest.mark.parametrize("args", [["--version"], ["train", CONFIG, "--help"]], ids=["buffered", "long"])
+def test_a_reader_that_leaves_is_no_error(args):
+    """`jaxrl ... | head`: nothing on stderr, and the exit code of a program that SIGPIPE ends."""
+    command, env = [sys.executable, "-m", "jaxrl_llm.cli", *args], {**os.environ, "PYTHONUNBUFFERED": ""}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=env) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(60) == 141
+
+
+@pytest.mark.parametrize("name", ["runs/a", "a run"])
+def test_at_its_end_train_names_the_next_command(tmp_path, capsys, monkeypatch, name):
+    """Which runs as it stands, from where it was printed."""
+    result = SimpleNamespace(measure="exact", before=0.25, after=0.5, run_dir=tmp_path / name)
+    monkeypatch.setitem(sys.modules, "jaxrl_llm.train", SimpleNamespace(train=lambda *_, **__: result))
+    monkeypatch.setattr(cli, "start_jax", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", CONFIG]) == 0
+    *_, where, command, others = capsys.readouterr().out.splitlines()
+    assert where == f"run directory: {tmp_path / name}" and others == "      likewise sample, eval, export"
+    typed = shlex.split(command.removeprefix("next: ").split("   (")[0])
+    assert typed[-2:] == ["report", name]
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / name / "metrics.jsonl").write_text("")
+    done = subprocess.run(
+        typed, capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert (done.returncode, done.stdout) == (0, f"{name}/report.html\n"), done.stderr
+
+
+def test_the_next_command_is_named_as_this_shell_knows_it(tmp_path, monkeypatch):
+    """After `make quickstart` the shell knows no `jaxrl`; in an activated environment it does; another's is not meant."""
+    for place in ("venv", "other"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "jaxrl").touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["venv/jaxrl"])
+    for path, name in (("", "venv/jaxrl"), ("venv", "jaxrl"), ("other", "venv/jaxrl"), ("venv:other", "jaxrl")):
+        monkeypatch.setenv("PATH", ":".join(str(tmp_path / p) for p in path.split(":")) if path else "/nowhere")
+        assert cli.what_next(tmp_path / "runs/a").splitlines()[0].startswith(f"next: {name} report runs/a ")
+
+
+def test_an_export_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path, capsys, monkeypatch):
+    (tmp_path / "config.yaml").write_text("{}")
+    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
+    assert run(capsys, "export", str(tmp_path), "--out", str(tmp_path / "x")) == (
+        2, f"jaxrl: --out: got {tmp_path}/x, want a place that can be written, which {tmp_path} cannot\n"
+    )  # fmt: skip
 
 
 def test_what_is_evaluated_and_on_what(tmp_path):

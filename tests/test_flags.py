@@ -264,7 +264,7 @@ def test_words_stay_words_and_numbers_become_numbers(tmp_path):
     assert (cfg.update.optimizer.lr, cfg.rollout.raw_logprobs, cfg.update.guards.max_mismatch_kl) == (1e-3, True, None)
     assert read(tmp_path, "seed: 0", "--mesh.data", "-1", "--mesh.fsdp=2").mesh == MeshConfig(-1, 2)
     assert read(tmp_path, "seed: 0", "--run_dir=--x=y").run_dir == "--x=y"
-    assert read(tmp_path, "run_dir: a", "--run_dir", "").run_dir == ""
+    assert read(tmp_path, "task: {kind: file, path: a}", "--task.answer", "").task.answer == ""
 
 
 def test_the_last_of_two_flags_wins_and_a_part_wins_over_its_section(tmp_path):

@@ -1,23 +1,29 @@
 """A run directory -> one HTML page: charts of the metrics, the last recorded rollouts token by token, the config.
 
-Enters: metrics.jsonl, rollouts.jsonl and config.yaml as a run left them, complete or not. Leaves: a page without scripts, servers
-or outside resources. All text of models and data sets is escaped twice over: by jinja2 for HTML, by `printable` for invisible and
-bidirectional characters, which could make a page read differently from what it holds.
+Enters: metrics.jsonl, rollouts.jsonl and config.yaml as a run, or a person after it, left them. Leaves: a page without scripts,
+servers or outside resources. All text of models and data sets is escaped twice over: by jinja2 for HTML, by `printable` for
+invisible and bidirectional characters, which could make a page read differently from what it holds.
 """
 
+import functools
+import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from jaxrl_llm.errors import UserError
-from jaxrl_llm.metrics import METRICS, ROLLOUTS, iter_jsonl, printable, read_jsonl
+from jaxrl_llm.errors import UserError, in_words
+from jaxrl_llm.metrics import METRICS, ROLLOUTS, printable
+from jaxrl_llm.report.records import Reader, metrics_row, rollouts_row
 
+log = logging.getLogger("jaxrl_llm.report")
+CONFIG = "config.yaml"
 STEPS, ROWS = 3, 64
 """Rollouts are shown for this many of the last recorded steps, and at most this many rows of each."""
 COLUMNS = 240
@@ -43,6 +49,7 @@ CHARTS = (  # title, metrics drawn in it; a chart without data is left out
     ("learning rate", ("lr",)),
     ("tokens/s", ("tokens_per_s",)),
 )
+DRAWN = frozenset(name for _, names in CHARTS for name in names)
 OVERLAPPING_TIMES = {"time/compile", "time/step"}  # seconds that other timers count too
 
 Row = Mapping[str, Any]
@@ -97,38 +104,76 @@ class Token:
 def build(run_dir: Path, out: Path | None = None) -> Path:
     """Write the page of a run and return its path, by default `<run_dir>/report.html`.
 
+    Lines that are no rows are left out; how many, and where the first is, stands on the page and is logged.
+
     Raises:
-        UserError: `run_dir` or its metrics.jsonl is missing, or a file is not JSON lines.
+        UserError: `run_dir` or its metrics.jsonl is missing, or `out` cannot be written.
     """
     run_dir = Path(run_dir)
     if not (run_dir / METRICS).is_file():
         found = f"a directory without {METRICS}" if run_dir.is_dir() else "no such directory"
         raise UserError(f"run directory {run_dir}: got {found}, want one that `jaxrl train` wrote")
-    rows = read_jsonl(run_dir / METRICS)
+    out = run_dir / "report.html" if out is None else Path(out)
+    if out.exists() and (not out.is_file() or any(out.samefile(p) for p in _sources(run_dir))):
+        raise UserError(f"--out: got {out}, want a file to write, and none that the page is made of")
+    text, told = _page(run_dir)
+    for line in told:
+        log.warning("%s", line)
+    _write(out, text)
+    return out
+
+
+def _sources(run_dir: Path) -> list[Path]:
+    """What the page is made of, as far as it is there."""
+    return [path for path in (run_dir / METRICS, run_dir / ROLLOUTS, run_dir / CONFIG) if path.is_file()]
+
+
+def _page(run_dir: Path) -> tuple[str, list[str]]:
+    """The page, and what had to be left out."""
+    metrics = Reader(run_dir / METRICS, functools.partial(metrics_row, drawn=DRAWN))
+    rollouts = Reader(run_dir / ROLLOUTS, rollouts_row)
+    rows = sorted(metrics, key=lambda row: row["step"])
     phases = {
         "Training": [
             row if row.get("phase") != "warm_start" else _evaluated(row) for row in rows if _is_of_training(row)
         ],
         "Warm start": [row for row in rows if row.get("phase") == "warm_start"],
     }
-    config = run_dir / "config.yaml"
-    loader = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
-    jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = jinja.get_template("page.html.j2").render(
+    steps = _last_steps(rollouts) if (run_dir / ROLLOUTS).is_file() else []
+    told = [printable(line) for line in (*metrics.told, *rollouts.told)]
+    config = run_dir / CONFIG
+    text = _template().render(
         name=printable(run_dir.resolve().name),
         facts=_facts(phases["Training"]),
+        told=told,
         sections=[(title, draw_charts(part)) for title, part in phases.items() if part],
-        warnings=[(row["step"], _lines(str(text))) for row in rows for text in row.get("warnings", ())],
-        steps=_read_rollouts(run_dir / ROLLOUTS),
+        warnings=[(row["step"], _lines(text)) for row in rows for text in row.get("warnings") or ()],
+        steps=steps,
         config=_lines(config.read_text(encoding="utf-8", errors="replace")) if config.is_file() else None,
         frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM, "top": TOP},
         faintest=FAINTEST_LOGPROB,
     )
-    out = run_dir / "report.html" if out is None else Path(out)
-    half = out.with_name(out.name + ".part")  # renamed at the end: a browser never reloads half a page
-    half.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(half, out)
-    return out
+    return text, told
+
+
+@functools.cache
+def _template() -> Template:
+    loader = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
+    jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return jinja.get_template("page.html.j2")
+
+
+def _write(out: Path, text: str) -> None:
+    """Whole or not at all: a browser never reloads half a page, and a full disk leaves the older one."""
+    half = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        half.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(half, out)
+    except OSError as error:
+        with suppress(OSError):
+            half.unlink()
+        raise UserError(f"{in_words(error, out)}; --out FILE puts the page elsewhere") from None
 
 
 def _is_of_training(row: Row) -> bool:
@@ -272,10 +317,10 @@ def _bands(frame: Frame, rows: Sequence[Row], names: Sequence[str]) -> list[tupl
     return [(x, round(max(2.0, end - x), 1), text) for x, end, text in zip(edges, edges[1:], texts, strict=False)]
 
 
-def _read_rollouts(path: Path) -> list[dict[str, Any]]:
+def _last_steps(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Return the last recorded steps, newest first: step, groups (prompt, samples), left_out (rows not shown)."""
     kept: dict[int, list[Row]] = {}
-    for row in iter_jsonl(path) if path.is_file() else ():
+    for row in rows:
         kept.setdefault(row["step"], []).append(row)
         if len(kept) > STEPS:
             del kept[min(kept)]
@@ -283,25 +328,29 @@ def _read_rollouts(path: Path) -> list[dict[str, Any]]:
     for step, rows in sorted(kept.items(), reverse=True):
         groups: dict[Any, dict[str, Any]] = {}
         for row in rows[:ROWS]:
-            group = groups.setdefault(row.get("uid"), {"prompt": _lines(str(row.get("prompt", ""))), "samples": []})
+            group = groups.setdefault(row.get("uid"), {"prompt": _lines(row.get("prompt", "")), "samples": []})
             group["samples"].append(_sample(row))
         steps.append({"step": step, "groups": list(groups.values()), "left_out": len(rows[ROWS:])})
     return steps
 
 
 def _sample(row: Row) -> dict[str, Any]:
-    tokens, logprobs, entropy = row.get("tokens"), row.get("logprobs") or [], row.get("entropy") or []
+    tokens, logprobs, entropy = row.get("tokens"), row["logprobs"], row["entropy"]
     if tokens is None:
-        tokens = [str(row.get("completion", ""))]
+        tokens = [row.get("completion", "")]
     known = [logprob for logprob in logprobs if logprob is not None]
-    numbers = {name: row.get(name) for name in ("reward", "advantage")} | {"logprob": sum(known) if known else None}
+    numbers = {name: row[name] for name in ("reward", "advantage")} | {"logprob": sum(known) if known else None}
     return {
-        "sample": row.get("sample", ""),
-        "finish": printable(str(row.get("finish", ""))),
+        "sample": printable(str(row.get("sample", ""))),
+        "finish": printable(row.get("finish", "")),
         "length": len(logprobs),
         "tokens": [_token(*parts) for parts in zip_longest(tokens, logprobs[: len(tokens)], entropy[: len(tokens)])],
-        "gain": (row.get("advantage") or 0.0) > 0,
-    } | {name: "-" if number is None else f"{number:.3f}" for name, number in numbers.items()}
+        "gain": (row["advantage"] or 0.0) > 0,
+    } | {name: "-" if number is None else _decimals(number) for name, number in numbers.items()}
+
+
+def _decimals(number: float) -> str:
+    return f"{number:.3f}" if abs(number) < 1e6 else f"{number:.3g}"
 
 
 def _token(text: str, logprob: float | None, entropy: float | None) -> Token:

@@ -17,9 +17,10 @@ import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from jaxrl_llm.errors import UserError
+from jaxrl_llm.errors import UserError, in_words
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.checkpoint import INDEX, SINGLE
 from jaxrl_llm.model.hf.config import read_config, read_json
@@ -54,14 +55,17 @@ def export(
     texts = {"config.json": _config(cfg, dtype, source, length, eos, pad), **_generation(source, eos, pad)}
     with whole(Path(directory), texts) as building:
         if building is not None and save_tokenizer is not None:
-            save_tokenizer(building)
+            try:
+                save_tokenizer(building)
+            except Exception as error:  # the libraries beneath have no type of their own for a full disk
+                raise UserError(f"{directory}: the tokenizer cannot be written: {error}") from None
         _write_tensors(params, cfg, building, jnp.dtype(dtype), max_shard_bytes)
 
 
 @contextmanager
 def whole(directory: Path, texts: Mapping[str, Any]) -> Iterator[Path | None]:
     """Where to build `directory`, which appears at the end, whole, or not at all; None in all processes but the first. `texts` are
-    in it already, JSON by file name."""
+    in it already, JSON by file name. Raises UserError for a place that is taken or cannot be written."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory}: got a place that is taken, want a new or an empty directory")
     building = directory.with_name(f".{directory.name}.{os.getpid()}.part")
@@ -74,6 +78,10 @@ def whole(directory: Path, texts: Mapping[str, Any]) -> Iterator[Path | None]:
         yield building if first else None
         if first:
             os.replace(building, directory)
+    except OSError as error:
+        raise UserError(in_words(error, directory)) from None
+    except SafetensorError as error:
+        raise UserError(f"{directory}: the tensors cannot be written: {error}") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
     if jax.process_count() > 1:

@@ -1,6 +1,7 @@
 """Load, export, load: the same numbers, whatever the mesh, the files and the form of the tree; and a directory others can read."""
 
 import json
+import resource
 
 import jax
 import ml_dtypes
@@ -9,6 +10,7 @@ import pytest
 from hf_cases import CASES, FAMILIES, case, equal, load_model
 from safetensors.numpy import load_file
 from setups import SMALL, layouts, make_params
+from tokenizer_setup import save_tokenizer
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model import params as model_params
@@ -100,7 +102,7 @@ def test_export_is_whole_or_not_at_all(tmp_path):
         (directory / "tokenizer.json").write_text("{}")
         raise RuntimeError("no space")
 
-    with pytest.raises(RuntimeError, match="no space"):
+    with pytest.raises(UserError, match="out: the tokenizer cannot be written: no space"):
         export(params, SMALL, tmp_path / "out", "float32", save_tokenizer=fails)
     assert list(tmp_path.iterdir()) == []
     export(params, SMALL, tmp_path / "out", "float32", save_tokenizer=lambda d: (d / "tokenizer.json").write_text("{}"))
@@ -112,6 +114,23 @@ def test_export_is_whole_or_not_at_all(tmp_path):
     }
     with pytest.raises(UserError, match=r"out: got a place that is taken, want a new or an empty directory"):
         export(params, SMALL, tmp_path / "out", "float32")
+
+
+@pytest.mark.parametrize(
+    ("most", "what"),
+    [(10, "File too large"), (5_000, "the tokenizer cannot be written: "), (30_000, "the tensors cannot be written: ")],
+)
+def test_a_file_that_cannot_be_written_is_said_in_words_and_leaves_nothing(tmp_path, most, what):
+    """Files of so many bytes are all that the system allows: a few thousand hold config.json, more the tokenizer, and no model."""
+    params = make_params(SMALL, layouts()[0])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        with pytest.raises(UserError, match=f"{tmp_path}/out: {what}"):
+            export(params, SMALL, tmp_path / "out", "float32", save_tokenizer=save_tokenizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_configuration_of_no_family_is_refused_by_field(tmp_path):

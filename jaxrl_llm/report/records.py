@@ -1,0 +1,123 @@
+"""Lines of metrics.jsonl and rollouts.jsonl as they are found, whole, cut off or edited by hand: what is no row is left out.
+
+A row that is yielded can be drawn: its step is a whole number, numbers are finite or None (a gap), texts are text. Keys that no
+chart and no table reads are as they were written.
+"""
+
+import json
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxrl_llm.metrics import printable
+
+Row = dict[str, Any]
+LARGEST, SMALLEST = 1e100, 1e-100
+"""A larger number is a gap and a smaller one is 0: the drawing subtracts, adds and divides them."""
+LAST_STEP = 2**53
+SHOWN = 60
+
+
+class Reader:
+    """Rows of one file, in its order. Once they were taken, `told` says what was left out and where it began."""
+
+    def __init__(self, path: Path, check: Callable[[Row], Row]):
+        self._path, self._check = path, check
+        self._left_out: list[str] = []
+        self._back: list[str] = []
+
+    def __iter__(self) -> Iterator[Row]:
+        last = 0
+        with open(self._path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = self._check(_object(line))
+                except ValueError as why:
+                    self._left_out.append(f"{self._path}:{number}: {why}")
+                    continue
+                if row["step"] < last:
+                    self._back.append(f"{self._path}:{number}: step {row['step']} behind step {last}")
+                last = row["step"]
+                yield row
+
+    @property
+    def told(self) -> list[str]:
+        kinds = ((self._left_out, "left out"), (self._back, "back in time, shown in the order of steps"))
+        return [f"{_lines(len(places))} {what}; the first: {places[0]}" for places, what in kinds if places]
+
+
+def _lines(count: int) -> str:
+    return "1 line is" if count == 1 else f"{count:,} lines are"
+
+
+def _object(line: bytes) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError("not JSON" if line.endswith(b"\n") else "cut off, or not JSON") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"got {_shown(row)}, want an object, {{...}}")
+    return row | {"step": _step(row)}
+
+
+def _step(row: Row) -> int:
+    step = row.get("step")
+    if not _is_number(step) or step != step // 1 or not 0 <= step < LAST_STEP:
+        raise ValueError(f"step: got {_shown(step) if 'step' in row else 'nothing'}, want a whole number, 0 or more")
+    return int(step)
+
+
+def metrics_row(row: Row, drawn: Collection[str]) -> Row:
+    """With numbers under the names in `drawn` and of timers. Raises ValueError in words."""
+    if not _is_list(row.get("warnings"), str):
+        raise ValueError(f"warnings: got {_shown(row['warnings'])}, want a list of texts")
+    return {
+        printable(name): _number(name, value) if name in drawn or name.startswith("time/") else value
+        for name, value in row.items()
+    }
+
+
+def rollouts_row(row: Row) -> Row:
+    """A sampled response. Raises ValueError in words."""
+    for name in ("prompt", "completion", "finish"):
+        if not isinstance(row.get(name, ""), str):
+            raise ValueError(f"{name}: got {_shown(row[name])}, want text")
+    for name in ("uid", "sample"):
+        if not isinstance(row.get(name), int | str | None):
+            raise ValueError(f"{name}: got {_shown(row[name])}, want a whole number")
+    if not _is_list(row.get("tokens"), str):
+        raise ValueError(f"tokens: got {_shown(row['tokens'])}, want a list of texts")
+    numbers = {name: _number(name, row.get(name)) for name in ("reward", "advantage")}
+    return row | numbers | {name: _numbers(name, row.get(name)) for name in ("logprobs", "entropy")}
+
+
+def _is_list(values: Any, kind: type) -> bool:
+    return values is None or (isinstance(values, list) and all(isinstance(value, kind) for value in values))
+
+
+def _numbers(name: str, values: Any) -> list[float | None]:
+    if not _is_list(values, object):
+        raise ValueError(f"{name}: got {_shown(values)}, want a list of numbers")
+    return [_number(name, value) for value in values or ()]
+
+
+def _number(name: str, value: Any) -> float | None:
+    """As it can be drawn; None where it is not finite, or too large."""
+    if value is None:
+        return None
+    if not _is_number(value):
+        raise ValueError(f"{name}: got {_shown(value)}, want a number")
+    if value != value or abs(value) > LARGEST:
+        return None
+    return value if abs(value) >= SMALLEST else 0.0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    text = printable(json.dumps(value)[: 10 * SHOWN])
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

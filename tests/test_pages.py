@@ -1,0 +1,125 @@
+"""Commands that the pages show: each resolves in a fresh shell, and has no flag, file, target or extra that does not exist."""
+
+import contextlib
+import io
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from jaxrl_llm import cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "launch/README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+# A person reads these first, in a shell where nothing has been typed yet.
+FIRST_HOUR = [ROOT / name for name in ("README.md", "docs/quickstart.md", "docs/install.md", "docs/commands.md")]
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
+TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+ACTIVATE = ["source", ".venv/bin/activate"]
+
+
+def commands(text: str) -> list[list[str]]:
+    """Words of each command: lines of `bash` blocks, and those behind `$ ` in others; without settings of the environment."""
+    found = []
+    for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if kind != "bash" and not line.startswith("$ "):
+                continue
+            for part in line.removeprefix("$ ").split(" && "):
+                words = shlex.split(part, comments=True)
+                while words and re.fullmatch(r"\w+=.*", words[0]):
+                    words.pop(0)
+                found += [words] if words else []
+    return found
+
+
+def inline(text: str) -> list[list[str]]:
+    """`jaxrl ...` within a sentence or a table."""
+    found = re.findall(r"(?<!`)`jaxrl (\w+ [^`\n]+)`", text)
+    return [["jaxrl", *shlex.split(words)] for words in found if "..." not in words and "[" not in words]
+
+
+def problems(words: list[str]) -> list[str]:
+    """What a shell in a fresh clone would answer."""
+    program, *args = words
+    if program in ("jaxrl", ".venv/bin/jaxrl"):
+        return wrong_arguments(args)
+    if program == "make":
+        return [f"make: no target {a}" for a in args if "=" not in a and a not in TARGETS]
+    if program == "pip":
+        asked = [extra for a in args for extra in re.findall(r"\[([\w,]+)\]", a)]
+        return [f"no extra {extra}" for extra in ",".join(asked).split(",") if extra and extra not in EXTRAS]
+    if program == "python" and args[0].endswith(".py"):
+        found = [] if (ROOT / args[0]).is_file() else [f"no file {args[0]}"]
+        return found + (wrong_arguments(args[args.index("--") + 1 :]) if "--" in args else [])
+    known = program in ("git", "cd", "python", "python3", ".venv/bin/ruff", ".ci/run") or words == ACTIVATE
+    return [] if known else [f"{program}: command not found"]
+
+
+def wrong_arguments(args: list[str]) -> list[str]:
+    """Lines of the command itself about everything but its target, which is replaced by none: so it does nothing else."""
+    if args == ["--version"] or "--help" in args:
+        return []
+    command, target, *rest = args
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert cli.main([command, "no/such/target", *rest]) == 2
+    lines = [line for line in said.getvalue().splitlines() if "no/such/target: got no such" not in line]
+    return lines + ([f"no file {target}"] if target.startswith("configs/") and not (ROOT / target).is_file() else [])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_on_the_pages_exist(page):
+    text = page.read_text(encoding="utf-8")
+    found = {shlex.join(words): problems(words) for words in [*commands(text), *inline(text)]}
+    assert {command: wrong for command, wrong in found.items() if wrong} == {}
+
+
+@pytest.mark.parametrize("page", FIRST_HOUR, ids=lambda page: str(page.relative_to(ROOT)))
+def test_in_a_fresh_shell_jaxrl_is_found(page):
+    """Before `jaxrl`, `pip` or `python` the environment is activated on the page: none of them is on the PATH, or is another's."""
+    shown = commands(page.read_text(encoding="utf-8"))
+    first = next((n for n, words in enumerate(shown) if words[0] in ("jaxrl", "pip", "python")), None)
+    assert first is not None and ACTIVATE in shown[:first]
+
+
+def test_the_check_sees_what_is_wrong():
+    text = "```bash\nX=1 jaxrl sample runs/a -n 3 --promt x   # a comment\nmake tset && conda activate\n```\n"
+    text += "Or `jaxrl eval RUN -q 3`:\n```text\n$ jaxrl eval x\n```\n"
+    assert commands(text) == [
+        ["jaxrl", "sample", "runs/a", "-n", "3", "--promt", "x"],
+        ["make", "tset"],
+        ["conda", "activate"],
+        ["jaxrl", "eval", "x"],
+    ]
+    assert problems(commands(text)[0]) == ["--promt: no such flag, perhaps you meant --prompt"]
+    assert inline(text) == [["jaxrl", "eval", "RUN", "-q", "3"]]
+    assert problems(inline(text)[0])[0].startswith("-q: got a word that belongs to no flag")
+    assert problems(["make", "tset"]) == ["make: no target tset"]
+    assert problems(["conda", "activate"]) == ["conda: command not found"]
+    assert problems(["pip", "install", "-e", ".[cuda13,cudnn]"]) == ["no extra cudnn"]
+    assert problems(["jaxrl", "train", "configs/none.yaml"]) == ["no file configs/none.yaml"]
+    assert problems(["python", "launch/local.py", "--", "train", "configs/arithmetic.yaml", "--sed", "1"])[
+        0
+    ].startswith("--sed:")
+
+
+def test_exit_codes_are_the_same_everywhere():
+    from jaxrl_llm import errors
+
+    table = re.findall(r"^\| (\d+) \|", (ROOT / "docs/commands.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert table == ["0", "2", "3", "4", "75", "130", "141"]
+    codes = {str(error.exit_code) for error in vars(errors).values() if hasattr(error, "exit_code")}
+    assert codes == {"2", "3", "4", "75"}
+    assert set(re.findall(r"\b\d+\b", cli.__doc__.split("Exit codes:")[1])) == set(table)
+
+
+def test_the_pages_say_how_to_install_for_a_gpu_and_a_tpu():
+    """The extras are jax's own, for the jax that is installed: its plugin has the same version."""
+    typed = " ".join(word for page in FIRST_HOUR for words in commands(page.read_text()) for word in words)
+    asked = set(re.findall(r"\[(\w+)\]", typed))
+    assert {"cuda13", "tpu"} <= asked
+    text = (ROOT / "docs/install.md").read_text()
+    assert "cuda12" in text and "nvidia-smi" in text and "jax.devices()" in text
