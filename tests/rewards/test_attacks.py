@@ -1,0 +1,168 @@
+"""Whatever a grader does, its group alone is lost, in time, and nothing that it started is left."""
+
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxrl_llm.rewards.config import GraderConfig, RewardConfig
+from jaxrl_llm.rewards.graders import Sample
+from jaxrl_llm.rewards.pool import Failure, GraderPool
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux's")
+
+HERE = Path(__file__).parent
+MARK = "JAXRL_TEST_MARK=attacks"
+DEADLINE_S = 0.6
+# A keeper and its worker.
+AT_REST = 2
+
+
+def group(*completions):
+    return [Sample("<prompt>", text, "", "eos") for text in completions]
+
+
+def marked():
+    """Pids of live processes with our mark in their environment, or with a parent that has it: an oracle of its own."""
+    found, parents = set(), {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (path / "stat").read_text(errors="replace").rpartition(")")[2].split()
+            if fields[0] not in "ZX":
+                parents[int(path.name)] = int(fields[1])
+                if MARK in (path / "environ").read_bytes().decode(errors="replace"):
+                    found.add(int(path.name))
+        except OSError:
+            continue
+    found -= {os.getpid()}
+    return found | {pid for pid, parent in parents.items() if parent in found}
+
+
+def sleepers():
+    """Processes that attacks started and that carry no mark."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found |= {path.parent.name} if b"time.sleep(600)" in path.read_bytes() else set()
+        except OSError:
+            continue
+    return found
+
+
+def open_here():
+    """Descriptors and threads of this process."""
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+
+def settles(condition, seconds=5.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(HERE)
+        patch.setenv(*MARK.split("="))
+        # The deadline is for the attacks; the limit of memory is far above what a worker needs.
+        config = RewardConfig((GraderConfig("attacks:attack"),), workers=1, deadline_s=DEADLINE_S, memory_gib=0.25)
+        with GraderPool(config) as made:
+            made.submit([group("1")]).result(timeout=30)
+            yield made
+    assert settles(lambda: not marked())
+
+
+WANTED = {
+    "fork, exit": (Failure.DIED, "exit code 0"),
+    "fork, both go on": Failure.NONE,
+    "fork, the child goes on later": Failure.NONE,
+    "daemon": Failure.NONE,
+    "daemon, sleep": Failure.TIMED_OUT,
+    "daemon, exit": (Failure.DIED, "exit code 0"),
+    "child": Failure.NONE,
+    "child without environment": Failure.NONE,
+    "shell with a background job": Failure.NONE,
+    "thread": Failure.NONE,
+    "breed": Failure.NONE,
+    "chain": Failure.NONE,
+    "close everything": Failure.DIED,
+    "say garbage": (Failure.DIED, "no verdict"),
+    "say a number": (Failure.DIED, "no verdict"),
+    "say another verdict": (Failure.DIED, "no verdict"),
+    "say half a message": (Failure.TIMED_OUT, "no answer within 0.6 s"),
+    "say without end": (Failure.DIED, "more than"),
+    "stop": Failure.TIMED_OUT,
+    "kill the group": (Failure.DIED, "ended by Killed (9); reward.memory_gib is 0.25"),
+    "kill the keeper": Failure.DIED,
+    "terminate the keeper": Failure.NONE,
+    "flood stderr": Failure.NONE,
+    "lower limits": Failure.NONE,
+    "hoard": (Failure.RAISED, "MemoryError (reward.memory_gib is 0.25)"),
+    "recurse": (Failure.RAISED, "RecursionError"),
+    "exit code": (Failure.DIED, "exit code 3"),
+    "abort": (Failure.DIED, "ended by Aborted (6); reward.memory_gib is 0.25"),
+}
+
+
+@pytest.mark.parametrize("attack", WANTED)
+def test_nothing_is_left_of_an_attack(attack, pool, caplog):
+    caplog.set_level(logging.WARNING, "jaxrl_llm.rewards")
+    wanted, words = WANTED[attack] if isinstance(WANTED[attack], tuple) else (WANTED[attack], "")
+    # Told anew by each attack.
+    pool._num_failures.clear()
+    before, start = open_here(), time.monotonic()
+    graded = pool.submit([group(attack, "5"), group("2", "3")]).result(timeout=30)
+    seconds = time.monotonic() - start
+    assert graded.failure.tolist() == [wanted, Failure.NONE]
+    np.testing.assert_array_equal(graded.reward, [[np.nan] * 2 if wanted else [1, 5], [2, 3]])
+    assert words in "".join(text for text in caplog.messages if wanted.name in text)
+    # Beyond the deadline: the start of another worker, and this machine's other work.
+    assert seconds < DEADLINE_S + 1
+    assert settles(lambda: len(marked()) == AT_REST and not sleepers()), [
+        Path(f"/proc/{pid}/cmdline").read_bytes() for pid in marked()
+    ]
+    assert settles(lambda: open_here() == before), (open_here(), before)
+
+
+def test_a_worker_that_stops_reading_is_a_missed_deadline(pool):
+    """Stopped from outside, while more is sent than any pipe holds."""
+    [worker] = [pid for pid in marked() if is_worker(pid)]
+    os.kill(worker, signal.SIGSTOP)
+    start = time.monotonic()
+    large = "1" + " " * 100_000
+    graded = pool.submit([group(*[large] * 8), group(*[large] * 8)]).result(timeout=30)
+    assert DEADLINE_S <= time.monotonic() - start < DEADLINE_S + 1
+    assert graded.failure.tolist() == [Failure.TIMED_OUT, Failure.NONE]
+    np.testing.assert_array_equal(graded.reward[1], [1] * 8)
+
+
+def is_worker(pid):
+    """Its parent is a keeper, and not this process."""
+    parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+    return int(parent) in marked()
+
+
+def test_what_a_grader_writes_to_standard_error_is_bounded_and_harmless(monkeypatch, caplog, capfd):
+    monkeypatch.syspath_prepend(HERE)
+    caplog.set_level(logging.WARNING, "jaxrl_llm.rewards")
+    with GraderPool(RewardConfig((GraderConfig("attacks:attack"),), workers=1)) as pool:
+        assert pool.grade([group("flood stderr"), group("flood stderr")]).reward.tolist() == [[1], [1]]
+    assert caplog.messages[0] == r"a grader's standard error: \x1b[2J a line of a million"
+    assert caplog.messages[49].endswith("a line of a million (the rest is dropped)") and len(caplog.messages) == 50
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_process_left_running_is_told_once(monkeypatch, caplog):
+    monkeypatch.syspath_prepend(HERE)
+    caplog.set_level(logging.WARNING, "jaxrl_llm.rewards")
+    with GraderPool(RewardConfig((GraderConfig("attacks:attack"),), workers=1)) as pool:
+        pool.grade([group("child"), group("child")])
+    [told] = caplog.messages
+    assert told.startswith("a grader left a process running when it had graded: 'sleep 600'; it was ended")
