@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxrl_llm.errors import Preempted, UserError
+from jaxrl_llm.parallel import job
 
 if TYPE_CHECKING:
     from jaxrl_llm.config import RunConfig
@@ -77,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[0] != "report" and {"-h", "--help"} & set(argv[2:]):
             print(list_values(argv[1]))
             return 0
-        return COMMANDS[argv[0]](argv[1], argv[2:])
+        with job.ends_together():
+            return COMMANDS[argv[0]](argv[1], argv[2:])
     except (UserError, Preempted) as error:
         print(f"jaxrl: {error}", file=sys.stderr)
         return error.exit_code
@@ -154,16 +156,16 @@ def _read_task(task: str, target: str) -> "RunConfig":
     return config.load(Path(task))
 
 
-def start_jax() -> None:
-    from jaxrl_llm.parallel.hosts import start_distributed
+def start_jax(cfg: "RunConfig") -> None:
+    from jaxrl_llm import config
 
-    start_distributed()
+    job.join(config.to_dict(cfg))
 
 
 def train(target: str, args: list[str]) -> int:
     must_resume = "--resume" in args
     cfg = read_config(target, [a for a in args if a != "--resume"], ["--resume"])
-    start_jax()
+    start_jax(cfg)
     from jaxrl_llm.train import train as run_training
 
     result = run_training(cfg, must_resume)
@@ -182,7 +184,7 @@ def sample(target: str, args: list[str]) -> int:
     if given.n < 1:
         raise UserError(f"-n: got {given.n}, want 1 or more")
     cfg = read_config(target, overrides, ["--prompt", "--benchmark"])
-    start_jax()
+    start_jax(cfg)
     from jaxrl_llm.inspect_run import benchmark_rollouts, sample_prompt
 
     if given.benchmark:
@@ -200,7 +202,7 @@ def evaluate(target: str, args: list[str]) -> int:
     if given.k < 1:
         raise UserError(f"-k: got {given.k}, want 1 or more")
     cfg = read_evaluation(target, given.task, overrides)
-    start_jax()
+    start_jax(cfg)
     from jaxrl_llm.inspect_run import evaluate_target
 
     print(json.dumps(evaluate_target(cfg, given.k), indent=1))
@@ -247,7 +249,7 @@ def export(target: str, args: list[str]) -> int:
     if not Path(target).is_dir():
         raise UserError(f"{target}: got no directory, want a run directory")
     cfg = read_config(target, overrides, ["--out", "--dtype", "--adapter"])
-    start_jax()
+    start_jax(cfg)
     from jaxrl_llm.inspect_run import export_run
 
     print(export_run(cfg, Path(given.out), given.dtype, given.adapter))
