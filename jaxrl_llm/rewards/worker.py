@@ -39,7 +39,7 @@ class Failure(enum.IntEnum):
     WRONG_TYPE = 4
     """A reward was not a real number: None, a string, complex, an array. Booleans count as 0 and 1."""
     DIED = 5
-    """The worker process ended while grading (os._exit, a signal, out of memory), or said what is no verdict."""
+    """The worker process ended while grading (os._exit, a signal, more memory than it may have), or said what is no verdict."""
 
 
 class Verdict(NamedTuple):
@@ -90,7 +90,7 @@ def serve(connection: socket.socket) -> None:
         try:
             graders.append(_start(name, options))
         except BaseException as error:
-            return tell(failed(Failure.RAISED, index, _in_a_line(error, setup.memory_gib)))
+            return tell(_raised(error, index, setup.memory_gib))
     tell(Verdict([[] for _ in graders], []))
     helpers = family.descendants()
     while frame := _frame(requests):
@@ -107,7 +107,7 @@ def _judge_frame(graders: Sequence[Grader], frame: bytes, tell: Callable[[int], 
     try:
         group = pickle.loads(frame)
     except BaseException as error:
-        return failed(Failure.RAISED, 0, f"the row could not be read: {_in_a_line(error, memory_gib)}")
+        return _raised(error, 0, memory_gib)
     return judge(graders, group, tell, memory_gib)
 
 
@@ -171,8 +171,15 @@ def judge(
         except _Nonsense as error:
             return failed(error.failure, index, error.text)
         except BaseException as error:
-            return failed(Failure.RAISED, index, _in_a_line(error, memory_gib))
+            return _raised(error, index, memory_gib)
     return Verdict(parts, votes)
+
+
+def _raised(error: BaseException, index: int, memory_gib: float) -> Verdict:
+    """What filled the memory may stay in it, so a worker whose memory is full counts as dead, and another takes over."""
+    if isinstance(error, MemoryError):
+        return failed(Failure.DIED, index, f"{_in_a_line(error)} (reward.memory_gib is {memory_gib:g})")
+    return failed(Failure.RAISED, index, _in_a_line(error))
 
 
 class _Nonsense(Exception):
@@ -223,9 +230,8 @@ def _to_float(number: numbers.Real) -> float:
         return math.inf
 
 
-def _in_a_line(error: BaseException, memory_gib: float) -> str:
-    text = traceback.format_exception_only(error)[-1].strip()[:500]
-    return f"{text} (reward.memory_gib is {memory_gib:g})" if isinstance(error, MemoryError) else text
+def _in_a_line(error: BaseException) -> str:
+    return traceback.format_exception_only(error)[-1].strip()[:500]
 
 
 def _limit_memory(gib: float) -> None:

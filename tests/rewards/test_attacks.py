@@ -104,7 +104,7 @@ WANTED = {
     "terminate the keeper": Failure.NONE,
     "flood stderr": Failure.NONE,
     "lower limits": Failure.NONE,
-    "hoard": (Failure.RAISED, "MemoryError (reward.memory_gib is 0.25)"),
+    "hoard": (Failure.DIED, "MemoryError (reward.memory_gib is 0.25)"),
     "recurse": (Failure.RAISED, "RecursionError"),
     "exit code": (Failure.DIED, "exit code 3"),
     "abort": (Failure.DIED, "ended by Aborted (6); reward.memory_gib is 0.25"),
