@@ -130,7 +130,9 @@ ATTACKS = {
     "daemon, sleep": lambda: _daemonize(lambda: time.sleep(600)),
     "daemon, exit": lambda: _daemonize(lambda: os._exit(0)),
     "child": lambda: _start("sleep", "600"),
-    "child without environment": lambda: _start(sys.executable, "-c", "import time; time.sleep(600)", env={}),
+    "child without environment": lambda: _start(
+        sys.executable, "-c", f"import time; time.sleep(600)  # {os.environ['JAXRL_TEST_MARK']}", env={}
+    ),
     "shell with a background job": lambda: _start("sh", "-c", "sleep 600 & sleep 600 & wait", start_new_session=True),
     "thread": _thread,
     "breed": _breed,
@@ -149,6 +151,7 @@ ATTACKS = {
     "lower limits": _lower_limits,
     "hoard": _hoard,
     "recurse": _recurse,
+    "pid": os.getpid,
     "exit code": lambda: os._exit(3),
     "abort": os.abort,
 }
