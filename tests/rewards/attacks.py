@@ -108,9 +108,8 @@ def _lower_limits():
 
 
 def _hoard():
-    hoard = []
-    while True:
-        hoard.append(bytearray(2**24))
+    """A gibibyte, should nobody object."""
+    return len([bytearray(2**24) for _ in range(64)])
 
 
 def _recurse():
@@ -148,6 +147,7 @@ ATTACKS = {
     "kill the keeper": lambda: _signal(os.getppid(), signal.SIGKILL, lambda: time.sleep(600)),
     "terminate the keeper": lambda: _signal(os.getppid(), signal.SIGTERM),
     "flood stderr": _flood_stderr,
+    "long line on stderr": lambda: bool(os.write(2, b"x" * 20_000)),
     "lower limits": _lower_limits,
     "hoard": _hoard,
     "recurse": _recurse,

@@ -128,12 +128,13 @@ def test_nothing_is_left_of_an_attack(attack, pools, caplog):
     wanted, words = WANTED[attack] if isinstance(WANTED[attack], tuple) else (WANTED[attack], "")
     pool = pools.short if wanted == Failure.TIMED_OUT else pools.patient
     before, start = open_here(), time.monotonic()
-    graded = pool.submit([group(attack, "5"), group("2", "3")]).result(timeout=30)
+    graded = pool.submit([group(attack, "5")]).result(timeout=60)
     seconds = time.monotonic() - start
-    assert graded.failure.tolist() == [wanted, Failure.NONE]
-    np.testing.assert_array_equal(graded.reward, [[np.nan] * 2 if wanted else [1, 5], [2, 3]])
+    assert graded.failure.tolist() == [wanted]
+    np.testing.assert_array_equal(graded.reward, [[np.nan] * 2 if wanted else [1, 5]])
     assert words in "".join(text for text in caplog.messages if wanted.name in text)
-    # Beyond the deadline: the start of another worker, and this machine's other work.
+    np.testing.assert_array_equal(pool.submit([group("2", "3")]).result(timeout=60).reward, [[2, 3]])
+    # Beyond the deadline: this machine's other work.
     assert wanted != Failure.TIMED_OUT or DEADLINE_S <= seconds < DEADLINE_S + 1
     assert settles(lambda: len(marked()) == AT_REST and not sleepers()), [
         Path(f"/proc/{pid}/cmdline").read_bytes() for pid in marked()
@@ -146,19 +147,28 @@ def test_a_worker_that_stops_reading_is_a_missed_deadline(pools):
     worker = int(pools.short.submit([group("pid")]).result(timeout=30).reward[0, 0])
     os.kill(worker, signal.SIGSTOP)
     large, start = "1" + " " * 100_000, time.monotonic()
-    graded = pools.short.submit([group(*[large] * 8), group(*[large] * 8)]).result(timeout=30)
+    graded = pools.short.submit([group(*[large] * 8)]).result(timeout=30)
     assert DEADLINE_S <= time.monotonic() - start < DEADLINE_S + 1
-    assert graded.failure.tolist() == [Failure.TIMED_OUT, Failure.NONE]
-    np.testing.assert_array_equal(graded.reward[1], [1] * 8)
+    assert graded.failure.tolist() == [Failure.TIMED_OUT]
+    np.testing.assert_array_equal(pools.short.submit([group(*[large] * 8)]).result(timeout=30).reward, [[1] * 8])
 
 
 def test_what_a_grader_writes_to_standard_error_is_bounded_and_harmless(monkeypatch, caplog, capfd):
     monkeypatch.syspath_prepend(HERE)
     caplog.set_level(logging.WARNING, "jaxrl_llm.rewards")
     with GraderPool(RewardConfig((GraderConfig("attacks:attack"),), workers=1)) as pool:
-        assert pool.grade([group("flood stderr"), group("flood stderr")]).reward.tolist() == [[1], [1]]
-    assert caplog.messages[0] == r"a grader's standard error: \x1b[2J a line of a million"
-    assert caplog.messages[49].endswith("a line of a million (the rest is dropped)") and len(caplog.messages) == 50
+        assert settles(lambda: pool.grade([group("flood stderr")]).reward[0] == 1 and len(caplog.messages) >= 50)
+        told = [text.removeprefix("a grader's standard error: ") for text in caplog.messages]
+        assert told[0] == r"\x1b[2J a line of a million" and len(told) == 50
+        assert told[49].endswith("a line of a million (the rest is dropped)")
+    caplog.clear()
+    with GraderPool(RewardConfig((GraderConfig("attacks:attack"),), workers=1)) as pool:
+        assert settles(lambda: pool.grade([group("long line on stderr")]) and len(caplog.messages) > 1)
+        for _ in range(3):
+            pool.grade([group("long line on stderr")])
+            time.sleep(0.02)
+    told = [text.removeprefix("a grader's standard error: ") for text in caplog.messages]
+    assert told == ["x" * 300, "(a worker shows the first 8 KiB of its standard error; the rest is dropped)"]
     assert capfd.readouterr() == ("", "")
 
 
