@@ -46,7 +46,7 @@ class Ended(NamedTuple):
 def end_descendants(spared: Collection[int] = ()) -> Ended:
     """Kills and reaps every process below this one but the `spared` and those below them, in `END_LIMIT_S` at most."""
     command, statuses, limit = "", {}, time.monotonic() + END_LIMIT_S
-    while _has_children() and time.monotonic() < limit:
+    while LINUX and _has_children() and time.monotonic() < limit:
         # Again and again: a process that forks while it is being looked for is found the next time.
         found = descendants(spared)
         if not found:

@@ -33,6 +33,29 @@ def pack_group(group: Sequence[Sample]) -> bytes:
     return pack([sample._replace(columns=dict(sample.columns)) for sample in group])
 
 
+def _start_keeper() -> tuple[socket.socket, subprocess.Popen]:
+    """The keeper, and our end of its worker's connection."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    # Not by multiprocessing, which would run the trainer's `__main__` again in each worker, imports of jax and all.
+    code = f"import sys; sys.path[:] = {sys.path!r}; from jaxrl_llm.rewards.keeper import keep; keep({theirs.fileno()})"
+    with theirs:
+        try:
+            keeper = subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                pass_fds=[theirs.fileno()],
+                # Ctrl-C in the terminal reaches the trainer alone.
+                start_new_session=True,
+            )
+        except OSError:
+            ours.close()
+            raise
+    return ours, keeper
+
+
 class WorkerProcess:
     """At most one group. `limit` is when (monotonic s) our patience ends: inf while idle.
 
@@ -42,25 +65,10 @@ class WorkerProcess:
 
     def __init__(self, setup: Setup):
         self._setup = setup
-        self._connection, theirs = socket.socketpair()
-        self._connection.setblocking(False)
-        # Not by multiprocessing, which would run the trainer's `__main__` again in each worker, imports of jax and all.
-        code = f"import sys; sys.path[:] = {sys.path!r}; from jaxrl_llm.rewards.keeper import keep; keep({theirs.fileno()})"
         try:
-            # A session of its own: Ctrl-C in the terminal reaches the trainer alone.
-            self._keeper = subprocess.Popen(
-                [sys.executable, "-c", code],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                bufsize=0,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
+            self._connection, self._keeper = _start_keeper()
         except OSError as error:
-            self._connection.close()
             raise UserError(f"reward.workers: a worker could not start: {error}") from error
-        finally:
-            theirs.close()
         os.set_blocking(self._keeper.stdout.fileno(), False)
         self._is_over, self._is_deaf, self._is_mute = False, False, False
         self._incoming, self._errors = bytearray(), b""
@@ -125,10 +133,12 @@ class WorkerProcess:
 
     def release(self) -> None:
         """Tells the keeper to end the worker and all that it started."""
-        with suppress(OSError, ValueError):
-            # A word, since a child that the trainer forked may hold the pipe open, too.
+        if self._keeper.stdin.closed:
+            return
+        # A word, since a child that the trainer forked may hold the pipe open, too.
+        with suppress(OSError):
             self._keeper.stdin.write(b"!")
-            self._keeper.stdin.close()
+        self._keeper.stdin.close()
 
     def kill(self) -> int | None:
         """Ends the worker and all that it started; the worker's exit code, if it could be had. Doing so twice is fine."""

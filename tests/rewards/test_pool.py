@@ -234,6 +234,17 @@ def test_a_pool_that_is_closed_while_it_grades_leaves_nothing():
     wait_until(lambda: children() == [])
 
 
+def test_a_machine_without_a_further_process_says_so_and_loses_nothing(monkeypatch):
+    def no_more(*_, **__):
+        raise OSError(11, "Resource temporarily unavailable")
+
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(subprocess, "Popen", no_more)
+    with pytest.raises(UserError, match=r"reward.workers: a worker could not start: .*temporarily unavailable"):
+        pool_of("by_completion")
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_a_grader_that_only_the_parent_can_import_ends_the_run(tmp_path, monkeypatch):
     module = tmp_path / "short_lived.py"
     module.write_text("def f(sample): return 1")
