@@ -44,7 +44,6 @@ def keep(connection: int) -> None:
         return serve(socket.socket(fileno=connection))
     os.close(errors_in)
     os.close(connection)
-    # From here on the kernel owns the worker's death: nothing below may raise.
     _exit_as(_watch(worker, trainer, woken, errors))
 
 
