@@ -103,9 +103,11 @@ class WorkerProcess:
     def exchange(self) -> Verdict | None:
         """Sends and receives what it can without waiting; the verdict, if there is one by now."""
         self._send()
-        # In this order: what was said before the end is there when the end is.
-        self._listen()
         self._receive()
+        if b"\n" not in self._incoming:
+            # In this order: what was said before the end is there when the end is.
+            self._listen()
+            self._receive()
         while (end := self._incoming.find(b"\n")) >= 0:
             line = bytes(self._incoming[:end])
             del self._incoming[: end + 1]

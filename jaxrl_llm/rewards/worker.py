@@ -148,7 +148,7 @@ def decode(line: bytes, num_graders: int, size: int) -> int | Verdict:
 
 def encodable(text: str) -> str:
     """The text, with lone surrogates written out."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def _is_list(value: object, kind: type) -> bool:
