@@ -146,11 +146,12 @@ def test_a_worker_that_stops_reading_is_a_missed_deadline(pools):
     """Stopped from outside, while more is sent than any pipe holds."""
     worker = int(pools.short.submit([group("pid")]).result(timeout=30).reward[0, 0])
     os.kill(worker, signal.SIGSTOP)
-    large, start = "1" + " " * 100_000, time.monotonic()
-    graded = pools.short.submit([group(*[large] * 8)]).result(timeout=30)
+    # Different ones, since pickle writes equal objects once.
+    large, start = ["1" + " " * (100_000 + i) for i in range(8)], time.monotonic()
+    graded = pools.short.submit([group(*large)]).result(timeout=30)
     assert DEADLINE_S <= time.monotonic() - start < DEADLINE_S + 1
     assert graded.failure.tolist() == [Failure.TIMED_OUT]
-    np.testing.assert_array_equal(pools.short.submit([group(*[large] * 8)]).result(timeout=30).reward, [[1] * 8])
+    np.testing.assert_array_equal(pools.short.submit([group(*large)]).result(timeout=30).reward, [[1] * 8])
 
 
 def test_what_a_grader_writes_to_standard_error_is_bounded_and_harmless(monkeypatch, caplog, capfd):
