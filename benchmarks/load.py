@@ -26,6 +26,7 @@ BOUND = 1.3
 SIZES = {"vocab_size": 32768, "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16}
 SIZES |= {"num_key_value_heads": 8, "head_dim": 128}
 REPEATS = 3
+LIMIT_S = 3600
 
 
 def status(*names: str) -> dict[str, int]:
@@ -51,7 +52,7 @@ class Peak:
 
     def __exit__(self, *_: object) -> None:
         self.done.set()
-        self.sampler.join()
+        self.sampler.join(timeout=1.0)
         self.anon = max(self.anon, status("RssAnon")["RssAnon"]) - self.before["RssAnon"]
         self.all = status("VmHWM")["VmHWM"] - self.before["VmRSS"]
 
@@ -138,7 +139,7 @@ def load(directory: Path, dtype: str) -> dict:
 
 def fresh(what: str, directory: Path, dtype: str) -> dict:
     command = [sys.executable, "-m", "benchmarks.load", "--only", what, "--directory", str(directory), "--dtype", dtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT_S)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -44,13 +44,15 @@ CASES = {
     "qwen3-1.7b": Case("qwen3-1.7b", "Qwen3-1.7B", "v5e:2x4"),
     "qwen2.5-0.5b": Case("qwen2.5-0.5b", "Qwen2.5-0.5B", "v5e:2x2", ("--chips", "1")),
 }
+# Of the longest on one core: minutes.
+LIMIT_S = 7200
 TABLES = ("qwen3-8b", "llama3-70b", "qwen3-30b-a3b sweep")
 
 
 def run(name: str) -> dict:
     start = time.monotonic()
     command = [sys.executable, "-m", "jaxrl_llm.cli", *CASES[name].command, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=LIMIT_S)
     if done.returncode:
         raise SystemExit(f"{name}: {done.stderr.strip()[-2000:]}")
     took = {"seconds": round(time.monotonic() - start), "date": datetime.date.today().isoformat()}

@@ -15,10 +15,15 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxrl_llm.arguments import Reader, one_of, path, take, text, whole_number
 from jaxrl_llm.errors import Preempted, UserError, in_words
+from jaxrl_llm.parallel import job
 from jaxrl_llm.targets import list_values, read_config, read_evaluation, read_run, read_sampled, refusal
+
+if TYPE_CHECKING:
+    from jaxrl_llm.config import RunConfig
 
 USAGE = """usage: jaxrl COMMAND TARGET [options] [--section.field value ...]
        jaxrl --version
@@ -117,7 +122,8 @@ def _run(argv: Sequence[str]) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     # That there is no PyTorch is no news here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    return COMMANDS[command](rest[0], rest[1:])
+    with job.ends_together():
+        return COMMANDS[command](rest[0], rest[1:])
 
 
 def _near(name: str, known: Iterable[str]) -> str:
@@ -145,16 +151,16 @@ def version() -> str:
     )
 
 
-def start_jax() -> None:
-    from jaxrl_llm.parallel.hosts import start_distributed
+def start_jax(cfg: "RunConfig") -> None:
+    from jaxrl_llm import config
 
-    start_distributed()
+    job.join(config.to_dict(cfg))
 
 
 def train(target: str, args: list[str]) -> int:
     given, overrides = take(args, OPTIONS["train"])
     cfg = read_config(target, overrides, list(OPTIONS["train"]))
-    start_jax()
+    start_jax(cfg)
     from jaxrl_llm.train import train as run_training
 
     result = run_training(cfg, "--resume" in given)
@@ -191,7 +197,7 @@ def sample(target: str, args: list[str]) -> int:
         raise UserError(
             f"--prompt: {target} has no prompts of its own: want --prompt TEXT, or --task CONFIG, whose are taken"
         )
-    start_jax()
+    start_jax(cfg)
     from jaxrl_llm.inspect_run import benchmark_rollouts, sample_prompt
 
     if "--benchmark" in given:
@@ -204,7 +210,7 @@ def sample(target: str, args: list[str]) -> int:
 def evaluate(target: str, args: list[str]) -> int:
     given, overrides = take(args, OPTIONS["eval"])
     cfg = read_evaluation(target, given.get("--task"), overrides, list(OPTIONS["eval"]))
-    start_jax()
+    start_jax(cfg)
     from jaxrl_llm.inspect_run import evaluate_target
 
     print(json.dumps(evaluate_target(cfg, given.get("-k", 8)), indent=1))
@@ -238,7 +244,7 @@ def export(target: str, args: list[str]) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"--out: got {out}, want a place that can be written, which {out.parent} cannot")
-    start_jax()
+    start_jax(cfg)
     from jaxrl_llm.inspect_run import export_run
 
     print(export_run(cfg, out, given.get("--dtype"), "--adapter" in given))

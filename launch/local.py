@@ -112,7 +112,7 @@ def send(children: list[subprocess.Popen], signum: int) -> None:
 
 
 def kill_sessions(children: list[subprocess.Popen]) -> None:
-    """SIGKILL to each unfinished child and to whatever it started itself (reward workers)."""
+    """SIGKILL to each unfinished child and to what it started itself. (Reward workers see its end, and end.)"""
     for child in children:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)

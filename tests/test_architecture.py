@@ -74,7 +74,7 @@ ALLOWED = {
     "plan": FOUNDATION | STAGES | {"chips", "config", "model", "publish", "run"},
     "arguments": {"errors"},
     "targets": {"errors", "config", "options", "model", "values"},
-    "cli": {"arguments", "errors", "parallel", "report", "plan", "targets", "train", "inspect_run"},
+    "cli": {"arguments", "config", "errors", "parallel", "report", "plan", "targets", "train", "inspect_run"},
 }
 NEVER = {"configs", "tests", "benchmarks", "launch", "docs"}
 VAGUE = {"utils", "util", "common", "core", "helpers", "helper", "manager", "misc"}

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from jaxrl_llm import errors
+
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 # Ten times what the slowest needs on an idle machine; the stand-ins sleep 60 s, so a launcher that kills nobody fails.
 SOON = 20.0
@@ -204,7 +206,7 @@ def run_with_stubs(script: Path, *arguments: str, tmp_path: Path, stubs: dict[st
     return done, (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (75, True)])
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (3, False), (4, False), (75, True)])
 def test_slurm_goes_back_into_the_queue_after_a_save_only(tmp_path, code, requeued):
     stubs = {"srun": f"exit {code}", "scontrol": ""}
     job = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7"}
@@ -256,6 +258,17 @@ def test_jobset_has_the_expected_keys():
     assert pod["restartPolicy"] == "Never"
     assert container["command"][:2] == ["jaxrl", "train"]
 
-    (bad_config,) = job["podFailurePolicy"]["rules"]
-    assert bad_config["action"] == "FailJob" and bad_config["onExitCodes"]["values"] == [2]
-    assert jobset["spec"]["failurePolicy"]["rules"][0]["action"] == "FailJobSet"
+
+def test_jobset_restarts_no_run_that_would_end_in_the_same_way():
+    """Every exit code of an error that a person must mend fails the set; 75 and deaths by signal restart it."""
+    jobset = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+    (slice_job,) = jobset["spec"]["replicatedJobs"]
+    job = slice_job["template"]["spec"]
+    (rule,) = job["podFailurePolicy"]["rules"]
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.UserError)]
+    assert rule["action"] == "FailJob" and rule["onExitCodes"]["operator"] == "In"
+    assert rule["onExitCodes"]["values"] == sorted({kind.exit_code for kind in kinds}) == [2, 3, 4]
+    assert rule["onExitCodes"]["containerName"] == job["template"]["spec"]["containers"][0]["name"]
+    policy = jobset["spec"]["failurePolicy"]
+    assert policy["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
+    assert policy["maxRestarts"] > 0

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from jaxrl_llm.errors import UserError
 
+LIMIT_S = 3600
 HERE = Path(__file__).parent / ".envs"
 VARIABLES = {"transformers": "JAXRL_TORCH_PYTHON", "trl": "JAXRL_TRL_PYTHON", "tunix": "JAXRL_TUNIX_PYTHON"}
 
@@ -50,7 +51,9 @@ def build(name: str) -> Path:
     path = HERE / name
     shutil.rmtree(path, ignore_errors=True)
     venv.create(path, with_pip=True)
-    subprocess.run([path / "bin" / "python", "-m", "pip", "install", "-q", *packages(name)], check=True)
+    subprocess.run(
+        [path / "bin" / "python", "-m", "pip", "install", "-q", *packages(name)], check=True, timeout=LIMIT_S
+    )
     (path / "packages.txt").write_text("\n".join(packages(name)) + "\n", encoding="utf-8")
     return path / "bin" / "python"
 

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 
+STEP_LIMIT_S = 3600
 Loop = Callable[[Callable[[], None]], None]
 """A whole training run; it calls what it is given after each step."""
 
@@ -21,7 +22,8 @@ class Paced:
             self._thread.start()
         else:
             self._go.release()
-        self._done.acquire()
+        if not self._done.acquire(timeout=STEP_LIMIT_S):
+            raise TimeoutError(f"no step in {STEP_LIMIT_S} s")
         if self._error is not None:
             raise self._error
 

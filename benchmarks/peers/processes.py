@@ -74,7 +74,7 @@ class Worker:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            self._process.wait(timeout=10)
         self._process.stdout.close()
         self._log.close()
 

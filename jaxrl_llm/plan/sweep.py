@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # What arithmetic says may be off by so much before a form is not worth compiling.
 SLACK = 1.1
+COMPILE_LIMIT_S = 7200
 
 
 class Form(NamedTuple):
@@ -127,7 +128,12 @@ def forms_of(
 
 def compile_form(command: list[str], form: Form) -> Report:
     """The report of one plan. Raises UserError with the last line of a compilation that failed."""
-    done = subprocess.run([*command, *form.flags, "--json"], capture_output=True, text=True)
+    try:
+        done = subprocess.run(
+            [*command, *form.flags, "--json"], capture_output=True, text=True, timeout=COMPILE_LIMIT_S
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"got no plan in {COMPILE_LIMIT_S} s") from None
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise UserError(f"got no plan, want one: {last}")

@@ -52,6 +52,9 @@ class RewardConfig:
     """Processes that grade at the same time, each with one thread for numerical libraries."""
     deadline_s: Annotated[float, Gt(0), Le(86_400)] = 10.0
     """Wall-clock seconds for one group: all its samples by all graders. Past it the worker is killed and the group fails."""
+    memory_gib: Annotated[float, Ge(0.125), Le(65_536)] = 4.0
+    """Memory that a worker, and each process that its graders start, may write to, in GiB. Beyond it Python raises MemoryError, and
+    other libraries end the process; either fails the group. Linux only."""
 
     @model_validator(mode="before")
     @classmethod

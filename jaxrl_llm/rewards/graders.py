@@ -80,6 +80,8 @@ def problems(config: "RewardConfig") -> list[str]:
             found.append(f"{where}.grader: {error}")
         if grader.label in labels[:index]:
             found.append(f'{where}.name: got "{grader.label}" again, want another name: it is the name in the metrics')
+        if not grader.label.isprintable():
+            found.append(f"{where}.name: got {grader.label!a}, want characters that can be printed")
     return found
 
 

@@ -1,8 +1,7 @@
 """Groups of samples in, rewards and failures out: graders run in worker processes under a deadline.
 
-One worker holds one group at a time and answers through its own pipe. A grader that raises, hangs, dies or returns
-nonsense costs its own group and no other; a worker that hangs is killed and replaced. What a failed group means for
-training is decided elsewhere.
+One worker holds one group at a time. A grader that raises, hangs, dies or returns nonsense costs its own group and no other; a
+worker that hangs is killed and replaced, with all that it started. What a failed group means for training is decided elsewhere.
 
     with GraderPool(RewardConfig((GraderConfig("exact_match"),))) as pool:
         graded = pool.grade([[Sample("<1+1>", "2#", "2#", "eos"), Sample("<1+1>", "3#", "2#", "eos")]])
@@ -16,28 +15,22 @@ from __future__ import annotations
 import collections
 import logging
 import math
-import multiprocessing
-import multiprocessing.connection
-import os
-import signal
-import sys
+import select
 import time
-import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards.config import RewardConfig
 from jaxrl_llm.rewards.graders import Sample, problems
-from jaxrl_llm.rewards.worker import FLOAT32_MAX, Failure, Verdict, failed, serve
+from jaxrl_llm.rewards.process import WorkerProcess, pack_group
+from jaxrl_llm.rewards.worker import FLOAT32_MAX, Failure, Setup, Verdict, encodable, failed
 
-START_LIMIT_S = 120.0
 NUM_LOGGED = 5
+MAX_ERROR_LINES = 50
 
 log = logging.getLogger("jaxrl_llm.rewards")
 
@@ -75,7 +68,8 @@ def part_metrics(graded: Graded, names: Sequence[str]) -> dict[str, float]:
 class GraderPool:
     """Worker processes for the graders of a config. Use it as a context manager, by `grade` or by `submit`, not by both at a time.
 
-    Workers start in the background. They die with the pool, and on Linux with the parent too, however it ends.
+    Workers start in the background. They die with the pool, and with the process that holds it, however that ends; on Linux all
+    that a grader started dies with them.
 
     Raises:
       UserError: everything that is wrong with the config's graders, or (from `grade`) a worker cannot start.
@@ -86,16 +80,18 @@ class GraderPool:
             raise UserError("\n".join(found))
         self._config = config
         self._names = [grader.label for grader in config.graders]
-        self._specs = [(grader.grader, dict(grader.options)) for grader in config.graders]
+        graders = [(grader.grader, dict(grader.options)) for grader in config.graders]
+        self._setup = Setup(graders, config.memory_gib)
         self._num_failures: collections.Counter[tuple[int, Failure]] = collections.Counter()
         self.first_failure = ""
         """Which grader failed first, and how, in its own words."""
-        self._workers: list[_Worker] = []
-        # One thread for as long as the pool lives: a worker dies with the thread that started it.
+        self._has_left_running = False
+        self._num_error_lines = 0
+        self._workers: list[WorkerProcess] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="graders")
         try:
             for _ in range(config.workers):
-                self._workers.append(_Worker(self._specs))
+                self._workers.append(WorkerProcess(self._setup))
         except BaseException:
             self.close()
             raise
@@ -108,8 +104,12 @@ class GraderPool:
 
     def close(self) -> None:
         """Kills every worker. Closing twice is fine."""
+        killed = []
         while self._workers:
-            self._workers.pop().kill()
+            killed.append(self._workers.pop())
+            killed[-1].release()
+        for worker in killed:
+            worker.kill()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def grade(self, groups: Sequence[Sequence[Sample]]) -> Graded:
@@ -128,12 +128,11 @@ class GraderPool:
         try:
             for index, verdict in self._verdicts(groups):
                 verdicts[index] = self._checked(verdict)
-                if verdicts[index].failure:
-                    self._report(verdicts[index], groups[index])
+                self._report(verdicts[index], groups[index])
         except BaseException:
             self.close()
             raise
-        return self._graded(verdicts, max(sizes, default=0))
+        return self._graded(verdicts, groups)
 
     def submit(self, groups: Sequence[Sequence[Sample]]) -> Future[Graded]:
         """`grade`, behind what was submitted before, while the caller goes on."""
@@ -153,7 +152,8 @@ class GraderPool:
         worst = int(np.abs(weighted).max(axis=1).argmax())
         return failed(Failure.NOT_FINITE, worst, "the weighted sum is beyond float32")
 
-    def _graded(self, verdicts: Sequence[Verdict], size: int) -> Graded:
+    def _graded(self, verdicts: Sequence[Verdict], groups: Sequence[Sequence[Sample]]) -> Graded:
+        size = len(groups[0]) if groups else 0
         parts = np.full((len(self._names), len(verdicts), size), np.nan, np.float64)
         for index, verdict in enumerate(verdicts):
             if not verdict.failure:
@@ -163,38 +163,55 @@ class GraderPool:
             parts=parts.astype(np.float32),
             failure=np.array([verdict.failure for verdict in verdicts], np.int32),
             failed_by=np.array([verdict.grader for verdict in verdicts], np.int32),
-            votes=[[""] * size if verdict.failure else verdict.votes for verdict in verdicts],
+            votes=[self._votes(verdict, group) for verdict, group in zip(verdicts, groups, strict=True)],
         )
+
+    def _votes(self, verdict: Verdict, group: Sequence[Sample]) -> list[str]:
+        if verdict.failure:
+            return [""] * len(group)
+        return verdict.votes or [encodable(sample.completion.strip()) for sample in group]
 
     def _verdicts(self, groups: Sequence[Sequence[Sample]]) -> Iterator[tuple[int, Verdict]]:
         """One (index, verdict) for each group, in the order in which they come."""
-        todo = collections.deque(enumerate(groups))
-        num_missing = len(groups)
+        todo, num_missing = collections.deque(range(len(groups))), len(groups)
         while num_missing:
-            for slot, worker in enumerate(self._workers):
-                if worker.idle and todo:
-                    if worker.begin(*todo[0], self._config.deadline_s):
-                        todo.popleft()
-                    else:
-                        self._replace(slot)
-            for index, verdict in self._wait():
+            if not self._workers:
+                raise ValueError("the pool was closed meanwhile")
+            for index, verdict in [*self._begin(todo, groups), *self._wait()]:
                 num_missing -= 1
                 yield index, verdict
 
+    def _begin(self, todo: collections.deque[int], groups: Sequence[Sequence[Sample]]) -> Iterator[tuple[int, Verdict]]:
+        """Hands groups to idle workers; a verdict for each that cannot be sent."""
+        for slot, worker in enumerate(self._workers):
+            while worker.idle and todo:
+                index = todo.popleft()
+                try:
+                    frame = pack_group(groups[index])
+                except Exception as error:
+                    text = encodable(f"the row cannot be sent to a worker: {type(error).__name__}: {error}"[:500])
+                    yield index, failed(Failure.RAISED, 0, text)
+                    continue
+                if not worker.begin(index, frame, len(groups[index]), self._config.deadline_s):
+                    todo.appendleft(index)
+                    self._replace(slot)
+                    break
+
     def _wait(self) -> Iterator[tuple[int, Verdict]]:
         """Sleeps until some worker answers, dies or is late; frees or replaces it."""
-        busy = [worker for worker in self._workers if not worker.idle]
-        pause_s = max(0.0, min(worker.limit for worker in busy) - time.monotonic())
-        readable = multiprocessing.connection.wait([worker.connection for worker in busy], pause_s)
+        busy = [(slot, worker) for slot, worker in enumerate(self._workers) if not worker.idle]
+        if not busy:
+            return
+        poll = select.poll()
+        slot_of = {fd: slot for slot, worker in busy for fd in worker.register(poll)}
+        pause_s = max(0.0, min(worker.limit for _, worker in busy) - time.monotonic())
+        ready = {slot_of[fd] for fd, _ in poll.poll(math.ceil(1000 * pause_s))}
         now = time.monotonic()
-        for slot, worker in enumerate(self._workers):
+        for slot, worker in busy:
             # An answer that lies in the pipe counts, even if this process was too busy to fetch it before the limit.
-            if worker.connection in readable:
-                verdict = worker.receive()
-            elif worker.limit <= now:
-                verdict = failed(Failure.TIMED_OUT, worker.grader, f"no answer within {worker.patience_s:g} s")
-            else:
-                continue
+            verdict = worker.exchange() if slot in ready else None
+            verdict = verdict or (worker.too_late() if worker.limit <= now else None)
+            self._echo(worker)
             if verdict is None:
                 continue
             index = worker.group
@@ -209,10 +226,32 @@ class GraderPool:
                 yield index, verdict
 
     def _replace(self, slot: int) -> None:
-        self._workers[slot].kill()
-        self._workers[slot] = _Worker(self._specs)
+        old, worker = self._workers[slot], WorkerProcess(self._setup)
+        old.kill()
+        self._echo(old)
+        try:
+            # Another thread may have closed the pool meanwhile.
+            self._workers[slot] = worker
+        except IndexError:
+            worker.kill()
+
+    def _echo(self, worker: WorkerProcess) -> None:
+        """What graders write to standard error: the first of it, on lines of our own, where it can move no cursor."""
+        for line in worker.errors():
+            self._num_error_lines += 1
+            if self._num_error_lines <= MAX_ERROR_LINES:
+                last = " (the rest is dropped)" if self._num_error_lines == MAX_ERROR_LINES else ""
+                log.warning("a grader's standard error: %s%s", _printable(line[:300]), last)
 
     def _report(self, verdict: Verdict, group: Sequence[Sample]) -> None:
+        if verdict.left_running and not self._has_left_running:
+            self._has_left_running = True
+            told = "a grader left a process running when it had graded: %r; it was ended, and so will be others (a helper that "
+            log.warning(
+                told + "is to live as long as the worker is started in the grader's `start`)", verdict.left_running
+            )
+        if not verdict.failure:
+            return
         self._num_failures[verdict.grader, verdict.failure] += 1
         count = self._num_failures[verdict.grader, verdict.failure]
         self.first_failure = self.first_failure or f"grader {self._names[verdict.grader]}: {verdict.text}"
@@ -222,69 +261,6 @@ class GraderPool:
             log.warning("grader %s: %s: %r; prompt %r%s", grader, name, verdict.text, prompt, last)
 
 
-class _Worker:
-    """One process, one pipe, at most one group. `limit` is when (monotonic s) our patience ends: inf while idle."""
-
-    def __init__(self, specs: Sequence[tuple[str, Mapping[str, Any]]]):
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, specs), name="grader", daemon=True)
-        with _no_main():
-            self.process.start()
-        theirs.close()
-        self._expect(None, START_LIMIT_S)
-
-    @property
-    def idle(self) -> bool:
-        return self.limit == math.inf
-
-    def begin(self, index: int, group: Sequence[Sample], deadline_s: float) -> bool:
-        """Hands over a group and starts its clock. False if the worker died while idle: the group is not to blame."""
-        try:
-            # Some mappings cannot be pickled, such as read-only ones.
-            self.connection.send([sample._replace(columns=dict(sample.columns)) for sample in group])
-        except OSError:
-            return False
-        self._expect(index, deadline_s)
-        return True
-
-    def rest(self) -> None:
-        self._expect(None, math.inf)
-
-    def receive(self) -> Verdict | None:
-        """The verdict; None if it was only word that the next grader has begun."""
-        try:
-            message = self.connection.recv()
-        except (EOFError, OSError):
-            return failed(Failure.DIED, self.grader, f"exit code {self.kill()}")
-        if isinstance(message, int):
-            self.grader = message
-            return None
-        return message
-
-    def kill(self) -> int | None:
-        """Kills the process and its group; returns the exit code. SIGKILL, since a grader can ignore the rest."""
-        if self.process.is_alive():
-            with suppress(OSError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.kill()
-        self.process.join()
-        self.connection.close()
-        return self.process.exitcode
-
-    def _expect(self, group: int | None, patience_s: float) -> None:
-        self.group = group
-        self.grader = 0
-        self.patience_s = patience_s
-        self.limit = time.monotonic() + patience_s
-
-
-@contextmanager
-def _no_main() -> Iterator[None]:
-    """Hides `__main__`: spawn would run the parent's script again in each worker, imports of jax and all."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+def _printable(text: str) -> str:
+    """Control, bidi and other characters that are no text, written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -3,23 +3,26 @@
 Without numpy a worker can set OMP_NUM_THREADS before numpy reads it.
 """
 
-import ctypes
 import enum
+import json
 import math
-import multiprocessing
 import numbers
 import os
-import signal
-import sys
+import pickle
+import resource
+import socket
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+from jaxrl_llm.rewards import family
 from jaxrl_llm.rewards.graders import Grader, Sample, make
 
 FLOAT32_MAX = 3.4028234663852886e38
+LENGTH_BYTES = 8
+MAX_VOTES_CHARACTERS = 10_000_000
+MAX_LINE_BYTES = 2**26
+"""Above what a verdict with that many characters takes as JSON, 6 bytes each."""
 
 
 class Failure(enum.IntEnum):
@@ -36,7 +39,7 @@ class Failure(enum.IntEnum):
     WRONG_TYPE = 4
     """A reward was not a real number: None, a string, complex, an array. Booleans count as 0 and 1."""
     DIED = 5
-    """The worker process ended while grading: os._exit, a signal, out of memory."""
+    """The worker process ended while grading (os._exit, a signal, more memory than it may have), or said what is no verdict."""
 
 
 class Verdict(NamedTuple):
@@ -45,44 +48,118 @@ class Verdict(NamedTuple):
     parts: list[list[float]]
     """[n G], what each grader gave each sample."""
     votes: list[str]
-    """[G], the final answers."""
+    """[G], the final answers; empty where no grader extracts any."""
     failure: Failure = Failure.NONE
     grader: int = -1
     text: str = ""
+    left_running: str = ""
+    """The command line of a process that the graders left behind, and that was ended."""
 
 
 def failed(failure: Failure, grader: int, text: str) -> Verdict:
     return Verdict([], [], failure, grader, text)
 
 
-def serve(connection: Connection, specs: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    """A worker's life: settle, say so in a first `Verdict`; then a group in, a `Verdict` out, until the pipe ends.
+class Setup(NamedTuple):
+    """What a worker is told first."""
 
-    Before a group's second and each further grader its index is sent, so that the parent knows whom to blame for a silence.
+    graders: Sequence[tuple[str, Mapping[str, Any]]]
+    """Names and options."""
+    memory_gib: float
+
+
+def serve(connection: socket.socket) -> None:
+    """A worker's life: a `Setup` in, an empty `Verdict` out; then a group in, a `Verdict` out, until the connection ends.
+
+    In come pickles, each after its length in 8 bytes; out go lines of JSON, since what graders have touched is not unpickled.
+    Before a group's second and each further grader its index is sent, so that the trainer knows whom to blame for a silence.
     """
-    # A group of its own: what the grader starts is killed with it, and Ctrl-C in the terminal reaches the parent alone.
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _die_with_parent()
+    worker, requests = os.getpid(), connection.makefile("rb")
+
+    def tell(message: int | Verdict) -> None:
+        # A child that a grader forked, and that went on as if it were the worker, says nothing.
+        if os.getpid() != worker:
+            os._exit(0)
+        connection.sendall(encode(message))
+
+    setup = pickle.loads(_frame(requests))
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    _limit_memory(setup.memory_gib)
     graders = []
-    for index, (name, options) in enumerate(specs):
+    for index, (name, options) in enumerate(setup.graders):
         try:
             graders.append(_start(name, options))
         except BaseException as error:
-            return connection.send(failed(Failure.RAISED, index, _in_a_line(error)))
-    connection.send(Verdict([], []))
-    with suppress(EOFError):
-        while True:
-            connection.send(judge(graders, connection.recv(), connection.send))
+            return tell(_raised(error, index, setup.memory_gib))
+    tell(Verdict([[] for _ in graders], []))
+    helpers = family.descendants()
+    while frame := _frame(requests):
+        verdict = _judge_frame(graders, frame, tell, setup.memory_gib)
+        tell(verdict._replace(left_running=family.end_descendants(helpers).command))
 
 
-def judge(graders: Sequence[Grader], group: Sequence[Sample], tell: Callable[[int], None]) -> Verdict:
-    """The group by each grader in turn; votes are the answers that the first extracting grader reads, else the completions."""
-    parts: list[list[float]] = []
-    votes = [sample.completion.strip() for sample in group]
+def _frame(requests: BinaryIO) -> bytes:
+    """The next pickle; empty at the end."""
+    return requests.read(int.from_bytes(requests.read(LENGTH_BYTES), "big"))
+
+
+def _judge_frame(graders: Sequence[Grader], frame: bytes, tell: Callable[[int], None], memory_gib: float) -> Verdict:
+    try:
+        group = pickle.loads(frame)
+    except BaseException as error:
+        return _raised(error, 0, memory_gib)
+    return judge(graders, group, tell, memory_gib)
+
+
+def encode(message: int | Verdict) -> bytes:
+    """A line: a grader's index, or a verdict. In ASCII, since a grader's text may hold what UTF-8 cannot."""
+    return json.dumps(message._asdict() if isinstance(message, Verdict) else message).encode("ascii") + b"\n"
+
+
+def decode(line: bytes, num_graders: int, size: int) -> int | Verdict:
+    """What `encode` made, for a group of `size` samples; its texts can be encoded and printed.
+
+    Raises ValueError: it is nothing that a worker says.
+    """
+    try:
+        message = json.loads(line)
+    except RecursionError:
+        raise ValueError("nested") from None
+    if type(message) is int and 0 <= message < num_graders:
+        return message
+    if type(message) is not dict or tuple(message) != Verdict._fields:
+        raise ValueError("no message")
+    verdict = Verdict(**message)
+    texts = verdict.text, verdict.left_running
+    lists = _is_list(verdict.parts, list) and _is_list(verdict.votes, str)
+    if not lists or type(verdict.grader) is not int or {*map(type, texts)} != {str}:
+        raise ValueError("wrong types")
+    failure = Failure(verdict.failure)
+    if failure and not 0 <= verdict.grader < num_graders:
+        raise ValueError("no such grader")
+    full = [num_graders, *[size] * num_graders]
+    if not failure and ([len(verdict.parts), *map(len, verdict.parts)] != full or len(verdict.votes) not in (0, size)):
+        raise ValueError("wrong sizes")
+    if not all(_is_list(part, float) and all(abs(x) <= FLOAT32_MAX for x in part) for part in verdict.parts):
+        raise ValueError("no numbers")
+    text, left = map(encodable, texts)
+    return verdict._replace(failure=failure, votes=[*map(encodable, verdict.votes)], text=text, left_running=left)
+
+
+def encodable(text: str) -> str:
+    """The text, with lone surrogates written out."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
+def _is_list(value: object, kind: type) -> bool:
+    return type(value) is list and all(type(item) is kind for item in value)
+
+
+def judge(
+    graders: Sequence[Grader], group: Sequence[Sample], tell: Callable[[int], None], memory_gib: float
+) -> Verdict:
+    """The group by each grader in turn; votes are the answers that the first extracting grader reads."""
+    parts, votes = [], []
     voter = next((i for i, grader in enumerate(graders) if hasattr(grader, "extract")), -1)
     for index, grader in enumerate(graders):
         if index:
@@ -90,12 +167,19 @@ def judge(graders: Sequence[Grader], group: Sequence[Sample], tell: Callable[[in
         try:
             parts.append([_reward(grader(sample)) for sample in group])
             if index == voter:
-                votes = [_vote(grader.extract(sample)) for sample in group]
+                votes = _votes(grader, group)
         except _Nonsense as error:
             return failed(error.failure, index, error.text)
         except BaseException as error:
-            return failed(Failure.RAISED, index, _in_a_line(error))
+            return _raised(error, index, memory_gib)
     return Verdict(parts, votes)
+
+
+def _raised(error: BaseException, index: int, memory_gib: float) -> Verdict:
+    """What filled the memory may stay in it, so a worker whose memory is full counts as dead, and another takes over."""
+    if isinstance(error, MemoryError):
+        return failed(Failure.DIED, index, f"{_in_a_line(error)} (reward.memory_gib is {memory_gib:g})")
+    return failed(Failure.RAISED, index, _in_a_line(error))
 
 
 class _Nonsense(Exception):
@@ -121,10 +205,16 @@ def _reward(value: object) -> float:
     return reward
 
 
-def _vote(answer: object) -> str:
-    if not isinstance(answer, str):
-        raise _Nonsense(Failure.WRONG_TYPE, f"extract returned a {type(answer).__name__}, want a str")
-    return answer
+def _votes(grader: Grader, group: Sequence[Sample]) -> list[str]:
+    votes = [grader.extract(sample) for sample in group]
+    for vote in votes:
+        if not isinstance(vote, str):
+            raise _Nonsense(Failure.WRONG_TYPE, f"extract returned a {type(vote).__name__}, want a str")
+    if (total := sum(map(len, votes))) > MAX_VOTES_CHARACTERS:
+        want = f"want at most {MAX_VOTES_CHARACTERS:,} for a group"
+        raise _Nonsense(Failure.WRONG_TYPE, f"extract returned {total:,} characters, {want}")
+    # Of subclasses of str the text alone.
+    return [str.__str__(vote) for vote in votes]
 
 
 def _is_real(value: object) -> bool:
@@ -144,11 +234,10 @@ def _in_a_line(error: BaseException) -> str:
     return traceback.format_exception_only(error)[-1].strip()[:500]
 
 
-def _die_with_parent() -> None:
-    """Asks Linux to kill this process when the thread that started it ends, whatever the grader is doing then."""
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        # The parent may have died before the call.
-        if os.getppid() != multiprocessing.parent_process().pid:
-            os._exit(1)
+def _limit_memory(gib: float) -> None:
+    """Private writable memory of this process, and of each that it starts. Linux counts no files mapped for reading, and no address
+    space that is only reserved, so a library's size on disk does not matter."""
+    most = int(gib * 2**30)
+    for held in resource.getrlimit(resource.RLIMIT_DATA):
+        most = most if held == resource.RLIM_INFINITY else min(most, held)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))

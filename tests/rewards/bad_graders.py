@@ -28,6 +28,7 @@ RETURNS = {
     "complex": 1j,
     "list": [1.0],
     "array": np.array(1.0),
+    "long": "a" * 20_000_000,
     "bool": True,
     "int": 3,
     "np.bool": np.bool_(True),
@@ -144,6 +145,14 @@ class Votes:
 
     def extract(self, sample):
         return RETURNS.get(sample.completion, sample.completion.upper())
+
+
+class LoneSurrogates:
+    def __call__(self, sample):
+        return 1 if sample.completion.startswith("vote") else _raise(ValueError(sample.completion))
+
+    def extract(self, sample):
+        return sample.completion
 
 
 class NeverStarts:

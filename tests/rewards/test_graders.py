@@ -175,6 +175,13 @@ def test_every_mistake_is_named_at_once():
         assert text.startswith(f"reward.{where}") and words in text, text
 
 
+def test_a_name_that_cannot_be_printed_is_refused():
+    named = GraderConfig("exact_match", name="\x1b[2J\ud800")
+    assert problems(RewardConfig((named,))) == [
+        r"reward.graders.0.name: got '\x1b[2J\ud800', want characters that can be printed"
+    ]
+
+
 def test_a_missing_library_is_named_before_training(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     [text] = problems_of("math")

@@ -134,6 +134,25 @@ def test_columns_of_any_mapping_reach_the_grader():
     assert grade([[row]], GraderConfig("bad_graders:moody")).reward.tolist() == [[1.0]]
 
 
+def test_text_that_cannot_be_encoded_ends_nothing(caplog):
+    r"""json.loads makes a lone surrogate of a model's "\\ud800"; votes and errors reach files, pages and terminals."""
+    graded = grade(
+        [group("vote \ud800", "vote \ud801"), group("raise \ud800", "1")], GraderConfig("bad_graders:LoneSurrogates")
+    )
+    assert graded.failure.tolist() == [Failure.NONE, Failure.RAISED]
+    assert graded.votes == [["vote \\ud800", "vote \\ud801"], ["", ""]]
+    assert b"ValueError: raise" in caplog.text.encode("utf-8")
+    # Without a grader that extracts, the completion itself votes.
+    assert grade([group("\ud800 ")], GraderConfig("exact_match")).votes == [["\\ud800"]]
+
+
+def test_a_row_that_cannot_be_sent_and_votes_that_are_too_long_cost_their_group():
+    groups = [group("1", helper=lambda: 0), group("long"), group("fine")]
+    graded = grade(groups, GraderConfig("bad_graders:Votes"))
+    assert graded.failure.tolist() == [Failure.RAISED, Failure.WRONG_TYPE, Failure.NONE]
+    assert graded.votes == [[""], [""], ["FINE"]]
+
+
 def test_every_mistake_of_a_config_is_told_before_a_worker_starts():
     with pytest.raises(UserError) as error:
         GraderPool(RewardConfig((GraderConfig("numerical"), GraderConfig("format"))))

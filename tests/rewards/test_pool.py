@@ -40,9 +40,9 @@ def one(grader, workers=2, deadline_s=10.0):
 
 
 def children():
-    """Pids of live child processes that are workers: the resource tracker of multiprocessing stays and is not one."""
+    """Pids of live child processes: one for each worker."""
     pids = [int(pid) for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
-    return [pid for pid in pids if not is_gone(pid) and "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    return [pid for pid in pids if not is_gone(pid)]
 
 
 def is_gone(pid):
@@ -171,8 +171,10 @@ def test_a_large_group_passes_through_the_pipe():
 def test_a_worker_that_died_idle_is_replaced_and_blames_no_group():
     with pool_of("by_completion", workers=1) as pool:
         pool.grade(groups_of(GOOD))
-        os.kill(pool._workers[0].process.pid, signal.SIGKILL)
-        pool._workers[0].process.join()
+        [keeper] = children()
+        [worker] = map(int, Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split())
+        os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: is_gone(keeper))
         graded = pool.grade(groups_of(GOOD))
     np.testing.assert_array_equal(graded.failure, [0])
     np.testing.assert_array_equal(graded.reward, [[0.5, 2]])
@@ -220,6 +222,27 @@ def test_wrong_use_says_so():
     pool.close()
     with pytest.raises(ValueError, match="closed"):
         pool.grade(groups_of(GOOD))
+
+
+def test_a_pool_that_is_closed_while_it_grades_leaves_nothing():
+    pool = pool_of("by_completion", workers=2)
+    pool.grade(groups_of(GOOD, GOOD))
+    job = pool.submit(groups_of(["spin"], ["sleep"], ["1"]))
+    wait_until(job.running)
+    pool.close()
+    assert isinstance(job.exception(timeout=10), ValueError)
+    wait_until(lambda: children() == [])
+
+
+def test_a_machine_without_a_further_process_says_so_and_loses_nothing(monkeypatch):
+    def no_more(*_, **__):
+        raise OSError(11, "Resource temporarily unavailable")
+
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(subprocess, "Popen", no_more)
+    with pytest.raises(UserError, match=r"reward.workers: a worker could not start: .*temporarily unavailable"):
+        pool_of("by_completion")
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_a_grader_that_only_the_parent_can_import_ends_the_run(tmp_path, monkeypatch):

@@ -1,0 +1,182 @@
+"""Whatever a grader does, its group alone is lost, in time, and nothing that it started is left."""
+
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from jaxrl_llm.rewards.config import GraderConfig, RewardConfig
+from jaxrl_llm.rewards.graders import Sample
+from jaxrl_llm.rewards.pool import Failure, GraderPool
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux's")
+
+HERE = Path(__file__).parent
+# Of this run of the tests alone.
+MARK = f"JAXRL_TEST_MARK=attacks-{os.getpid()}"
+DEADLINE_S = 0.6
+# Two pools of one worker, and the keeper of each.
+AT_REST = 4
+
+
+def group(*completions):
+    return [Sample("<prompt>", text, "", "eos") for text in completions]
+
+
+def marked():
+    """Pids of live processes with our mark in their environment, or with a parent that has it: an oracle of its own."""
+    found, parents = set(), {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (path / "stat").read_text(errors="replace").rpartition(")")[2].split()
+            if fields[0] not in "ZX":
+                parents[int(path.name)] = int(fields[1])
+                if MARK in (path / "environ").read_bytes().decode(errors="replace"):
+                    found.add(int(path.name))
+        except OSError:
+            continue
+    found -= {os.getpid()}
+    return found | {pid for pid, parent in parents.items() if parent in found}
+
+
+def sleepers():
+    """Processes that attacks started without an environment: their command has the mark."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found |= {path.parent.name} if MARK.partition("=")[2].encode() in path.read_bytes() else set()
+        except OSError:
+            continue
+    return found
+
+
+def open_here():
+    """Descriptors and threads of this process."""
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+
+def settles(condition, seconds=5.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+class Pools(NamedTuple):
+    short: GraderPool
+    """For attacks that are to miss the deadline."""
+    patient: GraderPool
+    """For those that are not, on a machine with other work."""
+
+
+@pytest.fixture(scope="module")
+def pools():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(HERE)
+        patch.setenv(*MARK.split("="))
+        patch.setattr("jaxrl_llm.rewards.pool.NUM_LOGGED", 1000)
+        graders = (GraderConfig("attacks:attack"),)
+        made = Pools(*(GraderPool(RewardConfig(graders, 1, deadline_s, 0.25)) for deadline_s in (DEADLINE_S, 30.0)))
+        with made.short, made.patient:
+            for pool in made:
+                pool.submit([group("1")]).result(timeout=30)
+            yield made
+    assert settles(lambda: not marked())
+
+
+WANTED = {
+    "fork, exit": (Failure.DIED, "exit code 0"),
+    "fork, both go on": Failure.NONE,
+    "fork, the child goes on later": Failure.NONE,
+    "daemon": Failure.NONE,
+    "daemon, sleep": Failure.TIMED_OUT,
+    "daemon, exit": (Failure.DIED, "exit code 0"),
+    "child": Failure.NONE,
+    "child without environment": Failure.NONE,
+    "shell with a background job": Failure.NONE,
+    "thread": Failure.NONE,
+    "breed": Failure.NONE,
+    "chain": Failure.NONE,
+    "close everything": Failure.DIED,
+    "say garbage": (Failure.DIED, "no verdict"),
+    "say a number": (Failure.DIED, "no verdict"),
+    "say another verdict": (Failure.DIED, "no verdict"),
+    "say half a message": (Failure.TIMED_OUT, "no answer within 0.6 s"),
+    "say without end": (Failure.DIED, "more than"),
+    "stop": Failure.TIMED_OUT,
+    "kill the group": (Failure.DIED, "ended by Killed (9); reward.memory_gib is 0.25"),
+    "kill the keeper": Failure.DIED,
+    "terminate the keeper": Failure.NONE,
+    "flood stderr": Failure.NONE,
+    "lower limits": Failure.NONE,
+    "hoard": (Failure.DIED, "MemoryError (reward.memory_gib is 0.25)"),
+    "recurse": (Failure.RAISED, "RecursionError"),
+    "exit code": (Failure.DIED, "exit code 3"),
+    "abort": (Failure.DIED, "ended by Aborted (6); reward.memory_gib is 0.25"),
+}
+
+
+@pytest.mark.parametrize("attack", WANTED)
+def test_nothing_is_left_of_an_attack(attack, pools, caplog):
+    caplog.set_level(logging.WARNING, "jaxrl_llm.rewards")
+    wanted, words = WANTED[attack] if isinstance(WANTED[attack], tuple) else (WANTED[attack], "")
+    pool = pools.short if wanted == Failure.TIMED_OUT else pools.patient
+    before, start = open_here(), time.monotonic()
+    graded = pool.submit([group(attack, "5")]).result(timeout=60)
+    seconds = time.monotonic() - start
+    assert graded.failure.tolist() == [wanted]
+    np.testing.assert_array_equal(graded.reward, [[np.nan] * 2 if wanted else [1, 5]])
+    assert words in "".join(text for text in caplog.messages if wanted.name in text)
+    np.testing.assert_array_equal(pool.submit([group("2", "3")]).result(timeout=60).reward, [[2, 3]])
+    # Beyond the deadline: this machine's other work.
+    assert wanted != Failure.TIMED_OUT or DEADLINE_S <= seconds < DEADLINE_S + 1
+    assert settles(lambda: len(marked()) == AT_REST and not sleepers()), [
+        Path(f"/proc/{pid}/cmdline").read_bytes() for pid in marked()
+    ]
+    assert settles(lambda: open_here() == before), (open_here(), before)
+
+
+def test_a_worker_that_stops_reading_is_a_missed_deadline(pools):
+    """Stopped from outside, while more is sent than any pipe holds."""
+    worker = int(pools.short.submit([group("pid")]).result(timeout=30).reward[0, 0])
+    os.kill(worker, signal.SIGSTOP)
+    # Different ones, since pickle writes equal objects once.
+    large, start = ["1" + " " * (100_000 + i) for i in range(8)], time.monotonic()
+    graded = pools.short.submit([group(*large)]).result(timeout=30)
+    assert DEADLINE_S <= time.monotonic() - start < DEADLINE_S + 1
+    assert graded.failure.tolist() == [Failure.TIMED_OUT]
+    np.testing.assert_array_equal(pools.short.submit([group(*large)]).result(timeout=30).reward, [[1] * 8])
+
+
+def test_what_a_grader_writes_to_standard_error_is_bounded_and_harmless(monkeypatch, caplog, capfd):
+    monkeypatch.syspath_prepend(HERE)
+    caplog.set_level(logging.WARNING, "jaxrl_llm.rewards")
+    with GraderPool(RewardConfig((GraderConfig("attacks:attack"),), workers=1)) as pool:
+        assert settles(lambda: pool.grade([group("flood stderr")]).reward[0] == 1 and len(caplog.messages) >= 50)
+        told = [text.removeprefix("a grader's standard error: ") for text in caplog.messages]
+        assert told[0] == r"\x1b[2J a line of a million" and len(told) == 50
+        assert told[49].endswith("a line of a million (the rest is dropped)")
+    caplog.clear()
+    with GraderPool(RewardConfig((GraderConfig("attacks:attack"),), workers=1)) as pool:
+        assert settles(lambda: pool.grade([group("long line on stderr")]) and len(caplog.messages) > 1)
+        for _ in range(3):
+            pool.grade([group("long line on stderr")])
+            time.sleep(0.02)
+    told = [text.removeprefix("a grader's standard error: ") for text in caplog.messages]
+    assert told == ["x" * 300, "(a worker shows the first 8 KiB of its standard error; the rest is dropped)"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_process_left_running_is_told_once(monkeypatch, caplog):
+    monkeypatch.syspath_prepend(HERE)
+    caplog.set_level(logging.WARNING, "jaxrl_llm.rewards")
+    with GraderPool(RewardConfig((GraderConfig("attacks:attack"),), workers=1)) as pool:
+        pool.grade([group("child"), group("child")])
+    [told] = caplog.messages
+    assert told.startswith("a grader left a process running when it had graded: 'sleep 600'; it was ended")
