@@ -1,7 +1,7 @@
 """`jaxrl train | sample | eval | plan | export | report`: arguments in, exit code out. Imports no jax until a command needs it.
 
-Exit codes: 0 done; 2 bad input; 3 no checkpoint can be used; 4 stopped by a guard; 75 stopped by SIGTERM and saved, start
-again to go on.
+Exit codes: 0 done; 2 bad input; 3 no checkpoint can be used, or none can be written; 4 stopped by a guard; 75 stopped by SIGTERM
+or Ctrl-C and saved, start again to go on; 130 stopped at once by Ctrl-C.
 """
 
 import argparse
@@ -166,7 +166,7 @@ def train(target: str, args: list[str]) -> int:
     start_jax()
     from jaxrl_llm.train import train as run_training
 
-    result = run_training(cfg, must_resume)
+    result = run_training(cfg, must_resume, ends_process=True)
     before, after = ("not known" if x != x else f"{x:.4f}" for x in (result.before, result.after))
     print(f"held-out accuracy ({result.measure}): {before} before RL, {after} after")
     print(f"run directory: {result.run_dir}")

@@ -5,7 +5,8 @@ Precedence: defaults < the YAML file < `--section.field value` on the command li
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -192,6 +193,27 @@ def tokenizer_of(cfg: RunConfig, model_path: str) -> TokenizerConfig:
 
 def to_dict(cfg: RunConfig) -> dict[str, Any]:
     return dataclasses.asdict(cfg)
+
+
+def with_places(cfg: RunConfig, place: Callable[[str], str] = os.path.abspath) -> RunConfig:
+    """With every path of a file or directory as `place` gives it: absolute, so that it means the same wherever it is read."""
+
+    def of(part: Any, *names: str, exists: bool = False) -> Any:
+        paths = {name: getattr(part, name, "") for name in names}
+        # What is no directory here is a name on the hub.
+        meant = {
+            name: path for name, path in paths.items() if path and (not exists or Path(path).expanduser().is_dir())
+        }
+        return dataclasses.replace(part, **{name: place(os.path.expanduser(path)) for name, path in meant.items()})
+
+    return dataclasses.replace(
+        cfg,
+        run_dir=place(cfg.run_dir),
+        task=of(cfg.task, "path", "held_out_path"),
+        tokenizer=of(cfg.tokenizer, "path", exists=True),
+        model=of(cfg.model, "path", exists=True),
+        objective=dataclasses.replace(cfg.objective, reference=of(cfg.objective.reference, "path", exists=True)),
+    )
 
 
 def dump(cfg: RunConfig) -> str:
