@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -40,6 +41,16 @@ SAVE_DEADLINE = 1200
 logger = logging.getLogger("jaxrl_llm.checkpoint")
 # Orbax reports each of its steps, and a failed save twice with its traceback. What matters reaches this file as an exception.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+# When one of a step's readers or writers fails, Orbax leaves the others: what they say afterwards is no news.
+logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+
+
+def _keep_quiet(unraisable: Any, told_before: Callable[[Any], None] = sys.unraisablehook) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        told_before(unraisable)
+
+
+sys.unraisablehook = _keep_quiet
 
 
 @dataclass(frozen=True)
@@ -204,6 +215,9 @@ class Checkpoints:
 
     def _move(self, step: int, verdict: str) -> Path:
         moved = self.directory / f"{verdict}-{step}"
+        if verdict == "condemned" and jax.process_index() == 0:
+            # A run that is started again and blows up again would fill the disk.
+            shutil.rmtree(moved, ignore_errors=True)
         while moved.exists():
             moved = moved.with_name(f"{moved.name}-again")
         try:

@@ -7,10 +7,9 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
-# Seconds that a program stopped at once has for its own way out: inside a compilation no Python runs.
-LAST_CHANCE = 1.0
 # Seconds between two looks of the listening thread at whether it is still wanted.
 LOOK = 0.5
 
@@ -45,7 +44,9 @@ class Stop:
     def handle(self, signum: int, _frame: object) -> None:
         """In the main thread, which may be long in coming here."""
         if signum == signal.SIGINT and not self._lets_it_end(self._came.count("Ctrl-C")):
-            raise KeyboardInterrupt
+            if not self._ends_process:
+                raise KeyboardInterrupt
+            return
         self._came.append(NAMES[signum])
         if not self._is_alone:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -60,9 +61,7 @@ class Stop:
                 if signum == signal.SIGTERM or (signum == signal.SIGINT and self._lets_it_end(num)):
                     self._acknowledge()
                 elif signum == signal.SIGINT and self._ends_process:
-                    last = threading.Timer(LAST_CHANCE, self._end_process)
-                    last.daemon = True
-                    last.start()
+                    end_process()
                 num += signum == signal.SIGINT
 
     def _acknowledge(self) -> None:
@@ -70,25 +69,27 @@ class Stop:
             told = f"jaxrl: finishing step {self._step + 1}, then saving; Ctrl-C again stops at once"
             print(told, file=sys.stderr, flush=True)
 
-    def _end_process(self) -> None:
-        # Raw writes: the main thread may hold the locks of the streams.
-        if os.isatty(1):
-            # A progress bar hides the cursor.
-            os.write(1, b"\x1b[?25h\n")
-        if not self._is_over:
-            os.write(2, b"jaxrl: interrupted\n")
-        os._exit(130)
-
     def end(self) -> None:
         self._is_over = True
+
+
+def end_process() -> NoReturn:
+    """Now, whatever the main thread is in: inside a compilation no Python runs. Half a checkpoint has a name that says so, and what
+    else is written appears whole or in whole lines."""
+    # Raw writes: the main thread may hold the locks of the streams.
+    if os.isatty(1):
+        # A progress bar hides the cursor.
+        os.write(1, b"\x1b[?25h\n")
+    os.write(2, b"jaxrl: interrupted\n")
+    os._exit(130)
 
 
 @contextmanager
 def stop_signal(ends_process: bool = False) -> Iterator[Stop]:
     """Listen while the body runs.
 
-    `ends_process`: what Ctrl-C stops at once is over a second later even where no Python runs, with exit code 130; otherwise
-    KeyboardInterrupt comes when it can, as in a notebook.
+    `ends_process`: a Ctrl-C that stops at once ends the process, with exit code 130, even where no Python runs; otherwise it raises
+    KeyboardInterrupt as soon as it can, as in a notebook.
     """
     import jax
 
