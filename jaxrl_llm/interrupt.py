@@ -113,7 +113,8 @@ def stop_signal(ends_process: bool = False) -> Iterator[Stop]:
         signal.set_wakeup_fd(pipe_before)
         os.write(writes, b"\0")
         for signum, handler in before.items():
-            signal.signal(signum, handler)
+            # All is saved: a Ctrl-C on the interpreter's way out need not be told in a traceback.
+            signal.signal(signum, signal.SIG_DFL if ends_process else handler)
         thread.join(2 * LOOK)
         os.close(reads)
         os.close(writes)

@@ -116,7 +116,8 @@ def train(cfg: RunConfig, must_resume: bool = False, ends_process: bool = False)
                 if stop and life.step < cfg.total_steps:
                     leave(run, shell, life, stop)
                 shell.checkpoints.poll()
-            secure(run, shell, life)
+            if life.step:
+                secure(run, shell, life)
             if not scores:
                 scores = score_held_out(run, shell, life, publish(run, life.state, None))
             measure = headline(run)
@@ -351,11 +352,8 @@ def end(run: Run, shell: Shell, life: Life, error: UserError) -> NoReturn:
         secure(run, shell, life)
     else:
         moved = checkpoints.condemn(life.step - life.guards.nonfinite) if isinstance(error, NonFiniteError) else []
-        told = (
-            f"; {', '.join(path.name for path in moved)}: put aside, as no update from there was finite"
-            if moved
-            else ""
-        )
+        names = ", ".join(path.name for path in moved)
+        told = names and f"; moved aside, as no update from there was finite: {names}"
     checkpoints.wait()
     kept = checkpoints.steps()
     next_start = f"goes on from step {kept[-1]}" if kept else "begins anew: no step is saved"
