@@ -40,14 +40,14 @@ Steps = Annotated[int, Ge(0)]
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the whole state is saved. The last step and SIGTERM always save."""
+    """When the whole state is saved. The last step, SIGTERM and Ctrl-C always save."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     every: Annotated[int, Ge(1)] = 50
     """Steps between saves."""
     keep: Annotated[int, Ge(2)] = 3
-    """Newest checkpoints kept. Two at least: one to fall back on."""
+    """Newest checkpoints kept; one whose updates are not finite counts for none. Two at least: one to fall back on."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,9 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     wrong = [f"{path}: {line}" for line in repeated]
     if not isinstance(values, dict):
         got = "an empty file" if values is None else type(values).__name__
-        raise UserError(f"{path}: got {got}, want section: values")
+        # Where `train` keeps a run's own.
+        remedy = "; jaxrl train with the run's own CONFIG writes it anew" if path.name == "config.yaml" else ""
+        raise UserError(f"{path}: got {got}, want section: values{remedy}")
     return values, wrong
 
 

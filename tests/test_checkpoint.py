@@ -447,6 +447,25 @@ def test_too_many_open_files_move_no_step(two_steps, pauses):
     assert_nothing_moved(two_steps)
 
 
+# What the processes of a job agree on, two questions a try: did all read it, and was none refused by the storage?
+REFUSED, WRONG = [False, False], [False, True]
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "step"), [(REFUSED * 2, 40), (REFUSED + WRONG, 40), (WRONG + REFUSED + WRONG, 35)]
+)
+def test_what_another_process_cannot_read_counts_as_if_read_here(
+    two_steps, tmp_path, pauses, monkeypatch, elsewhere, step
+):
+    directory = copy_of(two_steps, tmp_path / "copy")
+    # The first question of a restore is about the list of steps.
+    answers = [True, *elsewhere]
+    monkeypatch.setattr(checkpoint.hosts, "all_agree", lambda mine: answers.pop(0) if answers else mine)
+    restored = Checkpoints(directory).restore(target_of)
+    assert restored.step == step
+    assert sorted(p.name for p in directory.iterdir()) == (["35", "40"] if step == 40 else ["35", "corrupt-40"])
+
+
 def test_who_only_looks_moves_nothing(two_steps, tmp_path, caplog):
     directory = copy_of(two_steps, tmp_path / "copy")
     shutil.rmtree(directory / "40" / "state")

@@ -12,7 +12,7 @@ import pytest
 
 from jaxrl_llm import config as run_config
 from jaxrl_llm import train
-from jaxrl_llm.errors import NonFiniteError, Preempted
+from jaxrl_llm.errors import GradingError, MismatchError, NonFiniteError, Preempted
 from jaxrl_llm.metrics import read_jsonl
 
 CONFIG = {
@@ -137,6 +137,28 @@ def test_where_no_python_runs_ctrl_c_is_answered_at_once(where):
         assert (process.returncode, err) == (130, "jaxrl: interrupted\n")
     finally:
         process.kill()
+
+
+@pytest.mark.slow
+def test_what_graders_end_is_saved_and_what_a_guard_condemns_is_not(run, monkeypatch):
+    """The same step ends twice: for want of a grade, with a sound state, and for a sampler that is off."""
+    fine = train.observe
+    for error, at, saved, words in (
+        (MismatchError("off"), 2, [], r"off; the next start in .*/run begins anew: no step is saved$"),
+        (GradingError("no grade"), 2, [4], r"no grade; the next start in .*/run goes on from step 4$"),
+        (MismatchError("off"), 3, [4], r"off; the next start in .*/run goes on from step 4$"),
+    ):
+
+        def ends(guards, *args, error=error, at=at):
+            verdict = fine(guards, *args)
+            return verdict._replace(error=error if verdict.guards.seen == at else None)
+
+        monkeypatch.setattr(train, "observe", ends)
+        with pytest.raises(type(error), match=words) as caught:
+            train.train(run.cfg)
+        assert caught.value.exit_code == 4
+        checkpoints = Path(run.cfg.run_dir) / "checkpoints"
+        assert (steps(Path(run.cfg.run_dir)) if checkpoints.exists() else []) == saved
 
 
 @pytest.mark.slow
