@@ -66,8 +66,8 @@ class Stop:
 
     def _acknowledge(self) -> None:
         if self._step is not None:
-            told = f"jaxrl: finishing step {self._step + 1}, then saving; Ctrl-C again stops at once"
-            print(told, file=sys.stderr, flush=True)
+            what = f"step {self._step + 1}" if self._is_alone else "the step that all processes can stop after"
+            print(f"jaxrl: finishing {what}, then saving; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
     def end(self) -> None:
         self._is_over = True
