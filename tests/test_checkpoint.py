@@ -434,6 +434,44 @@ def test_no_file_that_cannot_be_opened_moves_a_good_step(two_steps, tmp_path, pa
         assert_nothing_moved(directory)
 
 
+def caused(text: str) -> Exception:
+    """As Orbax wraps what TensorStore raises."""
+    error = Exception("Encountered error while reading array index")
+    error.__cause__ = ValueError(text)
+    return error
+
+
+READING = 'Error reading "w/0.0" in OCDBT database at local file "/runs/x/1/state/"'
+REFUSALS = [
+    OSError(errno.EIO, "Input/output error"),
+    TimeoutError("no answer"),
+    caused(
+        f"UNKNOWN: {READING}: Failed to read: Input/output error [os_error_code='5' source locations='os_error.cc:63']"
+    ),
+    caused(f"FAILED_PRECONDITION: {READING}: Stale file handle [os_error_code='116']"),
+    *(ValueError(f"{status}: {READING}") for status in ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")),
+    RuntimeError("can't start new thread"),
+]
+
+
+@pytest.mark.parametrize("error", REFUSALS, ids=str)
+def test_a_read_that_fails_in_the_middle_of_a_file_moves_no_step(two_steps, pauses, monkeypatch, error):
+    """Every file can be opened, and its first byte read."""
+    handler, left = checkpoint.ocp.StandardCheckpointHandler, [error] * 4
+    restore = handler.restore
+
+    def refused(self, *args, **kwargs):
+        if left:
+            raise left.pop()
+        return restore(self, *args, **kwargs)
+
+    monkeypatch.setattr(handler, "restore", refused)
+    with pytest.raises(CheckpointError, match="does not give it, after 3 tries"):
+        Checkpoints(two_steps).restore(target_of)
+    assert Checkpoints(two_steps).restore(target_of).step == 40
+    assert_nothing_moved(two_steps)
+
+
 def test_too_many_open_files_move_no_step(two_steps, pauses):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
