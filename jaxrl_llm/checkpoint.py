@@ -146,6 +146,8 @@ class Checkpoints:
 
     def give_up(self, step: int, error: Exception) -> None:
         """Count a save that failed, or could not begin; see `save`."""
+        if failure := self._finish():
+            self.give_up(*failure)
         self._failures += 1
         # Orbax forgets good steps when a save fails; the next manager reads them from disk.
         self._drop_manager()

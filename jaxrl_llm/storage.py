@@ -31,9 +31,8 @@ def reason(error: BaseException, directory: Path | None = None, size: int = 0) -
     if full is None or directory is None:
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
     there = next(path for path in (directory, *directory.parents) if path.exists())
-    return (
-        f"{full}: {in_bytes(shutil.disk_usage(there).free)} free in {directory}, the step needs about {in_bytes(size)}"
-    )
+    needs = f", the step needs about {in_bytes(size)}" if size else ""
+    return f"{full}: {in_bytes(shutil.disk_usage(there).free)} free in {directory}{needs}"
 
 
 def in_bytes(n: int) -> str:

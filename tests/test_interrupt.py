@@ -1,6 +1,7 @@
 """Ctrl-C and guards: what a run that ends before its end leaves behind, and what the next start goes on from."""
 
 import dataclasses
+import errno
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 
 from jaxrl_llm import config as run_config
 from jaxrl_llm import train
-from jaxrl_llm.errors import GradingError, MismatchError, NonFiniteError, Preempted
+from jaxrl_llm.errors import CheckpointError, GradingError, MismatchError, NonFiniteError, Preempted
 from jaxrl_llm.metrics import read_jsonl
 
 CONFIG = {
@@ -159,6 +160,27 @@ def test_what_graders_end_is_saved_and_what_a_guard_condemns_is_not(run, monkeyp
         assert caught.value.exit_code == 4
         checkpoints = Path(run.cfg.run_dir) / "checkpoints"
         assert (steps(Path(run.cfg.run_dir)) if checkpoints.exists() else []) == saved
+
+
+@pytest.mark.slow
+def test_a_disk_too_full_for_the_record_costs_saves_and_then_the_run(run, monkeypatch, caplog):
+    offsets, failures = train.Recorder.offsets, []
+
+    def full(self):
+        failures.append(1)
+        if len(failures) in (1, 2, 5, 6, 7):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return offsets(self)
+
+    monkeypatch.setattr(train.Recorder, "offsets", full)
+    cfg = dataclasses.replace(run.cfg, checkpoint=dataclasses.replace(run.cfg.checkpoint, every=1))
+    with pytest.raises(
+        CheckpointError, match=r"step 7 was not saved: disk full: .* 3 failed in a row.* steps \[3, 4\] are kept"
+    ):
+        train.train(cfg)
+    told = [message for message in caplog.messages if "trying again when the next one is due" in message]
+    # The save of step 4 is under way when that of step 5 fails, and is waited for.
+    assert len(told) == 4 and all("not saved: disk full: " in message for message in told)
 
 
 @pytest.mark.slow
