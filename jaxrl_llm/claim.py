@@ -19,23 +19,20 @@ def claim(run_dir: Path, cfg: RunConfig, checkpoints: Checkpoints) -> None:
     records are put aside. Raises UserError where another run is in the directory."""
     path, text = run_dir / "config.yaml", run_config.dump(run_config.with_places(cfg)).encode()
     before = path.read_bytes() if path.exists() else b""
-    if before == text and not checkpoints.is_empty():
-        return
+    # Power that fails may leave zeros.
+    is_blank = not before.strip(b"\0\r\n\t ")
     if checkpoints.is_empty():
-        start_anew(run_dir, told=before.strip() and before != text)
-    elif before.strip():
-        if differing := differences(path, cfg):
-            listed = "\n  ".join(differing)
-            raise UserError(
-                f"{run_dir}: holds a run with another config; use another run_dir, or undo these changes:\n  {listed}"
-            )
-    else:
-        log.warning(
-            "%s: got %s, so it is written anew as this command has it",
-            path,
-            "an empty file" if path.exists() else "none",
+        start_anew(run_dir, told=not is_blank and before != text)
+    elif is_blank:
+        got = "an empty file" if path.exists() else "none"
+        log.warning("%s: got %s, so it is written anew as this command has it", path, got)
+    elif before != text and (differing := differences(path, cfg)):
+        listed = "\n  ".join(differing)
+        raise UserError(
+            f"{run_dir}: holds a run with another config; use another run_dir, or undo these changes:\n  {listed}"
         )
-    write_whole(path, text)
+    if before != text:
+        write_whole(path, text)
 
 
 def differences(path: Path, cfg: RunConfig) -> list[str]:
@@ -51,15 +48,10 @@ def differences(path: Path, cfg: RunConfig) -> list[str]:
 
 def start_anew(run_dir: Path, told: bool) -> None:
     """Put aside what a run has recorded that ended before its first checkpoint."""
-    aside = [
-        run_dir / name for name in (METRICS, ROLLOUTS) if (run_dir / name).exists() and (run_dir / name).stat().st_size
-    ]
-    for path in aside:
+    records = [path for path in (run_dir / METRICS, run_dir / ROLLOUTS) if path.exists() and path.stat().st_size]
+    for path in records:
         os.replace(path, path.with_name(f"{path.name}.before"))
-    if told or aside:
-        kept = (
-            f"; what the run before recorded is kept as {', '.join(f'{path.name}.before' for path in aside)}"
-            if aside
-            else ""
-        )
+    if told or records:
+        names = ", ".join(f"{path.name}.before" for path in records)
+        kept = names and f"; what the run before recorded is kept as {names}"
         log.warning("%s: holds no checkpoint, so this run begins anew%s", run_dir, kept)

@@ -74,12 +74,14 @@ def train(cfg: RunConfig, must_resume: bool = False, ends_process: bool = False)
 
     `ends_process`: see `stop_signal`.
     """
+    if must_resume and open_checkpoints(cfg).is_empty():
+        raise CheckpointError(f"--resume: got {cfg.run_dir}, which holds no checkpoint; leave out --resume to start it")
     with stop_signal(ends_process) as stopping:
         run = build(cfg, what_cannot_train)
         for line in unread(cfg):
             log.warning("%s", line)
         with open_shell(cfg) as shell:
-            life, policy, scores = resume(run, shell, must_resume) or begin(run), None, {}
+            life, policy, scores = resume(run, shell) or begin(run), None, {}
             # Supervised steps alone have recorded the score, and RL may go on from them.
             is_recorded = not math.isnan(life.eval_before)
             if life.step == cfg.warm_start.steps and not life.began and (cfg.steps or not is_recorded):
@@ -278,24 +280,20 @@ def open_shell(cfg: RunConfig) -> Iterator[Shell]:
                 prepare_run_directory(run_dir)
                 check_lock = stack.enter_context(RunLock(run_dir)).check
                 claim(run_dir, cfg, checkpoints)
-            pool = stack.enter_context(GraderPool(cfg.reward))
             recorder = stack.enter_context(Recorder(run_dir, cfg.metrics, cfg.total_steps, active=leader))
         except OSError as error:
             raise UserError(
                 f"run_dir: {error.filename or run_dir} cannot be read or written: {error.strerror}"
             ) from error
+        pool = stack.enter_context(GraderPool(cfg.reward))
         stack.callback(checkpoints.close)
         yield Shell(pool, checkpoints, recorder, Timers(), CompileCounter(), check_lock)
 
 
-def resume(run: Run, shell: Shell, must: bool) -> Life | None:
+def resume(run: Run, shell: Shell) -> Life | None:
     """The newest life in the run directory; None in a fresh one."""
     restored = shell.checkpoints.restore(partial(target, run))
     if restored is None:
-        if must:
-            raise CheckpointError(
-                f"--resume: got {run.cfg.run_dir}, which holds no checkpoint; leave out --resume to start it"
-            )
         return None
     shell.recorder.truncate(restored.meta["offsets"])
     shell.recorder.message(f"going on from step {restored.step} in {run.cfg.run_dir}")
