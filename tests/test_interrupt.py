@@ -70,22 +70,25 @@ def press(monkeypatch, owner: object, name: str, nth: int, times: int = 1) -> No
 
 @pytest.mark.slow
 def test_ctrl_c_finishes_the_step_and_saves_it_whenever_it_comes(run, capfd):
-    """One run, told to stop five times; `finishing` is what it says at once, `left` the step that the next start goes on from."""
+    """One run, stopped at five moments; `finishing` is what it says at once, `left` the step that the next start goes on from."""
     run_dir, handler = Path(run.cfg.run_dir), signal.getsignal(signal.SIGINT)
     moments = [
         ("the warm start", train, "warm_step", 2, 2, 2),
         ("sampling", train, "collect", 2, 4, 3),
         ("an update", train, "learn", 2, 5, 5),
+        ("a save", train, "save", 1, 7, 6),
         ("an evaluation", train, "evaluate", 1, 8, None),
     ]
     for moment, owner, name, nth, finishing, left in moments:
         with pytest.MonkeyPatch.context() as patched:
             press(patched, owner, name, nth)
+            saving = dataclasses.replace(run.cfg.checkpoint, every=1 if moment == "a save" else 1000)
+            cfg = dataclasses.replace(run.cfg, checkpoint=saving)
             if left is None:
-                train.train(run.cfg)
+                train.train(cfg)
             else:
                 with pytest.raises(Preempted, match=rf"stopped by Ctrl-C after step {left}, saved in .*/run"):
-                    train.train(run.cfg)
+                    train.train(cfg)
                 assert steps(run_dir)[-1] == left, moment
         told = f"jaxrl: finishing step {finishing}, then saving; Ctrl-C again stops at once\n"
         assert told in capfd.readouterr().err, moment
