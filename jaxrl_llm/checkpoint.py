@@ -5,137 +5,52 @@ and fingerprint of each leaf and a checksum of itself. What is on disk decides, 
 steps, forgets good ones after a failed save, casts dtypes, and reads flipped bits without a word.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-import socket
+import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from jaxrl_llm.errors import CheckpointError, UserError
+from jaxrl_llm.errors import CheckpointError, NonFiniteError, UserError
+from jaxrl_llm.fingerprint import by_path, digests
 from jaxrl_llm.parallel import hosts
+from jaxrl_llm.run_directory import sync
+from jaxrl_llm.storage import is_blocked, reason
 from jaxrl_llm.types import PyTree
 
 FORMAT_VERSION = 1
 MAX_FAILURES = 3
 SHOWN_PATHS = 5
-WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+# Seconds between the tries of a read that the storage refuses.
+PAUSES = (0.2, 1.0, 4.0)
+# Seconds until a save counts as failed: what Orbax itself gives the processes of a job to meet.
+SAVE_DEADLINE = 1200
 logger = logging.getLogger("jaxrl_llm.checkpoint")
 # Orbax reports each of its steps, and a failed save twice with its traceback. What matters reaches this file as an exception.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+# When one of a step's readers or writers fails, Orbax leaves the others: what they say afterwards is no news.
+logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
 
 
-def fingerprint(tree: PyTree) -> dict[str, int]:
-    """A 32-bit number for each leaf, by its path: the same on every mesh, another if any bit flips or an element moves.
-
-    Sum mod 2^32 over the words of a leaf of `mix(word ^ odd * index)`, `mix` a bijection (MurmurHash3's finaliser): a change of
-    one word always shows, any other with probability 1 - 2^-32. (A plain weighted sum misses every even number of flipped signs.)
-    Leaves: jax arrays, also global ones of several processes, and NumPy arrays; an empty leaf gives 0.
-    """
-    return _fingerprints(_by_path(tree))
+def _keep_quiet(unraisable: Any, told_before: Callable[[Any], None] = sys.unraisablehook) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        told_before(unraisable)
 
 
-def _by_path(tree: PyTree) -> dict[str, Any]:
-    """The leaves by `jax.tree_util.keystr`; whatever is no jax array or ShapeDtypeStruct as a NumPy array."""
-    device = (jax.Array, jax.ShapeDtypeStruct)
-    flat = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): x if isinstance(x, device) else np.asarray(x) for path, x in flat}
-
-
-def _fingerprints(leaves: dict[str, Any]) -> dict[str, int]:
-    sums: dict[str, Any] = {}
-    for path, x in leaves.items():
-        # One program for each shape and layout: a single one over hundreds of leaves takes much longer to compile.
-        sums[path] = _device_sum(x) if isinstance(x, jax.Array) else _host_sum(x)
-        # On CPU many collectives under way at once wait for each other's threads, and XLA aborts after 40 seconds.
-        if isinstance(x, jax.Array) and next(iter(x.sharding.device_set)).platform == "cpu":
-            sums[path].block_until_ready()
-    return {path: int(number) for path, number in jax.device_get(sums).items()}
-
-
-@jax.jit
-def _device_sum(x: jax.Array) -> jax.Array:
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    # Types of 8 bytes gain a last dimension of 2.
-    words = jax.lax.bitcast_convert_type(x, WORDS[min(x.dtype.itemsize, 4)]).astype(jnp.uint32)
-    index, stride = jnp.zeros(words.shape, jnp.uint32), 1
-    for dim in reversed(range(words.ndim)):
-        index += jax.lax.broadcasted_iota(jnp.uint32, words.shape, dim) * np.uint32(stride & 0xFFFFFFFF)
-        stride *= words.shape[dim]
-    return jnp.sum(_mixed(words, index), dtype=jnp.uint32)
-
-
-def _host_sum(x: np.ndarray) -> np.uint32:
-    word = WORDS[min(x.dtype.itemsize, 4)]
-    words = np.ascontiguousarray(x).reshape(-1).view(word).astype(np.uint32)
-    return np.sum(_mixed(words, np.arange(words.size, dtype=np.uint32)), dtype=np.uint32)
-
-
-def _mixed(words: Any, index: Any) -> Any:
-    mixed = words ^ (index * np.uint32(0x9E3779B1))
-    mixed = (mixed ^ (mixed >> 16)) * np.uint32(0x85EBCA6B)
-    mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
-    return mixed ^ (mixed >> 16)
-
-
-def prepare_run_directory(path: Path) -> None:
-    """Create it and prove that a file can be written, synced and renamed there. Raises UserError otherwise."""
-    probe = path / f".probe-{socket.gethostname()}-{os.getpid()}"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with probe.open("w", encoding="utf-8") as file:
-            file.write("probe")
-            file.flush()
-            os.fsync(file.fileno())
-        probe.rename(f"{probe}-renamed").unlink()
-    except OSError as error:
-        raise UserError(f"run_dir: got {path}, want a directory that can be made and written ({error})") from error
-
-
-class RunLock:
-    """Held by the one process that writes into a run directory (process 0 of a job); the kernel drops it when that process ends.
-
-    Raises UserError at once if another process holds it.
-    """
-
-    def __init__(self, run_directory: Path):
-        self.path = Path(run_directory) / "lock"
-
-    def __enter__(self) -> Self:
-        # "a+": opening must not wipe the holder's name.
-        file = self.path.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            holder = file.read().strip()
-            file.close()
-            reason = f"is in use by {holder}" if holder else f"cannot be locked ({error.strerror})"
-            raise UserError(f"run_dir: {self.path.parent} {reason}; stop that run or give another directory") from None
-        file.truncate(0)
-        since = datetime.now().astimezone().isoformat(timespec="seconds")
-        file.write(f"pid {os.getpid()} on {socket.gethostname()} since {since}\n")
-        file.flush()
-        self._file = file
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+sys.unraisablehook = _keep_quiet
 
 
 @dataclass(frozen=True)
@@ -147,47 +62,57 @@ class Restored:
     meta: dict[str, Any]
 
 
-class _UnreadableError(Exception):
-    """A step's bytes are not those that were written; known to every process of the job."""
+class _WrongError(Exception):
+    """A step was read, and is not what was written; known to every process of the job."""
 
 
 class Checkpoints:
     """The checkpoints below `directory`, of which the newest `keep` stay. Every process of a job calls every method, in one order.
 
-    `<directory>/<step>` are the steps, `corrupt-<step>` those that could not be read: moved aside, never deleted.
-    Reading changes nothing in a directory whose steps are good, so it may belong to a run that goes on elsewhere.
+    `<directory>/<step>` are the steps; moved aside, never deleted, are `corrupt-<step>`, which was read and is wrong, and
+    `condemned-<step>`, which a guard has condemned. Reading changes nothing in a directory whose steps are good.
     """
 
     def __init__(self, directory: Path, keep: int = 3):
         self.directory, self._keep, self._failures = Path(directory).absolute(), keep, 0
         self._manager: ocp.CheckpointManager | None = None
         self._pending: int | None = None
+        self._prunes, self._size = True, 0
 
     def steps(self) -> list[int]:
         """Steps on disk, oldest first."""
-        names = [p.name for p in self.directory.glob("*") if p.name.isdecimal() and p.is_dir()]
-        return sorted(int(name) for name in names if name == str(int(name)))
+        return sorted(int(name) for name in self._names() if name.isdecimal() and name == str(int(name)))
 
-    def save(self, step: int, tree: PyTree, meta: dict[str, Any]) -> None:
+    def has(self, step: int) -> bool:
+        """Whether it is on disk, as the first process sees it."""
+        return hosts.all_agree(jax.process_index() > 0 or step in self.steps())
+
+    def is_empty(self) -> bool:
+        """No step was ever saved, or all were condemned."""
+        return not self.steps() and not any(name.startswith("corrupt-") for name in self._names())
+
+    def save(self, step: int, tree: PyTree, meta: dict[str, Any], prune: bool = True) -> None:
         """Start to save the values of this moment; the caller may donate or overwrite them at once. `meta` must fit into JSON.
 
         Waits for the save before, if that still runs. A save that fails is warned about and tried again when the next one is
-        due; the third failure in a row raises CheckpointError, and so does a step that is not newer than those on disk.
+        due; the third failure in a row raises CheckpointError, and so does a step that is not newer than those on disk. A tree
+        whose numbers on devices are not all finite raises NonFiniteError and is not saved. `prune=False`: no older step goes.
         """
         if failure := self._finish():
-            self._give_up(*failure)
-        leaves = _by_path(tree)
+            self.give_up(*failure)
+        leaves = by_path(tree)
         # On CPU Orbax writes from the very memory of the arrays; JAX does not donate memory that is viewed in this way, and
         # on an accelerator the copy to the host is over when save returns. Empty arrays it refuses: their shape says it all.
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave({path: x for path, x in leaves.items() if x.size}),
-            meta=ocp.args.JsonSave(_sealed(leaves, meta)),
+            meta=ocp.args.JsonSave(_sealed(step, leaves, meta)),
         )
+        self._prunes, self._size = prune, sum(x.nbytes for x in leaves.values())
         try:
             self._manager = self._manager or self._open()
             saved = self._manager.save(step, args=arguments)
         except Exception as error:
-            self._give_up(step, error)
+            self.give_up(step, error)
             return
         if not saved:
             raise CheckpointError(f"{self.directory}: got step {step} to save, want one newer than {self.steps()}")
@@ -199,20 +124,18 @@ class Checkpoints:
         A failure is logged as a warning; the third in a row, or any in a job of several processes (whose others would wait
         for this one), raises CheckpointError.
         """
-        # Orbax's check_for_errors is never called: it takes the error away from the thread that deletes old steps, which then
-        # believes in the new one and deletes the only good one.
         if self._manager is None and self._failures:
             # A step later, as Orbax gives up at the first writer that fails while the others still write.
             self._clean()
         elif self._pending is not None and not self._manager.is_saving_in_progress() and (failure := self._finish()):
-            self._give_up(*failure)
+            self.give_up(*failure)
 
     def wait(self) -> None:
         """Return when the last save is on disk. Raises CheckpointError if it failed."""
         if failure := self._finish():
             self._drop_manager()
             step, error = failure
-            raise CheckpointError(f"{self.directory}: step {step} was not saved: {_reason(error)}") from error
+            raise CheckpointError(self._not_saved(step, error)) from error
 
     def close(self) -> None:
         """Like `wait`, then free what Orbax holds."""
@@ -221,103 +144,149 @@ class Checkpoints:
         finally:
             self._drop_manager()
 
-    def restore(self, target: Callable[[dict[str, Any]], PyTree]) -> Restored | None:
-        """The newest step of which every leaf has the fingerprint it was saved with; None where no step was ever saved.
-
-        `target(meta)` has the wanted structure: a ShapeDtypeStruct with a sharding (of any mesh) for each leaf on devices, a NumPy
-        array of the right shape and dtype for each on the host. Raises UserError if a step holds other paths, shapes or dtypes. One
-        that cannot be read is moved to `corrupt-<step>` with a warning, and the one before is tried; when none is left,
-        CheckpointError, never a fresh start.
-        """
-        self.wait()
-        # Orbax refuses steps below the newest it remembers: the next save reads the directory anew.
-        self._drop_manager()
-        newest_first = self.steps()[::-1]
-        for step, older in zip(newest_first, [*newest_first[1:], None], strict=False):
-            try:
-                return self._read(step, target)
-            except _UnreadableError as error:
-                self._set_aside(step, older, str(error))
-        if newest_first or any(self.directory.glob("corrupt-*")):
-            problem = f"{self.directory}: no checkpoint can be read (see corrupt-*)"
-            raise CheckpointError(f"{problem}; put a good copy back, or give another run_dir to start anew")
-        return None
-
-    def _read(self, step: int, target_of: Callable[[dict[str, Any]], PyTree]) -> Restored:
-        directory = epath.Path(self.directory / str(step))
-        document = _agreed(lambda: _unsealed(ocp.JsonCheckpointHandler().restore(directory / "meta")))
-        if document["format_version"] != FORMAT_VERSION:
-            raise UserError(f"{directory}: got format {document['format_version']}, want {FORMAT_VERSION}")
-        target = target_of(document["meta"])
-        wanted = {path: _placed(x) for path, x in _by_path(target).items()}
-        saved = document["leaves"]
-        _must_fit(directory, {path: x[0] for path, x in saved.items()}, _shapes(wanted))
-        # Not through the manager: its barriers would hang the processes that could read when one could not.
-        handler = ocp.StandardCheckpointHandler()
-        filled = ocp.args.StandardRestore({path: x for path, x in wanted.items() if x.size})
-        leaves = _agreed(lambda: handler.restore(directory / "state", args=filled))
-        leaves |= {path: _empty(x) for path, x in wanted.items() if not x.size}
-        found = _fingerprints(leaves)
-        changed = [path for path in wanted if found[path] != saved[path][1]]
-        if not hosts.all_agree(not changed):
-            raise _UnreadableError(f"not the bits that were saved: {changed[:SHOWN_PATHS]}, {len(changed)} in all")
-        tree = jax.tree.unflatten(jax.tree.structure(target), [leaves[path] for path in wanted])
-        return Restored(step, tree, document["meta"])
-
-    def _set_aside(self, step: int, older: int | None, reason: str) -> None:
-        moved = self.directory / f"corrupt-{step}"
-        while moved.exists():
-            moved = moved.with_name(f"{moved.name}-again")
-        if jax.process_index() == 0 and (self.directory / str(step)).is_dir():
-            (self.directory / str(step)).rename(moved)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"checkpoint {step} was moved")
-        using = "no older step is left" if older is None else f"using step {older}"
-        logger.warning("step %d unreadable (%s), %s; moved to %s", step, reason, using, moved)
-
-    def _open(self) -> ocp.CheckpointManager:
-        self._clean()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep,
-            # Renamed, then deleted: killed in between, Orbax would go on listing half a step.
-            todelete_subdir="trash",
-            cleanup_tmp_directories=True,
-        )
-        return ocp.CheckpointManager(self.directory, options=options)
-
-    def _drop_manager(self) -> None:
-        manager, self._manager, self._pending = self._manager, None, None
-        # Its errors were noted when they happened.
-        with suppress(Exception):
-            if manager is not None:
-                manager.close()
-
-    def _finish(self) -> tuple[int, Exception] | None:
-        """Wait for the save under way; the step and the error if it failed."""
-        if self._pending is None:
-            return None
-        step, self._pending = self._pending, None
-        try:
-            self._manager.wait_until_finished()
-            if jax.process_index() == 0:
-                _sync_to_disk(self.directory / str(step))
-            self._clean()
-        except Exception as error:
-            return step, error
-        self._failures = 0
-        return None
-
-    def _give_up(self, step: int, error: Exception) -> None:
+    def give_up(self, step: int, error: Exception) -> None:
+        """Count a save that failed, or could not begin; see `save`."""
+        if failure := self._finish():
+            self.give_up(*failure)
         self._failures += 1
         # Orbax forgets good steps when a save fails; the next manager reads them from disk.
         self._drop_manager()
-        message = f"{self.directory}: step {step} was not saved: {_reason(error)}"
+        message = self._not_saved(step, error)
         if self._failures >= MAX_FAILURES or jax.process_count() > 1:
             remedy = (
                 f"{self._failures} failed in a row; remove the cause and start again: steps {self.steps()} are kept"
             )
             raise CheckpointError(f"{message}; {remedy}") from error
         logger.warning("%s; trying again when the next one is due (%d of %d)", message, self._failures, MAX_FAILURES)
+
+    def condemn(self, since: int) -> list[Path]:
+        """Move the steps from `since` on aside, so that the next start goes on from the one before them. Returns where to."""
+        self.wait()
+        self._drop_manager()
+        return [self._move(step, "condemned") for step in _agreed(self.directory, self.steps) if step >= since]
+
+    def restore(self, target: Callable[[dict[str, Any]], PyTree], moves: bool = True) -> Restored | None:
+        """The newest step of which every leaf has the fingerprint it was saved with; None where no step was ever saved.
+
+        `target(meta)` has the wanted structure: a ShapeDtypeStruct with a sharding (of any mesh) for each leaf on devices, a NumPy
+        array of the right shape and dtype for each on the host. Raises UserError if a step holds other paths, shapes or dtypes. One
+        that was read and is wrong is moved to `corrupt-<step>` with a warning (`moves=False`, for who does not hold the run's lock:
+        is left), and the one before is tried; when none is left, CheckpointError, never a fresh start. A read that the storage
+        refuses is tried again, then told as a CheckpointError; nothing is moved then.
+        """
+        self.wait()
+        # Orbax refuses steps below the newest it remembers: the next save reads the directory anew.
+        self._drop_manager()
+        passed = set()
+        # Listed anew each time: while one was read, a run that goes on may have deleted it and saved newer ones.
+        while left := [step for step in _agreed(self.directory, self.steps) if step not in passed]:
+            try:
+                return self._read(left[-1], target)
+            except _WrongError as error:
+                passed.add(left[-1])
+                self._set_aside(left[-1], left[-2] if left[1:] else None, str(error), moves)
+        if passed or not self.is_empty():
+            problem = f"{self.directory}: no checkpoint can be read{' (see corrupt-*)' if moves else ''}"
+            raise CheckpointError(f"{problem}; put a good copy back, or give another run_dir to start anew")
+        return None
+
+    def _read(self, step: int, target_of: Callable[[dict[str, Any]], PyTree]) -> Restored:
+        directory = epath.Path(self.directory / str(step))
+        document = _agreed(directory, lambda: _unsealed(ocp.JsonCheckpointHandler().restore(directory / "meta")))
+        if document["format_version"] != FORMAT_VERSION:
+            raise UserError(f"{directory}: got format {document['format_version']}, want {FORMAT_VERSION}")
+        target = target_of(document["meta"])
+        wanted = {path: _placed(x) for path, x in by_path(target).items()}
+        saved = document["leaves"]
+        _must_fit(directory, {path: x[0] for path, x in saved.items()}, _shapes(wanted))
+        # Not through the manager: its barriers would hang the processes that could read when one could not.
+        filled = ocp.args.StandardRestore({path: x for path, x in wanted.items() if x.size})
+        leaves = _agreed(directory, lambda: ocp.StandardCheckpointHandler().restore(directory / "state", args=filled))
+        leaves |= {path: _empty(x) for path, x in wanted.items() if not x.size}
+        found = digests(leaves)
+        changed = [path for path in wanted if found[path].fingerprint != saved[path][1]]
+        if not hosts.all_agree(not changed):
+            raise _WrongError(f"not the bits that were saved: {changed[:SHOWN_PATHS]}, {len(changed)} in all")
+        tree = jax.tree.unflatten(jax.tree.structure(target), [leaves[path] for path in wanted])
+        return Restored(step, tree, document["meta"])
+
+    def _set_aside(self, step: int, older: int | None, why: str, moves: bool) -> None:
+        using = "no older step is left" if older is None else f"using step {older}"
+        place = f"moved to {self._move(step, 'corrupt')}" if moves else "it is left where it is"
+        logger.warning("step %d unreadable (%s), %s; %s", step, why, using, place)
+
+    def _move(self, step: int, verdict: str) -> Path:
+        moved = self.directory / f"{verdict}-{step}"
+        if verdict == "condemned" and jax.process_index() == 0:
+            # A run that is started again and blows up again would fill the disk.
+            shutil.rmtree(moved, ignore_errors=True)
+        while moved.exists():
+            moved = moved.with_name(f"{moved.name}-again")
+        try:
+            if jax.process_index() == 0 and (self.directory / str(step)).is_dir():
+                (self.directory / str(step)).rename(moved)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.directory / str(step)}: cannot be moved to {moved}: {error.strerror}"
+            ) from error
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"checkpoint {step} was moved")
+        return moved
+
+    def _names(self) -> list[str]:
+        """Of the directories below. Raises OSError where they cannot be listed: none found would be a run that starts anew."""
+        try:
+            with os.scandir(self.directory) as entries:
+                return [entry.name for entry in entries if entry.is_dir()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def _open(self) -> ocp.CheckpointManager:
+        self._clean()
+        options = ocp.CheckpointManagerOptions(
+            # Old steps are `_prune`'s. Orbax deletes them before it looks whether the new one failed, if its error was taken.
+            max_to_keep=None,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(timeout_secs=SAVE_DEADLINE),
+        )
+        return ocp.CheckpointManager(self.directory, options=options)
+
+    def _drop_manager(self) -> None:
+        manager, self._manager, self._pending = self._manager, None, None
+        # Its errors were noted when they happened. One that still saves, after its deadline, would be waited for without end.
+        with suppress(Exception):
+            if manager is not None and not manager.is_saving_in_progress():
+                manager.close()
+
+    def _finish(self) -> tuple[int, Exception] | None:
+        """Wait for the save under way; the step and the error if it failed."""
+        if self._pending is None:
+            return None
+        deadline = time.monotonic() + SAVE_DEADLINE
+        while self._manager.is_saving_in_progress() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        step, self._pending = self._pending, None
+        if self._manager.is_saving_in_progress():
+            return step, TimeoutError(f"the storage has not taken it in {SAVE_DEADLINE} s")
+        try:
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                _sync_to_disk(self.directory / str(step))
+            self._prune()
+            self._clean()
+        except Exception as error:
+            return step, error
+        self._failures = 0
+        return None
+
+    def _not_saved(self, step: int, error: Exception) -> str:
+        return f"{self.directory}: step {step} was not saved: {reason(error, self.directory, self._size)}"
+
+    def _prune(self) -> None:
+        """Renamed, then deleted: killed in between, half a step would be taken for a whole one."""
+        for step in self.steps()[: -self._keep] if self._prunes and jax.process_index() == 0 else []:
+            (self.directory / "trash").mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(self.directory / "trash" / str(step))
 
     def _clean(self) -> None:
         """Delete what was given up: the trash, and what failed saves have left. Only while no save is under way."""
@@ -330,9 +299,15 @@ def _shapes(leaves: dict[str, Any]) -> dict[str, str]:
     return {path: f"{x.dtype}[{','.join(map(str, x.shape))}]" for path, x in leaves.items()}
 
 
-def _sealed(leaves: dict[str, Any], meta: dict[str, Any]) -> dict[str, str]:
-    numbers = _fingerprints(leaves)
-    described = {path: [shape, numbers[path]] for path, shape in _shapes(leaves).items()}
+def _sealed(step: int, leaves: dict[str, Any], meta: dict[str, Any]) -> dict[str, str]:
+    """Raises NonFiniteError where a leaf on devices holds NaN or infinity."""
+    found = digests(leaves)
+    broken = [path for path, digest in found.items() if not digest.finite]
+    if broken:
+        raise NonFiniteError(
+            f"the state after step {step} is not finite; not saved: {', '.join(broken[:SHOWN_PATHS])}, {len(broken)} in all"
+        )
+    described = {path: [shape, found[path].fingerprint] for path, shape in _shapes(leaves).items()}
     text = json.dumps({"format_version": FORMAT_VERSION, "leaves": described, "meta": meta})
     return {"sha256": hashlib.sha256(text.encode()).hexdigest(), "text": text}
 
@@ -351,23 +326,37 @@ def _must_fit(directory: epath.Path, saved: dict[str, str], wanted: dict[str, st
         raise UserError("\n  ".join([problem, *lines[:SHOWN_PATHS]]))
 
 
-def _agreed(read: Callable[[], Any]) -> Any:
-    """What `read` gives; _UnreadableError on every process if it failed on any."""
-    value, reason = None, ""
-    try:
-        value = read()
-    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-        # A machine too small, or the wrong user: no reason to move good steps away.
-        raise
-    except Exception as error:
-        reason = _reason(error)
-    if not hosts.all_agree(not reason):
-        raise _UnreadableError(reason or "on another process")
-    return value
+def _agreed(directory: Path, read: Callable[[], Any]) -> Any:
+    """What `read` gives on every process of the job.
 
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+    All try again together while the storage refuses any of them, and CheckpointError ends that; _WrongError where what was read is
+    wrong, and so once more.
+    """
+    pauses, wrong = list(PAUSES), 0
+    while True:
+        value, failed, blocked = None, "", False
+        try:
+            value = read()
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            # A machine too small: no reason to move good steps away.
+            raise
+        except Exception as error:
+            failed, blocked = reason(error), is_blocked(error, Path(directory))
+        if hosts.all_agree(not failed):
+            return value
+        failed = failed or "on another process"
+        if hosts.all_agree(not blocked):
+            wrong += 1
+            if wrong == 2:
+                raise _WrongError(failed)
+        elif pauses:
+            logger.info("%s: cannot be read now (%s); trying again", directory, failed)
+            time.sleep(pauses.pop(0))
+        else:
+            raise CheckpointError(
+                f"{directory}: the storage does not give it, after {len(PAUSES) + 1} tries ({failed}); nothing was moved: "
+                "see to the storage, then start the same command again"
+            )
 
 
 def _placed(x: Any) -> Any:
@@ -388,6 +377,4 @@ def _sync_to_disk(step: Path) -> None:
     """Orbax syncs the data, neither its JSON nor the directories; raises FileNotFoundError where the step is not there."""
     step.stat()
     for path in [*step.rglob("*"), step, step.parent]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        sync(path)

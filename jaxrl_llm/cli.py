@@ -163,7 +163,7 @@ def train(target: str, args: list[str]) -> int:
     start_jax(cfg)
     from jaxrl_llm.train import train as run_training
 
-    result = run_training(cfg, "--resume" in given)
+    result = run_training(cfg, "--resume" in given, ends_process=True)
     before, after = ("not known" if x != x else f"{x:.4f}" for x in (result.before, result.after))
     print(f"held-out accuracy ({result.measure}): {before} before RL, {after} after")
     print(f"run directory: {result.run_dir}")

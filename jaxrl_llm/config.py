@@ -5,7 +5,8 @@ Precedence: defaults < the YAML file < `--section.field value` on the command li
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,14 +40,14 @@ Steps = Annotated[int, Ge(0)]
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the whole state is saved. The last step and SIGTERM always save."""
+    """When the whole state is saved. The last step, SIGTERM and Ctrl-C always save."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     every: Annotated[int, Ge(1)] = 50
     """Steps between saves."""
     keep: Annotated[int, Ge(2)] = 3
-    """Newest checkpoints kept. Two at least: one to fall back on."""
+    """Newest checkpoints kept; one whose updates are not finite counts for none. Two at least: one to fall back on."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,9 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     wrong = [f"{path}: {line}" for line in repeated]
     if not isinstance(values, dict):
         got = "an empty file" if values is None else type(values).__name__
-        raise UserError(f"{path}: got {got}, want section: values")
+        # Where `train` keeps a run's own.
+        remedy = "; jaxrl train with the run's own CONFIG writes it anew" if path.name == "config.yaml" else ""
+        raise UserError(f"{path}: got {got}, want section: values{remedy}")
     return values, wrong
 
 
@@ -195,6 +198,27 @@ def tokenizer_of(cfg: RunConfig, model_path: str) -> TokenizerConfig:
 
 def to_dict(cfg: RunConfig) -> dict[str, Any]:
     return dataclasses.asdict(cfg)
+
+
+def with_places(cfg: RunConfig, place: Callable[[str], str] = os.path.abspath) -> RunConfig:
+    """With every path of a file or directory as `place` gives it: absolute, so that it means the same wherever it is read."""
+
+    def of(part: Any, *names: str, exists: bool = False) -> Any:
+        paths = {name: getattr(part, name, "") for name in names}
+        # What is no directory here is a name on the hub.
+        meant = {
+            name: path for name, path in paths.items() if path and (not exists or Path(path).expanduser().is_dir())
+        }
+        return dataclasses.replace(part, **{name: place(os.path.expanduser(path)) for name, path in meant.items()})
+
+    return dataclasses.replace(
+        cfg,
+        run_dir=place(cfg.run_dir),
+        task=of(cfg.task, "path", "held_out_path"),
+        tokenizer=of(cfg.tokenizer, "path", exists=True),
+        model=of(cfg.model, "path", exists=True),
+        objective=dataclasses.replace(cfg.objective, reference=of(cfg.objective.reference, "path", exists=True)),
+    )
 
 
 def dump(cfg: RunConfig) -> str:

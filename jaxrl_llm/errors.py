@@ -14,13 +14,14 @@ class UserError(Exception):
 
 
 class CheckpointError(UserError):
-    """The run directory holds checkpoints and none of them can be used, or a save failed for good."""
+    """No checkpoint of the run directory can be used, the storage does not give them, or a save failed for good."""
 
     exit_code = 3
 
 
 class NonFiniteError(UserError):
-    """Too many updates in a row had a non-finite loss or gradient; the last good checkpoint is the latest one."""
+    """Too many updates in a row had a non-finite loss or gradient, or the state is not finite; the latest checkpoint is from before
+    that."""
 
     exit_code = 4
 
@@ -45,7 +46,7 @@ class AdvantageError(UserError):
 
 
 class Preempted(Exception):
-    """SIGTERM arrived, the state is saved: start the same command again to go on."""
+    """SIGTERM or Ctrl-C arrived, the state is saved: start the same command again to go on."""
 
     exit_code = 75
 

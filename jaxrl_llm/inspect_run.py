@@ -54,7 +54,7 @@ def restore(run: Run) -> Life | None:
         return None
     checkpoints = open_checkpoints(run.cfg)
     try:
-        restored = checkpoints.restore(partial(target, run))
+        restored = checkpoints.restore(partial(target, run), moves=False)
     finally:
         checkpoints.close()
     return None if restored is None else Life.revive(restored.tree, restored.meta)

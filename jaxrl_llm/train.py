@@ -6,7 +6,6 @@
 import dataclasses
 import logging
 import math
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,18 +14,19 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxrl_llm import config as run_config
-from jaxrl_llm.checkpoint import Checkpoints, RunLock, prepare_run_directory
+from jaxrl_llm.checkpoint import Checkpoints
+from jaxrl_llm.claim import claim
 from jaxrl_llm.collect import GivenUp, collect
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.describe import as_floats, describe, describe_engine, responses
-from jaxrl_llm.errors import AdvantageError, CheckpointError, Preempted, UserError
+from jaxrl_llm.errors import AdvantageError, CheckpointError, GradingError, NonFiniteError, Preempted, UserError
 from jaxrl_llm.evaluate import evaluate, headline, supervised_sequences
 from jaxrl_llm.experience.batch import make_batch
 from jaxrl_llm.experience.replay import fill
 from jaxrl_llm.guards import observe, observe_update
+from jaxrl_llm.interrupt import stop_signal
 from jaxrl_llm.learn import learn, without_zero_gradients
 from jaxrl_llm.life import Life, begin, fresh_state, open_checkpoints, start_reference, target, trained_policy
 from jaxrl_llm.metrics import CompileCounter, Recorder, Timers
@@ -37,6 +37,7 @@ from jaxrl_llm.rates import decode_rates, describe_updates
 from jaxrl_llm.reference import refresh
 from jaxrl_llm.rewards.pool import GraderPool
 from jaxrl_llm.run import Run, build, publish
+from jaxrl_llm.run_directory import RunLock, prepare_run_directory
 from jaxrl_llm.types import Experience, Policy, TrainState
 from jaxrl_llm.unread import unread
 
@@ -55,6 +56,8 @@ class Shell(NamedTuple):
     recorder: Recorder
     timers: Timers
     compiles: CompileCounter
+    check_lock: Callable[[], None]
+    """Raises UserError where the run directory is no longer this run's."""
 
 
 class Result(NamedTuple):
@@ -66,53 +69,62 @@ class Result(NamedTuple):
     run_dir: Path
 
 
-def train(cfg: RunConfig, must_resume: bool = False) -> Result:
-    """Run `cfg` to its end, going on from the newest checkpoint in its run directory if there is one."""
-    run = build(cfg, what_cannot_train)
-    for line in unread(cfg):
-        log.warning("%s", line)
-    with open_shell(cfg) as shell, stop_signal() as stopping:
-        life, policy, scores = resume(run, shell, must_resume) or begin(run), None, {}
-        # Supervised steps alone have recorded the score, and RL may go on from them.
-        is_recorded = not math.isnan(life.eval_before)
-        if life.step == cfg.warm_start.steps and not life.began and (cfg.steps or not is_recorded):
-            life, policy, scores = start_rl(run, shell, life)
-            if not is_recorded:
-                shell.recorder.log(life.step, with_rates({"phase": "rl", **scores}, shell))
-        while life.step < cfg.total_steps:
-            if life.step < cfg.warm_start.steps:
-                life, metrics, error = warm_step(run, shell, life)
-                if life.step == cfg.warm_start.steps and not error:
-                    life, policy, scores = start_rl(run, shell, life)
-                    metrics |= scores
-            else:
-                policy = policy or first_policy(run, life.state)
-                try:
-                    step = rl_step(run, shell, life, policy, partial(stops_alone, stopping, life.step))
-                except GivenUp:
-                    leave(run, shell, life, "the next one was given up while it sampled")
-                except AdvantageError as refused:
-                    shell.recorder.log(life.step + 1, {"phase": "rl", "warnings": [str(refused)]})
-                    raise
-                life, policy, metrics = step.life, step.policy, step.metrics
-                if is_due(life.step - cfg.warm_start.steps, cfg.evaluation.every, cfg.steps):
-                    scores = score_held_out(run, shell, life, policy)
-                    metrics |= scores
-                life, metrics, error = guard(run, shell, step, metrics)
-            shell.recorder.log(life.step, with_rates(metrics, shell))
-            if error:
-                raise error
-            stop = stopping(life.step)
-            if stop or is_due(life.step, cfg.checkpoint.every, cfg.total_steps):
-                save(run, shell, life)
-            if stop and life.step < cfg.total_steps:
-                leave(run, shell, life)
-            shell.checkpoints.poll()
-        if not scores:
-            scores = score_held_out(run, shell, life, publish(run, life.state, None))
-        measure = headline(run)
-        after = scores.get(measure, float("nan"))
-        return Result(measure.removeprefix("eval/"), life.eval_before, after, Path(cfg.run_dir).resolve())
+def train(cfg: RunConfig, must_resume: bool = False, ends_process: bool = False) -> Result:
+    """Run `cfg` to its end, going on from the newest checkpoint in its run directory if there is one.
+
+    `ends_process`: see `stop_signal`.
+    """
+    if must_resume and open_checkpoints(cfg).is_empty():
+        raise CheckpointError(f"--resume: got {cfg.run_dir}, which holds no checkpoint; leave out --resume to start it")
+    with stop_signal(ends_process) as stopping:
+        run = build(cfg, what_cannot_train)
+        for line in unread(cfg):
+            log.warning("%s", line)
+        with open_shell(cfg) as shell:
+            life, policy, scores = resume(run, shell) or begin(run), None, {}
+            # Supervised steps alone have recorded the score, and RL may go on from them.
+            is_recorded = not math.isnan(life.eval_before)
+            if life.step == cfg.warm_start.steps and not life.began and (cfg.steps or not is_recorded):
+                life, policy, scores = start_rl(run, shell, life)
+                if not is_recorded:
+                    shell.recorder.log(life.step, with_rates({"phase": "rl", **scores}, shell))
+            while life.step < cfg.total_steps:
+                if life.step < cfg.warm_start.steps:
+                    life, metrics, error = warm_step(run, shell, life)
+                    if life.step == cfg.warm_start.steps and not error:
+                        life, policy, scores = start_rl(run, shell, life)
+                        metrics |= scores
+                else:
+                    policy = policy or first_policy(run, life.state)
+                    try:
+                        step = rl_step(run, shell, life, policy, partial(stops_alone, stopping, life.step))
+                    except GivenUp:
+                        leave(run, shell, life, stopping(life.step), " (the next one was given up while it sampled)")
+                    except AdvantageError as refused:
+                        shell.recorder.log(life.step + 1, {"phase": "rl", "warnings": [str(refused)]})
+                        end(run, shell, life, refused)
+                    life, policy, metrics = step.life, step.policy, step.metrics
+                    if is_due(life.step - cfg.warm_start.steps, cfg.evaluation.every, cfg.steps):
+                        scores = score_held_out(run, shell, life, policy)
+                        metrics |= scores
+                    life, metrics, error = guard(run, shell, step, metrics)
+                shell.check_lock()
+                shell.recorder.log(life.step, with_rates(metrics, shell))
+                if error:
+                    end(run, shell, life, error)
+                stop = stopping(life.step)
+                if is_due(life.step, cfg.checkpoint.every, cfg.total_steps) and may_save(life, cfg.total_steps):
+                    save(run, shell, life)
+                if stop and life.step < cfg.total_steps:
+                    leave(run, shell, life, stop)
+                shell.checkpoints.poll()
+            if life.step:
+                secure(run, shell, life)
+            if not scores:
+                scores = score_held_out(run, shell, life, publish(run, life.state, None))
+            measure = headline(run)
+            after = scores.get(measure, float("nan"))
+            return Result(measure.removeprefix("eval/"), life.eval_before, after, Path(cfg.run_dir).resolve())
 
 
 def what_cannot_train(cfg: RunConfig, task: Task | None) -> list[str]:
@@ -261,40 +273,27 @@ def open_shell(cfg: RunConfig) -> Iterator[Shell]:
     Raises UserError if the directory cannot be written, is in use, or belongs to a run that computes something else.
     """
     run_dir, leader = Path(cfg.run_dir).resolve(), jax.process_index() == 0
+    checkpoints, check_lock = open_checkpoints(cfg), lambda: None
     with ExitStack() as stack:
-        if leader:
-            prepare_run_directory(run_dir)
-            stack.enter_context(RunLock(run_dir))
-            claim(run_dir, cfg)
-        pool = stack.enter_context(GraderPool(cfg.reward))
-        recorder = stack.enter_context(Recorder(run_dir, cfg.metrics, cfg.total_steps, active=leader))
-        checkpoints = open_checkpoints(cfg)
-        stack.callback(checkpoints.close)
-        yield Shell(pool, checkpoints, recorder, Timers(), CompileCounter())
-
-
-def claim(run_dir: Path, cfg: RunConfig) -> None:
-    """Write config.yaml; where there is one already, only what may change may differ."""
-    path = run_dir / "config.yaml"
-    if path.exists():
-        differing = run_config.changes(run_config.to_dict(run_config.load(path)), run_config.to_dict(cfg))
-        if differing:
-            listed = "\n  ".join(differing)
+        try:
+            if leader:
+                prepare_run_directory(run_dir)
+                check_lock = stack.enter_context(RunLock(run_dir)).check
+                claim(run_dir, cfg, checkpoints)
+            recorder = stack.enter_context(Recorder(run_dir, cfg.metrics, cfg.total_steps, active=leader))
+        except OSError as error:
             raise UserError(
-                f"{run_dir}: holds a run with another config; use another run_dir, or undo these changes:\n  {listed}"
-            )
-    path.write_text(run_config.dump(cfg), encoding="utf-8")
+                f"run_dir: {error.filename or run_dir} cannot be read or written: {error.strerror}"
+            ) from error
+        pool = stack.enter_context(GraderPool(cfg.reward))
+        stack.callback(checkpoints.close)
+        yield Shell(pool, checkpoints, recorder, Timers(), CompileCounter(), check_lock)
 
 
-def resume(run: Run, shell: Shell, must: bool) -> Life | None:
+def resume(run: Run, shell: Shell) -> Life | None:
     """The newest life in the run directory; None in a fresh one."""
     restored = shell.checkpoints.restore(partial(target, run))
     if restored is None:
-        if must:
-            raise CheckpointError(
-                f"--resume: got {run.cfg.run_dir}, which holds no checkpoint; leave out --resume to start it"
-            )
-        shell.recorder.truncate({"metrics.jsonl": 0, "rollouts.jsonl": 0})
         return None
     shell.recorder.truncate(restored.meta["offsets"])
     shell.recorder.message(f"going on from step {restored.step} in {run.cfg.run_dir}")
@@ -303,38 +302,62 @@ def resume(run: Run, shell: Shell, must: bool) -> Life | None:
     return Life.revive(restored.tree, restored.meta)
 
 
+def may_save(life: Life, last: int) -> bool:
+    """While no update is finite nothing is learned, and what came before may be spoiled already."""
+    return life.guards.nonfinite == 0 or life.step == last
+
+
 def save(run: Run, shell: Shell, life: Life) -> None:
-    meta = {"offsets": shell.recorder.offsets(), "began": life.began, "task": run.task.fingerprint}
-    shell.checkpoints.save(life.step, life.tree(run.key), meta)
+    """Start to save. A life whose updates are not finite pushes no older step out; one that is not finite itself ends the run."""
+    try:
+        meta = {"offsets": shell.recorder.offsets(), "began": life.began, "task": run.task.fingerprint}
+        shell.checkpoints.save(life.step, life.tree(run.key), meta, prune=life.guards.nonfinite == 0)
+    except OSError as error:
+        shell.checkpoints.give_up(life.step, error)
+    except NonFiniteError as error:
+        end(run, shell, life, error)
 
 
-def leave(run: Run, shell: Shell, life: Life, when: str = "") -> NoReturn:
-    """Stop as SIGTERM asked, with this life saved."""
+def secure(run: Run, shell: Shell, life: Life) -> None:
+    """Return when this life is on disk. Raises CheckpointError where it cannot be saved."""
     shell.checkpoints.wait()
-    if life.step not in shell.checkpoints.steps():
+    if not shell.checkpoints.has(life.step):
         save(run, shell, life)
         shell.checkpoints.wait()
-    raise Preempted(f"stopped by SIGTERM after step {life.step}, saved in {run.cfg.run_dir}{when and f' ({when})'}")
+        if not shell.checkpoints.has(life.step):
+            kept = shell.checkpoints.steps()
+            raise CheckpointError(
+                f"{run.cfg.run_dir}: step {life.step} could not be saved, the reason is above; steps {kept} are kept"
+            )
 
 
-def stops_alone(stopping: Callable[[int], bool], step: int) -> bool:
-    """Whether to stop at once. Several processes stop together, and only after a step."""
-    return jax.process_count() == 1 and stopping(step)
+def leave(run: Run, shell: Shell, life: Life, why: str, when: str = "") -> NoReturn:
+    """Stop as `why`, a signal, asked, with this life saved."""
+    secure(run, shell, life)
+    raise Preempted(
+        f"stopped by {why} after step {life.step}, saved in {run.cfg.run_dir}{when}; the same command goes on from there"
+    )
 
 
-@contextmanager
-def stop_signal() -> Iterator[Callable[[int], bool]]:
-    """A question to ask after each step: was the job told to stop?
+def end(run: Run, shell: Shell, life: Life, error: UserError) -> NoReturn:
+    """Raise what a guard found, with words on what the next start goes on from.
 
-    One process listens to SIGTERM itself. Several must stop after the same step: there JAX's preemption service listens, and a
-    handler of ours, set after it, would make it deaf.
+    Where graders or advantages are to blame this life is sound, and saved. Where no update was finite, the last that was has led to
+    numbers from which nothing can be learned: what was saved since then is moved aside.
     """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    came = []
-    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
-    try:
-        yield lambda step: bool(came)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    checkpoints, told = shell.checkpoints, ""
+    if isinstance(error, GradingError | AdvantageError):
+        secure(run, shell, life)
+    else:
+        moved = checkpoints.condemn(life.step - life.guards.nonfinite) if isinstance(error, NonFiniteError) else []
+        names = ", ".join(path.name for path in moved)
+        told = names and f"; moved aside, as no update from there was finite: {names}"
+    checkpoints.wait()
+    kept = checkpoints.steps()
+    next_start = f"goes on from step {kept[-1]}" if kept else "begins anew: no step is saved"
+    raise type(error)(f"{error}{told}; the next start in {run.cfg.run_dir} {next_start}") from error
+
+
+def stops_alone(stopping: Callable[[int], str], step: int) -> bool:
+    """Whether to stop at once. Several processes stop together, and only after a step."""
+    return jax.process_count() == 1 and bool(stopping(step))

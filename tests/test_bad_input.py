@@ -144,6 +144,7 @@ def test_two_runs_in_one_directory(tmp_path):
 
 def test_a_run_directory_with_another_config(tmp_path):
     (tmp_path / "config.yaml").write_text((ROOT / "configs/arithmetic.yaml").read_text())
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
     said = jaxrl(
         "train",
         ROOT / "configs/arithmetic.yaml",
@@ -160,7 +161,7 @@ def test_a_run_directory_with_another_config(tmp_path):
 
 def test_resume_without_a_checkpoint(tmp_path):
     said = jaxrl("train", ROOT / "configs/arithmetic.yaml", "--run-dir", tmp_path / "none", "--resume", expect=3)
-    assert "holds no checkpoint" in said
+    assert "holds no checkpoint" in said and not (tmp_path / "none").exists()
 
 
 def test_sampling_a_prompt_that_cannot_be_spelled(tmp_path):

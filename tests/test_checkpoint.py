@@ -5,10 +5,12 @@ import logging
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,8 +22,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint._src.handlers import json_checkpoint_handler
 
 from jaxrl_llm import checkpoint
-from jaxrl_llm.checkpoint import Checkpoints, RunLock, fingerprint, prepare_run_directory
-from jaxrl_llm.errors import CheckpointError, UserError
+from jaxrl_llm.checkpoint import Checkpoints
+from jaxrl_llm.errors import CheckpointError, NonFiniteError, UserError
+from jaxrl_llm.fingerprint import fingerprint
+from jaxrl_llm.run_directory import RunLock, prepare_run_directory
 
 # Orbax drops the other readers and writers of a step when one of them fails; TensorStore then speaks to their closed event loop.
 pytestmark = pytest.mark.filterwarnings(
@@ -345,6 +349,169 @@ def test_an_older_machine_does_not_move_good_steps_away(two_steps, monkeypatch):
     assert Checkpoints(two_steps).steps() == [35, 40]
 
 
+# ---- a storage that fails for a while
+
+
+PASSING = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ETIMEDOUT)
+
+
+class FailingReads:
+    """Of what Python opens and lists below `directory`: the reads numbered from `first` on fail, `times` of them."""
+
+    def __init__(self):
+        self.directory, self.first, self.times, self.seen = None, 0, 0, 0
+        # Never to be taken away again, so there is one of them, idle without a directory.
+        sys.addaudithook(self.hear)
+
+    def hear(self, event: str, args: tuple) -> None:
+        if self.directory is None or event not in ("open", "os.scandir", "os.listdir"):
+            return
+        if not str(args[0]).startswith(str(self.directory)):
+            return
+        self.seen += 1
+        if self.first <= self.seen < self.first + self.times:
+            number = PASSING[self.first % len(PASSING)]
+            raise OSError(number, os.strerror(number), str(args[0]))
+
+    def begin(self, directory: Path, first: int, times: int) -> None:
+        self.directory, self.first, self.times, self.seen = directory, first, times, 0
+
+
+@pytest.fixture(scope="module")
+def failing_reads():
+    return FailingReads()
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """What is called in the place of each pause before a read is tried again."""
+    called = []
+    monkeypatch.setattr(checkpoint, "PAUSES", (0.011, 0.011))
+    sleep = time.sleep
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda s: [f() for f in called] if s == 0.011 else sleep(s))
+    return called
+
+
+def assert_nothing_moved(directory: Path) -> None:
+    assert sorted(p.name for p in directory.iterdir()) == ["35", "40"]
+
+
+def test_no_read_error_moves_a_good_step(two_steps, pauses, failing_reads):
+    first, ended = 0, 0
+    while True:
+        first += 1
+        failing_reads.begin(two_steps, first, times=1)
+        assert Checkpoints(two_steps).restore(target_of).step == 40
+        if failing_reads.seen < first:
+            break
+        failing_reads.begin(two_steps, first, times=10**9)
+        try:
+            assert Checkpoints(two_steps).restore(target_of).step == 40
+        except CheckpointError as error:
+            ended += 1
+            assert "the storage does not give it, after 3 tries (" in str(error) and "\n" not in str(error)
+        failing_reads.directory = None
+        assert_nothing_moved(two_steps)
+    failing_reads.directory = None
+    assert first > 5 and ended > 3
+
+
+def test_no_file_that_cannot_be_opened_moves_a_good_step(two_steps, tmp_path, pauses):
+    """A link to itself: whoever opens it fails, TensorStore's C++ too, and who asks whether it is there hears that it is not."""
+    for name in [p.relative_to(two_steps) for p in (two_steps / "40").rglob("*") if p.is_file()]:
+        directory = copy_of(two_steps, tmp_path / "copy")
+        path = directory / name
+        good = path.rename(tmp_path / "good")
+        path.symlink_to(path)
+        pauses[:] = []
+        try:
+            assert Checkpoints(directory).restore(target_of).step == 40
+        except CheckpointError as error:
+            assert "the storage does not give it" in str(error), name
+            assert_nothing_moved(directory)
+            pauses[:] = [lambda good=good, path=path: os.replace(good, path) if good.exists() else None]
+            assert_same(Checkpoints(directory).restore(target_of).tree, make_tree(40))
+        assert_nothing_moved(directory)
+
+
+def caused(text: str) -> Exception:
+    """As Orbax wraps what TensorStore raises."""
+    error = Exception("Encountered error while reading array index")
+    error.__cause__ = ValueError(text)
+    return error
+
+
+READING = 'Error reading "w/0.0" in OCDBT database at local file "/runs/x/1/state/"'
+REFUSALS = [
+    OSError(errno.EIO, "Input/output error"),
+    TimeoutError("no answer"),
+    caused(
+        f"UNKNOWN: {READING}: Failed to read: Input/output error [os_error_code='5' source locations='os_error.cc:63']"
+    ),
+    caused(f"FAILED_PRECONDITION: {READING}: Stale file handle [os_error_code='116']"),
+    *(ValueError(f"{status}: {READING}") for status in ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")),
+    RuntimeError("can't start new thread"),
+]
+
+
+@pytest.mark.parametrize("error", REFUSALS, ids=str)
+def test_a_read_that_fails_in_the_middle_of_a_file_moves_no_step(two_steps, pauses, monkeypatch, error):
+    """Every file can be opened, and its first byte read."""
+    handler, left = checkpoint.ocp.StandardCheckpointHandler, [error] * 4
+    restore = handler.restore
+
+    def refused(self, *args, **kwargs):
+        if left:
+            raise left.pop()
+        return restore(self, *args, **kwargs)
+
+    monkeypatch.setattr(handler, "restore", refused)
+    with pytest.raises(CheckpointError, match="does not give it, after 3 tries"):
+        Checkpoints(two_steps).restore(target_of)
+    assert Checkpoints(two_steps).restore(target_of).step == 40
+    assert_nothing_moved(two_steps)
+
+
+def test_too_many_open_files_move_no_step(two_steps, pauses):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))
+        with pytest.raises(CheckpointError, match=r"does not give it.*Too many open files"):
+            Checkpoints(two_steps).restore(target_of)
+        pauses.append(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)))
+        assert Checkpoints(two_steps).restore(target_of).step == 40
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert_nothing_moved(two_steps)
+
+
+# What the processes of a job agree on, two questions a try: did all read it, and was none refused by the storage?
+REFUSED, WRONG = [False, False], [False, True]
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "step"), [(REFUSED * 2, 40), (REFUSED + WRONG, 40), (WRONG + REFUSED + WRONG, 35)]
+)
+def test_what_another_process_cannot_read_counts_as_if_read_here(
+    two_steps, tmp_path, pauses, monkeypatch, elsewhere, step
+):
+    directory = copy_of(two_steps, tmp_path / "copy")
+    # The first question of a restore is about the list of steps.
+    answers = [True, *elsewhere]
+    monkeypatch.setattr(checkpoint.hosts, "all_agree", lambda mine: answers.pop(0) if answers else mine)
+    restored = Checkpoints(directory).restore(target_of)
+    assert restored.step == step
+    assert sorted(p.name for p in directory.iterdir()) == (["35", "40"] if step == 40 else ["35", "corrupt-40"])
+
+
+def test_who_only_looks_moves_nothing(two_steps, tmp_path, caplog):
+    directory = copy_of(two_steps, tmp_path / "copy")
+    shutil.rmtree(directory / "40" / "state")
+    assert Checkpoints(directory).restore(target_of, moves=False).step == 35
+    assert "using step 35; it is left where it is" in caplog.text
+    assert_nothing_moved(directory)
+
+
 # ---- saving
 
 
@@ -401,6 +568,52 @@ def test_the_oldest_goes_and_the_trash_is_emptied(tmp_path):
     checkpoints.close()
 
 
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
+    checkpoints, good = saved(tmp_path, (1,)), make_tree(2)
+    for value in (np.nan, np.inf, -np.inf):
+        layer = jax.device_put(good["layers"][1].at[3, 5].set(value), good["layers"][1].sharding)
+        with pytest.raises(NonFiniteError, match=r"after step 2 is not finite; not saved: \['layers'\]\[1\], 1 in all"):
+            checkpoints.save(2, good | {"layers": [good["layers"][0], layer]}, {})
+    # A NaN on the host stands for what was not measured.
+    assert np.isnan(good["score"])
+    checkpoints.save(2, good, {})
+    checkpoints.close()
+    assert checkpoints.steps() == [1, 2]
+
+
+def test_a_doubtful_step_pushes_no_other_out(tmp_path):
+    checkpoints = saved(tmp_path, (1, 2), keep=2)
+    for step in (3, 4):
+        checkpoints.save(step, make_tree(step), {}, prune=False)
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 2, 3, 4]
+    assert [path.name for path in checkpoints.condemn(3)] == ["condemned-3", "condemned-4"]
+    assert Checkpoints(tmp_path).restore(target_of).step == 2
+    checkpoints.save(3, make_tree(3), {})
+    checkpoints.close()
+    assert checkpoints.steps() == [2, 3] and (tmp_path / "condemned-4").is_dir()
+
+
+def test_a_save_that_never_ends_is_told(tmp_path, monkeypatch):
+    checkpoints = saved(tmp_path, (1,))
+    release, write = threading.Event(), json_checkpoint_handler.JsonCheckpointHandler._save_fn
+
+    async def stuck(self, item, directory):
+        release.wait(20)
+        return await write(self, item, directory)
+
+    monkeypatch.setattr(json_checkpoint_handler.JsonCheckpointHandler, "_save_fn", stuck)
+    monkeypatch.setattr(checkpoint, "SAVE_DEADLINE", 1)
+    checkpoints.save(2, make_tree(2), {})
+    try:
+        with pytest.raises(
+            CheckpointError, match="step 2 was not saved: TimeoutError: the storage has not taken it in 1 s"
+        ):
+            checkpoints.close()
+    finally:
+        release.set()
+
+
 def test_a_step_that_is_not_newer_is_an_error(tmp_path):
     checkpoints = saved(tmp_path, (5,))
     for step in (4, 5):
@@ -423,7 +636,9 @@ def test_a_full_disk_costs_one_save(tmp_path, monkeypatch, caplog, keep):
     for step in (4, 5):
         checkpoints.save(step, make_tree(step), {})
         wait_for_end(checkpoints)
-        assert f"step {step} was not saved: OSError: [Errno 28]" in caplog.text
+        assert f"step {step} was not saved: disk full: " in caplog.text
+        # 512 bytes of w, 512 of layers, 64 of mask, 60 of tokens, 4 + 8 + 8 of the numbers.
+        assert f" free in {tmp_path}, the step needs about 1.2 kB; trying again" in caplog.text
         checkpoints.poll()
         assert sorted(p.name for p in tmp_path.iterdir()) == ["3"]
     checkpoints.save(6, make_tree(6), {})
@@ -454,7 +669,7 @@ def test_wait_and_close_raise_what_went_wrong(tmp_path, monkeypatch):
     fail_saves(monkeypatch, times=2)
     for step, end in ((4, checkpoints.wait), (5, checkpoints.close)):
         checkpoints.save(step, make_tree(step), {})
-        with pytest.raises(CheckpointError, match=f"step {step} was not saved: OSError"):
+        with pytest.raises(CheckpointError, match=f"step {step} was not saved: disk full"):
             end()
     checkpoints.close()
 
@@ -521,7 +736,7 @@ def test_sigkill_at_any_moment_loses_no_confirmed_step(tmp_path, kills):
 HOLD = """
 import sys, time
 from pathlib import Path
-from jaxrl_llm.checkpoint import RunLock
+from jaxrl_llm.run_directory import RunLock
 with RunLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

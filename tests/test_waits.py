@@ -18,11 +18,17 @@ REASONS = {
         "self._manager.wait_until_finished": "Orbax's own timeout_secs",
         "multihost_utils.sync_global_devices": HEARTBEAT,
         "self.wait": "our own method, which waits for Orbax",
+        "time.sleep": "between looks at Orbax's save, until its deadline, and between the tries of a read, which are counted",
     },
     "jaxrl_llm/collect.py": {"job.result": "the pool's thread waits by its own deadlines"},
     "jaxrl_llm/train.py": {
         "shell.checkpoints.wait": "our own method, which waits for Orbax",
+        "checkpoints.wait": "the same",
         "shell.checkpoints.poll": "our own method, which does not wait",
+    },
+    "jaxrl_llm/interrupt.py": {
+        "os.read": "from a pipe that is ready",
+        "os.write": "to a pipe that does not block, or an error's last line",
     },
     "jaxrl_llm/model/hf/export.py": {"multihost_utils.sync_global_devices": HEARTBEAT},
     "jaxrl_llm/model/hf/load.py": {"with ThreadPoolExecutor": COMPUTES},

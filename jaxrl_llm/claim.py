@@ -1,0 +1,57 @@
+"""Whose a run directory is: the run's that is in it, or free for another."""
+
+import logging
+import os
+from pathlib import Path
+
+from jaxrl_llm import config as run_config
+from jaxrl_llm.checkpoint import Checkpoints
+from jaxrl_llm.config import RunConfig
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.metrics import METRICS, ROLLOUTS
+from jaxrl_llm.run_directory import write_whole
+
+log = logging.getLogger("jaxrl_llm.claim")
+
+
+def claim(run_dir: Path, cfg: RunConfig, checkpoints: Checkpoints) -> None:
+    """Write config.yaml. Of a run with checkpoints only what may change may differ from it; one without is over, and its
+    records are put aside. Raises UserError where another run is in the directory."""
+    path, text = run_dir / "config.yaml", run_config.dump(run_config.with_places(cfg)).encode()
+    before = path.read_bytes() if path.exists() else b""
+    # Power that fails may leave zeros.
+    is_blank = not before.strip(b"\0\r\n\t ")
+    if checkpoints.is_empty():
+        start_anew(run_dir, told=not is_blank and before != text)
+    elif is_blank:
+        got = "an empty file" if path.exists() else "none"
+        log.warning("%s: got %s, so it is written anew as this command has it", path, got)
+    elif before != text and (differing := differences(path, cfg)):
+        listed = "\n  ".join(differing)
+        raise UserError(
+            f"{run_dir}: holds a run with another config; use another run_dir, or undo these changes:\n  {listed}"
+        )
+    if before != text:
+        write_whole(path, text)
+
+
+def differences(path: Path, cfg: RunConfig) -> list[str]:
+    """Between a run's config.yaml and what is now to run in its directory; two paths to one place are equal."""
+    try:
+        saved = run_config.load(path)
+    except UserError as error:
+        remedy = f"put {path} right; or remove it, and start with the run's own CONFIG, which writes it anew"
+        raise UserError(f"{error}\n{remedy}") from None
+    was, now = (run_config.to_dict(run_config.with_places(cfg, os.path.realpath)) for cfg in (saved, cfg))
+    return run_config.changes(was, now)
+
+
+def start_anew(run_dir: Path, told: bool) -> None:
+    """Put aside what a run has recorded that ended before its first checkpoint."""
+    records = [path for path in (run_dir / METRICS, run_dir / ROLLOUTS) if path.exists() and path.stat().st_size]
+    for path in records:
+        os.replace(path, path.with_name(f"{path.name}.before"))
+    if told or records:
+        names = ", ".join(f"{path.name}.before" for path in records)
+        kept = names and f"; what the run before recorded is kept as {names}"
+        log.warning("%s: holds no checkpoint, so this run begins anew%s", run_dir, kept)
