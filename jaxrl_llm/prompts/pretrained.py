@@ -32,6 +32,7 @@ def load(cfg: PretrainedTokenizer) -> Tokenizer:
         pad=eos[0] if fast.pad_token_id is None else fast.pad_token_id,
         eos=eos,
         write=lambda out: fast.save_pretrained(out),
+        keeps_special=cfg.special_in_data == "keep",
         **({"render": chat(directory, fast, cfg, eos)} if cfg.chat else {"prefix": beginning(fast)}),
     )
     tokenizer.prompt("1+1")  # a template that raises does so here, before any row is read

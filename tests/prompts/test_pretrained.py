@@ -49,7 +49,7 @@ def test_prompts_are_those_of_transformers(plain, system, arguments):
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(plain)
-    ours = load(plain, system=system, template=arguments)
+    ours = load(plain, system=system, template=arguments, special_in_data="keep")
     start = [{"role": "system", "content": system}] if system else []
     expected = [
         theirs.apply_chat_template(
@@ -59,6 +59,8 @@ def test_prompts_are_those_of_transformers(plain, system, arguments):
         for text in TEXTS
     ]  # fmt: skip
     assert ours.prompt_batch(TEXTS) == expected
+    split = load(plain, system=system, template=arguments).prompt_batch(TEXTS)
+    assert [text for text, a, b in zip(TEXTS, split, expected, strict=True) if a != b] == ["<|im_end|>"]
     assert [ours.prompt(text) for text in TEXTS] == expected
 
 
