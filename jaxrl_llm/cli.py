@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxrl_llm.errors import Preempted, UserError
+from jaxrl_llm.terminal import PrintableFormatter, say
 
 if TYPE_CHECKING:
     from jaxrl_llm.config import RunConfig
@@ -71,15 +72,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[1] in ("-h", "--help"):
             print(USAGE)
             return 0
-        logging.basicConfig(format="%(message)s", level=logging.WARNING)
+        shown = logging.StreamHandler()
+        shown.setFormatter(PrintableFormatter("%(message)s"))
+        logging.basicConfig(handlers=[shown], level=logging.WARNING)
         # That there is no PyTorch is no news here.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         if argv[0] != "report" and {"-h", "--help"} & set(argv[2:]):
-            print(list_values(argv[1]))
+            say(list_values(argv[1]))
             return 0
         return COMMANDS[argv[0]](argv[1], argv[2:])
     except (UserError, Preempted) as error:
-        print(f"jaxrl: {error}", file=sys.stderr)
+        say(f"jaxrl: {error}", sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("jaxrl: interrupted", file=sys.stderr)
@@ -169,7 +172,7 @@ def train(target: str, args: list[str]) -> int:
     result = run_training(cfg, must_resume)
     before, after = ("not known" if x != x else f"{x:.4f}" for x in (result.before, result.after))
     print(f"held-out accuracy ({result.measure}): {before} before RL, {after} after")
-    print(f"run directory: {result.run_dir}")
+    say(f"run directory: {result.run_dir}")
     return 0
 
 
@@ -250,7 +253,7 @@ def export(target: str, args: list[str]) -> int:
     start_jax()
     from jaxrl_llm.inspect_run import export_run
 
-    print(export_run(cfg, Path(given.out), given.dtype, given.adapter))
+    say(str(export_run(cfg, Path(given.out), given.dtype, given.adapter)))
     return 0
 
 
@@ -259,7 +262,7 @@ def report(target: str, args: list[str]) -> int:
 
     if args:
         raise UserError(f"jaxrl report: got {' '.join(args)}, want a run directory and nothing else")
-    print(build(Path(target)))
+    say(str(build(Path(target))))
     return 0
 
 

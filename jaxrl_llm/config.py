@@ -32,9 +32,10 @@ from jaxrl_llm.prompts.config import (
 from jaxrl_llm.rewards.config import RewardConfig
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.update.config import UpdateConfig, WarmStartConfig
-from jaxrl_llm.values import Flag, put, read_flags, read_yaml
+from jaxrl_llm.values import Flag, put, read_flags, read_yaml, unreadable
 
 Steps = Annotated[int, Ge(0)]
+MAX_BYTES = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,12 @@ def validate(values: dict[str, Any], source: str, args: Sequence[str] = (), own:
 
 def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise UserError(f"{path}: got {size:,} bytes, want a config of {MAX_BYTES:,} at most")
         values, repeated = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: not YAML: {error}") from None
     wrong = [f"{path}: {line}" for line in repeated]
     if not isinstance(values, dict):
@@ -148,7 +151,7 @@ def _checked(values: dict[str, Any], source: str, flags: Sequence[Flag], wrong: 
         cfg = _reader().validate_python(values)
     except ValidationError as error:
         found += errors_in_words(error.errors(), values, RunConfig, source, flags)
-    found += [f"{named(path, source, flags)}: {text}" for path, text in _misfits(values)]
+    found += [f"{named(path, source, flags)}: {text}" for path, text in (*unreadable(values), *_misfits(values))]
     if found:
         raise UserError("\n".join(found))
     if isinstance(cfg.model, PretrainedModel):

@@ -26,7 +26,8 @@ ALLOWED = {
     "unread": {"objective", "presets", "values"},
     "config": {"errors", "explain", "metrics", "objective", "presets", "values"},
     "boards": set(),
-    "metrics": {"boards", "errors"},
+    "terminal": set(),
+    "metrics": {"boards", "errors", "terminal"},
     "estimates": set(),
     "ceilings": set(),
     "chips": {"errors"},
@@ -72,7 +73,7 @@ ALLOWED = {
         "unread",
     },
     "plan": FOUNDATION | STAGES | {"chips", "config", "model", "publish", "run"},
-    "cli": {"errors", "config", "options", "parallel", "report", "plan", "train", "inspect_run"},
+    "cli": {"errors", "terminal", "config", "options", "parallel", "report", "plan", "train", "inspect_run"},
 }
 NEVER = {"configs", "tests", "benchmarks", "launch", "docs"}
 VAGUE = {"utils", "util", "common", "core", "helpers", "helper", "manager", "misc"}
