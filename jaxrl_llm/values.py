@@ -16,7 +16,6 @@ import yaml
 
 from jaxrl_llm.errors import UserError
 
-
 # Of a config, with every alias written out.
 MOST_NODES = 100_000
 

@@ -58,8 +58,8 @@ class Template(NamedTuple):
         return found
 
 
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:500]}"
 
 
 def chat(

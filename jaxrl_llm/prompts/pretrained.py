@@ -20,6 +20,18 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", 
 def load(cfg: PretrainedTokenizer) -> Tokenizer:
     _check_plain(cfg)
     directory = find(cfg.path)
+    try:
+        return _load(directory, cfg)
+    except UserError:
+        raise
+    except BaseException as error:  # bad JSON, bad merges, unknown classes: each library beneath raises its own
+        # What is wrong deep inside of the `tokenizers` library ends in a panic, which is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{directory}: the tokenizer cannot be read: {first_line(error)}") from None
+
+
+def _load(directory: Path, cfg: PretrainedTokenizer) -> Tokenizer:
     fast = read(directory)
     backend = fast.backend_tokenizer
     # tokenizer.json may carry the padding and truncation of its training.
@@ -78,10 +90,7 @@ def _snapshot(name: str) -> Path:
 def read(directory: Path) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer
 
-    try:
-        fast = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # bad JSON, bad merges, unknown classes: each library beneath raises its own
-        raise UserError(f"{directory}: the tokenizer cannot be read: {first_line(error)}") from None
+    fast = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     if not getattr(fast, "is_fast", False):
         raise UserError(f"{directory}: got a {type(fast).__name__}, want a fast tokenizer (one with tokenizer.json)")
     return fast
@@ -105,12 +114,12 @@ def _generation_eos(directory: Path, size: int) -> list[int]:
         return []
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     eos = values.get("eos_token_id") if isinstance(values, dict) else None
     found = [] if eos is None else eos if isinstance(eos, list) else [eos]
     if wrong := [e for e in found if type(e) is not int or not 0 <= e < size]:
-        raise UserError(f"{path}: eos_token_id: got {wrong[0]!r}, want tokens below the tokenizer's {size}")
+        raise UserError(f"{path}: eos_token_id: got {repr(wrong[0])[:80]}, want tokens below the tokenizer's {size}")
     return found
 
 
