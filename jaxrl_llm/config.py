@@ -32,7 +32,7 @@ from jaxrl_llm.prompts.config import (
 from jaxrl_llm.rewards.config import RewardConfig
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.update.config import UpdateConfig, WarmStartConfig
-from jaxrl_llm.values import Flag, put, read_flags, read_yaml, unreadable
+from jaxrl_llm.values import Flag, put, read_flags, read_yaml, truths, unreadable
 
 Steps = Annotated[int, Ge(0)]
 MAX_BYTES = 2_000_000
@@ -151,7 +151,10 @@ def _checked(values: dict[str, Any], source: str, flags: Sequence[Flag], wrong: 
         cfg = _reader().validate_python(values)
     except ValidationError as error:
         found += errors_in_words(error.errors(), values, RunConfig, source, flags)
-    found += [f"{named(path, source, flags)}: {text}" for path, text in (*unreadable(values), *_misfits(values))]
+    for path, text in (*unreadable(values), *truths(values, RunConfig), *_misfits(values)):
+        # Nothing was written where a value is missing: a flag of its section is what asks for it.
+        beside = [Flag(path, None) for flag in flags if flag.path[:-1] == path[:-1] and text.startswith("got nothing")]
+        found.append(f"{named(path, source, [*flags, *beside])}: {text}")
     if found:
         raise UserError("\n".join(found))
     if isinstance(cfg.model, PretrainedModel):

@@ -85,6 +85,18 @@ def unreadable(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
             yield from unreadable(part, (*path, str(index)))
 
 
+def truths(value: Any, root: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """`true` and `false` where a number is wanted, as place and words: to Python they are 1 and 0."""
+    if isinstance(value, bool):
+        types_there = {a for annotation in types_at(path, root) for a in alternatives(annotation)}
+        if types_there & {int, float} and not types_there & {bool, Any}:
+            yield path, f"got {value}, want a {'whole ' if float not in types_there else ''}number"
+    for name, part in (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    ):
+        yield from truths(part, root, (*path, str(name)))
+
+
 def sections(annotation: Any) -> list[type]:
     """The dataclasses among the types that a value may have."""
     return [a for a in alternatives(annotation) if dataclasses.is_dataclass(a)]
@@ -190,6 +202,8 @@ def read_flags(args: Sequence[str], root: type, own: Sequence[str] = ()) -> tupl
 
 def _path(name: str, root: type, own: Sequence[str]) -> tuple[str, ...]:
     """What a flag names; dashes in names of fields are underscores."""
+    if name in own:
+        raise UserError(f"{name}: got a value, or stands where it is not read, want {name} alone")
     path, words = (), name[2:].split(".")
     for n, word in enumerate(words):
         known = keys(_variants(types_at(path, root)))
