@@ -156,6 +156,12 @@ class Tokenizer:
         # A token that is no whole character stands for bytes, and with bytes all can be spelled.
         return [] if "\ufffd" in letters else [c for c in dict.fromkeys(text) if c not in letters]
 
+    @cached_property
+    def widest(self) -> int:
+        """Bytes of the longest token's text; more for one that is no whole character."""
+        texts = self.backend.decode_batch([[id] for id in range(self.size)], skip_special_tokens=False)
+        return max(len(text.encode()) for text in texts)
+
     def save(self, directory: Path) -> None:
         """Writes what `AutoTokenizer.from_pretrained` reads. Stop tokens belong to generation_config.json, which is not written."""
         self.write(directory)
@@ -170,13 +176,17 @@ def load_tokenizer(cfg: CharacterTokenizer | PretrainedTokenizer) -> Tokenizer:
     return pretrained.load(cfg)
 
 
-def stop_problems(stop: Sequence[str], tokenizer: Tokenizer) -> list[str]:
-    """What is wrong with `rollout.stop`: a text at which every response would end, and texts at which none can."""
+def stop_problems(stop: Sequence[str], tokenizer: Tokenizer, most: int) -> list[str]:
+    """What is wrong with `rollout.stop`: a text at which every response would end, and texts at which none of `most` tokens can."""
     found = ["rollout.stop: got '', want text: every response would end with its first token"] if "" in stop else []
     for text in filter(None, stop):
         if unknown := tokenizer.unspellable(text):
             characters = " ".join(map(repr, unknown))
             found.append(f"rollout.stop: got {text!r}, want text that tokens can spell: no token has {characters}")
+        elif (size := len(text.encode())) > most and size > most * tokenizer.widest:
+            found.append(
+                f"rollout.stop: got {text[:80]!r}, want text that rollout.max_new_tokens ({most}) tokens can hold"
+            )
     return found
 
 
