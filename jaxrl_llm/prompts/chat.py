@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.prompts.config import PretrainedTokenizer
 from jaxrl_llm.prompts.renderer import RENDERER
-from jaxrl_llm.prompts.turns import Turns, as_turns
+from jaxrl_llm.prompts.turns import Turns, as_turns, no_unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -47,8 +47,13 @@ class Template(NamedTuple):
         """
         asked = {**self.fast.special_tokens_map, **self.arguments, **more, "add_generation_prompt": prompt}
         found = RENDERER.render(self.source, asked, turns)
-        kinds = ((text, UserError if w.startswith("raises") else LimitError, w) for text, w in found)
-        return [kind(f"{self.directory}: the chat template {w}") if text is None else text for text, kind, w in kinds]
+        return [self._read(text, wrong) for text, wrong in found]
+
+    def _read(self, text: str | None, wrong: str) -> str | UserError:
+        if text is not None and not no_unicode(text):
+            return text
+        kind = LimitError if text is None and not wrong.startswith("raises") else UserError
+        return kind(f"{self.directory}: the chat template {wrong or 'writes half of a character, want text'}")
 
     def write(self, turns: Messages, prompt: bool = True, **more: Any) -> str:
         """One of them. Raises UserError."""
@@ -64,8 +69,9 @@ def first_line(error: BaseException) -> str:
 
 def chat(
     directory: Path, fast: "PreTrainedTokenizerFast", cfg: PretrainedTokenizer, eos: tuple[int, ...]
-) -> Callable[[Sequence[Turns]], list[str | UserError]]:
-    """Turns as text, with the config's system turn before those that have none, and the beginning of the assistant's behind.
+) -> tuple[Callable[[Sequence[Turns]], list[str | UserError]], frozenset[int]]:
+    """Turns as text, with the config's system turn before those that have none, and the beginning of the assistant's behind; and
+    the added tokens that stand between turns without being special.
 
     Raises UserError for a template whose prompts would lack one of the three, and warns of what it makes of turns beside.
     """
@@ -86,9 +92,21 @@ def chat(
         return [*before, *({"role": role, "content": form(text)} for role, form, text in forms)]
 
     asked = messages(as_turns(QUESTION), SYSTEM if cfg.system else "")
-    _check_answer(template, asked, {"role": "assistant", "content": user(ANSWER)}, eos)
+    answer = {"role": "assistant", "content": user(ANSWER)}
+    _check_answer(template, asked, answer, eos)
     _check_clock(template, asked)
-    return lambda prompts: _whole(template, prompts, template.write_all([messages(turns) for turns in prompts]))
+    # The question again: a template may write the empty thought of a last answer, and <think> is nobody's turn.
+    delimiters = _added(fast, _written(template, [*asked, answer, asked[-1]]))
+    return lambda prompts: _whole(
+        template, prompts, template.write_all([messages(turns) for turns in prompts])
+    ), delimiters
+
+
+def _added(fast: "PreTrainedTokenizerFast", text: str) -> frozenset[int]:
+    """Added tokens in the text that are not special."""
+    backend = fast.backend_tokenizer
+    plain = {id for id, token in backend.get_added_tokens_decoder().items() if not token.special}
+    return frozenset(plain.intersection(backend.encode(text, add_special_tokens=False).ids))
 
 
 def _whole(template: Template, prompts: Sequence[Turns], texts: list[str | UserError]) -> list[str | UserError]:

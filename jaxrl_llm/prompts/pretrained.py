@@ -39,13 +39,14 @@ def _load(directory: Path, cfg: PretrainedTokenizer) -> Tokenizer:
     backend.no_truncation()
     size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     eos = end_tokens(directory, fast, size, cfg.stop)
+    written = dict(zip(("render", "delimiters"), chat(directory, fast, cfg, eos), strict=True)) if cfg.chat else {}
     tokenizer = Tokenizer(
         backend,
         pad=eos[0] if fast.pad_token_id is None else fast.pad_token_id,
         eos=eos,
         write=lambda out: fast.save_pretrained(out),
         keeps_special=cfg.special_in_data == "keep",
-        **({"render": chat(directory, fast, cfg, eos)} if cfg.chat else {"prefix": beginning(fast)}),
+        **(written or {"prefix": beginning(fast)}),
     )
     tokenizer.prompt("1+1")  # a template that raises does so here, before any row is read
     return tokenizer

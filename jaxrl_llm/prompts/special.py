@@ -23,10 +23,10 @@ PRIVATE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10F
 class SpecialTokens:
     """Those of one tokenizer."""
 
-    def __init__(self, backend: "tokenizers.Tokenizer"):
-        added = {id: token for id, token in backend.get_added_tokens_decoder().items() if token.special}
+    def __init__(self, backend: "tokenizers.Tokenizer", also: frozenset[int] = frozenset()):
+        """`also`: added tokens that are not special, and control all the same."""
+        added = {id: t for id, t in backend.get_added_tokens_decoder().items() if t.special or id in also}
         self.ids = frozenset(added)
-        self._backend = backend
         # The longest first: where one begins as another does, that is the one meant.
         self._names = sorted((token.content for token in added.values()), key=len, reverse=True)
         self._pattern = _any_of(self._names)

@@ -47,6 +47,8 @@ class Tokenizer:
     """Tokens before each prompt. A chat template writes its own beginning, so it has none."""
     alphabet: frozenset[str] | None = None
     """Characters that it can spell. None: any."""
+    delimiters: frozenset[int] = frozenset()
+    """Added tokens that are not special and stand between the chat template's turns: in data they are text as special ones are."""
     keeps_special: bool = False
     """Names of special tokens in data are encoded as those tokens, not as text."""
 
@@ -71,19 +73,19 @@ class Tokenizer:
 
     def special_in(self, filled: Filled) -> list[str]:
         """Names of special tokens in what comes from data, unless they are kept."""
-        return [] if self.keeps_special else self._special.inside(*filled)
+        return [] if self.keeps_special else self._control.inside(*filled)
 
     def encode_filled(self, texts: Sequence[Filled]) -> list[list[int]]:
         """As `encode_batch`, but for names of special tokens in what comes from data: they are encoded as text."""
         held = {i for i, filled in enumerate(texts) if self.special_in(filled)}
         mark = unused(texts[i].text for i in held)
         return self._encode(
-            [self._special.marked(f, mark).text if i in held else f.text for i, f in enumerate(texts)], held, mark
+            [self._control.marked(f, mark).text if i in held else f.text for i, f in enumerate(texts)], held, mark
         )
 
     def _encode(self, texts: Sequence[str], held: set[int], mark: str) -> list[list[int]]:
         """`held`: which of them have marks in them."""
-        split = iter(self._special.encode([texts[i] for i in sorted(held)], mark))
+        split = iter(self._control.encode([texts[i] for i in sorted(held)], mark))
         plain = iter(self.encode_batch([text for i, text in enumerate(texts) if i not in held]))
         return [next(split if i in held else plain) for i in range(len(texts))]
 
@@ -102,6 +104,10 @@ class Tokenizer:
     @cached_property
     def _special(self) -> SpecialTokens:
         return SpecialTokens(self.backend)
+
+    @cached_property
+    def _control(self) -> SpecialTokens:
+        return SpecialTokens(self.backend, self.delimiters)
 
     @property
     def fingerprint(self) -> str:
@@ -130,16 +136,18 @@ class Tokenizer:
     def prompt_batch(self, prompts: Sequence[str | Turns]) -> list[list[int]]:
         """Prompts as the policy reads them; a text is the user's turn, and data. Raises PromptError that names all bad ones."""
         asked = [as_turns(prompt) for prompt in prompts]
+        wrong = ((i, no_unicode(turn.content.text)) for i, turns in enumerate(asked) for turn in turns)
+        if wrong := [(i, why) for i, why in wrong if why]:
+            raise PromptError(wrong)
         held = {i for i, turns in enumerate(asked) if any(self.special_in(turn.content) for turn in turns)}
         mark = unused(turn.content.text for i in held for turn in asked[i])
         for i in held:
-            asked[i] = tuple(Turn(role, self._special.marked(content, mark)) for role, content in asked[i])
+            asked[i] = tuple(Turn(role, self._control.marked(content, mark)) for role, content in asked[i])
         texts: list[str | UserError] = []
         while len(texts) < len(asked) and len(texts) % BATCH == 0:  # a batch that is cut short is the last
             texts += self.render(asked[len(texts) : len(texts) + BATCH])
-        said = [str(text) if isinstance(text, UserError) else no_unicode(text) for text in texts]
-        if any(said):
-            raise PromptError([(i, why) for i, why in enumerate(said) if why])
+        if wrong := [(i, str(text)) for i, text in enumerate(texts) if isinstance(text, UserError)]:
+            raise PromptError(wrong)
         return [[*self.prefix, *ids] for ids in self._encode(texts, held, mark)]
 
     def unknown(self, text: str) -> list[str]:

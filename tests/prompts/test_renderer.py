@@ -15,12 +15,12 @@ ENDLESS = {
     "one number": "{{ 10 ** (10 ** 10) }}",
 }
 TOO_MUCH = {
-    "text": "{{ 'x' * 20000000 }}",
-    "memory": "{{ 'x' * 10 ** 11 }}",
-    "many texts": "{% for i in range(99999) %}{{ 'x' * 100000 }}{% endfor %}",
-    "width": "{{ 'x'.ljust(10 ** 11) }}",
-    "recursion": "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
-    "half a character": '{{ "\\ud800" }}' + CHATML,
+    "text": ("{{ 'x' * 20000000 }}", "writes more than 10,000,000 characters"),
+    "memory": ("{{ 'x' * 10 ** 11 }}", "raises MemoryError"),
+    "many texts": ("{% for i in range(99999) %}{{ 'x' * 100000 }}{% endfor %}", "raises MemoryError"),
+    "width": ("{{ 'x'.ljust(10 ** 11) }}", "raises MemoryError"),
+    "recursion": ("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "raises RecursionError"),
+    "half a character": ('{{ "\\ud800" }}' + CHATML, "writes half of a character, want text"),
 }
 
 
@@ -44,13 +44,11 @@ def test_a_template_without_an_end(tmp_path, monkeypatch, kind):
 
 @pytest.mark.parametrize("kind", TOO_MUCH)
 def test_a_template_that_writes_or_holds_too_much(tmp_path, kind):
-    assert said(tmp_path, TOO_MUCH[kind]).startswith(
-        (f"{tmp_path}: the chat template ", "got '\\ud800', half of a character")
-    )
+    assert said(tmp_path, TOO_MUCH[kind][0]).startswith(f"{tmp_path}: the chat template {TOO_MUCH[kind][1]}")
 
 
 def test_the_next_template_is_rendered_after_one_that_was_ended(tmp_path):
-    said(tmp_path / "bad", TOO_MUCH["memory"])
+    said(tmp_path / "bad", TOO_MUCH["memory"][0])
     tokenizer = load_tokenizer(PretrainedTokenizer(str(save_tokenizer(tmp_path / "good"))))
     assert tokenizer.decode(tokenizer.prompt("2+2")) == "user\n2+2\nassistant\n"
     # More than one message to the other process, each prompt in its place.
