@@ -10,6 +10,8 @@ from test_bad_input import jaxrl
 from jaxrl_llm import cli
 from jaxrl_llm.cli import read_config
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.metrics import MetricsConfig, Recorder, read_jsonl
+from jaxrl_llm.report.build import build
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{last}'] * 10)}]\n" for last, name in zip("abcdefgh", "bcdefghi", strict=True)
@@ -118,6 +120,30 @@ def test_no_error_acts_on_the_terminal(tmp_path):
         words = jaxrl(*command)
         assert words.startswith("jaxrl: ") and "\\x1b[31m" in words, command
         assert not {"\x1b", "\x07", "\u202e"} & set(words), command
+
+
+def test_the_record_the_page_and_the_console_take_any_text(tmp_path, capsys):
+    bad = f"\ud800{RED}\u202e"
+    row = {
+        "uid": 0,
+        "sample": 0,
+        "prompt": bad,
+        "completion": bad,
+        "tokens": [bad],
+        "logprobs": [-1.0],
+        "entropy": [1.0],
+    }
+    with Recorder(tmp_path, MetricsConfig(tensorboard=False), 1, True) as recorder:
+        recorder.log(1, {"reward": 1.0, "phase": "rl", "note": bad, bad: 1.0})
+        recorder.rollouts(1, [row | {"reward": 1.0, "advantage": 0.0, "finish": bad}])
+        recorder.samples([row])
+        recorder.message(bad)
+    assert (
+        read_jsonl(tmp_path / "metrics.jsonl")[0]["note"] == read_jsonl(tmp_path / "rollouts.jsonl")[0]["prompt"] == bad
+    )
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    for text in (build(tmp_path).read_text(), capsys.readouterr().out):
+        assert "\\ud800\\x1b[31m\\u202e" in text and not set(bad) & set(text) - set("[31m")
 
 
 def test_no_warning_acts_on_the_terminal():
