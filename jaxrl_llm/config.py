@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from annotated_types import Ge
+from annotated_types import Ge, Lt
 from pydantic import ConfigDict, Discriminator, Tag, TypeAdapter, ValidationError
 
 from jaxrl_llm.errors import UserError
@@ -75,7 +75,8 @@ class RunConfig:
 
     run_dir: str = "runs/run"
     """Where everything of the run lies. A run directory with checkpoints is gone on with."""
-    seed: Steps = 0
+    seed: Annotated[int, Ge(0), Lt(2**32)] = 0
+    """Keys of JAX are made from 32 bits: a larger one would be another seed's run."""
     steps: Steps = 100
     """Steps of RL, after those of the warm start."""
     task: TaskConfig = field(default_factory=ArithmeticTask)

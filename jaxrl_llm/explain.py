@@ -16,10 +16,10 @@ WANTED = {
     "finite_number": "a finite number",
     "bool_": "true or false",
     "string_": "text",
-    "greater_than_equal": "{ge:g} or more",
-    "greater_than": "more than {gt:g}",
-    "less_than_equal": "{le:g} or less",
-    "less_than": "less than {lt:g}",
+    "greater_than_equal": "{ge} or more",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "{le} or less",
+    "less_than": "less than {lt}",
     "literal_error": "{expected}",
     "missing": "a value",
     "tuple_type": "a list, as [a, b]",
@@ -110,7 +110,8 @@ def _shortened(text: str, most: int = 200) -> str:
 def _wanted(error: dict[str, Any]) -> str:
     """What would have been right. Checks of our own say it in their message."""
     words = next((words for start, words in WANTED.items() if error["type"].startswith(start)), "{msg}")
-    return words.format(msg=error["msg"], **error.get("ctx", {}))
+    bounds = {name: f"{x:.15g}" if isinstance(x, int | float) else x for name, x in error.get("ctx", {}).items()}
+    return words.format(msg=error["msg"], **bounds)
 
 
 def _no_such_kind(place: tuple[str, ...], got: Any, root: type) -> str:

@@ -309,6 +309,7 @@ def test_the_last_of_two_flags_wins_and_a_part_wins_over_its_section(tmp_path):
         (["--reward", "[]"], ["--reward: got [], want a section, as {key: value}"]),
         (["--rollout.stop", "[3]"], ["--rollout.stop.0: got 3, want text"]),
         (["--lora.targets", "[x]"], ["--lora.targets.0: got 'x', want 'q', 'k', 'v', 'o', 'gate', 'up' or 'down'"]),
+        (["--seed", str(2**32)], ["--seed: got 4294967296, want less than 4294967296"]),
         (["--steps", "1.5"], ["--steps: got 1.5, want a whole number"]),
     ],
 )  # fmt: skip
