@@ -16,7 +16,7 @@ ENDLESS = {
 }
 TOO_MUCH = {
     "text": ("{{ 'x' * 20000000 }}", "writes more than 10,000,000 characters"),
-    "memory": ("{{ 'x' * 10 ** 11 }}", "raises MemoryError"),
+    "memory": ("{{ ('x' * 3 * 10 ** 9) | length }}", "raises MemoryError"),
     "many texts": ("{% for i in range(99999) %}{{ 'x' * 100000 }}{% endfor %}", "raises MemoryError"),
     "width": ("{{ 'x'.ljust(10 ** 11) }}", "raises MemoryError"),
     "recursion": ("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "raises RecursionError"),
