@@ -21,6 +21,7 @@ from jaxrl_llm.arguments import Reader, one_of, path, take, text, whole_number
 from jaxrl_llm.errors import Preempted, UserError, in_words
 from jaxrl_llm.parallel import job
 from jaxrl_llm.targets import list_values, read_config, read_evaluation, read_run, read_sampled, refusal
+from jaxrl_llm.terminal import PrintableFormatter, say
 
 if TYPE_CHECKING:
     from jaxrl_llm.config import RunConfig
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fail(why: str, code: int) -> int:
     with suppress(OSError):
-        print(f"jaxrl: {why}", file=sys.stderr)
+        say(f"jaxrl: {why}", sys.stderr)
     return code
 
 
@@ -114,12 +115,14 @@ def _run(argv: Sequence[str]) -> int:
         raise UserError(f"{command}: no such command{_near(command, [*COMMANDS, *VERSION])}; jaxrl --help lists them")
     if HELP & set(rest):
         known = command not in WITHOUT_VALUES and rest[0] not in HELP
-        print(list_values(rest[0]) if known else USAGE)
+        say(list_values(rest[0]) if known else USAGE)
         return 0
     if not rest or rest[0].startswith("-"):
         wanted = "RUN" if command in ("eval", "export", "report") else "CONFIG"
         raise UserError(f"jaxrl {command}: got no {wanted}; see jaxrl --help")
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    shown = logging.StreamHandler()
+    shown.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(handlers=[shown], level=logging.WARNING)
     # That there is no PyTorch is no news here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     with job.ends_together():
@@ -166,8 +169,8 @@ def train(target: str, args: list[str]) -> int:
     result = run_training(cfg, "--resume" in given, ends_process=True)
     before, after = ("not known" if x != x else f"{x:.4f}" for x in (result.before, result.after))
     print(f"held-out accuracy ({result.measure}): {before} before RL, {after} after")
-    print(f"run directory: {result.run_dir}")
-    print(what_next(result.run_dir))
+    say(f"run directory: {result.run_dir}")
+    say(what_next(result.run_dir))
     return 0
 
 
@@ -247,7 +250,7 @@ def export(target: str, args: list[str]) -> int:
     start_jax(cfg)
     from jaxrl_llm.inspect_run import export_run
 
-    print(export_run(cfg, out, given.get("--dtype"), "--adapter" in given))
+    say(str(export_run(cfg, out, given.get("--dtype"), "--adapter" in given)))
     return 0
 
 
@@ -259,7 +262,7 @@ def report(target: str, args: list[str]) -> int:
         raise UserError(f"jaxrl report: got {' '.join(others)}, want a run directory and nothing else but --out FILE")
     if not target or not Path(target).is_dir():
         raise refusal(target, "a run directory")
-    print(build(Path(target), Path(given["--out"]) if "--out" in given else None))
+    say(str(build(Path(target), Path(given["--out"]) if "--out" in given else None)))
     return 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from annotated_types import Ge
+from annotated_types import Ge, Lt
 from pydantic import ConfigDict, Discriminator, Tag, TypeAdapter, ValidationError
 
 from jaxrl_llm.errors import UserError
@@ -33,9 +33,10 @@ from jaxrl_llm.prompts.config import (
 from jaxrl_llm.rewards.config import RewardConfig
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.update.config import UpdateConfig, WarmStartConfig
-from jaxrl_llm.values import Flag, put, read_flags, read_yaml
+from jaxrl_llm.values import Flag, put, read_flags, read_yaml, truths, unreadable
 
 Steps = Annotated[int, Ge(0)]
+MAX_BYTES = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class RunConfig:
 
     run_dir: str = "runs/run"
     """Where everything of the run lies. A run directory with checkpoints is gone on with."""
-    seed: Steps = 0
+    seed: Annotated[int, Ge(0), Lt(2**32)] = 0
+    """Keys of JAX are made from 32 bits: a larger one would be another seed's run."""
     steps: Steps = 100
     """Steps of RL, after those of the warm start."""
     task: TaskConfig = field(default_factory=ArithmeticTask)
@@ -128,10 +130,12 @@ def validate(values: dict[str, Any], source: str, args: Sequence[str] = (), own:
 
 def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise UserError(f"{path}: got {size:,} bytes, want a config of {MAX_BYTES:,} at most")
         values, repeated = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: not YAML: {error}") from None
     wrong = [f"{path}: {line}" for line in repeated]
     if not isinstance(values, dict):
@@ -152,7 +156,10 @@ def _checked(values: dict[str, Any], source: str, flags: Sequence[Flag], wrong: 
         cfg = _reader().validate_python(values)
     except ValidationError as error:
         found += errors_in_words(error.errors(), values, RunConfig, source, flags)
-    found += [f"{named(path, source, flags)}: {text}" for path, text in _misfits(values)]
+    for path, text in (*unreadable(values), *truths(values, RunConfig), *_misfits(values)):
+        # Nothing was written where a value is missing: a flag of its section is what asks for it.
+        beside = [Flag(path, None) for flag in flags if flag.path[:-1] == path[:-1] and text.startswith("got nothing")]
+        found.append(f"{named(path, source, [*flags, *beside])}: {text}")
     if found:
         raise UserError("\n".join(found))
     if isinstance(cfg.model, PretrainedModel):

@@ -1,13 +1,36 @@
 """What is wrong with a config's values, in words: pydantic's errors as `name: got X, want Y`, one line for each place."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxrl_llm.values import Flag, has_kinds, keys, sections, types_at, variant_of
 
 # Of the members of a union, these only say that the value is not of this member.
 OTHER_MEMBER = ("literal_error", "dataclass_type")
+
+# By the beginning of the error's type; the first that fits.
+WANTED = {
+    "int_": "a whole number",
+    "float_": "a number",
+    "finite_number": "a finite number",
+    "bool_": "true or false",
+    "string_": "text",
+    "greater_than_equal": "{ge} or more",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "{le} or less",
+    "less_than": "less than {lt}",
+    "literal_error": "{expected}",
+    "missing": "a value",
+    "tuple_type": "a list, as [a, b]",
+    "too_short": "{min_length} entries or more",
+    "too_long": "{max_length} entries or less",
+    "dict_type": "a section, as {{key: value}}",
+    "dataclass_type": "a section, as {{key: value}}",
+    "model_attributes_type": "a section, as {{key: value}}",
+    "union_tag": "a section, as {{key: value}}",
+    "invalid_key": "a name as key",
+}
 
 
 def named(path: Sequence[str], source: str, flags: Sequence[Flag]) -> str:
@@ -29,10 +52,29 @@ def errors_in_words(
         # A list whose entries are wrong counts as too short as well, a section with a wrong key as no other member of its union.
         if place in deeper and all(e["type"] in ("too_short", *OTHER_MEMBER) for e in found):
             continue
+        if _follows_from_a_flag(place, by_place, root, flags):
+            continue
         beside = [f for f in flags if f.path[:-1] == place[:-1]] if found[0]["type"].startswith("missing") else []
         source_of = [*flags, *(Flag(place, None) for _ in beside[:1])]
         lines.append(f"{named(place, source, source_of)}: {_words(place, found, values, root, source_of)}")
     return lines
+
+
+def _follows_from_a_flag(
+    place: tuple[str, ...], places: Iterable[tuple[str, ...]], root: type, flags: Sequence[Flag]
+) -> bool:
+    """Whether the key is of another variant, and was there or filled in because a flag sets another one of that variant."""
+
+    def of_another(at: tuple[str, ...]) -> bool:
+        variants = [t for annotation in types_at(at[:-1], root) for t in sections(annotation)]
+        return len(variants) > 1 and not has_kinds(variants) and at[-1] in keys(variants)
+
+    given = {flag.path for flag in flags}
+    return (
+        place not in given
+        and of_another(place)
+        and any(p in given and p[:-1] == place[:-1] and of_another(p) for p in places)
+    )
 
 
 def _place(error: dict[str, Any], values: Any) -> tuple[str, ...]:
@@ -57,9 +99,19 @@ def _words(place: tuple[str, ...], errors: list[dict[str, Any]], values: Any, ro
         return _no_such_key(place, values, root, flags)
     if kind.startswith("union_tag") and isinstance(error["input"], dict):
         return _no_such_kind(place, error["input"].get("kind"), root)
-    got = "nothing" if kind.startswith("missing") else repr(error["input"])
-    wants = ["a list, as [a, b]" if e["type"] == "tuple_type" else e["msg"][0].lower() + e["msg"][1:] for e in errors]
-    return f"got {got}, want: {', or '.join(wants)}"
+    got = "nothing" if kind.startswith("missing") else _shortened(repr(error["input"]))
+    return f"got {got}, want {', or '.join(dict.fromkeys(map(_wanted, errors)))}"
+
+
+def _shortened(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _wanted(error: dict[str, Any]) -> str:
+    """What would have been right. Checks of our own say it in their message."""
+    words = next((words for start, words in WANTED.items() if error["type"].startswith(start)), "{msg}")
+    bounds = {name: f"{x:.15g}" if isinstance(x, int | float) else x for name, x in error.get("ctx", {}).items()}
+    return words.format(msg=error["msg"], **bounds)
 
 
 def _no_such_kind(place: tuple[str, ...], got: Any, root: type) -> str:

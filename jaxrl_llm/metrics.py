@@ -19,16 +19,15 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Self, TextIO
-from unicodedata import category
 
 from annotated_types import Ge
 from pydantic import ConfigDict
 
 from jaxrl_llm.boards import Boards, why_not
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.terminal import printable, printable_lines
 
 METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
-HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode categories that move the cursor, reorder text or cannot be encoded
 SHOWN = (  # metric, word on the console, format
     ("loss", "loss", ".4f"),
     ("reward", "reward", ".3f"),
@@ -133,20 +132,6 @@ class RatioAlarm:
             return self, False
         streak = self.streak + 1 if ratio_min == ratio_max == 1.0 else 0
         return RatioAlarm(streak), streak >= 2
-
-
-def printable(text: str, width: int | None = None) -> str:
-    r"""Return `text` on one line, safe for a terminal: control, bidi and other invisible characters become \n, \x1b, \u202e.
-
-    Longer than `width` terminal cells (wide characters take two): the middle gives way to "…", since answers stand at the end.
-    """
-    from rich.cells import cell_len, set_cell_size
-
-    safe = "".join(c.encode("unicode_escape").decode("ascii") if category(c) in HIDDEN else c for c in text)
-    if width is None or cell_len(safe) <= width:
-        return safe
-    tail = (width - 1) // 2
-    return set_cell_size(safe, width - 1 - tail) + "…" + set_cell_size(safe[::-1], tail)[::-1]
 
 
 def iter_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -376,7 +361,7 @@ class Recorder:
 
     def message(self, text: str) -> None:
         """Print `text`, its control characters escaped line by line."""
-        self._show(lambda console: console.text("\n".join(map(printable, text.split("\n")))))
+        self._show(lambda console: console.text(printable_lines(text)))
 
     def _show(self, show: Callable[[_Console], None]) -> None:
         """Let the console print; when nobody reads any more, silence it for good."""

@@ -261,7 +261,7 @@ def problems(cfg: RunConfig, task: Task | None) -> list[str]:
         found += quantised.problems(cfg.model, cfg.rollout.engine.weights) + lora.problems(cfg.model, cfg.lora)
     if task is None:
         return found
-    found += stop_problems(cfg.rollout.stop, task.tokenizer)
+    found += stop_problems(cfg.rollout.stop, task.tokenizer, cfg.rollout.max_new_tokens)
     if isinstance(cfg.model, ModelConfig):
         found += vocabulary_problems(cfg.model, task.num_tokens)
     if cfg.rollout.max_new_tokens < task.target_slots:

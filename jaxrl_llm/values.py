@@ -16,6 +16,9 @@ import yaml
 
 from jaxrl_llm.errors import UserError
 
+# Of a config, with every alias written out.
+MOST_NODES = 100_000
+
 
 class _Loader(yaml.SafeLoader):
     """YAML as people write it: a key that stands twice is told, and 1e-5 is a number."""
@@ -40,12 +43,58 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(text: str) -> tuple[Any, list[str]]:
-    """The value, and the keys that stand twice, in words. Raises yaml.YAMLError."""
-    loader = _Loader(text)
+    """The value, and the keys that stand twice, in words. Raises ValueError in words, on one line."""
     try:
-        return loader.get_single_data(), loader.repeated
-    finally:
-        loader.dispose()
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None, []
+            if _nodes(node, {}, set()) > MOST_NODES:
+                raise ValueError(f"its aliases make more than {MOST_NODES:,} values of it")
+            return loader.construct_document(node), loader.repeated
+        finally:
+            loader.dispose()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def _nodes(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
+    """How many values there are with every alias written out. Raises ValueError for one that is inside of itself."""
+    if id(node) in above:
+        raise ValueError(f"an alias stands inside of what it names: line {node.start_mark.line + 1}")
+    if id(node) not in known:
+        inside = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        parts = [] if isinstance(node, yaml.ScalarNode) else inside
+        known[id(node)] = 1 + sum(_nodes(part, known, above | {id(node)}) for part in parts)
+    return known[id(node)]
+
+
+def unreadable(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Texts that no file name, tokenizer or terminal can take, as place and words; YAML can spell them all the same."""
+    if isinstance(value, str):
+        if wrong := next((c for c in value if c == "\0" or "\ud800" <= c <= "\udfff"), None):
+            yield path, f"got {value[:80]!r}, want text without {wrong!r}, which is no character"
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from unreadable(part, (*path, str(key)))
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            yield from unreadable(part, (*path, str(index)))
+
+
+def truths(value: Any, root: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """`true` and `false` where a number is wanted, as place and words: to Python they are 1 and 0."""
+    if isinstance(value, bool):
+        types_there = {a for annotation in types_at(path, root) for a in alternatives(annotation)}
+        if types_there & {int, float} and not types_there & {bool, Any}:
+            yield path, f"got {value}, want a {'whole ' if float not in types_there else ''}number"
+    for name, part in (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    ):
+        yield from truths(part, root, (*path, str(name)))
 
 
 def sections(annotation: Any) -> list[type]:
@@ -153,6 +202,8 @@ def read_flags(args: Sequence[str], root: type, own: Sequence[str] = ()) -> tupl
 
 def _path(name: str, root: type, own: Sequence[str]) -> tuple[str, ...]:
     """What a flag names; dashes in names of fields are underscores."""
+    if name in own:
+        raise UserError(f"{name}: got a value, or stands where it is not read, want {name} alone")
     path, words = (), name[2:].split(".")
     for n, word in enumerate(words):
         known = keys(_variants(types_at(path, root)))
@@ -174,8 +225,8 @@ def _parsed(name: str, text: str, annotations: Sequence[Any]) -> Any:
         return None
     try:
         value, repeated = read_yaml(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{name}: got {text!r}, which is not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise UserError(f"{name}: got {text[:200]!r}, which is not YAML: {error}") from None
     if repeated:
         raise UserError("\n".join(f"{name}: {line}" for line in repeated))
     return value

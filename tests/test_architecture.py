@@ -26,7 +26,8 @@ ALLOWED = {
     "unread": {"objective", "presets", "values"},
     "config": {"errors", "explain", "metrics", "objective", "presets", "values"},
     "boards": set(),
-    "metrics": {"boards", "errors"},
+    "terminal": set(),
+    "metrics": {"boards", "errors", "terminal"},
     "estimates": set(),
     "ceilings": set(),
     "chips": {"errors"},
@@ -82,7 +83,18 @@ ALLOWED = {
     "plan": FOUNDATION | STAGES | {"chips", "config", "model", "publish", "run"},
     "arguments": {"errors"},
     "targets": {"errors", "config", "options", "model", "values"},
-    "cli": {"arguments", "config", "errors", "parallel", "report", "plan", "targets", "train", "inspect_run"},
+    "cli": {
+        "arguments",
+        "config",
+        "errors",
+        "parallel",
+        "report",
+        "plan",
+        "targets",
+        "terminal",
+        "train",
+        "inspect_run",
+    },
 }
 NEVER = {"configs", "tests", "benchmarks", "launch", "docs"}
 VAGUE = {"utils", "util", "common", "core", "helpers", "helper", "manager", "misc"}

@@ -164,6 +164,14 @@ def test_resume_without_a_checkpoint(tmp_path):
     assert "holds no checkpoint" in said and not (tmp_path / "none").exists()
 
 
+def test_a_stop_text_that_no_response_can_hold(tmp_path):
+    """The longest token of the arithmetic alphabet is <pad>: four of them are 20 characters."""
+    flags = ["--run-dir", tmp_path / "run", "--rollout.max_new_tokens", 4, "--mesh.data", 3, "--rollout.stop"]
+    said = jaxrl("train", ROOT / "configs/arithmetic.yaml", *flags, f"['{'1' * 20}', '{'2' * 21}']")
+    assert f"rollout.stop: got '{'2' * 21}', want text that rollout.max_new_tokens (4) tokens can hold" in said
+    assert f"'{'1' * 20}'" not in said
+
+
 def test_sampling_a_prompt_that_cannot_be_spelled(tmp_path):
     tiny = "model: {vocab_size: 16, layers: 1, d_model: 8, heads: 2, kv_heads: 1, head_dim: 8, d_mlp: 8}\n"
     assert "'x' 'y'" in jaxrl("sample", config(tmp_path, tiny), "--prompt", "xy")

@@ -47,7 +47,7 @@ def test_a_bad_config_is_refused_at_once(tmp_path):
     print(f"jaxrl train with a bad config: {seconds:.2f} s")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.splitlines() == [
-        f"jaxrl: {path}: model.layers: got 0, want: input should be greater than 0",
+        f"jaxrl: {path}: model.layers: got 0, want more than 0",
         f"{path}: stpes: no such key, perhaps you meant steps",
     ]
     assert seconds < 2.0
@@ -130,7 +130,7 @@ def run(capsys, *args: str) -> tuple[int, str]:
         (["report", ""], "jaxrl: the target: got no such file or directory, want a run directory"),
         (
             ["train", CONFIG, "--update.optimizer.lr", "-1"],
-            "jaxrl: --update.optimizer.lr: got -1, want: input should be greater than 0",
+            "jaxrl: --update.optimizer.lr: got -1, want more than 0",
         ),
     ],
 )

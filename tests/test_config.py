@@ -94,21 +94,21 @@ def test_defaults_alone_work():
         ),
         (
             "steps: many",
-            ["steps: got 'many', want: input should be a valid integer, unable to parse string as an integer"],
+            ["steps: got 'many', want a whole number"],
         ),
-        ("steps: -1", ["steps: got -1, want: input should be greater than or equal to 0"]),
+        ("steps: -1", ["steps: got -1, want 0 or more"]),
         (
             "rollout: {temperature: -1}",
-            ["rollout.temperature: got -1, want: input should be greater than or equal to 0"],
+            ["rollout.temperature: got -1, want 0 or more"],
         ),
-        ("model: 3", ["model: got 3, want: input should be a dictionary or an instance of ModelConfig"]),
+        ("model: 3", ["model: got 3, want a section, as {key: value}"]),
         (
             "experience: {filter: all}",
-            ["experience.filter: got 'all', want: input should be 'auto', 'has_signal' or 'none'"],
+            ["experience.filter: got 'all', want 'auto', 'has_signal' or 'none'"],
         ),
-        ("task: {kind: file}", ["task.path: got nothing, want: field required"]),
-        ("update: {optimizer: {lr: .nan}}", ["update.optimizer.lr: got nan, want: input should be a finite number"]),
-        ("1: 2", ["1: got 1, want: keys should be strings"]),
+        ("task: {kind: file}", ["task.path: got nothing, want a value"]),
+        ("update: {optimizer: {lr: .nan}}", ["update.optimizer.lr: got nan, want a finite number"]),
+        ("1: 2", ["1: got 1, want a name as key"]),
         ("", ["got an empty file, want section: values"]),
         ("# only a comment", ["got an empty file, want section: values"]),
         ("- 1", ["got list, want section: values"]),
@@ -162,9 +162,9 @@ def test_what_hides_no_other_error(refuse):
 
 def test_a_union_of_a_word_and_a_section_is_one_error(refuse):
     (line,) = refuse("rollout: {engine: {layout: wied}}")
-    assert line.startswith("rollout.engine.layout: got 'wied', want: input should be 'replicated' or 'wide', or ")
+    assert line.startswith("rollout.engine.layout: got 'wied', want 'replicated' or 'wide', or ")
     (line,) = refuse("rollout: {engine: {layout: {fsdp: 0}}}")
-    assert line.startswith("rollout.engine.layout.fsdp: got 0, want: ")
+    assert line.startswith("rollout.engine.layout.fsdp: got 0, want ")
 
 
 def test_a_key_of_another_kind_is_told_from_a_typo(refuse):
@@ -176,7 +176,7 @@ def test_a_key_of_another_kind_is_told_from_a_typo(refuse):
 
 
 def test_a_mesh_axis_of_zero_is_refused(refuse):
-    assert refuse("mesh: {data: 0}") == ["mesh.data: got 0, want: 1 or more, or -1 for what is left"]
+    assert refuse("mesh: {data: 0}") == ["mesh.data: got 0, want 1 or more, or -1 for what is left"]
 
 
 @pytest.mark.parametrize(
@@ -241,9 +241,7 @@ def test_a_pretrained_model_brings_its_tokenizer(read, refuse):
     assert refuse("tokenizer: {chat: false}") == [
         "tokenizer.path: got nothing, want a directory, since model has no path either"
     ]
-    assert refuse("model: {path: m, compute: int8}") == [
-        "model.compute: got 'int8', want: input should be 'float32' or 'bfloat16'"
-    ]
+    assert refuse("model: {path: m, compute: int8}") == ["model.compute: got 'int8', want 'float32' or 'bfloat16'"]
 
 
 def test_the_tokenizer_follows_the_model_that_is_evaluated(read):
@@ -293,7 +291,7 @@ def test_overrides_reach_into_a_chosen_kind(tmp_path):
 
 
 def test_an_override_is_validated_too(tmp_path):
-    with pytest.raises(UserError, match=r"^--update.optimizer.lr: got -1, want: input should be greater than 0$"):
+    with pytest.raises(UserError, match=r"^--update.optimizer.lr: got -1, want more than 0$"):
         overridden(tmp_path, "--update.optimizer.lr", "-1")
 
 

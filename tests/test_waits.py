@@ -34,6 +34,13 @@ REASONS = {
     "jaxrl_llm/model/hf/load.py": {"with ThreadPoolExecutor": COMPUTES},
     "jaxrl_llm/parallel/hosts.py": {"multihost_utils.process_allgather": HEARTBEAT},
     "jaxrl_llm/plan/programs.py": {"with ThreadPoolExecutor": COMPUTES},
+    "jaxrl_llm/prompts/renderer.py": {
+        "pipe.recv": "the trainer's end is closed when the trainer ends, or gives up",
+        "pipe.send_bytes": "the same; and SIGALRM ends the process",
+        "self._pipe.send": "the process reads all before it renders, or SIGALRM ends it",
+        "self._pipe.recv_bytes": "behind a poll with a limit; an answer that has begun comes whole, or SIGALRM ends the process",
+        "self._process.poll": "Popen.poll does not wait",
+    },
     "jaxrl_llm/rewards/keeper.py": {
         "os.read": "from pipes that are ready or do not block",
         "os.write": "to a pipe that does not block",

@@ -9,19 +9,27 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.prompts.config import PretrainedTokenizer
+from jaxrl_llm.prompts.renderer import RENDERER
+from jaxrl_llm.prompts.turns import Turns, as_turns, no_unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 log = logging.getLogger("jaxrl_llm.prompts")
+SYSTEMS = ("system", "developer")
 # Texts that no template holds by itself.
 SYSTEM, QUESTION, ANSWER = "Count to 8642.", "What is 7391 plus 2?", "It is 7393."
 
 Content = Callable[[str], Any]
+Messages = list[dict[str, Any]]
 
 
 def as_parts(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}]
+
+
+class LimitError(UserError):
+    """A template that writes, holds or takes too much: nothing else is tried with it."""
 
 
 class Template(NamedTuple):
@@ -32,24 +40,38 @@ class Template(NamedTuple):
     source: str
     arguments: dict[str, Any]
 
-    def write(self, turns: list[list[dict[str, Any]]], prompt: bool = True, **more: Any) -> list[str]:
-        """Each conversation as text; `prompt`: with the beginning of the assistant's turn. Raises UserError where the template
-        raises."""
-        arguments = {**self.arguments, **more}
-        try:
-            return self.fast.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt, **arguments)
-        except Exception as error:  # the template is a program of its own and raises what it likes
-            raise UserError(f"{self.directory}: the chat template raises {first_line(error)}") from None
+    def write_all(self, turns: Sequence[Messages], prompt: bool = True, **more: Any) -> list[str | UserError]:
+        """Each conversation as text, or what is wrong with it; `prompt`: with the beginning of the assistant's turn.
+
+        A template that breaks a limit is asked no further: the conversations behind it are left out.
+        """
+        asked = {**self.fast.special_tokens_map, **self.arguments, **more, "add_generation_prompt": prompt}
+        found = RENDERER.render(self.source, asked, turns)
+        return [self._read(text, wrong) for text, wrong in found]
+
+    def _read(self, text: str | None, wrong: str) -> str | UserError:
+        if text is not None and not no_unicode(text):
+            return text
+        kind = LimitError if text is None and not wrong.startswith("raises") else UserError
+        return kind(f"{self.directory}: the chat template {wrong or 'writes half of a character, want text'}")
+
+    def write(self, turns: Messages, prompt: bool = True, **more: Any) -> str:
+        """One of them. Raises UserError."""
+        (found,) = self.write_all([turns], prompt, **more)
+        if isinstance(found, UserError):
+            raise found
+        return found
 
 
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:500]}"
 
 
 def chat(
     directory: Path, fast: "PreTrainedTokenizerFast", cfg: PretrainedTokenizer, eos: tuple[int, ...]
-) -> Callable[[Sequence[str]], list[str]]:
-    """Texts as the user's turn, with the system's turn before them and the beginning of the assistant's behind.
+) -> tuple[Callable[[Sequence[Turns]], list[str | UserError]], frozenset[int]]:
+    """Turns as text, with the config's system turn before those that have none, and the beginning of the assistant's behind; and
+    the added tokens that stand between turns without being special.
 
     Raises UserError for a template whose prompts would lack one of the three, and warns of what it makes of turns beside.
     """
@@ -64,14 +86,38 @@ def chat(
     template = Template(directory, fast, source, cfg.template)
     system, user = _forms(template, bool(cfg.system))
 
-    def turns(start: str, text: str) -> list[dict[str, Any]]:
-        before = [{"role": "system", "content": system(start)}] if start else []
-        return [*before, {"role": "user", "content": user(text)}]
+    def messages(turns: Turns, start: str = cfg.system) -> Messages:
+        before = [{"role": "system", "content": system(start)}] if start and turns[0].role not in SYSTEMS else []
+        forms = ((role, system if role in SYSTEMS else user, content.text) for role, content in turns)
+        return [*before, *({"role": role, "content": form(text)} for role, form, text in forms)]
 
-    asked = turns(SYSTEM if cfg.system else "", QUESTION)
-    _check_answer(template, asked, {"role": "assistant", "content": user(ANSWER)}, eos)
+    asked = messages(as_turns(QUESTION), SYSTEM if cfg.system else "")
+    answer = {"role": "assistant", "content": user(ANSWER)}
+    _check_answer(template, asked, answer, eos)
     _check_clock(template, asked)
-    return lambda texts: template.write([turns(cfg.system, text) for text in texts])
+    # The question again: a template may write the empty thought of a last answer, and <think> is nobody's turn.
+    delimiters = _added(fast, _written(template, [*asked, answer, asked[-1]]))
+    return lambda prompts: _whole(
+        template, prompts, template.write_all([messages(turns) for turns in prompts])
+    ), delimiters
+
+
+def _added(fast: "PreTrainedTokenizerFast", text: str) -> frozenset[int]:
+    """Added tokens in the text that are not special."""
+    backend = fast.backend_tokenizer
+    plain = {id for id, token in backend.get_added_tokens_decoder().items() if not token.special}
+    return frozenset(plain.intersection(backend.encode(text, add_special_tokens=False).ids))
+
+
+def _whole(template: Template, prompts: Sequence[Turns], texts: list[str | UserError]) -> list[str | UserError]:
+    """Templates have been tried with a system's and a user's turn: of others each must be in the text."""
+    found = []
+    for turns, text in zip(prompts, texts, strict=False):
+        asked = [turn for turn in turns if turn.role != "assistant"] if len(turns) > 1 and isinstance(text, str) else []
+        lacking = next((role for role, content in asked if content.text.strip() not in text), None)
+        lacks = f"{template.directory}: the chat template leaves the {lacking}'s turn out, want messages that it writes"
+        found.append(UserError(lacks) if lacking else text)
+    return found
 
 
 def _check_arguments(source: str, arguments: dict[str, Any]) -> None:
@@ -94,7 +140,9 @@ def _forms(template: Template, has_system: bool) -> tuple[Content, Content]:
     for system, user in ((str, str), (as_parts, str), (str, as_parts), (as_parts, as_parts)):
         start = [{"role": "system", "content": system(SYSTEM)}] if has_system else []
         try:
-            text = template.write([[*start, {"role": "user", "content": user(QUESTION)}]])[0]
+            text = template.write([*start, {"role": "user", "content": user(QUESTION)}])
+        except LimitError:
+            raise
         except UserError as error:
             problems.append(error)
             continue
@@ -111,7 +159,7 @@ def _check_answer(
     template: Template, asked: list[dict[str, Any]], answer: dict[str, Any], eos: tuple[int, ...]
 ) -> None:
     """The assistant's turn begins with the prompt, and ends with a token that ends a response."""
-    prompt = template.write([asked])[0]
+    prompt = template.write(asked)
     plain, whole = (_written(template, turns) for turns in (asked, [*asked, answer]))
     before, found, after = whole.rpartition(ANSWER)
     if prompt == plain:
@@ -123,7 +171,7 @@ def _check_answer(
 def _written(template: Template, turns: list[dict[str, Any]]) -> str:
     """Turns that nothing follows; nothing where the template raises: a run asks for prompts alone."""
     try:
-        return template.write([turns], prompt=False)[0]
+        return template.write(turns, prompt=False)
     except UserError:
         return ""
 
@@ -159,7 +207,7 @@ def _check_clock(template: Template, asked: list[dict[str, Any]]) -> None:
     if "strftime_now" not in template.source:
         return
     try:
-        template.write([asked], strftime_now="")
+        template.write(asked, strftime_now="")
     except UserError:
         log.warning(
             "%s: the chat template writes today's date: a run that is resumed on another day reads other prompts; to pin it, pass "

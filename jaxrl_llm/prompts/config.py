@@ -54,6 +54,9 @@ class PretrainedTokenizer:
     """Arguments of the chat template, e.g. enable_thinking: false."""
     stop: tuple[str, ...] = ()
     """Texts of one token each that end a response, beside the end tokens of the tokenizer and of generation_config.json."""
+    special_in_data: Literal["split", "keep"] = "split"
+    """What becomes of special tokens' names in columns of the data, as <|im_end|>: split, they are text and no row can close its
+    own turn; kept, they are those tokens. Names that the config writes are those tokens always."""
 
 
 def _kind(value: Any) -> str:

@@ -20,6 +20,18 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", 
 def load(cfg: PretrainedTokenizer) -> Tokenizer:
     _check_plain(cfg)
     directory = find(cfg.path)
+    try:
+        return _load(directory, cfg)
+    except UserError:
+        raise
+    except BaseException as error:  # bad JSON, bad merges, unknown classes: each library beneath raises its own
+        # What is wrong deep inside of the `tokenizers` library ends in a panic, which is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{directory}: the tokenizer cannot be read: {first_line(error)}") from None
+
+
+def _load(directory: Path, cfg: PretrainedTokenizer) -> Tokenizer:
     fast = read(directory)
     backend = fast.backend_tokenizer
     # tokenizer.json may carry the padding and truncation of its training.
@@ -27,12 +39,14 @@ def load(cfg: PretrainedTokenizer) -> Tokenizer:
     backend.no_truncation()
     size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     eos = end_tokens(directory, fast, size, cfg.stop)
+    written = dict(zip(("render", "delimiters"), chat(directory, fast, cfg, eos), strict=True)) if cfg.chat else {}
     tokenizer = Tokenizer(
         backend,
         pad=eos[0] if fast.pad_token_id is None else fast.pad_token_id,
         eos=eos,
         write=lambda out: fast.save_pretrained(out),
-        **({"render": chat(directory, fast, cfg, eos)} if cfg.chat else {"prefix": beginning(fast)}),
+        keeps_special=cfg.special_in_data == "keep",
+        **(written or {"prefix": beginning(fast)}),
     )
     tokenizer.prompt("1+1")  # a template that raises does so here, before any row is read
     return tokenizer
@@ -77,10 +91,7 @@ def _snapshot(name: str) -> Path:
 def read(directory: Path) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer
 
-    try:
-        fast = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # bad JSON, bad merges, unknown classes: each library beneath raises its own
-        raise UserError(f"{directory}: the tokenizer cannot be read: {first_line(error)}") from None
+    fast = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     if not getattr(fast, "is_fast", False):
         raise UserError(f"{directory}: got a {type(fast).__name__}, want a fast tokenizer (one with tokenizer.json)")
     return fast
@@ -104,12 +115,12 @@ def _generation_eos(directory: Path, size: int) -> list[int]:
         return []
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     eos = values.get("eos_token_id") if isinstance(values, dict) else None
     found = [] if eos is None else eos if isinstance(eos, list) else [eos]
     if wrong := [e for e in found if type(e) is not int or not 0 <= e < size]:
-        raise UserError(f"{path}: eos_token_id: got {wrong[0]!r}, want tokens below the tokenizer's {size}")
+        raise UserError(f"{path}: eos_token_id: got {repr(wrong[0])[:80]}, want tokens below the tokenizer's {size}")
     return found
 
 

@@ -10,6 +10,12 @@ from typing import Any
 from jaxrl_llm.errors import UserError
 
 SHOWN = 5
+WANT = "one JSON object a line, or one array of objects"
+# What other files begin with.
+OTHERS = {
+    codecs.BOM_UTF16_LE: "UTF-16 text", codecs.BOM_UTF16_BE: "UTF-16 text", b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip file",
+    b"\x28\xb5\x2f\xfd": "a zstd file", b"PAR1": "a parquet file",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,30 +37,57 @@ def read(path: Path, split: str, setting: str = "") -> list[Record]:
 
     Raises UserError that names file, line and reason of what cannot be read, or the setting where there are no splits.
     """
-    if path.is_dir():
+    try:
+        is_saved = path.is_dir()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if is_saved:
         records = _saved(path, split, setting)
     elif setting:
         raise _without_splits(path, split, setting)
     elif path.suffix == ".parquet":
         records = _parquet(path)
-    elif path.suffix == ".jsonl":
-        records = _jsonl(path)
+    elif path.suffix in (".jsonl", ".json"):
+        records = _json(path)
     else:
-        want = "a .jsonl file, a .parquet file, or a directory written by datasets.save_to_disk"
+        want = "a .jsonl, .json or .parquet file, or a directory written by datasets.save_to_disk"
         raise UserError(f"{path}: got {path.suffix or 'no suffix'}, want {want}")
     if not records:
         raise UserError(f"{path}: got no rows, want one or more")
     return records
 
 
-def _jsonl(path: Path) -> list[Record]:
+def _json(path: Path) -> list[Record]:
+    """An object a line, or all of them in one array."""
+    data = _bytes(path).removeprefix(codecs.BOM_UTF8)
+    if other := next((name for start, name in OTHERS.items() if data.startswith(start)), None):
+        raise UserError(f"{path}: got {other}, want {WANT}")
+    if data.lstrip()[:1] == b"[":
+        return _array(path, data)
     records, bad = [], []
-    for number, line in enumerate(_bytes(path).removeprefix(codecs.BOM_UTF8).splitlines(), 1):
+    for number, line in enumerate(data.splitlines(), 1):
         if line.strip():
             try:
-                records.append(Record(f"{path}:{number}", _object(line)))
+                records.append(Record(f"{path}:{number}", _object(_value(line))))
             except ValueError as error:
                 bad.append(f"{path}:{number}: {error}")
+    if len(bad) > 1 and not records:
+        raise UserError(f"{path}: got no line that is a JSON object, want {WANT}; the first: {bad[0]}")
+    refuse(bad)
+    return records
+
+
+def _array(path: Path, data: bytes) -> list[Record]:
+    try:
+        entries = _value(data)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; it begins as an array, want {WANT}") from None
+    records, bad = [], []
+    for number, entry in enumerate(entries, 1):
+        try:
+            records.append(Record(f"{path} row {number}", _object(entry)))
+        except ValueError as error:
+            bad.append(f"{path} row {number}: {error}")
     refuse(bad)
     return records
 
@@ -66,11 +99,25 @@ def _bytes(path: Path) -> bytes:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _object(line: bytes) -> dict[str, Any]:
+def _value(text: bytes) -> Any:
     try:
-        value = json.loads(line.decode())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        return json.loads(text.decode(), object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("not JSON: it is nested too deeply") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"not JSON: {error}") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"got the key {twice!r} twice in one object, want it once")
+    return found
+
+
+def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"got {type(value).__name__}, want a JSON object")
     return value
@@ -83,8 +130,9 @@ def _parquet(path: Path) -> list[Record]:
         raise UserError(f"{path}: .parquet needs pyarrow: pip install 'jaxrl-llm[data]'") from None
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: cannot be read: {why}") from None
     return [Record(f"{path} row {number}", row) for number, row in enumerate(rows, 1)]
 
 
@@ -97,15 +145,18 @@ def _saved(path: Path, split: str, setting: str) -> list[Record]:
         import datasets
     except ImportError:
         raise UserError(f"{path}: a saved dataset needs datasets: pip install 'jaxrl-llm[data]'") from None
+    part, has_parts = path, False
     try:
         found = datasets.load_from_disk(str(path))
+        has_parts = isinstance(found, datasets.DatasetDict)
+        if has_parts and split in found:
+            found, part = found[split], path / split
+        rows = [] if isinstance(found, datasets.DatasetDict) else found.to_list()
     except Exception as error:  # a missing or broken file inside shows as whatever its reader raises
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be read as a directory written by datasets.save_to_disk: {why}") from None
-    if isinstance(found, datasets.DatasetDict):
-        if split not in found:
-            raise UserError(f"{path}: got no split {split!r}, want one of {', '.join(found)}")
-        found, path = found[split], path / split
-    elif setting:
+    if has_parts and part == path:
+        raise UserError(f"{path}: got no split {split!r}, want one of {', '.join(found)}")
+    if setting and not has_parts:
         raise _without_splits(path, split, setting)
-    return [Record(f"{path} row {number}", row) for number, row in enumerate(found.to_list(), 1)]
+    return [Record(f"{part} row {number}", row) for number, row in enumerate(rows, 1)]

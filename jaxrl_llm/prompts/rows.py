@@ -14,6 +14,18 @@ from jaxtyping import Int32
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.prompts.records import Record, refuse
 from jaxrl_llm.prompts.tokenizer import Tokenizer
+from jaxrl_llm.prompts.turns import (
+    Filled,
+    PromptError,
+    Turn,
+    Turns,
+    answered,
+    are_messages,
+    asked,
+    no_unicode,
+    read_messages,
+    shown,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +42,8 @@ class Row:
     """The response with the end token."""
     columns: Mapping[str, Any]
     """All that the source knows about the row."""
+    split: tuple[str, ...] = ()
+    """Special tokens' names in its data, which are encoded as text."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +51,18 @@ class Text:
     """A row before it has tokens."""
 
     where: str
-    prompt: str
+    turns: Turns
     answer: str
-    response: str | None
+    response: Filled | None
     columns: Mapping[str, Any]
+
+    @property
+    def parts(self) -> list[tuple[str, Filled]]:
+        """All that becomes tokens, each with its name."""
+        return [
+            *(("prompt", turn.content) for turn in self.turns),
+            *([("response", self.response)] if self.response else []),
+        ]
 
 
 class _Columns(string.Formatter):
@@ -60,14 +82,47 @@ class _Columns(string.Formatter):
         return super().format_field(value, format_spec)
 
 
-def fill(template: str, columns: Mapping[str, Any]) -> str:
+def fill(template: str, columns: Mapping[str, Any]) -> Filled:
     """Raises ValueError in words."""
+    text, data = "", []
     try:
-        text = _Columns().vformat(template, (), columns)
-    except (KeyError, IndexError, AttributeError, TypeError) as error:
+        for literal, field, spec, conversion in string.Formatter().parse(template):
+            text += literal
+            if field is not None:
+                alone = "".join(
+                    ["{", field, *([f"!{conversion}"] if conversion else []), f":{spec}" if spec else "", "}"]
+                )
+                value = _Columns().vformat(alone, (), columns)
+                data.append((len(text), len(text) + len(value)))
+                text += value
+    except (KeyError, IndexError, AttributeError, TypeError, OverflowError, MemoryError) as error:
         raise ValueError(f"{template!r} does not fit the row: {type(error).__name__}: {error}") from None
-    text.encode()  # a lone surrogate, which JSON can spell and no tokenizer can
-    return text
+    if wrong := no_unicode(text):
+        raise ValueError(wrong)
+    return Filled(text, tuple(data))
+
+
+def _messages(template: str, columns: Mapping[str, Any]) -> Turns | None:
+    """Those of the column that the template names alone, if that is what it holds. Raises ValueError in words."""
+    (literal, field, *form), *more = [*string.Formatter().parse(template), ("", None)]
+    if literal or field is None or any(form) or len(more) > 1:
+        return None
+    try:
+        value, _ = _Columns().get_field(field, (), columns)
+    except (KeyError, IndexError, AttributeError, TypeError):
+        return None  # `fill` says what is wrong
+    return read_messages(value) if are_messages(value) else None
+
+
+def _fill_one(name: str, template: str, columns: Mapping[str, Any]) -> Turns | Filled:
+    """Raises ValueError in words."""
+    messages = _messages(template, columns)
+    if messages is not None:
+        return asked(messages) if name == "prompt" else answered(messages)
+    found = fill(template, columns)
+    if not found.text and (template or name == "prompt"):
+        raise ValueError('got "", want text')
+    return (Turn("user", found),) if name == "prompt" else found
 
 
 def fill_all(records: Iterable[Record], prompt: str, answer: str, response: str) -> list[Text]:
@@ -77,15 +132,12 @@ def fill_all(records: Iterable[Record], prompt: str, answer: str, response: str)
         found = {}
         for name, template in (("prompt", prompt), ("answer", answer), ("response", response)):
             try:
-                found[name] = fill(template, record.columns)
-                if not found[name] and (template or name == "prompt"):
-                    raise ValueError('got "", want text')
+                found[name] = _fill_one(name, template, record.columns)
             except ValueError as error:
                 bad.append(f"{record.where}: task.{name}: {error}")
         if len(found) == 3:
-            texts.append(
-                Text(record.where, found["prompt"], found["answer"], found["response"] or None, record.columns)
-            )
+            right = found["response"] if response else None
+            texts.append(Text(record.where, found["prompt"], found["answer"].text, right, record.columns))
     refuse(bad)
     return texts
 
@@ -93,53 +145,40 @@ def fill_all(records: Iterable[Record], prompt: str, answer: str, response: str)
 def make_rows(texts: Sequence[Text], tokenizer: Tokenizer) -> tuple[Row, ...]:
     """Rows with their tokens. Raises UserError that names the first few texts that cannot be spelled."""
     refuse([f"{text.where}: {why}" for text in texts for why in _unspelled(text, tokenizer)])
-    prompts = _prompts(texts, tokenizer)
-    known = [text for text in texts if text.response is not None]
-    responses = tokenizer.encode_batch([text.response for text in known])
+    try:
+        prompts = tokenizer.prompt_batch([text.turns for text in texts])
+    except PromptError as error:
+        refuse([f"{texts[i].where}: {why}" for i, why in error.problems])
     refuse([f"{t.where}: got a prompt without tokens" for t, ids in zip(texts, prompts, strict=True) if not ids])
-    refuse(
-        [
-            f"{text.where}: task.response: got the end token {tokenizer.token(ends[0])!r} in it, want none: it is added"
-            for text, ids in zip(known, responses, strict=True)
-            if (ends := [token for token in ids if token in tokenizer.eos])
-        ]
-    )
-    targets = iter(responses)
+    known = [text for text in texts if text.response is not None]
+    refuse([f"{text.where}: task.response: {why}" for text in known for why in _ended(text.response.text, tokenizer)])
+    targets = iter(tokenizer.encode_filled([text.response for text in known]))
     return tuple(
         Row(
-            text.prompt,
+            shown(text.turns),
             text.answer,
-            text.response,
+            None if text.response is None else text.response.text,
             np.array(ids, np.int32),
             None if text.response is None else np.array([*next(targets), tokenizer.eos[0]], np.int32),
             text.columns,
+            tuple(name for _, part in text.parts for name in tokenizer.special_in(part)),
         )
         for text, ids in zip(texts, prompts, strict=True)
     )
 
 
 def _unspelled(text: Text, tokenizer: Tokenizer) -> list[str]:
-    found = []
-    for name in ("prompt", "response"):
-        if unknown := tokenizer.unknown(getattr(text, name) or ""):
-            found.append(
-                f"{name}: got characters {' '.join(map(repr, unknown))}, want only those of tokenizer.alphabet"
-            )
-    return found
+    return [
+        f"{name}: got characters {' '.join(map(repr, unknown))}, want only those of tokenizer.alphabet"
+        for name, part in text.parts
+        if (unknown := tokenizer.unknown(part.text))
+    ]
 
 
-def _prompts(texts: Sequence[Text], tokenizer: Tokenizer) -> list[list[int]]:
-    try:
-        return tokenizer.prompt_batch([text.prompt for text in texts])
-    except UserError:
-        bad = []
-        for text in texts:
-            try:
-                tokenizer.prompt(text.prompt)
-            except UserError as error:
-                bad.append(f"{text.where}: {error}")
-        refuse(bad)
-        raise
+def _ended(response: str, tokenizer: Tokenizer) -> list[str]:
+    """An end token in the middle. Spelled as text it would teach the policy to spell it, and never to end."""
+    ends = [token for token in tokenizer.encode(response) if token in tokenizer.eos]
+    return [f"got the end token {tokenizer.token(ends[0])!r} in it, want none: it is added"] if ends else []
 
 
 def limit(

@@ -15,6 +15,7 @@ from jaxrl_llm.prompts import gym, records
 from jaxrl_llm.prompts.config import ArithmeticTask, FileTask, ReasoningGymTask
 from jaxrl_llm.prompts.rows import Row, Text, fill_all, hash_rows, limit, make_rows, without
 from jaxrl_llm.prompts.tokenizer import Tokenizer
+from jaxrl_llm.prompts.turns import as_turns, from_data
 
 log = logging.getLogger("jaxrl_llm.prompts")
 DIGITS = "0123456789"
@@ -83,7 +84,9 @@ class Task:
     def row(self, prompt: str) -> Row:
         """The row that asks this, or a new one without an answer. Raises UserError for what cannot be spelled."""
         known = (row for row in self.held_out + self.train if row.prompt == prompt)
-        return next(known, None) or make_rows([Text("prompt", prompt, "", None, {})], self.tokenizer)[0]
+        row = next(known, None) or make_rows([Text("prompt", as_turns(prompt), "", None, {})], self.tokenizer)[0]
+        _tell_split([row])
+        return row
 
 
 def load_task(cfg: ArithmeticTask | FileTask | ReasoningGymTask, tokenizer: Tokenizer, seed: int) -> Task:
@@ -99,7 +102,8 @@ def _arithmetic(cfg: ArithmeticTask, tokenizer: Tokenizer, seed: int) -> Task:
     texts = []
     for terms in itertools.product(DIGITS, repeat=cfg.terms):
         prompt, total = cfg.prompt(terms), str(sum(map(int, terms)))
-        texts.append(Text("arithmetic", prompt, total + end, total, {"prompt": prompt, "answer": total}))
+        columns = {"prompt": prompt, "answer": total}
+        texts.append(Text("arithmetic", as_turns(prompt), total + end, from_data(total), columns))
     if cfg.held_out >= len(texts):
         raise UserError(
             f"task.held_out: got {cfg.held_out}, want less than the {len(texts)} sums of {cfg.terms} digits"
@@ -174,6 +178,17 @@ def _task(
         log.warning(
             "task.answer: %d hold special tokens, which graders never see in a response, e.g. %r", len(hidden), example
         )
+    _tell_split([*kept, *held_out])
     if len(kept) < len(train):
         log.warning("task: %d rows were left out of training: their prompt is held out", len(train) - len(kept))
     return Task(kept, held_out, tokenizer, dropped, len(train) - len(kept))
+
+
+def _tell_split(rows: Sequence[Row]) -> None:
+    split = [name for row in rows for name in row.split[:1]]
+    if split:
+        log.warning(
+            "task: %d rows hold special tokens' names in their data, which are encoded as text, e.g. %r; "
+            "tokenizer.special_in_data: keep makes them special tokens",
+            len(split), split[0],
+        )  # fmt: skip

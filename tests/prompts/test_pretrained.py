@@ -49,7 +49,7 @@ def test_prompts_are_those_of_transformers(plain, system, arguments):
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(plain)
-    ours = load(plain, system=system, template=arguments)
+    ours = load(plain, system=system, template=arguments, special_in_data="keep")
     start = [{"role": "system", "content": system}] if system else []
     expected = [
         theirs.apply_chat_template(
@@ -59,6 +59,8 @@ def test_prompts_are_those_of_transformers(plain, system, arguments):
         for text in TEXTS
     ]  # fmt: skip
     assert ours.prompt_batch(TEXTS) == expected
+    split = load(plain, system=system, template=arguments).prompt_batch(TEXTS)
+    assert [text for text, a, b in zip(TEXTS, split, expected, strict=True) if a != b] == ["<|im_end|>"]
     assert [ours.prompt(text) for text in TEXTS] == expected
 
 
@@ -221,6 +223,31 @@ def test_a_broken_tokenizer_file(tmp_path):
     path.write_text(path.read_text()[:1000])
     assert said(tmp_path).startswith(f"{tmp_path}: the tokenizer cannot be read: ")
     assert len(said(tmp_path).splitlines()) == 1
+
+
+def test_wrong_types_in_a_tokenizers_files(tmp_path):
+    """In one line, whatever the libraries beneath raise; one of them panics."""
+    save_tokenizer(tmp_path)
+    files = {name: json.loads((tmp_path / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json")}
+    model = files["tokenizer.json"]["model"]
+    wrong = [
+        ("tokenizer.json", {"model": {**model, "continuing_subword_prefix": "\x1b[31m"}}),
+        ("tokenizer.json", {"model": {**model, "vocab": [1]}}),
+        ("tokenizer.json", {"added_tokens": [{"id": "x", "content": 3}]}),
+        ("tokenizer.json", {"added_tokens": 10**30}),
+        ("tokenizer.json", {"normalizer": {"type": "Sequence", "normalizers": 3}}),
+        ("tokenizer_config.json", {"eos_token": {"content": 3}}),
+        ("tokenizer_config.json", {"tokenizer_class": ["x"]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": 3}}),
+    ]
+    for name, change in wrong:
+        (tmp_path / name).write_text(json.dumps({**files[name], **change}))
+        line = said(tmp_path)
+        assert line.startswith(f"{tmp_path}: ") and "\n" not in line and len(line) < 700, change
+        (tmp_path / name).write_text(json.dumps(files[name]))
+    for text in ("[" * 100_000, '{"eos_token_id": ' + "9" * 5000 + "}", "\x00"):
+        (tmp_path / "generation_config.json").write_text(text)
+        assert said(tmp_path).startswith(f"{tmp_path}/generation_config.json: cannot be read: ")
 
 
 def test_code_beside_a_tokenizer_is_not_run(tmp_path):

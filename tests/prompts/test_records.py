@@ -68,6 +68,51 @@ def test_a_bad_line_is_named_with_file_and_number(tmp_path, line, message):
     assert len(said(path).splitlines()) == 1
 
 
+def test_an_array_of_objects_is_rows(tmp_path):
+    """As json.dump writes a list, on one line or on many, in a .json or a .jsonl file."""
+    for name, text in (("rows.json", json.dumps(ROWS)), ("rows.jsonl", "\n" + json.dumps(ROWS, indent=2))):
+        (tmp_path / name).write_text(text)
+        assert [(r.where, r.columns) for r in read(tmp_path / name, "")] == [
+            (f"{tmp_path / name} row {n}", row) for n, row in enumerate(ROWS, 1)
+        ]
+    jsonl(tmp_path / "lines.json", *ROWS)
+    assert [record.columns for record in read(tmp_path / "lines.json", "")] == ROWS
+    (tmp_path / "rows.json").write_text('[{"a": 1}, 2]')
+    assert said(tmp_path / "rows.json") == f"{tmp_path}/rows.json row 2: got int, want a JSON object"
+
+
+WANT = "want one JSON object a line, or one array of objects"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            json.dumps({"a": 1, "b": [2, 3]}, indent=1).encode(),
+            f": got no line that is a JSON object, {WANT}; the first: ",
+        ),
+        (b"question,answer\n1+1,2\n1+2,3\n" * 4, f": got no line that is a JSON object, {WANT}; the first: "),
+        ('{"a": 1}\n{"a": 2}\n'.encode("utf-16"), f": got UTF-16 text, {WANT}"),
+        (b"\x1f\x8b\x08" + b"\n" * 9, f": got a gzip file, {WANT}"),
+        (b"PAR1" + b"\n" * 9, f": got a parquet file, {WANT}"),
+        (b'[{"a": 1},\n{"a": }]', ": not JSON: Expecting value"),
+        (b"[" * 100_000, ": not JSON: it is nested too deeply"),
+        (b'{"a": ' * 100_000, ":1: not JSON: it is nested too deeply"),
+        (b'{"a": 1, "a": 2}', ":1: got the key 'a' twice in one object, want it once"),
+        (b'{"a": ' + b"9" * 5000 + b"}", ":1: Exceeds the limit (4300 digits)"),
+    ],
+    ids=range(10),
+)
+def test_a_file_that_is_something_else_gets_one_line(tmp_path, content, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    assert said(path).startswith(f"{path}{message}") and len(said(path).splitlines()) == 1
+
+
+def test_a_name_that_no_file_system_takes(tmp_path):
+    assert said(tmp_path / ("x" * 5000 + ".jsonl")).endswith(": cannot be read: File name too long")
+
+
 def test_the_first_five_bad_lines_are_shown_and_the_rest_counted(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(['{"a": 1}'] + ["{"] * 8))
@@ -78,8 +123,10 @@ def test_the_first_five_bad_lines_are_shown_and_the_rest_counted(tmp_path):
 
 def test_places_without_rows(tmp_path):
     assert said(tmp_path / "no.jsonl") == f"{tmp_path}/no.jsonl: cannot be read: No such file or directory"
-    assert said(tmp_path / "no.csv").startswith(f"{tmp_path}/no.csv: got .csv, want a .jsonl file, a .parquet file, or")
-    assert said(tmp_path / "no").startswith(f"{tmp_path}/no: got no suffix, want a .jsonl file")
+    assert said(tmp_path / "no.csv").startswith(
+        f"{tmp_path}/no.csv: got .csv, want a .jsonl, .json or .parquet file, or"
+    )
+    assert said(tmp_path / "no").startswith(f"{tmp_path}/no: got no suffix, want a .jsonl, .json or .parquet file")
     for content in ("", "\n\n"):
         (tmp_path / "empty.jsonl").write_text(content)
         assert said(tmp_path / "empty.jsonl") == f"{tmp_path}/empty.jsonl: got no rows, want one or more"

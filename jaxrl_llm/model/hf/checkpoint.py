@@ -1,15 +1,15 @@
 """A model directory's safetensors as an index: every tensor with file, dtype, shape and place, checked before a number is read."""
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
-from huggingface_hub import parse_local_safetensors_file_metadata
-from huggingface_hub.errors import SafetensorsParsingError
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.hf.config import WITH_VISION, read_json
@@ -18,6 +18,11 @@ from jaxrl_llm.types import PyTree
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+# Bytes of a number, of all that the format has; those of less than a byte are not checked.
+WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4}
+WIDTHS |= {"U64": 8, "I64": 8, "F64": 8} | {name: dtype.itemsize for name, dtype in DTYPES.items()}
+# The format's own bound.
+HEADER_BYTES = 100_000_000
 # Problems shown of each kind; a wrong model has thousands.
 SHOWN = 8
 # Buffers that old versions of transformers saved.
@@ -121,21 +126,62 @@ def _no_weights(directory: Path) -> str:
 
 def _read_header(path: Path, problems: list[str]) -> dict[str, Stored] | None:
     try:
-        header = parse_local_safetensors_file_metadata(path).tensors
+        size = path.stat().st_size
         with path.open("rb") as file:
-            begin = 8 + int.from_bytes(file.read(8), "little")
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(size - 8, HEADER_BYTES):
+                raise ValueError(f"it says that it has {length:,} bytes, of a file of {size:,}")
+            header = json.loads(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError(f"got {type(header).__name__}, want a JSON object")
+        entries = ((name, entry) for name, entry in header.items() if name != "__metadata__")
+        found = {name: _stored(path, 8 + length, name, entry) for name, entry in entries}
     except FileNotFoundError:
         problems.append(f"{path}: got no such file, want it: {INDEX} lists tensors in it")
         return None
-    except (SafetensorsParsingError, OSError, ValueError, KeyError, TypeError) as error:
-        problems.append(f"{path}: got a file whose header cannot be read, want safetensors ({str(error)[:200]})")
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{path}: got a file whose header cannot be read, want safetensors ({str(error)[:300]})")
         return None
-    got, want = path.stat().st_size, begin + max((t.data_offsets[1] for t in header.values()), default=0)
-    if got != want:
-        cut = "; it was cut short, copy or download it again" if got < want else ""
-        problems.append(f"{path}: got {got} bytes, want {want} by its header{cut}")
+    want = _end(found, 8 + length)
+    if isinstance(want, str):
+        problems.append(f"{path}: {want}")
         return None
-    return {n: Stored(path, t.dtype, tuple(t.shape), begin + t.data_offsets[0]) for n, t in header.items()}
+    if size != want:
+        cut = "; it was cut short, copy or download it again" if size < want else ""
+        problems.append(f"{path}: got {size} bytes, want {want} by its header{cut}")
+        return None
+    return {name: stored for name, (stored, _) in found.items()}
+
+
+def _stored(path: Path, begin: int, name: str, entry: Any) -> tuple[Stored, int]:
+    """The tensor, and the byte behind its numbers. Raises ValueError in words."""
+    entry = entry if isinstance(entry, dict) else {}
+    dtype, shape, place = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str):
+        raise ValueError(f"{name[:80]}: dtype: got {json.dumps(dtype)[:80]}, want a name")
+    if not _are_counts(shape):
+        raise ValueError(f"{name[:80]}: shape: got {json.dumps(shape)[:80]}, want whole numbers")
+    if not _are_counts(place) or len(place) != 2 or place[0] > place[1]:
+        raise ValueError(f"{name[:80]}: data_offsets: got {json.dumps(place)[:80]}, want where it begins and ends")
+    if dtype in WIDTHS and place[1] - place[0] != (want := math.prod(shape) * WIDTHS[dtype]):
+        raise ValueError(
+            f"{name[:80]}: data_offsets: got {place[1] - place[0]} bytes, want {want:.20g} by shape and dtype"
+        )
+    return Stored(path, dtype, tuple(shape), begin + place[0]), begin + place[1]
+
+
+def _are_counts(value: Any) -> bool:
+    """Few enough, and small enough, for their product to be a number."""
+    return isinstance(value, list) and len(value) <= 16 and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def _end(found: Mapping[str, tuple[Stored, int]], begin: int) -> int | str:
+    """Where the file ends by its header; or the tensor that does not begin where the one before it ends."""
+    for name, (stored, end) in sorted(found.items(), key=lambda item: (item[1][0].start, item[1][1])):
+        if stored.start != begin:
+            return f"got {name[:80]} at byte {stored.start}, want it at {begin}, where the tensor before it ends"
+        begin = end
+    return begin
 
 
 def _compare(directory: Path, found: list[Leaf], stored: Mapping[str, Stored], problems: list[str]) -> None:

@@ -16,6 +16,10 @@ from jaxrl_llm.model.hf.families import FAMILIES, GEMMA3_SIZES, Family
 
 ACTIVATIONS: Mapping[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Far above any model, and small enough that whatever is made of a wrong one ends at once.
+MOST = {"num_hidden_layers": 10_000, "num_experts": 100_000, "max_position_embeddings": 2**40, "sliding_window": 2**40}
+MOST_ELSE, MOST_MATRICES, LARGEST = 2**26, 10**6, 1e30
+MAX_BYTES = 2**28
 # Gemma 3 with eyes: the text model inside is read, the rest is left alone.
 WITH_VISION = "Gemma3ForConditionalGeneration"
 
@@ -39,22 +43,40 @@ class _Keys:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             self.refuse(key, "a whole number of at least 1")
             return 1
+        if value > (most := MOST.get(key, MOST_ELSE)):
+            self.refuse(key, f"{most:,} at most")
+            return 1
         return value
+
+    def count_or_zero(self, key: str) -> int:
+        return 0 if self.get(key) == 0 and not isinstance(self.get(key), bool) else self.count(key)
 
     def positive(self, key: str) -> float:
         value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            self.refuse(key, "a number above 0")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
+            self.refuse(key, "a number above 0" + (f", {LARGEST:g} at most" if _is_large(value) else ""))
             return 1.0
         return float(value)
 
     def positive_or_none(self, key: str) -> float | None:
         return None if self.get(key) is None else self.positive(key)
 
+    def positive_or(self, key: str, default: float) -> float:
+        """`default` where there is nothing, or 0, as transformers has it."""
+        return default if self.get(key) in (None, 0) else self.positive(key)
+
     def flag(self, key: str) -> bool:
         if not isinstance(self.get(key), bool):
             self.refuse(key, "true or false")
         return bool(self.get(key))
+
+    def word(self, key: str, allowed: tuple[str, ...]) -> str:
+        """One of `allowed`; the first in its place where it is none."""
+        value = self.get(key)
+        if not isinstance(value, str) or value not in allowed:
+            self.refuse(key, f"one of {', '.join(allowed)}")
+            return allowed[0]
+        return value
 
     def only(self, key: str, allowed: tuple[Any, ...], why: str) -> None:
         """Refuse a key that is there with a value that the transformer cannot be."""
@@ -62,9 +84,15 @@ class _Keys:
             self.refuse(key, f"{' or '.join(json.dumps(a) for a in allowed)}: {why}")
 
 
+def _is_large(value: Any) -> bool:
+    return isinstance(value, int | float) and value > LARGEST
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Raises UserError where the file is missing or holds no JSON object."""
     try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise UserError(f"{path}: got {size:,} bytes, want a JSON object of {MAX_BYTES:,} at most")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
@@ -72,7 +100,7 @@ def read_json(path: Path) -> dict[str, Any]:
             if path.parent.is_dir()
             else f"{path.parent}: got a path that does not exist, want a Hugging Face model directory"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: got a file that cannot be read ({error}), want a JSON object") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: got {type(value).__name__}, want a JSON object")
@@ -93,8 +121,7 @@ def read_config(directory: str | Path, compute: Literal["float32", "bfloat16"] =
     sliding = _sliding(keys, family, layers)
     theta, scaling, local_theta = _rope(keys, family)
     act = "hidden_activation" if family.gemma else "hidden_act"
-    if keys.get(act) not in ACTIVATIONS:
-        keys.refuse(act, f"one of {', '.join(ACTIVATIONS)}")
+    activation = keys.word(act, tuple(ACTIVATIONS))
     cfg = ModelConfig(
         vocab_size=keys.count("vocab_size"),
         layers=layers,
@@ -103,7 +130,7 @@ def read_config(directory: str | Path, compute: Literal["float32", "bfloat16"] =
         kv_heads=heads if keys.get("num_key_value_heads") is None else keys.count("num_key_value_heads"),
         head_dim=max(d_model // heads, 1) if keys.get("head_dim") is None else keys.count("head_dim"),
         d_mlp=keys.count("moe_intermediate_size" if family.experts else "intermediate_size"),
-        activation=ACTIVATIONS.get(keys.get(act), "silu"),
+        activation=ACTIVATIONS[activation],
         rope_theta=theta,
         rope_scaling=scaling,
         window=keys.count("sliding_window") if any(sliding) else 0,
@@ -124,6 +151,8 @@ def read_config(directory: str | Path, compute: Literal["float32", "bfloat16"] =
         norm_top_k=keys.flag("norm_topk_prob") if family.experts else True,
         compute=compute,
     )
+    if cfg.layers * cfg.experts > MOST_MATRICES:
+        keys.refuse("num_experts", f"{MOST_MATRICES:,} at most, all of {cfg.layers:,} layers together")
     problems += [f"{path}: {line}" for line in ([] if problems else cfg.problems(tensor=1))]
     if problems:
         raise UserError("\n".join(problems))
@@ -135,9 +164,12 @@ def _family(given: dict[str, Any], path: Path) -> tuple[Family, dict[str, Any]]:
     named = given.get("architectures")
     if not named:
         by_type = {family.model_type: name for name, family in FAMILIES.items()}
-        named = [by_type.get(given.get("model_type"), f"none (model_type {given.get('model_type')!r})")]
-    name = named[0] if isinstance(named, list) and len(named) == 1 else str(named)
-    if name == WITH_VISION and isinstance(given.get("text_config"), dict):
+        kind = given.get("model_type")
+        named = [by_type.get(str(kind), f"none (model_type {str(kind)[:80]!r})")]
+    name = str(named[0] if isinstance(named, list) and len(named) == 1 else named)[:160]
+    if name == WITH_VISION:
+        if not isinstance(given.get("text_config"), dict):
+            raise UserError(f"{path}: text_config: got no object, want the text model's keys")
         inside = {key: given[key] for key in ("tie_word_embeddings", "quantization_config") if key in given}
         return FAMILIES["Gemma3ForCausalLM"], {**GEMMA3_SIZES, **inside, **given["text_config"]}
     if name not in FAMILIES:
@@ -181,7 +213,8 @@ def _sliding(keys: _Keys, family: Family, layers: int) -> tuple[bool, ...]:
     elif whole:
         sliding = (window is not None and "sliding_window" in family.defaults,) * layers
     else:
-        sliding = tuple(window is not None and i >= keys.get("max_window_layers") for i in range(layers))
+        full = keys.count_or_zero("max_window_layers")
+        sliding = tuple(window is not None and i >= full for i in range(layers))
     if any(sliding) and window is None:
         keys.refuse(
             "sliding_window", "a whole number of at least 1, for the layers that slide (use_sliding_window true)"
@@ -207,10 +240,11 @@ def _rope(keys: _Keys, family: Family) -> tuple[float, RopeScaling | None, float
     given = keys.get(name) or {}
     nested = isinstance(given, dict) and any(key in given for key in ("full_attention", "sliding_attention"))
     two = "rope_local_base_freq" in family.defaults
-    if not isinstance(given, dict) or (nested and not two):
+    parts = [given.get(part) or {} for part in ("full_attention", "sliding_attention")] if nested else []
+    if not isinstance(given, dict) or (nested and not two) or not all(isinstance(part, dict) for part in parts):
         keys.refuse(name, "one object for all layers")
         return 1.0, None, None
-    full, local = (given.get("full_attention") or {}, given.get("sliding_attention") or {}) if nested else (given, {})
+    full, local = parts if nested else (given, {})
     where = f"{keys.prefix}{name}.{'full_attention.' if nested else ''}"
     outer = {k: keys.get(k) for k in ("rope_theta", "max_position_embeddings", "original_max_position_embeddings")}
     scaling = _scaling(_Keys({**outer, **full}, where, keys.problems), outer["original_max_position_embeddings"])
@@ -229,11 +263,8 @@ def _rope(keys: _Keys, family: Family) -> tuple[float, RopeScaling | None, float
 def _scaling(keys: _Keys, outer_original: Any) -> RopeScaling | None:
     keys.only("partial_rotary_factor", (None, 1, 1.0), "all of a head is turned")
     name = "rope_type" if "rope_type" in keys.values else "type"
-    kind = keys.values.get(name, "default")
+    kind = keys.word(name, ROPE_TYPES) if name in keys.values else "default"
     if kind == "default":
-        return None
-    if kind not in ROPE_TYPES:
-        keys.refuse(name, f"one of {', '.join(ROPE_TYPES)}")
         return None
     # transformers lets the outer key win where there is one, and takes the whole length where there is none.
     original = (
@@ -255,17 +286,17 @@ def _scaling(keys: _Keys, outer_original: Any) -> RopeScaling | None:
     return YarnRope(
         factor,
         length,
-        beta_fast=keys.positive("beta_fast") if keys.get("beta_fast") else 32.0,
-        beta_slow=keys.positive("beta_slow") if keys.get("beta_slow") else 1.0,
+        beta_fast=keys.positive_or("beta_fast", 32.0),
+        beta_slow=keys.positive_or("beta_slow", 1.0),
         attention_factor=_attention_factor(keys, factor),
-        truncate=keys.get("truncate") is not False,
+        truncate=keys.get("truncate") is None or keys.flag("truncate"),
     )
 
 
 def _attention_factor(keys: _Keys, factor: float) -> float | None:
     """Given, or from DeepSeek's two mscales; None leaves it to YarnRope's own rule."""
-    both = (keys.get("mscale"), keys.get("mscale_all_dim"))
-    if keys.get("attention_factor") is not None or not all(both):
+    both = ("mscale", "mscale_all_dim")
+    if keys.get("attention_factor") is not None or not all(map(keys.get, both)):
         return keys.positive_or_none("attention_factor")
-    above, below = (0.1 * m * math.log(max(factor, 1.0)) + 1.0 for m in both)
+    above, below = (0.1 * keys.positive(m) * math.log(max(factor, 1.0)) + 1.0 for m in both)
     return above / below
