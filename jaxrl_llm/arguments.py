@@ -34,6 +34,8 @@ def whole_number(least: int) -> Reader:
             raise ValueError("a whole number") from None
         if number < least:
             raise ValueError(f"{least} or more")
+        if number >= 2**31:
+            raise ValueError("less than 2^31")
         return number
 
     return read

@@ -5,6 +5,8 @@ sheets of A100, H100, H100 NVL, H200 and H200 NVL, dense rates.
 """
 
 import os
+import re
+from pathlib import Path
 from typing import NamedTuple
 
 from jaxrl_llm.errors import UserError
@@ -54,6 +56,31 @@ KINDS = {
 }
 
 
+def host_memory(root: Path = Path("/")) -> float:
+    """Bytes that this process may use: the host's, swap included, or the limit of a control group that it is in."""
+    total = sum(
+        int(size) * 1024 for size in re.findall(r"^(?:Mem|Swap)Total: *(\d+)", _text(root / "proc/meminfo"), re.M)
+    )
+    limits = [total or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    groups = root / "sys/fs/cgroup"
+    for kinds, own in re.findall(r"^\d+:(.*?):/(.*)$", _text(root / "proc/self/cgroup"), re.M):
+        # Version 2 names no kind. Inside a container the path may be the host's, and the limit stand at the top.
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        top, name = (groups / "memory", "memory.limit_in_bytes") if kinds else (groups, "memory.max")
+        texts = [_text(place / name).strip() for place in (top, *(top / p for p in (Path(own), *Path(own).parents)))]
+        limits += [int(text) for text in texts if text.isdigit()]
+    return float(min(limits))
+
+
+def _text(path: Path) -> str:
+    """ "" where there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
 def known(kind: str) -> Chip | None:
     """Of `jax.Device.device_kind`, the longest name that fits. None where nothing is known of it."""
     gpu = kind.startswith("NVIDIA")
@@ -75,8 +102,7 @@ def of_device(platform: str, kind: str, count: int) -> Chip:
     Raises UserError for an accelerator whose memory is not known here.
     """
     if platform == "cpu":
-        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Chip("cpu", host / count)
+        return Chip("cpu", host_memory() / count)
     found = known(kind)
     if found is None:
         names = dict.fromkeys(chip.name for chip in KINDS.values())

@@ -163,10 +163,14 @@ def start_jax(cfg: "RunConfig") -> None:
 def train(target: str, args: list[str]) -> int:
     given, overrides = take(args, OPTIONS["train"])
     cfg = read_config(target, overrides, list(OPTIONS["train"]))
+    from jaxrl_llm import sources
+
+    read = sources.read(cfg, trains=True)
+    read.refuse()
     start_jax(cfg)
     from jaxrl_llm.train import train as run_training
 
-    result = run_training(cfg, "--resume" in given, ends_process=True)
+    result = run_training(cfg, "--resume" in given, read, ends_process=True)
     before, after = ("not known" if x != x else f"{x:.4f}" for x in (result.before, result.after))
     print(f"held-out accuracy ({result.measure}): {before} before RL, {after} after")
     say(f"run directory: {result.run_dir}")
@@ -213,6 +217,9 @@ def sample(target: str, args: list[str]) -> int:
 def evaluate(target: str, args: list[str]) -> int:
     given, overrides = take(args, OPTIONS["eval"])
     cfg = read_evaluation(target, given.get("--task"), overrides, list(OPTIONS["eval"]))
+    from jaxrl_llm import sources
+
+    sources.refuse_graders(cfg)
     start_jax(cfg)
     from jaxrl_llm.inspect_run import evaluate_target
 

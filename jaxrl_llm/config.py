@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Le
 from pydantic import ConfigDict, Discriminator, Tag, TypeAdapter, ValidationError
 
 from jaxrl_llm.errors import UserError
@@ -33,9 +33,12 @@ from jaxrl_llm.prompts.config import (
 from jaxrl_llm.rewards.config import RewardConfig
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.update.config import UpdateConfig, WarmStartConfig
-from jaxrl_llm.values import Flag, put, read_flags, read_yaml, truths, unreadable
+from jaxrl_llm.values import Flag, numbers, put, read_flags, read_yaml, truths, unreadable
 
 Steps = Annotated[int, Ge(0)]
+Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
+# What 32 bits hold: integers, and floats from the smallest normal one on.
+MOST, LARGEST, SMALLEST = 2**31 - 1, 3.4e38, 1.2e-38
 MAX_BYTES = 2_000_000
 
 
@@ -76,7 +79,7 @@ class RunConfig:
 
     run_dir: str = "runs/run"
     """Where everything of the run lies. A run directory with checkpoints is gone on with."""
-    seed: Annotated[int, Ge(0), Lt(2**32)] = 0
+    seed: Seed = 0
     """Keys of JAX are made from 32 bits: a larger one would be another seed's run."""
     steps: Steps = 100
     """Steps of RL, after those of the warm start."""
@@ -104,6 +107,13 @@ class RunConfig:
     @property
     def total_steps(self) -> int:
         return self.warm_start.steps + self.steps
+
+    def evaluations_after(self, step: int) -> int:
+        """How many are still to come: before the first step of RL, each `evaluation.every`, and after the last."""
+        done = step - self.warm_start.steps
+        if done >= self.steps:
+            return int(done < 0)
+        return int(done < 0) + -(-self.steps // self.evaluation.every) - max(done, 0) // self.evaluation.every
 
 
 # What may differ between a run and its resumption: where and how it runs and reports, not what it computes.
@@ -156,6 +166,8 @@ def _checked(values: dict[str, Any], source: str, flags: Sequence[Flag], wrong: 
         cfg = _reader().validate_python(values)
     except ValidationError as error:
         found += errors_in_words(error.errors(), values, RunConfig, source, flags)
+    else:
+        found += [f"{named(path, source, flags)}: {text}" for path, text in _out_of_range(cfg)]
     for path, text in (*unreadable(values), *truths(values, RunConfig), *_misfits(values)):
         # Nothing was written where a value is missing: a flag of its section is what asks for it.
         beside = [Flag(path, None) for flag in flags if flag.path[:-1] == path[:-1] and text.startswith("got nothing")]
@@ -166,6 +178,19 @@ def _checked(values: dict[str, Any], source: str, flags: Sequence[Flag], wrong: 
         given = cfg if "tokenizer" in values else dataclasses.replace(cfg, tokenizer=PretrainedTokenizer())
         return dataclasses.replace(cfg, tokenizer=tokenizer_of(given, cfg.model.path))
     return cfg
+
+
+def _out_of_range(cfg: RunConfig) -> list[tuple[tuple[str, ...], str]]:
+    """Numbers that no array here could hold, as path and words."""
+    found = []
+    for path, x in numbers(cfg):
+        if isinstance(x, int) and abs(x) > MOST and path != ("seed",):
+            found.append((path, f"got {x}, want at most {MOST:,}: integers have 32 bits"))
+        if isinstance(x, float) and abs(x) > LARGEST:
+            found.append((path, f"got {x}, want at most {LARGEST}: numbers are float32"))
+        if isinstance(x, float) and 0 < abs(x) < SMALLEST:
+            found.append((path, f"got {x}, want 0, or {SMALLEST} at least: it is 0 in float32"))
+    return found
 
 
 @functools.cache
@@ -251,7 +276,7 @@ def problems(cfg: RunConfig, num_devices: int) -> list[str]:
             f"update.minibatches: got {cfg.update.minibatches}, want a divisor of rollout.prompts "
             f"({cfg.rollout.prompts}): {', '.join(map(str, divisors(cfg.rollout.prompts)))}"
         )
-    elif cfg.update.packing.kind == "none" and cfg.update.micro_batches * split > rows // cfg.update.minibatches:
+    elif cfg.update.micro_batches * split > rows // cfg.update.minibatches:
         most = rows // cfg.update.minibatches // split
         found.append(
             f"update.micro_batches: got {cfg.update.micro_batches}, want {most} at most: a minibatch has "

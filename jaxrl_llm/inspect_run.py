@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_llm import sources
 from jaxrl_llm.collect import collect
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import CheckpointError, UserError
 from jaxrl_llm.estimates import Estimate, avg_at_k, maj_at_k, pass_at_k
 from jaxrl_llm.evaluate import answers, probabilities
 from jaxrl_llm.life import Life, begin, open_checkpoints, target
-from jaxrl_llm.metrics import printable
 from jaxrl_llm.model import lora
 from jaxrl_llm.model.config import PretrainedModel
 from jaxrl_llm.model.hf.config import read_json
@@ -27,12 +27,15 @@ from jaxrl_llm.model.hf.source import resolve as resolve_model
 from jaxrl_llm.model.params import count, policy_part, shardings, unstack
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
+from jaxrl_llm.plan import fit
 from jaxrl_llm.prompts.stream import make_prompts, next_prompts
 from jaxrl_llm.prompts.task import Task
 from jaxrl_llm.prompts.tokenizer import load_tokenizer
 from jaxrl_llm.rates import decode_rates
 from jaxrl_llm.rewards.pool import GraderPool
-from jaxrl_llm.run import Run, build, publish, read_task
+from jaxrl_llm.run import Run, build, publish
+from jaxrl_llm.screen import saying
+from jaxrl_llm.terminal import printable
 from jaxrl_llm.types import Finish, Policy, PyTree, Rollouts
 
 EVALUATED_AT_ONCE = 64
@@ -81,13 +84,15 @@ def evaluate_target(cfg: RunConfig, k: int) -> dict[str, Any]:
     """
     at_once = min(getattr(cfg.task, "held_out", 0) or EVALUATED_AT_ONCE, EVALUATED_AT_ONCE)
     run = build(_reshape(cfg, at_once, k))
-    source = open_source(run)
+    fit.check(run, trains=False)
+    with saying("reading the model"):
+        source = open_source(run)
     if not source.step and not isinstance(cfg.model, PretrainedModel):
         raise CheckpointError(f"{cfg.run_dir}: got no checkpoint, want a run directory that holds one")
     found = {"model": source.name, "step": source.step, "k": k, "temperature": cfg.rollout.temperature}
     if source.params is not None and run.task.has_targets:
         found["exact"] = float(np.mean(probabilities(run, source.params, run.task.held_out)))
-    with GraderPool(cfg.reward) as pool:
+    with saying(f"evaluating {len(run.task.held_out)} held-out prompts"), GraderPool(cfg.reward) as pool:
         (right, vote), _ = answers(run, source.policy, pool)
     found[f"avg@{k}"] = _plain(avg_at_k(right))
     for n in sorted({*(2**i for i in range(k.bit_length())), k}):
@@ -137,7 +142,9 @@ def sample_prompt(cfg: RunConfig, text: str | None, n: int, has_task: bool = Tru
         text: the prompt; None: the task's first held-out one.
         has_task: whether the config's own task counts. Else the prompt is all that there is.
     """
-    run = build(_reshape(cfg, 1, n), read_task=partial(_asking, text=text, has_task=has_task))
+    asked = _reshape(cfg, 1, n)
+    run = build(asked, sources.read(asked, read_task=partial(_asking, text=text, has_task=has_task)))
+    fit.check(run, trains=False)
     source = open_source(run)
     row = run.task.held_out[0]
     prompts = make_prompts(run.task, (row,), np.zeros(run.cfg.rollout.prompts, int), np.arange(run.cfg.rollout.prompts))
@@ -155,7 +162,7 @@ def sample_prompt(cfg: RunConfig, text: str | None, n: int, has_task: bool = Tru
 
 def _asking(cfg: RunConfig, text: str | None, has_task: bool) -> Task:
     """The task with this prompt as the only held-out one, however long the task's own are."""
-    task = read_task(cfg) if has_task else Task((), (), load_tokenizer(cfg.tokenizer))
+    task = sources.read_task(cfg) if has_task else Task((), (), load_tokenizer(cfg.tokenizer))
     if text is None:
         return task
     if unknown := task.tokenizer.unknown(text):
@@ -186,6 +193,7 @@ def _positions(cfg: RunConfig) -> float:
 def benchmark_rollouts(cfg: RunConfig, calls: int = 5) -> None:
     """Print what rollouts of the config's own shapes reach: tokens a second, of the machine's own ceiling, rows alive, waste."""
     run = build(cfg)
+    fit.check(run, trains=False)
     source = open_source(run)
     prompts, _ = next_prompts(run.task, run.order, 0, cfg.rollout.prompts)
     start = time.perf_counter()

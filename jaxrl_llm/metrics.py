@@ -14,17 +14,18 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Self, TextIO
+from typing import Annotated, Any, Self
 
 from annotated_types import Ge
 from pydantic import ConfigDict
 
 from jaxrl_llm.boards import Boards, why_not
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.screen import Progress, Screen
 from jaxrl_llm.terminal import printable, printable_lines
 
 METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
@@ -208,73 +209,36 @@ class _JsonLines:
         self._file.close()
 
 
-class _Console:
-    """On a terminal a progress bar with tables scrolling above it, elsewhere one line per step and aligned tables."""
-
-    def __init__(self, stream: TextIO):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-        class Screen(Console):
-            def on_broken_pipe(self) -> None:
-                raise BrokenPipeError  # rich would end the process
-
-        self._live = stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._screen = Screen(file=stream, highlight=False, width=None if self._live else 160)
-        words = [TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[told]")]
-        # Refreshed by `step` alone: a refreshing thread would meet a broken pipe where nobody can catch it.
-        bar = Progress(words[0], BarColumn(), MofNCompleteColumn(), words[1], console=self._screen, auto_refresh=False)
-        self._bar, self._task = bar, bar.add_task("", told="")
-        if self._live:
-            bar.start()
-
-    def text(self, text: str) -> None:
-        self._screen.print(text, markup=False, emoji=False, soft_wrap=True)
-
-    def step(self, step: int, total: int, row: Mapping[str, Any], pace: str) -> None:
-        phase = printable(str(row.get("phase", "train"))).replace("_", " ")
-        if not self._live or any(name.startswith("eval/") for name in row):
-            head = f"{phase} step" if phase == "warm start" else "step"
-            self.text(f"{head} {step}/{total} {_tell(row, [name for name, _, _ in SHOWN])}{pace}".rstrip())
-        if self._live:
-            told = _tell(row, ["reward", "tokens_per_s"] if "reward" in row else ["loss"]) + pace
-            self._bar.update(self._task, description=phase, completed=step, total=total, told=told, refresh=True)
-
-    def table(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Print sampled responses; log-prob is the sum over a response's tokens, in nats."""
-        from rich import box, table, text
-
-        titles = "prompt", "response", "reward", "advantage", "log-prob", "finish"
-        grid = table.Table(*titles, box=box.ROUNDED if self._live else None, show_lines=self._live)
-        for row in rows:
-            logprobs = row.get("logprobs")
-            numbers = row.get("reward"), row.get("advantage"), None if logprobs is None else sum(map(float, logprobs))
-            cells = [
-                printable(str(row.get("prompt", "-")), 160 if self._live else 32),
-                printable(str(row.get("completion", "-")), 480 if self._live else 56),
-                *("-" if number is None else f"{float(number):.3f}" for number in numbers),
-                printable(str(row.get("finish", "-")), 16),
-            ]
-            grid.add_row(*(text.Text(cell, overflow="fold") for cell in cells))
-        self._screen.print(grid)
-
-    def close(self) -> None:
-        if self._live:
-            self._bar.stop()
-
-
-def _tell(row: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Return "word value " for each of `names` that `row` has, in the order of SHOWN."""
+def _tell(row: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
+    """Return "word value" for each of `names` that `row` has, in the order of SHOWN."""
     shown = [(word, row[name], form) for name, word, form in SHOWN if name in names and name in row]
-    return "".join(f"{word} {'nan' if value is None else format(value, form)} " for word, value, form in shown)
+    return tuple(f"{word} {'nan' if value is None else format(value, form)}" for word, value, form in shown)
 
 
-def _tell_pace(past: Sequence[tuple[int, float]], total: int) -> str:
-    """Return " s/step  left h:mm:ss" from (step, monotonic seconds) of the last steps; "" before two are known."""
-    (first, start), (last, end) = past[0], past[-1]
-    step_s = (end - start) / max(1, last - first)
-    left = timedelta(seconds=round(max(0, total - last) * step_s))
-    return f" {step_s:.2f} s/step  left {left}" if last > first else ""
+class Pace:
+    """How fast the steps are, evaluations apart, and how long the rest takes."""
+
+    def __init__(self):
+        self._past: dict[
+            str, deque[tuple[int, float]]
+        ] = {}  # phase -> (step, seconds without evaluations) of the last steps
+        self._evaluating, self._last = 0.0, 0.0  # seconds of all evaluations, and of the last one
+
+    def evaluated(self, seconds: float) -> None:
+        self._evaluating, self._last = self._evaluating + seconds, seconds
+
+    def stepped(self, phase: str, step: int) -> None:
+        past = self._past.setdefault(phase, deque(maxlen=20))
+        past.append((step, time.monotonic() - self._evaluating))
+
+    def told(self, phase: str, total: int, evaluations: int) -> tuple[str, str]:
+        """("s/step", "left h:mm:ss") with so many evaluations to come; "" before two steps of the phase are known."""
+        (first, start), (last, end) = self._past[phase][0], self._past[phase][-1]
+        if last <= first:
+            return "", ""
+        step_s = (end - start) / (last - first)
+        left = timedelta(seconds=round(max(0, total - last) * step_s + evaluations * self._last))
+        return f"{step_s:.2f} s/step", f"left {left}"
 
 
 class Recorder:
@@ -284,23 +248,22 @@ class Recorder:
     `total_steps` when a phase with its own count begins. A closed pipe, a lost terminal or a full disk do not stop training.
     """
 
-    def __init__(self, run_dir: Path, config: MetricsConfig, total_steps: int, active: bool):
+    def __init__(
+        self, run_dir: Path, config: MetricsConfig, total_steps: int, active: bool,
+        evaluations: Callable[[int], int] = lambda step: 0,
+    ):  # fmt: skip
+        """`evaluations`: how many are to come after a step."""
         self.run_dir, self.config, self.total_steps, self.active = Path(run_dir), config, total_steps, active
         self._files: dict[str, _JsonLines] = {}
         self._boards: Boards | None = None
-        self._console: _Console | None = None
-        self._past: dict[str, deque[tuple[int, float]]] = {}  # phase -> (step, monotonic seconds) of the last steps
+        self._screen, self._pace, self._evaluations = Screen(None), Pace(), evaluations
 
     def __enter__(self) -> Self:
         if not self.active:
             return self
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._files = {name: _JsonLines(self.run_dir / name) for name in (METRICS, ROLLOUTS)}
-        self._stream = sys.stdout
-        if self._stream and not self._stream.closed:
-            if hasattr(self._stream, "reconfigure"):  # an ASCII locale must not fail on a response in Chinese
-                self._stream.reconfigure(errors="backslashreplace")
-            self._console = _Console(self._stream)
+        self._screen = Screen(sys.stdout)
         if self.config.tensorboard:
             missing = why_not()
             self._boards = None if missing else Boards(self.run_dir / "tensorboard")
@@ -309,12 +272,24 @@ class Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._show(_Console.close)
+        self._screen.close()
         if self._boards:
             self._boards.close()
         for file in self._files.values():
             with suppress(OSError):
                 file.close()
+
+    def during(self, words: str, first: str = "") -> AbstractContextManager[None]:
+        """Say what is going on while the body lasts: `Screen.during`."""
+        return self._screen.during(words, first)
+
+    @contextmanager
+    def evaluating(self, words: str) -> Iterator[None]:
+        """The same for an evaluation, whose seconds are none of its step's."""
+        start = time.monotonic()
+        with self.during(words):
+            yield
+        self._pace.evaluated(time.monotonic() - start)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record one step: `metrics` are scalars (JSON null where non-finite); "phase" may be "warm_start" or "rl"."""
@@ -326,11 +301,21 @@ class Recorder:
         if self._boards:
             with suppress(OSError):
                 self._boards.draw(phase, int(step), row)
-        past = self._past.setdefault(phase, deque(maxlen=20))
-        past.append((step, time.monotonic()))
-        if step % self.config.console_every == 0 or step == self.total_steps or any(n.startswith("eval/") for n in row):
-            pace = _tell_pace(past, self.total_steps)
-            self._show(lambda console: console.step(step, self.total_steps, row, pace))
+        self._pace.stepped(phase, step)
+        is_evaluated = any(name.startswith("eval/") for name in row)
+        is_due = step % self.config.console_every == 0 or step == self.total_steps or is_evaluated
+        if is_due or self._screen.is_terminal:
+            self._show(int(step), phase, row, is_evaluated)
+
+    def _show(self, step: int, phase: str, row: Mapping[str, Any], is_evaluated: bool) -> None:
+        speed, left = self._pace.told(phase, self.total_steps, self._evaluations(step))
+        name = printable(phase or "train").replace("_", " ")
+        head = f"{name} step" if name == "warm start" else "step"
+        numbers = " ".join(_tell(row, [name for name, _, _ in SHOWN]))
+        is_said = is_evaluated or not self._screen.is_terminal
+        said = f"{head} {step}/{self.total_steps} {numbers}  {speed}  {left}".rstrip() if is_said else ""
+        short = _tell(row, ["reward", "tokens_per_s"] if "reward" in row else ["loss"])
+        self._screen.step(Progress(name, step, self.total_steps, short, speed, left), said)
 
     def offsets(self) -> dict[str, int]:
         """Return {file name: bytes} after an fsync, for the checkpoint; {} where not active. Raises OSError on a full disk."""
@@ -357,20 +342,8 @@ class Recorder:
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Print a table of responses; rows as in `rollouts`, missing keys allowed."""
-        self._show(lambda console: console.table(rows))
+        self._screen.table(rows)
 
     def message(self, text: str) -> None:
         """Print `text`, its control characters escaped line by line."""
-        self._show(lambda console: console.text(printable_lines(text)))
-
-    def _show(self, show: Callable[[_Console], None]) -> None:
-        """Let the console print; when nobody reads any more, silence it for good."""
-        try:
-            if self._console:
-                show(self._console)
-        except OSError:
-            with suppress(OSError):  # the interpreter flushes stdout at exit and would end with status 120
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-            with suppress(OSError):
-                self._console.close()
-            self._console = None
+        self._screen.text(printable_lines(text))

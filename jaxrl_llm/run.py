@@ -4,40 +4,38 @@
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, Key
 
 from jaxrl_llm import config as run_config
+from jaxrl_llm import sources
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.batch import Sequences, make_batch, of_sequences
 from jaxrl_llm.experience.filters import FILTERS
 from jaxrl_llm.experience.packing import Shape, shape_of
-from jaxrl_llm.model import lora, quantised
+from jaxrl_llm.model import forms, lora, quantised
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig, Whole
 from jaxrl_llm.model.critic import NAMES as CRITIC
 from jaxrl_llm.model.critic import critic_specs
 from jaxrl_llm.model.distribution import TokenScores
-from jaxrl_llm.model.hf.config import read_config
-from jaxrl_llm.model.hf.source import resolve as resolve_model
 from jaxrl_llm.objective import filter_of
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.layout import TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.prompts.stream import Order, make_order
-from jaxrl_llm.prompts.task import Task, load_task
-from jaxrl_llm.prompts.tokenizer import load_tokenizer, stop_problems
+from jaxrl_llm.prompts.task import Task
 from jaxrl_llm.publish import Publish, make_blank, make_publish
-from jaxrl_llm.rewards.graders import problems as grader_problems
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
+from jaxrl_llm.sources import Sources, packing_problems
 from jaxrl_llm.types import Batch, Policy, PyTree, TrainState
 from jaxrl_llm.update.config import (
     Correction,
@@ -51,8 +49,6 @@ from jaxrl_llm.update.config import resolve as resolve_correction
 from jaxrl_llm.update.losses import anchored_on_proximal
 from jaxrl_llm.update.optimizer.config import GroupConfig
 from jaxrl_llm.update.step import Update, make_score, make_update
-
-Read = TypeVar("Read")
 
 
 class Shapes(NamedTuple):
@@ -116,27 +112,12 @@ class Run:
         return hosts.put(batch, self.train.sharding(("rows", None)))
 
 
-def no_refusals(cfg: RunConfig, task: Task | None) -> list[str]:
-    return []
-
-
-def read_task(cfg: RunConfig) -> Task:
-    return load_task(cfg.task, load_tokenizer(cfg.tokenizer), cfg.seed)
-
-
-def build(
-    cfg: RunConfig,
-    refusals: Callable[[RunConfig, Task | None], list[str]] = no_refusals,
-    read_task: Callable[[RunConfig], Task] = read_task,
-) -> Run:
-    """Raises UserError with everything that does not fit, before anything compiles; `refusals`: what the caller cannot do;
-    `read_task`: where another task takes the place of the config's."""
-    found: list[str] = []
-    model = _or_words(found, lambda: read_model(cfg))
-    task = _or_words(found, lambda: read_task(cfg))
-    found += problems(cfg if model is None else dataclasses.replace(cfg, model=model), task) + refusals(cfg, task)
-    if found or model is None or task is None:
+def build(cfg: RunConfig, given: Sources | None = None) -> Run:
+    """Raises UserError with everything that does not fit, before anything compiles. `given`: what was read of `cfg` already."""
+    given = sources.read(cfg) if given is None else given
+    if found := problems(given):
         raise UserError("\n".join(found))
+    model, task = given.cfg.model, given.task
     mesh = make_mesh(resolve(cfg.mesh, jax.device_count())[0])
     train = Layout(mesh, TRAIN)
     decode = train.for_decode(cfg.rollout.engine.layout)
@@ -238,55 +219,24 @@ def shapes_of(cfg: RunConfig, prompt_slots: int, shards: int) -> Shapes:
     )
 
 
-def read_model(cfg: RunConfig) -> ModelConfig:
-    """The model's numbers; those of a pretrained one stand in its own config.json."""
+def problems(given: Sources) -> list[str]:
+    """What does not fit between sources, config and the devices that JAX sees, in words."""
+    cfg, found = given.cfg, [*given.problems, *run_config.problems(given.cfg, jax.device_count())]
     if isinstance(cfg.model, ModelConfig):
-        return cfg.model
-    return read_config(resolve_model(cfg.model.path), cfg.model.compute)
+        found += lora.problems(cfg.model, cfg.lora)
+        found += device_problems(cfg, cfg.model, given.task and given.task.prompt_slots, jax.devices())
+    return found
 
 
-def _or_words(found: list[str], read: Callable[[], Read]) -> Read | None:
-    """What `read` returns; where it cannot, the reason is put into `found`, so that others can join it."""
-    try:
-        return read()
-    except UserError as error:
-        found.append(str(error))
-        return None
-
-
-def problems(cfg: RunConfig, task: Task | None) -> list[str]:
-    """What does not fit between config, devices and task, in words. Of a model that cannot be read only its path is known."""
-    found = run_config.problems(cfg, jax.device_count()) + grader_problems(cfg.reward)
-    if isinstance(cfg.model, ModelConfig):
-        found += quantised.problems(cfg.model, cfg.rollout.engine.weights) + lora.problems(cfg.model, cfg.lora)
-    if task is None:
-        return found
-    found += stop_problems(cfg.rollout.stop, task.tokenizer, cfg.rollout.max_new_tokens)
-    if isinstance(cfg.model, ModelConfig):
-        found += vocabulary_problems(cfg.model, task.num_tokens)
-    if cfg.rollout.max_new_tokens < task.target_slots:
-        found.append(
-            f"rollout.max_new_tokens: got {cfg.rollout.max_new_tokens}, want at least the {task.target_slots} tokens of the "
-            "longest right response"
-        )
-    return found + packing_problems(cfg, task.prompt_slots)
-
-
-def vocabulary_problems(model: ModelConfig, num_tokens: int) -> list[str]:
-    if model.vocab_size >= num_tokens:
-        return []
-    return [f"model.vocab_size: got {model.vocab_size}, want at least the tokenizer's {num_tokens}"]
-
-
-def packing_problems(cfg: RunConfig, prompt_slots: int) -> list[str]:
-    """Rows too short for what must lie in one."""
-    packing = cfg.update.packing
-    together = 2 if cfg.objective.loss.kind == "dpo" else 1
-    least = prompt_slots + together * cfg.rollout.max_new_tokens
-    if packing.kind == "none" or not 0 < packing.slots < least:
-        return []
-    what = "a pair of the loss dpo" if together == 2 else "one sequence"
-    return [f"update.packing.slots: got {packing.slots}, want 0 or at least the {least} of {what} at its longest"]
+def device_problems(
+    cfg: RunConfig, model: ModelConfig, prompt_slots: int | None, devices: Sequence[jax.Device]
+) -> list[str]:
+    """What such devices cannot do, in words; `prompt_slots` None: not known."""
+    found = quantised.problems(model, cfg.rollout.engine.weights, devices[0])
+    slots: set[int] = set()
+    if prompt_slots is not None and not packing_problems(cfg, prompt_slots):
+        slots = {shape.slots for shape in shapes_of(cfg, prompt_slots, 1)}
+    return found + forms.problems(cfg.update.attention, slots or {forms.LANES}, devices[0].platform, model)
 
 
 def score(run: Run, params: PyTree, sequences: Sequences) -> TokenScores:

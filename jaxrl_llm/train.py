@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import numpy as np
 
-from jaxrl_llm import config as run_config
+from jaxrl_llm import sources
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.claim import claim
 from jaxrl_llm.collect import GivenUp, collect
@@ -30,14 +30,16 @@ from jaxrl_llm.interrupt import stop_signal
 from jaxrl_llm.learn import learn, without_zero_gradients
 from jaxrl_llm.life import Life, begin, fresh_state, open_checkpoints, start_reference, target, trained_policy
 from jaxrl_llm.metrics import CompileCounter, Recorder, Timers
+from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.plan import fit
 from jaxrl_llm.prompts.stream import next_prompts
 from jaxrl_llm.prompts.supervised import noisy_rows
-from jaxrl_llm.prompts.task import Task
 from jaxrl_llm.rates import decode_rates, describe_updates
 from jaxrl_llm.reference import refresh
 from jaxrl_llm.rewards.pool import GraderPool
 from jaxrl_llm.run import Run, build, publish
 from jaxrl_llm.run_directory import RunLock, prepare_run_directory
+from jaxrl_llm.sources import Sources
 from jaxrl_llm.types import Experience, Policy, TrainState
 from jaxrl_llm.unread import unread
 
@@ -69,19 +71,27 @@ class Result(NamedTuple):
     run_dir: Path
 
 
-def train(cfg: RunConfig, must_resume: bool = False, ends_process: bool = False) -> Result:
+def train(
+    cfg: RunConfig, must_resume: bool = False, given: Sources | None = None, ends_process: bool = False
+) -> Result:
     """Run `cfg` to its end, going on from the newest checkpoint in its run directory if there is one.
 
-    `ends_process`: see `stop_signal`.
+    Args:
+        given: what was read of `cfg` already.
+        ends_process: see `stop_signal`.
     """
     if must_resume and open_checkpoints(cfg).is_empty():
         raise CheckpointError(f"--resume: got {cfg.run_dir}, which holds no checkpoint; leave out --resume to start it")
     with stop_signal(ends_process) as stopping:
-        run = build(cfg, what_cannot_train)
+        run = build(cfg, given or sources.read(cfg, trains=True))
+        fit.check(run)
         for line in unread(cfg):
             log.warning("%s", line)
         with open_shell(cfg) as shell:
-            life, policy, scores = resume(run, shell) or begin(run), None, {}
+            with shell.recorder.during(
+                "making the model" if isinstance(cfg.model, ModelConfig) else "reading the model"
+            ):
+                life, policy, scores = resume(run, shell) or begin(run), None, {}
             # Supervised steps alone have recorded the score, and RL may go on from them.
             is_recorded = not math.isnan(life.eval_before)
             if life.step == cfg.warm_start.steps and not life.began and (cfg.steps or not is_recorded):
@@ -95,7 +105,7 @@ def train(cfg: RunConfig, must_resume: bool = False, ends_process: bool = False)
                         life, policy, scores = start_rl(run, shell, life)
                         metrics |= scores
                 else:
-                    policy = policy or first_policy(run, life.state)
+                    policy = policy or first_policy(run, shell, life.state)
                     try:
                         step = rl_step(run, shell, life, policy, partial(stops_alone, stopping, life.step))
                     except GivenUp:
@@ -127,14 +137,6 @@ def train(cfg: RunConfig, must_resume: bool = False, ends_process: bool = False)
             return Result(measure.removeprefix("eval/"), life.eval_before, after, Path(cfg.run_dir).resolve())
 
 
-def what_cannot_train(cfg: RunConfig, task: Task | None) -> list[str]:
-    """What sampling and evaluation can do and training cannot, in words."""
-    found, steps = run_config.training_problems(cfg), cfg.warm_start.steps
-    if steps and task is not None and not task.has_targets:
-        found.append(f"task.response: got nothing, want the right response: warm_start.steps is {steps}")
-    return found
-
-
 def with_rates(metrics: dict[str, float], shell: Shell) -> dict[str, float]:
     """The step's metrics with its times, its compilations and the sampler's tokens a second."""
     times = shell.timers.take()
@@ -151,7 +153,8 @@ def warm_step(run: Run, shell: Shell, life: Life) -> tuple[Life, dict[str, float
     """One supervised update on noisy answers, and what ends the run, if anything does."""
     cfg = run.cfg.warm_start
     places = range(life.step * cfg.rows, (life.step + 1) * cfg.rows)
-    with shell.timers("update"):
+    doing = shell.recorder.during("updating", first="compiling the update of the warm start")
+    with shell.timers("update"), doing:
         rows = noisy_rows(run.task, run.warm_order, places, cfg.noise, run.cfg.seed)
         batch, _ = make_batch(supervised_sequences(run, rows), run.shapes.warm_start, run.task.pad)
         state, metrics = run.warm_update(life.state, run.put_batch(batch))
@@ -169,7 +172,7 @@ def start_rl(run: Run, shell: Shell, life: Life) -> tuple[Life, Policy, dict[str
     if run.cfg.steps:
         state = fresh_state(run, life.state.params, int(life.state.step), began=True)
         reference = start_reference(run, state.params) if run.cfg.objective.has_reference else None
-    policy = first_policy(run, state)
+    policy = first_policy(run, shell, state)
     scores = score_held_out(run, shell, dataclasses.replace(life, state=state), policy)
     told = [f"{scores[name]:.4f} {name.removeprefix('eval/')}" for name in scores if name.startswith(ACCURACIES)]
     shell.recorder.message(f"held-out accuracy before RL: {', '.join(told) or 'not known'}")
@@ -180,7 +183,8 @@ def start_rl(run: Run, shell: Shell, life: Life) -> tuple[Life, Policy, dict[str
 
 def score_held_out(run: Run, shell: Shell, life: Life, policy: Policy) -> dict[str, Any]:
     """The evaluation's numbers, with a warning where nobody could grade it."""
-    scores = evaluate(run, life.state.params, policy, shell.pool)
+    with shell.recorder.evaluating(f"evaluating {len(run.task.held_out)} held-out prompts"):
+        scores = evaluate(run, life.state.params, policy, shell.pool)
     if scores.get("eval/left_out") != len(run.task.held_out):
         return scores
     warning = f"no held-out prompt could be graded; the first failure: {shell.pool.first_failure or 'on another host'}"
@@ -188,11 +192,12 @@ def score_held_out(run: Run, shell: Shell, life: Life, policy: Policy) -> dict[s
     return scores | {"warnings": [warning]}
 
 
-def first_policy(run: Run, state: TrainState) -> Policy:
+def first_policy(run: Run, shell: Shell, state: TrainState) -> Policy:
     """Published, and all compiled that sampling and evaluation can come to need, whatever lengths they meet."""
-    policy = publish(run, state, None)
-    for num in {run.cfg.rollout.prompts, len(run.task.held_out)}:
-        run.engine.warm(policy, num)
+    with shell.recorder.during("compiling what samples"):
+        policy = publish(run, state, None)
+        for num in {run.cfg.rollout.prompts, len(run.task.held_out)}:
+            run.engine.warm(policy, num)
     return policy
 
 
@@ -212,14 +217,15 @@ def rl_step(run: Run, shell: Shell, life: Life, policy: Policy, give_up: Callabl
     rng = np.random.default_rng((cfg.seed, life.step))
     version = int(life.state.step)
     prompts, cursor = next_prompts(run.task, run.order, life.cursor, cfg.rollout.prompts)
-    rollouts, graded, stats, waited = collect(run, shell.pool, policy, prompts, run.task.train, run.key, give_up)
+    with shell.recorder.during("sampling", first="sampling the first responses"):
+        rollouts, graded, stats, waited = collect(run, shell.pool, policy, prompts, run.task.train, run.key, give_up)
     timers.add("generate", stats.seconds)
     timers.add("reward", waited)
     keep = run.keep(graded.reward)
     parts = np.moveaxis(graded.parts, 0, -1).reshape(len(rollouts.length), -1)
     fresh = Experience(rollouts, graded.reward.reshape(-1), parts.astype(np.float32))
     replay, experience, counts = fill(life.replay, fresh, keep, version, cfg.experience.replay, rng)
-    with timers("update"):
+    with timers("update"), shell.recorder.during("updating", first="compiling the update"):
         learned = learn(run, life, experience, counts, rng)
         state = learned.state
     with timers("publish"):
@@ -228,12 +234,13 @@ def rl_step(run: Run, shell: Shell, life: Life, policy: Policy, give_up: Callabl
     reference = refresh(cfg.objective.reference, life.reference, trained_policy(run, state.params), done)
     advantage = np.where(np.repeat(keep, cfg.rollout.samples)[:, None], learned.advantage, 0.0)
     show(run, shell, life.step + 1, fresh, advantage)
+    with shell.recorder.during("measuring", first="measuring what this machine can do"):
+        rates = describe_updates(run, learned.flops, learned.seconds) | describe_engine(stats, decode_rates(run))
     metrics = {
         "phase": "rl",
         **describe(cfg, graded, rollouts, keep, counts),
         **learned.metrics,
-        **describe_updates(run, learned.flops, learned.seconds),
-        **describe_engine(stats, decode_rates(run)),
+        **rates,
     }
     num_tokens = life.num_tokens + int(metrics["completions/tokens"])
     life = dataclasses.replace(
@@ -280,19 +287,22 @@ def open_shell(cfg: RunConfig) -> Iterator[Shell]:
                 prepare_run_directory(run_dir)
                 check_lock = stack.enter_context(RunLock(run_dir)).check
                 claim(run_dir, cfg, checkpoints)
-            recorder = stack.enter_context(Recorder(run_dir, cfg.metrics, cfg.total_steps, active=leader))
+            recorder = stack.enter_context(
+                Recorder(run_dir, cfg.metrics, cfg.total_steps, leader, cfg.evaluations_after)
+            )
         except OSError as error:
             raise UserError(
                 f"run_dir: {error.filename or run_dir} cannot be read or written: {error.strerror}"
             ) from error
         pool = stack.enter_context(GraderPool(cfg.reward))
-        stack.callback(checkpoints.close)
+        stack.callback(close, recorder, checkpoints)
         yield Shell(pool, checkpoints, recorder, Timers(), CompileCounter(), check_lock)
 
 
 def resume(run: Run, shell: Shell) -> Life | None:
     """The newest life in the run directory; None in a fresh one."""
-    restored = shell.checkpoints.restore(partial(target, run))
+    with shell.recorder.during("reading the newest checkpoint"):
+        restored = shell.checkpoints.restore(partial(target, run))
     if restored is None:
         return None
     shell.recorder.truncate(restored.meta["offsets"])
@@ -311,7 +321,8 @@ def save(run: Run, shell: Shell, life: Life) -> None:
     """Start to save. A life whose updates are not finite pushes no older step out; one that is not finite itself ends the run."""
     try:
         meta = {"offsets": shell.recorder.offsets(), "began": life.began, "task": run.task.fingerprint}
-        shell.checkpoints.save(life.step, life.tree(run.key), meta, prune=life.guards.nonfinite == 0)
+        with shell.recorder.during(f"saving step {life.step}"):
+            shell.checkpoints.save(life.step, life.tree(run.key), meta, prune=life.guards.nonfinite == 0)
     except OSError as error:
         shell.checkpoints.give_up(life.step, error)
     except NonFiniteError as error:
@@ -320,15 +331,25 @@ def save(run: Run, shell: Shell, life: Life) -> None:
 
 def secure(run: Run, shell: Shell, life: Life) -> None:
     """Return when this life is on disk. Raises CheckpointError where it cannot be saved."""
-    shell.checkpoints.wait()
+    wait(shell)
     if not shell.checkpoints.has(life.step):
         save(run, shell, life)
-        shell.checkpoints.wait()
+        wait(shell)
         if not shell.checkpoints.has(life.step):
             kept = shell.checkpoints.steps()
             raise CheckpointError(
                 f"{run.cfg.run_dir}: step {life.step} could not be saved, the reason is above; steps {kept} are kept"
             )
+
+
+def close(recorder: Recorder, checkpoints: Checkpoints) -> None:
+    with recorder.during("saving"):
+        checkpoints.close()
+
+
+def wait(shell: Shell) -> None:
+    with shell.recorder.during("saving"):
+        shell.checkpoints.wait()
 
 
 def leave(run: Run, shell: Shell, life: Life, why: str, when: str = "") -> NoReturn:

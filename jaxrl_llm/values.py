@@ -97,6 +97,18 @@ def truths(value: Any, root: type, path: tuple[str, ...] = ()) -> Iterator[tuple
         yield from truths(part, root, (*path, str(name)))
 
 
+def numbers(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int | float]]:
+    """Every number of a section and its parts, by path; what is free in form (dicts) is left out."""
+    if dataclasses.is_dataclass(value):
+        for f in dataclasses.fields(value):
+            yield from numbers(getattr(value, f.name), (*path, f.name))
+    elif isinstance(value, tuple | list):
+        for i, part in enumerate(value):
+            yield from numbers(part, (*path, str(i)))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path, value
+
+
 def sections(annotation: Any) -> list[type]:
     """The dataclasses among the types that a value may have."""
     return [a for a in alternatives(annotation) if dataclasses.is_dataclass(a)]

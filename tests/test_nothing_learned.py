@@ -88,8 +88,10 @@ def test_one_sample_per_prompt_teaches_without_a_group(run, preset):
 
 
 @pytest.mark.slow
-def test_the_score_before_rl_is_on_the_last_line_before_it(run, tmp_path):
-    """Of a run of supervised steps alone too, which RL goes on with: one row for each step."""
+def test_the_score_before_rl_is_on_the_last_line_before_it(run, tmp_path, monkeypatch, capsys):
+    """Of a run of supervised steps alone too, which RL goes on with: one row for each step. What lasts is said meanwhile."""
+    monkeypatch.setattr("jaxrl_llm.screen.TICK", 0.002)
+    monkeypatch.setattr("jaxrl_llm.screen.PRINTED_AFTER", 0.0)
     warm_start = {"steps": 2, "rows": 8}
     assert [row["step"] for row in run("odd", expect=0, steps=0, warm_start=warm_start)] == [1, 2]
     rows = run("odd", expect=0, steps=1, warm_start=warm_start)
@@ -101,6 +103,17 @@ def test_the_score_before_rl_is_on_the_last_line_before_it(run, tmp_path):
     assert {n for n in rows[1] if n.startswith("eval/")} == {n for n in rows[2] if n.startswith("eval/")}
     assert rows[1]["eval/exact"] != rows[2]["eval/exact"]
     assert cli.main(["report", str(tmp_path / "run")]) == 0
+    said, places = capsys.readouterr().out.split("going on from step 2"), []
+    for words in (
+        "making the model",
+        "compiling the update of the warm start",
+        "compiling what samples",
+        "evaluating 8 held-out prompts",
+    ):
+        assert f"{words} ...\n" in said[0], said[0]
+        places.append(said[0].index(words))
+    assert places == sorted(places)
+    assert "compiling the update ...\n" in said[1] and "evaluating 8 held-out prompts ...\n" in said[1]
     page = (tmp_path / "run" / "report.html").read_text()
     training = page[page.index("Training") : page.index("Warm start")]
     assert f"step 2\neval/exact {rows[1]['eval/exact']:.4g}" in training, "its curve begins there"

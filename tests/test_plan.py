@@ -15,7 +15,7 @@ from jaxrl_llm.experience.batch import Sequences, make_batch, minibatches
 from jaxrl_llm.life import trained_policy
 from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.parallel.hlo import Module
-from jaxrl_llm.plan import advice, command, memory, predict, show, sweep, traffic
+from jaxrl_llm.plan import advice, command, fit, memory, predict, show, sweep, traffic
 from jaxrl_llm.plan.command import Target
 from jaxrl_llm.plan.memory import Phase
 from jaxrl_llm.plan.programs import Job, Program, make_job, with_micro_batches
@@ -410,3 +410,8 @@ def test_plan_for_this_machine(capsys, tmp_path):
         assert sum(phase["parts"].values()) == phase["total"]
     assert found["peak"]["bytes"] == max(phase["total"] for phase in found["phases"]) > 16 * PARAMS
     assert found["predicted"] is None and found["update_flops"] == FLOPS
+    # What `jaxrl train` refuses by is less than what the compiler needs.
+    cfg = validate(VALUES, "test")
+    job = make_job(cfg, cfg.model, 7, command.devices_of(Target(chips=1))[0])
+    least = {phase.name: phase.total for phase in fit.needs(job, held_out=1, trains=True, sharing=0)}
+    assert all(0 < least[phase["name"]] <= phase["total"] for phase in found["phases"])

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from pydantic import ConfigDict, Field
+
+from jaxrl_llm.parallel.config import divisors
 
 Count = Annotated[int, Gt(0)]
 Positive = Annotated[float, Gt(0)]
@@ -62,7 +64,7 @@ class ModelConfig:
 
     vocab_size: Count = 16
     """V, rows of the embedding. At least the tokenizer's size; the surplus is never drawn."""
-    layers: Count = 2
+    layers: Annotated[int, Gt(0), Le(1000)] = 2
     d_model: Count = 64
     heads: Count = 4
     """N, query heads."""
@@ -135,7 +137,7 @@ class ModelConfig:
         for axis, shards, name in split:
             size = getattr(self, name)
             if size % shards or shards > max(size, 1):
-                works = ", ".join(str(d) for d in range(1, size + 1) if size % d == 0) or 1
+                works = ", ".join(map(str, divisors(size))) or 1
                 found.append(f"mesh.{axis}: got {shards}, want a divisor of model.{name} ({size}): {works}")
         return found
 

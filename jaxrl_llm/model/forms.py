@@ -8,7 +8,7 @@
 A query that sees no key, which padding alone is, gives numbers that mean nothing and differ from form to form.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import jax
@@ -46,26 +46,41 @@ def choose(name: str, slots: int, cfg: ModelConfig, layout: Layout) -> str:
         if platform == "tpu":
             return "splash" if slots >= BLOCKS_FROM["other"] and slots % LANES == 0 else "plain"
         return "blocks" if slots >= BLOCKS_FROM.get(platform, BLOCKS_FROM["other"]) else "plain"
-    if name == "splash" and slots % LANES:
-        raise UserError(
-            f"update.attention: got splash for rows of {slots} slots, want a multiple of {LANES}, or blocks"
-        )
-    if name == "cudnn":
-        _check_cudnn(platform, cfg)
+    if found := _misfits(name, slots, platform, cfg):
+        raise UserError("\n".join(found))
     return name
+
+
+def problems(name: str, slots: Iterable[int], platform: str, cfg: ModelConfig) -> list[str]:
+    """What stands against this form in runs, for rows of these sizes on such devices, in words."""
+    found = {text: None for n in sorted(set(slots)) for text in _misfits(name, n, platform, cfg)}
+    if name == "splash" and platform != "tpu":
+        # Interpreted it gives the same numbers, a thousand times slower: for tests.
+        return [f"update.attention: got splash on {platform}, want a TPU; blocks runs everywhere", *found]
+    return list(found)
 
 
 def _platform(layout: Layout) -> str:
     return layout.mesh.devices.flat[0].platform
 
 
-def _check_cudnn(platform: str, cfg: ModelConfig) -> None:
+def _misfits(name: str, slots: int, platform: str, cfg: ModelConfig) -> list[str]:
+    found = []
+    if name == "splash" and slots % LANES:
+        found.append(f"update.attention: got splash for rows of {slots} slots, want a multiple of {LANES}, or blocks")
+    if name != "cudnn":
+        return found
     if platform not in ("gpu", "cuda"):
-        raise UserError(f"update.attention: got cudnn on {platform}, want an NVIDIA GPU; blocks runs everywhere")
+        found.append(f"update.attention: got cudnn on {platform}, want an NVIDIA GPU; blocks runs everywhere")
     if cfg.compute != "bfloat16":
-        raise UserError(f"update.attention: got cudnn with {cfg.compute}, want model.compute bfloat16, or blocks")
+        found.append(f"update.attention: got cudnn with {cfg.compute}, want model.compute bfloat16, or blocks")
+    if cfg.head_dim % 8 or cfg.head_dim > 256:
+        found.append(
+            f"update.attention: got cudnn with model.head_dim {cfg.head_dim}, want a multiple of 8 up to 256, or blocks"
+        )
     if cfg.attention_softcap is not None:
-        raise UserError("update.attention: got cudnn for a model with a soft cap on its scores, want blocks")
+        found.append("update.attention: got cudnn for a model with a soft cap on its scores, want blocks")
+    return found
 
 
 def mixer(

@@ -136,11 +136,11 @@ def quantised_specs(tree: PyTree, cfg: ModelConfig) -> PyTree:
     return map_matrices(matrix, lambda spec: spec, tree, cfg)
 
 
-def problems(cfg: ModelConfig, weights: str) -> list[str]:
-    """What stands against a policy with such weights, in words: on the devices that JAX sees."""
+def problems(cfg: ModelConfig, weights: str, device: jax.Device) -> list[str]:
+    """What stands against a policy with such weights on such a device, in words."""
     if weights == "compute":
         return []
-    found, device = [], jax.devices()[0]
+    found = []
     if cfg.experts:
         found.append(f"rollout.engine.weights: got {weights}, want compute for a model with experts ({cfg.experts})")
     if weights == "fp8" and not _multiplies_fp8(device):

@@ -65,6 +65,12 @@ def attention_pairs(cfg: ModelConfig, position: Int[np.ndarray, "R T"], real: Bo
     return sum(int(np.minimum(seen, reach).sum()) for reach in reaches(cfg))
 
 
+def causal_pairs(cfg: ModelConfig, length: int) -> int:
+    """`attention_pairs` of one sequence of so many tokens: 1 + 2 + ... up to a layer's reach, and the reach from there on."""
+    short = [min(length, reach) for reach in reaches(cfg)]
+    return sum(n * (n + 1) // 2 + (length - n) * n for n in short)
+
+
 class Seen(NamedTuple):
     """What an update's FLOPs depend on."""
 

@@ -1,7 +1,7 @@
 """The shape of the mesh, as a person writes it."""
 
 from dataclasses import dataclass
-from math import prod
+from math import isqrt, prod
 from typing import Annotated
 
 from pydantic import AfterValidator, ConfigDict
@@ -63,4 +63,5 @@ def _does_not_fit(sizes: tuple[int, ...], fixed: int, num_devices: int) -> str:
 
 
 def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d < n]

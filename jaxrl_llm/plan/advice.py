@@ -89,7 +89,7 @@ def _possible(job: Job) -> Iterator[tuple[Overrides, Job]]:
     devices = list(job.train.mesh.devices.flat)
     for change in changes(job):
         cfg = changed(job.cfg, change)
-        if not problems(cfg, job.model, job.prompt_slots, len(devices)):
+        if not problems(cfg, job.model, job.prompt_slots, devices):
             yield change, make_job(cfg, job.model, job.prompt_slots, devices)
 
 

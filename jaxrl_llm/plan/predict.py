@@ -13,16 +13,16 @@ from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.work import (
     Seen,
     TrainFlops,
+    Work,
     adapters_of,
-    attention_pairs,
+    causal_pairs,
     decode_step,
     forward_flops,
     held,
-    seen,
     train_flops,
     weight_bytes,
 )
-from jaxrl_llm.plan.programs import Job, Program, longest_group
+from jaxrl_llm.plan.programs import Job, Program
 from jaxrl_llm.run import learner_specs_of
 
 
@@ -81,12 +81,15 @@ def rollout_time(job: Job, chip: Chip, programs: dict[str, Program] | None) -> T
     each, steps = job.engine.sizes.each, cfg.max_new_tokens
     shards = layout.size("rows") * layout.size("heads")
     size = np.dtype(model.compute).itemsize
-    full, middle = np.full(units, job.prompt_slots - 1), np.full(units, steps // 2)
-    work = decode_step(model, full, middle, each, job.engine.programs.caching.form.number_bytes(model))
+    full, middle = np.array([job.prompt_slots - 1]), np.array([steps // 2])
+    of_unit = decode_step(model, full, middle, each, job.engine.programs.caching.form.number_bytes(model))
+    work = Work(units * of_unit.bytes, units * of_unit.flops)
     weights = weight_bytes(job.policy.params, model)
-    position = np.arange(job.prompt_slots)[None]
-    pairs = prompts * attention_pairs(model, position, np.ones(position.shape, bool))
-    reading = forward_flops(model, pairs, prompts * job.prompt_slots, 0) / shards / chip.flops
+    reading = (
+        forward_flops(model, prompts * causal_pairs(model, job.prompt_slots), prompts * job.prompt_slots, 0)
+        / shards
+        / chip.flops
+    )
     decode = Time(work.flops / shards / chip.flops, (weights + work.bytes / shards) / chip.hbm, 0.0)
     if programs is None:
         rows = units * each // layout.size("rows")
@@ -151,9 +154,18 @@ def _update_traffic(job: Job, whole: int) -> float:
 
 
 def update_seen(job: Job) -> Seen:
-    """In one update, every response at its full length."""
-    groups = job.cfg.rollout.prompts // job.cfg.update.minibatches
-    return Seen(*(groups * n for n in seen(job.model, longest_group(job))))
+    """In one update, every response at its full length; of the loss dpo a pair of each group."""
+    cfg, prompt, own = job.cfg, job.prompt_slots, job.cfg.rollout.max_new_tokens
+    groups, packing = cfg.rollout.prompts // cfg.update.minibatches, cfg.update.packing
+    samples = 2 if cfg.objective.loss.kind == "dpo" else cfg.rollout.samples
+    together = 1
+    if packing.kind == "shared_prefix":
+        together = min(samples, (packing.slots - prompt) // own) if packing.slots else samples
+    # A prompt stands once for so many of its responses.
+    times = -(-samples // together)
+    of_prompt = causal_pairs(job.model, prompt)
+    pairs = times * of_prompt + samples * (causal_pairs(job.model, prompt + own) - of_prompt)
+    return Seen(groups * pairs, groups * (times * prompt + samples * own), groups * samples * own)
 
 
 def update_flops(job: Job) -> TrainFlops:

@@ -12,14 +12,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxrl_llm import config as run_config
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience.batch import make_batch, supervised
-from jaxrl_llm.experience.packing import shape_of
-from jaxrl_llm.model import lora, quantised
+from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig, Whole
 from jaxrl_llm.model.head import ACCELERATOR
@@ -35,13 +32,14 @@ from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.run import (
     correction_of,
+    device_problems,
     learner_specs_of,
     optimizer_of,
-    packing_problems,
     scores_proximal,
     shapes_of,
-    vocabulary_problems,
 )
+from jaxrl_llm.screen import saying
+from jaxrl_llm.sources import packing_problems, vocabulary_problems
 from jaxrl_llm.types import Batch, Policy, PyTree, TrainState
 from jaxrl_llm.update.optimizer.state import abstract_state
 from jaxrl_llm.update.optimizer.transform import make_optimizer
@@ -99,12 +97,12 @@ class Program(NamedTuple):
         return self.arguments + self.outputs - self.aliased
 
 
-def problems(cfg: RunConfig, model: ModelConfig, prompt_slots: int, num_devices: int) -> list[str]:
-    """What cannot work on so many devices, in words."""
+def problems(cfg: RunConfig, model: ModelConfig, prompt_slots: int, devices: Sequence[jax.Device]) -> list[str]:
+    """What cannot work on these devices, in words."""
     whole = dataclasses.replace(cfg, model=model)
     return (
-        run_config.problems(whole, num_devices)
-        + quantised.problems(model, cfg.rollout.engine.weights)
+        run_config.problems(whole, len(devices))
+        + device_problems(cfg, model, prompt_slots, devices)
         + lora.problems(model, cfg.lora)
         + vocabulary_problems(model, vocabulary(cfg, model).size)
         + packing_problems(cfg, prompt_slots)
@@ -121,8 +119,13 @@ def vocabulary(cfg: RunConfig, model: ModelConfig) -> Vocabulary:
 
 def make_job(cfg: RunConfig, model: ModelConfig, prompt_slots: int, devices: Sequence[jax.Device]) -> Job:
     """Raises UserError with everything that does not fit together."""
-    if found := problems(cfg, model, prompt_slots, len(devices)):
+    if found := problems(cfg, model, prompt_slots, devices):
         raise UserError("\n".join(found))
+    return describe(cfg, model, prompt_slots, devices)
+
+
+def describe(cfg: RunConfig, model: ModelConfig, prompt_slots: int, devices: Sequence[jax.Device]) -> Job:
+    """Of a config that `problems` has nothing against."""
     train = Layout(make_mesh(resolve(cfg.mesh, len(devices))[0], list(devices)), TRAIN)
     decode = train.for_decode(cfg.rollout.engine.layout)
     engine = Engine(cfg.rollout, prompt_slots, vocabulary(cfg, model), model, decode)
@@ -178,19 +181,6 @@ def abstract_batch(cfg: RunConfig, prompt_slots: int, support: int, train: Layou
     )  # fmt: skip
 
 
-def longest_group(job: Job) -> Batch:
-    """The batch of one group, on the host, every response at its full length; of the loss dpo's pair what else there is is left
-    out, as in training."""
-    rollout, update = job.cfg.rollout, job.cfg.update
-    samples, sizes = rollout.samples, (job.prompt_slots, rollout.max_new_tokens)
-    tokens = [np.zeros((samples, size), np.int32) for size in sizes]
-    lengths = [np.full(samples, size, np.int32) for size in sizes]
-    group = supervised(tokens[0], lengths[0], tokens[1], lengths[1])
-    taught = np.arange(samples) < (2 if job.cfg.objective.loss.kind == "dpo" else samples)
-    group = group._replace(group=np.zeros(samples, np.int32), learn=group.learn & taught[:, None])
-    return make_batch(group, shape_of(update.packing.kind, 1, samples, sizes, update.packing.slots, 1, 1), 0)[0]
-
-
 def lowerings(job: Job) -> dict[str, Lower]:
     """The programs that a step holds most memory in, each a function that traces it."""
     cfg, model = job.cfg, job.model
@@ -220,7 +210,7 @@ def compile_all(job: Job) -> dict[str, Program]:
     lowered = {name: lower() for name, lower in lowerings(job).items()}
     # Those that take longest first.
     order = sorted(lowered, key=("segment", "update", "prefill", "publish", "grow").index)
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with saying(f"compiling {', '.join(order)}"), ThreadPoolExecutor(os.cpu_count()) as threads:
         found = threads.map(lambda name: compile_one(lowered[name], turns_of(job, name)), order)
         return dict(zip(order, found, strict=True))
 

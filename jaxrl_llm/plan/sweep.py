@@ -115,7 +115,7 @@ def forms_of(
     found, job, others = [], None, 0
     for parts in micro_batches(cfg, mesh):
         form = changed(cfg, axes | {"update.micro_batches": parts})
-        if problems(form, model, slots, len(devices)):
+        if problems(form, model, slots, devices):
             continue
         if job is None:
             job = make_job(form, model, slots, devices)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
@@ -77,7 +77,8 @@ class ArithmeticTask:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["arithmetic"] = "arithmetic"
-    terms: Annotated[int, Ge(2)] = 3
+    terms: Annotated[int, Ge(2), Le(6)] = 3
+    """Six have a million sums, all of which are written down."""
     held_out: Annotated[int, Ge(1)] = 128
     """Prompts kept for evaluation, drawn with the run's seed; never trained on."""
 
@@ -126,9 +127,9 @@ class ReasoningGymTask:
     kind: Literal["reasoning_gym"] = "reasoning_gym"
     config: dict[str, Any] = field(default_factory=dict)
     """The dataset's own settings, e.g. max_terms: 4."""
-    size: Annotated[int, Ge(1)] = 2000
+    size: Annotated[int, Ge(1), Le(10**6)] = 2000
     """Entries drawn for training."""
-    held_out: Annotated[int, Ge(1)] = 128
+    held_out: Annotated[int, Ge(1), Le(10**6)] = 128
     """Entries drawn for evaluation; no prompt of theirs is trained on."""
     prompt: Template = "{question}"
     response: Template = ""

@@ -19,8 +19,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from jaxrl_llm.errors import UserError, in_words
-from jaxrl_llm.metrics import METRICS, ROLLOUTS, printable
+from jaxrl_llm.metrics import METRICS, ROLLOUTS
 from jaxrl_llm.report.records import Reader, metrics_row, rollouts_row
+from jaxrl_llm.terminal import printable, printable_lines
 
 log = logging.getLogger("jaxrl_llm.report")
 CONFIG = "config.yaml"
@@ -147,9 +148,9 @@ def _page(run_dir: Path) -> tuple[str, list[str]]:
         facts=_facts(phases["Training"]),
         told=told,
         sections=[(title, draw_charts(part)) for title, part in phases.items() if part],
-        warnings=[(row["step"], _lines(text)) for row in rows for text in row.get("warnings") or ()],
+        warnings=[(row["step"], printable_lines(text)) for row in rows for text in row.get("warnings") or ()],
         steps=steps,
-        config=_lines(config.read_text(encoding="utf-8", errors="replace")) if config.is_file() else None,
+        config=printable_lines(config.read_text(encoding="utf-8", errors="replace")) if config.is_file() else None,
         frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM, "top": TOP},
         faintest=FAINTEST_LOGPROB,
     )
@@ -328,7 +329,7 @@ def _last_steps(rows: Iterable[Row]) -> list[dict[str, Any]]:
     for step, rows in sorted(kept.items(), reverse=True):
         groups: dict[Any, dict[str, Any]] = {}
         for row in rows[:ROWS]:
-            group = groups.setdefault(row.get("uid"), {"prompt": _lines(row.get("prompt", "")), "samples": []})
+            group = groups.setdefault(row.get("uid"), {"prompt": printable_lines(row.get("prompt", "")), "samples": []})
             group["samples"].append(_sample(row))
         steps.append({"step": step, "groups": list(groups.values()), "left_out": len(rows[ROWS:])})
     return steps
@@ -361,8 +362,3 @@ def _token(text: str, logprob: float | None, entropy: float | None) -> Token:
         title.append(f"entropy {entropy:.3f}")
     level = "none" if logprob is None else str(min(9, max(0, round(9 * logprob / FAINTEST_LOGPROB))))
     return Token("↵\n".join(map(printable, text.split("\n"))), level, "\n".join(title))
-
-
-def _lines(text: str) -> str:
-    """Return `text` with its line breaks kept and every other invisible character escaped."""
-    return "\n".join(map(printable, text.split("\n")))

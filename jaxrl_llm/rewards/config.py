@@ -48,7 +48,7 @@ class RewardConfig:
 
     graders: Annotated[tuple[GraderConfig, ...], MinLen(1)] = (GraderConfig("exact_match"),)
     """One or more, with different names."""
-    workers: Annotated[int, Ge(1)] = 2
+    workers: Annotated[int, Ge(1), Le(1024)] = 2
     """Processes that grade at the same time, each with one thread for numerical libraries."""
     deadline_s: Annotated[float, Gt(0), Le(86_400)] = 10.0
     """Wall-clock seconds for one group: all its samples by all graders. Past it the worker is killed and the group fails."""

@@ -21,6 +21,7 @@ from jaxrl_llm.model.cache import PromptCache, choose_form, reaches
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.work import Work, decode_step, weight_bytes
 from jaxrl_llm.parallel import hosts
+from jaxrl_llm.parallel.config import divisors
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.rollout.decode import Record, Segment, Shape, Units
@@ -106,7 +107,7 @@ def first_window(cfg: RolloutConfig, model: ModelConfig, layout: Layout) -> int:
         return 128
     rows = min(cfg.engine.in_flight or cfg.prompts, cfg.prompts) * cfg.samples
     slot = 2 * rows * model.kv_heads * model.head_dim * np.dtype(np.float32).itemsize
-    return max(32, 1 << (CPU_CACHE // slot).bit_length() - 1)
+    return 1 << max(CPU_CACHE // slot, 32).bit_length() - 1
 
 
 class Engine:
@@ -121,7 +122,7 @@ class Engine:
         window = cfg.engine.window or first_window(cfg, model, layout)
         self.sizes = Sizes.of(cfg, window, prompt_slots, max(reaches(model)), layout.size("rows"))
         most = min(cfg.engine.eos_interval, steps, self.sizes.windows[0])
-        interval = max(n for n in range(1, most + 1) if steps % n == 0)
+        interval = max(n for n in divisors(steps) if n <= most)
         self.shape = Shape(steps, interval, cfg.support_of(vocab.size), cfg.raw_logprobs)
         form = choose_form(cfg.engine.attention, cfg.engine.cache, model, layout)
         caching = Caching(prompt_slots, cfg.engine.prefill_chunk, form)

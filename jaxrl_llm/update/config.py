@@ -306,7 +306,7 @@ class UpdateConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    epochs: Count = 1
+    epochs: Annotated[int, Ge(1), Le(1000)] = 1
     minibatches: Count = 1
     """Updates an epoch. Rows stay in groups; their order is drawn anew each epoch."""
     micro_batches: Count = 1

@@ -148,12 +148,12 @@ def test_what_cannot_be_quantised_is_refused_by_name(monkeypatch):
     class Device:
         platform, device_kind, compute_capability = "gpu", "H200", "9.0"
 
-    assert quantised.problems(SMALL, "int8") == quantised.problems(FAMILIES["qwen3-moe"], "compute") == []
-    (experts,) = quantised.problems(FAMILIES["qwen3-moe"], "int8")
+    here = jax.devices()[0]
+    assert quantised.problems(SMALL, "int8", here) == quantised.problems(FAMILIES["qwen3-moe"], "compute", here) == []
+    (experts,) = quantised.problems(FAMILIES["qwen3-moe"], "int8", here)
     assert experts == "rollout.engine.weights: got int8, want compute for a model with experts (4)"
-    (cpu,) = quantised.problems(SMALL, "fp8")
+    (cpu,) = quantised.problems(SMALL, "fp8", here)
     assert cpu.startswith("rollout.engine.weights: got fp8 on cpu, want a GPU")
-    monkeypatch.setattr(jax, "devices", lambda: [Device()])
-    assert quantised.problems(SMALL, "fp8") == []
+    assert quantised.problems(SMALL, "fp8", Device()) == []
     monkeypatch.setattr(Device, "compute_capability", "8.0")
-    assert len(quantised.problems(SMALL, "fp8")) == 1
+    assert len(quantised.problems(SMALL, "fp8", Device())) == 1

@@ -252,7 +252,8 @@ def test_looks_come_at_whole_intervals(segment, interval, want):
 
 
 def test_the_first_window_of_a_cpu_fits_its_caches():
-    """M of the benchmarks: 64 rows x 4 heads x 64 numbers, keys and values in f32, are 128 KiB a slot; 4 MiB hold 32."""
+    """M of the benchmarks: 64 rows x 4 heads x 64 numbers, keys and values in f32, are 128 KiB a slot; 4 MiB hold 32. From 2,048
+    rows on a slot alone fills them, and then no longer fits."""
     m = dataclasses.replace(SMALL, heads=8, kv_heads=4, head_dim=64)
     at = lambda rows: first_window(RolloutConfig(prompts=rows // 8, samples=8), m, layouts()[1])  # noqa: E731
-    assert (at(64), at(8), at(512)) == (32, 256, 32)
+    assert (at(64), at(8), at(512), at(2048), at(2056)) == (32, 256, 32, 32, 32)

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, ConfigDict, Discriminator, Tag
 
 Count = Annotated[int, Ge(1)]
@@ -100,7 +100,7 @@ class Muon(_Steps):
 
     kind: Literal["muon"] = "muon"
     momentum: Beta = 0.95
-    iterations: Count = 5
+    iterations: Annotated[int, Ge(1), Le(100)] = 5
     """Of Newton and Schulz."""
     rms: Positive = 0.2
     b1: Beta = 0.9

@@ -1,0 +1,121 @@
+"""What a run reads before it starts: the model's numbers, task and tokenizer, graders; and what is wrong with them. Imports no jax,
+so that a wrong name is told at once.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from math import prod
+from typing import NamedTuple, TypeVar
+
+from jaxrl_llm import config as run_config
+from jaxrl_llm.config import RunConfig
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.hf.config import read_config
+from jaxrl_llm.model.hf.source import resolve
+from jaxrl_llm.prompts.task import Task, load_task
+from jaxrl_llm.prompts.tokenizer import load_tokenizer, stop_problems
+from jaxrl_llm.rewards.graders import problems as grader_problems
+
+Read = TypeVar("Read")
+
+
+class Sources(NamedTuple):
+    cfg: RunConfig
+    """With the model's own numbers, where they can be read."""
+    task: Task | None
+    missing: tuple[str, ...]
+    """Names and files that there are not, or that cannot be read, in words."""
+    misfits: tuple[str, ...]
+    """What does not go together."""
+
+    @property
+    def problems(self) -> list[str]:
+        return [*self.missing, *self.misfits]
+
+    def refuse(self) -> None:
+        """Raises UserError where something is missing, with all else that can be told without devices."""
+        if self.missing:
+            least = prod(n for n in self.cfg.mesh.sizes() if n > 0)
+            raise UserError("\n".join([*self.problems, *run_config.problems(self.cfg, least)]))
+
+
+def read_task(cfg: RunConfig) -> Task:
+    return load_task(cfg.task, load_tokenizer(cfg.tokenizer), cfg.seed)
+
+
+def read(cfg: RunConfig, trains: bool = False, read_task: Callable[[RunConfig], Task] = read_task) -> Sources:
+    """`trains`: what sampling and evaluation can do and training cannot counts too. `read_task`: where another task takes the place
+    of the config's."""
+    missing: list[str] = []
+    model = _or_words(missing, lambda: read_model(cfg))
+    task = _or_words(missing, lambda: read_task(cfg))
+    missing += grader_problems(cfg.reward)
+    whole = cfg if model is None else dataclasses.replace(cfg, model=model)
+    found = [] if task is None else task_problems(whole, task)
+    if trains:
+        found += run_config.training_problems(cfg)
+        if cfg.warm_start.steps and task is not None and not task.has_targets:
+            want = f"want the right response: warm_start.steps is {cfg.warm_start.steps}"
+            found.append(f"task.response: got nothing, {want}")
+    return Sources(whole, task, tuple(missing), tuple(found))
+
+
+def refuse_graders(cfg: RunConfig) -> None:
+    """Raises UserError where a grader is wrong: what can be told without reading a task."""
+    if found := grader_problems(cfg.reward):
+        raise UserError("\n".join(found))
+
+
+def _or_words(found: list[str], read: Callable[[], Read]) -> Read | None:
+    """What `read` returns; where it cannot, the reason is put into `found`, so that others can join it."""
+    try:
+        return read()
+    except UserError as error:
+        found.append(str(error))
+        return None
+
+
+def read_model(cfg: RunConfig) -> ModelConfig:
+    """The model's numbers; those of a pretrained one stand in its own config.json."""
+    if isinstance(cfg.model, ModelConfig):
+        return cfg.model
+    return read_config(resolve(cfg.model.path), cfg.model.compute)
+
+
+def task_problems(cfg: RunConfig, task: Task) -> list[str]:
+    """What does not fit between config and task. Of a model that cannot be read only its path is known."""
+    found = stop_problems(cfg.rollout.stop, task.tokenizer, cfg.rollout.max_new_tokens)
+    if isinstance(cfg.model, ModelConfig):
+        found += vocabulary_problems(cfg.model, task.num_tokens)
+    if cfg.rollout.max_new_tokens < task.target_slots:
+        found.append(
+            f"rollout.max_new_tokens: got {cfg.rollout.max_new_tokens}, want at least the {task.target_slots} tokens of the "
+            "longest right response"
+        )
+    return found + packing_problems(cfg, task.prompt_slots)
+
+
+def vocabulary_problems(model: ModelConfig, num_tokens: int) -> list[str]:
+    if model.vocab_size >= num_tokens:
+        return []
+    return [f"model.vocab_size: got {model.vocab_size}, want at least the tokenizer's {num_tokens}"]
+
+
+def packing_problems(cfg: RunConfig, prompt_slots: int) -> list[str]:
+    """Rows too short for what must lie in one, or longer than all of a minibatch."""
+    packing, rollout = cfg.update.packing, cfg.rollout
+    if packing.kind == "none" or not packing.slots:
+        return []
+    together = 2 if cfg.objective.loss.kind == "dpo" else 1
+    least = prompt_slots + together * rollout.max_new_tokens
+    if packing.slots < least:
+        what = "a pair of the loss dpo" if together == 2 else "one sequence"
+        return [f"update.packing.slots: got {packing.slots}, want 0 or at least the {least} of {what} at its longest"]
+    sequences = max(rollout.prompts // cfg.update.minibatches, 1) * rollout.samples
+    most = max(sequences * (prompt_slots + rollout.max_new_tokens), least)
+    if packing.slots > most:
+        return [
+            f"update.packing.slots: got {packing.slots}, want 0 or at most the {most} of all sequences of a minibatch"
+        ]
+    return []
