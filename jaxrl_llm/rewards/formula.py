@@ -1,0 +1,429 @@
+r"""LaTeX and plain formulas as people write final answers, read into a tree.
+
+A tree is a tuple: its kind, then its parts.
+
+    Unordered: ("list", items) and ("set", items). Ordered: ("bracket", opening, items, closing), ("matrix", rows), ("ratio", parts).
+    Statements: ("relation", signs, sides). Text: ("words", text).
+    Numbers: ("number", Fraction), ("symbol", name), ("constant", name), ("sum" | "difference" | "product" | "quotient" | "power" |
+    "plus_minus" | "minus_plus", a, b), ("negative" | "absolute" | "floor" | "ceiling" | "factorial" | "percent" | "degree", a),
+    ("root", n, a), ("binomial", n, k), ("log", a, base), ("base_of_log",), ("call", function, a).
+
+What it does not know it refuses: a formula that is read in part would be read as something else.
+"""
+
+import re
+from fractions import Fraction
+from typing import NoReturn
+
+from jaxrl_llm.rewards import tokens
+from jaxrl_llm.rewards.tokens import FUNCTIONS, GREEK, NAMED, RELATIONS
+
+MAX_DEPTH = 30
+MAX_HEIGHT = 150
+"""Of the tree, which grows with each term: what reads it calls itself."""
+MAX_EXPONENT = 10_000
+ZERO = ("number", Fraction(0))
+
+_NUMBER = re.compile(
+    r"(?P<base_digits>[0-9][0-9A-F]*)\s?_\s?(?:\{\s*(?P<base>[0-9]{1,2}|\\text\{\s*[a-z]+\s*\})\s*\}|(?P<one>[0-9]{1,2}))"
+    r"|(?P<digits>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:\\(?:overline|bar|dot)\s?\{(?P<repeated>[0-9]+)\})?"
+    r"(?:[eE](?P<exponent>[-+]?[0-9]+)(?![A-Za-z0-9]))?"
+)
+_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "twelve": 12}
+_BASES_OF_LOGS = {"log": ("base_of_log",), "ln": ("constant", "e"), "lg": ("number", Fraction(10))}
+_SCRIPT = re.compile(r"_\s?(?:\{\s*((?:\\text\{[^{}]*\}|[^{}])*?)\s*\}|\\text\{([^{}]*)\}|(\\?[A-Za-z]+|[0-9]))")
+_PLAIN_FRACTION = re.compile(r"\s?\\frac\s?(?:\{\s?([0-9]+)\s?\}|([0-9])(?=[\s{0-9]))\s?(?:\{\s?([0-9]+)\s?\}|([0-9]))")
+
+
+class Unreadable(ValueError):
+    """Not a formula that can be read; says why."""
+
+
+def read(text: str) -> tuple:
+    """The tree of an answer. Raises Unreadable."""
+    text = tokens.prepare(text)
+    if words := tokens.words(text):
+        return ("words", words)
+    if why := tokens.prose(text):
+        raise Unreadable(why)
+    reader = _Reader(text)
+    tree = reader.items()
+    if reader.rest():
+        reader.refuse()
+    if _height(tree) > MAX_HEIGHT:
+        raise Unreadable(f"got more than {MAX_HEIGHT} terms or factors")
+    return tree
+
+
+class _Reader:
+    """One pass from left to right; a method reads what it is named after and moves `at` behind it."""
+
+    def __init__(self, text: str):
+        self.text = text
+        self.at = 0
+        self.depth = 0
+        self.bars = 0
+
+    # Where we are.
+
+    def rest(self) -> str:
+        """The next character, spaces skipped; "" at the end."""
+        while self.at < len(self.text) and self.text[self.at].isspace():
+            self.at += 1
+        return self.text[self.at : self.at + 1]
+
+    def take(self, literal: str) -> bool:
+        self.rest()
+        found = self.text.startswith(literal, self.at)
+        # A command ends where its letters do.
+        if found and literal[-1].isalpha() and self.text[self.at + len(literal) : self.at + len(literal) + 1].isalpha():
+            return False
+        self.at += len(literal) * found
+        return found
+
+    def match(self, pattern: re.Pattern) -> re.Match | None:
+        found = pattern.match(self.text, self.at)
+        if found:
+            self.at = found.end()
+        return found
+
+    def expect(self, literal: str) -> None:
+        if not self.take(literal):
+            self.refuse(f"want {literal!r}")
+
+    def refuse(self, why: str = "") -> NoReturn:
+        found = self.text[self.at : self.at + 20] or "the end"
+        raise Unreadable(f"cannot be read from {found!r} on" + (f": {why}" if why else ""))
+
+    # From the loosest to the tightest binding.
+
+    def items(self) -> tuple:
+        """Several answers, or the one that there is."""
+        found = [self.relation()]
+        while self.separator():
+            found.append(self.relation())
+        return found[0] if len(found) == 1 else ("list", *found)
+
+    def separator(self) -> bool:
+        self.rest()
+        start = self.at
+        while (self.take(",") or self.take(";") or self.take(r"\cup") or self.take(r"\lor") or self.take(r"\vee")) or (
+            self.match(tokens.OR_AND)
+        ):
+            self.rest()
+        return self.at > start
+
+    def relation(self) -> tuple:
+        sides, signs = [self.ratio()], []
+        while sign := next((name for spelling, name in RELATIONS if self.take(spelling)), None):
+            signs.append(sign)
+            sides.append(self.ratio())
+        return ("relation", tuple(signs), tuple(sides)) if signs else sides[0]
+
+    def ratio(self) -> tuple:
+        parts = [self.sum()]
+        while self.take(":"):
+            parts.append(self.sum())
+        return parts[0] if len(parts) == 1 else ("ratio", *parts)
+
+    def sum(self) -> tuple:
+        signs = {"+": "sum", "-": "difference", r"\pm": "plus_minus", r"\mp": "minus_plus"}
+        result = None
+        while True:
+            kind = next((kind for sign, kind in signs.items() if self.take(sign)), None)
+            if result is not None and kind is None:
+                return result
+            term = self.product()
+            if result is not None:
+                result = (kind, result, term)
+            elif kind in ("plus_minus", "minus_plus"):
+                result = (kind, ZERO, term)
+            else:
+                result = ("negative", term) if kind == "difference" else term
+
+    def ahead(self, *literals: str) -> bool:
+        start = self.at
+        found = any(self.take(literal) for literal in literals)
+        self.at = start
+        return found
+
+    def product(self) -> tuple:
+        result = self.signed()
+        while True:
+            if self.take("*") or self.take(r"\cdot") or self.take(r"\times"):
+                result = ("product", result, self.signed())
+            elif self.take("/") or self.take(r"\div"):
+                result = ("quotient", result, self.signed())
+            elif unit := self.unit():
+                result = result if unit == "unit" else (unit, result)
+                if self.begins_factor() and self.rest() not in "(":
+                    self.refuse("a unit ends a number")
+            elif self.begins_factor():
+                if self.rest().isdigit() and self.text[: self.at].rstrip()[-1:].isdigit():
+                    self.refuse("two numbers without a sign between them")
+                result = ("product", result, self.power())
+            else:
+                return result
+
+    def signed(self) -> tuple:
+        negative = False
+        while self.rest() and self.text[self.at] in "+-":
+            negative ^= self.text[self.at] == "-"
+            self.at += 1
+        if not self.begins_factor():
+            self.refuse("want a number or a letter")
+        return ("negative", self.power()) if negative else self.power()
+
+    def begins_factor(self) -> bool:
+        following = self.rest()
+        if not following or following in ")]},;:=<>+-*/&%!^_'":
+            return False
+        if following == "|":
+            return not self.bars
+        if following == "\\":
+            return not self.ahead(*tokens.NO_FACTORS) and not tokens.OR_AND.match(self.text, self.at)
+        return not tokens.OR_AND.match(self.text, self.at)
+
+    def unit(self) -> str:
+        """Reads a unit, or what stands in the place of one; its kind, "" if there is none."""
+        self.rest()
+        if self.match(tokens.PERCENT):
+            return "percent"
+        if self.match(tokens.DEGREE):
+            return "degree"
+        return "unit" if self.match(tokens.UNITS) else ""
+
+    def power(self) -> tuple:
+        base = self.primary()
+        while True:
+            if self.match(tokens.DEGREE):
+                base = ("degree", base)
+            elif self.take("^"):
+                base = ("power", base, self.argument(whole_numbers=True))
+            elif self.rest() == "!" and not self.text.startswith("!=", self.at):
+                self.take("!")
+                base = ("factorial", base)
+            else:
+                return base
+
+    def argument(self, whole_numbers: bool = False) -> tuple:
+        r"""Of a command: a group, a command, or one character; "12" is two of them, in x^12 it is one."""
+        if self.take("{"):
+            return self.until("}")
+        if whole_numbers and self.take("-"):
+            return ("negative", self.argument(whole_numbers=True))
+        if self.rest().isdigit():
+            if whole_numbers:
+                return self.number()
+            self.at += 1
+            return ("number", Fraction(self.text[self.at - 1]))
+        return self.primary()
+
+    def until(self, end: str) -> tuple:
+        inner = self.items()
+        self.expect(end)
+        return inner
+
+    def primary(self) -> tuple:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise Unreadable(f"got more than {MAX_DEPTH} levels of brackets")
+        found = self.unguarded()
+        self.depth -= 1
+        return found
+
+    def unguarded(self) -> tuple:
+        following = self.rest()
+        if following.isdigit() or following == ".":
+            return self.number()
+        if following in ("(", "["):
+            return self.bracket()
+        if self.take("{"):
+            return self.until("}")
+        if self.take("|"):
+            return self.absolute("|")
+        if following == "\\":
+            return self.command()
+        if following.isalpha() and following.isascii():
+            return self.letters()
+        self.refuse()
+
+    def absolute(self, end: str) -> tuple:
+        self.bars += 1
+        inner = self.items()
+        self.expect(end)
+        self.bars -= 1
+        return ("absolute", inner)
+
+    def bracket(self) -> tuple:
+        """A tuple or an interval; in round brackets one number is that number."""
+        opening, bars = self.text[self.at], self.bars
+        self.at, self.bars = self.at + 1, 0
+        inner = self.items()
+        closing = self.rest()
+        if closing not in (")", "]"):
+            self.refuse("want a closing bracket")
+        self.at, self.bars = self.at + 1, bars
+        if inner[0] == "list":
+            return ("bracket", opening, inner[1:], closing)
+        if opening + closing == "()":
+            return inner
+        return ("bracket", opening, (inner,), closing)
+
+    def number(self) -> tuple:
+        found = self.match(_NUMBER)
+        if found is None:
+            self.refuse()
+        if found["base_digits"]:
+            return ("number", _in_base(found["base_digits"], found["base"] or found["one"]))
+        value = Fraction(found["digits"].rstrip(".") or "0")
+        if repeated := found["repeated"]:
+            places = len(found["digits"].partition(".")[2])
+            value += Fraction(int(repeated), 10**places * (10 ** len(repeated) - 1))
+        if power := found["exponent"]:
+            if len(power) > 7 or abs(int(power)) > MAX_EXPONENT:
+                raise Unreadable(f"got 10 to the power of {power[:20]}, want {MAX_EXPONENT} at most")
+            value *= Fraction(10) ** int(power)
+        elif found["digits"].isdigit() and (part := self.match(_PLAIN_FRACTION)):
+            top, bottom = (int(a or b) for a, b in (part.group(1, 2), part.group(3, 4)))
+            if not bottom:
+                raise Unreadable("division by zero")
+            value += Fraction(top, bottom)
+        elif self.text.startswith(".", self.at):
+            self.refuse("a number with two points")
+        return ("number", value)
+
+    def letters(self) -> tuple:
+        run = re.compile("[A-Za-z]+").match(self.text, self.at)[0]
+        if run in NAMED or run in FUNCTIONS or run == "sqrt" or (run in GREEK and len(run) > 3):
+            self.at += len(run)
+            return self.named(run)
+        if tokens.is_word(run):
+            self.refuse("a word")
+        self.at += 1
+        if run[0] in "ei" and self.rest() != "_":
+            return ("constant", run[0])
+        return self.symbol(run[0])
+
+    def symbol(self, name: str) -> tuple:
+        if found := self.match(_SCRIPT):
+            name += "_" + re.sub(r"[\s{}\\]|text", "", next(part for part in found.groups() if part is not None))
+        while self.text.startswith("'", self.at):
+            self.at += 1
+            name += "'"
+        return ("symbol", name)
+
+    def command(self) -> tuple:
+        if self.take(r"\{"):
+            return ("set",) if self.take(r"\}") else _set_of(self.until(r"\}"))
+        found = self.match(re.compile(r"\\([A-Za-z]+)"))
+        if found is None:
+            self.refuse()
+        return self.named(found[1])
+
+    def named(self, name: str) -> tuple:
+        """A command, or the word of the same name."""
+        if name in FUNCTIONS:
+            return self.call(FUNCTIONS[name])
+        if name in NAMED:
+            return NAMED[name]
+        if name.removeprefix("var") in GREEK:
+            return self.symbol(name.removeprefix("var"))
+        if name == "frac":
+            return ("quotient", self.argument(), self.argument())
+        if name == "binom":
+            return ("binomial", self.argument(), self.argument())
+        if name == "sqrt":
+            degree = self.degree_of_root()
+            return ("root", degree, self.primary() if self.rest() == "(" else self.argument(whole_numbers=True))
+        pairs = {"lfloor": ("floor", r"\rfloor"), "lceil": ("ceiling", r"\rceil"), "lvert": ("absolute", r"\rvert")}
+        if name in pairs:
+            return (pairs[name][0], self.until(pairs[name][1]))
+        if name == "langle":
+            inner = self.until(r"\rangle")
+            return ("bracket", "(", inner[1:] if inner[0] == "list" else (inner,), ")")
+        if name == "begin":
+            return self.matrix()
+        if name in ("mathbb", "overline", "bar", "vec", "hat", "tilde", "angle", "triangle", "text"):
+            return self.decorated(name)
+        self.refuse(f"\\{name} is not known here")
+
+    def degree_of_root(self) -> int:
+        found = self.match(re.compile(r"\s?\[\s?([0-9]{1,3})\s?\]"))
+        return int(found[1]) if found else 2
+
+    def decorated(self, name: str) -> tuple:
+        """One symbol, whatever stands in the braces; a word before an equals sign is only the name of what follows."""
+        found = self.match(re.compile(r"\s*\{\s*([^{}]*?)\s*\}|\s*([A-Za-z]+)"))
+        if found is None:
+            self.refuse()
+        inner = found[1] if found[1] is not None else found[2]
+        if name == "text":
+            if self.rest() in ("=", ":") or self.ahead(r"\approx", r"\in"):
+                return ("words", inner.casefold())
+            if len(inner) != 1:
+                self.refuse("words beside a formula")
+            return self.symbol(inner)
+        return self.symbol(f"{name} {inner}")
+
+    def call(self, name: str) -> tuple:
+        base = self.argument(whole_numbers=True) if self.take("_") else _BASES_OF_LOGS.get(name)
+        power = self.argument(whole_numbers=True) if self.take("^") else None
+        inverse = power == ("negative", ("number", Fraction(1)))
+        argument = self.function_argument()
+        if name in _BASES_OF_LOGS:
+            called = ("log", argument, base)
+        else:
+            called = ("call", f"a{name}" if inverse else name, argument)
+        return called if power is None or inverse else ("power", called, power)
+
+    def function_argument(self) -> tuple:
+        """What is in brackets; without them all factors up to the next function: sin 2x cos y is sin(2x) cos(y)."""
+        if self.rest() == "(":
+            return self.bracket()
+        result = self.signed()
+        while self.begins_factor() and not self.ahead(*(f"\\{name}" for name in FUNCTIONS)) and self.rest() != "(":
+            result = ("product", result, self.power())
+        if self.take("/"):
+            result = ("quotient", result, self.signed())
+        return result
+
+    def matrix(self) -> tuple:
+        found = self.match(re.compile(r"\s*\{([pbB]?matrix)\}"))
+        if found is None:
+            self.refuse("only a matrix can be read here")
+        rows = [[self.sum()]]
+        while True:
+            if self.take("&"):
+                rows[-1].append(self.sum())
+            elif self.take("\\\\"):
+                if not self.ahead(r"\end"):
+                    rows.append([self.sum()])
+            else:
+                break
+        self.expect(r"\end")
+        self.expect(f"{{{found[1]}}}")
+        return ("matrix", *map(tuple, rows))
+
+
+def _set_of(inner: tuple) -> tuple:
+    return ("set", *inner[1:]) if inner[0] == "list" else ("set", inner)
+
+
+def _in_base(digits: str, base: str) -> Fraction:
+    name = re.sub(r"\\text|[{}\s]", "", base)
+    radix = _BASES.get(name, 0) if name.isalpha() else int(name)
+    try:
+        if radix < 2:
+            raise ValueError
+        return Fraction(int(digits, radix))
+    except ValueError:
+        raise Unreadable(f"got the number {digits[:50]} in base {name}, which has no such digits") from None
+
+
+def _height(tree: tuple) -> int:
+    level, height = [tree], 0
+    while level:
+        level = [part for node in level for part in node if isinstance(part, tuple)]
+        height += 1
+    return height
