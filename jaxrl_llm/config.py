@@ -15,7 +15,7 @@ from annotated_types import Ge
 from pydantic import ConfigDict, Discriminator, Tag, TypeAdapter, ValidationError
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience.config import ExperienceConfig
+from jaxrl_llm.experience.config import FILTERS, ExperienceConfig
 from jaxrl_llm.explain import errors_in_words, named
 from jaxrl_llm.metrics import MetricsConfig
 from jaxrl_llm.model.config import LoraConfig, ModelConfig, PretrainedModel
@@ -261,8 +261,13 @@ def training_problems(cfg: RunConfig) -> list[str]:
     found = []
     if cfg.rollout.temperature == 0:
         found.append("rollout.temperature: got 0, want more: a policy that never explores learns nothing")
-    graders = len(cfg.reward.graders)
-    return found + refusals(cfg.objective, cfg.rollout.samples, cfg.update.packing.kind, cfg.experience.filter, graders)
+    graders = [grader.label for grader in cfg.reward.graders]
+    if cfg.experience.filter not in (*FILTERS, *graders):
+        named = f"{', '.join(FILTERS)}; or a grader's name: {', '.join(graders)}"
+        found.append(f"experience.filter: got {cfg.experience.filter!r}, want one of: {named}")
+    return found + refusals(
+        cfg.objective, cfg.rollout.samples, cfg.update.packing.kind, cfg.experience.filter, len(graders)
+    )
 
 
 def changes(saved: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import jax
-import numpy as np
 from jaxtyping import Array, Key
 
 from jaxrl_llm import config as run_config
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.batch import Sequences, make_batch, of_sequences
-from jaxrl_llm.experience.filters import FILTERS
+from jaxrl_llm.experience.filters import Filter, make_filter
 from jaxrl_llm.experience.packing import Shape, shape_of
 from jaxrl_llm.model import lora, quantised
 from jaxrl_llm.model import params as model_params
@@ -31,10 +30,12 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.layout import TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
+from jaxrl_llm.prompts.rows import Row
 from jaxrl_llm.prompts.stream import Order, make_order
 from jaxrl_llm.prompts.task import Task, load_task
 from jaxrl_llm.prompts.tokenizer import load_tokenizer, stop_problems
 from jaxrl_llm.publish import Publish, make_blank, make_publish
+from jaxrl_llm.rewards.graders import Sample, unreadable_rows
 from jaxrl_llm.rewards.graders import problems as grader_problems
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
@@ -90,7 +91,7 @@ class Run:
     correction: Correction
     """Of the sampler's arithmetic, `auto` resolved."""
     publish: Publish
-    keep: Callable[[np.ndarray], np.ndarray]
+    keep: Filter
     """Which groups may teach: `experience.filter`, `auto` resolved."""
     blank: Callable[[], Policy]
     """Buffers for a policy where none is there to lend its own."""
@@ -156,7 +157,7 @@ def build(cfg: RunConfig, refusals: Callable[[RunConfig, Task | None], list[str]
         engine=Engine(cfg.rollout, task.prompt_slots, vocab, model, decode, task.tokenizer.spellings),
         correction=correction,
         publish=make_publish(model, train, decode, weights),
-        keep=FILTERS[filter_of(cfg.experience.filter, cfg.objective, len(cfg.reward.graders))],
+        keep=filter_for(cfg),
         blank=make_blank(model, decode, weights),
         shapes=shapes,
         score=make_score(**scoring),
@@ -173,6 +174,13 @@ def build(cfg: RunConfig, refusals: Callable[[RunConfig, Task | None], list[str]
         key=key,
         eval_key=eval_key,
     )
+
+
+def filter_for(cfg: RunConfig) -> Filter:
+    """`experience.filter`, `auto` resolved."""
+    graders = [grader.label for grader in cfg.reward.graders]
+    name = filter_of(cfg.experience.filter, cfg.objective, len(graders))
+    return make_filter(name, graders, cfg.evaluation.threshold)
 
 
 def learner_specs_of(cfg: RunConfig, model: ModelConfig) -> PyTree:
@@ -252,6 +260,8 @@ def problems(cfg: RunConfig, task: Task | None) -> list[str]:
         found += quantised.problems(cfg.model, cfg.rollout.engine.weights) + lora.problems(cfg.model, cfg.lora)
     if task is None:
         return found
+    if not grader_problems(cfg.reward):
+        found += unreadable_rows(cfg.reward, [(row.where, sample_of(row)) for row in (*task.train, *task.held_out)])
     found += stop_problems(cfg.rollout.stop, task.tokenizer)
     if isinstance(cfg.model, ModelConfig):
         found += vocabulary_problems(cfg.model, task.num_tokens)
@@ -261,6 +271,11 @@ def problems(cfg: RunConfig, task: Task | None) -> list[str]:
             "longest right response"
         )
     return found + packing_problems(cfg, task.prompt_slots)
+
+
+def sample_of(row: Row) -> Sample:
+    """What graders read of a row that has no response yet."""
+    return Sample(row.prompt, "", row.answer, "", row.columns)
 
 
 def vocabulary_problems(model: ModelConfig, num_tokens: int) -> list[str]:

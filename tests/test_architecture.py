@@ -35,7 +35,7 @@ ALLOWED = {
     "prompts": FOUNDATION,
     "rollout": FOUNDATION | {"model"},
     "rewards": FOUNDATION,
-    "experience": FOUNDATION,
+    "experience": FOUNDATION | {"estimates"},
     "update": FOUNDATION | {"model"},
     "publish": FOUNDATION | {"model"},
     "checkpoint": FOUNDATION,

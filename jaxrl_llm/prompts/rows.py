@@ -30,6 +30,8 @@ class Row:
     """The response with the end token."""
     columns: Mapping[str, Any]
     """All that the source knows about the row."""
+    where: str = ""
+    """For people: file and line."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def make_rows(texts: Sequence[Text], tokenizer: Tokenizer) -> tuple[Row, ...]:
             np.array(ids, np.int32),
             None if text.response is None else np.array([*next(targets), tokenizer.eos[0]], np.int32),
             text.columns,
+            text.where,
         )
         for text, ids in zip(texts, prompts, strict=True)
     )

@@ -106,12 +106,23 @@ def _of_item(tree: tuple, meaning: _Meaning) -> Iterator[Reading]:
     kind = tree[0]
     if kind == "list":
         for item in tree[1:]:
-            yield from _of_item(item, meaning)
-    elif kind != "bracket" and kind != "set" and meaning.sign == 1 and any(node[0] in _BOTH_SIGNS for node in _nodes(tree)):
+            if not _is_condition(item):
+                yield from _of_item(item, meaning)
+    elif (
+        kind != "bracket"
+        and kind != "set"
+        and meaning.sign == 1
+        and any(node[0] in _BOTH_SIGNS for node in _nodes(tree))
+    ):
         yield _of_one(tree, meaning)
         yield _of_one(tree, replace(meaning, sign=-1))
     else:
         yield _of_one(tree, meaning)
+
+
+def _is_condition(tree: tuple) -> bool:
+    r"""What says of a letter which numbers it stands for: k \in \mathbb{Z}."""
+    return tree[0] == "relation" and tree[1] == ("in",) and (_name(tree[2][-1]) or "").startswith("mathbb")
 
 
 _BOTH_SIGNS = ("plus_minus", "minus_plus")
@@ -158,8 +169,10 @@ def _value(tree: tuple, meaning: _Meaning) -> Key:
             raise Unreadable("rows of different lengths")
         return ("matrix", *(tuple(_value(item, meaning) for item in row) for row in parts))
     if kind == "ratio":
-        first = parts[0]
-        return ("ratio", *(_key(("quotient", part, first), meaning) for part in parts[1:]))
+        keys = [_key(part, meaning) for part in parts]
+        if 0 in keys:
+            return ("ratio", *keys)
+        return ("ratio", *(_key(("quotient", part, parts[0]), meaning) for part in parts))
     if kind in ("list", "relation"):
         raise Unreadable("statements within a formula")
     return _infinity(tree) or _key(tree, meaning)
@@ -182,13 +195,14 @@ def _of_relation(signs: tuple[str, ...], sides: tuple[tuple, ...], meaning: _Mea
     if set(signs) <= {"=", "about"}:
         if "about" in signs and _name(left) is None:
             return _of_one(left, meaning)
-        if left[0] == "words" or _is_applied(left) or len(sides) > 2 or right[0] in _NOT_NUMBERS:
+        plain = not _symbols(left) and not _symbols(right)
+        if left[0] == "words" or _is_applied(left) or len(sides) > 2 or plain or right[0] in _NOT_NUMBERS:
             return Reading(_value(right, meaning))
         return _of_equation(left, right, meaning)
     if signs == ("in",):
         return Reading(_value(right, meaning))
-    if signs == ("!=",):
-        return Reading(None, ("differ", _difference(left, right, meaning, signed=False)))
+    if signs == ("!=",) and (difference := _difference(left, right, meaning, signed=False)) is not None:
+        return Reading(None, ("differ", difference))
     if len(signs) == 1 and signs[0] in _FLIPPED:
         return _of_inequality(left, signs[0], right, meaning)
     if len(signs) == 2 and (set(signs) <= {"<", "<="} or set(signs) <= {">", ">="}) and _name(sides[1]):
@@ -209,7 +223,9 @@ def _of_equation(left: tuple, right: tuple, meaning: _Meaning) -> Reading:
         name, value = _name(right), left
     if name is not None and _infinity(value):
         return Reading(_infinity(value))
-    statement = ("equation", _difference(left, right, meaning, signed=False))
+    if (difference := _difference(left, right, meaning, signed=False)) is None:
+        return Reading(_key(right, meaning))
+    statement = ("equation", difference)
     if name is None or name in _symbols(value):
         return Reading(None, statement)
     return Reading(_key(value, meaning), ("is", name, statement) if not _symbols(value) else statement)
@@ -220,8 +236,10 @@ def _of_inequality(left: tuple, sign: str, right: tuple, meaning: _Meaning) -> R
         left, sign, right = right, _FLIPPED[sign], left
     if _infinity(right):
         raise Unreadable("an inequality with infinity")
-    difference = (left, right) if sign in (">", ">=") else (right, left)
-    statement = ("positive", len(sign), _difference(*difference, meaning, signed=True))
+    above, below = (left, right) if sign in (">", ">=") else (right, left)
+    if (difference := _difference(above, below, meaning, signed=True)) is None:
+        raise Unreadable("an inequality between equals")
+    statement = ("positive", len(sign), difference)
     if _name(left) is None or _symbols(right):
         return Reading(None, statement)
     bound, bracket = _key(right, meaning), _CLOSED[sign]
@@ -235,17 +253,26 @@ def _name(tree: tuple) -> str | None:
 
 
 def _is_applied(tree: tuple) -> bool:
-    """f(x): the name of what follows."""
-    return tree[0] == "product" and tree[1][0] == "symbol" and (tree[2][0] == "symbol" or tree[2][0] == "number") and (
-        tree[1][1][0] in "fghFGHPpTVS"
-    )
+    r"""f(x), f^{-1}(x), P(A), m \angle A: the name of what follows, whatever its letters."""
+    if any(name.startswith(("angle ", "overline ")) for name in _symbols(tree)):
+        return True
+    if tree[0] != "product":
+        return False
+    function, argument = tree[1:]
+    function = function[1] if function[0] == "power" else function
+    name = (_name(function) or "").rstrip("'")
+    return name in _FUNCTION_NAMES and argument[0] in ("symbol", "number", "bracket")
+
+
+_FUNCTION_NAMES = ("f", "g", "h", "F", "G", "H", "P", "p", "T", "V", "S")
 
 
 # Keys of numbers and formulas.
 
 
-def _difference(left: tuple, right: tuple, meaning: _Meaning, signed: bool) -> Key:
-    """Of left - right up to a factor, which is positive where it is `signed`: its values at three points over that at the first."""
+def _difference(left: tuple, right: tuple, meaning: _Meaning, signed: bool) -> Key | None:
+    """Of left - right up to a factor, which is positive where it is `signed`: its values at three points over that at the first.
+    None where it is 0 in itself."""
     tree = ("difference", left, right)
     first, *others = _points(_symbols(tree), 3)
 
@@ -256,7 +283,7 @@ def _difference(left: tuple, right: tuple, meaning: _Meaning, signed: bool) -> K
         return arithmetic.divide(_evaluate(tree, point, arithmetic, meaning), base)
 
     if settle(lambda digits: _evaluate(tree, first, Arithmetic(digits), meaning)) == 0:
-        raise Unreadable("an equation that always holds")
+        return None
     points = [first, *others] if signed else others
     return (*(settle(functools.partial(ratio, point)) for point in points), *sorted(_symbols(tree)))
 
@@ -270,8 +297,9 @@ def _key(tree: tuple, meaning: _Meaning) -> Key:
 
     if not symbols:
         return at({})
-    points = _points(symbols, 2)
-    first, second = map(at, points)
+    # Rounding hides small differences: a third point is far away.
+    points = _points(symbols, 3 if {"floor", "ceiling"} & {node[0] for node in _nodes(tree)} else 2)
+    first, *others = map(at, points)
     negative = {}
     for name in symbols:
         try:
@@ -279,14 +307,14 @@ def _key(tree: tuple, meaning: _Meaning) -> Key:
         except Undefined:
             negative[name] = ("undefined",)
     changed = tuple((name, key) for name, key in negative.items() if key != first)
-    return first if first == second and not changed else ("formula", first, second, changed)
+    return first if {first} == set(others) and not changed else ("formula", first, *others, changed)
 
 
 def _points(symbols: tuple[str, ...], number: int) -> list[dict[str, Fraction]]:
-    """A letter stands for the same number in every formula, as if drawn at random from (0, 1), (1, 2), (2, 3)."""
+    """A letter stands for the same number in every formula, as if drawn at random from (0, 1), (1, 2), (2, 1002)."""
     return [
-        {name: index + Fraction(zlib.crc32(f"{index} {name}".encode()) % 10_006 + 1, 10_007) for name in symbols}
-        for index in range(number)
+        {name: first + size * Fraction(zlib.crc32(f"{first} {name}".encode()) % 10_006 + 1, 10_007) for name in symbols}
+        for first, size in ((0, 1), (1, 1), (2, 1000))[:number]
     ]
 
 

@@ -18,7 +18,7 @@ class MultipleChoice(FinalText):
     the only letter in parentheses or at the beginning of a line as "B)" or "B."; a capital that ends the text. Two letters joined
     by "or", "and", a comma or a slash are no choice. A letter inside a word is none.
 
-    The row's answer is read in the same way; an answer without a letter makes the grader raise.
+    The row's answer is read in the same way; one without a letter is refused before the run starts.
     """
 
     letters: str = "ABCDEFGHIJ"
@@ -28,13 +28,18 @@ class MultipleChoice(FinalText):
             raise ValueError(f"letters: got {self.letters!r}, want capital letters")
 
     def __call__(self, sample: Sample) -> float:
-        want = self._read(sample.answer)
-        if not want:
-            raise ValueError(f"the row's answer: got {sample.answer[:200]!r}, want one of the letters {self.letters}")
-        return float(self.extract(sample) == want)
+        if why := self.problem(sample):
+            raise ValueError(why)
+        return float(self.extract(sample) == self._read(sample.answer))
 
     def extract(self, sample: Sample) -> str:
         return self._read(self.final_text(sample))
+
+    def problem(self, row: Sample) -> str:
+        """What is wrong with the row's answer; nothing if it can be graded."""
+        if self._read(row.answer):
+            return ""
+        return f"the row's answer: got {row.answer[:200]!r}, want one of the letters {self.letters}"
 
     def _read(self, text: str) -> str:
         """The letter, or nothing."""

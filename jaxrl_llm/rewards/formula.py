@@ -29,7 +29,21 @@ _NUMBER = re.compile(
     r"|(?P<digits>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:\\(?:overline|bar|dot)\s?\{(?P<repeated>[0-9]+)\})?"
     r"(?:[eE](?P<exponent>[-+]?[0-9]+)(?![A-Za-z0-9]))?"
 )
-_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "twelve": 12}
+_BASES = {
+    "two": 2,
+    "three": 3,
+    "four": 4,
+    "five": 5,
+    "six": 6,
+    "seven": 7,
+    "eight": 8,
+    "nine": 9,
+    "ten": 10,
+    "twelve": 12,
+}
+DECORATIONS = frozenset(
+    "mathbb overline bar vec hat widehat tilde overrightarrow overleftrightarrow angle triangle text".split()
+)
 _BASES_OF_LOGS = {"log": ("base_of_log",), "ln": ("constant", "e"), "lg": ("number", Fraction(10))}
 _SCRIPT = re.compile(r"_\s?(?:\{\s*((?:\\text\{[^{}]*\}|[^{}])*?)\s*\}|\\text\{([^{}]*)\}|(\\?[A-Za-z]+|[0-9]))")
 _PLAIN_FRACTION = re.compile(r"\s?\\frac\s?(?:\{\s?([0-9]+)\s?\}|([0-9])(?=[\s{0-9]))\s?(?:\{\s?([0-9]+)\s?\}|([0-9]))")
@@ -41,7 +55,15 @@ class Unreadable(ValueError):
 
 def read(text: str) -> tuple:
     """The tree of an answer. Raises Unreadable."""
-    text = tokens.prepare(text)
+    try:
+        return _read(tokens.prepare(text))
+    except Unreadable:
+        if words := tokens.quoted(text):
+            return ("words", words)
+        raise
+
+
+def _read(text: str) -> tuple:
     if words := tokens.words(text):
         return ("words", words)
     if why := tokens.prose(text):
@@ -170,7 +192,7 @@ class _Reader:
         while self.rest() and self.text[self.at] in "+-":
             negative ^= self.text[self.at] == "-"
             self.at += 1
-        if not self.begins_factor():
+        if not self.begins_factor() and self.rest() != "|":
             self.refuse("want a number or a letter")
         return ("negative", self.power()) if negative else self.power()
 
@@ -266,7 +288,7 @@ class _Reader:
         self.at, self.bars = self.at + 1, bars
         if inner[0] == "list":
             return ("bracket", opening, inner[1:], closing)
-        if opening + closing == "()":
+        if opening + closing == "()" or (opening + closing == "[]" and inner[0] == "matrix"):
             return inner
         return ("bracket", opening, (inner,), closing)
 
@@ -344,7 +366,7 @@ class _Reader:
             return ("bracket", "(", inner[1:] if inner[0] == "list" else (inner,), ")")
         if name == "begin":
             return self.matrix()
-        if name in ("mathbb", "overline", "bar", "vec", "hat", "tilde", "angle", "triangle", "text"):
+        if name in DECORATIONS:
             return self.decorated(name)
         self.refuse(f"\\{name} is not known here")
 
@@ -389,7 +411,7 @@ class _Reader:
         return result
 
     def matrix(self) -> tuple:
-        found = self.match(re.compile(r"\s*\{([pbB]?matrix)\}"))
+        found = self.match(re.compile(r"\s*\{([pbB]?matrix|array)\}(?:\s*\{[lcr| ]+\})?"))
         if found is None:
             self.refuse("only a matrix can be read here")
         rows = [[self.sum()]]

@@ -31,32 +31,34 @@ class Math(FinalText):
         readings(r"\sqrt{2}")
 
     def __call__(self, sample: Sample) -> float:
-        return float(self._grade(sample)[0])
+        if why := self.problem(sample):
+            raise ValueError(why)
+        got = _read_or_none(self._found(sample))
+        return float(got is not None and agree(_wanted(sample.answer), got))
 
     def extract(self, sample: Sample) -> str:
-        return self._grade(sample)[1]
+        """A right answer votes as the row's answer does, whatever its form; a wrong one votes for itself."""
+        text = self._found(sample)
+        got = _read_or_none(text)
+        if got is None:
+            # No formula, so never the row's answer.
+            return f"? {' '.join(text.split())}" if text.strip() else ""
+        if sample.answer and not self.problem(sample) and agree(wanted := _wanted(sample.answer), got):
+            value, statement = wanted[0]
+            return spelled(value if statement is None else statement)
+        value, statement = got[0]
+        return spelled(statement if value is None else value)
 
     def problem(self, row: Sample) -> str:
         """What is wrong with the row's answer; nothing if it can be graded."""
         try:
-            _read(_wanted(row.answer))
+            _wanted(row.answer)
         except Unreadable as error:
-            return f"got {row.answer[:200]!r}, want mathematics: {error}"
+            return f"the row's answer: got {row.answer[:200]!r}, want mathematics: {error}"
         return ""
 
-    def _grade(self, sample: Sample) -> tuple[bool, str]:
-        """Whether the answer is right, and its vote: that of the row's answer if it is, its own if not."""
-        text = last_boxed(self.final_text(sample))
-        got = _read_or_none(text)
-        if got is not None and sample.answer:
-            if why := self.problem(sample):
-                raise ValueError(f"the row's answer: {why}")
-            if agree(wanted := _read(_wanted(sample.answer)), got):
-                return True, _wanted_vote(wanted[0])
-        if got is None:
-            # No formula: a vote of its own, which is never the row's.
-            return False, f"? {' '.join(text.split())}" if text.strip() else ""
-        return False, _own_vote(got[0])
+    def _found(self, sample: Sample) -> str:
+        return last_boxed(self.final_text(sample))
 
 
 def last_boxed(text: str) -> str:
@@ -76,26 +78,14 @@ def last_boxed(text: str) -> str:
 
 
 # The row's answer is read once for all samples of its group, a response's for its grade and for its vote.
-@functools.lru_cache(maxsize=1024)
-def _read(text: str) -> tuple[Reading, ...]:
-    return readings(text)
+@functools.lru_cache(maxsize=256)
+def _wanted(answer: str) -> tuple[Reading, ...]:
+    return readings(last_boxed(answer) if _BOX.search(answer) else answer)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=256)
 def _read_or_none(text: str) -> tuple[Reading, ...] | None:
     try:
-        return readings(text) if text.strip() else None
+        return readings(text)
     except Unreadable:
         return None
-
-
-def _wanted(answer: str) -> str:
-    return last_boxed(answer) if _BOX.search(answer) else answer
-
-
-def _own_vote(reading: Reading) -> str:
-    return spelled(reading.value if reading.value is not None else reading.statement)
-
-
-def _wanted_vote(reading: Reading) -> str:
-    return spelled(reading.statement if reading.statement is not None else reading.value)

@@ -41,9 +41,11 @@ _SPELLED = {
 }
 
 _SPACE = r"[ \u00a0\u2007\u2009\u202f]"
-_SEPARATOR = rf"(?:,?\\[,!]|\{{,\}}|\\ |~|[_']|{_SPACE})"
-# The first group has 1 to 3 digits and no 0 in front, each further one exactly 3, all with the same kind of separator between.
-_GROUPED = re.compile(rf"(?<![0-9.,_])(?<![0-9]['~])[1-9][0-9]{{0,2}}(?P<by>{_SEPARATOR})[0-9]{{3}}(?:{_SEPARATOR}[0-9]{{3}})*(?![0-9/])")
+_SEPARATOR = rf"(?:,?\\[,!] ?|\{{,\}}|\\ |~|[_']|{_SPACE})"
+# The first group has 1 to 3 digits and no 0 in front, each further one exactly 3.
+_GROUPED = re.compile(
+    rf"(?<![0-9.,_])(?<![0-9]['~])[1-9][0-9]{{0,2}}{_SEPARATOR}[0-9]{{3}}(?:{_SEPARATOR}[0-9]{{3}})*(?![0-9/])"
+)
 _SEPARATORS = re.compile(_SEPARATOR)
 
 
@@ -74,5 +76,5 @@ def _character(character: str) -> str:
 
 @functools.cache
 def _vulgar(character: str) -> str:
-    """"1/2" for the one character that shows it."""
+    """ "1/2" for the one character that shows it."""
     return unicodedata.normalize("NFKC", character).replace("\u2044", "/")

@@ -46,28 +46,38 @@ NO_FACTORS = (
 )
 
 _UNIT_NAMES = (
-    "mm cm dm km nm um ft yd mi lb lbs oz mg kg mph kph kmh rpm hr hrs min mins sec secs ms ns ml mL dL kW kWh Hz kHz MHz GHz kJ Pa "
+    "in mm cm dm km nm um ft yd mi lb lbs oz mg kg mph kph kmh rpm hr hrs min mins sec secs ms ns ml mL dL kW kWh Hz kHz MHz GHz kJ Pa "
     "kPa atm eV mol USD EUR GBP usd per sq cubic rad km/h am pm a.m. p.m. ways"
 ).split()
 _PROSE = frozenset(
-    "is the of for if to by at it its are was be so we as when then that this has have not no an on from than with but can how in".split()
+    "is the of for if to by at it its are was be so we as when then that this has have not no an on from than with but can how".split()
 )
 _WORD = r"(?:[A-Za-z]{4,}|" + "|".join(sorted(map(re.escape, _UNIT_NAMES), key=len, reverse=True)) + ")"
-_NOT_WORDS = "|".join(sorted([*FUNCTIONS, "sqrt", "frac", "binom", "infty", "infinity", "begin", "matrix"], key=len, reverse=True))
+_NOT_WORDS = "|".join(
+    sorted([*FUNCTIONS, "sqrt", "frac", "binom", "infty", "infinity", "begin", "matrix"], key=len, reverse=True)
+)
 _TEXT = r"\\text\s?\{(?!\s*(?:or|and|,)\s*\})[^{}]*\}"
 _RAISED = r"(?:\s?\^\s?(?:\{[^{}]*\}|-?[0-9]))?"
 _UNIT = rf"(?:{_TEXT}|(?<![A-Za-z\\])(?!(?:{_NOT_WORDS}|or|and)(?![A-Za-z])){_WORD}(?![A-Za-z])){_RAISED}"
-UNITS = re.compile(rf"\s*(?:\\frac\s?\{{\s*{_UNIT}\s*\}}\s?\{{\s*{_UNIT}\s*\}}|{_UNIT}(?:\s*(?:/|\\cdot|\*)?\s*{_UNIT})*)")
+UNITS = re.compile(
+    rf"\s*(?:\\frac\s?\{{\s*{_UNIT}\s*\}}\s?\{{\s*{_UNIT}\s*\}}|{_UNIT}(?:\s*(?:/|\\cdot|\*)?\s*{_UNIT})*)"
+)
 PERCENT = re.compile(r"\s*(?:\\?%|percent(?![a-z])|\\text\s?\{\s*(?:\\?%|percent)\s*\})")
 DEGREE = re.compile(
     r"\s*(?:\^\s?(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|\\degree(?![a-z])|degrees?(?![a-z])|\\text\s?\{\s*degrees?\s*\})"
+    r"(?:\s*(?:[CF](?![A-Za-z])|\\text\s?\{\s*[CF]\s*\}))?"
 )
 OR_AND = re.compile(r"\s*(?:(?:or|and)(?![A-Za-z])|\\text\s?\{\s*(?:,?\s*(?:or|and)|,)\s*\})")
 
+MAX_WORDS = 6
+"""Of an answer that is words; more of them are prose."""
+
 _BOXES = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|!)(?![a-z])\.?|\$")
 _GAPS = re.compile(r"\\(?:quad|qquad|thinspace|enspace)(?![a-z])|(?<!\\)\\[,;:> ]|~")
-_FORMS = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|math(?:rm|bf|it|sf|tt|normal|cal)|mbox|hbox|operatorname|boldsymbol|bm)\*?\s?\{")
-_MATH_IN_TEXT = re.compile(r"\\text\{\s*([^{}A-Za-z]*|[^{}]*[0-9(][^{}]*|[ei])\s*\}")
+_FORMS = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|math(?:rm|bf|it|sf|tt|normal|cal)|mbox|hbox|operatorname|boldsymbol|bm)\*?\s?\{"
+)
+_MATH_IN_TEXT = re.compile(r"\\text\{\s*([^{}A-Za-z]*|[^{}]*[0-9(][^{}]*|[ei]|[A-Za-z](?:\s*,\s*(?:and )?\s*[A-Za-z])+)\s*\}")
 _SAME = {
     r"\dfrac": r"\frac",
     r"\tfrac": r"\frac",
@@ -87,6 +97,7 @@ _SAME = {
     r"\vert": "|",
 }
 _SAME_COMMANDS = re.compile("|".join(f"{re.escape(name)}(?![a-zA-Z])" for name in _SAME))
+_LEADING = re.compile(r"^\s*(?:=|\\approx(?![a-z]))\s*")
 _OVER = re.compile(r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}")
 _MIXED = re.compile(r"(?<![0-9./^])([0-9]+) +([0-9]+)/([0-9]+)(?![0-9./])")
 _COMMAS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
@@ -95,15 +106,19 @@ _TWO_POINTS = re.compile(r"[0-9]\.[0-9]+\.[0-9]|(?<![0-9])[0-9]{1,3}(?:\.[0-9]{3
 
 def prepare(text: str) -> str:
     r"""One spelling for what differs only in looks: sizes, spaces, fonts, dollars, separators of thousands."""
-    text = _GAPS.sub(" ", _BOXES.sub("", spelling.plain(text.replace(r"\$", " ")).replace(r"\(", "(").replace(r"\)", ")")))
+    text = _GAPS.sub(
+        " ", _BOXES.sub("", spelling.plain(text.replace(r"\$", " ")).replace(r"\(", "(").replace(r"\)", ")"))
+    )
     text = _SAME_COMMANDS.sub(lambda found: _SAME[found[0]], text)
     text = _FORMS.sub(lambda found: r"\text{", text)
     text = _MATH_IN_TEXT.sub(r" \1 ", text)
     text = _MIXED.sub(r"(\1+\2/\3)", _OVER.sub(r"\\frac{\1}{\2}", text)).strip()
     if text.startswith(r"\[") and text.endswith(r"\]"):
         text = text[2:-2].strip()
-    text = text.removesuffix(".")
-    return _COMMAS.sub(lambda found: found[0].replace(",", "") if _groups(text, found.start()) else found[0], text.strip())
+    text = _LEADING.sub("", text).removesuffix(".")
+    return _COMMAS.sub(
+        lambda found: found[0].replace(",", "") if _groups(text, found.start()) else found[0], text.strip()
+    )
 
 
 def words(text: str) -> str:
@@ -113,7 +128,7 @@ def words(text: str) -> str:
     if not re.fullmatch(r"[^\W\d_](?:[^\W\d_]|[' -])*", bare) or OR_AND.match(bare):
         return ""
     runs = bare.split()
-    if len(runs) > (6 if marked else 3) or (not marked and set(map(str.casefold, runs[1:])) & _PROSE - {"no", "not"}):
+    if len(runs) > (MAX_WORDS if marked else 3) or (not marked and set(map(str.casefold, runs[1:])) & _PROSE - {"no", "not"}):
         return ""
     if not (marked and len(bare) > 1) and not any(is_word(run) for run in runs) and len(runs) == 1:
         return ""
@@ -122,6 +137,13 @@ def words(text: str) -> str:
     if bare in NAMED or bare in FUNCTIONS or bare in GREEK:
         return ""
     return " ".join(runs).casefold()
+
+
+def quoted(text: str) -> str:
+    r"""The few words of an answer that is one \text{...}, such as a date; else nothing."""
+    found = re.fullmatch(r"\$?\\(?:text(?:bf|it|rm)?|mbox|mathrm)\s?\{([^{}]*[^\W\d_][^{}]*)\}\.?\$?", text.strip())
+    runs = found[1].split() if found else []
+    return " ".join(runs).casefold() if len(runs) <= MAX_WORDS else ""
 
 
 def is_word(run: str) -> bool:
@@ -153,4 +175,3 @@ def _groups(text: str, start: int) -> bool:
     depth = sum(before.count(mark) for mark in "([") - sum(before.count(mark) for mark in ")]")
     depth += before.count(r"\{") - before.count(r"\}")
     return depth <= 0 or ", " in text or ";" in text
-
