@@ -103,8 +103,8 @@ def test_defaults_alone_work():
         ),
         ("model: 3", ["model: got 3, want: input should be a dictionary or an instance of ModelConfig"]),
         (
-            "experience: {filter: all}",
-            ["experience.filter: got 'all', want: input should be 'auto', 'has_signal' or 'none'"],
+            "experience: {filter: 3}",
+            ["experience.filter: got 3, want: input should be a valid string"],
         ),
         ("task: {kind: file}", ["task.path: got nothing, want: field required"]),
         ("update: {optimizer: {lr: .nan}}", ["update.optimizer.lr: got nan, want: input should be a finite number"]),

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NamedTuple
 
-from jaxrl_llm.rewards.formula import Unreadable, read
+from jaxrl_llm.rewards.formula import read
 from jaxrl_llm.rewards.quantity import Arithmetic, Number, Undefined, settle
+from jaxrl_llm.rewards.scanner import Unreadable
 
 MAX_CHARACTERS = 1000
 MAX_SYMBOLS = 12
@@ -28,16 +29,18 @@ class Reading(NamedTuple):
     """Of x = 5 it is 5. None for an equation that gives no value."""
     statement: Key | None = None
     """Of an equation or inequality: equal for those that say the same."""
+    choices: tuple = ()
+    """How each kind of sign with two meanings was read; None where there is no such sign."""
 
 
 @dataclass(frozen=True)
 class _Meaning:
     """What signs with several meanings stand for."""
 
-    percent: Fraction
-    degree: bool
+    percent: Fraction | None
+    degree: bool | None
     """Whether the sign of degrees is a factor of pi / 180, or a unit that is passed over."""
-    natural: bool
+    natural: bool | None
     """Whether a logarithm without a base has base e, or 10."""
     sign: int = 1
     """Of plus or minus."""
@@ -53,27 +56,30 @@ def readings(text: str) -> tuple[Reading, ...]:
         raise Unreadable(f"got {len(text):,} characters, want {MAX_CHARACTERS:,} at most")
     tree = read(text)
     kinds = {node[0] for node in _nodes(tree)}
-    percents = (Fraction(1, 100), Fraction(1)) if "percent" in kinds else (Fraction(1),)
-    degrees = (False, True) if "degree" in kinds else (False,)
-    naturals = (False, True) if "base_of_log" in kinds else (False,)
-    found: dict[Reading, None] = {}
+    percents = (Fraction(1, 100), Fraction(1)) if "percent" in kinds else (None,)
+    degrees = (False, True) if "degree" in kinds else (None,)
+    naturals = (False, True) if "base_of_log" in kinds else (None,)
     try:
-        for choice in itertools.product(percents, degrees, naturals):
-            found[_together(list(_of_item(tree, _Meaning(*choice))))] = None
+        return tuple(
+            _together(list(_of_item(tree, _Meaning(*choices))))._replace(choices=choices)
+            for choices in itertools.product(percents, degrees, naturals)
+        )
     except (Undefined, OverflowError, ZeroDivisionError, RecursionError) as error:
         raise Unreadable(str(error) or "it has no value") from None
-    return tuple(found)
 
 
 def agree(wanted: tuple[Reading, ...], got: tuple[Reading, ...]) -> bool:
-    """Whether two answers share a meaning. Where both are statements these count: y = 5 is not x = 5, though each answers 5."""
-    for a, b in itertools.product(wanted, got):
-        if a.statement is not None and b.statement is not None:
-            if a.statement == b.statement:
-                return True
-        elif a.value is not None and a.value == b.value:
-            return True
-    return False
+    """Whether two answers share a meaning. Where both have the same sign it is read in the same way: 25% is not 2500%."""
+    return any(_same(a, b) for a, b in itertools.product(wanted, got))
+
+
+def _same(a: Reading, b: Reading) -> bool:
+    if any(None not in pair and pair[0] != pair[1] for pair in zip(a.choices, b.choices, strict=True)):
+        return False
+    # Where both are statements these count: y = 5 is not x = 5, though each answers 5.
+    if a.statement is not None and b.statement is not None:
+        return a.statement == b.statement
+    return a.value is not None and a.value == b.value
 
 
 def spelled(key: Key) -> str:
@@ -84,7 +90,8 @@ def spelled(key: Key) -> str:
         return str(key) if small else f"{hex(key.numerator)}/{hex(key.denominator)}"
     kind, *parts = key
     if kind == "words":
-        return parts[0]
+        # In quotes, so that no words are the text of another key.
+        return repr(parts[0])
     if kind == "bracket":
         return f"{parts[0]}{', '.join(map(spelled, parts[1]))}{parts[2]}"
     if kind == "several":
@@ -133,7 +140,7 @@ def _together(found: list[Reading]) -> Reading:
     if len(found) == 1:
         return found[0]
     names = {reading.statement[1] if reading.statement and reading.statement[0] == "is" else None for reading in found}
-    values, statements = ([getattr(reading, part) for reading in found] for part in Reading._fields)
+    values, statements = ([getattr(reading, part) for reading in found] for part in ("value", "statement"))
     one_letter = len(names) == 1 and None not in values
     return Reading(
         _several(values) if one_letter else None,

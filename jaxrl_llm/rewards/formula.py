@@ -2,7 +2,7 @@ r"""LaTeX and plain formulas as people write final answers, read into a tree.
 
 A tree is a tuple: its kind, then its parts.
 
-    Unordered: ("list", items) and ("set", items). Ordered: ("bracket", opening, items, closing), ("matrix", rows), ("ratio", parts).
+    Unordered: ("list", items), ("set", items). Ordered: ("bracket", opening, items, closing), ("matrix", rows), ("ratio", parts).
     Statements: ("relation", signs, sides). Text: ("words", text).
     Numbers: ("number", Fraction), ("symbol", name), ("constant", name), ("sum" | "difference" | "product" | "quotient" | "power" |
     "plus_minus" | "minus_plus", a, b), ("negative" | "absolute" | "floor" | "ceiling" | "factorial" | "percent" | "degree", a),
@@ -13,44 +13,21 @@ What it does not know it refuses: a formula that is read in part would be read a
 
 import re
 from fractions import Fraction
-from typing import NoReturn
 
 from jaxrl_llm.rewards import tokens
+from jaxrl_llm.rewards.scanner import Scanner, Unreadable
 from jaxrl_llm.rewards.tokens import FUNCTIONS, GREEK, NAMED, RELATIONS
 
 MAX_DEPTH = 30
 MAX_HEIGHT = 150
 """Of the tree, which grows with each term: what reads it calls itself."""
-MAX_EXPONENT = 10_000
 ZERO = ("number", Fraction(0))
 
-_NUMBER = re.compile(
-    r"(?P<base_digits>[0-9][0-9A-F]*)\s?_\s?(?:\{\s*(?P<base>[0-9]{1,2}|\\text\{\s*[a-z]+\s*\})\s*\}|(?P<one>[0-9]{1,2}))"
-    r"|(?P<digits>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:\\(?:overline|bar|dot)\s?\{(?P<repeated>[0-9]+)\})?"
-    r"(?:[eE](?P<exponent>[-+]?[0-9]+)(?![A-Za-z0-9]))?"
-)
-_BASES = {
-    "two": 2,
-    "three": 3,
-    "four": 4,
-    "five": 5,
-    "six": 6,
-    "seven": 7,
-    "eight": 8,
-    "nine": 9,
-    "ten": 10,
-    "twelve": 12,
-}
 DECORATIONS = frozenset(
     "mathbb overline bar vec hat widehat tilde overrightarrow overleftrightarrow angle triangle text".split()
 )
 _BASES_OF_LOGS = {"log": ("base_of_log",), "ln": ("constant", "e"), "lg": ("number", Fraction(10))}
 _SCRIPT = re.compile(r"_\s?(?:\{\s*((?:\\text\{[^{}]*\}|[^{}])*?)\s*\}|\\text\{([^{}]*)\}|(\\?[A-Za-z]+|[0-9]))")
-_PLAIN_FRACTION = re.compile(r"\s?\\frac\s?(?:\{\s?([0-9]+)\s?\}|([0-9])(?=[\s{0-9]))\s?(?:\{\s?([0-9]+)\s?\}|([0-9]))")
-
-
-class Unreadable(ValueError):
-    """Not a formula that can be read; says why."""
 
 
 def read(text: str) -> tuple:
@@ -77,47 +54,13 @@ def _read(text: str) -> tuple:
     return tree
 
 
-class _Reader:
-    """One pass from left to right; a method reads what it is named after and moves `at` behind it."""
+class _Reader(Scanner):
+    """From the loosest to the tightest binding."""
 
     def __init__(self, text: str):
-        self.text = text
-        self.at = 0
+        super().__init__(text)
         self.depth = 0
         self.bars = 0
-
-    # Where we are.
-
-    def rest(self) -> str:
-        """The next character, spaces skipped; "" at the end."""
-        while self.at < len(self.text) and self.text[self.at].isspace():
-            self.at += 1
-        return self.text[self.at : self.at + 1]
-
-    def take(self, literal: str) -> bool:
-        self.rest()
-        found = self.text.startswith(literal, self.at)
-        # A command ends where its letters do.
-        if found and literal[-1].isalpha() and self.text[self.at + len(literal) : self.at + len(literal) + 1].isalpha():
-            return False
-        self.at += len(literal) * found
-        return found
-
-    def match(self, pattern: re.Pattern) -> re.Match | None:
-        found = pattern.match(self.text, self.at)
-        if found:
-            self.at = found.end()
-        return found
-
-    def expect(self, literal: str) -> None:
-        if not self.take(literal):
-            self.refuse(f"want {literal!r}")
-
-    def refuse(self, why: str = "") -> NoReturn:
-        found = self.text[self.at : self.at + 20] or "the end"
-        raise Unreadable(f"cannot be read from {found!r} on" + (f": {why}" if why else ""))
-
-    # From the loosest to the tightest binding.
 
     def items(self) -> tuple:
         """Several answers, or the one that there is."""
@@ -162,12 +105,6 @@ class _Reader:
                 result = (kind, ZERO, term)
             else:
                 result = ("negative", term) if kind == "difference" else term
-
-    def ahead(self, *literals: str) -> bool:
-        start = self.at
-        found = any(self.take(literal) for literal in literals)
-        self.at = start
-        return found
 
     def product(self) -> tuple:
         result = self.signed()
@@ -292,29 +229,6 @@ class _Reader:
             return inner
         return ("bracket", opening, (inner,), closing)
 
-    def number(self) -> tuple:
-        found = self.match(_NUMBER)
-        if found is None:
-            self.refuse()
-        if found["base_digits"]:
-            return ("number", _in_base(found["base_digits"], found["base"] or found["one"]))
-        value = Fraction(found["digits"].rstrip(".") or "0")
-        if repeated := found["repeated"]:
-            places = len(found["digits"].partition(".")[2])
-            value += Fraction(int(repeated), 10**places * (10 ** len(repeated) - 1))
-        if power := found["exponent"]:
-            if len(power) > 7 or abs(int(power)) > MAX_EXPONENT:
-                raise Unreadable(f"got 10 to the power of {power[:20]}, want {MAX_EXPONENT} at most")
-            value *= Fraction(10) ** int(power)
-        elif found["digits"].isdigit() and (part := self.match(_PLAIN_FRACTION)):
-            top, bottom = (int(a or b) for a, b in (part.group(1, 2), part.group(3, 4)))
-            if not bottom:
-                raise Unreadable("division by zero")
-            value += Fraction(top, bottom)
-        elif self.text.startswith(".", self.at):
-            self.refuse("a number with two points")
-        return ("number", value)
-
     def letters(self) -> tuple:
         run = re.compile("[A-Za-z]+").match(self.text, self.at)[0]
         if run in NAMED or run in FUNCTIONS or run == "sqrt" or (run in GREEK and len(run) > 3):
@@ -430,17 +344,6 @@ class _Reader:
 
 def _set_of(inner: tuple) -> tuple:
     return ("set", *inner[1:]) if inner[0] == "list" else ("set", inner)
-
-
-def _in_base(digits: str, base: str) -> Fraction:
-    name = re.sub(r"\\text|[{}\s]", "", base)
-    radix = _BASES.get(name, 0) if name.isalpha() else int(name)
-    try:
-        if radix < 2:
-            raise ValueError
-        return Fraction(int(digits, radix))
-    except ValueError:
-        raise Unreadable(f"got the number {digits[:50]} in base {name}, which has no such digits") from None
 
 
 def _height(tree: tuple) -> int:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxrl_llm.rewards.answer import Reading, agree, readings, spelled
-from jaxrl_llm.rewards.formula import Unreadable
 from jaxrl_llm.rewards.graders import Sample
+from jaxrl_llm.rewards.scanner import Unreadable
 from jaxrl_llm.rewards.text import FinalText
 
 # Braces open a box; without them it holds the digits, the letter or the command behind it.
@@ -44,9 +44,9 @@ class Math(FinalText):
             # No formula, so never the row's answer.
             return f"? {' '.join(text.split())}" if text.strip() else ""
         if sample.answer and not self.problem(sample) and agree(wanted := _wanted(sample.answer), got):
-            value, statement = wanted[0]
+            value, statement, _ = wanted[0]
             return spelled(value if statement is None else statement)
-        value, statement = got[0]
+        value, statement, _ = got[0]
         return spelled(statement if value is None else value)
 
     def problem(self, row: Sample) -> str:

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Lt
 
 from jaxrl_llm.rewards.graders import Sample
-from jaxrl_llm.rewards.spelling import plain
+from jaxrl_llm.rewards.spelling import in_base, plain
 from jaxrl_llm.rewards.text import FinalText
 
 MAX_DIGITS = 1000
@@ -68,7 +68,7 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 _PLAIN = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+")
-_FRACTIONS = re.compile(r"\\[dt]?frac\s?(?:\{([^{}]{0,99})\}|([0-9]))\s?(?:\{([^{}]{0,99})\}|([0-9]))")
+_FRACTIONS = re.compile(r"\\frac\s?(?:\{([^{}]{0,99})\}|([0-9]))\s?(?:\{([^{}]{0,99})\}|([0-9]))")
 
 
 def numbers(text: str, percent: Fraction = Fraction(1)) -> list[Fraction | None]:
@@ -80,6 +80,7 @@ def _found(text: str) -> list[re.Match]:
     """Where numbers stand, and what looks like one."""
     text = plain(text).replace("{,}", ",")
     if "frac" in text:
+        text = text.replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
         text = _FRACTIONS.sub(lambda found: rf"\frac{{{found[1] or found[2]}}}{{{found[3] or found[4]}}}", text)
     return [match for match in _NUMBER.finditer(text) if not match["passed"]]
 
@@ -172,7 +173,11 @@ def _value(match: re.Match, percent: Fraction) -> Fraction | None:
 def _size(match: re.Match) -> Fraction | None:
     """Without its sign and its percent. None if it is none."""
     if match["digits"]:
-        return _in_base(match["digits"], int(match["base"] or match["bare_base"]))
+        return (
+            in_base(match["digits"], int(match["base"] or match["bare_base"]))
+            if len(match["digits"]) <= MAX_DIGITS
+            else None
+        )
     if match["top"]:
         return _ratio(_plain(match["top"]), _plain(match["bottom"]))
     if match["mixed"]:
@@ -206,10 +211,3 @@ def _ratio(top: Fraction | None, bottom: Fraction | None) -> Fraction | None:
 
 def _sum(a: Fraction | None, b: Fraction | None) -> Fraction | None:
     return a + b if a is not None and b is not None else None
-
-
-def _in_base(digits: str, base: int) -> Fraction | None:
-    try:
-        return Fraction(int(digits, base)) if 2 <= base <= 16 and len(digits) <= MAX_DIGITS else None
-    except ValueError:
-        return None

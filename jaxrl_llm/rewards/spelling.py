@@ -3,6 +3,7 @@
 import functools
 import re
 import unicodedata
+from fractions import Fraction
 
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋", "0123456789+-")
@@ -78,3 +79,11 @@ def _character(character: str) -> str:
 def _vulgar(character: str) -> str:
     """ "1/2" for the one character that shows it."""
     return unicodedata.normalize("NFKC", character).replace("\u2044", "/")
+
+
+def in_base(digits: str, base: int) -> Fraction | None:
+    """None where the base has no such digits."""
+    try:
+        return Fraction(int(digits, base)) if 2 <= base <= 36 else None
+    except ValueError:
+        return None

@@ -46,11 +46,12 @@ NO_FACTORS = (
 )
 
 _UNIT_NAMES = (
-    "in mm cm dm km nm um ft yd mi lb lbs oz mg kg mph kph kmh rpm hr hrs min mins sec secs ms ns ml mL dL kW kWh Hz kHz MHz GHz kJ Pa "
-    "kPa atm eV mol USD EUR GBP usd per sq cubic rad km/h am pm a.m. p.m. ways"
+    "in mm cm dm km nm um ft yd mi lb lbs oz mg kg mph kph kmh rpm hr hrs min mins sec secs ms ns ml mL dL kW kWh Hz kHz MHz GHz "
+    "kJ Pa kPa atm eV mol USD EUR GBP usd per sq cubic rad am pm ways"
 ).split()
 _PROSE = frozenset(
-    "is the of for if to by at it its are was be so we as when then that this has have not no an on from than with but can how".split()
+    "is the of for if to by at it its are was be so we as when then that this has have not no an on from than with but can "
+    "how".split()
 )
 _WORD = r"(?:[A-Za-z]{4,}|" + "|".join(sorted(map(re.escape, _UNIT_NAMES), key=len, reverse=True)) + ")"
 _NOT_WORDS = "|".join(
@@ -77,7 +78,9 @@ _GAPS = re.compile(r"\\(?:quad|qquad|thinspace|enspace)(?![a-z])|(?<!\\)\\[,;:> 
 _FORMS = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|math(?:rm|bf|it|sf|tt|normal|cal)|mbox|hbox|operatorname|boldsymbol|bm)\*?\s?\{"
 )
-_MATH_IN_TEXT = re.compile(r"\\text\{\s*([^{}A-Za-z]*|[^{}]*[0-9(][^{}]*|[ei]|[A-Za-z](?:\s*,\s*(?:and )?\s*[A-Za-z])+)\s*\}")
+_MATH_IN_TEXT = re.compile(
+    r"\\text\{\s*([^{}A-Za-z]*|[^{}]*[0-9(][^{}]*|[ei]|[A-Za-z](?:\s*,\s*(?:and )?\s*[A-Za-z])+)\s*\}"
+)
 _SAME = {
     r"\dfrac": r"\frac",
     r"\tfrac": r"\frac",
@@ -128,7 +131,9 @@ def words(text: str) -> str:
     if not re.fullmatch(r"[^\W\d_](?:[^\W\d_]|[' -])*", bare) or OR_AND.match(bare):
         return ""
     runs = bare.split()
-    if len(runs) > (MAX_WORDS if marked else 3) or (not marked and set(map(str.casefold, runs[1:])) & _PROSE - {"no", "not"}):
+    if len(runs) > (MAX_WORDS if marked else 3) or (
+        not marked and set(map(str.casefold, runs[1:])) & _PROSE - {"no", "not"}
+    ):
         return ""
     if not (marked and len(bare) > 1) and not any(is_word(run) for run in runs) and len(runs) == 1:
         return ""

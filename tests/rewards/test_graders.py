@@ -180,7 +180,7 @@ def test_a_missing_library_is_named_before_training(monkeypatch):
     [text] = problems_of("math")
     assert (
         text
-        == """reward.graders.0.options: grader "math" needs math_verify, which is not installed: pip install 'jaxrl-llm[tasks]'"""
+        == """reward.graders.0.options: grader "math" needs mpmath, which is not installed: pip install 'jaxrl-llm[tasks]'"""
     )
 
 
