@@ -27,6 +27,7 @@ DECORATIONS = frozenset(
     "mathbb overline bar vec hat widehat tilde overrightarrow overleftrightarrow angle triangle text".split()
 )
 _BASES_OF_LOGS = {"log": ("base_of_log",), "ln": ("constant", "e"), "lg": ("number", Fraction(10))}
+_DIVISOR = re.compile(r"\s?/\s?(?=[0-9])")
 _SCRIPT = re.compile(r"_\s?(?:\{\s*((?:\\text\{[^{}]*\}|[^{}])*?)\s*\}|\\text\{([^{}]*)\}|(\\?[A-Za-z]+|[0-9]))")
 
 
@@ -314,14 +315,15 @@ class _Reader(Scanner):
         return called if power is None or inverse else ("power", called, power)
 
     def function_argument(self) -> tuple:
-        """What is in brackets; without them all factors up to the next function: sin 2x cos y is sin(2x) cos(y)."""
-        if self.rest() == "(":
-            return self.bracket()
+        """What is in brackets; without them all factors up to the next function, and a number that divides them: sin 2x cos y is
+        sin(2x) cos(y), cos pi/3 a half, sin x/x a quotient."""
+        if self.rest() in ("(", "{"):
+            return self.primary()
         result = self.signed()
         while self.begins_factor() and not self.ahead(*(f"\\{name}" for name in FUNCTIONS)) and self.rest() != "(":
             result = ("product", result, self.power())
-        if self.take("/"):
-            result = ("quotient", result, self.signed())
+        if self.match(_DIVISOR):
+            result = ("quotient", result, self.power())
         return result
 
     def matrix(self) -> tuple:
