@@ -136,16 +136,20 @@ _BOTH_SIGNS = ("plus_minus", "minus_plus")
 
 
 def _together(found: list[Reading]) -> Reading:
-    """Several answers, in whatever order. Those that give values to different letters are worth nothing without the letters."""
+    """Several answers, in whatever order. Values of different letters are a tuple in the order of the letters."""
     if len(found) == 1:
         return found[0]
-    names = {reading.statement[1] if reading.statement and reading.statement[0] == "is" else None for reading in found}
     values, statements = ([getattr(reading, part) for reading in found] for part in ("value", "statement"))
-    one_letter = len(names) == 1 and None not in values
-    return Reading(
-        _several(values) if one_letter else None,
-        None if None in statements else _several(statements),
-    )
+    letters = [statement[1] for statement in statements if statement is not None and statement[0] == "is"]
+    value = None
+    if None not in values and len(set(letters)) <= 1:
+        value = _several(values)
+    elif None not in values and len(set(letters)) == len(found):
+        value = ("bracket", "(", tuple(key for _, key in sorted(zip(letters, values, strict=True))), ")")
+    statement = None if None in statements else _several(statements)
+    if not found or (value is None and statement is None):
+        raise Unreadable("answers that do not go together")
+    return Reading(value, statement)
 
 
 def _several(keys: list[Key]) -> Key:
@@ -202,6 +206,8 @@ def _of_relation(signs: tuple[str, ...], sides: tuple[tuple, ...], meaning: _Mea
     if set(signs) <= {"=", "about"}:
         if "about" in signs and _name(left) is None:
             return _of_one(left, meaning)
+        if left[0] == right[0] == "bracket" and all(map(_name, left[2])) and len(left[2]) == len(right[2]):
+            return _together([_of_equation(*pair, meaning) for pair in zip(left[2], right[2], strict=True)])
         plain = not _symbols(left) and not _symbols(right)
         if left[0] == "words" or _is_applied(left) or len(sides) > 2 or plain or right[0] in _NOT_NUMBERS:
             return Reading(_value(right, meaning))

@@ -100,8 +100,9 @@ def unreadable_rows(config: "RewardConfig", rows: Sequence[tuple[str, Sample]]) 
         wrong = [(where, row, why) for where, row in rows if (why := problem(row))]
         for where, row, why in wrong[:SHOWN]:
             found.append(f'{where or "a row"} ({row.prompt[:60]!r}): grader "{grader.label}": {why}')
-        if len(wrong) > SHOWN:
-            found.append(f'... {len(wrong)} of {len(rows)} rows have answers that grader "{grader.label}" cannot read')
+        if wrong:
+            what = f'grader "{grader.label}" cannot grade {len(wrong)} of {len(rows)} rows'
+            found.append(f"{what}: mend them, leave them out, or choose another grader")
     return found
 
 

@@ -20,7 +20,11 @@ from jaxrl_llm.rewards.text import FinalText
 
 MAX_DIGITS = 1000
 MAX_EXPONENT = 1000
-SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+SCALES = {
+    **{"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12},
+    **{"lakh": 10**5, "crore": 10**7, "\u4e07": 10**4, "\u842c": 10**4, "\ub9cc": 10**4},
+    **dict.fromkeys("\u4ebf\u5104\uc5b5", 10**8),
+}
 
 # Each alternative starts where no word or number is under way and takes all that it can, so one pass reads the text.
 # Of an alphabet with words: a Chinese sentence has no space before a number.
@@ -29,9 +33,16 @@ _RUN = r"(?:[0-9][0-9.,]*|\.[0-9][0-9.,]*)"
 _BRACES = r"\{(?:[^{}\n]|\{[^{}\n]{0,99}\}){0,99}\}"
 _ARGUMENT = r"\{\s?-?[0-9.,]+\s?\}"
 _FRACTION = r"\\frac\{\s?(?P<TOP>-?[0-9.,]+)\s?\}\{\s?(?P<BOTTOM>-?[0-9.,]+)\s?\}"
+_UNIT = r"\{(?:\\[a-z]{1,9}\{[^{}0-9]{0,30}\}|[^{}0-9\\\n]){0,30}(?:\^\s?\{?-?[0-9]\}?)?\s?\}"
 _ROOT = rf"\\sqrt\s?(?:\[[0-9]{{1,3}}\])?\s?(?:{_BRACES}|[0-9]+)"
 _NUMBER = re.compile(
     rf"""
+    # Nothing: a unit in the form of a fraction; the index or the exponent of a letter or a unit.
+    (?P<passed>
+        \\frac{_UNIT}{_UNIT}
+        | [_^]\s?(?:\{{[^{{}}\n]{{0,99}}\}}|[-+]?[0-9]+|\\circ)
+    )
+    |
     # None: roots, formulas in a fraction, times, dates, what divides a letter.
     (?P<none>
         {_ROOT}
@@ -39,10 +50,8 @@ _NUMBER = re.compile(
         | (?<![{_LETTER}.]) [0-9]+(?::[0-9]+)+
         | (?<![{_LETTER}.]) (?:[0-9]{{4}}-[0-9]{{1,2}}-[0-9]{{1,2}}|[0-9]{{1,2}}-[0-9]{{1,2}}-[0-9]{{4}})(?![0-9])
         | /\s?{_RUN}
+        | (?<![{_LETTER}.]) 0[xX][0-9a-fA-F]+
     )
-    |
-    # Not even that: the index or the exponent of a letter or a unit.
-    (?P<passed> [_^]\s?(?:\{{[^{{}}\n]{{0,99}}\}}|[-+]?[0-9]+|\\circ) )
     |
     (?<![{_LETTER}.]) (?P<digits>[0-9][0-9A-F]*)_(?:\{{(?P<base>[0-9]{{1,2}})\}}|(?P<bare_base>[0-9]{{1,2}}))(?![0-9])
     |
@@ -54,7 +63,7 @@ _NUMBER = re.compile(
           (?:
               (?<=[0-9])\s?{_FRACTION.replace("TOP", "part_top").replace("BOTTOM", "part_bottom")}
               | (?P<slashes>(?:\s?/\s?-?{_RUN})+)
-              | [eE](?P<exponent>[-+]?[0-9]+)
+              | [eE](?P<exponent>[-+]?[0-9]+(?:\.[0-9]+)*)
               | \s?(?:\\times|\\cdot|\*|x)\s{{0,2}}10\s?\^\s?\{{?(?P<power>[-+]?[0-9]+)\}}?
           )?
     )
@@ -62,7 +71,7 @@ _NUMBER = re.compile(
         \s?\^(?!\s?\{{?\s?\\circ)\s?(?:\{{[^{{}}\n]{{0,99}}\}}|-?[0-9]+)?
         | \s?(?:\\pi(?![a-z])|{_ROOT})
     )?
-    (?:\s?(?P<scale>{"|".join(SCALES)})\b)?
+    (?:\s?(?P<scale>{"|".join(SCALES)})s?(?![a-z]))?
     (?P<percent>\s?(?:\\?%|per\s?cent\b))?
     """,
     re.VERBOSE,
@@ -190,7 +199,7 @@ def _size(match: re.Match) -> Fraction | None:
     power = match["exponent"] or match["power"]
     if power is None:
         return _plain(match["run"])
-    if len(power) > 6 or abs(int(power)) > MAX_EXPONENT:
+    if len(power) > 6 or "." in power or abs(int(power)) > MAX_EXPONENT:
         return None
     number = _plain(match["run"])
     return None if number is None else number * Fraction(10) ** int(power)
