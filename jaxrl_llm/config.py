@@ -105,7 +105,7 @@ class RunConfig:
 
 # What may differ between a run and its resumption: where and how it runs and reports, not what it computes.
 MAY_CHANGE = (
-    "run_dir", "steps", "mesh", "evaluation", "checkpoint", "metrics", "reward.workers", "reward.deadline_s", "update.guards",
+    "run_dir", "steps", "mesh", "evaluation.every", "checkpoint", "metrics", "reward.workers", "reward.deadline_s", "update.guards",
 )  # fmt: skip
 
 

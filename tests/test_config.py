@@ -7,7 +7,7 @@ import pytest
 
 from jaxrl_llm import config
 from jaxrl_llm.cli import read_config
-from jaxrl_llm.config import RunConfig, changes, dump, load, problems, to_dict, training_problems
+from jaxrl_llm.config import EvaluationConfig, RunConfig, changes, dump, load, problems, to_dict, training_problems
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.config import ModelConfig, PretrainedModel
 from jaxrl_llm.model.hf.config import read_config as read_model_config
@@ -354,6 +354,8 @@ def test_changes_names_what_a_resumption_may_not_change():
         run_dir="b", steps=5, mesh=MeshConfig(2, 2, 2), reward=dataclasses.replace(RunConfig().reward, workers=9)
     )
     assert changes(saved, to_dict(may)) == []
+    scored = RunConfig(evaluation=EvaluationConfig(every=5, threshold=0.5))
+    assert changes(saved, to_dict(scored)) == ["evaluation.threshold: 1.0 -> 0.5"]
     now = RunConfig(seed=1, rollout=RolloutConfig(temperature=0.5), objective=ObjectiveConfig(loss=CrossEntropy()))
     found = changes(saved, to_dict(now))
     assert [line for line in found if not line.endswith(" -> None")] == [

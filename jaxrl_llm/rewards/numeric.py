@@ -6,6 +6,7 @@ like a number is none, and never its last digits: `3,14` and `1.234,56` (a comma
 `\sqrt{2}`, `2\pi`, `x/2`, `1/0`, `12:30`, `2024-01-15`, a number of more than a thousand digits.
 """
 
+import functools
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,7 +27,6 @@ SCALES = {
     **dict.fromkeys("\u4ebf\u5104\uc5b5", 10**8),
 }
 
-# Each alternative starts where no word or number is under way and takes all that it can, so one pass reads the text.
 # Of an alphabet with words: a Chinese sentence has no space before a number.
 _LETTER = r"A-Za-z0-9_\u00aa-\u052f"
 _RUN = r"(?:[0-9][0-9.,]*|\.[0-9][0-9.,]*)"
@@ -35,6 +35,7 @@ _ARGUMENT = r"\{\s?-?[0-9.,]+\s?\}"
 _FRACTION = r"\\frac\{\s?(?P<TOP>-?[0-9.,]+)\s?\}\{\s?(?P<BOTTOM>-?[0-9.,]+)\s?\}"
 _UNIT = r"\{(?:\\[a-z]{1,9}\{[^{}0-9]{0,30}\}|[^{}0-9\\\n]){0,30}(?:\^\s?\{?-?[0-9]\}?)?\s?\}"
 _ROOT = rf"\\sqrt\s?(?:\[[0-9]{{1,3}}\])?\s?(?:{_BRACES}|[0-9]+)"
+# Each alternative starts where no word or number is under way and takes all that it can, so one pass reads the text.
 _NUMBER = re.compile(
     rf"""
     # Nothing: a unit in the form of a fraction; the index or the exponent of a letter or a unit.
@@ -83,6 +84,16 @@ _FRACTIONS = re.compile(r"\\frac\s?(?:\{([^{}]{0,99})\}|([0-9]))\s?(?:\{([^{}]{0
 def numbers(text: str, percent: Fraction = Fraction(1)) -> list[Fraction | None]:
     """All numbers of a text from left to right; None for what looks like one and is none. `percent`: the value of 1 %."""
     return [_value(match, percent) for match in _found(text)]
+
+
+# The row's answer is read once for all samples of its group, a response's for its grade and for its vote.
+@functools.lru_cache(maxsize=256)
+def _number(text: str, where: str, percent: Fraction) -> Fraction | None:
+    """The last, the first or the only number of a text; None if there is none."""
+    found = _found(text)
+    if not found or (where == "only" and len(found) > 1):
+        return None
+    return _value(found[0] if where == "first" else found[-1], percent)
 
 
 def _found(text: str) -> list[re.Match]:
@@ -137,20 +148,17 @@ class Numeric(FinalText):
         return abs(got - want) <= allowed
 
     def _find(self, sample: Sample) -> Fraction | None:
-        found = _found(self.final_text(sample))
-        if not found or (self.where == "only" and len(found) > 1):
-            return None
-        return _value(found[0] if self.where == "first" else found[-1], self._percent)
+        return _number(self.final_text(sample), self.where, self._percent)
 
     @property
     def _percent(self) -> Fraction:
         return Fraction(1, 100) if self.percent == "hundredth" else Fraction(1)
 
     def _wanted(self, answer: str) -> Fraction:
-        found = numbers(answer, self._percent)
-        if len(found) != 1 or found[0] is None:
+        number = _number(answer, "only", self._percent)
+        if number is None:
             raise ValueError(f"the row's answer: got {answer[-200:]!r}, want one number")
-        return found[0]
+        return number
 
 
 @dataclass(frozen=True, kw_only=True)
