@@ -222,6 +222,12 @@ def test_an_attack_ends_in_time(text):
     assert time.process_time() - start < 2.0
 
 
+def test_how_long_a_formula_may_be_does_not_depend_on_the_stack():
+    """140 terms are read, 160 are told, in whatever process."""
+    assert says("140", "+".join(["1"] * 140)) == 1.0
+    assert "more than 150" in GRADERS["math"].problem(sample("", "+".join(["1"] * 160)))
+
+
 def test_large_powers_are_exact_as_far_as_they_are_kept():
     assert says("2^{100000}", "4^{50000}") == 1.0 and says("2^{100000}", "2^{100000}+1") == 0.0
     assert says("9^{9^9}", "3^{2 \\cdot 9^9}") == 1.0 and says("9^{9^9}", "9^{9^9-1}") == 0.0
