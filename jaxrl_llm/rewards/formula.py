@@ -16,6 +16,7 @@ from fractions import Fraction
 
 from jaxrl_llm.rewards import tokens
 from jaxrl_llm.rewards.scanner import Scanner, Unreadable
+from jaxrl_llm.rewards.spelling import SCALES
 from jaxrl_llm.rewards.tokens import FUNCTIONS, GREEK, NAMED, RELATIONS
 
 MAX_DEPTH = 30
@@ -114,6 +115,8 @@ class _Reader(Scanner):
                 result = ("product", result, self.signed())
             elif self.take("/") or self.take(r"\div"):
                 result = ("quotient", result, self.signed())
+            elif scale := self.match(tokens.SCALE):
+                result = ("product", result, ("number", Fraction(SCALES[scale["inner"] or scale["bare"]])))
             elif unit := self.unit():
                 result = result if unit == "unit" else (unit, result)
                 if self.begins_factor() and self.rest() not in "(":

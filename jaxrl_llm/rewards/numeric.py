@@ -16,16 +16,11 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Lt
 
 from jaxrl_llm.rewards.graders import Sample
-from jaxrl_llm.rewards.spelling import in_base, plain
+from jaxrl_llm.rewards.spelling import SCALES, in_base, plain
 from jaxrl_llm.rewards.text import FinalText
 
 MAX_DIGITS = 1000
 MAX_EXPONENT = 1000
-SCALES = {
-    **{"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12},
-    **{"lakh": 10**5, "crore": 10**7, "\u4e07": 10**4, "\u842c": 10**4, "\ub9cc": 10**4},
-    **dict.fromkeys("\u4ebf\u5104\uc5b5", 10**8),
-}
 
 # Of an alphabet with words: a Chinese sentence has no space before a number.
 _LETTER = r"A-Za-z0-9_\u00aa-\u052f"

@@ -41,6 +41,13 @@ _SPELLED = {
     "\u03c0": r"\pi ",
 }
 
+SCALES = {
+    **{"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12},
+    **{"lakh": 10**5, "crore": 10**7, "\u4e07": 10**4, "\u842c": 10**4, "\ub9cc": 10**4},
+    **dict.fromkeys("\u4ebf\u5104\uc5b5", 10**8),
+}
+"""Words that multiply the number before them."""
+
 _SPACE = r"[ \u00a0\u2007\u2009\u202f]"
 _SEPARATOR = rf"(?:,?\\[,!] ?|\{{,\}}|\\ |~|[_']|{_SPACE})"
 # The first group has 1 to 3 digits and no 0 in front, each further one exactly 3.

@@ -57,11 +57,17 @@ _WORD = r"(?:[A-Za-z]{4,}|" + "|".join(sorted(map(re.escape, _UNIT_NAMES), key=l
 _NOT_WORDS = "|".join(
     sorted([*FUNCTIONS, "sqrt", "frac", "binom", "infty", "infinity", "begin", "matrix"], key=len, reverse=True)
 )
-_TEXT = r"\\text\s?\{(?!\s*(?:or|and|,)\s*\})[^{}]*\}"
+# Words that change the number before them: it is not all of the answer.
+_CHANGING = "and|or|not|than|to|half|halves|thirds?|quarters?|dozen|least|most|minus|plus|less|more|fewer|except|if|unless|approximately"
+_TEXT = rf"\\text\s?\{{(?![^{{}}]*(?<![A-Za-z])(?:{_CHANGING})(?![A-Za-z]))[^{{}}]*\}}"
 _RAISED = r"(?:\s?\^\s?(?:\{[^{}]*\}|-?[0-9]))?"
-_UNIT = rf"(?:{_TEXT}|(?<![A-Za-z\\])(?!(?:{_NOT_WORDS}|or|and)(?![A-Za-z])){_WORD}(?![A-Za-z])){_RAISED}"
+_UNIT = rf"(?:{_TEXT}|(?<![A-Za-z\\])(?!(?:{_NOT_WORDS}|{_CHANGING})(?![A-Za-z])){_WORD}(?![A-Za-z])){_RAISED}"
 UNITS = re.compile(
     rf"\s*(?:\\frac\s?\{{\s*{_UNIT}\s*\}}\s?\{{\s*{_UNIT}\s*\}}|{_UNIT}(?:\s*(?:/|\\cdot|\*)?\s*{_UNIT})*)"
+)
+_SCALE_NAMES = rf"(?:{'|'.join(spelling.SCALES)})"
+SCALE = re.compile(
+    rf"\s*(?:\\text\s?\{{\s*(?P<inner>{_SCALE_NAMES})s?(?![a-z])[A-Za-z ]*\}}|(?P<bare>{_SCALE_NAMES})s?(?![a-z]))"
 )
 PERCENT = re.compile(r"\s*(?:\\?%|percent(?![a-z])|\\text\s?\{\s*(?:\\?%|percent)\s*\})")
 DEGREE = re.compile(
@@ -79,7 +85,7 @@ _FORMS = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|math(?:rm|bf|it|sf|tt|normal|cal)|mbox|hbox|operatorname|boldsymbol|bm)\*?\s?\{"
 )
 _MATH_IN_TEXT = re.compile(
-    r"\\text\{\s*([^{}A-Za-z]*|[^{}]*[0-9(][^{}]*|[ei]|[A-Za-z](?:\s*,\s*(?:and )?\s*[A-Za-z])+)\s*\}"
+    r"\\text\{\s*([^{}A-Za-z]*|[^{}]*[0-9][^{}]*|\([A-Za-z]\)\s*|[ei]|[A-Za-z](?:\s*,\s*(?:and )?\s*[A-Za-z])+)\s*\}"
 )
 _SAME = {
     r"\dfrac": r"\frac",
