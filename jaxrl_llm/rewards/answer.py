@@ -4,22 +4,18 @@ A number's key is its exact fraction. A formula's is what it is worth at a few f
 algebra is done: two formulas are equal if they agree at all of them to 30 digits. Tuples, sets and equations are made of keys.
 """
 
-import functools
 import itertools
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from typing import NamedTuple
 
 from jaxrl_llm.rewards.formula import read
-from jaxrl_llm.rewards.quantity import Arithmetic, Number, Undefined, settle
+from jaxrl_llm.rewards.points import Key, Meaning, difference_of, key_of, nodes_of, symbols_of
+from jaxrl_llm.rewards.quantity import Undefined
 from jaxrl_llm.rewards.scanner import Unreadable
 
 MAX_CHARACTERS = 1000
-MAX_SYMBOLS = 12
-
-Key = tuple | Fraction
 
 
 class Reading(NamedTuple):
@@ -29,21 +25,20 @@ class Reading(NamedTuple):
     """Of x = 5 it is 5. None for an equation that gives no value."""
     statement: Key | None = None
     """Of an equation or inequality: equal for those that say the same."""
+    letter: str = ""
+    """The letter that it gives a value to."""
     choices: tuple = ()
     """How each kind of sign with two meanings was read; None where there is no such sign."""
 
+    @property
+    def as_wanted(self) -> str:
+        """The vote of all that agrees with this. An equation's is none that an answer without its letter has."""
+        return spelled(self.value if self.statement is None else self.statement)
 
-@dataclass(frozen=True)
-class _Meaning:
-    """What signs with several meanings stand for."""
-
-    percent: Fraction | None
-    degree: bool | None
-    """Whether the sign of degrees is a factor of pi / 180, or a unit that is passed over."""
-    natural: bool | None
-    """Whether a logarithm without a base has base e, or 10."""
-    sign: int = 1
-    """Of plus or minus."""
+    @property
+    def as_own(self) -> str:
+        """The vote of an answer that is not the wanted one."""
+        return spelled(self.statement if self.value is None else self.value)
 
 
 def readings(text: str) -> tuple[Reading, ...]:
@@ -55,13 +50,13 @@ def readings(text: str) -> tuple[Reading, ...]:
     if len(text) > MAX_CHARACTERS:
         raise Unreadable(f"got {len(text):,} characters, want {MAX_CHARACTERS:,} at most")
     tree = read(text)
-    kinds = {node[0] for node in _nodes(tree)}
+    kinds = {node[0] for node in nodes_of(tree)}
     percents = (Fraction(1, 100), Fraction(1)) if "percent" in kinds else (None,)
     degrees = (False, True) if "degree" in kinds else (None,)
     naturals = (False, True) if "base_of_log" in kinds else (None,)
     try:
         return tuple(
-            _together(list(_of_item(tree, _Meaning(*choices))))._replace(choices=choices)
+            _together(list(_of_item(tree, Meaning(*choices))))._replace(choices=choices)
             for choices in itertools.product(percents, degrees, naturals)
         )
     except (Undefined, OverflowError, ZeroDivisionError, RecursionError) as error:
@@ -108,19 +103,14 @@ def _part(part: object) -> str:
 # From items to keys.
 
 
-def _of_item(tree: tuple, meaning: _Meaning) -> Iterator[Reading]:
+def _of_item(tree: tuple, meaning: Meaning) -> Iterator[Reading]:
     """The answers that a tree gives: several for a list, or for plus or minus."""
     kind = tree[0]
     if kind == "list":
         for item in tree[1:]:
             if not _is_condition(item):
                 yield from _of_item(item, meaning)
-    elif (
-        kind != "bracket"
-        and kind != "set"
-        and meaning.sign == 1
-        and any(node[0] in _BOTH_SIGNS for node in _nodes(tree))
-    ):
+    elif kind != "set" and any(node[0] in _BOTH_SIGNS for node in nodes_of(tree)):
         yield _of_one(tree, meaning)
         yield _of_one(tree, replace(meaning, sign=-1))
     else:
@@ -140,7 +130,7 @@ def _together(found: list[Reading]) -> Reading:
     if len(found) == 1:
         return found[0]
     values, statements = ([getattr(reading, part) for reading in found] for part in ("value", "statement"))
-    letters = [statement[1] for statement in statements if statement is not None and statement[0] == "is"]
+    letters = [reading.letter for reading in found if reading.letter]
     value = None
     if None not in values and len(set(letters)) <= 1:
         value = _several(values)
@@ -153,16 +143,16 @@ def _together(found: list[Reading]) -> Reading:
 
 
 def _several(keys: list[Key]) -> Key:
-    return ("several", *sorted(keys, key=repr))
+    return ("several", *sorted(keys, key=spelled))
 
 
-def _of_one(tree: tuple, meaning: _Meaning) -> Reading:
+def _of_one(tree: tuple, meaning: Meaning) -> Reading:
     if tree[0] == "relation":
         return _of_relation(tree[1], tree[2], meaning)
     return Reading(_value(tree, meaning))
 
 
-def _value(tree: tuple, meaning: _Meaning) -> Key:
+def _value(tree: tuple, meaning: Meaning) -> Key:
     """The key of what is no statement."""
     kind, *parts = tree
     if kind == "words":
@@ -180,13 +170,13 @@ def _value(tree: tuple, meaning: _Meaning) -> Key:
             raise Unreadable("rows of different lengths")
         return ("matrix", *(tuple(_value(item, meaning) for item in row) for row in parts))
     if kind == "ratio":
-        keys = [_key(part, meaning) for part in parts]
+        keys = [key_of(part, meaning) for part in parts]
         if 0 in keys:
             return ("ratio", *keys)
-        return ("ratio", *(_key(("quotient", part, parts[0]), meaning) for part in parts))
+        return ("ratio", *(key_of(("quotient", part, parts[0]), meaning) for part in parts))
     if kind in ("list", "relation"):
         raise Unreadable("statements within a formula")
-    return _infinity(tree) or _key(tree, meaning)
+    return _infinity(tree) or key_of(tree, meaning)
 
 
 def _infinity(tree: tuple) -> Key | None:
@@ -201,20 +191,22 @@ _FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 _CLOSED = {"<=": "]", "<": ")", ">=": "[", ">": "("}
 
 
-def _of_relation(signs: tuple[str, ...], sides: tuple[tuple, ...], meaning: _Meaning) -> Reading:
+def _of_relation(signs: tuple[str, ...], sides: tuple[tuple, ...], meaning: Meaning) -> Reading:
     left, right = sides[0], sides[-1]
     if set(signs) <= {"=", "about"}:
-        if "about" in signs and _name(left) is None:
-            return _of_one(left, meaning)
+        if "about" in signs and (signs[0] == "=" or _name(left) is None):
+            # What is rounded says no more than what it is a rounding of.
+            exact = sides[: signs.index("about") + 1]
+            return _of_one(("relation", signs[: len(exact) - 1], exact) if len(exact) > 1 else left, meaning)
         if left[0] == right[0] == "bracket" and all(map(_name, left[2])) and len(left[2]) == len(right[2]):
             return _together([_of_equation(*pair, meaning) for pair in zip(left[2], right[2], strict=True)])
-        plain = not _symbols(left) and not _symbols(right)
+        plain = not symbols_of(left) and not symbols_of(right)
         if left[0] == "words" or _is_applied(left) or len(sides) > 2 or plain or right[0] in _NOT_NUMBERS:
             return Reading(_value(right, meaning))
         return _of_equation(left, right, meaning)
     if signs == ("in",):
         return Reading(_value(right, meaning))
-    if signs == ("!=",) and (difference := _difference(left, right, meaning, signed=False)) is not None:
+    if signs == ("!=",) and (difference := difference_of(left, right, meaning, signed=False)) is not None:
         return Reading(None, ("differ", difference))
     if len(signs) == 1 and signs[0] in _FLIPPED:
         return _of_inequality(left, signs[0], right, meaning)
@@ -230,32 +222,32 @@ def _of_relation(signs: tuple[str, ...], sides: tuple[tuple, ...], meaning: _Mea
 _NOT_NUMBERS = ("bracket", "set", "matrix", "words", "ratio")
 
 
-def _of_equation(left: tuple, right: tuple, meaning: _Meaning) -> Reading:
+def _of_equation(left: tuple, right: tuple, meaning: Meaning) -> Reading:
     name, value = _name(left), right
     if name is None and _name(right) is not None:
         name, value = _name(right), left
     if name is not None and _infinity(value):
         return Reading(_infinity(value))
-    if (difference := _difference(left, right, meaning, signed=False)) is None:
-        return Reading(_key(right, meaning))
+    if (difference := difference_of(left, right, meaning, signed=False)) is None:
+        return Reading(key_of(right, meaning))
     statement = ("equation", difference)
-    if name is None or name in _symbols(value):
+    if name is None or name in symbols_of(value):
         return Reading(None, statement)
-    return Reading(_key(value, meaning), ("is", name, statement) if not _symbols(value) else statement)
+    return Reading(key_of(value, meaning), statement, "" if symbols_of(value) else name)
 
 
-def _of_inequality(left: tuple, sign: str, right: tuple, meaning: _Meaning) -> Reading:
+def _of_inequality(left: tuple, sign: str, right: tuple, meaning: Meaning) -> Reading:
     if _name(left) is None and _name(right) is not None:
         left, sign, right = right, _FLIPPED[sign], left
     if _infinity(right):
         raise Unreadable("an inequality with infinity")
     above, below = (left, right) if sign in (">", ">=") else (right, left)
-    if (difference := _difference(above, below, meaning, signed=True)) is None:
+    if (difference := difference_of(above, below, meaning, signed=True)) is None:
         raise Unreadable("an inequality between equals")
     statement = ("positive", len(sign), difference)
-    if _name(left) is None or _symbols(right):
+    if _name(left) is None or symbols_of(right):
         return Reading(None, statement)
-    bound, bracket = _key(right, meaning), _CLOSED[sign]
+    bound, bracket = key_of(right, meaning), _CLOSED[sign]
     if sign in (">", ">="):
         return Reading(("bracket", bracket, (bound, ("infinity", 1)), ")"), statement)
     return Reading(("bracket", "(", (("infinity", -1), bound), bracket), statement)
@@ -267,7 +259,7 @@ def _name(tree: tuple) -> str | None:
 
 def _is_applied(tree: tuple) -> bool:
     r"""f(x), f^{-1}(x), P(A), m \angle A: the name of what follows, whatever its letters."""
-    if any(name.startswith(("angle ", "overline ")) for name in _symbols(tree)):
+    if any(name.startswith(("angle ", "overline ")) for name in symbols_of(tree)):
         return True
     if tree[0] != "product":
         return False
@@ -277,118 +269,4 @@ def _is_applied(tree: tuple) -> bool:
     return name in _FUNCTION_NAMES and argument[0] in ("symbol", "number", "bracket")
 
 
-_FUNCTION_NAMES = ("f", "g", "h", "F", "G", "H", "P", "p", "T", "V", "S")
-
-
-# Keys of numbers and formulas.
-
-
-def _difference(left: tuple, right: tuple, meaning: _Meaning, signed: bool) -> Key | None:
-    """Of left - right up to a factor, which is positive where it is `signed`: its values at three points over that at the first.
-    None where it is 0 in itself."""
-    tree = ("difference", left, right)
-    first, *others = _points(_symbols(tree), 3)
-
-    def ratio(point: Mapping[str, Fraction], digits: int) -> Number:
-        arithmetic = Arithmetic(digits)
-        base = _evaluate(tree, first, arithmetic, meaning)
-        base = arithmetic.absolute(base) if signed else base
-        return arithmetic.divide(_evaluate(tree, point, arithmetic, meaning), base)
-
-    if settle(lambda digits: _evaluate(tree, first, Arithmetic(digits), meaning)) == 0:
-        return None
-    points = [first, *others] if signed else others
-    return (*(settle(functools.partial(ratio, point)) for point in points), *sorted(_symbols(tree)))
-
-
-def _key(tree: tuple, meaning: _Meaning) -> Key:
-    """Of a number; of a formula at two points where all letters are positive, and where the one or the other is negative."""
-    symbols = _symbols(tree)
-
-    def at(point: Mapping[str, Fraction], real: bool = False) -> Key:
-        return settle(lambda digits: _evaluate(tree, point, Arithmetic(digits, real), meaning))
-
-    if not symbols:
-        return at({})
-    # Rounding hides small differences: a third point is far away.
-    points = _points(symbols, 3 if {"floor", "ceiling"} & {node[0] for node in _nodes(tree)} else 2)
-    first, *others = map(at, points)
-    negative = {}
-    for name in symbols:
-        try:
-            negative[name] = at(points[0] | {name: -points[0][name]}, real=("constant", "i") not in set(_nodes(tree)))
-        except Undefined:
-            negative[name] = ("undefined",)
-    changed = tuple((name, key) for name, key in negative.items() if key != first)
-    return first if {first} == set(others) and not changed else ("formula", first, *others, changed)
-
-
-def _points(symbols: tuple[str, ...], number: int) -> list[dict[str, Fraction]]:
-    """A letter stands for the same number in every formula, as if drawn at random from (0, 1), (1, 2), (2, 1002)."""
-    return [
-        {name: first + size * Fraction(zlib.crc32(f"{first} {name}".encode()) % 10_006 + 1, 10_007) for name in symbols}
-        for first, size in ((0, 1), (1, 1), (2, 1000))[:number]
-    ]
-
-
-def _symbols(tree: tuple) -> tuple[str, ...]:
-    found = sorted({node[1] for node in _nodes(tree) if node[0] == "symbol"})
-    if len(found) > MAX_SYMBOLS:
-        raise Unreadable(f"got {len(found)} letters, want {MAX_SYMBOLS} at most")
-    return tuple(found)
-
-
-def _nodes(tree: tuple) -> Iterator[tuple]:
-    """All trees within a tree."""
-    todo = [tree]
-    while todo:
-        node = todo.pop()
-        if node and isinstance(node[0], str):
-            yield node
-        todo.extend(part for part in node if isinstance(part, tuple))
-
-
-def _evaluate(tree: tuple, point: Mapping[str, Fraction], arithmetic: Arithmetic, meaning: _Meaning) -> Number:
-    kind, *parts = tree
-    if kind == "number":
-        return parts[0]
-    if kind == "symbol":
-        return point[parts[0]]
-    if kind == "constant":
-        return _constant(parts[0], arithmetic)
-    if kind == "call":
-        name, argument = parts
-        return arithmetic.function(name, _evaluate(argument, point, arithmetic, replace(meaning, degree=True)))
-    if kind == "root":
-        return arithmetic.root(parts[0], _evaluate(parts[1], point, arithmetic, meaning))
-    if kind not in _OPERATIONS:
-        raise Unreadable("a list, a tuple or words within a formula")
-    values = [_evaluate(part, point, arithmetic, meaning) for part in parts]
-    return _OPERATIONS[kind](arithmetic, meaning, *values)
-
-
-def _constant(name: str, arithmetic: Arithmetic) -> Number:
-    if name == "infinity":
-        raise Undefined("infinity within a formula")
-    return arithmetic.mp.mpc(0, 1) if name == "i" else +getattr(arithmetic.mp, name)
-
-
-_OPERATIONS: dict[str, Callable[..., Number]] = {
-    "sum": lambda by, _, a, b: by.add(a, b),
-    "difference": lambda by, _, a, b: by.add(a, -b),
-    "plus_minus": lambda by, meaning, a, b: by.add(a, meaning.sign * b),
-    "minus_plus": lambda by, meaning, a, b: by.add(a, -meaning.sign * b),
-    "product": lambda by, _, a, b: by.multiply(a, b),
-    "quotient": lambda by, _, a, b: by.divide(a, b),
-    "power": lambda by, _, a, b: by.power(a, b),
-    "negative": lambda by, _, a: -a,
-    "absolute": lambda by, _, a: by.absolute(a),
-    "floor": lambda by, _, a: by.floor(a),
-    "ceiling": lambda by, _, a: by.ceiling(a),
-    "factorial": lambda by, _, a: by.factorial(a),
-    "binomial": lambda by, _, a, b: by.binomial(a, b),
-    "log": lambda by, _, a, base: by.log(a, base),
-    "base_of_log": lambda by, meaning: +by.mp.e if meaning.natural else Fraction(10),
-    "percent": lambda by, meaning, a: by.multiply(a, meaning.percent),
-    "degree": lambda by, meaning, a: by.divide(by.multiply(a, +by.mp.pi), Fraction(180)) if meaning.degree else a,
-}
+_FUNCTION_NAMES = ("f", "g", "h", "F", "G", "H", "P")

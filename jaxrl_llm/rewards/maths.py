@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxrl_llm.rewards.answer import Reading, agree, readings, spelled
+from jaxrl_llm.rewards.answer import Reading, agree, readings
 from jaxrl_llm.rewards.graders import Sample
 from jaxrl_llm.rewards.scanner import Unreadable
 from jaxrl_llm.rewards.text import FinalText
@@ -44,10 +44,8 @@ class Math(FinalText):
             # No formula, so never the row's answer.
             return f"? {' '.join(text.split())}" if text.strip() else ""
         if sample.answer and not self.problem(sample) and agree(wanted := _wanted(sample.answer), got):
-            value, statement, _ = wanted[0]
-            return spelled(value if statement is None else statement)
-        value, statement, _ = got[0]
-        return spelled(statement if value is None else value)
+            return wanted[0].as_wanted
+        return got[0].as_own
 
     def problem(self, row: Sample) -> str:
         """What is wrong with the row's answer; nothing if it can be graded."""

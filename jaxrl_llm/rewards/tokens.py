@@ -58,7 +58,9 @@ _NOT_WORDS = "|".join(
     sorted([*FUNCTIONS, "sqrt", "frac", "binom", "infty", "infinity", "begin", "matrix"], key=len, reverse=True)
 )
 # Words that change the number before them: it is not all of the answer.
-_CHANGING = "and|or|not|than|to|half|halves|thirds?|quarters?|dozen|least|most|minus|plus|less|more|fewer|except|if|unless|approximately"
+_CHANGING = (
+    "and|or|not|than|to|half|halves|thirds?|quarters?|dozen|least|most|minus|plus|less|more|fewer|except|if|unless"
+)
 _TEXT = rf"\\text\s?\{{(?![^{{}}]*(?<![A-Za-z])(?:{_CHANGING})(?![A-Za-z]))[^{{}}]*\}}"
 _RAISED = r"(?:\s?\^\s?(?:\{[^{}]*\}|-?[0-9]))?"
 _UNIT = rf"(?:{_TEXT}|(?<![A-Za-z\\])(?!(?:{_NOT_WORDS}|{_CHANGING})(?![A-Za-z])){_WORD}(?![A-Za-z])){_RAISED}"
