@@ -72,12 +72,9 @@ class _Reader(Scanner):
         return found[0] if len(found) == 1 else ("list", *found)
 
     def separator(self) -> bool:
-        self.rest()
         start = self.at
-        while (self.take(",") or self.take(";") or self.take(r"\cup") or self.take(r"\lor") or self.take(r"\vee")) or (
-            self.match(tokens.OR_AND)
-        ):
-            self.rest()
+        while any(map(self.take, (",", ";", r"\cup", r"\lor", r"\vee"))) or self.match(tokens.OR_AND):
+            pass
         return self.at > start
 
     def relation(self) -> tuple:

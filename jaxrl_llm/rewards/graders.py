@@ -96,8 +96,14 @@ def unreadable_rows(config: "RewardConfig", rows: Sequence[tuple[str, Sample]]) 
     for grader in config.graders:
         if not hasattr(resolve(grader.grader), "problem"):
             continue
-        problem = make(grader.grader, grader.options).problem
-        wrong = [(where, row, why) for where, row in rows if (why := problem(row))]
+        try:
+            problem = make(grader.grader, grader.options).problem
+            wrong = [(where, row, why) for where, row in rows if (why := problem(row))]
+        except Exception as error:
+            found.append(
+                f'grader "{grader.label}": asking it for problems of rows failed: {type(error).__name__}: {error}'
+            )
+            continue
         for where, row, why in wrong[:SHOWN]:
             found.append(f'{where or "a row"} ({row.prompt[:60]!r}): grader "{grader.label}": {why}')
         if wrong:
