@@ -72,6 +72,7 @@ class _Reader(Scanner):
         return found[0] if len(found) == 1 else ("list", *found)
 
     def separator(self) -> bool:
+        self.rest()
         start = self.at
         while any(map(self.take, (",", ";", r"\cup", r"\lor", r"\vee"))) or self.match(tokens.OR_AND):
             pass

@@ -5,6 +5,7 @@ import pytest
 
 from jaxrl_llm.config import training_problems, validate
 from jaxrl_llm.experience.filters import graded, has_signal, make_filter
+from jaxrl_llm.run import filter_for
 
 NAN = np.nan
 
@@ -68,7 +69,8 @@ LENGTH = np.float32([[-0.1, -0.2], [0, -0.1], [0, 0], [0, 0], [0, 0], [-1, -1]])
     ],
 )
 def test_a_filter_may_look_at_success_or_at_one_grader(name, want):
-    keep = make_filter(name, ["numeric", "length"], 1.0)
+    graders = ["numeric", {"grader": "length", "weight": 0.01, "options": {"limit": 9}}]
+    keep = filter_for(validate({"reward": {"graders": graders}, "experience": {"filter": name}}, "a test"))
     np.testing.assert_array_equal(keep(RIGHT + np.float32(0.01) * LENGTH, np.stack([RIGHT, LENGTH])), want)
 
 
