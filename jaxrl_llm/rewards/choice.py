@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from jaxrl_llm.rewards.graders import Sample
 from jaxrl_llm.rewards.maths import last_boxed
+from jaxrl_llm.rewards.spelling import LETTER, plain
 from jaxrl_llm.rewards.text import FinalText
 
 _MARKUP = " \t\r\n()[]{}*_.:,;!\"'`$"
@@ -43,7 +44,8 @@ class MultipleChoice(FinalText):
 
     def _read(self, text: str) -> str:
         """The letter, or nothing."""
-        if "\\boxed" in text:
+        text = plain(text)
+        if "\\boxed" in text or "\\fbox" in text:
             return self._alone(re.sub(r"\\(?:text|textbf|mathrm|mathbf)\b", "", last_boxed(text)))
         if said := self._said(text):
             return said if said in self.letters else ""
@@ -74,7 +76,7 @@ class MultipleChoice(FinalText):
     def _last(self, text: str) -> str:
         if re.search(r"\([A-Za-z]\)", text):
             return ""
-        found = re.search(rf"(?<![\w'\u2019])([{self.letters}])$", text.rstrip(_MARKUP))
+        found = re.search(rf"(?<![{LETTER}'])([{self.letters}])$", text.rstrip(_MARKUP))
         before = text[: found.start()] if found else ""
         return found[1] if found and not re.search(rf"\b[{self.letters}](?:,|\s+or|\s+and|/)\s*$", before[-20:]) else ""
 

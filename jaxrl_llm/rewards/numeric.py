@@ -16,14 +16,12 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Lt
 
 from jaxrl_llm.rewards.graders import Sample
-from jaxrl_llm.rewards.spelling import SCALES, in_base, plain
+from jaxrl_llm.rewards.spelling import LETTER, SCALES, in_base, plain
 from jaxrl_llm.rewards.text import FinalText
 
 MAX_DIGITS = 1000
 MAX_EXPONENT = 1000
 
-# Of an alphabet with words: a Chinese sentence has no space before a number.
-_LETTER = r"A-Za-z0-9_\u00aa-\u052f"
 _RUN = r"(?:[0-9][0-9.,]*|\.[0-9][0-9.,]*)"
 _BRACES = r"\{(?:[^{}\n]|\{[^{}\n]{0,99}\}){0,99}\}"
 _ARGUMENT = r"\{\s?-?[0-9.,]+\s?\}"
@@ -43,15 +41,15 @@ _NUMBER = re.compile(
     (?P<none>
         {_ROOT}
         | \\frac(?!{_ARGUMENT}{_ARGUMENT})\s?{_BRACES}\s?{_BRACES}
-        | (?<![{_LETTER}.]) [0-9]+(?::[0-9]+)+
-        | (?<![{_LETTER}.]) (?:[0-9]{{4}}-[0-9]{{1,2}}-[0-9]{{1,2}}|[0-9]{{1,2}}-[0-9]{{1,2}}-[0-9]{{4}})(?![0-9])
+        | (?<![{LETTER}.]) [0-9]+(?::[0-9]+)+
+        | (?<![{LETTER}.]) (?:[0-9]{{4}}-[0-9]{{1,2}}-[0-9]{{1,2}}|[0-9]{{1,2}}-[0-9]{{1,2}}-[0-9]{{4}})(?![0-9])
         | /\s?{_RUN}
-        | (?<![{_LETTER}.]) 0[xX][0-9a-fA-F]+
+        | (?<![{LETTER}.]) 0[xX][0-9a-fA-F]+
     )
     |
-    (?<![{_LETTER}.]) (?P<digits>[0-9][0-9A-F]*)_(?:\{{(?P<base>[0-9]{{1,2}})\}}|(?P<bare_base>[0-9]{{1,2}}))(?![0-9])
+    (?<![{LETTER}.]) (?P<digits>[0-9][0-9A-F]*)_(?:\{{(?P<base>[0-9]{{1,2}})\}}|(?P<bare_base>[0-9]{{1,2}}))(?![0-9])
     |
-    (?P<sign>(?<![{_LETTER})\]}}%])[-+])?  (?:\\?[$€£¥]\s?(?P<sign_after>[-+])?)?  (?<![{_LETTER}.])
+    (?P<sign>(?<![{LETTER})\]}}%])[-+])?  (?:\\?[$€£¥]\s?(?P<sign_after>[-+])?)?  (?<![{LETTER}.])
     (?:
         {_FRACTION.replace("TOP", "top").replace("BOTTOM", "bottom")}
         | (?P<mixed>[0-9]+)[ ](?P<mixed_top>[0-9]+)/(?P<mixed_bottom>[0-9]+)(?![0-9./])

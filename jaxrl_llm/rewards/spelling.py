@@ -5,6 +5,9 @@ import re
 import unicodedata
 from fractions import Fraction
 
+LETTER = r"A-Za-z0-9_\u00aa-\u052f"
+"""For a class of a regular expression: a letter of an alphabet with spaces between words. Chinese has none before a number."""
+
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋", "0123456789+-")
 _FRACTION = re.compile("[\u00bc-\u00be\u2150-\u215e]")
