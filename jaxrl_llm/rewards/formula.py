@@ -29,6 +29,7 @@ DECORATIONS = frozenset(
 )
 _BASES_OF_LOGS = {"log": ("base_of_log",), "ln": ("constant", "e"), "lg": ("number", Fraction(10))}
 _DIVISOR = re.compile(r"\s?/\s?(?=[0-9])")
+_END_OF_LINE = re.compile(r"\s*,?\s*\\\\")
 _SCRIPT = re.compile(r"_\s?(?:\{\s*((?:\\text\{[^{}]*\}|[^{}])*?)\s*\}|\\text\{([^{}]*)\}|(\\?[A-Za-z]+|[0-9]))")
 
 
@@ -281,7 +282,7 @@ class _Reader(Scanner):
             inner = self.until(r"\rangle")
             return ("bracket", "(", inner[1:] if inner[0] == "list" else (inner,), ")")
         if name == "begin":
-            return self.matrix()
+            return self.cases() if self.take("{cases}") else self.matrix()
         if name in DECORATIONS:
             return self.decorated(name)
         self.refuse(f"\\{name} is not known here")
@@ -326,6 +327,15 @@ class _Reader(Scanner):
         if self.match(_DIVISOR):
             result = ("quotient", result, self.power())
         return result
+
+    def cases(self) -> tuple:
+        """A system: one equation a line."""
+        found = []
+        while not self.take(r"\end"):
+            found.append(self.relation())
+            self.match(_END_OF_LINE)
+        self.expect("{cases}")
+        return ("list", *found)
 
     def matrix(self) -> tuple:
         found = self.match(re.compile(r"\s*\{([pbB]?matrix|array)\}(?:\s*\{[lcr| ]+\})?"))
