@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from annotated_types import Ge, Le
+from annotated_types import Ge, Lt
 from pydantic import ConfigDict, Discriminator, Tag, TypeAdapter, ValidationError
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience.config import ExperienceConfig
+from jaxrl_llm.experience.config import FILTERS, ExperienceConfig
 from jaxrl_llm.explain import errors_in_words, named
 from jaxrl_llm.metrics import MetricsConfig
 from jaxrl_llm.model.config import LoraConfig, ModelConfig, PretrainedModel
@@ -36,7 +36,7 @@ from jaxrl_llm.update.config import UpdateConfig, WarmStartConfig
 from jaxrl_llm.values import Flag, numbers, put, read_flags, read_yaml, truths, unreadable
 
 Steps = Annotated[int, Ge(0)]
-Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
+Seed = Annotated[int, Ge(0), Lt(2**32)]
 # What 32 bits hold: integers, and floats from the smallest normal one on.
 MOST, LARGEST, SMALLEST = 2**31 - 1, 3.4e38, 1.2e-38
 MAX_BYTES = 2_000_000
@@ -118,8 +118,8 @@ class RunConfig:
 
 # What may differ between a run and its resumption: where and how it runs and reports, not what it computes.
 MAY_CHANGE = (
-    "run_dir", "steps", "mesh", "evaluation", "checkpoint", "metrics", "reward.workers", "reward.deadline_s", "reward.memory_gib",
-    "update.guards",
+    "run_dir", "steps", "mesh", "evaluation.every", "checkpoint", "metrics", "reward.workers", "reward.deadline_s",
+    "reward.memory_gib", "update.guards",
 )  # fmt: skip
 
 
@@ -320,8 +320,13 @@ def training_problems(cfg: RunConfig) -> list[str]:
     found = []
     if cfg.rollout.temperature == 0:
         found.append("rollout.temperature: got 0, want more: a policy that never explores learns nothing")
-    graders = len(cfg.reward.graders)
-    return found + refusals(cfg.objective, cfg.rollout.samples, cfg.update.packing.kind, cfg.experience.filter, graders)
+    graders = [grader.label for grader in cfg.reward.graders]
+    if cfg.experience.filter not in (*FILTERS, *graders):
+        named = f"{', '.join(FILTERS)}; or a grader's name: {', '.join(graders)}"
+        found.append(f"experience.filter: got {cfg.experience.filter!r}, want one of: {named}")
+    return found + refusals(
+        cfg.objective, cfg.rollout.samples, cfg.update.packing.kind, cfg.experience.filter, len(graders)
+    )
 
 
 def changes(saved: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:

@@ -143,7 +143,7 @@ def sample_prompt(cfg: RunConfig, text: str | None, n: int, has_task: bool = Tru
         has_task: whether the config's own task counts. Else the prompt is all that there is.
     """
     asked = _reshape(cfg, 1, n)
-    run = build(asked, sources.read(asked, read_task=partial(_asking, text=text, has_task=has_task)))
+    run = build(asked, sources.read(asked, asked=partial(_asking, text=text, has_task=has_task)))
     fit.check(run, trains=False)
     source = open_source(run)
     row = run.task.held_out[0]

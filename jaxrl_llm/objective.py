@@ -157,8 +157,11 @@ def filter_of(choice: str, objective: ObjectiveConfig, graders: int) -> str:
 def refusals(objective: ObjectiveConfig, samples: int, packing: str, keep: str = "auto", graders: int = 1) -> list[str]:
     """Parts that do not go together, and why; `samples` per prompt, `keep` and `graders` as in `filter_of`."""
     found = []
-    if keep == "has_signal" and (why := teaches_without_signal(objective, graders)):
-        found.append(f"experience.filter: got has_signal, want auto or none: {why}")
+    # Of one grader's parts it is known whether they differ, which is what an advantage of each grader by itself asks.
+    if keep not in ("auto", "none") and (
+        why := teaches_without_signal(objective, graders if keep == "has_signal" else 1)
+    ):
+        found.append(f"experience.filter: got {keep}, want auto or none: {why}")
     if _compares_a_group(objective.advantage) and samples < 2:
         found.append(
             f"objective.advantage.kind: got {objective.advantage.kind} with rollout.samples {samples}, want 2 or more samples: "

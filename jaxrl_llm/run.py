@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from jaxtyping import Array, Key
 
 from jaxrl_llm import config as run_config
@@ -17,7 +16,7 @@ from jaxrl_llm import sources
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.batch import Sequences, make_batch, of_sequences
-from jaxrl_llm.experience.filters import FILTERS
+from jaxrl_llm.experience.filters import Filter, make_filter
 from jaxrl_llm.experience.packing import Shape, shape_of
 from jaxrl_llm.model import forms, lora, quantised
 from jaxrl_llm.model import params as model_params
@@ -86,7 +85,7 @@ class Run:
     correction: Correction
     """Of the sampler's arithmetic, `auto` resolved."""
     publish: Publish
-    keep: Callable[[np.ndarray], np.ndarray]
+    keep: Filter
     """Which groups may teach: `experience.filter`, `auto` resolved."""
     blank: Callable[[], Policy]
     """Buffers for a policy where none is there to lend its own."""
@@ -146,7 +145,7 @@ def build(cfg: RunConfig, given: Sources | None = None) -> Run:
         engine=Engine(cfg.rollout, task.prompt_slots, vocab, model, decode, task.tokenizer.spellings),
         correction=correction,
         publish=make_publish(model, train, decode, weights),
-        keep=FILTERS[filter_of(cfg.experience.filter, cfg.objective, len(cfg.reward.graders))],
+        keep=filter_for(cfg),
         blank=make_blank(model, decode, weights),
         shapes=shapes,
         score=make_score(**scoring),
@@ -163,6 +162,13 @@ def build(cfg: RunConfig, given: Sources | None = None) -> Run:
         key=key,
         eval_key=eval_key,
     )
+
+
+def filter_for(cfg: RunConfig) -> Filter:
+    """`experience.filter`, `auto` resolved."""
+    graders = [grader.label for grader in cfg.reward.graders]
+    name = filter_of(cfg.experience.filter, cfg.objective, len(graders))
+    return make_filter(name, graders, cfg.evaluation.threshold)
 
 
 def learner_specs_of(cfg: RunConfig, model: ModelConfig) -> PyTree:

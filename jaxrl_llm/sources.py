@@ -13,8 +13,10 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.source import resolve
+from jaxrl_llm.prompts.rows import Row
 from jaxrl_llm.prompts.task import Task, load_task
 from jaxrl_llm.prompts.tokenizer import load_tokenizer, stop_problems
+from jaxrl_llm.rewards.graders import Sample, unreadable_rows
 from jaxrl_llm.rewards.graders import problems as grader_problems
 
 Read = TypeVar("Read")
@@ -44,21 +46,29 @@ def read_task(cfg: RunConfig) -> Task:
     return load_task(cfg.task, load_tokenizer(cfg.tokenizer), cfg.seed)
 
 
-def read(cfg: RunConfig, trains: bool = False, read_task: Callable[[RunConfig], Task] = read_task) -> Sources:
-    """`trains`: what sampling and evaluation can do and training cannot counts too. `read_task`: where another task takes the place
-    of the config's."""
+def read(cfg: RunConfig, trains: bool = False, asked: Callable[[RunConfig], Task] | None = None) -> Sources:
+    """`trains`: what sampling and evaluation can do and training cannot counts too. `asked`: what
+    makes the task around a prompt that was typed, in the place of the config's; nothing of it need be graded."""
     missing: list[str] = []
     model = _or_words(missing, lambda: read_model(cfg))
-    task = _or_words(missing, lambda: read_task(cfg))
-    missing += grader_problems(cfg.reward)
+    task = _or_words(missing, lambda: (asked or read_task)(cfg))
+    wrong_graders = grader_problems(cfg.reward)
+    missing += wrong_graders
     whole = cfg if model is None else dataclasses.replace(cfg, model=model)
     found = [] if task is None else task_problems(whole, task)
+    if task is not None and asked is None and not wrong_graders:
+        found += unreadable_rows(cfg.reward, [(row.where, _ungraded(row)) for row in (*task.train, *task.held_out)])
     if trains:
         found += run_config.training_problems(cfg)
         if cfg.warm_start.steps and task is not None and not task.has_targets:
             want = f"want the right response: warm_start.steps is {cfg.warm_start.steps}"
             found.append(f"task.response: got nothing, {want}")
     return Sources(whole, task, tuple(missing), tuple(found))
+
+
+def _ungraded(row: Row) -> Sample:
+    """What graders read of a row that has no response yet."""
+    return Sample(row.prompt, "", row.answer, "", row.columns)
 
 
 def refuse_graders(cfg: RunConfig) -> None:

@@ -221,7 +221,7 @@ def rl_step(run: Run, shell: Shell, life: Life, policy: Policy, give_up: Callabl
         rollouts, graded, stats, waited = collect(run, shell.pool, policy, prompts, run.task.train, run.key, give_up)
     timers.add("generate", stats.seconds)
     timers.add("reward", waited)
-    keep = run.keep(graded.reward)
+    keep = run.keep(graded.reward, graded.parts)
     parts = np.moveaxis(graded.parts, 0, -1).reshape(len(rollouts.length), -1)
     fresh = Experience(rollouts, graded.reward.reshape(-1), parts.astype(np.float32))
     replay, experience, counts = fill(life.replay, fresh, keep, version, cfg.experience.replay, rng)

@@ -37,7 +37,7 @@ ALLOWED = {
     "prompts": FOUNDATION,
     "rollout": FOUNDATION | {"model"},
     "rewards": FOUNDATION,
-    "experience": FOUNDATION,
+    "experience": FOUNDATION | {"estimates"},
     "update": FOUNDATION | {"model"},
     "publish": FOUNDATION | {"model"},
     "fingerprint": {"types"},

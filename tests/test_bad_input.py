@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import io
+import json
 import os
 import subprocess
 import sys
@@ -73,6 +74,41 @@ def test_bad_data_is_named_by_file_and_line(tmp_path, content, said):
         tmp_path, f"task: {{kind: file, path: {tmp_path}/train.jsonl, held_out_path: {tmp_path}/train.jsonl}}\n"
     )
     assert said in jaxrl("train", path)
+
+
+def rows(path: Path, answers: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"prompt": f"<{i}+1>", "answer": a}) + "\n" for i, a in enumerate(answers)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("grader", "good", "bad", "why"),
+    [
+        ("math", "1e-5", "The answer is five", "want mathematics: reads as prose ('The')"),
+        ("numeric", "12 cm^2", "12:30", "want one number"),
+        ("gsm8k", "so #### 5", "5 or 6", "want one number"),
+        ("multiple_choice", "(B)", "Paris", "want one of the letters"),
+        ("reasoning_gym", "5", "6", 'the row has no column "reasoning_gym"'),
+    ],
+)
+def test_rows_that_a_grader_cannot_read_are_refused_with_file_and_line(tmp_path, grader, good, bad, why):
+    """Before anything compiles, in training and held out; seven are told as five and their number."""
+    known = [] if grader == "reasoning_gym" else [good] * 3
+    train = rows(tmp_path / "train.jsonl", [*known, bad, *[bad] * 6])
+    held_out = rows(tmp_path / "held_out.jsonl", known or [bad])
+    files = f"task: {{kind: file, path: {train}, held_out_path: {held_out}}}\n"
+    said = jaxrl("train", config(tmp_path, f"{files}reward: {grader}\nmodel: {{vocab_size: 16}}\n"))
+    lines = [line for line in said.splitlines() if f'grader "{grader}"' in line]
+    first = len(known) + 1
+    assert len(lines) == 6 and f"train.jsonl:{first} ('<{first - 1}+1>'): grader" in lines[0] and why in lines[0]
+    assert ("cannot grade 7 of 13 rows" if known else "cannot grade 8 of 8 rows") in lines[5]
+
+
+def test_rows_that_a_grader_can_read_are_not_refused(tmp_path):
+    train = rows(tmp_path / "train.jsonl", [r"\frac{1}{2}", "1e-5", "12 cm^2", r"\text{Paris}"])
+    files = f"task: {{kind: file, path: {train}, held_out_path: {rows(tmp_path / 'held_out.jsonl', ['7'])}}}\n"
+    said = jaxrl("train", config(tmp_path, f"{files}reward: math\nmodel: {{vocab_size: 3}}\n"))
+    assert "model.vocab_size: got 3" in said and 'grader "math"' not in said
 
 
 def test_data_model_graders_mesh_and_objective_are_all_judged_at_once(tmp_path):

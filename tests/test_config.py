@@ -7,7 +7,7 @@ import pytest
 
 from jaxrl_llm import config
 from jaxrl_llm.cli import read_config
-from jaxrl_llm.config import RunConfig, changes, dump, load, problems, to_dict, training_problems
+from jaxrl_llm.config import EvaluationConfig, RunConfig, changes, dump, load, problems, to_dict, training_problems
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.config import ModelConfig, PretrainedModel
 from jaxrl_llm.model.hf.config import read_config as read_model_config
@@ -103,8 +103,8 @@ def test_defaults_alone_work():
         ),
         ("model: 3", ["model: got 3, want a section, as {key: value}"]),
         (
-            "experience: {filter: all}",
-            ["experience.filter: got 'all', want 'auto', 'has_signal' or 'none'"],
+            "experience: {filter: 3}",
+            ["experience.filter: got 3, want text"],
         ),
         ("task: {kind: file}", ["task.path: got nothing, want a value"]),
         ("update: {optimizer: {lr: .nan}}", ["update.optimizer.lr: got nan, want a finite number"]),
@@ -352,6 +352,8 @@ def test_changes_names_what_a_resumption_may_not_change():
         run_dir="b", steps=5, mesh=MeshConfig(2, 2, 2), reward=dataclasses.replace(RunConfig().reward, workers=9)
     )
     assert changes(saved, to_dict(may)) == []
+    scored = RunConfig(evaluation=EvaluationConfig(every=5, threshold=0.5))
+    assert changes(saved, to_dict(scored)) == ["evaluation.threshold: 1.0 -> 0.5"]
     now = RunConfig(seed=1, rollout=RolloutConfig(temperature=0.5), objective=ObjectiveConfig(loss=CrossEntropy()))
     found = changes(saved, to_dict(now))
     assert [line for line in found if not line.endswith(" -> None")] == [

@@ -105,7 +105,7 @@ def grade(name):
         ("datasets", "data", read_saved),
         ("reasoning_gym", "tasks", draw),
         ("reasoning_gym", "tasks", grade("reasoning_gym")),
-        ("math_verify", "tasks", grade("math")),
+        ("mpmath", "tasks", grade("math")),
         ("libtpu", "tpu", plan),
     ],
 )

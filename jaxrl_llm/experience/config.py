@@ -11,6 +11,10 @@ Fraction = Annotated[float, Ge(0), Le(1)]
 Over = Literal["group", "batch"]
 
 
+FILTERS = ("auto", "has_signal", "success", "none")
+"""Every other name is a grader's."""
+
+
 @dataclass(frozen=True)
 class ReplayConfig:
     """A ring of whole groups that learned something; fresh groups that the filter dropped are replaced from it."""
@@ -29,9 +33,11 @@ class ExperienceConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    filter: Literal["auto", "has_signal", "none"] = "auto"
-    """has_signal: keeps a group whose rewards differ. none: keeps every group that was graded. auto: what the preset's source does;
-    without a preset has_signal where a group of equal rewards has no gradient to give, else none."""
+    filter: str = "auto"
+    """has_signal: keeps a group whose rewards differ. success: keeps a group in which some responses are right and some wrong, as
+    the evaluation counts them. The name of a grader: keeps a group to which this one gave different numbers. none: keeps every
+    group that was graded. auto: what the preset's source does; without a preset has_signal where a group of equal rewards has no
+    gradient to give, else none."""
     replay: ReplayConfig = ReplayConfig()
 
 

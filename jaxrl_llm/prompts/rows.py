@@ -44,6 +44,8 @@ class Row:
     """All that the source knows about the row."""
     split: tuple[str, ...] = ()
     """Special tokens' names in its data, which are encoded as text."""
+    where: str = ""
+    """For people: file and line."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,7 @@ def make_rows(texts: Sequence[Text], tokenizer: Tokenizer) -> tuple[Row, ...]:
             None if text.response is None else np.array([*next(targets), tokenizer.eos[0]], np.int32),
             text.columns,
             tuple(name for _, part in text.parts for name in tokenizer.special_in(part)),
+            text.where,
         )
         for text, ids in zip(texts, prompts, strict=True)
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from jaxrl_llm.rewards.graders import Sample
 from jaxrl_llm.rewards.maths import last_boxed
+from jaxrl_llm.rewards.spelling import LETTER, plain
 from jaxrl_llm.rewards.text import FinalText
 
 _MARKUP = " \t\r\n()[]{}*_.:,;!\"'`$"
@@ -18,7 +19,7 @@ class MultipleChoice(FinalText):
     the only letter in parentheses or at the beginning of a line as "B)" or "B."; a capital that ends the text. Two letters joined
     by "or", "and", a comma or a slash are no choice. A letter inside a word is none.
 
-    The row's answer is read in the same way; an answer without a letter makes the grader raise.
+    The row's answer is read in the same way; one without a letter is refused before the run starts.
     """
 
     letters: str = "ABCDEFGHIJ"
@@ -28,17 +29,23 @@ class MultipleChoice(FinalText):
             raise ValueError(f"letters: got {self.letters!r}, want capital letters")
 
     def __call__(self, sample: Sample) -> float:
-        want = self._read(sample.answer)
-        if not want:
-            raise ValueError(f"the row's answer: got {sample.answer[:200]!r}, want one of the letters {self.letters}")
-        return float(self.extract(sample) == want)
+        if why := self.problem(sample):
+            raise ValueError(why)
+        return float(self.extract(sample) == self._read(sample.answer))
 
     def extract(self, sample: Sample) -> str:
         return self._read(self.final_text(sample))
 
+    def problem(self, row: Sample) -> str:
+        """What is wrong with the row's answer; nothing if it can be graded."""
+        if self._read(row.answer):
+            return ""
+        return f"the row's answer: got {row.answer[:200]!r}, want one of the letters {self.letters}"
+
     def _read(self, text: str) -> str:
         """The letter, or nothing."""
-        if "\\boxed" in text:
+        text = plain(text)
+        if "\\boxed" in text or "\\fbox" in text:
             return self._alone(re.sub(r"\\(?:text|textbf|mathrm|mathbf)\b", "", last_boxed(text)))
         if said := self._said(text):
             return said if said in self.letters else ""
@@ -69,7 +76,7 @@ class MultipleChoice(FinalText):
     def _last(self, text: str) -> str:
         if re.search(r"\([A-Za-z]\)", text):
             return ""
-        found = re.search(rf"(?<![\w'\u2019])([{self.letters}])$", text.rstrip(_MARKUP))
+        found = re.search(rf"(?<![{LETTER}'])([{self.letters}])$", text.rstrip(_MARKUP))
         before = text[: found.start()] if found else ""
         return found[1] if found and not re.search(rf"\b[{self.letters}](?:,|\s+or|\s+and|/)\s*$", before[-20:]) else ""
 

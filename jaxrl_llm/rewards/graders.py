@@ -13,7 +13,7 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 from jaxrl_llm.errors import UserError
@@ -21,6 +21,10 @@ from jaxrl_llm.errors import UserError
 # Workers import this module, and start sooner without pydantic.
 if TYPE_CHECKING:
     from jaxrl_llm.rewards.config import RewardConfig
+
+
+SHOWN = 5
+"""Rows of a grader that are told one by one."""
 
 
 class Sample(NamedTuple):
@@ -41,7 +45,9 @@ class Sample(NamedTuple):
 
 Grader = Callable[[Sample], float]
 """It may offer `extract(sample) -> str`, the final answer in one spelling ("" if there is none): the vote in maj@k.
-It may offer `start()`, called once in a worker before any deadline: the place for slow imports."""
+It may offer `start()`, called once in a worker before any deadline: the place for slow imports.
+It may offer `problem(row) -> str`, asked of each row (a sample without a response) before the run starts: why it cannot grade it,
+"" if it can."""
 
 BUILT_IN = {
     "exact_match": "jaxrl_llm.rewards.text:ExactMatch",
@@ -82,6 +88,29 @@ def problems(config: "RewardConfig") -> list[str]:
             found.append(f'{where}.name: got "{grader.label}" again, want another name: it is the name in the metrics')
         if not grader.label.isprintable():
             found.append(f"{where}.name: got {grader.label!a}, want characters that can be printed")
+    return found
+
+
+def unreadable_rows(config: "RewardConfig", rows: Sequence[tuple[str, Sample]]) -> list[str]:
+    """Rows with an answer that a grader cannot read: for each grader the first few, and how many there are. Each row is where it
+    stands, and a sample without a response. The graders have no `problems`."""
+    found = []
+    for grader in config.graders:
+        if not hasattr(resolve(grader.grader), "problem"):
+            continue
+        try:
+            problem = make(grader.grader, grader.options).problem
+            wrong = [(where, row, why) for where, row in rows if (why := problem(row))]
+        except Exception as error:
+            found.append(
+                f'grader "{grader.label}": asking it for problems of rows failed: {type(error).__name__}: {error}'
+            )
+            continue
+        for where, row, why in wrong[:SHOWN]:
+            found.append(f'{where or "a row"} ({row.prompt[:60]!r}): grader "{grader.label}": {why}')
+        if wrong:
+            what = f'grader "{grader.label}" cannot grade {len(wrong)} of {len(rows)} rows'
+            found.append(f"{what}: mend them, leave them out, or choose another grader")
     return found
 
 

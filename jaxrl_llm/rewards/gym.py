@@ -36,16 +36,24 @@ class ReasoningGym(FinalText):
     def start(self) -> None:
         import reasoning_gym  # noqa: F401
 
+    def problem(self, row: Sample) -> str:
+        """What a row lacks; nothing if it can be graded."""
+        if not self._name(row):
+            return 'the row has no column "reasoning_gym", and the option dataset is empty'
+        if missing := [key for key in ("question", "answer", "metadata") if key not in row.columns]:
+            return f"the row has no {', '.join(missing)}, want the columns of a reasoning-gym entry"
+        return ""
+
     def __call__(self, sample: Sample) -> float:
-        name = self.dataset or sample.columns.get("reasoning_gym")
-        if not name:
-            raise ValueError('the row has no column "reasoning_gym", and the option dataset is empty')
-        if missing := [key for key in ("question", "answer", "metadata") if key not in sample.columns]:
-            raise ValueError(f"the row has no {', '.join(missing)}, want the columns of a reasoning-gym entry")
-        answer = self.extract(sample)
+        if why := self.problem(sample):
+            raise ValueError(why)
+        name, answer = self._name(sample), self.extract(sample)
         settings = self.config or sample.columns.get("reasoning_gym_config", {})
         dataset = _dataset(name, json.dumps(settings, sort_keys=True))
         return float(dataset.score_answer(answer, _entry(sample.columns))) if answer else 0.0
+
+    def _name(self, sample: Sample) -> object:
+        return self.dataset or sample.columns.get("reasoning_gym")
 
     def extract(self, sample: Sample) -> str:
         text = self.final_text(sample)

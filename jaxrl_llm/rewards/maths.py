@@ -1,84 +1,89 @@
-r"""The grader of mathematics: the last \boxed{} against the answer, equal as math-verify understands it."""
+r"""The grader of mathematics: the last \boxed{} against the answer, equal where they are worth the same."""
 
 import functools
-import logging
 import re
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
-from annotated_types import Ge
-
+from jaxrl_llm.rewards.answer import Reading, agree, readings
 from jaxrl_llm.rewards.graders import Sample
+from jaxrl_llm.rewards.scanner import Unreadable
 from jaxrl_llm.rewards.text import FinalText
 
-MAX_CHARACTERS = 1000
-
-_SPACED_DIGITS = re.compile(r"(?<=[0-9]),?\\[,!](?=[0-9]{3})")
+# Braces open a box; without them it holds the digits, the letter or the command behind it.
+_BOX = re.compile(r"\\(?:boxed|fbox)(?:\s?(\{)|\s?([0-9]+|(?<=\s)[A-Za-z]|\\[A-Za-z]+))")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Math(FinalText):
     r"""1 if what stands in the last \boxed{} equals the row's answer, else 0: numbers, expressions, sets, intervals, matrices.
 
-    The row's answer may hold a \boxed{} itself, as worked solutions do; else all of it counts. Equality is math-verify's
-    `verify(gold, answer)`: 1/2 is 0.5, "x=5" answers 5, 50\% answers both 50 and 0.5, (1,2) is not [1,2]. A last \boxed{ that
-    is never closed is no answer, nor is one of more than 1,000 characters. A row's answer that cannot be read makes the grader
-    raise.
-
-    math-verify stops itself by SIGALRM, which works in the main thread of a process only: in the pool's workers, not in your
-    threads.
+    The row's answer may hold a \boxed{} itself, as worked solutions do; else all of it counts. Equal is what has the same value,
+    whatever its form (docs/rewards.md); letters are no units. A last \boxed{ that is never closed is no answer, nor is one of
+    more than 1,000 characters. A row's answer that cannot be read is refused before the run starts.
     """
 
-    needs: ClassVar[str] = "math_verify"
-
-    seconds: Annotated[int, Ge(1)] = 3
-    """Time for reading, and again for comparing, one answer. Past it the answer is wrong."""
+    needs: ClassVar[str] = "mpmath"
 
     def start(self) -> None:
-        # It warns of every formula that takes too long.
-        logging.getLogger("math_verify").setLevel(logging.ERROR)
-        # The first call builds its parsers.
-        _parse(r"\frac{1}{2}", self.seconds)
+        # Imports mpmath and builds its tables.
+        readings(r"\sqrt{2}")
 
     def __call__(self, sample: Sample) -> float:
-        from math_verify import verify
-
-        want = _parse(last_boxed(sample.answer) if r"\boxed" in sample.answer else sample.answer, self.seconds)
-        if not want:
-            raise ValueError(f"the row's answer: got {sample.answer[:200]!r}, want mathematics")
-        got = _parse(last_boxed(self.final_text(sample)), self.seconds)
-        return float(bool(got) and verify(want, got, timeout_seconds=self.seconds))
+        if why := self.problem(sample):
+            raise ValueError(why)
+        got = _read_or_none(self._found(sample))
+        return float(got is not None and agree(_wanted(sample.answer), got))
 
     def extract(self, sample: Sample) -> str:
-        found = _parse(last_boxed(self.final_text(sample)), self.seconds)
+        """A right answer votes as the row's answer does, whatever its form; a wrong one votes for itself."""
+        text = self._found(sample)
+        got = _read_or_none(text)
+        if got is None:
+            # No formula, so never the row's answer.
+            return f"? {' '.join(text.split())}" if text.strip() else ""
+        if sample.answer and not self.problem(sample) and agree(wanted := _wanted(sample.answer), got):
+            return wanted[0].as_wanted
+        return got[0].as_own
+
+    def problem(self, row: Sample) -> str:
+        """What is wrong with the row's answer; nothing if it can be graded."""
         try:
-            return str(found[0]) if found else ""
-        except ValueError:
-            # Python refuses to print integers of more than 4,300 digits.
-            return found[-1]
+            _wanted(row.answer)
+        except Unreadable as error:
+            return f"the row's answer: got {row.answer[:200]!r}, want mathematics: {error}"
+        return ""
 
-
-# The row's answer is read once for all samples of its group, a response's for its grade and for its vote.
-@functools.lru_cache(maxsize=256)
-def _parse(text: str, seconds: int) -> list:
-    """math-verify's readings of a formula: an expression, where it can be read, and the text. Empty if there is none."""
-    from math_verify import parse
-
-    text = _SPACED_DIGITS.sub("", text).strip().removesuffix(".")
-    if not text or len(text) > MAX_CHARACTERS:
-        return []
-    return parse(rf"\boxed{{{text}}}", parsing_timeout=seconds)
+    def _found(self, sample: Sample) -> str:
+        return last_boxed(self.final_text(sample))
 
 
 def last_boxed(text: str) -> str:
     r"""What stands inside the last \boxed{}, braces matched; empty if there is none or it is never closed. Linear in time."""
-    start = text.rfind(r"\boxed")
-    opening = re.compile(r"\\boxed\s?\{").match(text, start) if start >= 0 else None
-    if opening is None:
+    start = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
+    box = _BOX.match(text, start) if start >= 0 else None
+    if box is None:
         return ""
+    if box[2] is not None:
+        return box[2]
     depth = 1
-    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, opening.end()):
+    for brace in _BRACE.finditer(text, box.end()):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if not depth:
-            return text[opening.end() : brace.start()]
+            return text[box.end() : brace.start()]
     return ""
+
+
+# The row's answer is read once for all samples of its group, a response's for its grade and for its vote.
+@functools.lru_cache(maxsize=256)
+def _wanted(answer: str) -> tuple[Reading, ...]:
+    return readings(last_boxed(answer) if _BOX.search(answer) else answer)
+
+
+@functools.lru_cache(maxsize=256)
+def _read_or_none(text: str) -> tuple[Reading, ...] | None:
+    try:
+        return readings(text)
+    except Unreadable:
+        return None

@@ -16,6 +16,7 @@ import collections
 import logging
 import math
 import select
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +27,7 @@ import numpy as np
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards.config import RewardConfig
 from jaxrl_llm.rewards.graders import Sample, problems
-from jaxrl_llm.rewards.process import WorkerProcess, pack_group
+from jaxrl_llm.rewards.process import END_LIMIT_S, WorkerProcess, pack_group
 from jaxrl_llm.rewards.worker import FLOAT32_MAX, Failure, Setup, Verdict, encodable, failed
 
 NUM_LOGGED = 5
@@ -88,6 +89,8 @@ class GraderPool:
         self._has_left_running = False
         self._num_error_lines = 0
         self._workers: list[WorkerProcess] = []
+        self._is_closed = False
+        self._at_workers = threading.RLock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="graders")
         try:
             for _ in range(config.workers):
@@ -103,13 +106,18 @@ class GraderPool:
         self.close()
 
     def close(self) -> None:
-        """Kills every worker. Closing twice is fine."""
-        killed = []
-        while self._workers:
-            killed.append(self._workers.pop())
-            killed[-1].release()
-        for worker in killed:
-            worker.kill()
+        """Kills every worker. Closing twice is fine, and so is closing while another thread grades: it gets a ValueError."""
+        self._is_closed = True
+        for worker in self._workers:
+            worker.release()
+        # A thread that grades is woken by the end of its workers; after that nobody else holds them.
+        is_alone = self._at_workers.acquire(timeout=END_LIMIT_S)
+        try:
+            while self._workers:
+                self._workers.pop().kill()
+        finally:
+            if is_alone:
+                self._at_workers.release()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def grade(self, groups: Sequence[Sequence[Sample]]) -> Graded:
@@ -119,24 +127,28 @@ class GraderPool:
           UserError: a worker could not start. This and every other exception, KeyboardInterrupt too, closes the pool.
           ValueError: groups of different sizes, or a closed pool.
         """
-        if not self._workers:
-            raise ValueError("the pool is closed")
+        self._must_be_open()
         sizes = {len(group) for group in groups}
         if len(sizes) > 1:
             raise ValueError(f"groups: got sizes {sorted(sizes)}, want one size")
         verdicts: list[Verdict] = [Verdict([], [])] * len(groups)
-        try:
-            for index, verdict in self._verdicts(groups):
-                verdicts[index] = self._checked(verdict)
-                self._report(verdicts[index], groups[index])
-        except BaseException:
-            self.close()
-            raise
+        with self._at_workers:
+            try:
+                for index, verdict in self._verdicts(groups):
+                    verdicts[index] = self._checked(verdict)
+                    self._report(verdicts[index], groups[index])
+            except BaseException:
+                self.close()
+                raise
         return self._graded(verdicts, groups)
 
     def submit(self, groups: Sequence[Sequence[Sample]]) -> Future[Graded]:
         """`grade`, behind what was submitted before, while the caller goes on."""
         return self._thread.submit(self.grade, groups)
+
+    def _must_be_open(self) -> None:
+        if self._is_closed:
+            raise ValueError("the pool is closed")
 
     def _weights(self) -> np.ndarray:
         """f64[n]."""
@@ -175,8 +187,6 @@ class GraderPool:
         """One (index, verdict) for each group, in the order in which they come."""
         todo, num_missing = collections.deque(range(len(groups))), len(groups)
         while num_missing:
-            if not self._workers:
-                raise ValueError("the pool was closed meanwhile")
             for index, verdict in [*self._begin(todo, groups), *self._wait()]:
                 num_missing -= 1
                 yield index, verdict
@@ -206,6 +216,7 @@ class GraderPool:
         slot_of = {fd: slot for slot, worker in busy for fd in worker.register(poll)}
         pause_s = max(0.0, min(worker.limit for _, worker in busy) - time.monotonic())
         ready = {slot_of[fd] for fd, _ in poll.poll(math.ceil(1000 * pause_s))}
+        self._must_be_open()
         now = time.monotonic()
         for slot, worker in busy:
             # An answer that lies in the pipe counts, even if this process was too busy to fetch it before the limit.
@@ -226,14 +237,10 @@ class GraderPool:
                 yield index, verdict
 
     def _replace(self, slot: int) -> None:
-        old, worker = self._workers[slot], WorkerProcess(self._setup)
+        self._must_be_open()
+        old, self._workers[slot] = self._workers[slot], WorkerProcess(self._setup)
         old.kill()
         self._echo(old)
-        try:
-            # Another thread may have closed the pool meanwhile.
-            self._workers[slot] = worker
-        except IndexError:
-            worker.kill()
 
     def _echo(self, worker: WorkerProcess) -> None:
         """What graders write to standard error: the first of it, on lines of our own, where it can move no cursor."""

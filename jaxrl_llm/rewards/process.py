@@ -138,7 +138,7 @@ class WorkerProcess:
         if self._keeper.stdin.closed:
             return
         # A word, since a child that the trainer forked may hold the pipe open, too.
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # another thread may close it, too
             self._keeper.stdin.write(b"!")
         self._keeper.stdin.close()
 

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from jaxrl_llm.experience.filters import FILTERS, graded, has_signal
+from jaxrl_llm.config import training_problems, validate
+from jaxrl_llm.experience.filters import graded, has_signal, make_filter
+from jaxrl_llm.run import filter_for
 
 NAN = np.nan
 
@@ -40,10 +42,68 @@ def test_has_signal():
 
 def test_a_group_that_was_not_graded_is_dropped_by_every_filter():
     reward = np.array([[NAN, NAN], [NAN, 1], [0, NAN], [0, 1]], np.float32)
-    for keep in FILTERS.values():
-        np.testing.assert_array_equal(keep(reward), [False, False, False, True])
+    for name in ("has_signal", "none", "success", "numeric"):
+        keep = make_filter(name, ["numeric"], 1.0)
+        np.testing.assert_array_equal(keep(reward, reward[None]), [False, False, False, True])
 
 
 def test_none_keeps_every_graded_group():
     np.testing.assert_array_equal(graded(np.array([[1, 1], [0, 1], [NAN, NAN]], np.float32)), [True, True, False])
-    assert FILTERS == {"has_signal": has_signal, "none": graded}
+    assert make_filter("none", [], 1.0)(np.ones((2, 2)), np.ones((1, 2, 2))).all()
+
+
+# Right or wrong, and a penalty for length: all wrong, all right, some right; then the same with equal lengths.
+RIGHT = np.float32([[0, 0], [1, 1], [0, 1], [0, 0], [1, 1], [0, 1]])
+LENGTH = np.float32([[-0.1, -0.2], [0, -0.1], [0, 0], [0, 0], [0, 0], [-1, -1]])
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        # The weighted sum differs wherever a length does: an all-wrong group is kept for its lengths.
+        ("has_signal", [True, True, True, False, False, True]),
+        ("success", [False, False, True, False, False, True]),
+        ("length", [True, True, False, False, False, False]),
+        ("numeric", [False, False, True, False, False, True]),
+        ("none", [True] * 6),
+    ],
+)
+def test_a_filter_may_look_at_success_or_at_one_grader(name, want):
+    graders = ["numeric", {"grader": "length", "weight": 0.01, "options": {"limit": 9}}]
+    keep = filter_for(validate({"reward": {"graders": graders}, "experience": {"filter": name}}, "a test"))
+    np.testing.assert_array_equal(keep(RIGHT + np.float32(0.01) * LENGTH, np.stack([RIGHT, LENGTH])), want)
+
+
+def test_success_is_what_the_evaluation_counts():
+    """The first grader's threshold: 0.4 and 0.6 differ in success at 0.5 alone."""
+    parts = np.float32([[[0.4, 0.6], [0.1, 0.2]]])
+    for threshold, want in ((0.5, [True, False]), (1.0, [False, False]), (0.15, [False, True])):
+        np.testing.assert_array_equal(make_filter("success", ["a"], threshold)(parts[0], parts), want)
+
+
+GRADERS = {"graders": ["numeric", {"grader": "length", "name": "short", "weight": 0.01, "options": {"limit": 9}}]}
+
+
+@pytest.mark.parametrize("name", ["auto", "has_signal", "success", "none", "numeric", "short"])
+def test_a_config_may_name_them(name):
+    assert not told({"reward": GRADERS, "experience": {"filter": name}})
+
+
+def test_another_name_is_refused_with_those_that_there_are():
+    [line] = told({"reward": GRADERS, "experience": {"filter": "length"}})
+    assert line == (
+        "experience.filter: got 'length', want one of: auto, has_signal, success, none; or a grader's name: numeric, short"
+    )
+
+
+@pytest.mark.parametrize("name", ["success", "numeric"])
+def test_a_filter_by_name_is_refused_where_equal_rewards_teach(name):
+    asked = {"reward": GRADERS, "experience": {"filter": name}, "objective": {"advantage": {"kind": "raw"}}}
+    [line] = told(asked)
+    assert line.startswith(f"experience.filter: got {name}, want auto or none: objective.advantage raw has no baseline")
+    # One that compares each grader by itself has nothing to give where this grader's parts are equal.
+    assert not told(asked | {"objective": {"advantage": {"kind": "gdpo"}}})
+
+
+def told(values):
+    return [line for line in training_problems(validate(values, "a test")) if line.startswith("experience.filter")]

@@ -161,3 +161,19 @@ class NeverStarts:
 
     def __call__(self, sample):
         return 1
+
+
+class Asked:
+    """Says what is wrong with a row's answer, or fails to."""
+
+    def __init__(self, fails: bool = False):
+        if fails:
+            raise OSError("no licence")
+
+    def __call__(self, sample):
+        return 1.0
+
+    def problem(self, row):
+        if row.answer == "raise":
+            raise KeyError("lost")
+        return "" if row.answer.isdigit() else f"got {row.answer!r}, want digits"

@@ -45,6 +45,12 @@ def read(text, finish="eos"):
         "I pick B.",
         "<think>Answer: A</think>B",
         "Answer: B<|im_end|>",
+        r"\boxed B",
+        r"A, or \fbox{B}",
+        r"\boxed{A}, no: \fbox{\text{B}}",
+        "\uff22",
+        "\u7b54\u6848\u662fB",
+        "\u7b54\u6848\uff1a\uff08\uff22\uff09\u3002",
     ],
 )
 def test_b(text):

@@ -10,7 +10,7 @@ import pytest
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards.config import GraderConfig, RewardConfig
-from jaxrl_llm.rewards.graders import BUILT_IN, Sample, make, problems, resolve
+from jaxrl_llm.rewards.graders import BUILT_IN, Sample, make, problems, resolve, unreadable_rows
 from jaxrl_llm.rewards.text import ExactMatch
 
 SAMPLE = Sample("<1+1>", "2#", "2#", "eos")
@@ -187,13 +187,27 @@ def test_a_missing_library_is_named_before_training(monkeypatch):
     [text] = problems_of("math")
     assert (
         text
-        == """reward.graders.0.options: grader "math" needs math_verify, which is not installed: pip install 'jaxrl-llm[tasks]'"""
+        == """reward.graders.0.options: grader "math" needs mpmath, which is not installed: pip install 'jaxrl-llm[tasks]'"""
     )
 
 
 def test_functions_and_classes_of_ones_own_take_options():
     assert make("bad_graders:scaled", {"scale": 3})(SAMPLE) == 6.0
     assert make("bad_graders:WithOptions", {"scale": 3})(SAMPLE) == 6.0
+
+
+def test_a_grader_of_ones_own_may_refuse_rows():
+    def told(*answers, **options):
+        config = RewardConfig(
+            (GraderConfig("bad_graders:Asked", name="mine", options=options), GraderConfig("exact_match"))
+        )
+        return unreadable_rows(config, [(f"rows:{i}", SAMPLE._replace(answer=a)) for i, a in enumerate(answers, 1)])
+
+    assert told("1", "2") == []
+    first, last = told("1", "two")
+    assert first.startswith("rows:2 (") and first.endswith("""grader "mine": got 'two', want digits""")
+    assert last.startswith('grader "mine" cannot grade 1 of 2 rows: mend them')
+    assert "KeyError: 'lost'" in told("raise")[0] and "OSError: no licence" in told("1", fails=True)[0]
 
 
 def test_the_working_directory_can_be_imported_from_a_command_in_another_place(tmp_path):

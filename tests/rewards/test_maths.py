@@ -1,4 +1,4 @@
-r"""The truth table of \boxed{} mathematics, through math-verify."""
+r"""The truth table of \boxed{} mathematics."""
 
 import pytest
 
@@ -8,11 +8,10 @@ from jaxrl_llm.rewards.maths import Math, last_boxed
 from jaxrl_llm.rewards.pool import GraderPool
 
 # Of the extra "tasks".
-pytest.importorskip("math_verify")
+pytest.importorskip("mpmath")
 
 
-# Patient, for a machine under load: by default an answer that takes 3 s is wrong.
-MATH = Math(seconds=60)
+MATH = Math()
 
 
 def sample(completion, answer, finish="eos"):
@@ -31,7 +30,13 @@ def sample(completion, answer, finish="eos"):
         (r"\boxed{1} \boxed{2", ""),
         (r"\boxed{\frac{1}{2}", ""),
         (r"\boxed", ""),
-        (r"\boxed 5", ""),
+        (r"\boxed 5", "5"),
+        (r"\boxed \pi and", r"\pi"),
+        (r"\boxed7 or \boxed12.", "12"),
+        (r"\fbox{5}", "5"),
+        (r"\boxed{1} \fbox{2}", "2"),
+        (r"\boxedness{5}", ""),
+        (r"\boxed five", "f"),
         (r"\boxed{}", ""),
         (r"\boxed{\boxed{3}}", "3"),
         ("boxed{5}", ""),
@@ -118,9 +123,9 @@ def test_a_hundred_thousand_characters_of_malice_are_read_in_one_pass(unit):
     assert MATH(sample(unit * (100_000 // len(unit)), "5")) == 0.0
 
 
-def test_in_a_worker_a_formula_that_takes_too_long_is_wrong():
-    """math-verify's alarm works there; 9^9^9^9 would take for ever."""
-    config = RewardConfig((GraderConfig("math", options={"seconds": 3}),), workers=1, deadline_s=120.0)
+def test_in_a_worker_what_is_too_large_is_wrong_and_votes_for_itself():
+    config = RewardConfig((GraderConfig("math"),), workers=1, deadline_s=120.0)
     with GraderPool(config) as pool:
         graded = pool.grade([[sample(r"\boxed{\frac{10}{2}}", "5"), sample(r"\boxed{9^{9^{9^{9}}}}", "5")]])
-    assert (graded.reward.tolist(), graded.failure.tolist(), graded.votes) == ([[1, 0]], [0], [["5", "9**(9**(9**9))"]])
+    votes = [["5", "? 9^{9^{9^{9}}}"]]
+    assert (graded.reward.tolist(), graded.failure.tolist(), graded.votes) == ([[1, 0]], [0], votes)

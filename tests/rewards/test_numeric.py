@@ -51,6 +51,7 @@ def sample(completion, answer, finish="eos"):
         ("$42$", "42"),
         ("42!", "42"),
         ("1e400", str(10**400)),
+        ("\u00bd", "1/2"),
     ],
 )
 def test_a_number_as_people_write_it(text, want):
@@ -83,7 +84,8 @@ def test_what_only_looks_like_a_number_is_none_and_never_its_last_digits(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "nan", "inf", "-", "x2", "H2O", "v1.2.3", "a_1", "one", "...", "$", "%", "\u00bd"]
+    "text",
+    ["", "nan", "inf", "-", "x2", "H2O", "v1.2.3", "a_1", "one", "...", "$", "%", "x\u00b2", "H\u2082O", "m/s^2"],
 )
 def test_no_number(text):
     assert list(numbers(text)) == []

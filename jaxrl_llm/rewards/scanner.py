@@ -1,0 +1,96 @@
+"""A place in a formula, and numbers read from it."""
+
+import re
+from fractions import Fraction
+from typing import NoReturn
+
+from jaxrl_llm.rewards.spelling import in_base
+
+MAX_EXPONENT = 10_000
+
+_NUMBER = re.compile(
+    r"(?P<base_digits>[0-9][0-9A-F]*)\s?_\s?(?:\{\s*(?P<base>[0-9]{1,2}|\\text\{\s*[a-z]+\s*\})\s*\}|(?P<one>[0-9]{1,2}))"
+    r"|(?P<digits>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:\\(?:overline|bar|dot)\s?\{(?P<repeated>[0-9]+)\})?"
+    r"(?:[eE](?P<exponent>[-+]?[0-9]+)(?![A-Za-z0-9]))?"
+)
+_BASES = ("", "", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_PLAIN_FRACTION = re.compile(r"\s?\\frac\s?(?:\{\s?([0-9]+)\s?\}|([0-9])(?=[\s{0-9]))\s?(?:\{\s?([0-9]+)\s?\}|([0-9]))")
+
+
+class Unreadable(ValueError):
+    """Not a formula that can be read; says why."""
+
+
+class Scanner:
+    """One pass from left to right; a method reads what it is named after and moves `at` behind it."""
+
+    def __init__(self, text: str):
+        self.text = text
+        self.at = 0
+
+    def rest(self) -> str:
+        """The next character, spaces skipped; "" at the end."""
+        while self.at < len(self.text) and self.text[self.at].isspace():
+            self.at += 1
+        return self.text[self.at : self.at + 1]
+
+    def take(self, literal: str) -> bool:
+        self.rest()
+        found = self.text.startswith(literal, self.at)
+        # A command ends where its letters do.
+        if found and literal[-1].isalpha() and self.text[self.at + len(literal) : self.at + len(literal) + 1].isalpha():
+            return False
+        self.at += len(literal) * found
+        return found
+
+    def match(self, pattern: re.Pattern) -> re.Match | None:
+        found = pattern.match(self.text, self.at)
+        if found:
+            self.at = found.end()
+        return found
+
+    def expect(self, literal: str) -> None:
+        if not self.take(literal):
+            self.refuse(f"want {literal!r}")
+
+    def refuse(self, why: str = "") -> NoReturn:
+        found = self.text[self.at : self.at + 20] or "the end"
+        raise Unreadable(f"cannot be read from {found!r} on" + (f": {why}" if why else ""))
+
+    def ahead(self, *literals: str) -> bool:
+        start = self.at
+        found = any(self.take(literal) for literal in literals)
+        self.at = start
+        return found
+
+    def number(self) -> tuple:
+        found = self.match(_NUMBER)
+        if found is None:
+            self.refuse()
+        if found["base_digits"]:
+            return ("number", _in_base(found["base_digits"], found["base"] or found["one"]))
+        value = Fraction(found["digits"].rstrip(".") or "0")
+        if repeated := found["repeated"]:
+            places = len(found["digits"].partition(".")[2])
+            value += Fraction(int(repeated), 10**places * (10 ** len(repeated) - 1))
+        if power := found["exponent"]:
+            if len(power) > 7 or abs(int(power)) > MAX_EXPONENT:
+                raise Unreadable(f"got 10 to the power of {power[:20]}, want {MAX_EXPONENT} at most")
+            value *= Fraction(10) ** int(power)
+        elif found["digits"].isdigit() and (part := self.match(_PLAIN_FRACTION)):
+            top, bottom = (int(a or b) for a, b in (part.group(1, 2), part.group(3, 4)))
+            if not bottom:
+                raise Unreadable("division by zero")
+            value += Fraction(top, bottom)
+        elif self.text.startswith(".", self.at):
+            self.refuse("a number with two points")
+        return ("number", value)
+
+
+def _in_base(digits: str, base: str) -> Fraction:
+    name = re.sub(r"\\text|[{}\s]", "", base)
+    radix = int(name) if name.isdigit() else _BASES.index(name) if name in _BASES else 0
+    value = in_base(digits, radix)
+    if value is None:
+        raise Unreadable(f"got the number {digits[:50]} in base {name}, which has no such digits")
+    return value

@@ -1,0 +1,190 @@
+r"""What the pieces of a formula mean: units, words, names of functions; and a formula without what only moves ink."""
+
+import re
+
+from jaxrl_llm.rewards import spelling
+
+GREEK = frozenset(
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron rho sigma tau upsilon phi chi psi omega "
+    "Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar".split()
+)
+FUNCTIONS = {
+    **{name: name for name in "sin cos tan cot sec csc sinh cosh tanh coth exp".split()},
+    **{f"arc{name}": f"a{name}" for name in "sin cos tan cot sec csc sinh cosh tanh".split()},
+    "ln": "ln",
+    "log": "log",
+    "lg": "lg",
+}
+"""mpmath's names."""
+NAMED = {
+    "pi": ("constant", "pi"),
+    "infty": ("constant", "infinity"),
+    "inf": ("constant", "infinity"),
+    "infinity": ("constant", "infinity"),
+    "emptyset": ("set",),
+    "varnothing": ("set",),
+}
+RELATIONS = (
+    *((rf"\{name}", "<=") for name in ("leq", "le", "leqslant")),
+    *((rf"\{name}", ">=") for name in ("geq", "ge", "geqslant")),
+    *((rf"\{name}", "!=") for name in ("neq", "ne")),
+    (r"\lt", "<"),
+    (r"\gt", ">"),
+    (r"\in", "in"),
+    (r"\approx", "about"),
+    ("<=", "<="),
+    (">=", ">="),
+    ("!=", "!="),
+    ("=", "="),
+    ("<", "<"),
+    (">", ">"),
+)
+NO_FACTORS = (
+    *(spelling for spelling, _ in RELATIONS if spelling.startswith("\\")),
+    *(rf"\{name}" for name in "cdot times div pm mp cup lor vee rfloor rceil rvert rangle end circ % }".split()),
+    "\\\\",
+)
+
+_UNIT_NAMES = (
+    "in mm cm dm km nm um ft yd mi lb lbs oz mg kg mph kph kmh rpm hr hrs min mins sec secs ms ns ml mL dL kW kWh Hz kHz MHz GHz "
+    "kJ Pa kPa atm eV mol USD EUR GBP usd per sq cubic rad am pm ways"
+).split()
+_PROSE = frozenset(
+    "is the of for if to by at it its are was be so we as when then that this has have not no an on from than with but can "
+    "how".split()
+)
+_WORD = r"(?:[A-Za-z]{4,}|" + "|".join(sorted(map(re.escape, _UNIT_NAMES), key=len, reverse=True)) + ")"
+_NOT_WORDS = "|".join(
+    sorted([*FUNCTIONS, "sqrt", "frac", "binom", "infty", "infinity", "begin", "matrix"], key=len, reverse=True)
+)
+# Words that change the number before them: it is not all of the answer.
+_CHANGING = (
+    "and|or|not|than|to|half|halves|thirds?|quarters?|dozen|least|most|minus|plus|less|more|fewer|except|if|unless"
+)
+_TEXT = rf"\\text\s?\{{(?![^{{}}]*(?<![A-Za-z])(?:{_CHANGING})(?![A-Za-z]))[^{{}}]*\}}"
+_RAISED = r"(?:\s?\^\s?(?:\{[^{}]*\}|-?[0-9]))?"
+_UNIT = rf"(?:{_TEXT}|(?<![A-Za-z\\])(?!(?:{_NOT_WORDS}|{_CHANGING})(?![A-Za-z])){_WORD}(?![A-Za-z])){_RAISED}"
+UNITS = re.compile(
+    rf"\s*(?:\\frac\s?\{{\s*{_UNIT}\s*\}}\s?\{{\s*{_UNIT}\s*\}}|{_UNIT}(?:\s*(?:/|\\cdot|\*)?\s*{_UNIT})*)"
+)
+_SCALE_NAMES = rf"(?:{'|'.join(spelling.SCALES)})"
+SCALE = re.compile(
+    rf"\s*(?:\\text\s?\{{\s*(?P<inner>{_SCALE_NAMES})s?(?![a-z])[A-Za-z ]*\}}|(?P<bare>{_SCALE_NAMES})s?(?![a-z]))"
+)
+PERCENT = re.compile(r"\s*(?:\\?%|percent(?![a-z])|\\text\s?\{\s*(?:\\?%|percent)\s*\})")
+DEGREE = re.compile(
+    r"\s*(?:\^\s?(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|\\degree(?![a-z])|degrees?(?![a-z])|\\text\s?\{\s*degrees?\s*\})"
+    r"(?:\s*(?:[CF](?![A-Za-z])|\\text\s?\{\s*[CF]\s*\}))?"
+)
+OR_AND = re.compile(r"\s*(?:(?:or|and)(?![A-Za-z])|\\text\s?\{\s*(?:,?\s*(?:or|and)|,)\s*\})")
+
+MAX_WORDS = 6
+"""Of an answer that is words; more of them are prose."""
+
+_BOXES = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|!)(?![a-z])\.?|\$")
+_GAPS = re.compile(r"\\(?:quad|qquad|thinspace|enspace)(?![a-z])|(?<!\\)\\[,;:> ]|~")
+_FORMS = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|math(?:rm|bf|it|sf|tt|normal|cal)|mbox|hbox|operatorname|boldsymbol|bm)\*?\s?\{"
+)
+_MATH_IN_TEXT = re.compile(
+    r"\\text\{\s*([^{}A-Za-z]*|[^{}]*[0-9][^{}]*|\([A-Za-z]\)\s*|[ei]|[A-Za-z](?:\s*,\s*(?:and )?\s*[A-Za-z])+)\s*\}"
+)
+_SAME = {
+    r"\dfrac": r"\frac",
+    r"\tfrac": r"\frac",
+    r"\cfrac": r"\frac",
+    r"\dbinom": r"\binom",
+    r"\tbinom": r"\binom",
+    r"\lbrace": r"\{",
+    r"\rbrace": r"\}",
+    r"\lbrack": "[",
+    r"\rbrack": "]",
+    r"\lVert": r"\lvert",
+    r"\colon": ":",
+    r"\ast": "*",
+    r"\land": " and ",
+    r"\wedge": " and ",
+    r"\mid": "|",
+    r"\vert": "|",
+}
+_SAME_COMMANDS = re.compile("|".join(f"{re.escape(name)}(?![a-zA-Z])" for name in _SAME))
+_LEADING = re.compile(r"^\s*(?:=|\\approx(?![a-z]))\s*")
+_OVER = re.compile(r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}")
+_MIXED = re.compile(r"(?<![0-9./^])([0-9]+) +([0-9]+)/([0-9]+)(?![0-9./])")
+_COMMAS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
+_TWO_POINTS = re.compile(r"[0-9]\.[0-9]+\.[0-9]|(?<![0-9])[0-9]{1,3}(?:\.[0-9]{3})+,[0-9]")
+
+
+def prepare(text: str) -> str:
+    r"""One spelling for what differs only in looks: sizes, spaces, fonts, dollars, separators of thousands."""
+    text = _GAPS.sub(
+        " ", _BOXES.sub("", spelling.plain(text.replace(r"\$", " ")).replace(r"\(", "(").replace(r"\)", ")"))
+    )
+    text = _SAME_COMMANDS.sub(lambda found: _SAME[found[0]], text)
+    text = _FORMS.sub(lambda found: r"\text{", text)
+    text = _MATH_IN_TEXT.sub(r" \1 ", text)
+    text = _MIXED.sub(r"(\1+\2/\3)", _OVER.sub(r"\\frac{\1}{\2}", text)).strip()
+    if text.startswith(r"\[") and text.endswith(r"\]"):
+        text = text[2:-2].strip()
+    text = _LEADING.sub("", text).removesuffix(".")
+    return _COMMAS.sub(
+        lambda found: found[0].replace(",", "") if _groups(text, found.start()) else found[0], text.strip()
+    )
+
+
+def words(text: str) -> str:
+    """An answer that is words and nothing else, in small letters: a name, "no solution"; else nothing."""
+    marked = text.startswith(r"\text")
+    bare = re.sub(r"\\text\s?\{([^{}]*)\}", r"\1", text).strip(" .!")
+    if not re.fullmatch(r"[^\W\d_](?:[^\W\d_]|[' -])*", bare) or OR_AND.match(bare):
+        return ""
+    runs = bare.split()
+    if len(runs) > (MAX_WORDS if marked else 3) or (
+        not marked and set(map(str.casefold, runs[1:])) & _PROSE - {"no", "not"}
+    ):
+        return ""
+    if not (marked and len(bare) > 1) and not any(is_word(run) for run in runs) and len(runs) == 1:
+        return ""
+    if not marked and all(len(run) == 1 for run in runs):
+        return ""
+    if bare in NAMED or bare in FUNCTIONS or bare in GREEK:
+        return ""
+    return " ".join(runs).casefold()
+
+
+def quoted(text: str) -> str:
+    r"""The few words of an answer that is one \text{...}, such as a date; else nothing."""
+    found = re.fullmatch(r"\$?\\(?:text(?:bf|it|rm)?|mbox|mathrm)\s?\{([^{}]*[^\W\d_][^{}]*)\}\.?\$?", text.strip())
+    runs = found[1].split() if found else []
+    return " ".join(runs).casefold() if len(runs) <= MAX_WORDS else ""
+
+
+def is_word(run: str) -> bool:
+    """Letters that people read as a word and not as a product."""
+    if run in FUNCTIONS or run in NAMED or run in GREEK or run == "sqrt":
+        return False
+    return (
+        len(run) >= 4
+        or bool(re.fullmatch("[A-Z][a-z]{2,}", run))
+        or run.casefold() in _PROSE
+        or run.casefold() in ("yes", "odd", "one", "two", "six", "ten", "all", "tie", "dne", "nan", "none")
+        or not run.isascii()
+    )
+
+
+def prose(text: str) -> str:
+    """Why a text reads as sentences and not as a formula; else nothing."""
+    bare = re.sub(r"\\text\s?\{[^{}]*\}|\\[A-Za-z]+", " ", text)
+    if found := [run for run in re.findall(r"(?<![A-Za-z])[A-Za-z]+", bare) if run.casefold() in _PROSE]:
+        return f"reads as prose ({found[0]!r})"
+    if _TWO_POINTS.search(text):
+        return "a number with two points, or with points between thousands"
+    return ""
+
+
+def _groups(text: str, start: int) -> bool:
+    """Whether a comma between digits groups thousands: in brackets it separates, unless others with a space behind them do."""
+    before = text[:start]
+    depth = sum(before.count(mark) for mark in "([") - sum(before.count(mark) for mark in ")]")
+    depth += before.count(r"\{") - before.count(r"\}")
+    return depth <= 0 or ", " in text or ";" in text
