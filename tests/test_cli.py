@@ -5,7 +5,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +18,13 @@ CONFIG = str(ROOT / "configs" / "arithmetic.yaml")
 
 
 def jaxrl(*args: str) -> tuple[subprocess.CompletedProcess, float]:
-    start = time.perf_counter()
+    """What it said, and the seconds of CPU that it took: those on the clock depend on what else runs."""
+    before = os.times()
     done = subprocess.run(
         [sys.executable, "-m", "jaxrl_llm.cli", *args], capture_output=True, text=True, cwd=ROOT, timeout=120
     )
-    return done, time.perf_counter() - start
+    after = os.times()
+    return done, after.children_user + after.children_system - before.children_user - before.children_system
 
 
 def best_of_three(*args: str) -> tuple[subprocess.CompletedProcess, float]:
@@ -32,7 +33,7 @@ def best_of_three(*args: str) -> tuple[subprocess.CompletedProcess, float]:
 
 
 def test_help_is_instant():
-    """Below 0.5 s is what is promised; twice that is asserted, since other tests run beside this one."""
+    """Below 0.5 s is what is promised; twice that is asserted, since processors differ."""
     done, seconds = best_of_three("--help")
     print(f"jaxrl --help: {seconds:.2f} s")
     assert done.returncode == 0 and "jaxrl train configs/arithmetic.yaml" in done.stdout
@@ -230,7 +231,7 @@ def test_version_tells_what_computes_and_starts_nothing(capsys, word):
 
 
 def test_version_is_instant():
-    """Below 0.5 s, as `--help`: jax is not imported. Twice that is asserted, since other tests run beside this one."""
+    """Below 0.5 s, as `--help`: jax is not imported. Twice that is asserted, since processors differ."""
     done, seconds = best_of_three("--version")
     assert done.returncode == 0 and seconds < 1.0
 
@@ -389,4 +390,4 @@ def test_sample_benchmark_counts_what_it_timed(tmp_path):
     assert told["rollouts"].startswith("8 prompts x 2 samples, up to 4 tokens")
     assert 1 <= steps <= 4 and 16 <= tokens <= 16 * steps
     assert told["live rows"].startswith(f"{tokens / steps:.1f} a step; waste {1 - tokens / (16 * steps):.1%}")
-    assert float(told["of the ceiling"].split("%")[0]) > 0
+    assert 0 <= float(told["of the ceiling"].split("%")[0]) <= 100
