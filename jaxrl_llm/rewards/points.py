@@ -94,7 +94,7 @@ def _may_be_negative(tree: tuple) -> bool:
 
 def _drawn(text: str) -> int:
     # An odd modulus: the parities of two letters' checksums differ at all points or at none.
-    return zlib.crc32(text.encode()) % 10_005 + 1
+    return zlib.crc32(text.encode(errors="surrogatepass")) % 10_005 + 1
 
 
 def symbols_of(tree: tuple) -> tuple[str, ...]:
