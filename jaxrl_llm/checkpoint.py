@@ -46,7 +46,9 @@ logging.getLogger("asyncio").addFilter(lambda record: "exception was never retri
 
 
 def _keep_quiet(unraisable: Any, told_before: Callable[[Any], None] = sys.unraisablehook) -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
+    code = getattr(unraisable.object, "cr_code", None)
+    is_orbax = code is not None and f"{os.sep}orbax{os.sep}" in code.co_filename
+    if not is_orbax and str(unraisable.exc_value) != "Event loop is closed":
         told_before(unraisable)
 
 

@@ -142,7 +142,8 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         if (size := path.stat().st_size) > MAX_BYTES:
             raise UserError(f"{path}: got {size:,} bytes, want a config of {MAX_BYTES:,} at most")
-        values, repeated = read_yaml(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values, repeated = read_yaml(text)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -151,7 +152,8 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(values, dict):
         got = "an empty file" if values is None else type(values).__name__
         # Where `train` keeps a run's own.
-        remedy = "; jaxrl train with the run's own CONFIG writes it anew" if path.name == "config.yaml" else ""
+        is_emptied = path.name == "config.yaml" and not text.strip()
+        remedy = "; jaxrl train with the run's own CONFIG writes it anew" if is_emptied else ""
         raise UserError(f"{path}: got {got}, want section: values{remedy}")
     return values, wrong
 

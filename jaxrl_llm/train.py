@@ -286,6 +286,8 @@ def open_shell(cfg: RunConfig) -> Iterator[Shell]:
             if leader:
                 prepare_run_directory(run_dir)
                 check_lock = stack.enter_context(RunLock(run_dir)).check
+                # A link to a disk that is gone would be told after hours, by the first save.
+                prepare_run_directory(checkpoints.directory)
                 claim(run_dir, cfg, checkpoints)
             recorder = stack.enter_context(
                 Recorder(run_dir, cfg.metrics, cfg.total_steps, leader, cfg.evaluations_after)

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -775,3 +776,15 @@ def test_orbax_is_silent(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     saved(tmp_path, (1, 2)).close()
     assert not [record for record in caplog.records if "orbax" in record.pathname]
+
+
+def test_readers_that_orbax_left_behind_write_no_tracebacks():
+    source = "async def read():\n    try:\n        await forever()\n    finally:\n        raise ValueError('left')"
+    told = []
+    for path in ("/site-packages/orbax/checkpoint/reader.py", "/mine/reader.py"):
+        names = {"forever": lambda: asyncio.sleep(9)}
+        exec(compile(source, path, "exec"), names)
+        reader = names["read"]()
+        checkpoint._keep_quiet(SimpleNamespace(exc_value=ValueError("left"), object=reader), told.append)
+        reader.close()
+    assert [each.object.cr_code.co_filename for each in told] == ["/mine/reader.py"]

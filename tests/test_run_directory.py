@@ -114,9 +114,24 @@ def test_an_emptied_config_is_written_anew_and_a_torn_one_is_told(tmp_path, capl
         UserError, match=rf"not YAML(.|\n)*put {path} right; or remove it, and start with the run's own CONFIG"
     ):
         record(cfg, save=False)
+    path.write_text("# mine\nnull\n")
+    with pytest.raises(UserError, match=rf"want section: values\nput {path} right"):
+        record(cfg, save=False)
     path.unlink()
     record(cfg, save=False)
     assert path.read_text() == whole
+
+
+@pytest.mark.parametrize("what", ["a file", "a link to nothing"])
+def test_checkpoints_that_can_be_no_directory_are_told_before_the_first_step(tmp_path, what):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    if what == "a file":
+        (run_dir / "checkpoints").touch()
+    else:
+        (run_dir / "checkpoints").symlink_to(tmp_path / "gone" / "away")
+    with pytest.raises(UserError, match="checkpoints, want a directory that can be made and written"):
+        record(config_of(run_dir), save=False)
 
 
 def test_a_config_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):

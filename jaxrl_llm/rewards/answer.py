@@ -10,6 +10,7 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import NamedTuple
 
+from jaxrl_llm.rewards import tokens
 from jaxrl_llm.rewards.formula import read
 from jaxrl_llm.rewards.points import Key, Meaning, difference_of, key_of, nodes_of, symbols_of
 from jaxrl_llm.rewards.quantity import Undefined
@@ -50,17 +51,21 @@ def readings(text: str) -> tuple[Reading, ...]:
     if len(text) > MAX_CHARACTERS:
         raise Unreadable(f"got {len(text):,} characters, want {MAX_CHARACTERS:,} at most")
     tree = read(text)
+    half = tokens.half_of_day(text) or None
     kinds = {node[0] for node in nodes_of(tree)}
     percents = (Fraction(1, 100), Fraction(1)) if "percent" in kinds else (None,)
     degrees = (False, True) if "degree" in kinds else (None,)
     naturals = (False, True) if "base_of_log" in kinds else (None,)
     try:
-        return tuple(
-            _together(list(_of_item(tree, Meaning(*choices))))._replace(choices=choices)
+        found = [
+            _together(list(_of_item(tree, Meaning(*choices))))._replace(choices=(*choices, half))
             for choices in itertools.product(percents, degrees, naturals)
-        )
+        ]
     except (Undefined, OverflowError, ZeroDivisionError, RecursionError) as error:
         raise Unreadable(str(error) or "it has no value") from None
+    # 5 p.m. answers 5, and is another vote than 5 a.m.
+    marked = [one._replace(value=(half, one.value), statement=None) for one in found if half and one.value is not None]
+    return (*marked, *found)
 
 
 def agree(wanted: tuple[Reading, ...], got: tuple[Reading, ...]) -> bool:
@@ -223,7 +228,7 @@ _NOT_NUMBERS = ("bracket", "set", "matrix", "words", "ratio")
 
 
 def _of_equation(left: tuple, right: tuple, meaning: Meaning) -> Reading:
-    name, value = _name(left), right
+    name, value = _name(left) or _segment(left), right
     if name is None and _name(right) is not None:
         name, value = _name(right), left
     if name is not None and _infinity(value):
@@ -257,6 +262,14 @@ def _name(tree: tuple) -> str | None:
     return tree[1] if tree[0] == "symbol" else None
 
 
+def _segment(tree: tuple) -> str | None:
+    """AB, which is a length."""
+    if tree[0] != "product":
+        return None
+    ends = [_name(part) or "" for part in tree[1:]]
+    return "".join(ends) if all(len(end) == 1 and end.isupper() for end in ends) else None
+
+
 def _is_applied(tree: tuple) -> bool:
     r"""f(x), f^{-1}(x), P(A), m \angle A: the name of what follows, whatever its letters."""
     if any(name.startswith(("angle ", "overline ")) for name in symbols_of(tree)):
@@ -266,7 +279,7 @@ def _is_applied(tree: tuple) -> bool:
     function, argument = tree[1:]
     function = function[1] if function[0] == "power" else function
     name = (_name(function) or "").rstrip("'")
-    return name in _FUNCTION_NAMES and argument[0] in ("symbol", "number", "bracket")
+    return name in _FUNCTION_NAMES and argument[0] in ("symbol", "number", "bracket", "negative", "quotient")
 
 
 _FUNCTION_NAMES = ("f", "g", "h", "F", "G", "H", "P")

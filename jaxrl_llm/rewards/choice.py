@@ -17,7 +17,7 @@ class MultipleChoice(FinalText):
 
     Looked for in this order: a last box; the last "answer is B" or "Answer: (B)" (also choice, option); a text that is one letter;
     the only letter in parentheses or at the beginning of a line as "B)" or "B."; a capital that ends the text. Two letters joined
-    by "or", "and", a comma or a slash are no choice. A letter inside a word is none.
+    by "or", "and", a comma or a slash are no choice, nor is one behind "not". A letter inside a word is none.
 
     The row's answer is read in the same way; one without a letter is refused before the run starts.
     """
@@ -44,9 +44,11 @@ class MultipleChoice(FinalText):
 
     def _read(self, text: str) -> str:
         """The letter, or nothing."""
-        text = plain(text)
+        # Tags, and LaTeX's marks of mathematics.
+        text = re.sub(r"</?[A-Za-z_]{2,20}>|\\(?=[()])", " ", plain(text))
         if "\\boxed" in text or "\\fbox" in text:
-            return self._alone(re.sub(r"\\(?:text|textbf|mathrm|mathbf)\b", "", last_boxed(text)))
+            boxed = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\b", "", last_boxed(text))
+            return self._alone(boxed) or self._listed(boxed.lstrip("{ "))
         if said := self._said(text):
             return said if said in self.letters else ""
         return self._alone(text) or self._listed(text) or self._last(text)
@@ -69,7 +71,7 @@ class MultipleChoice(FinalText):
     def _listed(self, text: str) -> str:
         """The letter of the only line that begins as a choice does, or in parentheses, if there is no other such letter."""
         lines = re.findall(rf"^[ \t]*[*(]{{0,3}}([{self.letters}])[)*]{{0,3}}[).:]", text, re.MULTILINE)
-        bracketed = re.findall(rf"\(([{self.letters}{self.letters.lower()}])\)", text)
+        bracketed = re.findall(rf"(?<!\bnot )\(([{self.letters}{self.letters.lower()}])\)", text)
         letters = {letter.upper() for letter in lines + bracketed}
         return letters.pop() if len(letters) == 1 and len(lines) <= 1 else ""
 
@@ -78,7 +80,8 @@ class MultipleChoice(FinalText):
             return ""
         found = re.search(rf"(?<![{LETTER}'])([{self.letters}])$", text.rstrip(_MARKUP))
         before = text[: found.start()] if found else ""
-        return found[1] if found and not re.search(rf"\b[{self.letters}](?:,|\s+or|\s+and|/)\s*$", before[-20:]) else ""
+        other = rf"(?:\b[{self.letters}](?:,|\s+or|\s+and|/)|(?:\b(?:can)?not|n['\u2019]t)(?:\s+be)?(?:\s+option)?)\s*$"
+        return found[1] if found and not re.search(other, before[-20:]) else ""
 
 
 # What may stand between "answer" and its letter: a few small words, colons and opening marks.

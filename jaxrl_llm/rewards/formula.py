@@ -38,7 +38,7 @@ def read(text: str) -> tuple:
     try:
         return _read(tokens.prepare(text))
     except Unreadable:
-        if words := tokens.quoted(text):
+        if words := tokens.date(text) or tokens.quoted(text):
             return ("words", words)
         raise
 

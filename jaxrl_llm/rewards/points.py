@@ -31,8 +31,7 @@ def key_of(tree: tuple, meaning: Meaning) -> Key:
     """Of a number, or of a formula."""
     if not symbols_of(tree):
         return _at({}, tree, meaning)
-    # Rounding hides small differences: a third point is far away.
-    points = _points(symbols_of(tree), 3 if {"floor", "ceiling"} & {node[0] for node in nodes_of(tree)} else 2)
+    points = _points(tree, 2)
     first, *others = (_at(point, tree, meaning) for point in points)
     changed = tuple((name, key) for name, key in _negatives(points[0], tree, meaning) if key != first)
     return first if {first} == set(others) and not changed else ("formula", first, *others, changed)
@@ -41,7 +40,7 @@ def key_of(tree: tuple, meaning: Meaning) -> Key:
 def difference_of(left: tuple, right: tuple, meaning: Meaning, signed: bool) -> Key | None:
     """Of left - right up to a factor, which is positive where it is `signed`; None where it is 0 in itself."""
     tree = ("difference", left, right)
-    first, *others = points = _points(symbols_of(tree), 3)
+    first, *others = points = _points(tree, 3)
     if _at(first, tree, meaning) == 0:
         return None
     # Divided by what it is at the first point, whose letters are put in as numbers.
@@ -71,12 +70,31 @@ def _with_numbers(tree: tuple, point: Mapping[str, Fraction]) -> tuple:
     return tuple(_with_numbers(part, point) if isinstance(part, tuple) else part for part in tree)
 
 
-def _points(symbols: tuple[str, ...], number: int) -> list[dict[str, Fraction]]:
-    """A letter stands for the same number in every formula, as if drawn at random from (0, 1), (1, 2), (2, 1002)."""
+def _points(tree: tuple, number: int) -> list[dict[str, Fraction]]:
+    """A letter stands for the same number in every formula, as if drawn at random from (0, 1), (1, 2), (2, 1002), (3, 4) ..."""
+    nodes = list(nodes_of(tree))
+    if any(node[0] in ("floor", "ceiling") for node in nodes):
+        # Rounding hides small differences: the third point is far away.
+        number = 3
+    if any(node[0] == "power" and symbols_of(node[2]) and _may_be_negative(node[1]) for node in nodes):
+        # At each point (-1)^n is 1 or -1, as the numerator of n is even or odd.
+        number = 16
     return [
-        {name: first + size * Fraction(zlib.crc32(f"{first} {name}".encode()) % 10_006 + 1, 10_007) for name in symbols}
-        for first, size in ((0, 1), (1, 1), (2, 1000))[:number]
+        {
+            name: first + (1000 if first == 2 else 1) * Fraction(_drawn(f"{first} {name}"), 10_007)
+            for name in symbols_of(tree)
+        }
+        for first in range(number)
     ]
+
+
+def _may_be_negative(tree: tuple) -> bool:
+    return bool(symbols_of(tree)) or any(node[0] in ("negative", "difference") for node in nodes_of(tree))
+
+
+def _drawn(text: str) -> int:
+    # An odd modulus: the parities of two letters' checksums differ at all points or at none.
+    return zlib.crc32(text.encode(errors="surrogatepass")) % 10_005 + 1
 
 
 def symbols_of(tree: tuple) -> tuple[str, ...]:

@@ -137,6 +137,8 @@ class WorkerProcess:
         """Tells the keeper to end the worker and all that it started."""
         if self._keeper.stdin.closed:
             return
+        # A grader may have stopped it.
+        self._keeper.send_signal(signal.SIGCONT)
         # A word, since a child that the trainer forked may hold the pipe open, too.
         with suppress(OSError, ValueError):  # another thread may close it, too
             self._keeper.stdin.write(b"!")

@@ -53,15 +53,18 @@ _PROSE = frozenset(
     "is the of for if to by at it its are was be so we as when then that this has have not no an on from than with but can "
     "how".split()
 )
-_WORD = r"(?:[A-Za-z]{4,}|" + "|".join(sorted(map(re.escape, _UNIT_NAMES), key=len, reverse=True)) + ")"
+# Of Chinese, Japanese and Korean, without what multiplies (ten, hundred, thousand, half) or bounds the number before it.
+_IDEOGRAPH = "(?![十百千半余餘多几幾以未不至和或到とや])[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7a3]"
+_WORD = rf"(?:[A-Za-z]{{4,}}|(?:{_IDEOGRAPH})+|{'|'.join(sorted(map(re.escape, _UNIT_NAMES), key=len, reverse=True))})"
 _NOT_WORDS = "|".join(
     sorted([*FUNCTIONS, "sqrt", "frac", "binom", "infty", "infinity", "begin", "matrix"], key=len, reverse=True)
 )
 # Words that change the number before them: it is not all of the answer.
 _CHANGING = (
-    "and|or|not|than|to|half|halves|thirds?|quarters?|dozen|least|most|minus|plus|less|more|fewer|except|if|unless"
+    "and|or|not|than|to|half|halves|thirds?|quarters?|dozen|least|most|minus|plus|less|more|fewer|except|if|unless|"
+    "mil|mille|millones|Millionen|Tausend|тысяч\\w*|миллион\\w*|миллиард\\w*"
 )
-_TEXT = rf"\\text\s?\{{(?![^{{}}]*(?<![A-Za-z])(?:{_CHANGING})(?![A-Za-z]))[^{{}}]*\}}"
+_TEXT = rf"\\text\s?\{{(?![^{{}}]*(?:(?<![A-Za-z])(?:{_CHANGING})(?![A-Za-z])|[十百千半余餘多几幾以未不至和或到とや]))[^{{}}]*\}}"
 _RAISED = r"(?:\s?\^\s?(?:\{[^{}]*\}|-?[0-9]))?"
 _UNIT = rf"(?:{_TEXT}|(?<![A-Za-z\\])(?!(?:{_NOT_WORDS}|{_CHANGING})(?![A-Za-z])){_WORD}(?![A-Za-z])){_RAISED}"
 UNITS = re.compile(
@@ -81,18 +84,24 @@ OR_AND = re.compile(r"\s*(?:(?:or|and)(?![A-Za-z])|\\text\s?\{\s*(?:,?\s*(?:or|a
 MAX_WORDS = 6
 """Of an answer that is words; more of them are prose."""
 
-_BOXES = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|!)(?![a-z])\.?|\$")
+_CURRENCY = re.compile(r"\\\$|\\(?:pounds|euro|yen)(?![a-z])|[€£¥₹₩₽¢]")
+_BOXES = re.compile(
+    r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|small|[lL]arge|!)(?![a-z])\.?|\\(?:text)?color\{[A-Za-z]+\}|\$"
+)
 _GAPS = re.compile(r"\\(?:quad|qquad|thinspace|enspace)(?![a-z])|(?<!\\)\\[,;:> ]|~")
 _FORMS = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|math(?:rm|bf|it|sf|tt|normal|cal)|mbox|hbox|operatorname|boldsymbol|bm)\*?\s?\{"
+    r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|math(?:rm|bf|it|sf|tt|normal|cal)|mbox|hbox|underline|operatorname|boldsymbol|bm)\*?\s?\{"
 )
 _MATH_IN_TEXT = re.compile(
-    r"\\text\{\s*([^{}A-Za-z]*|[^{}]*[0-9][^{}]*|\([A-Za-z]\)\s*|[ei]|[A-Za-z](?:\s*,\s*(?:and )?\s*[A-Za-z])+)\s*\}"
+    r"\\text\{\s*((?:(?![^\W\d_])[^{}])*|[^{}]*[0-9][^{}]*|\([A-Za-z]\)\s*|[ei]|[A-Za-z](?:\s*,\s*(?:and )?\s*[A-Za-z])+)\s*\}"
 )
 _SAME = {
     r"\dfrac": r"\frac",
     r"\tfrac": r"\frac",
     r"\cfrac": r"\frac",
+    r"\sfrac": r"\frac",
+    r"\nicefrac": r"\frac",
+    r"\Pr": "P",
     r"\dbinom": r"\binom",
     r"\tbinom": r"\binom",
     r"\lbrace": r"\{",
@@ -112,21 +121,36 @@ _LEADING = re.compile(r"^\s*(?:=|\\approx(?![a-z]))\s*")
 _OVER = re.compile(r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}")
 _MIXED = re.compile(r"(?<![0-9./^])([0-9]+) +([0-9]+)/([0-9]+)(?![0-9./])")
 _COMMAS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
+# As programs and plain text write powers.
+_POWER = re.compile(r"(?<=[A-Za-z0-9)}])\s?\*\*\s?(?=[A-Za-z0-9({-])")
+_SCIENTIFIC = re.compile(r"(?<=[0-9])\s?x\s?(?=10\s?\^)")
+_SET_BUILDER = re.compile(
+    r"\\\{\s*[a-z]\s*(?:\\in\s*(?:\\mathbb\s?\{?R\}?|\\text\{R\})\s*)?[|:](?=[^|:]*(?:[<>=]|\\[gl]eq?|\\in|\\neq?))(.*)\\\}"
+)
+_DATE = re.compile(
+    r"(?i:(january|february|march|april|may|june|july|august|september|october|november|december)\s*([0-9]{1,2})(?:st|nd|rd|th)?"
+    r"(?:\s*,?\s*([0-9]{4}))?)"
+)
+_HALF_OF_DAY = re.compile(r"[0-9](?:\s|\\[a-z]{4,6}\{|[~{}]|\\[,;: ])*([AaPp])\.?\s?[Mm](?![A-Za-z])")
+_POINTS_OF_HALF_DAY = re.compile(r"(?<=[0-9 ])([AaPp])(?:\.\s?[Mm]\.?|M)(?![A-Za-z])")
 _TWO_POINTS = re.compile(r"[0-9]\.[0-9]+\.[0-9]|(?<![0-9])[0-9]{1,3}(?:\.[0-9]{3})+,[0-9]")
 
 
 def prepare(text: str) -> str:
     r"""One spelling for what differs only in looks: sizes, spaces, fonts, dollars, separators of thousands."""
     text = _GAPS.sub(
-        " ", _BOXES.sub("", spelling.plain(text.replace(r"\$", " ")).replace(r"\(", "(").replace(r"\)", ")"))
+        " ", _BOXES.sub("", spelling.plain(_CURRENCY.sub(" ", text)).replace(r"\(", "(").replace(r"\)", ")"))
     )
     text = _SAME_COMMANDS.sub(lambda found: _SAME[found[0]], text)
     text = _FORMS.sub(lambda found: r"\text{", text)
+    text = _POINTS_OF_HALF_DAY.sub(lambda found: f"{found[1].lower()}m", text)
     text = _MATH_IN_TEXT.sub(r" \1 ", text)
     text = _MIXED.sub(r"(\1+\2/\3)", _OVER.sub(r"\\frac{\1}{\2}", text)).strip()
     if text.startswith(r"\[") and text.endswith(r"\]"):
         text = text[2:-2].strip()
-    text = _LEADING.sub("", text).removesuffix(".")
+    text = _SCIENTIFIC.sub(r"\\times ", _POWER.sub("^", _LEADING.sub("", text).removesuffix(".")))
+    if found := _SET_BUILDER.fullmatch(text):
+        text = found[1]
     return _COMMAS.sub(
         lambda found: found[0].replace(",", "") if _groups(text, found.start()) else found[0], text.strip()
     )
@@ -145,11 +169,23 @@ def words(text: str) -> str:
         return ""
     if not (marked and len(bare) > 1) and not any(is_word(run) for run in runs) and len(runs) == 1:
         return ""
-    if not marked and all(len(run) == 1 for run in runs):
+    if not marked and all(len(run) == 1 and run.isascii() for run in runs):
         return ""
     if bare in NAMED or bare in FUNCTIONS or bare in GREEK:
         return ""
     return " ".join(runs).casefold()
+
+
+def date(text: str) -> str:
+    """A day of a month, perhaps of a year, in one spelling; else nothing."""
+    found = _DATE.fullmatch(re.sub(r"\\text\s?\{([^{}]*)\}", r"\1", text).strip(" .$"))
+    return " ".join(part.casefold().lstrip("0") for part in found.groups() if part) if found else ""
+
+
+def half_of_day(text: str) -> str:
+    """ "am" or "pm" of a time; else nothing."""
+    found = _HALF_OF_DAY.search(text)
+    return f"{found[1].casefold()}m" if found else ""
 
 
 def quoted(text: str) -> str:

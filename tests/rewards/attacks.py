@@ -146,6 +146,7 @@ ATTACKS = {
     "kill the group": lambda: _signal(0, signal.SIGKILL),
     "kill the keeper": lambda: _signal(os.getppid(), signal.SIGKILL, lambda: time.sleep(600)),
     "terminate the keeper": lambda: _signal(os.getppid(), signal.SIGTERM),
+    "stop the keeper": lambda: _signal(os.getppid(), signal.SIGSTOP, lambda: time.sleep(600)),
     "flood stderr": _flood_stderr,
     "long line on stderr": lambda: bool(os.write(2, b"x" * 20_000)),
     "lower limits": _lower_limits,

@@ -110,6 +110,7 @@ WANTED = {
     "say half a message": (Failure.TIMED_OUT, "no answer within 0.6 s"),
     "say without end": (Failure.DIED, "more than"),
     "stop": Failure.TIMED_OUT,
+    "stop the keeper": Failure.TIMED_OUT,
     "kill the group": (Failure.DIED, "ended by Killed (9); reward.memory_gib is 0.25"),
     "kill the keeper": Failure.DIED,
     "terminate the keeper": Failure.NONE,

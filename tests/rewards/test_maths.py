@@ -129,3 +129,8 @@ def test_in_a_worker_what_is_too_large_is_wrong_and_votes_for_itself():
         graded = pool.grade([[sample(r"\boxed{\frac{10}{2}}", "5"), sample(r"\boxed{9^{9^{9^{9}}}}", "5")]])
     votes = [["5", "? 9^{9^{9^{9}}}"]]
     assert (graded.reward.tolist(), graded.failure.tolist(), graded.votes) == ([[1, 0]], [0], votes)
+
+
+def test_half_a_surrogate_pair_in_the_name_of_a_letter_is_a_wrong_answer():
+    said = sample("\\boxed{\\overline{A\ud800}}", "5")
+    assert MATH(said) == 0.0 and MATH.extract(said).startswith("formula(")
