@@ -22,15 +22,16 @@ class Stop:
     is passed on to it.
     """
 
-    def __init__(self, num_processes: int, ends_process: bool):
-        self._is_alone, self._ends_process = num_processes == 1, ends_process
+    def __init__(self, num_processes: int, ends_process: bool, last: int | None):
+        self._is_alone, self._ends_process, self._last = num_processes == 1, ends_process, last
         self._step: int | None = None
         self._came: list[str] = []
         self._waits: dict[int, bool] = {}
         self._is_over = False
 
     def __call__(self, step: int) -> str:
-        self._step = step
+        if not self._came:  # else this is the step that ends, and the thread may have yet to say so
+            self._step = step
         if not self._is_alone:
             from jax.experimental import multihost_utils
 
@@ -65,9 +66,15 @@ class Stop:
                 num += signum == signal.SIGINT
 
     def _acknowledge(self) -> None:
-        if self._step is not None:
-            what = f"step {self._step + 1}" if self._is_alone else "the step that all processes can stop after"
-            print(f"jaxrl: finishing {what}, then saving; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        if self._step is None:
+            return
+        what = (
+            f"finishing step {self._step + 1}, then"
+            if self._is_alone
+            else "finishing the step that all can stop after, then"
+        )
+        what = "all steps are done;" if self._step == self._last else what
+        print(f"jaxrl: {what} saving; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
     def end(self) -> None:
         self._is_over = True
@@ -85,15 +92,15 @@ def end_process() -> NoReturn:
 
 
 @contextmanager
-def stop_signal(ends_process: bool = False) -> Iterator[Stop]:
-    """Listen while the body runs.
+def stop_signal(ends_process: bool = False, last: int | None = None) -> Iterator[Stop]:
+    """Listen while the body runs, whose `last` step is followed by no other.
 
     `ends_process`: a Ctrl-C that stops at once ends the process, with exit code 130, even where no Python runs; otherwise it raises
     KeyboardInterrupt as soon as it can, as in a notebook.
     """
     import jax
 
-    stop = Stop(jax.process_count(), ends_process)
+    stop = Stop(jax.process_count(), ends_process, last)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

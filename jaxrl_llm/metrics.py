@@ -311,9 +311,13 @@ class Recorder:
         speed, left = self._pace.told(phase, self.total_steps, self._evaluations(step))
         name = printable(phase or "train").replace("_", " ")
         head = f"{name} step" if name == "warm start" else "step"
-        numbers = " ".join(_tell(row, [name for name, _, _ in SHOWN]))
         is_said = is_evaluated or not self._screen.is_terminal
-        said = f"{head} {step}/{self.total_steps} {numbers}  {speed}  {left}".rstrip() if is_said else ""
+        numbers = _tell(row, [name for name, _, _ in SHOWN])
+        said = (
+            [f"{head} {step}/{self.total_steps}", *numbers, *(f" {part}" for part in (speed, left) if part)]
+            if is_said
+            else []
+        )
         short = _tell(row, ["reward", "tokens_per_s"] if "reward" in row else ["loss"])
         self._screen.step(Progress(name, step, self.total_steps, short, speed, left), said)
 

@@ -75,6 +75,16 @@ def line(progress: Progress | None, doing: str, seconds: float, width: int) -> s
     return set_cell_size(joined(), width) if cell_len(joined()) > width else joined()
 
 
+def wrapped(parts: Sequence[str], width: int | None) -> str:
+    """The parts in lines of `width` cells at most, as far as a part allows; None: one line."""
+    lines = [""]
+    for part in parts:
+        if width and lines[-1] and len(lines[-1]) + 1 + len(part) > width:
+            lines.append("")
+        lines[-1] += f" {part}" if lines[-1] else part.lstrip()
+    return "\n".join(lines)
+
+
 @contextmanager
 def saying(words: str) -> Iterator[None]:
     """Say on standard error what lasts, for commands whose output is an answer; nothing of it stays on a terminal."""
@@ -146,12 +156,11 @@ class Screen:
     def text(self, text: str) -> None:
         self._guarded(lambda: self._screen.print(text, markup=False, emoji=False, soft_wrap=True))
 
-    def step(self, progress: Progress, said: str) -> None:
-        """The line is about this step from now on; `said` is printed, "" nothing."""
+    def step(self, progress: Progress, said: Sequence[str]) -> None:
+        """The line is about this step from now on; `said` is printed, on a terminal in lines that end between two of its parts."""
         self._progress = progress
         if said:
-            # A terminal narrower than the line gets it wrapped between words.
-            self._guarded(lambda: self._screen.print(said, markup=False, emoji=False, soft_wrap=not self._live))
+            self._guarded(lambda: self.text(wrapped(said, self._screen.width - 1 if self._live else None)))
         if said or time.monotonic() - self._drawn >= SELDOM:
             self._guarded(self._draw)
 
@@ -164,7 +173,8 @@ class Screen:
 
         titles = "prompt", "response", "reward", "advantage", "log-prob", "finish"
         titles = titles[:3] if self._screen.width < NARROW else titles
-        grid = table.Table(*titles, box=box.ROUNDED if self._live else None, show_lines=self._live)
+        is_long = any(len(str(row.get("completion"))) > self._screen.width // 2 for row in rows)
+        grid = table.Table(*titles, box=box.ROUNDED if self._live else None, show_lines=self._live and is_long)
         for row in rows:
             logprobs = row.get("logprobs")
             numbers = row.get("reward"), row.get("advantage"), None if logprobs is None else sum(map(float, logprobs))

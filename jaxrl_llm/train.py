@@ -82,7 +82,7 @@ def train(
     """
     if must_resume and open_checkpoints(cfg).is_empty():
         raise CheckpointError(f"--resume: got {cfg.run_dir}, which holds no checkpoint; leave out --resume to start it")
-    with stop_signal(ends_process) as stopping:
+    with stop_signal(ends_process, cfg.total_steps) as stopping:
         run = build(cfg, given or sources.read(cfg, trains=True))
         fit.check(run)
         for line in unread(cfg):

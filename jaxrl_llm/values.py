@@ -223,10 +223,20 @@ def _path(name: str, root: type, own: Sequence[str]) -> tuple[str, ...]:
         if not types_at((*path, word), root):
             flags = {k: "--" + ".".join([*path, k, *words[n + 1 :]]) for k in known}
             flags |= {} if path else {flag[2:]: flag for flag in own}
-            near = difflib.get_close_matches(word, flags, n=1)
-            raise UserError(f"{name}: no such flag" + (f", perhaps you meant {flags[near[0]]}" if near else ""))
+            near = [flags[key] for key in difflib.get_close_matches(word, flags, n=1)]
+            near = (len(words) == 1 and ["--" + ".".join(place) for place in _places(word, root)][:3]) or near
+            raise UserError(f"{name}: no such flag" + (f", perhaps you meant {' or '.join(near)}" if near else ""))
         path = (*path, word)
     return path
+
+
+def _places(word: str, root: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Where a field of this name stands, at most two sections deep."""
+    for key in keys(_variants(types_at(path, root))):
+        if key == word:
+            yield (*path, key)
+        elif len(path) < 2:
+            yield from _places(word, root, (*path, key))
 
 
 def _parsed(name: str, text: str, annotations: Sequence[Any]) -> Any:

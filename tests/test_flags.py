@@ -289,6 +289,8 @@ def test_the_last_of_two_flags_wins_and_a_part_wins_over_its_section(tmp_path):
         (["--seed"], ["--seed: got no value, want --seed VALUE; --seed=VALUE where it begins with --"]),
         (["--model.pth", "x"], ["--model.pth: no such flag, perhaps you meant --model.path"]),
         (["--model.layerz", "2"], ["--model.layerz: no such flag, perhaps you meant --model.layers"]),
+        (["--temperature", "1"], ["--temperature: no such flag, perhaps you meant --rollout.temperature"]),
+        (["--lr", "1"], ["--lr: no such flag, perhaps you meant --warm_start.optimizer.lr or --update.optimizer.lr"]),
         (["--update.optimizr.lr", "1"], ["--update.optimizr.lr: no such flag, perhaps you meant --update.optimizer.lr"]),
         (["--seed.x", "1"], ["--seed.x: no such flag"]),
         (["--resum", "--zzz=1"], ["--resum: no such flag, perhaps you meant --resume", "--zzz: no such flag"]),

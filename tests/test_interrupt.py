@@ -143,6 +143,27 @@ def test_where_no_python_runs_ctrl_c_is_answered_at_once(where):
         process.kill()
 
 
+SHORT = """
+import os, signal, sys, time
+from jaxrl_llm.interrupt import stop_signal
+with stop_signal(ends_process=True, last=2) as stop:
+    stop(int(sys.argv[1]))
+    os.kill(os.getpid(), signal.SIGINT)
+    # In the same breath, before the thread has said anything, the step is over.
+    print("stops" if stop(int(sys.argv[1]) + 1) else "goes on")
+    time.sleep(0.2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("done", "told"), [(0, "finishing step 1, then saving"), (2, "all steps are done; saving")], ids=["between", "last"]
+)
+def test_ctrl_c_names_the_step_that_ends_and_none_after_the_last(done, told):
+    """The step that ends is told, however late; after the last step there is none to finish."""
+    ended = subprocess.run([sys.executable, "-c", SHORT, str(done)], capture_output=True, text=True, timeout=60)
+    assert (ended.stdout, ended.stderr) == ("stops\n", f"jaxrl: {told}; Ctrl-C again stops at once\n")
+
+
 @pytest.mark.slow
 def test_what_graders_end_is_saved_and_what_a_guard_condemns_is_not(run, monkeypatch):
     """The same step ends twice: for want of a grade, with a sound state, and for a sampler that is off."""

@@ -18,7 +18,7 @@ from rich.cells import cell_len
 from jaxrl_llm import screen
 from jaxrl_llm.config import validate
 from jaxrl_llm.metrics import MetricsConfig, Pace, Recorder
-from jaxrl_llm.screen import Progress, line
+from jaxrl_llm.screen import Progress, line, wrapped
 
 LONG = Progress(
     "warm start", 123_456, 1_000_000, ("reward 0.971", "tokens/s 127,542"), "12.22 s/step", "left 5 days, 23:59:59"
@@ -79,6 +79,14 @@ def test_time_left_counts_the_evaluations_to_come(monkeypatch):
 def test_evaluations_to_come_by_hand(step, to_come):
     values = {"steps": 10, "warm_start": {"steps": 3}, "evaluation": {"every": 4}}
     assert validate(values, "test").evaluations_after(step) == to_come
+
+
+def test_a_number_stays_beside_its_name_where_a_line_is_wrapped():
+    parts = ["step 7/9", "loss 0.1000", "reward 0.500", " 0.20 s/step", " left 0:00:01"]
+    assert wrapped(parts, None) == "step 7/9 loss 0.1000 reward 0.500  0.20 s/step  left 0:00:01"
+    assert wrapped(parts, 33) == "step 7/9 loss 0.1000 reward 0.500\n0.20 s/step  left 0:00:01"
+    assert wrapped(parts, 32) == "step 7/9 loss 0.1000\nreward 0.500  0.20 s/step\nleft 0:00:01"
+    assert wrapped(parts, 1).splitlines() == [part.strip() for part in parts]
 
 
 class Terminal(io.StringIO):

@@ -324,7 +324,7 @@ def test_a_step_that_sigterm_gives_up_between_segments_is_done_again(tmp_path, m
     asked = []
 
     @contextmanager
-    def stop_signal(ends_process):
+    def stop_signal(ends_process, last):
         """The first question after step 5 is that of the loop; the second comes between two segments."""
         yield lambda step: asked.append(step) or asked.count(5) == 2
 
