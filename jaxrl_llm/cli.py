@@ -161,6 +161,13 @@ def start_jax(cfg: "RunConfig") -> None:
 
 
 def train(target: str, args: list[str]) -> int:
+    from jaxrl_llm.interrupt import ending_at_once
+
+    with ending_at_once():
+        return _train(target, args)
+
+
+def _train(target: str, args: list[str]) -> int:
     given, overrides = take(args, OPTIONS["train"])
     cfg = read_config(target, overrides, list(OPTIONS["train"]))
     from jaxrl_llm import sources

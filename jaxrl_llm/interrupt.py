@@ -125,3 +125,22 @@ def stop_signal(ends_process: bool = False, last: int | None = None) -> Iterator
         thread.join(2 * LOOK)
         os.close(reads)
         os.close(writes)
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Ctrl-C ends the process, until `stop_signal` listens: an exception in the middle of an import of JAX is swallowed there, or
+    aborts with a stack trace."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    before = signal.signal(signal.SIGINT, _end)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is _end:
+            signal.signal(signal.SIGINT, before)
+
+
+def _end(_signum: int, _frame: object) -> None:
+    end_process()

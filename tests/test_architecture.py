@@ -105,6 +105,7 @@ ALLOWED = {
         "arguments",
         "config",
         "errors",
+        "interrupt",
         "parallel",
         "report",
         "plan",

@@ -104,13 +104,14 @@ def test_before_the_first_step_and_the_second_time_ctrl_c_stops_at_once(run, mon
         press(patched, train, "begin", 1)
         with pytest.raises(KeyboardInterrupt):
             train.train(run.cfg)
-    assert not (run_dir / "checkpoints").exists()
+    assert steps(run_dir) == []
     press(monkeypatch, train, "warm_step", 2, times=2)
     with pytest.raises(KeyboardInterrupt):
         train.train(run.cfg)
-    assert not (run_dir / "checkpoints").exists() and (run_dir / "metrics.jsonl").stat().st_size > 0
+    assert steps(run_dir) == [] and (run_dir / "metrics.jsonl").stat().st_size > 0
 
 
+CPU = os.environ | {"JAX_PLATFORMS": "cpu"}
 STUCK = """
 import hashlib, sys
 from jaxrl_llm.interrupt import stop_signal
@@ -126,7 +127,7 @@ with stop_signal(ends_process=True) as stop:
 @pytest.mark.parametrize("where", ["in a step", "starting"])
 def test_where_no_python_runs_ctrl_c_is_answered_at_once(where):
     process = subprocess.Popen(
-        [sys.executable, "-c", STUCK, where], env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True,
+        [sys.executable, "-c", STUCK, where], env=CPU, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
@@ -139,6 +140,38 @@ def test_where_no_python_runs_ctrl_c_is_answered_at_once(where):
         # Ten times what the slowest needs; the work itself takes many minutes.
         _, err = process.communicate(timeout=10)
         assert (process.returncode, err) == (130, "jaxrl: interrupted\n")
+    finally:
+        process.kill()
+
+
+IMPORTING = """
+import time
+from jaxrl_llm import cli, sources
+
+def read(*_, **__):
+    # As a callback of JAX does with what is raised while it runs.
+    for _ in range(2):
+        try:
+            print("here", flush=True)
+            time.sleep(30)
+        except BaseException:
+            pass
+
+sources.read = read
+cli.main(["train", "configs/arithmetic.yaml"])
+"""
+
+
+def test_an_import_that_swallows_exceptions_swallows_no_ctrl_c():
+    process = subprocess.Popen(
+        [sys.executable, "-c", IMPORTING], env=CPU, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    try:
+        assert process.stdout.readline() == "here\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=10)
+        assert (process.returncode, out, err) == (130, "", "jaxrl: interrupted\n")
     finally:
         process.kill()
 
@@ -160,7 +193,9 @@ with stop_signal(ends_process=True, last=2) as stop:
 )
 def test_ctrl_c_names_the_step_that_ends_and_none_after_the_last(done, told):
     """The step that ends is told, however late; after the last step there is none to finish."""
-    ended = subprocess.run([sys.executable, "-c", SHORT, str(done)], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-c", SHORT, str(done)], env=CPU, capture_output=True, text=True, timeout=60
+    )
     assert (ended.stdout, ended.stderr) == ("stops\n", f"jaxrl: {told}; Ctrl-C again stops at once\n")
 
 

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import re
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,9 @@ class Text:
         ]
 
 
+MAX_WIDTH_DIGITS = 4
+
+
 class _Columns(string.Formatter):
     """Fills a template from columns; a value that is no text and no number is an error and not its Python spelling."""
 
@@ -81,6 +85,11 @@ class _Columns(string.Formatter):
         if value is None or isinstance(value, list | tuple | dict | bytes):
             shown = "nothing (null)" if value is None else f"a {type(value).__name__}"
             raise ValueError(f"got {shown}, want text or a number")
+        # They may come from the row itself, as in {a:{b}}.
+        if any(len(digits) > MAX_WIDTH_DIGITS for digits in re.findall(r"\d+", format_spec)):
+            raise ValueError(
+                f"got the form {format_spec[:60]!r}, want at most {MAX_WIDTH_DIGITS} digits of a width or precision"
+            )
         return super().format_field(value, format_spec)
 
 

@@ -63,7 +63,7 @@ _NUMBER = re.compile(
     )
     (?P<formula>
         \s?\^(?!\s?\{{?\s?\\circ)\s?(?:\{{[^{{}}\n]{{0,99}}\}}|-?[0-9]+)?
-        | \s?(?:\\pi(?![a-z])|{_ROOT})
+        | \s?(?:\\pi(?![a-z])|{_ROOT}|‰)
     )?
     (?:\s?(?P<scale>{"|".join(SCALES)})s?(?![a-z]))?
     (?P<percent>\s?(?:\\?%|per\s?cent\b))?

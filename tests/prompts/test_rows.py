@@ -20,7 +20,16 @@ from jaxrl_llm.prompts.rows import fill, fill_all, limit, make_rows
 from jaxrl_llm.prompts.tokenizer import load_tokenizer
 
 DIGITS = load_tokenizer(CharacterTokenizer())
-COLUMNS = {"question": "2+2", "n": 4, "x": 0.5, "meta": {"level": "easy"}, "all": ["a", "b"], "none": None, "raw": b"1"}
+COLUMNS = {
+    "question": "2+2",
+    "n": 4,
+    "x": 0.5,
+    "meta": {"level": "easy"},
+    "all": ["a", "b"],
+    "none": None,
+    "raw": b"1",
+    "wide": 9_999_999_999,
+}
 
 
 def rows_of(*texts, tokenizer=DIGITS):
@@ -55,9 +64,11 @@ def test_templates_by_hand(template, text):
     "template, why",
     [
         ("{questoin}", r"got no column 'questoin', want one of question, n, x, .* \(perhaps you meant question\)"),
-        ("{zzz}", r"got no column 'zzz', want one of question, n, x, meta, all, none, raw$"),
+        ("{zzz}", r"got no column 'zzz', want one of question, n, x, meta, all, none, raw, wide$"),
         ("{none}", r"got nothing \(null\), want text or a number"),
         ("{all}", "got a list, want text or a number"),
+        ("{question:>{wide}}", "got the form '>9999999999', want at most 4 digits of a width or precision"),
+        ("{x:.999999999f}", "got the form '.999999999f', want at most 4 digits of a width or precision"),
         ("{meta}", "got a dict, want text or a number"),
         ("{raw}", "got a bytes, want text or a number"),
         ("{meta[depth]}", r"'\{meta\[depth\]\}' does not fit the row: KeyError: 'depth'"),
