@@ -99,7 +99,13 @@ def _words(place: tuple[str, ...], errors: list[dict[str, Any]], values: Any, ro
         return _no_such_key(place, values, root, flags)
     if kind.startswith("union_tag") and isinstance(error["input"], dict):
         return _no_such_kind(place, error["input"].get("kind"), root)
-    got = "nothing" if kind.startswith("missing") else _shortened(repr(error["input"]))
+    return got_and_want(errors)
+
+
+def got_and_want(errors: Sequence[dict[str, Any]]) -> str:
+    """Of one value, for which every one of pydantic's `errors` is a type that it is not of."""
+    error = errors[0]
+    got = "nothing" if error["type"].startswith("missing") else _shortened(repr(error["input"]))
     return f"got {got}, want {', or '.join(dict.fromkeys(map(_wanted, errors)))}"
 
 

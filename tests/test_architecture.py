@@ -36,7 +36,7 @@ ALLOWED = {
     "model": FOUNDATION | {"config"},
     "prompts": FOUNDATION,
     "rollout": FOUNDATION | {"model"},
-    "rewards": FOUNDATION,
+    "rewards": FOUNDATION | {"explain"},
     "experience": FOUNDATION | {"estimates"},
     "update": FOUNDATION | {"model"},
     "publish": FOUNDATION | {"model"},

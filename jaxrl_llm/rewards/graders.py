@@ -171,15 +171,15 @@ def _wrong_values(name: str, kind: type, options: dict[str, Any]) -> list[str]:
     """Values of the wrong type or out of range; if there are none, what only all options together can tell."""
     from pydantic import TypeAdapter, ValidationError
 
+    from jaxrl_llm.explain import got_and_want
+
     types, wrong = get_type_hints(kind, include_extras=True), []
     for field in dataclasses.fields(kind):
         if field.name in options:
             try:
                 TypeAdapter(types[field.name]).validate_python(options[field.name], strict=True)
             except ValidationError as error:
-                why = error.errors()[0]["msg"]
-                got = f"got {options[field.name]!r}, want: {why[0].lower()}{why[1:]}"
-                wrong.append(f'.{field.name}: grader "{name}": {got}')
+                wrong.append(f'.{field.name}: grader "{name}": {got_and_want(error.errors())}')
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             wrong.append(f'.{field.name}: grader "{name}" needs this option')
     if not wrong:
