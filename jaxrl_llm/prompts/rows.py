@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import string
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -145,12 +146,19 @@ def fill_all(records: Iterable[Record], prompt: str, answer: str, response: str)
             try:
                 found[name] = _fill_one(name, template, record.columns)
             except ValueError as error:
-                bad.append(f"{record.where}: task.{name}: {error}")
+                bad.append((record.where, f"task.{name}: {error}"))
         if len(found) == 3:
             right = found["response"] if response else None
             texts.append(Text(record.where, found["prompt"], found["answer"].text, right, record.columns))
-    refuse(bad)
+    refuse(_once(bad, len(records)))
     return texts
+
+
+def _once(problems: Sequence[tuple[str, str]], num_rows: int) -> list[str]:
+    """A line for each place and reason; what is wrong with every row is wrong with the template, and told once."""
+    times = Counter(why for _, why in problems)
+    common = [f"all {num_rows} rows: {why}" for why, n in times.items() if n == num_rows > 1]
+    return common + [f"{where}: {why}" for where, why in problems if not times[why] == num_rows > 1]
 
 
 def make_rows(texts: Sequence[Text], tokenizer: Tokenizer) -> tuple[Row, ...]:

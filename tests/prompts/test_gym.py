@@ -104,9 +104,9 @@ def test_wrong_settings():
     assert "TypeError" in said(config={"min_terms": "two"})
 
 
-def test_a_missing_column_names_the_entry():
+def test_a_missing_column_is_told_once():
     assert said(prompt="{problem}").startswith(
-        "chain_sum[0]: task.prompt: got no column 'problem', want one of question, answer, metadata, reasoning_gym, "
+        "all 40 rows: task.prompt: got no column 'problem', want one of question, answer, metadata, reasoning_gym, "
         "reasoning_gym_config"
     )
 

@@ -143,6 +143,14 @@ def test_every_bad_row_is_named_with_its_place_and_template():
     assert message(fill_all, [Record("f:1", {"p": "5"})], "", "", "") == 'f:1: task.prompt: got "", want text'
 
 
+def test_what_is_wrong_with_every_row_is_told_once():
+    records = [Record(f"f:{i}", {"q": "5", "a": a}) for i, a in enumerate(("1", None, "3"), 1)]
+    assert message(fill_all, records, "{zzz}", "{a}", "").splitlines() == [
+        "all 3 rows: task.prompt: got no column 'zzz', want one of q, a",
+        "f:2: task.answer: got nothing (null), want text or a number",
+    ]
+
+
 def test_characters_outside_of_the_alphabet_are_named_with_their_place():
     assert message(rows_of, ("5", "7"), ("two", "x+7")).splitlines() == [
         "f:2: prompt: got characters 't' 'w' 'o', want only those of tokenizer.alphabet",
