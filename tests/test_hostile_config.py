@@ -87,7 +87,7 @@ def test_a_prompt_that_is_half_a_character(tmp_path):
     (tmp_path / "r.jsonl").write_text(
         '{"prompt": "<0>", "answer": "0", "note": "\\ud800"}\n{"prompt": "<1>", "answer": "1"}\n'
     )
-    assert "'\\udcff'" in jaxrl("sample", tmp_path / "c.yaml", "--prompt", "\udcff")
+    assert "--prompt: got \\udcff, want text in UTF-8" in jaxrl("sample", tmp_path / "c.yaml", "--prompt", "\udcff")
     (tmp_path / "r.jsonl").write_text('{"prompt": "<0>", "answer": "\\ud800"}\n{"prompt": "<1>", "answer": "1"}\n')
     words = jaxrl("sample", tmp_path / "c.yaml")
     assert (
