@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from jaxrl_llm.arguments import Reader, one_of, path, take, text, whole_number
 from jaxrl_llm.errors import Preempted, UserError, in_words
+from jaxrl_llm.interrupt import ending_at_once
 from jaxrl_llm.parallel import job
 from jaxrl_llm.targets import list_values, read_config, read_evaluation, read_run, read_sampled, refusal
 from jaxrl_llm.terminal import PrintableFormatter, say
@@ -161,8 +162,6 @@ def start_jax(cfg: "RunConfig") -> None:
 
 
 def train(target: str, args: list[str]) -> int:
-    from jaxrl_llm.interrupt import ending_at_once
-
     with ending_at_once():
         return _train(target, args)
 
@@ -211,8 +210,9 @@ def sample(target: str, args: list[str]) -> int:
         raise UserError(
             f"--prompt: {target} has no prompts of its own: want --prompt TEXT, or --task CONFIG, whose are taken"
         )
-    start_jax(cfg)
-    from jaxrl_llm.inspect_run import benchmark_rollouts, sample_prompt
+    with ending_at_once():
+        start_jax(cfg)
+        from jaxrl_llm.inspect_run import benchmark_rollouts, sample_prompt
 
     if "--benchmark" in given:
         benchmark_rollouts(cfg)
@@ -227,8 +227,9 @@ def evaluate(target: str, args: list[str]) -> int:
     from jaxrl_llm import sources
 
     sources.refuse_graders(cfg)
-    start_jax(cfg)
-    from jaxrl_llm.inspect_run import evaluate_target
+    with ending_at_once():
+        start_jax(cfg)
+        from jaxrl_llm.inspect_run import evaluate_target
 
     print(json.dumps(evaluate_target(cfg, given.get("-k", 8)), indent=1))
     return 0
@@ -237,7 +238,8 @@ def evaluate(target: str, args: list[str]) -> int:
 def plan(target: str, args: list[str]) -> int:
     given, overrides = take(args, OPTIONS["plan"])
     cfg = read_config(target, overrides, list(OPTIONS["plan"]))
-    from jaxrl_llm.plan import command, show, sweep
+    with ending_at_once():
+        from jaxrl_llm.plan import command, show, sweep
 
     wanted = command.Target(given.get("--topology"), given.get("--chips"), given.get("--prompt-tokens", 0))
     if "--sweep" in given:
@@ -261,8 +263,9 @@ def export(target: str, args: list[str]) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"--out: got {out}, want a place that can be written, which {out.parent} cannot")
-    start_jax(cfg)
-    from jaxrl_llm.inspect_run import export_run
+    with ending_at_once():
+        start_jax(cfg)
+        from jaxrl_llm.inspect_run import export_run
 
     say(str(export_run(cfg, out, given.get("--dtype"), "--adapter" in given)))
     return 0

@@ -135,22 +135,18 @@ class RatioAlarm:
         return RatioAlarm(streak), streak >= 2
 
 
-def iter_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a JSON-lines file; a torn last line is dropped, one before it that is not JSON raises UserError."""
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a JSON-lines file; a torn last line is dropped, one before it that is not JSON raises UserError."""
+    rows = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
+                rows.append(json.loads(line))
             except ValueError:
                 if not file.read(1):
-                    return
+                    break
                 raise UserError(f"{path} line {number}: got {line[:60]!r}, want one JSON object per line") from None
-            yield row
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a JSON-lines file; see `iter_jsonl`."""
-    return list(iter_jsonl(path))
+    return rows
 
 
 def _jsonable(value: Any, digits: int = 17) -> Any:

@@ -88,10 +88,7 @@ def train(
         for line in unread(cfg):
             log.warning("%s", line)
         with open_shell(cfg) as shell:
-            with shell.recorder.during(
-                "making the model" if isinstance(cfg.model, ModelConfig) else "reading the model"
-            ):
-                life, policy, scores = resume(run, shell) or begin(run), None, {}
+            life, policy, scores = start(run, shell), None, {}
             # Supervised steps alone have recorded the score, and RL may go on from them.
             is_recorded = not math.isnan(life.eval_before)
             if life.step == cfg.warm_start.steps and not life.began and (cfg.steps or not is_recorded):
@@ -130,11 +127,14 @@ def train(
                 shell.checkpoints.poll()
             if life.step:
                 secure(run, shell, life)
-            if not scores:
-                scores = score_held_out(run, shell, life, publish(run, life.state, None))
-            measure = headline(run)
-            after = scores.get(measure, float("nan"))
-            return Result(measure.removeprefix("eval/"), life.eval_before, after, Path(cfg.run_dir).resolve())
+            scores = scores or score_held_out(run, shell, life, publish(run, life.state, None))
+            return result(run, life, scores)
+
+
+def result(run: Run, life: Life, scores: dict[str, Any]) -> Result:
+    measure = headline(run)
+    after = scores.get(measure, float("nan"))
+    return Result(measure.removeprefix("eval/"), life.eval_before, after, Path(run.cfg.run_dir).resolve())
 
 
 def with_rates(metrics: dict[str, float], shell: Shell) -> dict[str, float]:
@@ -299,6 +299,12 @@ def open_shell(cfg: RunConfig) -> Iterator[Shell]:
         pool = stack.enter_context(GraderPool(cfg.reward))
         stack.callback(close, recorder, checkpoints)
         yield Shell(pool, checkpoints, recorder, Timers(), CompileCounter(), check_lock)
+
+
+def start(run: Run, shell: Shell) -> Life:
+    """The newest life in the run directory, or one from the seed."""
+    with shell.recorder.during("making the model" if isinstance(run.cfg.model, ModelConfig) else "reading the model"):
+        return resume(run, shell) or begin(run)
 
 
 def resume(run: Run, shell: Shell) -> Life | None:

@@ -36,7 +36,7 @@ ALLOWED = {
     "model": FOUNDATION | {"config"},
     "prompts": FOUNDATION,
     "rollout": FOUNDATION | {"model"},
-    "rewards": FOUNDATION | {"explain"},
+    "rewards": FOUNDATION | {"explain", "terminal"},
     "experience": FOUNDATION | {"estimates"},
     "update": FOUNDATION | {"model"},
     "publish": FOUNDATION | {"model"},

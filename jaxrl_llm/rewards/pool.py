@@ -29,6 +29,7 @@ from jaxrl_llm.rewards.config import RewardConfig
 from jaxrl_llm.rewards.graders import Sample, problems
 from jaxrl_llm.rewards.process import END_LIMIT_S, WorkerProcess, pack_group
 from jaxrl_llm.rewards.worker import FLOAT32_MAX, Failure, Setup, Verdict, encodable, failed
+from jaxrl_llm.terminal import printable
 
 NUM_LOGGED = 5
 MAX_ERROR_LINES = 50
@@ -248,7 +249,7 @@ class GraderPool:
             self._num_error_lines += 1
             if self._num_error_lines <= MAX_ERROR_LINES:
                 last = " (the rest is dropped)" if self._num_error_lines == MAX_ERROR_LINES else ""
-                log.warning("a grader's standard error: %s%s", _printable(line[:300]), last)
+                log.warning("a grader's standard error: %s%s", printable(line[:300]), last)
 
     def _report(self, verdict: Verdict, group: Sequence[Sample]) -> None:
         if verdict.left_running and not self._has_left_running:
@@ -266,8 +267,3 @@ class GraderPool:
             last = " (further ones are counted, not logged)" if count == NUM_LOGGED else ""
             grader, name, prompt = self._names[verdict.grader], verdict.failure.name, group[0].prompt[:200]
             log.warning("grader %s: %s: %r; prompt %r%s", grader, name, verdict.text, prompt, last)
-
-
-def _printable(text: str) -> str:
-    """Control, bidi and other characters that are no text, written out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
