@@ -15,9 +15,8 @@ from jaxrl_llm import config as run_config
 from jaxrl_llm import sources
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience.batch import Sequences, make_batch, of_sequences
 from jaxrl_llm.experience.filters import Filter, make_filter
-from jaxrl_llm.experience.packing import Shape, shape_of
+from jaxrl_llm.experience.replay import Replay, make_replay
 from jaxrl_llm.model import forms, lora, quantised
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig, Whole
@@ -35,7 +34,8 @@ from jaxrl_llm.publish import Publish, make_blank, make_publish
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.sources import Sources, packing_problems
-from jaxrl_llm.types import Batch, Policy, PyTree, TrainState
+from jaxrl_llm.types import Batch, Groups, Policy, PyTree, TrainState
+from jaxrl_llm.update.batch import make_batch, to_rows, unscored
 from jaxrl_llm.update.config import (
     Correction,
     CrossEntropy,
@@ -47,6 +47,7 @@ from jaxrl_llm.update.config import (
 from jaxrl_llm.update.config import resolve as resolve_correction
 from jaxrl_llm.update.losses import anchored_on_proximal
 from jaxrl_llm.update.optimizer.config import GroupConfig
+from jaxrl_llm.update.packing import Shape, shape_of
 from jaxrl_llm.update.step import Update, make_score, make_update
 
 
@@ -85,8 +86,9 @@ class Run:
     correction: Correction
     """Of the sampler's arithmetic, `auto` resolved."""
     publish: Publish
-    keep: Filter
+    filter: Filter
     """Which groups may teach: `experience.filter`, `auto` resolved."""
+    replay: Replay
     blank: Callable[[], Policy]
     """Buffers for a policy where none is there to lend its own."""
     shapes: Shapes
@@ -145,7 +147,8 @@ def build(cfg: RunConfig, given: Sources | None = None) -> Run:
         engine=Engine(cfg.rollout, task.prompt_slots, vocab, model, decode, task.tokenizer.spellings),
         correction=correction,
         publish=make_publish(model, train, decode, weights),
-        keep=filter_for(cfg),
+        filter=filter_for(cfg),
+        replay=make_replay(cfg.experience.replay),
         blank=make_blank(model, decode, weights),
         shapes=shapes,
         score=make_score(**scoring),
@@ -198,6 +201,20 @@ def scores_proximal(cfg: RunConfig) -> bool:
     return isinstance(correction_of(cfg), SecondMoment) or (is_anchored_on_proximal(cfg) and cfg.update.updates > 1)
 
 
+def uses_of(cfg: RunConfig) -> tuple[str, ...]:
+    """What of the optional columns of `COLUMNS` a run uses."""
+    rollout, objective = cfg.rollout, cfg.objective
+    uses = {
+        "truncation": rollout.truncates,
+        "raw_logprobs": rollout.raw_logprobs,
+        "min_new_tokens": rollout.min_new_tokens > 0,
+        "reference": objective.reads_reference_logprobs,
+        "proximal": scores_proximal(cfg),
+        "critic": objective.has_critic,
+    }
+    return tuple(name for name, used in uses.items() if used)
+
+
 def optimizer_of(cfg: RunConfig) -> OptimizerConfig:
     """With a group for the critic, whose gradient then has a norm of its own as well."""
     optimizer = cfg.update.optimizer
@@ -245,11 +262,11 @@ def device_problems(
     return found + forms.problems(cfg.update.attention, slots or {forms.LANES}, devices[0].platform, model)
 
 
-def score(run: Run, params: PyTree, sequences: Sequences) -> TokenScores:
+def score(run: Run, params: PyTree, groups: Groups) -> TokenScores:
     """Of the completions' tokens [B C] under `params`, on the host."""
-    batch, where = make_batch(sequences, run.shapes.experience, run.task.pad)
+    batch, where = make_batch(unscored(groups), run.shapes.experience, run.task.pad)
     scores = hosts.gather(run.score_experience(params, run.put_batch(batch)))
-    return jax.tree.map(lambda x: of_sequences(x, where, sequences), scores)
+    return jax.tree.map(lambda x: to_rows(x, where, groups.rollouts), scores)
 
 
 def publish(run: Run, state: TrainState, old: Policy | None) -> Policy:

@@ -10,12 +10,12 @@ from oracle_advantages import Case
 from pydantic import TypeAdapter
 
 from jaxrl_llm.experience.advantages import Outcome, estimate, reward_kl
-from jaxrl_llm.experience.batch import token_weights
 from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.objective import ObjectiveConfig
 from jaxrl_llm.presets import filled
 from jaxrl_llm.types import Batch
 from jaxrl_llm.update import losses
+from jaxrl_llm.update.batch import token_weights
 from jaxrl_llm.update.config import AutoCorrection, NoCorrection, PolicyGradient, SecondMoment
 
 GROUPS, SAMPLES, SLOTS, GRADERS, CONSTANT = 3, 4, 7, 2, 9

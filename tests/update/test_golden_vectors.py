@@ -11,10 +11,10 @@ import oracle_terms as terms
 import pytest
 from cases import Found, assess, batch_of, objective_of
 
-from jaxrl_llm.experience.batch import token_weights
 from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.rewards.graders import Sample
 from jaxrl_llm.rewards.text import Length
+from jaxrl_llm.update.batch import token_weights
 from jaxrl_llm.update.config import Clip, Gmpo, KlConfig, NoCorrection, PolicyGradient, Sapo
 from jaxrl_llm.update.losses import policy_terms
 

@@ -13,9 +13,9 @@ from cases import batch_of
 from parts import by_oracle, by_package
 
 from jaxrl_llm.experience import advantages
-from jaxrl_llm.experience.batch import token_weights
 from jaxrl_llm.experience.config import Grpo, LeaveOneOut, ReinforcePlusPlus, Rloo
 from jaxrl_llm.update import losses
+from jaxrl_llm.update.batch import token_weights
 from jaxrl_llm.update.config import Cispo, Clip, Dppo, Gmpo, Ipo, Sapo
 
 
