@@ -153,7 +153,7 @@ def _experience_shape(run: Run) -> Experience:
     i32, f32 = np.int32, np.float32
     prompts = Prompts(np.zeros((p, run.task.prompt_slots), i32), *(np.zeros(p, i32) for _ in range(3)))
     per_token = {"tokens": i32, "sampled": bool, "behavior_logprobs": f32, "entropy": f32, "version": i32}
-    support = run.engine.shape.support
+    support = run.engine.decoding.support
     rollouts = Rollouts(
         prompts=prompts,
         length=np.zeros(b, i32),

@@ -140,14 +140,14 @@ def describe(cfg: RunConfig, model: ModelConfig, prompt_slots: int, devices: Seq
         state=abstract_state(specs, optimizer, train),
         reference=abstract_reference(cfg, model, train),
         policy=abstract_policy(model, decode, cfg.rollout.engine.weights),
-        batch=abstract_batch(cfg, prompt_slots, engine.shape.support, train),
+        batch=abstract_batch(cfg, prompt_slots, engine.decoding.support, train),
     )
 
 
 def with_micro_batches(job: Job, parts: int) -> Job:
     """The same with another number of micro-batches: all else stays."""
     cfg = dataclasses.replace(job.cfg, update=dataclasses.replace(job.cfg.update, micro_batches=parts))
-    batch = abstract_batch(cfg, job.prompt_slots, job.engine.shape.support, job.train)
+    batch = abstract_batch(cfg, job.prompt_slots, job.engine.decoding.support, job.train)
     return dataclasses.replace(job, cfg=cfg, batch=batch)
 
 
@@ -195,8 +195,8 @@ def lowerings(job: Job) -> dict[str, Lower]:
     publish = make_publish(model, job.train, job.decode, cfg.rollout.engine.weights)
     update = make_update(
         learner_specs_of(cfg, model), cfg.objective.loss, optimizer_of(cfg), correction=correction_of(cfg),
-        micro_batches=cfg.update.micro_batches, num_tokens=job.engine.vocab.size, cfg=model, layout=job.train,
-        ends=job.engine.vocab.eos, how=Whole(cfg.update.attention, cfg.update.remat),
+        micro_batches=cfg.update.micro_batches, num_tokens=job.engine.decoding.vocab.size, cfg=model, layout=job.train,
+        ends=job.engine.decoding.vocab.eos, how=Whole(cfg.update.attention, cfg.update.remat),
     )  # fmt: skip
     whole = job.reference if cfg.objective.reads_reference_distribution else None
     return lower | {
@@ -219,7 +219,7 @@ def turns_of(job: Job, name: str) -> tuple[int, int]:
     """Turns of a program's outermost loop, at most: looks at whether rows live, or micro-batches. And of inner ones whose turns
     depend on the batch: chunks of tokens in the head, all of them learnt from."""
     if name == "segment":
-        return job.engine.shape.steps // job.engine.shape.interval, 1
+        return job.engine.decoding.steps // job.engine.decoding.interval, 1
     if name != "update":
         return 1, 1
     parts, (rows, slots) = job.cfg.update.micro_batches, job.batch.tokens.shape
