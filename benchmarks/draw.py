@@ -24,8 +24,9 @@ import numpy as np
 from benchmarks.clock import alternate
 from benchmarks.machine import machine
 from benchmarks.models import layouts
+from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.rollout.config import RolloutConfig
-from jaxrl_llm.rollout.sample import Controls, Vocabulary, draw, row_keys
+from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary, draw, row_keys
 
 TURNS = 8
 NOTHING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
@@ -52,12 +53,13 @@ def controls(rows: int, top_p: float, top_k: int, min_p: float) -> Controls:
 def make_loop(vocab: int, support: int) -> Callable:
     """`loop(keys, logits, controls)`: TURNS draws, each from logits that the last one changed at its tokens."""
     vocabulary = Vocabulary(size=vocab, pad=0, eos=(vocab - 1,))
+    decoding = Decoding(ModelConfig(vocab_size=vocab), layouts()[1], vocabulary, support=support)
 
     def loop(keys: jax.Array, logits: jax.Array, of: Controls) -> tuple:
         def turn(t: jax.Array, carry: tuple) -> tuple:
             logits, _ = carry
             slot = jnp.full(keys.shape, t, jnp.int32)
-            drawn = draw(keys, slot, logits, of, t < TURNS, vocabulary, support, False, layouts()[1])
+            drawn = draw(keys, slot, logits, of, t < TURNS, decoding)
             return logits.at[jnp.arange(len(logits)), drawn.token].add(-1e-3), drawn
 
         start = jax.eval_shape(lambda t: turn(t, (logits, None))[1], jnp.int32(0))

@@ -20,7 +20,7 @@ from jaxrl_llm.life import Life, begin, open_checkpoints, target
 from jaxrl_llm.model import lora
 from jaxrl_llm.model.config import PretrainedModel
 from jaxrl_llm.model.hf.config import read_json
-from jaxrl_llm.model.hf.export import export
+from jaxrl_llm.model.hf.export import ConfigFiles, export
 from jaxrl_llm.model.hf.load import load
 from jaxrl_llm.model.hf.peft import export_adapter
 from jaxrl_llm.model.hf.source import resolve as resolve_model
@@ -113,13 +113,11 @@ def export_run(cfg: RunConfig, out: Path, dtype: str | None, adapter: bool = Fal
     if life is None:
         raise CheckpointError(f"{cfg.run_dir}: got no checkpoint, want a run directory that holds one")
     source = resolve_model(cfg.model.path) if isinstance(cfg.model, PretrainedModel) else None
+    files = ConfigFiles(source, eos=run.task.eos, pad=run.task.pad)
     params, dtype = policy_part(life.state.params, run.model), dtype or run.model.compute
 
     def write(params: PyTree, directory: Path) -> None:
-        export(
-            params, run.model, directory, dtype, source=source, eos=run.task.eos, pad=run.task.pad,
-            save_tokenizer=run.task.tokenizer.save,
-        )  # fmt: skip
+        export(params, run.model, directory, dtype, files, save_tokenizer=run.task.tokenizer.save)
 
     if not adapter:
         merge = jax.jit(partial(lora.merge, dtype=dtype), out_shardings=shardings(run.specs, run.train))

@@ -144,7 +144,7 @@ def trained_policy(run: Run, params: PyTree) -> PyTree:
 
 def _empty_replay(run: Run) -> PyTree:
     rollout, slots = run.cfg.rollout, (run.task.prompt_slots, run.cfg.rollout.max_new_tokens)
-    graders, support = len(run.cfg.reward.graders), run.engine.shape.support
+    graders, support = len(run.cfg.reward.graders), run.engine.decoding.support
     blank = blank_groups(rollout.prompts, rollout.samples, slots, graders, uses_of(run.cfg), support)
     return run.replay.init(blank)
 

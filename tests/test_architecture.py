@@ -1,4 +1,5 @@
-"""The rules of the house: who may import whom, what never imports jax, how long a file and a function may be."""
+"""The rules of the house: who may import whom, what never imports jax, how long a file and a function may be, how many
+parameters a function may have."""
 
 import ast
 import subprocess
@@ -119,7 +120,7 @@ ALLOWED = {
 NEVER = {"configs", "tests", "benchmarks", "launch", "docs"}
 VAGUE = {"utils", "util", "common", "core", "helpers", "helper", "manager", "misc"}
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "chex"}
-MAX_FILE, MAX_FUNCTION, MAX_TRAIN = 400, 60, 100
+MAX_FILE, MAX_FUNCTION, MAX_TRAIN, MAX_PARAMETERS = 400, 60, 100, 7
 
 
 def files(package: Path) -> list[Path]:
@@ -195,6 +196,23 @@ def too_long(package: Path) -> list[str]:
     return found
 
 
+def too_many_parameters(package: Path) -> list[str]:
+    found = []
+    for path in files(package):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (n := _parameters(node)) > MAX_PARAMETERS:
+                found.append(f"{path.relative_to(package)}: {node.name} has {n} parameters > {MAX_PARAMETERS}")
+    return found
+
+
+def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Without self and cls; *args and **kwargs are one each."""
+    given = [*node.args.posonlyargs, *node.args.args]
+    own = bool(given) and given[0].arg in ("self", "cls")
+    stars = [x for x in (node.args.vararg, node.args.kwarg) if x is not None]
+    return len(given) - own + len(node.args.kwonlyargs) + len(stars)
+
+
 def heavy_at_import(package: Path, start: Path) -> list[str]:
     """Ways from a file, through the package, to a heavy library, taken when it is imported."""
     by_module = {module_of(package, path): path for path in files(package)}
@@ -228,6 +246,13 @@ def test_rooms_import_only_what_they_may():
 
 def test_files_and_functions_stay_short():
     assert too_long(PACKAGE) == []
+
+
+def test_functions_take_few_parameters():
+    assert too_many_parameters(PACKAGE) == [
+        "model/distribution.py: score_tokens has 8 parameters > 7",
+        "update/step.py: make_update has 10 parameters > 7",
+    ]
 
 
 @pytest.mark.parametrize("path", LIGHT, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -296,6 +321,23 @@ def test_the_checker_sees_what_is_too_long(tmp_path):
     (package / "train.py").write_text("def train():\n" + "    x = 1\n" * 99 + "def f():\n" + "    x = 1\n" * 60)
     (package / "config.py").write_text("x = 1\n" * 401)
     assert too_long(package) == ["config.py: 401 lines > 400", "train.py: f has 61 lines > 60"]
+
+
+def test_the_checker_sees_too_many_parameters(tmp_path):
+    """Of each kind; in a class, and inside another function."""
+    package = tmp_path / NAME
+    package.mkdir()
+    (package / "config.py").write_text(
+        "def f(a, b, c, d, e, f, g): ...\n"
+        "def g(a, /, b, c, d, *args, e, f, **kwargs): ...\n"
+        "class C:\n"
+        "    def h(self, a, b, c, d, e, f, g): ...\n"
+        "    @classmethod\n"
+        "    def i(cls, a, b, c, d, e, f, g): ...\n"
+        "    async def j(self, a, b, c, d, e, f, g, *, h):\n"
+        "        def k(a, b, c, d, e, f, g, self): ...\n"
+    )
+    assert too_many_parameters(package) == [f"config.py: {name} has 8 parameters > 7" for name in "gjk"]
 
 
 def test_the_checker_sees_a_way_to_jax(tmp_path):

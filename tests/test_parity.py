@@ -25,7 +25,7 @@ from setups import (
 )  # fmt: skip
 
 from jaxrl_llm.model import transformer
-from jaxrl_llm.model.cache import empty_suffix
+from jaxrl_llm.model.cache import Caching, empty_suffix
 from jaxrl_llm.model.distribution import score_tokens
 from jaxrl_llm.model.transformer import Place
 from jaxrl_llm.parallel import hosts
@@ -112,7 +112,7 @@ def check_prefill_and_decode(cfg, trained=None):
     h = hidden(params, whole, position, until_of(prompts.length + C, 7 + C), trained or cfg, train)
     want = np.asarray(logits(params, h, cfg))
     length = jnp.asarray(prompts.length) - 1
-    cache, suffix = prefill(policy.params, prompts.tokens, length, 7, cfg, dec), empty_suffix(cfg, P, C, dec)
+    cache, suffix = prefill(policy.params, prompts.tokens, length, Caching(7), cfg, dec), empty_suffix(cfg, P, C, dec)
     fed = prompts.tokens[np.arange(P), prompts.length - 1]
     for t in range(C):
         got, suffix = decode(

@@ -225,7 +225,7 @@ def longest(of: run.Run) -> Groups:
     cfg, prompts = of.cfg.rollout, of.cfg.rollout.prompts
     rows, full = prompts * cfg.samples, (prompts * cfg.samples, cfg.max_new_tokens)
     integers, numbers = np.ones(rows, np.int32), np.zeros(full, np.float32)
-    slots, support = of.task.prompt_slots, of.engine.shape.support
+    slots, support = of.task.prompt_slots, of.engine.decoding.support
     tokens = np.zeros((prompts, slots), np.int32)
     rollouts = Rollouts(
         prompts=Prompts(tokens, np.full(prompts, slots, np.int32), integers[:prompts], integers[:prompts]),

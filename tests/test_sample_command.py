@@ -12,7 +12,7 @@ from tokenizer_setup import save_tokenizer
 from jaxrl_llm import cli
 from jaxrl_llm.metrics import CompileCounter
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.hf.export import export
+from jaxrl_llm.model.hf.export import ConfigFiles, export
 from jaxrl_llm.terminal import printable
 
 OWN = "model: {vocab_size: 16, layers: 1, d_model: 8, heads: 2, kv_heads: 1, head_dim: 8, d_mlp: 8}\nmesh: {fsdp: -1}\n"
@@ -25,7 +25,7 @@ def model(tmp_path_factory):
     """Whose blocks add nothing: the next token follows from the last one alone. It was made for 40 positions."""
     place = tmp_path_factory.mktemp("model") / "theirs"
     params = make_params(THEIRS, layouts()[0])
-    export(params, THEIRS, place, "float32", length=40, save_tokenizer=lambda directory: save_tokenizer(directory))
+    export(params, THEIRS, place, "float32", ConfigFiles(length=40), save_tokenizer=lambda to: save_tokenizer(to))
     tensors = load_file(place / "model.safetensors")
     silent = {name: 0 * x for name, x in tensors.items() if name.endswith(("o_proj.weight", "down_proj.weight"))}
     save_file(tensors | silent, place / "model.safetensors", metadata={"format": "pt"})

@@ -4,6 +4,8 @@ Letters here: B rows, T query slots, U key slots, K key/value heads, G query hea
 Scores and softmax are f32. Masked keys count exactly nothing.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -35,14 +37,22 @@ def attend(
     return jnp.einsum("bkgtu,bukh->btkgh", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
 
 
-def tree_mask(
-    until: Int[Array, "B T"], position: Int[Array, "B T"], reach: int | Int[Array, ""] = WHOLE
-) -> Bool[Array, "B T T"]:
+class Rows(NamedTuple):
+    """What decides which keys a query sees in whole rows of T slots: packed sequences, or a tree of them."""
+
+    until: Int[Array, "B T"]
+    """The slot before which a key is seen last."""
+    position: Int[Array, "B T"]
+    """Of the token in its own sequence."""
+
+
+def tree_mask(rows: Rows, reach: int | Int[Array, ""] = WHOLE) -> Bool[Array, "B T T"]:
     """Query t sees key u where u <= t < until[u], and their positions are less than `reach` apart.
 
     With `until` the end of a key's sequence this is the causal mask of packed rows; where sequences share a prefix, which then
     stands once before them all, `until` of its keys is the end of the last (masks by such columns: Wang et al. 2024, FlashMask).
     """
+    until, position = rows
     slot = jnp.arange(until.shape[1])
     seen = (slot[None, None, :] <= slot[None, :, None]) & (slot[None, :, None] < until[:, None, :])
     if isinstance(reach, int) and reach == WHOLE:

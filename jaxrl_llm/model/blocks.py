@@ -19,21 +19,24 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.model.attention import MASKED, scores_of
+from jaxrl_llm.model.attention import MASKED, Rows, scores_of
 from jaxrl_llm.model.cache import WHOLE
 
 # Scores that exist at a time, entries: a megabyte, which stays in a CPU core's caches.
 AT_A_TIME = 2**18
 
 
-class Spec(NamedTuple):
-    """Static."""
+class Blocks(NamedTuple):
+    """How attention in blocks is computed; static."""
 
-    scale: float | None
-    softcap: float | None
-    size: int
-    """S."""
-    at_a_time: int
+    size: int = 64
+    """S, slots per block."""
+    scale: float | None = None
+    """What scores are multiplied by. None: H^-0.5."""
+    softcap: float | None = None
+    """c: scores become c tanh(scores / c)."""
+    at_a_time: int = AT_A_TIME
+    """Scores that exist at once, about."""
 
 
 class Slots(NamedTuple):
@@ -57,37 +60,39 @@ def attend_blocks(
     q: Float[Array, "B T K G H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    until: Int[Array, "B T"],
-    position: Int[Array, "B T"],
+    rows: Rows,
     reach: int | Int[Array, ""] = WHOLE,
-    scale: float | None = None,
-    softcap: float | None = None,
-    size: int = 64,
-    at_a_time: int = AT_A_TIME,
+    blocks: Blocks = Blocks(),  # noqa: B008
 ) -> Float[Array, "B T K G H"]:
-    """`attend` under `tree_mask(until, position, reach)`, in blocks of `size` slots; about `at_a_time` scores exist at once.
+    """`attend` under `tree_mask(rows, reach)`, block by block.
 
-    Zeros for a query that sees no key.
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        rows: which keys a query sees.
+        reach: positions that a query looks back, its own counted.
+        blocks: their size, and how scores are made.
+
+    Returns:
+        Per query the weighted values; zeros for a query that sees no key.
     """
-    spec = Spec(scale, softcap, min(size, q.shape[1]), at_a_time)
-    return _attend(q, k, v, until, position, reach, spec)
+    return _attend(q, k, v, rows, reach, blocks._replace(size=min(blocks.size, q.shape[1])))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attend(q: Array, k: Array, v: Array, until: Array, position: Array, reach: Array, spec: Spec) -> Array:
-    return _forward(q, k, v, until, position, reach, spec)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q: Array, k: Array, v: Array, rows: Rows, reach: Array, blocks: Blocks) -> Array:
+    return _forward(q, k, v, rows, reach, blocks)[0]
 
 
-def _forward(
-    q: Array, k: Array, v: Array, until: Array, position: Array, reach: Array, spec: Spec
-) -> tuple[Array, tuple]:
-    slots, live = _slots(until, position, reach, spec.size)
-    qs, ks, vs = (_to_blocks(x, spec.size) for x in (q, k, v))
-    num, kv_heads, rows, dim = qs.shape
+def _forward(q: Array, k: Array, v: Array, rows: Rows, reach: Array, blocks: Blocks) -> tuple[Array, tuple]:
+    slots, live = _slots(rows, reach, blocks.size)
+    qs, ks, vs = (_to_blocks(x, blocks.size) for x in (q, k, v))
+    num, kv_heads, queries, dim = qs.shape
 
     def step(at: Array, to: Array, meet: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         out, total, top = carry
-        scores = _masked(_dot(qs[at], ks[to], 3, 3), _mask(slots, at, to, meet, reach), spec, dim)
+        scores = _masked(_dot(qs[at], ks[to], 3, 3), _mask(slots, at, to, meet, reach), blocks, dim)
         higher = jnp.maximum(top, jnp.max(scores, axis=-1))
         weights, before = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
         out = out * before[..., None] + _dot(weights.astype(v.dtype), vs[to], 3, 2)
@@ -101,34 +106,34 @@ def _forward(
 
     f32 = partial(jnp.full, dtype=jnp.float32)
     # The start of `top` lies above MASKED, so that the weights of a query without a key are 0, not 1.
-    shapes = ((kv_heads, rows, dim), 0.0), ((kv_heads, rows), 0.0), ((kv_heads, rows), MASKED / 2)
-    turns = _turns(live, _at_a_time(qs, spec))
+    shapes = ((kv_heads, queries, dim), 0.0), ((kv_heads, queries), 0.0), ((kv_heads, queries), MASKED / 2)
+    turns = _turns(live, _at_a_time(qs, blocks))
     start = tuple(f32((turns.block.shape[1], *s), x) for s, x in shapes)
     out, peak = _meet(turns, num, step, start, finish)
-    return _from_blocks(out, q), (q, k, v, until, position, reach, out, peak)
+    return _from_blocks(out, q), (q, k, v, rows, reach, out, peak)
 
 
-def _backward(spec: Spec, saved: tuple, g: Array) -> tuple[Array | None, ...]:
-    q, k, v, until, position, reach, out, peak = saved
-    slots, live = _slots(until, position, reach, spec.size)
-    qs, ks, vs, gs = (_to_blocks(x, spec.size) for x in (q, k, v, g))
+def _backward(blocks: Blocks, saved: tuple, g: Array) -> tuple[Array | None, ...]:
+    q, k, v, rows, reach, out, peak = saved
+    slots, live = _slots(rows, reach, blocks.size)
+    qs, ks, vs, gs = (_to_blocks(x, blocks.size) for x in (q, k, v, g))
     dim = qs.shape[-1]
     inner = jnp.sum(gs.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    scale = dim**-0.5 if spec.scale is None else spec.scale
+    scale = dim**-0.5 if blocks.scale is None else blocks.scale
 
     def slope(weights: Array, scores: Array, dw: Array, mean: Array) -> Array:
         """Of the products q k', from the cotangents of the weights and their mean under the weights."""
-        ds = weights * (dw - mean) * scale
-        return ds if spec.softcap is None else ds * (1 - jnp.square(jnp.maximum(scores, -spec.softcap) / spec.softcap))
+        ds, cap = weights * (dw - mean) * scale, blocks.softcap
+        return ds if cap is None else ds * (1 - jnp.square(jnp.maximum(scores, -cap) / cap))
 
-    chunk = _at_a_time(qs, spec)
+    chunk = _at_a_time(qs, blocks)
     pairs = _pairs(live, chunk)
 
     def turn(i: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         """Scores lie [keys, queries] here: two of the products that sum over one of them then read along their rows."""
         at, to, meet = (x[i] for x in pairs)
         mask = _mask(slots, at, to, meet, reach).swapaxes(1, 2)
-        scores = _masked(_dot(ks[to], qs[at], 3, 3), mask, spec, dim)
+        scores = _masked(_dot(ks[to], qs[at], 3, 3), mask, blocks, dim)
         weights = jnp.exp(scores - peak[at][:, :, None])
         ds = slope(weights, scores, _dot(vs[to], gs[at], 3, 3), inner[at][:, :, None]).astype(q.dtype)
         parts = _dot(ds, ks[to], 2, 2), _dot(ds, qs[at], 3, 2), _dot(weights.astype(g.dtype), gs[at], 3, 2)
@@ -137,14 +142,15 @@ def _backward(spec: Spec, saved: tuple, g: Array) -> tuple[Array | None, ...]:
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (qs, ks, vs))
     sums = lax.fori_loop(0, -(-jnp.sum(live) // chunk), turn, zeros)
     dq, dk, dv = (x.astype(like.dtype) for x, like in zip(sums, (q, k, v), strict=True))
-    return _from_blocks(dq, q), _from_blocks(dk, k), _from_blocks(dv, v), None, None, None
+    return _from_blocks(dq, q), _from_blocks(dk, k), _from_blocks(dv, v), None, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _slots(until: Array, position: Array, reach: int | Array, size: int) -> tuple[Slots, Bool[Array, "B queries keys"]]:
+def _slots(rows: Rows, reach: int | Array, size: int) -> tuple[Slots, Bool[Array, "B queries keys"]]:
     """The slots block by block, and which blocks of keys each block of queries sees at all."""
+    until, position = rows
     num, length = until.shape
     pad = -length % size
     # Nobody sees a slot of padding.
@@ -173,9 +179,9 @@ def _mask(slots: Slots, queries: Array, keys: Array, meet: Array, reach: int | A
     return seen & (slots.position[queries][:, :, None] - slots.position[keys][:, None, :] < reach)
 
 
-def _masked(products: Float[Array, "C K rows columns"], mask: Array, spec: Spec, dim: int) -> Array:
+def _masked(products: Float[Array, "C K rows columns"], mask: Array, blocks: Blocks, dim: int) -> Array:
     """Scores; MASKED outside the mask [C S S], whose entries speak for all query heads of a slot."""
-    scores = scores_of(products, dim, spec.scale, spec.softcap)
+    scores = scores_of(products, dim, blocks.scale, blocks.softcap)
     heads = [n // s for n, s in zip(products.shape[2:], mask.shape[1:], strict=True)]
     num, kv_heads = products.shape[:2]
     parts = scores.reshape(num, kv_heads, mask.shape[1], heads[0], mask.shape[2], heads[1])
@@ -200,9 +206,9 @@ def _from_blocks(x: Float[Array, "Q K M H"], like: Float[Array, "B T K *G H"]) -
     return x.reshape(num, -1, kv_heads, *heads, dim)[:, :length]
 
 
-def _at_a_time(qs: Float[Array, "Q K M H"], spec: Spec) -> int:
+def _at_a_time(qs: Float[Array, "Q K M H"], blocks: Blocks) -> int:
     """C."""
-    return max(1, min(qs.shape[0], spec.at_a_time // (qs.shape[1] * qs.shape[2] * spec.size)))
+    return max(1, min(qs.shape[0], blocks.at_a_time // (qs.shape[1] * qs.shape[2] * blocks.size)))
 
 
 def _turns(live: Bool[Array, "B n n"], chunk: int) -> Turns:

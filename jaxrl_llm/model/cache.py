@@ -43,6 +43,16 @@ class Form(NamedTuple):
 PLAIN = Form()
 
 
+class Caching(NamedTuple):
+    """How prompts are read, and how prompts and rows are remembered."""
+
+    prompt_slots: int
+    """S: of a layer that does not slide."""
+    chunk: int = WHOLE
+    """Prompt tokens read at a time: that bounds activations, and scores to chunk * S per head."""
+    form: Form = PLAIN
+
+
 def choose_form(
     attention: Literal["auto", "dot", "across"], cache: Literal["compute", "int8"], cfg: ModelConfig, layout: Layout
 ) -> Form:

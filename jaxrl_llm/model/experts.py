@@ -42,21 +42,30 @@ def _vary(x: Array, spec: PartitionSpec, layout: Layout) -> Array:
     return lax.pcast(x, tuple(axis for axis in layout.mesh.axis_names if axis not in split), to="varying")
 
 
-def route(scores: Float[Array, "N all"], cfg: ModelConfig) -> tuple[Float[Array, "N k"], Int[Array, "N k"]]:
-    """Weights and numbers of the k likeliest of all experts, the likeliest first; of equals the lower number. f32."""
+class Routing(NamedTuple):
+    """Which experts each row goes to, the likeliest first."""
+
+    weight: Float[Array, "N k"]
+    """f32."""
+    expert: Int[Array, "N k"]
+    """Its number among all experts."""
+
+
+def route(scores: Float[Array, "N all"], cfg: ModelConfig) -> Routing:
+    """To the k likeliest of all experts; of equals to the lower number."""
     weight, expert = lax.top_k(jax.nn.softmax(scores.astype(jnp.float32), axis=-1), cfg.experts_per_token)
-    return weight / jnp.sum(weight, axis=-1, keepdims=True) if cfg.norm_top_k else weight, expert
+    return Routing(weight / jnp.sum(weight, axis=-1, keepdims=True) if cfg.norm_top_k else weight, expert)
 
 
 def _on_device(h: Array, scores: Array, gate_up: Array, down: Array, *, cfg: ModelConfig, layout: Layout) -> Array:
     """[b T D] of this device to [b T D], f32."""
-    rows = h.reshape(-1, h.shape[-1]), *route(scores.reshape(-1, cfg.experts), cfg)
+    rows = h.reshape(-1, h.shape[-1]), route(scores.reshape(-1, cfg.experts), cfg)
     embed = layout.rules["embed"] if layout.size("embed") > 1 else None
     if layout.size("expert") == 1:
         out = lax.psum(_own_experts(*rows, gate_up, down, 0, embed, cfg), layout.rules["mlp"])
     else:
         axis = layout.rules["expert"]
-        rows = [lax.all_gather(x, axis, tiled=True) for x in rows]
+        rows = jax.tree.map(lambda x: lax.all_gather(x, axis, tiled=True), rows)
         out = _own_experts(*rows, gate_up, down, lax.axis_index(axis), embed, cfg)
         out = lax.psum_scatter(lax.psum(out, layout.rules["mlp"]), axis, tiled=True)
     return out.reshape(h.shape)
@@ -64,8 +73,7 @@ def _on_device(h: Array, scores: Array, gate_up: Array, down: Array, *, cfg: Mod
 
 def _own_experts(
     h: Float[Array, "N D"],
-    weight: Float[Array, "N k"],
-    expert: Int[Array, "N k"],
+    routing: Routing,
     gate_up: Float[Array, "2 E D F"],
     down: Float[Array, "E F D"],
     shard: int | Int[Array, ""],
@@ -73,10 +81,11 @@ def _own_experts(
     cfg: ModelConfig,
 ) -> Float[Array, "N D"]:
     """The sum over this device's experts, with the part of their width that it has, of weight * expert(row). f32."""
-    to = assign(expert, down.shape[0], shard)
+    to = assign(routing.expert, down.shape[0], shard)
     gate, up = contract_groups(_spread(h, to), gate_up, to.counts, embed, 2)
     (out,) = contract_groups(gated(gate, up, cfg).astype(h.dtype), down[None], to.counts, embed, 3)
-    return jnp.sum(_unsort(out, to).reshape(*weight.shape, -1) * weight[..., None], axis=1)
+    choices = _unsort(out, to).reshape(*routing.weight.shape, -1)
+    return jnp.sum(choices * routing.weight[..., None], axis=1)
 
 
 class Assignment(NamedTuple):

@@ -17,10 +17,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, make_sp
 from jaxtyping import Array, Int
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.model.attention import attend, tree_mask
-from jaxrl_llm.model.blocks import attend_blocks
+from jaxrl_llm.model.attention import Rows, attend, tree_mask
+from jaxrl_llm.model.blocks import Blocks, attend_blocks
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.parallel.layout import Layout
+from jaxrl_llm.types import PyTree
 
 Mix = Callable[[Array, Array, Array], Array]
 """Queries [B T K G H], keys and values [B T K H] to [B T K G H]."""
@@ -83,17 +84,16 @@ def _misfits(name: str, slots: int, platform: str, cfg: ModelConfig) -> list[str
     return found
 
 
-def mixer(
-    name: str, until: Int[Array, "B T"], position: Int[Array, "B T"], cfg: ModelConfig, layout: Layout
-) -> Callable[[int | Int[Array, ""]], Mix]:
+def mixer(name: str, rows: Rows, cfg: ModelConfig, layout: Layout) -> Callable[[int | Int[Array, ""]], Mix]:
     """For a layer's reach, its attention over these rows, in the form `name`, which is not `auto`."""
     masked = {"plain": _plain, "splash": _splash, "cudnn": _cudnn}
     if name == "blocks":
-        return lambda reach: _on_mesh(partial(_blocks, cfg=cfg, layout=layout), layout, until, position, reach=reach)
+        blocks = Blocks(SIZES["cpu" if layout.on_cpu else "other"], cfg.attention_scale, cfg.attention_softcap)
+        return lambda reach: _on_mesh(partial(attend_blocks, blocks=blocks), layout, rows, reach=reach)
 
     @_remember
     def of(reach: int | Array) -> Mix:
-        mask = tree_mask(until, position, reach)
+        mask = tree_mask(rows, reach)
         if name == "plain":
             return partial(_plain, mask=mask, cfg=cfg)
         return _on_mesh(partial(masked[name], cfg=cfg, layout=layout), layout, mask)
@@ -113,20 +113,20 @@ def _remember(of: Callable[[int | Array], Mix]) -> Callable[[int | Array], Mix]:
     return get
 
 
-def _on_mesh(form: Callable, layout: Layout, *of_rows: Array, **rest: object) -> Mix:
-    """`form(q, k, v, *of_rows, **rest)` on each device for its own rows and heads: nothing there moves between devices."""
+def _on_mesh(form: Callable, layout: Layout, of_rows: PyTree, **rest: object) -> Mix:
+    """`form(q, k, v, of_rows, **rest)` on each device for its own rows and heads: nothing there moves between devices."""
     spec = lambda *axes: layout.sharding(axes).spec  # noqa: E731
     heads = (
         spec("rows", None, "heads", None, None),
         spec("rows", None, "heads", None),
         spec("rows", None, "heads", None),
     )
-    rows = tuple(spec("rows", *(None,) * (x.ndim - 1)) for x in of_rows)
+    rows = jax.tree.map(lambda x: spec("rows", *(None,) * (x.ndim - 1)), of_rows)
     static = {name: x for name, x in rest.items() if isinstance(x, int)}
     traced = {name: x for name, x in rest.items() if name not in static}
 
-    def block(q: Array, k: Array, v: Array, of_rows: tuple[Array, ...], traced: dict[str, Array]) -> Array:
-        return form(q, k, v, *of_rows, **static, **traced)
+    def block(q: Array, k: Array, v: Array, of_rows: PyTree, traced: dict[str, Array]) -> Array:
+        return form(q, k, v, of_rows, **static, **traced)
 
     specs = (*heads, rows, {name: spec() for name in traced})
     # Its outputs vary as the inputs do; loops that start from zeros would have to say so one by one.
@@ -136,13 +136,6 @@ def _on_mesh(form: Callable, layout: Layout, *of_rows: Array, **rest: object) ->
 
 def _plain(q: Array, k: Array, v: Array, mask: Array, cfg: ModelConfig) -> Array:
     return attend(q, k, v, mask, cfg.attention_scale, cfg.attention_softcap)
-
-
-def _blocks(
-    q: Array, k: Array, v: Array, until: Array, position: Array, reach: int | Array, cfg: ModelConfig, layout: Layout
-) -> Array:
-    size = SIZES["cpu" if layout.on_cpu else "other"]
-    return attend_blocks(q, k, v, until, position, reach, cfg.attention_scale, cfg.attention_softcap, size)
 
 
 def _scale(cfg: ModelConfig) -> float:

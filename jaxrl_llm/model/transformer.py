@@ -14,11 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.model.attention import attend, attend_part, merge
+from jaxrl_llm.model.attention import Rows, attend, attend_part, merge
 from jaxrl_llm.model.cache import (
-    PLAIN,
-    WHOLE,
-    Form,
+    Caching,
     Past,
     PromptCache,
     SuffixCache,
@@ -144,7 +142,7 @@ def hidden(
     first, differ = scanned_kinds(cfg)
     form = choose(how.attention, tokens.shape[1], cfg, layout)
     kept = keeping(how.remat, tokens.shape, cfg, layout)
-    mix_of = mixer(form, until, position, cfg, layout)
+    mix_of = mixer(form, Rows(until, position), cfg, layout)
     if "reach" not in differ:
         mix_of(first.reach)
 
@@ -175,17 +173,25 @@ def prefill(
     params: PyTree,
     tokens: Int[Array, "U S"],
     length: Int[Array, " U"],
-    slots: int,
+    caching: Caching,
     cfg: ModelConfig,
     layout: Layout,
-    chunk: int = WHOLE,
-    form: Form = PLAIN,
 ) -> PromptCache:
-    """Keys and values of the first `length` tokens of right-padded prompts, in caches of `slots` slots.
+    """Keys and values of the first `length` tokens of right-padded prompts. No logits: the first decode step, which reads each
+    prompt's last token, makes them.
 
-    `params` has one entry a layer. `chunk` tokens are read at a time: that bounds activations, and scores to chunk * S a head.
-    No logits: the first decode step, which reads each prompt's last token, makes them.
+    Args:
+        params: one entry per layer.
+        tokens: the prompts; their S may be less than the cache's.
+        length: tokens to read of each.
+        caching: slots of the cache, how many tokens are read at a time, and the form that keys and values are held in.
+        cfg: the model.
+        layout: where the cache lies.
+
+    Returns:
+        The cache of the prompts, one entry per prompt.
     """
+    slots, chunk, form = caching
     num, total = tokens.shape
     turns = -(-total // chunk)
     if turns == 1:

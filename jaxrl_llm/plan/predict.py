@@ -96,7 +96,7 @@ def rollout_time(job: Job, chip: Chip, programs: dict[str, Program] | None) -> T
         through = 2 * 2 * (1 - 1 / layout.size("heads")) + (2 * (layout.size("expert") - 1) if model.experts else 0)
         wire, cycles = steps * through * model.layers * rows * model.d_model * size / chip.wire, 0.0
     else:
-        segments = steps / job.engine.shape.steps
+        segments = steps / job.engine.decoding.steps
         wire = (segments * programs["segment"].reading.received + programs["prefill"].reading.received) / chip.wire
         counted = segments * programs["segment"].reading.cycles + programs["prefill"].reading.cycles
         cycles = counted / chip.clock if chip.clock else 0.0

@@ -163,7 +163,7 @@ def abstract_reference(cfg: RunConfig, model: ModelConfig, train: Layout) -> PyT
 def _batch(cfg: RunConfig, prompt_slots: int, engine: Engine, train: Layout) -> Batch:
     """Of one update: the rows of a minibatch at their longest."""
     shape = shapes_of(cfg, prompt_slots, train.size("rows")).update
-    return abstract_batch(shape, uses_of(cfg), engine.shape.support, (), train)
+    return abstract_batch(shape, uses_of(cfg), engine.decoding.support, (), train)
 
 
 def lowerings(job: Job) -> dict[str, Lower]:
@@ -180,8 +180,8 @@ def lowerings(job: Job) -> dict[str, Lower]:
     publish = make_publish(model, job.train, job.decode, cfg.rollout.engine.weights)
     update = make_update(
         learner_specs_of(cfg, model), cfg.objective.loss, optimizer_of(cfg), correction=correction_of(cfg),
-        micro_batches=cfg.update.micro_batches, num_tokens=job.engine.vocab.size, cfg=model, layout=job.train,
-        ends=job.engine.vocab.eos, how=Whole(cfg.update.attention, cfg.update.remat),
+        micro_batches=cfg.update.micro_batches, num_tokens=job.engine.decoding.vocab.size, cfg=model, layout=job.train,
+        ends=job.engine.decoding.vocab.eos, how=Whole(cfg.update.attention, cfg.update.remat),
     )  # fmt: skip
     whole = job.reference if cfg.objective.reads_reference_distribution else None
     return lower | {
@@ -204,7 +204,7 @@ def turns_of(job: Job, name: str) -> tuple[int, int]:
     """Turns of a program's outermost loop, at most: looks at whether rows live, or micro-batches. And of inner ones whose turns
     depend on the batch: chunks of tokens in the head, all of them learnt from."""
     if name == "segment":
-        return job.engine.shape.steps // job.engine.shape.interval, 1
+        return job.engine.decoding.steps // job.engine.decoding.interval, 1
     if name != "update":
         return 1, 1
     parts, (rows, slots) = job.cfg.update.micro_batches, job.batch.tokens.shape

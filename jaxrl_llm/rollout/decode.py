@@ -6,7 +6,6 @@ as they happen, one line a step.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -14,10 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxrl_llm.model.cache import PromptCache, SuffixCache
-from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.transformer import Place, decode
-from jaxrl_llm.parallel.layout import Layout
-from jaxrl_llm.rollout.sample import Controls, Vocabulary, draw, row_keys
+from jaxrl_llm.rollout.sample import Controls, Decoding, draw, row_keys
 from jaxrl_llm.types import ArrayLike, PyTree
 
 
@@ -74,33 +71,40 @@ class Turn(flax.struct.PyTreeNode):
     record: Record
 
 
-class Shape(NamedTuple):
-    """What is fixed when a segment is compiled."""
-
-    steps: int
-    """n, lines of the record; a multiple of `interval`."""
-    interval: int
-    """Steps between two looks at whether any row lives."""
-    support: int
-    raw_logprobs: bool
-
-
 DecodeSegment = Callable[[PyTree, SuffixCache, PromptCache, Units, Array, Array, Array], tuple[SuffixCache, Segment]]
 
 
 def step(
-    params: PyTree, keys: Key[Array, " B"], units: Units, prompt: PromptCache, count: Int[Array, ""], turn: Turn,
-    shape: Shape, vocab: Vocabulary, cfg: ModelConfig, layout: Layout,
-) -> Turn:  # fmt: skip
-    """One token for every row. A row that has ended goes on computing, and nothing of it counts."""
+    params: PyTree,
+    keys: Key[Array, " B"],
+    units: Units,
+    prompt: PromptCache,
+    count: Int[Array, ""],
+    turn: Turn,
+    decoding: Decoding,
+) -> Turn:
+    """One token for every row. A row that has ended goes on computing, and nothing of it counts.
+
+    Args:
+        params: the policy's, one entry per layer.
+        keys: one per row (`row_keys`).
+        units: what is in flight, as it was when the segment began.
+        prompt: keys and values of each unit's prompt.
+        count: keys written to the rows' rings before the segment.
+        turn: where the loop stands.
+        decoding: what was fixed when the loop was compiled.
+
+    Returns:
+        Where the loop stands one step later.
+    """
     each = turn.last.shape[0] // units.age.shape[0]
     age = units.age + turn.steps
     place = Place(count=count + turn.steps, length=units.length, age=age)
-    raw, suffix = decode(params, turn.last, place, prompt, turn.suffix, cfg, layout)
+    raw, suffix = decode(params, turn.last, place, prompt, turn.suffix, decoding.model, decoding.layout)
     of_rows = lambda x: jnp.repeat(x, each)  # noqa: E731
     with jax.named_scope("draw"):
         controls = jax.tree.map(of_rows, units.controls)
-        drawn = draw(keys, of_rows(age), raw, controls, turn.live, vocab, shape.support, shape.raw_logprobs, layout)
+        drawn = draw(keys, of_rows(age), raw, controls, turn.live, decoding)
     live = ~turn.done
     line = Record(
         drawn.token, live, drawn.logprob, drawn.entropy, drawn.raw_logprob, drawn.support, drawn.overflow
@@ -108,17 +112,17 @@ def step(
     return Turn(
         steps=turn.steps + 1,
         live=turn.live,
-        last=jnp.where(live, drawn.token, vocab.pad),
-        done=turn.done | vocab.ends(drawn.token) | of_rows(age + 1 >= units.limit),
+        last=jnp.where(live, drawn.token, decoding.vocab.pad),
+        done=turn.done | decoding.vocab.ends(drawn.token) | of_rows(age + 1 >= units.limit),
         suffix=suffix,
         record=jax.tree.map(lambda x, new: x.at[turn.steps].set(new), turn.record, line),
     )
 
 
-def make_segment(shape: Shape, vocab: Vocabulary, cfg: ModelConfig, layout: Layout) -> DecodeSegment:
+def make_segment(decoding: Decoding) -> DecodeSegment:
     """The program `segment(params, suffix, prompt, units, key, count, steps) -> (suffix, Segment)`; `suffix` is donated.
 
-    At most `steps` <= n steps, a multiple of the interval; fewer when every row has ended. `count` as in `model.cache`.
+    At most `steps` <= n steps, a multiple of `decoding.interval`; fewer when every row has ended. `count` as in `model.cache`.
     A row's tokens depend on the weights, its prompt, `key` (key data), its uid and its sample number, and on nothing else.
     """
 
@@ -127,16 +131,16 @@ def make_segment(shape: Shape, vocab: Vocabulary, cfg: ModelConfig, layout: Layo
         keys = row_keys(jax.random.wrap_key_data(key), units.uid, units.first, each)
 
         def advance(turn: Turn) -> Turn:
-            return step(params, keys, units, prompt, count, turn, shape, vocab, cfg, layout)
+            return step(params, keys, units, prompt, count, turn, decoding)
 
         def stretch(turn: Turn) -> Turn:
-            turn = jax.lax.fori_loop(0, shape.interval, lambda _, turn: advance(turn), turn)
+            turn = jax.lax.fori_loop(0, decoding.interval, lambda _, turn: advance(turn), turn)
             return turn.replace(live=~jnp.all(turn.done))
 
         done = units.done.reshape(-1)
         start = Turn(
             steps=jnp.zeros((), jnp.int32), live=~jnp.all(done), last=units.last.reshape(-1), done=done, suffix=suffix,
-            record=blank_record(shape, len(done), layout),
+            record=blank_record(decoding, len(done)),
         )  # fmt: skip
         end = jax.lax.while_loop(lambda turn: (turn.steps < steps) & turn.live, stretch, start)
         last, done = (x.reshape(units.last.shape) for x in (end.last, end.done))
@@ -145,16 +149,17 @@ def make_segment(shape: Shape, vocab: Vocabulary, cfg: ModelConfig, layout: Layo
     return segment
 
 
-def blank_record(shape: Shape, rows: int, layout: Layout) -> Record:
+def blank_record(decoding: Decoding, rows: int) -> Record:
     def lines(dtype: jnp.dtype, *more: int) -> Array:
-        return layout.constrain(jnp.zeros((shape.steps, rows, *more), dtype), None, "rows", *(None for _ in more))
+        blank = jnp.zeros((decoding.steps, rows, *more), dtype)
+        return decoding.layout.constrain(blank, None, "rows", *(None for _ in more))
 
     return Record(
         token=lines(jnp.int32),
         sampled=lines(bool),
         logprob=lines(jnp.float32),
         entropy=lines(jnp.float32),
-        raw_logprob=lines(jnp.float32) if shape.raw_logprobs else None,
-        support=lines(jnp.int32, shape.support) if shape.support else None,
-        overflow=lines(bool) if shape.support else None,
+        raw_logprob=lines(jnp.float32) if decoding.raw_logprobs else None,
+        support=lines(jnp.int32, decoding.support) if decoding.support else None,
+        overflow=lines(bool) if decoding.support else None,
     )

@@ -17,17 +17,17 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from jaxrl_llm.model.cache import PromptCache, choose_form, reaches
+from jaxrl_llm.model.cache import Caching, PromptCache, choose_form, reaches
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.work import Work, decode_step, weight_bytes
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import divisors
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.rollout.config import RolloutConfig
-from jaxrl_llm.rollout.decode import Record, Segment, Shape, Units
+from jaxrl_llm.rollout.decode import Record, Segment, Units
 from jaxrl_llm.rollout.harvest import Harvest, Spell
-from jaxrl_llm.rollout.programs import Caching, Name, Programs
-from jaxrl_llm.rollout.sample import Controls, Vocabulary
+from jaxrl_llm.rollout.programs import Name, Programs
+from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary
 from jaxrl_llm.types import Policy, Prompts, PyTree, Rollouts
 
 # Rows of a device below which compaction does not go: with fewer, products round otherwise and weights are all that is read.
@@ -117,16 +117,17 @@ class Engine:
         self, cfg: RolloutConfig, prompt_slots: int, vocab: Vocabulary, model: ModelConfig, layout: Layout,
         spell: Spell | None = None,
     ):  # fmt: skip
-        self.cfg, self.vocab, self.layout, self.spell = cfg, vocab, layout, spell
+        self.cfg, self.spell = cfg, spell
         steps = min(cfg.engine.segment, cfg.max_new_tokens)
         window = cfg.engine.window or first_window(cfg, model, layout)
         self.sizes = Sizes.of(cfg, window, prompt_slots, max(reaches(model)), layout.size("rows"))
         most = min(cfg.engine.eos_interval, steps, self.sizes.windows[0])
         interval = max(n for n in divisors(steps) if n <= most)
-        self.shape = Shape(steps, interval, cfg.support_of(vocab.size), cfg.raw_logprobs)
+        support = cfg.support_of(vocab.size)
+        self.decoding = Decoding(model, layout, vocab, steps, interval, support, cfg.raw_logprobs)
         form = choose_form(cfg.engine.attention, cfg.engine.cache, model, layout)
         caching = Caching(prompt_slots, cfg.engine.prefill_chunk, form)
-        self.programs = Programs(self.shape, self.sizes.each, caching, vocab, model, layout)
+        self.programs = Programs(self.decoding, caching, self.sizes.each)
 
     def controls(self, prompts: int, temperature: float | None = None) -> Controls:
         """The configured ones, for so many prompts."""
@@ -174,7 +175,7 @@ class Engine:
     def names(self, prompts: int) -> list[Name]:
         """All programs that calls of so many prompts can come to need."""
         sizes = self.sizes
-        several = self.cfg.max_new_tokens > min(self.shape.steps, sizes.windows[0])
+        several = self.cfg.max_new_tokens > min(self.decoding.steps, sizes.windows[0])
         flight = smallest(sizes.prompts, min(prompts, sizes.prompts[0]))
         fewer = [n for n in sizes.prompts if n <= flight]
         # In one segment all rows end together: places come free all at once.
@@ -208,10 +209,10 @@ class Generation:
     ):  # fmt: skip
         self.engine, self.params, self.prompts, self.limit = engine, policy.params, prompts, limit
         self.controls, self.version = controls, int(policy.version)
-        self.key = hosts.put(np.asarray(jax.random.key_data(key)), engine.layout.replicated)
+        self.key = hosts.put(np.asarray(jax.random.key_data(key)), engine.decoding.layout.replicated)
         samples, sizes = engine.cfg.samples, engine.sizes
         num = len(prompts.length)
-        self.harvest = Harvest(prompts, samples, engine.cfg.max_new_tokens, engine.vocab)
+        self.harvest = Harvest(prompts, samples, engine.cfg.max_new_tokens, engine.decoding.vocab)
         # Units by the first of their rows, in order.
         self.waiting = deque(range(0, num * samples, sizes.each))
         self.missing = np.full(num, sizes.units_of_prompt)
@@ -223,7 +224,7 @@ class Generation:
         self.done = np.ones((self.flight, sizes.each), bool)
         self.window, self.count = sizes.windows[0], 0
         self.prompt = self.suffix = None
-        self.stats, self.weights = Stats(), weight_bytes(policy.params, engine.programs.cfg)
+        self.stats, self.weights = Stats(), weight_bytes(policy.params, engine.decoding.model)
 
     def __iter__(self) -> Iterator[Int[np.ndarray, " n"]]:
         while self.waiting or (self.row >= 0).any():
@@ -243,7 +244,7 @@ class Generation:
         return self.engine.programs(self.params, *name)
 
     def _put(self, tree: PyTree) -> PyTree:
-        return hosts.put(tree, self.engine.layout.sharding(("rows",)))
+        return hosts.put(tree, self.engine.decoding.layout.sharding(("rows",)))
 
     def _admit(self) -> None:
         """Waiting units into free places; each shard reads its own new prompts, once."""
@@ -277,7 +278,7 @@ class Generation:
             index[s, : len(some)] = some
             length[s, : len(some)] = prompts.length[some] - 1
         slots = smallest(sizes.prompt_slots, max(int(length.max()), 1))
-        tokens = _slots(prompts.tokens, slots, self.engine.vocab.pad)[index.reshape(-1)]
+        tokens = _slots(prompts.tokens, slots, self.engine.decoding.vocab.pad)[index.reshape(-1)]
         return self._program("prefill", num, slots)(self.params, *self._put((tokens, length.reshape(-1))))
 
     def _place(self, new: PromptCache, read: int, places: np.ndarray, source: np.ndarray) -> None:
@@ -318,10 +319,10 @@ class Generation:
         """Widen the cache if it is full of keys that living rows see. Returns the steps of the next segment, in whole intervals:
         as many as fit into the window, and as some row may need."""
         live, samples, windows = self.row >= 0, self.engine.cfg.samples, self.engine.sizes.windows
-        most, (steps, interval) = windows[-1], self.engine.shape[:2]
+        most, interval = windows[-1], self.engine.decoding.interval
         age = int(self.age[live].max())
         need = int((self.limit[self.row[live] // samples] - self.age[live]).max())
-        steps = min(steps, -(-need // interval) * interval)
+        steps = min(self.engine.decoding.steps, -(-need // interval) * interval)
         if min(age + interval, most) > self.window:
             wider = smallest(windows, min(age + interval, most))
             grow = self._program("grow", self.flight, self.window, wider)
@@ -330,7 +331,7 @@ class Generation:
         return steps if self.window == most else min(steps, (self.window - age) // interval * interval)
 
     def _scalar(self, value: int) -> jax.Array:
-        return hosts.put(np.int32(value), self.engine.layout.replicated)
+        return hosts.put(np.int32(value), self.engine.decoding.layout.replicated)
 
     def _advance(self, steps: int) -> Int[np.ndarray, " n"]:
         """One segment. Returns the prompts that it finished."""
@@ -369,12 +370,12 @@ class Generation:
 
     def _count(self, ran: int, record: Record) -> None:
         """Before the ages move on."""
-        cfg, layout, s, each = self.engine.programs.cfg, self.engine.layout, self.stats, self.engine.sizes.each
+        decoding, s, each = self.engine.decoding, self.stats, self.engine.sizes.each
         there = self.row >= 0
         length = np.where(there, self.prompts.length[np.maximum(self.row, 0) // self.engine.cfg.samples] - 1, 0)
-        entry = self.engine.programs.caching.form.number_bytes(cfg)
-        work = decode_step(cfg, length, np.where(there, self.age + ran // 2, 0), each, entry)
-        shards = layout.size("rows") * layout.size("heads")
+        entry = self.engine.programs.caching.form.number_bytes(decoding.model)
+        work = decode_step(decoding.model, length, np.where(there, self.age + ran // 2, 0), each, entry)
+        shards = decoding.layout.size("rows") * decoding.layout.size("heads")
         work = Work(self.weights + work.bytes / shards, work.flops / shards)
         rows, sampled = self.flight * each, record.sampled[:ran]
         over = 0 if record.overflow is None else int((record.overflow[:ran] & sampled).sum())

@@ -42,9 +42,9 @@ def flight(programs: Programs, params: PyTree, units: int, window: int) -> Fligh
 
     `params`: the policy's, as arrays or as `jax.ShapeDtypeStruct`s with shardings.
     """
-    rows, cfg, layout = units * programs.each, programs.cfg, programs.layout
+    rows, cfg, layout = units * programs.each, programs.decoding.model, programs.decoding.layout
     prompt, suffix = programs.caches(units, window)
-    record = jax.eval_shape(lambda: blank_record(programs.shape, rows, layout))
+    record = jax.eval_shape(lambda: blank_record(programs.decoding, rows))
     lines = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(record))
     share = rows // layout.size("rows")
     slots = window + max(x.shape[2] for x in jax.tree.leaves(prompt))

@@ -3,31 +3,19 @@
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.stages import Compiled, Lowered
 
 from jaxrl_llm.model import cache
-from jaxrl_llm.model.cache import Form
-from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.cache import Caching
 from jaxrl_llm.model.transformer import prefill
-from jaxrl_llm.parallel.layout import Layout
-from jaxrl_llm.rollout.decode import Shape, Units, make_segment
-from jaxrl_llm.rollout.sample import Controls, Vocabulary
+from jaxrl_llm.rollout.decode import Units, make_segment
+from jaxrl_llm.rollout.sample import Controls, Decoding
 from jaxrl_llm.types import PyTree
 
 Name = tuple[str | int, ...]
-
-
-class Caching(NamedTuple):
-    """How prompts and rows are remembered."""
-
-    prompt_slots: int
-    chunk: int
-    """Prompt tokens read at a time."""
-    form: Form
 
 
 class Programs:
@@ -42,9 +30,9 @@ class Programs:
     ("segment", units, window)             see `decode.make_segment`
     """
 
-    def __init__(self, shape: Shape, each: int, caching: Caching, vocab: Vocabulary, cfg: ModelConfig, layout: Layout):
-        self.shape, self.each, self.caching = shape, each, caching
-        self.vocab, self.cfg, self.layout = vocab, cfg, layout
+    def __init__(self, decoding: Decoding, caching: Caching, each: int):
+        """`each`: rows per unit."""
+        self.decoding, self.caching, self.each = decoding, caching, each
         self._compiled: dict[Name, Compiled] = {}
 
     def __call__(self, params: PyTree, *name: str | int) -> Compiled:
@@ -63,24 +51,26 @@ class Programs:
         return getattr(self, f"_{name[0]}")(params, *name[1:])
 
     def _array(self, shape: tuple[int, ...], dtype: jnp.dtype, *axes: str | None) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.layout.sharding(axes))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.decoding.layout.sharding(axes))
 
     def _ints(self, *shape: int) -> jax.ShapeDtypeStruct:
         return self._array(shape, jnp.int32, "rows", *(None,) * (len(shape) - 1))
 
     def _placed(self, make: Callable[[], PyTree]) -> PyTree:
         shapes = jax.eval_shape(make)
-        where = cache.shardings(shapes, self.layout)
+        where = cache.shardings(shapes, self.decoding.layout)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
     def _prompt(self, units: int) -> PyTree:
-        slots, _, form = self.caching
-        return self._placed(lambda: cache.empty_prompt(self.cfg, units, slots, self.layout, form))
+        model, layout, caching = self.decoding.model, self.decoding.layout, self.caching
+        return self._placed(lambda: cache.empty_prompt(model, units, caching.prompt_slots, layout, caching.form))
 
     def _suffix(self, units: int, window: int) -> PyTree:
-        return self._placed(
-            lambda: cache.empty_suffix(self.cfg, units * self.each, window, self.layout, self.caching.form)
-        )
+        return self._placed(self._blank_suffix(units, window))
+
+    def _blank_suffix(self, units: int, window: int) -> Callable[[], cache.SuffixCache]:
+        model, layout = self.decoding.model, self.decoding.layout
+        return lambda: cache.empty_suffix(model, units * self.each, window, layout, self.caching.form)
 
     def caches(self, units: int, window: int) -> tuple[PyTree, PyTree]:
         """Prompt and suffix cache, as shapes, dtypes and shardings."""
@@ -90,40 +80,38 @@ class Programs:
         return jax.tree.map(lambda x: x.sharding, tree)
 
     def _prefill(self, params: PyTree, prompts: int, slots: int) -> Lowered:
-        most, chunk, form = self.caching
-
         def read(params, tokens, length):
-            return prefill(params, tokens, length, most, self.cfg, self.layout, chunk, form)
+            return prefill(params, tokens, length, self.caching, self.decoding.model, self.decoding.layout)
 
         out = self._where(self._prompt(prompts))
         return jax.jit(read, out_shardings=out).lower(abstract(params), self._ints(prompts, slots), self._ints(prompts))
 
     def _spread(self, params: PyTree, prompts: int, units: int) -> Lowered:
-        spread = jax.jit(lambda new, index: cache.take(new, index, self.layout))
+        spread = jax.jit(lambda new, index: cache.take(new, index, self.decoding.layout))
         return spread.lower(self._prompt(prompts), self._ints(units))
 
     def _insert(self, params: PyTree, units: int, prompts: int) -> Lowered:
         def insert(old, new, where, source):
-            return cache.insert(old, new, where, source, self.layout)
+            return cache.insert(old, new, where, source, self.decoding.layout)
 
         old, indices = self._prompt(units), self._ints(units)
         insert = jax.jit(insert, donate_argnums=0, out_shardings=self._where(old))
         return insert.lower(old, self._prompt(prompts), indices, indices)
 
     def _blank(self, params: PyTree, units: int, window: int) -> Lowered:
-        make = lambda: cache.empty_suffix(self.cfg, units * self.each, window, self.layout, self.caching.form)  # noqa: E731
-        return jax.jit(make, out_shardings=self._where(self._suffix(units, window))).lower()
+        out = self._where(self._suffix(units, window))
+        return jax.jit(self._blank_suffix(units, window), out_shardings=out).lower()
 
     def _grow(self, params: PyTree, units: int, window: int, wider: int) -> Lowered:
         def grow(suffix, count):
-            return cache.grow(suffix, wider, count, self.cfg, self.layout)
+            return cache.grow(suffix, wider, count, self.decoding.model, self.decoding.layout)
 
         out = self._where(self._suffix(units, wider))
         return jax.jit(grow, out_shardings=out).lower(self._suffix(units, window), self._array((), jnp.int32))
 
     def _take(self, params: PyTree, units: int, fewer: int, window: int) -> Lowered:
         def take(prompt, suffix, index, row_index):
-            return cache.take(prompt, index, self.layout), cache.take(suffix, row_index, self.layout)
+            return cache.take(prompt, index, self.decoding.layout), cache.take(suffix, row_index, self.decoding.layout)
 
         out = self._where((self._prompt(fewer), self._suffix(fewer, window)))
         return jax.jit(take, out_shardings=out).lower(
@@ -140,9 +128,9 @@ class Programs:
             controls=Controls(temperature=f32(), top_p=f32(), top_k=i32, min_p=f32(), min_new_tokens=i32),
         )  # fmt: skip
         segment = jax.jit(
-            make_segment(self.shape, self.vocab, self.cfg, self.layout),
+            make_segment(self.decoding),
             donate_argnums=1,
-            out_shardings=(self._where(suffix), self.layout.replicated),
+            out_shardings=(self._where(suffix), self.decoding.layout.replicated),
         )
         key = self._array((2,), jnp.uint32)
         return segment.lower(abstract(params), suffix, self._prompt(units), where, key, number, number)

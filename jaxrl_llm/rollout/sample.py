@@ -6,6 +6,7 @@ them under the inverse, and sums over another mesh are such noise.
 
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.distribution import entropy, process_logits, tempered
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.rollout.lanes import Allowed, likeliest, mass
@@ -33,6 +35,25 @@ class Vocabulary(flax.struct.PyTreeNode):
 
     def ends(self, token: Int[Array, "*rows"]) -> Bool[Array, "*rows"]:
         return reduce(operator.or_, (token == eos for eos in self.eos))
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What is fixed when the decode loop is compiled, beside its sizes and its caches. Hashable, so it may be static in a jit."""
+
+    model: ModelConfig
+    layout: Layout
+    """Where policy, caches and rows lie."""
+    vocab: Vocabulary
+    steps: int = 1
+    """Decode steps per segment at most: the lines of its record. A multiple of `interval`."""
+    interval: int = 1
+    """Steps from one check whether any row is still alive to the next."""
+    support: int = 0
+    """K, the number of tokens that a truncated draw keeps at most and records. 0: draws are not truncated, and `top_p`, `top_k`
+    and `min_p` are not read."""
+    raw_logprobs: bool = False
+    """Record each token's log-prob before truncation too."""
 
 
 class Controls(flax.struct.PyTreeNode):
@@ -103,13 +124,19 @@ def draw(
     raw_logits: Float[Array, "B V"],
     controls: Controls,
     live: Bool[Array, ""],
-    vocab: Vocabulary,
-    support: int,
-    raw_logprobs: bool,
-    layout: Layout,
+    decoding: Decoding,
 ) -> Drawn:
-    """One token a row from its `distribution`, and what is recorded of it. `slot` and the row's key name the noise."""
-    return draw_from(keys, slot, distribution(slot, raw_logits, controls, live, vocab, support, layout), raw_logprobs)
+    """One token per row from its `distribution`, and what is recorded of it.
+
+    Args:
+        keys: one per row (`row_keys`); with `slot` it names the noise.
+        slot: the completion slot that each row fills.
+        raw_logits: the model's, not yet divided by a temperature.
+        controls: what the distribution is made with, row by row.
+        live: some row's token counts; else nothing need be right.
+        decoding: read are its layout, vocabulary, support and whether raw log-probs are recorded.
+    """
+    return draw_from(keys, slot, distribution(slot, raw_logits, controls, live, decoding), decoding.raw_logprobs)
 
 
 def distribution(
@@ -117,25 +144,22 @@ def distribution(
     raw_logits: Float[Array, "B V"],
     controls: Controls,
     live: Bool[Array, ""],
-    vocab: Vocabulary,
-    support: int,
-    layout: Layout,
+    decoding: Decoding,
 ) -> Plain | Truncated:
-    """What completion slot `slot[b]` of row b is drawn from.
+    """What completion slot `slot[b]` of row b is drawn from; arguments as in `draw`.
 
-    `support`: 0, and `top_p`, `top_k` and `min_p` are not read; or K, the number of tokens that a truncated draw keeps at most and
-    records. Where the controls would keep more, the K likeliest stay: what is drawn from is always what is recorded.
-    `live`: some row's token counts; else nothing need be right.
+    Where the controls would keep more than `decoding.support` tokens, the likeliest stay: what is drawn from is always what is
+    recorded.
     """
-    barred = slot < controls.min_new_tokens
+    vocab, barred = decoding.vocab, slot < controls.min_new_tokens
 
     def plain(x: Array) -> Plain:
         return Plain(process_logits(x, controls.temperature, vocab.size, vocab.eos, barred))
 
     def truncated(x: Array) -> Truncated:
-        return truncate(x, Allowed(barred, vocab.size, vocab.eos), controls, support, layout)
+        return truncate(x, Allowed(barred, vocab.size, vocab.eos), controls, decoding.support, decoding.layout)
 
-    return _shared(truncated if support else plain, raw_logits, live)
+    return _shared(truncated if decoding.support else plain, raw_logits, live)
 
 
 def draw_from(keys: Key[Array, " B"], slot: Int[Array, " B"], of: Plain | Truncated, raw_logprobs: bool) -> Drawn:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.model import attention
-from jaxrl_llm.model.attention import tree_mask
+from jaxrl_llm.model.attention import Rows, tree_mask
 
 attend, attend_part, merge = (jax.jit(f) for f in (attention.attend, attention.attend_part, attention.merge))
 
@@ -17,14 +17,14 @@ def normal(seed, *shape):
 
 def test_mask_of_packed_sequences_by_hand():
     """Two in a row, then padding, which sees nothing; the second query of each sequence sees two keys."""
-    got = tree_mask(jnp.array([[2, 2, 4, 4, 4]]), jnp.array([[0, 1, 0, 1, 0]]))[0]
+    got = tree_mask(Rows(jnp.array([[2, 2, 4, 4, 4]]), jnp.array([[0, 1, 0, 1, 0]])))[0]
     want = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 0]]
     np.testing.assert_array_equal(got, np.array(want, bool))
 
 
 def test_mask_of_a_shared_prompt_by_hand():
     """Two tokens of prompt, completions of two and one behind it: each sees the prompt and itself."""
-    got = tree_mask(jnp.array([[5, 5, 4, 4, 5]]), jnp.array([[0, 1, 2, 3, 2]]))[0]
+    got = tree_mask(Rows(jnp.array([[5, 5, 4, 4, 5]]), jnp.array([[0, 1, 2, 3, 2]])))[0]
     want = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
     np.testing.assert_array_equal(got, np.array(want, bool))
 
@@ -99,10 +99,10 @@ def test_scale_and_soft_cap_by_hand():
 
 def test_mask_of_a_sliding_layer_by_hand():
     """Two keys each: a window of positions in the sequence, not of slots. The last completion sees half of the shared prompt."""
-    packed = jnp.array([[3, 3, 3, 5, 5]]), jnp.array([[0, 1, 2, 0, 1]])
+    packed = Rows(jnp.array([[3, 3, 3, 5, 5]]), jnp.array([[0, 1, 2, 0, 1]]))
     want = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
-    shared = jnp.array([[5, 5, 4, 4, 5]]), jnp.array([[0, 1, 2, 3, 2]])
+    shared = Rows(jnp.array([[5, 5, 4, 4, 5]]), jnp.array([[0, 1, 2, 3, 2]]))
     tree = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 1, 0, 0, 1]]
     for reach in (2, jnp.int32(2)):
-        np.testing.assert_array_equal(tree_mask(*packed, reach)[0], np.array(want, bool))
-        np.testing.assert_array_equal(tree_mask(*shared, reach)[0], np.array(tree, bool))
+        np.testing.assert_array_equal(tree_mask(packed, reach)[0], np.array(want, bool))
+        np.testing.assert_array_equal(tree_mask(shared, reach)[0], np.array(tree, bool))

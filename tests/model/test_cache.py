@@ -11,7 +11,7 @@ from setups import FAMILIES, SMALL, TINY, layouts, make_params, make_policy, mak
 
 from jaxrl_llm.model import cache, transformer
 from jaxrl_llm.model.attention import attend_part, merge
-from jaxrl_llm.model.cache import Form, Scaled, choose_form, empty_prompt, empty_suffix
+from jaxrl_llm.model.cache import Caching, Form, Scaled, choose_form, empty_prompt, empty_suffix
 from jaxrl_llm.model.transformer import Place
 
 FORMS = {
@@ -110,7 +110,7 @@ def test_the_form_is_the_backends_unless_asked_for():
     assert choose_form("auto", "int8", half, layout) == Form(int8=True, across=True)
 
 
-prefill = jax.jit(transformer.prefill, static_argnums=(3, 4, 5, 6, 7))
+prefill = jax.jit(transformer.prefill, static_argnums=(3, 4, 5))
 
 
 @pytest.mark.slow
@@ -123,7 +123,7 @@ def test_prompts_read_in_chunks_are_prompts_read_at_once(family, chunk):
     params = make_policy(cfg, make_params(cfg, train), train, dec).params
     prompts = make_prompts(8)
     length = prompts.length - 1
-    whole, parts = (prefill(params, prompts.tokens, length, 8, cfg, dec, n) for n in (cache.WHOLE, chunk))
+    whole, parts = (prefill(params, prompts.tokens, length, Caching(8, n), cfg, dec) for n in (cache.WHOLE, chunk))
     for reach, *arrays in zip(cache.reaches(cfg), whole.k, whole.v, parts.k, parts.v, strict=True):
         assert {x.shape[2] for x in arrays} == {min(reach, 8)}
         counts = np.arange(min(reach, 8)) < length[:, None]
@@ -144,7 +144,7 @@ def test_logits_from_int8_caches_are_near(family):
 
     @partial(jax.jit, static_argnums=0)
     def run(form):
-        prompt = transformer.prefill(params, prompts.tokens, length, 8, cfg, dec, form=form)
+        prompt = transformer.prefill(params, prompts.tokens, length, Caching(8, form=form), cfg, dec)
         ring, said = empty_suffix(cfg, 16, 4, dec, form), []
         for t in range(3):
             place = Place(jnp.int32(t), length, jnp.full(8, t))

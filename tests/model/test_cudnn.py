@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from setups import SMALL, layouts
 
+from jaxrl_llm.model.attention import Rows
 from jaxrl_llm.model.forms import mixer
 
 CFG = dataclasses.replace(SMALL, compute="bfloat16", head_dim=64)
@@ -29,7 +30,7 @@ def test_cudnn_is_attention_under_the_tree_mask():
     q, k, v, g = (jax.random.normal(jax.random.key(i), s, jnp.bfloat16) for i, s in enumerate(shapes))
 
     def outputs(name: str) -> tuple:
-        attend = mixer(name, jnp.asarray(until), jnp.asarray(position), CFG, layouts()[0])(128)
+        attend = mixer(name, Rows(jnp.asarray(until), jnp.asarray(position)), CFG, layouts()[0])(128)
         out, back = jax.jit(lambda *x: jax.vjp(attend, *x))(q, k, v)
         return out, *back(g)
 

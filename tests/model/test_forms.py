@@ -13,8 +13,8 @@ from setups import FAMILIES, SMALL, layouts, make_params
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model import forms, remat
-from jaxrl_llm.model.attention import attend, tree_mask
-from jaxrl_llm.model.blocks import attend_blocks
+from jaxrl_llm.model.attention import Rows, attend, tree_mask
+from jaxrl_llm.model.blocks import Blocks, attend_blocks
 from jaxrl_llm.model.cache import WHOLE
 from jaxrl_llm.model.config import Whole
 from jaxrl_llm.model.forms import choose
@@ -23,15 +23,15 @@ from jaxrl_llm.model.transformer import hidden
 SLIDING = FAMILIES["gemma2, window 5"]
 
 
-def rows(slots: int) -> tuple[np.ndarray, np.ndarray]:
-    """(until, position) of two rows: a prompt of 9 with completions of 20, 3 and 11, then a sequence of 13; and one sequence."""
+def rows(slots: int) -> Rows:
+    """Two of them: a prompt of 9 with completions of 20, 3 and 11, then a sequence of 13; and one sequence."""
     until, position = np.tile(np.arange(slots), (2, 1)), np.zeros((2, slots), int)
     until[0, :9], position[0, :9] = 43, np.arange(9)
     for start, end in ((9, 29), (29, 32), (32, 43)):
         until[0, start:end], position[0, start:end] = end, 9 + np.arange(end - start)
     until[0, 43:56], position[0, 43:56] = 56, np.arange(13)
     until[1, : slots - 2], position[1, : slots - 2] = slots - 2, np.arange(slots - 2)
-    return until.astype(np.int32), position.astype(np.int32)
+    return Rows(until.astype(np.int32), position.astype(np.int32))
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -46,17 +46,17 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 )
 def test_blocks_are_attention_under_the_tree_mask(size, at_a_time, reach, softcap):
     """61 slots: no multiple of a block. The reference is softmax in float64, its gradient by the formula."""
-    until, position = rows(61)
+    both, form = rows(61), Blocks(size, 0.5, softcap, at_a_time)
     q, k, v, g = normal(0, 2, 61, 2, 3, 8), normal(1, 2, 61, 2, 8), normal(2, 2, 61, 2, 8), normal(3, 2, 61, 2, 3, 8)
     number = 6 if reach == "traced" else reach
 
     @jax.jit
     def blocks(q, k, v, g, traced):
         at = traced if reach == "traced" else reach
-        out, back = jax.vjp(lambda *x: attend_blocks(*x, until, position, at, 0.5, softcap, size, at_a_time), q, k, v)
+        out, back = jax.vjp(lambda *x: attend_blocks(*x, both, at, form), q, k, v)
         return out, *back(g)
 
-    mask = np.asarray(tree_mask(jnp.asarray(until), jnp.asarray(position), number))
+    mask = np.asarray(tree_mask(both, number))
     for got, want in zip(blocks(q, k, v, g, jnp.int32(6)), by_formula(q, k, v, g, mask, softcap), strict=True):
         np.testing.assert_allclose(got, want, atol=5e-6)
 
@@ -82,23 +82,23 @@ def by_formula(q, k, v, g, mask, cap):
 @pytest.mark.slow
 def test_blocks_leave_out_what_no_query_sees():
     """Values that nobody sees are NaN, in blocks of their own: a product with them would show."""
-    until, position = (x[:1] for x in rows(64))
+    first = Rows(*(jnp.asarray(x[:1]) for x in rows(64)))
     q, k, v = normal(0, 1, 64, 1, 1, 4), normal(1, 1, 64, 1, 4), normal(2, 1, 64, 1, 4)
     v[:, 56:] = np.nan
-    out = attend_blocks(q, k, v, jnp.asarray(until), jnp.asarray(position), size=8, at_a_time=1)
+    out = attend_blocks(q, k, v, first, blocks=Blocks(size=8, at_a_time=1))
     np.testing.assert_array_equal(out[:, 56:], 0.0)
-    want = attend(q[:, :56], k[:, :56], v[:, :56], tree_mask(jnp.asarray(until), jnp.asarray(position))[:, :56, :56])
+    want = attend(q[:, :56], k[:, :56], v[:, :56], tree_mask(first)[:, :56, :56])
     np.testing.assert_allclose(out[:, :56], want, atol=2e-6)
 
 
 def test_blocks_in_bfloat16_sum_in_f32():
-    until, position = rows(61)
+    both = rows(61)
     q, k, v, g = (jnp.asarray(normal(i, 2, 61, 2, *h, 8), jnp.bfloat16) for i, h in enumerate(((2,), (), (), (2,))))
-    mask = np.asarray(tree_mask(jnp.asarray(until), jnp.asarray(position)))
+    mask = np.asarray(tree_mask(both))
 
     @jax.jit
     def blocks(q, k, v, g):
-        out, back = jax.vjp(lambda *x: attend_blocks(*x, until, position, scale=0.5, size=16), q, k, v)
+        out, back = jax.vjp(lambda *x: attend_blocks(*x, both, blocks=Blocks(16, 0.5)), q, k, v)
         return out, *back(g)
 
     for got, want in zip(blocks(q, k, v, g), by_formula(q, k, v, g, mask, None), strict=True):

@@ -11,13 +11,13 @@ from setups import SMALL, VOCAB, generator, layouts, make_params, make_policy, m
 
 from jaxrl_llm.metrics import CompileCounter
 from jaxrl_llm.model import transformer
-from jaxrl_llm.model.cache import empty_suffix
+from jaxrl_llm.model.cache import Caching, empty_suffix
 from jaxrl_llm.model.params import unstack
 from jaxrl_llm.model.transformer import Place
 from jaxrl_llm.rollout import sample
 from jaxrl_llm.rollout.decode import Record
 from jaxrl_llm.rollout.harvest import Harvest
-from jaxrl_llm.rollout.sample import Controls, Vocabulary, row_keys
+from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary, row_keys
 from jaxrl_llm.types import Finish, Prompts, Rollouts, check
 
 KEY = jax.random.key(2)
@@ -192,13 +192,13 @@ def test_in_a_step_the_stored_logprob_is_the_distributions_to_the_bit(jit, compu
     none = jnp.zeros(3 * G, jnp.int32)
     controls = Controls(each(0.6, 1.0, 1.5), none + 1.0, none, none + 0.0, none)
     length, keys = prompts.length - 1, row_keys(KEY, prompts.uid, jnp.zeros(3, jnp.int32), G)
-    prompt = jax.jit(lambda: transformer.prefill(params, prompts.tokens, length, 7, cfg, dec))()
+    prompt = jax.jit(lambda: transformer.prefill(params, prompts.tokens, length, Caching(7), cfg, dec))()
 
     def advance(t, last, suffix):
         """A step of the loop, with the distribution that it draws from."""
         place = Place(t, length, jnp.full(3, t))
         raw, suffix = transformer.decode(params, last, place, prompt, suffix, cfg, dec)
-        shown = sample.distribution(none + t, raw, controls, t < slots, vocab, 0, dec)
+        shown = sample.distribution(none + t, raw, controls, t < slots, Decoding(cfg, dec, vocab))
         return sample.draw_from(keys, none + t, shown, False), shown.logp, suffix
 
     if jit:

@@ -248,7 +248,7 @@ def test_sizes_are_few():
 )
 def test_looks_come_at_whole_intervals(segment, interval, want):
     made = of(EngineConfig(segment=segment, eos_interval=interval), max_new_tokens=200)
-    assert (made.shape.steps, made.shape.interval) == want
+    assert (made.decoding.steps, made.decoding.interval) == want
 
 
 def test_the_first_window_of_a_cpu_fits_its_caches():

@@ -1,15 +1,20 @@
 """The draw: log-probs equal the distribution's to the bit, frequencies follow it, and the noise is the row's own."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from setups import TINY
 
 from jaxrl_llm.model.distribution import process_logits
 from jaxrl_llm.model.linear import contract
+from jaxrl_llm.parallel.layout import DECODE, Layout
+from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.rollout import sample
-from jaxrl_llm.rollout.sample import Plain
+from jaxrl_llm.rollout.sample import Decoding, Plain, Vocabulary
 
 DRAWS, CHUNK = 200_000, 10_000
 KEY = jax.random.key(5)
@@ -177,3 +182,20 @@ def test_small_errors_of_the_logits_change_few_tokens():
     noisy = logits + 1e-2 * np.random.default_rng(1).normal(size=logits.shape).astype(np.float32)
     changed = drawn(keys, jnp.int32(0), logits)[0] != drawn(keys, jnp.int32(0), noisy)[0]
     assert 0 < changed.mean() < 0.03
+
+
+def test_equal_decodings_are_one_program():
+    """Static in a jit: traced anew for another value alone, not for another object."""
+    traced = []
+
+    @partial(jax.jit, static_argnums=0)
+    def program(decoding, x):
+        traced.append(decoding.support)
+        return x + decoding.support
+
+    def made(support):
+        layout = Layout(make_mesh((1, 1, 1), jax.devices()[:1]), DECODE)
+        return Decoding(TINY, layout, Vocabulary(size=16, pad=0, eos=(15,)), steps=8, interval=4, support=support)
+
+    assert [int(program(made(k), 1)) for k in (0, 0, 3, 0, 3)] == [1, 1, 4, 1, 4]
+    assert traced == [0, 3] and made(3) == made(3) and made(0) != made(3)

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
-from setups import layouts
+from setups import TINY, layouts
 
 from jaxrl_llm.model.distribution import process_logits, support_logprobs
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rollout import lanes, sample
-from jaxrl_llm.rollout.sample import Controls, Vocabulary
+from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary
 
 KEY = jax.random.key(5)
 ROWS, SUPPORT = 24, 16
@@ -32,9 +32,10 @@ def small_lanes():
 
 def drawing(vocab: Vocabulary, support: int = SUPPORT, sizes: tuple[int, ...] = (1, 1, 1)):
     """`draw` of raw logits by rows of controls, and its distribution, in one program."""
+    decoding = Decoding(TINY, layouts(sizes)[1], vocab, support=support)
 
     def both(keys, slot, raw, controls):
-        of = sample.distribution(slot, raw, controls, jnp.array(True), vocab, support, layouts(sizes)[1])
+        of = sample.distribution(slot, raw, controls, jnp.array(True), decoding)
         return sample.draw_from(keys, slot, of, raw_logprobs=True), of
 
     return jax.jit(both)
@@ -236,12 +237,13 @@ def test_frequencies_are_those_of_the_distribution_kept():
     """200,000 draws from 11 of 291 tokens: chi-square, and none outside."""
     raw = np.random.default_rng(3).uniform(-2.5, 2.5, 300).astype(np.float32)
     controls, slot = controls_of(CHUNK, temperature=0.7, top_p=0.25, min_p=0.4), jnp.zeros(CHUNK, jnp.int32)
+    decoding = Decoding(TINY, layouts()[1], SMALL, support=SUPPORT)
 
     @jax.jit
     def tokens(uid):
         rows = jnp.broadcast_to(raw, (CHUNK, 300))
         keys = sample.row_keys(KEY, uid, jnp.zeros_like(uid), 1)
-        return sample.draw(keys, slot, rows, controls, jnp.array(True), SMALL, SUPPORT, False, layouts()[1]).token
+        return sample.draw(keys, slot, rows, controls, jnp.array(True), decoding).token
 
     drawn = np.concatenate([np.asarray(tokens(jnp.arange(i, i + CHUNK))) for i in range(0, DRAWS, CHUNK)])
     (kept,), full, (close,) = kept_by_hand(raw[None], SMALL, jax.tree.map(lambda x: x[:1], controls), np.zeros(1))

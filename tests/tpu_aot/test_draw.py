@@ -6,7 +6,7 @@ import pytest
 from programs import ONE_BILLION, Program, array, compile_program, layouts
 
 from jaxrl_llm.parallel.hlo import ArrayShape, collectives
-from jaxrl_llm.rollout.sample import Controls, Vocabulary, draw
+from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary, draw
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.timeout(600)]
 
@@ -19,9 +19,10 @@ def lower_draw(topology, sizes: tuple[int, ...], support: int) -> jax.stages.Low
     f32, i32 = numbers(jnp.float32), numbers(jnp.int32)
     # Padding behind the tokens, and an end token that may be barred.
     vocab = Vocabulary(size=VOCAB - 5, pad=0, eos=(1,))
+    decoding = Decoding(ONE_BILLION, decode, vocab, support=support, raw_logprobs=True)
 
     def one(keys, slot, raw, controls, live):
-        return draw(jax.random.wrap_key_data(keys), slot, raw, controls, live, vocab, support, True, decode)
+        return draw(jax.random.wrap_key_data(keys), slot, raw, controls, live, decoding)
 
     raw, keys = (
         array(decode, (ROWS, VOCAB), jnp.float32, "rows", "vocab"),

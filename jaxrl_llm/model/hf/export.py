@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -32,27 +33,51 @@ from jaxrl_llm.types import PyTree
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
+@dataclass(frozen=True)
+class ConfigFiles:
+    """Where config.json and generation_config.json come from, and what goes into them."""
+
+    source: str | Path | None = None
+    """The directory the model came from: both of its files are kept, but for the dtype. None: both are made."""
+    length: int = 4096
+    """max_position_embeddings of a config.json that is made."""
+    eos: tuple[int, ...] = ()
+    """Goes, where given, into both files; so does `pad`."""
+    pad: int | None = None
+
+    @property
+    def ids(self) -> dict[str, Any]:
+        """`eos` and `pad`, under the names that both files have for them."""
+        eos = {"eos_token_id": self.eos[0] if len(self.eos) == 1 else list(self.eos)} if self.eos else {}
+        return eos if self.pad is None else eos | {"pad_token_id": self.pad}
+
+
 def export(
     params: PyTree,
     cfg: ModelConfig,
     directory: str | Path,
     dtype: Dtype,
+    files: ConfigFiles = ConfigFiles(),
     *,
-    source: str | Path | None = None,
-    length: int = 4096,
-    eos: tuple[int, ...] = (),
-    pad: int | None = None,
     save_tokenizer: Callable[[Path], object] | None = None,
     max_shard_bytes: int = 4 * 10**9,
 ) -> None:
-    """Write `params` (layers stacked, or one entry a layer; on any mesh) as `directory`, whole or not at all.
+    """Write a model as `directory`, whole or not at all. Every process calls this; the first one writes. The host holds one file's
+    tensors at a time.
 
-    `source` is the directory the model came from: its config.json and generation_config.json are kept, but for the dtype. Without
-    it both are made, with `length` as max_position_embeddings. `eos` and `pad`, where given, go into both. `save_tokenizer(path)`
-    writes the tokenizer's files. Every process calls this; the first one writes. The host holds one file's tensors at a time.
-    Raises UserError where the directory has something in it, or `cfg` is no family, or not that of `source`.
+    Args:
+        params: layers stacked, or one entry per layer; on any mesh.
+        cfg: the model.
+        directory: a new or an empty one.
+        dtype: of the tensors in the files.
+        files: config.json and generation_config.json.
+        save_tokenizer: `save_tokenizer(path)` writes the tokenizer's files into a directory.
+        max_shard_bytes: bytes of a file of tensors at most.
+
+    Raises:
+        UserError: the directory has something in it, or `cfg` is no family, or not that of `files.source`.
     """
-    texts = {"config.json": _config(cfg, dtype, source, length, eos, pad), **_generation(source, eos, pad)}
+    texts = {"config.json": _config(cfg, dtype, files), "generation_config.json": _generation(files)}
     with whole(Path(directory), texts) as building:
         if building is not None and save_tokenizer is not None:
             try:
@@ -88,12 +113,10 @@ def whole(directory: Path, texts: Mapping[str, Any]) -> Iterator[Path | None]:
         multihost_utils.sync_global_devices("exported")
 
 
-def _config(
-    cfg: ModelConfig, dtype: Dtype, source: str | Path | None, length: int, eos: tuple[int, ...], pad: int | None
-) -> dict[str, Any]:
-    ids = _ids(eos, pad)
+def _config(cfg: ModelConfig, dtype: Dtype, files: ConfigFiles) -> dict[str, Any]:
+    source = files.source
     if source is None:
-        return write_config(cfg, dtype, length) | ids
+        return write_config(cfg, dtype, files.length) | files.ids
     theirs = read_config(source, compute=cfg.compute)
     if theirs != cfg:
         pairs = zip(dataclasses.fields(cfg), dataclasses.astuple(theirs), dataclasses.astuple(cfg), strict=True)
@@ -107,19 +130,14 @@ def _config(
     }
     if isinstance(given.get("text_config"), dict):
         # The text model alone is what we hold, and it is an architecture of its own.
-        return write_config(cfg, dtype, given["text_config"].get("max_position_embeddings", length)) | ids
-    return kept | {"dtype": dtype} | ids
+        return write_config(cfg, dtype, given["text_config"].get("max_position_embeddings", files.length)) | files.ids
+    return kept | {"dtype": dtype} | files.ids
 
 
-def _ids(eos: tuple[int, ...], pad: int | None) -> dict[str, Any]:
-    found: dict[str, Any] = {"eos_token_id": eos[0] if len(eos) == 1 else list(eos)} if eos else {}
-    return found if pad is None else found | {"pad_token_id": pad}
-
-
-def _generation(source: str | Path | None, eos: tuple[int, ...], pad: int | None) -> dict[str, dict[str, Any]]:
-    path = Path(source) / "generation_config.json" if source is not None else None
+def _generation(files: ConfigFiles) -> dict[str, Any]:
+    path = Path(files.source) / "generation_config.json" if files.source is not None else None
     given = read_json(path) if path is not None and path.is_file() else {}
-    return {"generation_config.json": given | _ids(eos, pad)}
+    return given | files.ids
 
 
 def _write_tensors(params: PyTree, cfg: ModelConfig, directory: Path | None, dtype: np.dtype, max_bytes: int) -> None:

@@ -16,7 +16,7 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig, YarnRope
 from jaxrl_llm.model.hf.config import read_config
-from jaxrl_llm.model.hf.export import export
+from jaxrl_llm.model.hf.export import ConfigFiles, export
 from jaxrl_llm.model.hf.load import load
 from jaxrl_llm.model.hf.written_config import write_config
 
@@ -34,7 +34,7 @@ def test_load_export_load_is_bit_exact(family, tmp_path):
     there, (train, _) = case(f"{family}_0"), layouts((2, 2, 2))
     source = there.write(tmp_path / "source", SEVERAL)
     cfg, params = load_model(source, train)
-    export(params, cfg, tmp_path / "out", "float32", source=source, max_shard_bytes=SEVERAL)
+    export(params, cfg, tmp_path / "out", "float32", ConfigFiles(source), max_shard_bytes=SEVERAL)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     back, again = load_model(tmp_path / "out", train)
     assert back == cfg and equal(params, again)
@@ -49,7 +49,7 @@ def test_a_model_of_our_own_is_exported_as_its_family(family, tmp_path):
     """Without a source: config.json is made, and reads back as the same configuration."""
     train, _ = layouts()
     cfg, params = load_model(case(f"{family}_0").write(tmp_path / "source"), train)
-    export(params, cfg, tmp_path / "out", "float32", length=99, eos=(3, 5), pad=0)
+    export(params, cfg, tmp_path / "out", "float32", ConfigFiles(length=99, eos=(3, 5), pad=0))
     assert read_config(tmp_path / "out") == cfg
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     given = json.loads((tmp_path / "out" / "generation_config.json").read_text())
@@ -147,7 +147,7 @@ def test_a_source_of_another_model_is_refused_by_field(tmp_path):
     source = case("qwen3_0").write(tmp_path / "source")
     cfg = ModelConfig(**{**read_config(source).__dict__, "rope_theta": 5.0})
     with pytest.raises(UserError, match=r"model.rope_theta: got 5.0, want 10000.0"):
-        export({}, cfg, tmp_path / "out", "float32", source=source)
+        export({}, cfg, tmp_path / "out", "float32", ConfigFiles(source))
 
 
 OURS = [
