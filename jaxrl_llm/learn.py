@@ -8,16 +8,15 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxrl_llm.describe import as_floats
-from jaxrl_llm.experience.advantages import Outcome, estimate, reward_kl
 from jaxrl_llm.experience.batch import Sequences, make_batch, minibatches, sequences_of
 from jaxrl_llm.life import Life
 from jaxrl_llm.metrics import RatioAlarm
 from jaxrl_llm.model import lora
 from jaxrl_llm.model.work import TrainFlops
+from jaxrl_llm.objective.advantages import Outcome, estimate, reward_kl
 from jaxrl_llm.rates import batch_flops
 from jaxrl_llm.run import Run, score
 from jaxrl_llm.types import Experience, TrainState
-from jaxrl_llm.update.config import PolicyGradient
 from jaxrl_llm.update.optimizer.state import ZERO_GRADIENT
 
 # Numbers of an update as a whole; every other is a mean over its tokens, or over its sequences, or an extreme.
@@ -69,7 +68,7 @@ def learn(
     reference = life.reference if run.cfg.objective.reads_reference_distribution else None
     for _ in range(cfg.epochs):
         for part in minibatches(sequences, cfg.minibatches, rng):
-            batch, _ = make_batch(part, run.shapes.update, run.task.pad, *means_of(run))
+            batch, _ = make_batch(part, run.shapes.update, run.task.pad, run.loss.aggregation, run.loss.length)
             begun = time.monotonic()
             state, found = run.update(state, run.put_batch(batch), reference)
             found, gradients = without_zero_gradients(as_floats(jax.device_get(found)))
@@ -113,14 +112,6 @@ def without_zero_gradients(metrics: dict[str, float]) -> tuple[dict[str, float],
     zero = {name: x for name, x in metrics.items() if name.startswith(ZERO_GRADIENT)}
     rest = {name: x for name, x in metrics.items() if name not in zero}
     return rest, {name.removeprefix(ZERO_GRADIENT): x == 1 for name, x in zero.items()}
-
-
-def means_of(run: Run) -> tuple[str, int]:
-    """The aggregation and its constant length; whole pairs for a loss of pairs."""
-    loss = run.cfg.objective.loss
-    if not isinstance(loss, PolicyGradient):
-        return ("token" if loss.kind == "distillation" else "sequence"), 1
-    return loss.aggregation, loss.length or run.cfg.rollout.max_new_tokens
 
 
 def assess(

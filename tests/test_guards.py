@@ -12,9 +12,9 @@ from jaxrl_llm import learn as learning
 from jaxrl_llm import life as lives
 from jaxrl_llm import train
 from jaxrl_llm.errors import AdvantageError, GradingError, MismatchError, NonFiniteError
-from jaxrl_llm.experience.advantages import ESTIMATORS, Estimate, Outcome, estimate
-from jaxrl_llm.experience.config import Gae, Grpo, PassAtK, Raw, ReinforcePlusPlus, Rloo
 from jaxrl_llm.guards import Guards, observe
+from jaxrl_llm.objective.advantage_config import Gae, Grpo, PassAtK, Raw, ReinforcePlusPlus, Rloo
+from jaxrl_llm.objective.advantages import ESTIMATORS, Estimate, Outcome, estimate
 from jaxrl_llm.update.config import GuardConfig
 
 FINE = {

@@ -253,7 +253,7 @@ def both(request, monkeypatch) -> tuple[Job, run.Run, Batch]:
     life = SimpleNamespace(state=state, reference=trained_policy(of, of.learner_specs))
     sequences, _ = learn.assess(of, life, longest(of), np.ones(cfg.rollout.prompts, bool))
     part = next(minibatches(sequences, cfg.update.minibatches, np.random.default_rng(0)))
-    batch, _ = make_batch(part, of.shapes.update, 0, *learn.means_of(of))
+    batch, _ = make_batch(part, of.shapes.update, 0, of.loss.aggregation, of.loss.length)
     return make_job(cfg, cfg.model, of.task.prompt_slots, list(of.train.mesh.devices.flat)), of, batch
 
 

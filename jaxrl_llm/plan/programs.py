@@ -31,11 +31,10 @@ from jaxrl_llm.publish import abstract_policy, make_publish
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.run import (
-    correction_of,
     device_problems,
     learner_specs_of,
+    loss_of,
     optimizer_of,
-    scores_proximal,
     shapes_of,
 )
 from jaxrl_llm.screen import saying
@@ -170,7 +169,7 @@ def abstract_batch(cfg: RunConfig, prompt_slots: int, support: int, train: Layou
 
     numbers = ("weight", "behavior_logprobs", "advantage", "temperature")
     numbers += ("reference_logprobs",) * objective.reads_reference_logprobs
-    numbers += ("proximal_logprobs",) * scores_proximal(cfg)
+    numbers += ("proximal_logprobs",) * ("proximal_logprobs" in loss_of(cfg).columns)
     numbers += ("values", "returns") * objective.has_critic
     integers = ("tokens", "position", "until", "before", "segment", "group")
     more = {"support": of(jnp.int32, support)} if support else {}
@@ -194,7 +193,7 @@ def lowerings(job: Job) -> dict[str, Lower]:
     }
     publish = make_publish(model, job.train, job.decode, cfg.rollout.engine.weights)
     update = make_update(
-        learner_specs_of(cfg, model), cfg.objective.loss, optimizer_of(cfg), correction=correction_of(cfg),
+        learner_specs_of(cfg, model), loss_of(cfg), make_optimizer(optimizer_of(cfg)),
         micro_batches=cfg.update.micro_batches, num_tokens=job.engine.vocab.size, cfg=model, layout=job.train,
         ends=job.engine.vocab.eos, how=Whole(cfg.update.attention, cfg.update.remat),
     )  # fmt: skip

@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from jaxrl_llm.experience.advantages import Outcome, estimate, reward_kl
 from jaxrl_llm.experience.batch import token_weights
 from jaxrl_llm.model.distribution import TokenScores
-from jaxrl_llm.objective import ObjectiveConfig
-from jaxrl_llm.presets import filled
+from jaxrl_llm.objective.advantages import Outcome, estimate, reward_kl
+from jaxrl_llm.objective.config import ObjectiveConfig
+from jaxrl_llm.objective.loss_config import AutoCorrection, NoCorrection
+from jaxrl_llm.objective.losses import policy_terms
+from jaxrl_llm.objective.presets import filled
 from jaxrl_llm.types import Batch
-from jaxrl_llm.update.config import AutoCorrection, NoCorrection
-from jaxrl_llm.update.losses import policy_terms
 
 PYTHON = os.environ.get("JAXRL_TRL_PYTHON")
 pytestmark = [

@@ -12,11 +12,10 @@ import pytest
 from cases import batch_of
 from parts import by_oracle, by_package
 
-from jaxrl_llm.experience import advantages
 from jaxrl_llm.experience.batch import token_weights
-from jaxrl_llm.experience.config import Grpo, LeaveOneOut, ReinforcePlusPlus, Rloo
-from jaxrl_llm.update import losses
-from jaxrl_llm.update.config import Cispo, Clip, Dppo, Gmpo, Ipo, Sapo
+from jaxrl_llm.objective import advantages, losses, surrogates
+from jaxrl_llm.objective.advantage_config import Grpo, LeaveOneOut, ReinforcePlusPlus, Rloo
+from jaxrl_llm.objective.loss_config import Cispo, Clip, Dppo, Gmpo, Ipo, Sapo
 
 
 def told(name: str) -> bool:
@@ -30,7 +29,7 @@ def told(name: str) -> bool:
     return not same
 
 
-# ---- advantages: mutations of `jaxrl_llm.experience.advantages`
+# ---- advantages: mutations of `jaxrl_llm.objective.advantages`
 
 
 def estimator(kind, change):
@@ -85,7 +84,7 @@ ADVANTAGES = {
 }  # fmt: skip
 
 
-# ---- means: mutations of how tests/update/cases.py makes the batch
+# ---- means: mutations of how tests/objective/cases.py makes the batch
 
 
 def by_halves(learn, group, aggregation, length):
@@ -121,7 +120,7 @@ BATCHES = {
 }  # fmt: skip
 
 
-# ---- losses: mutations of `jaxrl_llm.update.losses`
+# ---- losses: mutations of `jaxrl_llm.objective.losses` and `.surrogates`
 
 
 def surrogate(kind, function):
@@ -140,47 +139,49 @@ def changed(kind, **fields):
 
 
 def dual_for_positive(logprobs, log_r, advantage, batch, cfg):
-    held = losses.clip(logprobs, log_r, advantage, batch, dataclasses.replace(cfg, dual=None))
+    held = surrogates.clip(logprobs, log_r, advantage, batch, dataclasses.replace(cfg, dual=None))
     return held._replace(loss=jnp.where(advantage > 0, jnp.maximum(held.loss, -cfg.dual * advantage), held.loss))
 
 
 def always_bounded(logprobs, log_r, advantage, batch, cfg):
     """The clip without PPO's minimum: what went too far is never pulled back."""
-    return losses.Held(-jnp.clip(jnp.exp(log_r), 1 - cfg.low, 1 + cfg.high) * advantage, advantage > 0, advantage < 0)
+    return surrogates.Held(
+        -jnp.clip(jnp.exp(log_r), 1 - cfg.low, 1 + cfg.high) * advantage, advantage > 0, advantage < 0
+    )
 
 
 def cispo_through_the_ratio(logprobs, log_r, advantage, batch, cfg):
     ratio = jnp.clip(jnp.exp(log_r), cfg.low, cfg.high)
-    return losses.Held(-ratio * advantage * logprobs, ratio < cfg.low, ratio > cfg.high)
+    return surrogates.Held(-ratio * advantage * logprobs, ratio < cfg.low, ratio > cfg.high)
 
 
 def cispo_drops(logprobs, log_r, advantage, batch, cfg):
     """T20: a hard zero is not a clip."""
     ratio = jax.lax.stop_gradient(jnp.exp(log_r))
     inside = (ratio >= cfg.low) & (ratio <= cfg.high)
-    return losses.Held(jnp.where(inside, -ratio * advantage * logprobs, 0.0), ~inside, ~inside)
+    return surrogates.Held(jnp.where(inside, -ratio * advantage * logprobs, 0.0), ~inside, ~inside)
 
 
 def gmpo_without_signs(logprobs, log_r, advantage, batch, cfg):
     bounded = jnp.clip(log_r, -cfg.low, cfg.high)
-    ratio = jnp.exp(losses.mean_by(batch.segment, batch.loss_mask, bounded))
-    return losses.Held(-advantage * ratio, advantage > 0, advantage < 0)
+    ratio = jnp.exp(surrogates.mean_by(batch.segment, batch.loss_mask, bounded))
+    return surrogates.Held(-advantage * ratio, advantage > 0, advantage < 0)
 
 
 def ipo_one_sided(logprobs, log_r, advantage, batch, cfg):
     """DPPO's mask: what went against its advantage still counts."""
     own = dataclasses.replace(Dppo(), low=cfg.eps, high=cfg.eps)
-    return losses.dppo(logprobs, log_r, advantage, batch, own)
+    return surrogates.dppo(logprobs, log_r, advantage, batch, own)
 
 
 def ipo_by_the_ratio(logprobs, log_r, advantage, batch, cfg):
     ratio = jnp.exp(log_r)
     low, high = ratio < 1 - cfg.eps, ratio > 1 + cfg.eps
-    return losses.Held(jnp.where(low | high, 0.0, -advantage * ratio), low, high)
+    return surrogates.Held(jnp.where(low | high, 0.0, -advantage * ratio), low, high)
 
 
 def ipo_without_the_ratio(logprobs, log_r, advantage, batch, cfg):
-    held = losses.ipo(logprobs, log_r, advantage, batch, cfg)
+    held = surrogates.ipo(logprobs, log_r, advantage, batch, cfg)
     return held._replace(loss=jnp.where(held.low | held.high, 0.0, -advantage * logprobs))
 
 
@@ -198,7 +199,7 @@ def level(instead):
 
 def token_weight(batch):
     return jnp.clip(
-        jnp.exp(losses.within(batch.loss_mask, batch.proximal_logprobs - batch.behavior_logprobs)), 0.6, 1.5
+        jnp.exp(surrogates.within(batch.loss_mask, batch.proximal_logprobs - batch.behavior_logprobs)), 0.6, 1.5
     )
 
 
@@ -237,7 +238,7 @@ LOSSES = {
     "IPO's eps on the ratio": (surrogate(Ipo, ipo_by_the_ratio), "prime:rl"),
     "IPO without the ratio": (surrogate(Ipo, ipo_without_the_ratio), "prime:rl"),
     "IPO's eps of before September": (changed(Ipo, eps=0.1), "prime:rl"),
-    "the mask ignored": ((losses, "within", lambda mask, x: x), "trl:gspo"),
+    "the mask ignored": ((surrogates, "within", lambda mask, x: x), "trl:gspo"),
     "TIS cap ignored": (
         (losses, "weighed", lambda m, b, c: losses.Weighed(jnp.exp(jax.lax.stop_gradient(m)), b.loss_mask)), "truncated token"),
     "TIS upside down": ((losses, "weighed", lambda m, b, c: own_weighed(-m, b, c)), "paper:decoupled_ppo"),
@@ -251,8 +252,8 @@ LOSSES = {
         (losses, "weighed", lambda m, b, c: own_weighed(m, b, dataclasses.replace(c, weight="level"))), "masked geometric token"),
     "M2PO drops the smallest": (("cases.losses", "second_moment_mask", least_moments_dropped), "paper:m2po"),
     "M2PO's bound on each token": (
-        ("cases.losses", "second_moment_mask", lambda b, x: b.loss_mask & (
-            (b.proximal_logprobs - b.behavior_logprobs) ** 2 <= x)), "paper:m2po"),
+        ("cases.losses", "second_moment_mask", lambda b, threshold: b.loss_mask & (
+            (b.proximal_logprobs - b.behavior_logprobs) ** 2 <= threshold)), "paper:m2po"),
     "k3's sign flipped": (
         (losses, "kl_estimate", lambda d, factor, cfg: own_kl_estimate(-d, factor, cfg)), "paper:grpo"),
     "k3 weighed by the correction": (

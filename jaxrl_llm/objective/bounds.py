@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxrl_llm.experience.config import (
+from jaxrl_llm.objective.advantage_config import (
     AdvantageConfig,
     BestWorst,
     Gae,
@@ -21,8 +21,8 @@ from jaxrl_llm.experience.config import (
     ReinforcePlusPlus,
     Rloo,
 )
-from jaxrl_llm.experience.outcome import Group, Outcome, of_groups_that_count, scores
-from jaxrl_llm.experience.statistics import others, total
+from jaxrl_llm.objective.outcome import Group, Outcome, of_groups_that_count, scores
+from jaxrl_llm.objective.statistics import others, total
 
 
 def bound(cfg: AdvantageConfig, outcome: Outcome) -> float:

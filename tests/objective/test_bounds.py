@@ -5,9 +5,7 @@ import pytest
 from outcomes import single_tokens
 
 from jaxrl_llm.errors import AdvantageError
-from jaxrl_llm.experience.advantages import ESTIMATORS, Estimate, estimate, reward_kl
-from jaxrl_llm.experience.bounds import bound
-from jaxrl_llm.experience.config import (
+from jaxrl_llm.objective.advantage_config import (
     BestWorst,
     Gae,
     Gdpo,
@@ -23,7 +21,9 @@ from jaxrl_llm.experience.config import (
     RewardKl,
     Rloo,
 )
-from jaxrl_llm.experience.outcome import scores
+from jaxrl_llm.objective.advantages import ESTIMATORS, Estimate, estimate, reward_kl
+from jaxrl_llm.objective.bounds import bound
+from jaxrl_llm.objective.outcome import scores
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 from outcomes import single_tokens
 
 from jaxrl_llm.errors import AdvantageError
-from jaxrl_llm.experience.advantages import ESTIMATORS, Outcome, estimate
-from jaxrl_llm.experience.bounds import bound
-from jaxrl_llm.experience.config import (
+from jaxrl_llm.objective.advantage_config import (
     BestWorst,
     Gae,
     Gdpo,
@@ -27,7 +25,9 @@ from jaxrl_llm.experience.config import (
     ReinforcePlusPlus,
     Rloo,
 )
-from jaxrl_llm.experience.outcome import scores
+from jaxrl_llm.objective.advantages import ESTIMATORS, Outcome, estimate
+from jaxrl_llm.objective.bounds import bound
+from jaxrl_llm.objective.outcome import scores
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -3,174 +3,39 @@
     r = p / p_anchor, the anchor the policy as it sampled (behaviour) or the trainer's before the first update (proximal)
     term = w * surrogate(r, A) + KL - entropy,   w the correction p_proximal / p_behaviour, bounded or masked, without a gradient
 
-A term of a whole sequence stands at each of its tokens: the aggregation `sequence` then takes its mean over sequences.
+`make_loss` puts together what an objective asks for; `as_loss` takes a function of your own.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.distribution import TokenScores
-from jaxrl_llm.types import Batch
-from jaxrl_llm.update.config import (
-    Cispo,
-    Clip,
+from jaxrl_llm.model.loss import Loss, Mask, Terms, Tokens
+from jaxrl_llm.objective.config import ObjectiveConfig
+from jaxrl_llm.objective.loss_config import (
     Correction,
     CriticLoss,
     CrossEntropy,
     Distillation,
     Dpo,
-    Dppo,
-    Gmpo,
-    Ipo,
     KlConfig,
     NoCorrection,
     PolicyGradient,
-    Reinforce,
-    Sapo,
     SecondMoment,
     TruncatedImportance,
+    anchored_on_proximal,
+    scores_proximal,
 )
+from jaxrl_llm.objective.surrogates import SURROGATES, log_ratio, sum_by, within
+from jaxrl_llm.types import Batch
 
-Tokens = Float[Array, "R T"]
-Mask = Bool[Array, "R T"]
-
-
-class Terms(NamedTuple):
-    """What a loss says of each token, inside the loss mask and out; sums come later, by global counts."""
-
-    loss: Tokens
-    means: dict[str, Tokens]
-    """Named values to average over the tokens of the loss mask."""
-    maxima: dict[str, Tokens]
-    """Named values whose maximum over the loss mask is wanted; a minimum is the maximum of the negative."""
-    weighted: dict[str, Tokens]
-    """Named values to add up with the weights of the loss, which make a mean over sequences of what is one number for each."""
-
-
-class Held(NamedTuple):
-    """A surrogate's terms, and where a bound holds the token: no gradient."""
-
-    loss: Tokens
-    low: Mask
-    high: Mask
-
-
-def within(mask: Mask, x: Tokens) -> Tokens:
-    """0 outside the mask. Differences mean nothing there and may overflow; taken before exp this keeps them out of the gradient."""
-    return jnp.where(mask, x, 0.0)
-
-
-def sum_by(ids: Int[Array, "R T"], x: Tokens) -> Tokens:
-    """At each token the sum of x over the tokens of its row with its id."""
-    slots = x.shape[1]
-    return jax.vmap(lambda x, ids: jax.ops.segment_sum(x, ids, num_segments=slots + 1)[ids])(x, ids)
-
-
-def mean_by(ids: Int[Array, "R T"], mask: Mask, x: Tokens) -> Tokens:
-    """At each token the mean of x over the tokens in `mask` of its row with its id."""
-    return sum_by(ids, within(mask, x)) / jnp.maximum(sum_by(ids, mask.astype(x.dtype)), 1)
-
-
-def log_ratio(logprobs: Tokens, anchor: Tokens, batch: Batch, level: str) -> Tokens:
-    """log r at each token.
-
-    token: of itself. sequence: mean over its sequence (Zheng et al. 2025, GSPO, eq. 7). sequence_token: the value of that, each
-    token with its own gradient (eq. 14). product: sum over its sequence (Ahmadian et al. 2024).
-    """
-    mask, own = batch.loss_mask, within(batch.loss_mask, logprobs - anchor)
-    if level == "token":
-        return own
-    if level == "product":
-        return sum_by(batch.segment, own)
-    mean = mean_by(batch.segment, mask, own)
-    if level == "sequence":
-        return mean
-    return jax.lax.stop_gradient(mean) + within(mask, logprobs - jax.lax.stop_gradient(logprobs))
-
-
-def clip(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Clip) -> Held:
-    """-min(r A, clip(r, 1 - low, 1 + high) A); with `dual` at most -dual A where A < 0.
-
-    Source: Schulman et al. 2017 (PPO), eq. 7; separate bounds: Yu et al. 2025 (DAPO), eq. 10; dual: Ye et al. 2020, eq. 5.
-    """
-    ratio = jnp.exp(log_r)
-    bounded = jnp.clip(ratio, 1 - cfg.low, 1 + cfg.high)
-    loss = -jnp.minimum(ratio * advantage, bounded * advantage)
-    low, high = (ratio < 1 - cfg.low) & (advantage < 0), (ratio > 1 + cfg.high) & (advantage > 0)
-    if cfg.dual is not None:
-        loss = jnp.where(advantage < 0, jnp.minimum(loss, -cfg.dual * advantage), loss)
-        high = high | ((ratio > cfg.dual) & (advantage < 0))
-    return Held(loss, low, high)
-
-
-def cispo(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Cispo) -> Held:
-    """-sg(clip(r, low, high)) A log p: every token keeps a gradient. Source: MiniMax-M1 2025, eq. 4."""
-    ratio = jax.lax.stop_gradient(jnp.exp(log_r))
-    loss = -jnp.clip(ratio, cfg.low, cfg.high) * advantage * logprobs
-    return Held(loss, ratio < cfg.low, ratio > cfg.high)
-
-
-def gmpo(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Gmpo) -> Held:
-    """-mean(A) exp(mean over the sequence of x'), x' = sgn(A) min(sgn(A) x, sgn(A) clip(x, -low, high)), x = log r.
-
-    Source: Zhao et al. 2025 (GMPO), eq. 4.
-    """
-    sign = jnp.sign(advantage)
-    bounded = sign * jnp.minimum(sign * log_r, sign * jnp.clip(log_r, -cfg.low, cfg.high))
-    ratio = jnp.exp(mean_by(batch.segment, batch.loss_mask, bounded))
-    loss = -mean_by(batch.segment, batch.loss_mask, advantage) * ratio
-    return Held(loss, (log_r < -cfg.low) & (advantage < 0), (log_r > cfg.high) & (advantage > 0))
-
-
-def sapo(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Sapo) -> Held:
-    """-A sigmoid(tau (r - 1)) 4 / tau: a soft gate, of slope 1 at r = 1. Source: Gao et al. 2025 (SAPO)."""
-    tau = jnp.where(advantage > 0, cfg.positive, cfg.negative)
-    loss = -advantage * jax.nn.sigmoid(tau * (jnp.exp(log_r) - 1)) * 4 / tau
-    nothing = jnp.zeros_like(batch.loss_mask)
-    return Held(loss, nothing, nothing)
-
-
-def dppo(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Dppo) -> Held:
-    """A token is dropped where it has moved beyond `high` up with A > 0, or beyond `low` down with A <= 0.
-
-    tv: by p - p_old. kl: by KL of the two-way distributions (p_old, 1 - p_old) and (p, 1 - p), with the sign of p - p_old.
-    Source: DPPO (arXiv 2602.04879); forms: SkyRL and prime-rl until August 2026, verl.
-    """
-    new = jax.lax.stop_gradient(jnp.exp(logprobs))
-    old = jax.lax.stop_gradient(jnp.exp(logprobs - log_r))
-    moved = new - old
-    if cfg.divergence == "kl":
-        tiny = jnp.finfo(new.dtype).tiny
-        other = lambda p: jnp.maximum(1 - p, tiny)  # noqa: E731
-        divergence = -old * log_r + other(old) * (jnp.log(other(old)) - jnp.log(other(new)))
-        moved = jnp.sign(moved) * jax.lax.stop_gradient(jnp.maximum(divergence, 0))
-    low, high = (moved < -cfg.low) & (advantage <= 0), (moved > cfg.high) & (advantage > 0)
-    ratio = jnp.exp(log_r)
-    if cfg.form == "ratio":
-        term = ratio
-    else:
-        term = jax.lax.stop_gradient(jnp.minimum(ratio, cfg.cap)) * logprobs
-    return Held(jnp.where(low | high, 0.0, -advantage * term), low, high)
-
-
-def ipo(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Ipo) -> Held:
-    """-A r where |p - p_old| <= eps, else 0, whatever the sign of A. Source: prime-rl's `ipo_loss_fn`."""
-    moved = jax.lax.stop_gradient(jnp.exp(logprobs) - jnp.exp(logprobs - log_r))
-    low, high = moved < -cfg.eps, moved > cfg.eps
-    return Held(jnp.where(low | high, 0.0, -advantage * jnp.exp(log_r)), low, high)
-
-
-def reinforce(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Reinforce) -> Held:
-    """-A log p."""
-    nothing = jnp.zeros_like(batch.loss_mask)
-    return Held(-advantage * logprobs, nothing, nothing)
-
-
-SURROGATES = {Clip: clip, Cispo: cispo, Gmpo: gmpo, Sapo: sapo, Dppo: dppo, Ipo: ipo, Reinforce: reinforce}
+UNCORRECTED = NoCorrection()
 
 
 class Weighed(NamedTuple):
@@ -288,7 +153,7 @@ def policy_terms(scores: TokenScores, batch: Batch, cfg: PolicyGradient, correct
         means |= {"critic/value": scores.values, "critic/return": batch.returns}
         loss = loss + cfg.critic.weight * means["critic/loss"]
     maxima = {"ratio/max": ratio, "ratio/-min": -ratio, "mismatch/max_abs_dlogp": jnp.abs(mismatch)}
-    return Terms(loss, means, maxima, {})
+    return Terms(loss, means, maxima)
 
 
 def mismatch_means(mismatch: Tokens) -> dict[str, Tokens]:
@@ -296,18 +161,12 @@ def mismatch_means(mismatch: Tokens) -> dict[str, Tokens]:
     return {"mismatch/kl": k3(-mismatch), "mismatch/mean_abs_dlogp": jnp.abs(mismatch)}
 
 
-def anchored_on_proximal(cfg: PolicyGradient, correction: Correction) -> bool:
-    if cfg.anchor == "auto":
-        return not isinstance(correction, NoCorrection)
-    return cfg.anchor == "proximal"
-
-
-def cross_entropy_terms(scores: TokenScores, batch: Batch, cfg: CrossEntropy, correction: Correction) -> Terms:
+def cross_entropy_terms(scores: TokenScores, batch: Batch) -> Terms:
     """-log p(token). Nothing was sampled, so nothing is corrected."""
-    return Terms(-scores.logprobs, {"entropy": scores.entropy}, {}, {})
+    return Terms(-scores.logprobs, {"entropy": scores.entropy})
 
 
-def dpo_terms(scores: TokenScores, batch: Batch, cfg: Dpo, correction: Correction) -> Terms:
+def dpo_terms(scores: TokenScores, batch: Batch, cfg: Dpo) -> Terms:
     """-log sigmoid(beta (m_best - m_worst)) at every token of a pair, m the sum over a sequence of log p - log p_ref.
 
     Advantages of 1 and -1 mark the two. Source: Rafailov et al. 2023 (DPO), eq. 7.
@@ -320,10 +179,10 @@ def dpo_terms(scores: TokenScores, batch: Batch, cfg: Dpo, correction: Correctio
     return Terms(loss, means, maxima, pairs)
 
 
-def distillation_terms(scores: TokenScores, batch: Batch, cfg: Distillation, correction: Correction) -> Terms:
+def distillation_terms(scores: TokenScores, batch: Batch) -> Terms:
     """Exact KL(policy || teacher). Source: Agarwal et al. 2024 (GKD) with the reverse KL, on the policy's own samples."""
     means, maxima = _beside_sampler(scores, batch)
-    return Terms(scores.kl, means | {"kl": scores.kl}, maxima, {})
+    return Terms(scores.kl, means | {"kl": scores.kl}, maxima)
 
 
 def _beside_sampler(scores: TokenScores, batch: Batch) -> tuple[dict[str, Tokens], dict[str, Tokens]]:
@@ -334,9 +193,65 @@ def _beside_sampler(scores: TokenScores, batch: Batch) -> tuple[dict[str, Tokens
     return {"entropy": scores.entropy} | mismatch_means(away), maxima
 
 
-TERMS = {
-    PolicyGradient: policy_terms,
-    CrossEntropy: cross_entropy_terms,
-    Dpo: dpo_terms,
-    Distillation: distillation_terms,
-}
+CROSS_ENTROPY = Loss(cross_entropy_terms)
+"""Of supervised training."""
+
+
+def make_loss(
+    objective: ObjectiveConfig, correction: Correction = UNCORRECTED, max_new_tokens: int = 1, updates: int = 1
+) -> Loss:
+    """The loss that an objective asks for.
+
+    Args:
+      objective: its loss, and whether a critic is trained beside it.
+      correction: of the sampler's arithmetic, `auto` resolved.
+      max_new_tokens: the length of the aggregation `constant` where the config says none.
+      updates: on each batch; where there is one, the update scores the proximal policy itself.
+    """
+    cfg = objective.loss
+    if isinstance(cfg, CrossEntropy):
+        return CROSS_ENTROPY
+    if isinstance(cfg, Dpo):
+        return Loss(partial(dpo_terms, cfg=cfg), "sequence", columns=("reference_logprobs",))
+    if isinstance(cfg, Distillation):
+        return Loss(distillation_terms)
+    columns = ("reference_logprobs",) * cfg.reads_reference_logprobs
+    columns += ("proximal_logprobs",) * scores_proximal(cfg, correction, updates)
+    columns += ("values", "returns") * objective.has_critic
+    drops = isinstance(correction, SecondMoment)
+    return Loss(
+        partial(policy_terms, cfg=cfg, correction=correction),
+        cfg.aggregation,
+        cfg.length or max_new_tokens,
+        columns,
+        partial(second_moment_mask, threshold=correction.threshold) if drops else None,
+    )
+
+
+def as_loss(
+    function: Callable[[TokenScores, Batch], Tokens | Terms],
+    aggregation: str = "token",
+    length: int = 1,
+    columns: tuple[str, ...] = (),
+) -> Loss:
+    """A loss of your own. `ratio/*`, `mismatch/*` and `entropy` are measured for it, unless its own `Terms` name them.
+
+    Args:
+      function: of the scores and the batch, to one term per token [R T], inside the loss mask and out, or to `Terms`.
+      aggregation: what the terms are averaged over, by counts over the whole minibatch: as `objective.loss.aggregation`.
+      length: of the aggregation `constant`.
+      columns: of `Batch`, those that it reads beside the ones that are always there.
+    """
+
+    def terms(scores: TokenScores, batch: Batch) -> Terms:
+        found = function(scores, batch)
+        found = found if isinstance(found, Terms) else Terms(found)
+        if jnp.shape(found.loss) != batch.tokens.shape:
+            raise UserError(
+                f"the loss {getattr(function, '__name__', function)}: got terms of shape {list(jnp.shape(found.loss))}, want "
+                f"one term per token, {list(batch.tokens.shape)}: the mean is taken for you"
+            )
+        means, maxima = _beside_sampler(scores, batch)
+        return found._replace(means=means | found.means, maxima=maxima | found.maxima)
+
+    return Loss(terms, aggregation, length, columns)

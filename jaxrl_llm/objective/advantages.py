@@ -11,8 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxrl_llm.errors import AdvantageError
-from jaxrl_llm.experience.bounds import bound
-from jaxrl_llm.experience.config import (
+from jaxrl_llm.objective.advantage_config import (
     AdvantageConfig,
     BestWorst,
     Gae,
@@ -29,16 +28,9 @@ from jaxrl_llm.experience.config import (
     RewardKl,
     Rloo,
 )
-from jaxrl_llm.experience.outcome import (
-    Completion,
-    Group,
-    Outcome,
-    Tokens,
-    of_groups_that_count,
-    own_rewards,
-    scores,
-)
-from jaxrl_llm.experience.statistics import (
+from jaxrl_llm.objective.bounds import bound
+from jaxrl_llm.objective.outcome import Completion, Group, Outcome, Tokens, of_groups_that_count, own_rewards, scores
+from jaxrl_llm.objective.statistics import (
     batch_centred,
     batch_deviation,
     centred,
