@@ -13,7 +13,8 @@ from jaxrl_llm.life import Life
 from jaxrl_llm.metrics import RatioAlarm
 from jaxrl_llm.model import lora
 from jaxrl_llm.model.work import TrainFlops
-from jaxrl_llm.objective.advantages import Outcome, estimate, reward_kl
+from jaxrl_llm.objective.advantages import estimate
+from jaxrl_llm.objective.outcome import Outcome
 from jaxrl_llm.rates import batch_flops
 from jaxrl_llm.run import Run, score
 from jaxrl_llm.types import Experience, TrainState
@@ -130,7 +131,7 @@ def assess(
             proximal_logprobs=scores.logprobs if run.scores_proximal else None, values=scores.values
         )
     if objective.reward_kl.weight > 0:
-        token_reward = reward_kl(behavior, sequences.reference_logprobs, sequences.learn, objective.reward_kl)
+        token_reward = objective.reward_kl(behavior, sequences.reference_logprobs, sequences.learn)
         if sequences.learn.any():
             metrics["reward_kl"] = float(-token_reward.sum() / sequences.learn.sum() / objective.reward_kl.weight)
     late, shape = objective.reward_kl.to == "advantage", (len(counts), -1)

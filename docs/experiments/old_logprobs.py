@@ -37,8 +37,8 @@ from jaxrl_llm.learn import assess
 from jaxrl_llm.life import Life, begin, fresh_state
 from jaxrl_llm.metrics import RatioAlarm
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.objective.advantage_config import Rloo
 from jaxrl_llm.objective.config import ObjectiveConfig
+from jaxrl_llm.objective.group_estimators import Rloo
 from jaxrl_llm.objective.loss_config import Clip, PolicyGradient
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.prompts.config import ArithmeticTask

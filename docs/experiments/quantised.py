@@ -27,8 +27,8 @@ import numpy as np
 
 from jaxrl_llm.config import CheckpointConfig, EvaluationConfig, RunConfig
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.objective.advantage_config import Rloo
 from jaxrl_llm.objective.config import ObjectiveConfig
+from jaxrl_llm.objective.group_estimators import Rloo
 from jaxrl_llm.objective.loss_config import AutoCorrection, NoCorrection, PolicyGradient
 from jaxrl_llm.prompts.config import ArithmeticTask
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig

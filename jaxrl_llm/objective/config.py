@@ -11,17 +11,15 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le
 from pydantic import ConfigDict, model_validator
 
-from jaxrl_llm.objective.advantage_config import (
-    AdvantageConfig,
-    Gae,
-    Grpo,
-    RewardKl,
-)
+from jaxrl_llm.objective.advantages import AdvantageConfig
+from jaxrl_llm.objective.group_estimators import Grpo
 from jaxrl_llm.objective.loss_config import (
     Dpo,
     LossConfig,
     PolicyGradient,
 )
+from jaxrl_llm.objective.reward_kl import RewardKl
+from jaxrl_llm.objective.token_estimators import Gae
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,12 @@ class Outcome(NamedTuple):
     """As `token_reward`, but its returns to go join the advantages after every statistic."""
 
 
+class Estimate(NamedTuple):
+    advantage: Completion
+    returns: Completion | None = None
+    """What a critic is to predict."""
+
+
 def of_groups_that_count(outcome: Outcome) -> Outcome:
     """With rewards of 0 and no tokens for the groups that do not count, in float64."""
     counted = outcome.counts[:, None]

@@ -1,7 +1,8 @@
 """Which parts of an objective do not go together, and why; and what a group of equal rewards teaches. Imports no jax."""
 
-from jaxrl_llm.objective.advantage_config import AdvantageConfig, BestWorst, Gae, Gdpo, Grpo, Raw, ReinforcePlusPlus
+from jaxrl_llm.objective.advantages import AdvantageConfig
 from jaxrl_llm.objective.config import ObjectiveConfig
+from jaxrl_llm.objective.group_estimators import BestWorst, Gdpo, Grpo, Raw
 from jaxrl_llm.objective.loss_config import (
     Cispo,
     Clip,
@@ -12,6 +13,7 @@ from jaxrl_llm.objective.loss_config import (
     PolicyGradient,
     TruncatedImportance,
 )
+from jaxrl_llm.objective.token_estimators import Gae, ReinforcePlusPlus
 
 # Presets whose source leaves out what has no signal by default: DAPO's dynamic sampling, prime-rl's `filter_zero_advantages`.
 FILTERED = ("paper:dapo", "verl:dapo", "prime:rl", "prime:dppo")

@@ -12,9 +12,10 @@ from pydantic import TypeAdapter
 from jaxrl_llm.experience.batch import token_weights
 from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.objective import losses
-from jaxrl_llm.objective.advantages import Outcome, estimate, reward_kl
+from jaxrl_llm.objective.advantages import estimate
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.loss_config import Dpo, correction_of
+from jaxrl_llm.objective.outcome import Outcome
 from jaxrl_llm.objective.presets import filled
 from jaxrl_llm.types import Batch
 
@@ -71,7 +72,7 @@ class Found(NamedTuple):
 
 def assess(cfg: ObjectiveConfig, case: Case) -> Found:
     """Advantages and returns by the package."""
-    own, late = reward_kl(case.behavior, case.reference, case.mask, cfg.reward_kl), cfg.reward_kl.to == "advantage"
+    own, late = cfg.reward_kl(case.behavior, case.reference, case.mask), cfg.reward_kl.to == "advantage"
     outcome = Outcome(
         reward=case.reward,
         parts=case.parts,

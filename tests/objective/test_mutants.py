@@ -13,9 +13,11 @@ from cases import batch_of
 from parts import by_oracle, by_package
 
 from jaxrl_llm.experience.batch import token_weights
-from jaxrl_llm.objective import advantages, losses, surrogates
-from jaxrl_llm.objective.advantage_config import Grpo, LeaveOneOut, ReinforcePlusPlus, Rloo
+from jaxrl_llm.objective import advantages, group_estimators, losses, surrogates, token_estimators
+from jaxrl_llm.objective.group_estimators import Grpo, LeaveOneOut, MeanOnly, Rloo
 from jaxrl_llm.objective.loss_config import Cispo, Clip, Dppo, Gmpo, Ipo, Sapo
+from jaxrl_llm.objective.reward_kl import RewardKl
+from jaxrl_llm.objective.token_estimators import Gae, ReinforcePlusPlus
 
 
 def told(name: str) -> bool:
@@ -29,13 +31,13 @@ def told(name: str) -> bool:
     return not same
 
 
-# ---- advantages: mutations of `jaxrl_llm.objective.advantages`
+# ---- advantages: mutations of estimators and of what they are made of
 
 
 def estimator(kind, change):
     """The kind's estimator with its config changed."""
-    own = advantages.ESTIMATORS[kind]
-    return advantages, "ESTIMATORS", advantages.ESTIMATORS | {kind: lambda outcome, cfg: own(outcome, change(cfg))}
+    own = kind.estimate
+    return kind, "estimate", lambda cfg, outcome: own(change(cfg), outcome)
 
 
 def resets_at_masked(rewards, mask, gamma):
@@ -57,27 +59,25 @@ def whiten_with_padding(x, mask, ddof=1, eps=1e-8, beside_std=0.0):
     return (x - x.mean()) / (np.sqrt(x.var(ddof=ddof) + eps) + beside_std)
 
 
-own_reward_kl = advantages.reward_kl
+own_reward_kl, own_gae = RewardKl.__call__, Gae.estimate
 ADVANTAGES = {
     "std with n (T16's cousin)": (estimator(Grpo, lambda c: dataclasses.replace(c, std="population")), "trl:grpo"),
     "std of the batch (T7)": (estimator(Grpo, lambda c: dataclasses.replace(c, std_over="batch")), "trl:grpo"),
     "another framework's eps": (estimator(Grpo, lambda c: dataclasses.replace(c, eps=1e-4)), "verl:grpo"),
     "the baseline holds the sample itself": (
-        (advantages, "ESTIMATORS", advantages.ESTIMATORS | {Rloo: advantages.mean_only}), "verl:rloo"),
+        (Rloo, "estimate", lambda c, o: MeanOnly().estimate(o)), "verl:rloo"),
     "the group's std for the others' (T13)": (
-        (advantages, "ESTIMATORS", advantages.ESTIMATORS | {
-            LeaveOneOut: lambda o, c: advantages.grpo(o, Grpo(eps=c.eps))}), "nemo:grpo"),
-    "the batch's mean": ((advantages, "centred", lambda score: score - score.mean()), "verl:dr_grpo"),
-    "whitening over padding (T18)": ((advantages, "whiten", whiten_with_padding), "verl:reinforce_pp"),
+        (LeaveOneOut, "estimate", lambda c, o: Grpo(eps=c.eps).estimate(o)), "nemo:grpo"),
+    "the batch's mean": ((group_estimators, "centred", lambda score: score - score.mean()), "verl:dr_grpo"),
+    "whitening over padding (T18)": ((token_estimators, "whiten", whiten_with_padding), "verl:reinforce_pp"),
     "biased variance (T16)": (
         estimator(ReinforcePlusPlus, lambda c: dataclasses.replace(c, variance="population")), "verl:reinforce_pp"),
-    "credit ends at what was not drawn (T11)": ((advantages, "_to_go", resets_at_masked), "verl:reinforce_pp"),
-    "the reward on padding": ((advantages, "token_rewards", reward_in_the_last_slot), "verl:ppo"),
+    "credit ends at what was not drawn (T11)": ((token_estimators, "to_go", resets_at_masked), "verl:reinforce_pp"),
+    "the reward on padding": ((token_estimators, "token_rewards", reward_in_the_last_slot), "verl:ppo"),
     "returns of whitened advantages": (
-        (advantages, "ESTIMATORS", advantages.ESTIMATORS | {
-            advantages.Gae: lambda o, c: (e := advantages.gae(o, c))._replace(returns=e.advantage + o.values)}), "verl:ppo"),
+        (Gae, "estimate", lambda c, o: (e := own_gae(c, o))._replace(returns=e.advantage + o.values)), "verl:ppo"),
     "a KL that is paid": (
-        ("cases", "reward_kl", lambda *args: -own_reward_kl(*args)), "trl:rloo"),
+        (RewardKl, "__call__", lambda *args: -own_reward_kl(*args)), "trl:rloo"),
     "KL before the group's norm": (
         ("cases", "estimate", lambda cfg, o: advantages.estimate(
             cfg, o._replace(token_reward=o.late_reward, late_reward=None))), "openrlhf:grpo"),
