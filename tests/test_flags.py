@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 # What the walk sets: the first that a type takes and that is not the default; also words that YAML reads as something else.
 CANDIDATES = (
     3, 7, 2, 0, 0.5, 0.25, 1.5, True, False, "a: b, 007", "{question} [1]", "a.*", {"a": {"b": 1}},
-    [{"match": "layers/.*", "lr_scale": 0.5}], [{"grader": "numeric", "weight": 2.0}], [True], ["q", "down"], ["x", "# y"], None,
+    [{"match": "layers/.*", "lr_scale": 0.5}], [{"grader": "numeric", "weight": 2.0}], [True], ["q", "down"], ["x", "# y"],
+    ["reference_logprobs"], None,
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What a run maximises: an advantage, a loss, and the models beside the policy that these read. Imports no jax.
+"""What a run maximizes: an advantage, a loss, and the models beside the policy that these read. Imports no jax.
 
     objective = advantage (x KL in the reward) x loss: ratio x surrogate x correction x aggregation + KL - entropy (+ critic)
 
@@ -11,13 +11,10 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le
 from pydantic import ConfigDict, model_validator
 
+from jaxrl_llm import own
 from jaxrl_llm.objective.advantages import AdvantageConfig
 from jaxrl_llm.objective.group_estimators import Grpo
-from jaxrl_llm.objective.loss_config import (
-    Dpo,
-    LossConfig,
-    PolicyGradient,
-)
+from jaxrl_llm.objective.loss_config import LossConfig, PolicyGradient
 from jaxrl_llm.objective.reward_kl import RewardKl
 from jaxrl_llm.objective.token_estimators import Gae
 
@@ -70,8 +67,12 @@ class ObjectiveConfig:
     @model_validator(mode="before")
     @classmethod
     def written_out(cls, value: Any) -> Any:
-        """A name alone is short for {preset: name}."""
-        return {"preset": value} if isinstance(value, str) else value
+        """A name alone is short for {preset: name}; a part may name a function of your own."""
+        if isinstance(value, str):
+            return {"preset": value}
+        if isinstance(value, dict) and "loss" in value:
+            return value | {"loss": own.written_out(value["loss"])}
+        return value
 
     @property
     def has_critic(self) -> bool:
@@ -80,8 +81,7 @@ class ObjectiveConfig:
     @property
     def reads_reference_logprobs(self) -> bool:
         """Of the tokens that were drawn."""
-        in_loss = isinstance(self.loss, PolicyGradient) and self.loss.reads_reference_logprobs
-        return in_loss or self.reward_kl.weight > 0 or isinstance(self.loss, Dpo)
+        return self.loss.reads_reference_logprobs or self.reward_kl.weight > 0
 
     @property
     def reads_reference_distribution(self) -> bool:

@@ -203,7 +203,7 @@ class Gpg:
 
 @dataclass(frozen=True)
 class Gdpo:
-    """Each grader's part normalised in its group as `grpo` does, their weighted sum whitened over the batch (GDPO)."""
+    """Each grader's part normalized in its group as `grpo` does, their weighted sum whitened over the batch (GDPO)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     kind: Literal["gdpo"] = "gdpo"

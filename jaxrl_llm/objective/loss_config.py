@@ -1,10 +1,13 @@
 """What an update minimizes. A choice among variants is a type, tagged by `kind`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import ConfigDict, Field
+
+from jaxrl_llm import own
 
 Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]
@@ -13,6 +16,7 @@ NonNegative = Annotated[float, Ge(0)]
 
 
 Level = Literal["token", "sequence", "geometric"]
+Aggregation = Literal["token", "sequence", "constant", "sequence_sum", "token_sum", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,7 @@ class KlConfig:
 
 @dataclass(frozen=True)
 class CriticLoss:
-    """weight * 1/2 max((v - R)^2, (clip(v, v_old - clip, v_old + clip) - R)^2), normalised as the policy's term is."""
+    """weight * 1/2 max((v - R)^2, (clip(v, v_old - clip, v_old + clip) - R)^2), normalized as the policy's term is."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -208,7 +212,7 @@ class CriticLoss:
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """surrogate(ratio, advantage) * weight of the correction, + KL - entropy; every part normalised by the same weights."""
+    """surrogate(ratio, advantage) * weight of the correction, + KL - entropy; every part normalized by the same weights."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -222,7 +226,7 @@ class PolicyGradient:
     surrogate: SurrogateConfig = field(default_factory=Clip)
     correction: CorrectionConfig = field(default_factory=AutoCorrection)
     """Of the difference between the sampler's policy and the trainer's."""
-    aggregation: Literal["token", "sequence", "constant", "sequence_sum", "token_sum", "prompt"] = "token"
+    aggregation: Aggregation = "token"
     """What the loss is a mean over, counted over the whole minibatch: tokens (DAPO); the tokens of a sequence, then sequences
     (GRPO); `length` tokens, then sequences (Dr. GRPO); sums of sequences; no mean at all; the tokens of a group, then groups."""
     length: Count | None = None
@@ -245,6 +249,7 @@ class CrossEntropy:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["cross_entropy"] = "cross_entropy"
+    reads_reference_logprobs: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -255,6 +260,7 @@ class Dpo:
 
     kind: Literal["dpo"] = "dpo"
     beta: Positive = 0.1
+    reads_reference_logprobs: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -264,9 +270,40 @@ class Distillation:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["distillation"] = "distillation"
+    reads_reference_logprobs: ClassVar[bool] = False
 
 
-LossConfig = Annotated[PolicyGradient | CrossEntropy | Dpo | Distillation, Field(discriminator="kind")]
+@dataclass(frozen=True)
+class OwnLoss:
+    """A function of your own of the scores and the batch: one term per token, of which the mean is taken. A bare "module:name" is
+    one without options."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    function: Annotated[str, MinLen(1)]
+    """ "module:name": (TokenScores, Batch) -> one term per token, or a class that makes such a function."""
+    kind: Literal["own"] = "own"
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the function, or of the class."""
+    aggregation: Aggregation = "token"
+    """As of `policy_gradient`."""
+    length: Count | None = None
+    """Of `constant`; None: rollout.max_new_tokens."""
+    columns: tuple[Literal["reference_logprobs", "proximal_logprobs"], ...] = ()
+    """Of the batch, those that it reads beside the ones that are always there."""
+
+    written_out = staticmethod(own.written_out)
+
+    @property
+    def reads_reference_logprobs(self) -> bool:
+        return "reference_logprobs" in self.columns
+
+    def found(self) -> Callable:
+        """What `function` names. Raises UserError as `own.resolve` does."""
+        return own.resolve(self.function, "a function of TokenScores and a Batch")
+
+
+LossConfig = Annotated[PolicyGradient | CrossEntropy | Dpo | Distillation | OwnLoss, Field(discriminator="kind")]
 
 
 def correction_of(loss: LossConfig, weights: str, cache: str) -> Correction:
@@ -289,4 +326,6 @@ def anchored_on_proximal(loss: LossConfig, correction: Correction) -> bool:
 
 def scores_proximal(loss: LossConfig, correction: Correction, updates: int) -> bool:
     """A batch is scored once before its first update; where that is the only one, the update does it itself."""
+    if isinstance(loss, OwnLoss):
+        return "proximal_logprobs" in loss.columns
     return isinstance(correction, SecondMoment) or (anchored_on_proximal(loss, correction) and updates > 1)

@@ -1,7 +1,7 @@
 """Losses of tokens: one function per published part, model-free. Each returns a term a token; `Batch.weight` makes the mean.
 
-    r = p / p_anchor, the anchor the policy as it sampled (behaviour) or the trainer's before the first update (proximal)
-    term = w * surrogate(r, A) + KL - entropy,   w the correction p_proximal / p_behaviour, bounded or masked, without a gradient
+    r = p / p_anchor, the anchor the policy as it sampled (behavior) or the trainer's before the first update (proximal)
+    term = w * surrogate(r, A) + KL - entropy,   w the correction p_proximal / p_behavior, bounded or masked, without a gradient
 
 `make_loss` puts together what an objective asks for; `as_loss` takes a function of your own.
 """
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrl_llm import own
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.model.loss import Loss, Mask, Terms, Tokens
@@ -26,6 +27,7 @@ from jaxrl_llm.objective.loss_config import (
     Dpo,
     KlConfig,
     NoCorrection,
+    OwnLoss,
     PolicyGradient,
     SecondMoment,
     TruncatedImportance,
@@ -46,7 +48,7 @@ class Weighed(NamedTuple):
 
 
 def weighed(mismatch: Tokens, batch: Batch, correction: Correction) -> Weighed:
-    """From mismatch = log p_proximal - log p_behaviour; without a gradient."""
+    """From mismatch = log p_proximal - log p_behavior; without a gradient."""
     mismatch = jax.lax.stop_gradient(mismatch)
     if isinstance(correction, NoCorrection | SecondMoment):
         return Weighed(jnp.ones_like(mismatch), jnp.zeros_like(batch.loss_mask))
@@ -157,7 +159,7 @@ def policy_terms(scores: TokenScores, batch: Batch, cfg: PolicyGradient, correct
 
 
 def mismatch_means(mismatch: Tokens) -> dict[str, Tokens]:
-    """Of mismatch = log p - log p_behaviour, under the same parameters: the k3 estimate of KL(sampler || trainer), and its size."""
+    """Of mismatch = log p - log p_behavior, under the same parameters: the k3 estimate of KL(sampler || trainer), and its size."""
     return {"mismatch/kl": k3(-mismatch), "mismatch/mean_abs_dlogp": jnp.abs(mismatch)}
 
 
@@ -215,6 +217,9 @@ def make_loss(
         return Loss(partial(dpo_terms, cfg=cfg), "sequence", columns=("reference_logprobs",))
     if isinstance(cfg, Distillation):
         return Loss(distillation_terms)
+    if isinstance(cfg, OwnLoss):
+        function = own.made(cfg.found(), cfg.options)
+        return as_loss(function, cfg.aggregation, cfg.length or max_new_tokens, cfg.columns)
     columns = ("reference_logprobs",) * cfg.reads_reference_logprobs
     columns += ("proximal_logprobs",) * scores_proximal(cfg, correction, updates)
     columns += ("values", "returns") * objective.has_critic

@@ -18,7 +18,7 @@ class Outcome(NamedTuple):
     """Of each grader, before weights."""
     part_weights: Float[np.ndarray, " n"]
     counts: Bool[np.ndarray, " P"]
-    """The groups that are learnt from; the others' numbers may be NaN and get advantage 0."""
+    """The groups that are learned from; the others' numbers may be NaN and get advantage 0."""
     mask: Tokens
     """Tokens that the policy drew."""
     token_reward: Completion

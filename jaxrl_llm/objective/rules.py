@@ -1,5 +1,7 @@
 """Which parts of an objective do not go together, and why; and what a group of equal rewards teaches. Imports no jax."""
 
+from jaxrl_llm import own
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.objective.advantages import AdvantageConfig
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.group_estimators import BestWorst, Gdpo, Grpo, Raw
@@ -10,6 +12,7 @@ from jaxrl_llm.objective.loss_config import (
     Dpo,
     Gmpo,
     MaskedImportance,
+    OwnLoss,
     PolicyGradient,
     TruncatedImportance,
 )
@@ -60,8 +63,21 @@ def filter_of(choice: str, objective: ObjectiveConfig, graders: int) -> str:
     over_batch = isinstance(advantage, Gdpo | ReinforcePlusPlus) or (
         isinstance(advantage, Grpo) and advantage.std_over == "batch"
     )
-    pulls = isinstance(loss, PolicyGradient) and (loss.kl.weight > 0 or loss.entropy > 0)
+    # Of a function of your own nothing is known.
+    pulls = isinstance(loss, OwnLoss) or (isinstance(loss, PolicyGradient) and (loss.kl.weight > 0 or loss.entropy > 0))
     return "none" if over_batch or pulls else "has_signal"
+
+
+def own_problems(objective: ObjectiveConfig) -> list[str]:
+    """What is wrong with the functions of your own that an objective names, in words. Imports their modules."""
+    loss = objective.loss
+    if not isinstance(loss, OwnLoss):
+        return []
+    try:
+        wrong = own.wrong_arguments(loss.function, loss.found(), loss.options, ("scores", "batch"))
+    except UserError as error:
+        return [f"objective.loss.function: {error}"]
+    return [f"objective.loss.options{text}" for text in wrong]
 
 
 def refusals(objective: ObjectiveConfig, samples: int, packing: str, keep: str = "auto", graders: int = 1) -> list[str]:
@@ -87,6 +103,8 @@ def refusals(objective: ObjectiveConfig, samples: int, packing: str, keep: str =
         found.append(
             "objective.loss.kind: got cross_entropy, want one for RL: it uses no reward; warm_start is supervised"
         )
+    if isinstance(loss, OwnLoss):
+        found += _refused_length(loss)
     if isinstance(loss, Dpo):
         if not isinstance(objective.advantage, BestWorst):
             found.append(
@@ -148,13 +166,18 @@ def _refusals_of_loss(loss: PolicyGradient) -> list[str]:
         found.append(
             f"{name}.kl.to: got behavior with the kind full, want reference: the sampler's logits are not kept"
         )
-    if loss.length is not None and loss.aggregation != "constant":
-        found.append(f"{name}.length: got {loss.length}, want null: only the aggregation constant reads it")
+    found += _refused_length(loss)
     if loss.kl.kind == "k1" and loss.kl.weight and loss.kl.times == "one":
         found.append(
             f"{name}.kl.kind: got k1 in the loss, want k2, k3, reward_kl, or kl.times score: the mean gradient of k1 alone is 0"
         )
     return found + _refusals_of_bounds(loss.correction, f"{name}.correction")
+
+
+def _refused_length(loss: PolicyGradient | OwnLoss) -> list[str]:
+    if loss.length is None or loss.aggregation == "constant":
+        return []
+    return [f"objective.loss.length: got {loss.length}, want null: only the aggregation constant reads it"]
 
 
 def _weighs(correction: CorrectionConfig) -> bool:

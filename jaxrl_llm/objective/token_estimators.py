@@ -54,7 +54,7 @@ class ReinforcePlusPlus:
 
 @dataclass(frozen=True)
 class Gae:
-    """Generalised advantage estimation over completion tokens with the critic's values (Schulman et al. 2016, eq. 16)."""
+    """Generalized advantage estimation over completion tokens with the critic's values (Schulman et al. 2016, eq. 16)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     kind: Literal["gae"] = "gae"

@@ -20,6 +20,7 @@ from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig, Whole
 from jaxrl_llm.model.head import ACCELERATOR
+from jaxrl_llm.objective.rules import own_problems
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.hlo import Module
 from jaxrl_llm.parallel.layout import TRAIN, Layout
@@ -105,6 +106,7 @@ def problems(cfg: RunConfig, model: ModelConfig, prompt_slots: int, devices: Seq
         + lora.problems(model, cfg.lora)
         + vocabulary_problems(model, vocabulary(cfg, model).size)
         + packing_problems(cfg, prompt_slots)
+        + own_problems(cfg.objective)
     )
 
 
