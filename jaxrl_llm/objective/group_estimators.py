@@ -7,12 +7,13 @@ order of rows changes nothing, not even the last bit.
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from annotated_types import Ge
 from pydantic import ConfigDict
 
+from jaxrl_llm.objective.estimator import Estimator
 from jaxrl_llm.objective.outcome import Completion, Estimate, Group, Outcome, Tokens, own_rewards, scores
 from jaxrl_llm.objective.statistics import (
     batch_centred,
@@ -30,7 +31,7 @@ Over = Literal["group", "batch"]
 
 
 @dataclass(frozen=True)
-class Grpo:
+class Grpo(Estimator):
     """(r - mean) / (std + eps) (Shao et al. 2024, DeepSeekMath, 4.1.2)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -61,13 +62,26 @@ class Grpo:
             return in_stds(n, self._ddof)
         return np.ptp(score) / self.eps if self.eps else math.inf
 
+    def of_equal_rewards(self, graders: int) -> str:
+        if self.mean_over == "group":
+            return ""
+        return "with mean_over batch compares groups with each other: equal rewards teach too"
+
+    @property
+    def compares_a_group(self) -> bool:
+        return "group" in (self.mean_over, self.std_over)
+
+    @property
+    def reads_the_batch(self) -> bool:
+        return self.std_over == "batch"
+
     @property
     def _ddof(self) -> int:
         return int(self.std == "sample")
 
 
 @dataclass(frozen=True)
-class MeanOnly:
+class MeanOnly(Estimator):
     """r - mean of the group (Liu et al. 2025, Dr. GRPO, 3.2)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -82,7 +96,7 @@ class MeanOnly:
 
 
 @dataclass(frozen=True)
-class Rloo:
+class Rloo(Estimator):
     """r - mean of the G - 1 others (Ahmadian et al. 2024, eq. 9)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -102,7 +116,7 @@ class Rloo:
 
 
 @dataclass(frozen=True)
-class LeaveOneOut:
+class LeaveOneOut(Estimator):
     """(r - mean) / (std + eps), both of the G - 1 others; r - mean where their std is 0 (NeMo-RL)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -122,7 +136,7 @@ class LeaveOneOut:
 
 
 @dataclass(frozen=True)
-class MaxRl:
+class MaxRl(Estimator):
     """(r - mean) / (mean + eps); 0 where the mean is not above 0 (MaxRL)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -143,7 +157,7 @@ class MaxRl:
 
 
 @dataclass(frozen=True)
-class PassAtK:
+class PassAtK(Estimator):
     """The best of a group gets what it is ahead of the second, the others 0 (Walder & Karkhanis 2025; verl's best-only form)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -167,7 +181,7 @@ class PassAtK:
 
 
 @dataclass(frozen=True)
-class Opo:
+class Opo(Estimator):
     """r - sum(length * r) / sum(length) (Hao et al. 2025, OPO)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -184,7 +198,7 @@ class Opo:
 
 
 @dataclass(frozen=True)
-class Gpg:
+class Gpg(Estimator):
     """alpha (r - mean), alpha = rows / rows whose reward is not 0 (Chu et al. 2025, GPG)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -202,12 +216,13 @@ class Gpg:
 
 
 @dataclass(frozen=True)
-class Gdpo:
+class Gdpo(Estimator):
     """Each grader's part normalized in its group as `grpo` does, their weighted sum whitened over the batch (GDPO)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     kind: Literal["gdpo"] = "gdpo"
     eps: NonNegative = 1e-4
+    reads_the_batch: ClassVar[bool] = True
 
     def estimate(self, outcome: Outcome) -> Estimate:
         """Whitened with (A - mean) / (std + eps), std with n - 1."""
@@ -219,13 +234,17 @@ class Gdpo:
     def bound(self, score: Group, outcome: Outcome) -> float:
         return in_stds(score.size, 1)
 
+    def of_equal_rewards(self, graders: int) -> str:
+        return "compares each grader's part by itself: parts may differ where their sum is equal" if graders > 1 else ""
+
 
 @dataclass(frozen=True)
-class Raw:
+class Raw(Estimator):
     """The reward itself."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     kind: Literal["raw"] = "raw"
+    compares_a_group: ClassVar[bool] = False
 
     def estimate(self, outcome: Outcome) -> Estimate:
         return at_each_token(scores(outcome), outcome)
@@ -233,9 +252,12 @@ class Raw:
     def bound(self, score: Group, outcome: Outcome) -> float:
         return np.abs(score).max()
 
+    def of_equal_rewards(self, graders: int) -> str:
+        return "has no baseline: equal rewards teach too"
+
 
 @dataclass(frozen=True)
-class BestWorst:
+class BestWorst(Estimator):
     """1 for the best of a group, -1 for the worst, 0 for the others: the pairs of `dpo`."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)

@@ -2,9 +2,8 @@
 
 from jaxrl_llm import own
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.objective.advantages import AdvantageConfig
 from jaxrl_llm.objective.config import ObjectiveConfig
-from jaxrl_llm.objective.group_estimators import BestWorst, Gdpo, Grpo, Raw
+from jaxrl_llm.objective.group_estimators import BestWorst, Grpo
 from jaxrl_llm.objective.loss_config import (
     Cispo,
     Clip,
@@ -16,38 +15,20 @@ from jaxrl_llm.objective.loss_config import (
     PolicyGradient,
     TruncatedImportance,
 )
-from jaxrl_llm.objective.token_estimators import Gae, ReinforcePlusPlus
 
 # Presets whose source leaves out what has no signal by default: DAPO's dynamic sampling, prime-rl's `filter_zero_advantages`.
 FILTERED = ("paper:dapo", "verl:dapo", "prime:rl", "prime:dppo")
 
 
-GROUPED = ("mean_only", "rloo", "leave_one_out", "max_rl", "pass_at_k", "opo", "gpg", "gdpo", "best_worst")
-
-
-def _compares_a_group(advantage: AdvantageConfig) -> bool:
-    if isinstance(advantage, Grpo):
-        return "group" in (advantage.mean_over, advantage.std_over)
-    return advantage.kind in GROUPED or (isinstance(advantage, ReinforcePlusPlus) and advantage.baseline)
-
-
 def teaches_without_signal(objective: ObjectiveConfig, graders: int) -> str:
     """What a group of equal rewards teaches: the part of the objective that gives its tokens a reward or an advantage other than 0,
     or that reads no reward; "" where it teaches nothing. `graders`: how many there are."""
-    advantage, name = objective.advantage, f"objective.advantage {objective.advantage.kind}"
     if objective.loss.kind == "distillation":
         return "objective.loss distillation reads no reward: every group teaches"
     if objective.reward_kl.weight > 0:
         return "objective.reward_kl gives each token a reward of its own"
-    if isinstance(advantage, Raw):
-        return f"{name} has no baseline: equal rewards teach too"
-    if isinstance(advantage, Gae) or (isinstance(advantage, ReinforcePlusPlus) and not advantage.baseline):
-        return f"{name} compares with what other groups and states are worth: equal rewards teach too"
-    if isinstance(advantage, Grpo) and advantage.mean_over == "batch":
-        return f"{name} with mean_over batch compares groups with each other: equal rewards teach too"
-    if isinstance(advantage, Gdpo) and graders > 1:
-        return f"{name} compares each grader's part by itself: parts may differ where their sum is equal"
-    return ""
+    why = objective.advantage.of_equal_rewards(graders)
+    return f"objective.advantage {objective.advantage.kind} {why}" if why else ""
 
 
 def filter_of(choice: str, objective: ObjectiveConfig, graders: int) -> str:
@@ -60,12 +41,9 @@ def filter_of(choice: str, objective: ObjectiveConfig, graders: int) -> str:
     if objective.preset:
         return "has_signal" if objective.preset in FILTERED else "none"
     advantage, loss = objective.advantage, objective.loss
-    over_batch = isinstance(advantage, Gdpo | ReinforcePlusPlus) or (
-        isinstance(advantage, Grpo) and advantage.std_over == "batch"
-    )
     # Of a function of your own nothing is known.
     pulls = isinstance(loss, OwnLoss) or (isinstance(loss, PolicyGradient) and (loss.kl.weight > 0 or loss.entropy > 0))
-    return "none" if over_batch or pulls else "has_signal"
+    return "none" if advantage.reads_the_batch or pulls else "has_signal"
 
 
 def own_problems(objective: ObjectiveConfig) -> list[str]:
@@ -88,7 +66,7 @@ def refusals(objective: ObjectiveConfig, samples: int, packing: str, keep: str =
         why := teaches_without_signal(objective, graders if keep == "has_signal" else 1)
     ):
         found.append(f"experience.filter: got {keep}, want auto or none: {why}")
-    if _compares_a_group(objective.advantage) and samples < 2:
+    if objective.advantage.compares_a_group and samples < 2:
         found.append(
             f"objective.advantage.kind: got {objective.advantage.kind} with rollout.samples {samples}, want 2 or more samples: "
             "a group of one has no mean of others"
@@ -120,7 +98,7 @@ def refusals(objective: ObjectiveConfig, samples: int, packing: str, keep: str =
             found.append(
                 "objective.advantage.kind: got best_worst, which is for the loss dpo; want an advantage of every sample"
             )
-    if objective.reward_kl.to == "advantage" and objective.advantage.kind in ("gae", "reinforce_pp"):
+    if objective.reward_kl.to == "advantage" and objective.advantage.gives_what_is_to_come:
         found.append(
             f"objective.reward_kl.to: got advantage with the advantage {objective.advantage.kind}, want reward: it gives each "
             "token what is still to come by itself"

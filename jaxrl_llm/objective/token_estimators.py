@@ -2,22 +2,24 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from annotated_types import Ge, Gt, Le
 from jaxtyping import Int
 from pydantic import ConfigDict
 
+from jaxrl_llm.objective.estimator import Estimator
 from jaxrl_llm.objective.group_estimators import about_mean, at_each_token, in_stds
 from jaxrl_llm.objective.outcome import Completion, Estimate, Group, Outcome, Tokens, scores
 from jaxrl_llm.objective.statistics import centred, whiten
 
 Fraction = Annotated[float, Ge(0), Le(1)]
+OTHERS = "compares with what other groups and states are worth: equal rewards teach too"
 
 
 @dataclass(frozen=True)
-class ReinforcePlusPlus:
+class ReinforcePlusPlus(Estimator):
     """Returns to go of the tokens' rewards, whitened over the batch's tokens (Hu 2025, REINFORCE++)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -30,6 +32,8 @@ class ReinforcePlusPlus:
     eps: Annotated[float, Gt(0)] = 1e-8
     eps_beside: Literal["variance", "std"] = "variance"
     """Divided by sqrt(var + eps), or by std + eps (AReaL)."""
+    reads_the_batch: ClassVar[bool] = True
+    gives_what_is_to_come: ClassVar[bool] = True
 
     def estimate(self, outcome: Outcome) -> Estimate:
         if self.baseline:
@@ -47,13 +51,20 @@ class ReinforcePlusPlus:
             return about_mean(score) if self.baseline else np.abs(score).max()
         return in_stds(tokens, self._ddof)
 
+    def of_equal_rewards(self, graders: int) -> str:
+        return "" if self.baseline else OTHERS
+
+    @property
+    def compares_a_group(self) -> bool:
+        return self.baseline
+
     @property
     def _ddof(self) -> int:
         return int(self.variance == "sample")
 
 
 @dataclass(frozen=True)
-class Gae:
+class Gae(Estimator):
     """Generalized advantage estimation over completion tokens with the critic's values (Schulman et al. 2016, eq. 16)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -62,6 +73,8 @@ class Gae:
     lam: Fraction = 0.95
     whiten: bool = True
     """(A - mean) / sqrt(var + 1e-8) over the batch's tokens, var with n - 1; after the returns."""
+    compares_a_group: ClassVar[bool] = False
+    gives_what_is_to_come: ClassVar[bool] = True
 
     def estimate(self, outcome: Outcome) -> Estimate:
         """delta_t = r_t + gamma V_{t+1} - V_t; A_t = delta_t + gamma lam A_{t+1}. Tokens that were not drawn are passed over."""
@@ -79,6 +92,9 @@ class Gae:
     def bound(self, score: Group, outcome: Outcome) -> float:
         tokens = np.count_nonzero(outcome.mask)
         return in_stds(tokens, 1) if self.whiten and tokens > 1 else math.inf
+
+    def of_equal_rewards(self, graders: int) -> str:
+        return OTHERS
 
 
 def token_rewards(outcome: Outcome) -> Completion:
