@@ -28,18 +28,18 @@ from benchmarks.clock import Timing, alternate
 from benchmarks.machine import machine
 from benchmarks.models import DTYPES, NEW_TOKENS, PROMPT_SLOTS, SAMPLES, SIZES, Workload, layouts, make_params
 from jaxrl_llm.ceilings import matmul_rate
-from jaxrl_llm.experience.batch import make_batch, supervised
-from jaxrl_llm.experience.packing import Shape, shape_of
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import Whole
 from jaxrl_llm.model.work import TrainFlops, seen, train_flops
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.losses import make_loss
 from jaxrl_llm.rates import UpdateRates, least_seconds, measure_update
-from jaxrl_llm.types import Batch, PyTree
+from jaxrl_llm.types import Batch, Credit, Experience, Prompts, PyTree, Scores
+from jaxrl_llm.update.batch import make_batch, supervised
 from jaxrl_llm.update.optimizer.config import AdamW
 from jaxrl_llm.update.optimizer.state import make_start
 from jaxrl_llm.update.optimizer.transform import make_optimizer
+from jaxrl_llm.update.packing import Shape, shape_of
 from jaxrl_llm.update.step import make_update
 
 # Tokens at which the ceiling is measured, at most.
@@ -73,15 +73,15 @@ class Case:
     def batch(self) -> Batch:
         """Random tokens; advantages of both signs; behaviour log-probs of a uniform policy, so that ratios are near 1."""
         rng, rows, vocab = np.random.default_rng(0), self.work.rows, self.work.cfg.vocab_size
-        prompts = np.repeat(rng.integers(0, vocab, (self.work.prompts, self.prompt)).astype(np.int32), SAMPLES, axis=0)
+        number = np.arange(self.work.prompts, dtype=np.int32)
+        texts = rng.integers(0, vocab, (len(number), self.prompt)).astype(np.int32)
+        prompts = Prompts(texts, np.full(len(number), self.prompt, np.int32), number, number)
         tokens = rng.integers(0, vocab, (rows, self.new)).astype(np.int32)
-        whole = [np.full(rows, n, np.int32) for n in (self.prompt, self.new)]
-        sequences = supervised(prompts, whole[0], tokens, whole[1])._replace(
-            group=np.repeat(np.arange(self.work.prompts, dtype=np.int32), SAMPLES),
-            behavior_logprobs=np.full(tokens.shape, -np.log(vocab), np.float32),
-            advantage=np.broadcast_to(rng.standard_normal((rows, 1)), tokens.shape).astype(np.float32),
-        )
-        return make_batch(sequences, self.shape, 0)[0]
+        groups = supervised(prompts, tokens, np.full(rows, self.new, np.int32)).groups
+        rollouts = groups.rollouts.replace(behavior_logprobs=np.full(tokens.shape, -np.log(vocab), np.float32))
+        advantage = np.broadcast_to(rng.standard_normal((rows, 1)), tokens.shape).astype(np.float32)
+        experience = Experience(groups.replace(rollouts=rollouts), Scores(), Credit(advantage))
+        return make_batch(experience, self.shape, 0)[0]
 
     def flops(self) -> TrainFlops:
         return train_flops(self.work.cfg, *seen(self.work.cfg, self.batch()))

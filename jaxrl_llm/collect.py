@@ -15,27 +15,12 @@ from jaxrl_llm.rewards.graders import Sample
 from jaxrl_llm.rewards.pool import Graded, GraderPool
 from jaxrl_llm.rollout.engine import Stats
 from jaxrl_llm.run import Run
-from jaxrl_llm.types import Finish, Policy, Prompts, Rollouts
-
-
-class Grades(NamedTuple):
-    """What the graders said of P groups of G responses, as NumPy, equal on every host. NaN where a group failed."""
-
-    reward: Float[np.ndarray, "P G"]
-    parts: Float[np.ndarray, "n P G"]
-    """What each of the n graders gave, before weights."""
-    failure: Int[np.ndarray, " P"]
-    """A `Failure` each."""
-    failed_by: Int[np.ndarray, " P"]
-    """Which grader failed, -1 where none did."""
-    vote: Int[np.ndarray, "P G"]
-    """A number for each final answer, equal for equal ones; 0 where there is none."""
+from jaxrl_llm.types import Finish, Groups, Policy, Prompts, Rollouts
 
 
 class Collected(NamedTuple):
-    rollouts: Rollouts
-    """NumPy, equal on every host."""
-    grades: Grades
+    groups: Groups
+    """NumPy, equal on every host; those that were graded are kept."""
     stats: Stats
     waited: float
     """Seconds for graders after the last token."""
@@ -67,21 +52,42 @@ def collect(
             graded.append((mine, pool.submit(groups_of(run, rows, generation.rollouts(mine)))))
         if give_up():
             raise GivenUp
-    start, num_prompts, size = time.perf_counter(), len(prompts.length), run.cfg.rollout.samples
-    merged = Grades(
-        reward=np.full((num_prompts, size), np.nan, np.float32),
-        # Prompts first, for the exchange.
-        parts=np.full((num_prompts, len(run.cfg.reward.graders), size), np.nan, np.float32),
-        failure=np.zeros(num_prompts, np.int32),
-        failed_by=np.full(num_prompts, -1, np.int32),
-        vote=np.zeros((num_prompts, size), np.int32),
-    )
+    start = time.perf_counter()
+    found = _ungraded(len(prompts.length), run.cfg.rollout.samples, len(run.cfg.reward.graders))
     for mine, job in graded:
-        for kept, new in zip(merged, _grades(job.result()), strict=True):
-            kept[mine] = new.reshape(len(mine), *kept.shape[1:])
-    merged = hosts.each_from(merged, np.arange(num_prompts) % num)
-    grades = merged._replace(parts=merged.parts.swapaxes(0, 1))
-    return Collected(generation.rollouts(), grades, generation.stats, time.perf_counter() - start)
+        for kept, new in zip(found, _grades(job.result()), strict=True):
+            kept[mine] = new
+    grades = hosts.each_from(found, np.arange(len(prompts.length)) % num)
+    groups = Groups(
+        rollouts=generation.rollouts(),
+        reward=grades.reward.reshape(-1),
+        components=grades.components.reshape(-1, grades.components.shape[2]),
+        failure=grades.failure,
+        failed_by=grades.failed_by,
+        vote=grades.vote.reshape(-1),
+        keep=~np.isnan(grades.reward).reshape(-1),
+    )
+    return Collected(groups, generation.stats, time.perf_counter() - start)
+
+
+class _Grades(NamedTuple):
+    """What the graders said of P groups of G rows."""
+
+    reward: Float[np.ndarray, "P G"]
+    components: Float[np.ndarray, "P G n"]
+    failure: Int[np.ndarray, " P"]
+    failed_by: Int[np.ndarray, " P"]
+    vote: Int[np.ndarray, "P G"]
+
+
+def _ungraded(prompts: int, samples: int, graders: int) -> _Grades:
+    return _Grades(
+        reward=np.full((prompts, samples), np.nan, np.float32),
+        components=np.full((prompts, samples, graders), np.nan, np.float32),
+        failure=np.zeros(prompts, np.int32),
+        failed_by=np.full(prompts, -1, np.int32),
+        vote=np.zeros((prompts, samples), np.int32),
+    )
 
 
 def groups_of(run: Run, rows: tuple[Row, ...], rollouts: Rollouts) -> list[list[Sample]]:
@@ -99,9 +105,7 @@ def groups_of(run: Run, rows: tuple[Row, ...], rollouts: Rollouts) -> list[list[
     ]
 
 
-def _grades(graded: Graded) -> Grades:
-    """With the parts of a prompt together."""
+def _grades(graded: Graded) -> _Grades:
     vote = [[(zlib.crc32(answer.encode()) >> 1 or 1) if answer else 0 for answer in group] for group in graded.votes]
-    return Grades(
-        graded.reward, graded.parts.swapaxes(0, 1), graded.failure, graded.failed_by, np.array(vote, np.int32)
-    )
+    components = np.moveaxis(graded.parts, 0, -1)
+    return _Grades(graded.reward, components, graded.failure, graded.failed_by, np.array(vote, np.int32))

@@ -4,20 +4,19 @@ import zlib
 
 import numpy as np
 
-from jaxrl_llm.collect import Grades
 from jaxrl_llm.config import RunConfig
+from jaxrl_llm.experience.replay import kept_groups
 from jaxrl_llm.rates import Rates
 from jaxrl_llm.rewards.pool import Failure, part_metrics
 from jaxrl_llm.rollout.engine import Stats
 from jaxrl_llm.run import Run
-from jaxrl_llm.types import Experience, Finish, Rollouts
+from jaxrl_llm.types import Finish, Groups
 
 
-def describe(
-    cfg: RunConfig, graded: Grades, rollouts: Rollouts, keep: np.ndarray, counts: np.ndarray
-) -> dict[str, float]:
-    """The step's rollouts in numbers, under the names that users of TRL know; what there is nothing of is absent."""
-    reward = graded.reward[graded.failure == Failure.NONE].astype(np.float64)
+def describe(cfg: RunConfig, groups: Groups) -> dict[str, float]:
+    """The step's fresh groups, filtered, in numbers, under the names that users of TRL know; what there is nothing of is absent."""
+    rollouts, num = groups.rollouts, len(groups.failure)
+    reward = groups.reward.reshape(num, -1)[groups.failure == Failure.NONE].astype(np.float64)
     length = rollouts.length
     metrics = {
         "completions/mean_length": length.mean(),
@@ -28,8 +27,7 @@ def describe(
         "completions/crc32": zlib.crc32(rollouts.tokens.tobytes()),
         "prompts/first_uid": rollouts.prompts.uid[0],
         "groups/graded": len(reward),
-        "groups/kept": keep.sum(),
-        "groups/replayed": counts.sum() - keep.sum(),
+        "groups/kept": kept_groups(groups).sum(),
         "sampling/mean_logprob": rollouts.behavior_logprobs.sum() / rollouts.sampled.sum(),
         "sampling/entropy": rollouts.entropy.sum() / rollouts.sampled.sum(),
     }
@@ -39,7 +37,8 @@ def describe(
         # About the first of each group: equal rewards have a deviation of exactly 0.
         metrics["reward_std"] = (reward - reward[:, :1]).std(axis=1, ddof=1).mean()
         metrics["frac_reward_zero_std"] = np.mean(reward.max(axis=1) == reward.min(axis=1))
-    metrics |= part_metrics(graded, [grader.label for grader in cfg.reward.graders])
+    parts = np.moveaxis(groups.components.reshape(num, -1, groups.components.shape[1]), -1, 0)
+    metrics |= part_metrics(parts, groups.failure, groups.failed_by, [grader.label for grader in cfg.reward.graders])
     return as_floats(metrics)
 
 
@@ -60,9 +59,9 @@ def as_floats(metrics: dict) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def responses(run: Run, experience: Experience, advantage: np.ndarray, num_rows: int) -> list[dict]:
+def responses(run: Run, groups: Groups, advantage: np.ndarray, num_rows: int) -> list[dict]:
     """The first rows as a person would read them. `advantage` [B C]: its mean over a row's tokens is shown."""
-    rollouts, found = experience.rollouts, []
+    rollouts, found = groups.rollouts, []
     for b in range(min(num_rows, len(rollouts.length))):
         p, n = b // run.cfg.rollout.samples, int(rollouts.length[b])
         ids = rollouts.tokens[b, :n].tolist()
@@ -77,7 +76,7 @@ def responses(run: Run, experience: Experience, advantage: np.ndarray, num_rows:
                 "logprobs": rollouts.behavior_logprobs[b, :n],
                 "entropy": rollouts.entropy[b, :n],
                 **({} if rollouts.raw_logprobs is None else {"raw_logprobs": rollouts.raw_logprobs[b, :n]}),
-                "reward": experience.reward[b],
+                "reward": groups.reward[b],
                 "advantage": float(np.mean(advantage[b, :n])),
                 "finish": Finish(rollouts.finish[b]).name.lower(),
             }

@@ -7,14 +7,14 @@ from jaxtyping import Float, Int
 
 from jaxrl_llm.collect import collect
 from jaxrl_llm.estimates import avg_at_k, correct, maj_at_k, pass_at_k
-from jaxrl_llm.experience.batch import Sequences, make_batch, of_groups, of_sequences, sequences_of, supervised
 from jaxrl_llm.objective.reward_kl import KL
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.prompts.rows import Row
 from jaxrl_llm.prompts.stream import make_prompts, pad_rows
 from jaxrl_llm.rewards.pool import GraderPool
 from jaxrl_llm.run import Run, score
-from jaxrl_llm.types import Policy, PyTree, Rollouts
+from jaxrl_llm.types import Experience, Policy, PyTree, Rollouts
+from jaxrl_llm.update.batch import make_batch, of_groups, supervised, to_rows, ungraded, unscored
 
 
 class Answers(NamedTuple):
@@ -58,10 +58,11 @@ def mismatch(run: Run, params: PyTree, rollouts: Rollouts) -> float:
     `rollout.prompts` prompts, or of all where they are fewer."""
     num = len(rollouts.prompts.length)
     part = _parts(num, run.cfg.rollout.prompts)[0]
-    sequences = of_groups(sequences_of(rollouts, np.ones(num, bool)), part)
+    groups = of_groups(unscored(ungraded(rollouts)), part).groups
     # Where they are fewer the part is filled up with repetitions, which count once.
-    learn = sequences.learn & (sequences.group < num)[:, None]
-    d = (score(run, params, sequences).logprobs - sequences.behavior_logprobs).astype(np.float64)[learn]
+    once = np.repeat(np.arange(len(part)) < num, run.cfg.rollout.samples)
+    d = (score(run, params, groups).logprobs - groups.rollouts.behavior_logprobs).astype(np.float64)
+    d = d[groups.rollouts.sampled & once[:, None]]
     return float(np.mean(KL["k3"](-d)))
 
 
@@ -69,26 +70,30 @@ def probabilities(run: Run, params: PyTree, rows: tuple[Row, ...]) -> np.ndarray
     """f32[len(rows)]: of each row's target, at the run's temperature. Teacher-forced, so there is no sampling noise."""
     found = []
     for part in _parts(len(rows), run.cfg.rollout.prompts):
-        sequences = supervised_sequences(run, [rows[i] for i in part])
-        batch, where = make_batch(sequences, run.shapes.held_out, run.task.pad)
-        logprobs = of_sequences(hosts.gather(run.score(params, run.put_batch(batch)).logprobs), where, sequences)
+        right = supervised_experience(run, [rows[i] for i in part])
+        batch, where = make_batch(right, run.shapes.held_out, run.task.pad)
+        scores = hosts.gather(run.score(params, run.put_batch(batch)).logprobs)
+        logprobs = to_rows(scores, where, right.groups.rollouts)
         found.append(np.exp(np.sum(logprobs, axis=1)))
     return np.concatenate(found)[: len(rows)]
 
 
-def supervised_sequences(run: Run, rows: list[Row]) -> Sequences:
-    """Prompts with their targets, the target to be learnt."""
-    prompt, prompt_length = pad_rows([row.tokens for row in rows], run.task.prompt_slots, run.task.pad)
+def supervised_experience(run: Run, rows: list[Row]) -> Experience:
+    """Prompts with their targets, the target to be learned."""
+    index = np.arange(len(rows))
+    prompts = make_prompts(run.task, rows, index, index)
     target, length = pad_rows([row.target for row in rows], run.cfg.rollout.max_new_tokens, run.task.pad)
-    return supervised(prompt, prompt_length, target, length, run.cfg.rollout.temperature)
+    return supervised(prompts, target, length, run.cfg.rollout.temperature)
 
 
 def answers(run: Run, policy: Policy, pool: GraderPool) -> tuple[Answers, Rollouts]:
     """k = `rollout.samples` graded responses to each held-out row. Keys of their own: training is not disturbed."""
     rows = run.task.held_out
     prompts = make_prompts(run.task, rows, np.arange(len(rows)), np.arange(len(rows)))
-    rollouts, grades, *_ = collect(run, pool, policy, prompts, rows, run.eval_key)
-    return Answers(correct(grades.parts[0], run.cfg.evaluation.threshold), grades.vote), rollouts
+    groups = collect(run, pool, policy, prompts, rows, run.eval_key).groups
+    of_group = (len(rows), -1)
+    right = correct(groups.components[:, 0].reshape(of_group), run.cfg.evaluation.threshold)
+    return Answers(right, groups.vote.reshape(of_group)), groups.rollouts
 
 
 def _parts(n: int, size: int) -> list[np.ndarray]:

@@ -151,8 +151,8 @@ def sample_prompt(cfg: RunConfig, text: str | None, n: int, has_task: bool = Tru
     reward = np.full(n, np.nan)
     if row.answer:
         with GraderPool(cfg.reward) as pool:
-            collected = collect(run, pool, source.policy, prompts, (row,), run.eval_key)
-        rollouts, reward = collected.rollouts, collected.grades.reward[0]
+            groups = collect(run, pool, source.policy, prompts, (row,), run.eval_key).groups
+        rollouts, reward = groups.rollouts, groups.reward
     else:
         rollouts = run.engine.generate(source.policy, prompts, run.eval_key)
     print(f"{printable(row.prompt)}   from {source.name}, temperature {cfg.rollout.temperature}")

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from jaxrl_llm.describe import as_floats
-from jaxrl_llm.experience.batch import Sequences, make_batch, minibatches, sequences_of
+from jaxrl_llm.experience.replay import kept_groups
 from jaxrl_llm.life import Life
 from jaxrl_llm.metrics import RatioAlarm
 from jaxrl_llm.model import lora
@@ -17,7 +17,8 @@ from jaxrl_llm.objective.advantages import estimate
 from jaxrl_llm.objective.outcome import Outcome
 from jaxrl_llm.rates import batch_flops
 from jaxrl_llm.run import Run, score
-from jaxrl_llm.types import Experience, TrainState
+from jaxrl_llm.types import Credit, Experience, Groups, Scores, TrainState
+from jaxrl_llm.update.batch import make_batch, minibatches
 from jaxrl_llm.update.optimizer.state import ZERO_GRADIENT
 
 # Numbers of an update as a whole; every other is a mean over its tokens, or over its sequences, or an extreme.
@@ -50,10 +51,8 @@ class Learned(NamedTuple):
     """That these took, batches on their way and metrics back."""
 
 
-def learn(
-    run: Run, life: Life, experience: Experience, counts: Bool[np.ndarray, " P"], rng: np.random.Generator
-) -> Learned:
-    """Epochs x minibatches of updates on the groups that count.
+def learn(run: Run, life: Life, groups: Groups, rng: np.random.Generator) -> Learned:
+    """Epochs x minibatches of updates on the rows that are kept.
 
     Every update compares with the log-probs captured while sampling, or scored before the first, the last as well as the first.
     An update is stale, to the alarm, from the second on, or when the data is old: some token was drawn by an earlier policy.
@@ -62,13 +61,15 @@ def learn(
     cfg, state, alarm, rings = run.cfg.update, life.state, RatioAlarm(life.alarm), False
     each: list[Seen] = []
     zero, flops, seconds = [], [], 0.0
-    sequences, metrics = assess(run, life, experience, counts)
-    old = is_old(experience, counts, int(state.step))
+    scores = score_groups(run, life, groups)
+    credit, metrics = assess(run, groups, scores)
+    experience = Experience(groups, scores, credit)
+    old = is_old(groups, int(state.step))
     # Anchored on the trainer of before these updates, the first has ratio 1 on old data too.
     stale = old and not run.anchored_on_proximal
     reference = life.reference if run.cfg.objective.reads_reference_distribution else None
     for _ in range(cfg.epochs):
-        for part in minibatches(sequences, cfg.minibatches, rng):
+        for part in minibatches(experience, cfg.minibatches, rng):
             batch, _ = make_batch(part, run.shapes.update, run.task.pad, run.loss.aggregation, run.loss.length)
             begun = time.monotonic()
             state, found = run.update(state, run.put_batch(batch), reference)
@@ -78,7 +79,7 @@ def learn(
                 continue
             seconds += took
             flops.append(batch_flops(run, batch))
-            each.append(Seen(found, int(batch.loss_mask.sum()), int(part.learn.any(axis=1).sum())))
+            each.append(Seen(found, int(batch.loss_mask.sum()), int(part.loss_mask.any(axis=1).sum())))
             if found["nonfinite"] == 0:
                 zero.append(gradients)
             alarm, ring = alarm.observe(found["ratio/min"], found["ratio/max"], stale=stale or len(each) > 1)
@@ -86,7 +87,7 @@ def learn(
     metrics |= over_updates(each, old) | {"alarm/ratio": float(rings), "updates": len(each)}
     never = {path: all(gradients[path] for gradients in zero) for path in zero[0]} if zero else {}
     work = TrainFlops(*np.sum(flops, axis=0)) if flops else TrainFlops(0, 0, 0)
-    return Learned(state, alarm.streak, metrics, sequences.advantage, never, work, seconds)
+    return Learned(state, alarm.streak, metrics, credit.advantage, never, work, seconds)
 
 
 def over_updates(each: list[Seen], old: bool) -> dict[str, float]:
@@ -115,51 +116,51 @@ def without_zero_gradients(metrics: dict[str, float]) -> tuple[dict[str, float],
     return rest, {name.removeprefix(ZERO_GRADIENT): x == 1 for name, x in zero.items()}
 
 
-def assess(
-    run: Run, life: Life, experience: Experience, counts: Bool[np.ndarray, " P"]
-) -> tuple[Sequences, dict[str, float]]:
-    """The sequences to learn from, with advantages and all that the loss reads, and what there is to say of these."""
-    objective, sequences, metrics = run.cfg.objective, sequences_of(experience.rollouts, counts), {}
-    sampled, behavior = experience.rollouts.sampled, sequences.behavior_logprobs
-    token_reward = np.zeros(behavior.shape)
+def score_groups(run: Run, life: Life, groups: Groups) -> Scores:
+    """What the objective reads of the models beside the policy."""
+    objective, reference, values, proximal = run.cfg.objective, None, None, None
     if objective.reads_reference_logprobs:
-        reference = lora.join(life.reference, lora.split(life.state.params)[1])
-        sequences = sequences._replace(reference_logprobs=score(run, reference, sequences).logprobs)
+        params = lora.join(life.reference, lora.split(life.state.params)[1])
+        reference = score(run, params, groups).logprobs
     if run.scores_proximal or objective.has_critic:
-        scores = score(run, life.state.params, sequences)
-        sequences = sequences._replace(
-            proximal_logprobs=scores.logprobs if run.scores_proximal else None, values=scores.values
-        )
+        scores = score(run, life.state.params, groups)
+        proximal, values = scores.logprobs if run.scores_proximal else None, scores.values
+    return Scores(reference, proximal, values)
+
+
+def assess(run: Run, groups: Groups, scores: Scores) -> tuple[Credit, dict[str, float]]:
+    """What each token was worth, and what there is to say of it."""
+    objective, metrics = run.cfg.objective, {}
+    rollouts, counts = groups.rollouts, kept_groups(groups)
+    behavior, mask = rollouts.behavior_logprobs, rollouts.sampled & groups.keep[:, None]
+    token_reward = np.zeros(behavior.shape)
     if objective.reward_kl.weight > 0:
-        token_reward = objective.reward_kl(behavior, sequences.reference_logprobs, sequences.learn)
-        if sequences.learn.any():
-            metrics["reward_kl"] = float(-token_reward.sum() / sequences.learn.sum() / objective.reward_kl.weight)
+        token_reward = objective.reward_kl(behavior, scores.reference_logprobs, mask)
+        if mask.any():
+            metrics["reward_kl"] = float(-token_reward.sum() / mask.sum() / objective.reward_kl.weight)
     late, shape = objective.reward_kl.to == "advantage", (len(counts), -1)
     weights = [grader.weight for grader in run.cfg.reward.graders]
     found = estimate(
         objective.advantage,
         Outcome(
-            reward=experience.reward.reshape(shape),
-            parts=experience.parts.reshape(*shape, len(weights)),
+            reward=groups.reward.reshape(shape),
+            parts=groups.components.reshape(*shape, len(weights)),
             part_weights=np.array(weights),
             counts=counts,
-            mask=sampled,
+            mask=rollouts.sampled,
             token_reward=np.zeros(behavior.shape) if late else token_reward,
             late_reward=token_reward if late else None,
-            values=sequences.values,
+            values=scores.values,
         ),
     )
-    sequences = sequences._replace(advantage=found.advantage.astype(np.float32))
-    if found.returns is not None:
-        sequences = sequences._replace(returns=found.returns.astype(np.float32))
-    if objective.loss.kind == "dpo":
-        # The pair alone: what is neither best nor worst takes no part.
-        sequences = sequences._replace(learn=sequences.learn & (found.advantage != 0))
-    return sequences, metrics
+    advantage = found.advantage.astype(np.float32)
+    returns = None if found.returns is None else found.returns.astype(np.float32)
+    # The pair alone: what is neither best nor worst takes no part.
+    keep = (advantage != 0).any(axis=1) if objective.loss.kind == "dpo" else None
+    return Credit(advantage, returns, keep), metrics
 
 
-def is_old(experience: Experience, counts: Bool[np.ndarray, " P"], version: int) -> bool:
+def is_old(groups: Groups, version: int) -> bool:
     """Some token to learn from was drawn by an earlier policy."""
-    rollouts = experience.rollouts
-    learn = rollouts.sampled & np.repeat(counts, len(rollouts.length) // len(counts))[:, None]
-    return bool((rollouts.version[learn] < version).any())
+    learn = groups.rollouts.sampled & groups.keep[:, None]
+    return bool((groups.rollouts.version[learn] < version).any())

@@ -12,7 +12,7 @@ from jaxtyping import Array, Key
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience.replay import Replay, empty
+from jaxrl_llm.experience.replay import blank_groups
 from jaxrl_llm.guards import Guards
 from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
@@ -22,8 +22,8 @@ from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.load import load
 from jaxrl_llm.model.hf.source import resolve as resolve_model
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.run import Run
-from jaxrl_llm.types import Experience, Prompts, PyTree, Rollouts, TrainState
+from jaxrl_llm.run import Run, uses_of
+from jaxrl_llm.types import PyTree, TrainState
 from jaxrl_llm.update.optimizer.state import abstract_state, make_start
 from jaxrl_llm.update.optimizer.transform import make_optimizer
 
@@ -50,7 +50,7 @@ class Life:
     state: TrainState
     reference: PyTree | None
     """Parameters at the start of RL, where the objective reads them; of a policy with adapters these alone."""
-    replay: Replay | None
+    replay: PyTree
 
     def tree(self, key: Key[Array, ""]) -> PyTree:
         counters = {name: np.asarray(getattr(self, name)) for name in COUNTERS}
@@ -79,7 +79,7 @@ class Life:
             ),
             state=tree["state"],
             reference=tree.get("reference"),
-            replay=tree.get("replay"),
+            replay=tree["replay"],
         )
 
 
@@ -142,29 +142,11 @@ def trained_policy(run: Run, params: PyTree) -> PyTree:
     return lora.split(model_params.policy_part(params, run.model))[0]
 
 
-def _empty_replay(run: Run) -> Replay | None:
-    capacity = run.cfg.experience.replay.capacity
-    return empty(_experience_shape(run), capacity) if capacity else None
-
-
-def _experience_shape(run: Run) -> Experience:
-    rollout = run.cfg.rollout
-    p, b, c = rollout.prompts, rollout.prompts * rollout.samples, rollout.max_new_tokens
-    i32, f32 = np.int32, np.float32
-    prompts = Prompts(np.zeros((p, run.task.prompt_slots), i32), *(np.zeros(p, i32) for _ in range(3)))
-    per_token = {"tokens": i32, "sampled": bool, "behavior_logprobs": f32, "entropy": f32, "version": i32}
-    support = run.engine.shape.support
-    rollouts = Rollouts(
-        prompts=prompts,
-        length=np.zeros(b, i32),
-        temperature=np.zeros(b, f32),
-        finish=np.zeros(b, i32),
-        support=np.zeros((b, c, support), i32) if support else None,
-        raw_logprobs=np.zeros((b, c), f32) if rollout.raw_logprobs else None,
-        barred=np.zeros((b, c), bool) if rollout.min_new_tokens else None,
-        **{name: np.zeros((b, c), dtype) for name, dtype in per_token.items()},
-    )
-    return Experience(rollouts, np.zeros(b, f32), np.zeros((b, len(run.cfg.reward.graders)), f32))
+def _empty_replay(run: Run) -> PyTree:
+    rollout, slots = run.cfg.rollout, (run.task.prompt_slots, run.cfg.rollout.max_new_tokens)
+    graders, support = len(run.cfg.reward.graders), run.engine.shape.support
+    blank = blank_groups(rollout.prompts, rollout.samples, slots, graders, uses_of(run.cfg), support)
+    return run.replay.init(blank)
 
 
 def target(run: Run, meta: dict[str, Any]) -> PyTree:

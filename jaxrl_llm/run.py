@@ -15,9 +15,8 @@ from jaxrl_llm import config as run_config
 from jaxrl_llm import sources
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience.batch import Sequences, make_batch, of_sequences
 from jaxrl_llm.experience.filters import Filter, make_filter
-from jaxrl_llm.experience.packing import Shape, shape_of
+from jaxrl_llm.experience.replay import Replay, make_replay
 from jaxrl_llm.model import forms, lora, quantised
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig, Whole
@@ -25,7 +24,11 @@ from jaxrl_llm.model.critic import NAMES as CRITIC
 from jaxrl_llm.model.critic import critic_specs
 from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.model.loss import Loss
-from jaxrl_llm.objective.loss_config import Correction, anchored_on_proximal, correction_of
+from jaxrl_llm.objective.loss_config import (
+    Correction,
+    anchored_on_proximal,
+    correction_of,
+)
 from jaxrl_llm.objective.losses import CROSS_ENTROPY, make_loss
 from jaxrl_llm.objective.rules import filter_of
 from jaxrl_llm.parallel import hosts
@@ -38,9 +41,11 @@ from jaxrl_llm.publish import Publish, make_blank, make_publish
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.sources import Sources, packing_problems
-from jaxrl_llm.types import Batch, Policy, PyTree, TrainState
+from jaxrl_llm.types import Batch, Groups, Policy, PyTree, TrainState
+from jaxrl_llm.update.batch import make_batch, to_rows, unscored
 from jaxrl_llm.update.optimizer.config import GroupConfig, OptimizerConfig
 from jaxrl_llm.update.optimizer.transform import make_optimizer
+from jaxrl_llm.update.packing import Shape, shape_of
 from jaxrl_llm.update.step import Update, make_score, make_update
 
 
@@ -79,8 +84,9 @@ class Run:
     loss: Loss
     """Of RL."""
     publish: Publish
-    keep: Filter
+    filter: Filter
     """Which groups may teach: `experience.filter`, `auto` resolved."""
+    replay: Replay
     blank: Callable[[], Policy]
     """Buffers for a policy where none is there to lend its own."""
     shapes: Shapes
@@ -139,7 +145,8 @@ def build(cfg: RunConfig, given: Sources | None = None) -> Run:
         engine=Engine(cfg.rollout, task.prompt_slots, vocab, model, decode, task.tokenizer.spellings),
         loss=loss,
         publish=make_publish(model, train, decode, weights),
-        keep=filter_for(cfg),
+        filter=filter_for(cfg),
+        replay=make_replay(cfg.experience.replay),
         blank=make_blank(model, decode, weights),
         shapes=shapes,
         score=make_score(**scoring),
@@ -176,6 +183,20 @@ def correction_for(cfg: RunConfig) -> Correction:
 def loss_of(cfg: RunConfig) -> Loss:
     """Of RL."""
     return make_loss(cfg.objective, correction_for(cfg), cfg.rollout.max_new_tokens, cfg.update.updates)
+
+
+def uses_of(cfg: RunConfig) -> tuple[str, ...]:
+    """What of the optional columns of `COLUMNS` a run uses."""
+    rollout, objective = cfg.rollout, cfg.objective
+    uses = {
+        "truncation": rollout.truncates,
+        "raw_logprobs": rollout.raw_logprobs,
+        "min_new_tokens": rollout.min_new_tokens > 0,
+        "reference": objective.reads_reference_logprobs,
+        "proximal": "proximal_logprobs" in loss_of(cfg).columns,
+        "critic": objective.has_critic,
+    }
+    return tuple(name for name, used in uses.items() if used)
 
 
 def optimizer_of(cfg: RunConfig) -> OptimizerConfig:
@@ -225,11 +246,11 @@ def device_problems(
     return found + forms.problems(cfg.update.attention, slots or {forms.LANES}, devices[0].platform, model)
 
 
-def score(run: Run, params: PyTree, sequences: Sequences) -> TokenScores:
+def score(run: Run, params: PyTree, groups: Groups) -> TokenScores:
     """Of the completions' tokens [B C] under `params`, on the host."""
-    batch, where = make_batch(sequences, run.shapes.experience, run.task.pad)
+    batch, where = make_batch(unscored(groups), run.shapes.experience, run.task.pad)
     scores = hosts.gather(run.score_experience(params, run.put_batch(batch)))
-    return jax.tree.map(lambda x: of_sequences(x, where, sequences), scores)
+    return jax.tree.map(lambda x: to_rows(x, where, groups.rollouts), scores)
 
 
 def publish(run: Run, state: TrainState, old: Policy | None) -> Policy:

@@ -22,9 +22,7 @@ from jaxrl_llm.collect import GivenUp, collect
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.describe import as_floats, describe, describe_engine, responses
 from jaxrl_llm.errors import AdvantageError, CheckpointError, GradingError, NonFiniteError, Preempted, UserError
-from jaxrl_llm.evaluate import evaluate, headline, supervised_sequences
-from jaxrl_llm.experience.batch import make_batch
-from jaxrl_llm.experience.replay import fill
+from jaxrl_llm.evaluate import evaluate, headline, supervised_experience
 from jaxrl_llm.guards import observe, observe_update
 from jaxrl_llm.interrupt import stop_signal
 from jaxrl_llm.learn import learn, without_zero_gradients
@@ -40,8 +38,9 @@ from jaxrl_llm.rewards.pool import GraderPool
 from jaxrl_llm.run import Run, build, publish
 from jaxrl_llm.run_directory import RunLock, prepare_run_directory
 from jaxrl_llm.sources import Sources
-from jaxrl_llm.types import Experience, Policy, TrainState
+from jaxrl_llm.types import Groups, Policy, TrainState
 from jaxrl_llm.unread import unread
+from jaxrl_llm.update.batch import make_batch
 
 log = logging.getLogger("jaxrl_llm.train")
 
@@ -156,7 +155,7 @@ def warm_step(run: Run, shell: Shell, life: Life) -> tuple[Life, dict[str, float
     doing = shell.recorder.during("updating", first="compiling the update of the warm start")
     with shell.timers("update"), doing:
         rows = noisy_rows(run.task, run.warm_order, places, cfg.noise, run.cfg.seed)
-        batch, _ = make_batch(supervised_sequences(run, rows), run.shapes.warm_start, run.task.pad)
+        batch, _ = make_batch(supervised_experience(run, rows), run.shapes.warm_start, run.task.pad)
         state, metrics = run.warm_update(life.state, run.put_batch(batch))
         metrics, _ = without_zero_gradients(as_floats(jax.device_get(metrics)))
     found = observe_update(life.guards, run.cfg.update.guards, metrics)
@@ -215,30 +214,28 @@ def rl_step(run: Run, shell: Shell, life: Life, policy: Policy, give_up: Callabl
     """The sentence, once. Raises GivenUp, with nothing changed, if `give_up` says so while responses are sampled."""
     cfg, timers = run.cfg, shell.timers
     rng = np.random.default_rng((cfg.seed, life.step))
-    version = int(life.state.step)
     prompts, cursor = next_prompts(run.task, run.order, life.cursor, cfg.rollout.prompts)
     with shell.recorder.during("sampling", first="sampling the first responses"):
-        rollouts, graded, stats, waited = collect(run, shell.pool, policy, prompts, run.task.train, run.key, give_up)
+        graded, stats, waited = collect(run, shell.pool, policy, prompts, run.task.train, run.key, give_up)
     timers.add("generate", stats.seconds)
     timers.add("reward", waited)
-    keep = run.keep(graded.reward, graded.parts)
-    parts = np.moveaxis(graded.parts, 0, -1).reshape(len(rollouts.length), -1)
-    fresh = Experience(rollouts, graded.reward.reshape(-1), parts.astype(np.float32))
-    replay, experience, counts = fill(life.replay, fresh, keep, version, cfg.experience.replay, rng)
+    _, fresh, _ = run.filter.apply(run.filter.init(), graded)
+    replay, groups, reused = run.replay.exchange(life.replay, fresh, rng)
     with timers("update"), shell.recorder.during("updating", first="compiling the update"):
-        learned = learn(run, life, experience, counts, rng)
+        learned = learn(run, life, groups, rng)
         state = learned.state
     with timers("publish"):
         policy = jax.block_until_ready(publish(run, state, policy))
     done = life.step + 1 - cfg.warm_start.steps
     reference = refresh(cfg.objective.reference, life.reference, trained_policy(run, state.params), done)
-    advantage = np.where(np.repeat(keep, cfg.rollout.samples)[:, None], learned.advantage, 0.0)
+    advantage = np.where(fresh.keep[:, None], learned.advantage, 0.0)
     show(run, shell, life.step + 1, fresh, advantage)
     with shell.recorder.during("measuring", first="measuring what this machine can do"):
         rates = describe_updates(run, learned.flops, learned.seconds) | describe_engine(stats, decode_rates(run))
     metrics = {
         "phase": "rl",
-        **describe(cfg, graded, rollouts, keep, counts),
+        **describe(cfg, fresh),
+        **reused,
         **learned.metrics,
         **rates,
     }
@@ -260,13 +257,13 @@ def guard(run: Run, shell: Shell, step: Step, metrics: dict) -> tuple[Life, dict
     return dataclasses.replace(step.life, guards=found.guards), metrics, found.error
 
 
-def show(run: Run, shell: Shell, step: int, experience: Experience, advantage: np.ndarray) -> None:
+def show(run: Run, shell: Shell, step: int, groups: Groups, advantage: np.ndarray) -> None:
     """Rollouts to the run's record, and a few of them to the screen, where they are due."""
     recorder, cfg = shell.recorder, run.cfg.metrics
     if not (recorder.wants(step, cfg.rollouts_every) or recorder.wants(step, cfg.samples_every)):
         return
-    groups = cfg.rollout_groups if cfg.rollout_groups >= 0 else run.cfg.rollout.prompts
-    rows = responses(run, experience, advantage, groups * run.cfg.rollout.samples)
+    num = cfg.rollout_groups if cfg.rollout_groups >= 0 else run.cfg.rollout.prompts
+    rows = responses(run, groups, advantage, num * run.cfg.rollout.samples)
     if recorder.wants(step, cfg.rollouts_every):
         recorder.rollouts(step, rows)
     if recorder.wants(step, cfg.samples_every):

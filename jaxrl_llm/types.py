@@ -15,7 +15,8 @@ Carriers are not checked when they are made (`jax.tree.map` rebuilds them around
 """
 
 import enum
-from typing import Any, TypeVar, get_args
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import flax.struct
 import jax
@@ -78,14 +79,60 @@ class Rollouts(flax.struct.PyTreeNode):
     """No end token could be drawn in this slot; False where not sampled."""
 
 
-class Experience(flax.struct.PyTreeNode):
-    """Rollouts with what they earned."""
+class Groups(flax.struct.PyTreeNode):
+    """Rollouts with their grades: the G rows of a prompt are a group."""
 
     rollouts: Rollouts
     reward: Float[ArrayLike, " B"]
-    """NaN where a group was not graded."""
-    parts: Float[ArrayLike, "B n"]
-    """What each of n graders gave, before weights."""
+    """Weighted sum of the components; NaN where the group was not graded."""
+    components: Float[ArrayLike, "B n"]
+    """What each of the n graders gave, before its weight."""
+    failure: Int[ArrayLike, " P"]
+    """Why the group was not graded: a `Failure` of the graders' workers; 0 where it was."""
+    failed_by: Int[ArrayLike, " P"]
+    """Index of the grader that failed; -1 where none did."""
+    vote: Int[ArrayLike, " B"]
+    """A number for each final answer, equal for equal answers; 0 where there is none."""
+    keep: Bool[ArrayLike, " B"]
+    """The row may teach. Filters only lower it: no row leaves its group."""
+
+
+class Scores(flax.struct.PyTreeNode):
+    """Log-probs and values of the completions under other parameters, each there where the objective reads it."""
+
+    reference_logprobs: Float[ArrayLike, "B C"] | None = None
+    """Under the reference policy."""
+    proximal_logprobs: Float[ArrayLike, "B C"] | None = None
+    """Under the trainer's parameters before the first update on these groups."""
+    values: Float[ArrayLike, "B C"] | None = None
+    """The critic's, of the tokens before this one, before the first update on these groups."""
+    own: dict[str, ArrayLike] = flax.struct.field(default_factory=dict)
+    """Columns that a loss brought along: `OwnColumn`."""
+
+
+class Credit(flax.struct.PyTreeNode):
+    """What each token was worth."""
+
+    advantage: Float[ArrayLike, "B C"]
+    """0 outside the tokens that teach."""
+    returns: Float[ArrayLike, "B C"] | None = None
+    """What a critic is to predict."""
+    keep: Bool[ArrayLike, " B"] | None = None
+    """Of the rows that groups keep, those that take part in the loss; None: all."""
+
+
+class Experience(NamedTuple):
+    """All that updates are made from."""
+
+    groups: Groups
+    scores: Scores
+    credit: Credit
+
+    @property
+    def loss_mask(self) -> Bool[np.ndarray, "B C"]:
+        """Tokens to learn from: those that the policy drew, in the rows that are kept. The prompt never, the end token always."""
+        keep = self.groups.keep if self.credit.keep is None else self.groups.keep & self.credit.keep
+        return self.groups.rollouts.sampled & keep[:, None]
 
 
 class Batch(flax.struct.PyTreeNode):
@@ -123,6 +170,63 @@ class Batch(flax.struct.PyTreeNode):
     """As in `Rollouts`: what the scorer's distribution is over. All -1 outside completions."""
     barred: Bool[ArrayLike, "R T"] | None = None
     """As in `Rollouts`: end tokens have no mass in these slots."""
+    own: dict[str, ArrayLike] = flax.struct.field(default_factory=dict)
+    """As in `Scores`, `[R T]`."""
+
+
+class Column(NamedTuple):
+    """What is known of one number per token before any array of it exists."""
+
+    name: str
+    """Of the field that holds it."""
+    dtype: type
+    fill: float = 0
+    """Where no completion token stands."""
+    dims: tuple[str, ...] = ()
+    """Letters of the dimensions behind [B C] or [R T]."""
+    rollouts: bool = False
+    """A field of `Rollouts`."""
+    batch: bool = False
+    """A field of `Batch`."""
+    when: str = ""
+    """What a run must use for the column to be there; "": it always is."""
+
+
+COLUMNS = (
+    Column("tokens", np.int32, rollouts=True, batch=True),
+    Column("sampled", np.bool_, rollouts=True),
+    Column("behavior_logprobs", np.float32, rollouts=True, batch=True),
+    Column("entropy", np.float32, rollouts=True),
+    Column("version", np.int32, rollouts=True),
+    Column("support", np.int32, fill=-1, dims=("K",), rollouts=True, batch=True, when="truncation"),
+    Column("raw_logprobs", np.float32, rollouts=True, when="raw_logprobs"),
+    Column("barred", np.bool_, rollouts=True, batch=True, when="min_new_tokens"),
+    Column("position", np.int32, batch=True),
+    Column("until", np.int32, batch=True),
+    Column("before", np.int32, batch=True),
+    Column("segment", np.int32, batch=True),
+    Column("group", np.int32, batch=True),
+    Column("loss_mask", np.bool_, batch=True),
+    Column("weight", np.float32, batch=True),
+    Column("temperature", np.float32, fill=1, batch=True),
+    Column("advantage", np.float32, batch=True),
+    Column("reference_logprobs", np.float32, batch=True, when="reference"),
+    Column("proximal_logprobs", np.float32, batch=True, when="proximal"),
+    Column("values", np.float32, batch=True, when="critic"),
+    Column("returns", np.float32, batch=True, when="critic"),
+)
+"""The one table of per-token columns. Output buffers, replay, batches, checkpoints and `plan` are maps over it: a new column is a
+line here, and a field of the values that hold it. The fill of `tokens` is the pad token, which the tokenizer names."""
+
+
+class OwnColumn(NamedTuple):
+    """A column that a loss brings along, as `Batch.own[name]`."""
+
+    name: str
+    make: Callable[[Groups, Scores], ArrayLike]
+    """Its numbers `[B C]`, from groups and scores."""
+    dtype: type = np.float32
+    fill: float = 0
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -156,6 +260,8 @@ def _check_fields(value: Any) -> None:
         got = getattr(value, name)
         if hasattr(type(got), "__dataclass_fields__"):
             _check_fields(got)
-        elif field.type is not PyTree and not any(isinstance(got, kind) for kind in get_args(field.type)):
+        elif field.type not in (PyTree, dict[str, ArrayLike]) and not any(
+            isinstance(got, kind) for kind in get_args(field.type)
+        ):
             described = f"{got.dtype}{list(got.shape)}" if isinstance(got, jax.Array | np.ndarray) else repr(got)
             raise ValueError(f"{type(value).__name__}.{name}: got {described}, want {get_args(field.type)[0]}")

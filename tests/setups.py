@@ -2,12 +2,11 @@
 
 from dataclasses import replace
 from functools import cache
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from jaxrl_llm.experience.batch import Sequences, make_batch, sequences_of
-from jaxrl_llm.experience.packing import shape_of
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import LinearRope, Llama3Rope, ModelConfig, YarnRope
 from jaxrl_llm.parallel import hosts
@@ -17,7 +16,9 @@ from jaxrl_llm.publish import make_blank, make_publish
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
-from jaxrl_llm.types import Batch, Policy, Prompts, PyTree, Rollouts
+from jaxrl_llm.types import Batch, Credit, Experience, Policy, Prompts, PyTree, Rollouts, Scores
+from jaxrl_llm.update.batch import make_batch, ungraded
+from jaxrl_llm.update.packing import shape_of
 
 # Eight heads over eight key/value heads, so that every mesh below divides them; sharp logits, so that an error shows.
 SMALL = ModelConfig(vocab_size=16, layers=2, d_model=32, heads=16, kv_heads=8, head_dim=8, d_mlp=64, qk_norm=True)
@@ -115,23 +116,50 @@ def until_of(length: np.ndarray, slots: int) -> np.ndarray:
     return np.where(slot < np.asarray(length)[:, None], np.asarray(length)[:, None], slot).astype(np.int32)
 
 
-def to_sequences(
-    rollouts: Rollouts, advantage: np.ndarray | None = None, counts: np.ndarray | None = None
-) -> Sequences:
-    """What updates learn from, one advantage a sequence; all groups count unless told."""
-    groups = len(rollouts.prompts.length)
-    found = sequences_of(rollouts, np.ones(groups, bool) if counts is None else counts)
-    if advantage is None:
-        return found
-    return found._replace(advantage=np.where(found.learn, advantage[:, None], 0).astype(np.float32))
+class Sequences(NamedTuple):
+    """Prompts and completions row by row, with all that the loss reads: an experience as tests write and read it."""
+
+    prompt: np.ndarray
+    prompt_length: np.ndarray
+    tokens: np.ndarray
+    length: np.ndarray
+    group: np.ndarray
+    learn: np.ndarray
+    temperature: np.ndarray
+    behavior_logprobs: np.ndarray
+    advantage: np.ndarray
+    reference_logprobs: np.ndarray | None = None
+    proximal_logprobs: np.ndarray | None = None
+    values: np.ndarray | None = None
+    returns: np.ndarray | None = None
+
+    @property
+    def experience(self) -> Experience:
+        q, first = self, np.flatnonzero(np.diff(self.group, prepend=-1))
+        number = np.arange(len(first), dtype=np.int32)
+        rollouts = Rollouts(
+            prompts=Prompts(q.prompt[first], q.prompt_length[first], number, number),
+            tokens=q.tokens, length=q.length, sampled=q.learn, behavior_logprobs=q.behavior_logprobs,
+            entropy=np.zeros(q.tokens.shape, np.float32), temperature=q.temperature,
+            version=np.zeros(q.tokens.shape, np.int32), finish=np.zeros(len(q.length), np.int32),
+        )  # fmt: skip
+        scores = Scores(q.reference_logprobs, q.proximal_logprobs, q.values)
+        return Experience(ungraded(rollouts), scores, Credit(q.advantage, q.returns))
+
+
+def to_experience(rollouts: Rollouts, advantage: np.ndarray | float = 0.0) -> Experience:
+    """One advantage per row; every row is kept."""
+    each = np.broadcast_to(advantage, rollouts.length.shape)[:, None]
+    credit = Credit(np.where(rollouts.sampled, each, 0).astype(np.float32))
+    return Experience(ungraded(rollouts), Scores(), credit)
 
 
 def to_batch(
-    sequences: Sequences, kind: str = "none", slots: int = 0, parts: int = 1, shards: int = 1, aggregation: str = "token",
+    experience: Experience, kind: str = "none", slots: int = 0, parts: int = 1, shards: int = 1, aggregation: str = "token",
     length: int = 1,
 ) -> Batch:  # fmt: skip
     """Of all of them, in the least rows that hold the longest there could be."""
-    groups = int(sequences.group[-1]) + 1
-    sizes = sequences.prompt.shape[1], sequences.tokens.shape[1]
-    shape = shape_of(kind, groups, len(sequences.length) // groups, sizes, slots, parts, shards)
-    return make_batch(sequences, shape, VOCAB.pad, aggregation, length)[0]
+    rollouts, groups = experience.groups.rollouts, len(experience.groups.failure)
+    sizes = rollouts.prompts.tokens.shape[1], rollouts.tokens.shape[1]
+    shape = shape_of(kind, groups, len(rollouts.length) // groups, sizes, slots, parts, shards)
+    return make_batch(experience, shape, VOCAB.pad, aggregation, length)[0]

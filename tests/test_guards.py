@@ -286,17 +286,19 @@ def test_a_poisoned_batch_changes_nothing_and_ends_the_run(start, monkeypatch):
 
 def test_log_probs_of_another_distribution_end_the_run(start, monkeypatch):
     run, shell, life, policy, _ = start
-    sampled = learning.sequences_of
+    collected = train.collect
 
     def colder(*args):
-        sequences = sampled(*args)
-        return sequences._replace(behavior_logprobs=sequences.behavior_logprobs * 0.5)
+        found = collected(*args)
+        rollouts = found.groups.rollouts
+        rollouts = rollouts.replace(behavior_logprobs=rollouts.behavior_logprobs * 0.5)
+        return found._replace(groups=found.groups.replace(rollouts=rollouts))
 
     life, policy, metrics = step(run, shell, life, policy)
     assert 0 <= metrics["mismatch/kl"] < 1e-4
     # Of the updates' rates only that they are told: the maker of this chip states no peak.
     assert metrics["update/ceiling_fraction"] > 0 < metrics["update/flops_per_s"] and "update/mfu" not in metrics
-    monkeypatch.setattr(learning, "sequences_of", colder)
+    monkeypatch.setattr(train, "collect", colder)
     with pytest.raises(MismatchError, match=r"update\.guards\.max_mismatch_kl"):
         step(run, shell, life, policy)
 

@@ -152,18 +152,20 @@ class Recording:
 
         def collected(run, pool, policy, prompts, *rest):
             got = collect(run, pool, policy, prompts, *rest)
-            rollouts, grades = got.rollouts, got.grades
+            groups, rollouts = got.groups, got.groups.rollouts
             noise = np.where(rollouts.sampled, self.rng.normal(0, 0.05, rollouts.tokens.shape), 0).astype(np.float32)
             rollouts = rollouts.replace(behavior_logprobs=rollouts.behavior_logprobs + noise)
+            of_group = len(groups.failure), len(groups.vote) // len(groups.failure)
             draw = oracle.Draw(
                 None, prompts.tokens, prompts.length, rollouts.tokens, rollouts.length, noise, rollouts.behavior_logprobs,
-                grades.parts, grades.failure, grades.failed_by, grades.vote,
+                np.moveaxis(groups.components.reshape(*of_group, -1), -1, 0), groups.failure, groups.failed_by,
+                groups.vote.reshape(of_group),
             )  # fmt: skip
             if rest[0] is run.task.held_out:
                 self.rows[-1]["answers"] = draw
             else:
                 self.rows.append({"phase": "rl", "draw": draw, "updates": []})
-            return got._replace(rollouts=rollouts)
+            return got._replace(groups=groups.replace(rollouts=rollouts))
 
         return collected
 

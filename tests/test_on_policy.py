@@ -6,7 +6,7 @@ from functools import cache
 import jax
 import numpy as np
 import pytest
-from setups import TINY, engine, layouts, make_params, make_policy, make_prompts, to_batch, to_sequences
+from setups import TINY, engine, layouts, make_params, make_policy, make_prompts, to_batch, to_experience
 
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.objective.config import ObjectiveConfig
@@ -76,7 +76,7 @@ def first_update(batch) -> dict[str, float]:
 def batch_of(of):
     """Bars always there, so that one program takes all that have no support."""
     advantage = np.random.default_rng(0).normal(size=P * G).astype(np.float32)
-    batch = check(to_batch(to_sequences(of, advantage)))
+    batch = check(to_batch(to_experience(of, advantage)))
     return batch if of.barred is not None else batch.replace(barred=np.zeros(batch.tokens.shape, bool))
 
 

@@ -20,7 +20,7 @@ from setups import (
     make_policy,
     make_prompts,
     to_batch,
-    to_sequences,
+    to_experience,
     until_of,
 )  # fmt: skip
 
@@ -52,7 +52,7 @@ def sample(cfg, sizes=(1, 1, 1), prompts=None, temperature=1.0, params=None):
 
 
 def scores(rollouts, params, train, cfg):
-    batch = to_batch(to_sequences(rollouts), shards=train.size("rows"))
+    batch = to_batch(to_experience(rollouts), shards=train.size("rows"))
     placed = hosts.put(batch, train.sharding(("rows", None)))
     return batch, score(params, placed, cfg, VOCAB.size, train)
 
@@ -217,7 +217,7 @@ def test_gradients_through_experts_do_not_depend_on_the_mesh():
     """Rows, parameters, widths and experts split over 1 x 2 x 2 x 2 devices, recomputed under the scan, as one device has them."""
     cfg, gradients = FAMILIES["qwen3-moe"], []
     rollouts, _, _ = sample(cfg, params=make_params(cfg, layouts()[0], noise=0.2))
-    batch = to_batch(to_sequences(rollouts))
+    batch = to_batch(to_experience(rollouts))
     for sizes in ((1, 1, 1), (1, 2, 2, 2)):
         train, _ = layouts(sizes)
         params = make_params(cfg, train, noise=0.2)

@@ -5,13 +5,13 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 from jaxrl_llm import chips, cli, learn, rates, run
 from jaxrl_llm.config import validate
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience.batch import Sequences, make_batch, minibatches
 from jaxrl_llm.life import trained_policy
 from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.parallel.hlo import Module
@@ -20,7 +20,8 @@ from jaxrl_llm.plan.command import Target
 from jaxrl_llm.plan.memory import Phase
 from jaxrl_llm.plan.programs import Job, Program, make_job, with_micro_batches
 from jaxrl_llm.plan.traffic import Reading, Traffic
-from jaxrl_llm.types import Batch, Experience, Prompts, Rollouts
+from jaxrl_llm.types import Batch, Experience, Groups, Prompts, Rollouts
+from jaxrl_llm.update.batch import make_batch, minibatches, ungraded
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs" / "arithmetic.yaml")
@@ -219,7 +220,7 @@ OBJECTIVES = {
 }
 
 
-def longest(of: run.Run) -> Experience:
+def longest(of: run.Run) -> Groups:
     """Every prompt and response at its full length, as the engine gives them; rewards that differ in each group."""
     cfg, prompts = of.cfg.rollout, of.cfg.rollout.prompts
     rows, full = prompts * cfg.samples, (prompts * cfg.samples, cfg.max_new_tokens)
@@ -235,7 +236,7 @@ def longest(of: run.Run) -> Experience:
         barred=np.zeros(full, bool) if cfg.min_new_tokens else None,
     )  # fmt: skip
     reward = np.arange(rows, dtype=np.float32)
-    return Experience(rollouts, reward, reward[:, None])
+    return ungraded(rollouts).replace(reward=reward, components=reward[:, None])
 
 
 @pytest.fixture(params=OBJECTIVES)
@@ -244,15 +245,17 @@ def both(request, monkeypatch) -> tuple[Job, run.Run, Batch]:
     cfg = validate(VALUES | {"reward": "exact_match", "update": {}} | OBJECTIVES[request.param], "test")
     of = run.build(cfg)
 
-    def score(of: run.Run, params: object, sequences: Sequences) -> TokenScores:
-        nothing = np.zeros(sequences.tokens.shape, np.float32)
+    def score(of: run.Run, params: object, groups: Groups) -> TokenScores:
+        nothing = np.zeros(groups.rollouts.tokens.shape, np.float32)
         return TokenScores(nothing, nothing, nothing if cfg.objective.has_critic else None)
 
     monkeypatch.setattr(learn, "score", score)
     state = SimpleNamespace(params=of.learner_specs)
     life = SimpleNamespace(state=state, reference=trained_policy(of, of.learner_specs))
-    sequences, _ = learn.assess(of, life, longest(of), np.ones(cfg.rollout.prompts, bool))
-    part = next(minibatches(sequences, cfg.update.minibatches, np.random.default_rng(0)))
+    groups = longest(of)
+    scores = learn.score_groups(of, life, groups)
+    experience = Experience(groups, scores, learn.assess(of, groups, scores)[0])
+    part = next(minibatches(experience, cfg.update.minibatches, np.random.default_rng(0)))
     batch, _ = make_batch(part, of.shapes.update, 0, of.loss.aggregation, of.loss.length)
     return make_job(cfg, cfg.model, of.task.prompt_slots, list(of.train.mesh.devices.flat)), of, batch
 
@@ -261,7 +264,7 @@ def test_a_planned_batch_is_the_runs(both):
     """Every column, its dtype and its shape: what `scores_proximal`, a critic, a reference and truncation put there."""
     job, _, batch = both
     described = lambda tree: {  # noqa: E731
-        f.name: (x.shape, x.dtype) for f in dataclasses.fields(tree) if (x := getattr(tree, f.name)) is not None
+        jax.tree_util.keystr(path): (x.shape, x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(tree)
     }
     assert described(job.batch) == described(batch)
 

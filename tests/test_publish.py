@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from setups import FAMILIES, SMALL, engine, layouts, make_params, make_prompts, to_batch, to_sequences
+from setups import FAMILIES, SMALL, engine, layouts, make_params, make_prompts, to_batch, to_experience
 
 from jaxrl_llm import config, run
 from jaxrl_llm.metrics import CompileCounter
@@ -98,7 +98,7 @@ def mismatch(sizes, weights):
     params, policy = published(sizes, weights)
     of = engine(SMALL, decode, prompts=P, samples=G, max_new_tokens=C, engine=EngineConfig(weights=weights))
     rollouts = of.generate(policy, make_prompts(P), jax.random.key(3))
-    batch = to_batch(to_sequences(rollouts), shards=train.size("rows"))
+    batch = to_batch(to_experience(rollouts), shards=train.size("rows"))
     placed = hosts.put(batch, train.sharding(("rows", None)))
     scored = hosts.gather(jax.jit(lambda p, b: score_tokens(p, b, SMALL, 16, train).logprobs)(params, placed))
     return (scored - batch.behavior_logprobs)[batch.loss_mask]

@@ -31,9 +31,9 @@ import numpy as np
 from jaxrl_llm.collect import collect
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.evaluate import evaluate
-from jaxrl_llm.experience.batch import Sequences, make_batch, minibatches, of_sequences
 from jaxrl_llm.experience.filters import has_signal
-from jaxrl_llm.learn import assess
+from jaxrl_llm.experience.replay import kept_groups
+from jaxrl_llm.learn import assess, score_groups
 from jaxrl_llm.life import Life, begin, fresh_state
 from jaxrl_llm.metrics import RatioAlarm
 from jaxrl_llm.model.config import ModelConfig
@@ -46,7 +46,8 @@ from jaxrl_llm.prompts.stream import next_prompts
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.run import Run, build, publish
 from jaxrl_llm.train import Shell, open_shell, warm_step
-from jaxrl_llm.types import Experience, PyTree, TrainState
+from jaxrl_llm.types import Experience, Groups, PyTree, TrainState
+from jaxrl_llm.update.batch import make_batch, minibatches, to_rows
 from jaxrl_llm.update.config import UpdateConfig, WarmStartConfig
 from jaxrl_llm.update.optimizer.config import AdamW
 
@@ -140,17 +141,16 @@ def learn(run: Run, shell: Shell, warm: Life, arm: str, lag: int) -> dict:
     for step in range(cfg.steps):
         rng = np.random.default_rng((cfg.seed, step))
         prompts, cursor = next_prompts(run.task, run.order, cursor, cfg.rollout.prompts)
-        rollouts, graded, *_ = collect(run, shell.pool, policies[0], prompts, run.task.train, run.key)
-        reward = graded.reward
-        keep = has_signal(reward)
-        experience = Experience(rollouts, reward.reshape(-1), reward.reshape(-1, 1))
-        sequences, _ = assess(run, dataclasses.replace(warm, state=state), experience, keep)
-        state, updates = update(run, state, sequences, arm, rng)
+        graded = collect(run, shell.pool, policies[0], prompts, run.task.train, run.key).groups
+        groups = graded.replace(keep=has_signal(graded))
+        rollouts, scores = groups.rollouts, score_groups(run, dataclasses.replace(warm, state=state), groups)
+        experience = Experience(groups, scores, assess(run, groups, scores)[0])
+        state, updates = update(run, state, experience, arm, rng)
         for i, metrics in enumerate(updates):
             stale = i > 0 or bool(rollouts.version.max() < int(state.step) - cfg.update.updates)
             alarm, ring = alarm.observe(metrics["ratio/min"], metrics["ratio/max"], stale)
             rings += ring
-        steps.append(describe(reward, keep, updates))
+        steps.append(describe(groups, updates))
         policies.append(publish(run, state, policies[0] if len(policies) > lag else None))
         if (step + 1) % EVERY == 0:
             exact[step + 1] = evaluate(run, state.params, policies[-1], shell.pool)["eval/exact"]
@@ -159,14 +159,14 @@ def learn(run: Run, shell: Shell, warm: Life, arm: str, lag: int) -> dict:
 
 
 def update(
-    run: Run, state: TrainState, sequences: Sequences, arm: str, rng: np.random.Generator
+    run: Run, state: TrainState, experience: Experience, arm: str, rng: np.random.Generator
 ) -> tuple[TrainState, list[dict[str, float]]]:
     """Epochs x minibatches of updates, and the metrics of each that had a token to learn from."""
     cfg, found = run.cfg.update, []
     if arm == "once":
-        sequences = rescored(run, state.params, sequences)
+        experience = rescored(run, state.params, experience)
     for _ in range(cfg.epochs):
-        for part in minibatches(sequences, cfg.minibatches, rng):
+        for part in minibatches(experience, cfg.minibatches, rng):
             if arm == "recomputed":
                 part = rescored(run, state.params, part)
             batch, _ = make_batch(part, run.shapes.update, run.task.pad, run.loss.aggregation, run.loss.length)
@@ -176,14 +176,16 @@ def update(
     return state, found
 
 
-def rescored(run: Run, params: PyTree, part: Sequences) -> Sequences:
+def rescored(run: Run, params: PyTree, part: Experience) -> Experience:
     """The bug: what the current policy says of the tokens takes the place of what their own policy said."""
     batch, where = make_batch(part, run.shapes.update, run.task.pad)
     logprobs = hosts.gather(run.score(params, run.put_batch(batch)).logprobs)
-    return part._replace(behavior_logprobs=of_sequences(logprobs, where, part))
+    rollouts = part.groups.rollouts
+    rollouts = rollouts.replace(behavior_logprobs=to_rows(logprobs, where, rollouts))
+    return part._replace(groups=part.groups.replace(rollouts=rollouts))
 
 
-def describe(reward: np.ndarray, keep: np.ndarray, updates: list[dict[str, float]]) -> dict[str, float]:
+def describe(groups: Groups, updates: list[dict[str, float]]) -> dict[str, float]:
     """One step of RL in numbers. Clip fractions and ratios are over the tokens of the groups that have a signal.
 
     `off_one`, max |r - 1|, is -inf where no minibatch holds such a group, and null in the JSON.
@@ -195,8 +197,8 @@ def describe(reward: np.ndarray, keep: np.ndarray, updates: list[dict[str, float
         return max((max(m["ratio/max"] - 1, 1 - m["ratio/min"]) for m in some), default=-np.inf)
 
     return {
-        "reward": reward.mean(),
-        "groups_kept": keep.sum(),
+        "reward": groups.reward.mean(),
+        "groups_kept": kept_groups(groups).sum(),
         "clip_fraction": np.average(clipped, weights=tokens) if updates else np.nan,
         "off_one_first": off_one(updates[:1]),
         "off_one_later": off_one(updates[1:]),

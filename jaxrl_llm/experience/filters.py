@@ -1,37 +1,69 @@
-"""Which groups may teach: what graders gave to keep bool[P]. A group is kept or dropped whole."""
+"""Filters: which graded rows may teach. They only lower `Groups.keep`; rows never leave."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
 
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimates import correct
+from jaxrl_llm.types import Groups
+
+Metrics = dict[str, float]
 
 
-def has_signal(reward: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, " P"]:
-    """max > min of the rewards; False where the group was not graded (NaN).
+class Filter(NamedTuple):
+    """Pure functions over a state, which is a tree of NumPy arrays and belongs into checkpoints."""
+
+    init: Callable[[], Any]
+    apply: Callable[[Any, Groups], tuple[Any, Groups, Metrics]]
+
+
+def of(keep: Callable[[Groups], Bool[np.ndarray, " B"]], name: str = "a filter") -> Filter:
+    """The filter without state that keeps the rows for which `keep` is True, of those that are kept so far.
+
+    Raises UserError, when it is applied, if `keep` gives anything but one truth per row. `name`: what it is called then.
+    """
+
+    def apply(state: tuple, groups: Groups) -> tuple[tuple, Groups, Metrics]:
+        rows = np.asarray(keep(groups))
+        if rows.shape != groups.keep.shape or rows.dtype != bool:
+            raise UserError(
+                f"{name}: got {rows.dtype}{list(rows.shape)}, want bool[{len(groups.keep)}], one truth per row"
+            )
+        return state, groups.replace(keep=groups.keep & rows), {}
+
+    return Filter(tuple, apply)
+
+
+def has_signal(groups: Groups) -> Bool[np.ndarray, " B"]:
+    """True for the rows of a group whose rewards differ.
 
     Never asked of the advantages: six equal rewards of 0.3 have a float32 mean one ulp off, and an "advantage" of 0.75.
     """
-    return np.max(reward, axis=1) > np.min(reward, axis=1)
+    return _differs(groups.reward, groups)
 
 
-def graded(reward: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, " P"]:
-    """Every group that has its rewards."""
-    return ~np.isnan(reward).any(axis=1)
-
-
-Filter = Callable[[Float[np.ndarray, "P G"], Float[np.ndarray, "n P G"]], Bool[np.ndarray, " P"]]
-"""Rewards, and what each of the n graders gave, to the groups that are kept."""
+def _differs(number: Float[np.ndarray, " B"], groups: Groups) -> Bool[np.ndarray, " B"]:
+    """max > min of a group's numbers; False where one is NaN: the group was not graded."""
+    of_group = number.reshape(len(groups.failure), -1)
+    return np.repeat(of_group.max(axis=1) > of_group.min(axis=1), of_group.shape[1])
 
 
 def make_filter(name: str, graders: Sequence[str], threshold: float) -> Filter:
-    """`graders`: their names. `threshold`: what the first of them must give a response that is right, as in the evaluation."""
+    """A built-in filter.
+
+    Args:
+        name: has_signal, success, none or one of `graders`.
+        graders: names of the graders, in the order of `Groups.components`.
+        threshold: what the first of them must give a response that is right, as in the evaluation.
+    """
     if name == "none":
-        return lambda reward, parts: graded(reward)
+        return of(lambda groups: groups.keep)
     if name == "has_signal":
-        return lambda reward, parts: has_signal(reward)
+        return of(has_signal)
     if name == "success":
-        return lambda reward, parts: has_signal(correct(parts[0], threshold))
+        return of(lambda groups: _differs(correct(groups.components[:, 0], threshold), groups))
     index = graders.index(name)
-    return lambda reward, parts: has_signal(parts[index])
+    return of(lambda groups: _differs(groups.components[:, index], groups))

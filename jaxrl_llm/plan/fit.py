@@ -17,11 +17,12 @@ from jaxrl_llm.plan import memory
 from jaxrl_llm.plan.memory import BATCH, GRADIENTS, MASTERS, OPTIMIZER, POLICY, PROMPTS, REFERENCE, ROWS, Phase
 from jaxrl_llm.plan.programs import Job, describe
 from jaxrl_llm.run import Run, learner_specs_of, shapes_of
+from jaxrl_llm.types import COLUMNS
 
 KEPT, ROLLOUTS, REPLAY = "inputs of layers, kept for the backward pass", "rollouts in the host's memory", "replay"
-# Bytes of a token: in rollouts the token, whether it was sampled, log-prob, entropy, version; in a batch six integers, four
-# numbers and the mask.
-OF_ROLLOUTS, OF_BATCHES = 4 + 1 + 4 + 4 + 4, 6 * 4 + 4 * 4 + 1
+# Bytes per token, of the columns that are always there.
+OF_ROLLOUTS = sum(np.dtype(column.dtype).itemsize for column in COLUMNS if column.rollouts and not column.when)
+OF_BATCHES = sum(np.dtype(column.dtype).itemsize for column in COLUMNS if column.batch and not column.when)
 HOST, WARM_START = "host", "warm start"
 OF_MODEL = (MASTERS, OPTIMIZER, REFERENCE, POLICY, GRADIENTS)
 

@@ -11,7 +11,6 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxrl_llm import config as run_config
 from jaxrl_llm.config import RunConfig
@@ -37,10 +36,12 @@ from jaxrl_llm.run import (
     loss_of,
     optimizer_of,
     shapes_of,
+    uses_of,
 )
 from jaxrl_llm.screen import saying
 from jaxrl_llm.sources import packing_problems, vocabulary_problems
 from jaxrl_llm.types import Batch, Policy, PyTree, TrainState
+from jaxrl_llm.update.batch import abstract_batch
 from jaxrl_llm.update.optimizer.state import abstract_state
 from jaxrl_llm.update.optimizer.transform import make_optimizer
 from jaxrl_llm.update.step import make_update
@@ -141,14 +142,14 @@ def describe(cfg: RunConfig, model: ModelConfig, prompt_slots: int, devices: Seq
         state=abstract_state(specs, optimizer, train),
         reference=abstract_reference(cfg, model, train),
         policy=abstract_policy(model, decode, cfg.rollout.engine.weights),
-        batch=abstract_batch(cfg, prompt_slots, engine.shape.support, train),
+        batch=_batch(cfg, prompt_slots, engine, train),
     )
 
 
 def with_micro_batches(job: Job, parts: int) -> Job:
     """The same with another number of micro-batches: all else stays."""
     cfg = dataclasses.replace(job.cfg, update=dataclasses.replace(job.cfg.update, micro_batches=parts))
-    batch = abstract_batch(cfg, job.prompt_slots, job.engine.shape.support, job.train)
+    batch = _batch(cfg, job.prompt_slots, job.engine, job.train)
     return dataclasses.replace(job, cfg=cfg, batch=batch)
 
 
@@ -161,25 +162,10 @@ def abstract_reference(cfg: RunConfig, model: ModelConfig, train: Layout) -> PyT
     return model_params.abstract(model_params.specs(model) if whole else lora.split(specs)[0], train)
 
 
-def abstract_batch(cfg: RunConfig, prompt_slots: int, support: int, train: Layout) -> Batch:
-    """Of one update: the rows of a minibatch at their longest. `support`: of the engine's draws."""
-    objective, shape = cfg.objective, shapes_of(cfg, prompt_slots, train.size("rows")).update
-
-    def of(dtype: jnp.dtype, *more: int) -> jax.ShapeDtypeStruct:
-        sharding = train.sharding(("rows", *(None for _ in (shape.slots, *more))))
-        return jax.ShapeDtypeStruct((shape.rows, shape.slots, *more), dtype, sharding=sharding)
-
-    numbers = ("weight", "behavior_logprobs", "advantage", "temperature")
-    numbers += ("reference_logprobs",) * objective.reads_reference_logprobs
-    numbers += ("proximal_logprobs",) * ("proximal_logprobs" in loss_of(cfg).columns)
-    numbers += ("values", "returns") * objective.has_critic
-    integers = ("tokens", "position", "until", "before", "segment", "group")
-    more = {"support": of(jnp.int32, support)} if support else {}
-    more |= {"barred": of(bool)} if cfg.rollout.min_new_tokens else {}
-    return Batch(
-        **{name: of(jnp.int32) for name in integers}, loss_mask=of(bool), **{name: of(jnp.float32) for name in numbers},
-        **more,
-    )  # fmt: skip
+def _batch(cfg: RunConfig, prompt_slots: int, engine: Engine, train: Layout) -> Batch:
+    """Of one update: the rows of a minibatch at their longest."""
+    shape = shapes_of(cfg, prompt_slots, train.size("rows")).update
+    return abstract_batch(shape, uses_of(cfg), engine.shape.support, (), train)
 
 
 def lowerings(job: Job) -> dict[str, Lower]:

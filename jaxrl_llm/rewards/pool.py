@@ -54,15 +54,22 @@ class Graded:
     "" where there is none, or the group failed."""
 
 
-def part_metrics(graded: Graded, names: Sequence[str]) -> dict[str, float]:
-    """`rewards/<name>/mean` over the groups that did not fail, absent if all did; `rewards/<name>/<failure>`, groups lost to it."""
-    good = graded.failure == Failure.NONE
+def part_metrics(
+    parts: np.ndarray, failure: np.ndarray, failed_by: np.ndarray, names: Sequence[str]
+) -> dict[str, float]:
+    """`rewards/<name>/mean` over the groups that did not fail, absent if all did; `rewards/<name>/<failure>`, groups lost to it.
+
+    Args:
+        parts, failure, failed_by: as in `Graded`.
+        names: of the graders.
+    """
+    good = failure == Failure.NONE
     found = {}
     for index, name in enumerate(names):
-        part = graded.parts[index, good]
+        part = parts[index, good]
         if part.size:
             found[f"rewards/{name}/mean"] = float(part.mean(dtype=np.float64))
-        lost = graded.failure[graded.failed_by == index]
+        lost = failure[failed_by == index]
         found |= {f"rewards/{name}/{kind.name.lower()}": float(np.sum(lost == kind)) for kind in Failure if kind}
     return found
 

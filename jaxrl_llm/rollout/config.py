@@ -79,7 +79,10 @@ class RolloutConfig:
     """Also record each token's log-probability under the untruncated distribution."""
     engine: EngineConfig = field(default_factory=EngineConfig)
 
+    @property
+    def truncates(self) -> bool:
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
     def support_of(self, num_tokens: int) -> int:
         """Tokens that a draw from so many keeps and records; 0 where nothing is truncated."""
-        truncated = self.top_p < 1 or self.top_k > 0 or self.min_p > 0
-        return min(self.support, num_tokens) if truncated else 0
+        return min(self.support, num_tokens) if self.truncates else 0

@@ -4,10 +4,36 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.config import training_problems, validate
-from jaxrl_llm.experience.filters import graded, has_signal, make_filter
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.experience import filters
+from jaxrl_llm.experience.filters import make_filter, of
+from jaxrl_llm.experience.replay import blank_groups, kept_groups
 from jaxrl_llm.run import filter_for
+from jaxrl_llm.types import Groups
 
 NAN = np.nan
+
+
+def groups_of(reward: np.ndarray, parts: np.ndarray | None = None) -> Groups:
+    """Graded groups; of one grader unless `parts` [n P G] are told."""
+    parts = reward[None] if parts is None else parts
+    blank = blank_groups(*reward.shape, (1, 1), len(parts), (), 0)
+    keep = np.repeat(~np.isnan(reward).any(axis=1), reward.shape[1])
+    return blank.replace(reward=reward.reshape(-1), components=parts.reshape(len(parts), -1).T, keep=keep)
+
+
+def kept(filter: filters.Filter, *graded: np.ndarray) -> np.ndarray:
+    """Of groups: all rows of one, or none."""
+    before = groups_of(*graded)
+    state, groups, metrics = filter.apply(filter.init(), before)
+    assert (state, metrics) == ((), {})
+    rows = groups.keep.reshape(len(groups.failure), -1)
+    assert (rows.all(axis=1) == rows.any(axis=1)).all()
+    return rows[:, 0]
+
+
+def has_signal(reward: np.ndarray) -> np.ndarray:
+    return kept(of(filters.has_signal), reward)
 
 
 def check_equal_rewards_are_dropped(keep) -> None:
@@ -43,13 +69,37 @@ def test_has_signal():
 def test_a_group_that_was_not_graded_is_dropped_by_every_filter():
     reward = np.array([[NAN, NAN], [NAN, 1], [0, NAN], [0, 1]], np.float32)
     for name in ("has_signal", "none", "success", "numeric"):
-        keep = make_filter(name, ["numeric"], 1.0)
-        np.testing.assert_array_equal(keep(reward, reward[None]), [False, False, False, True])
+        np.testing.assert_array_equal(kept(make_filter(name, ["numeric"], 1.0), reward), [False, False, False, True])
 
 
 def test_none_keeps_every_graded_group():
-    np.testing.assert_array_equal(graded(np.array([[1, 1], [0, 1], [NAN, NAN]], np.float32)), [True, True, False])
-    assert make_filter("none", [], 1.0)(np.ones((2, 2)), np.ones((1, 2, 2))).all()
+    reward = np.array([[1, 1], [0, 1], [NAN, NAN]], np.float32)
+    np.testing.assert_array_equal(kept(make_filter("none", [], 1.0), reward), [True, True, False])
+
+
+def test_a_filter_may_keep_single_rows_and_never_brings_one_back():
+    """Rows of two tokens and more, of groups of which the second was dropped before."""
+    groups = groups_of(np.float32([[0, 1, 0], [1, 0, 0]]))
+    groups = groups.replace(
+        rollouts=groups.rollouts.replace(length=np.int32([1, 2, 3, 1, 2, 3])), keep=np.repeat([True, False], 3)
+    )
+    _, found, _ = of(lambda groups: groups.rollouts.length >= 2).apply((), groups)
+    np.testing.assert_array_equal(found.keep, [False, True, True, False, False, False])
+    np.testing.assert_array_equal(kept_groups(found), [True, False])
+
+
+@pytest.mark.parametrize(
+    ("keep", "got"),
+    [
+        (lambda groups: groups.reward, "float32[6]"),
+        (lambda groups: np.ones(2, bool), "bool[2]"),
+        (lambda _: True, "bool[]"),
+    ],
+)
+def test_what_is_no_truth_per_row_is_refused(keep, got):
+    with pytest.raises(UserError) as told:
+        of(keep, "mine:keep").apply((), groups_of(np.float32([[0, 1, 0], [1, 0, 0]])))
+    assert str(told.value) == f"mine:keep: got {got}, want bool[6], one truth per row"
 
 
 # Right or wrong, and a penalty for length: all wrong, all right, some right; then the same with equal lengths.
@@ -71,14 +121,14 @@ LENGTH = np.float32([[-0.1, -0.2], [0, -0.1], [0, 0], [0, 0], [0, 0], [-1, -1]])
 def test_a_filter_may_look_at_success_or_at_one_grader(name, want):
     graders = ["numeric", {"grader": "length", "weight": 0.01, "options": {"limit": 9}}]
     keep = filter_for(validate({"reward": {"graders": graders}, "experience": {"filter": name}}, "a test"))
-    np.testing.assert_array_equal(keep(RIGHT + np.float32(0.01) * LENGTH, np.stack([RIGHT, LENGTH])), want)
+    np.testing.assert_array_equal(kept(keep, RIGHT + np.float32(0.01) * LENGTH, np.stack([RIGHT, LENGTH])), want)
 
 
 def test_success_is_what_the_evaluation_counts():
     """The first grader's threshold: 0.4 and 0.6 differ in success at 0.5 alone."""
     parts = np.float32([[[0.4, 0.6], [0.1, 0.2]]])
     for threshold, want in ((0.5, [True, False]), (1.0, [False, False]), (0.15, [False, True])):
-        np.testing.assert_array_equal(make_filter("success", ["a"], threshold)(parts[0], parts), want)
+        np.testing.assert_array_equal(kept(make_filter("success", ["a"], threshold), parts[0], parts), want)
 
 
 GRADERS = {"graders": ["numeric", {"grader": "length", "name": "short", "weight": 0.01, "options": {"limit": 9}}]}

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl_llm.experience.config import ReplayConfig
-from jaxrl_llm.experience.replay import by_group, by_row, empty, fill
-from jaxrl_llm.types import Experience, Prompts, Rollouts, check
+from jaxrl_llm.experience.replay import blank_groups, by_group, by_row, empty, exchange, make_replay
+from jaxrl_llm.types import Groups, Prompts, Rollouts, check
 
 P, G, S, C = 3, 2, 2, 4
 
 
-def experience(version: int, first: int) -> Experience:
+def experience(version: int, first: int, keep=(True, True, True)) -> Groups:
     """Groups first, first + 1, ...: every number in a group tells which it is, and the row and slot."""
     group = np.arange(first, first + P)
     row = np.arange(P * G) + first * G
@@ -29,11 +29,15 @@ def experience(version: int, first: int) -> Experience:
         support=np.where(sampled[..., None], token[..., None] + np.arange(3), -1).astype(np.int32),
         barred=sampled & (token % 3 == 0),
     )  # fmt: skip
-    parts = (row[:, None] / [17, 19]).astype(np.float32)
-    return check(Experience(rollouts, (row / 13).astype(np.float32), parts))
+    groups = Groups(
+        rollouts, reward=(row / 13).astype(np.float32), components=(row[:, None] / [17, 19]).astype(np.float32),
+        failure=(group % 3).astype(np.int32), failed_by=(group % 5).astype(np.int32), vote=(row + 1).astype(np.int32),
+        keep=np.repeat(keep, G),
+    )  # fmt: skip
+    return check(groups)
 
 
-def group_of(whole: Experience, place: int) -> list[bytes]:
+def group_of(whole: Groups, place: int) -> list[bytes]:
     return [x[place].tobytes() for x in jax.tree.leaves(by_group(whole))]
 
 
@@ -41,15 +45,38 @@ def ring(capacity: int):
     return empty(experience(0, 0), capacity)
 
 
-def step(replay, version, first, keep, max_age=100, capacity=None, seed=0):
-    cfg = ReplayConfig(capacity=len(replay.version) if capacity is None else capacity, max_age=max_age)
-    return fill(replay, experience(version, first), np.array(keep, bool), version, cfg, np.random.default_rng(seed))
+def step(replay, version, first, keep, max_age=100, seed=0):
+    """The ring, the groups to train on, and which of them are kept."""
+    replay, out, metrics = exchange(replay, experience(version, first, keep), np.random.default_rng(seed), max_age)
+    counts = out.keep.reshape(P, G)
+    assert (counts.all(axis=1) == counts.any(axis=1)).all()
+    assert metrics == {"groups/replayed": counts[:, 0].sum() - sum(keep)}
+    return replay, out, counts[:, 0]
 
 
 def test_the_identity_form_passes_fresh_groups_through():
-    fresh, keep = experience(0, 0), np.array([True, False, True])
-    replay, out, counts = fill(None, fresh, keep, 0, ReplayConfig(capacity=0), np.random.default_rng(0))
-    assert replay is None and out is fresh and counts is keep
+    fresh, replay = experience(0, 0, [True, False, True]), make_replay(ReplayConfig(capacity=0))
+    state, out, metrics = replay.exchange(replay.init(fresh), fresh, np.random.default_rng(0))
+    assert state == () and out is fresh and metrics == {"groups/replayed": 0.0}
+
+
+def test_a_ring_has_the_shapes_of_the_runs_groups():
+    """Two of five kept tokens, bars, no raw log-probs: what the columns' table says of such a run."""
+    blank = check(blank_groups(P, G, (S, C), 2, ("truncation", "min_new_tokens"), 3))
+    of_run = make_replay(ReplayConfig(capacity=4)).init(blank)
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+    assert shapes(of_run) == shapes(ring(4))
+    assert blank.rollouts.raw_logprobs is None and blank.rollouts.support.shape == (P * G, C, 3)
+
+
+def test_a_row_that_was_dropped_stays_dropped_in_the_ring():
+    """A group of which one row is kept is a kept group, and comes back with that row alone."""
+    fresh = experience(0, 0)
+    fresh = fresh.replace(keep=np.array([True, False, False, False, False, False]))
+    replay, _, _ = exchange(ring(4), fresh, np.random.default_rng(0), 100)
+    np.testing.assert_array_equal(replay.version, [0, -1, -1, -1])
+    _, out, _ = exchange(replay, experience(1, 10, [True, False, True]), np.random.default_rng(0), 100)
+    np.testing.assert_array_equal(out.keep, [True, True, True, False, True, True])
 
 
 def test_rows_and_groups_are_two_views_of_the_same():
@@ -70,7 +97,7 @@ def test_with_nothing_to_replace_fresh_groups_pass_unchanged():
 def test_an_empty_ring_replaces_nothing():
     replay, out, counts = step(ring(4), 0, 0, [False, True, False])
     np.testing.assert_array_equal(counts, [False, True, False])
-    jax.tree.map(np.testing.assert_array_equal, out, experience(0, 0))
+    jax.tree.map(np.testing.assert_array_equal, out, experience(0, 0, [False, True, False]))
     np.testing.assert_array_equal(replay.version, [0, -1, -1, -1])
 
 
@@ -140,7 +167,7 @@ def test_every_group_that_counts_is_fresh_or_young_and_remembered(steps, capacit
     """Against a list of the kept groups: the last `capacity` of them, those young enough drawn without repetition."""
     replay, kept, version = ring(capacity), [], 0
     for number, (keep, updates) in enumerate(steps):
-        fresh = experience(version, first := 100 * number)
+        fresh = experience(version, first := 100 * number, keep)
         young = {uid: bits for uid, born, bits in kept[-capacity:] if version - born <= max_age}
         replay, out, counts = step(replay, version, first, keep, max_age)
         replayed = []

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from setups import FAMILIES, SMALL, VOCAB, layouts, make_params
+from setups import FAMILIES, SMALL, VOCAB, Sequences, layouts, make_params
 
-from jaxrl_llm.experience.batch import Sequences, make_batch, of_sequences
-from jaxrl_llm.experience.packing import Shape
 from jaxrl_llm.model.distribution import score_tokens
+from jaxrl_llm.update.batch import make_batch, to_rows
+from jaxrl_llm.update.packing import Shape
 
 GROUPS, SAMPLES, S, C = 4, 3, 7, 6
 # Room for a whole group, or for 12 sequences of one each: the shape is the same for all, and so is the program.
@@ -56,9 +56,9 @@ def program(name: str):
 def found(name: str, kind: str, mutate=lambda batch: batch):
     """Gradients, and log-probs and entropies of the completions' tokens that are learnt from."""
     q = sequences()
-    batch, where = make_batch(q, Shape(kind, ROWS, SLOTS, 1), VOCAB.pad, "sequence")
+    batch, where = make_batch(q.experience, Shape(kind, ROWS, SLOTS, 1), VOCAB.pad, "sequence")
     gradient, scored = program(name)(mutate(batch))
-    return gradient, [of_sequences(np.asarray(x), where, q)[q.learn] for x in (scored.logprobs, scored.entropy)]
+    return gradient, [to_rows(np.asarray(x), where, q)[q.learn] for x in (scored.logprobs, scored.entropy)]
 
 
 def assert_same(one, other):

@@ -5,15 +5,15 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from setups import TINY, layouts
+from setups import TINY, Sequences, layouts
 
 from jaxrl_llm import chips
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience.batch import Sequences, make_batch
-from jaxrl_llm.experience.packing import shape_of
 from jaxrl_llm.model.cache import Form, empty_suffix
 from jaxrl_llm.model.work import Seen, TrainFlops, attention_pairs, forward_flops, matmul_params, train_flops
 from jaxrl_llm.rates import UpdateRates, least_seconds
+from jaxrl_llm.update.batch import make_batch
+from jaxrl_llm.update.packing import shape_of
 
 SLIDING = dataclasses.replace(TINY, window=3, sliding=(True, False))
 PROMPT, COMPLETION = np.array([3, 3, 2, 2]), np.array([4, 2, 1, 3])
@@ -27,7 +27,7 @@ def batch(kind):
     sequences = Sequences(
         tokens[:, :3], PROMPT, tokens, COMPLETION, np.array([0, 0, 1, 1]), learn, np.ones(4, np.float32), zeros, zeros
     )
-    return make_batch(sequences, shape_of(kind, 2, 2, (3, 4), 11, 1, 1), 0)[0]
+    return make_batch(sequences.experience, shape_of(kind, 2, 2, (3, 4), 11, 1, 1), 0)[0]
 
 
 def pairs_of_the_mask(batch, reach):

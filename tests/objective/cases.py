@@ -9,7 +9,6 @@ import numpy as np
 from oracle_advantages import Case
 from pydantic import TypeAdapter
 
-from jaxrl_llm.experience.batch import token_weights
 from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.objective import losses
 from jaxrl_llm.objective.advantages import estimate
@@ -18,6 +17,7 @@ from jaxrl_llm.objective.loss_config import Dpo, correction_of
 from jaxrl_llm.objective.outcome import Outcome
 from jaxrl_llm.objective.presets import filled
 from jaxrl_llm.types import Batch
+from jaxrl_llm.update.batch import token_weights
 
 GROUPS, SAMPLES, SLOTS, GRADERS, CONSTANT = 3, 4, 7, 2, 9
 SEEDS = range(8)

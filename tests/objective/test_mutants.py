@@ -12,12 +12,12 @@ import pytest
 from cases import batch_of
 from parts import by_oracle, by_package
 
-from jaxrl_llm.experience.batch import token_weights
 from jaxrl_llm.objective import advantages, group_estimators, losses, surrogates, token_estimators
 from jaxrl_llm.objective.group_estimators import Grpo, LeaveOneOut, MeanOnly, Rloo
 from jaxrl_llm.objective.loss_config import Cispo, Clip, Dppo, Gmpo, Ipo, Sapo
 from jaxrl_llm.objective.reward_kl import RewardKl
 from jaxrl_llm.objective.token_estimators import Gae, ReinforcePlusPlus
+from jaxrl_llm.update.batch import token_weights
 
 
 def told(name: str) -> bool:

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from jaxrl_llm.experience.batch import token_weights
 from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.objective.advantages import estimate
 from jaxrl_llm.objective.config import ObjectiveConfig
@@ -27,6 +26,7 @@ from jaxrl_llm.objective.losses import policy_terms
 from jaxrl_llm.objective.outcome import Outcome
 from jaxrl_llm.objective.presets import filled
 from jaxrl_llm.types import Batch
+from jaxrl_llm.update.batch import token_weights
 
 PYTHON = os.environ.get("JAXRL_TRL_PYTHON")
 pytestmark = [

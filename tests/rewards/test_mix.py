@@ -10,7 +10,7 @@ import pytest
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rewards.config import GraderConfig, RewardConfig
 from jaxrl_llm.rewards.graders import Sample
-from jaxrl_llm.rewards.pool import Failure, Graded, GraderPool, part_metrics
+from jaxrl_llm.rewards.pool import Failure, GraderPool, part_metrics
 
 KINDS = [kind for kind in Failure if kind]
 
@@ -108,7 +108,7 @@ def test_a_moody_grader_in_a_mix_is_counted_exactly_under_its_name(caplog):
     want[1, Failure.RAISED] = 8
     want[1, Failure.TIMED_OUT] = 2
     want[1, Failure.WRONG_TYPE] = 1
-    metrics = part_metrics(graded, [grader.label for grader in graders])
+    metrics = part_metrics(graded.parts, graded.failure, graded.failed_by, [grader.label for grader in graders])
     for index, name in enumerate(["numeric", "mood", "exact_match"]):
         assert [metrics[f"rewards/{name}/{kind.name.lower()}"] for kind in KINDS] == want[index, 1:].tolist()
     good = graded.failure == Failure.NONE
@@ -121,8 +121,7 @@ def test_a_moody_grader_in_a_mix_is_counted_exactly_under_its_name(caplog):
 
 def test_metrics_of_groups_that_all_failed():
     nan = np.full((1, 2, 3), np.nan, np.float32)
-    graded = Graded(nan[0], nan, np.int32([Failure.RAISED, Failure.DIED]), np.int32([0, 0]), [[""] * 3] * 2)
-    metrics = part_metrics(graded, ["a"])
+    metrics = part_metrics(nan, np.int32([Failure.RAISED, Failure.DIED]), np.int32([0, 0]), ["a"])
     assert "rewards/a/mean" not in metrics
     assert metrics == {
         f"rewards/a/{kind.name.lower()}": float(kind in (Failure.RAISED, Failure.DIED)) for kind in KINDS

@@ -15,10 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import Int
-from setups import SMALL, VOCAB, layouts, make_params
+from setups import SMALL, VOCAB, Sequences, layouts, make_params
 
-from jaxrl_llm.experience.batch import Sequences, make_batch, of_sequences
-from jaxrl_llm.experience.packing import shape_of
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.critic import critic_specs
 from jaxrl_llm.model.loss import Loss, Terms
@@ -43,9 +41,11 @@ from jaxrl_llm.objective.loss_config import (
 )
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import ArrayLike, Batch, TrainState
+from jaxrl_llm.update.batch import make_batch, to_rows
 from jaxrl_llm.update.optimizer.config import AdamW
 from jaxrl_llm.update.optimizer.state import state_shardings
 from jaxrl_llm.update.optimizer.transform import make_optimizer
+from jaxrl_llm.update.packing import shape_of
 from jaxrl_llm.update.step import make_update
 
 CFG = dataclasses.replace(SMALL, layers=1)
@@ -213,7 +213,7 @@ def batch_of(rows: Rows, name: str, q: Sequences) -> Chosen:
     q = padded(q, rows.more)
     sizes = q.prompt.shape[1], q.tokens.shape[1]
     shape = shape_of(rows.kind, GROUPS, SAMPLES, sizes, rows.slots, rows.parts, int(np.prod(rows.mesh[:2])))
-    batch, _ = make_batch(q, shape, VOCAB.pad, aggregation_of(LOSSES[name][0]), C)
+    batch, _ = make_batch(q.experience, shape, VOCAB.pad, aggregation_of(LOSSES[name][0]), C)
     return Chosen(**vars(batch), term=np.full_like(batch.tokens, rows.names.index(name)))
 
 
@@ -298,9 +298,9 @@ def test_the_second_moment_drops_the_same_tokens():
     q, dropped = sequences(2, False), []
     for rows in (BASE, SHARED):
         shape = shape_of(rows.kind, GROUPS, SAMPLES, (S, C), 0, rows.parts, 1)
-        batch, where = make_batch(q, shape, VOCAB.pad)
+        batch, where = make_batch(q.experience, shape, VOCAB.pad)
         kept = np.asarray(losses.second_moment_mask(batch, 0.02))
-        dropped.append(of_sequences((batch.loss_mask & ~kept).astype(np.float32), where, q))
+        dropped.append(to_rows((batch.loss_mask & ~kept).astype(np.float32), where, q))
     np.testing.assert_array_equal(*dropped)
     assert 0.05 < dropped[0].sum() / q.learn.sum() < 0.6
 

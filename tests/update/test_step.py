@@ -17,7 +17,7 @@ from setups import (
     make_policy,
     make_prompts,
     to_batch,
-    to_sequences,
+    to_experience,
 )
 
 from jaxrl_llm.model import params as model_params
@@ -52,7 +52,7 @@ def batch(temperature: float = 1.0, aggregation: str = "token"):
     """Rewarded for odd sums of tokens, less the mean of the group's others."""
     reward = (rollouts(temperature).tokens.sum(axis=1) % 2).astype(np.float32).reshape(P, G)
     advantage = G / (G - 1) * (reward - reward.mean(axis=1, keepdims=True))
-    return to_batch(to_sequences(rollouts(temperature), advantage.reshape(-1)), aggregation=aggregation, length=C)
+    return to_batch(to_experience(rollouts(temperature), advantage.reshape(-1)), aggregation=aggregation, length=C)
 
 
 @cache

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from setups import Sequences
 
-from jaxrl_llm.experience.batch import Sequences, make_batch, of_sequences, token_weights
-from jaxrl_llm.experience.packing import Shape, place, shape_of
 from jaxrl_llm.types import Batch, check
+from jaxrl_llm.update.batch import make_batch, to_rows, token_weights
+from jaxrl_llm.update.packing import Shape, place, shape_of
 
 KINDS = ("none", "plain", "shared_prefix")
 PAD = 0
@@ -90,7 +91,7 @@ def check_sequence(batch: Batch, q: Sequences, b: int, weights: np.ndarray) -> s
 
 
 def check_batch(q: Sequences, shape: Shape, aggregation: str = "token") -> Batch:
-    batch, where = make_batch(q, shape, PAD, aggregation, 7)
+    batch, where = make_batch(q.experience, shape, PAD, aggregation, 7)
     check(batch)
     assert batch.tokens.shape == (shape.rows, shape.slots)
     weights = token_weights(q.learn, q.group, aggregation, 7)
@@ -110,7 +111,7 @@ def check_batch(q: Sequences, shape: Shape, aggregation: str = "token") -> Batch
         assert not getattr(batch, name)[padding].any(), name
     scores = np.where(batch.tokens >= 1000, batch.tokens, -1).astype(np.float32)
     in_place = np.isin(np.arange(len(q.length)), kept)[:, None] & (q.tokens >= 1000)
-    np.testing.assert_array_equal(of_sequences(scores, where, q), np.where(in_place, q.tokens, 0))
+    np.testing.assert_array_equal(to_rows(scores, where, q), np.where(in_place, q.tokens, 0))
     check_sharing(q, shape, where)
     return batch
 
@@ -143,7 +144,7 @@ def test_every_token_sees_its_own_prompt_and_its_own_earlier_tokens(case, aggreg
 def test_the_first_parts_are_filled_first(case):
     """An update's loop ends behind the last part that has a row: the parts before that one are full."""
     q, shape = case
-    _, where = make_batch(q, shape, PAD)
+    _, where = make_batch(q.experience, shape, PAD)
     used = {int(row) for row in where.row if row >= 0}
     by_part = [sum(row % shape.parts == i for row in used) for i in range(shape.parts)]
     each = shape.rows // shape.parts
@@ -209,17 +210,17 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_a_group_that_no_row_holds_is_split_and_each_part_has_the_prompt():
-    """Prompt of 3, completions of 4, 2, 4, 1 and 1 in rows of 9: 4 + 2, then 4 + 1 + 1. The second prompt, of 2, has one."""
-    length = np.array([4, 2, 4, 1, 1, 3])
-    learn = np.arange(4) < length[:, None]
-    q = numbered(np.array([3] * 5 + [2]), length, 5, learn, (3, 4))
+    """Prompt of 3, completions of 4, 2, 4, 1 and 1 in rows of 9: 4 + 2, then 4 + 1 + 1. Of the second prompt, of 2, one counts."""
+    length = np.array([4, 2, 4, 1, 1, 3, 1, 1, 1, 1])
+    learn = (np.arange(4) < length[:, None]) & (np.arange(10) < 6)[:, None]
+    q = numbered(np.array([3] * 5 + [2] * 5), length, 5, learn, (3, 4))
     shape = Shape("shared_prefix", 3, 9, 1)
-    where = place(q.prompt_length, length, q.group, np.ones(6, bool), shape)
-    np.testing.assert_array_equal(where.row, [0, 0, 1, 1, 1, 2])
-    np.testing.assert_array_equal(where.start, [3, 7, 3, 7, 8, 2])
-    np.testing.assert_array_equal(where.end, [9, 9, 9, 9, 9, 5])
-    np.testing.assert_array_equal(where.segment, [1, 2, 1, 2, 3, 1])
-    np.testing.assert_array_equal(where.first, [True, False, True, False, False, True])
+    where = place(q.prompt_length, length, q.group, learn.any(axis=1), shape)
+    np.testing.assert_array_equal(where.row, [0, 0, 1, 1, 1, 2, -1, -1, -1, -1])
+    np.testing.assert_array_equal(where.start[:6], [3, 7, 3, 7, 8, 2])
+    np.testing.assert_array_equal(where.end[:6], [9, 9, 9, 9, 9, 5])
+    np.testing.assert_array_equal(where.segment[:6], [1, 2, 1, 2, 3, 1])
+    np.testing.assert_array_equal(where.first, [True, False, True, False, False, True] + [False] * 4)
     batch = check_batch(q, shape)
     np.testing.assert_array_equal(batch.tokens[:2, :3], [[1, 2, 3], [1, 2, 3]])
 
@@ -236,7 +237,7 @@ def test_a_sequence_left_out_of_a_group_leaves_no_room_behind():
 def test_nothing_to_learn_from_makes_a_batch_of_padding():
     q = numbered(np.full(4, 2), np.full(4, 3), 2, np.zeros((4, 3), bool), (2, 3))
     for kind in KINDS:
-        batch, where = make_batch(q, shape_of(kind, 2, 2, (2, 3), 0, 2, 1), PAD)
+        batch, where = make_batch(q.experience, shape_of(kind, 2, 2, (2, 3), 0, 2, 1), PAD)
         assert not batch.group.any() and (where.row == -1).all() and not where.first.any()
 
 
@@ -254,7 +255,7 @@ MUTANTS = {
 @pytest.mark.parametrize("mutate", MUTANTS.values(), ids=MUTANTS)
 def test_mutants_of_a_shared_prompt_are_read_wrong(mutate):
     q = numbered(np.full(2, 2), np.array([2, 2]), 2, np.ones((2, 2), bool), (2, 2))
-    batch, _ = make_batch(q, Shape("shared_prefix", 1, 6, 1), PAD)
+    batch, _ = make_batch(q.experience, Shape("shared_prefix", 1, 6, 1), PAD)
     weights = token_weights(q.learn, q.group, "token", 1)
     check_sequence(batch, q, 1, weights)
     with pytest.raises(AssertionError):

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_llm.experience.batch import make_batch, minibatches, of_sequences, sequences_of, supervised, token_weights
-from jaxrl_llm.experience.packing import Shape
-from jaxrl_llm.types import Experience, Finish, Prompts, Rollouts, check
+from jaxrl_llm.types import Credit, Experience, Finish, Groups, Prompts, Rollouts, Scores, check
+from jaxrl_llm.update.batch import make_batch, minibatches, supervised, to_rows, token_weights
+from jaxrl_llm.update.packing import Shape
 
 PAD, EOS = 0, 9
 
@@ -19,7 +19,7 @@ def f32(values) -> np.ndarray:
     return np.array(values, np.float32)
 
 
-def tiny(**changes) -> Experience:
+def tiny(**changes) -> Groups:
     """Prompts 4 and 5 6 7, two samples each, S = 3 and C = 3; the last row was not ended."""
     rollouts = Rollouts(
         prompts=Prompts(tokens=i32([[4, 0, 0], [5, 6, 7]]), length=i32([1, 3]), uid=i32([0, 1]), row=i32([0, 1])),
@@ -32,24 +32,32 @@ def tiny(**changes) -> Experience:
         version=np.zeros((4, 3), np.int32),
         finish=i32([Finish.EOS, Finish.EOS, Finish.EOS, Finish.LENGTH]),
     )
-    return check(Experience(rollouts.replace(**changes), reward=f32([1, 0, 1, 0]), parts=f32([[1], [0], [1], [0]])))
-
-
-def sequences(experience: Experience, counts=(True, True)):
-    """Advantages 2, -2, 3, -3 of the four."""
-    found = sequences_of(experience.rollouts, np.array(counts))
-    return found._replace(advantage=np.where(found.learn, f32([[2], [-2], [3], [-3]]), 0).astype(np.float32))
-
-
-def one_a_row(found, aggregation="token", length=1):
-    rows = len(found.length)
-    return make_batch(
-        found, Shape("none", rows, found.prompt.shape[1] + found.tokens.shape[1], 1), PAD, aggregation, length
+    groups = Groups(
+        rollouts=rollouts.replace(**changes),
+        reward=f32([1, 0, 1, 0]),
+        components=f32([[1], [0], [1], [0]]),
+        failure=i32([0, 0]),
+        failed_by=i32([-1, -1]),
+        vote=i32([1, 2, 1, 2]),
+        keep=np.ones(4, bool),
     )
+    return check(groups)
+
+
+def experience(groups: Groups, keep=(True, True, True, True), **scores) -> Experience:
+    """Advantages 2, -2, 3, -3 of the four."""
+    advantage = np.where(groups.rollouts.sampled, f32([[2], [-2], [3], [-3]]), 0).astype(np.float32)
+    return Experience(groups.replace(keep=np.array(keep)), check(Scores(**scores)), check(Credit(advantage)))
+
+
+def one_a_row(found: Experience):
+    rollouts = found.groups.rollouts
+    slots = rollouts.prompts.tokens.shape[1] + rollouts.tokens.shape[1]
+    return make_batch(found, Shape("none", len(rollouts.length), slots, 1), PAD)
 
 
 def test_one_sequence_a_row_by_hand():
-    batch, where = one_a_row(sequences(tiny()))
+    batch, where = one_a_row(experience(tiny()))
     check(batch)
     np.testing.assert_array_equal(
         batch.tokens, [[4, 1, 9, 0, 0, 0], [4, 9, 0, 0, 0, 0], [5, 6, 7, 2, 3, 9], [5, 6, 7, 1, 1, 2]]
@@ -71,13 +79,14 @@ def test_one_sequence_a_row_by_hand():
     np.testing.assert_array_equal(batch.temperature, temperature)
     assert batch.reference_logprobs is None
     np.testing.assert_array_equal(
-        of_sequences(batch.behavior_logprobs, where, sequences(tiny())), tiny().rollouts.behavior_logprobs
+        to_rows(batch.behavior_logprobs, where, tiny().rollouts), tiny().rollouts.behavior_logprobs
     )
 
 
 def test_a_prompt_that_is_shared_by_hand():
     """A group a row: its prompt once, its two completions behind it."""
-    found = sequences(tiny())._replace(values=f32([[1, 2, 0], [3, 0, 0], [4, 5, 6], [7, 8, 9]]))
+    values = f32([[1, 2, 0], [3, 0, 0], [4, 5, 6], [7, 8, 9]])
+    found = experience(tiny(), values=values)
     batch, where = make_batch(found, Shape("shared_prefix", 2, 10, 1), PAD)
     check(batch)
     # The longest first.
@@ -90,12 +99,12 @@ def test_a_prompt_that_is_shared_by_hand():
     np.testing.assert_array_equal(batch.loss_mask, batch.segment > 0)
     np.testing.assert_array_equal(batch.advantage[0], [0, 0, 0, 3, 3, 3, -3, -3, -3, 0])
     np.testing.assert_array_equal(batch.values, [[0, 0, 0, 4, 5, 6, 7, 8, 9, 0], [0, 1, 2, 3, 0, 0, 0, 0, 0, 0]])
-    np.testing.assert_array_equal(of_sequences(batch.values, where, found), found.values)
+    np.testing.assert_array_equal(to_rows(batch.values, where, tiny().rollouts), values)
 
 
 def test_sequences_one_behind_another_by_hand():
     """Rows of 8 slots: lengths 6 and 2, 6, 3; each has its own prompt."""
-    batch, _ = make_batch(sequences(tiny()), Shape("plain", 3, 8, 1), PAD)
+    batch, _ = make_batch(experience(tiny()), Shape("plain", 3, 8, 1), PAD)
     check(batch)
     want = [[5, 6, 7, 2, 3, 9, 4, 9], [5, 6, 7, 1, 1, 2, 0, 0], [4, 1, 9, 0, 0, 0, 0, 0]]
     np.testing.assert_array_equal(batch.tokens, want)
@@ -108,8 +117,7 @@ def test_sequences_one_behind_another_by_hand():
 
 def test_parts_are_filled_one_after_another():
     """Part i holds rows i, i + parts, ...: three sequences in four rows leave the last row of the last part empty."""
-    found = sequences(tiny(), (True, True))
-    found = found._replace(learn=found.learn & np.array([[True], [False], [True], [True]]))
+    found = experience(tiny(), (True, False, True, True))
     batch, where = make_batch(found, Shape("none", 4, 6, 2), PAD)
     np.testing.assert_array_equal(where.row, [0, -1, 2, 1])
     np.testing.assert_array_equal(batch.tokens[:, :4], [[4, 1, 9, 0], [5, 6, 7, 1], [5, 6, 7, 2], [0, 0, 0, 0]])
@@ -121,7 +129,7 @@ def test_support_and_bars_go_where_their_tokens_go():
     support = np.full((4, 3, 2), -1, np.int32)
     support[0, :2], support[1, 0], support[3] = [[1, 5], [9, -1]], [9, 2], [[1, 3], [1, 4], [2, 8]]
     barred = np.array([[1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 0, 0]], bool)
-    found = sequences(tiny(support=support, barred=barred))
+    found = experience(tiny(support=support, barred=barred))
     batch = check(one_a_row(found)[0])
     none = [-1, -1]
     np.testing.assert_array_equal(batch.support[0], [none, [1, 5], [9, -1], none, none, none])
@@ -131,12 +139,12 @@ def test_support_and_bars_go_where_their_tokens_go():
     want = [[0, 1, 0, 0, 0, 0], [0] * 6, [0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0]]
     np.testing.assert_array_equal(batch.barred, np.array(want, bool))
     (part,) = minibatches(found, 1, np.random.default_rng(0))
-    np.testing.assert_array_equal(part.support, support)
+    np.testing.assert_array_equal(part.groups.rollouts.support, support)
 
 
 def test_a_dropped_group_is_left_out():
     """Its advantages may be NaN; the others keep their numbers, and the mean counts them alone."""
-    found = sequences(tiny(), (False, True))
+    found = experience(tiny(), (False, False, True, True))
     batch, where = one_a_row(found)
     check(batch)
     np.testing.assert_array_equal(where.row, [-1, -1, 0, 1])
@@ -144,14 +152,14 @@ def test_a_dropped_group_is_left_out():
     assert not batch.loss_mask[2:].any() and batch.loss_mask[:2].sum() == 6
     np.testing.assert_allclose(batch.weight[:2, 3:], 1 / 6, rtol=1e-6)
     np.testing.assert_array_equal(
-        of_sequences(np.ones((4, 6), np.float32), where, found), [[0] * 3] * 2 + [[1] * 3] * 2
+        to_rows(np.ones((4, 6), np.float32), where, tiny().rollouts), [[0] * 3] * 2 + [[1] * 3] * 2
     )
 
 
 def test_a_token_that_the_policy_did_not_draw_is_not_learnt():
     forced = tiny().rollouts.sampled.copy()
     forced[2, 1] = False
-    batch, _ = one_a_row(sequences(tiny(sampled=forced)))
+    batch, _ = one_a_row(experience(tiny(sampled=forced)))
     np.testing.assert_array_equal(batch.loss_mask[2], [False, False, False, True, False, True])
     # It is read all the same: a token of its sequence like the others.
     np.testing.assert_array_equal(batch.segment[2], [0, 0, 0, 1, 1, 1])
@@ -160,16 +168,17 @@ def test_a_token_that_the_policy_did_not_draw_is_not_learnt():
 
 
 def test_supervised_sequences_by_hand():
-    found = supervised(i32([[4, 0], [5, 6]]), i32([1, 2]), i32([[7, 9, 0], [9, 0, 0]]), i32([2, 1]))
+    prompts = Prompts(i32([[4, 0], [5, 6]]), i32([1, 2]), i32([0, 1]), i32([0, 1]))
+    found = supervised(prompts, i32([[7, 9, 0], [9, 0, 0]]), i32([2, 1]))
+    check(found.groups)
     batch, where = one_a_row(found)
     check(batch)
     np.testing.assert_array_equal(where.start, [1, 2])
     np.testing.assert_array_equal(batch.tokens, [[4, 7, 9, 0, 0], [5, 6, 9, 0, 0]])
     np.testing.assert_array_equal(batch.loss_mask, np.array([[0, 1, 1, 0, 0], [0, 0, 1, 0, 0]], bool))
     np.testing.assert_array_equal(batch.temperature, 1.0)
-    assert (
-        supervised(found.prompt, found.prompt_length, found.tokens, found.length, 0.7).temperature == np.float32(0.7)
-    ).all()
+    warm = supervised(prompts, i32([[7, 9, 0], [9, 0, 0]]), i32([2, 1]), 0.7)
+    np.testing.assert_array_equal(warm.groups.rollouts.temperature, np.float32([0.7, 0.7]))
 
 
 # --- weights -------------------------------------------------------------------------------------------------------------
@@ -207,37 +216,45 @@ def test_sequences_without_a_token_do_not_count_and_nothing_at_all_weighs_nothin
 # --- minibatches ---------------------------------------------------------------------------------------------------------
 
 
-def numbered(groups: int, samples: int):
-    """Sequences whose every entry holds its number."""
-    rows = groups * samples
-    number = np.arange(rows, dtype=np.int32)
-    found = supervised(np.ones((rows, 1), np.int32), np.ones(rows, np.int32), number[:, None], np.ones(rows, np.int32))
-    return found._replace(
-        group=np.repeat(np.arange(groups, dtype=np.int32), samples),
+def numbered(groups: int, samples: int) -> Experience:
+    """Rows whose every entry holds its number, in groups that hold theirs."""
+    number, group = np.arange(groups * samples, dtype=np.int32), np.arange(groups, dtype=np.int32)
+    prompts = Prompts(np.ones((groups * samples, 1), np.int32), number * 0 + 1, number, number)
+    found = supervised(prompts, number[:, None], number * 0 + 1)
+    rollouts = found.groups.rollouts.replace(
+        prompts=Prompts(group[:, None], group * 0 + 1, group, group),
         behavior_logprobs=-number.astype(np.float32)[:, None],
     )
+    of = found.groups.replace(rollouts=rollouts, failure=group, failed_by=group)
+    return found._replace(groups=of, credit=Credit(2 * number.astype(np.float32)[:, None]))
+
+
+def numbers(part: Experience) -> np.ndarray:
+    return part.groups.rollouts.tokens[:, 0]
 
 
 @pytest.mark.parametrize("num", [1, 2, 4, 8])
 def test_minibatches_keep_groups_whole_and_cover_each_row_once(num):
     samples, whole = 3, numbered(8, 3)
     parts = list(minibatches(whole, num, np.random.default_rng(0)))
-    assert len(parts) == num and all(len(part.tokens) == 24 // num for part in parts)
-    rows = np.concatenate([part.tokens[:, 0] for part in parts])
+    assert len(parts) == num and all(len(numbers(part)) == 24 // num for part in parts)
+    rows = np.concatenate([numbers(part) for part in parts])
     np.testing.assert_array_equal(np.sort(rows), np.arange(24))
     np.testing.assert_array_equal(rows.reshape(-1, samples) % samples, np.tile(np.arange(samples), (8, 1)))
     assert (rows.reshape(-1, samples) // samples == rows.reshape(-1, samples)[:, :1] // samples).all()
-    # Every field goes with its row; groups are counted anew.
+    # Every field goes with its row, and those of a group with the group.
     for part in parts:
-        np.testing.assert_array_equal(part.behavior_logprobs[:, 0], -part.tokens[:, 0])
-        np.testing.assert_array_equal(part.group, np.repeat(np.arange(8 // num), samples))
+        np.testing.assert_array_equal(part.groups.rollouts.behavior_logprobs[:, 0], -numbers(part))
+        np.testing.assert_array_equal(part.credit.advantage[:, 0], 2 * numbers(part))
+        np.testing.assert_array_equal(part.groups.failure, numbers(part)[::samples] // samples)
+        np.testing.assert_array_equal(part.groups.rollouts.prompts.uid, numbers(part)[::samples] // samples)
 
 
 def test_minibatches_have_a_new_order_each_epoch_and_the_same_for_the_same_seed():
     whole, rng = numbered(8, 2), np.random.default_rng(1)
 
     def order(rng):
-        return np.concatenate([part.tokens[:, 0] for part in minibatches(whole, 4, rng)]).tolist()
+        return np.concatenate([numbers(part) for part in minibatches(whole, 4, rng)]).tolist()
 
     first, second = order(rng), order(rng)
     assert first != second
