@@ -31,10 +31,11 @@ from jaxrl_llm.ceilings import matmul_rate
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import Whole
 from jaxrl_llm.model.work import TrainFlops, seen, train_flops
+from jaxrl_llm.objective.config import ObjectiveConfig
+from jaxrl_llm.objective.losses import make_loss
 from jaxrl_llm.rates import UpdateRates, least_seconds, measure_update
 from jaxrl_llm.types import Batch, Credit, Experience, Prompts, PyTree, Scores
 from jaxrl_llm.update.batch import make_batch, supervised
-from jaxrl_llm.update.config import Clip, PolicyGradient
 from jaxrl_llm.update.optimizer.config import AdamW
 from jaxrl_llm.update.optimizer.state import make_start
 from jaxrl_llm.update.optimizer.transform import make_optimizer
@@ -88,13 +89,13 @@ class Case:
     def call(self, params: PyTree) -> Callable[[], object]:
         """The program to time. Its state is donated, so each call goes on from the one before."""
         cfg, (train, _) = self.work.cfg, layouts()
-        specs, optimizer = model_params.specs(cfg), AdamW(lr=1e-6)
+        specs, optimizer = model_params.specs(cfg), make_optimizer(AdamW(lr=1e-6))
         update = make_update(
-            specs, PolicyGradient(surrogate=Clip()), optimizer, micro_batches=self.shape.parts, num_tokens=cfg.vocab_size,
+            specs, make_loss(ObjectiveConfig()), optimizer, micro_batches=self.shape.parts, num_tokens=cfg.vocab_size,
             cfg=cfg, layout=train, how=Whole(remat="auto"),
         )  # fmt: skip
         batch = jax.device_put(self.batch(), train.replicated)
-        state = make_start(specs, make_optimizer(optimizer), train)(jax.tree.map(jnp.copy, params), np.int32(0))
+        state = make_start(specs, optimizer, train)(jax.tree.map(jnp.copy, params), np.int32(0))
 
         def call() -> object:
             nonlocal state

@@ -20,9 +20,10 @@ from jaxrl_llm.experience.config import FILTERS, ExperienceConfig
 from jaxrl_llm.explain import errors_in_words, named
 from jaxrl_llm.metrics import MetricsConfig
 from jaxrl_llm.model.config import LoraConfig, ModelConfig, PretrainedModel
-from jaxrl_llm.objective import ObjectiveConfig, refusals
+from jaxrl_llm.objective.config import ObjectiveConfig
+from jaxrl_llm.objective.presets import PRESETS, filled, nearest
+from jaxrl_llm.objective.rules import refusals
 from jaxrl_llm.parallel.config import MeshConfig, divisors, resolve
-from jaxrl_llm.presets import PRESETS, filled, nearest
 from jaxrl_llm.prompts.config import (
     ArithmeticTask,
     CharacterTokenizer,

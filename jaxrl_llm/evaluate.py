@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 
 from jaxrl_llm.collect import collect
 from jaxrl_llm.estimates import avg_at_k, correct, maj_at_k, pass_at_k
-from jaxrl_llm.experience.advantages import KL
+from jaxrl_llm.objective.reward_kl import KL
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.prompts.rows import Row
 from jaxrl_llm.prompts.stream import make_prompts, pad_rows

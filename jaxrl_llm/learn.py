@@ -8,17 +8,17 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxrl_llm.describe import as_floats
-from jaxrl_llm.experience.advantages import Outcome, estimate, reward_kl
 from jaxrl_llm.experience.replay import kept_groups
 from jaxrl_llm.life import Life
 from jaxrl_llm.metrics import RatioAlarm
 from jaxrl_llm.model import lora
 from jaxrl_llm.model.work import TrainFlops
+from jaxrl_llm.objective.advantages import estimate
+from jaxrl_llm.objective.outcome import Outcome
 from jaxrl_llm.rates import batch_flops
 from jaxrl_llm.run import Run, score
 from jaxrl_llm.types import Credit, Experience, Groups, Scores, TrainState
 from jaxrl_llm.update.batch import make_batch, minibatches
-from jaxrl_llm.update.config import PolicyGradient
 from jaxrl_llm.update.optimizer.state import ZERO_GRADIENT
 
 # Numbers of an update as a whole; every other is a mean over its tokens, or over its sequences, or an extreme.
@@ -70,7 +70,7 @@ def learn(run: Run, life: Life, groups: Groups, rng: np.random.Generator) -> Lea
     reference = life.reference if run.cfg.objective.reads_reference_distribution else None
     for _ in range(cfg.epochs):
         for part in minibatches(experience, cfg.minibatches, rng):
-            batch, _ = make_batch(part, run.shapes.update, run.task.pad, *means_of(run))
+            batch, _ = make_batch(part, run.shapes.update, run.task.pad, run.loss.aggregation, run.loss.length)
             begun = time.monotonic()
             state, found = run.update(state, run.put_batch(batch), reference)
             found, gradients = without_zero_gradients(as_floats(jax.device_get(found)))
@@ -116,14 +116,6 @@ def without_zero_gradients(metrics: dict[str, float]) -> tuple[dict[str, float],
     return rest, {name.removeprefix(ZERO_GRADIENT): x == 1 for name, x in zero.items()}
 
 
-def means_of(run: Run) -> tuple[str, int]:
-    """The aggregation and its constant length; whole pairs for a loss of pairs."""
-    loss = run.cfg.objective.loss
-    if not isinstance(loss, PolicyGradient):
-        return ("token" if loss.kind == "distillation" else "sequence"), 1
-    return loss.aggregation, loss.length or run.cfg.rollout.max_new_tokens
-
-
 def score_groups(run: Run, life: Life, groups: Groups) -> Scores:
     """What the objective reads of the models beside the policy."""
     objective, reference, values, proximal = run.cfg.objective, None, None, None
@@ -143,7 +135,7 @@ def assess(run: Run, groups: Groups, scores: Scores) -> tuple[Credit, dict[str, 
     behavior, mask = rollouts.behavior_logprobs, rollouts.sampled & groups.keep[:, None]
     token_reward = np.zeros(behavior.shape)
     if objective.reward_kl.weight > 0:
-        token_reward = reward_kl(behavior, scores.reference_logprobs, mask, objective.reward_kl)
+        token_reward = objective.reward_kl(behavior, scores.reference_logprobs, mask)
         if mask.any():
             metrics["reward_kl"] = float(-token_reward.sum() / mask.sum() / objective.reward_kl.weight)
     late, shape = objective.reward_kl.to == "advantage", (len(counts), -1)

@@ -2,7 +2,7 @@
 
 import jax
 
-from jaxrl_llm.objective import ReferenceConfig
+from jaxrl_llm.objective.config import ReferenceConfig
 from jaxrl_llm.types import PyTree
 
 

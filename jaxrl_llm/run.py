@@ -23,7 +23,14 @@ from jaxrl_llm.model.config import ModelConfig, Whole
 from jaxrl_llm.model.critic import NAMES as CRITIC
 from jaxrl_llm.model.critic import critic_specs
 from jaxrl_llm.model.distribution import TokenScores
-from jaxrl_llm.objective import filter_of
+from jaxrl_llm.model.loss import Loss
+from jaxrl_llm.objective.loss_config import (
+    Correction,
+    anchored_on_proximal,
+    correction_of,
+)
+from jaxrl_llm.objective.losses import CROSS_ENTROPY, make_loss
+from jaxrl_llm.objective.rules import filter_of
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.layout import TRAIN, Layout
@@ -36,17 +43,8 @@ from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.sources import Sources, packing_problems
 from jaxrl_llm.types import Batch, Groups, Policy, PyTree, TrainState
 from jaxrl_llm.update.batch import make_batch, to_rows, unscored
-from jaxrl_llm.update.config import (
-    Correction,
-    CrossEntropy,
-    NoCorrection,
-    OptimizerConfig,
-    PolicyGradient,
-    SecondMoment,
-)
-from jaxrl_llm.update.config import resolve as resolve_correction
-from jaxrl_llm.update.losses import anchored_on_proximal
-from jaxrl_llm.update.optimizer.config import GroupConfig
+from jaxrl_llm.update.optimizer.config import GroupConfig, OptimizerConfig
+from jaxrl_llm.update.optimizer.transform import make_optimizer
 from jaxrl_llm.update.packing import Shape, shape_of
 from jaxrl_llm.update.step import Update, make_score, make_update
 
@@ -83,8 +81,8 @@ class Run:
     optimizer: OptimizerConfig
     """Of RL: a critic is a group of its own."""
     engine: Engine
-    correction: Correction
-    """Of the sampler's arithmetic, `auto` resolved."""
+    loss: Loss
+    """Of RL."""
     publish: Publish
     filter: Filter
     """Which groups may teach: `experience.filter`, `auto` resolved."""
@@ -103,11 +101,11 @@ class Run:
 
     @property
     def anchored_on_proximal(self) -> bool:
-        return is_anchored_on_proximal(self.cfg)
+        return anchored_on_proximal(self.cfg.objective.loss, correction_for(self.cfg))
 
     @property
     def scores_proximal(self) -> bool:
-        return scores_proximal(self.cfg)
+        return "proximal_logprobs" in self.loss.columns
 
     def put_batch(self, batch: Batch) -> Batch:
         return hosts.put(batch, self.train.sharding(("rows", None)))
@@ -123,7 +121,7 @@ def build(cfg: RunConfig, given: Sources | None = None) -> Run:
     train = Layout(mesh, TRAIN)
     decode = train.for_decode(cfg.rollout.engine.layout)
     weights = cfg.rollout.engine.weights
-    correction = correction_of(cfg)
+    loss = loss_of(cfg)
     vocab = Vocabulary(size=task.num_tokens, pad=task.pad, eos=task.eos)
     specs = model_params.specs(model)
     learner_specs = learner_specs_of(cfg, model)
@@ -145,7 +143,7 @@ def build(cfg: RunConfig, given: Sources | None = None) -> Run:
         learner_specs=learner_specs,
         optimizer=optimizer,
         engine=Engine(cfg.rollout, task.prompt_slots, vocab, model, decode, task.tokenizer.spellings),
-        correction=correction,
+        loss=loss,
         publish=make_publish(model, train, decode, weights),
         filter=filter_for(cfg),
         replay=make_replay(cfg.experience.replay),
@@ -153,14 +151,11 @@ def build(cfg: RunConfig, given: Sources | None = None) -> Run:
         shapes=shapes,
         score=make_score(**scoring),
         score_experience=make_score(**scoring, parts=shapes.experience.parts),
-        warm_update=make_update(specs, CrossEntropy(), cfg.warm_start.optimizer, micro_batches=1, **scoring),
+        warm_update=make_update(
+            specs, CROSS_ENTROPY, make_optimizer(cfg.warm_start.optimizer), micro_batches=1, **scoring
+        ),
         update=make_update(
-            learner_specs,
-            cfg.objective.loss,
-            optimizer,
-            correction=correction,
-            micro_batches=cfg.update.micro_batches,
-            **scoring,
+            learner_specs, loss, make_optimizer(optimizer), micro_batches=cfg.update.micro_batches, **scoring
         ),
         key=key,
         eval_key=eval_key,
@@ -180,25 +175,14 @@ def learner_specs_of(cfg: RunConfig, model: ModelConfig) -> PyTree:
     return lora.adapted_specs(model_params.specs(model), model, cfg.lora) | critic
 
 
-def correction_of(cfg: RunConfig) -> Correction:
-    """`auto` resolved; none where the loss knows no correction."""
-    loss, engine = cfg.objective.loss, cfg.rollout.engine
-    return (
-        resolve_correction(loss.correction, engine.weights, engine.cache)
-        if isinstance(loss, PolicyGradient)
-        else NoCorrection()
-    )
+def correction_for(cfg: RunConfig) -> Correction:
+    """Of the sampler's arithmetic, `auto` resolved."""
+    return correction_of(cfg.objective.loss, cfg.rollout.engine.weights, cfg.rollout.engine.cache)
 
 
-def is_anchored_on_proximal(cfg: RunConfig) -> bool:
-    """The ratio is to the trainer's parameters before the first update on a batch, not to what was captured while sampling."""
-    loss = cfg.objective.loss
-    return isinstance(loss, PolicyGradient) and anchored_on_proximal(loss, correction_of(cfg))
-
-
-def scores_proximal(cfg: RunConfig) -> bool:
-    """A batch is scored once before its first update; where that is the only one, the update does it itself."""
-    return isinstance(correction_of(cfg), SecondMoment) or (is_anchored_on_proximal(cfg) and cfg.update.updates > 1)
+def loss_of(cfg: RunConfig) -> Loss:
+    """Of RL."""
+    return make_loss(cfg.objective, correction_for(cfg), cfg.rollout.max_new_tokens, cfg.update.updates)
 
 
 def uses_of(cfg: RunConfig) -> tuple[str, ...]:
@@ -209,7 +193,7 @@ def uses_of(cfg: RunConfig) -> tuple[str, ...]:
         "raw_logprobs": rollout.raw_logprobs,
         "min_new_tokens": rollout.min_new_tokens > 0,
         "reference": objective.reads_reference_logprobs,
-        "proximal": scores_proximal(cfg),
+        "proximal": "proximal_logprobs" in loss_of(cfg).columns,
         "critic": objective.has_critic,
     }
     return tuple(name for name, used in uses.items() if used)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any, NamedTuple
 
-from jaxrl_llm.objective import ObjectiveConfig
-from jaxrl_llm.presets import filled
+from jaxrl_llm.objective.config import ObjectiveConfig
+from jaxrl_llm.objective.presets import filled
 from jaxrl_llm.values import defaults
 
 Config = Any

@@ -12,20 +12,18 @@ ROOT = Path(__file__).parents[1]
 NAME = "jaxrl_llm"
 PACKAGE = ROOT / NAME
 
-STAGES = {"prompts", "rollout", "rewards", "experience", "update"}
+STAGES = {"prompts", "rollout", "rewards", "experience", "objective", "update"}
 FOUNDATION = {"types", "errors", "parallel"}
 # What a room may import beside itself and other rooms' config.py. A file at the top of the package is a room of its own.
 ALLOWED = {
     "__init__": set(),
     "errors": set(),
     "types": set(),
-    "objective": set(),
     "values": {"errors"},
     "explain": {"values"},
     "options": {"values"},
-    "presets": {"objective", "values"},
-    "unread": {"objective", "presets", "values"},
-    "config": {"errors", "explain", "metrics", "objective", "presets", "values"},
+    "unread": {"objective", "values"},
+    "config": {"errors", "explain", "metrics", "objective", "values"},
     "boards": set(),
     "terminal": set(),
     "screen": {"terminal"},
@@ -37,8 +35,10 @@ ALLOWED = {
     "model": FOUNDATION | {"config"},
     "prompts": FOUNDATION,
     "rollout": FOUNDATION | {"model"},
-    "rewards": FOUNDATION | {"explain", "terminal"},
+    "own": {"errors"},
+    "rewards": FOUNDATION | {"explain", "own", "terminal"},
     "experience": FOUNDATION | {"estimates"},
+    "objective": FOUNDATION | {"model", "own", "values"},
     "update": FOUNDATION | {"model"},
     "publish": FOUNDATION | {"model"},
     "fingerprint": {"types"},
@@ -48,13 +48,13 @@ ALLOWED = {
     "storage": set(),
     "checkpoint": FOUNDATION | {"fingerprint", "run_directory", "storage"},
     "report": {"errors", "metrics", "terminal"},
-    "sources": {"config", "errors", "model", "prompts", "rewards"},
-    "run": FOUNDATION | STAGES | {"config", "model", "publish", "checkpoint", "guards", "objective", "sources"},
+    "sources": {"config", "errors", "model", "objective", "prompts", "rewards"},
+    "run": FOUNDATION | STAGES | {"config", "model", "publish", "checkpoint", "guards", "sources"},
     "collect": FOUNDATION | STAGES | {"run"},
     "rates": {"ceilings", "chips", "model", "run", "types"},
     "describe": FOUNDATION | STAGES | {"config", "run", "rates", "collect"},
     "guards": {"errors"},
-    "reference": {"types", "objective"},
+    "reference": {"types"},
     "life": FOUNDATION | STAGES | {"config", "model", "checkpoint", "guards", "run"},
     "learn": FOUNDATION | STAGES | {"life", "metrics", "model", "run", "rates", "describe"},
     "evaluate": FOUNDATION | STAGES | {"config", "estimates", "run", "collect"},
@@ -275,7 +275,7 @@ def test_every_rule_is_about_a_room_that_exists():
 def test_the_table_says_what_the_design_says():
     for stage in STAGES:
         assert not ALLOWED[stage] & STAGES
-        assert ("model" in ALLOWED[stage]) == (stage in {"rollout", "update"})
+        assert ("model" in ALLOWED[stage]) == (stage in {"rollout", "objective", "update"})
     assert [room for room, others in ALLOWED.items() if "train" in others] == ["cli"]
     assert not any("cli" in others for others in ALLOWED.values())
     assert not any(others & {"inspect_run"} for room, others in ALLOWED.items() if room != "cli")

@@ -11,11 +11,12 @@ from jaxrl_llm.config import EvaluationConfig, RunConfig, changes, dump, load, p
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.config import ModelConfig, PretrainedModel
 from jaxrl_llm.model.hf.config import read_config as read_model_config
-from jaxrl_llm.objective import ObjectiveConfig
+from jaxrl_llm.objective.config import ObjectiveConfig
+from jaxrl_llm.objective.loss_config import Clip, CrossEntropy, KlConfig, PolicyGradient
 from jaxrl_llm.parallel.config import MeshConfig
 from jaxrl_llm.prompts.config import ArithmeticTask, CharacterTokenizer, FileTask, PretrainedTokenizer
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
-from jaxrl_llm.update.config import Clip, CrossEntropy, KlConfig, PolicyGradient, UpdateConfig
+from jaxrl_llm.update.config import UpdateConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -10,7 +10,7 @@ import yaml
 from golden import golden_runs
 
 from jaxrl_llm import config
-from jaxrl_llm.presets import PRESETS
+from jaxrl_llm.objective.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = Path(__file__).parent / "golden" / "configs"

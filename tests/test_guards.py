@@ -2,6 +2,7 @@
 
 import dataclasses
 from contextlib import nullcontext
+from typing import get_args
 
 import jax
 import numpy as np
@@ -12,9 +13,11 @@ from jaxrl_llm import learn as learning
 from jaxrl_llm import life as lives
 from jaxrl_llm import train
 from jaxrl_llm.errors import AdvantageError, GradingError, MismatchError, NonFiniteError
-from jaxrl_llm.experience.advantages import ESTIMATORS, Estimate, Outcome, estimate
-from jaxrl_llm.experience.config import Gae, Grpo, PassAtK, Raw, ReinforcePlusPlus, Rloo
 from jaxrl_llm.guards import Guards, observe
+from jaxrl_llm.objective.advantages import Advantage, estimate
+from jaxrl_llm.objective.group_estimators import Grpo, PassAtK, Raw, Rloo
+from jaxrl_llm.objective.outcome import Estimate, Outcome
+from jaxrl_llm.objective.token_estimators import Gae, ReinforcePlusPlus
 from jaxrl_llm.update.config import GuardConfig
 
 FINE = {
@@ -169,7 +172,7 @@ def test_the_ratio_alarm_is_passed_on():
 
 
 COMPARING = [
-    *(kind() for kind in ESTIMATORS if kind not in (Raw, Gae)),
+    *(kind() for kind in get_args(Advantage) if kind not in (Raw, Gae)),
     Grpo(mean_over="batch", std_over="batch"),
     Rloo(whiten=True),
     PassAtK(scale=True),
@@ -303,9 +306,8 @@ def test_log_probs_of_another_distribution_end_the_run(start, monkeypatch):
 def test_advantages_that_no_reward_explains_end_the_run(start, monkeypatch):
     """Four rewards are at most 3 / sqrt(4) stds from their mean; the batch of four gives finite losses none the less."""
     run, shell, life, policy, _ = start
-    own = ESTIMATORS[Grpo]
-    larger = lambda outcome, cfg: Estimate(own(outcome, cfg).advantage * 1e5)  # noqa: E731
-    monkeypatch.setitem(ESTIMATORS, Grpo, larger)
+    own = Grpo.estimate
+    monkeypatch.setattr(Grpo, "estimate", lambda cfg, outcome: Estimate(own(cfg, outcome).advantage * 1e5))
     with pytest.raises(
         AdvantageError, match=r"objective\.advantage\.kind grpo: got an advantage of .*, want at most 1\.5,"
     ):

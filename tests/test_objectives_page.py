@@ -6,9 +6,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from jaxrl_llm.objective import ObjectiveConfig
-from jaxrl_llm.presets import PRESETS, SOURCES, filled, source
-from jaxrl_llm.update.config import PolicyGradient
+from jaxrl_llm.objective.config import ObjectiveConfig
+from jaxrl_llm.objective.loss_config import PolicyGradient
+from jaxrl_llm.objective.presets import PRESETS, SOURCES, filled, source
 
 PAGE = Path(__file__).parents[1] / "docs" / "objectives.md"
 # What a preset writes down only to repeat a default says nothing.

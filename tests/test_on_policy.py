@@ -9,10 +9,11 @@ import pytest
 from setups import TINY, engine, layouts, make_params, make_policy, make_prompts, to_batch, to_experience
 
 from jaxrl_llm.model import params as model_params
+from jaxrl_llm.objective.config import ObjectiveConfig
+from jaxrl_llm.objective.losses import make_loss
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import check
-from jaxrl_llm.update.config import PolicyGradient
 from jaxrl_llm.update.optimizer.config import AdamW
 from jaxrl_llm.update.optimizer.state import make_start
 from jaxrl_llm.update.optimizer.transform import make_optimizer
@@ -50,10 +51,10 @@ def rollouts(top_p: float, /, **changes: float):
 
 @cache
 def programs():
-    specs, optimizer, train = model_params.specs(CFG), AdamW(), layouts()[0]
+    specs, optimizer, train = model_params.specs(CFG), make_optimizer(AdamW()), layouts()[0]
     update = make_update(
         specs,
-        PolicyGradient(),
+        make_loss(ObjectiveConfig()),
         optimizer,
         micro_batches=1,
         num_tokens=VOCAB.size,
@@ -61,7 +62,7 @@ def programs():
         layout=train,
         ends=VOCAB.eos,
     )
-    return make_start(specs, make_optimizer(optimizer), train), update
+    return make_start(specs, optimizer, train), update
 
 
 def first_update(batch) -> dict[str, float]:

@@ -256,7 +256,7 @@ def both(request, monkeypatch) -> tuple[Job, run.Run, Batch]:
     scores = learn.score_groups(of, life, groups)
     experience = Experience(groups, scores, learn.assess(of, groups, scores)[0])
     part = next(minibatches(experience, cfg.update.minibatches, np.random.default_rng(0)))
-    batch, _ = make_batch(part, of.shapes.update, 0, *learn.means_of(of))
+    batch, _ = make_batch(part, of.shapes.update, 0, of.loss.aggregation, of.loss.length)
     return make_job(cfg, cfg.model, of.task.prompt_slots, list(of.train.mesh.devices.flat)), of, batch
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from setups import SMALL, layouts, make_params
 
-from jaxrl_llm.objective import ReferenceConfig
+from jaxrl_llm.objective.config import ReferenceConfig
 from jaxrl_llm.reference import refresh
 
 

@@ -31,14 +31,15 @@ import numpy as np
 from jaxrl_llm.collect import collect
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.evaluate import evaluate
-from jaxrl_llm.experience.config import Rloo
 from jaxrl_llm.experience.filters import has_signal
 from jaxrl_llm.experience.replay import kept_groups
-from jaxrl_llm.learn import assess, means_of, score_groups
+from jaxrl_llm.learn import assess, score_groups
 from jaxrl_llm.life import Life, begin, fresh_state
 from jaxrl_llm.metrics import RatioAlarm
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.objective import ObjectiveConfig
+from jaxrl_llm.objective.config import ObjectiveConfig
+from jaxrl_llm.objective.group_estimators import Rloo
+from jaxrl_llm.objective.loss_config import Clip, PolicyGradient
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.prompts.config import ArithmeticTask
 from jaxrl_llm.prompts.stream import next_prompts
@@ -47,7 +48,8 @@ from jaxrl_llm.run import Run, build, publish
 from jaxrl_llm.train import Shell, open_shell, warm_step
 from jaxrl_llm.types import Experience, Groups, PyTree, TrainState
 from jaxrl_llm.update.batch import make_batch, minibatches, to_rows
-from jaxrl_llm.update.config import AdamW, Clip, PolicyGradient, UpdateConfig, WarmStartConfig
+from jaxrl_llm.update.config import UpdateConfig, WarmStartConfig
+from jaxrl_llm.update.optimizer.config import AdamW
 
 ARMS, LAGS, SEEDS, RATE = ("captured", "recomputed"), (0, 4), (0, 1, 2), 3e-4
 CASES = [(arm, lag, RATE, seed) for seed in SEEDS for lag in LAGS for arm in ARMS]
@@ -167,7 +169,7 @@ def update(
         for part in minibatches(experience, cfg.minibatches, rng):
             if arm == "recomputed":
                 part = rescored(run, state.params, part)
-            batch, _ = make_batch(part, run.shapes.update, run.task.pad, *means_of(run))
+            batch, _ = make_batch(part, run.shapes.update, run.task.pad, run.loss.aggregation, run.loss.length)
             state, metrics = run.update(state, run.put_batch(batch))
             if tokens := batch.loss_mask.sum():
                 found.append({name: float(x) for name, x in jax.device_get(metrics).items()} | {"tokens": int(tokens)})

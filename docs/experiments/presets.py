@@ -29,7 +29,7 @@ from jaxrl_llm.evaluate import evaluate
 from jaxrl_llm.life import Life, begin, no_streaks
 from jaxrl_llm.metrics import MetricsConfig
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.presets import PRESETS
+from jaxrl_llm.objective.presets import PRESETS
 from jaxrl_llm.prompts.config import ArithmeticTask
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.run import build

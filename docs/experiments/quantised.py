@@ -26,20 +26,15 @@ import jax
 import numpy as np
 
 from jaxrl_llm.config import CheckpointConfig, EvaluationConfig, RunConfig
-from jaxrl_llm.experience.config import Rloo
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.objective import ObjectiveConfig
+from jaxrl_llm.objective.config import ObjectiveConfig
+from jaxrl_llm.objective.group_estimators import Rloo
+from jaxrl_llm.objective.loss_config import AutoCorrection, NoCorrection, PolicyGradient
 from jaxrl_llm.prompts.config import ArithmeticTask
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
 from jaxrl_llm.train import train
-from jaxrl_llm.update.config import (
-    AdamW,
-    AutoCorrection,
-    NoCorrection,
-    PolicyGradient,
-    UpdateConfig,
-    WarmStartConfig,
-)
+from jaxrl_llm.update.config import UpdateConfig, WarmStartConfig
+from jaxrl_llm.update.optimizer.config import AdamW
 
 ARMS = {
     "compute": (EngineConfig(), AutoCorrection()),

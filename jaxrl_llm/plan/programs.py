@@ -19,6 +19,7 @@ from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig, Whole
 from jaxrl_llm.model.head import ACCELERATOR
+from jaxrl_llm.objective.rules import own_problems
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.hlo import Module
 from jaxrl_llm.parallel.layout import TRAIN, Layout
@@ -30,9 +31,9 @@ from jaxrl_llm.publish import abstract_policy, make_publish
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.run import (
-    correction_of,
     device_problems,
     learner_specs_of,
+    loss_of,
     optimizer_of,
     shapes_of,
     uses_of,
@@ -106,6 +107,7 @@ def problems(cfg: RunConfig, model: ModelConfig, prompt_slots: int, devices: Seq
         + lora.problems(model, cfg.lora)
         + vocabulary_problems(model, vocabulary(cfg, model).size)
         + packing_problems(cfg, prompt_slots)
+        + own_problems(cfg.objective)
     )
 
 
@@ -179,9 +181,9 @@ def lowerings(job: Job) -> dict[str, Lower]:
     }
     publish = make_publish(model, job.train, job.decode, cfg.rollout.engine.weights)
     update = make_update(
-        learner_specs_of(cfg, model), cfg.objective.loss, optimizer_of(cfg), correction=correction_of(cfg),
-        micro_batches=cfg.update.micro_batches, num_tokens=job.engine.decoding.vocab.size, cfg=model, layout=job.train,
-        ends=job.engine.decoding.vocab.eos, how=Whole(cfg.update.attention, cfg.update.remat),
+        learner_specs_of(cfg, model), loss_of(cfg), make_optimizer(optimizer_of(cfg)),
+        micro_batches=cfg.update.micro_batches, num_tokens=job.engine.vocab.size, cfg=model, layout=job.train,
+        ends=job.engine.vocab.eos, how=Whole(cfg.update.attention, cfg.update.remat),
     )  # fmt: skip
     whole = job.reference if cfg.objective.reads_reference_distribution else None
     return lower | {

@@ -6,16 +6,11 @@ raise, hang or die: its group is lost and counted, the run goes on. A grader of 
 """
 
 import dataclasses
-import difflib
-import functools
-import importlib
 import importlib.util
-import inspect
-import os
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
+from jaxrl_llm import own
 from jaxrl_llm.errors import UserError
 
 # Workers import this module, and start sooner without pydantic.
@@ -69,10 +64,7 @@ def make(name: str, options: Mapping[str, Any] = {}) -> Grader:
     Raises:
       UserError: what `name` means cannot be found, imported or called.
     """
-    found = resolve(name)
-    if isinstance(found, type):
-        return found(**options)
-    return functools.partial(found, **options) if options else found
+    return own.made(resolve(name), options)
 
 
 def problems(config: "RewardConfig") -> list[str]:
@@ -115,48 +107,18 @@ def unreadable_rows(config: "RewardConfig", rows: Sequence[tuple[str, Sample]]) 
 
 
 def resolve(name: str) -> Callable:
-    """What `name` stands for: a class that makes a grader, or a function that is one.
-
-    Raises:
-      UserError: no such built-in, module or function, the import failed, or what was found cannot be called.
-    """
-    module_name, colon, function_name = BUILT_IN.get(name, name).partition(":")
-    if not colon:
-        known = ", ".join(BUILT_IN)
-        raise UserError(f'got "{name}", want one of: {known}; or "module:function".{_hint(name, BUILT_IN)}')
-    if module_name == "__main__":
-        raise UserError(f'got "{name}"; workers do not run your script: move the function to a module of its own')
-    _make_importable(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
-        raise UserError(
-            f'got "{name}", and importing "{module_name}" failed: {type(error).__name__}: {error}. '
-            "If the module is not found, put its directory on PYTHONPATH, or start from there"
-        ) from error
-    found = getattr(module, function_name, None)
-    if found is None:
-        hint = _hint(function_name, vars(module))
-        raise UserError(f'got "{name}", but "{module_name}" has no "{function_name}".{hint}')
-    if not callable(found):
-        raise UserError(f'got "{name}", which is a {type(found).__name__}; want a function of one Sample')
-    return found
-
-
-def _make_importable(directory: str) -> None:
-    """Last on the path, so that a user's `numeric.py` hides nothing. Spawned workers inherit the path."""
-    if directory not in sys.path:
-        sys.path.append(directory)
+    """What `name` stands for: a class that makes a grader, or a function that is one. Raises UserError as `own.resolve` does."""
+    return own.resolve(name, "a function of one Sample", BUILT_IN)
 
 
 def _wrong_options(name: str, options: Mapping[str, Any]) -> list[str]:
     """What is wrong with the options of a grader, each as ".option: why" or ": why"."""
     found = resolve(name)
     if name not in BUILT_IN:
-        return _wrong_arguments(name, found, options)
+        return own.wrong_arguments(name, found, options, (Sample("", "", "", ""),))
     known = [field.name for field in dataclasses.fields(found)]
     wrong = [
-        f'.{option}: grader "{name}" has no such option, want some of: {", ".join(known)}.{_hint(option, known)}'
+        f'.{option}: grader "{name}" has no such option, want some of: {", ".join(known)}.{own.hint(option, known)}'
         for option in options
         if option not in known
     ]
@@ -188,22 +150,3 @@ def _wrong_values(name: str, kind: type, options: dict[str, Any]) -> list[str]:
         except ValueError as error:
             wrong.append(f': grader "{name}": {error}')
     return wrong
-
-
-def _wrong_arguments(name: str, found: Callable, options: Mapping[str, Any]) -> list[str]:
-    """A function takes a sample and the options; a class takes the options and makes what takes a sample."""
-    try:
-        signature = inspect.signature(found)
-    except (TypeError, ValueError):
-        return []
-    sample = () if isinstance(found, type) else (Sample("", "", "", ""),)
-    try:
-        signature.bind(*sample, **options)
-    except TypeError as error:
-        return [f': "{name}" takes {signature}: {error}']
-    return []
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f' Perhaps you meant "{close[0]}"' if close else ""

@@ -10,25 +10,21 @@ from jaxtyping import Array, Float
 from jaxrl_llm.model import lora
 from jaxrl_llm.model.config import ModelConfig, Whole
 from jaxrl_llm.model.distribution import TokenScores, score_tokens
+from jaxrl_llm.model.loss import Loss, Terms
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import Batch, PyTree, TrainState
-from jaxrl_llm.update.config import Correction, LossConfig, NoCorrection, OptimizerConfig, SecondMoment
-from jaxrl_llm.update.losses import TERMS, Terms, second_moment_mask
 from jaxrl_llm.update.optimizer.state import state_shardings, zero_gradients
-from jaxrl_llm.update.optimizer.transform import make_optimizer
 
 Metrics = dict[str, Float[Array, ""]]
 Update = Callable[..., tuple[TrainState, Metrics]]
-UNCORRECTED = NoCorrection()
 WHOLE_ROWS = Whole()
 
 
 def make_update(
     specs: PyTree,
-    loss: LossConfig,
-    optimizer_cfg: OptimizerConfig,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
     *,
-    correction: Correction = UNCORRECTED,
     micro_batches: int,
     num_tokens: int,
     cfg: ModelConfig,
@@ -44,22 +40,20 @@ def make_update(
     A non-finite loss or gradient (`nonfinite` 1), or a minibatch without any token, leaves parameters and optimizer bit for bit
     as they were. `zero_gradient/<path>` is 1 where a parameter's gradient is exactly 0 everywhere.
     """
-    optimizer = make_optimizer(optimizer_cfg)
-    terms_of = TERMS[type(loss)]
 
     def objective(
         params: PyTree, part: Batch, share: Array, reference: PyTree | None
     ) -> tuple[Array, tuple[Metrics, Metrics]]:
         scores = score_tokens(params, part, cfg, num_tokens, layout, ends, how, reference)
-        return _summed(terms_of(scores, part, loss, correction), part, share)
+        return _summed(loss.terms(scores, part), part, share)
 
     def update(state: TrainState, batch: Batch, reference: PyTree | None = None) -> tuple[TrainState, Metrics]:
         trained, frozen = lora.split(state.params)
         reference = None if reference is None else lora.join(reference, frozen)
         share = batch.loss_mask / jnp.maximum(jnp.sum(batch.loss_mask), 1)
         more = {}
-        if isinstance(correction, SecondMoment):
-            kept = second_moment_mask(batch, correction.threshold)
+        if loss.keep is not None:
+            kept = loss.keep(batch)
             more = {"mismatch/dropped": jnp.sum(share * ~kept)}
             batch = batch.replace(weight=jnp.where(kept, batch.weight, 0.0))
         grads, metrics = _accumulate(

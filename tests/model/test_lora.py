@@ -16,10 +16,10 @@ from jaxrl_llm.model.critic import critic_specs
 from jaxrl_llm.model.distribution import score_tokens
 from jaxrl_llm.model.linear import contract
 from jaxrl_llm.model.lora import Adapted, Pair
+from jaxrl_llm.objective.losses import CROSS_ENTROPY
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.publish import make_blank, make_publish
 from jaxrl_llm.types import Batch, TrainState
-from jaxrl_llm.update.config import CrossEntropy
 from jaxrl_llm.update.optimizer.config import AdamW
 from jaxrl_llm.update.optimizer.state import make_start, state_shardings
 from jaxrl_llm.update.optimizer.transform import make_optimizer
@@ -170,7 +170,9 @@ def test_only_adapters_change_and_have_an_optimizer():
     wanted = state_shardings(ADAPTED, make_optimizer(optimizer), train)
     for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
         assert got.sharding.is_equivalent_to(want, got.ndim)
-    update = make_update(ADAPTED, CrossEntropy(), optimizer, micro_batches=1, num_tokens=16, cfg=SMALL, layout=train)
+    update = make_update(
+        ADAPTED, CROSS_ENTROPY, make_optimizer(optimizer), micro_batches=1, num_tokens=16, cfg=SMALL, layout=train
+    )
     new, metrics = update(state, hosts.put(batch(), train.sharding(("rows", None))))
     assert isinstance(new, TrainState) and metrics["nonfinite"] == 0
     (old_trained, old_frozen), (new_trained, new_frozen) = lora.split(before), lora.split(new.params)

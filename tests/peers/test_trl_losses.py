@@ -18,14 +18,15 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from jaxrl_llm.experience.advantages import Outcome, estimate, reward_kl
 from jaxrl_llm.model.distribution import TokenScores
-from jaxrl_llm.objective import ObjectiveConfig
-from jaxrl_llm.presets import filled
+from jaxrl_llm.objective.advantages import estimate
+from jaxrl_llm.objective.config import ObjectiveConfig
+from jaxrl_llm.objective.loss_config import AutoCorrection, NoCorrection
+from jaxrl_llm.objective.losses import policy_terms
+from jaxrl_llm.objective.outcome import Outcome
+from jaxrl_llm.objective.presets import filled
 from jaxrl_llm.types import Batch
 from jaxrl_llm.update.batch import token_weights
-from jaxrl_llm.update.config import AutoCorrection, NoCorrection
-from jaxrl_llm.update.losses import policy_terms
 
 PYTHON = os.environ.get("JAXRL_TRL_PYTHON")
 pytestmark = [
@@ -156,7 +157,7 @@ def ours(case: Case) -> dict[str, np.ndarray]:
     mask = np.arange(C) < given["length"][:, None] if case.trainer == "rloo" else given["drawn"]
     token_reward = np.zeros((B, C))
     if cfg.reward_kl.weight:
-        token_reward = reward_kl(given["old"], given["reference"], mask, cfg.reward_kl)
+        token_reward = cfg.reward_kl(given["old"], given["reference"], mask)
     parts = given["parts"] if case.parts else given["reward"][..., None]
     weights = np.array(case.arguments.get("reward_weights", [1.0]))
     outcome = Outcome(parts @ weights, parts, weights, np.ones(P, bool), mask, token_reward)

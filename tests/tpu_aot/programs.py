@@ -14,6 +14,8 @@ from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.experts import mixture
 from jaxrl_llm.model.params import ParamSpec
+from jaxrl_llm.objective.config import ObjectiveConfig
+from jaxrl_llm.objective.losses import make_loss
 from jaxrl_llm.parallel import hlo
 from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
@@ -23,7 +25,7 @@ from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.programs import Programs
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Batch, TrainState
-from jaxrl_llm.update.config import AdamW, PolicyGradient
+from jaxrl_llm.update.optimizer.config import AdamW
 from jaxrl_llm.update.optimizer.state import state_shardings
 from jaxrl_llm.update.optimizer.transform import make_optimizer
 from jaxrl_llm.update.step import make_update
@@ -167,7 +169,13 @@ def lower_update(cfg: ModelConfig, train: Layout) -> jax.stages.Lowered:
         **dict.fromkeys(("weight", "behavior_logprobs", "advantage", "temperature"), of(jnp.float32)),
     )
     update = make_update(
-        specs, PolicyGradient(), AdamW(), micro_batches=PARTS, num_tokens=cfg.vocab_size, cfg=cfg, layout=train
+        specs,
+        make_loss(ObjectiveConfig()),
+        optimizer,
+        micro_batches=PARTS,
+        num_tokens=cfg.vocab_size,
+        cfg=cfg,
+        layout=train,
     )
     return update.lower(state, batch)
 

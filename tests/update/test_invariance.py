@@ -5,7 +5,7 @@ one switch, so that each layout of the rows compiles one program.
 """
 
 import dataclasses
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -19,11 +19,10 @@ from setups import SMALL, VOCAB, Sequences, layouts, make_params
 
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.critic import critic_specs
-from jaxrl_llm.parallel import hosts
-from jaxrl_llm.types import ArrayLike, Batch, TrainState
-from jaxrl_llm.update import losses
-from jaxrl_llm.update.batch import make_batch, to_rows
-from jaxrl_llm.update.config import (
+from jaxrl_llm.model.loss import Loss, Terms
+from jaxrl_llm.objective import losses
+from jaxrl_llm.objective.config import ObjectiveConfig
+from jaxrl_llm.objective.loss_config import (
     Cispo,
     Clip,
     CriticLoss,
@@ -40,7 +39,9 @@ from jaxrl_llm.update.config import (
     Sapo,
     TruncatedImportance,
 )
-from jaxrl_llm.update.losses import Terms
+from jaxrl_llm.parallel import hosts
+from jaxrl_llm.types import ArrayLike, Batch, TrainState
+from jaxrl_llm.update.batch import make_batch, to_rows
 from jaxrl_llm.update.optimizer.config import AdamW
 from jaxrl_llm.update.optimizer.state import state_shardings
 from jaxrl_llm.update.optimizer.transform import make_optimizer
@@ -106,21 +107,15 @@ class Chosen(Batch):
     term: Int[ArrayLike, "R T"] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class OneOf:
-    """Of `LOSSES`, by the batch's word."""
-
-    names: tuple[str, ...]
-
-
-def one_of(scores, batch: Chosen, cfg: OneOf, correction) -> Terms:
+def one_of(scores, batch: Chosen, of: tuple[str, ...]) -> Terms:
+    """The terms of that one of `LOSSES` which the batch names."""
     zeros = jnp.zeros(batch.tokens.shape)
 
     def branch(name):
         loss, correction = LOSSES[name]
 
         def terms(scores, batch):
-            found = losses.TERMS[type(loss)](scores, batch, loss, correction)
+            found = losses.make_loss(ObjectiveConfig(loss=loss), correction).terms(scores, batch)
             given = (found.means, MEANS), (found.maxima, MAXIMA), (found.weighted, WEIGHTED)
             assert all(set(some) <= set(names) for some, names in given)
             filled = lambda names, x: {n: zeros + (x.get(n, zeros) if name in SOME else 0.0) for n in names}  # noqa: E731
@@ -128,12 +123,7 @@ def one_of(scores, batch: Chosen, cfg: OneOf, correction) -> Terms:
 
         return terms
 
-    return jax.lax.switch(batch.term[0, 0], [branch(name) for name in cfg.names], scores, batch)
-
-
-@pytest.fixture(autouse=True)
-def one_of_is_a_loss(monkeypatch):
-    monkeypatch.setitem(losses.TERMS, OneOf, one_of)
+    return jax.lax.switch(batch.term[0, 0], [branch(name) for name in of], scores, batch)
 
 
 class Rows(NamedTuple):
@@ -246,7 +236,13 @@ def reference():
 def program(rows: Rows):
     train, _ = layouts(rows.mesh)
     update = make_update(
-        SPECS, OneOf(rows.names), READ_OFF, micro_batches=rows.parts, num_tokens=VOCAB.size, cfg=CFG, layout=train
+        SPECS,
+        Loss(partial(one_of, of=rows.names)),
+        make_optimizer(READ_OFF),
+        micro_batches=rows.parts,
+        num_tokens=VOCAB.size,
+        cfg=CFG,
+        layout=train,
     )
     where = state_shardings(SPECS, make_optimizer(READ_OFF), train)
     other = hosts.put(reference(), where.params) if rows.holds_all else None

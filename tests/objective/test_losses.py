@@ -6,9 +6,18 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.model.distribution import TokenScores
+from jaxrl_llm.objective.config import ObjectiveConfig
+from jaxrl_llm.objective.loss_config import (
+    Clip,
+    Distillation,
+    Dpo,
+    KlConfig,
+    NoCorrection,
+    PolicyGradient,
+)
+from jaxrl_llm.objective.losses import cross_entropy_terms, kl_estimate, make_loss, policy_terms
+from jaxrl_llm.objective.surrogates import clip
 from jaxrl_llm.types import Batch
-from jaxrl_llm.update.config import Clip, CrossEntropy, Distillation, Dpo, KlConfig, NoCorrection, PolicyGradient
-from jaxrl_llm.update.losses import TERMS, clip, cross_entropy_terms, kl_estimate, policy_terms
 
 TABLE = [  # ratio, advantage, loss, held by low, held by high
     (1.5, 1.0, -1.28, False, True),
@@ -75,7 +84,7 @@ def test_every_loss_of_sampled_tokens_tells_how_far_the_sampler_is(loss):
     """What the gate of `update.guards.max_mismatch_kl` reads: no loss may leave it blind."""
     mask, zeros = np.array([[False, True]]), np.zeros((1, 2), np.float32)
     scores = TokenScores(jnp.array([[-9.0, -1.0]]), zeros, kl=zeros)
-    terms = TERMS[type(loss)](scores, batch_of(mask, zeros - 1.5, zeros, zeros), loss, NoCorrection())
+    terms = make_loss(ObjectiveConfig(loss=loss)).terms(scores, batch_of(mask, zeros - 1.5, zeros, zeros))
     # The trainer has d = 0.5 nats more than the sampler; e^d - 1 - d.
     np.testing.assert_allclose(terms.means["mismatch/kl"], [[0, 0.14872127]], rtol=1e-6)
     np.testing.assert_allclose(terms.means["mismatch/mean_abs_dlogp"], [[0, 0.5]], rtol=1e-6)
@@ -103,4 +112,4 @@ def test_values_outside_the_mask_cannot_reach_the_gradient():
 def test_cross_entropy():
     scores = TokenScores(jnp.array([[-2.0, -0.5]]), jnp.zeros((1, 2)))
     batch = batch_of(np.ones((1, 2), bool), np.zeros((1, 2)), np.zeros((1, 2)))
-    np.testing.assert_array_equal(cross_entropy_terms(scores, batch, CrossEntropy(), NoCorrection()).loss, [[2.0, 0.5]])
+    np.testing.assert_array_equal(cross_entropy_terms(scores, batch).loss, [[2.0, 0.5]])

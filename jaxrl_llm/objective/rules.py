@@ -1,140 +1,34 @@
-"""What a run maximises: an advantage, a loss, and the models beside the policy that these read. Imports no jax.
+"""Which parts of an objective do not go together, and why; and what a group of equal rewards teaches. Imports no jax."""
 
-    objective = advantage (x KL in the reward) x loss: ratio x surrogate x correction x aggregation + KL - entropy (+ critic)
-
-`presets.PRESETS` names whole objectives by their source; `refusals` says which parts do not go together, and why.
-"""
-
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
-
-from annotated_types import Ge, Gt, Le
-from pydantic import ConfigDict, model_validator
-
-from jaxrl_llm.experience.config import (
-    AdvantageConfig,
-    BestWorst,
-    Gae,
-    Gdpo,
-    Grpo,
-    Raw,
-    ReinforcePlusPlus,
-    RewardKl,
-)
-from jaxrl_llm.update.config import (
+from jaxrl_llm import own
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.objective.config import ObjectiveConfig
+from jaxrl_llm.objective.group_estimators import BestWorst, Grpo
+from jaxrl_llm.objective.loss_config import (
     Cispo,
     Clip,
     CorrectionConfig,
     Dpo,
     Gmpo,
-    LossConfig,
     MaskedImportance,
+    OwnLoss,
     PolicyGradient,
     TruncatedImportance,
 )
 
 # Presets whose source leaves out what has no signal by default: DAPO's dynamic sampling, prime-rl's `filter_zero_advantages`.
 FILTERED = ("paper:dapo", "verl:dapo", "prime:rl", "prime:dppo")
-GROUPED = ("mean_only", "rloo", "leave_one_out", "max_rl", "pass_at_k", "opo", "gpg", "gdpo", "best_worst")
-
-
-@dataclass(frozen=True)
-class ReferenceConfig:
-    """Which policy the KL terms hold on to, where there are any."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    kind: Literal["initial", "ema", "periodic", "pretrained"] = "initial"
-    """initial: the policy at the start of RL. ema: a running mean of the policy. periodic: the policy of every so many steps.
-    pretrained: another model with the same tokens, also as the teacher of a distillation."""
-    decay: Annotated[float, Gt(0), Le(1)] = 0.99
-    """Of `ema`: reference = decay * reference + (1 - decay) * policy after each step."""
-    every: Annotated[int, Ge(1)] = 100
-    """Of `periodic`: steps."""
-    path: str = ""
-    """Of `pretrained`: a Hugging Face directory, or a hub name where there is internet."""
-
-
-@dataclass(frozen=True)
-class CriticConfig:
-    """Where values come from, for advantages that need them."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    kind: Literal["head", "separate"] = "head"
-    """head: a linear map of the policy's last activations, whose gradient flows into the policy's layers. separate: a transformer
-    of its own, at first a copy of the policy's layers."""
-    lr_scale: Annotated[float, Gt(0)] = 1.0
-    """Its learning rate, times the policy's."""
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """What RL maximises."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    preset: str = ""
-    """Where the parts that follow come from; what is written beside it replaces the preset's."""
-    advantage: AdvantageConfig = field(default_factory=Grpo)
-    reward_kl: RewardKl = field(default_factory=RewardKl)
-    loss: LossConfig = field(default_factory=PolicyGradient)
-    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
-    critic: CriticConfig = field(default_factory=CriticConfig)
-    """Only with the advantage `gae`."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def written_out(cls, value: Any) -> Any:
-        """A name alone is short for {preset: name}."""
-        return {"preset": value} if isinstance(value, str) else value
-
-    @property
-    def has_critic(self) -> bool:
-        return isinstance(self.advantage, Gae)
-
-    @property
-    def reads_reference_logprobs(self) -> bool:
-        """Of the tokens that were drawn."""
-        kl = self.loss.kl if isinstance(self.loss, PolicyGradient) else None
-        in_loss = kl is not None and kl.weight > 0 and kl.to == "reference" and kl.kind != "full"
-        return in_loss or self.reward_kl.weight > 0 or isinstance(self.loss, Dpo)
-
-    @property
-    def reads_reference_distribution(self) -> bool:
-        """Over the whole vocabulary: the update runs the reference too."""
-        if isinstance(self.loss, PolicyGradient):
-            return self.loss.kl.weight > 0 and self.loss.kl.kind == "full"
-        return self.loss.kind == "distillation"
-
-    @property
-    def has_reference(self) -> bool:
-        return self.reads_reference_logprobs or self.reads_reference_distribution
-
-
-def _compares_a_group(advantage: AdvantageConfig) -> bool:
-    if isinstance(advantage, Grpo):
-        return "group" in (advantage.mean_over, advantage.std_over)
-    return advantage.kind in GROUPED or (isinstance(advantage, ReinforcePlusPlus) and advantage.baseline)
 
 
 def teaches_without_signal(objective: ObjectiveConfig, graders: int) -> str:
     """What a group of equal rewards teaches: the part of the objective that gives its tokens a reward or an advantage other than 0,
     or that reads no reward; "" where it teaches nothing. `graders`: how many there are."""
-    advantage, name = objective.advantage, f"objective.advantage {objective.advantage.kind}"
     if objective.loss.kind == "distillation":
         return "objective.loss distillation reads no reward: every group teaches"
     if objective.reward_kl.weight > 0:
         return "objective.reward_kl gives each token a reward of its own"
-    if isinstance(advantage, Raw):
-        return f"{name} has no baseline: equal rewards teach too"
-    if isinstance(advantage, Gae) or (isinstance(advantage, ReinforcePlusPlus) and not advantage.baseline):
-        return f"{name} compares with what other groups and states are worth: equal rewards teach too"
-    if isinstance(advantage, Grpo) and advantage.mean_over == "batch":
-        return f"{name} with mean_over batch compares groups with each other: equal rewards teach too"
-    if isinstance(advantage, Gdpo) and graders > 1:
-        return f"{name} compares each grader's part by itself: parts may differ where their sum is equal"
-    return ""
+    why = objective.advantage.of_equal_rewards(graders)
+    return f"objective.advantage {objective.advantage.kind} {why}" if why else ""
 
 
 def filter_of(choice: str, objective: ObjectiveConfig, graders: int) -> str:
@@ -147,11 +41,21 @@ def filter_of(choice: str, objective: ObjectiveConfig, graders: int) -> str:
     if objective.preset:
         return "has_signal" if objective.preset in FILTERED else "none"
     advantage, loss = objective.advantage, objective.loss
-    over_batch = isinstance(advantage, Gdpo | ReinforcePlusPlus) or (
-        isinstance(advantage, Grpo) and advantage.std_over == "batch"
-    )
-    pulls = isinstance(loss, PolicyGradient) and (loss.kl.weight > 0 or loss.entropy > 0)
-    return "none" if over_batch or pulls else "has_signal"
+    # Of a function of your own nothing is known.
+    pulls = isinstance(loss, OwnLoss) or (isinstance(loss, PolicyGradient) and (loss.kl.weight > 0 or loss.entropy > 0))
+    return "none" if advantage.reads_the_batch or pulls else "has_signal"
+
+
+def own_problems(objective: ObjectiveConfig) -> list[str]:
+    """What is wrong with the functions of your own that an objective names, in words. Imports their modules."""
+    loss = objective.loss
+    if not isinstance(loss, OwnLoss):
+        return []
+    try:
+        wrong = own.wrong_arguments(loss.function, loss.found(), loss.options, ("scores", "batch"))
+    except UserError as error:
+        return [f"objective.loss.function: {error}"]
+    return [f"objective.loss.options{text}" for text in wrong]
 
 
 def refusals(objective: ObjectiveConfig, samples: int, packing: str, keep: str = "auto", graders: int = 1) -> list[str]:
@@ -162,7 +66,7 @@ def refusals(objective: ObjectiveConfig, samples: int, packing: str, keep: str =
         why := teaches_without_signal(objective, graders if keep == "has_signal" else 1)
     ):
         found.append(f"experience.filter: got {keep}, want auto or none: {why}")
-    if _compares_a_group(objective.advantage) and samples < 2:
+    if objective.advantage.compares_a_group and samples < 2:
         found.append(
             f"objective.advantage.kind: got {objective.advantage.kind} with rollout.samples {samples}, want 2 or more samples: "
             "a group of one has no mean of others"
@@ -177,6 +81,8 @@ def refusals(objective: ObjectiveConfig, samples: int, packing: str, keep: str =
         found.append(
             "objective.loss.kind: got cross_entropy, want one for RL: it uses no reward; warm_start is supervised"
         )
+    if isinstance(loss, OwnLoss):
+        found += _refused_length(loss)
     if isinstance(loss, Dpo):
         if not isinstance(objective.advantage, BestWorst):
             found.append(
@@ -192,7 +98,7 @@ def refusals(objective: ObjectiveConfig, samples: int, packing: str, keep: str =
             found.append(
                 "objective.advantage.kind: got best_worst, which is for the loss dpo; want an advantage of every sample"
             )
-    if objective.reward_kl.to == "advantage" and objective.advantage.kind in ("gae", "reinforce_pp"):
+    if objective.reward_kl.to == "advantage" and objective.advantage.gives_what_is_to_come:
         found.append(
             f"objective.reward_kl.to: got advantage with the advantage {objective.advantage.kind}, want reward: it gives each "
             "token what is still to come by itself"
@@ -238,13 +144,18 @@ def _refusals_of_loss(loss: PolicyGradient) -> list[str]:
         found.append(
             f"{name}.kl.to: got behavior with the kind full, want reference: the sampler's logits are not kept"
         )
-    if loss.length is not None and loss.aggregation != "constant":
-        found.append(f"{name}.length: got {loss.length}, want null: only the aggregation constant reads it")
+    found += _refused_length(loss)
     if loss.kl.kind == "k1" and loss.kl.weight and loss.kl.times == "one":
         found.append(
             f"{name}.kl.kind: got k1 in the loss, want k2, k3, reward_kl, or kl.times score: the mean gradient of k1 alone is 0"
         )
     return found + _refusals_of_bounds(loss.correction, f"{name}.correction")
+
+
+def _refused_length(loss: PolicyGradient | OwnLoss) -> list[str]:
+    if loss.length is None or loss.aggregation == "constant":
+        return []
+    return [f"objective.loss.length: got {loss.length}, want null: only the aggregation constant reads it"]
 
 
 def _weighs(correction: CorrectionConfig) -> bool:

@@ -11,8 +11,9 @@ from cases import assess, batch_of, objective_of, package_loss
 from parts import CASES, PARTS, STEP, by_oracle, by_package, with_loss
 
 from jaxrl_llm.model.distribution import TokenScores
-from jaxrl_llm.update import losses
-from jaxrl_llm.update.config import Distillation, NoCorrection, PolicyGradient
+from jaxrl_llm.objective import losses
+from jaxrl_llm.objective.loss_config import NoCorrection, PolicyGradient
+from jaxrl_llm.objective.surrogates import SURROGATES
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -63,7 +64,7 @@ def test_an_exact_kl_is_the_scorers_own():
         batch = batch_of(case, assess(cfg, case), case.mask, "token", packed=False)
         scores = TokenScores(jnp.asarray(case.now), jnp.asarray(case.entropy), None, jnp.asarray(exact))
         total = lambda found: float(jnp.sum(jnp.where(batch.loss_mask, found.loss, 0.0) * batch.weight))  # noqa: E731
-        alone = total(losses.distillation_terms(scores, batch, Distillation(), NoCorrection()))
+        alone = total(losses.distillation_terms(scores, batch))
         without = total(losses.policy_terms(scores, batch, cfg.loss, NoCorrection()))
         kl = dataclasses.replace(cfg.loss.kl, kind="full", weight=0.5)
         beside = total(losses.policy_terms(scores, batch, dataclasses.replace(cfg.loss, kl=kl), NoCorrection()))
@@ -73,7 +74,7 @@ def test_an_exact_kl_is_the_scorers_own():
 
 def test_the_grid_has_every_variant_of_the_config():
     """A new surrogate, correction, ratio, KL or aggregation without a case here is an omission."""
-    assert {type(cfg.loss.surrogate) for _, cfg in PARTS.values()} == set(losses.SURROGATES)
+    assert {type(cfg.loss.surrogate) for _, cfg in PARTS.values()} == set(SURROGATES)
     seen = {(field, getattr(cfg.loss, field)) for _, cfg in PARTS.values() for field in ("ratio", "aggregation")}
     kinds = {cfg.loss.kl.kind for _, cfg in PARTS.values()} | {"full"}
     for field in ("ratio", "aggregation"):

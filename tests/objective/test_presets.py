@@ -7,8 +7,8 @@ import oracle
 import pytest
 from cases import SEEDS, objective_of, package, random_case
 
-from jaxrl_llm.objective import refusals
-from jaxrl_llm.presets import PRESETS
+from jaxrl_llm.objective.presets import PRESETS
+from jaxrl_llm.objective.rules import refusals
 
 CASES = [random_case(seed) for seed in SEEDS]
 POLICY = sorted(set(PRESETS) - {"paper:dpo"})

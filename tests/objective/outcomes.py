@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jaxrl_llm.experience.advantages import Outcome
+from jaxrl_llm.objective.outcome import Outcome
 
 
 def single_tokens(reward, **more) -> Outcome:

@@ -9,14 +9,15 @@ import numpy as np
 from oracle_advantages import Case
 from pydantic import TypeAdapter
 
-from jaxrl_llm.experience.advantages import Outcome, estimate, reward_kl
 from jaxrl_llm.model.distribution import TokenScores
-from jaxrl_llm.objective import ObjectiveConfig
-from jaxrl_llm.presets import filled
+from jaxrl_llm.objective import losses
+from jaxrl_llm.objective.advantages import estimate
+from jaxrl_llm.objective.config import ObjectiveConfig
+from jaxrl_llm.objective.loss_config import Dpo, correction_of
+from jaxrl_llm.objective.outcome import Outcome
+from jaxrl_llm.objective.presets import filled
 from jaxrl_llm.types import Batch
-from jaxrl_llm.update import losses
 from jaxrl_llm.update.batch import token_weights
-from jaxrl_llm.update.config import AutoCorrection, NoCorrection, PolicyGradient, SecondMoment
 
 GROUPS, SAMPLES, SLOTS, GRADERS, CONSTANT = 3, 4, 7, 2, 9
 SEEDS = range(8)
@@ -71,7 +72,7 @@ class Found(NamedTuple):
 
 def assess(cfg: ObjectiveConfig, case: Case) -> Found:
     """Advantages and returns by the package."""
-    own, late = reward_kl(case.behavior, case.reference, case.mask, cfg.reward_kl), cfg.reward_kl.to == "advantage"
+    own, late = cfg.reward_kl(case.behavior, case.reference, case.mask), cfg.reward_kl.to == "advantage"
     outcome = Outcome(
         reward=case.reward,
         parts=case.parts,
@@ -110,21 +111,15 @@ def batch_of(case: Case, found: Found, learn: np.ndarray, aggregation: str, pack
 
 def package_loss(cfg: ObjectiveConfig, case: Case, found: Found, packed: bool = False):
     """(loss of (now, values, entropy), those three), in the arrangement of the batch; call under enable_x64."""
-    loss, aggregation, learn = cfg.loss, "sequence", case.mask
-    correction = NoCorrection()
-    if isinstance(loss, PolicyGradient):
-        aggregation = loss.aggregation
-        correction = correction if isinstance(loss.correction, AutoCorrection) else loss.correction
-    else:
-        learn = learn & (found.advantage != 0)
-    batch = batch_of(case, found, learn, aggregation, packed)
-    if isinstance(correction, SecondMoment):
-        kept = losses.second_moment_mask(batch, correction.threshold)
-        batch = batch.replace(weight=jnp.where(kept, batch.weight, 0.0))
+    loss = losses.make_loss(cfg, correction_of(cfg.loss, "compute", "compute"), CONSTANT)
+    learn = case.mask & (found.advantage != 0) if isinstance(cfg.loss, Dpo) else case.mask
+    batch = batch_of(case, found, learn, loss.aggregation, packed)
+    if loss.keep is not None:
+        batch = batch.replace(weight=jnp.where(loss.keep(batch), batch.weight, 0.0))
 
     def of(now, values, entropy):
         scores = TokenScores(now, entropy, values)
-        terms = losses.TERMS[type(loss)](scores, batch, loss, correction)
+        terms = loss.terms(scores, batch)
         return jnp.sum(jnp.where(batch.loss_mask, terms.loss, 0.0) * batch.weight)
 
     given = tuple(jnp.asarray(x.reshape(batch.tokens.shape)) for x in (case.now, case.values, case.entropy))

@@ -5,11 +5,9 @@ import pytest
 from outcomes import single_tokens
 
 from jaxrl_llm.errors import AdvantageError
-from jaxrl_llm.experience.advantages import ESTIMATORS, Estimate, estimate, reward_kl
-from jaxrl_llm.experience.bounds import bound
-from jaxrl_llm.experience.config import (
+from jaxrl_llm.objective.advantages import bound, estimate
+from jaxrl_llm.objective.group_estimators import (
     BestWorst,
-    Gae,
     Gdpo,
     Gpg,
     Grpo,
@@ -19,11 +17,11 @@ from jaxrl_llm.experience.config import (
     Opo,
     PassAtK,
     Raw,
-    ReinforcePlusPlus,
-    RewardKl,
     Rloo,
 )
-from jaxrl_llm.experience.outcome import scores
+from jaxrl_llm.objective.outcome import Estimate, scores
+from jaxrl_llm.objective.reward_kl import RewardKl
+from jaxrl_llm.objective.token_estimators import Gae, ReinforcePlusPlus
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -77,8 +75,8 @@ def test_the_bound_of_leave_one_out_scales_where_the_others_differ():
     assert bound(LeaveOneOut(eps=0), single_tokens([[1, 0, 0, 0.25]])) == 8
 
 
-def by_differences_of_sums(outcome, cfg):
-    """`leave_one_out` as it was."""
+def by_differences_of_sums(cfg, outcome):
+    """`LeaveOneOut.estimate` as it was."""
     score = scores(outcome)
     n = score.shape[1] - 1
     shifted = score - score[:, :1]
@@ -91,7 +89,7 @@ def by_differences_of_sums(outcome, cfg):
 
 def test_the_guard_names_an_estimator_that_leaves_its_bound(monkeypatch):
     """The others of the seven have 0.9 apart, so a std of 0.9 / sqrt(2 * 6) or more: 3.4641 less what eps takes."""
-    monkeypatch.setitem(ESTIMATORS, LeaveOneOut, by_differences_of_sums)
+    monkeypatch.setattr(LeaveOneOut, "estimate", by_differences_of_sums)
     told = r"objective\.advantage\.kind leave_one_out: got an advantage of 8898\d\d, want at most 3\.46409, .* bug"
     with pytest.raises(AdvantageError, match=told) as error:
         estimate(LeaveOneOut(), single_tokens([[1.0] + [0.1] * 7]))
@@ -145,7 +143,7 @@ def test_returns_that_float32_does_not_hold_are_named():
 def test_a_kl_that_float32_does_not_hold_is_named(to):
     """k3 of a token that the sampler holds for e^-900 as probable as the reference does is e^900."""
     mask = np.ones((2, 1), bool)
-    far = reward_kl(np.float32([[-900.0], [0.0]]), np.zeros((2, 1)), mask, RewardKl(kind="k3", weight=0.1))
+    far = RewardKl(kind="k3", weight=0.1)(np.float32([[-900.0], [0.0]]), np.zeros((2, 1)), mask)
     with pytest.raises(AdvantageError, match=r"got (late )?rewards per token of inf, .* objective\.reward_kl\.kind"):
         estimate(Rloo(), single_tokens([[1.0, 0.0]], **{to: far}))
 
@@ -153,5 +151,5 @@ def test_a_kl_that_float32_does_not_hold_is_named(to):
 def test_k3_is_never_below_zero():
     d = np.random.default_rng(0).normal(0, 1e-6, (1000, 1))
     for scale in (1.0, 1e-4, 1e-9):
-        paid = reward_kl(scale * d, np.zeros_like(d), np.ones_like(d, bool), RewardKl(kind="k3", weight=1.0))
+        paid = RewardKl(kind="k3", weight=1.0)(scale * d, np.zeros_like(d), np.ones_like(d, bool))
         assert (paid <= 0).all()

@@ -1,7 +1,7 @@
 """What holds of every estimator of advantages, whatever the rewards. No warning of NumPy's."""
 
 import itertools
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import pytest
@@ -10,11 +10,9 @@ from hypothesis import strategies as st
 from outcomes import single_tokens
 
 from jaxrl_llm.errors import AdvantageError
-from jaxrl_llm.experience.advantages import ESTIMATORS, Outcome, estimate
-from jaxrl_llm.experience.bounds import bound
-from jaxrl_llm.experience.config import (
+from jaxrl_llm.objective.advantages import Advantage, bound, estimate
+from jaxrl_llm.objective.group_estimators import (
     BestWorst,
-    Gae,
     Gdpo,
     Gpg,
     Grpo,
@@ -24,10 +22,10 @@ from jaxrl_llm.experience.config import (
     Opo,
     PassAtK,
     Raw,
-    ReinforcePlusPlus,
     Rloo,
 )
-from jaxrl_llm.experience.outcome import scores
+from jaxrl_llm.objective.outcome import Outcome, scores
+from jaxrl_llm.objective.token_estimators import Gae, ReinforcePlusPlus
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -64,7 +62,7 @@ VARIANTS = [
     Gae(),
     Gae(gamma=0.9, whiten=False),
 ]
-assert {type(cfg) for cfg in VARIANTS} == set(ESTIMATORS)
+assert {type(cfg) for cfg in VARIANTS} == set(get_args(Advantage))
 PER_BATCH = [cfg for cfg in VARIANTS if isinstance(cfg, ReinforcePlusPlus) and not cfg.baseline and cfg.gamma == 1] + [
     cfg for cfg in VARIANTS if isinstance(cfg, Grpo) and cfg.mean_over == "batch"
 ]

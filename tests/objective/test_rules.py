@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 from pydantic import TypeAdapter
 
-from jaxrl_llm.objective import ObjectiveConfig, filter_of, refusals
-from jaxrl_llm.presets import PRESETS, filled
+from jaxrl_llm.objective.config import ObjectiveConfig
+from jaxrl_llm.objective.presets import PRESETS, filled
+from jaxrl_llm.objective.rules import filter_of, refusals
 
 CLIP = {"preset": "trl:grpo"}
 

@@ -6,17 +6,8 @@ import numpy as np
 import pytest
 from outcomes import single_tokens
 
-from jaxrl_llm.experience.advantages import estimate
-from jaxrl_llm.experience.config import (
-    BestWorst,
-    Gpg,
-    Grpo,
-    LeaveOneOut,
-    MeanOnly,
-    Opo,
-    PassAtK,
-    Rloo,
-)
+from jaxrl_llm.objective.advantages import estimate
+from jaxrl_llm.objective.group_estimators import BestWorst, Gpg, Grpo, LeaveOneOut, MeanOnly, Opo, PassAtK, Rloo
 
 GOLDEN = np.array([[1, 0, 0, 0.5]], np.float32)
 # Of a group alone, with a baseline: what is added to all its rewards does not matter.

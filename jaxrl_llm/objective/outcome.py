@@ -18,7 +18,7 @@ class Outcome(NamedTuple):
     """Of each grader, before weights."""
     part_weights: Float[np.ndarray, " n"]
     counts: Bool[np.ndarray, " P"]
-    """The groups that are learnt from; the others' numbers may be NaN and get advantage 0."""
+    """The groups that are learned from; the others' numbers may be NaN and get advantage 0."""
     mask: Tokens
     """Tokens that the policy drew."""
     token_reward: Completion
@@ -27,6 +27,12 @@ class Outcome(NamedTuple):
     """The critic's of what is before each token."""
     late_reward: Completion | None = None
     """As `token_reward`, but its returns to go join the advantages after every statistic."""
+
+
+class Estimate(NamedTuple):
+    advantage: Completion
+    returns: Completion | None = None
+    """What a critic is to predict."""
 
 
 def of_groups_that_count(outcome: Outcome) -> Outcome:

@@ -12,11 +12,12 @@ import pytest
 from cases import batch_of
 from parts import by_oracle, by_package
 
-from jaxrl_llm.experience import advantages
-from jaxrl_llm.experience.config import Grpo, LeaveOneOut, ReinforcePlusPlus, Rloo
-from jaxrl_llm.update import losses
+from jaxrl_llm.objective import advantages, group_estimators, losses, surrogates, token_estimators
+from jaxrl_llm.objective.group_estimators import Grpo, LeaveOneOut, MeanOnly, Rloo
+from jaxrl_llm.objective.loss_config import Cispo, Clip, Dppo, Gmpo, Ipo, Sapo
+from jaxrl_llm.objective.reward_kl import RewardKl
+from jaxrl_llm.objective.token_estimators import Gae, ReinforcePlusPlus
 from jaxrl_llm.update.batch import token_weights
-from jaxrl_llm.update.config import Cispo, Clip, Dppo, Gmpo, Ipo, Sapo
 
 
 def told(name: str) -> bool:
@@ -30,13 +31,13 @@ def told(name: str) -> bool:
     return not same
 
 
-# ---- advantages: mutations of `jaxrl_llm.experience.advantages`
+# ---- advantages: mutations of estimators and of what they are made of
 
 
 def estimator(kind, change):
     """The kind's estimator with its config changed."""
-    own = advantages.ESTIMATORS[kind]
-    return advantages, "ESTIMATORS", advantages.ESTIMATORS | {kind: lambda outcome, cfg: own(outcome, change(cfg))}
+    own = kind.estimate
+    return kind, "estimate", lambda cfg, outcome: own(change(cfg), outcome)
 
 
 def resets_at_masked(rewards, mask, gamma):
@@ -58,34 +59,32 @@ def whiten_with_padding(x, mask, ddof=1, eps=1e-8, beside_std=0.0):
     return (x - x.mean()) / (np.sqrt(x.var(ddof=ddof) + eps) + beside_std)
 
 
-own_reward_kl = advantages.reward_kl
+own_reward_kl, own_gae = RewardKl.__call__, Gae.estimate
 ADVANTAGES = {
     "std with n (T16's cousin)": (estimator(Grpo, lambda c: dataclasses.replace(c, std="population")), "trl:grpo"),
     "std of the batch (T7)": (estimator(Grpo, lambda c: dataclasses.replace(c, std_over="batch")), "trl:grpo"),
     "another framework's eps": (estimator(Grpo, lambda c: dataclasses.replace(c, eps=1e-4)), "verl:grpo"),
     "the baseline holds the sample itself": (
-        (advantages, "ESTIMATORS", advantages.ESTIMATORS | {Rloo: advantages.mean_only}), "verl:rloo"),
+        (Rloo, "estimate", lambda c, o: MeanOnly().estimate(o)), "verl:rloo"),
     "the group's std for the others' (T13)": (
-        (advantages, "ESTIMATORS", advantages.ESTIMATORS | {
-            LeaveOneOut: lambda o, c: advantages.grpo(o, Grpo(eps=c.eps))}), "nemo:grpo"),
-    "the batch's mean": ((advantages, "centred", lambda score: score - score.mean()), "verl:dr_grpo"),
-    "whitening over padding (T18)": ((advantages, "whiten", whiten_with_padding), "verl:reinforce_pp"),
+        (LeaveOneOut, "estimate", lambda c, o: Grpo(eps=c.eps).estimate(o)), "nemo:grpo"),
+    "the batch's mean": ((group_estimators, "centred", lambda score: score - score.mean()), "verl:dr_grpo"),
+    "whitening over padding (T18)": ((token_estimators, "whiten", whiten_with_padding), "verl:reinforce_pp"),
     "biased variance (T16)": (
         estimator(ReinforcePlusPlus, lambda c: dataclasses.replace(c, variance="population")), "verl:reinforce_pp"),
-    "credit ends at what was not drawn (T11)": ((advantages, "_to_go", resets_at_masked), "verl:reinforce_pp"),
-    "the reward on padding": ((advantages, "token_rewards", reward_in_the_last_slot), "verl:ppo"),
+    "credit ends at what was not drawn (T11)": ((token_estimators, "to_go", resets_at_masked), "verl:reinforce_pp"),
+    "the reward on padding": ((token_estimators, "token_rewards", reward_in_the_last_slot), "verl:ppo"),
     "returns of whitened advantages": (
-        (advantages, "ESTIMATORS", advantages.ESTIMATORS | {
-            advantages.Gae: lambda o, c: (e := advantages.gae(o, c))._replace(returns=e.advantage + o.values)}), "verl:ppo"),
+        (Gae, "estimate", lambda c, o: (e := own_gae(c, o))._replace(returns=e.advantage + o.values)), "verl:ppo"),
     "a KL that is paid": (
-        ("cases", "reward_kl", lambda *args: -own_reward_kl(*args)), "trl:rloo"),
+        (RewardKl, "__call__", lambda *args: -own_reward_kl(*args)), "trl:rloo"),
     "KL before the group's norm": (
         ("cases", "estimate", lambda cfg, o: advantages.estimate(
             cfg, o._replace(token_reward=o.late_reward, late_reward=None))), "openrlhf:grpo"),
 }  # fmt: skip
 
 
-# ---- means: mutations of how tests/update/cases.py makes the batch
+# ---- means: mutations of how tests/objective/cases.py makes the batch
 
 
 def by_halves(learn, group, aggregation, length):
@@ -121,7 +120,7 @@ BATCHES = {
 }  # fmt: skip
 
 
-# ---- losses: mutations of `jaxrl_llm.update.losses`
+# ---- losses: mutations of `jaxrl_llm.objective.losses` and `.surrogates`
 
 
 def surrogate(kind, function):
@@ -140,47 +139,49 @@ def changed(kind, **fields):
 
 
 def dual_for_positive(logprobs, log_r, advantage, batch, cfg):
-    held = losses.clip(logprobs, log_r, advantage, batch, dataclasses.replace(cfg, dual=None))
+    held = surrogates.clip(logprobs, log_r, advantage, batch, dataclasses.replace(cfg, dual=None))
     return held._replace(loss=jnp.where(advantage > 0, jnp.maximum(held.loss, -cfg.dual * advantage), held.loss))
 
 
 def always_bounded(logprobs, log_r, advantage, batch, cfg):
     """The clip without PPO's minimum: what went too far is never pulled back."""
-    return losses.Held(-jnp.clip(jnp.exp(log_r), 1 - cfg.low, 1 + cfg.high) * advantage, advantage > 0, advantage < 0)
+    return surrogates.Held(
+        -jnp.clip(jnp.exp(log_r), 1 - cfg.low, 1 + cfg.high) * advantage, advantage > 0, advantage < 0
+    )
 
 
 def cispo_through_the_ratio(logprobs, log_r, advantage, batch, cfg):
     ratio = jnp.clip(jnp.exp(log_r), cfg.low, cfg.high)
-    return losses.Held(-ratio * advantage * logprobs, ratio < cfg.low, ratio > cfg.high)
+    return surrogates.Held(-ratio * advantage * logprobs, ratio < cfg.low, ratio > cfg.high)
 
 
 def cispo_drops(logprobs, log_r, advantage, batch, cfg):
     """T20: a hard zero is not a clip."""
     ratio = jax.lax.stop_gradient(jnp.exp(log_r))
     inside = (ratio >= cfg.low) & (ratio <= cfg.high)
-    return losses.Held(jnp.where(inside, -ratio * advantage * logprobs, 0.0), ~inside, ~inside)
+    return surrogates.Held(jnp.where(inside, -ratio * advantage * logprobs, 0.0), ~inside, ~inside)
 
 
 def gmpo_without_signs(logprobs, log_r, advantage, batch, cfg):
     bounded = jnp.clip(log_r, -cfg.low, cfg.high)
-    ratio = jnp.exp(losses.mean_by(batch.segment, batch.loss_mask, bounded))
-    return losses.Held(-advantage * ratio, advantage > 0, advantage < 0)
+    ratio = jnp.exp(surrogates.mean_by(batch.segment, batch.loss_mask, bounded))
+    return surrogates.Held(-advantage * ratio, advantage > 0, advantage < 0)
 
 
 def ipo_one_sided(logprobs, log_r, advantage, batch, cfg):
     """DPPO's mask: what went against its advantage still counts."""
     own = dataclasses.replace(Dppo(), low=cfg.eps, high=cfg.eps)
-    return losses.dppo(logprobs, log_r, advantage, batch, own)
+    return surrogates.dppo(logprobs, log_r, advantage, batch, own)
 
 
 def ipo_by_the_ratio(logprobs, log_r, advantage, batch, cfg):
     ratio = jnp.exp(log_r)
     low, high = ratio < 1 - cfg.eps, ratio > 1 + cfg.eps
-    return losses.Held(jnp.where(low | high, 0.0, -advantage * ratio), low, high)
+    return surrogates.Held(jnp.where(low | high, 0.0, -advantage * ratio), low, high)
 
 
 def ipo_without_the_ratio(logprobs, log_r, advantage, batch, cfg):
-    held = losses.ipo(logprobs, log_r, advantage, batch, cfg)
+    held = surrogates.ipo(logprobs, log_r, advantage, batch, cfg)
     return held._replace(loss=jnp.where(held.low | held.high, 0.0, -advantage * logprobs))
 
 
@@ -198,7 +199,7 @@ def level(instead):
 
 def token_weight(batch):
     return jnp.clip(
-        jnp.exp(losses.within(batch.loss_mask, batch.proximal_logprobs - batch.behavior_logprobs)), 0.6, 1.5
+        jnp.exp(surrogates.within(batch.loss_mask, batch.proximal_logprobs - batch.behavior_logprobs)), 0.6, 1.5
     )
 
 
@@ -237,7 +238,7 @@ LOSSES = {
     "IPO's eps on the ratio": (surrogate(Ipo, ipo_by_the_ratio), "prime:rl"),
     "IPO without the ratio": (surrogate(Ipo, ipo_without_the_ratio), "prime:rl"),
     "IPO's eps of before September": (changed(Ipo, eps=0.1), "prime:rl"),
-    "the mask ignored": ((losses, "within", lambda mask, x: x), "trl:gspo"),
+    "the mask ignored": ((surrogates, "within", lambda mask, x: x), "trl:gspo"),
     "TIS cap ignored": (
         (losses, "weighed", lambda m, b, c: losses.Weighed(jnp.exp(jax.lax.stop_gradient(m)), b.loss_mask)), "truncated token"),
     "TIS upside down": ((losses, "weighed", lambda m, b, c: own_weighed(-m, b, c)), "paper:decoupled_ppo"),
@@ -251,8 +252,8 @@ LOSSES = {
         (losses, "weighed", lambda m, b, c: own_weighed(m, b, dataclasses.replace(c, weight="level"))), "masked geometric token"),
     "M2PO drops the smallest": (("cases.losses", "second_moment_mask", least_moments_dropped), "paper:m2po"),
     "M2PO's bound on each token": (
-        ("cases.losses", "second_moment_mask", lambda b, x: b.loss_mask & (
-            (b.proximal_logprobs - b.behavior_logprobs) ** 2 <= x)), "paper:m2po"),
+        ("cases.losses", "second_moment_mask", lambda b, threshold: b.loss_mask & (
+            (b.proximal_logprobs - b.behavior_logprobs) ** 2 <= threshold)), "paper:m2po"),
     "k3's sign flipped": (
         (losses, "kl_estimate", lambda d, factor, cfg: own_kl_estimate(-d, factor, cfg)), "paper:grpo"),
     "k3 weighed by the correction": (

@@ -1,0 +1,331 @@
+"""What an update minimizes. A choice among variants is a type, tagged by `kind`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Le, MinLen
+from pydantic import ConfigDict, Field
+
+from jaxrl_llm import own
+
+Count = Annotated[int, Ge(1)]
+Positive = Annotated[float, Gt(0)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+NonNegative = Annotated[float, Ge(0)]
+
+
+Level = Literal["token", "sequence", "geometric"]
+Aggregation = Literal["token", "sequence", "constant", "sequence_sum", "token_sum", "prompt"]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """PPO's clipped surrogate with bounds of its own on either side; DAPO's clip-higher is high > low."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["clip"] = "clip"
+    low: Fraction = 0.2
+    """The ratio stops counting below 1 - low when the advantage is negative."""
+    high: NonNegative = 0.2
+    """The ratio stops counting above 1 + high when the advantage is positive."""
+    dual: Annotated[float, Gt(1)] | None = None
+    """c: with a negative advantage A the loss is -c A at most (Ye et al. 2020)."""
+
+
+@dataclass(frozen=True)
+class Cispo:
+    """-clip(ratio, low, high) A log p, the clipped ratio without a gradient (MiniMax-M1). The bounds are those of the ratio itself:
+    a framework's 1 - eps_low, 1 + eps_high is written out."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["cispo"] = "cispo"
+    low: NonNegative = 0.0
+    high: Positive = 5.0
+
+
+@dataclass(frozen=True)
+class Gmpo:
+    """The geometric mean of a sequence's ratios, each log-ratio bounded to [-low, high] where its sign and the advantage's agree
+    (Zhao et al. 2025)."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["gmpo"] = "gmpo"
+    low: NonNegative = 0.4
+    high: NonNegative = 0.4
+
+
+@dataclass(frozen=True)
+class Sapo:
+    """-A sigmoid(tau (ratio - 1)) 4 / tau (SAPO)."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["sapo"] = "sapo"
+    positive: Positive = 1.0
+    """tau where A > 0."""
+    negative: Positive = 1.05
+    """tau elsewhere."""
+
+
+@dataclass(frozen=True)
+class Dppo:
+    """A token counts unless the policy has moved too far in the direction of its advantage, by the divergence of the token's own
+    two-way distribution (DPPO)."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["dppo"] = "dppo"
+    divergence: Literal["tv", "kl"] = "tv"
+    """tv: p - p_old. kl: of the Bernoulli of drawing this token."""
+    low: NonNegative = 0.2
+    high: NonNegative = 0.2
+    form: Literal["ratio", "reinforce"] = "ratio"
+    """-A ratio (SkyRL, prime-rl until August 2026), or -A min(ratio, cap) log p, the ratio without a gradient (verl)."""
+    cap: Positive = 20.0
+    """Of the ratio in the form `reinforce`."""
+
+
+@dataclass(frozen=True)
+class Ipo:
+    """-A ratio of tokens whose probability has moved by at most `eps` since they were drawn, up or down, whatever the sign of A
+    (prime-rl's IPO; not the preference loss of that name)."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["ipo"] = "ipo"
+    eps: NonNegative = 0.3
+    """Largest |p - p_old| that still counts."""
+
+
+@dataclass(frozen=True)
+class Reinforce:
+    """-A log p (Williams 1992)."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["reinforce"] = "reinforce"
+
+
+Surrogate = Clip | Cispo | Gmpo | Sapo | Dppo | Ipo | Reinforce
+
+
+SurrogateConfig = Annotated[Surrogate, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class NoCorrection:
+    """The sampler's arithmetic is taken for the trainer's."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["none"] = "none"
+
+
+@dataclass(frozen=True)
+class TruncatedImportance:
+    """Each token weighs w = p_proximal / p_sampler, bounded to [floor, cap]; the ratio is to the proximal policy, the trainer's
+    parameters before the first update (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training").
+    With level `token` this is decoupled PPO (Hilton et al. 2022)."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["truncated_importance"] = "truncated_importance"
+    level: Level = "token"
+    """w of each token; the product over its sequence; or that product's geometric mean."""
+    cap: Positive = 2.0
+    """C; the weight has no gradient."""
+    floor: NonNegative = 0.0
+
+
+@dataclass(frozen=True)
+class MaskedImportance:
+    """What has w = p_proximal / p_sampler outside [low, high] weighs 0 (IcePop, MIS). The counts of means stay those before."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["masked_importance"] = "masked_importance"
+    level: Level = "token"
+    low: NonNegative = 0.5
+    high: Positive = 5.0
+    weight: Literal["level", "token", "one"] = "level"
+    """Of what is kept: the w that was tested, the token's own, or 1."""
+
+
+@dataclass(frozen=True)
+class SecondMoment:
+    """Tokens with the largest (log p_proximal - log p_sampler)^2 are dropped until the mean over the rest is at most `threshold`
+    (M2PO; Zheng et al. 2025, "Prosperity before collapse")."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["second_moment"] = "second_moment"
+    threshold: Positive = 0.04
+
+
+@dataclass(frozen=True)
+class AutoCorrection:
+    """`truncated_importance` where the sampler's weights or cache are quantised, else `none`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["auto"] = "auto"
+
+
+Correction = NoCorrection | TruncatedImportance | MaskedImportance | SecondMoment
+
+
+CorrectionConfig = Annotated[Correction | AutoCorrection, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class KlConfig:
+    """weight * an estimate of KL(policy || other), token by token, with d = log p - log p_other."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["k1", "k2", "k3", "k3_plus", "full"] = "k3"
+    """k1: d. k2: d^2 / 2. k3: e^-d - 1 + d. k3_plus: the value of k3 with the gradient of k2. full: exact, over the vocabulary."""
+    weight: NonNegative = 0.0
+    to: Literal["reference", "behavior"] = "reference"
+    times: Literal["one", "score", "ratio"] = "one"
+    """What makes the gradient of k1 and k3 unbiased. score: times p / sg(p), 1 with the score's gradient (NeMo-RL). ratio: times
+    the ratio, gradient and all (DeepSeek-V3.2). In a first update on fresh data the two are one."""
+    max_difference: Positive | None = None
+    """d is bounded to +- this first (verl 20)."""
+    max_value: Positive | None = None
+    """The estimate, times what `times` says, is bounded to +- this (verl 10)."""
+
+
+@dataclass(frozen=True)
+class CriticLoss:
+    """weight * 1/2 max((v - R)^2, (clip(v, v_old - clip, v_old + clip) - R)^2), normalized as the policy's term is."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    weight: NonNegative = 1.0
+    clip: Positive | None = 0.5
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """surrogate(ratio, advantage) * weight of the correction, + KL - entropy; every part normalized by the same weights."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["policy_gradient"] = "policy_gradient"
+    ratio: Literal["token", "sequence", "sequence_token", "product"] = "token"
+    """p / p_anchor: of each token; its geometric mean over the sequence (GSPO); that with each token's own gradient (GSPO-token);
+    the product over the sequence (TRL's RLOO)."""
+    anchor: Literal["auto", "behavior", "proximal"] = "auto"
+    """behavior: as captured while sampling. proximal: the trainer's own before the first update. auto: proximal where there is a
+    correction, else behavior."""
+    surrogate: SurrogateConfig = field(default_factory=Clip)
+    correction: CorrectionConfig = field(default_factory=AutoCorrection)
+    """Of the difference between the sampler's policy and the trainer's."""
+    aggregation: Aggregation = "token"
+    """What the loss is a mean over, counted over the whole minibatch: tokens (DAPO); the tokens of a sequence, then sequences
+    (GRPO); `length` tokens, then sequences (Dr. GRPO); sums of sequences; no mean at all; the tokens of a group, then groups."""
+    length: Count | None = None
+    """Of `constant`; None: rollout.max_new_tokens."""
+    kl: KlConfig = field(default_factory=KlConfig)
+    entropy: NonNegative = 0.0
+    """Weight of the entropy bonus: exact, of the distribution that each token was drawn from."""
+    critic: CriticLoss = field(default_factory=CriticLoss)
+    """Where the advantages are those of a critic."""
+
+    @property
+    def reads_reference_logprobs(self) -> bool:
+        return self.kl.weight > 0 and self.kl.to == "reference" and self.kl.kind != "full"
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """-log p of the tokens in the loss mask."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["cross_entropy"] = "cross_entropy"
+    reads_reference_logprobs: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Dpo:
+    """-log sigmoid(beta ((log p - log p_ref) of the best - that of the worst)), sequences summed (Rafailov et al. 2023, eq. 7)."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["dpo"] = "dpo"
+    beta: Positive = 0.1
+    reads_reference_logprobs: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Exact KL(policy || reference) over the vocabulary, on the policy's own samples (on-policy distillation)."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["distillation"] = "distillation"
+    reads_reference_logprobs: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class OwnLoss:
+    """A function of your own of the scores and the batch: one term per token, of which the mean is taken. A bare "module:name" is
+    one without options."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    function: Annotated[str, MinLen(1)]
+    """ "module:name": (TokenScores, Batch) -> one term per token, or a class that makes such a function."""
+    kind: Literal["own"] = "own"
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the function, or of the class."""
+    aggregation: Aggregation = "token"
+    """As of `policy_gradient`."""
+    length: Count | None = None
+    """Of `constant`; None: rollout.max_new_tokens."""
+    columns: tuple[Literal["reference_logprobs", "proximal_logprobs"], ...] = ()
+    """Of the batch, those that it reads beside the ones that are always there."""
+
+    written_out = staticmethod(own.written_out)
+
+    @property
+    def reads_reference_logprobs(self) -> bool:
+        return "reference_logprobs" in self.columns
+
+    def found(self) -> Callable:
+        """What `function` names. Raises UserError as `own.resolve` does."""
+        return own.resolve(self.function, "a function of TokenScores and a Batch")
+
+
+LossConfig = Annotated[PolicyGradient | CrossEntropy | Dpo | Distillation | OwnLoss, Field(discriminator="kind")]
+
+
+def correction_of(loss: LossConfig, weights: str, cache: str) -> Correction:
+    """`auto` resolved, given `rollout.engine.weights` and `rollout.engine.cache`; none where the loss knows no correction."""
+    if not isinstance(loss, PolicyGradient):
+        return NoCorrection()
+    if not isinstance(loss.correction, AutoCorrection):
+        return loss.correction
+    return NoCorrection() if weights == cache == "compute" else TruncatedImportance()
+
+
+def anchored_on_proximal(loss: LossConfig, correction: Correction) -> bool:
+    """The ratio is to the trainer's parameters before the first update on a batch, not to what was captured while sampling."""
+    if not isinstance(loss, PolicyGradient):
+        return False
+    if loss.anchor == "auto":
+        return not isinstance(correction, NoCorrection)
+    return loss.anchor == "proximal"
+
+
+def scores_proximal(loss: LossConfig, correction: Correction, updates: int) -> bool:
+    """A batch is scored once before its first update; where that is the only one, the update does it itself."""
+    if isinstance(loss, OwnLoss):
+        return "proximal_logprobs" in loss.columns
+    return isinstance(correction, SecondMoment) or (anchored_on_proximal(loss, correction) and updates > 1)
