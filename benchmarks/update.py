@@ -30,6 +30,7 @@ from benchmarks.models import DTYPES, NEW_TOKENS, PROMPT_SLOTS, SAMPLES, SIZES, 
 from jaxrl_llm.ceilings import matmul_rate
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import Whole
+from jaxrl_llm.model.distribution import Scoring
 from jaxrl_llm.model.work import TrainFlops, seen, train_flops
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.losses import make_loss
@@ -91,9 +92,12 @@ class Case:
         cfg, (train, _) = self.work.cfg, layouts()
         specs, optimizer = model_params.specs(cfg), make_optimizer(AdamW(lr=1e-6))
         update = make_update(
-            specs, make_loss(ObjectiveConfig()), optimizer, micro_batches=self.shape.parts, num_tokens=cfg.vocab_size,
-            cfg=cfg, layout=train, how=Whole(remat="auto"),
-        )  # fmt: skip
+            specs,
+            make_loss(ObjectiveConfig()),
+            optimizer,
+            Scoring(cfg, train, cfg.vocab_size, how=Whole(remat="auto")),
+            micro_batches=self.shape.parts,
+        )
         batch = jax.device_put(self.batch(), train.replicated)
         state = make_start(specs, optimizer, train)(jax.tree.map(jnp.copy, params), np.int32(0))
 

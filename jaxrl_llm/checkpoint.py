@@ -31,7 +31,7 @@ from jaxrl_llm.run_directory import sync
 from jaxrl_llm.storage import is_blocked, reason
 from jaxrl_llm.types import PyTree
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_FAILURES = 3
 SHOWN_PATHS = 5
 # Seconds between the tries of a read that the storage refuses.
@@ -167,14 +167,16 @@ class Checkpoints:
         self._drop_manager()
         return [self._move(step, "condemned") for step in _agreed(self.directory, self.steps) if step >= since]
 
-    def restore(self, target: Callable[[dict[str, Any]], PyTree], moves: bool = True) -> Restored | None:
+    def restore(self, target: Callable[[dict[str, Any]], PyTree], owned: bool = True) -> Restored | None:
         """The newest step of which every leaf has the fingerprint it was saved with; None where no step was ever saved.
 
         `target(meta)` has the wanted structure: a ShapeDtypeStruct with a sharding (of any mesh) for each leaf on devices, a NumPy
         array of the right shape and dtype for each on the host. Raises UserError if a step holds other paths, shapes or dtypes. One
-        that was read and is wrong is moved to `corrupt-<step>` with a warning (`moves=False`, for who does not hold the run's lock:
-        is left), and the one before is tried; when none is left, CheckpointError, never a fresh start. A read that the storage
-        refuses is tried again, then told as a CheckpointError; nothing is moved then.
+        that was read and is wrong is moved to `corrupt-<step>` with a warning, and the one before is tried; when none is left,
+        CheckpointError, never a fresh start. A read that the storage refuses is tried again, then told as a CheckpointError;
+        nothing is moved then.
+
+        `owned=False`, for who does not hold the run's lock: nothing is moved, and what the target leaves out is not read.
         """
         self.wait()
         # Orbax refuses steps below the newest it remembers: the next save reads the directory anew.
@@ -183,27 +185,33 @@ class Checkpoints:
         # Listed anew each time: while one was read, a run that goes on may have deleted it and saved newer ones.
         while left := [step for step in _agreed(self.directory, self.steps) if step not in passed]:
             try:
-                return self._read(left[-1], target)
+                return self._read(left[-1], target, owned)
             except _WrongError as error:
                 passed.add(left[-1])
-                self._set_aside(left[-1], left[-2] if left[1:] else None, str(error), moves)
+                self._set_aside(left[-1], left[-2] if left[1:] else None, str(error), owned)
         if passed or not self.is_empty():
-            problem = f"{self.directory}: no checkpoint can be read{' (see corrupt-*)' if moves else ''}"
+            problem = f"{self.directory}: no checkpoint can be read{' (see corrupt-*)' if owned else ''}"
             raise CheckpointError(f"{problem}; put a good copy back, or give another run_dir to start anew")
         return None
 
-    def _read(self, step: int, target_of: Callable[[dict[str, Any]], PyTree]) -> Restored:
+    def _read(self, step: int, target_of: Callable[[dict[str, Any]], PyTree], whole: bool) -> Restored:
         directory = epath.Path(self.directory / str(step))
         document = _agreed(directory, lambda: _unsealed(ocp.JsonCheckpointHandler().restore(directory / "meta")))
         if document["format_version"] != FORMAT_VERSION:
-            raise UserError(f"{directory}: got format {document['format_version']}, want {FORMAT_VERSION}")
+            raise UserError(
+                f"{directory}: got format {document['format_version']}, want {FORMAT_VERSION}: another version of jaxrl_llm wrote "
+                "it; go on with that one, or give another run_dir"
+            )
         target = target_of(document["meta"])
         wanted = {path: _placed(x) for path, x in by_path(target).items()}
-        saved = document["leaves"]
+        saved = {path: x for path, x in document["leaves"].items() if whole or path in wanted}
         _must_fit(directory, {path: x[0] for path, x in saved.items()}, _shapes(wanted))
         # Not through the manager: its barriers would hang the processes that could read when one could not.
-        filled = ocp.args.StandardRestore({path: x for path, x in wanted.items() if x.size})
-        leaves = _agreed(directory, lambda: ocp.StandardCheckpointHandler().restore(directory / "state", args=filled))
+        filled = {path: x for path, x in wanted.items() if x.size}
+        args = ocp.args.PyTreeRestore(
+            filled, restore_args=ocp.checkpoint_utils.construct_restore_args(filled), partial_restore=not whole
+        )
+        leaves = _agreed(directory, lambda: ocp.PyTreeCheckpointHandler().restore(directory / "state", args=args))
         leaves |= {path: _empty(x) for path, x in wanted.items() if not x.size}
         found = digests(leaves)
         changed = [path for path in wanted if found[path].fingerprint != saved[path][1]]

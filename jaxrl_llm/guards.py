@@ -1,9 +1,12 @@
 """What ends or interrupts a run by itself: pure values that look at each step's metrics. Knows nothing of arrays on devices."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isnan
 from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
 
 from jaxrl_llm.errors import GradingError, MismatchError, NonFiniteError, UserError
 from jaxrl_llm.update.config import GuardConfig
@@ -12,9 +15,8 @@ from jaxrl_llm.update.config import GuardConfig
 MOST_OVERFLOW = 0.1
 
 
-@dataclass(frozen=True)
-class Guards:
-    """Counts of steps so far; belong into checkpoints."""
+class Guards(NamedTuple):
+    """Counts so far, of steps but for `alarm`; belong into checkpoints."""
 
     nonfinite: int = 0
     """In a row, of which no update was finite."""
@@ -28,7 +30,9 @@ class Guards:
     """Of RL, with an update that was not finite."""
     seen: int = 0
     """Of RL."""
-    zero_gradient: tuple[int, ...] = ()
+    alarm: int = 0
+    """Stale updates in a row whose ratios were all exactly 1: `RatioAlarm.streak`."""
+    zero_gradient: Int[np.ndarray, " n"] = np.zeros(0, np.int64)
     """Of each parameter, in the order of their sorted paths: steps in a row in which its gradient alone was exactly 0. A count that
     has reached `zero_gradient_steps` stays: the parameter has been named."""
 
@@ -38,6 +42,27 @@ class Verdict(NamedTuple):
     warnings: tuple[str, ...]
     error: UserError | None
     """Ends the run, with exit code 4."""
+
+
+@dataclass(frozen=True)
+class RatioAlarm:
+    """Rings when the importance ratio has no spread although the policy moved: behavior log-probs were recomputed, not kept."""
+
+    streak: int = 0
+    """Consecutive suspicious updates so far; belongs into checkpoints."""
+
+    def observe(self, ratio_min: float, ratio_max: float, stale: bool) -> tuple["RatioAlarm", bool]:
+        """Return the next state and whether to ring: from the second consecutive stale update on whose ratios are all exactly 1.
+
+        Args:
+            ratio_min, ratio_max: extremes of pi(token) / behavior(token) over the tokens of the loss.
+            stale: the policy moved since the batch was drawn (second and later updates on it, or an older batch).
+                Updates that are not stale neither count nor reset.
+        """
+        if not stale:
+            return self, False
+        streak = self.streak + 1 if ratio_min == ratio_max == 1.0 else 0
+        return RatioAlarm(streak), streak >= 2
 
 
 def observe(
@@ -56,8 +81,7 @@ def observe(
     reason = _nothing_learned(metrics, zero)
     spoiled = metrics.get("nonfinite", 0.0) > 0
     overflows = metrics.get("sampling/support_overflow", 0.0) > MOST_OVERFLOW
-    after = replace(
-        update.guards,
+    after = update.guards._replace(
         ungraded=guards.ungraded + 1 if metrics["groups/graded"] == 0 else 0,
         overflow=guards.overflow + 1 if overflows else 0,
         idle=guards.idle + bool(reason),
@@ -99,7 +123,7 @@ def observe_update(guards: Guards, cfg: GuardConfig, metrics: Mapping[str, float
             f"no update of {nonfinite} steps in a row was finite (update.guards.max_nonfinite); "
             "parameters are those from before them"
         )
-    return Verdict(replace(guards, nonfinite=nonfinite), (), error)
+    return Verdict(guards._replace(nonfinite=nonfinite), (), error)
 
 
 def _mismatch(cfg: GuardConfig, metrics: Mapping[str, float]) -> MismatchError | None:
@@ -140,14 +164,16 @@ def _is_doubling(count: int, first: int) -> bool:
     return count > 0 and rest == 0 and times & (times - 1) == 0
 
 
-def _zero_gradients(before: tuple[int, ...], most: int, zero: Mapping[str, bool]) -> tuple[tuple[int, ...], list[str]]:
+def _zero_gradients(
+    before: Int[np.ndarray, " n"], most: int, zero: Mapping[str, bool]
+) -> tuple[Int[np.ndarray, " n"], list[str]]:
     """The next streaks, and what to say of those that have just become `most` steps long."""
     paths = sorted(zero)
-    before = before or (0,) * len(paths)
+    before = before if len(before) else np.zeros(len(paths), np.int64)
     if all(zero.values()):
         # Nothing is wrong with single parameters while nothing at all is learned.
         return before, []
-    after = tuple(n if n >= most else n + 1 if zero[path] else 0 for path, n in zip(paths, before, strict=True))
+    after = np.array([n if n >= most else n + 1 if zero[path] else 0 for path, n in zip(paths, before, strict=True)])
     dead = [path for path, old, new in zip(paths, before, after, strict=True) if old < most <= new]
     told = f"the gradient of {', '.join(dead)} was exactly 0 for {most} steps: nothing in the loss depends on it"
     return after, [told] if dead else []

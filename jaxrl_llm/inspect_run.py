@@ -11,12 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm import sources
-from jaxrl_llm.collect import collect
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import CheckpointError, UserError
 from jaxrl_llm.estimates import Estimate, avg_at_k, maj_at_k, pass_at_k
-from jaxrl_llm.evaluate import answers, probabilities
-from jaxrl_llm.life import Life, begin, open_checkpoints, target
 from jaxrl_llm.model import lora
 from jaxrl_llm.model.config import PretrainedModel
 from jaxrl_llm.model.hf.config import read_json
@@ -24,19 +21,26 @@ from jaxrl_llm.model.hf.export import ConfigFiles, export
 from jaxrl_llm.model.hf.load import load
 from jaxrl_llm.model.hf.peft import export_adapter
 from jaxrl_llm.model.hf.source import resolve as resolve_model
-from jaxrl_llm.model.params import count, policy_part, shardings, unstack
+from jaxrl_llm.model.params import abstract, count, policy_part, shardings, unstack
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.plan import fit
-from jaxrl_llm.prompts.stream import make_prompts, next_prompts
+from jaxrl_llm.prompts.stream import make_order, make_prompts
 from jaxrl_llm.prompts.task import Task
 from jaxrl_llm.prompts.tokenizer import load_tokenizer
 from jaxrl_llm.rates import decode_rates
 from jaxrl_llm.rewards.pool import GraderPool
-from jaxrl_llm.run import Run, build, publish
+from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
+from jaxrl_llm.roles.build import make_evaluator, make_keys, make_publisher, make_scorer
+from jaxrl_llm.roles.collect import Collector
+from jaxrl_llm.roles.start import start_params
+from jaxrl_llm.roles.state import RunState, SupervisedState
+from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.screen import saying
+from jaxrl_llm.shell import State, look
+from jaxrl_llm.sources import Sources
 from jaxrl_llm.terminal import printable
-from jaxrl_llm.types import Finish, Policy, PyTree, Rollouts
+from jaxrl_llm.types import Finish, Policy, PyTree, Rollouts, TrainState
 
 EVALUATED_AT_ONCE = 64
 
@@ -51,30 +55,62 @@ class Source(NamedTuple):
     step: int
 
 
-def restore(run: Run) -> Life | None:
-    """The newest checkpoint of the run directory, None if it has none."""
-    if not (Path(run.cfg.run_dir) / "checkpoints").is_dir():
+class Run(NamedTuple):
+    """A run that nobody trains."""
+
+    blueprint: Blueprint
+    task: Task
+    engine: Engine
+
+
+def open_run(cfg: RunConfig, given: Sources | None = None) -> Run:
+    """Raises UserError with everything that does not fit. `given`: what was read of `cfg` already."""
+    given = given or sources.read(cfg)
+    blueprint = blueprint_of(cfg, given)
+    return Run(blueprint, given.task, blueprint.make_engine(given.task.tokenizer.spellings))
+
+
+class Trained(NamedTuple):
+    """What a checkpoint tells who does not train."""
+
+    params: PyTree
+    version: jax.Array
+    step: int
+    in_rl: bool
+
+
+def restore(blueprint: Blueprint) -> Trained | None:
+    """Of the newest checkpoint in the run directory; None if it has none."""
+
+    def target(in_rl: bool) -> State:
+        specs, train = blueprint.learner_specs if in_rl else blueprint.specs, blueprint.train
+        version = jax.ShapeDtypeStruct((), np.int32, sharding=train.replicated)
+        state = TrainState(abstract(specs, train), None, version)
+        rest = dict.fromkeys((RunState if in_rl else SupervisedState)._fields)
+        return (RunState if in_rl else SupervisedState)(**rest | {"train": state})
+
+    found = look(blueprint.cfg, target)
+    if found is None:
         return None
-    checkpoints = open_checkpoints(run.cfg)
-    try:
-        restored = checkpoints.restore(partial(target, run), moves=False)
-    finally:
-        checkpoints.close()
-    return None if restored is None else Life.revive(restored.tree, restored.meta)
+    train = found.tree.train
+    return Trained(train.params, train.step, found.step, isinstance(found.tree, RunState))
 
 
 def open_source(run: Run) -> Source:
     """The run's newest checkpoint; else the pretrained model it starts from; else a policy that knows nothing."""
-    life = restore(run)
-    if life is None and isinstance(run.cfg.model, PretrainedModel):
-        directory = resolve_model(run.cfg.model.path)
-        specs = unstack(run.specs, run.model.layers)
-        params = load(directory, specs, run.decode, jnp.dtype(run.model.compute))
-        version = hosts.put(np.int32(0), run.decode.replicated)
-        return Source(Policy(params, version), None, str(directory), 0)
-    name = f"step {life.step} of {run.cfg.run_dir}" if life else "an untrained policy"
-    state = (life or begin(run)).state
-    return Source(publish(run, state, None), state.params, name, life.step if life else 0)
+    blueprint, cfg = run.blueprint, run.blueprint.cfg
+    trained = restore(blueprint)
+    if trained is None and isinstance(cfg.model, PretrainedModel):
+        directory = resolve_model(cfg.model.path)
+        specs = unstack(blueprint.specs, blueprint.model.layers)
+        params = load(directory, specs, blueprint.decode, jnp.dtype(blueprint.model.compute))
+        return Source(Policy(params, hosts.put(np.int32(0), blueprint.decode.replicated)), None, str(directory), 0)
+    name = f"step {trained.step} of {cfg.run_dir}" if trained else "an untrained policy"
+    if trained is None:
+        params = start_params(blueprint, make_keys(cfg).train)
+        trained = Trained(params, hosts.put(np.int32(0), blueprint.train.replicated), 0, False)
+    policy = make_publisher(blueprint)(TrainState(trained.params, (), trained.version), None)
+    return Source(policy, trained.params, name, trained.step)
 
 
 def evaluate_target(cfg: RunConfig, k: int) -> dict[str, Any]:
@@ -83,17 +119,21 @@ def evaluate_target(cfg: RunConfig, k: int) -> dict[str, Any]:
     Each is an `Estimate` as a dict. Raises CheckpointError if there is neither a checkpoint nor a pretrained model.
     """
     at_once = min(getattr(cfg.task, "held_out", 0) or EVALUATED_AT_ONCE, EVALUATED_AT_ONCE)
-    run = build(_reshape(cfg, at_once, k))
-    fit.check(run, trains=False)
+    run = open_run(_reshape(cfg, at_once, k))
+    fit.check(run.blueprint, len(run.task.held_out), trains=False)
     with saying("reading the model"):
         source = open_source(run)
     if not source.step and not isinstance(cfg.model, PretrainedModel):
         raise CheckpointError(f"{cfg.run_dir}: got no checkpoint, want a run directory that holds one")
     found = {"model": source.name, "step": source.step, "k": k, "temperature": cfg.rollout.temperature}
-    if source.params is not None and run.task.has_targets:
-        found["exact"] = float(np.mean(probabilities(run, source.params, run.task.held_out)))
-    with saying(f"evaluating {len(run.task.held_out)} held-out prompts"), GraderPool(cfg.reward) as pool:
-        (right, vote), _ = answers(run, source.policy, pool)
+    with GraderPool(cfg.reward) as pool:
+        score = make_scorer(run.blueprint, run.blueprint.shapes.experience)
+        collect = Collector(run.engine, pool, run.task)
+        evaluator = make_evaluator(run.blueprint, run.task, collect, score, make_keys(cfg).evaluation)
+        with saying(f"evaluating {len(run.task.held_out)} held-out prompts"):
+            if source.params is not None and run.task.has_targets:
+                found["exact"] = float(np.mean(evaluator.probabilities(source.params)))
+            (right, vote), _ = evaluator.answers(source.policy)
     found[f"avg@{k}"] = _plain(avg_at_k(right))
     for n in sorted({*(2**i for i in range(k.bit_length())), k}):
         found[f"pass@{n}"] = _plain(pass_at_k(right, n))
@@ -108,22 +148,22 @@ def _plain(estimate: Estimate) -> dict[str, float | None]:
 
 def export_run(cfg: RunConfig, out: Path, dtype: str | None, adapter: bool = False) -> Path:
     """Write the newest checkpoint as a Hugging Face directory, adapters merged, or its adapters alone, for PEFT. Returns it."""
-    run = build(_reshape(cfg, 1, 1))
-    life = restore(run)
-    if life is None:
+    run = open_run(_reshape(cfg, 1, 1))
+    blueprint, trained = run.blueprint, restore(run.blueprint)
+    if trained is None:
         raise CheckpointError(f"{cfg.run_dir}: got no checkpoint, want a run directory that holds one")
     source = resolve_model(cfg.model.path) if isinstance(cfg.model, PretrainedModel) else None
     files = ConfigFiles(source, eos=run.task.eos, pad=run.task.pad)
-    params, dtype = policy_part(life.state.params, run.model), dtype or run.model.compute
+    params, dtype = policy_part(trained.params, blueprint.model), dtype or blueprint.model.compute
 
     def write(params: PyTree, directory: Path) -> None:
         export(params, run.model, directory, dtype, files, save_tokenizer=run.task.tokenizer.save)
 
     if not adapter:
-        merge = jax.jit(partial(lora.merge, dtype=dtype), out_shardings=shardings(run.specs, run.train))
+        merge = jax.jit(partial(lora.merge, dtype=dtype), out_shardings=shardings(blueprint.specs, blueprint.train))
         write(merge(params) if cfg.lora.rank else params, out)
         return out
-    if not cfg.lora.rank or not life.began:
+    if not cfg.lora.rank or not trained.in_rl:
         raise UserError("--adapter: got a checkpoint without adapters, want one of RL with lora.rank above 0")
     changed = source is None or cfg.warm_start.steps > 0
     export_adapter(params, cfg.lora, (out / "base").resolve() if changed else cfg.model.path, out, source=source)
@@ -141,21 +181,22 @@ def sample_prompt(cfg: RunConfig, text: str | None, n: int, has_task: bool = Tru
         has_task: whether the config's own task counts. Else the prompt is all that there is.
     """
     asked = _reshape(cfg, 1, n)
-    run = build(asked, sources.read(asked, asked=partial(_asking, text=text, has_task=has_task)))
-    fit.check(run, trains=False)
+    run = open_run(asked, sources.read(asked, asked=partial(_asking, text=text, has_task=has_task)))
+    fit.check(run.blueprint, len(run.task.held_out), trains=False)
     source = open_source(run)
     row = run.task.held_out[0]
-    prompts = make_prompts(run.task, (row,), np.zeros(run.cfg.rollout.prompts, int), np.arange(run.cfg.rollout.prompts))
+    num, key = run.blueprint.cfg.rollout.prompts, make_keys(cfg).evaluation
+    prompts = make_prompts(run.task, (row,), np.zeros(num, int), np.arange(num))
     reward = np.full(n, np.nan)
     if row.answer:
         with GraderPool(cfg.reward) as pool:
-            groups = collect(run, pool, source.policy, prompts, (row,), run.eval_key).groups
+            groups = Collector(run.engine, pool, run.task)(source.policy, prompts, (row,), key).groups
         rollouts, reward = groups.rollouts, groups.reward
     else:
-        rollouts = run.engine.generate(source.policy, prompts, run.eval_key)
+        rollouts = run.engine.generate(source.policy, prompts, key)
     print(f"{printable(row.prompt)}   from {source.name}, temperature {cfg.rollout.temperature}")
     for b in range(n):
-        print(_line(run, rollouts, b, float(reward[b])))
+        print(_line(run.task, rollouts, b, float(reward[b])))
 
 
 def _asking(cfg: RunConfig, text: str | None, has_task: bool) -> Task:
@@ -190,23 +231,24 @@ def _positions(cfg: RunConfig) -> float:
 
 def benchmark_rollouts(cfg: RunConfig, calls: int = 5) -> None:
     """Print what rollouts of the config's own shapes reach: tokens a second, of the machine's own ceiling, rows alive, waste."""
-    run = build(cfg)
-    fit.check(run, trains=False)
-    source = open_source(run)
-    prompts, _ = next_prompts(run.task, run.order, 0, cfg.rollout.prompts)
+    run = open_run(cfg)
+    fit.check(run.blueprint, len(run.task.held_out), trains=False)
+    source, key = open_source(run), make_keys(cfg).train
+    order, places = make_order(len(run.task.train), cfg.seed), np.arange(cfg.rollout.prompts)
+    prompts = make_prompts(run.task, run.task.train, np.array([order(p) for p in places]), places)
     start = time.perf_counter()
     run.engine.warm(source.policy, cfg.rollout.prompts)
-    run.engine.generate(source.policy, prompts, run.key)
-    first, rates, seen = time.perf_counter() - start, decode_rates(run), []
+    run.engine.generate(source.policy, prompts, key)
+    first, rates, seen = time.perf_counter() - start, decode_rates(run.engine), []
     for _ in range(calls):
-        generation = run.engine.start(source.policy, prompts, run.key)
+        generation = run.engine.start(source.policy, prompts, key)
         for _ in generation:
             pass
         seen.append(generation.stats)
     stats = sorted(seen, key=lambda stats: stats.seconds)[calls // 2]
     (_, work), least = stats.segments[0], stats.least_seconds(*rates)
     rows = [
-        ("policy", f"{source.name}, {count(run.specs):,} parameters, {run.model.compute}"),
+        ("policy", f"{source.name}, {count(run.blueprint.specs):,} parameters, {run.blueprint.model.compute}"),
         ("rollouts", f"{cfg.rollout.prompts} prompts x {cfg.rollout.samples} samples, up to {cfg.rollout.max_new_tokens} tokens"),
         ("first call", f"{first:.2f} s, compiling included"),
         ("call", f"{stats.seconds:.3f} s, the median of {calls}; {stats.steps} steps in {len(stats.segments)} segments"),
@@ -220,9 +262,9 @@ def benchmark_rollouts(cfg: RunConfig, calls: int = 5) -> None:
         print(f"{name:15s}{text}")
 
 
-def _line(run: Run, rollouts: Rollouts, b: int, reward: float) -> str:
+def _line(task: Task, rollouts: Rollouts, b: int, reward: float) -> str:
     length = int(rollouts.length[b])
-    tokens = [printable(run.task.tokenizer.token(int(i))) for i in rollouts.tokens[b, :length]]
+    tokens = [printable(task.tokenizer.token(int(i))) for i in rollouts.tokens[b, :length]]
     parts = [
         f"{token} {logprob:.3f} (H {entropy:.3f})"
         for token, logprob, entropy in zip(tokens, rollouts.behavior_logprobs[b], rollouts.entropy[b], strict=False)

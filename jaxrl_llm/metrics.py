@@ -77,6 +77,15 @@ class Timers:
         finally:
             self.add(name, time.monotonic() - start)
 
+    def timed(self, name: str, function: Callable) -> Callable:
+        """`function`, whose calls are timed."""
+
+        def call(*args: Any) -> Any:
+            with self(name):
+                return function(*args)
+
+        return call
+
     def add(self, name: str, seconds: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
@@ -112,27 +121,6 @@ class CompileCounter:
         new = _compile_seconds()[self._seen :]
         self._seen += len(new)
         return {"compiles": len(new), "time/compile": sum(new)}
-
-
-@dataclass(frozen=True)
-class RatioAlarm:
-    """Rings when the importance ratio has no spread although the policy moved: behaviour log-probs were recomputed, not kept."""
-
-    streak: int = 0
-    """Consecutive suspicious updates so far; belongs into checkpoints."""
-
-    def observe(self, ratio_min: float, ratio_max: float, stale: bool) -> tuple["RatioAlarm", bool]:
-        """Return the next state and whether to ring: from the second consecutive stale update on whose ratios are all exactly 1.
-
-        Args:
-            ratio_min, ratio_max: extremes of pi(token) / behaviour(token) over the tokens of the loss.
-            stale: the policy moved since the batch was drawn (second and later updates on it, or an older batch).
-                Updates that are not stale neither count nor reset.
-        """
-        if not stale:
-            return self, False
-        streak = self.streak + 1 if ratio_min == ratio_max == 1.0 else 0
-        return RatioAlarm(streak), streak >= 2
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

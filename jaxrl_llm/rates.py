@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jaxrl_llm import chips
 from jaxrl_llm.ceilings import copy_bandwidth, matmul_rate
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.work import TrainFlops, adapters_of, matmul_params, seen, train_flops, weight_products
-from jaxrl_llm.run import Run
-from jaxrl_llm.types import Batch
+from jaxrl_llm.model.work import TrainFlops, matmul_params, weight_products
+from jaxrl_llm.parallel.layout import Layout
+from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.update.packing import Shape
 
 # Larger products are no faster, and their results take memory beside the state.
 MOST_ROWS, MOST_ROWS_ON_CPU, WIDEST = 4096, 1024, 8192
@@ -23,10 +24,10 @@ class Rates(NamedTuple):
     flops_per_s: float
 
 
-def decode_rates(run: Run) -> Rates:
-    """Of a step with all rows in flight; measured once a process, in about a second."""
-    sizes = run.engine.sizes
-    return _decode_rates(run.model, sizes.units(sizes.prompts[0]) * sizes.each // sizes.shards, run.decode.size("mlp"))
+def decode_rates(engine: Engine) -> Rates:
+    """Of a step with all rows in flight; measured once per process, in about a second."""
+    sizes, of = engine.sizes, engine.decoding
+    return _decode_rates(of.model, sizes.units(sizes.prompts[0]) * sizes.each // sizes.shards, of.layout.size("mlp"))
 
 
 @cache
@@ -51,13 +52,18 @@ class UpdateRates(NamedTuple):
     head: float
 
 
-def update_rates(run: Run) -> UpdateRates:
-    """Over the products of a layer and those of the head; measured once a process, in about a second."""
-    shape = run.shapes.update
-    tokens = shape.rows // shape.parts // run.train.size("rows") * shape.slots
-    forms = ("forward", "dx") if run.cfg.lora.rank else ("forward", "dx", "dw")
-    most = MOST_ROWS_ON_CPU if run.train.on_cpu else MOST_ROWS
-    return measure_update(run.model, min(tokens, most), run.train.size("mlp"), forms)
+def update_rates(model: ModelConfig, shape: Shape, layout: Layout, has_adapters: bool) -> UpdateRates:
+    """Over the products of a layer and those of the head; measured once per process, in about a second.
+
+    Args:
+        shape: of a minibatch.
+        layout: of training.
+        has_adapters: the matrices themselves are frozen, and have no gradient.
+    """
+    tokens = shape.rows // shape.parts // layout.size("rows") * shape.slots
+    forms = ("forward", "dx") if has_adapters else ("forward", "dx", "dw")
+    most = MOST_ROWS_ON_CPU if layout.on_cpu else MOST_ROWS
+    return measure_update(model, min(tokens, most), layout.size("mlp"), forms)
 
 
 @cache
@@ -78,22 +84,19 @@ def least_seconds(flops: TrainFlops, rates: UpdateRates, devices: int) -> float:
     return ((flops.layers + flops.attention) / rates.layers + flops.head / rates.head) / devices
 
 
-def batch_flops(run: Run, batch: Batch) -> TrainFlops:
-    """Of an update on this batch, which is on the host."""
-    return train_flops(run.model, *seen(run.model, batch), adapters_of(run.learner_specs, run.model))
-
-
-def describe_updates(run: Run, flops: TrainFlops, seconds: float) -> dict[str, float]:
+def describe_updates(flops: TrainFlops, seconds: float, rates: UpdateRates, layout: Layout) -> dict[str, float]:
     """How near updates that took `seconds` together came to what the devices can do.
 
     `update/ceiling_fraction`: `least_seconds` of the time they took. `update/mfu`: model FLOPs (`train_flops`) over the time and
     the maker's bf16 peak of all devices, whatever the compute dtype; left out where that is not known. The first step's time holds
-    the compilation. Nothing where no update had a token to learn from.
+    the compilation.
+
+    Args:
+        rates: `update_rates`.
+        layout: of training.
     """
-    if not seconds:
-        return {}
-    devices = run.train.mesh.devices
+    devices = layout.mesh.devices
     chip = chips.known(devices.flat[0].device_kind)
-    least = least_seconds(flops, update_rates(run), devices.size)
+    least = least_seconds(flops, rates, devices.size)
     found = {"update/flops_per_s": sum(flops) / seconds, "update/ceiling_fraction": least / seconds}
     return found | ({"update/mfu": sum(flops) / (seconds * chip.flops * devices.size)} if chip else {})

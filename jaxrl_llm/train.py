@@ -1,73 +1,90 @@
 """The sentence: prompts -> generate -> reward -> filter -> replay -> advantage -> update -> publish -> generate ...
 
-`train` reads from top to bottom as what a run does. Each stage is a function of values; this file is where they meet.
+`step` is the sentence once, `train` the loop around it, `sft` the supervised training that may come before it.
 """
 
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxrl_llm import sources
-from jaxrl_llm.checkpoint import Checkpoints
-from jaxrl_llm.claim import claim
-from jaxrl_llm.collect import GivenUp, collect
 from jaxrl_llm.config import RunConfig
-from jaxrl_llm.describe import as_floats, describe, describe_engine, responses
-from jaxrl_llm.errors import AdvantageError, CheckpointError, GradingError, NonFiniteError, Preempted, UserError
-from jaxrl_llm.evaluate import evaluate, headline, supervised_experience
+from jaxrl_llm.errors import AdvantageError, CheckpointError, UserError
 from jaxrl_llm.guards import observe, observe_update
 from jaxrl_llm.interrupt import stop_signal
-from jaxrl_llm.learn import learn, without_zero_gradients
-from jaxrl_llm.life import Life, begin, fresh_state, open_checkpoints, start_reference, target, trained_policy
-from jaxrl_llm.metrics import CompileCounter, Recorder, Timers
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.plan import fit
-from jaxrl_llm.prompts.stream import next_prompts
-from jaxrl_llm.prompts.supervised import noisy_rows
-from jaxrl_llm.rates import decode_rates, describe_updates
-from jaxrl_llm.reference import refresh
-from jaxrl_llm.rewards.pool import GraderPool
-from jaxrl_llm.run import Run, build, publish
-from jaxrl_llm.run_directory import RunLock, prepare_run_directory
+from jaxrl_llm.prompts.task import Task
+from jaxrl_llm.rates import UpdateRates, decode_rates, describe_updates, update_rates
+from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
+from jaxrl_llm.roles.build import (
+    Keys,
+    make_evaluator,
+    make_keys,
+    make_learner,
+    make_sampler,
+    make_scorer,
+    make_supervised,
+)
+from jaxrl_llm.roles.collect import Collected, Collector, GivenUp
+from jaxrl_llm.roles.evaluator import Evaluator
+from jaxrl_llm.roles.learner import Learner
+from jaxrl_llm.roles.sampler import Sampler
+from jaxrl_llm.roles.start import rl_target, start_params, start_rl, start_supervised, supervised_target
+from jaxrl_llm.roles.state import RunState, SupervisedState
+from jaxrl_llm.roles.summary import describe, describe_engine, responses
+from jaxrl_llm.roles.updates import Learned
+from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.shell import (
+    Shell,
+    State,
+    conclude,
+    end,
+    is_due,
+    leave,
+    open_checkpoints,
+    open_shell,
+    restore,
+    secure,
+    with_rates,
+)
 from jaxrl_llm.sources import Sources
-from jaxrl_llm.types import Groups, Policy, TrainState
+from jaxrl_llm.types import Credit, Experience, Groups, Policy, PyTree, TrainState
 from jaxrl_llm.unread import unread
-from jaxrl_llm.update.batch import make_batch
 
 log = logging.getLogger("jaxrl_llm.train")
-
 
 # Of the held-out part's scores.
 ACCURACIES = ("eval/exact", "eval/pass@", "eval/maj@")
 
 
-class Shell(NamedTuple):
-    """What a run holds open while it lives: everything with effects."""
-
-    pool: GraderPool
-    checkpoints: Checkpoints
-    recorder: Recorder
-    timers: Timers
-    compiles: CompileCounter
-    check_lock: Callable[[], None]
-    """Raises UserError where the run directory is no longer this run's."""
-
-
 class Result(NamedTuple):
     measure: str
-    """What the two numbers are: `evaluate.headline`."""
+    """What the two numbers are: `Evaluator.headline`."""
     before: float
-    """Before RL, after the warm start."""
+    """Before RL, after supervised training."""
     after: float
     run_dir: Path
+
+
+class Run(NamedTuple):
+    """A run that is open: its roles, and the shell that records and saves what they do."""
+
+    blueprint: Blueprint
+    task: Task
+    keys: Keys
+    engine: Engine
+    evaluator: Evaluator
+    learner: Learner
+    source: Sampler
+    shell: Shell
 
 
 def train(
@@ -76,314 +93,283 @@ def train(
     """Run `cfg` to its end, going on from the newest checkpoint in its run directory if there is one.
 
     Args:
+        must_resume: whether a checkpoint must be there.
         given: what was read of `cfg` already.
         ends_process: see `stop_signal`.
     """
+    if not cfg.steps:
+        return sft(cfg, must_resume, given, ends_process)
+    with open_run(cfg, must_resume, given, ends_process) as run:
+        state, policy, scores = start(run)
+        while state.step < cfg.total_steps:
+            rng = np.random.default_rng((cfg.seed, int(state.step)))
+            with keeping(run, state):
+                done = step(run.learner, run.source, state, policy, rng)
+            state, policy, metrics = done.state, done.policy, summary(run, done)
+            if is_due(int(state.step) - cfg.warm_start.steps, cfg.evaluation.every, cfg.steps):
+                scores = evaluate(run, state.train.params, policy)
+                metrics |= scores
+            state, metrics, error = guard(run, state, metrics, done.learned)
+            conclude(run.shell, state, metrics, error)
+        return finish(run, state, policy, scores)
+
+
+class Step(NamedTuple):
+    """What one step of RL leaves behind."""
+
+    state: RunState
+    policy: Policy
+    fresh: Groups
+    """Graded and filtered, before replay."""
+    credit: Credit
+    learned: Learned
+    metrics: dict[str, float]
+    """Of filter and replay."""
+
+
+def step(learner: Learner, source: Sampler, state: RunState, policy: Policy, rng: np.random.Generator) -> Step:
+    """The sentence, once. Where it raises, `state` is as it was, unless an update had begun."""
+    source.use(policy)
+    graded = source.take(int(state.step))
+    filters, fresh, dropped = learner.filter.apply(state.filters, graded)
+    replay, groups, reused = learner.replay.exchange(state.replay, fresh, rng)
+    scores = learner.score(state, groups)
+    credit = learner.advantage(groups, scores)
+    train, learned = learner.update(state, Experience(groups, scores, credit), rng)
+    policy = learner.publish(train, policy)
+    reference = learner.refresh(state, train)
+    source.observe(fresh)
+    state = RunState(
+        state.step + 1, state.num_tokens + fresh.rollouts.length.sum(), state.eval_before, train, reference,
+        source.state, filters, replay, state.guards._replace(alarm=learned.alarm),
+    )  # fmt: skip
+    return Step(state, policy, fresh, credit, learned, dropped | reused)
+
+
+def sft(cfg: RunConfig, must_resume: bool = False, given: Sources | None = None, ends_process: bool = False) -> Result:
+    """The supervised training of `cfg` alone, `warm_start`; arguments as of `train`, which may go on from it."""
+    with open_run(dataclasses.replace(cfg, steps=0), must_resume, given, ends_process) as run:
+        state = resume(run)
+        if isinstance(state, RunState):
+            raise UserError(
+                f"{cfg.run_dir}: got a run whose RL has begun, want another run_dir for supervised training"
+            )
+        state, metrics = supervise(run, state)
+        policy = first_policy(run, state.train)
+        scores = evaluate(run, state.train.params, policy)
+        if metrics:
+            conclude(run.shell, state, metrics | scores, None)
+        if state.step:
+            secure(run.shell, state)
+        after = scores.get(run.evaluator.headline, math.nan)
+        return Result(run.evaluator.headline.removeprefix("eval/"), after, after, Path(cfg.run_dir).resolve())
+
+
+@contextmanager
+def open_run(cfg: RunConfig, must_resume: bool, given: Sources | None, ends_process: bool) -> Iterator[Run]:
+    """Raises UserError for everything that does not fit, before anything compiles, and CheckpointError where one must be there."""
     if must_resume and open_checkpoints(cfg).is_empty():
         raise CheckpointError(f"--resume: got {cfg.run_dir}, which holds no checkpoint; leave out --resume to start it")
     with stop_signal(ends_process, cfg.total_steps) as stopping:
-        run = build(cfg, given or sources.read(cfg, trains=True))
-        fit.check(run)
+        given = given or sources.read(cfg, trains=True)
+        blueprint = blueprint_of(cfg, given)
+        fit.check(blueprint, len(given.task.held_out))
         for line in unread(cfg):
             log.warning("%s", line)
-        with open_shell(cfg) as shell:
-            life, policy, scores = start(run, shell), None, {}
-            # Supervised steps alone have recorded the score, and RL may go on from them.
-            is_recorded = not math.isnan(life.eval_before)
-            if life.step == cfg.warm_start.steps and not life.began and (cfg.steps or not is_recorded):
-                life, policy, scores = start_rl(run, shell, life)
-                if not is_recorded:
-                    shell.recorder.log(life.step, with_rates({"phase": "rl", **scores}, shell))
-            while life.step < cfg.total_steps:
-                if life.step < cfg.warm_start.steps:
-                    life, metrics, error = warm_step(run, shell, life)
-                    if life.step == cfg.warm_start.steps and not error:
-                        life, policy, scores = start_rl(run, shell, life)
-                        metrics |= scores
-                else:
-                    policy = policy or first_policy(run, shell, life.state)
-                    try:
-                        step = rl_step(run, shell, life, policy, partial(stops_alone, stopping, life.step))
-                    except GivenUp:
-                        leave(run, shell, life, stopping(life.step), " (the next one was given up while it sampled)")
-                    except AdvantageError as refused:
-                        shell.recorder.log(life.step + 1, {"phase": "rl", "warnings": [str(refused)]})
-                        end(run, shell, life, refused)
-                    life, policy, metrics = step.life, step.policy, step.metrics
-                    if is_due(life.step - cfg.warm_start.steps, cfg.evaluation.every, cfg.steps):
-                        scores = score_held_out(run, shell, life, policy)
-                        metrics |= scores
-                    life, metrics, error = guard(run, shell, step, metrics)
-                shell.check_lock()
-                shell.recorder.log(life.step, with_rates(metrics, shell))
-                if error:
-                    end(run, shell, life, error)
-                stop = stopping(life.step)
-                if is_due(life.step, cfg.checkpoint.every, cfg.total_steps) and may_save(life, cfg.total_steps):
-                    save(run, shell, life)
-                if stop and life.step < cfg.total_steps:
-                    leave(run, shell, life, stop)
-                shell.checkpoints.poll()
-            if life.step:
-                secure(run, shell, life)
-            scores = scores or score_held_out(run, shell, life, publish(run, life.state, None))
-            return result(run, life, scores)
+        with open_shell(cfg, given.task, stopping) as shell:
+            yield assemble(blueprint, given.task, shell)
 
 
-def result(run: Run, life: Life, scores: dict[str, Any]) -> Result:
-    measure = headline(run)
-    after = scores.get(measure, float("nan"))
-    return Result(measure.removeprefix("eval/"), life.eval_before, after, Path(run.cfg.run_dir).resolve())
+def assemble(blueprint: Blueprint, task: Task, shell: Shell) -> Run:
+    """The roles, timed, and shown at work on the screen."""
+    keys, engine = make_keys(blueprint.cfg), blueprint.make_engine(task.tokenizer.spellings)
+    collect = Collector(engine, shell.pool, task)
+    score = make_scorer(blueprint, blueprint.shapes.experience)
+    learner, timed = make_learner(blueprint, score), shell.timers.timed
+    during = shell.recorder.during
+
+    def collected(*args: Any) -> Collected:
+        with during("sampling", first="sampling the first responses"):
+            found = collect(*args)
+        shell.timers.add("generate", found.stats.seconds)
+        shell.timers.add("reward", found.waited)
+        return found
+
+    def update(*args: Any) -> tuple[TrainState, Learned]:
+        with during("updating", first="compiling the update"):
+            return learner.update(*args)
+
+    def publish(*args: Any) -> Policy:
+        return jax.block_until_ready(learner.publish(*args))
+
+    return Run(
+        blueprint=blueprint,
+        task=task,
+        keys=keys,
+        engine=engine,
+        evaluator=make_evaluator(blueprint, task, collect, score, keys.evaluation),
+        learner=learner._replace(
+            score=timed("update", learner.score),
+            advantage=timed("update", learner.advantage),
+            update=timed("update", update),
+            publish=timed("publish", publish),
+        ),
+        source=make_sampler(blueprint.cfg, task, collected, keys.train),
+        shell=shell,
+    )
 
 
-def with_rates(metrics: dict[str, float], shell: Shell) -> dict[str, float]:
-    """The step's metrics with its times, its compilations and the sampler's tokens a second."""
-    times = shell.timers.take()
-    if "completions/tokens" in metrics:
-        metrics = metrics | {"tokens_per_s": metrics["completions/tokens"] / times["time/generate"]}
-    return metrics | times | shell.compiles.take()
-
-
-def is_due(step: int, every: int, last: int) -> bool:
-    return step > 0 and (step % every == 0 or step == last)
-
-
-def warm_step(run: Run, shell: Shell, life: Life) -> tuple[Life, dict[str, float], UserError | None]:
-    """One supervised update on noisy answers, and what ends the run, if anything does."""
-    cfg = run.cfg.warm_start
-    places = range(life.step * cfg.rows, (life.step + 1) * cfg.rows)
-    doing = shell.recorder.during("updating", first="compiling the update of the warm start")
-    with shell.timers("update"), doing:
-        rows = noisy_rows(run.task, run.warm_order, places, cfg.noise, run.cfg.seed)
-        batch, _ = make_batch(supervised_experience(run, rows), run.shapes.warm_start, run.task.pad)
-        state, metrics = run.warm_update(life.state, run.put_batch(batch))
-        metrics, _ = without_zero_gradients(as_floats(jax.device_get(metrics)))
-    found = observe_update(life.guards, run.cfg.update.guards, metrics)
-    life = dataclasses.replace(life, step=life.step + 1, state=state, guards=found.guards)
-    told = {"warnings": [str(found.error)]} if found.error else {}
-    return life, {"phase": "warm_start", **metrics, **told}, found.error
-
-
-def start_rl(run: Run, shell: Shell, life: Life) -> tuple[Life, Policy, dict[str, float]]:
-    """What RL begins with: a fresh optimizer, the reference, the first policy, and the score before. Where no step of RL is to come
-    the score alone."""
-    state, reference = life.state, None
-    if run.cfg.steps:
-        state = fresh_state(run, life.state.params, int(life.state.step), began=True)
-        reference = start_reference(run, state.params) if run.cfg.objective.has_reference else None
-    policy = first_policy(run, shell, state)
-    scores = score_held_out(run, shell, dataclasses.replace(life, state=state), policy)
+def start(run: Run) -> tuple[RunState, Policy, dict[str, Any]]:
+    """The state that RL goes on from, its policy, and the evaluation's scores where there was one: the newest in the run directory;
+    else one that supervised training led to, or the model itself."""
+    state, shell, cfg = resume(run), run.shell, run.blueprint.cfg
+    if isinstance(state, RunState):
+        run.source.state = state.source
+        return state, first_policy(run, state.train), {}
+    if cfg.warm_start.steps:
+        trained, metrics = supervise(run, state)
+        params = trained.train.params
+    else:
+        params, metrics = new_params(run), {"phase": "rl"}
+    state = start_rl(run.blueprint, run.learner, run.source.state, params, run.keys.train)
+    policy = first_policy(run, state.train)
+    scores = evaluate(run, state.train.params, policy)
     told = [f"{scores[name]:.4f} {name.removeprefix('eval/')}" for name in scores if name.startswith(ACCURACIES)]
     shell.recorder.message(f"held-out accuracy before RL: {', '.join(told) or 'not known'}")
-    before = scores.get(headline(run), float("nan"))
-    life = dataclasses.replace(life, began=run.cfg.steps > 0, state=state, reference=reference, eval_before=before)
-    return life, policy, scores
+    state = state._replace(eval_before=np.array(scores.get(run.evaluator.headline, math.nan)))
+    if metrics and state.step:
+        conclude(shell, state, metrics | scores, None)
+    elif metrics:
+        shell.recorder.log(0, with_rates(metrics | scores, shell))
+    return state, policy, scores
 
 
-def score_held_out(run: Run, shell: Shell, life: Life, policy: Policy) -> dict[str, Any]:
+def supervise(run: Run, state: SupervisedState | None) -> tuple[SupervisedState, dict[str, Any]]:
+    """Supervised training to its end, from `state` or from the seed. The last step's metrics are returned, not recorded: its
+    evaluation joins them; {} where no step was left."""
+    cfg, shell, metrics = run.blueprint.cfg, run.shell, {}
+    supervised = make_supervised(run.blueprint, run.task)
+    if state is None:
+        state = start_supervised(run.blueprint, new_params(run))
+    while state.step < cfg.warm_start.steps:
+        with shell.timers("update"), shell.recorder.during("updating", first="compiling the update of the warm start"):
+            state, metrics = supervised(state)
+        found = observe_update(state.guards, cfg.update.guards, metrics)
+        state = state._replace(guards=found.guards)
+        metrics = {"phase": "warm_start", **metrics, **({"warnings": [str(found.error)]} if found.error else {})}
+        if found.error or state.step < cfg.warm_start.steps:
+            conclude(shell, state, metrics, found.error)
+    return state, metrics
+
+
+def resume(run: Run) -> State | None:
+    """The newest state in the run directory; None in a fresh one."""
+
+    def target(is_rl: bool) -> State:
+        return rl_target(run.blueprint, run.learner, run.source.state) if is_rl else supervised_target(run.blueprint)
+
+    return restore(run.shell, target, run.task)
+
+
+def new_params(run: Run) -> PyTree:
+    doing = "making the model" if isinstance(run.blueprint.cfg.model, ModelConfig) else "reading the model"
+    with run.shell.recorder.during(doing):
+        return start_params(run.blueprint, run.keys.train)
+
+
+def first_policy(run: Run, state: TrainState) -> Policy:
+    """Published, and all compiled that sampling and evaluation can come to need, whatever lengths they meet."""
+    with run.shell.recorder.during("compiling what samples"):
+        policy = run.learner.publish(state, None)
+        for num in {run.blueprint.cfg.rollout.prompts, len(run.task.held_out)}:
+            run.engine.warm(policy, num)
+    return policy
+
+
+def evaluate(run: Run, params: PyTree, policy: Policy) -> dict[str, Any]:
     """The evaluation's numbers, with a warning where nobody could grade it."""
-    with shell.recorder.evaluating(f"evaluating {len(run.task.held_out)} held-out prompts"):
-        scores = evaluate(run, life.state.params, policy, shell.pool)
-    if scores.get("eval/left_out") != len(run.task.held_out):
+    held_out, shell = len(run.task.held_out), run.shell
+    with shell.recorder.evaluating(f"evaluating {held_out} held-out prompts"):
+        scores = run.evaluator(params, policy)
+    if scores.get("eval/left_out") != held_out:
         return scores
     warning = f"no held-out prompt could be graded; the first failure: {shell.pool.first_failure or 'on another host'}"
     shell.recorder.message(warning)
     return scores | {"warnings": [warning]}
 
 
-def first_policy(run: Run, shell: Shell, state: TrainState) -> Policy:
-    """Published, and all compiled that sampling and evaluation can come to need, whatever lengths they meet."""
-    with shell.recorder.during("compiling what samples"):
-        policy = publish(run, state, None)
-        for num in {run.cfg.rollout.prompts, len(run.task.held_out)}:
-            run.engine.warm(policy, num)
-    return policy
+@contextmanager
+def keeping(run: Run, state: RunState) -> Iterator[None]:
+    """Keep `state` where the step after it does not come to its end: a signal asked to stop, or an advantage was refused."""
+    shell, before = run.shell, int(state.step)
+    # Several processes stop together, and only after a step.
+    run.source.give_up = lambda: jax.process_count() == 1 and bool(shell.stopping(before))
+    try:
+        yield
+    except GivenUp:
+        leave(shell, state, shell.stopping(before), " (the next one was given up while it sampled)")
+    except AdvantageError as refused:
+        shell.recorder.log(before + 1, {"phase": "rl", "warnings": [str(refused)]})
+        end(shell, state, refused)
 
 
-class Step(NamedTuple):
-    """What one step of RL leaves behind."""
-
-    life: Life
-    policy: Policy
-    metrics: dict[str, float]
-    zero_gradient: dict[str, bool]
-    """As in `Learned`."""
-
-
-def rl_step(run: Run, shell: Shell, life: Life, policy: Policy, give_up: Callable[[], bool] = lambda: False) -> Step:
-    """The sentence, once. Raises GivenUp, with nothing changed, if `give_up` says so while responses are sampled."""
-    cfg, timers = run.cfg, shell.timers
-    rng = np.random.default_rng((cfg.seed, life.step))
-    prompts, cursor = next_prompts(run.task, run.order, life.cursor, cfg.rollout.prompts)
-    with shell.recorder.during("sampling", first="sampling the first responses"):
-        graded, stats, waited = collect(run, shell.pool, policy, prompts, run.task.train, run.key, give_up)
-    timers.add("generate", stats.seconds)
-    timers.add("reward", waited)
-    _, fresh, _ = run.filter.apply(run.filter.init(), graded)
-    replay, groups, reused = run.replay.exchange(life.replay, fresh, rng)
-    with timers("update"), shell.recorder.during("updating", first="compiling the update"):
-        learned = learn(run, life, groups, rng)
-        state = learned.state
-    with timers("publish"):
-        policy = jax.block_until_ready(publish(run, state, policy))
-    done = life.step + 1 - cfg.warm_start.steps
-    reference = refresh(cfg.objective.reference, life.reference, trained_policy(run, state.params), done)
-    advantage = np.where(fresh.keep[:, None], learned.advantage, 0.0)
-    show(run, shell, life.step + 1, fresh, advantage)
-    with shell.recorder.during("measuring", first="measuring what this machine can do"):
-        rates = describe_updates(run, learned.flops, learned.seconds) | describe_engine(stats, decode_rates(run))
-    metrics = {
+def summary(run: Run, done: Step) -> dict[str, Any]:
+    """A step's numbers; its rollouts are recorded and shown where that is due."""
+    cfg, recorder, stats, learned = run.blueprint.cfg, run.shell.recorder, run.source.last.stats, done.learned
+    show(run, done)
+    with recorder.during("measuring", first="measuring what this machine can do"):
+        rates = describe_engine(stats, *decode_rates(run.engine))
+        if learned.seconds:
+            rates |= describe_updates(
+                learned.flops, learned.seconds, learning_rates(run.blueprint), run.blueprint.train
+            )
+    return {
         "phase": "rl",
-        **describe(cfg, fresh),
-        **reused,
+        **describe(done.fresh, [grader.label for grader in cfg.reward.graders]),
+        **done.metrics,
         **learned.metrics,
         **rates,
+        "num_tokens": int(done.state.num_tokens),
     }
-    num_tokens = life.num_tokens + int(metrics["completions/tokens"])
-    life = dataclasses.replace(
-        life, step=life.step + 1, cursor=cursor, num_tokens=num_tokens, alarm=learned.alarm, state=state, reference=reference,
-        replay=replay,
-    )  # fmt: skip
-    return Step(life, policy, metrics | {"num_tokens": num_tokens}, learned.zero_gradient)
 
 
-def guard(run: Run, shell: Shell, step: Step, metrics: dict) -> tuple[Life, dict, UserError | None]:
-    """The step's life with the guards' counts, its `metrics` with their warnings, and what ends the run, if anything does."""
-    found = observe(step.life.guards, run.cfg.update.guards, metrics, step.zero_gradient, shell.pool.first_failure)
+def learning_rates(blueprint: Blueprint) -> UpdateRates:
+    return update_rates(blueprint.model, blueprint.shapes.update, blueprint.train, blueprint.cfg.lora.rank > 0)
+
+
+def show(run: Run, done: Step) -> None:
+    """Rollouts to the run's record, and a few of them to the screen, where they are due."""
+    recorder, cfg, now = run.shell.recorder, run.blueprint.cfg.metrics, int(done.state.step)
+    if not (recorder.wants(now, cfg.rollouts_every) or recorder.wants(now, cfg.samples_every)):
+        return
+    advantage = np.where(done.fresh.keep[:, None], done.credit.advantage, 0.0)
+    num = cfg.rollout_groups if cfg.rollout_groups >= 0 else len(done.fresh.failure)
+    rows = responses(run.task, done.fresh, advantage, num)
+    if recorder.wants(now, cfg.rollouts_every):
+        recorder.rollouts(now, rows)
+    if recorder.wants(now, cfg.samples_every):
+        recorder.samples(rows[: run.blueprint.cfg.rollout.samples])
+
+
+def guard(
+    run: Run, state: RunState, metrics: dict[str, Any], learned: Learned
+) -> tuple[RunState, dict[str, Any], UserError | None]:
+    """The state with the guards' counts, the step's metrics with their warnings, and what ends the run, if anything does."""
+    cfg, shell = run.blueprint.cfg.update.guards, run.shell
+    found = observe(state.guards, cfg, metrics, learned.zero_gradient, shell.pool.first_failure)
     for warning in found.warnings:
         shell.recorder.message(warning)
     told = [*metrics.get("warnings", ()), *found.warnings, *([str(found.error)] if found.error else ())]
     metrics = metrics | {"warnings": told} if told else metrics
-    return dataclasses.replace(step.life, guards=found.guards), metrics, found.error
+    return state._replace(guards=found.guards), metrics, found.error
 
 
-def show(run: Run, shell: Shell, step: int, groups: Groups, advantage: np.ndarray) -> None:
-    """Rollouts to the run's record, and a few of them to the screen, where they are due."""
-    recorder, cfg = shell.recorder, run.cfg.metrics
-    if not (recorder.wants(step, cfg.rollouts_every) or recorder.wants(step, cfg.samples_every)):
-        return
-    num = cfg.rollout_groups if cfg.rollout_groups >= 0 else run.cfg.rollout.prompts
-    rows = responses(run, groups, advantage, num * run.cfg.rollout.samples)
-    if recorder.wants(step, cfg.rollouts_every):
-        recorder.rollouts(step, rows)
-    if recorder.wants(step, cfg.samples_every):
-        recorder.samples(rows[: run.cfg.rollout.samples])
-
-
-@contextmanager
-def open_shell(cfg: RunConfig) -> Iterator[Shell]:
-    """The run directory, locked, with config.yaml in it, and everything that must be closed again.
-
-    Raises UserError if the directory cannot be written, is in use, or belongs to a run that computes something else.
-    """
-    run_dir, leader = Path(cfg.run_dir).resolve(), jax.process_index() == 0
-    checkpoints, check_lock = open_checkpoints(cfg), lambda: None
-    with ExitStack() as stack:
-        try:
-            if leader:
-                prepare_run_directory(run_dir)
-                check_lock = stack.enter_context(RunLock(run_dir)).check
-                # A link to a disk that is gone would be told after hours, by the first save.
-                prepare_run_directory(checkpoints.directory)
-                claim(run_dir, cfg, checkpoints)
-            recorder = stack.enter_context(
-                Recorder(run_dir, cfg.metrics, cfg.total_steps, leader, cfg.evaluations_after)
-            )
-        except OSError as error:
-            raise UserError(
-                f"run_dir: {error.filename or run_dir} cannot be read or written: {error.strerror}"
-            ) from error
-        pool = stack.enter_context(GraderPool(cfg.reward))
-        stack.callback(close, recorder, checkpoints)
-        yield Shell(pool, checkpoints, recorder, Timers(), CompileCounter(), check_lock)
-
-
-def start(run: Run, shell: Shell) -> Life:
-    """The newest life in the run directory, or one from the seed."""
-    with shell.recorder.during("making the model" if isinstance(run.cfg.model, ModelConfig) else "reading the model"):
-        return resume(run, shell) or begin(run)
-
-
-def resume(run: Run, shell: Shell) -> Life | None:
-    """The newest life in the run directory; None in a fresh one."""
-    with shell.recorder.during("reading the newest checkpoint"):
-        restored = shell.checkpoints.restore(partial(target, run))
-    if restored is None:
-        return None
-    shell.recorder.truncate(restored.meta["offsets"])
-    shell.recorder.message(f"going on from step {restored.step} in {run.cfg.run_dir}")
-    if changed := run.task.changed(restored.meta.get("task")):
-        shell.recorder.message(changed)
-    return Life.revive(restored.tree, restored.meta)
-
-
-def may_save(life: Life, last: int) -> bool:
-    """While no update is finite nothing is learned, and what came before may be spoiled already."""
-    return life.guards.nonfinite == 0 or life.step == last
-
-
-def save(run: Run, shell: Shell, life: Life) -> None:
-    """Start to save. A life whose updates are not finite pushes no older step out; one that is not finite itself ends the run."""
-    try:
-        meta = {"offsets": shell.recorder.offsets(), "began": life.began, "task": run.task.fingerprint}
-        with shell.recorder.during(f"saving step {life.step}"):
-            shell.checkpoints.save(life.step, life.tree(run.key), meta, prune=life.guards.nonfinite == 0)
-    except OSError as error:
-        shell.checkpoints.give_up(life.step, error)
-    except NonFiniteError as error:
-        end(run, shell, life, error)
-
-
-def secure(run: Run, shell: Shell, life: Life) -> None:
-    """Return when this life is on disk. Raises CheckpointError where it cannot be saved."""
-    wait(shell)
-    if not shell.checkpoints.has(life.step):
-        save(run, shell, life)
-        wait(shell)
-        if not shell.checkpoints.has(life.step):
-            kept = shell.checkpoints.steps()
-            raise CheckpointError(
-                f"{run.cfg.run_dir}: step {life.step} could not be saved, the reason is above; steps {kept} are kept"
-            )
-
-
-def close(recorder: Recorder, checkpoints: Checkpoints) -> None:
-    with recorder.during("saving"):
-        checkpoints.close()
-
-
-def wait(shell: Shell) -> None:
-    with shell.recorder.during("saving"):
-        shell.checkpoints.wait()
-
-
-def leave(run: Run, shell: Shell, life: Life, why: str, when: str = "") -> NoReturn:
-    """Stop as `why`, a signal, asked, with this life saved."""
-    secure(run, shell, life)
-    raise Preempted(
-        f"stopped by {why} after step {life.step}, saved in {run.cfg.run_dir}{when}; the same command goes on from there"
-    )
-
-
-def end(run: Run, shell: Shell, life: Life, error: UserError) -> NoReturn:
-    """Raise what a guard found, with words on what the next start goes on from.
-
-    Where graders or advantages are to blame this life is sound, and saved. Where no update was finite, the last that was has led to
-    numbers from which nothing can be learned: what was saved since then is moved aside.
-    """
-    checkpoints, told = shell.checkpoints, ""
-    if isinstance(error, GradingError | AdvantageError):
-        secure(run, shell, life)
-    else:
-        moved = checkpoints.condemn(life.step - life.guards.nonfinite) if isinstance(error, NonFiniteError) else []
-        names = ", ".join(path.name for path in moved)
-        told = names and f"; moved aside, as no update from there was finite: {names}"
-    checkpoints.wait()
-    kept = checkpoints.steps()
-    next_start = f"goes on from step {kept[-1]}" if kept else "begins anew: no step is saved"
-    raise type(error)(f"{error}{told}; the next start in {run.cfg.run_dir} {next_start}") from error
-
-
-def stops_alone(stopping: Callable[[int], str], step: int) -> bool:
-    """Whether to stop at once. Several processes stop together, and only after a step."""
-    return jax.process_count() == 1 and bool(stopping(step))
+def finish(run: Run, state: RunState, policy: Policy, scores: dict[str, Any]) -> Result:
+    """The run's result, with its last state on disk."""
+    if state.step:
+        secure(run.shell, state)
+    scores = scores or evaluate(run, state.train.params, policy)
+    measure = run.evaluator.headline
+    after = scores.get(measure, math.nan)
+    run_dir = Path(run.blueprint.cfg.run_dir).resolve()
+    return Result(measure.removeprefix("eval/"), float(state.eval_before), after, run_dir)

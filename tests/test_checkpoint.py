@@ -344,7 +344,7 @@ def test_an_older_machine_does_not_move_good_steps_away(two_steps, monkeypatch):
     def too_small(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(checkpoint.ocp.StandardCheckpointHandler, "restore", too_small)
+    monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointHandler, "restore", too_small)
     with pytest.raises(MemoryError):
         Checkpoints(two_steps).restore(target_of)
     assert Checkpoints(two_steps).steps() == [35, 40]
@@ -458,7 +458,7 @@ REFUSALS = [
 @pytest.mark.parametrize("error", REFUSALS, ids=str)
 def test_a_read_that_fails_in_the_middle_of_a_file_moves_no_step(two_steps, pauses, monkeypatch, error):
     """Every file can be opened, and its first byte read."""
-    handler, left = checkpoint.ocp.StandardCheckpointHandler, [error] * 4
+    handler, left = checkpoint.ocp.PyTreeCheckpointHandler, [error] * 4
     restore = handler.restore
 
     def refused(self, *args, **kwargs):

@@ -9,6 +9,7 @@ import pytest
 from setups import TINY, engine, layouts, make_params, make_policy, make_prompts, to_batch, to_experience
 
 from jaxrl_llm.model import params as model_params
+from jaxrl_llm.model.distribution import Scoring
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.losses import make_loss
 from jaxrl_llm.parallel import hosts
@@ -53,14 +54,7 @@ def rollouts(top_p: float, /, **changes: float):
 def programs():
     specs, optimizer, train = model_params.specs(CFG), make_optimizer(AdamW()), layouts()[0]
     update = make_update(
-        specs,
-        make_loss(ObjectiveConfig()),
-        optimizer,
-        micro_batches=1,
-        num_tokens=VOCAB.size,
-        cfg=CFG,
-        layout=train,
-        ends=VOCAB.eos,
+        specs, make_loss(ObjectiveConfig()), optimizer, Scoring(CFG, train, VOCAB.size, ends=VOCAB.eos)
     )
     return make_start(specs, optimizer, train), update
 

@@ -26,7 +26,7 @@ from setups import (
 
 from jaxrl_llm.model import transformer
 from jaxrl_llm.model.cache import Caching, empty_suffix
-from jaxrl_llm.model.distribution import score_tokens
+from jaxrl_llm.model.distribution import Scoring, score_tokens
 from jaxrl_llm.model.transformer import Place
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import check
@@ -224,7 +224,7 @@ def test_gradients_through_experts_do_not_depend_on_the_mesh():
         placed = hosts.put(batch, train.sharding(("rows", None)))
 
         def loss(params, batch, train=train):
-            scored = score_tokens(params, batch, cfg, VOCAB.size, train)
+            scored = score_tokens(params, batch, Scoring(cfg, train, VOCAB.size))
             return jnp.sum(jnp.where(batch.loss_mask, scored.logprobs + 0.1 * scored.entropy, 0.0))
 
         gradients.append(hosts.gather(jax.jit(jax.grad(loss))(params, placed)))

@@ -11,7 +11,7 @@ from setups import FAMILIES, SMALL, engine, layouts, make_params, make_prompts, 
 
 from jaxrl_llm import config, run
 from jaxrl_llm.metrics import CompileCounter
-from jaxrl_llm.model.distribution import score_tokens
+from jaxrl_llm.model.distribution import Scoring, score_tokens
 from jaxrl_llm.model.params import unstack
 from jaxrl_llm.model.quantised import Quantised, dequantise
 from jaxrl_llm.parallel import hosts
@@ -100,7 +100,7 @@ def mismatch(sizes, weights):
     rollouts = of.generate(policy, make_prompts(P), jax.random.key(3))
     batch = to_batch(to_experience(rollouts), shards=train.size("rows"))
     placed = hosts.put(batch, train.sharding(("rows", None)))
-    scored = hosts.gather(jax.jit(lambda p, b: score_tokens(p, b, SMALL, 16, train).logprobs)(params, placed))
+    scored = hosts.gather(jax.jit(lambda p, b: score_tokens(p, b, Scoring(SMALL, train, 16)).logprobs)(params, placed))
     return (scored - batch.behavior_logprobs)[batch.loss_mask]
 
 

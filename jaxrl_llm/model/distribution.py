@@ -237,30 +237,39 @@ def _cotangent(
     return jnp.where(seen, (dx + jnp.exp(finite) * of_p) * scale[..., None], 0.0)
 
 
-def score_tokens(
-    params: PyTree,
-    batch: Batch,
-    cfg: ModelConfig,
-    num_tokens: int,
-    layout: Layout,
-    ends: tuple[int, ...] = (),
-    how: Whole = Whole(),  # noqa: B008
-    reference: PyTree | None = None,
-) -> TokenScores:
-    """Score the tokens in the loss mask under `params` (layers stacked). The only place where logits and tokens shift.
+@dataclass(frozen=True)
+class Scoring:
+    """What is fixed when a program that scores tokens is compiled."""
 
-    `ends`: the end tokens that could not be drawn where `batch.barred`; ValueError where a batch has bars and they are not given.
-    `reference`: parameters of the same model; `kl` is then from the policy to it, and its gradient flows into `params` alone.
-    A tree with a critic (`model/critic.py`) has `values`, of every token.
+    model: ModelConfig
+    layout: Layout
+    num_tokens: int
+    """Of the tokenizer: entries of the vocabulary behind them are padding."""
+    ends: tuple[int, ...] = ()
+    """End tokens, which could not be drawn where `Batch.barred`."""
+    how: Whole = Whole()  # noqa: RUF009
+
+
+def score_tokens(params: PyTree, batch: Batch, scoring: Scoring, reference: PyTree | None = None) -> TokenScores:
+    """Score the tokens in the loss mask. The only place where logits and tokens shift.
+
     Tokens outside the mask cost no logits, and have log-prob, entropy and KL 0.
+
+    Args:
+        params: layers stacked. A tree with a critic (`model/critic.py`) has `values`, of every token.
+        reference: parameters of the same model; `kl` is then from the policy to it, and its gradient flows into `params` alone.
+
+    Raises:
+        ValueError: a batch has bars, and `scoring.ends` is empty.
     """
+    cfg, layout, ends, num_tokens = scoring.model, scoring.layout, scoring.ends, scoring.num_tokens
     if batch.barred is not None and not ends:
         raise ValueError("ends: got none, want the end tokens that `batch.barred` is about")
     order = _Order.of(batch, layout)
     read = _Read(*map(order.take, (batch.tokens, batch.temperature, batch.support, batch.barred)))
 
     def activations(params: PyTree) -> Array:
-        return order.take_before(hidden(params, batch.tokens, batch.position, batch.until, cfg, layout, how))
+        return order.take_before(hidden(params, batch.tokens, batch.position, batch.until, cfg, layout, scoring.how))
 
     def source(params: PyTree) -> Source:
         return Source(params["embed" if cfg.tied_head else "head"], activations(params))

@@ -16,7 +16,7 @@ from jaxrl_llm.model import params as model_params
 from jaxrl_llm.plan import memory
 from jaxrl_llm.plan.memory import BATCH, GRADIENTS, MASTERS, OPTIMIZER, POLICY, PROMPTS, REFERENCE, ROWS, Phase
 from jaxrl_llm.plan.programs import Job, describe
-from jaxrl_llm.run import Run, learner_specs_of, shapes_of
+from jaxrl_llm.roles.blueprint import Blueprint, make_blueprint
 from jaxrl_llm.types import COLUMNS
 
 KEPT, ROLLOUTS, REPLAY = "inputs of layers, kept for the backward pass", "rollouts in the host's memory", "replay"
@@ -44,12 +44,15 @@ class Room:
         return self.host if phase.name == HOST else self.device
 
 
-def check(run: Run, trains: bool = True) -> None:
-    """Raises UserError where a phase of the run needs more than there is. `trains` False: it only samples."""
-    devices = list(run.train.mesh.devices.flat)
-    job = describe(dataclasses.replace(run.cfg, model=run.model), run.model, run.task.prompt_slots, devices)
+def check(blueprint: Blueprint, held_out: int, trains: bool = True) -> None:
+    """Raises UserError where a phase of the run needs more than there is.
+
+    Args:
+        held_out: prompts of an evaluation, which draws all of them at once.
+        trains: False: it only samples.
+    """
+    job = describe(blueprint)
     room = Room(jax.local_devices()[0], jax.local_device_count())
-    held_out = len(run.task.held_out)
     if lacking := _lacking(job, held_out, trains, room):
         raise UserError(_words(job, held_out, lacking, room))
 
@@ -75,7 +78,7 @@ def needs(job: Job, held_out: int, trains: bool, sharing: int) -> list[Phase]:
         if trains or name in ("prefill", "segment", "grow"):
             found.append(Phase(name, parts))
     if trains and job.cfg.warm_start.steps:
-        shape = shapes_of(job.cfg, job.prompt_slots, job.train.size("rows")).warm_start
+        shape = job.shapes.supervised
         tokens = shape.rows * shape.slots
         found.append(Phase(WARM_START, {BATCH: tokens // job.train.size("rows") * OF_BATCHES, KEPT: kept(job, tokens)}))
     return found
@@ -106,9 +109,7 @@ def _setting(job: Job, held_out: int, phase: Phase, part: str, room: Room) -> st
     """What to change."""
     cfg, rollout = job.cfg, job.cfg.rollout
     if sum(phase.parts.get(name, 0) for name in OF_MODEL) > room.limit(phase):
-        count, adapters = (
-            model_params.count(specs) for specs in (model_params.specs(job.model), learner_specs_of(cfg, job.model))
-        )
+        count, adapters = (model_params.count(specs) for specs in (job.specs, job.learner_specs))
         if adapters > 2 * count and cfg.lora.rank:
             return f"lora.rank: got {cfg.lora.rank:,}, want less"
         more = "adapters (lora.rank), or more devices to split them over (mesh.fsdp, mesh.tensor)"
@@ -133,7 +134,7 @@ def _longest(job: Job, held_out: int, name: str, room: Room) -> int:
     while most - least > max(least // 64, 1):
         middle = (least + most) // 2
         cfg = dataclasses.replace(job.cfg, rollout=dataclasses.replace(job.cfg.rollout, max_new_tokens=middle))
-        shorter = describe(cfg, job.model, job.prompt_slots, devices)
+        shorter = describe(make_blueprint(cfg, job.model, job.vocab, job.prompt_slots, devices))
         sharing = room.num if room.shared else 0
         fits = not any(room.lacks(p) for p in needs(shorter, held_out, True, sharing) if p.name == name)
         least, most = (middle, most) if fits else (least, middle)

@@ -23,7 +23,6 @@ from jaxrl_llm.model.work import (
     weight_bytes,
 )
 from jaxrl_llm.plan.programs import Job, Program
-from jaxrl_llm.run import learner_specs_of
 
 
 class Time(NamedTuple):
@@ -170,5 +169,4 @@ def update_seen(job: Job) -> Seen:
 
 def update_flops(job: Job) -> TrainFlops:
     """Of one update over all chips, counted as training counts them."""
-    specs = learner_specs_of(job.cfg, job.model)
-    return train_flops(job.model, *update_seen(job), adapters_of(specs, job.model))
+    return train_flops(job.model, *update_seen(job), adapters_of(job.learner_specs, job.model))

@@ -17,33 +17,22 @@ from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
-from jaxrl_llm.model.config import ModelConfig, Whole
+from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.head import ACCELERATOR
 from jaxrl_llm.objective.rules import own_problems
-from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.hlo import Module
-from jaxrl_llm.parallel.layout import TRAIN, Layout
-from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.plan.traffic import Reading, read
 from jaxrl_llm.prompts.config import CharacterTokenizer
 from jaxrl_llm.prompts.tokenizer import load_tokenizer
 from jaxrl_llm.publish import abstract_policy, make_publish
+from jaxrl_llm.roles.blueprint import Blueprint, device_problems, make_blueprint, uses_of
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
-from jaxrl_llm.run import (
-    device_problems,
-    learner_specs_of,
-    loss_of,
-    optimizer_of,
-    shapes_of,
-    uses_of,
-)
 from jaxrl_llm.screen import saying
 from jaxrl_llm.sources import packing_problems, vocabulary_problems
 from jaxrl_llm.types import Batch, Policy, PyTree, TrainState
 from jaxrl_llm.update.batch import abstract_batch
 from jaxrl_llm.update.optimizer.state import abstract_state
-from jaxrl_llm.update.optimizer.transform import make_optimizer
 from jaxrl_llm.update.step import make_update
 
 Lower = Callable[[], jax.stages.Lowered]
@@ -53,14 +42,9 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Blueprint):
     """A run as shapes on devices that need not exist."""
 
-    cfg: RunConfig
-    model: ModelConfig
-    prompt_slots: int
-    train: Layout
-    decode: Layout
     engine: Engine
     state: TrainState
     reference: PyTree | None
@@ -123,49 +107,33 @@ def make_job(cfg: RunConfig, model: ModelConfig, prompt_slots: int, devices: Seq
     """Raises UserError with everything that does not fit together."""
     if found := problems(cfg, model, prompt_slots, devices):
         raise UserError("\n".join(found))
-    return describe(cfg, model, prompt_slots, devices)
+    return describe(make_blueprint(cfg, model, vocabulary(cfg, model), prompt_slots, devices))
 
 
-def describe(cfg: RunConfig, model: ModelConfig, prompt_slots: int, devices: Sequence[jax.Device]) -> Job:
+def describe(blueprint: Blueprint) -> Job:
     """Of a config that `problems` has nothing against."""
-    train = Layout(make_mesh(resolve(cfg.mesh, len(devices))[0], list(devices)), TRAIN)
-    decode = train.for_decode(cfg.rollout.engine.layout)
-    engine = Engine(cfg.rollout, prompt_slots, vocabulary(cfg, model), model, decode)
-    specs, optimizer = learner_specs_of(cfg, model), make_optimizer(optimizer_of(cfg))
+    engine, train, specs = blueprint.make_engine(), blueprint.train, blueprint.reference_specs
     return Job(
-        cfg=cfg,
-        model=model,
-        prompt_slots=prompt_slots,
-        train=train,
-        decode=decode,
+        **{field.name: getattr(blueprint, field.name) for field in dataclasses.fields(Blueprint)},
         engine=engine,
-        state=abstract_state(specs, optimizer, train),
-        reference=abstract_reference(cfg, model, train),
-        policy=abstract_policy(model, decode, cfg.rollout.engine.weights),
-        batch=_batch(cfg, prompt_slots, engine, train),
+        state=abstract_state(blueprint.learner_specs, blueprint.optimizer, train),
+        reference=None if specs is None else model_params.abstract(specs, train),
+        policy=abstract_policy(blueprint.model, blueprint.decode, blueprint.cfg.rollout.engine.weights),
+        batch=_batch(blueprint, engine),
     )
 
 
 def with_micro_batches(job: Job, parts: int) -> Job:
     """The same with another number of micro-batches: all else stays."""
     cfg = dataclasses.replace(job.cfg, update=dataclasses.replace(job.cfg.update, micro_batches=parts))
-    batch = _batch(cfg, job.prompt_slots, job.engine, job.train)
-    return dataclasses.replace(job, cfg=cfg, batch=batch)
+    fewer = dataclasses.replace(job, cfg=cfg)
+    return dataclasses.replace(fewer, batch=_batch(fewer, job.engine))
 
 
-def abstract_reference(cfg: RunConfig, model: ModelConfig, train: Layout) -> PyTree | None:
-    """A copy of what is trained of the policy, or a whole model."""
-    if not cfg.objective.has_reference:
-        return None
-    specs = lora.adapted_specs(model_params.specs(model), model, cfg.lora)
-    whole = cfg.objective.reference.kind == "pretrained"
-    return model_params.abstract(model_params.specs(model) if whole else lora.split(specs)[0], train)
-
-
-def _batch(cfg: RunConfig, prompt_slots: int, engine: Engine, train: Layout) -> Batch:
+def _batch(blueprint: Blueprint, engine: Engine) -> Batch:
     """Of one update: the rows of a minibatch at their longest."""
-    shape = shapes_of(cfg, prompt_slots, train.size("rows")).update
-    return abstract_batch(shape, uses_of(cfg), engine.decoding.support, (), train)
+    support, own = engine.decoding.support, blueprint.loss.own
+    return abstract_batch(blueprint.shapes.update, uses_of(blueprint.cfg), support, own, blueprint.train)
 
 
 def lowerings(job: Job) -> dict[str, Lower]:
@@ -181,10 +149,8 @@ def lowerings(job: Job) -> dict[str, Lower]:
     }
     publish = make_publish(model, job.train, job.decode, cfg.rollout.engine.weights)
     update = make_update(
-        learner_specs_of(cfg, model), loss_of(cfg), make_optimizer(optimizer_of(cfg)),
-        micro_batches=cfg.update.micro_batches, num_tokens=job.engine.vocab.size, cfg=model, layout=job.train,
-        ends=job.engine.vocab.eos, how=Whole(cfg.update.attention, cfg.update.remat),
-    )  # fmt: skip
+        job.learner_specs, job.loss, job.optimizer, job.scoring, micro_batches=cfg.update.micro_batches
+    )
     whole = job.reference if cfg.objective.reads_reference_distribution else None
     return lower | {
         "publish": lambda: publish.lower(masters, policy.version, policy),

@@ -88,7 +88,7 @@ class GraderPool:
         if found := problems(config):
             raise UserError("\n".join(found))
         self._config = config
-        self._names = [grader.label for grader in config.graders]
+        self.names = [grader.label for grader in config.graders]
         graders = [(grader.grader, dict(grader.options)) for grader in config.graders]
         self._setup = Setup(graders, config.memory_gib)
         self._num_failures: collections.Counter[tuple[int, Failure]] = collections.Counter()
@@ -174,7 +174,7 @@ class GraderPool:
 
     def _graded(self, verdicts: Sequence[Verdict], groups: Sequence[Sequence[Sample]]) -> Graded:
         size = len(groups[0]) if groups else 0
-        parts = np.full((len(self._names), len(verdicts), size), np.nan, np.float64)
+        parts = np.full((len(self.names), len(verdicts), size), np.nan, np.float64)
         for index, verdict in enumerate(verdicts):
             if not verdict.failure:
                 parts[:, index] = verdict.parts
@@ -235,7 +235,7 @@ class GraderPool:
                 continue
             index = worker.group
             if index is None and verdict.failure:
-                name = self._names[verdict.grader]
+                name = self.names[verdict.grader]
                 raise UserError(f'grader "{name}": a worker could not start: {verdict.text}')
             if verdict.failure in (Failure.TIMED_OUT, Failure.DIED):
                 self._replace(slot)
@@ -269,8 +269,8 @@ class GraderPool:
             return
         self._num_failures[verdict.grader, verdict.failure] += 1
         count = self._num_failures[verdict.grader, verdict.failure]
-        self.first_failure = self.first_failure or f"grader {self._names[verdict.grader]}: {verdict.text}"
+        self.first_failure = self.first_failure or f"grader {self.names[verdict.grader]}: {verdict.text}"
         if count <= NUM_LOGGED:
             last = " (further ones are counted, not logged)" if count == NUM_LOGGED else ""
-            grader, name, prompt = self._names[verdict.grader], verdict.failure.name, group[0].prompt[:200]
+            grader, name, prompt = self.names[verdict.grader], verdict.failure.name, group[0].prompt[:200]
             log.warning("grader %s: %s: %r; prompt %r%s", grader, name, verdict.text, prompt, last)

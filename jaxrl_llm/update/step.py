@@ -8,8 +8,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxrl_llm.model import lora
-from jaxrl_llm.model.config import ModelConfig, Whole
-from jaxrl_llm.model.distribution import TokenScores, score_tokens
+from jaxrl_llm.model.distribution import Scoring, TokenScores, score_tokens
 from jaxrl_llm.model.loss import Loss, Terms
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import Batch, PyTree, TrainState
@@ -17,34 +16,36 @@ from jaxrl_llm.update.optimizer.state import state_shardings, zero_gradients
 
 Metrics = dict[str, Float[Array, ""]]
 Update = Callable[..., tuple[TrainState, Metrics]]
-WHOLE_ROWS = Whole()
 
 
 def make_update(
     specs: PyTree,
     loss: Loss,
     optimizer: optax.GradientTransformation,
-    *,
-    micro_batches: int,
-    num_tokens: int,
-    cfg: ModelConfig,
-    layout: Layout,
-    ends: tuple[int, ...] = (),
-    how: Whole = WHOLE_ROWS,
+    scoring: Scoring,
+    micro_batches: int = 1,
 ) -> Update:
-    """The program `update(state, batch, reference) -> (state, metrics)`. `ends`, `how`: as in `score_tokens`; `reference`: the
-    parameters of a policy whose whole distribution the loss reads, else None; of one with adapters these are enough.
+    """The program `update(state, batch, reference) -> (state, metrics)`; `reference`: the parameters of a policy whose whole
+    distribution the loss reads, else None; of one with adapters these are enough.
 
     Every term is weighted by `batch.weight`, made of counts over the whole minibatch, so the gradient does not depend on the
     number of micro-batches nor on the mesh. Micro-batches without a token to learn from are skipped if they stand last.
     A non-finite loss or gradient (`nonfinite` 1), or a minibatch without any token, leaves parameters and optimizer bit for bit
     as they were. `zero_gradient/<path>` is 1 where a parameter's gradient is exactly 0 everywhere.
+
+    Args:
+        specs: of the state's parameters.
+        loss: what is minimized.
+        optimizer: of gradients to changes, over the parameters that are trained.
+        scoring: how the tokens of a batch are scored.
+        micro_batches: parts of a minibatch whose gradients are added up.
     """
+    layout = scoring.layout
 
     def objective(
         params: PyTree, part: Batch, share: Array, reference: PyTree | None
     ) -> tuple[Array, tuple[Metrics, Metrics]]:
-        scores = score_tokens(params, part, cfg, num_tokens, layout, ends, how, reference)
+        scores = score_tokens(params, part, scoring, reference)
         return _summed(loss.terms(scores, part), part, share)
 
     def update(state: TrainState, batch: Batch, reference: PyTree | None = None) -> tuple[TrainState, Metrics]:
@@ -139,22 +140,15 @@ def _in_parts(tree: PyTree, parts: int, layout: Layout) -> PyTree:
     return jax.tree.map(split, tree)
 
 
-def make_score(
-    num_tokens: int,
-    cfg: ModelConfig,
-    layout: Layout,
-    ends: tuple[int, ...] = (),
-    how: Whole = WHOLE_ROWS,
-    parts: int = 1,
-) -> Callable[[PyTree, Batch], TokenScores]:
+def make_score(scoring: Scoring, parts: int = 1) -> Callable[[PyTree, Batch], TokenScores]:
     """The program `score(params, batch) -> TokenScores`, `parts` of the rows in turn: for the reference and the proximal policy,
     the critic and exact evaluation."""
 
     def score(params: PyTree, batch: Batch) -> TokenScores:
-        one = lambda part: score_tokens(params, part, cfg, num_tokens, layout, ends, how)  # noqa: E731
+        one = lambda part: score_tokens(params, part, scoring)  # noqa: E731
         if parts == 1:
             return one(batch)
-        scores = jax.lax.map(one, _in_parts(batch, parts, layout))
+        scores = jax.lax.map(one, _in_parts(batch, parts, scoring.layout))
         return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), scores)
 
-    return jax.jit(score, out_shardings=layout.sharding(("rows", None)))
+    return jax.jit(score, out_shardings=scoring.layout.sharding(("rows", None)))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from setups import TINY, layouts
 
-from jaxrl_llm.model.distribution import entropy, process_logits, score_tokens, support_logprobs
+from jaxrl_llm.model.distribution import Scoring, entropy, process_logits, score_tokens, support_logprobs
 from jaxrl_llm.types import Batch
 
 LOGITS = jnp.array([[1.0, 3.0, 3.0, 0.0, 9.0], [0.0, np.log(2.0), -1e4, 0.0, 9.0]], jnp.float32)
@@ -94,4 +94,4 @@ def test_bars_without_the_end_tokens_are_refused():
     ones = np.ones((1, 2), np.int32)
     batch = Batch(*[ones] * 6, ones > 0, *[ones.astype(np.float32)] * 4, barred=ones > 0)
     with pytest.raises(ValueError, match="ends: got none"):
-        score_tokens({}, batch, TINY, 16, layouts()[0])
+        score_tokens({}, batch, Scoring(TINY, layouts()[0], 16))

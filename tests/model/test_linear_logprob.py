@@ -10,7 +10,7 @@ import pytest
 from setups import MESHES, TINY, layouts
 
 from jaxrl_llm.model import distribution, head
-from jaxrl_llm.model.distribution import entropy, process_logits, score_tokens, support_logprobs
+from jaxrl_llm.model.distribution import Scoring, entropy, process_logits, score_tokens, support_logprobs
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import Batch
 
@@ -125,7 +125,7 @@ def one(case: str, sizes: tuple[int, ...]):
     cfg, train, batch = replace(CFG, logit_softcap=cap), layouts(sizes)[0], make_batch(num_tokens, **changes)
 
     def tiled(params, reference):
-        return score_tokens(params, batch, cfg, num_tokens, train, ENDS, reference=reference)
+        return score_tokens(params, batch, Scoring(cfg, train, num_tokens, ENDS), reference=reference)
 
     program = jax.jit(gradients(tiled, batch))
     return hosts.gather(program(make_params(0), make_params(1)))
@@ -173,7 +173,7 @@ def test_no_gradient_flows_at_temperature_0():
     )
 
     def loss(params, batch):
-        of = score_tokens(params, batch, CFG, V, layouts()[0])
+        of = score_tokens(params, batch, Scoring(CFG, layouts()[0], V))
         return jnp.sum(of.logprobs + of.entropy), of
 
     program = jax.jit(jax.grad(loss, has_aux=True))

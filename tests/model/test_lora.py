@@ -13,7 +13,7 @@ from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import LoraConfig
 from jaxrl_llm.model.critic import critic_specs
-from jaxrl_llm.model.distribution import score_tokens
+from jaxrl_llm.model.distribution import Scoring, score_tokens
 from jaxrl_llm.model.linear import contract
 from jaxrl_llm.model.lora import Adapted, Pair
 from jaxrl_llm.objective.losses import CROSS_ENTROPY
@@ -112,7 +112,7 @@ def base(name):
 
 
 def loss_of(params, data, layout):
-    return -jnp.sum(data.weight * score_tokens(params, data, SMALL, 16, layout).logprobs)
+    return -jnp.sum(data.weight * score_tokens(params, data, Scoring(SMALL, layout, 16)).logprobs)
 
 
 @cache
@@ -170,9 +170,7 @@ def test_only_adapters_change_and_have_an_optimizer():
     wanted = state_shardings(ADAPTED, make_optimizer(optimizer), train)
     for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
         assert got.sharding.is_equivalent_to(want, got.ndim)
-    update = make_update(
-        ADAPTED, CROSS_ENTROPY, make_optimizer(optimizer), micro_batches=1, num_tokens=16, cfg=SMALL, layout=train
-    )
+    update = make_update(ADAPTED, CROSS_ENTROPY, make_optimizer(optimizer), Scoring(SMALL, train, 16))
     new, metrics = update(state, hosts.put(batch(), train.sharding(("rows", None))))
     assert isinstance(new, TrainState) and metrics["nonfinite"] == 0
     (old_trained, old_frozen), (new_trained, new_frozen) = lora.split(before), lora.split(new.params)

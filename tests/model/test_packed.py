@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from setups import FAMILIES, SMALL, VOCAB, Sequences, layouts, make_params
 
-from jaxrl_llm.model.distribution import score_tokens
+from jaxrl_llm.model.distribution import Scoring, score_tokens
 from jaxrl_llm.update.batch import make_batch, to_rows
 from jaxrl_llm.update.packing import Shape
 
@@ -44,7 +44,7 @@ def program(name: str):
     cfg, (train, _) = CFGS[name], layouts()
 
     def loss(params, batch):
-        scored = score_tokens(params, batch, cfg, VOCAB.size, train)
+        scored = score_tokens(params, batch, Scoring(cfg, train, VOCAB.size))
         terms = scored.logprobs * batch.advantage + 0.3 * scored.entropy
         return jnp.sum(jnp.where(batch.loss_mask, terms, 0.0) * batch.weight), scored
 

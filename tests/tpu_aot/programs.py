@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.distribution import Scoring
 from jaxrl_llm.model.experts import mixture
 from jaxrl_llm.model.params import ParamSpec
 from jaxrl_llm.objective.config import ObjectiveConfig
@@ -169,13 +170,7 @@ def lower_update(cfg: ModelConfig, train: Layout) -> jax.stages.Lowered:
         **dict.fromkeys(("weight", "behavior_logprobs", "advantage", "temperature"), of(jnp.float32)),
     )
     update = make_update(
-        specs,
-        make_loss(ObjectiveConfig()),
-        optimizer,
-        micro_batches=PARTS,
-        num_tokens=cfg.vocab_size,
-        cfg=cfg,
-        layout=train,
+        specs, make_loss(ObjectiveConfig()), optimizer, Scoring(cfg, train, cfg.vocab_size), micro_batches=PARTS
     )
     return update.lower(state, batch)
 

@@ -26,7 +26,7 @@ def dense(params, batch, layout):
 
 
 def tiled(params, batch, layout):
-    return distribution.score_tokens(params, batch, CFG, V, layout)
+    return distribution.score_tokens(params, batch, distribution.Scoring(CFG, layout, V))
 
 
 def gradient(scores, topology, sizes: tuple[int, ...]) -> Program:

@@ -19,6 +19,7 @@ from setups import SMALL, VOCAB, Sequences, layouts, make_params
 
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.critic import critic_specs
+from jaxrl_llm.model.distribution import Scoring
 from jaxrl_llm.model.loss import Loss, Terms
 from jaxrl_llm.objective import losses
 from jaxrl_llm.objective.config import ObjectiveConfig
@@ -239,10 +240,8 @@ def program(rows: Rows):
         SPECS,
         Loss(partial(one_of, of=rows.names)),
         make_optimizer(READ_OFF),
+        Scoring(CFG, train, VOCAB.size),
         micro_batches=rows.parts,
-        num_tokens=VOCAB.size,
-        cfg=CFG,
-        layout=train,
     )
     where = state_shardings(SPECS, make_optimizer(READ_OFF), train)
     other = hosts.put(reference(), where.params) if rows.holds_all else None

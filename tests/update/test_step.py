@@ -21,7 +21,7 @@ from setups import (
 )
 
 from jaxrl_llm.model import params as model_params
-from jaxrl_llm.model.distribution import score_tokens
+from jaxrl_llm.model.distribution import Scoring, score_tokens
 from jaxrl_llm.model.loss import Terms
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.loss_config import KlConfig, PolicyGradient, Reinforce, TruncatedImportance
@@ -66,7 +66,7 @@ def begin(train) -> TrainState:
 
 @cache
 def scorer(train):
-    return jax.jit(lambda p, b: score_tokens(p, b, SMALL, 16, train).logprobs)
+    return jax.jit(lambda p, b: score_tokens(p, b, Scoring(SMALL, train, 16)).logprobs)
 
 
 @cache
@@ -75,10 +75,8 @@ def updater(train, loss=CLIPPED, micro_batches=1, optimizer=LR, correction=UNCOR
         SPECS,
         make_loss(ObjectiveConfig(loss=loss), correction),
         make_optimizer(optimizer),
+        Scoring(SMALL, train, 16),
         micro_batches=micro_batches,
-        num_tokens=16,
-        cfg=SMALL,
-        layout=train,
     )
 
 
@@ -295,7 +293,7 @@ def test_a_loss_of_ones_own_steps_as_the_built_in_one_does():
 
     train, _ = layouts()
     loss = as_loss(mine, columns=("reference_logprobs",))
-    update = make_update(SPECS, loss, make_optimizer(LR), micro_batches=2, num_tokens=16, cfg=SMALL, layout=train)
+    update = make_update(SPECS, loss, make_optimizer(LR), Scoring(SMALL, train, 16), micro_batches=2)
     state, metrics = update(begin(train), hosts.put(batch(), train.sharding(("rows", None))))
     want, (said,) = run_updates(1, batch(), loss=PolicyGradient(surrogate=Reinforce()), micro_batches=2)
     for a, b in zip(jax.tree.leaves(jax.device_get(state)), jax.tree.leaves(want), strict=True):
@@ -310,7 +308,7 @@ def test_bfloat16_trains_float32_masters():
     cfg = dataclasses.replace(SMALL, compute="bfloat16")
     train, _ = layouts()
     loss, optimizer = make_loss(ObjectiveConfig()), make_optimizer(LR)
-    update = make_update(SPECS, loss, optimizer, micro_batches=1, num_tokens=16, cfg=cfg, layout=train)
+    update = make_update(SPECS, loss, optimizer, Scoring(cfg, train, 16))
     state, metrics = update(begin(train), hosts.put(batch(), train.sharding(("rows", None))))
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     assert np.isfinite(metrics["grad_norm"]) and metrics["mismatch/max_abs_dlogp"] < 0.3

@@ -1,20 +1,21 @@
 """A step's rollouts for people: numbers under the names that users of TRL know, and responses as text."""
 
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 
-from jaxrl_llm.config import RunConfig
 from jaxrl_llm.experience.replay import kept_groups
-from jaxrl_llm.rates import Rates
+from jaxrl_llm.prompts.task import Task
 from jaxrl_llm.rewards.pool import Failure, part_metrics
+from jaxrl_llm.roles.updates import as_floats
 from jaxrl_llm.rollout.engine import Stats
-from jaxrl_llm.run import Run
 from jaxrl_llm.types import Finish, Groups
 
 
-def describe(cfg: RunConfig, groups: Groups) -> dict[str, float]:
-    """The step's fresh groups, filtered, in numbers, under the names that users of TRL know; what there is nothing of is absent."""
+def describe(groups: Groups, graders: Sequence[str]) -> dict[str, float]:
+    """A step's fresh groups, filtered, in numbers, under the names that users of TRL know; what there is nothing of is absent.
+    `graders`: their names."""
     rollouts, num = groups.rollouts, len(groups.failure)
     reward = groups.reward.reshape(num, -1)[groups.failure == Failure.NONE].astype(np.float64)
     length = rollouts.length
@@ -33,16 +34,16 @@ def describe(cfg: RunConfig, groups: Groups) -> dict[str, float]:
     }
     if reward.size:
         metrics["reward"] = reward.mean()
-    if reward.size and cfg.rollout.samples > 1:
+    if reward.size and reward.shape[1] > 1:
         # About the first of each group: equal rewards have a deviation of exactly 0.
         metrics["reward_std"] = (reward - reward[:, :1]).std(axis=1, ddof=1).mean()
         metrics["frac_reward_zero_std"] = np.mean(reward.max(axis=1) == reward.min(axis=1))
     parts = np.moveaxis(groups.components.reshape(num, -1, groups.components.shape[1]), -1, 0)
-    metrics |= part_metrics(parts, groups.failure, groups.failed_by, [grader.label for grader in cfg.reward.graders])
+    metrics |= part_metrics(parts, groups.failure, groups.failed_by, graders)
     return as_floats(metrics)
 
 
-def describe_engine(stats: Stats, rates: Rates) -> dict[str, float]:
+def describe_engine(stats: Stats, bytes_per_s: float, flops_per_s: float) -> dict[str, float]:
     """How the engine got through the work: rows alive a step, the share of rows' steps that ended ones wasted, and the least
     time that the steps take at the machine's measured rates, of the time they took."""
     return {
@@ -51,28 +52,29 @@ def describe_engine(stats: Stats, rates: Rates) -> dict[str, float]:
         "rollout/live_rows": stats.tokens / max(stats.steps, 1),
         "rollout/waste": 1 - stats.tokens / max(stats.row_steps, 1),
         "sampling/support_overflow": stats.overflow / max(stats.tokens, 1),
-        "rollout/ceiling_fraction": stats.least_seconds(*rates) / stats.seconds,
+        "rollout/ceiling_fraction": stats.least_seconds(bytes_per_s, flops_per_s) / stats.seconds,
     }
 
 
-def as_floats(metrics: dict) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items()}
+def responses(task: Task, groups: Groups, advantage: np.ndarray, num_groups: int) -> list[dict]:
+    """The rows of the first groups as a person would read them.
 
-
-def responses(run: Run, groups: Groups, advantage: np.ndarray, num_rows: int) -> list[dict]:
-    """The first rows as a person would read them. `advantage` [B C]: its mean over a row's tokens is shown."""
+    Args:
+        advantage: `[B C]`; its mean over a row's tokens is shown.
+    """
     rollouts, found = groups.rollouts, []
-    for b in range(min(num_rows, len(rollouts.length))):
-        p, n = b // run.cfg.rollout.samples, int(rollouts.length[b])
+    samples = len(rollouts.length) // len(groups.failure)
+    for b in range(min(num_groups, len(groups.failure)) * samples):
+        p, n = b // samples, int(rollouts.length[b])
         ids = rollouts.tokens[b, :n].tolist()
         found.append(
             {
                 "uid": int(rollouts.prompts.uid[p]),
-                "sample": b % run.cfg.rollout.samples,
-                "prompt": run.task.decode(rollouts.prompts.tokens[p : p + 1], rollouts.prompts.length[p : p + 1])[0],
-                "completion": run.task.decode(rollouts.tokens[b : b + 1], rollouts.length[b : b + 1])[0],
+                "sample": b % samples,
+                "prompt": task.decode(rollouts.prompts.tokens[p : p + 1], rollouts.prompts.length[p : p + 1])[0],
+                "completion": task.decode(rollouts.tokens[b : b + 1], rollouts.length[b : b + 1])[0],
                 "ids": ids,
-                "tokens": [run.task.tokenizer.token(i) for i in ids],
+                "tokens": [task.tokenizer.token(i) for i in ids],
                 "logprobs": rollouts.behavior_logprobs[b, :n],
                 "entropy": rollouts.entropy[b, :n],
                 **({} if rollouts.raw_logprobs is None else {"raw_logprobs": rollouts.raw_logprobs[b, :n]}),

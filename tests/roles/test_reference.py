@@ -6,7 +6,7 @@ import pytest
 from setups import SMALL, layouts, make_params
 
 from jaxrl_llm.objective.config import ReferenceConfig
-from jaxrl_llm.reference import refresh
+from jaxrl_llm.roles.reference import refresh
 
 
 def trees(sizes=(1, 4, 2)):

@@ -1,0 +1,195 @@
+"""A run before any array of it exists: the values that its roles are built from, and that `plan` compiles."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import jax
+import optax
+
+from jaxrl_llm import config as run_config
+from jaxrl_llm.config import RunConfig
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.model import forms, lora, quantised
+from jaxrl_llm.model import params as model_params
+from jaxrl_llm.model.config import ModelConfig, Whole
+from jaxrl_llm.model.critic import NAMES as CRITIC
+from jaxrl_llm.model.critic import critic_specs
+from jaxrl_llm.model.distribution import Scoring
+from jaxrl_llm.model.loss import Loss
+from jaxrl_llm.objective.loss_config import Correction, correction_of
+from jaxrl_llm.objective.losses import make_loss
+from jaxrl_llm.parallel.config import resolve
+from jaxrl_llm.parallel.layout import TRAIN, Layout
+from jaxrl_llm.parallel.mesh import make_mesh
+from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.harvest import Spell
+from jaxrl_llm.rollout.sample import Vocabulary
+from jaxrl_llm.sources import Sources, packing_problems
+from jaxrl_llm.types import PyTree
+from jaxrl_llm.update.config import OptimizerConfig
+from jaxrl_llm.update.optimizer.config import GroupConfig
+from jaxrl_llm.update.optimizer.transform import make_optimizer
+from jaxrl_llm.update.packing import Shape, shape_of
+
+
+class Shapes(NamedTuple):
+    """Of the batches of a run."""
+
+    update: Shape
+    """A minibatch."""
+    experience: Shape
+    """All groups of a step, for scores before the first update."""
+    supervised: Shape
+    held_out: Shape
+    """`rollout.prompts` rows with the right responses."""
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    cfg: RunConfig
+    model: ModelConfig
+    """The config's, or the pretrained one's own numbers."""
+    vocab: Vocabulary
+    prompt_slots: int
+    train: Layout
+    decode: Layout
+
+    @cached_property
+    def specs(self) -> PyTree:
+        """Parameters of the policy, which is what supervised training trains."""
+        return model_params.specs(self.model)
+
+    @cached_property
+    def learner_specs(self) -> PyTree:
+        """Parameters of the state of RL: the policy with its adapters, and a critic where there is one."""
+        critic = critic_specs(self.model, self.cfg.objective.critic.kind) if self.cfg.objective.has_critic else {}
+        return lora.adapted_specs(self.specs, self.model, self.cfg.lora) | critic
+
+    @property
+    def reference_specs(self) -> PyTree | None:
+        """Parameters of the reference: what RL changes of the policy, or a whole model's; None where nothing reads one."""
+        if not self.cfg.objective.has_reference:
+            return None
+        return self.specs if self.cfg.objective.reference.kind == "pretrained" else self.changed(self.learner_specs)
+
+    def changed(self, params: PyTree) -> PyTree:
+        """What RL changes of the policy, for arrays and specs alike: all of it, or its adapters."""
+        return lora.split(model_params.policy_part(params, self.model))[0]
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """Of RL."""
+        return make_optimizer(optimizer_of(self.cfg))
+
+    @cached_property
+    def loss(self) -> Loss:
+        return loss_of(self.cfg)
+
+    @property
+    def scoring(self) -> Scoring:
+        how = Whole(self.cfg.update.attention, self.cfg.update.remat)
+        return Scoring(self.model, self.train, self.vocab.size, self.vocab.eos, how)
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        return shapes_of(self.cfg, self.prompt_slots, self.train.size("rows"))
+
+    def make_engine(self, spell: Spell | None = None) -> Engine:
+        """`spell`: turns token ids into text, for stop texts alone."""
+        return Engine(self.cfg.rollout, self.prompt_slots, self.vocab, self.model, self.decode, spell)
+
+
+def make_blueprint(
+    cfg: RunConfig,
+    model: ModelConfig,
+    vocab: Vocabulary,
+    prompt_slots: int,
+    devices: Sequence[jax.Device] | None = None,
+) -> Blueprint:
+    """The blueprint of a config on these devices, all of JAX's by default. `model`: its numbers, also where it is pretrained."""
+    devices = jax.devices() if devices is None else list(devices)
+    train = Layout(make_mesh(resolve(cfg.mesh, len(devices))[0], devices), TRAIN)
+    return Blueprint(cfg, model, vocab, prompt_slots, train, train.for_decode(cfg.rollout.engine.layout))
+
+
+def blueprint_of(cfg: RunConfig, given: Sources) -> Blueprint:
+    """The blueprint of a config and what was read of it. Raises UserError with everything that does not fit, before anything
+    compiles."""
+    if found := problems(given):
+        raise UserError("\n".join(found))
+    task = given.task
+    return make_blueprint(cfg, given.cfg.model, Vocabulary(task.num_tokens, task.pad, task.eos), task.prompt_slots)
+
+
+def correction_for(cfg: RunConfig) -> Correction:
+    """Of the sampler's arithmetic, `auto` resolved."""
+    return correction_of(cfg.objective.loss, cfg.rollout.engine.weights, cfg.rollout.engine.cache)
+
+
+def loss_of(cfg: RunConfig) -> Loss:
+    """Of RL."""
+    return make_loss(cfg.objective, correction_for(cfg), cfg.rollout.max_new_tokens, cfg.update.updates)
+
+
+def uses_of(cfg: RunConfig) -> tuple[str, ...]:
+    """What of the optional columns of `COLUMNS` a run uses."""
+    rollout, objective = cfg.rollout, cfg.objective
+    uses = {
+        "truncation": rollout.truncates,
+        "raw_logprobs": rollout.raw_logprobs,
+        "min_new_tokens": rollout.min_new_tokens > 0,
+        "reference": objective.reads_reference_logprobs,
+        "proximal": "proximal_logprobs" in loss_of(cfg).columns,
+        "critic": objective.has_critic,
+    }
+    return tuple(name for name, used in uses.items() if used)
+
+
+def optimizer_of(cfg: RunConfig) -> OptimizerConfig:
+    """With a group for the critic, whose gradient then has a norm of its own as well."""
+    optimizer = cfg.update.optimizer
+    if not cfg.objective.has_critic:
+        return optimizer
+    critic = GroupConfig(match=f"({'|'.join(CRITIC)})/", lr_scale=cfg.objective.critic.lr_scale)
+    return dataclasses.replace(optimizer, groups=(critic, *optimizer.groups))
+
+
+def shapes_of(cfg: RunConfig, prompt_slots: int, shards: int) -> Shapes:
+    prompts, samples, packing, update = cfg.rollout.prompts, cfg.rollout.samples, cfg.update.packing, cfg.update
+    sizes = prompt_slots, cfg.rollout.max_new_tokens
+
+    def of_rollouts(prompts: int, parts: int) -> Shape:
+        return shape_of(packing.kind, prompts, samples, sizes, packing.slots, parts, shards)
+
+    def supervised(rows: int) -> Shape:
+        return shape_of("none", rows, 1, sizes, 0, 1, shards)
+
+    return Shapes(
+        of_rollouts(prompts // update.minibatches, update.micro_batches),
+        of_rollouts(prompts, update.micro_batches * update.minibatches),
+        supervised(cfg.warm_start.rows),
+        supervised(prompts),
+    )
+
+
+def problems(given: Sources) -> list[str]:
+    """What does not fit between sources, config and the devices that JAX sees, in words."""
+    cfg, found = given.cfg, [*given.problems, *run_config.problems(given.cfg, jax.device_count())]
+    if isinstance(cfg.model, ModelConfig):
+        found += lora.problems(cfg.model, cfg.lora)
+        found += device_problems(cfg, cfg.model, given.task and given.task.prompt_slots, jax.devices())
+    return found
+
+
+def device_problems(
+    cfg: RunConfig, model: ModelConfig, prompt_slots: int | None, devices: Sequence[jax.Device]
+) -> list[str]:
+    """What such devices cannot do, in words; `prompt_slots` None: not known."""
+    found = quantised.problems(model, cfg.rollout.engine.weights, devices[0])
+    slots: set[int] = set()
+    if prompt_slots is not None and not packing_problems(cfg, prompt_slots):
+        slots = {shape.slots for shape in shapes_of(cfg, prompt_slots, 1)}
+    return found + forms.problems(cfg.update.attention, slots or {forms.LANES}, devices[0].platform, model)

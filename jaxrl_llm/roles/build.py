@@ -1,0 +1,157 @@
+"""Roles from a blueprint, each by itself: who samples needs no optimizer, who learns no engine."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array, Key
+
+from jaxrl_llm.config import RunConfig
+from jaxrl_llm.experience.curriculum import in_order
+from jaxrl_llm.experience.filters import Filter, make_filter
+from jaxrl_llm.experience.replay import make_replay
+from jaxrl_llm.model.work import TrainFlops, adapters_of, seen, train_flops
+from jaxrl_llm.objective.credit import make_advantage
+from jaxrl_llm.objective.loss_config import anchored_on_proximal
+from jaxrl_llm.objective.losses import CROSS_ENTROPY
+from jaxrl_llm.objective.rules import filter_of
+from jaxrl_llm.prompts.stream import make_order
+from jaxrl_llm.prompts.task import Task
+from jaxrl_llm.publish import make_blank, make_publish
+from jaxrl_llm.roles.blueprint import Blueprint, correction_for
+from jaxrl_llm.roles.collect import Collected
+from jaxrl_llm.roles.evaluator import Evaluator
+from jaxrl_llm.roles.learner import Learner, score_groups
+from jaxrl_llm.roles.reference import refresh
+from jaxrl_llm.roles.sampler import Sampler
+from jaxrl_llm.roles.scorer import Scorer
+from jaxrl_llm.roles.state import RunState
+from jaxrl_llm.roles.supervised import Supervised, right_responses
+from jaxrl_llm.roles.updates import Updates
+from jaxrl_llm.types import Batch, Policy, PyTree, TrainState
+from jaxrl_llm.update.optimizer.transform import make_optimizer
+from jaxrl_llm.update.packing import Shape
+from jaxrl_llm.update.step import make_score, make_update
+
+
+class Keys(NamedTuple):
+    train: Key[Array, ""]
+    """Of parameters, and of sampling in training."""
+    evaluation: Key[Array, ""]
+
+
+def make_keys(cfg: RunConfig) -> Keys:
+    return Keys(*jax.random.split(jax.random.key(cfg.seed)))
+
+
+def make_sampler(cfg: RunConfig, task: Task, collect: Callable[..., Collected], key: Key[Array, ""]) -> Sampler:
+    """The source of groups.
+
+    Args:
+        cfg: of the run.
+        task: its `train` rows are sampled.
+        collect: as `Collector`.
+        key: of the noise of all tokens.
+    """
+    curriculum = in_order(make_order(len(task.train), cfg.seed))
+    return Sampler(task, curriculum, collect, key, cfg.rollout.prompts, cfg.seed)
+
+
+def make_learner(blueprint: Blueprint, score: Scorer) -> Learner:
+    """The learner; `score`: of a step's groups."""
+    cfg, loss, objective = blueprint.cfg, blueprint.loss, blueprint.cfg.objective
+    adapters = adapters_of(blueprint.learner_specs, blueprint.model)
+
+    def flops(batch: Batch) -> TrainFlops:
+        return train_flops(blueprint.model, *seen(blueprint.model, batch), adapters)
+
+    def refreshed(state: RunState, train: TrainState) -> PyTree | None:
+        done = int(state.step) + 1 - cfg.warm_start.steps
+        return refresh(objective.reference, state.reference, blueprint.changed(train.params), done)
+
+    update = make_update(
+        blueprint.learner_specs, loss, blueprint.optimizer, blueprint.scoring, micro_batches=cfg.update.micro_batches
+    )
+    return Learner(
+        filter=filter_for(cfg),
+        replay=make_replay(cfg.experience.replay),
+        score=partial(score_groups, objective, loss, score),
+        advantage=make_advantage(objective, [grader.weight for grader in cfg.reward.graders]),
+        update=Updates(
+            program=update,
+            loss=loss,
+            cfg=cfg.update,
+            shape=blueprint.shapes.update,
+            pad=blueprint.vocab.pad,
+            rows=blueprint.train.sharding(("rows", None)),
+            anchored_on_proximal=anchored_on_proximal(objective.loss, correction_for(cfg)),
+            reads_distribution=objective.reads_reference_distribution,
+            reward_kl=objective.reward_kl,
+            flops=flops,
+        ),
+        refresh=refreshed,
+        publish=make_publisher(blueprint),
+    )
+
+
+def make_publisher(blueprint: Blueprint) -> Callable[[TrainState, Policy | None], Policy]:
+    """The function from a TrainState to the policy that its parameters make; an old policy lends its buffers."""
+    weights = blueprint.cfg.rollout.engine.weights
+    publish = make_publish(blueprint.model, blueprint.train, blueprint.decode, weights)
+    blank = make_blank(blueprint.model, blueprint.decode, weights)
+    return lambda train, old: publish(train.params, train.step, old or blank())
+
+
+def make_evaluator(
+    blueprint: Blueprint, task: Task, collect: Callable[..., Collected], score: Scorer, key: Key[Array, ""]
+) -> Evaluator:
+    """The evaluator on the task's held-out rows.
+
+    Args:
+        blueprint: of the run.
+        task: with the rows.
+        collect: as `Collector`.
+        score: of a step's groups.
+        key: of the noise of all tokens.
+    """
+    cfg = blueprint.cfg
+    return Evaluator(
+        task=task,
+        collect=collect,
+        key=key,
+        at_once=cfg.rollout.prompts,
+        threshold=cfg.evaluation.threshold,
+        right=partial(right_responses, task, cfg.rollout.max_new_tokens, cfg.rollout.temperature),
+        score_right=make_scorer(blueprint, blueprint.shapes.held_out),
+        score=score if cfg.experience.replay.capacity else None,
+    )
+
+
+def make_supervised(blueprint: Blueprint, task: Task) -> Supervised:
+    cfg, shape = blueprint.cfg, blueprint.shapes.supervised
+    optimizer = make_optimizer(cfg.warm_start.optimizer)
+    return Supervised(
+        cfg=cfg.warm_start,
+        task=task,
+        # Another order than that of RL.
+        order=make_order(len(task.train), cfg.seed + 1),
+        seed=cfg.seed,
+        right=partial(right_responses, task, cfg.rollout.max_new_tokens, cfg.rollout.temperature),
+        update=make_update(blueprint.specs, CROSS_ENTROPY, optimizer, blueprint.scoring),
+        shape=shape,
+        rows=blueprint.train.sharding(("rows", None)),
+    )
+
+
+def make_scorer(blueprint: Blueprint, shape: Shape) -> Scorer:
+    """Of groups that fill batches of this shape."""
+    rows = blueprint.train.sharding(("rows", None))
+    return Scorer(make_score(blueprint.scoring, shape.parts), shape, blueprint.vocab.pad, rows)
+
+
+def filter_for(cfg: RunConfig) -> Filter:
+    """`experience.filter`, `auto` resolved."""
+    graders = [grader.label for grader in cfg.reward.graders]
+    name = filter_of(cfg.experience.filter, cfg.objective, len(graders))
+    return make_filter(name, graders, cfg.evaluation.threshold)

@@ -1,0 +1,28 @@
+"""Scores of whole groups, on the host, through the program that scores batches."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import Sharding
+
+from jaxrl_llm.model.distribution import TokenScores
+from jaxrl_llm.parallel import hosts
+from jaxrl_llm.types import Batch, Groups, PyTree
+from jaxrl_llm.update.batch import make_batch, to_rows, unscored
+from jaxrl_llm.update.packing import Shape
+
+
+@dataclass(frozen=True)
+class Scorer:
+    program: Callable[[PyTree, Batch], TokenScores]
+    shape: Shape
+    pad: int
+    rows: Sharding
+    """Of a batch."""
+
+    def __call__(self, params: PyTree, groups: Groups) -> TokenScores:
+        """Scores `[B C]` of the completions' tokens under `params`, 0 where none is kept; NumPy, equal on every host."""
+        batch, where = make_batch(unscored(groups), self.shape, self.pad)
+        scores = hosts.gather(self.program(params, hosts.put(batch, self.rows)))
+        return jax.tree.map(lambda x: to_rows(x, where, groups.rollouts), scores)

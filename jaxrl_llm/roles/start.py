@@ -1,0 +1,127 @@
+"""How the states of a run start, and what they look like in a checkpoint."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.experience.replay import blank_groups
+from jaxrl_llm.guards import Guards
+from jaxrl_llm.model import lora
+from jaxrl_llm.model import params as model_params
+from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.critic import critic_start
+from jaxrl_llm.model.hf.config import read_config
+from jaxrl_llm.model.hf.load import load
+from jaxrl_llm.model.hf.source import resolve as resolve_model
+from jaxrl_llm.parallel import hosts
+from jaxrl_llm.roles.blueprint import Blueprint, uses_of
+from jaxrl_llm.roles.learner import Learner
+from jaxrl_llm.roles.state import RunState, SupervisedState
+from jaxrl_llm.types import PyTree, TrainState
+from jaxrl_llm.update.optimizer.state import abstract_state, make_start
+from jaxrl_llm.update.optimizer.transform import make_optimizer
+
+
+def start_supervised(blueprint: Blueprint, params: PyTree) -> SupervisedState:
+    """The state before the first step; `params` are donated."""
+    optimizer = make_optimizer(blueprint.cfg.warm_start.optimizer)
+    start = make_start(blueprint.specs, optimizer, blueprint.train)
+    return first_supervised(start(params, _updates(blueprint, 0)))
+
+
+def first_supervised(train: TrainState) -> SupervisedState:
+    return SupervisedState(np.array(0), train, Guards())
+
+
+def start_rl(blueprint: Blueprint, learner: Learner, source: Any, params: PyTree, key: Key[Array, ""]) -> RunState:
+    """The state before the first step of RL.
+
+    Args:
+        source: the state of the source of groups.
+        params: of the policy, which are donated; adapters that change nothing and a critic that knows nothing join them.
+        key: of the adapters' numbers.
+    """
+    cfg, model, specs = blueprint.cfg, blueprint.model, blueprint.learner_specs
+
+    def grown(params: PyTree) -> PyTree:
+        of_adapters = jax.random.fold_in(key, 2**31 - 2)
+        policy = lora.adapt(params, model_params.policy_part(specs, model), of_adapters, blueprint.train)
+        return policy | (critic_start(params, model, cfg.objective.critic.kind) if cfg.objective.has_critic else {})
+
+    start = make_start(specs, blueprint.optimizer, blueprint.train, grown)
+    train = start(params, _updates(blueprint, cfg.warm_start.steps))
+    return first_state(blueprint, learner, source, train, _start_reference(blueprint, train.params))
+
+
+def first_state(
+    blueprint: Blueprint, learner: Learner, source: Any, train: TrainState, reference: PyTree | None
+) -> RunState:
+    """The state before the first step of RL around arrays, or around what describes them.
+
+    Args:
+        source: the state of the source of groups.
+        train, reference: of the learner.
+    """
+    cfg, trained = blueprint.cfg, lora.split(blueprint.learner_specs)[0]
+    rollout, slots = cfg.rollout, (blueprint.prompt_slots, cfg.rollout.max_new_tokens)
+    support = rollout.support_of(blueprint.vocab.size)
+    blank = blank_groups(rollout.prompts, rollout.samples, slots, len(cfg.reward.graders), uses_of(cfg), support)
+    return RunState(
+        step=np.array(cfg.warm_start.steps),
+        num_tokens=np.array(0),
+        eval_before=np.array(np.nan),
+        train=train,
+        reference=reference,
+        source=source,
+        filters=learner.filter.init(),
+        replay=learner.replay.init(blank),
+        guards=Guards(zero_gradient=np.zeros(len(jax.tree.leaves(trained, is_leaf=model_params.is_spec)), np.int64)),
+    )
+
+
+def supervised_target(blueprint: Blueprint) -> SupervisedState:
+    """What a checkpoint of supervised training holds: shapes and where they go."""
+    optimizer = make_optimizer(blueprint.cfg.warm_start.optimizer)
+    return first_supervised(abstract_state(blueprint.specs, optimizer, blueprint.train))
+
+
+def rl_target(blueprint: Blueprint, learner: Learner, source: Any) -> RunState:
+    """What a checkpoint of RL holds: shapes and where they go."""
+    train = abstract_state(blueprint.learner_specs, blueprint.optimizer, blueprint.train)
+    specs = blueprint.reference_specs
+    reference = None if specs is None else model_params.abstract(specs, blueprint.train)
+    return first_state(blueprint, learner, source, train, reference)
+
+
+def start_params(blueprint: Blueprint, key: Key[Array, ""]) -> PyTree:
+    """Masters in the TRAIN layout, read from the pretrained model or drawn from `key`; f32, but for what stays frozen."""
+    cfg = blueprint.cfg
+    if isinstance(cfg.model, ModelConfig):
+        return model_params.init(blueprint.specs, jax.random.fold_in(key, 2**31 - 1), blueprint.train)
+    frozen = cfg.lora.rank and not cfg.warm_start.steps
+    dtype = jnp.dtype(blueprint.model.compute if frozen else "float32")
+    return load(resolve_model(cfg.model.path), blueprint.specs, blueprint.train, dtype)
+
+
+def _start_reference(blueprint: Blueprint, params: PyTree) -> PyTree | None:
+    """A copy of what RL changes of the policy, or another model's parameters; None where nothing reads a reference."""
+    cfg = blueprint.cfg.objective
+    if not cfg.has_reference:
+        return None
+    if cfg.reference.kind != "pretrained":
+        return jax.tree.map(jnp.copy, blueprint.changed(params))
+    directory = resolve_model(cfg.reference.path)
+    if read_config(directory, blueprint.model.compute) != blueprint.model:
+        raise UserError(
+            f"objective.reference.path: got {cfg.reference.path}, whose config.json describes another shape of model; want the "
+            "policy's own"
+        )
+    return load(directory, blueprint.specs, blueprint.train, jnp.float32)
+
+
+def _updates(blueprint: Blueprint, number: int) -> jax.Array:
+    return hosts.put(np.int32(number), blueprint.train.replicated)

@@ -1,0 +1,60 @@
+"""Supervised training: cross entropy on the task's right responses, some of them replaced by wrong ones."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from jaxrl_llm.parallel import hosts
+from jaxrl_llm.prompts.rows import Row
+from jaxrl_llm.prompts.stream import Order, make_prompts, pad_rows
+from jaxrl_llm.prompts.supervised import noisy_rows
+from jaxrl_llm.prompts.task import Task
+from jaxrl_llm.roles.state import SupervisedState
+from jaxrl_llm.roles.updates import as_floats, without_zero_gradients
+from jaxrl_llm.types import Experience
+from jaxrl_llm.update.batch import make_batch, supervised
+from jaxrl_llm.update.config import WarmStartConfig
+from jaxrl_llm.update.packing import Shape
+from jaxrl_llm.update.step import Update
+
+
+@dataclass(frozen=True)
+class Supervised:
+    cfg: WarmStartConfig
+    task: Task
+    order: Order
+    """Of the task's rows."""
+    seed: int
+    """Of the wrong responses."""
+    right: Callable[[list[Row]], Experience]
+    """As `right_responses`."""
+    update: Update
+    shape: Shape
+    rows: Sharding
+    """Of a batch."""
+
+    def __call__(self, state: SupervisedState) -> tuple[SupervisedState, dict[str, float]]:
+        """One update; the state is donated."""
+        step = int(state.step)
+        places = range(step * self.cfg.rows, (step + 1) * self.cfg.rows)
+        rows = noisy_rows(self.task, self.order, places, self.cfg.noise, self.seed)
+        batch, _ = make_batch(self.right(rows), self.shape, self.task.pad)
+        train, metrics = self.update(state.train, hosts.put(batch, self.rows))
+        metrics, _ = without_zero_gradients(as_floats(jax.device_get(metrics)))
+        return state._replace(step=np.array(step + 1), train=train), metrics
+
+
+def right_responses(task: Task, slots: int, temperature: float, rows: list[Row]) -> Experience:
+    """Prompts with their right responses, which are to be learned.
+
+    Args:
+        slots: of a completion.
+        temperature: of the distribution that gives them their probability.
+    """
+    index = np.arange(len(rows))
+    prompts = make_prompts(task, rows, index, index)
+    target, length = pad_rows([row.target for row in rows], slots, task.pad)
+    return supervised(prompts, target, length, temperature)

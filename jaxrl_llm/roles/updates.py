@@ -1,0 +1,146 @@
+"""Updates of one step of RL: epochs of minibatches over its experience."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from jaxrl_llm.guards import RatioAlarm
+from jaxrl_llm.model.loss import Loss
+from jaxrl_llm.model.work import TrainFlops
+from jaxrl_llm.objective.credit import mean_kl
+from jaxrl_llm.objective.reward_kl import RewardKl
+from jaxrl_llm.parallel import hosts
+from jaxrl_llm.roles.state import RunState
+from jaxrl_llm.types import Batch, Experience, TrainState
+from jaxrl_llm.update.batch import make_batch, minibatches
+from jaxrl_llm.update.config import UpdateConfig
+from jaxrl_llm.update.optimizer.state import ZERO_GRADIENT
+from jaxrl_llm.update.packing import Shape
+from jaxrl_llm.update.step import Update
+
+# Numbers of an update as a whole; every other is a mean over its tokens, or over its sequences, or an extreme.
+OF_UPDATES = ("loss", "grad_norm", "nonfinite")
+
+
+class Said(NamedTuple):
+    """What one update said, which had a token to learn from."""
+
+    metrics: dict[str, float]
+    tokens: int
+    """To learn from."""
+    sequences: int
+    """With such a token."""
+
+
+class Learned(NamedTuple):
+    metrics: dict[str, float]
+    """Of the updates that had a token to learn from; a number of tokens is absent where none had one."""
+    alarm: int
+    """Stale updates in a row whose ratios were all exactly 1."""
+    zero_gradient: dict[str, bool]
+    """Of each parameter: its gradient was exactly 0 in every update that counts, one that was finite and had a token to learn
+    from. Empty where none was."""
+    flops: TrainFlops
+    """Of the updates that had a token to learn from."""
+    seconds: float
+    """That these took, batches on their way and metrics back."""
+
+
+@dataclass(frozen=True)
+class Updates:
+    program: Update
+    loss: Loss
+    cfg: UpdateConfig
+    shape: Shape
+    """Of a minibatch."""
+    pad: int
+    rows: Sharding
+    """Of a batch."""
+    anchored_on_proximal: bool
+    """The ratio is to the trainer of before these updates: the first has ratio 1 on old data too."""
+    reads_distribution: bool
+    """The loss reads the reference's whole distribution, so the update runs it too."""
+    reward_kl: RewardKl
+    flops: Callable[[Batch], TrainFlops]
+    """Of an update on a batch."""
+
+    def __call__(self, state: RunState, experience: Experience, rng: np.random.Generator) -> tuple[TrainState, Learned]:
+        """Epochs x minibatches of updates on the rows that are kept; `state.train` is donated.
+
+        Every update compares with the log-probs captured while sampling, or scored before the first, the last as well as the first.
+        An update is stale, to the alarm, from the second on, or when the data is old: some token was drawn by an earlier policy.
+        One without a token to learn from changes nothing, and says nothing.
+        """
+        train, alarm, rings = state.train, RatioAlarm(int(state.guards.alarm)), False
+        each: list[Said] = []
+        zero, flops, seconds = [], [], 0.0
+        old = is_old(experience, int(train.step))
+        reference = state.reference if self.reads_distribution else None
+        for _ in range(self.cfg.epochs):
+            for part in minibatches(experience, self.cfg.minibatches, rng):
+                batch = self._batch(part)
+                begun = time.monotonic()
+                train, found = self.program(train, hosts.put(batch, self.rows), reference)
+                found, gradients = without_zero_gradients(as_floats(jax.device_get(found)))
+                took = time.monotonic() - begun
+                if not batch.loss_mask.any():
+                    continue
+                seconds += took
+                flops.append(self.flops(batch))
+                each.append(Said(found, int(batch.loss_mask.sum()), int(part.loss_mask.any(axis=1).sum())))
+                if found["nonfinite"] == 0:
+                    zero.append(gradients)
+                stale = len(each) > 1 or (old and not self.anchored_on_proximal)
+                alarm, ring = alarm.observe(found["ratio/min"], found["ratio/max"], stale)
+                rings |= ring
+        metrics = mean_kl(self.reward_kl, experience.groups, experience.scores) | over_updates(each, old)
+        metrics |= {"alarm/ratio": float(rings), "updates": len(each)}
+        never = {path: all(gradients[path] for gradients in zero) for path in zero[0]} if zero else {}
+        work = TrainFlops(*np.sum(flops, axis=0)) if flops else TrainFlops(0, 0, 0)
+        return train, Learned(metrics, alarm.streak, never, work, seconds)
+
+    def _batch(self, part: Experience) -> Batch:
+        loss = self.loss
+        return make_batch(part, self.shape, self.pad, loss.aggregation, loss.length, loss.own)[0]
+
+
+def over_updates(each: list[Said], old: bool) -> dict[str, float]:
+    """A step's numbers: means over all tokens, sequences or updates that they speak of, and extremes; {} without an update.
+
+    `mismatch/*` compares the sampler with the trainer at the same parameters: the first update alone does, on fresh data.
+    """
+    if not each:
+        return {}
+
+    def mean(name: str) -> float:
+        counts = [1 if name in OF_UPDATES else s.sequences if name.startswith("dpo/") else s.tokens for s in each]
+        return float(np.average([s.metrics[name] for s in each], weights=counts))
+
+    first = each[0].metrics
+    found = {name: mean(name) for name in first if not name.startswith("mismatch/")}
+    found |= {"ratio/max": max(s.metrics["ratio/max"] for s in each)}
+    found |= {"ratio/min": min(s.metrics["ratio/min"] for s in each)}
+    return found | ({} if old else {name: x for name, x in first.items() if name.startswith("mismatch/")})
+
+
+def without_zero_gradients(metrics: dict[str, float]) -> tuple[dict[str, float], dict[str, bool]]:
+    """An update's metrics to record, and which parameters had a gradient of exactly 0."""
+    zero = {name: x for name, x in metrics.items() if name.startswith(ZERO_GRADIENT)}
+    rest = {name: x for name, x in metrics.items() if name not in zero}
+    return rest, {name.removeprefix(ZERO_GRADIENT): x == 1 for name, x in zero.items()}
+
+
+def as_floats(metrics: dict) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def is_old(experience: Experience, version: int) -> bool:
+    """Some token of a row that is kept was drawn by an earlier policy."""
+    groups = experience.groups
+    learn = groups.rollouts.sampled & groups.keep[:, None]
+    return bool((groups.rollouts.version[learn] < version).any())

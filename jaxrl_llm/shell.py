@@ -1,0 +1,199 @@
+"""What a run holds open while it lives, and everything it does with it: records, checkpoints, stops."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+
+from jaxrl_llm.checkpoint import Checkpoints, Restored
+from jaxrl_llm.claim import claim
+from jaxrl_llm.config import RunConfig
+from jaxrl_llm.errors import AdvantageError, CheckpointError, GradingError, NonFiniteError, Preempted, UserError
+from jaxrl_llm.metrics import CompileCounter, Recorder, Timers
+from jaxrl_llm.prompts.task import Task
+from jaxrl_llm.rewards.pool import GraderPool
+from jaxrl_llm.roles.state import RunState, SupervisedState
+from jaxrl_llm.run_directory import RunLock, prepare_run_directory
+from jaxrl_llm.types import PyTree
+
+log = logging.getLogger("jaxrl_llm.train")
+State = RunState | SupervisedState
+
+
+class Shell(NamedTuple):
+    cfg: RunConfig
+    pool: GraderPool
+    checkpoints: Checkpoints
+    recorder: Recorder
+    timers: Timers
+    compiles: CompileCounter
+    check_lock: Callable[[], None]
+    """Raises UserError where the run directory is no longer this run's."""
+    stopping: Callable[[int], str]
+    """Of the step: the signal that asks to stop, "" where none does."""
+    about: dict[str, Any]
+    """What a checkpoint says beside the state."""
+
+
+@contextmanager
+def open_shell(cfg: RunConfig, task: Task, stopping: Callable[[int], str]) -> Iterator[Shell]:
+    """The run directory, locked, with config.yaml in it, and everything that must be closed again.
+
+    Raises UserError if the directory cannot be written, is in use, or belongs to a run that computes something else.
+    """
+    run_dir, leader = Path(cfg.run_dir).resolve(), jax.process_index() == 0
+    checkpoints, check_lock = open_checkpoints(cfg), lambda: None
+    with ExitStack() as stack:
+        try:
+            if leader:
+                prepare_run_directory(run_dir)
+                check_lock = stack.enter_context(RunLock(run_dir)).check
+                # A link to a disk that is gone would be told after hours, by the first save.
+                prepare_run_directory(checkpoints.directory)
+                claim(run_dir, cfg, checkpoints)
+            recorder = stack.enter_context(
+                Recorder(run_dir, cfg.metrics, cfg.total_steps, leader, cfg.evaluations_after)
+            )
+        except OSError as error:
+            raise UserError(
+                f"run_dir: {error.filename or run_dir} cannot be read or written: {error.strerror}"
+            ) from error
+        pool = stack.enter_context(GraderPool(cfg.reward))
+        stack.callback(_close, recorder, checkpoints)
+        about = {"task": task.fingerprint}
+        yield Shell(cfg, pool, checkpoints, recorder, Timers(), CompileCounter(), check_lock, stopping, about)
+
+
+def open_checkpoints(cfg: RunConfig) -> Checkpoints:
+    return Checkpoints(Path(cfg.run_dir).resolve() / "checkpoints", keep=cfg.checkpoint.keep)
+
+
+def restore(shell: Shell, target: Callable[[bool], PyTree], task: Task) -> State | None:
+    """The newest state in the run directory; None in a fresh one.
+
+    Args:
+        target: what a checkpoint holds, of RL or (False) of supervised training.
+        task: as it is now.
+    """
+    with shell.recorder.during("reading the newest checkpoint"):
+        restored = shell.checkpoints.restore(partial(_of, target))
+    if restored is None:
+        return None
+    shell.recorder.truncate(restored.meta["offsets"])
+    shell.recorder.message(f"going on from step {restored.step} in {shell.cfg.run_dir}")
+    if changed := task.changed(restored.meta.get("task")):
+        shell.recorder.message(changed)
+    return restored.tree
+
+
+def look(cfg: RunConfig, target: Callable[[bool], PyTree]) -> Restored | None:
+    """The newest checkpoint of a run directory that may be another process's; None if it has none."""
+    if not (Path(cfg.run_dir) / "checkpoints").is_dir():
+        return None
+    checkpoints = open_checkpoints(cfg)
+    try:
+        return checkpoints.restore(partial(_of, target), moves=False)
+    finally:
+        checkpoints.close()
+
+
+def _of(target: Callable[[bool], PyTree], meta: dict[str, Any]) -> PyTree:
+    return target(meta["phase"] == "rl")
+
+
+def conclude(shell: Shell, state: State, metrics: dict[str, Any], error: UserError | None) -> None:
+    """End a step: record it, save it where that is due, and leave where a guard or a signal asks for it."""
+    step, last = int(state.step), shell.cfg.total_steps
+    shell.check_lock()
+    shell.recorder.log(step, with_rates(metrics, shell))
+    if error:
+        end(shell, state, error)
+    stop = shell.stopping(step)
+    # While no update is finite nothing is learned, and what came before may be spoiled already.
+    if is_due(step, shell.cfg.checkpoint.every, last) and (state.guards.nonfinite == 0 or step == last):
+        save(shell, state)
+    if stop and step < last:
+        leave(shell, state, stop)
+    shell.checkpoints.poll()
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    return step > 0 and (step % every == 0 or step == last)
+
+
+def with_rates(metrics: dict[str, Any], shell: Shell) -> dict[str, Any]:
+    """The step's metrics with its times, its compilations and the sampler's tokens per second."""
+    times = shell.timers.take()
+    if "completions/tokens" in metrics:
+        metrics = metrics | {"tokens_per_s": metrics["completions/tokens"] / times["time/generate"]}
+    return metrics | times | shell.compiles.take()
+
+
+def save(shell: Shell, state: State) -> None:
+    """Start to save. A state whose updates are not finite pushes no older step out; one that is not finite itself ends the run."""
+    step = int(state.step)
+    try:
+        phase = "rl" if isinstance(state, RunState) else "supervised"
+        meta = {"offsets": shell.recorder.offsets(), "phase": phase, **shell.about}
+        with shell.recorder.during(f"saving step {step}"):
+            shell.checkpoints.save(step, state, meta, prune=bool(state.guards.nonfinite == 0))
+    except OSError as error:
+        shell.checkpoints.give_up(step, error)
+    except NonFiniteError as error:
+        end(shell, state, error)
+
+
+def secure(shell: Shell, state: State) -> None:
+    """Return when this state is on disk. Raises CheckpointError where it cannot be saved."""
+    step = int(state.step)
+    _wait(shell)
+    if not shell.checkpoints.has(step):
+        save(shell, state)
+        _wait(shell)
+        if not shell.checkpoints.has(step):
+            kept = shell.checkpoints.steps()
+            raise CheckpointError(
+                f"{shell.cfg.run_dir}: step {step} could not be saved, the reason is above; steps {kept} are kept"
+            )
+
+
+def _close(recorder: Recorder, checkpoints: Checkpoints) -> None:
+    with recorder.during("saving"):
+        checkpoints.close()
+
+
+def _wait(shell: Shell) -> None:
+    with shell.recorder.during("saving"):
+        shell.checkpoints.wait()
+
+
+def leave(shell: Shell, state: State, why: str, when: str = "") -> NoReturn:
+    """Stop as `why`, a signal, asked, with this state saved."""
+    secure(shell, state)
+    raise Preempted(
+        f"stopped by {why} after step {state.step}, saved in {shell.cfg.run_dir}{when}; the same command goes on from there"
+    )
+
+
+def end(shell: Shell, state: State, error: UserError) -> NoReturn:
+    """Raise what a guard found, with words on what the next start goes on from.
+
+    Where graders or advantages are to blame this state is sound, and saved. Where no update was finite, the last that was has led
+    to numbers from which nothing can be learned: what was saved since then is moved aside.
+    """
+    checkpoints, told = shell.checkpoints, ""
+    if isinstance(error, GradingError | AdvantageError):
+        secure(shell, state)
+    else:
+        since = int(state.step - state.guards.nonfinite)
+        moved = checkpoints.condemn(since) if isinstance(error, NonFiniteError) else []
+        names = ", ".join(path.name for path in moved)
+        told = names and f"; moved aside, as no update from there was finite: {names}"
+    checkpoints.wait()
+    kept = checkpoints.steps()
+    next_start = f"goes on from step {kept[-1]}" if kept else "begins anew: no step is saved"
+    raise type(error)(f"{error}{told}; the next start in {shell.cfg.run_dir} {next_start}") from error
