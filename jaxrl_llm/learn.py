@@ -8,16 +8,15 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxrl_llm.describe import as_floats
-from jaxrl_llm.experience.replay import kept_groups
 from jaxrl_llm.life import Life
 from jaxrl_llm.metrics import RatioAlarm
 from jaxrl_llm.model import lora
 from jaxrl_llm.model.work import TrainFlops
-from jaxrl_llm.objective.advantages import estimate
-from jaxrl_llm.objective.outcome import Outcome
+from jaxrl_llm.objective.credit import mean_kl
+from jaxrl_llm.objective.losses import with_own
 from jaxrl_llm.rates import batch_flops
 from jaxrl_llm.run import Run, score
-from jaxrl_llm.types import Credit, Experience, Groups, Scores, TrainState
+from jaxrl_llm.types import Experience, Groups, Scores, TrainState
 from jaxrl_llm.update.batch import make_batch, minibatches
 from jaxrl_llm.update.optimizer.state import ZERO_GRADIENT
 
@@ -62,7 +61,7 @@ def learn(run: Run, life: Life, groups: Groups, rng: np.random.Generator) -> Lea
     each: list[Seen] = []
     zero, flops, seconds = [], [], 0.0
     scores = score_groups(run, life, groups)
-    credit, metrics = assess(run, groups, scores)
+    credit, metrics = run.advantage(groups, scores), mean_kl(run.cfg.objective.reward_kl, groups, scores)
     experience = Experience(groups, scores, credit)
     old = is_old(groups, int(state.step))
     # Anchored on the trainer of before these updates, the first has ratio 1 on old data too.
@@ -70,7 +69,9 @@ def learn(run: Run, life: Life, groups: Groups, rng: np.random.Generator) -> Lea
     reference = life.reference if run.cfg.objective.reads_reference_distribution else None
     for _ in range(cfg.epochs):
         for part in minibatches(experience, cfg.minibatches, rng):
-            batch, _ = make_batch(part, run.shapes.update, run.task.pad, run.loss.aggregation, run.loss.length)
+            batch, _ = make_batch(
+                part, run.shapes.update, run.task.pad, run.loss.aggregation, run.loss.length, run.loss.own
+            )
             begun = time.monotonic()
             state, found = run.update(state, run.put_batch(batch), reference)
             found, gradients = without_zero_gradients(as_floats(jax.device_get(found)))
@@ -125,39 +126,7 @@ def score_groups(run: Run, life: Life, groups: Groups) -> Scores:
     if run.scores_proximal or objective.has_critic:
         scores = score(run, life.state.params, groups)
         proximal, values = scores.logprobs if run.scores_proximal else None, scores.values
-    return Scores(reference, proximal, values)
-
-
-def assess(run: Run, groups: Groups, scores: Scores) -> tuple[Credit, dict[str, float]]:
-    """What each token was worth, and what there is to say of it."""
-    objective, metrics = run.cfg.objective, {}
-    rollouts, counts = groups.rollouts, kept_groups(groups)
-    behavior, mask = rollouts.behavior_logprobs, rollouts.sampled & groups.keep[:, None]
-    token_reward = np.zeros(behavior.shape)
-    if objective.reward_kl.weight > 0:
-        token_reward = objective.reward_kl(behavior, scores.reference_logprobs, mask)
-        if mask.any():
-            metrics["reward_kl"] = float(-token_reward.sum() / mask.sum() / objective.reward_kl.weight)
-    late, shape = objective.reward_kl.to == "advantage", (len(counts), -1)
-    weights = [grader.weight for grader in run.cfg.reward.graders]
-    found = estimate(
-        objective.advantage,
-        Outcome(
-            reward=groups.reward.reshape(shape),
-            parts=groups.components.reshape(*shape, len(weights)),
-            part_weights=np.array(weights),
-            counts=counts,
-            mask=rollouts.sampled,
-            token_reward=np.zeros(behavior.shape) if late else token_reward,
-            late_reward=token_reward if late else None,
-            values=scores.values,
-        ),
-    )
-    advantage = found.advantage.astype(np.float32)
-    returns = None if found.returns is None else found.returns.astype(np.float32)
-    # The pair alone: what is neither best nor worst takes no part.
-    keep = (advantage != 0).any(axis=1) if objective.loss.kind == "dpo" else None
-    return Credit(advantage, returns, keep), metrics
+    return with_own(Scores(reference, proximal, values), groups, run.loss.own)
 
 
 def is_old(groups: Groups, version: int) -> bool:

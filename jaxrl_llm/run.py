@@ -24,6 +24,7 @@ from jaxrl_llm.model.critic import NAMES as CRITIC
 from jaxrl_llm.model.critic import critic_specs
 from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.model.loss import Loss
+from jaxrl_llm.objective.credit import Advantage, make_advantage
 from jaxrl_llm.objective.loss_config import (
     Correction,
     anchored_on_proximal,
@@ -81,6 +82,7 @@ class Run:
     optimizer: OptimizerConfig
     """Of RL: a critic is a group of its own."""
     engine: Engine
+    advantage: Advantage
     loss: Loss
     """Of RL."""
     publish: Publish
@@ -143,6 +145,7 @@ def build(cfg: RunConfig, given: Sources | None = None) -> Run:
         learner_specs=learner_specs,
         optimizer=optimizer,
         engine=Engine(cfg.rollout, task.prompt_slots, vocab, model, decode, task.tokenizer.spellings),
+        advantage=make_advantage(cfg.objective, [grader.weight for grader in cfg.reward.graders]),
         loss=loss,
         publish=make_publish(model, train, decode, weights),
         filter=filter_for(cfg),

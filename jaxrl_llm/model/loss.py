@@ -7,7 +7,7 @@ from typing import NamedTuple
 from jaxtyping import Array, Bool, Float
 
 from jaxrl_llm.model.distribution import TokenScores
-from jaxrl_llm.types import Batch
+from jaxrl_llm.types import Batch, OwnColumn
 
 Tokens = Float[Array, "R T"]
 Mask = Bool[Array, "R T"]
@@ -36,5 +36,7 @@ class Loss(NamedTuple):
     """Of the aggregation `constant`."""
     columns: tuple[str, ...] = ()
     """Of `Batch`, those that it reads beside the ones that are always there."""
+    own: tuple[OwnColumn, ...] = ()
+    """Columns that it brings along, as `Batch.own`."""
     keep: Callable[[Batch], Mask] | None = None
     """The tokens that keep their weight, chosen over a whole minibatch before it is cut into parts; None: all."""

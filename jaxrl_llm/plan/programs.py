@@ -165,7 +165,7 @@ def abstract_reference(cfg: RunConfig, model: ModelConfig, train: Layout) -> PyT
 def _batch(cfg: RunConfig, prompt_slots: int, engine: Engine, train: Layout) -> Batch:
     """Of one update: the rows of a minibatch at their longest."""
     shape = shapes_of(cfg, prompt_slots, train.size("rows")).update
-    return abstract_batch(shape, uses_of(cfg), engine.shape.support, (), train)
+    return abstract_batch(shape, uses_of(cfg), engine.shape.support, loss_of(cfg).own, train)
 
 
 def lowerings(job: Job) -> dict[str, Lower]:
