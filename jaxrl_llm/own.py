@@ -14,20 +14,23 @@ from jaxrl_llm.errors import UserError
 NOTHING: Mapping[str, Any] = {}
 
 
-def written_out(value: Any) -> Any:
-    """A section of a config whose choices have kinds: a bare "module:name", or a section that names a function, is of kind own."""
-    if isinstance(value, str) and ":" in value:
-        return {"kind": "own", "function": value}
-    if isinstance(value, dict) and "function" in value and "kind" not in value:
-        return {"kind": "own", **value}
-    return value
-
-
 def resolve(name: str, want: str, built_in: Mapping[str, str] = NOTHING) -> Callable:
     """What `name` stands for: a function, or a class that makes one. `want`: what it should be, in words; `built_in`: short names.
 
     Raises:
-      UserError: no such built-in, module or function, the import failed, or what was found cannot be called.
+      UserError: nothing of that name was found, as in `find`, or it cannot be called.
+    """
+    found = find(name, built_in)
+    if not callable(found):
+        raise UserError(f'got "{name}", which is a {type(found).__name__}; want {want}')
+    return found
+
+
+def find(name: str, built_in: Mapping[str, str] = NOTHING) -> Any:
+    """What `name` stands for.
+
+    Raises:
+      UserError: no such built-in, no such module, its import failed, or there is nothing of that name in it.
     """
     module_name, colon, function_name = built_in.get(name, name).partition(":")
     if not colon:
@@ -50,8 +53,6 @@ def resolve(name: str, want: str, built_in: Mapping[str, str] = NOTHING) -> Call
         raise UserError(
             f'got "{name}", but "{module_name}" has no "{function_name}".{hint(function_name, vars(module))}'
         )
-    if not callable(found):
-        raise UserError(f'got "{name}", which is a {type(found).__name__}; want {want}')
     return found
 
 

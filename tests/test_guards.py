@@ -14,7 +14,7 @@ from jaxrl_llm import life as lives
 from jaxrl_llm import train
 from jaxrl_llm.errors import AdvantageError, GradingError, MismatchError, NonFiniteError
 from jaxrl_llm.guards import Guards, observe
-from jaxrl_llm.objective.advantages import Advantage, estimate
+from jaxrl_llm.objective.advantages import Published, estimate
 from jaxrl_llm.objective.group_estimators import Grpo, PassAtK, Raw, Rloo
 from jaxrl_llm.objective.outcome import Estimate, Outcome
 from jaxrl_llm.objective.token_estimators import Gae, ReinforcePlusPlus
@@ -172,7 +172,7 @@ def test_the_ratio_alarm_is_passed_on():
 
 
 COMPARING = [
-    *(kind() for kind in get_args(Advantage) if kind not in (Raw, Gae)),
+    *(kind() for kind in get_args(Published) if kind not in (Raw, Gae)),
     Grpo(mean_over="batch", std_over="batch"),
     Rloo(whiten=True),
     PassAtK(scale=True),

@@ -1,4 +1,4 @@
-"""Names of functions of one's own: short forms, what is made of them, and what is wrong with them."""
+"""Names of functions of one's own: what is made of them, and what is wrong with them."""
 
 import os
 import sys
@@ -23,19 +23,6 @@ def module(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield "of_mine"
     sys.modules.pop("of_mine", None)
-
-
-def test_short_forms():
-    assert own.written_out("a.b:f") == own.written_out({"function": "a.b:f"}) == {"kind": "own", "function": "a.b:f"}
-    for other in (
-        "grpo",
-        {"kind": "clip"},
-        {"kind": "own", "function": "a:f"},
-        {"function": "a:f", "kind": "x"},
-        3,
-        None,
-    ):
-        assert own.written_out(other) == other
 
 
 def test_a_function_takes_its_options_with_each_call_and_a_class_when_it_is_made(module):

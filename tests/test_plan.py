@@ -254,7 +254,7 @@ def both(request, monkeypatch) -> tuple[Job, run.Run, Batch]:
     life = SimpleNamespace(state=state, reference=trained_policy(of, of.learner_specs))
     groups = longest(of)
     scores = learn.score_groups(of, life, groups)
-    experience = Experience(groups, scores, learn.assess(of, groups, scores)[0])
+    experience = Experience(groups, scores, of.advantage(groups, scores))
     part = next(minibatches(experience, cfg.update.minibatches, np.random.default_rng(0)))
     batch, _ = make_batch(part, of.shapes.update, 0, of.loss.aggregation, of.loss.length)
     return make_job(cfg, cfg.model, of.task.prompt_slots, list(of.train.mesh.devices.flat)), of, batch

@@ -33,7 +33,7 @@ from jaxrl_llm.config import RunConfig
 from jaxrl_llm.evaluate import evaluate
 from jaxrl_llm.experience.filters import has_signal
 from jaxrl_llm.experience.replay import kept_groups
-from jaxrl_llm.learn import assess, score_groups
+from jaxrl_llm.learn import score_groups
 from jaxrl_llm.life import Life, begin, fresh_state
 from jaxrl_llm.metrics import RatioAlarm
 from jaxrl_llm.model.config import ModelConfig
@@ -144,7 +144,7 @@ def learn(run: Run, shell: Shell, warm: Life, arm: str, lag: int) -> dict:
         graded = collect(run, shell.pool, policies[0], prompts, run.task.train, run.key).groups
         groups = graded.replace(keep=has_signal(graded))
         rollouts, scores = groups.rollouts, score_groups(run, dataclasses.replace(warm, state=state), groups)
-        experience = Experience(groups, scores, assess(run, groups, scores)[0])
+        experience = Experience(groups, scores, run.advantage(groups, scores))
         state, updates = update(run, state, experience, arm, rng)
         for i, metrics in enumerate(updates):
             stale = i > 0 or bool(rollouts.version.max() < int(state.step) - cfg.update.updates)

@@ -36,7 +36,7 @@ class Loss(NamedTuple):
     """Of the aggregation `constant`."""
     columns: tuple[str, ...] = ()
     """Of `Batch`, those that it reads beside the ones that are always there."""
+    own: tuple[OwnColumn, ...] = ()
+    """Columns that it brings along, as `Batch.own`."""
     keep: Callable[[Batch], Mask] | None = None
     """The tokens that keep their weight, chosen over a whole minibatch before it is cut into parts; None: all."""
-    own: tuple[OwnColumn, ...] = ()
-    """Those that it brings along, `Batch.own`."""

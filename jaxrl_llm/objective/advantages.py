@@ -1,11 +1,13 @@
 """What each token's action was worth, by any of the published estimators, in float64 over whole groups."""
 
-from typing import Annotated
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from jaxrl_llm.errors import AdvantageError
+from jaxrl_llm.objective.estimator import Estimator
 from jaxrl_llm.objective.group_estimators import (
     BestWorst,
     Gdpo,
@@ -20,9 +22,13 @@ from jaxrl_llm.objective.group_estimators import (
     Rloo,
 )
 from jaxrl_llm.objective.outcome import Completion, Estimate, Outcome, of_groups_that_count, scores
+from jaxrl_llm.objective.own_part import OwnPart
 from jaxrl_llm.objective.token_estimators import Gae, ReinforcePlusPlus, to_go
 
-Advantage = (
+if TYPE_CHECKING:
+    from jaxrl_llm.types import Credit, Groups, Scores
+
+Published = (
     Grpo
     | MeanOnly
     | Rloo
@@ -37,10 +43,35 @@ Advantage = (
     | ReinforcePlusPlus
     | Gae
 )
-AdvantageConfig = Annotated[Advantage, Field(discriminator="kind")]
 
 
-def estimate(advantage: AdvantageConfig, outcome: Outcome) -> Estimate:
+@dataclass(frozen=True)
+class OwnAdvantage(OwnPart, Estimator):
+    """A function of your own of the groups and the scores: one number per row or per token. A bare "module:name" is one without
+    options."""
+
+    columns: tuple[Literal["reference_logprobs"], ...] = ()
+    """Of the scores, those that it reads."""
+
+    arguments: ClassVar[tuple[str, ...]] = ("groups", "scores")
+    compares_a_group: ClassVar[bool] = False
+    # Nothing is known of it.
+    reads_the_batch: ClassVar[bool] = True
+
+    def __call__(self, groups: "Groups", scores: "Scores | None" = None) -> "Credit":
+        from jaxrl_llm.objective.credit import UNSCORED, of_own
+
+        return of_own(self.made(), self.function, groups, UNSCORED if scores is None else scores)
+
+    @property
+    def reads_reference_logprobs(self) -> bool:
+        return "reference_logprobs" in self.columns
+
+
+AdvantageConfig = Annotated[Published | OwnAdvantage, Field(discriminator="kind")]
+
+
+def estimate(advantage: Estimator, outcome: Outcome) -> Estimate:
     """Advantages of the tokens in `mask` of the groups that count, 0 elsewhere.
 
     Raises AdvantageError where float32 does not hold what is read or found, or an advantage is above the `bound` of its formula.
@@ -59,7 +90,7 @@ def estimate(advantage: AdvantageConfig, outcome: Outcome) -> Estimate:
     return found
 
 
-def bound(advantage: AdvantageConfig, outcome: Outcome) -> float:
+def bound(advantage: Estimator, outcome: Outcome) -> float:
     """The largest |advantage| that the formula allows for these rewards, of the groups that count; inf where there is none.
 
     n rows per group, or N in the batch (tokens, where these are whitened); range is max - min of a group, each at its largest.
@@ -104,7 +135,7 @@ def _check_float32(kind: str, outcome: Outcome, columns: dict[str, np.ndarray | 
             )
 
 
-def _check_bound(advantage: AdvantageConfig, outcome: Outcome, found: Completion) -> None:
+def _check_bound(advantage: Estimator, outcome: Outcome, found: Completion) -> None:
     largest, most = np.abs(found).max(initial=0.0), bound(advantage, outcome)
     # Roundings in float64 are far below this, and float32 hardly tells it.
     if largest > most * (1 + 1e-7):

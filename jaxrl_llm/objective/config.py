@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le
 from pydantic import ConfigDict, model_validator
 
-from jaxrl_llm import own
 from jaxrl_llm.objective.advantages import AdvantageConfig
 from jaxrl_llm.objective.group_estimators import Grpo
 from jaxrl_llm.objective.loss_config import LossConfig, PolicyGradient
+from jaxrl_llm.objective.own_part import OwnPart
 from jaxrl_llm.objective.reward_kl import RewardKl
 from jaxrl_llm.objective.token_estimators import Gae
 
@@ -70,9 +70,9 @@ class ObjectiveConfig:
         """A name alone is short for {preset: name}; a part may name a function of your own."""
         if isinstance(value, str):
             return {"preset": value}
-        if isinstance(value, dict) and "loss" in value:
-            return value | {"loss": own.written_out(value["loss"])}
-        return value
+        if not isinstance(value, dict):
+            return value
+        return value | {part: OwnPart.written_out(value[part]) for part in ("advantage", "loss") if part in value}
 
     @property
     def has_critic(self) -> bool:
@@ -81,7 +81,8 @@ class ObjectiveConfig:
     @property
     def reads_reference_logprobs(self) -> bool:
         """Of the tokens that were drawn."""
-        return self.loss.reads_reference_logprobs or self.reward_kl.weight > 0
+        in_parts = self.loss.reads_reference_logprobs or self.advantage.reads_reference_logprobs
+        return in_parts or self.reward_kl.weight > 0
 
     @property
     def reads_reference_distribution(self) -> bool:

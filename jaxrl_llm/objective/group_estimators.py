@@ -262,6 +262,7 @@ class BestWorst(Estimator):
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     kind: Literal["best_worst"] = "best_worst"
+    leaves_zeros_out: ClassVar[bool] = True
 
     def estimate(self, outcome: Outcome) -> Estimate:
         """0 throughout a group of equal rewards."""

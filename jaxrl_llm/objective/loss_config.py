@@ -1,13 +1,14 @@
 """What an update minimizes. A choice among variants is a type, tagged by `kind`."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Le, MinLen
+from annotated_types import Ge, Gt, Le
 from pydantic import ConfigDict, Field
 
 from jaxrl_llm import own
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.objective.own_part import OwnPart
 
 Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]
@@ -274,33 +275,41 @@ class Distillation:
 
 
 @dataclass(frozen=True)
-class OwnLoss:
+class OwnLoss(OwnPart):
     """A function of your own of the scores and the batch: one term per token, of which the mean is taken. A bare "module:name" is
     one without options."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    function: Annotated[str, MinLen(1)]
-    """ "module:name": (TokenScores, Batch) -> one term per token, or a class that makes such a function."""
-    kind: Literal["own"] = "own"
-    options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the function, or of the class."""
     aggregation: Aggregation = "token"
     """As of `policy_gradient`."""
     length: Count | None = None
     """Of `constant`; None: rollout.max_new_tokens."""
     columns: tuple[Literal["reference_logprobs", "proximal_logprobs"], ...] = ()
     """Of the batch, those that it reads beside the ones that are always there."""
+    own_columns: tuple[str, ...] = ()
+    """Columns that it brings along, each "module:name": a function of groups and scores to [B C], or an `OwnColumn`."""
 
-    written_out = staticmethod(own.written_out)
+    arguments: ClassVar[tuple[str, ...]] = ("scores", "batch")
 
     @property
     def reads_reference_logprobs(self) -> bool:
         return "reference_logprobs" in self.columns
 
-    def found(self) -> Callable:
-        """What `function` names. Raises UserError as `own.resolve` does."""
-        return own.resolve(self.function, "a function of TokenScores and a Batch")
+    def columns_made(self) -> list[Any]:
+        """What `own_columns` name. Raises UserError as `own.find` does."""
+        return [own.find(name) for name in self.own_columns]
+
+    def problems(self, place: str) -> list[str]:
+        found = super().problems(place)
+        for index, name in enumerate(self.own_columns):
+            try:
+                column = own.find(name)
+            except UserError as error:
+                found.append(f"{place}.own_columns.{index}: {error}")
+                continue
+            if not callable(getattr(column, "make", column)):
+                what = f"which is a {type(column).__name__}; want a function of groups and scores, or an OwnColumn"
+                found.append(f'{place}.own_columns.{index}: got "{name}", {what}')
+        return found
 
 
 LossConfig = Annotated[PolicyGradient | CrossEntropy | Dpo | Distillation | OwnLoss, Field(discriminator="kind")]

@@ -7,14 +7,14 @@
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxrl_llm import own
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.model.loss import Loss, Mask, Terms, Tokens
@@ -35,7 +35,7 @@ from jaxrl_llm.objective.loss_config import (
     scores_proximal,
 )
 from jaxrl_llm.objective.surrogates import SURROGATES, log_ratio, sum_by, within
-from jaxrl_llm.types import Batch
+from jaxrl_llm.types import ArrayLike, Batch, Groups, OwnColumn, Scores
 
 UNCORRECTED = NoCorrection()
 
@@ -218,8 +218,7 @@ def make_loss(
     if isinstance(cfg, Distillation):
         return Loss(distillation_terms)
     if isinstance(cfg, OwnLoss):
-        function = own.made(cfg.found(), cfg.options)
-        return as_loss(function, cfg.aggregation, cfg.length or max_new_tokens, cfg.columns)
+        return as_loss(cfg.made(), cfg.aggregation, cfg.length or max_new_tokens, cfg.columns, cfg.columns_made())
     columns = ("reference_logprobs",) * cfg.reads_reference_logprobs
     columns += ("proximal_logprobs",) * scores_proximal(cfg, correction, updates)
     columns += ("values", "returns") * objective.has_critic
@@ -229,7 +228,7 @@ def make_loss(
         cfg.aggregation,
         cfg.length or max_new_tokens,
         columns,
-        partial(second_moment_mask, threshold=correction.threshold) if drops else None,
+        keep=partial(second_moment_mask, threshold=correction.threshold) if drops else None,
     )
 
 
@@ -238,6 +237,7 @@ def as_loss(
     aggregation: str = "token",
     length: int = 1,
     columns: tuple[str, ...] = (),
+    own: Sequence[OwnColumn | Callable[[Groups, Scores], ArrayLike]] = (),
 ) -> Loss:
     """A loss of your own. `ratio/*`, `mismatch/*` and `entropy` are measured for it, unless its own `Terms` name them.
 
@@ -246,6 +246,7 @@ def as_loss(
       aggregation: what the terms are averaged over, by counts over the whole minibatch: as `objective.loss.aggregation`.
       length: of the aggregation `constant`.
       columns: of `Batch`, those that it reads beside the ones that are always there.
+      own: columns that it brings along; of a function `f` one is called as it is, `batch.own["f"]`.
     """
 
     def terms(scores: TokenScores, batch: Batch) -> Terms:
@@ -259,4 +260,19 @@ def as_loss(
         means, maxima = _beside_sampler(scores, batch)
         return found._replace(means=means | found.means, maxima=maxima | found.maxima)
 
-    return Loss(terms, aggregation, length, columns)
+    brought = tuple(c if isinstance(c, OwnColumn) else OwnColumn(c.__name__, c) for c in own)
+    return Loss(terms, aggregation, length, columns, brought)
+
+
+def with_own(scores: Scores, groups: Groups, columns: Sequence[OwnColumn]) -> Scores:
+    """The scores with the columns that a loss brings along. Raises UserError for one that is not [B C]."""
+    made, shape = {}, groups.rollouts.tokens.shape
+    for column in columns:
+        found = np.asarray(column.make(groups, scores))
+        if found.shape != shape:
+            raise UserError(
+                f"the column {column.name} of the loss: got {found.dtype}{list(found.shape)}, want one number per token of the "
+                f"completions, {list(shape)}"
+            )
+        made[column.name] = found.astype(column.dtype)
+    return scores.replace(own=made)

@@ -1,7 +1,6 @@
 """Which parts of an objective do not go together, and why; and what a group of equal rewards teaches. Imports no jax."""
 
-from jaxrl_llm import own
-from jaxrl_llm.errors import UserError
+from jaxrl_llm.objective.advantages import OwnAdvantage
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.group_estimators import BestWorst, Grpo
 from jaxrl_llm.objective.loss_config import (
@@ -15,6 +14,7 @@ from jaxrl_llm.objective.loss_config import (
     PolicyGradient,
     TruncatedImportance,
 )
+from jaxrl_llm.objective.own_part import OwnPart
 
 # Presets whose source leaves out what has no signal by default: DAPO's dynamic sampling, prime-rl's `filter_zero_advantages`.
 FILTERED = ("paper:dapo", "verl:dapo", "prime:rl", "prime:dppo")
@@ -48,14 +48,8 @@ def filter_of(choice: str, objective: ObjectiveConfig, graders: int) -> str:
 
 def own_problems(objective: ObjectiveConfig) -> list[str]:
     """What is wrong with the functions of your own that an objective names, in words. Imports their modules."""
-    loss = objective.loss
-    if not isinstance(loss, OwnLoss):
-        return []
-    try:
-        wrong = own.wrong_arguments(loss.function, loss.found(), loss.options, ("scores", "batch"))
-    except UserError as error:
-        return [f"objective.loss.function: {error}"]
-    return [f"objective.loss.options{text}" for text in wrong]
+    parts = {"objective.advantage": objective.advantage, "objective.loss": objective.loss}
+    return [line for place, part in parts.items() if isinstance(part, OwnPart) for line in part.problems(place)]
 
 
 def refusals(objective: ObjectiveConfig, samples: int, packing: str, keep: str = "auto", graders: int = 1) -> list[str]:
@@ -98,6 +92,11 @@ def refusals(objective: ObjectiveConfig, samples: int, packing: str, keep: str =
             found.append(
                 "objective.advantage.kind: got best_worst, which is for the loss dpo; want an advantage of every sample"
             )
+    if isinstance(advantage, OwnAdvantage) and objective.reward_kl.weight > 0:
+        found.append(
+            f"objective.reward_kl.weight: got {objective.reward_kl.weight} with an advantage of your own, want 0: name "
+            "reference_logprobs in objective.advantage.columns, and take the KL there"
+        )
     if objective.reward_kl.to == "advantage" and objective.advantage.gives_what_is_to_come:
         found.append(
             f"objective.reward_kl.to: got advantage with the advantage {objective.advantage.kind}, want reward: it gives each "

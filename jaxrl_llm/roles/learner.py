@@ -5,16 +5,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.filters import Filter
 from jaxrl_llm.experience.replay import Replay
 from jaxrl_llm.model import lora
 from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.model.loss import Loss
 from jaxrl_llm.objective.config import ObjectiveConfig
+from jaxrl_llm.objective.losses import with_own
 from jaxrl_llm.roles.state import RunState
 from jaxrl_llm.roles.updates import Learned
-from jaxrl_llm.types import Credit, Experience, Groups, OwnColumn, Policy, PyTree, Scores, TrainState
+from jaxrl_llm.types import Credit, Experience, Groups, Policy, PyTree, Scores, TrainState
 
 
 class Learner(NamedTuple):
@@ -57,15 +57,4 @@ def score_groups(
     if reads_proximal or objective.has_critic:
         own = score(state.train.params, groups)
         proximal, values = own.logprobs if reads_proximal else None, own.values
-    scores = Scores(reference, proximal, values)
-    return scores.replace(own={column.name: _made(column, groups, scores) for column in loss.own})
-
-
-def _made(column: OwnColumn, groups: Groups, scores: Scores) -> np.ndarray:
-    """A loss's own column."""
-    found, want = np.asarray(column.make(groups, scores)), groups.rollouts.tokens.shape
-    if found.shape != want:
-        raise UserError(
-            f"the loss's column {column.name}: got {found.dtype}{list(found.shape)}, want one number per token, {list(want)}"
-        )
-    return found.astype(column.dtype)
+    return with_own(Scores(reference, proximal, values), groups, loss.own)

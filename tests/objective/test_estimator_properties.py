@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from outcomes import single_tokens
 
 from jaxrl_llm.errors import AdvantageError
-from jaxrl_llm.objective.advantages import Advantage, bound, estimate
+from jaxrl_llm.objective.advantages import Published, bound, estimate
 from jaxrl_llm.objective.group_estimators import (
     BestWorst,
     Gdpo,
@@ -62,7 +62,7 @@ VARIANTS = [
     Gae(),
     Gae(gamma=0.9, whiten=False),
 ]
-assert {type(cfg) for cfg in VARIANTS} == set(get_args(Advantage))
+assert {type(cfg) for cfg in VARIANTS} == set(get_args(Published))
 PER_BATCH = [cfg for cfg in VARIANTS if isinstance(cfg, ReinforcePlusPlus) and not cfg.baseline and cfg.gamma == 1] + [
     cfg for cfg in VARIANTS if isinstance(cfg, Grpo) and cfg.mean_over == "batch"
 ]
