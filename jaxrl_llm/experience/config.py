@@ -1,4 +1,4 @@
-"""What is kept of the rollouts, what they are worth, and how long they are used."""
+"""What is kept of the rollouts, and how long they are used."""
 
 from dataclasses import dataclass
 from typing import Annotated

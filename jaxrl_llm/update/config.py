@@ -1,4 +1,4 @@
-"""What an update minimises and how it steps. A choice among variants is a type, tagged by `kind`."""
+"""How an update steps, what it is made of and when a run stops. A choice among variants is a type, tagged by `kind`."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
