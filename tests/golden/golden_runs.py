@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-STORE = Path(__file__).parent / "runs"
+STORE = Path(__file__).parent / "trainings"
 DEVICES = {"plain": 1, "eight_devices": 8}
 # What a clock or a compiler says.
 CLOCKED = ("time/", "tokens_per_s", "compiles", "rollout/ceiling_fraction", "update/")
