@@ -324,12 +324,13 @@ def training_problems(cfg: RunConfig) -> list[str]:
     if cfg.rollout.temperature == 0:
         found.append("rollout.temperature: got 0, want more: a policy that never explores learns nothing")
     graders = [grader.label for grader in cfg.reward.graders]
-    if cfg.experience.filter not in (*FILTERS, *graders):
+    chosen = cfg.experience.filter
+    if isinstance(chosen, str) and chosen not in (*FILTERS, *graders):
         named = f"{', '.join(FILTERS)}; or a grader's name: {', '.join(graders)}"
-        found.append(f"experience.filter: got {cfg.experience.filter!r}, want one of: {named}")
-    return found + refusals(
-        cfg.objective, cfg.rollout.samples, cfg.update.packing.kind, cfg.experience.filter, len(graders)
-    )
+        found.append(f"experience.filter: got {chosen!r}, want one of: {named}")
+    # What one of your own drops is your own affair.
+    keep = chosen if isinstance(chosen, str) else "none"
+    return found + refusals(cfg.objective, cfg.rollout.samples, cfg.update.packing.kind, keep, len(graders))
 
 
 def changes(saved: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:

@@ -13,7 +13,7 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.source import resolve
-from jaxrl_llm.objective.rules import own_problems
+from jaxrl_llm.own_part import own_problems
 from jaxrl_llm.prompts.rows import Row
 from jaxrl_llm.prompts.task import Task, load_task
 from jaxrl_llm.prompts.tokenizer import load_tokenizer, stop_problems
@@ -54,7 +54,7 @@ def read(cfg: RunConfig, trains: bool = False, asked: Callable[[RunConfig], Task
     model = _or_words(missing, lambda: read_model(cfg))
     task = _or_words(missing, lambda: (asked or read_task)(cfg))
     wrong_graders = grader_problems(cfg.reward)
-    missing += [*wrong_graders, *own_problems(cfg.objective)]
+    missing += [*wrong_graders, *own_problems(cfg)]
     whole = cfg if model is None else dataclasses.replace(cfg, model=model)
     found = [] if task is None else task_problems(whole, task)
     if task is not None and asked is None and not wrong_graders:

@@ -185,7 +185,8 @@ def assemble(blueprint: Blueprint, task: Task, shell: Shell) -> Run:
     keys, engine = make_keys(blueprint.cfg), blueprint.make_engine(task.tokenizer.spellings)
     collect = Collector(engine, shell.pool, task)
     score = make_scorer(blueprint, blueprint.shapes.experience)
-    learner, timed = make_learner(blueprint, score), shell.timers.timed
+    texts_of = lambda groups: task.decode(groups.rollouts.tokens, groups.rollouts.length)  # noqa: E731
+    learner, timed = make_learner(blueprint, score, texts_of), shell.timers.timed
     during = shell.recorder.during
 
     def collected(*args: Any) -> Collected:

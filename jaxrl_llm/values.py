@@ -324,7 +324,7 @@ def _holder(value: Any, annotations: Sequence[Any]) -> dict[str, Any] | list[Any
     """The mapping or list that parts are put into, empty in the place of nothing or of a word; None: such a value is wrong here."""
     members = [a for annotation in annotations for a in alternatives(annotation)]
     is_list = any(get_origin(a) is tuple for a in members)
-    if value is None or (isinstance(value, str) and any(get_origin(a) is Literal for a in members)):
+    if value is None or (isinstance(value, str) and any(a is str or get_origin(a) is Literal for a in members)):
         return [] if is_list else {}
     if isinstance(value, list | tuple):
         return list(value) if is_list or Any in members else None

@@ -36,10 +36,11 @@ ALLOWED = {
     "prompts": FOUNDATION,
     "rollout": FOUNDATION | {"model"},
     "own": {"errors"},
+    "own_part": {"errors", "own"},
     "rewards": FOUNDATION | {"explain", "own", "terminal"},
-    "experience": FOUNDATION | {"estimates"},
-    "objective": FOUNDATION | {"model", "own", "values"},
-    "update": FOUNDATION | {"model"},
+    "experience": FOUNDATION | {"estimates", "own_part"},
+    "objective": FOUNDATION | {"model", "own", "own_part", "values"},
+    "update": FOUNDATION | {"model", "own_part"},
     "publish": FOUNDATION | {"model"},
     "fingerprint": {"types"},
     "interrupt": set(),
@@ -48,58 +49,29 @@ ALLOWED = {
     "storage": set(),
     "checkpoint": FOUNDATION | {"fingerprint", "run_directory", "storage"},
     "report": {"errors", "metrics", "terminal"},
-    "sources": {"config", "errors", "model", "objective", "prompts", "rewards"},
-    "run": FOUNDATION | STAGES | {"config", "model", "publish", "checkpoint", "guards", "sources"},
-    "collect": FOUNDATION | STAGES | {"run"},
-    "rates": {"ceilings", "chips", "model", "run", "types"},
-    "describe": FOUNDATION | STAGES | {"config", "run", "rates", "collect"},
+    "sources": {"config", "errors", "model", "own_part", "prompts", "rewards"},
     "guards": {"errors"},
-    "reference": {"types"},
-    "life": FOUNDATION | STAGES | {"config", "model", "checkpoint", "guards", "run"},
-    "learn": FOUNDATION | STAGES | {"life", "metrics", "model", "run", "rates", "describe"},
-    "evaluate": FOUNDATION | STAGES | {"config", "estimates", "run", "collect"},
-    "inspect_run": FOUNDATION
-    | STAGES
-    | {
-        "life",
-        "config",
-        "estimates",
-        "metrics",
-        "model",
-        "plan",
-        "run",
-        "screen",
-        "rates",
-        "collect",
-        "evaluate",
-        "sources",
-        "terminal",
-    },
-    "train": FOUNDATION
-    | STAGES
-    | {
-        "config",
-        "metrics",
-        "model",
-        "plan",
-        "publish",
+    "roles": FOUNDATION | STAGES | {"config", "estimates", "guards", "model", "publish", "sources"},
+    "rates": {"ceilings", "chips", "model", "parallel", "rollout", "update"},
+    "shell": {
         "checkpoint",
         "claim",
-        "run",
-        "collect",
-        "describe",
-        "evaluate",
-        "learn",
-        "life",
-        "guards",
-        "interrupt",
-        "rates",
-        "reference",
+        "config",
+        "errors",
+        "metrics",
+        "prompts",
+        "rewards",
+        "roles",
         "run_directory",
-        "sources",
-        "unread",
+        "types",
     },
-    "plan": FOUNDATION | STAGES | {"chips", "config", "model", "publish", "run", "screen", "sources"},
+    "plan": FOUNDATION | STAGES | {"chips", "config", "model", "own_part", "publish", "roles", "screen", "sources"},
+    "train": FOUNDATION
+    | STAGES
+    | {"config", "guards", "interrupt", "model", "plan", "rates", "roles", "shell", "sources", "unread"},
+    "inspect_run": FOUNDATION
+    | STAGES
+    | {"config", "estimates", "model", "plan", "rates", "roles", "screen", "shell", "sources", "terminal"},
     "arguments": {"errors"},
     "targets": {"errors", "config", "options", "model", "values"},
     "cli": {
@@ -120,7 +92,7 @@ ALLOWED = {
 NEVER = {"configs", "tests", "benchmarks", "launch", "docs"}
 VAGUE = {"utils", "util", "common", "core", "helpers", "helper", "manager", "misc"}
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "chex"}
-MAX_FILE, MAX_FUNCTION, MAX_TRAIN, MAX_PARAMETERS = 400, 60, 100, 7
+MAX_FILE, MAX_FUNCTION, MAX_TRAIN, MAX_PARAMETERS = 400, 60, 30, 7
 
 
 def files(package: Path) -> list[Path]:
@@ -249,10 +221,7 @@ def test_files_and_functions_stay_short():
 
 
 def test_functions_take_few_parameters():
-    assert too_many_parameters(PACKAGE) == [
-        "model/distribution.py: score_tokens has 8 parameters > 7",
-        "update/step.py: make_update has 10 parameters > 7",
-    ]
+    assert too_many_parameters(PACKAGE) == []
 
 
 @pytest.mark.parametrize("path", LIGHT, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -318,9 +287,11 @@ def test_the_checker_sees_a_wrong_import(where, tmp_path):
 def test_the_checker_sees_what_is_too_long(tmp_path):
     package = tmp_path / NAME
     package.mkdir()
-    (package / "train.py").write_text("def train():\n" + "    x = 1\n" * 99 + "def f():\n" + "    x = 1\n" * 60)
+    (package / "train.py").write_text("def train():\n" + "    x = 1\n" * 30 + "def f():\n" + "    x = 1\n" * 60)
     (package / "config.py").write_text("x = 1\n" * 401)
-    assert too_long(package) == ["config.py: 401 lines > 400", "train.py: f has 61 lines > 60"]
+    assert too_long(package) == [
+        "config.py: 401 lines > 400", "train.py: train has 31 lines > 30", "train.py: f has 61 lines > 60",
+    ]  # fmt: skip
 
 
 def test_the_checker_sees_too_many_parameters(tmp_path):

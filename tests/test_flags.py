@@ -45,7 +45,9 @@ def value_for(section: type, field: dataclasses.Field) -> tuple:
     """What is given, and what then stands in the config."""
     words = [x for m in members(field.type) if typing.get_origin(m) is typing.Literal for x in typing.get_args(m)]
     presets = ["paper:cispo"] if field.name == "preset" else []
-    for value in (*presets, *words, *CANDIDATES):
+    # Where a section may stand, "a: b" is one.
+    section_or_text = [x for x in ("a.*",) if any(dataclasses.is_dataclass(m) for m in members(field.type))]
+    for value in (*presets, *words, *section_or_text, *CANDIDATES):
         try:
             read = reader(field.type).validate_python(value, strict=not isinstance(value, list | dict))
         except ValidationError:

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from jaxrl_llm.life import trained_policy
 
 from jaxrl_llm import chips, cli, learn, rates, run
 from jaxrl_llm.config import validate
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.life import trained_policy
 from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.parallel.hlo import Module
 from jaxrl_llm.plan import advice, command, fit, memory, predict, show, sweep, traffic

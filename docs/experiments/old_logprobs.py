@@ -27,14 +27,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from jaxrl_llm.collect import collect
-from jaxrl_llm.config import RunConfig
 from jaxrl_llm.evaluate import evaluate
-from jaxrl_llm.experience.filters import has_signal
-from jaxrl_llm.experience.replay import kept_groups
 from jaxrl_llm.learn import score_groups
 from jaxrl_llm.life import Life, begin, fresh_state
+from jaxrl_llm.run import Run, build, publish
+
+from jaxrl_llm.config import RunConfig
+from jaxrl_llm.experience.filters import has_signal
+from jaxrl_llm.experience.replay import kept_groups
 from jaxrl_llm.metrics import RatioAlarm
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.objective.config import ObjectiveConfig
@@ -44,7 +45,6 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.prompts.config import ArithmeticTask
 from jaxrl_llm.prompts.stream import next_prompts
 from jaxrl_llm.rollout.config import RolloutConfig
-from jaxrl_llm.run import Run, build, publish
 from jaxrl_llm.train import Shell, open_shell, warm_step
 from jaxrl_llm.types import Experience, Groups, PyTree, TrainState
 from jaxrl_llm.update.batch import make_batch, minibatches, to_rows

@@ -1,10 +1,14 @@
 """What is kept of the rollouts, and how long they are used."""
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge
-from pydantic import ConfigDict
+from pydantic import ConfigDict, model_validator
+
+from jaxrl_llm.own_part import OwnPart
 
 FILTERS = ("auto", "has_signal", "success", "none")
 """Every other name is a grader's."""
@@ -23,14 +27,62 @@ class ReplayConfig:
 
 
 @dataclass(frozen=True)
+class OwnFilter(OwnPart):
+    """A filter of your own: a function of groups to bool[B], one truth per row; or a class whose objects have `init` and `apply`,
+    as `experience.filters.Filter`. One that takes `texts` too gets the responses as text."""
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        found = self._found()
+        return ("groups", *(("texts",) if takes_texts(found) else ()))
+
+
+def takes_texts(function: Callable) -> bool:
+    return "texts" in inspect.signature(function).parameters
+
+
+@dataclass(frozen=True)
+class OwnReplay(OwnPart):
+    """A replay of your own: a class whose objects have `init` and `exchange`, as `experience.replay.Replay`."""
+
+    methods: ClassVar[tuple[str, ...]] = ("init", "exchange")
+
+
+@dataclass(frozen=True)
+class OwnCurriculum(OwnPart):
+    """An order of the prompts of your own: a class whose objects have `init`, `choose` and `observe`, as
+    `experience.curriculum.Curriculum`."""
+
+    methods: ClassVar[tuple[str, ...]] = ("init", "choose", "observe")
+
+
+@dataclass(frozen=True)
 class ExperienceConfig:
-    """Filter, replay."""
+    """Which prompts are sampled, which responses teach, and how long they are used. Each part may be one of your own,
+    "module:name": docs/extending.md."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    filter: str = "auto"
+    curriculum: OwnCurriculum | None = None
+    """Which rows of the task are sampled next. None: every row once per epoch, in an order that the seed draws anew each epoch."""
+    filter: str | OwnFilter = "auto"
     """has_signal: keeps a group whose rewards differ. success: keeps a group in which some responses are right and some wrong, as
     the evaluation counts them. The name of a grader: keeps a group to which this one gave different numbers. none: keeps every
     group that was graded. auto: what the preset's source does; without a preset has_signal where a group of equal rewards has no
     gradient to give, else none."""
-    replay: ReplayConfig = ReplayConfig()
+    replay: ReplayConfig | OwnReplay = ReplayConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def written_out(cls, value: Any) -> Any:
+        """A bare "module:name" is a part of your own without options."""
+        if not isinstance(value, dict):
+            return value
+        return value | {
+            name: OwnPart.written_out(value[name]) for name in ("curriculum", "filter", "replay") if name in value
+        }
+
+    @property
+    def replays(self) -> bool:
+        """Groups may be used in a later step than the one that sampled them."""
+        return isinstance(self.replay, OwnReplay) or self.replay.capacity > 0

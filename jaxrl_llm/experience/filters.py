@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimates import correct
+from jaxrl_llm.experience.config import takes_texts
 from jaxrl_llm.types import Groups
 
 Metrics = dict[str, float]
@@ -35,6 +36,19 @@ def of(keep: Callable[[Groups], Bool[np.ndarray, " B"]], name: str = "a filter")
         return state, groups.replace(keep=groups.keep & rows), {}
 
     return Filter(tuple, apply)
+
+
+def of_own(found: Any, name: str, texts_of: Callable[[Groups], list[str]]) -> Filter:
+    """A filter of your own: `found` if it has `init` and `apply`, else `of` it. `texts_of`: the responses as text, for what takes
+    `texts`."""
+    if hasattr(found, "apply"):
+        return Filter(found.init, _with_texts(found.apply, texts_of))
+    return of(_with_texts(found, texts_of), f"experience.filter {name}")
+
+
+def _with_texts(function: Callable, texts_of: Callable[[Groups], list[str]]) -> Callable:
+    """Groups are the last of its arguments."""
+    return (lambda *args: function(*args, texts=texts_of(args[-1]))) if takes_texts(function) else function
 
 
 def has_signal(groups: Groups) -> Bool[np.ndarray, " B"]:

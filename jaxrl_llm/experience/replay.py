@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxrl_llm.experience.config import ReplayConfig
+from jaxrl_llm.experience.config import OwnReplay, ReplayConfig
 from jaxrl_llm.types import COLUMNS, Groups, Prompts, Rollouts
 
 Metrics = dict[str, float]
@@ -39,7 +39,9 @@ class Ring(NamedTuple):
     """Place that the next group takes."""
 
 
-def make_replay(cfg: ReplayConfig) -> Replay:
+def make_replay(cfg: ReplayConfig | OwnReplay) -> Replay:
+    if isinstance(cfg, OwnReplay):
+        return cfg.made()
     if not cfg.capacity:
         return Replay(lambda blank: (), lambda state, groups, rng: (state, groups, {"groups/replayed": 0.0}))
     return Replay(partial(empty, capacity=cfg.capacity), partial(exchange, max_age=cfg.max_age))

@@ -22,8 +22,8 @@ from jaxrl_llm.objective.group_estimators import (
     Rloo,
 )
 from jaxrl_llm.objective.outcome import Completion, Estimate, Outcome, of_groups_that_count, scores
-from jaxrl_llm.objective.own_part import OwnPart
 from jaxrl_llm.objective.token_estimators import Gae, ReinforcePlusPlus, to_go
+from jaxrl_llm.own_part import OwnPart
 
 if TYPE_CHECKING:
     from jaxrl_llm.types import Credit, Groups, Scores

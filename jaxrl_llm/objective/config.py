@@ -14,9 +14,9 @@ from pydantic import ConfigDict, model_validator
 from jaxrl_llm.objective.advantages import AdvantageConfig
 from jaxrl_llm.objective.group_estimators import Grpo
 from jaxrl_llm.objective.loss_config import LossConfig, PolicyGradient
-from jaxrl_llm.objective.own_part import OwnPart
 from jaxrl_llm.objective.reward_kl import RewardKl
 from jaxrl_llm.objective.token_estimators import Gae
+from jaxrl_llm.own_part import OwnPart
 
 
 @dataclass(frozen=True)

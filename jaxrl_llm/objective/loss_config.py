@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 
 from jaxrl_llm import own
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.objective.own_part import OwnPart
+from jaxrl_llm.own_part import OwnPart
 
 Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]

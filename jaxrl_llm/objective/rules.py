@@ -14,7 +14,6 @@ from jaxrl_llm.objective.loss_config import (
     PolicyGradient,
     TruncatedImportance,
 )
-from jaxrl_llm.objective.own_part import OwnPart
 
 # Presets whose source leaves out what has no signal by default: DAPO's dynamic sampling, prime-rl's `filter_zero_advantages`.
 FILTERED = ("paper:dapo", "verl:dapo", "prime:rl", "prime:dppo")
@@ -44,12 +43,6 @@ def filter_of(choice: str, objective: ObjectiveConfig, graders: int) -> str:
     # Of a function of your own nothing is known.
     pulls = isinstance(loss, OwnLoss) or (isinstance(loss, PolicyGradient) and (loss.kl.weight > 0 or loss.entropy > 0))
     return "none" if advantage.reads_the_batch or pulls else "has_signal"
-
-
-def own_problems(objective: ObjectiveConfig) -> list[str]:
-    """What is wrong with the functions of your own that an objective names, in words. Imports their modules."""
-    parts = {"objective.advantage": objective.advantage, "objective.loss": objective.loss}
-    return [line for place, part in parts.items() if isinstance(part, OwnPart) for line in part.problems(place)]
 
 
 def refusals(objective: ObjectiveConfig, samples: int, packing: str, keep: str = "auto", graders: int = 1) -> list[str]:

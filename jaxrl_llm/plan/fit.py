@@ -87,7 +87,10 @@ def needs(job: Job, held_out: int, trains: bool, sharing: int) -> list[Phase]:
 def host_parts(cfg: RunConfig, held_out: int) -> dict[str, int]:
     rollout = cfg.rollout
     group = rollout.samples * rollout.max_new_tokens * OF_ROLLOUTS
-    return {ROLLOUTS: max(rollout.prompts, held_out) * group, REPLAY: cfg.experience.replay.capacity * group}
+    return {
+        ROLLOUTS: max(rollout.prompts, held_out) * group,
+        REPLAY: getattr(cfg.experience.replay, "capacity", 0) * group,
+    }
 
 
 def kept(job: Job, tokens: int) -> int:

@@ -19,7 +19,7 @@ from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.head import ACCELERATOR
-from jaxrl_llm.objective.rules import own_problems
+from jaxrl_llm.own_part import own_problems
 from jaxrl_llm.parallel.hlo import Module
 from jaxrl_llm.plan.traffic import Reading, read
 from jaxrl_llm.prompts.config import CharacterTokenizer
@@ -91,7 +91,7 @@ def problems(cfg: RunConfig, model: ModelConfig, prompt_slots: int, devices: Seq
         + lora.problems(model, cfg.lora)
         + vocabulary_problems(model, vocabulary(cfg, model).size)
         + packing_problems(cfg, prompt_slots)
-        + own_problems(cfg.objective)
+        + own_problems(cfg)
     )
 
 

@@ -8,8 +8,9 @@ import jax
 from jaxtyping import Array, Key
 
 from jaxrl_llm.config import RunConfig
+from jaxrl_llm.experience.config import OwnFilter
 from jaxrl_llm.experience.curriculum import in_order
-from jaxrl_llm.experience.filters import Filter, make_filter
+from jaxrl_llm.experience.filters import Filter, make_filter, of_own
 from jaxrl_llm.experience.replay import make_replay
 from jaxrl_llm.model.work import TrainFlops, adapters_of, seen, train_flops
 from jaxrl_llm.objective.credit import make_advantage
@@ -29,7 +30,7 @@ from jaxrl_llm.roles.scorer import Scorer
 from jaxrl_llm.roles.state import RunState
 from jaxrl_llm.roles.supervised import Supervised, right_responses
 from jaxrl_llm.roles.updates import Updates
-from jaxrl_llm.types import Batch, Policy, PyTree, TrainState
+from jaxrl_llm.types import Batch, Groups, Policy, PyTree, TrainState
 from jaxrl_llm.update.optimizer.transform import make_optimizer
 from jaxrl_llm.update.packing import Shape
 from jaxrl_llm.update.step import make_score, make_update
@@ -54,12 +55,19 @@ def make_sampler(cfg: RunConfig, task: Task, collect: Callable[..., Collected], 
         collect: as `Collector`.
         key: of the noise of all tokens.
     """
-    curriculum = in_order(make_order(len(task.train), cfg.seed))
+    own = cfg.experience.curriculum
+    curriculum = own.made() if own else in_order(make_order(len(task.train), cfg.seed))
     return Sampler(task, curriculum, collect, key, cfg.rollout.prompts, cfg.seed)
 
 
-def make_learner(blueprint: Blueprint, score: Scorer) -> Learner:
-    """The learner; `score`: of a step's groups."""
+def make_learner(blueprint: Blueprint, score: Scorer, texts_of: Callable[[Groups], list[str]]) -> Learner:
+    """The learner.
+
+    Args:
+        blueprint: of the run.
+        score: of a step's groups.
+        texts_of: the responses of groups, row by row, for a filter that reads them.
+    """
     cfg, loss, objective = blueprint.cfg, blueprint.loss, blueprint.cfg.objective
     adapters = adapters_of(blueprint.learner_specs, blueprint.model)
 
@@ -74,7 +82,7 @@ def make_learner(blueprint: Blueprint, score: Scorer) -> Learner:
         blueprint.learner_specs, loss, blueprint.optimizer, blueprint.scoring, micro_batches=cfg.update.micro_batches
     )
     return Learner(
-        filter=filter_for(cfg),
+        filter=filter_for(cfg, texts_of),
         replay=make_replay(cfg.experience.replay),
         score=partial(score_groups, objective, loss, score),
         advantage=make_advantage(objective, [grader.weight for grader in cfg.reward.graders]),
@@ -124,7 +132,7 @@ def make_evaluator(
         threshold=cfg.evaluation.threshold,
         right=partial(right_responses, task, cfg.rollout.max_new_tokens, cfg.rollout.temperature),
         score_right=make_scorer(blueprint, blueprint.shapes.held_out),
-        score=score if cfg.experience.replay.capacity else None,
+        score=score if cfg.experience.replays else None,
     )
 
 
@@ -150,8 +158,11 @@ def make_scorer(blueprint: Blueprint, shape: Shape) -> Scorer:
     return Scorer(make_score(blueprint.scoring, shape.parts), shape, blueprint.vocab.pad, rows)
 
 
-def filter_for(cfg: RunConfig) -> Filter:
-    """`experience.filter`, `auto` resolved."""
+def filter_for(cfg: RunConfig, texts_of: Callable[[Groups], list[str]]) -> Filter:
+    """`experience.filter`, `auto` resolved; `texts_of` as in `make_learner`."""
+    chosen = cfg.experience.filter
+    if isinstance(chosen, OwnFilter):
+        return of_own(chosen.made(), chosen.function, texts_of)
     graders = [grader.label for grader in cfg.reward.graders]
-    name = filter_of(cfg.experience.filter, cfg.objective, len(graders))
+    name = filter_of(chosen, cfg.objective, len(graders))
     return make_filter(name, graders, cfg.evaluation.threshold)

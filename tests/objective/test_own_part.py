@@ -21,7 +21,8 @@ from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.credit import UNSCORED, make_advantage
 from jaxrl_llm.objective.loss_config import NoCorrection, OwnLoss, correction_of, scores_proximal
 from jaxrl_llm.objective.losses import as_loss, make_loss, with_own
-from jaxrl_llm.objective.rules import filter_of, own_problems
+from jaxrl_llm.objective.rules import filter_of
+from jaxrl_llm.own_part import own_problems
 from jaxrl_llm.types import Credit, Experience, OwnColumn, Scores
 from jaxrl_llm.update.batch import make_batch
 from jaxrl_llm.update.packing import Shape
@@ -168,7 +169,7 @@ def test_what_an_advantage_reads_and_what_does_not_go_with_it():
     paid = validate({"objective": {"advantage": reads, "reward_kl": {"weight": 0.1}}}, "a.yaml")
     [told] = training_problems(paid)
     assert told.startswith("objective.reward_kl.weight: got 0.1 with an advantage of your own, want 0")
-    assert own_problems(validate({"objective": {"advantage": "own_parts:above"}}, "a.yaml").objective) == [
+    assert own_problems(validate({"objective": {"advantage": "own_parts:above"}}, "a.yaml")) == [
         'objective.advantage.function: got "own_parts:above", but "own_parts" has no "above". Perhaps you meant "above_mean"'
     ]
 
@@ -231,7 +232,7 @@ def test_a_wrong_section_is_told(loss, told):
     ],
 )
 def test_a_wrong_function_is_told(loss, told):
-    found = own_problems(read(loss))
+    found = own_problems(validate({"objective": {"loss": loss}}, "a.yaml"))
     assert len(found) == bool(told) and (not told or told in found[0]), found
 
 

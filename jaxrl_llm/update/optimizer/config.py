@@ -2,10 +2,12 @@
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AfterValidator, ConfigDict, Discriminator, Tag
+from pydantic import AfterValidator, ConfigDict, Discriminator, Tag, model_validator
+
+from jaxrl_llm.own_part import OwnPart
 
 Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]
@@ -36,6 +38,13 @@ class GroupConfig:
 
 
 @dataclass(frozen=True)
+class OwnSchedule(OwnPart):
+    """A function of the number of the update, 1, 2, ..., to its learning rate, in JAX."""
+
+    arguments: ClassVar[tuple[str, ...]] = ("update",)
+
+
+@dataclass(frozen=True)
 class _Steps:
     """What all optimizers share. The gradient's global norm is held at `max_grad_norm`, for each of `groups` and for the rest by
     itself; weight decay is times the learning rate, and not that of norms and biases."""
@@ -49,14 +58,22 @@ class _Steps:
     """Updates after the warm-up before it falls: with both, warm-up - stable - decay (Hu et al. 2024)."""
     decay_steps: Annotated[int, Ge(0)] = 0
     """Updates over which it falls to `final_lr`, to stay there; 0 = it does not fall."""
-    schedule: Literal["linear", "cosine", "sqrt"] = "linear"
-    """How it falls. sqrt: by the square root of the way (Haegele et al. 2024)."""
+    schedule: Literal["linear", "cosine", "sqrt"] | OwnSchedule = "linear"
+    """How it falls. sqrt: by the square root of the way (Haegele et al. 2024). "module:name": one of your own in its place."""
     final_lr: NonNegative = 0.0
     weight_decay: NonNegative = 0.0
     decay_embedding: bool = True
     """Weight decay of the embedding, which is the head too where `model.tied_head` is."""
     max_grad_norm: Positive = 1.0
     groups: tuple[GroupConfig, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def written_out(cls, value: Any) -> Any:
+        """A bare "module:name" is a schedule of your own without options."""
+        if not isinstance(value, dict) or "schedule" not in value:
+            return value
+        return value | {"schedule": OwnPart.written_out(value["schedule"])}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.types import PyTree
-from jaxrl_llm.update.optimizer.config import Adafactor, AdamW, GroupConfig, Lion, Muon, Optimizer
+from jaxrl_llm.update.optimizer.config import Adafactor, AdamW, GroupConfig, Lion, Muon, Optimizer, OwnSchedule
 
 # (inputs, outputs) of the matrices that Muon makes orthogonal, from the last axis; axes that are in neither are many matrices:
 # layers, experts, gate and up. The queries, keys and values of a layer are one matrix.
@@ -50,7 +50,9 @@ def make_optimizer(cfg: Optimizer) -> optax.GradientTransformation:
 
 
 def learning_rate(cfg: Optimizer, update: Array) -> Array:
-    """Of update 1, 2, ...: up for `warmup_steps`, level for `hold_steps`, down for `decay_steps`, level."""
+    """Of update 1, 2, ...: up for `warmup_steps`, level for `hold_steps`, down for `decay_steps`, level; or your own function's."""
+    if isinstance(cfg.schedule, OwnSchedule):
+        return jnp.asarray(cfg.schedule.made()(update), jnp.float32)
     rise = jnp.minimum(update / max(cfg.warmup_steps, 1), 1)
     way = jnp.clip((update - cfg.warmup_steps - cfg.hold_steps) / cfg.decay_steps, 0, 1) if cfg.decay_steps else 0.0
     left = {"linear": 1 - way, "cosine": (1 + jnp.cos(jnp.pi * way)) / 2, "sqrt": 1 - way**0.5}[cfg.schedule]

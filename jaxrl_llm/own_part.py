@@ -1,6 +1,7 @@
-"""A part of the objective that is a function of your own, named in the config."""
+"""A part of the config that is a function or a class of your own, named in it."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -23,8 +24,10 @@ class OwnPart:
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the function, or of the class."""
 
-    arguments: ClassVar[tuple[str, ...]]
+    arguments: ClassVar[tuple[str, ...]] = ()
     """What the function is called with, beside the options."""
+    methods: ClassVar[tuple[str, ...]] = ()
+    """Where it must be a class: what its objects can do."""
 
     @staticmethod
     def written_out(value: Any) -> Any:
@@ -42,10 +45,35 @@ class OwnPart:
     def problems(self, place: str) -> list[str]:
         """What is wrong with the function and its options, in words; `place`: of this part in the config. Imports its module."""
         try:
-            wrong = own.wrong_arguments(self.function, self._found(), self.options, self.arguments)
+            found = self._found()
         except UserError as error:
             return [f"{place}.function: {error}"]
+        lacking = [name for name in self.methods if not callable(getattr(found, name, None))]
+        if lacking or (self.methods and not isinstance(found, type)):
+            what = f"has no {', '.join(lacking)}" if lacking else f"is a {type(found).__name__}"
+            return [f'{place}.function: got "{self.function}", which {what}; want {self._want}']
+        wrong = own.wrong_arguments(self.function, found, self.options, self.arguments)
         return [f"{place}.options{text}" for text in wrong]
 
+    @property
+    def _want(self) -> str:
+        if self.methods:
+            return f"a class whose objects have {', '.join(self.methods)}"
+        return f"a function of {' and '.join(self.arguments)}"
+
     def _found(self) -> Callable:
-        return own.resolve(self.function, f"a function of {' and '.join(self.arguments)}")
+        return own.resolve(self.function, self._want)
+
+
+def own_problems(config: Any) -> list[str]:
+    """What is wrong with the parts of your own in a config, in words. Imports their modules."""
+    return [line for place, part in _parts(config) for line in part.problems(place)]
+
+
+def _parts(section: Any, place: str = "") -> Iterator[tuple[str, OwnPart]]:
+    for field_ in dataclasses.fields(section):
+        value, inner = getattr(section, field_.name), f"{place}{field_.name}"
+        if isinstance(value, OwnPart):
+            yield inner, value
+        elif dataclasses.is_dataclass(value):
+            yield from _parts(value, f"{inner}.")
