@@ -1,4 +1,6 @@
-"""`jaxrl train | sample | eval | plan | export | report`: arguments in, exit code out. Imports no jax until a command needs it.
+"""`jaxrl train | sft | sample | eval | plan | export | report`: arguments in, exit code out.
+
+Imports no jax until a command needs it.
 
 Exit codes: 0 done; 2 bad input, or a place that cannot be read or written; 3 no checkpoint can be used, or none can be written;
 4 stopped by a guard; 75 stopped and saved, start again to go on; 130 stopped at once by Ctrl-C; 141 nobody reads the output any
@@ -32,6 +34,8 @@ USAGE = """usage: jaxrl COMMAND TARGET [options] [--section.field value ...]
 
 commands
   train  CONFIG|RUN            train; goes on by itself if the run directory holds checkpoints
+         --resume              refuse to start from scratch
+  sft    CONFIG|RUN            the supervised training of warm_start alone; train goes on from it
          --resume              refuse to start from scratch
   sample CONFIG|RUN|MODEL      draw responses and show tokens, log-probs, entropy and reward
          --prompt TEXT         the prompt (default: the first held-out one); a MODEL without --task has no other
@@ -166,19 +170,28 @@ def train(target: str, args: list[str]) -> int:
         return _train(target, args)
 
 
-def _train(target: str, args: list[str]) -> int:
+def sft(target: str, args: list[str]) -> int:
+    with ending_at_once():
+        return _train(target, args, only_supervised=True)
+
+
+def _train(target: str, args: list[str], only_supervised: bool = False) -> int:
     given, overrides = take(args, OPTIONS["train"])
     cfg = read_config(target, overrides, list(OPTIONS["train"]))
+    if only_supervised and not cfg.warm_start.steps:
+        raise UserError(f"{target}: warm_start.steps: got 0, want 1 or more: the steps of supervised training")
     from jaxrl_llm import sources
 
     read = sources.read(cfg, trains=True)
     read.refuse()
     start_jax(cfg)
-    from jaxrl_llm.train import train as run_training
+    from jaxrl_llm import train
 
-    result = run_training(cfg, "--resume" in given, read, ends_process=True)
+    run = train.sft if only_supervised else train.train
+    result = run(cfg, "--resume" in given, read, ends_process=True)
     before, after = ("not known" if x != x else f"{x:.4f}" for x in (result.before, result.after))
-    print(f"held-out accuracy ({result.measure}): {before} before RL, {after} after")
+    found = f"{after} after supervised training" if only_supervised else f"{before} before RL, {after} after"
+    print(f"held-out accuracy ({result.measure}): {found}")
     say(f"run directory: {result.run_dir}")
     say(what_next(result.run_dir))
     return 0
@@ -283,9 +296,18 @@ def report(target: str, args: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": train, "sample": sample, "eval": evaluate, "plan": plan, "export": export, "report": report}
+COMMANDS = {
+    "train": train,
+    "sft": sft,
+    "sample": sample,
+    "eval": evaluate,
+    "plan": plan,
+    "export": export,
+    "report": report,
+}
 OPTIONS: dict[str, Mapping[str, Reader | None]] = {
     "train": {"--resume": None},
+    "sft": {"--resume": None},
     "sample": {"--prompt": text, "--task": text, "-n": whole_number(1), "--benchmark": None},
     "eval": {"--task": text, "-k": whole_number(1)},
     "plan": {

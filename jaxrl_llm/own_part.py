@@ -52,8 +52,11 @@ class OwnPart:
         if lacking or (self.methods and not isinstance(found, type)):
             what = f"has no {', '.join(lacking)}" if lacking else f"is a {type(found).__name__}"
             return [f'{place}.function: got "{self.function}", which {what}; want {self._want}']
-        wrong = own.wrong_arguments(self.function, found, self.options, self.arguments)
+        wrong = own.wrong_arguments(self.function, found, self.options, self.called_with(found))
         return [f"{place}.options{text}" for text in wrong]
+
+    def called_with(self, found: Callable) -> tuple[str, ...]:
+        return self.arguments
 
     @property
     def _want(self) -> str:

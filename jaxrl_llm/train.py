@@ -161,6 +161,8 @@ def sft(cfg: RunConfig, must_resume: bool = False, given: Sources | None = None,
             conclude(run.shell, state, metrics | scores, None)
         if state.step:
             secure(run.shell, state)
+        else:
+            run.shell.recorder.log(0, with_rates({"phase": "rl", **scores}, run.shell))
         after = scores.get(run.evaluator.headline, math.nan)
         return Result(run.evaluator.headline.removeprefix("eval/"), after, after, Path(cfg.run_dir).resolve())
 

@@ -31,10 +31,10 @@ class OwnFilter(OwnPart):
     """A filter of your own: a function of groups to bool[B], one truth per row; or a class whose objects have `init` and `apply`,
     as `experience.filters.Filter`. One that takes `texts` too gets the responses as text."""
 
-    @property
-    def arguments(self) -> tuple[str, ...]:
-        found = self._found()
-        return ("groups", *(("texts",) if takes_texts(found) else ()))
+    arguments: ClassVar[tuple[str, ...]] = ("groups",)
+
+    def called_with(self, found: Callable) -> tuple[str, ...]:
+        return (*self.arguments, *(("texts",) if takes_texts(found) else ()))
 
 
 def takes_texts(function: Callable) -> bool:

@@ -1,0 +1,92 @@
+"""A newcomer's edits, each from a file outside the package: a filter, a curriculum, an advantage, a loss with a column of its own,
+a grader and a schedule; and a run with all of them that is killed comes out as if it had not been."""
+
+import json
+import signal
+import subprocess
+from collections import Counter
+
+import numpy as np
+import pytest
+from test_train import assert_same_run, command, environment, rows, run  # noqa: F401
+
+CONFIG = """
+steps: 6
+model: {vocab_size: 16, layers: 1, d_model: 32, heads: 8, kv_heads: 8, head_dim: 8, d_mlp: 64}
+rollout: {prompts: 8, samples: 4, max_new_tokens: 4}
+task: {kind: arithmetic, terms: 2, held_out: 60}
+reward: {grader: "newcomer:longest_digit", workers: 1}
+experience:
+  filter: "newcomer:no_echo"
+  curriculum: {function: "newcomer:Hardest", options: {memory: 0.25}}
+objective:
+  advantage: {function: "newcomer:above_half", options: {half: 0.4}}
+  loss: {function: "newcomer:early", own_columns: ["newcomer:PLACE"]}
+update:
+  minibatches: 2
+  optimizer: {schedule: {function: "newcomer:wait_then_learn", options: {wait: 2}}}
+evaluation: {every: 6}
+checkpoint: {every: 1}
+metrics: {rollouts_every: 1, rollout_groups: -1, samples_every: 0, tensorboard: false}
+"""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, environment):  # noqa: F811
+    place = tmp_path_factory.mktemp("newcomer")
+    (place / "c.yaml").write_text(CONFIG)
+    run(place / "c.yaml", place / "run", environment)
+    return place / "run", place / "c.yaml"
+
+
+def responses(run_dir) -> list[list[dict]]:
+    """Of each step."""
+    found = [json.loads(line) for line in (run_dir / "rollouts.jsonl").read_text().splitlines()]
+    return [[row for row in found if row["step"] == step] for step in range(1, 7)]
+
+
+@pytest.mark.slow
+def test_each_part_does_what_it_says(undisturbed):
+    steps, metrics = responses(undisturbed[0]), [row for row in rows(undisturbed[0]) if row["step"]]
+    visits = Counter(row["prompt"] for step in steps for row in step if row["sample"] == 0)
+    # 40 rows, 8 a step: the curriculum takes each once before any comes twice.
+    assert len(visits) == 40 and sorted(visits.values()) == [1] * 32 + [2] * 8
+    for said, step in zip(metrics, steps, strict=True):
+        reward = np.array([0.1 * max([int(c) for c in row["completion"] if c.isdigit()], default=0) for row in step])
+        np.testing.assert_allclose([row["reward"] for row in step], reward, atol=1e-6)
+        keep = np.array([len(row["ids"]) >= 2 and not row["completion"].startswith("1") for row in step])
+        assert said["groups/kept"] == keep.reshape(8, 4).any(axis=1).sum()
+        np.testing.assert_allclose([row["advantage"] for row in step], np.where(keep, reward - 0.4, 0), atol=1e-6)
+    # Two updates at a rate of 0 leave the policy as it was, the third does not.
+    assert abs(metrics[0]["ratio/max"] - 1) < 1e-5 < 0.01 < metrics[1]["ratio/max"] - 1
+
+
+@pytest.mark.slow
+def test_the_loss_reads_its_own_column(undisturbed):
+    """The first step's two updates change nothing, so their losses are by hand from the sampler's log-probs."""
+    step, said = responses(undisturbed[0])[0], next(row for row in rows(undisturbed[0]) if row["step"] == 1)
+
+    def terms(row) -> list[float]:
+        keep = len(row["ids"]) >= 2 and not row["completion"].startswith("1")
+        return [(0.4 - row["reward"]) * p / (1 + i) for i, p in enumerate(row["logprobs"])] if keep else []
+
+    parts = np.split(np.random.default_rng((0, 0)).permutation(8), 2)
+    of_parts = [[x for group in part for row in step[4 * group : 4 * group + 4] for x in terms(row)] for part in parts]
+    assert min(map(len, of_parts)) > 10
+    np.testing.assert_allclose(said["loss"], np.mean([np.mean(x) for x in of_parts]), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_run_with_parts_of_its_own_comes_out_the_same(undisturbed, environment, tmp_path):  # noqa: F811
+    """Killed by the curriculum when it has seen 24 prompts, after step 3: what it has seen goes on from a checkpoint."""
+    whole, config = undisturbed
+    done = subprocess.run(
+        command(config, tmp_path / "run"),
+        env=environment | {"KILL_AT": "24"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    run(config, tmp_path / "run", environment)
+    assert_same_run(whole, tmp_path / "run")
