@@ -5,8 +5,6 @@ and fingerprint of each leaf and a checksum of itself. What is on disk decides, 
 steps, forgets good ones after a failed save, casts dtypes, and reads flipped bits without a word.
 """
 
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -24,16 +22,15 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from jaxrl_llm.errors import CheckpointError, NonFiniteError, UserError
+from jaxrl_llm.errors import CheckpointError
 from jaxrl_llm.fingerprint import by_path, digests
+from jaxrl_llm.manifest import SHOWN_PATHS, must_be_ours, must_fit, read_manifest, sealed, shapes
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.run_directory import sync
 from jaxrl_llm.storage import is_blocked, reason
 from jaxrl_llm.types import PyTree
 
-FORMAT_VERSION = 2
 MAX_FAILURES = 3
-SHOWN_PATHS = 5
 # Seconds between the tries of a read that the storage refuses.
 PAUSES = (0.2, 1.0, 4.0)
 # Seconds until a save counts as failed: what Orbax itself gives the processes of a job to meet.
@@ -107,7 +104,7 @@ class Checkpoints:
         # on an accelerator the copy to the host is over when save returns. Empty arrays it refuses: their shape says it all.
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave({path: x for path, x in leaves.items() if x.size}),
-            meta=ocp.args.JsonSave(_sealed(step, leaves, meta)),
+            meta=ocp.args.JsonSave(sealed(step, leaves, meta)),
         )
         self._prunes, self._size = prune, sum(x.nbytes for x in leaves.values())
         try:
@@ -196,16 +193,12 @@ class Checkpoints:
 
     def _read(self, step: int, target_of: Callable[[dict[str, Any]], PyTree], whole: bool) -> Restored:
         directory = epath.Path(self.directory / str(step))
-        document = _agreed(directory, lambda: _unsealed(ocp.JsonCheckpointHandler().restore(directory / "meta")))
-        if document["format_version"] != FORMAT_VERSION:
-            raise UserError(
-                f"{directory}: got format {document['format_version']}, want {FORMAT_VERSION}: another version of jaxrl_llm wrote "
-                "it; go on with that one, or give another run_dir"
-            )
-        target = target_of(document["meta"])
+        manifest = _agreed(directory, lambda: read_manifest(directory))
+        must_be_ours(directory, manifest)
+        target = target_of(manifest["meta"])
         wanted = {path: _placed(x) for path, x in by_path(target).items()}
-        saved = {path: x for path, x in document["leaves"].items() if whole or path in wanted}
-        _must_fit(directory, {path: x[0] for path, x in saved.items()}, _shapes(wanted))
+        saved = {path: x for path, x in manifest["leaves"].items() if whole or path in wanted}
+        must_fit(directory, {path: x[0] for path, x in saved.items()}, shapes(wanted))
         # Not through the manager: its barriers would hang the processes that could read when one could not.
         filled = {path: x for path, x in wanted.items() if x.size}
         args = ocp.args.PyTreeRestore(
@@ -218,7 +211,13 @@ class Checkpoints:
         if not hosts.all_agree(not changed):
             raise _WrongError(f"not the bits that were saved: {changed[:SHOWN_PATHS]}, {len(changed)} in all")
         tree = jax.tree.unflatten(jax.tree.structure(target), [leaves[path] for path in wanted])
-        return Restored(step, tree, document["meta"])
+        return Restored(step, tree, manifest["meta"])
+
+    def refuse_other_formats(self) -> None:
+        """Raises UserError where the newest step was written by another version of this program. Reads no array."""
+        for step in self.steps()[-1:]:
+            with suppress(OSError, ValueError, KeyError):
+                must_be_ours(self.directory / str(step), read_manifest(epath.Path(self.directory / str(step))))
 
     def _set_aside(self, step: int, older: int | None, why: str, moves: bool) -> None:
         using = "no older step is left" if older is None else f"using step {older}"
@@ -303,37 +302,6 @@ class Checkpoints:
         given_up = [*self.directory.glob("trash"), *self.directory.glob("*.orbax-checkpoint-tmp*")]
         for path in given_up if jax.process_index() == 0 else []:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _shapes(leaves: dict[str, Any]) -> dict[str, str]:
-    return {path: f"{x.dtype}[{','.join(map(str, x.shape))}]" for path, x in leaves.items()}
-
-
-def _sealed(step: int, leaves: dict[str, Any], meta: dict[str, Any]) -> dict[str, str]:
-    """Raises NonFiniteError where a leaf on devices holds NaN or infinity."""
-    found = digests(leaves)
-    broken = [path for path, digest in found.items() if not digest.finite]
-    if broken:
-        raise NonFiniteError(
-            f"the state after step {step} is not finite; not saved: {', '.join(broken[:SHOWN_PATHS])}, {len(broken)} in all"
-        )
-    described = {path: [shape, found[path].fingerprint] for path, shape in _shapes(leaves).items()}
-    text = json.dumps({"format_version": FORMAT_VERSION, "leaves": described, "meta": meta})
-    return {"sha256": hashlib.sha256(text.encode()).hexdigest(), "text": text}
-
-
-def _unsealed(item: dict[str, str]) -> dict[str, Any]:
-    if hashlib.sha256(item["text"].encode()).hexdigest() != item["sha256"]:
-        raise ValueError("meta does not have the checksum it was saved with")
-    return json.loads(item["text"])
-
-
-def _must_fit(directory: epath.Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
-    pairs = {path: (saved.get(path, "nothing"), wanted.get(path, "nothing")) for path in saved | wanted}
-    lines = [f"{path}: saved {got}, want {want}" for path, (got, want) in pairs.items() if got != want]
-    if lines:
-        problem = f"{directory}: got {len(lines)} leaves that do not fit this config; undo its changes or give another run_dir"
-        raise UserError("\n  ".join([problem, *lines[:SHOWN_PATHS]]))
 
 
 def _agreed(directory: Path, read: Callable[[], Any]) -> Any:

@@ -185,9 +185,10 @@ def _train(target: str, args: list[str], only_supervised: bool = False) -> int:
     read = sources.read(cfg, trains=True)
     read.refuse()
     start_jax(cfg)
-    from jaxrl_llm import train
+    from jaxrl_llm.train import sft as supervised_training
+    from jaxrl_llm.train import train as training
 
-    run = train.sft if only_supervised else train.train
+    run = supervised_training if only_supervised else training
     result = run(cfg, "--resume" in given, read, ends_process=True)
     before, after = ("not known" if x != x else f"{x:.4f}" for x in (result.before, result.after))
     found = f"{after} after supervised training" if only_supervised else f"{before} before RL, {after} after"

@@ -1,10 +1,11 @@
 """What a run holds open while it lives, and everything it does with it: records, checkpoints, stops."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -22,6 +23,7 @@ from jaxrl_llm.types import PyTree
 
 log = logging.getLogger("jaxrl_llm.train")
 State = RunState | SupervisedState
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Shell(NamedTuple):
@@ -35,13 +37,15 @@ class Shell(NamedTuple):
     """Raises UserError where the run directory is no longer this run's."""
     stopping: Callable[[int], str]
     """Of the step: the signal that asks to stop, "" where none does."""
-    about: dict[str, Any]
+    about: Mapping[str, Any]
     """What a checkpoint says beside the state."""
 
 
 @contextmanager
-def open_shell(cfg: RunConfig, task: Task, stopping: Callable[[int], str]) -> Iterator[Shell]:
-    """The run directory, locked, with config.yaml in it, and everything that must be closed again.
+def open_shell(
+    cfg: RunConfig, stopping: Callable[[int], str] = lambda step: "", about: Mapping[str, Any] = NOTHING
+) -> Iterator[Shell]:
+    """The run directory, locked, with config.yaml in it, and everything that must be closed again; arguments as in `Shell`.
 
     Raises UserError if the directory cannot be written, is in use, or belongs to a run that computes something else.
     """
@@ -54,6 +58,7 @@ def open_shell(cfg: RunConfig, task: Task, stopping: Callable[[int], str]) -> It
                 check_lock = stack.enter_context(RunLock(run_dir)).check
                 # A link to a disk that is gone would be told after hours, by the first save.
                 prepare_run_directory(checkpoints.directory)
+                checkpoints.refuse_other_formats()
                 claim(run_dir, cfg, checkpoints)
             recorder = stack.enter_context(
                 Recorder(run_dir, cfg.metrics, cfg.total_steps, leader, cfg.evaluations_after)
@@ -64,7 +69,6 @@ def open_shell(cfg: RunConfig, task: Task, stopping: Callable[[int], str]) -> It
             ) from error
         pool = stack.enter_context(GraderPool(cfg.reward))
         stack.callback(_close, recorder, checkpoints)
-        about = {"task": task.fingerprint}
         yield Shell(cfg, pool, checkpoints, recorder, Timers(), CompileCounter(), check_lock, stopping, about)
 
 
@@ -96,7 +100,7 @@ def look(cfg: RunConfig, target: Callable[[bool], PyTree]) -> Restored | None:
         return None
     checkpoints = open_checkpoints(cfg)
     try:
-        return checkpoints.restore(partial(_of, target), moves=False)
+        return checkpoints.restore(partial(_of, target), owned=False)
     finally:
         checkpoints.close()
 

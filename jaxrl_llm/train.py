@@ -178,7 +178,7 @@ def open_run(cfg: RunConfig, must_resume: bool, given: Sources | None, ends_proc
         fit.check(blueprint, len(given.task.held_out))
         for line in unread(cfg):
             log.warning("%s", line)
-        with open_shell(cfg, given.task, stopping) as shell:
+        with open_shell(cfg, stopping, {"task": given.task.fingerprint}) as shell:
             yield assemble(blueprint, given.task, shell)
 
 

@@ -508,7 +508,7 @@ def test_what_another_process_cannot_read_counts_as_if_read_here(
 def test_who_only_looks_moves_nothing(two_steps, tmp_path, caplog):
     directory = copy_of(two_steps, tmp_path / "copy")
     shutil.rmtree(directory / "40" / "state")
-    assert Checkpoints(directory).restore(target_of, moves=False).step == 35
+    assert Checkpoints(directory).restore(target_of, owned=False).step == 35
     assert "using step 35; it is left where it is" in caplog.text
     assert_nothing_moved(directory)
 

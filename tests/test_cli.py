@@ -317,7 +317,7 @@ def test_a_reader_that_leaves_is_no_error(args):
 def test_at_its_end_train_names_the_next_command(tmp_path, capsys, monkeypatch, name):
     """Which runs as it stands, from where it was printed."""
     result = SimpleNamespace(measure="exact", before=0.25, after=0.5, run_dir=tmp_path / name)
-    monkeypatch.setitem(sys.modules, "jaxrl_llm.train", SimpleNamespace(train=lambda *_, **__: result))
+    monkeypatch.setitem(sys.modules, "jaxrl_llm.train", SimpleNamespace(train=lambda *_, **__: result, sft=None))
     monkeypatch.setattr(cli, "start_jax", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", CONFIG]) == 0

@@ -12,9 +12,16 @@ from pathlib import Path
 import pytest
 
 from jaxrl_llm import config as run_config
-from jaxrl_llm import train
+from jaxrl_llm import shell, train
+from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import CheckpointError, GradingError, MismatchError, NonFiniteError, Preempted
-from jaxrl_llm.metrics import read_jsonl
+from jaxrl_llm.metrics import Recorder, read_jsonl
+from jaxrl_llm.roles import build
+from jaxrl_llm.roles.blueprint import Blueprint
+from jaxrl_llm.roles.sampler import Sampler
+from jaxrl_llm.roles.supervised import Supervised
+from jaxrl_llm.roles.updates import Updates
+from jaxrl_llm.update.packing import Shape
 
 CONFIG = {
     "steps": 6,
@@ -38,20 +45,33 @@ def steps(run_dir: Path) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def built():
-    cfg = run_config.validate(CONFIG, "test")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.syspath_prepend(str(Path(__file__).parent))
-        yield train.build(cfg)
+def made() -> dict:
+    """Roles that were built once: for their programs nothing compiles twice."""
+    return {}
 
 
 @pytest.fixture
-def run(built, tmp_path, monkeypatch):
-    """A run of its own directory, for whose programs nothing compiles twice."""
+def cfg(made, tmp_path, monkeypatch) -> RunConfig:
+    """Of a run in a directory of its own."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    made = dataclasses.replace(built, cfg=dataclasses.replace(built.cfg, run_dir=str(tmp_path / "run")))
-    monkeypatch.setattr(train, "build", lambda cfg, refusals: dataclasses.replace(made, cfg=cfg))
-    return made
+
+    def keep(owner: object, name: str) -> None:
+        make = getattr(owner, name)
+
+        def once(*args):
+            key = name, *(arg for arg in args if isinstance(arg, Shape))
+            if key not in made:
+                made[key] = make(*args)
+            return made[key]
+
+        monkeypatch.setattr(owner, name, once)
+
+    for owner, name in (
+        (train, "make_learner"), (train, "make_supervised"), (train, "make_scorer"), (build, "make_scorer"),
+        (Blueprint, "make_engine"),
+    ):  # fmt: skip
+        keep(owner, name)
+    return dataclasses.replace(run_config.validate(CONFIG, "test"), run_dir=str(tmp_path / "run"))
 
 
 def press(monkeypatch, owner: object, name: str, nth: int, times: int = 1) -> None:
@@ -69,26 +89,26 @@ def press(monkeypatch, owner: object, name: str, nth: int, times: int = 1) -> No
 
 
 @pytest.mark.slow
-def test_ctrl_c_finishes_the_step_and_saves_it_whenever_it_comes(run, capfd):
+def test_ctrl_c_finishes_the_step_and_saves_it_whenever_it_comes(cfg, capfd):
     """One run, stopped at five moments; `finishing` is what it says at once, `left` the step that the next start goes on from."""
-    run_dir, handler = Path(run.cfg.run_dir), signal.getsignal(signal.SIGINT)
+    run_dir, handler = Path(cfg.run_dir), signal.getsignal(signal.SIGINT)
     moments = [
-        ("the warm start", train, "warm_step", 2, 2, 2),
-        ("sampling", train, "collect", 2, 4, 3),
-        ("an update", train, "learn", 2, 5, 5),
-        ("a save", train, "save", 1, 7, 6),
+        ("supervised training", Supervised, "__call__", 2, 2, 2),
+        ("sampling", Sampler, "take", 2, 4, 3),
+        ("an update", Updates, "__call__", 2, 5, 5),
+        ("a save", shell, "save", 1, 7, 6),
         ("an evaluation", train, "evaluate", 1, 8, None),
     ]
     for moment, owner, name, nth, finishing, left in moments:
         with pytest.MonkeyPatch.context() as patched:
             press(patched, owner, name, nth)
-            saving = dataclasses.replace(run.cfg.checkpoint, every=1 if moment == "a save" else 1000)
-            cfg = dataclasses.replace(run.cfg, checkpoint=saving)
+            saving = dataclasses.replace(cfg.checkpoint, every=1 if moment == "a save" else 1000)
+            now = dataclasses.replace(cfg, checkpoint=saving)
             if left is None:
-                train.train(cfg)
+                train.train(now)
             else:
                 with pytest.raises(Preempted, match=rf"stopped by Ctrl-C after step {left}, saved in .*/run"):
-                    train.train(cfg)
+                    train.train(now)
                 assert steps(run_dir)[-1] == left, moment
         told = f"jaxrl: finishing step {finishing}, then saving; Ctrl-C again stops at once\n"
         assert told in capfd.readouterr().err, moment
@@ -98,16 +118,16 @@ def test_ctrl_c_finishes_the_step_and_saves_it_whenever_it_comes(run, capfd):
 
 
 @pytest.mark.slow
-def test_before_the_first_step_and_the_second_time_ctrl_c_stops_at_once(run, monkeypatch):
-    run_dir = Path(run.cfg.run_dir)
+def test_before_the_first_step_and_the_second_time_ctrl_c_stops_at_once(cfg, monkeypatch):
+    run_dir = Path(cfg.run_dir)
     with pytest.MonkeyPatch.context() as patched:
-        press(patched, train, "begin", 1)
+        press(patched, train, "new_params", 1)
         with pytest.raises(KeyboardInterrupt):
-            train.train(run.cfg)
+            train.train(cfg)
     assert steps(run_dir) == []
-    press(monkeypatch, train, "warm_step", 2, times=2)
+    press(monkeypatch, Supervised, "__call__", 2, times=2)
     with pytest.raises(KeyboardInterrupt):
-        train.train(run.cfg)
+        train.train(cfg)
     assert steps(run_dir) == [] and (run_dir / "metrics.jsonl").stat().st_size > 0
 
 
@@ -200,7 +220,7 @@ def test_ctrl_c_names_the_step_that_ends_and_none_after_the_last(done, told):
 
 
 @pytest.mark.slow
-def test_what_graders_end_is_saved_and_what_a_guard_condemns_is_not(run, monkeypatch):
+def test_what_graders_end_is_saved_and_what_a_guard_condemns_is_not(cfg, monkeypatch):
     """The same step ends twice: for want of a grade, with a sound state, and for a sampler that is off."""
     fine = train.observe
     for error, at, saved, words in (
@@ -215,15 +235,15 @@ def test_what_graders_end_is_saved_and_what_a_guard_condemns_is_not(run, monkeyp
 
         monkeypatch.setattr(train, "observe", ends)
         with pytest.raises(type(error), match=words) as caught:
-            train.train(run.cfg)
+            train.train(cfg)
         assert caught.value.exit_code == 4
-        checkpoints = Path(run.cfg.run_dir) / "checkpoints"
-        assert (steps(Path(run.cfg.run_dir)) if checkpoints.exists() else []) == saved
+        checkpoints = Path(cfg.run_dir) / "checkpoints"
+        assert (steps(Path(cfg.run_dir)) if checkpoints.exists() else []) == saved
 
 
 @pytest.mark.slow
-def test_a_disk_too_full_for_the_record_costs_saves_and_then_the_run(run, monkeypatch, caplog):
-    offsets, failures = train.Recorder.offsets, []
+def test_a_disk_too_full_for_the_record_costs_saves_and_then_the_run(cfg, monkeypatch, caplog):
+    offsets, failures = Recorder.offsets, []
 
     def full(self):
         failures.append(1)
@@ -231,8 +251,8 @@ def test_a_disk_too_full_for_the_record_costs_saves_and_then_the_run(run, monkey
             raise OSError(errno.ENOSPC, "No space left on device")
         return offsets(self)
 
-    monkeypatch.setattr(train.Recorder, "offsets", full)
-    cfg = dataclasses.replace(run.cfg, checkpoint=dataclasses.replace(run.cfg.checkpoint, every=1))
+    monkeypatch.setattr(Recorder, "offsets", full)
+    cfg = dataclasses.replace(cfg, checkpoint=dataclasses.replace(cfg.checkpoint, every=1))
     with pytest.raises(
         CheckpointError, match=r"step 7 was not saved: disk full: .* 3 failed in a row.* steps \[3, 4\] are kept"
     ):
@@ -243,9 +263,9 @@ def test_a_disk_too_full_for_the_record_costs_saves_and_then_the_run(run, monkey
 
 
 @pytest.mark.slow
-def test_after_a_blow_up_the_last_good_steps_are_there_and_the_next_start_goes_on_from_them(run, capsys):
-    saving = dataclasses.replace(run.cfg.checkpoint, every=1, keep=3)
-    cfg = dataclasses.replace(run.cfg, steps=20, checkpoint=saving)
+def test_after_a_blow_up_the_last_good_steps_are_there_and_the_next_start_goes_on_from_them(cfg, capsys):
+    saving = dataclasses.replace(cfg.checkpoint, every=1, keep=3)
+    cfg = dataclasses.replace(cfg, steps=20, checkpoint=saving)
     for _ in range(2):
         with pytest.raises(
             NonFiniteError, match=r"finite: condemned-10; the next start in .*/run goes on from step 9$"

@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from jaxrl_llm import config as run_config
-from jaxrl_llm import train
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.run_directory import RunLock
+from jaxrl_llm.shell import open_shell
 
 VALUES = {
     "reward": {"workers": 1},
@@ -26,7 +27,7 @@ def config_of(run_dir: Path, **changes) -> RunConfig:
 
 def record(cfg: RunConfig, *, save: bool) -> None:
     """A start of `cfg` that records a step, and saves it or does not."""
-    with train.open_shell(cfg) as shell:
+    with open_shell(cfg) as shell:
         shell.recorder.log(1, {"phase": "rl", "loss": 0.5})
         if save:
             shell.checkpoints.save(1, {"x": np.zeros(1)}, {"offsets": shell.recorder.offsets()})
@@ -34,19 +35,19 @@ def record(cfg: RunConfig, *, save: bool) -> None:
 
 def test_without_lock_a_second_run_is_refused_all_the_same(tmp_path):
     cfg = config_of(tmp_path / "run")
-    with train.open_shell(cfg) as shell:
+    with open_shell(cfg) as shell:
         (tmp_path / "run" / "lock").unlink()
-        with pytest.raises(UserError, match="run is in use by another process"), train.open_shell(cfg):
+        with pytest.raises(UserError, match="run is in use by another process"), open_shell(cfg):
             pass
         shell.check_lock()
         assert f"pid {os.getpid()} on" in (tmp_path / "run" / "lock").read_text(), "the file is there again"
-        with pytest.raises(UserError, match=f"run is in use by pid {os.getpid()}"), train.open_shell(cfg):
+        with pytest.raises(UserError, match=f"run is in use by pid {os.getpid()}"), open_shell(cfg):
             pass
     record(cfg, save=False)
 
 
 def test_where_directories_cannot_be_locked_a_deleted_lock_ends_the_run(tmp_path, monkeypatch):
-    flock = train.RunLock.__enter__.__globals__["fcntl"].flock
+    flock = RunLock.__enter__.__globals__["fcntl"].flock
 
     def only_files(file, how):
         if isinstance(file, int):
@@ -55,13 +56,13 @@ def test_where_directories_cannot_be_locked_a_deleted_lock_ends_the_run(tmp_path
 
     monkeypatch.setattr("fcntl.flock", only_files)
     cfg = config_of(tmp_path / "run")
-    with train.open_shell(cfg) as shell:
+    with open_shell(cfg) as shell:
         shell.check_lock()
-        with pytest.raises(UserError, match=f"in use by pid {os.getpid()}"), train.open_shell(cfg):
+        with pytest.raises(UserError, match=f"in use by pid {os.getpid()}"), open_shell(cfg):
             pass
         (tmp_path / "run" / "lock").unlink()
         with (
-            train.open_shell(cfg),
+            open_shell(cfg),
             pytest.raises(UserError, match=r"lock was deleted or replaced.*what it\s+saved is kept"),
         ):
             shell.check_lock()
@@ -69,7 +70,7 @@ def test_where_directories_cannot_be_locked_a_deleted_lock_ends_the_run(tmp_path
 
 @pytest.mark.parametrize("replaced", [True, False])
 def test_a_run_whose_directory_was_moved_away_ends(tmp_path, replaced):
-    with train.open_shell(config_of(tmp_path / "run")) as shell:
+    with open_shell(config_of(tmp_path / "run")) as shell:
         (tmp_path / "run").rename(tmp_path / "moved")
         if replaced:
             (tmp_path / "run").mkdir()

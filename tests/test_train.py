@@ -340,38 +340,32 @@ def test_a_step_that_sigterm_gives_up_between_segments_is_done_again(tmp_path, m
 @pytest.mark.slow
 def test_nothing_compiles_after_warm_up(tmp_path):
     """Fifty steps with temperatures coming and going, evaluations and saves among them."""
-    from jaxrl_llm import train
+    from jaxrl_llm import shell, train
 
     # All groups can be graded, so all tokens are fresh and tell how far the sampler is.
     cfg = tiny_run(tmp_path, reward=RewardConfig((GraderConfig("row_graders:odd"),), workers=1))
-    run = train.build(cfg)
-    with train.open_shell(cfg) as shell:
-        life = train.begin(run)
-        while life.step < cfg.warm_start.steps:
-            life, *_ = train.warm_step(run, shell, life)
-        life, policy, _ = train.start_rl(run, shell, life)
-
+    with train.open_run(cfg, False, None, False) as run:
+        state, policy, _ = train.start(run)
         away = []
 
-        def steps(run, life, policy, n):
+        def steps(state, policy, n):
             for _ in range(n):
-                life, policy, metrics, _ = train.rl_step(run, shell, life, policy)
-                shell.recorder.log(life.step, metrics)
+                done = train.step(run.learner, run.source, state, policy, np.random.default_rng((0, int(state.step))))
+                state, policy, metrics = done.state, done.policy, train.summary(run, done)
+                run.shell.recorder.log(int(state.step), metrics)
                 # Fresh data, first update: what is left is the sampler's own error against the trainer.
                 away.append(metrics["mismatch/max_abs_dlogp"])
-            train.evaluate(run, life.state.params, policy, shell.pool)
-            train.save(run, shell, life)
-            shell.checkpoints.poll()
-            return life, policy
+            train.evaluate(run, state.train.params, policy)
+            shell.save(run.shell, state)
+            run.shell.checkpoints.poll()
+            return state, policy
 
-        life, policy = steps(run, life, policy, 2)
+        state, policy = steps(state, policy, 2)
         counter = CompileCounter()
         for temperature in (0.7, 1.0, 1.3, 0.9, 1.1):
-            other = dataclasses.replace(
-                run, cfg=dataclasses.replace(cfg, rollout=dataclasses.replace(cfg.rollout, temperature=temperature))
-            )
-            life, policy = steps(other, life, policy, 10)
-        assert life.step == 3 + 2 + 50
+            run.engine.cfg = dataclasses.replace(run.engine.cfg, temperature=temperature)
+            state, policy = steps(state, policy, 10)
+        assert state.step == 3 + 2 + 50
         assert counter.take()["compiles"] == 0
         assert len(away) == 52 and 0 < max(away) <= 5e-4
 
@@ -380,15 +374,35 @@ def test_nothing_compiles_after_warm_up(tmp_path):
 def test_live_arrays_do_not_grow(tmp_path):
     from jaxrl_llm import train
 
-    cfg = tiny_run(tmp_path)
-    run = train.build(cfg)
-    with train.open_shell(cfg) as shell:
-        life, policy, _ = train.start_rl(run, shell, dataclasses.replace(train.begin(run), step=3))
+    with train.open_run(tiny_run(tmp_path), False, None, False) as run:
+        state, policy, _ = train.start(run)
         counts = []
         for _ in range(6):
-            life, policy, *_ = train.rl_step(run, shell, life, policy)
+            state, policy, *_ = train.step(run.learner, run.source, state, policy, np.random.default_rng(0))
             counts.append(len(jax.live_arrays()))
         assert counts[-1] == counts[1]
+
+
+@pytest.mark.slow
+def test_supervised_training_apart_from_rl_is_the_same_run(reference, environment, tmp_path):
+    """`jaxrl sft`, twice, then `jaxrl train`; and no supervised training once RL has begun."""
+    whole, config = reference
+    sft = [part if part != "train" else "sft" for part in command(config, tmp_path / "run")]
+
+    def supervised(*more: str, expect: int = 0) -> str:
+        done = subprocess.run([*sft, *more], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280)
+        assert done.returncode == expect, done.stderr[-2000:]
+        return done.stdout + done.stderr
+
+    assert "after supervised training" in supervised()
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3]
+    # Again it only evaluates.
+    supervised("--resume")
+    run(config, tmp_path / "run", environment)
+    assert_same_run(whole, tmp_path / "run")
+    assert "got a run whose RL has begun, want another run_dir" in supervised(expect=2)
+    none = supervised("--warm_start.steps", "0", "--run_dir", str(tmp_path / "other"), expect=2)
+    assert "warm_start.steps: got 0, want 1 or more" in none
 
 
 @pytest.mark.slow

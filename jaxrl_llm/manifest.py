@@ -1,0 +1,59 @@
+"""What stands beside the arrays of a checkpoint: format, shape and fingerprint of each leaf, and what the run says of itself."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+from jaxrl_llm.errors import NonFiniteError, UserError
+from jaxrl_llm.fingerprint import digests
+
+FORMAT_VERSION = 2
+SHOWN_PATHS = 5
+
+
+def shapes(leaves: dict[str, Any]) -> dict[str, str]:
+    return {path: f"{x.dtype}[{','.join(map(str, x.shape))}]" for path, x in leaves.items()}
+
+
+def sealed(step: int, leaves: dict[str, Any], meta: dict[str, Any]) -> dict[str, str]:
+    """Raises NonFiniteError where a leaf on devices holds NaN or infinity."""
+    found = digests(leaves)
+    broken = [path for path, digest in found.items() if not digest.finite]
+    if broken:
+        raise NonFiniteError(
+            f"the state after step {step} is not finite; not saved: {', '.join(broken[:SHOWN_PATHS])}, {len(broken)} in all"
+        )
+    described = {path: [shape, found[path].fingerprint] for path, shape in shapes(leaves).items()}
+    text = json.dumps({"format_version": FORMAT_VERSION, "leaves": described, "meta": meta})
+    return {"sha256": hashlib.sha256(text.encode()).hexdigest(), "text": text}
+
+
+def read_manifest(step: epath.Path) -> dict[str, Any]:
+    """What stands beside the arrays of a step."""
+    return _unsealed(ocp.JsonCheckpointHandler().restore(step / "meta"))
+
+
+def must_be_ours(step: epath.Path | Path, manifest: dict[str, Any]) -> None:
+    if (found := manifest["format_version"]) != FORMAT_VERSION:
+        raise UserError(
+            f"{step}: got a checkpoint of format {found}, which another version of jaxrl_llm wrote, want {FORMAT_VERSION}: go on "
+            "with that version, or give another run_dir"
+        )
+
+
+def _unsealed(item: dict[str, str]) -> dict[str, Any]:
+    if hashlib.sha256(item["text"].encode()).hexdigest() != item["sha256"]:
+        raise ValueError("meta does not have the checksum it was saved with")
+    return json.loads(item["text"])
+
+
+def must_fit(directory: epath.Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
+    pairs = {path: (saved.get(path, "nothing"), wanted.get(path, "nothing")) for path in saved | wanted}
+    lines = [f"{path}: saved {got}, want {want}" for path, (got, want) in pairs.items() if got != want]
+    if lines:
+        problem = f"{directory}: got {len(lines)} leaves that do not fit this config; undo its changes or give another run_dir"
+        raise UserError("\n  ".join([problem, *lines[:SHOWN_PATHS]]))
