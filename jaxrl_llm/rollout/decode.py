@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxrl_llm.model.cache import PromptCache, SuffixCache
 from jaxrl_llm.model.transformer import Place, decode
 from jaxrl_llm.rollout.sample import Controls, Decoding, draw, row_keys
-from jaxrl_llm.types import ArrayLike, PyTree
+from jaxrl_llm.types import COLUMNS, ArrayLike, Column, PyTree
 
 
 class Units(flax.struct.PyTreeNode):
@@ -38,16 +38,17 @@ class Units(flax.struct.PyTreeNode):
 
 
 class Record(flax.struct.PyTreeNode):
-    """What a segment drew. Lines behind the steps that ran mean nothing."""
+    """What a segment drew: columns of `Rollouts`, a line per step. Lines behind the steps that ran mean nothing."""
 
-    token: Int[ArrayLike, "n B"]
+    tokens: Int[ArrayLike, "n B"]
     sampled: Bool[ArrayLike, "n B"]
     """The row still lived."""
-    logprob: Float[ArrayLike, "n B"]
+    behavior_logprobs: Float[ArrayLike, "n B"]
     entropy: Float[ArrayLike, "n B"]
-    raw_logprob: Float[ArrayLike, "n B"] | None
-    support: Int[ArrayLike, "n B K"] | None
-    overflow: Bool[ArrayLike, "n B"] | None
+    raw_logprobs: Float[ArrayLike, "n B"] | None = None
+    support: Int[ArrayLike, "n B K"] | None = None
+    overflow: Bool[ArrayLike, "n B"] | None = None
+    """More tokens than K would have been kept."""
 
 
 class Segment(flax.struct.PyTreeNode):
@@ -150,16 +151,18 @@ def make_segment(decoding: Decoding) -> DecodeSegment:
 
 
 def blank_record(decoding: Decoding, rows: int) -> Record:
-    def lines(dtype: jnp.dtype, *more: int) -> Array:
+    def lines(dtype: type, *more: int) -> Array:
         blank = jnp.zeros((decoding.steps, rows, *more), dtype)
         return decoding.layout.constrain(blank, None, "rows", *(None for _ in more))
 
-    return Record(
-        token=lines(jnp.int32),
-        sampled=lines(bool),
-        logprob=lines(jnp.float32),
-        entropy=lines(jnp.float32),
-        raw_logprob=lines(jnp.float32) if decoding.raw_logprobs else None,
-        support=lines(jnp.int32, decoding.support) if decoding.support else None,
-        overflow=lines(bool) if decoding.support else None,
-    )
+    columns = {
+        column.name: lines(column.dtype, *(decoding.support for _ in column.dims)) for column in recorded(decoding)
+    }
+    return Record(**columns, overflow=lines(bool) if decoding.support else None)
+
+
+def recorded(decoding: Decoding) -> list[Column]:
+    """The columns of rollouts that the loop writes down."""
+    uses = {"truncation": decoding.support > 0, "raw_logprobs": decoding.raw_logprobs, "": True}
+    fields = Record.__dataclass_fields__
+    return [column for column in COLUMNS if column.rollouts and column.name in fields and uses[column.when]]

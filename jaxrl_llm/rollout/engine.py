@@ -212,7 +212,7 @@ class Generation:
         self.key = hosts.put(np.asarray(jax.random.key_data(key)), engine.decoding.layout.replicated)
         samples, sizes = engine.cfg.samples, engine.sizes
         num = len(prompts.length)
-        self.harvest = Harvest(prompts, samples, engine.cfg.max_new_tokens, engine.decoding.vocab)
+        self.harvest = Harvest(prompts, samples, engine.cfg.max_new_tokens, engine.decoding)
         # Units by the first of their rows, in order.
         self.waiting = deque(range(0, num * samples, sizes.each))
         self.missing = np.full(num, sizes.units_of_prompt)

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxrl_llm.rollout.decode import Record
-from jaxrl_llm.rollout.sample import Controls, Vocabulary
+from jaxrl_llm.rollout.decode import Record, recorded
+from jaxrl_llm.rollout.sample import Controls, Decoding
 from jaxrl_llm.types import Finish, Prompts, Rollouts
 
 Spell = Callable[[list[int]], Sequence[str]]
@@ -23,32 +23,27 @@ NEAR = 16
 class Harvest:
     """Rollouts in the making."""
 
-    def __init__(self, prompts: Prompts, samples: int, slots: int, vocab: Vocabulary):
+    def __init__(self, prompts: Prompts, samples: int, slots: int, decoding: Decoding):
         rows = len(prompts.length) * samples
-        self.prompts, self.samples, self.vocab = prompts, samples, vocab
-        self.tokens = np.full((rows, slots), vocab.pad, np.int32)
-        self.sampled = np.zeros((rows, slots), bool)
+        self.prompts, self.samples, self.vocab = prompts, samples, decoding.vocab
         self.finish = np.full(rows, int(Finish.LENGTH), np.int32)
-        self.columns: dict[str, np.ndarray] = {}
+        self.fill = {column.name: column.fill for column in recorded(decoding)} | {"tokens": decoding.vocab.pad}
+        self.columns = {
+            column.name: np.full(
+                (rows, slots, *(decoding.support for _ in column.dims)), self.fill[column.name], column.dtype
+            )
+            for column in recorded(decoding)
+        }
+        """What was recorded of each token."""
 
     def add(self, rows: Int[np.ndarray, " B"], slot: Int[np.ndarray, " B"], record: Record, steps: int) -> None:
         """`steps` lines of a record: column b belongs to row rows[b] (below 0: to nobody), from slot[b] on."""
         line, b = np.nonzero(record.sampled[:steps] & (rows >= 0))
         row, place = rows[b], slot[b] + line
-        self.tokens[row, place] = record.token[line, b]
-        self.sampled[row, place] = True
-        for name in ("logprob", "entropy", "raw_logprob", "support", "overflow"):
-            drawn = getattr(record, name)
-            if drawn is not None:
-                self._column(name, drawn)[row, place] = drawn[line, b]
-        ends = np.isin(record.token[line, b], self.vocab.eos)
+        for name, column in self.columns.items():
+            column[row, place] = getattr(record, name)[line, b]
+        ends = np.isin(record.tokens[line, b], self.vocab.eos)
         self.finish[row[ends]] = int(Finish.EOS)
-
-    def _column(self, name: str, like: np.ndarray) -> np.ndarray:
-        if name not in self.columns:
-            fill = -1 if name == "support" else 0
-            self.columns[name] = np.full((*self.tokens.shape, *like.shape[2:]), fill, like.dtype)
-        return self.columns[name]
 
     def stop(
         self, rows: Int[np.ndarray, " B"], seen: Int[np.ndarray, " B"], stop: tuple[str, ...], spell: Spell
@@ -58,36 +53,29 @@ class Harvest:
         return np.array([r >= 0 and self._stop(int(r), int(n), stop, spell) for r, n in zip(rows, seen, strict=True)])
 
     def _stop(self, row: int, seen: int, stop: tuple[str, ...], spell: Spell) -> bool:
-        tokens = self.tokens[row, : self.sampled[row].sum()].tolist()
+        tokens = self.columns["tokens"][row, : self.columns["sampled"][row].sum()].tolist()
         end = first_end(tokens, seen, stop, spell)
         if end is None:
             return False
-        self.tokens[row, end:] = self.vocab.pad
-        self.sampled[row, end:] = False
         for name, column in self.columns.items():
-            column[row, end:] = -1 if name == "support" else 0
+            column[row, end:] = self.fill[name]
         self.finish[row] = int(Finish.CONTROL)
         return True
 
     def rollouts(self, index: Int[np.ndarray, " p"], controls: Controls, version: int) -> Rollouts:
         """Those of the prompts `index`; `controls` of all prompts."""
         rows = (index[:, None] * self.samples + np.arange(self.samples)).reshape(-1)
-        sampled, of = self.sampled[rows], {name: column[rows] for name, column in self.columns.items()}
-        bars = np.repeat(controls.min_new_tokens[index], self.samples)[:, None]
+        of = {name: column[rows] for name, column in self.columns.items()}
+        sampled, bars = of["sampled"], np.repeat(controls.min_new_tokens[index], self.samples)[:, None]
         return Rollouts(
             prompts=jax.tree.map(lambda x: x[index], self.prompts),
-            tokens=self.tokens[rows],
             length=sampled.sum(axis=1, dtype=np.int32),
-            sampled=sampled,
-            behavior_logprobs=of["logprob"],
-            entropy=of["entropy"],
             temperature=np.repeat(controls.temperature[index], self.samples).astype(np.float32),
             version=np.where(sampled, np.int32(version), np.int32(0)),
             finish=self.finish[rows],
-            support=of.get("support"),
-            raw_logprobs=of.get("raw_logprob"),
             # Of all prompts: what a batch holds does not change with its rows.
             barred=sampled & (np.arange(sampled.shape[1]) < bars) if np.any(controls.min_new_tokens) else None,
+            **of,
         )
 
 
