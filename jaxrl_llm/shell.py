@@ -96,7 +96,7 @@ def look(cfg: RunConfig, target: Callable[[bool], PyTree]) -> Restored | None:
         return None
     checkpoints = open_checkpoints(cfg)
     try:
-        return checkpoints.restore(partial(_of, target), moves=False)
+        return checkpoints.restore(partial(_of, target), owned=False)
     finally:
         checkpoints.close()
 
