@@ -157,7 +157,7 @@ def export_run(cfg: RunConfig, out: Path, dtype: str | None, adapter: bool = Fal
     params, dtype = policy_part(trained.params, blueprint.model), dtype or blueprint.model.compute
 
     def write(params: PyTree, directory: Path) -> None:
-        export(params, run.model, directory, dtype, files, save_tokenizer=run.task.tokenizer.save)
+        export(params, blueprint.model, directory, dtype, files, save_tokenizer=run.task.tokenizer.save)
 
     if not adapter:
         merge = jax.jit(partial(lora.merge, dtype=dtype), out_shardings=shardings(blueprint.specs, blueprint.train))

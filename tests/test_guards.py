@@ -1,6 +1,6 @@
 """Guards: each tested by the fault that it is there for, as a value and in a run."""
 
-import dataclasses
+import math
 from contextlib import nullcontext
 from typing import get_args
 
@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import config as run_config
-from jaxrl_llm import learn as learning
-from jaxrl_llm import life as lives
 from jaxrl_llm import train
 from jaxrl_llm.errors import AdvantageError, GradingError, MismatchError, NonFiniteError
-from jaxrl_llm.guards import Guards, observe
+from jaxrl_llm.guards import Guards, RatioAlarm, observe
 from jaxrl_llm.objective.advantages import Published, estimate
 from jaxrl_llm.objective.group_estimators import Grpo, PassAtK, Raw, Rloo
 from jaxrl_llm.objective.outcome import Estimate, Outcome
 from jaxrl_llm.objective.token_estimators import Gae, ReinforcePlusPlus
+from jaxrl_llm.roles import updates
+from jaxrl_llm.roles.start import rl_target
 from jaxrl_llm.update.config import GuardConfig
 
 FINE = {
@@ -45,7 +45,8 @@ def look(steps, cfg=GuardConfig(), guards=Guards()):  # noqa: B008
 
 def test_a_sound_step_says_nothing():
     (verdict,) = look([({}, SOME)])
-    assert verdict == (Guards(seen=1, zero_gradient=(0, 0)), (), None)
+    guards = verdict.guards._replace(zero_gradient=verdict.guards.zero_gradient.tolist())
+    assert (guards, *verdict[1:]) == (Guards(seen=1, zero_gradient=[0, 0]), (), None)
 
 
 def test_steps_without_a_finite_update_end_the_run_when_they_are_in_a_row():
@@ -97,7 +98,8 @@ def test_a_parameter_without_a_gradient_is_named_once():
     found = look([dead, alive, dead, dead, dead, dead, alive, dead, dead, dead], GuardConfig(zero_gradient_steps=3))
     told = ("the gradient of layers/qkv was exactly 0 for 3 steps: nothing in the loss depends on it",)
     assert [v.warnings for v in found] == [()] * 4 + [told] + [()] * 5
-    assert [v.guards.zero_gradient for v in found[:6]] == [(0, 1), (0, 0), (0, 1), (0, 2), (0, 3), (0, 3)]
+    streaks = [v.guards.zero_gradient.tolist() for v in found[:6]]
+    assert streaks == [[0, 1], [0, 0], [0, 1], [0, 2], [0, 3], [0, 3]]
 
 
 def test_steps_without_a_useful_update_neither_count_nor_reset():
@@ -168,6 +170,27 @@ def test_the_ratio_alarm_is_passed_on():
     )
 
 
+@pytest.mark.parametrize(
+    "updates, rings",
+    [
+        ([(1.0, 1.0, True), (1.0, 1.0, True), (1.0, 1.0, True)], [False, True, True]),
+        ([(1.0, 1.0, False), (1.0, 1.0, False)], [False, False]),
+        ([(1.0, 1.0, True), (1.0, 1.0, False), (1.0, 1.0, True)], [False, False, True]),
+        ([(1.0, 1.0, True), (0.9, 1.1, False), (1.0, 1.0, True)], [False, False, True]),
+        ([(1.0, 1.0, True), (0.9, 1.0, True), (1.0, 1.0, True), (1.0, 1.0, True)], [False, False, False, True]),
+        ([(1.0, 1.0 + 2**-23, True)] * 2, [False, False]),
+        ([(0.5, 0.5, True)] * 2, [False, False]),
+        ([(math.nan, math.nan, True)] * 2, [False, False]),
+    ],
+)
+def test_ratio_alarm_state_machine(updates, rings):
+    alarm, heard = RatioAlarm(), []
+    for update in updates:
+        alarm, rang = RatioAlarm(streak=alarm.streak).observe(*update)  # as through a checkpoint
+        heard.append(rang)
+    assert heard == rings
+
+
 # --- equal rewards teach nothing -------------------------------------------------------------------------------------------
 
 
@@ -220,6 +243,9 @@ class Told(list):
     def wants(self, step, every):
         return False
 
+    def log(self, step, metrics):
+        pass
+
     def during(self, words, first=""):
         return nullcontext()
 
@@ -228,65 +254,71 @@ class Told(list):
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
-    """(run, shell, life at the start of RL): built once."""
+    """(run, state at the start of RL): built once."""
     directory = tmp_path_factory.mktemp("guards")
     (directory / "parity_grader.py").write_text("def odd(sample): return float(sum(map(ord, sample.completion)) % 2)\n")
     cfg = run_config.validate(CONFIG | {"run_dir": str(directory / "run")}, "test")
     with pytest.MonkeyPatch.context() as patched:
         patched.syspath_prepend(str(directory))
-        run = train.build(cfg)
-        with train.open_shell(cfg) as shell:
-            shell = shell._replace(recorder=Told())
-            life, _, _ = train.start_rl(run, shell, train.begin(run))
-            yield run, shell, life
+        with train.open_run(cfg, must_resume=False, given=None, ends_process=False) as run:
+            run = train.assemble(run.blueprint, run.task, run.shell._replace(recorder=Told()))
+            state, _, _ = train.start(run)
+            yield run, state
 
 
 @pytest.fixture
 def start(opened):
-    """(run, shell, life, policy, what was told), all anew."""
-    run, shell, life = opened
-    shell.recorder.clear()
+    """(run, state, policy, what was told), all anew."""
+    run, state = opened
+    run.shell.recorder.clear()
+    run.source.state = state.source
     # The state is donated to the first update.
-    state = jax.tree.map(lambda x: jax.device_put(np.array(x), x.sharding), life.state)
-    return run, shell, dataclasses.replace(life, state=state), train.publish(run, state, None), shell.recorder
+    state = state._replace(train=jax.tree.map(lambda x: jax.device_put(np.array(x), x.sharding), state.train))
+    return run, state, run.learner.publish(state.train, None), run.shell.recorder
 
 
-def step(run, shell, life, policy):
+def taken(run, state, policy):
+    """One step of RL, as `train` takes it."""
+    rng = np.random.default_rng((run.blueprint.cfg.seed, int(state.step)))
+    return train.step(run.learner, run.source, state, policy, rng)
+
+
+def step(run, state, policy):
     """One step of RL under its guards, as `train` takes it."""
-    done = train.rl_step(run, shell, life, policy)
-    life, metrics, error = train.guard(run, shell, done, done.metrics)
+    done = taken(run, state, policy)
+    state, metrics, error = train.guard(run, done.state, train.summary(run, done), done.learned)
     if error:
         raise error
-    return life, done.policy, metrics
+    return state, done.policy, metrics
 
 
 def as_numpy(state):
-    return [np.array(x) for x in jax.tree.leaves((state.params, state.opt_state))]
+    return [np.array(x) for x in jax.tree.leaves((state.train.params, state.train.opt_state))]
 
 
 def test_a_poisoned_batch_changes_nothing_and_ends_the_run(start, monkeypatch):
-    run, shell, life, policy, _ = start
-    whole = learning.make_batch
-    life, policy, _ = step(run, shell, life, policy)
+    run, state, policy, _ = start
+    whole = updates.make_batch
+    state, policy, _ = step(run, state, policy)
 
     def poisoned(*args):
         batch, where = whole(*args)
         batch.advantage[batch.loss_mask] = np.nan
         return batch, where
 
-    monkeypatch.setattr(learning, "make_batch", poisoned)
-    before = as_numpy(life.state)
+    monkeypatch.setattr(updates, "make_batch", poisoned)
+    before = as_numpy(state)
     for streak in (1, 2):
-        life, policy, metrics = step(run, shell, life, policy)
-        assert metrics["nonfinite"] == 1 and life.guards.nonfinite == streak
-        assert all(np.array_equal(a, b) for a, b in zip(before, as_numpy(life.state), strict=True))
+        state, policy, metrics = step(run, state, policy)
+        assert metrics["nonfinite"] == 1 and state.guards.nonfinite == streak
+        assert all(np.array_equal(a, b) for a, b in zip(before, as_numpy(state), strict=True))
     with pytest.raises(NonFiniteError):
-        step(run, shell, life, policy)
+        step(run, state, policy)
 
 
 def test_log_probs_of_another_distribution_end_the_run(start, monkeypatch):
-    run, shell, life, policy, _ = start
-    collected = train.collect
+    run, state, policy, _ = start
+    collected = run.source.collect
 
     def colder(*args):
         found = collected(*args)
@@ -294,37 +326,39 @@ def test_log_probs_of_another_distribution_end_the_run(start, monkeypatch):
         rollouts = rollouts.replace(behavior_logprobs=rollouts.behavior_logprobs * 0.5)
         return found._replace(groups=found.groups.replace(rollouts=rollouts))
 
-    life, policy, metrics = step(run, shell, life, policy)
+    state, policy, metrics = step(run, state, policy)
     assert 0 <= metrics["mismatch/kl"] < 1e-4
     # Of the updates' rates only that they are told: the maker of this chip states no peak.
     assert metrics["update/ceiling_fraction"] > 0 < metrics["update/flops_per_s"] and "update/mfu" not in metrics
-    monkeypatch.setattr(train, "collect", colder)
+    monkeypatch.setattr(run.source, "collect", colder)
     with pytest.raises(MismatchError, match=r"update\.guards\.max_mismatch_kl"):
-        step(run, shell, life, policy)
+        step(run, state, policy)
 
 
 def test_advantages_that_no_reward_explains_end_the_run(start, monkeypatch):
     """Four rewards are at most 3 / sqrt(4) stds from their mean; the batch of four gives finite losses none the less."""
-    run, shell, life, policy, _ = start
+    run, state, policy, _ = start
     own = Grpo.estimate
     monkeypatch.setattr(Grpo, "estimate", lambda cfg, outcome: Estimate(own(cfg, outcome).advantage * 1e5))
     with pytest.raises(
         AdvantageError, match=r"objective\.advantage\.kind grpo: got an advantage of .*, want at most 1\.5,"
     ):
-        train.rl_step(run, shell, life, policy)
+        taken(run, state, policy)
 
 
 def test_parameters_that_the_loss_cannot_reach_are_named_once_and_across_a_resume(start):
-    run, shell, life, policy, told = start
-    cut = dict(life.state.params["layers"])
+    run, state, policy, told = start
+    cut = dict(state.train.params["layers"])
     cut["out"] = jax.numpy.zeros_like(cut["out"])
-    life = dataclasses.replace(life, state=life.state.replace(params=life.state.params | {"layers": cut}))
-    policy = train.publish(run, life.state, policy)
+    state = state._replace(train=state.train.replace(params=state.train.params | {"layers": cut}))
+    policy = run.learner.publish(state.train, policy)
     for _ in range(2):
-        life, policy, metrics = step(run, shell, life, policy)
+        state, policy, metrics = step(run, state, policy)
     assert not told and not any(name.startswith("zero_gradient") for name in metrics) and "warnings" not in metrics
-    life = lives.Life.revive(life.tree(run.key), {"began": True})
-    life, policy, metrics = step(run, shell, life, policy)
-    life, policy, _ = step(run, shell, life, policy)
+    run.shell.checkpoints.save(int(state.step), state, {"phase": "rl"})
+    target = rl_target(run.blueprint, run.learner, run.source.state)
+    state = run.shell.checkpoints.restore(lambda meta: target).tree
+    state, policy, metrics = step(run, state, policy)
+    state, policy, _ = step(run, state, policy)
     said = "the gradient of layers/attn_norm, layers/qkv was exactly 0 for 3 steps: nothing in the loss depends on it"
     assert told == metrics["warnings"] == [said], "on the screen, and in the record"

@@ -39,7 +39,7 @@ class Passed(UserError):
     """All checks are done; what comes now compiles."""
 
 
-def no_shell(cfg: RunConfig) -> None:
+def no_shell(*args: object) -> None:
     raise Passed("passed")
 
 

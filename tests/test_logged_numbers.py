@@ -5,8 +5,7 @@ grades, the rows of the warm start, and which tokens were in an update's loss.
 """
 
 import re
-from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -17,10 +16,9 @@ import pytest
 from setups import make_params
 
 from jaxrl_llm import config as run_config
-from jaxrl_llm import evaluate as evaluation
-from jaxrl_llm import life as lives
 from jaxrl_llm import train
 from jaxrl_llm.metrics import read_jsonl
+from jaxrl_llm.roles import blueprint, build, supervised
 
 GRADERS = '''
 """A task's graders; `late` counts the prompts that it has seen."""
@@ -125,11 +123,10 @@ class Recording:
         self.rng = np.random.default_rng(seed)
 
     def install(self, patched):
-        build, evaluate = train.build, train.evaluate
-        for module in (train, evaluation):
-            patched.setattr(module, "collect", self.noisy(module.collect))
-        patched.setattr(train, "noisy_rows", self.kept_rows(train.noisy_rows))
-        patched.setattr(train, "build", lambda *args: self.watched(build(*args)))
+        collector, make_update, evaluate = train.Collector, build.make_update, train.evaluate
+        patched.setattr(train, "Collector", lambda *args: self.noisy(collector(*args)))
+        patched.setattr(supervised, "noisy_rows", self.kept_rows(supervised.noisy_rows))
+        patched.setattr(build, "make_update", lambda *args, **how: self.watched(make_update(*args, **how)))
 
         def evaluated(run, params, *rest):
             if not self.rows:
@@ -150,8 +147,8 @@ class Recording:
     def noisy(self, collect):
         """The sampler's log-probs are off by some 0.05: so its mismatch is a number that can be checked, and names its tokens."""
 
-        def collected(run, pool, policy, prompts, *rest):
-            got = collect(run, pool, policy, prompts, *rest)
+        def collected(policy, prompts, rows, *rest):
+            got = collect(policy, prompts, rows, *rest)
             groups, rollouts = got.groups, got.groups.rollouts
             noise = np.where(rollouts.sampled, self.rng.normal(0, 0.05, rollouts.tokens.shape), 0).astype(np.float32)
             rollouts = rollouts.replace(behavior_logprobs=rollouts.behavior_logprobs + noise)
@@ -161,7 +158,7 @@ class Recording:
                 np.moveaxis(groups.components.reshape(*of_group, -1), -1, 0), groups.failure, groups.failed_by,
                 groups.vote.reshape(of_group),
             )  # fmt: skip
-            if rest[0] is run.task.held_out:
+            if rows is collect.task.held_out:
                 self.rows[-1]["answers"] = draw
             else:
                 self.rows.append({"phase": "rl", "draw": draw, "updates": []})
@@ -169,17 +166,17 @@ class Recording:
 
         return collected
 
-    def watched(self, run):
+    def watched(self, program):
         def update(state, batch, *rest):
-            learned = np.asarray(batch.behavior_logprobs)[np.asarray(batch.loss_mask)]
-            self.rows[-1]["updates"].append(updates.Update(as_numpy(state.params), learned))
-            return run.update(state, batch, *rest)
+            row, params = self.rows[-1], as_numpy(state.params)
+            if row["phase"] == "warm_start":
+                row["params"] = params
+            else:
+                learned = np.asarray(batch.behavior_logprobs)[np.asarray(batch.loss_mask)]
+                row["updates"].append(updates.Update(params, learned))
+            return program(state, batch, *rest)
 
-        def warm_update(state, batch):
-            self.rows[-1]["params"] = as_numpy(state.params)
-            return run.warm_update(state, batch)
-
-        return replace(run, update=update, warm_update=warm_update)
+        return update
 
 
 def as_numpy(params):
@@ -200,7 +197,9 @@ def recorded(tmp_path_factory):
             patched.syspath_prepend(str(directory))
             # One device: what several change is the business of other tests, and compiling for them takes longer.
             patched.setattr(jax, "device_count", lambda: 1)
-            patched.setattr(lives, "start_params", lambda run: make_params(run.model, run.train, sharpness=1.0))
+            on_one = partial(blueprint.make_blueprint, devices=jax.devices()[:1])
+            patched.setattr(blueprint, "make_blueprint", on_one)
+            patched.setattr(train, "start_params", lambda of, key: make_params(of.model, of.train, sharpness=1.0))
             recording.install(patched)
             train.train(run_config.validate(CONFIGS[name] | {"run_dir": str(directory / "run")}, name))
         logged = read_jsonl(directory / "run" / "metrics.jsonl")

@@ -10,11 +10,10 @@ from safetensors.numpy import load_file
 
 from jaxrl_llm import config
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.inspect_run import export_run, restore
+from jaxrl_llm.inspect_run import export_run
 from jaxrl_llm.model import lora
 from jaxrl_llm.model.lora import Adapted
-from jaxrl_llm.run import build
-from jaxrl_llm.train import train
+from jaxrl_llm.train import open_run, resume, train
 
 CONFIG = """
 steps: 2
@@ -46,18 +45,18 @@ def trained(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_state_is_frozen_but_for_adapters_and_critic(trained):
-    run = build(trained)
-    life = restore(run)
-    moments = sum(x.size for x in jax.tree.leaves(life.state.opt_state) if x.ndim)
-    learnt, _ = lora.split(life.state.params)
+    with open_run(trained, must_resume=True, given=None, ends_process=False) as run:
+        state = resume(run)
+    moments = sum(x.size for x in jax.tree.leaves(state.train.opt_state) if x.ndim)
+    learnt, _ = lora.split(state.train.params)
     assert moments == 2 * sum(x.size for x in jax.tree.leaves(learnt) if x.ndim)
-    assert life.step == 4 and np.any(np.asarray(learnt["value"]["kernel"]))
+    assert state.step == 4 and np.any(np.asarray(learnt["value"]["kernel"]))
     adapters = [x for x in learnt["layers"].values() if isinstance(x, Adapted)]
     assert len(adapters) == 4 and all(np.any(np.asarray(x)) for x in jax.tree.leaves(adapters))
     # The reference is the base: adapters that add nothing.
-    pairs = [p for w in life.reference["layers"].values() if w is not None for p in w.pairs.values()]
+    pairs = [p for w in state.reference["layers"].values() if w is not None for p in w.pairs.values()]
     assert len(pairs) == 7 and not any(np.any(np.asarray(pair.b)) for pair in pairs)
-    assert len(jax.tree.leaves(life.reference)) == 14
+    assert len(jax.tree.leaves(state.reference)) == 14
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.metrics import (
     CompileCounter,
     MetricsConfig,
-    RatioAlarm,
     Recorder,
     Timers,
     printable,
@@ -78,27 +77,6 @@ def test_compile_counter_counts_a_fresh_program_once():
     other = CompileCounter()
     scale(y).block_until_ready()
     assert (counter.take()["compiles"], other.take()["compiles"]) == (1, 1)
-
-
-@pytest.mark.parametrize(
-    "updates, rings",
-    [
-        ([(1.0, 1.0, True), (1.0, 1.0, True), (1.0, 1.0, True)], [False, True, True]),
-        ([(1.0, 1.0, False), (1.0, 1.0, False)], [False, False]),
-        ([(1.0, 1.0, True), (1.0, 1.0, False), (1.0, 1.0, True)], [False, False, True]),
-        ([(1.0, 1.0, True), (0.9, 1.1, False), (1.0, 1.0, True)], [False, False, True]),
-        ([(1.0, 1.0, True), (0.9, 1.0, True), (1.0, 1.0, True), (1.0, 1.0, True)], [False, False, False, True]),
-        ([(1.0, 1.0 + 2**-23, True)] * 2, [False, False]),
-        ([(0.5, 0.5, True)] * 2, [False, False]),
-        ([(math.nan, math.nan, True)] * 2, [False, False]),
-    ],
-)
-def test_ratio_alarm_state_machine(updates, rings):
-    alarm, heard = RatioAlarm(), []
-    for update in updates:
-        alarm, rang = RatioAlarm(streak=alarm.streak).observe(*update)  # as through a checkpoint
-        heard.append(rang)
-    assert heard == rings
 
 
 @pytest.mark.parametrize(

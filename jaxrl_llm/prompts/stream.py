@@ -1,4 +1,4 @@
-"""The endless stream of prompts: its order a pure function of the seed, its state one number, equal on every host."""
+"""The endless stream of prompts: its order a pure function of the seed, equal on every host."""
 
 from collections.abc import Callable, Sequence
 
@@ -30,9 +30,3 @@ def make_prompts(task: Task, rows: tuple[Row, ...], index: np.ndarray, uid: np.n
     """Prompts of the rows at `index`, each with its `uid`: the rows' tokens, right-padded to the task's prompt slots."""
     tokens, length = pad_rows([rows[i].tokens for i in index], task.prompt_slots, task.pad)
     return Prompts(tokens=tokens, length=length, uid=np.asarray(uid, np.int32), row=np.asarray(index, np.int32))
-
-
-def next_prompts(task: Task, order: Order, cursor: int, num_prompts: int) -> tuple[Prompts, int]:
-    """The next P prompts, each with its place in the stream as uid, and the cursor behind them."""
-    places = np.arange(cursor, cursor + num_prompts)
-    return make_prompts(task, task.train, np.array([order(p) for p in places]), places), cursor + num_prompts

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizer_setup import save_tokenizer
 
 from jaxrl_llm.prompts.config import ArithmeticTask, CharacterTokenizer, FileTask, PretrainedTokenizer
-from jaxrl_llm.prompts.stream import make_order, make_prompts, next_prompts
+from jaxrl_llm.prompts.stream import make_order, make_prompts
 from jaxrl_llm.prompts.task import load_task
 from jaxrl_llm.prompts.tokenizer import load_tokenizer
 from jaxrl_llm.types import check
@@ -53,31 +53,6 @@ def test_the_order_is_a_function_of_the_seed():
 
 def test_a_single_row_repeats():
     assert [make_order(1, 0)(i) for i in range(4)] == [0] * 4
-
-
-def test_next_prompts_by_hand():
-    order = make_order(ROWS, 1)
-    prompts, cursor = next_prompts(TASK, order, 16, 8)  # over the end of the first epoch
-    check(prompts)
-    assert cursor == 24
-    np.testing.assert_array_equal(prompts.uid, np.arange(16, 24))
-    np.testing.assert_array_equal(prompts.row, [order(i) for i in range(16, 24)])
-    texts = TASK.decode(prompts.tokens, prompts.length)
-    assert texts == [TASK.train[order(i)].prompt for i in range(16, 24)]
-    assert prompts.tokens.shape == (8, TASK.prompt_slots)
-
-
-def test_going_on_from_the_cursor_equals_never_having_stopped():
-    order, cursor, steady = make_order(ROWS, 1), 0, []
-    for _ in range(7):
-        prompts, cursor = next_prompts(TASK, order, cursor, 6)
-        steady.append(prompts)
-    again, cursor = next_prompts(TASK, make_order(ROWS, 1), 4 * 6, 6)
-    for name in ("tokens", "length", "uid", "row"):
-        np.testing.assert_array_equal(getattr(again, name), getattr(steady[4], name))
-    assert cursor == 5 * 6
-    uids = np.concatenate([p.uid for p in steady])
-    assert len(set(uids)) == len(uids)
 
 
 def test_make_prompts_takes_rows_of_any_part():

@@ -7,11 +7,11 @@ from tokenizer_setup import save_tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from jaxrl_llm import config
+from jaxrl_llm import config, sources
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.prompts.config import CharacterTokenizer, PretrainedTokenizer
 from jaxrl_llm.prompts.tokenizer import BATCH, Tokenizer, load_tokenizer
-from jaxrl_llm.run import build
+from jaxrl_llm.roles.blueprint import blueprint_of
 
 ODD = load_tokenizer(CharacterTokenizer("ab +#<>é∑\n\t😀"))
 DIGITS = load_tokenizer(CharacterTokenizer())
@@ -79,9 +79,9 @@ def test_the_character_tokenizer_is_exported_for_transformers(tmp_path):
 
 def test_a_stop_text_that_no_response_can_hold_is_refused_by_character():
     """And an empty one, at which every response would end."""
-    values = {"rollout": {"stop": ["12", "</answer>", "\n\n", ""]}}
+    cfg = config.validate({"rollout": {"stop": ["12", "</answer>", "\n\n", ""]}}, "x")
     with pytest.raises(UserError) as caught:
-        build(config.validate(values, "x"))
+        blueprint_of(cfg, sources.read(cfg))
     assert str(caught.value).splitlines() == [
         "rollout.stop: got '', want text: every response would end with its first token",
         "rollout.stop: got '</answer>', want text that tokens can spell: no token has '/' 'a' 'n' 's' 'w' 'e' 'r'",

@@ -1,0 +1,63 @@
+"""The sampler on the endless stream of a task's rows; with fakes: test_sampler_role.py."""
+
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+
+from jaxrl_llm.experience.curriculum import in_order
+from jaxrl_llm.prompts.config import ArithmeticTask, CharacterTokenizer
+from jaxrl_llm.prompts.stream import make_order
+from jaxrl_llm.prompts.task import load_task
+from jaxrl_llm.prompts.tokenizer import load_tokenizer
+from jaxrl_llm.roles.sampler import Sampler, SamplerState
+from jaxrl_llm.types import check
+
+ROWS = 20
+TASK = load_task(ArithmeticTask(terms=2, held_out=100 - ROWS), load_tokenizer(CharacterTokenizer()), seed=0)
+KEY = jax.random.key(5)
+
+
+class Drawn(list):
+    """In the place of a collector: remembers what it was asked for, and gives the prompts back as groups."""
+
+    def __call__(self, policy, prompts, rows, key, give_up):
+        self.append((policy, prompts, rows, key))
+        return SimpleNamespace(groups=prompts)
+
+
+def sampler(prompts: int) -> Sampler:
+    return Sampler(TASK, in_order(make_order(ROWS, 1)), Drawn(), KEY, prompts, seed=1)
+
+
+def test_prompts_of_a_step_by_hand():
+    order, source = make_order(ROWS, 1), sampler(8)
+    source.state = SamplerState(np.array(16), np.array(16))  # over the end of the first epoch
+    source.use("policy")
+    prompts = check(source.take(3))
+    assert source.state == (24, 24)
+    np.testing.assert_array_equal(prompts.uid, np.arange(16, 24))
+    np.testing.assert_array_equal(prompts.row, [order(i) for i in range(16, 24)])
+    texts = TASK.decode(prompts.tokens, prompts.length)
+    assert texts == [TASK.train[order(i)].prompt for i in range(16, 24)]
+    assert prompts.tokens.shape == (8, TASK.prompt_slots)
+    ((policy, asked, rows, key),) = source.collect
+    assert policy == "policy" and asked is prompts and rows is TASK.train and key is KEY
+    assert source.last.groups is prompts
+
+
+def test_going_on_from_the_state_equals_never_having_stopped():
+    source, steady, states = sampler(6), [], []
+    for step in range(7):
+        states.append(source.state)
+        steady.append(source.take(step))
+        source.observe(steady[-1])
+    other = sampler(6)
+    other.state = states[4]
+    assert other.state.visits == 4 * 6
+    again = other.take(4)
+    for name in ("tokens", "length", "uid", "row"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(steady[4], name))
+    assert other.state.visits == 5 * 6
+    uids = np.concatenate([p.uid for p in steady])
+    assert len(set(uids)) == len(uids)
