@@ -32,7 +32,3 @@ class SupervisedState(NamedTuple):
     step: np.ndarray
     train: TrainState
     guards: Guards
-
-
-def counter(value: float = 0) -> np.ndarray:
-    return np.array(value)
