@@ -8,7 +8,7 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience import filters
 from jaxrl_llm.experience.filters import make_filter, of
 from jaxrl_llm.experience.replay import blank_groups, kept_groups
-from jaxrl_llm.run import filter_for
+from jaxrl_llm.roles.build import filter_for
 from jaxrl_llm.types import Groups
 
 NAN = np.nan
