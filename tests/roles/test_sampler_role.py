@@ -1,4 +1,4 @@
-"""The sampler, with a fake in the place of engine and graders: which rows it asks for, under which numbers, and what it remembers."""
+"""The sampler, with a fake in the place of engine and graders: the rows it asks for, their numbers, and what it remembers."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""`train.step` with a fake source and a fake learner: every stage once, in the order of the sentence, from what the one before gave."""
+"""`train.step` with a fake source and a fake learner: every stage once, in the order of the sentence, on what came before."""
 
 import numpy as np
 import pytest
