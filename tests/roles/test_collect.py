@@ -1,4 +1,4 @@
-"""The collector with a fake engine and a fake pool: groups go to the graders as they finish, and what these say comes to its place."""
+"""The collector with a fake engine and a fake pool: groups go to the graders as they finish, and grades come to their rows."""
 
 import zlib
 from types import SimpleNamespace
