@@ -2,18 +2,41 @@
 
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 
+from jaxrl_llm.config import RunConfig, validate
 from jaxrl_llm.experience.replay import blank_groups
 from jaxrl_llm.guards import Guards
 from jaxrl_llm.prompts.config import ArithmeticTask, CharacterTokenizer
 from jaxrl_llm.prompts.task import Task, load_task
 from jaxrl_llm.prompts.tokenizer import load_tokenizer
 from jaxrl_llm.rewards.pool import Failure
+from jaxrl_llm.roles.blueprint import Blueprint, make_blueprint
 from jaxrl_llm.roles.state import RunState
+from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Groups, TrainState
 
 PROMPT_SLOTS, SLOTS = 3, 2
+
+
+MODEL = {"vocab_size": 16, "layers": 2, "d_model": 16, "heads": 4, "kv_heads": 2, "head_dim": 8, "d_mlp": 16}
+VALUES = {
+    "task": {"kind": "arithmetic", "terms": 2, "held_out": 8},
+    "model": MODEL,
+    "rollout": {"prompts": 8, "samples": 4, "max_new_tokens": 6},
+    "reward": "exact_match",
+}
+
+
+def config(**changes: object) -> RunConfig:
+    return validate(VALUES | changes, "test")
+
+
+def blueprint(**changes: object) -> Blueprint:
+    """Of one device, and prompts of 5 slots."""
+    cfg = config(**changes)
+    return make_blueprint(cfg, cfg.model, Vocabulary(16, 0, (15,)), 5, jax.devices()[:1])
 
 
 def sums(held_out: int = 3) -> Task:

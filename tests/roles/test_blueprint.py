@@ -4,10 +4,9 @@ import dataclasses
 
 import jax
 import pytest
-from fakes import sums
+from fakes import MODEL, VALUES, blueprint, config, sums
 
 from jaxrl_llm import sources
-from jaxrl_llm.config import validate
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
@@ -25,23 +24,6 @@ from jaxrl_llm.roles.blueprint import (
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.update.optimizer.config import AdamW
 from jaxrl_llm.update.packing import Shape
-
-MODEL = {"vocab_size": 16, "layers": 2, "d_model": 16, "heads": 4, "kv_heads": 2, "head_dim": 8, "d_mlp": 16}
-VALUES = {
-    "task": {"kind": "arithmetic", "terms": 2, "held_out": 8},
-    "model": MODEL,
-    "rollout": {"prompts": 8, "samples": 4, "max_new_tokens": 6},
-    "reward": "exact_match",
-}
-
-
-def config(**changes):
-    return validate(VALUES | changes, "test")
-
-
-def blueprint(**changes):
-    cfg = config(**changes)
-    return make_blueprint(cfg, cfg.model, Vocabulary(16, 0, (15,)), 5, jax.devices()[:1])
 
 
 def paths(specs):
