@@ -19,7 +19,6 @@ from jaxrl_llm.types import Groups, TrainState
 
 PROMPT_SLOTS, SLOTS = 3, 2
 
-
 MODEL = {"vocab_size": 16, "layers": 2, "d_model": 16, "heads": 4, "kv_heads": 2, "head_dim": 8, "d_mlp": 16}
 VALUES = {
     "task": {"kind": "arithmetic", "terms": 2, "held_out": 8},
