@@ -73,12 +73,12 @@ def test_models_are_asked_once_where_their_scores_are_read_and_not_at_all_elsewh
 
 def test_a_reference_of_adapters_is_asked_about_on_the_policys_frozen_matrices():
     def adapted(a):
-        return {"w": Adapted(base="frozen", pairs={"q": a})}
+        return {"layers": {"qkv": Adapted(base="frozen", pairs={"q": a})}}
 
     score, train = Score(), state_of().train.replace(params=adapted("now"))
-    scores_of(
-        {"objective": {"reward_kl": {"weight": 0.1}}}, score, train=train, reference=split(adapted("at the start"))[0]
-    )
+    held = split(adapted("at the start"))[0]
+    assert held["layers"]["qkv"].base is None
+    scores_of({"objective": {"reward_kl": {"weight": 0.1}}}, score, train=train, reference=held)
     assert score.asked == [adapted("at the start")]
 
 

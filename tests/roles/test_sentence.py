@@ -13,7 +13,8 @@ from jaxrl_llm.roles.updates import Learned
 from jaxrl_llm.train import step
 from jaxrl_llm.types import Credit, Experience, Scores
 
-GRADED, FRESH, MIXED = (groups_of(np.full((2, 2), float(i)), version=i) for i in range(3))
+GRADED, FRESH = (groups_of(np.full((2, 2), float(i)), version=i) for i in range(2))
+MIXED = groups_of(np.full((2, 2), 2.0), length=[1] * 4)
 SCORES, CREDIT = Scores(np.zeros((4, 2))), Credit(np.ones((4, 2)))
 LEARNED = Learned({"loss": 0.5}, alarm=2, zero_gradient={}, flops=None, seconds=1.0)
 STAGES = (

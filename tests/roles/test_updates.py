@@ -83,14 +83,16 @@ def test_means_are_over_tokens_sequences_or_updates_and_extremes_stay_extremes()
 
 
 def test_what_a_mean_counts_is_counted_on_the_minibatch():
-    """Rows of 2 and 1 tokens in the first group, of 2 and 2 in the other: 3 tokens against 4, two sequences each."""
+    """Rows of 2 and 1 tokens, and a group that is not kept: two sequences; in the other minibatch four, of 8 tokens."""
     program = Program(QUIET | {"entropy": 1.0, "dpo/x": 1.0}, QUIET | {"entropy": 8.0, "dpo/x": 2.0})
-    experience = experience_of([[1.0, 0.0]] * 2, length=[2, 1, 2, 2])
-    _, learned = learn(updates_of(program, minibatches=2, groups=2), experience)
-    tokens = [int(np.asarray(batch.loss_mask).sum()) for batch in program.seen]
-    assert sorted(tokens) == [3, 4]
-    assert learned.metrics["entropy"] == pytest.approx((tokens[0] + 8 * tokens[1]) / 7)
-    assert learned.metrics["dpo/x"] == 1.5
+    one = np.random.default_rng(2).permutation(4)[:2]
+    reward, length = np.array([[1.0, 0.0]] * 4), np.full((4, 2), 2)
+    reward[one[0]], length[one[1]] = np.nan, [2, 1]
+    experience = experience_of(reward, length=length.reshape(-1))
+    _, learned = learn(updates_of(program, minibatches=2), experience)
+    assert [int(np.asarray(batch.loss_mask).sum()) for batch in program.seen] == [3, 8]
+    assert learned.metrics["entropy"] == pytest.approx((3 * 1 + 8 * 8) / 11)
+    assert learned.metrics["dpo/x"] == pytest.approx((2 * 1 + 4 * 2) / 6)
 
 
 def test_a_minibatch_without_a_token_runs_and_says_nothing():
