@@ -162,3 +162,4 @@ def test_what_devices_cannot_do_is_told_of_the_slots_that_batches_have():
     [line] = device_problems(cfg, cfg.model, None, jax.devices())
     assert line.startswith(device)
     assert device_problems(config(), cfg.model, 5, jax.devices()) == []
+    assert found == [line for line in problems(sources.read(cfg)) if line.startswith("update.attention")]

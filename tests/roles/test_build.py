@@ -10,6 +10,7 @@ from fakes import blueprint, config, groups_of, state_of, sums
 from jaxrl_llm.metrics import CompileCounter
 from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.model.work import adapters_of, seen, train_flops
+from jaxrl_llm.objective.credit import make_advantage
 from jaxrl_llm.prompts.stream import make_order
 from jaxrl_llm.roles import build
 from jaxrl_llm.roles.build import (
@@ -79,6 +80,18 @@ def test_a_learners_stages_are_the_configs():
     update = learner.update
     assert isinstance(update, Updates) and update.shape == of.shapes.update and update.loss is of.loss
     assert (update.pad, update.cfg) == (0, of.cfg.update) and update.rows == of.train.sharding(("rows", None))
+
+
+def test_an_advantage_that_compares_graders_one_by_one_knows_their_weights():
+    of, learner = learner_of(reward=REWARD, objective={"advantage": {"kind": "gdpo"}})
+    groups = groups_of(np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]]))
+    groups = groups.replace(components=np.float32([[1, 0], [0, 0], [0, -1], [0, 0], [1, -1], [1, 0]]))
+    found = learner.advantage(groups, Scores()).advantage
+    by_weights = [
+        make_advantage(of.cfg.objective, weights)(groups, Scores()).advantage for weights in ([1.0, 0.5], [1.0, 1.0])
+    ]
+    np.testing.assert_array_equal(found, by_weights[0])
+    assert np.abs(found - by_weights[1]).max() > 0.1
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ VOTES = np.int32([[7, 7, 8, 9], [1, 1, 1, 1], [2, 3, 2, 2], [0] * 4, [5, 6, 0, 0
 
 
 class Collect:
-    """Gives these parts of the first grader, and these votes; row b draws its tokens with log-prob -(b + 1) / 8."""
+    """Gives these parts of the first grader, rewards that are 1 more, and these votes; row b draws its tokens with log-prob -(b + 1) / 8."""
 
     def __init__(self, parts=PARTS, votes=VOTES, length=None):
         self.parts, self.votes, self.length, self.asked = parts, votes, length, []
@@ -31,7 +31,9 @@ class Collect:
         rollouts = groups.rollouts.replace(prompts=given[1])
         said = -(np.arange(len(rollouts.length), dtype=np.float32)[:, None] + 1) / 8
         rollouts = rollouts.replace(behavior_logprobs=np.where(rollouts.sampled, said, 0).astype(np.float32))
-        return Collected(groups.replace(rollouts=rollouts, vote=self.votes.reshape(-1)), Stats(), 0.0)
+        return Collected(
+            groups.replace(rollouts=rollouts, reward=groups.reward + 1, vote=self.votes.reshape(-1)), Stats(), 0.0
+        )
 
 
 class ScoreRight:
