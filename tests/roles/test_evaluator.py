@@ -20,7 +20,7 @@ VOTES = np.int32([[7, 7, 8, 9], [1, 1, 1, 1], [2, 3, 2, 2], [0] * 4, [5, 6, 0, 0
 
 
 class Collect:
-    """Gives these parts of the first grader, rewards that are 1 more, and these votes; row b draws its tokens with log-prob -(b + 1) / 8."""
+    """Gives these parts of the first grader, rewards that are 1 more, and these votes. Log-probs of row b are -(b + 1) / 8."""
 
     def __init__(self, parts=PARTS, votes=VOTES, length=None):
         self.parts, self.votes, self.length, self.asked = parts, votes, length, []
