@@ -39,17 +39,18 @@ from jaxrl_llm.objective.group_estimators import Rloo
 from jaxrl_llm.objective.loss_config import Clip, PolicyGradient
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.prompts.config import ArithmeticTask
-from jaxrl_llm.roles.blueprint import blueprint_of
-from jaxrl_llm.roles.build import make_keys, make_learner, make_scorer, make_supervised
+from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
+from jaxrl_llm.roles.build import make_keys, make_scorer, make_supervised
 from jaxrl_llm.roles.scorer import Scorer
 from jaxrl_llm.roles.start import start_params, start_rl, start_supervised
-from jaxrl_llm.roles.updates import Updates, as_floats, without_zero_gradients
+from jaxrl_llm.roles.updates import as_floats, without_zero_gradients
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.train import Run, open_run
 from jaxrl_llm.types import Experience, Groups, PyTree, TrainState
 from jaxrl_llm.update.batch import make_batch, minibatches
 from jaxrl_llm.update.config import UpdateConfig, WarmStartConfig
 from jaxrl_llm.update.optimizer.config import AdamW
+from jaxrl_llm.update.step import Update, make_update
 
 ARMS, LAGS, SEEDS, RATE = ("captured", "recomputed"), (0, 4), (0, 1, 2), 3e-4
 CASES = [(arm, lag, RATE, seed) for seed in SEEDS for lag in LAGS for arm in ARMS]
@@ -129,18 +130,19 @@ def warm_up(cfg: RunConfig) -> PyTree:
     return state.train.params
 
 
-class Scorers(NamedTuple):
-    step: Scorer
-    minibatch: Scorer
+class Programs(NamedTuple):
+    update: Update
+    score_step: Scorer
+    score_minibatch: Scorer
 
 
 def learn(run: Run, warm: PyTree, arm: str, lag: int) -> dict:
     """One run of RL: the sentence of `train.step`, with a queue of policies and, in one arm, the bug."""
-    blueprint, source, cfg = run.blueprint, run.source, run.blueprint.cfg
-    scorers = Scorers(
-        *(make_scorer(blueprint, shape) for shape in (blueprint.shapes.experience, blueprint.shapes.update))
+    blueprint, source, learner, cfg = run.blueprint, run.source, run.learner, run.blueprint.cfg
+    programs = Programs(
+        make_update(blueprint.learner_specs, blueprint.loss, blueprint.optimizer, blueprint.scoring),
+        *(make_scorer(blueprint, shape) for shape in (blueprint.shapes.experience, blueprint.shapes.update)),
     )
-    learner = make_learner(blueprint, scorers.step)
     state = start_rl(blueprint, learner, source.state, jax.tree.map(jnp.copy, warm), run.keys.train)
     policies = deque([learner.publish(state.train, None)], maxlen=lag + 1)
     exact = {0: run.evaluator(state.train.params, policies[-1])["eval/exact"]}
@@ -151,7 +153,7 @@ def learn(run: Run, warm: PyTree, arm: str, lag: int) -> dict:
         _, groups, _ = learner.filter.apply(state.filters, source.take(step))
         scores = learner.score(state, groups)
         experience = Experience(groups, scores, learner.advantage(groups, scores))
-        train, updates = update(learner.update, scorers, state.train, experience, arm, rng)
+        train, updates = update(blueprint, programs, state.train, experience, arm, rng)
         for i, metrics in enumerate(updates):
             stale = i > 0 or bool(groups.rollouts.version.max() < int(train.step) - cfg.update.updates)
             alarm, ring = alarm.observe(metrics["ratio/min"], metrics["ratio/max"], stale)
@@ -166,18 +168,23 @@ def learn(run: Run, warm: PyTree, arm: str, lag: int) -> dict:
 
 
 def update(
-    updates: Updates, scorers: Scorers, train: TrainState, experience: Experience, arm: str, rng: np.random.Generator
+    blueprint: Blueprint,
+    programs: Programs,
+    train: TrainState,
+    experience: Experience,
+    arm: str,
+    rng: np.random.Generator,
 ) -> tuple[TrainState, list[dict[str, float]]]:
     """Epochs x minibatches of updates, and the metrics of each that had a token to learn from."""
-    loss, found = updates.loss, []
+    cfg, loss, found = blueprint.cfg.update, blueprint.loss, []
     if arm == "once":
-        experience = rescored(scorers.step, train.params, experience)
-    for _ in range(updates.cfg.epochs):
-        for part in minibatches(experience, updates.cfg.minibatches, rng):
+        experience = rescored(programs.score_step, train.params, experience)
+    for _ in range(cfg.epochs):
+        for part in minibatches(experience, cfg.minibatches, rng):
             if arm == "recomputed":
-                part = rescored(scorers.minibatch, train.params, part)
-            batch, _ = make_batch(part, updates.shape, updates.pad, loss.aggregation, loss.length)
-            train, metrics = updates.program(train, hosts.put(batch, updates.rows), None)
+                part = rescored(programs.score_minibatch, train.params, part)
+            batch, _ = make_batch(part, blueprint.shapes.update, blueprint.vocab.pad, loss.aggregation, loss.length)
+            train, metrics = programs.update(train, hosts.put(batch, blueprint.train.sharding(("rows", None))))
             metrics, _ = without_zero_gradients(as_floats(jax.device_get(metrics)))
             if tokens := batch.loss_mask.sum():
                 found.append(metrics | {"tokens": int(tokens)})
