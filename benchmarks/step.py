@@ -1,4 +1,4 @@
-"""One whole GRPO step of a config, stage by stage, through the training loop's own `rl_step` and its timers.
+"""One whole GRPO step of a config, stage by stage, through the training loop's own `step` and its timers.
 
 Seconds of generate, reward, update and publish as a run logs them, the whole step by the wall, and `other`, the difference:
 prompts, filter, advantage, replay, and the describing of rollouts. The policy is the untrained one: no warm start, and no
@@ -11,11 +11,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 from jaxrl_llm import config as run_config
-from jaxrl_llm.life import begin, fresh_state
 from jaxrl_llm.metrics import MetricsConfig
-from jaxrl_llm.run import build, publish
-from jaxrl_llm.train import open_shell, rl_step
+from jaxrl_llm.roles.start import start_params, start_rl
+from jaxrl_llm.train import first_policy, open_run, step, summary
 from jaxrl_llm.update.config import WarmStartConfig
 
 CONFIG = Path(__file__).parent.parent / "configs" / "arithmetic.yaml"
@@ -28,16 +29,17 @@ def measure(steps: int = 15, warm: int = 2) -> dict:
         cfg = dataclasses.replace(
             run_config.load(CONFIG), run_dir=directory, warm_start=WarmStartConfig(), metrics=quiet
         )
-        run = build(cfg)
-        with open_shell(cfg) as shell:
-            life, seen = begin(run), []
-            life = dataclasses.replace(life, began=True, state=fresh_state(run, life.state.params, 0, began=True))
-            policy = publish(run, life.state, None)
-            for _ in range(warm + steps):
+        with open_run(cfg, must_resume=False, given=None, ends_process=False) as run:
+            params, seen = start_params(run.blueprint, run.keys.train), []
+            state = start_rl(run.blueprint, run.learner, run.source.state, params, run.keys.train)
+            policy = first_policy(run, state.train)
+            for number in range(warm + steps):
                 start = time.perf_counter()
-                life, policy, *_ = rl_step(run, shell, life, policy)
+                done = step(run.learner, run.source, state, policy, np.random.default_rng((cfg.seed, number)))
+                summary(run, done)
+                state, policy = done.state, done.policy
                 whole = time.perf_counter() - start
-                stages = {name.removeprefix("time/"): s for name, s in shell.timers.take().items()}
+                stages = {name.removeprefix("time/"): s for name, s in run.shell.timers.take().items()}
                 seen.append({**stages, "other": whole - sum(stages.values()), "whole": whole})
     seen = seen[warm:]
     return {

@@ -39,7 +39,7 @@ hidden = jax.jit(transformer.hidden, static_argnums=(4, 5))
 logits = jax.jit(transformer.logits, static_argnums=2)
 prefill = jax.jit(transformer.prefill, static_argnums=(3, 4, 5))
 decode = jax.jit(transformer.decode, static_argnums=(5, 6))
-score = jax.jit(score_tokens, static_argnums=(2, 3, 4))
+score = jax.jit(score_tokens, static_argnums=2)
 
 
 def sample(cfg, sizes=(1, 1, 1), prompts=None, temperature=1.0, params=None):
@@ -54,7 +54,7 @@ def sample(cfg, sizes=(1, 1, 1), prompts=None, temperature=1.0, params=None):
 def scores(rollouts, params, train, cfg):
     batch = to_batch(to_experience(rollouts), shards=train.size("rows"))
     placed = hosts.put(batch, train.sharding(("rows", None)))
-    return batch, score(params, placed, cfg, VOCAB.size, train)
+    return batch, score(params, placed, Scoring(cfg, train, VOCAB.size))
 
 
 @pytest.mark.parametrize("cfg", VARIANTS.values(), ids=VARIANTS)

@@ -8,9 +8,8 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from jaxrl_llm.life import trained_policy
 
-from jaxrl_llm import chips, cli, learn, rates, run
+from jaxrl_llm import chips, cli, sources
 from jaxrl_llm.config import validate
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.distribution import TokenScores
@@ -20,6 +19,9 @@ from jaxrl_llm.plan.command import Target
 from jaxrl_llm.plan.memory import Phase
 from jaxrl_llm.plan.programs import Job, Program, make_job, with_micro_batches
 from jaxrl_llm.plan.traffic import Reading, Traffic
+from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
+from jaxrl_llm.roles.build import make_learner
+from jaxrl_llm.roles.learner import Learner
 from jaxrl_llm.types import Batch, Experience, Groups, Prompts, Rollouts
 from jaxrl_llm.update.batch import make_batch, minibatches, ungraded
 
@@ -220,12 +222,12 @@ OBJECTIVES = {
 }
 
 
-def longest(of: run.Run) -> Groups:
+def longest(of: Blueprint) -> Groups:
     """Every prompt and response at its full length, as the engine gives them; rewards that differ in each group."""
     cfg, prompts = of.cfg.rollout, of.cfg.rollout.prompts
     rows, full = prompts * cfg.samples, (prompts * cfg.samples, cfg.max_new_tokens)
     integers, numbers = np.ones(rows, np.int32), np.zeros(full, np.float32)
-    slots, support = of.task.prompt_slots, of.engine.decoding.support
+    slots, support = of.prompt_slots, of.make_engine().decoding.support
     tokens = np.zeros((prompts, slots), np.int32)
     rollouts = Rollouts(
         prompts=Prompts(tokens, np.full(prompts, slots, np.int32), integers[:prompts], integers[:prompts]),
@@ -240,28 +242,26 @@ def longest(of: run.Run) -> Groups:
 
 
 @pytest.fixture(params=OBJECTIVES)
-def both(request, monkeypatch) -> tuple[Job, run.Run, Batch]:
-    """The plan's shapes, the run, and the first batch of a step of it; scores are 0, and nothing compiles."""
+def both(request) -> tuple[Job, Learner, Batch]:
+    """The plan's shapes, the learner, and the first batch of a step of it; scores are 0, and nothing compiles."""
     cfg = validate(VALUES | {"reward": "exact_match", "update": {}} | OBJECTIVES[request.param], "test")
-    of = run.build(cfg)
+    of = blueprint_of(cfg, sources.read(cfg))
 
-    def score(of: run.Run, params: object, groups: Groups) -> TokenScores:
+    def score(params: object, groups: Groups) -> TokenScores:
         nothing = np.zeros(groups.rollouts.tokens.shape, np.float32)
         return TokenScores(nothing, nothing, nothing if cfg.objective.has_critic else None)
 
-    monkeypatch.setattr(learn, "score", score)
-    state = SimpleNamespace(params=of.learner_specs)
-    life = SimpleNamespace(state=state, reference=trained_policy(of, of.learner_specs))
-    groups = longest(of)
-    scores = learn.score_groups(of, life, groups)
-    experience = Experience(groups, scores, of.advantage(groups, scores))
+    learner, groups = make_learner(of, score, None), longest(of)
+    train = SimpleNamespace(params=of.learner_specs)
+    scores = learner.score(SimpleNamespace(train=train, reference=of.changed(of.learner_specs)), groups)
+    experience = Experience(groups, scores, learner.advantage(groups, scores))
     part = next(minibatches(experience, cfg.update.minibatches, np.random.default_rng(0)))
-    batch, _ = make_batch(part, of.shapes.update, 0, of.loss.aggregation, of.loss.length)
-    return make_job(cfg, cfg.model, of.task.prompt_slots, list(of.train.mesh.devices.flat)), of, batch
+    batch, _ = make_batch(part, of.shapes.update, 0, of.loss.aggregation, of.loss.length, of.loss.own)
+    return make_job(cfg, cfg.model, of.prompt_slots, list(of.train.mesh.devices.flat)), learner, batch
 
 
 def test_a_planned_batch_is_the_runs(both):
-    """Every column, its dtype and its shape: what `scores_proximal`, a critic, a reference and truncation put there."""
+    """Every column, its dtype and its shape: what a proximal policy, a critic, a reference and truncation put there."""
     job, _, batch = both
     described = lambda tree: {  # noqa: E731
         jax.tree_util.keystr(path): (x.shape, x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(tree)
@@ -270,8 +270,8 @@ def test_a_planned_batch_is_the_runs(both):
 
 
 def test_planned_flops_are_those_that_training_counts(both):
-    job, of, batch = both
-    assert predict.update_flops(job) == rates.batch_flops(of, batch)
+    job, learner, batch = both
+    assert predict.update_flops(job) == learner.update.flops(batch)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from setups import FAMILIES, SMALL, engine, layouts, make_params, make_prompts, to_batch, to_experience
 
-from jaxrl_llm import config, run
+from jaxrl_llm import config, sources
 from jaxrl_llm.metrics import CompileCounter
 from jaxrl_llm.model.distribution import Scoring, score_tokens
 from jaxrl_llm.model.params import unstack
 from jaxrl_llm.model.quantised import Quantised, dequantise
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.publish import abstract_policy, make_blank, make_publish, policy_shardings
+from jaxrl_llm.roles.blueprint import blueprint_of
+from jaxrl_llm.roles.build import make_publisher
 from jaxrl_llm.rollout.config import EngineConfig
 from jaxrl_llm.types import TrainState
 
@@ -78,12 +80,14 @@ def test_a_policy_is_written_into_the_one_before(weights):
 
 def test_publishing_without_an_older_policy_compiles_once_a_run():
     values = {"model": dataclasses.asdict(SMALL), "rollout": {"prompts": 8, "samples": 2}, "reward": "exact_match"}
-    of = run.build(config.validate(values, "test"))
+    cfg = config.validate(values, "test")
+    of = blueprint_of(cfg, sources.read(cfg))
+    publish = make_publisher(of)
     state = TrainState(make_params(of.model, of.train), (), hosts.put(np.int32(2), of.train.replicated))
     counter = CompileCounter()
-    first = run.publish(of, state, None)
+    first = publish(state, None)
     assert counter.take()["compiles"] == 2  # the blank and the policy
-    others = [run.publish(of, state, None) for _ in range(3)]
+    others = [publish(state, None) for _ in range(3)]
     assert counter.take()["compiles"] == 0
     # Each has buffers of its own.
     assert not any(x.is_deleted() for policy in (first, *others) for x in jax.tree.leaves(policy))

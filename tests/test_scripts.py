@@ -41,5 +41,7 @@ def test_what_a_script_imports_is_there(path):
 
 
 def test_the_check_tells_a_name_that_is_gone():
-    assert missing("def f():\n    from jaxrl_llm.run import build, gone") == ["jaxrl_llm.run.gone"]
-    assert missing("from jaxrl_llm.gone import build") == ["jaxrl_llm.gone.build"]
+    assert missing("def f():\n    from jaxrl_llm.roles.build import make_learner, gone") == [
+        "jaxrl_llm.roles.build.gone"
+    ]
+    assert missing("from jaxrl_llm.gone import make_learner") == ["jaxrl_llm.gone.make_learner"]

@@ -23,33 +23,34 @@ import tempfile
 import time
 from collections import deque
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxrl_llm.collect import collect
-from jaxrl_llm.evaluate import evaluate
-from jaxrl_llm.learn import score_groups
-from jaxrl_llm.life import Life, begin, fresh_state
-from jaxrl_llm.run import Run, build, publish
 
+from jaxrl_llm import sources
 from jaxrl_llm.config import RunConfig
-from jaxrl_llm.experience.filters import has_signal
 from jaxrl_llm.experience.replay import kept_groups
-from jaxrl_llm.metrics import RatioAlarm
+from jaxrl_llm.guards import RatioAlarm
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.group_estimators import Rloo
 from jaxrl_llm.objective.loss_config import Clip, PolicyGradient
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.prompts.config import ArithmeticTask
-from jaxrl_llm.prompts.stream import next_prompts
+from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
+from jaxrl_llm.roles.build import make_keys, make_scorer, make_supervised
+from jaxrl_llm.roles.scorer import Scorer
+from jaxrl_llm.roles.start import start_params, start_rl, start_supervised
+from jaxrl_llm.roles.updates import as_floats, without_zero_gradients
 from jaxrl_llm.rollout.config import RolloutConfig
-from jaxrl_llm.train import Shell, open_shell, warm_step
+from jaxrl_llm.train import Run, open_run
 from jaxrl_llm.types import Experience, Groups, PyTree, TrainState
-from jaxrl_llm.update.batch import make_batch, minibatches, to_rows
+from jaxrl_llm.update.batch import make_batch, minibatches
 from jaxrl_llm.update.config import UpdateConfig, WarmStartConfig
 from jaxrl_llm.update.optimizer.config import AdamW
+from jaxrl_llm.update.step import Update, make_update
 
 ARMS, LAGS, SEEDS, RATE = ("captured", "recomputed"), (0, 4), (0, 1, 2), 3e-4
 CASES = [(arm, lag, RATE, seed) for seed in SEEDS for lag in LAGS for arm in ARMS]
@@ -85,22 +86,17 @@ def config(arm: str, rate: float, seed: int, run_dir: str) -> RunConfig:
 
 def experiment(cases: list[tuple[str, int, float, int]]) -> None:
     """Run the cases that the JSON does not hold, each into it when it is done."""
-    warm, programs = {}, {}
+    warm: dict[int, PyTree] = {}
     for case in cases:
         if case in {key(r) for r in stored()}:
             continue
         arm, lag, rate, seed = case
         with tempfile.TemporaryDirectory() as run_dir:
             cfg = config(arm, rate, seed, run_dir)
-            run = build(cfg)
-            # The compiled programs depend on all of the config but the seed.
-            shared = programs.setdefault(repr((cfg.objective, cfg.update)), run)
-            names = ("engine", "publish", "blank", "score", "score_experience", "warm_update", "update")
-            run = dataclasses.replace(run, **{name: getattr(shared, name) for name in names})
-            with open_shell(cfg) as shell:
-                warm[seed] = warm.get(seed) or warm_up(run, shell)
+            warm[seed] = warm.get(seed) or warm_up(cfg)
+            with open_run(cfg, must_resume=False, given=None, ends_process=False) as run:
                 begun, used = time.monotonic(), time.process_time()
-                found = learn(run, shell, warm[seed], arm, lag)
+                found = learn(run, warm[seed], arm, lag)
         spent = {"seconds": round(time.monotonic() - begun, 1), "cpu_seconds": round(time.process_time() - used, 1)}
         found = {"arm": arm, "lag": lag, "lr": rate, "seed": seed, **spent, **found}
         print(time.strftime("%H:%M:%S"), line(found), flush=True)
@@ -121,67 +117,83 @@ def store(runs: list[dict]) -> None:
     RESULTS.write_text(json.dumps(found, separators=(",", ":"), allow_nan=False) + "\n")
 
 
-def warm_up(run: Run, shell: Shell) -> Life:
-    """What all arms of a seed start from."""
-    life = begin(run)
-    while life.step < run.cfg.warm_start.steps:
-        life, metrics, _ = warm_step(run, shell, life)
-        if life.step % 100 == 0:
-            print(f"seed {run.cfg.seed}: warm start {life.step}, loss {metrics['loss']:.3f}", flush=True)
-    return life
+def warm_up(cfg: RunConfig) -> PyTree:
+    """The parameters that all arms of a seed start from."""
+    given = sources.read(cfg, trains=True)
+    blueprint = blueprint_of(cfg, given)
+    supervised = make_supervised(blueprint, given.task)
+    state = start_supervised(blueprint, start_params(blueprint, make_keys(cfg).train))
+    while state.step < cfg.warm_start.steps:
+        state, metrics = supervised(state)
+        if state.step % 100 == 0:
+            print(f"seed {cfg.seed}: warm start {state.step}, loss {metrics['loss']:.3f}", flush=True)
+    return state.train.params
 
 
-def learn(run: Run, shell: Shell, warm: Life, arm: str, lag: int) -> dict:
-    """One run of RL: the loop of `train.rl_step`, with a queue of policies and, in one arm, the bug."""
-    cfg, cursor, alarm = run.cfg, 0, RatioAlarm()
-    state = fresh_state(run, jax.tree.map(jnp.copy, warm.state.params), int(warm.state.step), began=True)
-    policies = deque([publish(run, state, None)], maxlen=lag + 1)
-    exact = {0: evaluate(run, state.params, policies[-1], shell.pool)["eval/exact"]}
-    steps, rings = [], 0
+class Programs(NamedTuple):
+    update: Update
+    score_step: Scorer
+    score_minibatch: Scorer
+
+
+def learn(run: Run, warm: PyTree, arm: str, lag: int) -> dict:
+    """One run of RL: the sentence of `train.step`, with a queue of policies and, in one arm, the bug."""
+    blueprint, source, learner, cfg = run.blueprint, run.source, run.learner, run.blueprint.cfg
+    programs = Programs(
+        make_update(blueprint.learner_specs, blueprint.loss, blueprint.optimizer, blueprint.scoring),
+        *(make_scorer(blueprint, shape) for shape in (blueprint.shapes.experience, blueprint.shapes.update)),
+    )
+    state = start_rl(blueprint, learner, source.state, jax.tree.map(jnp.copy, warm), run.keys.train)
+    policies = deque([learner.publish(state.train, None)], maxlen=lag + 1)
+    exact = {0: run.evaluator(state.train.params, policies[-1])["eval/exact"]}
+    steps, rings, alarm = [], 0, RatioAlarm()
     for step in range(cfg.steps):
         rng = np.random.default_rng((cfg.seed, step))
-        prompts, cursor = next_prompts(run.task, run.order, cursor, cfg.rollout.prompts)
-        graded = collect(run, shell.pool, policies[0], prompts, run.task.train, run.key).groups
-        groups = graded.replace(keep=has_signal(graded))
-        rollouts, scores = groups.rollouts, score_groups(run, dataclasses.replace(warm, state=state), groups)
-        experience = Experience(groups, scores, run.advantage(groups, scores))
-        state, updates = update(run, state, experience, arm, rng)
+        source.use(policies[0])
+        _, groups, _ = learner.filter.apply(state.filters, source.take(step))
+        scores = learner.score(state, groups)
+        experience = Experience(groups, scores, learner.advantage(groups, scores))
+        train, updates = update(blueprint, programs, state.train, experience, arm, rng)
         for i, metrics in enumerate(updates):
-            stale = i > 0 or bool(rollouts.version.max() < int(state.step) - cfg.update.updates)
+            stale = i > 0 or bool(groups.rollouts.version.max() < int(train.step) - cfg.update.updates)
             alarm, ring = alarm.observe(metrics["ratio/min"], metrics["ratio/max"], stale)
             rings += ring
         steps.append(describe(groups, updates))
-        policies.append(publish(run, state, policies[0] if len(policies) > lag else None))
+        policies.append(learner.publish(train, policies[0] if len(policies) > lag else None))
+        state = state._replace(train=train)
         if (step + 1) % EVERY == 0:
-            exact[step + 1] = evaluate(run, state.params, policies[-1], shell.pool)["eval/exact"]
+            exact[step + 1] = run.evaluator(train.params, policies[-1])["eval/exact"]
     series = {name: [float(f"{s[name]:.4g}") if np.isfinite(s[name]) else None for s in steps] for name in steps[0]}
     return {"exact": {str(k): round(v, 4) for k, v in exact.items()}, "alarm_rings": rings, "steps": series}
 
 
 def update(
-    run: Run, state: TrainState, experience: Experience, arm: str, rng: np.random.Generator
+    blueprint: Blueprint,
+    programs: Programs,
+    train: TrainState,
+    experience: Experience,
+    arm: str,
+    rng: np.random.Generator,
 ) -> tuple[TrainState, list[dict[str, float]]]:
     """Epochs x minibatches of updates, and the metrics of each that had a token to learn from."""
-    cfg, found = run.cfg.update, []
+    cfg, loss, found = blueprint.cfg.update, blueprint.loss, []
     if arm == "once":
-        experience = rescored(run, state.params, experience)
+        experience = rescored(programs.score_step, train.params, experience)
     for _ in range(cfg.epochs):
         for part in minibatches(experience, cfg.minibatches, rng):
             if arm == "recomputed":
-                part = rescored(run, state.params, part)
-            batch, _ = make_batch(part, run.shapes.update, run.task.pad, run.loss.aggregation, run.loss.length)
-            state, metrics = run.update(state, run.put_batch(batch))
+                part = rescored(programs.score_minibatch, train.params, part)
+            batch, _ = make_batch(part, blueprint.shapes.update, blueprint.vocab.pad, loss.aggregation, loss.length)
+            train, metrics = programs.update(train, hosts.put(batch, blueprint.train.sharding(("rows", None))))
+            metrics, _ = without_zero_gradients(as_floats(jax.device_get(metrics)))
             if tokens := batch.loss_mask.sum():
-                found.append({name: float(x) for name, x in jax.device_get(metrics).items()} | {"tokens": int(tokens)})
-    return state, found
+                found.append(metrics | {"tokens": int(tokens)})
+    return train, found
 
 
-def rescored(run: Run, params: PyTree, part: Experience) -> Experience:
+def rescored(score: Scorer, params: PyTree, part: Experience) -> Experience:
     """The bug: what the current policy says of the tokens takes the place of what their own policy said."""
-    batch, where = make_batch(part, run.shapes.update, run.task.pad)
-    logprobs = hosts.gather(run.score(params, run.put_batch(batch)).logprobs)
-    rollouts = part.groups.rollouts
-    rollouts = rollouts.replace(behavior_logprobs=to_rows(logprobs, where, rollouts))
+    rollouts = part.groups.rollouts.replace(behavior_logprobs=score(params, part.groups).logprobs)
     return part._replace(groups=part.groups.replace(rollouts=rollouts))
 
 

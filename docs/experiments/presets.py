@@ -24,16 +24,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm import config as run_config
+from jaxrl_llm import sources
 from jaxrl_llm.config import RunConfig
-from jaxrl_llm.evaluate import evaluate
-from jaxrl_llm.life import Life, begin, no_streaks
 from jaxrl_llm.metrics import MetricsConfig
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.objective.presets import PRESETS
 from jaxrl_llm.prompts.config import ArithmeticTask
+from jaxrl_llm.roles.blueprint import blueprint_of
+from jaxrl_llm.roles.build import make_keys, make_supervised
+from jaxrl_llm.roles.start import start_params, start_rl, start_supervised
 from jaxrl_llm.rollout.config import RolloutConfig
-from jaxrl_llm.run import build
-from jaxrl_llm.train import open_shell, rl_step, start_rl, warm_step
+from jaxrl_llm.train import first_policy, open_run, step, summary
+from jaxrl_llm.types import PyTree
 from jaxrl_llm.update.config import PackingConfig, UpdateConfig, WarmStartConfig
 from jaxrl_llm.update.optimizer.config import AdamW
 
@@ -62,33 +64,34 @@ def config(preset: str, updates: int, run_dir: str) -> RunConfig:
     return run_config.validate(values, preset)
 
 
-def warm_up() -> Life:
-    """What all presets start from, on the host."""
-    with tempfile.TemporaryDirectory() as run_dir:
-        cfg = config(BESIDE, 4, run_dir)
-        run = build(cfg)
-        with open_shell(cfg) as shell:
-            life = begin(run)
-            while life.step < cfg.warm_start.steps:
-                life, *_ = warm_step(run, shell, life)
-    return life
+def warm_up() -> PyTree:
+    """The parameters that all presets start from."""
+    cfg = config(BESIDE, 4, SETUP.run_dir)
+    given = sources.read(cfg, trains=True)
+    blueprint = blueprint_of(cfg, given)
+    supervised = make_supervised(blueprint, given.task)
+    state = start_supervised(blueprint, start_params(blueprint, make_keys(cfg).train))
+    while state.step < cfg.warm_start.steps:
+        state, _ = supervised(state)
+    return state.train.params
 
 
-def learn(preset: str, updates: int, warm: Life) -> dict:
+def learn(preset: str, updates: int, warm: PyTree) -> dict:
     """One run of RL."""
     with tempfile.TemporaryDirectory() as run_dir:
         cfg = config(preset, updates, run_dir)
-        run = build(cfg)
-        with open_shell(cfg) as shell:
+        with open_run(cfg, must_resume=False, given=None, ends_process=False) as run:
             start = time.monotonic()
-            life = dataclasses.replace(warm, state=jax.tree.map(jnp.copy, warm.state), guards=no_streaks(run))
-            life, policy, scores = start_rl(run, shell, life)
-            exact, reward = {0: scores["eval/exact"]}, []
-            for step in range(1, STEPS + 1):
-                life, policy, metrics, _ = rl_step(run, shell, life, policy)
-                reward.append(metrics["reward"])
-                if step % EVERY == 0:
-                    exact[step] = evaluate(run, life.state.params, policy, shell.pool)["eval/exact"]
+            state = start_rl(run.blueprint, run.learner, run.source.state, jax.tree.map(jnp.copy, warm), run.keys.train)
+            policy = first_policy(run, state.train)
+            exact, reward = {0: run.evaluator(state.train.params, policy)["eval/exact"]}, []
+            for number in range(1, cfg.steps + 1):
+                rng = np.random.default_rng((cfg.seed, int(state.step)))
+                done = step(run.learner, run.source, state, policy, rng)
+                state, policy = done.state, done.policy
+                reward.append(summary(run, done)["reward"])
+                if number % EVERY == 0:
+                    exact[number] = run.evaluator(state.train.params, policy)["eval/exact"]
             seconds = time.monotonic() - start
     return {
         "preset": preset,

@@ -114,19 +114,20 @@ def same_tokens(model: str) -> dict:
 
     from jaxrl_llm import config
     from jaxrl_llm.cli import read_evaluation
-    from jaxrl_llm.inspect_run import open_source
+    from jaxrl_llm.inspect_run import open_run, open_source
     from jaxrl_llm.prompts.stream import make_prompts
-    from jaxrl_llm.run import build
+    from jaxrl_llm.roles.build import make_keys
 
     cfg = read_evaluation(str(HERE / model), str(ROOT / "configs/chain_sum.yaml"), [])
     values = config.to_dict(cfg)
     values["rollout"] |= {"prompts": PROMPTS, "samples": 2, "max_new_tokens": NEW_TOKENS}
     values["update"] |= {"minibatches": 1, "micro_batches": 1}
-    run = build(config.validate(values, "greedy"))
+    cfg = config.validate(values, "greedy")
+    run = open_run(cfg)
     rows = run.task.held_out[:PROMPTS]
     index = np.arange(PROMPTS)
     prompts, controls = make_prompts(run.task, rows, index, index), run.engine.controls(PROMPTS, temperature=0.0)
-    rollouts = run.engine.generate(open_source(run).policy, prompts, run.eval_key, controls)
+    rollouts = run.engine.generate(open_source(run).policy, prompts, make_keys(cfg).evaluation, controls)
     ours = [rollouts.tokens[2 * p, : rollouts.length[2 * p]].tolist() for p in index]
     command = [os.environ["JAXRL_TORCH_PYTHON"], "-c", GREEDY, str(HERE / model), json.dumps([r.prompt for r in rows])]
     done = subprocess.run([*command, str(NEW_TOKENS)], stdout=subprocess.PIPE, text=True, check=True)

@@ -8,7 +8,7 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience import filters
 from jaxrl_llm.experience.filters import make_filter, of
 from jaxrl_llm.experience.replay import blank_groups, kept_groups
-from jaxrl_llm.run import filter_for
+from jaxrl_llm.roles.build import filter_for
 from jaxrl_llm.types import Groups
 
 NAN = np.nan
@@ -120,7 +120,7 @@ LENGTH = np.float32([[-0.1, -0.2], [0, -0.1], [0, 0], [0, 0], [0, 0], [-1, -1]])
 )
 def test_a_filter_may_look_at_success_or_at_one_grader(name, want):
     graders = ["numeric", {"grader": "length", "weight": 0.01, "options": {"limit": 9}}]
-    keep = filter_for(validate({"reward": {"graders": graders}, "experience": {"filter": name}}, "a test"))
+    keep = filter_for(validate({"reward": {"graders": graders}, "experience": {"filter": name}}, "a test"), None)
     np.testing.assert_array_equal(kept(keep, RIGHT + np.float32(0.01) * LENGTH, np.stack([RIGHT, LENGTH])), want)
 
 

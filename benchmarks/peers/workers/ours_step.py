@@ -1,4 +1,4 @@
-"""Our own trainer through the loop's `rl_step`: the step that `jaxrl train` takes, graders in their processes and metrics included.
+"""Our own trainer through the loop's `step`: the one that `jaxrl train` takes, graders in their processes and metrics included.
 
     shared   a prompt and its 8 completions in one row (update.packing shared_prefix)
     apart    one sequence a row, as the others do it
@@ -8,15 +8,15 @@ No end token is drawn (`rollout.min_new_tokens`). With beta the reference is a c
 
 import atexit
 import contextlib
-import dataclasses
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.peers.serve import Step, serve_steps, versions
 from jaxrl_llm import config as run_config
-from jaxrl_llm.life import Life, begin, fresh_state, start_reference
-from jaxrl_llm.run import Run, build, publish
-from jaxrl_llm.train import open_shell, rl_step
+from jaxrl_llm.roles.start import start_params, start_rl
+from jaxrl_llm.train import Run, open_run, step, summary
 
 GROUPS, SAMPLES, NEW_TOKENS = 8, 8, 128
 PACKINGS = {"shared": "shared_prefix", "apart": "none"}
@@ -46,38 +46,33 @@ def config(directory: str, words: str, compute: str, variant: str, beta: float, 
 
 def load(directory: str, words: str, compute: str, variant: str, beta: float) -> tuple[Step, dict]:
     cfg = config(directory, words, compute, variant, beta, tempfile.mkdtemp())
-    run = build(cfg)
     stack = contextlib.ExitStack()
-    shell = stack.enter_context(open_shell(cfg))
+    run = stack.enter_context(open_run(cfg, must_resume=False, given=None, ends_process=False))
     atexit.register(stack.close)
-    life = start_of_rl(run)
-    held = [life, publish(run, life.state, None)]
+    # As `train` starts, without the evaluation before: the others do none.
+    params = start_params(run.blueprint, run.keys.train)
+    state = start_rl(run.blueprint, run.learner, run.source.state, params, run.keys.train)
+    held = [state, run.learner.publish(state.train, None)]
 
-    def step() -> dict:
-        life, policy, metrics, _ = rl_step(run, shell, *held)
-        held[:] = life, policy
-        times = shell.timers.take()
+    def one_step() -> dict:
+        state, policy = held
+        rng = np.random.default_rng((cfg.seed, int(state.step)))
+        done = step(run.learner, run.source, state, policy, rng)
+        held[:] = done.state, done.policy
+        metrics, times = summary(run, done), run.shell.timers.take()
         return {
             "rollout_s": times["time/generate"],
             "tokens": int(metrics["completions/tokens"]),
-            "updates": int(life.state.step),
+            "updates": int(done.state.train.step),
             "stages": times,
             "gradient_norm": metrics["grad_norm"],
         }
 
-    return step, facts(run)
-
-
-def start_of_rl(run: Run) -> Life:
-    """As `train` starts, without the evaluation before: the others do none."""
-    life = begin(run)
-    state = fresh_state(run, life.state.params, 0, began=True)
-    reference = start_reference(run, state.params) if run.cfg.objective.has_reference else None
-    return dataclasses.replace(life, began=True, state=state, reference=reference)
+    return one_step, facts(run)
 
 
 def facts(run: Run) -> dict:
-    cfg = run.cfg
+    cfg = run.blueprint.cfg
     return {
         "versions": versions("jax", "jaxlib", "flax", "optax"),
         "threads": "XLA: one a core",
@@ -85,7 +80,7 @@ def facts(run: Run) -> dict:
         "remat": cfg.update.remat,
         "attention": cfg.update.attention,
         "dtype": "float32",
-        "compute": run.model.compute,
+        "compute": run.blueprint.model.compute,
         "optimizer": "optax adamw",
     }
 

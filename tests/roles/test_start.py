@@ -1,0 +1,123 @@
+"""How states start, from shapes alone: what a checkpoint holds is what a run starts with. Nothing is compiled."""
+
+import jax
+import numpy as np
+import pytest
+from fakes import VALUES, blueprint
+
+from jaxrl_llm.experience.filters import Filter
+from jaxrl_llm.experience.replay import Ring, make_replay
+from jaxrl_llm.guards import Guards
+from jaxrl_llm.model import lora
+from jaxrl_llm.model import params as model_params
+from jaxrl_llm.roles.learner import Learner
+from jaxrl_llm.roles.start import first_state, first_supervised, rl_target, supervised_target
+from jaxrl_llm.roles.state import RunState, SupervisedState
+from jaxrl_llm.types import TrainState
+
+SOURCE = {"visits": np.int64(0)}
+
+
+def learner_of(of) -> Learner:
+    """Its states alone."""
+    keeps = Filter(lambda: {"of the filter": np.zeros(2)}, None)
+    return Learner(keeps, make_replay(of.cfg.experience.replay), *[None] * 5)
+
+
+def target(**changes):
+    of = blueprint(**changes)
+    return of, rl_target(of, learner_of(of), SOURCE)
+
+
+def shapes(tree):
+    return jax.tree.map(lambda x: (np.shape(x), np.dtype(getattr(x, "dtype", int))), tree)
+
+
+def specs_as_shapes(specs):
+    return model_params.map_specs(lambda s: (s.shape, np.dtype("float32")), specs)
+
+
+def test_a_first_state_by_hand():
+    of, state = target(warm_start={"steps": 7})
+    assert isinstance(state, RunState) and int(state.step) == 7 and int(state.num_tokens) == 0
+    assert np.isnan(state.eval_before) and state.source is SOURCE
+    np.testing.assert_array_equal(state.filters["of the filter"], [0, 0])
+    assert state.replay == () and state.reference is None
+    assert shapes(state.train.params) == specs_as_shapes(of.learner_specs)
+    assert state.train.step.shape == () and state.train.step.dtype == np.int32
+    assert int(target()[1].step) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "trained"),
+    [
+        ({}, lambda of: of.specs),
+        ({"objective": "verl:ppo"}, lambda of: of.learner_specs),
+        # Frozen matrices have no gradient to be counted.
+        ({"lora": {"rank": 2}}, lambda of: lora.split(of.learner_specs)[0]),
+    ],
+)
+def test_guards_count_a_gradient_for_each_parameter_that_is_trained(changes, trained):
+    of, state = target(**changes)
+    num = len(jax.tree.leaves(trained(of), is_leaf=model_params.is_spec))
+    assert state.guards._replace(zero_gradient=None) == Guards(zero_gradient=None)
+    np.testing.assert_array_equal(state.guards.zero_gradient, np.zeros(num, np.int64))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": {"reward_kl": {"weight": 0.1}}},
+        {"objective": {"reward_kl": {"weight": 0.1}}, "lora": {"rank": 2}},
+        {"objective": {"preset": "verl:ppo", "reward_kl": {"weight": 0.1}}},
+        {
+            "objective": {"reward_kl": {"weight": 0.1}, "reference": {"kind": "pretrained", "path": "x"}},
+            "lora": {"rank": 2},
+        },
+    ],
+)
+def test_a_reference_is_in_the_target_where_the_objective_reads_one(changes):
+    of, state = target(**changes)
+    assert jax.tree.structure(state.reference) == jax.tree.structure(
+        model_params.abstract(of.reference_specs, of.train)
+    )
+    where = jax.tree.map(lambda x: x.sharding, state.reference)
+    assert where == model_params.shardings(of.reference_specs, of.train)
+
+
+def test_a_ring_is_as_wide_as_what_the_run_samples():
+    rollout = VALUES["rollout"] | {"top_k": 3, "support": 4}
+    _, state = target(rollout=rollout, experience={"replay": {"capacity": 5}})
+    ring = state.replay
+    assert isinstance(ring, Ring) and ring.version.tolist() == [-1] * 5
+    # Groups of 4 rows, 5 prompt slots and 6 of a completion; the 4 likeliest tokens are kept of each draw.
+    assert ring.groups.rollouts.tokens.shape == (5, 4, 6) and ring.groups.rollouts.prompts.tokens.shape == (5, 1, 5)
+    assert ring.groups.rollouts.support.shape == (5, 4, 6, 4) and ring.groups.rollouts.barred is None
+    assert ring.groups.components.shape == (5, 4, 1)
+
+
+def test_around_arrays_it_is_what_the_target_describes():
+    """The same function makes both, so a checkpoint of one is read as the other."""
+    of, described = target(experience={"replay": {"capacity": 5}}, objective={"reward_kl": {"weight": 0.1}})
+    arrays = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), (described.train, described.reference))
+    state = first_state(of, learner_of(of), SOURCE, *arrays)
+    assert jax.tree.structure(state) == jax.tree.structure(described) and shapes(state) == shapes(described)
+    assert state.train is arrays[0] and state.reference is arrays[1]
+
+
+def test_supervised_training_holds_the_policy_alone_with_its_own_optimizer():
+    of = blueprint(
+        objective="verl:ppo", lora={"rank": 2}, warm_start={"steps": 3, "optimizer": {"kind": "adamw", "lr": 1e-3}}
+    )
+    state = supervised_target(of)
+    assert isinstance(state, SupervisedState) and int(state.step) == 0 and state.guards == Guards()
+    assert shapes(state.train.params) == specs_as_shapes(of.specs)
+    train = TrainState({}, (), np.int32(0))
+    assert first_supervised(train).train is train and int(first_supervised(train).step) == 0
+    # Every parameter is moved, so each has moments; RL's are those of the adapters and the critic.
+    moments = lambda train: sum(x.size for x in jax.tree.leaves(train.opt_state) if x.ndim)  # noqa: E731
+    assert moments(state.train) == 2 * model_params.count(of.specs)
+    trained = lora.split(of.learner_specs)[0]
+    assert moments(rl_target(of, learner_of(of), SOURCE).train) == 2 * sum(
+        int(np.prod(s.shape)) for s in jax.tree.leaves(trained, is_leaf=model_params.is_spec) if s.shape
+    )

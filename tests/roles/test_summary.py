@@ -1,0 +1,132 @@
+"""A step's groups in numbers and as text, by hand."""
+
+import zlib
+
+import numpy as np
+import pytest
+from fakes import groups_of, sums
+
+from jaxrl_llm.model.work import Work
+from jaxrl_llm.rewards.pool import Failure
+from jaxrl_llm.roles.summary import describe, describe_engine, responses
+from jaxrl_llm.rollout.engine import Stats
+from jaxrl_llm.types import Finish
+
+TASK, NAN = sums(), np.nan
+
+
+def step():
+    """Three groups of two: rewards differ, are equal, could not be graded. Ten tokens in all."""
+    groups = groups_of(np.array([[1.0, 3.0], [2.0, 2.0], [NAN, NAN]]), length=[2, 1, 2, 2, 1, 2])
+    rollouts = groups.rollouts
+    logprobs = np.where(rollouts.sampled, np.float32(-0.25), 0).astype(np.float32)
+    rollouts = rollouts.replace(
+        behavior_logprobs=logprobs,
+        entropy=-2 * logprobs,
+        finish=np.array([Finish.LENGTH, Finish.EOS, Finish.LENGTH, Finish.EOS, Finish.EOS, Finish.EOS], np.int32),
+        prompts=rollouts.prompts.replace(uid=np.int32([30, 31, 32])),
+    )
+    keep = np.array([True, True, False, False, False, False])
+    components = np.stack([groups.reward - 0.5, np.full(6, 0.5, np.float32)], axis=1)
+    components[4:] = NAN
+    failed_by = np.int32([-1, -1, 1])
+    return groups.replace(rollouts=rollouts, keep=keep, components=components, failed_by=failed_by)
+
+
+def test_a_step_in_numbers():
+    groups = step()
+    found = describe(groups, ["right", "short"])
+    want = {
+        "completions/mean_length": 10 / 6,
+        "completions/min_length": 1.0,
+        "completions/max_length": 2.0,
+        "completions/clipped_ratio": 2 / 6,
+        "completions/tokens": 10.0,
+        "completions/crc32": float(zlib.crc32(groups.rollouts.tokens.tobytes())),
+        "prompts/first_uid": 30.0,
+        "groups/graded": 2.0,
+        "groups/kept": 1.0,
+        "sampling/mean_logprob": -0.25,
+        "sampling/entropy": 0.5,
+        "reward": 2.0,
+        # Of 1 and 3 the sample's deviation is sqrt(2), of equal ones 0.
+        "reward_std": 2**0.5 / 2,
+        "frac_reward_zero_std": 0.5,
+        "rewards/right/mean": 1.5,
+        "rewards/short/mean": 0.5,
+        "rewards/short/raised": 1.0,
+    }
+    zeros = {f"rewards/{grader}/{kind.name.lower()}": 0.0 for grader in ("right", "short") for kind in Failure if kind}
+    assert found == pytest.approx(zeros | want) and all(type(x) is float for x in found.values())
+
+
+def test_what_there_is_nothing_of_is_absent():
+    ungraded = groups_of(np.full((2, 2), NAN))
+    found = describe(ungraded, ["right"])
+    assert found["groups/graded"] == 0 and found["rewards/right/raised"] == 2
+    assert not {"reward", "reward_std", "frac_reward_zero_std", "rewards/right/mean"} & set(found)
+    alone = describe(groups_of(np.array([[1.0], [3.0]])), ["right"])
+    assert alone["reward"] == 2 and not {"reward_std", "frac_reward_zero_std"} & set(alone)
+
+
+@pytest.mark.parametrize("value", [0.9532, 0.3, 1 / 3, 1e-8, 1e8])
+def test_equal_rewards_have_a_deviation_of_exactly_0(value):
+    found = describe(groups_of(np.full((3, 7), value, np.float32)), ["right"])
+    assert found["reward_std"] == 0 and found["frac_reward_zero_std"] == 1
+
+
+def test_how_the_engine_got_through_the_work():
+    """By hand: 10 steps of 4 bytes and 6 of 2, at 2 bytes a second: 20 + 6 s of 52; FLOPs are the cheaper part."""
+    stats = Stats(
+        seconds=52.0, steps=16, row_steps=80, tokens=60, overflow=6, segments=((10, Work(4, 1)), (6, Work(2, 1)))
+    )
+    assert describe_engine(stats, 2.0, 10.0) == {
+        "rollout/steps": 16.0,
+        "rollout/segments": 2.0,
+        "rollout/live_rows": 3.75,
+        "rollout/waste": 0.25,
+        "sampling/support_overflow": 0.1,
+        "rollout/ceiling_fraction": 0.5,
+    }
+    # Here products are what takes long: 16 steps of 1 FLOP at 0.5 a second.
+    assert describe_engine(stats, 1e9, 0.5)["rollout/ceiling_fraction"] == 32 / 52
+
+
+def test_rows_as_a_person_reads_them():
+    groups = step()
+    tokens = np.array([TASK.tokenizer.encode(text) for text in ("12", "3#", "45", "6#", "7#", "89")], np.int32)
+    prompt = TASK.tokenizer.encode("<4>")
+    rollouts = groups.rollouts.replace(
+        tokens=np.where(groups.rollouts.sampled, tokens, 0).astype(np.int32),
+        prompts=groups.rollouts.prompts.replace(
+            tokens=np.tile(np.int32(prompt), (3, 1)), length=np.full(3, len(prompt), np.int32)
+        ),
+    )
+    advantage = np.float32([[1, 2], [3, 9], [0, 0], [0, 0], [0, 0], [0, 0]])
+    found = responses(TASK, groups.replace(rollouts=rollouts), advantage, 2)
+    assert [(row["uid"], row["sample"], row["completion"]) for row in found] == [
+        (30, 0, "12"),
+        (30, 1, "3"),
+        (31, 0, "45"),
+        (31, 1, "6#"),
+    ]
+    assert [row["advantage"] for row in found] == [1.5, 3.0, 0.0, 0.0]
+    assert [row["finish"] for row in found] == ["length", "eos", "length", "eos"]
+    assert [float(row["reward"]) for row in found] == [1, 3, 2, 2] and {row["prompt"] for row in found} == {"<4>"}
+    second = found[1]
+    assert second["ids"] == tokens[1, :1].tolist() and second["tokens"] == ["3"]
+    assert second["logprobs"].tolist() == [-0.25] and second["entropy"].tolist() == [0.5]
+    assert "raw_logprobs" not in second
+
+
+def test_log_probs_before_truncation_are_shown_where_they_are_kept():
+    groups = step()
+    raw = np.where(groups.rollouts.sampled, -1.0, 0.0).astype(np.float32)
+    groups = groups.replace(rollouts=groups.rollouts.replace(raw_logprobs=raw))
+    [first, second] = responses(TASK, groups, np.zeros((6, 2)), 1)
+    assert (first["raw_logprobs"].tolist(), second["raw_logprobs"].tolist()) == ([-1, -1], [-1])
+
+
+@pytest.mark.parametrize(("asked", "rows"), [(0, 0), (1, 2), (3, 6), (99, 6)])
+def test_as_many_groups_as_there_are_are_shown(asked, rows):
+    assert len(responses(TASK, step(), np.zeros((6, 2)), asked)) == rows
