@@ -30,13 +30,14 @@ STATE = re.compile(r"(params|opt_state|reference)\b.*")
 
 
 def family() -> str:
-    """Maker and widest vectors of the processor, as in `amd-avx512`."""
+    """Maker, family, model and widest vectors of the processor, as in `amd-26-2-avx512`: what compilers tune for."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     told = {line.partition(":")[0].strip(): line.partition(":")[2] for line in lines}
     maker = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}.get(told.get("vendor_id", "").strip(), "other")
     flags = told.get("flags", "").split()
     found = (name for name in ("amx_tile", "avx512f", "avx2") if name in flags)
-    return f"{maker}-{next(found, 'other').removesuffix('_tile').removesuffix('f')}"
+    numbers = "-".join(told.get(name, "").strip() or "0" for name in ("cpu family", "model"))
+    return f"{maker}-{numbers}-{next(found, 'other').removesuffix('_tile').removesuffix('f')}"
 
 
 def stored(name: str) -> Path:
