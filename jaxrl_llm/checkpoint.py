@@ -216,8 +216,13 @@ class Checkpoints:
     def refuse_other_formats(self) -> None:
         """Raises UserError where the newest step was written by another version of this program. Reads no array."""
         for step in self.steps()[-1:]:
-            with suppress(OSError, ValueError, KeyError):
-                must_be_ours(self.directory / str(step), read_manifest(epath.Path(self.directory / str(step))))
+            directory = epath.Path(self.directory / str(step))
+            try:
+                manifest = read_manifest(directory)
+            except Exception:
+                # In whatever way it is broken, `restore` tells, and takes the one before.
+                return
+            must_be_ours(directory, manifest)
 
     def _set_aside(self, step: int, older: int | None, why: str, moves: bool) -> None:
         using = "no older step is left" if older is None else f"using step {older}"

@@ -43,11 +43,19 @@ class Shell(NamedTuple):
 
 @contextmanager
 def open_shell(
-    cfg: RunConfig, stopping: Callable[[int], str] = lambda step: "", about: Mapping[str, Any] = NOTHING
+    cfg: RunConfig,
+    stopping: Callable[[int], str] = lambda step: "",
+    about: Mapping[str, Any] = NOTHING,
+    whole: RunConfig | None = None,
 ) -> Iterator[Shell]:
-    """The run directory, locked, with config.yaml in it, and everything that must be closed again; arguments as in `Shell`.
+    """The run directory, locked, with config.yaml in it, and everything that must be closed again.
 
-    Raises UserError if the directory cannot be written, is in use, or belongs to a run that computes something else.
+    Args:
+        cfg, stopping, about: as in `Shell`.
+        whole: what config.yaml says, where `cfg` is a part of a run.
+
+    Raises:
+        UserError: the directory cannot be written, is in use, or belongs to a run that computes something else.
     """
     run_dir, leader = Path(cfg.run_dir).resolve(), jax.process_index() == 0
     checkpoints, check_lock = open_checkpoints(cfg), lambda: None
@@ -59,7 +67,7 @@ def open_shell(
                 # A link to a disk that is gone would be told after hours, by the first save.
                 prepare_run_directory(checkpoints.directory)
                 checkpoints.refuse_other_formats()
-                claim(run_dir, cfg, checkpoints)
+                claim(run_dir, whole or cfg, checkpoints)
             recorder = stack.enter_context(
                 Recorder(run_dir, cfg.metrics, cfg.total_steps, leader, cfg.evaluations_after)
             )

@@ -148,7 +148,7 @@ def step(learner: Learner, source: Sampler, state: RunState, policy: Policy, rng
 
 def sft(cfg: RunConfig, must_resume: bool = False, given: Sources | None = None, ends_process: bool = False) -> Result:
     """The supervised training of `cfg` alone, `warm_start`; arguments as of `train`, which may go on from it."""
-    with open_run(dataclasses.replace(cfg, steps=0), must_resume, given, ends_process) as run:
+    with open_run(dataclasses.replace(cfg, steps=0), must_resume, given, ends_process, whole=cfg) as run:
         state = resume(run)
         if isinstance(state, RunState):
             raise UserError(
@@ -168,8 +168,18 @@ def sft(cfg: RunConfig, must_resume: bool = False, given: Sources | None = None,
 
 
 @contextmanager
-def open_run(cfg: RunConfig, must_resume: bool, given: Sources | None, ends_process: bool) -> Iterator[Run]:
-    """Raises UserError for everything that does not fit, before anything compiles, and CheckpointError where one must be there."""
+def open_run(
+    cfg: RunConfig, must_resume: bool, given: Sources | None, ends_process: bool, whole: RunConfig | None = None
+) -> Iterator[Run]:
+    """The run of `cfg`, arguments as of `train`.
+
+    Args:
+        whole: the run that `cfg` is a part of, which the run directory is kept for.
+
+    Raises:
+        UserError: something does not fit; before anything compiles.
+        CheckpointError: one must be there.
+    """
     if must_resume and open_checkpoints(cfg).is_empty():
         raise CheckpointError(f"--resume: got {cfg.run_dir}, which holds no checkpoint; leave out --resume to start it")
     with stop_signal(ends_process, cfg.total_steps) as stopping:
@@ -178,7 +188,7 @@ def open_run(cfg: RunConfig, must_resume: bool, given: Sources | None, ends_proc
         fit.check(blueprint, len(given.task.held_out))
         for line in unread(cfg):
             log.warning("%s", line)
-        with open_shell(cfg, stopping, {"task": given.task.fingerprint}) as shell:
+        with open_shell(cfg, stopping, {"task": given.task.fingerprint}, whole) as shell:
             yield assemble(blueprint, given.task, shell)
 
 
@@ -229,12 +239,15 @@ def start(run: Run) -> tuple[RunState, Policy, dict[str, Any]]:
     if isinstance(state, RunState):
         run.source.state = state.source
         return state, first_policy(run, state.train), {}
+    nonfinite = 0
     if cfg.warm_start.steps:
         trained, metrics = supervise(run, state)
-        params = trained.train.params
+        params, nonfinite = trained.train.params, trained.guards.nonfinite
     else:
         params, metrics = new_params(run), {"phase": "rl"}
     state = start_rl(run.blueprint, run.learner, run.source.state, params, run.keys.train)
+    # Supervised updates count as well: what came before those that were not finite may be the last that is sound.
+    state = state._replace(guards=state.guards._replace(nonfinite=nonfinite))
     policy = first_policy(run, state.train)
     scores = evaluate(run, state.train.params, policy)
     told = [f"{scores[name]:.4f} {name.removeprefix('eval/')}" for name in scores if name.startswith(ACCURACIES)]

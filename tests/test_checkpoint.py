@@ -22,7 +22,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint._src.handlers import json_checkpoint_handler
 
-from jaxrl_llm import checkpoint
+from jaxrl_llm import checkpoint, manifest
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.errors import CheckpointError, NonFiniteError, UserError
 from jaxrl_llm.fingerprint import fingerprint
@@ -788,3 +788,28 @@ def test_readers_that_orbax_left_behind_write_no_tracebacks():
         checkpoint._keep_quiet(SimpleNamespace(exc_value=ValueError("left"), object=reader), told.append)
         reader.close()
     assert [each.object.cr_code.co_filename for each in told] == ["/mine/reader.py"]
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"text": 3, "sha256": ""}', "{", '{"text": "{}", "sha256": ""}'])
+def test_a_newest_step_with_a_broken_description_is_no_other_format(tmp_path, caplog, text):
+    """However it is broken, the one before is taken."""
+    tree, checkpoints = {"x": np.arange(3)}, Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, tree, {})
+    checkpoints.wait()
+    (tmp_path / "2" / "meta" / "metadata").write_text(text)
+    checkpoints.refuse_other_formats()
+    assert checkpoints.restore(lambda meta: tree).step == 1
+    assert (tmp_path / "corrupt-2").is_dir()
+
+
+def test_a_step_of_another_format_is_refused_and_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "FORMAT_VERSION", 1)
+    tree, checkpoints = {"x": np.arange(3)}, Checkpoints(tmp_path)
+    checkpoints.save(7, tree, {})
+    checkpoints.wait()
+    monkeypatch.undo()
+    for refuses in (checkpoints.refuse_other_formats, lambda: checkpoints.restore(lambda meta: tree)):
+        with pytest.raises(UserError, match=r"7: got a checkpoint of format 1, .* want 2"):
+            refuses()
+    assert checkpoints.steps() == [7]

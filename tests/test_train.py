@@ -17,7 +17,7 @@ import pytest
 
 from jaxrl_llm import config as run_config
 from jaxrl_llm.config import RunConfig
-from jaxrl_llm.errors import Preempted
+from jaxrl_llm.errors import Preempted, UserError
 from jaxrl_llm.metrics import CompileCounter, read_jsonl
 from jaxrl_llm.rewards.config import GraderConfig, RewardConfig
 from jaxrl_llm.rollout.config import EngineConfig
@@ -403,6 +403,46 @@ def test_supervised_training_apart_from_rl_is_the_same_run(reference, environmen
     assert "got a run whose RL has begun, want another run_dir" in supervised(expect=2)
     none = supervised("--warm_start.steps", "0", "--run_dir", str(tmp_path / "other"), expect=2)
     assert "warm_start.steps: got 0, want 1 or more" in none
+
+
+def test_supervised_training_keeps_the_directory_for_the_whole_run(tmp_path):
+    """`jaxrl train RUN` after `jaxrl sft` has steps of RL to take, and one that is refused leaves config.yaml as it was."""
+    from jaxrl_llm import train
+
+    cfg = dataclasses.replace(tiny_run(tmp_path), steps=1)
+    train.sft(cfg)
+    saved = Path(cfg.run_dir, "config.yaml")
+    assert run_config.load(saved).steps == 1
+    train.train(run_config.load(saved))
+    assert rows(Path(cfg.run_dir))[-1]["phase"] == "rl"
+    before = saved.read_bytes()
+    with pytest.raises(UserError, match="got a run whose RL has begun"):
+        train.sft(cfg)
+    assert saved.read_bytes() == before
+
+
+def test_supervised_updates_that_are_not_finite_count_on_in_rl(tmp_path, monkeypatch):
+    """The last of them saves nothing and pushes nothing sound out."""
+    from jaxrl_llm import train
+
+    makes, bad = train.make_supervised, []
+
+    def spoiled(*args):
+        supervised = makes(*args)
+
+        def call(state):
+            state, metrics = supervised(state)
+            bad.append(int(state.step) > 1)
+            return state, metrics | {"nonfinite": float(bad[-1])}
+
+        return call
+
+    monkeypatch.setattr(train, "make_supervised", spoiled)
+    with train.open_run(tiny_run(tmp_path), False, None, False) as run:
+        state, *_ = train.start(run)
+        run.shell.checkpoints.wait()
+        assert bad == [False, True, True] and state.step == 3 and state.guards.nonfinite == 2
+        assert run.shell.checkpoints.steps() == [1]
 
 
 @pytest.mark.slow
