@@ -48,12 +48,17 @@ class OwnPart:
             found = self._found()
         except UserError as error:
             return [f"{place}.function: {error}"]
-        lacking = [name for name in self.methods if not callable(getattr(found, name, None))]
-        if lacking or (self.methods and not isinstance(found, type)):
+        methods = self.methods_of(found)
+        lacking = [name for name in methods if not callable(getattr(found, name, None))]
+        if lacking or (methods and not isinstance(found, type)):
             what = f"has no {', '.join(lacking)}" if lacking else f"is a {type(found).__name__}"
-            return [f'{place}.function: got "{self.function}", which {what}; want {self._want}']
+            want = f"a class whose objects have {', '.join(methods)}"
+            return [f'{place}.function: got "{self.function}", which {what}; want {want}']
         wrong = own.wrong_arguments(self.function, found, self.options, self.called_with(found))
         return [f"{place}.options{text}" for text in wrong]
+
+    def methods_of(self, found: Callable) -> tuple[str, ...]:
+        return self.methods
 
     def called_with(self, found: Callable) -> tuple[str, ...]:
         return self.arguments

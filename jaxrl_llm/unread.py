@@ -21,7 +21,11 @@ class Rule(NamedTuple):
 
 
 def _decays(part: str) -> Callable[[Config], bool]:
-    return lambda cfg: getattr(cfg, part).optimizer.decay_steps > 0
+    def decays(cfg: Config) -> bool:
+        optimizer = getattr(cfg, part).optimizer
+        return optimizer.decay_steps > 0 or not isinstance(optimizer.schedule, str)
+
+    return decays
 
 
 def _is_truncated(cfg: Config) -> bool:
@@ -36,6 +40,14 @@ RULES = (
     Rule("experience.replay.max_age", lambda c: c.experience.replays, "experience.replay.capacity is 0"),
     Rule("lora.alpha lora.targets", lambda c: c.lora.rank > 0, "lora.rank is 0: every parameter is trained"),
     Rule("update.packing.slots", lambda c: c.update.packing.kind != "none", "update.packing.kind is none"),
+    *(
+        Rule(
+            " ".join(f"{part}.optimizer.{name}" for name in ("lr", "warmup_steps", "hold_steps", "decay_steps", "final_lr")),
+            lambda c, part=part: isinstance(getattr(c, part).optimizer.schedule, str),
+            f"{part}.optimizer.schedule is one of your own",
+        )
+        for part in ("warm_start", "update")
+    ),
     *(
         Rule(
             f"{part}.optimizer.schedule {part}.optimizer.final_lr {part}.optimizer.hold_steps",

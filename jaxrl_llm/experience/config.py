@@ -33,6 +33,9 @@ class OwnFilter(OwnPart):
 
     arguments: ClassVar[tuple[str, ...]] = ("groups",)
 
+    def methods_of(self, found: Callable) -> tuple[str, ...]:
+        return ("init", "apply") if hasattr(found, "apply") else ()
+
     def called_with(self, found: Callable) -> tuple[str, ...]:
         return (*self.arguments, *(("texts",) if takes_texts(found) else ()))
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from jaxrl_llm.experience.config import OwnCurriculum
+from jaxrl_llm.experience.steady import steady
 from jaxrl_llm.types import Groups
 
 
@@ -19,6 +21,12 @@ class Curriculum(NamedTuple):
     observe: Callable[[Any, Groups], Any]
     """The state that has seen a step's graded groups, those that the filter dropped too; `rollouts.prompts.row` says which rows
     they are of."""
+
+
+def of_own(cfg: OwnCurriculum) -> Curriculum:
+    own, name = cfg.made(), f"experience.curriculum {cfg.function}"
+    choose = steady(name, own.choose, ("state", "rows"))
+    return Curriculum(own.init, choose, steady(name, own.observe, ("state",)))
 
 
 def in_order(order: Callable[[int], int]) -> Curriculum:

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimates import correct
 from jaxrl_llm.experience.config import takes_texts
+from jaxrl_llm.experience.steady import steady
 from jaxrl_llm.types import Groups
 
 Metrics = dict[str, float]
@@ -41,9 +42,10 @@ def of(keep: Callable[[Groups], Bool[np.ndarray, " B"]], name: str = "a filter")
 def of_own(found: Any, name: str, texts_of: Callable[[Groups], list[str]]) -> Filter:
     """A filter of your own: `found` if it has `init` and `apply`, else `of` it. `texts_of`: the responses as text, for what takes
     `texts`."""
+    name = f"experience.filter {name}"
     if hasattr(found, "apply"):
-        return Filter(found.init, _with_texts(found.apply, texts_of))
-    return of(_with_texts(found, texts_of), f"experience.filter {name}")
+        return Filter(found.init, steady(name, _with_texts(found.apply, texts_of), ("state", "groups", "metrics")))
+    return of(_with_texts(found, texts_of), name)
 
 
 def _with_texts(function: Callable, texts_of: Callable[[Groups], list[str]]) -> Callable:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxrl_llm.experience.config import OwnReplay, ReplayConfig
+from jaxrl_llm.experience.steady import steady
 from jaxrl_llm.types import COLUMNS, Groups, Prompts, Rollouts
 
 Metrics = dict[str, float]
@@ -41,7 +42,8 @@ class Ring(NamedTuple):
 
 def make_replay(cfg: ReplayConfig | OwnReplay) -> Replay:
     if isinstance(cfg, OwnReplay):
-        return cfg.made()
+        own, name = cfg.made(), f"experience.replay {cfg.function}"
+        return Replay(own.init, steady(name, own.exchange, ("state", "groups", "metrics")))
     if not cfg.capacity:
         return Replay(lambda blank: (), lambda state, groups, rng: (state, groups, {"groups/replayed": 0.0}))
     return Replay(partial(empty, capacity=cfg.capacity), partial(exchange, max_age=cfg.max_age))

@@ -10,6 +10,7 @@ from jaxtyping import Array, Key
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.experience.config import OwnFilter
 from jaxrl_llm.experience.curriculum import in_order
+from jaxrl_llm.experience.curriculum import of_own as of_own_curriculum
 from jaxrl_llm.experience.filters import Filter, make_filter, of_own
 from jaxrl_llm.experience.replay import make_replay
 from jaxrl_llm.model.work import TrainFlops, adapters_of, seen, train_flops
@@ -56,7 +57,7 @@ def make_sampler(cfg: RunConfig, task: Task, collect: Callable[..., Collected], 
         key: of the noise of all tokens.
     """
     own = cfg.experience.curriculum
-    curriculum = own.made() if own else in_order(make_order(len(task.train), cfg.seed))
+    curriculum = of_own_curriculum(own) if own else in_order(make_order(len(task.train), cfg.seed))
     return Sampler(task, curriculum, collect, key, cfg.rollout.prompts, cfg.seed)
 
 

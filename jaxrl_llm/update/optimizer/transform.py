@@ -52,7 +52,11 @@ def make_optimizer(cfg: Optimizer) -> optax.GradientTransformation:
 def learning_rate(cfg: Optimizer, update: Array) -> Array:
     """Of update 1, 2, ...: up for `warmup_steps`, level for `hold_steps`, down for `decay_steps`, level; or your own function's."""
     if isinstance(cfg.schedule, OwnSchedule):
-        return jnp.asarray(cfg.schedule.made()(update), jnp.float32)
+        rate = jnp.asarray(cfg.schedule.made()(update), jnp.float32)
+        if rate.shape:
+            got = f"got {list(rate.shape)} numbers, want one"
+            raise UserError(f"update.optimizer.schedule {cfg.schedule.function}: {got}: the learning rate of an update")
+        return rate
     rise = jnp.minimum(update / max(cfg.warmup_steps, 1), 1)
     way = jnp.clip((update - cfg.warmup_steps - cfg.hold_steps) / cfg.decay_steps, 0, 1) if cfg.decay_steps else 0.0
     left = {"linear": 1 - way, "cosine": (1 + jnp.cos(jnp.pi * way)) / 2, "sqrt": 1 - way**0.5}[cfg.schedule]
