@@ -63,17 +63,52 @@ def made(found: Callable, options: Mapping[str, Any]) -> Callable:
     return functools.partial(found, **options) if options else found
 
 
-def wrong_arguments(name: str, found: Callable, options: Mapping[str, Any], arguments: tuple[Any, ...]) -> list[str]:
-    """What is wrong with the options, as ": why": a function takes `arguments` and the options, a class the options alone."""
+def has_method(found: type, name: str) -> bool:
+    """Objects of the class have it; `__call__` too, which every class has for itself."""
+    return any(name in vars(base) and callable(getattr(found, name)) for base in found.__mro__ if base is not object)
+
+
+def wrong_methods(name: str, found: type, methods: Mapping[str, tuple[str, ...]], named: tuple[str, ...] = ()) -> str:
+    """Why objects of the class cannot be called as `methods` say, each with what it is called with; "" if they can. `named`: what
+    is given by name too, to those that take it."""
+    listed = ", ".join(f"{method}({', '.join(arguments)})" for method, arguments in methods.items())
+    want = f"want a class whose objects have {listed}"
+    if lacking := [method for method in methods if not has_method(found, method)]:
+        return f'got "{name}", which has no {", ".join(lacking)}; {want}'
+    for method, arguments in methods.items():
+        bound = isinstance(inspect.getattr_static(found, method), staticmethod | classmethod)
+        if wrong := _cannot_take(getattr(found, method), arguments if bound else ("self", *arguments), {}, named):
+            return f'got "{name}", whose {method} {wrong}; {want}'
+    return ""
+
+
+def wrong_arguments(
+    name: str,
+    found: Callable,
+    options: Mapping[str, Any],
+    arguments: tuple[Any, ...],
+    named: tuple[str, ...] = (),
+) -> list[str]:
+    """What is wrong with the options, as ": why": a function takes `arguments` and the options, a class the options alone; `named`
+    as in `wrong_methods`."""
+    of_class = isinstance(found, type)
+    wrong = _cannot_take(found, () if of_class else arguments, options, () if of_class else named)
+    return [f': "{name}" {wrong}'] if wrong else []
+
+
+def _cannot_take(
+    function: Callable, arguments: tuple[Any, ...], options: Mapping[str, Any], named: tuple[str, ...]
+) -> str:
+    """ "takes ...: why" where the function cannot be called so; "" where it can, or says nothing of itself."""
     try:
-        signature = inspect.signature(found)
+        signature = inspect.signature(function)
     except (TypeError, ValueError):
-        return []
+        return ""
     try:
-        signature.bind(*(() if isinstance(found, type) else arguments), **options)
+        signature.bind(*arguments, **options, **{name: None for name in named if name in signature.parameters})
     except TypeError as error:
-        return [f': "{name}" takes {signature}: {error}']
-    return []
+        return f"takes {signature}: {error}"
+    return ""
 
 
 def hint(name: str, known: Iterable[str]) -> str:

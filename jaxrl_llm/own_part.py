@@ -1,8 +1,9 @@
 """A part of the config that is a function or a class of your own, named in it."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import MinLen
@@ -26,8 +27,10 @@ class OwnPart:
 
     arguments: ClassVar[tuple[str, ...]] = ()
     """What the function is called with, beside the options."""
-    methods: ClassVar[tuple[str, ...]] = ()
-    """Where it must be a class: what its objects can do."""
+    named: ClassVar[tuple[str, ...]] = ()
+    """What it is called with by name, if it has such a parameter."""
+    methods: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
+    """Where it must be a class: what its objects can do, and what each is called with."""
 
     @staticmethod
     def written_out(value: Any) -> Any:
@@ -42,26 +45,41 @@ class OwnPart:
         """What is called with the arguments. Raises UserError as `own.resolve` does."""
         return own.made(self._found(), self.options)
 
+    def traced(self, place: str) -> Callable:
+        """As `made`, for what JAX traces: a UserError names the part that asks for a number while it compiles."""
+        function = self.made()
+
+        def call(*args: Any) -> Any:
+            from jax.errors import ConcretizationTypeError
+
+            try:
+                return function(*args)
+            except ConcretizationTypeError as error:
+                raise UserError(
+                    f"{place} {self.function}: got an if, a loop or a float() that asks for a number, which JAX does not know "
+                    "while it compiles; want jnp.where, and jax.numpy throughout"
+                ) from error
+
+        call.__name__ = getattr(function, "__name__", self.function)
+        return call
+
     def problems(self, place: str) -> list[str]:
         """What is wrong with the function and its options, in words; `place`: of this part in the config. Imports its module."""
         try:
             found = self._found()
         except UserError as error:
             return [f"{place}.function: {error}"]
-        methods = self.methods_of(found)
-        lacking = [name for name in methods if not callable(getattr(found, name, None))]
-        if lacking or (methods and not isinstance(found, type)):
-            what = f"has no {', '.join(lacking)}" if lacking else f"is a {type(found).__name__}"
-            want = f"a class whose objects have {', '.join(methods)}"
-            return [f'{place}.function: got "{self.function}", which {what}; want {want}']
-        wrong = own.wrong_arguments(self.function, found, self.options, self.called_with(found))
+        if self.methods and not isinstance(found, type):
+            return [f'{place}.function: got "{self.function}", which is a {type(found).__name__}; want {self._want}']
+        if isinstance(found, type) and (
+            wrong := own.wrong_methods(self.function, found, self.methods_of(found), self.named)
+        ):
+            return [f"{place}.function: {wrong}"]
+        wrong = own.wrong_arguments(self.function, found, self.options, self.arguments, self.named)
         return [f"{place}.options{text}" for text in wrong]
 
-    def methods_of(self, found: Callable) -> tuple[str, ...]:
-        return self.methods
-
-    def called_with(self, found: Callable) -> tuple[str, ...]:
-        return self.arguments
+    def methods_of(self, found: type) -> Mapping[str, tuple[str, ...]]:
+        return self.methods or {"__call__": self.arguments}
 
     @property
     def _want(self) -> str:

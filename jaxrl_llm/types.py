@@ -96,6 +96,16 @@ class Groups(flax.struct.PyTreeNode):
     keep: Bool[ArrayLike, " B"]
     """The row may teach. Filters only lower it: no row leaves its group."""
 
+    @property
+    def kept(self) -> Bool[np.ndarray, " P"]:
+        """A row of the group may teach."""
+        return self.keep.reshape(len(self.failure), -1).any(axis=1)
+
+    @property
+    def teaching(self) -> Bool[np.ndarray, "B C"]:
+        """Tokens that may teach: those that the policy drew, in rows that are kept. The prompt never, the end token always."""
+        return self.rollouts.sampled & self.keep[:, None]
+
 
 class Scores(flax.struct.PyTreeNode):
     """Log-probs and values of the completions under other parameters, each there where the objective reads it."""
@@ -130,9 +140,9 @@ class Experience(NamedTuple):
 
     @property
     def loss_mask(self) -> Bool[np.ndarray, "B C"]:
-        """Tokens to learn from: those that the policy drew, in the rows that are kept. The prompt never, the end token always."""
-        keep = self.groups.keep if self.credit.keep is None else self.groups.keep & self.credit.keep
-        return self.groups.rollouts.sampled & keep[:, None]
+        """Tokens to learn from."""
+        teaching, keep = self.groups.teaching, self.credit.keep
+        return teaching if keep is None else teaching & keep[:, None]
 
 
 class Batch(flax.struct.PyTreeNode):

@@ -1,41 +1,110 @@
-"""Stages as newcomers get them wrong at first."""
+"""Stages as newcomers write them, right and wrong."""
 
 import numpy as np
 
 
-class Filter:
-    """Right."""
+class Mean:
+    """Right: a running mean that starts as Python's number and goes on as NumPy's."""
 
     def init(self):
-        return {"seen": 0, "mean": np.zeros(2, np.float32)}
+        return {"seen": 0, "mean": 0.0}
 
-    def apply(self, state, groups):
-        return state | {"seen": state["seen"] + 1}, groups, {"mine/seen": state["seen"]}
-
-
-class Grows(Filter):
-    def apply(self, state, groups):
-        return state | {"mean": np.zeros(3, np.float32)}, groups, {}
+    def apply(self, state, groups, texts):
+        assert texts == ["a", "b", "c", "d"]
+        mean = np.float32(0.5) * state["mean"] + np.float32(0.5) * groups.reward.mean()
+        return {"seen": state["seen"] + 1, "mean": mean}, groups.replace(keep=groups.reward > mean), {"mine/mean": mean}
 
 
-class Words(Filter):
+class Base:
     def init(self):
-        return {"seen": 0, "last": "word"}
+        return np.zeros(2)
+
+    def apply(self, state, groups):
+        return state, groups, {}
 
 
-class Pair(Filter):
+class Grows(Base):
+    def apply(self, state, groups):
+        return np.zeros(3), groups, {}
+
+
+class Kinds(Base):
+    def init(self):
+        return 0
+
+    def apply(self, state, groups):
+        return state + 0.5, groups, {}
+
+
+class Words(Base):
+    def init(self):
+        return {"last": "word"}
+
+
+class Keys(Base):
+    def init(self):
+        return {"a": 1, 3: 2}
+
+
+class Pair(Base):
     def apply(self, state, groups):
         return state, groups
 
 
-class Silent(Filter):
+class Silent(Base):
     def apply(self, state, groups):
         return state, groups, None
+
+
+class Lists(Base):
+    def apply(self, state, groups):
+        return state, groups, {"mine": np.zeros(2)}
+
+
+class Floats(Base):
+    def apply(self, state, groups):
+        return state, groups.replace(keep=groups.reward), {}
+
+
+class PerGroup(Base):
+    def apply(self, state, groups):
+        return state, groups.replace(keep=np.ones(2, bool)), {}
+
+
+class Rows(Base):
+    def apply(self, state, groups):
+        return state, groups.keep, {}
+
+
+class Raises(Base):
+    """Wrong: what was dropped comes back."""
+
+    def apply(self, state, groups):
+        return state, groups.replace(keep=np.ones(4, bool)), {}
 
 
 class WithoutInit:
     def apply(self, state, groups):
         return state, groups, {}
+
+
+class OnlyInit:
+    def init(self):
+        return ()
+
+
+class Greedy(Base):
+    def apply(self, state, groups, more):
+        return state, groups, {}
+
+
+class Called:
+    def __call__(self, groups):
+        return groups.keep
+
+
+class NotCalled:
+    pass
 
 
 class Curriculum:
@@ -49,5 +118,36 @@ class Curriculum:
         return state[:-1]
 
 
+class ShortChoice(Curriculum):
+    def choose(self, state, n):
+        return state, np.arange(n)
+
+
+class Shrinks:
+    """A replay that forgets a group."""
+
+    def init(self, blank):
+        return ()
+
+    def exchange(self, state, groups, rng):
+        return state, groups.replace(reward=groups.reward[:-2]), {}
+
+
 def two_rates(update):
     return [0.1, 0.2]
+
+
+def no_rate(update):
+    return None
+
+
+def stepped(update):
+    return 0.1 if update < 3 else 0.2
+
+
+def capped(scores, batch):
+    return -scores.logprobs if scores.logprobs.max() < 0 else scores.logprobs
+
+
+def of_three(groups, scores, more):
+    return groups.reward

@@ -38,7 +38,7 @@ ALLOWED = {
     "own": {"errors"},
     "own_part": {"errors", "own"},
     "rewards": FOUNDATION | {"explain", "own", "terminal"},
-    "experience": FOUNDATION | {"estimates", "own_part"},
+    "experience": FOUNDATION | {"estimates", "own", "own_part"},
     "objective": FOUNDATION | {"model", "own", "own_part", "values"},
     "update": FOUNDATION | {"model", "own_part"},
     "publish": FOUNDATION | {"model"},

@@ -4,11 +4,12 @@ a grader and a schedule; and a run with all of them that is killed comes out as 
 import json
 import signal
 import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
-from test_train import assert_same_run, command, environment, rows, run  # noqa: F401
+from test_train import ROOT, assert_same_run, command, environment, rows, run  # noqa: F401
 
 CONFIG = """
 steps: 6
@@ -59,6 +60,21 @@ def test_each_part_does_what_it_says(undisturbed):
         np.testing.assert_allclose([row["advantage"] for row in step], np.where(keep, reward - 0.4, 0), atol=1e-6)
     # Two updates at a rate of 0 leave the policy as it was, the third does not.
     assert abs(metrics[0]["ratio/max"] - 1) < 1e-5 < 0.01 < metrics[1]["ratio/max"] - 1
+
+
+@pytest.mark.slow
+def test_the_script_of_the_page_runs_as_it_stands(undisturbed, environment, tmp_path):  # noqa: F811
+    """But for the config, which is the small one here."""
+    page = (ROOT / "docs" / "extending.md").read_text()
+    script = page.rpartition("```python\n")[2].partition("```")[0]
+    assert 'Path("configs/arithmetic.yaml")' in script
+    small = script.replace('Path("configs/arithmetic.yaml")', f'Path("{undisturbed[1]}"), ["--run_dir={tmp_path}/run"]')
+    done = subprocess.run(
+        [sys.executable, "-c", small], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    numbers = [line.split() for line in done.stdout.splitlines() if len(line.split()) == 2 and line[0] in "-0123456789"]
+    assert len(numbers) == 3 and np.isfinite(np.array(numbers, float)).all()
 
 
 @pytest.mark.slow

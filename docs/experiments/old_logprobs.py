@@ -31,7 +31,6 @@ import numpy as np
 
 from jaxrl_llm import sources
 from jaxrl_llm.config import RunConfig
-from jaxrl_llm.experience.replay import kept_groups
 from jaxrl_llm.guards import RatioAlarm
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.objective.config import ObjectiveConfig
@@ -210,7 +209,7 @@ def describe(groups: Groups, updates: list[dict[str, float]]) -> dict[str, float
 
     return {
         "reward": groups.reward.mean(),
-        "groups_kept": kept_groups(groups).sum(),
+        "groups_kept": groups.kept.sum(),
         "clip_fraction": np.average(clipped, weights=tokens) if updates else np.nan,
         "off_one_first": off_one(updates[:1]),
         "off_one_later": off_one(updates[1:]),

@@ -1,13 +1,14 @@
 """What is kept of the rollouts, and how long they are used."""
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge
 from pydantic import ConfigDict, model_validator
 
+from jaxrl_llm import own
 from jaxrl_llm.own_part import OwnPart
 
 FILTERS = ("auto", "has_signal", "success", "none")
@@ -32,23 +33,21 @@ class OwnFilter(OwnPart):
     as `experience.filters.Filter`. One that takes `texts` too gets the responses as text."""
 
     arguments: ClassVar[tuple[str, ...]] = ("groups",)
+    named: ClassVar[tuple[str, ...]] = ("texts",)
 
-    def methods_of(self, found: Callable) -> tuple[str, ...]:
-        return ("init", "apply") if hasattr(found, "apply") else ()
-
-    def called_with(self, found: Callable) -> tuple[str, ...]:
-        return (*self.arguments, *(("texts",) if takes_texts(found) else ()))
-
-
-def takes_texts(function: Callable) -> bool:
-    return "texts" in inspect.signature(function).parameters
+    def methods_of(self, found: type) -> Mapping[str, tuple[str, ...]]:
+        if own.has_method(found, "__call__") and not own.has_method(found, "apply"):
+            return super().methods_of(found)
+        return {"init": (), "apply": ("state", "groups")}
 
 
 @dataclass(frozen=True)
 class OwnReplay(OwnPart):
     """A replay of your own: a class whose objects have `init` and `exchange`, as `experience.replay.Replay`."""
 
-    methods: ClassVar[tuple[str, ...]] = ("init", "exchange")
+    methods: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+        {"init": ("blank",), "exchange": ("state", "groups", "rng")}
+    )
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,9 @@ class OwnCurriculum(OwnPart):
     """An order of the prompts of your own: a class whose objects have `init`, `choose` and `observe`, as
     `experience.curriculum.Curriculum`."""
 
-    methods: ClassVar[tuple[str, ...]] = ("init", "choose", "observe")
+    methods: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+        {"init": ("num_rows",), "choose": ("state", "rng", "n"), "observe": ("state", "groups")}
+    )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxrl_llm.experience.config import OwnCurriculum
-from jaxrl_llm.experience.steady import steady
+from jaxrl_llm.experience.steady import first_state, next_state, parts_of
 from jaxrl_llm.types import Groups
 
 
@@ -23,10 +23,17 @@ class Curriculum(NamedTuple):
     they are of."""
 
 
-def of_own(cfg: OwnCurriculum) -> Curriculum:
+def own_curriculum(cfg: OwnCurriculum) -> Curriculum:
     own, name = cfg.made(), f"experience.curriculum {cfg.function}"
-    choose = steady(name, own.choose, ("state", "rows"))
-    return Curriculum(own.init, choose, steady(name, own.observe, ("state",)))
+
+    def choose(state: Any, rng: np.random.Generator, n: int) -> tuple[Any, Int[np.ndarray, " n"]]:
+        after, rows = parts_of(name, own.choose(state, rng, n), ("state", "rows"))
+        return next_state(name, state, after), rows
+
+    def observe(state: Any, groups: Groups) -> Any:
+        return next_state(name, state, own.observe(state, groups))
+
+    return Curriculum(first_state(name, own.init), choose, observe)
 
 
 def in_order(order: Callable[[int], int]) -> Curriculum:

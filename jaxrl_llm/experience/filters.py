@@ -1,5 +1,6 @@
 """Filters: which graded rows may teach. They only lower `Groups.keep`; rows never leave."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,8 +9,8 @@ from jaxtyping import Bool, Float
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimates import correct
-from jaxrl_llm.experience.config import takes_texts
-from jaxrl_llm.experience.steady import steady
+from jaxrl_llm.experience.config import OwnFilter
+from jaxrl_llm.experience.steady import first_state, metrics_of, next_state, parts_of
 from jaxrl_llm.types import Groups
 
 Metrics = dict[str, float]
@@ -29,28 +30,43 @@ def of(keep: Callable[[Groups], Bool[np.ndarray, " B"]], name: str = "a filter")
     """
 
     def apply(state: tuple, groups: Groups) -> tuple[tuple, Groups, Metrics]:
-        rows = np.asarray(keep(groups))
-        if rows.shape != groups.keep.shape or rows.dtype != bool:
-            raise UserError(
-                f"{name}: got {rows.dtype}{list(rows.shape)}, want bool[{len(groups.keep)}], one truth per row"
-            )
-        return state, groups.replace(keep=groups.keep & rows), {}
+        return state, _lowered(name, groups, keep(groups)), {}
 
     return Filter(tuple, apply)
 
 
-def of_own(found: Any, name: str, texts_of: Callable[[Groups], list[str]]) -> Filter:
-    """A filter of your own: `found` if it has `init` and `apply`, else `of` it. `texts_of`: the responses as text, for what takes
-    `texts`."""
-    name = f"experience.filter {name}"
-    if hasattr(found, "apply"):
-        return Filter(found.init, steady(name, _with_texts(found.apply, texts_of), ("state", "groups", "metrics")))
-    return of(_with_texts(found, texts_of), name)
+def _lowered(name: str, groups: Groups, keep: Bool[np.ndarray, " B"]) -> Groups:
+    """The groups with those rows kept that are kept so far and by `keep`."""
+    rows = np.asarray(keep)
+    if rows.shape != groups.keep.shape or rows.dtype != bool:
+        raise UserError(f"{name}: got {rows.dtype}{list(rows.shape)}, want bool[{len(groups.keep)}], one truth per row")
+    return groups.replace(keep=groups.keep & rows)
+
+
+def own_filter(cfg: OwnFilter, texts_of: Callable[[Groups], list[str]]) -> Filter:
+    """A filter of your own. `texts_of`: the responses as text, for one that takes `texts`."""
+    found, name = cfg.made(), f"experience.filter {cfg.function}"
+    if not hasattr(found, "apply"):
+        return of(_with_texts(found, texts_of), name)
+    own = _with_texts(found.apply, texts_of)
+
+    def apply(state: Any, groups: Groups) -> tuple[Any, Groups, Metrics]:
+        after, kept, metrics = parts_of(name, own(state, groups), ("state", "groups", "metrics"))
+        if not isinstance(kept, Groups):
+            raise UserError(f"{name}: got {type(kept).__name__}, want Groups with another keep")
+        return next_state(name, state, after), _lowered(name, groups, kept.keep), metrics_of(name, metrics)
+
+    return Filter(first_state(name, found.init), apply)
 
 
 def _with_texts(function: Callable, texts_of: Callable[[Groups], list[str]]) -> Callable:
     """Groups are the last of its arguments."""
-    return (lambda *args: function(*args, texts=texts_of(args[-1]))) if takes_texts(function) else function
+    try:
+        takes_texts = "texts" in inspect.signature(function).parameters
+    except ValueError:
+        # A function in C says nothing of its parameters.
+        takes_texts = False
+    return (lambda *args: function(*args, texts=texts_of(args[-1]))) if takes_texts else function
 
 
 def has_signal(groups: Groups) -> Bool[np.ndarray, " B"]:

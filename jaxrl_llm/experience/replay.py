@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from jaxrl_llm.experience.config import OwnReplay, ReplayConfig
-from jaxrl_llm.experience.steady import steady
+from jaxrl_llm.experience.steady import first_state, groups_of, metrics_of, next_state, parts_of
 from jaxrl_llm.types import COLUMNS, Groups, Prompts, Rollouts
 
 Metrics = dict[str, float]
@@ -42,11 +42,20 @@ class Ring(NamedTuple):
 
 def make_replay(cfg: ReplayConfig | OwnReplay) -> Replay:
     if isinstance(cfg, OwnReplay):
-        own, name = cfg.made(), f"experience.replay {cfg.function}"
-        return Replay(own.init, steady(name, own.exchange, ("state", "groups", "metrics")))
+        return _own_replay(cfg)
     if not cfg.capacity:
         return Replay(lambda blank: (), lambda state, groups, rng: (state, groups, {"groups/replayed": 0.0}))
     return Replay(partial(empty, capacity=cfg.capacity), partial(exchange, max_age=cfg.max_age))
+
+
+def _own_replay(cfg: OwnReplay) -> Replay:
+    own, name = cfg.made(), f"experience.replay {cfg.function}"
+
+    def exchange(state: Any, fresh: Groups, rng: np.random.Generator) -> tuple[Any, Groups, Metrics]:
+        after, groups, metrics = parts_of(name, own.exchange(state, fresh, rng), ("state", "groups", "metrics"))
+        return next_state(name, state, after), groups_of(name, groups, fresh), metrics_of(name, metrics)
+
+    return Replay(first_state(name, own.init), exchange)
 
 
 def blank_groups(
@@ -90,11 +99,6 @@ def by_row(groups: Groups) -> Groups:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), groups)
 
 
-def kept_groups(groups: Groups) -> Bool[np.ndarray, " P"]:
-    """Whether a row of the group is kept."""
-    return groups.keep.reshape(len(groups.failure), -1).any(axis=1)
-
-
 def empty(blank: Groups, capacity: int) -> Ring:
     """A ring for groups of these shapes."""
     groups = jax.tree.map(lambda x: np.zeros((capacity, *x.shape[1:]), x.dtype), by_group(blank))
@@ -106,7 +110,7 @@ def exchange(ring: Ring, fresh: Groups, rng: np.random.Generator, max_age: int) 
 
     The age of a group is how many updates its policy was published before the newest that drew a token of `fresh`.
     """
-    keep, version = kept_groups(fresh), fresh.rollouts.version.max()
+    keep, version = fresh.kept, fresh.rollouts.version.max()
     groups = by_group(fresh)
     young = np.flatnonzero((ring.version >= 0) & (version - ring.version <= max_age))
     places = np.flatnonzero(~keep)[: len(young)]

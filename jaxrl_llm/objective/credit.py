@@ -10,7 +10,7 @@ from jaxrl_llm.errors import AdvantageError, UserError
 from jaxrl_llm.objective.advantages import OwnAdvantage, estimate
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.estimator import Estimator
-from jaxrl_llm.objective.outcome import Outcome, Tokens
+from jaxrl_llm.objective.outcome import Outcome
 from jaxrl_llm.objective.reward_kl import RewardKl
 from jaxrl_llm.types import Credit, Groups, Scores
 
@@ -43,7 +43,7 @@ def of_estimator(
     rollouts, prompts, graders = groups.rollouts, len(groups.failure), groups.components.shape[-1]
     nothing = np.zeros(rollouts.sampled.shape)
     paid = (
-        reward_kl(rollouts.behavior_logprobs, scores.reference_logprobs, taught(groups))
+        reward_kl(rollouts.behavior_logprobs, scores.reference_logprobs, groups.teaching)
         if reward_kl.weight
         else nothing
     )
@@ -54,7 +54,7 @@ def of_estimator(
             reward=groups.reward.reshape(prompts, -1),
             parts=groups.components.reshape(prompts, -1, graders),
             part_weights=np.ones(graders) if weights is None else np.array(weights),
-            counts=groups.keep.reshape(prompts, -1).any(axis=1),
+            counts=groups.kept,
             mask=rollouts.sampled,
             token_reward=nothing if late else paid,
             late_reward=paid if late else None,
@@ -77,7 +77,7 @@ def of_own(
     """
     found = function(groups, scores)
     credit = found if isinstance(found, Credit) else Credit(np.asarray(found))
-    advantage, mask = np.asarray(credit.advantage), taught(groups)
+    advantage, mask = np.asarray(credit.advantage), groups.teaching
     if advantage.shape not in (mask.shape, mask.shape[:1]):
         raise UserError(
             f"objective.advantage {name}: got {advantage.dtype}{list(advantage.shape)}, want one number per row, "
@@ -97,13 +97,8 @@ def of_own(
 
 def mean_kl(reward_kl: RewardKl, groups: Groups, scores: Scores) -> dict[str, float]:
     """`reward_kl`: the mean estimate of the KL over the tokens that teach, where it is taken from rewards."""
-    mask = taught(groups)
+    mask = groups.teaching
     if reward_kl.weight == 0 or not mask.any():
         return {}
     paid = reward_kl(groups.rollouts.behavior_logprobs, scores.reference_logprobs, mask)
     return {"reward_kl": float(-paid.sum() / mask.sum() / reward_kl.weight)}
-
-
-def taught(groups: Groups) -> Tokens:
-    """Tokens that the policy drew, in rows that are kept."""
-    return groups.rollouts.sampled & groups.keep[:, None]

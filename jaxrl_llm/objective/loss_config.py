@@ -309,6 +309,9 @@ class OwnLoss(OwnPart):
             if not callable(getattr(column, "make", column)):
                 what = f"which is a {type(column).__name__}; want a function of groups and scores, or an OwnColumn"
                 found.append(f'{place}.own_columns.{index}: got "{name}", {what}')
+                continue
+            wrong = own.wrong_arguments(name, getattr(column, "make", column), {}, ("groups", "scores"))
+            found += [f"{place}.own_columns.{index}{text}" for text in wrong]
         return found
 
 

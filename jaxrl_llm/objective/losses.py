@@ -218,7 +218,9 @@ def make_loss(
     if isinstance(cfg, Distillation):
         return Loss(distillation_terms)
     if isinstance(cfg, OwnLoss):
-        return as_loss(cfg.made(), cfg.aggregation, cfg.length or max_new_tokens, cfg.columns, cfg.columns_made())
+        return as_loss(
+            cfg.traced("objective.loss"), cfg.aggregation, cfg.length or max_new_tokens, cfg.columns, cfg.columns_made()
+        )
     columns = ("reference_logprobs",) * cfg.reads_reference_logprobs
     columns += ("proximal_logprobs",) * scores_proximal(cfg, correction, updates)
     columns += ("values", "returns") * objective.has_critic

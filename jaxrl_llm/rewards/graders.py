@@ -115,6 +115,8 @@ def _wrong_options(name: str, options: Mapping[str, Any]) -> list[str]:
     """What is wrong with the options of a grader, each as ".option: why" or ": why"."""
     found = resolve(name)
     if name not in BUILT_IN:
+        if isinstance(found, type) and (wrong := own.wrong_methods(name, found, {"__call__": ("sample",)})):
+            raise UserError(wrong)
         return own.wrong_arguments(name, found, options, (Sample("", "", "", ""),))
     known = [field.name for field in dataclasses.fields(found)]
     wrong = [

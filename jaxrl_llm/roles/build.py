@@ -9,9 +9,8 @@ from jaxtyping import Array, Key
 
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.experience.config import OwnFilter
-from jaxrl_llm.experience.curriculum import in_order
-from jaxrl_llm.experience.curriculum import of_own as of_own_curriculum
-from jaxrl_llm.experience.filters import Filter, make_filter, of_own
+from jaxrl_llm.experience.curriculum import in_order, own_curriculum
+from jaxrl_llm.experience.filters import Filter, make_filter, own_filter
 from jaxrl_llm.experience.replay import make_replay
 from jaxrl_llm.model.work import TrainFlops, adapters_of, seen, train_flops
 from jaxrl_llm.objective.credit import make_advantage
@@ -57,7 +56,7 @@ def make_sampler(cfg: RunConfig, task: Task, collect: Callable[..., Collected], 
         key: of the noise of all tokens.
     """
     own = cfg.experience.curriculum
-    curriculum = of_own_curriculum(own) if own else in_order(make_order(len(task.train), cfg.seed))
+    curriculum = own_curriculum(own) if own else in_order(make_order(len(task.train), cfg.seed))
     return Sampler(task, curriculum, collect, key, cfg.rollout.prompts, cfg.seed)
 
 
@@ -163,7 +162,7 @@ def filter_for(cfg: RunConfig, texts_of: Callable[[Groups], list[str]]) -> Filte
     """`experience.filter`, `auto` resolved; `texts_of` as in `make_learner`."""
     chosen = cfg.experience.filter
     if isinstance(chosen, OwnFilter):
-        return of_own(chosen.made(), chosen.function, texts_of)
+        return own_filter(chosen, texts_of)
     graders = [grader.label for grader in cfg.reward.graders]
     name = filter_of(chosen, cfg.objective, len(graders))
     return make_filter(name, graders, cfg.evaluation.threshold)

@@ -72,7 +72,11 @@ class Sampler:
     def _next(self, step: int) -> tuple[Prompts, SamplerState]:
         rng = np.random.default_rng((self.seed, step, CURRICULUM))
         curriculum, chosen = self.curriculum.choose(self.state.curriculum, rng, self.prompts)
-        row, num = np.asarray(chosen), len(self.task.train)
+        num = len(self.task.train)
+        try:
+            row = np.asarray(chosen)
+        except ValueError:
+            row = np.asarray(chosen, object)
         if row.shape != (self.prompts,) or row.dtype.kind not in "iu" or not ((row >= 0) & (row < num)).all():
             raise UserError(
                 f"curriculum: got rows {row.tolist()}, want {self.prompts} indices of the task's {num} rows"

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxrl_llm.experience.replay import kept_groups
 from jaxrl_llm.prompts.task import Task
 from jaxrl_llm.rewards.pool import Failure, part_metrics
 from jaxrl_llm.roles.updates import as_floats
@@ -28,7 +27,7 @@ def describe(groups: Groups, graders: Sequence[str]) -> dict[str, float]:
         "completions/crc32": zlib.crc32(rollouts.tokens.tobytes()),
         "prompts/first_uid": rollouts.prompts.uid[0],
         "groups/graded": len(reward),
-        "groups/kept": kept_groups(groups).sum(),
+        "groups/kept": groups.kept.sum(),
         "sampling/mean_logprob": rollouts.behavior_logprobs.sum() / rollouts.sampled.sum(),
         "sampling/entropy": rollouts.entropy.sum() / rollouts.sampled.sum(),
     }

@@ -142,5 +142,4 @@ def as_floats(metrics: dict) -> dict[str, float]:
 def is_old(experience: Experience, version: int) -> bool:
     """Some token of a row that is kept was drawn by an earlier policy."""
     groups = experience.groups
-    learn = groups.rollouts.sampled & groups.keep[:, None]
-    return bool((groups.rollouts.version[learn] < version).any())
+    return bool((groups.rollouts.version[groups.teaching] < version).any())

@@ -7,7 +7,7 @@ from jaxrl_llm.config import training_problems, validate
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience import filters
 from jaxrl_llm.experience.filters import make_filter, of
-from jaxrl_llm.experience.replay import blank_groups, kept_groups
+from jaxrl_llm.experience.replay import blank_groups
 from jaxrl_llm.roles.build import filter_for
 from jaxrl_llm.types import Groups
 
@@ -85,7 +85,7 @@ def test_a_filter_may_keep_single_rows_and_never_brings_one_back():
     )
     _, found, _ = of(lambda groups: groups.rollouts.length >= 2).apply((), groups)
     np.testing.assert_array_equal(found.keep, [False, True, True, False, False, False])
-    np.testing.assert_array_equal(kept_groups(found), [True, False])
+    np.testing.assert_array_equal(found.kept, [True, False])
 
 
 @pytest.mark.parametrize(

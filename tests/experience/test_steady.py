@@ -1,75 +1,146 @@
-"""Stages of a newcomer's own: what they give is checked where they give it, in words."""
+"""Stages of a newcomer's own: what they cannot do is told before anything starts, what they give is checked where they give it."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrl_llm.config import validate
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience import curriculum, filters
+from jaxrl_llm.experience.curriculum import own_curriculum
+from jaxrl_llm.experience.filters import Filter, own_filter
+from jaxrl_llm.experience.replay import blank_groups, make_replay
+from jaxrl_llm.model.distribution import TokenScores
+from jaxrl_llm.objective.losses import make_loss
 from jaxrl_llm.own_part import own_problems
+from jaxrl_llm.types import Groups
 from jaxrl_llm.unread import unread
 from jaxrl_llm.update.optimizer.transform import learning_rate
 
 
 def experience(**parts):
-    return validate({"experience": parts}, "a.yaml").experience
+    return validate({"experience": {name: f"own_stages:{part}" for name, part in parts.items()}}, "a.yaml").experience
 
 
-def filter_of(name: str) -> filters.Filter:
-    part = experience(filter=f"own_stages:{name}").filter
-    return filters.of_own(part.made(), part.function, None)
+def filter_of(name: str) -> Filter:
+    return own_filter(experience(filter=name).filter, lambda groups: ["a", "b", "c", "d"])
 
 
-def test_a_state_of_numbers_goes_from_step_to_step():
-    mine = filter_of("Filter")
-    state, groups, metrics = mine.apply(mine.init(), "groups")
-    assert (state["seen"], groups, metrics) == (1, "groups", {"mine/seen": 0})
-    # As it comes back from a checkpoint.
-    state, _, metrics = mine.apply({"seen": np.array(5), "mean": np.ones(2, np.float32)}, "groups")
-    assert (state["seen"], metrics) == (6, {"mine/seen": 5})
+def groups() -> Groups:
+    """Two groups of two; the third row was dropped."""
+    blank = blank_groups(2, 2, (1, 1), 1, (), 0)
+    return blank.replace(reward=np.float32([0, 1, 1, 1]), keep=np.array([True, True, False, True]))
+
+
+def test_a_state_keeps_its_dtypes_from_step_to_step():
+    """Half of 0 and of the mean 0.75, then half of that: 0.375, 0.5625. What was dropped stays dropped."""
+    mine = filter_of("Mean")
+    first = mine.init()
+    assert {name: x.dtype for name, x in first.items()} == {"seen": np.int64, "mean": np.float64}
+    state, found, metrics = mine.apply(first, groups())
+    np.testing.assert_array_equal(found.keep, [False, True, False, True])
+    assert (state["seen"], state["mean"], metrics) == (1, 0.375, {"mine/mean": 0.375})
+    state, *_ = mine.apply(state, groups())
+    assert (state["seen"], state["mean"], state["mean"].dtype) == (2, 0.5625, np.float64)
 
 
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        (
-            "Grows",
-            "got a state of {'mean': 'float32[3]', 'seen': 'int64[]'}, want one as before, {'mean': 'float32[2]', ",
-        ),
+        ("Grows", "got a state of float64[3], want one as before, float64[2]: shapes and dtypes are fixed"),
+        ("Kinds", "got a state of float64[], want one as before, int64[]: shapes and dtypes are fixed"),
         ("Words", "got a state that holds <U4, want numbers and arrays of numbers alone"),
+        ("Keys", "got a state that is no tree "),
         ("Pair", "got tuple, want (state, groups, metrics)"),
         ("Silent", "got NoneType for metrics, want a dict of numbers, perhaps empty"),
+        ("Lists", "got array([0., 0.]) for the metric 'mine', want a name and one number"),
+        ("Floats", "got float32[4], want bool[4], one truth per row"),
+        ("PerGroup", "got bool[2], want bool[4], one truth per row"),
+        ("Rows", "got ndarray, want Groups with another keep"),
     ],
 )
-def test_what_no_checkpoint_holds_is_refused_at_once(name, told):
+def test_what_a_filter_may_not_give_is_told_at_once(name, told):
     mine = filter_of(name)
     with pytest.raises(UserError) as error:
-        mine.apply(mine.init(), "groups")
+        mine.apply(mine.init(), groups())
     assert str(error.value).startswith(f"experience.filter own_stages:{name}: {told}")
 
 
+def test_no_filter_brings_a_row_back():
+    mine = filter_of("Raises")
+    np.testing.assert_array_equal(mine.apply(mine.init(), groups())[1].keep, groups().keep)
+
+
 def test_a_curriculum_that_forgets_its_state_is_told():
-    mine = curriculum.of_own(experience(curriculum="own_stages:Curriculum").curriculum)
+    mine = own_curriculum(experience(curriculum="Curriculum").curriculum)
     state = mine.init(4)
     with pytest.raises(UserError, match=r"curriculum own_stages:Curriculum: got ndarray, want \(state, rows\)$"):
         mine.choose(state, np.random.default_rng(0), 2)
     with pytest.raises(UserError, match=r"got a state of float64\[3\], want one as before, float64\[4\]"):
-        mine.observe(state, "groups")
+        mine.observe(state, groups())
 
 
-def test_methods_that_are_missing_are_named_before_anything_starts():
-    [line] = own_problems(validate({"experience": {"filter": "own_stages:WithoutInit"}}, "a.yaml"))
-    assert line == (
-        'experience.filter.function: got "own_stages:WithoutInit", which has no init; want a class whose objects have init, apply'
-    )
-
-
-def test_a_schedule_gives_one_number_and_is_read():
-    cfg = validate({"update": {"optimizer": {"schedule": "own_stages:two_rates", "lr": 0.5}}}, "a.yaml")
+def test_a_replay_that_changes_the_shapes_of_a_step_is_told():
+    mine = make_replay(experience(replay="Shrinks").replay)
     with pytest.raises(
-        UserError, match=r"schedule own_stages:two_rates: got \[2\] numbers, want one: the learning rate"
+        UserError, match=r"replay own_stages:Shrinks: got float32\[2\] for groups\.reward, want float32\[4\]"
     ):
-        learning_rate(cfg.update.optimizer, 1)
+        mine.exchange(mine.init(groups()), groups(), np.random.default_rng(0))
+
+
+METHODS = "want a class whose objects have init(), apply(state, groups)"
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"experience": {"filter": "own_stages:Mean"}}, ""),
+        ({"experience": {"filter": "own_stages:Called"}}, ""),
+        ({"experience": {"filter": "own_stages:WithoutInit"}}, f"which has no init; {METHODS}"),
+        ({"experience": {"filter": "own_stages:OnlyInit"}}, f"which has no apply; {METHODS}"),
+        (
+            {"experience": {"filter": "own_stages:Greedy"}},
+            "whose apply takes (self, state, groups, more): missing a required",
+        ),
+        (
+            {"experience": {"curriculum": "own_stages:ShortChoice"}},
+            "whose choose takes (self, state, n): too many positional",
+        ),
+        (
+            {"objective": {"advantage": "own_stages:NotCalled"}},
+            "has no __call__; want a class whose objects have __call__(",
+        ),
+        ({"update": {"optimizer": {"schedule": "own_stages:NotCalled"}}}, "which has no __call__; want"),
+        (
+            {"objective": {"loss": {"function": "own_stages:capped", "own_columns": ["own_stages:of_three"]}}},
+            'objective.loss.own_columns.0: "own_stages:of_three" takes (groups, scores, more): missing a required argument',
+        ),
+    ],
+)
+def test_what_cannot_be_called_is_told_before_anything_starts(values, told):
+    found = own_problems(validate(values, "a.yaml"))
+    assert len(found) == bool(told) and (not told or told in found[0]), found
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("two_rates", "got an array of [2], want one number, the learning rate of an update"),
+        ("no_rate", "got NoneType, want one number"),
+        ("stepped", "got an if, a loop or a float() that asks for a number"),
+    ],
+)
+def test_a_schedule_gives_one_number_and_is_read(name, told):
+    cfg = validate({"update": {"optimizer": {"schedule": f"own_stages:{name}", "lr": 0.5}}}, "a.yaml")
+    with pytest.raises(UserError) as error:
+        jax.jit(lambda update: learning_rate(cfg.update.optimizer, update))(1)
+    assert str(error.value).startswith(f"optimizer.schedule own_stages:{name}: {told}")
     assert unread(cfg) == [
         "update.optimizer.lr: nothing reads this, since update.optimizer.schedule is one of your own"
     ]
+
+
+def test_a_loss_that_asks_for_a_number_is_told():
+    loss = make_loss(validate({"objective": {"loss": "own_stages:capped"}}, "a.yaml").objective)
+    with pytest.raises(UserError, match=r"objective\.loss own_stages:capped: got an if, a loop or .* want jnp\.where"):
+        jax.jit(lambda x: loss.terms(TokenScores(x, x), None))(jnp.zeros((1, 2)))

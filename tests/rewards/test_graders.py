@@ -149,6 +149,7 @@ def test_every_mistake_is_named_at_once():
         {"grader": "bad_graders:scaled"},
         {"grader": "bad_graders:scaled", "name": "more", "options": {"scale": 1, "sclae": 2}},
         {"grader": "bad_graders:WithOptions", "options": {"sclae": 2}},
+        {"grader": "own_stages:NotCalled"},
     )
     want = [
         ("graders.0.grader:", 'meant "exact_match"'),
@@ -169,6 +170,7 @@ def test_every_mistake_is_named_at_once():
         ("graders.9.options:", "argument: 'scale'"),
         ("graders.10.options:", "unexpected keyword argument 'sclae'"),
         ("graders.11.options:", '"bad_graders:WithOptions" takes (scale): missing a required argument'),
+        ("graders.12.grader:", 'got "own_stages:NotCalled", which has no __call__; want a class whose objects have'),
     ]
     assert len(found) == len(want), "\n".join(found)
     for text, (where, words) in zip(found, want, strict=True):

@@ -52,15 +52,25 @@ def make_optimizer(cfg: Optimizer) -> optax.GradientTransformation:
 def learning_rate(cfg: Optimizer, update: Array) -> Array:
     """Of update 1, 2, ...: up for `warmup_steps`, level for `hold_steps`, down for `decay_steps`, level; or your own function's."""
     if isinstance(cfg.schedule, OwnSchedule):
-        rate = jnp.asarray(cfg.schedule.made()(update), jnp.float32)
-        if rate.shape:
-            got = f"got {list(rate.shape)} numbers, want one"
-            raise UserError(f"update.optimizer.schedule {cfg.schedule.function}: {got}: the learning rate of an update")
-        return rate
+        return _own_rate(cfg.schedule, update)
     rise = jnp.minimum(update / max(cfg.warmup_steps, 1), 1)
     way = jnp.clip((update - cfg.warmup_steps - cfg.hold_steps) / cfg.decay_steps, 0, 1) if cfg.decay_steps else 0.0
     left = {"linear": 1 - way, "cosine": (1 + jnp.cos(jnp.pi * way)) / 2, "sqrt": 1 - way**0.5}[cfg.schedule]
     return rise * (cfg.final_lr + (cfg.lr - cfg.final_lr) * left)
+
+
+def _own_rate(schedule: OwnSchedule, update: Array) -> Array:
+    found = schedule.traced("optimizer.schedule")(update)
+    try:
+        rate = jnp.asarray(found, jnp.float32)
+    except (TypeError, ValueError):
+        rate = None
+    if rate is None or rate.shape:
+        got = type(found).__name__ if rate is None else f"an array of {list(rate.shape)}"
+        raise UserError(
+            f"optimizer.schedule {schedule.function}: got {got}, want one number, the learning rate of an update"
+        )
+    return rate
 
 
 def _adamw(cfg: AdamW) -> optax.GradientTransformation:
