@@ -72,7 +72,7 @@ class Case:
         return shape_of(self.packing, self.work.prompts, SAMPLES, (self.prompt, self.new), slots, self.work.prompts, 1)
 
     def batch(self) -> Batch:
-        """Random tokens; advantages of both signs; behaviour log-probs of a uniform policy, so that ratios are near 1."""
+        """Random tokens; advantages of both signs; behavior log-probs of a uniform policy, so that ratios are near 1."""
         rng, rows, vocab = np.random.default_rng(0), self.work.rows, self.work.cfg.vocab_size
         number = np.arange(self.work.prompts, dtype=np.int32)
         texts = rng.integers(0, vocab, (len(number), self.prompt)).astype(np.int32)

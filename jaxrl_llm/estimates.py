@@ -125,11 +125,11 @@ def _score_interval(mean: float, variance: float, n: int, samples: int) -> tuple
     else:
         effective = min(spread / variance, n * samples) if variance > 0 else float(n * samples)
     effective *= (Z / _t_quantile(n - 1)) ** 2
-    centre = mean + Z**2 / (2 * effective)
+    center = mean + Z**2 / (2 * effective)
     half = Z * sqrt(max(spread, 0.0) / effective + Z**2 / (4 * effective**2))
     scale = 1 + Z**2 / effective
     # The ends are 0 and 1 only up to rounding where all prompts are wrong or right.
-    return max(0.0, min(mean, (centre - half) / scale)), min(1.0, max(mean, (centre + half) / scale))
+    return max(0.0, min(mean, (center - half) / scale)), min(1.0, max(mean, (center + half) / scale))
 
 
 def _t_interval(mean: float, variance: float, n: int) -> tuple[float, float]:

@@ -22,7 +22,7 @@ class Digest(NamedTuple):
 def fingerprint(tree: PyTree) -> dict[str, int]:
     """A 32-bit number for each leaf, by its path: the same on every mesh, another if any bit flips or an element moves.
 
-    Sum mod 2^32 over the words of a leaf of `mix(word ^ odd * index)`, `mix` a bijection (MurmurHash3's finaliser): a change of
+    Sum mod 2^32 over the words of a leaf of `mix(word ^ odd * index)`, `mix` a bijection (MurmurHash3's finalizer): a change of
     one word always shows, any other with probability 1 - 2^-32. (A plain weighted sum misses every even number of flipped signs.)
     Leaves: jax arrays, also global ones of several processes, and NumPy arrays; an empty leaf gives 0.
     """

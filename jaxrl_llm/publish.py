@@ -1,4 +1,4 @@
-"""`publish`: the trainer's parameters to a policy that decodes: cast or quantised, re-laid and unstacked in one jit, never through
+"""`publish`: the trainer's parameters to a policy that decodes: cast or quantized, re-laid and unstacked in one jit, never through
 the host."""
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from jaxtyping import Array
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.lora import Adapted, by_layer, is_adapted
 from jaxrl_llm.model.params import abstract, policy_part, shardings, specs, unstack
-from jaxrl_llm.model.quantised import DTYPES, Quantised, map_matrices, quantise, quantised_specs
+from jaxrl_llm.model.quantized import DTYPES, Quantized, map_matrices, quantize, quantized_specs
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import Policy, PyTree
 
@@ -44,7 +44,7 @@ def make_publish(cfg: ModelConfig, train: Layout, decode: Layout, weights: str =
     train_shardings = shardings(_view_specs(cfg, weights), train)
 
     def publish(params: PyTree, version: Array, old: Policy) -> Policy:
-        # Cast and quantised while still sharded: what crosses the wire is the policy's own dtype, on every backend.
+        # Cast and quantized while still sharded: what crosses the wire is the policy's own dtype, on every backend.
         view = jax.lax.with_sharding_constraint(_view(params, cfg, weights), train_shardings)
         return Policy(params=unstack(view, cfg.layers), version=version)
 
@@ -70,11 +70,11 @@ def _view(params: PyTree, cfg: ModelConfig, weights: str) -> PyTree:
     if weights == "compute":
         return jax.tree.map(cast, params, is_leaf=is_adapted)
 
-    def matrix(x: Array | Adapted, inner: tuple[int, ...], groups: int) -> Quantised:
-        return by_layer(lambda w: quantise(w, inner, DTYPES[weights], groups), x)
+    def matrix(x: Array | Adapted, inner: tuple[int, ...], groups: int) -> Quantized:
+        return by_layer(lambda w: quantize(w, inner, DTYPES[weights], groups), x)
 
     return map_matrices(matrix, cast, params, cfg)
 
 
 def _view_specs(cfg: ModelConfig, weights: str) -> PyTree:
-    return specs(cfg) if weights == "compute" else quantised_specs(specs(cfg), cfg)
+    return specs(cfg) if weights == "compute" else quantized_specs(specs(cfg), cfg)

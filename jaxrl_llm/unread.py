@@ -10,7 +10,7 @@ from jaxrl_llm.objective.presets import filled
 from jaxrl_llm.values import defaults
 
 Config = Any
-"""A RunConfig, which imports this room's neighbours and not the other way round."""
+"""A RunConfig, which imports this room's neighbors and not the other way round."""
 
 
 class Rule(NamedTuple):

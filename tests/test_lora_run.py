@@ -48,10 +48,10 @@ def test_the_state_is_frozen_but_for_adapters_and_critic(trained):
     with open_run(trained, must_resume=True, given=None, ends_process=False) as run:
         state = resume(run)
     moments = sum(x.size for x in jax.tree.leaves(state.train.opt_state) if x.ndim)
-    learnt, _ = lora.split(state.train.params)
-    assert moments == 2 * sum(x.size for x in jax.tree.leaves(learnt) if x.ndim)
-    assert state.step == 4 and np.any(np.asarray(learnt["value"]["kernel"]))
-    adapters = [x for x in learnt["layers"].values() if isinstance(x, Adapted)]
+    learned, _ = lora.split(state.train.params)
+    assert moments == 2 * sum(x.size for x in jax.tree.leaves(learned) if x.ndim)
+    assert state.step == 4 and np.any(np.asarray(learned["value"]["kernel"]))
+    adapters = [x for x in learned["layers"].values() if isinstance(x, Adapted)]
     assert len(adapters) == 4 and all(np.any(np.asarray(x)) for x in jax.tree.leaves(adapters))
     # The reference is the base: adapters that add nothing.
     pairs = [p for w in state.reference["layers"].values() if w is not None for p in w.pairs.values()]

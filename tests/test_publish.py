@@ -13,7 +13,7 @@ from jaxrl_llm import config, sources
 from jaxrl_llm.metrics import CompileCounter
 from jaxrl_llm.model.distribution import Scoring, score_tokens
 from jaxrl_llm.model.params import unstack
-from jaxrl_llm.model.quantised import Quantised, dequantise
+from jaxrl_llm.model.quantized import Quantized, dequantize
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.publish import abstract_policy, make_blank, make_publish, policy_shardings
 from jaxrl_llm.roles.blueprint import blueprint_of
@@ -31,8 +31,8 @@ def published(sizes=(1, 1, 1), weights="int8", cfg=SMALL):
     return params, make_publish(cfg, train, decode, weights)(params, np.int32(3), make_blank(cfg, decode, weights)())
 
 
-def is_quantised(leaf) -> bool:
-    return isinstance(leaf, Quantised)
+def is_quantized(leaf) -> bool:
+    return isinstance(leaf, Quantized)
 
 
 @pytest.mark.slow
@@ -40,14 +40,14 @@ def is_quantised(leaf) -> bool:
 def test_every_matrix_is_its_master_within_half_a_scale(cfg):
     params, policy = published(cfg=cfg)
     masters = unstack(params, cfg.layers)
-    leaves, treedef = jax.tree.flatten(policy.params, is_leaf=is_quantised)
+    leaves, treedef = jax.tree.flatten(policy.params, is_leaf=is_quantized)
     for leaf, master in zip(leaves, treedef.flatten_up_to(masters), strict=True):
-        if is_quantised(leaf):
+        if is_quantized(leaf):
             assert leaf.q.dtype == jnp.int8
-            assert (np.abs(dequantise(leaf) - master) <= leaf.scale * (0.5 + 1e-4)).all()
+            assert (np.abs(dequantize(leaf) - master) <= leaf.scale * (0.5 + 1e-4)).all()
         else:
             np.testing.assert_array_equal(leaf, master)
-    assert sum(map(is_quantised, leaves)) == 5 * cfg.layers + 1
+    assert sum(map(is_quantized, leaves)) == 5 * cfg.layers + 1
     assert int(policy.version) == 3
 
 

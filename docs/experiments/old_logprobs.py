@@ -260,7 +260,7 @@ def plot(runs: list[dict]) -> None:
     figure, axes = plt.subplots(len(LAGS), 3, figsize=(12, 6.4), sharex=True, sharey="col", layout="constrained")
     titles = ("exact held-out accuracy", "clip fraction", "max |r - 1|, updates 2 to 4 of a step")
     for row, lag in zip(axes, LAGS, strict=True):
-        for arm, colour in zip(ARMS, ("#1f77b4", "#d62728"), strict=True):
+        for arm, color in zip(ARMS, ("#1f77b4", "#d62728"), strict=True):
             some = [r for r in runs if key(r)[:3] == (arm, lag, RATE)]
             x = [int(s) for s in some[0]["exact"]]
             step = 1 + np.arange(len(some[0]["steps"]["reward"]))
@@ -270,9 +270,9 @@ def plot(runs: list[dict]) -> None:
                 (step, np.array([r["steps"]["off_one_later"] for r in some], float)),
             )
             for axis, (where, lines) in zip(row, curves, strict=True):
-                axis.plot(where, np.transpose(lines), color=colour, lw=0.7, alpha=0.4)
+                axis.plot(where, np.transpose(lines), color=color, lw=0.7, alpha=0.4)
                 middle = np.median(lines, axis=0) if axis is row[2] else np.mean(lines, axis=0)
-                axis.plot(where, middle, color=colour, lw=2, label=arm)
+                axis.plot(where, middle, color=color, lw=2, label=arm)
         row[0].set_ylabel(f"lag {lag}")
         # Logarithmic, but for what lies below 0.01: exactly 0 must show as 0.
         row[2].set_yscale("symlog", linthresh=1e-2)

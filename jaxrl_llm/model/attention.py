@@ -69,7 +69,7 @@ def attend_part(
     softcap: float | None = None,
     across: bool = False,
 ) -> tuple[Float[Array, "B K Q H"], Float[Array, "B K Q"], Float[Array, "B K Q"]]:
-    """Attention over a part of the keys, unnormalised: (weighted sum of v, sum of weights, maximum score), for `merge`.
+    """Attention over a part of the keys, unnormalized: (weighted sum of v, sum of weights, maximum score), for `merge`.
 
     `across`: keys lie [B K H U]. Keys and values in int8 multiply as they are; their scales go to the scores and the weights.
     """

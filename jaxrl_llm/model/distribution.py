@@ -40,7 +40,7 @@ def tempered(
     return jnp.where(greedy, limit, x / jnp.where(greedy, 1.0, temperature[..., None]))
 
 
-class Normalised(NamedTuple):
+class Normalized(NamedTuple):
     """Log-probs and what they were made with: log p = `tempered`(x, largest, temperature) - log_sum."""
 
     logp: Float[Array, "*rows V"]
@@ -60,7 +60,7 @@ def process_logits(
     At temperature 0 it is the limit: uniform over the tokens of the largest logit, -inf elsewhere. No gradient flows there.
     """
     limit = num_tokens if num_tokens < x.shape[-1] else None
-    return normalise(only_drawable(x, jnp.arange(x.shape[-1]), limit, ends, barred), temperature).logp
+    return normalize(only_drawable(x, jnp.arange(x.shape[-1]), limit, ends, barred), temperature).logp
 
 
 def only_drawable(
@@ -79,12 +79,12 @@ def only_drawable(
     return jnp.where(drawable(ids, num_tokens, ends, barred[..., None]), x, -jnp.inf)
 
 
-def normalise(x: Float[Array, "*rows n"], temperature: Float[Array, "*rows"]) -> Normalised:
+def normalize(x: Float[Array, "*rows n"], temperature: Float[Array, "*rows"]) -> Normalized:
     """The distribution over all of `x`; -inf has no mass."""
     largest = jax.lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True))
     x = tempered(x, largest, temperature)
     log_sum = jnp.log(jnp.sum(jnp.exp(x), axis=-1, keepdims=True))
-    return Normalised(x - log_sum, largest[..., 0], log_sum[..., 0])
+    return Normalized(x - log_sum, largest[..., 0], log_sum[..., 0])
 
 
 def support_logprobs(
@@ -94,7 +94,7 @@ def support_logprobs(
 
     A row without any has had nothing drawn from it: finite numbers that mean nothing.
     """
-    return normalise(_at_support(x, support), temperature).logp
+    return normalize(_at_support(x, support), temperature).logp
 
 
 def _at_support(x: Float[Array, "*rows V"], support: Int[Array, "*rows K"]) -> Float[Array, "*rows K"]:
@@ -157,7 +157,7 @@ class _OfVocabulary:
 
     def value(self, x: Array, y: Array | None, read: _Read) -> _Value:
         ids = jnp.arange(x.shape[-1])
-        x, y = (None if z is None else normalise(self._only(z, ids, read), read.temperature) for z in (x, y))
+        x, y = (None if z is None else normalize(self._only(z, ids, read), read.temperature) for z in (x, y))
         return _values(x, y, jnp.take_along_axis(x.logp, read.tokens[..., None], axis=-1)[..., 0])
 
     def pullback(
@@ -179,7 +179,7 @@ class _OfSupport:
     whole = True
 
     def value(self, x: Array, y: Array | None, read: _Read) -> _Value:
-        x, y = (None if z is None else normalise(_at_support(z, read.support), read.temperature) for z in (x, y))
+        x, y = (None if z is None else normalize(_at_support(z, read.support), read.temperature) for z in (x, y))
         drawn = jnp.sum(jnp.where(read.support == read.tokens[..., None], x.logp, 0.0), axis=-1)
         any_kept = jnp.any(read.support >= 0, axis=-1)
         of = _values(x, y, drawn)
@@ -198,13 +198,13 @@ class _OfSupport:
         return put(jnp.zeros_like(x), jnp.maximum(read.support, 0), jnp.where(read.support >= 0, at_support, 0.0))
 
 
-def _values(x: Normalised, y: Normalised | None, logprob: Array) -> _Value:
+def _values(x: Normalized, y: Normalized | None, logprob: Array) -> _Value:
     kl = None if y is None else _mean(x.logp, x.logp - y.logp)
     return _Value(logprob, entropy(x.logp), kl, x[1:], None if y is None else y[1:])
 
 
 def _again(x: Float[Array, "s n W"], temperature: Array, by: tuple[Array, Array]) -> Float[Array, "s n W"]:
-    """Log-probs of a part of the logits that were normalised `by` these numbers."""
+    """Log-probs of a part of the logits that were normalized `by` these numbers."""
     largest, log_sum = by
     return tempered(x, largest[..., None], temperature) - log_sum[..., None]
 

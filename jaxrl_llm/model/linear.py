@@ -6,20 +6,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrl_llm.model import lora, quantised
+from jaxrl_llm.model import lora, quantized
 from jaxrl_llm.model.lora import Adapted
-from jaxrl_llm.model.quantised import Quantised
+from jaxrl_llm.model.quantized import Quantized
 
 
-def contract(x: jax.Array, w: jax.Array | Adapted | Quantised, inner: int = 1) -> jax.Array:
+def contract(x: jax.Array, w: jax.Array | Adapted | Quantized, inner: int = 1) -> jax.Array:
     """Sum over the last `inner` dims of `x` and the first `inner` of `w`: `[..., *I] x [*I, *O] -> [..., *O]`, in f32.
 
-    Of a `w` with adapters only these have a gradient. A quantised one multiplies in its own 8 bits and has none.
+    Of a `w` with adapters only these have a gradient. A quantized one multiplies in its own 8 bits and has none.
     """
     if isinstance(w, Adapted):
         return lora.product(x, w, inner)
-    if isinstance(w, Quantised):
-        return quantised.product(x, w, inner)
+    if isinstance(w, Quantized):
+        return quantized.product(x, w, inner)
     return _contract(x, w, inner)
 
 

@@ -32,7 +32,7 @@ from jaxrl_llm.model.experts import mixture
 from jaxrl_llm.model.forms import choose, mixer
 from jaxrl_llm.model.linear import contract
 from jaxrl_llm.model.mlp import dense
-from jaxrl_llm.model.quantised import look_up
+from jaxrl_llm.model.quantized import look_up
 from jaxrl_llm.model.remat import checkpointed, keeping, named_input
 from jaxrl_llm.model.rope import Angles, Rotation, angles, rope, rotation, shared_angles
 from jaxrl_llm.parallel.layout import Layout

@@ -79,7 +79,7 @@ class Seen(NamedTuple):
     tokens: int
     """Real ones: no padding, a shared prompt once."""
     scored: int
-    """Those that are learnt from."""
+    """Those that are learned from."""
 
 
 def seen(cfg: ModelConfig, batch: Batch) -> Seen:

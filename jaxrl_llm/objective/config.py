@@ -51,7 +51,7 @@ class CriticConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What RL maximises."""
+    """What RL maximizes."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 

@@ -16,9 +16,9 @@ from pydantic import ConfigDict
 from jaxrl_llm.objective.estimator import Estimator
 from jaxrl_llm.objective.outcome import Completion, Estimate, Group, Outcome, Tokens, own_rewards, scores
 from jaxrl_llm.objective.statistics import (
-    batch_centred,
+    batch_centered,
     batch_deviation,
-    centred,
+    centered,
     deviation,
     others,
     ratio,
@@ -47,9 +47,9 @@ class Grpo(Estimator):
         score = scores(outcome)
         rows, kept = as_tokens(score, outcome)
         several = np.count_nonzero(kept) > 1
-        away, std = centred(score), deviation(score, self._ddof)
+        away, std = centered(score), deviation(score, self._ddof)
         if self.mean_over == "batch" and several:
-            away = batch_centred(rows, kept).reshape(score.shape)
+            away = batch_centered(rows, kept).reshape(score.shape)
         if self.std_over == "batch" and several:
             std = batch_deviation(rows, kept, self._ddof)
         return at_each_token(ratio(away, std + self.eps), outcome)
@@ -89,7 +89,7 @@ class MeanOnly(Estimator):
 
     def estimate(self, outcome: Outcome) -> Estimate:
         """E[gradient] is (1 - 1/G) of the true one, since the mean holds the sample itself."""
-        return at_each_token(centred(scores(outcome)), outcome)
+        return at_each_token(centered(scores(outcome)), outcome)
 
     def bound(self, score: Group, outcome: Outcome) -> float:
         return about_mean(score)
@@ -147,7 +147,7 @@ class MaxRl(Estimator):
     def estimate(self, outcome: Outcome) -> Estimate:
         score = scores(outcome)
         mean = total(score) / score.shape[1]
-        return at_each_token(np.where(mean > 0, ratio(centred(score), mean + self.eps), 0.0), outcome)
+        return at_each_token(np.where(mean > 0, ratio(centered(score), mean + self.eps), 0.0), outcome)
 
     def bound(self, score: Group, outcome: Outcome) -> float:
         """(n - 1) where no reward is below 0: then the range is n means at most."""
@@ -206,7 +206,7 @@ class Gpg(Estimator):
 
     def estimate(self, outcome: Outcome) -> Estimate:
         score = scores(outcome)
-        return at_each_token(centred(score) * self._alpha(score[outcome.counts]), outcome)
+        return at_each_token(centered(score) * self._alpha(score[outcome.counts]), outcome)
 
     def bound(self, score: Group, outcome: Outcome) -> float:
         return about_mean(score) * self._alpha(score)
@@ -226,9 +226,9 @@ class Gdpo(Estimator):
 
     def estimate(self, outcome: Outcome) -> Estimate:
         """Whitened with (A - mean) / (std + eps), std with n - 1."""
-        summed = centred(own_rewards(outcome))
+        summed = centered(own_rewards(outcome))
         for weight, part in zip(outcome.part_weights, np.moveaxis(outcome.parts, -1, 0), strict=True):
-            summed += weight * ratio(centred(part), deviation(part, 1) + self.eps)
+            summed += weight * ratio(centered(part), deviation(part, 1) + self.eps)
         return at_each_token(whiten(*as_tokens(summed, outcome), 1, 0.0, self.eps), outcome)
 
     def bound(self, score: Group, outcome: Outcome) -> float:
@@ -287,7 +287,7 @@ def at_each_token(advantage: Group, outcome: Outcome) -> Estimate:
 
 def about_others(score: Group) -> Group:
     """r - mean of the G - 1 others, which is G / (G - 1) times what it is about the mean of all."""
-    return centred(score) * (score.shape[1] / (score.shape[1] - 1))
+    return centered(score) * (score.shape[1] / (score.shape[1] - 1))
 
 
 def in_stds(n: int, ddof: int, batch: int | None = None) -> float:

@@ -169,7 +169,7 @@ class SecondMoment:
 
 @dataclass(frozen=True)
 class AutoCorrection:
-    """`truncated_importance` where the sampler's weights or cache are quantised, else `none`."""
+    """`truncated_importance` where the sampler's weights or cache are quantized, else `none`."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 

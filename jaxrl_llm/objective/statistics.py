@@ -28,7 +28,7 @@ def total(x: Group) -> PerGroup:
     return np.array(sums).reshape(*x.shape[:-1], 1)
 
 
-def centred(x: Group) -> Group:
+def centered(x: Group) -> Group:
     """x - mean of the group."""
     above = x - x.min(axis=-1, keepdims=True)
     return above - total(above) / x.shape[-1]
@@ -36,7 +36,7 @@ def centred(x: Group) -> Group:
 
 def deviation(x: Group, ddof: int) -> PerGroup:
     """The group's std; 0 of one number."""
-    return np.sqrt(total(centred(x) ** 2) / max(x.shape[-1] - ddof, 1))
+    return np.sqrt(total(centered(x) ** 2) / max(x.shape[-1] - ddof, 1))
 
 
 def others(x: Float[np.ndarray, "P G"]) -> Float[np.ndarray, "P G G-1"]:
@@ -45,7 +45,7 @@ def others(x: Float[np.ndarray, "P G"]) -> Float[np.ndarray, "P G G-1"]:
     return x[:, np.nonzero(~np.eye(size, dtype=bool))[1].reshape(size, size - 1)]
 
 
-def batch_centred(x: Completion, mask: Tokens) -> Completion:
+def batch_centered(x: Completion, mask: Tokens) -> Completion:
     """x - mean of those in `mask`."""
     above = x - x[mask].min()
     return above - _batch_total(above, mask) / np.count_nonzero(mask)
@@ -53,7 +53,7 @@ def batch_centred(x: Completion, mask: Tokens) -> Completion:
 
 def batch_deviation(x: Completion, mask: Tokens, ddof: int) -> float:
     """The std of those in `mask`."""
-    return math.sqrt(_batch_total(batch_centred(x, mask) ** 2, mask) / (np.count_nonzero(mask) - ddof))
+    return math.sqrt(_batch_total(batch_centered(x, mask) ** 2, mask) / (np.count_nonzero(mask) - ddof))
 
 
 def _batch_total(x: Completion, mask: Tokens) -> float:
@@ -65,4 +65,4 @@ def whiten(x: Completion, mask: Tokens, ddof: int = 1, eps: float = 1e-8, beside
     """(x - mean) / (sqrt(var + eps) + beside_std) over the tokens in `mask`; of fewer than two, x itself."""
     if np.count_nonzero(mask) < 2:
         return x
-    return ratio(batch_centred(x, mask), math.sqrt(batch_deviation(x, mask, ddof) ** 2 + eps) + beside_std)
+    return ratio(batch_centered(x, mask), math.sqrt(batch_deviation(x, mask, ddof) ** 2 + eps) + beside_std)

@@ -12,7 +12,7 @@ from pydantic import ConfigDict
 from jaxrl_llm.objective.estimator import Estimator
 from jaxrl_llm.objective.group_estimators import about_mean, at_each_token, in_stds
 from jaxrl_llm.objective.outcome import Completion, Estimate, Group, Outcome, Tokens, scores
-from jaxrl_llm.objective.statistics import centred, whiten
+from jaxrl_llm.objective.statistics import centered, whiten
 
 Fraction = Annotated[float, Ge(0), Le(1)]
 OTHERS = "compares with what other groups and states are worth: equal rewards teach too"
@@ -37,7 +37,7 @@ class ReinforcePlusPlus(Estimator):
 
     def estimate(self, outcome: Outcome) -> Estimate:
         if self.baseline:
-            returns = at_each_token(centred(scores(outcome)), outcome).advantage
+            returns = at_each_token(centered(scores(outcome)), outcome).advantage
         else:
             # verl: what is between two drawn tokens passes credit on.
             returns = to_go(token_rewards(outcome), outcome.mask, self.gamma)

@@ -170,7 +170,7 @@ def compile_all(job: Job) -> dict[str, Program]:
 
 def turns_of(job: Job, name: str) -> tuple[int, int]:
     """Turns of a program's outermost loop, at most: looks at whether rows live, or micro-batches. And of inner ones whose turns
-    depend on the batch: chunks of tokens in the head, all of them learnt from."""
+    depend on the batch: chunks of tokens in the head, all of them learned from."""
     if name == "segment":
         return job.engine.decoding.steps // job.engine.decoding.interval, 1
     if name != "update":

@@ -16,7 +16,7 @@ NAME, SETTINGS = "reasoning_gym", "reasoning_gym_config"
 def draw(cfg: ReasoningGymTask, size: int, seed: tuple[int, ...]) -> list[Record]:
     """Entries with the columns question, answer, metadata, and those two. Raises UserError for a wrong name or setting.
 
-    Entry i of a dataset is drawn with its seed + i, so neighbouring seeds share all their entries but one: the seed is hashed.
+    Entry i of a dataset is drawn with its seed + i, so neighboring seeds share all their entries but one: the seed is hashed.
     """
     try:
         import reasoning_gym

@@ -13,8 +13,8 @@ from jaxrl_llm.prompts.task import Task
 def noisy_rows(task: Task, order: Order, places: Iterable[int], noise: float, seed: int) -> list[Row]:
     """Training rows at these places of the stream, a share `noise` of them with the response of a row drawn at random.
 
-    Each visit draws anew: a policy that has learnt this gives the right response about (1 - noise) of the time, to prompts that
-    it never saw as well. (Wrong responses that stay the same are learnt by heart, and nothing else is.)
+    Each visit draws anew: a policy that has learned this gives the right response about (1 - noise) of the time, to prompts that
+    it never saw as well. (Wrong responses that stay the same are learned by heart, and nothing else is.)
     """
     rows = []
     for place in places:

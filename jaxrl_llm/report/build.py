@@ -32,7 +32,7 @@ COLUMNS = 240
 WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 340, 170, 46, 8, 20, 8
 """The drawing in SVG units, and the margins around the plot."""
 FAINTEST_LOGPROB = -6.0
-"""Nats at which a token's colour is strongest: p = 0.0025."""
+"""Nats at which a token's color is strongest: p = 0.0025."""
 
 CHARTS = (  # title, metrics drawn in it; a chart without data is left out
     ("reward", ("reward", "reward_std")),

@@ -12,7 +12,7 @@ import optax
 from jaxrl_llm import config as run_config
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.model import forms, lora, quantised
+from jaxrl_llm.model import forms, lora, quantized
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig, Whole
 from jaxrl_llm.model.critic import NAMES as CRITIC
@@ -188,7 +188,7 @@ def device_problems(
     cfg: RunConfig, model: ModelConfig, prompt_slots: int | None, devices: Sequence[jax.Device]
 ) -> list[str]:
     """What such devices cannot do, in words; `prompt_slots` None: not known."""
-    found = quantised.problems(model, cfg.rollout.engine.weights, devices[0])
+    found = quantized.problems(model, cfg.rollout.engine.weights, devices[0])
     slots: set[int] = set()
     if prompt_slots is not None and not packing_problems(cfg, prompt_slots):
         slots = {shape.slots for shape in shapes_of(cfg, prompt_slots, 1)}

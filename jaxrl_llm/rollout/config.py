@@ -14,7 +14,7 @@ Natural = Annotated[int, Ge(0)]
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Speed and memory alone: nothing here changes a token, but for the rounding of quantised weights and caches."""
+    """Speed and memory alone: nothing here changes a token, but for the rounding of quantized weights and caches."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 

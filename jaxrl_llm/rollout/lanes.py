@@ -1,6 +1,6 @@
 """The likeliest tokens of a large vocabulary, without a sort of it and without moving its logits over the mesh.
 
-The vocabulary is cut into parts, a part into lanes: lane l of it holds its tokens l, l + LANES, ... Neighbouring lanes lie next to
+The vocabulary is cut into parts, a part into lanes: lane l of it holds its tokens l, l + LANES, ... Neighboring lanes lie next to
 each other in memory, so that their maxima are found together. Each of the n largest logits lies in one of the n lanes with the
 largest maxima, so only those lanes are searched.
 """
@@ -110,7 +110,7 @@ def _search(
 def _lanes(x: Float[Array, "B V"]) -> Iterator[tuple[Float[Array, "B parts lanes"], Int[np.ndarray, "parts lanes"]]]:
     """The logits at each place of every lane, and their ids, -1 where there is none.
 
-    Slices: XLA:CPU reduces them together in one vectorised pass over memory; a reduction over a strided axis takes five times as
+    Slices: XLA:CPU reduces them together in one vectorized pass over memory; a reduction over a strided axis takes five times as
     long.
     """
     parts = jnp.pad(x, ((0, 0), (0, -x.shape[1] % PARTS))).reshape(len(x), PARTS, -1)

@@ -92,7 +92,7 @@ class Drawn(NamedTuple):
 def row_keys(key: Key[Array, ""], uid: Int[Array, " U"], first: Int[Array, " U"], each: int) -> Key[Array, " B"]:
     """One key a row from (run, prompt uid, sample number), unit by unit: samples first, first + 1, ... of `each` rows.
 
-    A row knows nothing of its neighbours.
+    A row knows nothing of its neighbors.
     """
     fold = jax.vmap(jax.random.fold_in)
     per_unit = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, uid)

@@ -66,7 +66,7 @@ def make_update(
         )
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
-        # Adam would go on along its momentum where nothing was learnt.
+        # Adam would go on along its momentum where nothing was learned.
         useful = finite & jnp.any(batch.loss_mask)
         new = _stepped(state, grads, optimizer, useful)
         return new, metrics | more | zero_gradients(grads) | {"grad_norm": grad_norm, "nonfinite": 1.0 - finite}

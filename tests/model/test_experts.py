@@ -92,7 +92,7 @@ def test_value_and_gradients_are_those_of_a_loop_over_experts(sizes):
 
 
 def test_weights_as_they_come_and_ties():
-    """Not normalised; two pairs of experts with equal routers, so that every choice is between equals."""
+    """Not normalized; two pairs of experts with equal routers, so that every choice is between equals."""
     cfg, (layer, h) = dataclasses.replace(CFG, norm_top_k=False, experts_per_token=1), draw()
     layer["router"][:, 1], layer["router"][:, 3] = layer["router"][:, 0], layer["router"][:, 2]
     got = jax.jit(lambda layer, h: mixture(layer, h, cfg, layouts()[0]))(layer, h)

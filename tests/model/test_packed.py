@@ -54,7 +54,7 @@ def program(name: str):
 
 
 def found(name: str, kind: str, mutate=lambda batch: batch):
-    """Gradients, and log-probs and entropies of the completions' tokens that are learnt from."""
+    """Gradients, and log-probs and entropies of the completions' tokens that are learned from."""
     q = sequences()
     batch, where = make_batch(q.experience, Shape(kind, ROWS, SLOTS, 1), VOCAB.pad, "sequence")
     gradient, scored = program(name)(mutate(batch))

@@ -113,7 +113,7 @@ GROUP_NORM = partial(advantages.group, advantages.group_norm)
 PAPER_NORM = GROUP_NORM(eps=0.0, less=0)
 VERL_NORM = GROUP_NORM(eps=1e-6)
 TRL_NORM = GROUP_NORM(eps=1e-4)
-MEAN_ONLY, LEAVE_ONE_OUT = advantages.group(advantages.centred), advantages.group(advantages.leave_one_out_baseline)
+MEAN_ONLY, LEAVE_ONE_OUT = advantages.group(advantages.centered), advantages.group(advantages.leave_one_out_baseline)
 DUAL = partial(terms.token_clip, dual=3.0)
 SKYRL_KL = Kl(partial(terms.k3, most=20.0, largest=10.0), 0.001)
 

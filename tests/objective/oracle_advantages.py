@@ -57,7 +57,7 @@ def deviation(xs: list[float], less: int) -> float:
     return sqrt(sum((x - mean) ** 2 for x in xs) / (len(xs) - less))
 
 
-def centred(rs: list[float]) -> list[float]:
+def centered(rs: list[float]) -> list[float]:
     """2.1, the mean of all."""
     if all(r == rs[0] for r in rs):
         return [0.0] * len(rs)
@@ -68,7 +68,7 @@ def centred(rs: list[float]) -> list[float]:
 def group_norm(rs: list[float], eps: float, less: int = 1) -> list[float]:
     """2.1. 0 where all are equal, with eps 0 too."""
     std = deviation(rs, less)
-    return [c / (std + eps) if std > 0 else 0.0 for c in centred(rs)]
+    return [c / (std + eps) if std > 0 else 0.0 for c in centered(rs)]
 
 
 def leave_one_out_baseline(rs: list[float]) -> list[float]:
@@ -90,7 +90,7 @@ def nemo_leave_one_out(rs: list[float], eps: float = 1e-6) -> list[float]:
 def over_mean(rs: list[float], eps: float) -> list[float]:
     """2.8, MaxRL."""
     mean = sum(rs) / len(rs)
-    return [c / (mean + eps) if mean > 0 else 0.0 for c in centred(rs)]
+    return [c / (mean + eps) if mean > 0 else 0.0 for c in centered(rs)]
 
 
 def best_only(rs: list[float], eps: float = 1e-6) -> list[float]:
@@ -123,7 +123,7 @@ def gpg(case: Case) -> np.ndarray:
     """2.8."""
     kept = case.reward[case.counts]
     alpha = kept.size / max(np.count_nonzero(kept), 1)
-    return over_groups(lambda rs: [alpha * c for c in centred(rs)], case)
+    return over_groups(lambda rs: [alpha * c for c in centered(rs)], case)
 
 
 def gdpo(case: Case, eps: float = 1e-4) -> np.ndarray:
@@ -207,11 +207,11 @@ def whitened_returns(case: Case, scale, kl_weight: float = 0.0) -> tuple[np.ndar
 
 def whitened_baseline(case: Case) -> tuple[np.ndarray, None]:
     """2.7, verl's REINFORCE++-baseline: the group's mean first."""
-    return whiten(case, np.where(case.mask, over_groups(centred, case).reshape(-1, 1), 0.0), verl_scale), None
+    return whiten(case, np.where(case.mask, over_groups(centered, case).reshape(-1, 1), 0.0), verl_scale), None
 
 
 def openrlhf_group_norm(case: Case, kl_weight: float) -> tuple[np.ndarray, None]:
-    """2.6 and 2.14, OpenRLHF: the KL of the tokens still to come, beside the normalised reward."""
+    """2.6 and 2.14, OpenRLHF: the KL of the tokens still to come, beside the normalized reward."""
     return returns_to_go(case, token_rewards(case, kl_weight, over_groups(group_norm, case, eps=1e-9))), None
 
 

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def pulled(scores, batch, strength=1.0):
-    """-A log p, and a pull towards the reference."""
+    """-A log p, and a pull toward the reference."""
     return -batch.advantage * scores.logprobs + strength * (scores.logprobs - batch.reference_logprobs) ** 2
 
 

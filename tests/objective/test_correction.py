@@ -115,7 +115,7 @@ def test_mutant_anchored_on_the_sampler_is_killed(monkeypatch):
             check()
 
 
-def test_mutant_with_the_behaviour_overwritten_is_killed():
+def test_mutant_with_the_behavior_overwritten_is_killed():
     with pytest.raises(AssertionError):
         assert_by_hand(a_batch().replace(behavior_logprobs=logs(PROXIMAL)))
 
@@ -127,7 +127,7 @@ def test_a_token_outside_the_loss_may_be_as_unlikely_as_it_likes():
     assert np.isfinite(got).all() and got[0, 4] == 0
 
 
-def test_auto_corrects_what_is_quantised_and_nothing_else():
+def test_auto_corrects_what_is_quantized_and_nothing_else():
     auto = ObjectiveConfig().loss.correction
     assert auto == AutoCorrection()
 

@@ -14,7 +14,7 @@ GOLDEN = np.array([[1, 0, 0, 0.5]], np.float32)
 BASELINED = [Grpo(), MeanOnly(), Rloo(), LeaveOneOut(), PassAtK(), Opo(), Gpg(), BestWorst()]
 # A reward that is not 0 is a part of the whole batch's scale.
 ALONE = [cfg for cfg in BASELINED if not isinstance(cfg, Gpg)]
-CENTRED = [Grpo(), MeanOnly(), Rloo()]
+CENTERED = [Grpo(), MeanOnly(), Rloo()]
 KIND = {"ids": lambda cfg: cfg.kind}
 
 
@@ -73,7 +73,7 @@ def test_groups_do_not_mix_and_order_does_not_matter(cfg):
     np.testing.assert_array_equal(of(cfg, reward[[4, 1]]), advantage[[4, 1]])
     order = rng.permutation(8)
     np.testing.assert_array_equal(of(cfg, reward[:, order]), advantage[:, order])
-    if cfg in CENTRED:
+    if cfg in CENTERED:
         np.testing.assert_allclose(advantage.sum(axis=1), 0, atol=1e-12)
 
 

@@ -96,7 +96,7 @@ def test_golden_aggregation(how, want):
 
 
 def token_terms(cfg: PolicyGradient, now, advantage, reference=0.0) -> np.ndarray:
-    """The package's loss of sequences of one token each, whose behaviour log-probabilities are 0."""
+    """The package's loss of sequences of one token each, whose behavior log-probabilities are 0."""
     now, advantage = np.array(now)[:, None], np.array(advantage)[:, None]
     case = case_of(
         (1,) * len(now), [0.0] * len(now), now=now, behavior=0 * now, proximal=0 * now, reference=0 * now + reference

@@ -68,7 +68,7 @@ ADVANTAGES = {
         (Rloo, "estimate", lambda c, o: MeanOnly().estimate(o)), "verl:rloo"),
     "the group's std for the others' (T13)": (
         (LeaveOneOut, "estimate", lambda c, o: Grpo(eps=c.eps).estimate(o)), "nemo:grpo"),
-    "the batch's mean": ((group_estimators, "centred", lambda score: score - score.mean()), "verl:dr_grpo"),
+    "the batch's mean": ((group_estimators, "centered", lambda score: score - score.mean()), "verl:dr_grpo"),
     "whitening over padding (T18)": ((token_estimators, "whiten", whiten_with_padding), "verl:reinforce_pp"),
     "biased variance (T16)": (
         estimator(ReinforcePlusPlus, lambda c: dataclasses.replace(c, variance="population")), "verl:reinforce_pp"),
@@ -112,9 +112,9 @@ BATCHES = {
     "counts of a micro-batch, prompts": (("cases", "token_weights", by_halves), "mean prompt"),
     "Dr. GRPO by the padded width (T3)": (("cases", "token_weights", padded_width), "paper:dr_grpo"),
     "dropped groups in the mean": (("cases", "token_weights", empty_sequences_count), "slime:grpo"),
-    "behaviour overwritten by proximal": (
+    "behavior overwritten by proximal": (
         batches(lambda b: b.replace(behavior_logprobs=b.proximal_logprobs)), "paper:decoupled_ppo"),
-    "behaviour overwritten by proximal, uncorrected": (
+    "behavior overwritten by proximal, uncorrected": (
         batches(lambda b: b.replace(behavior_logprobs=b.proximal_logprobs)), "trl:grpo"),
     "a sequence's sum over its row": (batches(lambda b: b.replace(segment=jnp.ones_like(b.segment))), "trl:gspo"),
 }  # fmt: skip

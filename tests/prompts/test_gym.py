@@ -39,7 +39,7 @@ def test_entries_are_true_and_bring_what_their_scorer_needs():
     assert task.has_targets
 
 
-def test_the_same_seed_draws_the_same_and_neighbours_share_next_to_nothing():
+def test_the_same_seed_draws_the_same_and_neighbors_share_next_to_nothing():
     """Entry i comes from seed + i: taken as it is, seeds 0 and 1 would share all entries but one, and so would the two parts."""
     zero, again, one = load(seed=0), load(seed=0), load(seed=1)
 

@@ -32,7 +32,7 @@ def test_prompts_stay_and_the_share_of_wrong_responses_is_as_asked():
 
 
 def test_answer_response_and_target_of_a_noisy_row_agree():
-    """The target is what is learnt: a row with another's answer and its own target would be no noise at all."""
+    """The target is what is learned: a row with another's answer and its own target would be no noise at all."""
     for row in noisy_rows(TASK, ORDER, range(200), 1.0, 0):
         assert row.answer == f"{row.response}#" == TASK.tokenizer.decode(row.target.tolist())
 

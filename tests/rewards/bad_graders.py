@@ -157,7 +157,7 @@ class LoneSurrogates:
 
 class NeverStarts:
     def start(self):
-        raise OSError("no licence")
+        raise OSError("no license")
 
     def __call__(self, sample):
         return 1
@@ -168,7 +168,7 @@ class Asked:
 
     def __init__(self, fails: bool = False):
         if fails:
-            raise OSError("no licence")
+            raise OSError("no license")
 
     def __call__(self, sample):
         return 1.0

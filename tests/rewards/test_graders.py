@@ -209,7 +209,7 @@ def test_a_grader_of_ones_own_may_refuse_rows():
     first, last = told("1", "two")
     assert first.startswith("rows:2 (") and first.endswith("""grader "mine": got 'two', want digits""")
     assert last.startswith('grader "mine" cannot grade 1 of 2 rows: mend them')
-    assert "KeyError: 'lost'" in told("raise")[0] and "OSError: no licence" in told("1", fails=True)[0]
+    assert "KeyError: 'lost'" in told("raise")[0] and "OSError: no license" in told("1", fails=True)[0]
 
 
 def test_the_working_directory_can_be_imported_from_a_command_in_another_place(tmp_path):

@@ -161,5 +161,5 @@ def test_every_mistake_of_a_config_is_told_before_a_worker_starts():
 
 
 def test_a_grader_that_does_not_start_ends_the_run_and_is_named():
-    with pytest.raises(UserError, match='grader "NeverStarts": a worker could not start: OSError: no licence'):
+    with pytest.raises(UserError, match='grader "NeverStarts": a worker could not start: OSError: no license'):
         grade([group("1")], GraderConfig("exact_match"), GraderConfig("bad_graders:NeverStarts"))

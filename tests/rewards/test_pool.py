@@ -250,9 +250,9 @@ def test_a_grader_that_only_the_parent_can_import_ends_the_run(tmp_path, monkeyp
     module.write_text("def f(sample): return 1")
     monkeypatch.syspath_prepend(tmp_path)
     __import__("short_lived")
-    module.write_text("raise OSError('licence server down')")
+    module.write_text("raise OSError('license server down')")
     with GraderPool(one("short_lived:f", workers=1)) as pool:
-        with pytest.raises(UserError, match=r"could not start.*licence server down"):
+        with pytest.raises(UserError, match=r"could not start.*license server down"):
             pool.grade(groups_of(GOOD))
     assert children() == []
 

@@ -210,7 +210,7 @@ def test_temperature_zero_keeps_the_largest_and_its_equals():
 
 
 def test_end_tokens_are_barred_before_the_minimum_plain_and_truncated():
-    """An end token with nearly all mass: never drawn in slots 0 to 2, always from 3 on; the rest is normalised without it."""
+    """An end token with nearly all mass: never drawn in slots 0 to 2, always from 3 on; the rest is normalized without it."""
     raw = np.random.default_rng(0).normal(size=(ROWS, 300)).astype(np.float32)
     raw[:, 290] = 40.0
     slot, controls = np.resize([0, 2, 3, 8], ROWS), controls_of(ROWS, min_new_tokens=3)

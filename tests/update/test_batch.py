@@ -156,7 +156,7 @@ def test_a_dropped_group_is_left_out():
     )
 
 
-def test_a_token_that_the_policy_did_not_draw_is_not_learnt():
+def test_a_token_that_the_policy_did_not_draw_is_not_learned():
     forced = tiny().rollouts.sampled.copy()
     forced[2, 1] = False
     batch, _ = one_a_row(experience(tiny(sampled=forced)))

@@ -161,7 +161,7 @@ CASES = {
 
 
 def sequences(seed: int, pairs: bool) -> Sequences:
-    """Ragged and off-policy, with tokens and a group that are not learnt from. With `pairs` a best and a worst of each group."""
+    """Ragged and off-policy, with tokens and a group that are not learned from. With `pairs` a best and a worst of each group."""
     rng, rows = np.random.default_rng(seed), GROUPS * SAMPLES
     length, prompt_length = rng.integers(1, C + 1, rows), np.repeat(rng.integers(1, S + 1, GROUPS), SAMPLES)
     there = np.arange(C) < length[:, None]
@@ -220,7 +220,7 @@ def batch_of(rows: Rows, name: str, q: Sequences) -> Chosen:
 
 @cache
 def state() -> TrainState:
-    """Nearly uniform, so that ratios to the behaviour are those of its noise; a critic that says something."""
+    """Nearly uniform, so that ratios to the behavior are those of its noise; a critic that says something."""
     params = jax.device_get(make_params(CFG, layouts()[0], sharpness=1.0, noise=0.02))
     rng = np.random.default_rng(1)
     params["value"] = {"kernel": rng.normal(size=CFG.d_model).astype(np.float32) / 8, "bias": np.float32(0.2)}

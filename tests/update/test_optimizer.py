@@ -352,7 +352,7 @@ def test_a_parameter_without_any_gradient_is_seen():
 @pytest.mark.parametrize(
     "cfg", [AdamW(lr=0.3), Adafactor(lr=0.3, factor_from=4), Lion(lr=0.1), Muon(lr=0.5)], ids=lambda c: c.kind
 )
-def test_a_small_problem_is_learnt(cfg):
+def test_a_small_problem_is_learned(cfg):
     """Two stacked matrices and a bias that add up to given outputs; 200 steps down to a rate of 0."""
     cfg = type(cfg)(lr=cfg.lr, decay_steps=200, max_grad_norm=10.0)
     rng = np.random.default_rng(0)

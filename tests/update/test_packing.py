@@ -18,7 +18,7 @@ few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 @st.composite
 def cases(draw):
-    """Ragged groups, some of whose sequences and tokens are not learnt from, and the shape of a run that packs them."""
+    """Ragged groups, some of whose sequences and tokens are not learned from, and the shape of a run that packs them."""
     groups, samples, s, c = (draw(st.integers(1, most)) for most in (4, 4, 5, 4))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     kind, parts, shards = draw(st.sampled_from(KINDS)), draw(st.integers(1, 3)), draw(st.integers(1, 2))

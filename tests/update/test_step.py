@@ -91,7 +91,7 @@ def run_updates(n, data, sizes=(1, 1, 1), **options):
     return jax.device_get(state), metrics
 
 
-# --- normalisation -------------------------------------------------------------------------------------------------------
+# --- normalization -------------------------------------------------------------------------------------------------------
 
 # One step of Adam hides the gradient's size, so read it off Adam's first moment, which with b1 = 0 is the last gradient.
 UNCLIPPED = AdamW(lr=1e-3, b1=0.0, max_grad_norm=1e9)
@@ -119,7 +119,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(aggregation, micro_batche
 
 @pytest.mark.slow
 def test_local_means_would_depend_on_micro_batches():
-    """The mutant: each part normalised by its own count and the parts averaged. With ragged lengths it must show."""
+    """The mutant: each part normalized by its own count and the parts averaged. With ragged lengths it must show."""
     data, whole = batch(), gradient()
     own = data.loss_mask / np.stack([data.loss_mask[i::2].sum() for i in range(2)] * (P * G // 2))[:, None]
     mean = gradient(data.replace(weight=(own / 2).astype(np.float32)))
@@ -167,7 +167,7 @@ def test_lagged_data_has_ratios_from_the_first_update_on():
 
 
 def test_mutant_recomputed_logprobs_is_killed():
-    """behaviour = what the trainer says now, before each update: the ratio never leaves 1 and no clip ever fires."""
+    """behavior = what the trainer says now, before each update: the ratio never leaves 1 and no clip ever fires."""
     train, _ = layouts()
     update, state, data, metrics = updater(train), begin(train), batch(), []
     for _ in range(4):

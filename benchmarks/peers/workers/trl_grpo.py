@@ -6,7 +6,7 @@
                 computes before the update where the samples' policy is not certain to be the one it updates, and where it has the
                 sampling log-probabilities that ours always comes with
 
-Left out, in its favour: the tokenizer, rewards, metrics, and its bf16 default (f32 weights, cast anew for every product by
+Left out, in its favor: the tokenizer, rewards, metrics, and its bf16 default (f32 weights, cast anew for every product by
 autocast): the weights are loaded in the dtype compared.
 """
 

@@ -184,7 +184,7 @@ def _refuse_what_we_cannot_be(keys: _Keys, family: Family) -> None:
     if not family.qkv_bias:
         keys.only("attention_bias", (False, None), "there is no bias behind attention")
     keys.only("mlp_bias", (False, None), "there is no bias in the MLP")
-    keys.only("quantization_config", (None,), "pass a checkpoint that is not quantised")
+    keys.only("quantization_config", (None,), "pass a checkpoint that is not quantized")
     keys.only("use_bidirectional_attention", (False, None), "attention is causal")
     keys.only("partial_rotary_factor", (None, 1, 1.0), "all of a head is turned")
     if family.gemma and family.qk_norm:

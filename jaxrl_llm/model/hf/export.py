@@ -142,7 +142,7 @@ def _generation(files: ConfigFiles) -> dict[str, Any]:
 
 def _write_tensors(params: PyTree, cfg: ModelConfig, directory: Path | None, dtype: np.dtype, max_bytes: int) -> None:
     """Files of at most `max_bytes`, in the order of the layers; `directory` None takes part in gathering and writes nothing."""
-    # One entry a layer, whatever `params` has: a file then holds neighbours.
+    # One entry a layer, whatever `params` has: a file then holds neighbors.
     found = leaves(unstack(specs(cfg), cfg.layers))
     sizes = {name: math.prod(leaf.shape(piece)) * dtype.itemsize for name, leaf, piece in tensors(found)}
     plan = split_state_dict_into_shards_factory(

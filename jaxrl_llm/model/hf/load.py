@@ -165,7 +165,7 @@ def _copy(out: np.ndarray, view: np.ndarray) -> None:
 
 
 def _by_file(wanted: list[tuple[Stored, Piece, _Cut]]) -> Iterator[tuple[Path, list[tuple[Piece, _Cut]]]]:
-    """Groups that one opened file serves: neighbours in it, `OPEN` bytes of it at most."""
+    """Groups that one opened file serves: neighbors in it, `OPEN` bytes of it at most."""
     wanted = sorted(wanted, key=lambda item: (item[0].file, item[0].start))
     group, begun = [], None
     for place, piece, cut in wanted:

@@ -1,7 +1,7 @@
 """RL from rollouts in 8 bits, with and without truncated importance sampling, beside rollouts in the trainer's own arithmetic.
 
-    python docs/experiments/quantised.py                 # the runs that the JSON lacks, then the plot and the table
-    python docs/experiments/quantised.py --report        # the plot and the table alone
+    python docs/experiments/quantized.py                 # the runs that the JSON lacks, then the plot and the table
+    python docs/experiments/quantized.py --report        # the plot and the table alone
 
 Arms, which share all but what is said of them: seed, warm start, stream of prompts, random keys.
 
@@ -10,7 +10,7 @@ Arms, which share all but what is said of them: seed, warm start, stream of prom
     int8 uncorrected   weights in int8; PPO's ratio is to what the sampler said, and nothing else knows of the difference
     int8 kv ...        both, keys and values in int8 too
 
-docs/quantised.md says what came out.
+docs/quantized.md says what came out.
 """
 
 import argparse
@@ -47,7 +47,7 @@ SEEDS = (0, 1, 2)
 EVERY = 20
 """Steps between evaluations."""
 HERE = Path(__file__).parent
-RESULTS, PLOT = HERE / "quantised.json", HERE / "quantised.png"
+RESULTS, PLOT = HERE / "quantized.json", HERE / "quantized.png"
 
 SETUP = dataclasses.replace(
     RunConfig(),

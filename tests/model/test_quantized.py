@@ -6,29 +6,29 @@ import numpy as np
 import pytest
 from setups import FAMILIES, SMALL, layouts
 
-from jaxrl_llm.model import quantised
+from jaxrl_llm.model import quantized
 from jaxrl_llm.model.linear import contract
 from jaxrl_llm.model.params import ParamSpec, specs
-from jaxrl_llm.model.quantised import Quantised, dequantise, look_up, quantise, quantised_specs
+from jaxrl_llm.model.quantized import Quantized, dequantize, look_up, quantize, quantized_specs
 
 FP8 = jnp.float8_e4m3fn
 
 
 def test_by_hand():
     """Columns: largest 1 (0.25 is 31.75 of 127 parts), largest 254 (100 is 50 of 127), nothing."""
-    w = quantise(jnp.array([[1.0, -254.0, 0.0], [0.25, 100.0, 0.0]]), (0,), jnp.int8)
+    w = quantize(jnp.array([[1.0, -254.0, 0.0], [0.25, 100.0, 0.0]]), (0,), jnp.int8)
     np.testing.assert_array_equal(w.q, [[127, -127, 0], [32, 50, 0]])
     np.testing.assert_allclose(w.scale, [[1 / 127, 2.0, 1.0]], rtol=1e-7)
     assert w.q.dtype == jnp.int8 and w.scale.dtype == jnp.float32
-    np.testing.assert_allclose(dequantise(w), [[1.0, -254.0, 0.0], [32 / 127, 100.0, 0.0]], rtol=1e-6)
+    np.testing.assert_allclose(dequantize(w), [[1.0, -254.0, 0.0], [32 / 127, 100.0, 0.0]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("inner", [(0,), (1,), (0, 1, 2)])
 def test_int8_is_off_by_half_a_scale_at_most(inner):
     w = jnp.asarray(np.random.default_rng(0).normal(size=(6, 5, 4, 3)), jnp.float32)
-    w8 = quantise(w, inner, jnp.int8)
+    w8 = quantize(w, inner, jnp.int8)
     assert w8.scale.shape == tuple(1 if i in inner else n for i, n in enumerate(w.shape))
-    off = np.abs(dequantise(w8) - w) / w8.scale
+    off = np.abs(dequantize(w8) - w) / w8.scale
     # Of the division and the product back, 127 parts and each off by 2^-24 relatively.
     assert 0.45 < off.max() <= 0.5 + 127 * 2**-22
 
@@ -37,10 +37,10 @@ def test_fp8_is_off_by_half_a_step_of_its_own_at_most():
     """e4m3: 3 bits behind the point, and below 2^-6 steps of 2^-9."""
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.normal(size=(64, 32)) * 10.0 ** rng.uniform(-4, 0, (64, 1)), jnp.float32)
-    w8 = quantise(w, (0,), FP8)
+    w8 = quantize(w, (0,), FP8)
     np.testing.assert_allclose(w8.scale, np.abs(w).max(axis=0, keepdims=True) / 448, rtol=1e-6)
     most = np.maximum(np.abs(w) * 2**-4, w8.scale * 2**-10) * (1 + 1e-5)
-    off = np.abs(dequantise(w8) - w)
+    off = np.abs(dequantize(w8) - w)
     assert np.isfinite(off).all() and (off <= most).all() and (off > most / 2).mean() > 0.1
 
 
@@ -65,7 +65,7 @@ def test_product_is_that_of_integers(x_shape, w_shape, inner, groups):
     )
     x[..., 0], w[(0,) * inner] = 127, -127
     exact = x.reshape(rows, -1) @ w.reshape(-1, int(np.prod(outputs)))
-    w8 = quantise(jnp.asarray(w, jnp.float32), tuple(range(inner)), jnp.int8, groups)
+    w8 = quantize(jnp.asarray(w, jnp.float32), tuple(range(inner)), jnp.int8, groups)
     got = contract(jnp.asarray(x, jnp.bfloat16).reshape(x_shape), w8, inner)
     assert got.dtype == jnp.float32
     np.testing.assert_array_equal(got, exact.reshape(*x_shape[: len(x_shape) - inner], *outputs))
@@ -86,24 +86,24 @@ def test_each_group_of_a_row_has_its_own_scale():
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(4, 64)).astype(np.float32), rng.normal(size=(64, 8)).astype(np.float32)
     x[:, :32] *= 1000
-    got = contract(jnp.asarray(x), quantise(jnp.asarray(w), (0,), jnp.int8, 2))
+    got = contract(jnp.asarray(x), quantize(jnp.asarray(w), (0,), jnp.int8, 2))
     # An activation on the border between two parts may go either way: one part of 127 of its group's largest.
     np.testing.assert_allclose(got, in_numpy(x, w, 2), rtol=1e-5, atol=1e-3)
     small = x.copy()
     small[:, :32] = 0
-    close = np.abs(contract(jnp.asarray(small), quantise(jnp.asarray(w), (0,), jnp.int8, 2)) - small @ w).max()
+    close = np.abs(contract(jnp.asarray(small), quantize(jnp.asarray(w), (0,), jnp.int8, 2)) - small @ w).max()
     assert close < 0.2, "the large group's scale reached the small one"
 
 
 def test_an_activation_of_zeros_gives_zeros():
-    w = quantise(jnp.ones((4, 3)), (0,), jnp.int8, 2)
+    w = quantize(jnp.ones((4, 3)), (0,), jnp.int8, 2)
     np.testing.assert_array_equal(contract(jnp.zeros((2, 4)), w), np.zeros((2, 3)))
 
 
 def test_fp8_product_is_near_the_exact_one():
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((6, 64), (64, 5)))
-    got, exact = contract(x, quantise(w, (0,), FP8)), np.asarray(x) @ np.asarray(w)
+    got, exact = contract(x, quantize(w, (0,), FP8)), np.asarray(x) @ np.asarray(w)
     # Each factor off by up to 2^-4: 64 products of order 1 are off by less than sqrt(64) * 2^-3 together.
     assert 1e-3 < np.abs(got - exact).max() < 1.0
 
@@ -113,8 +113,8 @@ def test_fp8_product_is_near_the_exact_one():
 def test_a_row_of_the_embedding_is_that_of_the_table(sizes):
     """Tokens of both halves of the vocabulary, and the first and last of each."""
     table, layout = jnp.asarray(np.random.default_rng(0).normal(size=(8, 5)), jnp.float32), layouts(sizes)[1]
-    w8, at = quantise(table, (1,), jnp.int8), jnp.array([[7, 0], [3, 4], [4, 4], [1, 6]])
-    np.testing.assert_array_equal(look_up(w8, at, jnp.float32, layout), np.asarray(dequantise(w8))[at])
+    w8, at = quantize(table, (1,), jnp.int8), jnp.array([[7, 0], [3, 4], [4, 4], [1, 6]])
+    np.testing.assert_array_equal(look_up(w8, at, jnp.float32, layout), np.asarray(dequantize(w8))[at])
     np.testing.assert_array_equal(look_up(table, at, jnp.bfloat16, layout), table[at].astype(jnp.bfloat16))
 
 
@@ -122,18 +122,18 @@ MATRICES = {"qkv": 1, "out": 8, "gate_up": 1, "down": 8}
 """Groups of activations, for 8 kv heads."""
 
 
-def test_matrices_and_the_head_are_quantised_and_nothing_else():
-    tied = quantised_specs(specs(SMALL), SMALL)
-    assert {name for name, leaf in tied["layers"].items() if isinstance(leaf, Quantised)} == set(MATRICES)
+def test_matrices_and_the_head_are_quantized_and_nothing_else():
+    tied = quantized_specs(specs(SMALL), SMALL)
+    assert {name for name, leaf in tied["layers"].items() if isinstance(leaf, Quantized)} == set(MATRICES)
     assert {name: tied["layers"][name].groups for name in MATRICES} == MATRICES
-    assert isinstance(tied["embed"], Quantised) and isinstance(tied["final_norm"], ParamSpec)
+    assert isinstance(tied["embed"], Quantized) and isinstance(tied["final_norm"], ParamSpec)
     cfg = FAMILIES["mistral, window 3"]
-    untied = quantised_specs(specs(cfg), cfg)
-    assert isinstance(untied["head"], Quantised) and isinstance(untied["embed"], ParamSpec)
+    untied = quantized_specs(specs(cfg), cfg)
+    assert isinstance(untied["head"], Quantized) and isinstance(untied["embed"], ParamSpec)
 
 
 def test_scales_have_the_shape_and_the_split_of_the_outputs():
-    found = quantised_specs(specs(SMALL), SMALL)
+    found = quantized_specs(specs(SMALL), SMALL)
     want = {
         "qkv": ((2, 1, 8, 4, 8), ("layers", None, "heads", None, None)),
         "out": ((2, 1, 1, 1, 32), ("layers", None, None, None, "embed")),
@@ -144,16 +144,16 @@ def test_scales_have_the_shape_and_the_split_of_the_outputs():
     assert found["embed"].scale[:2] == ((16, 1), ("vocab", None))
 
 
-def test_what_cannot_be_quantised_is_refused_by_name(monkeypatch):
+def test_what_cannot_be_quantized_is_refused_by_name(monkeypatch):
     class Device:
         platform, device_kind, compute_capability = "gpu", "H200", "9.0"
 
     here = jax.devices()[0]
-    assert quantised.problems(SMALL, "int8", here) == quantised.problems(FAMILIES["qwen3-moe"], "compute", here) == []
-    (experts,) = quantised.problems(FAMILIES["qwen3-moe"], "int8", here)
+    assert quantized.problems(SMALL, "int8", here) == quantized.problems(FAMILIES["qwen3-moe"], "compute", here) == []
+    (experts,) = quantized.problems(FAMILIES["qwen3-moe"], "int8", here)
     assert experts == "rollout.engine.weights: got int8, want compute for a model with experts (4)"
-    (cpu,) = quantised.problems(SMALL, "fp8", here)
+    (cpu,) = quantized.problems(SMALL, "fp8", here)
     assert cpu.startswith("rollout.engine.weights: got fp8 on cpu, want a GPU")
-    assert quantised.problems(SMALL, "fp8", Device()) == []
+    assert quantized.problems(SMALL, "fp8", Device()) == []
     monkeypatch.setattr(Device, "compute_capability", "8.0")
-    assert len(quantised.problems(SMALL, "fp8", Device())) == 1
+    assert len(quantized.problems(SMALL, "fp8", Device())) == 1

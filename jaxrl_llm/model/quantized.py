@@ -1,4 +1,4 @@
-"""Matrices in 8 bits, for policies: what is quantised, how, and the product with one. There is no gradient: the trainer's stay f32.
+"""Matrices in 8 bits, for policies: what is quantized, how, and the product with one. There is no gradient: the trainer's stay f32.
 
     q = round(w / scale)     scale = max |w| / largest     one scale an output channel, symmetric: w is q scale, within scale / 2
 
@@ -22,12 +22,12 @@ from jaxrl_llm.types import PyTree
 
 DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
-# Of each matrix that is quantised: the dims that a product sums over, in one layer's array. Norms, biases and the router stay:
+# Of each matrix that is quantized: the dims that a product sums over, in one layer's array. Norms, biases and the router stay:
 # they are small, and a router that errs sends a token elsewhere.
 INNER = {"qkv": (0,), "out": (0, 1, 2), "gate_up": (1,), "down": (0,)}
 
 
-class Quantised(flax.struct.PyTreeNode):
+class Quantized(flax.struct.PyTreeNode):
     """A matrix as q scale. The scale keeps the dims that a product sums over, as 1: so both are transposed alike."""
 
     q: Array
@@ -38,24 +38,24 @@ class Quantised(flax.struct.PyTreeNode):
     """Equal parts of the summed dims; a row of activations has a scale in each. See `product`."""
 
 
-def quantise(w: Float[Array, "..."], inner: tuple[int, ...], dtype: jnp.dtype, groups: int = 1) -> Quantised:
+def quantize(w: Float[Array, "..."], inner: tuple[int, ...], dtype: jnp.dtype, groups: int = 1) -> Quantized:
     """Scales are the largest |w| over the dims `inner`; a channel of zeros has scale 1."""
     q, scale = _round(w.astype(jnp.float32), inner, dtype)
-    return Quantised(q, scale, groups)
+    return Quantized(q, scale, groups)
 
 
-def dequantise(w: Quantised) -> Float[Array, "..."]:
+def dequantize(w: Quantized) -> Float[Array, "..."]:
     """f32."""
     return w.q.astype(jnp.float32) * w.scale
 
 
-def look_up(table: Array | Quantised, index: Int[Array, "B ..."], dtype: jnp.dtype, layout: Layout) -> Array:
+def look_up(table: Array | Quantized, index: Int[Array, "B ..."], dtype: jnp.dtype, layout: Layout) -> Array:
     """Rows of an embedding.
 
-    Of a quantised one each shard of the vocabulary dequantises those that it has, and one sum brings them together: left to the
+    Of a quantized one each shard of the vocabulary dequantizes those that it has, and one sum brings them together: left to the
     compiler, numbers and scales are fetched apart.
     """
-    if not isinstance(table, Quantised):
+    if not isinstance(table, Quantized):
         return jnp.take(table, index, axis=0).astype(dtype)
     axis = layout.rules["vocab"]
 
@@ -63,7 +63,7 @@ def look_up(table: Array | Quantised, index: Int[Array, "B ..."], dtype: jnp.dty
         place = index - lax.axis_index(axis) * len(q)
         mine = (place >= 0) & (place < len(q))
         place = jnp.where(mine, place, 0)
-        rows = dequantise(Quantised(q[place], scale[place]))
+        rows = dequantize(Quantized(q[place], scale[place]))
         return lax.psum(jnp.where(mine[..., None], rows, 0.0).astype(dtype), axis)
 
     vocab, rows = layout.sharding(("vocab", None)).spec, layout.sharding(("rows",)).spec
@@ -71,11 +71,11 @@ def look_up(table: Array | Quantised, index: Int[Array, "B ..."], dtype: jnp.dty
     return on_mesh(table.q, table.scale, index)
 
 
-def product(x: Float[Array, "..."], w: Quantised, inner: int) -> Float[Array, "..."]:
+def product(x: Float[Array, "..."], w: Quantized, inner: int) -> Float[Array, "..."]:
     """Sum over the last `inner` dims of `x` and the first `inner` of `w`, f32, multiplied in the 8 bits of `w`.
 
     Activations are rounded as the weights are, one scale a row and group; int8 adds up in int32, exactly. Where a mesh splits the
-    summed dims, a shard holds whole groups: it finds their scales alone and dequantises before it adds, so one all-reduce is all
+    summed dims, a shard holds whole groups: it finds their scales alone and dequantizes before it adds, so one all-reduce is all
     that crosses. Groups do not depend on the mesh, nor do the numbers.
     """
     rows, outputs = x.shape[: x.ndim - inner], w.q.shape[inner:]
@@ -106,9 +106,9 @@ def _round(w: Array, inner: tuple[int, ...], dtype: jnp.dtype) -> tuple[Array, A
 def map_matrices(
     matrix: Callable[[Any, tuple[int, ...], int], Any], other: Callable[[Any], Any], tree: PyTree, cfg: ModelConfig
 ) -> PyTree:
-    """`matrix(leaf, inner, groups)` of what is quantised, `other(leaf)` elsewhere; a tree like `specs(cfg)`, layers stacked.
+    """`matrix(leaf, inner, groups)` of what is quantized, `other(leaf)` elsewhere; a tree like `specs(cfg)`, layers stacked.
 
-    The head is quantised: it is a quarter and more of what a small model reads in a step. Where it is tied it is the embedding,
+    The head is quantized: it is a quarter and more of what a small model reads in a step. Where it is tied it is the embedding,
     with a scale a token, which serves the look-up as well. An embedding of its own is not: a step reads a few rows of it.
     """
     head = "embed" if cfg.tied_head else "head"
@@ -124,14 +124,14 @@ def map_matrices(
     return top | {"layers": {key: of_layer(key, leaf) for key, leaf in tree["layers"].items()}}
 
 
-def quantised_specs(tree: PyTree, cfg: ModelConfig) -> PyTree:
+def quantized_specs(tree: PyTree, cfg: ModelConfig) -> PyTree:
     """`specs(cfg)` of a policy in 8 bits: two a matrix, the scale split like its outputs."""
 
-    def matrix(spec: ParamSpec, inner: tuple[int, ...], groups: int) -> Quantised:
+    def matrix(spec: ParamSpec, inner: tuple[int, ...], groups: int) -> Quantized:
         keep = [i not in inner for i in range(len(spec.shape))]
         shape = tuple(n if kept else 1 for n, kept in zip(spec.shape, keep, strict=True))
         axes = tuple(axis if kept else None for axis, kept in zip(spec.axes, keep, strict=True))
-        return Quantised(spec, ParamSpec(shape, axes, None), groups)
+        return Quantized(spec, ParamSpec(shape, axes, None), groups)
 
     return map_matrices(matrix, lambda spec: spec, tree, cfg)
 

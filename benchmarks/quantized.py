@@ -1,4 +1,4 @@
-"""`python -m benchmarks.quantised [--sizes S,M] [--rows 8,64] ...`: decode with int8 weights beside bf16 and f32.
+"""`python -m benchmarks.quantized [--sizes S,M] [--rows 8,64] ...`: decode with int8 weights beside bf16 and f32.
 
 All variants of one model and number of rows are timed in turns. Two numbers each: new tokens a second of whole `generate` calls,
 and seconds of the products of a decode step alone, each matrix once, every layer its own.
@@ -69,7 +69,7 @@ def measure(size: str, rows: int, seconds: float) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantised", description=__doc__.split("\n\n")[1])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantized", description=__doc__.split("\n\n")[1])
     parser.add_argument("--sizes", default="S,M")
     parser.add_argument("--rows", default="8,64")
     parser.add_argument("--seconds", type=float, default=120)
