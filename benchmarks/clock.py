@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jaxrl_llm.ceilings import timed
+from jaxrl_llm.perf.ceilings import timed
 
 LEAST, MOST = 3, 25
 

@@ -25,7 +25,7 @@ from benchmarks.clock import alternate
 from benchmarks.machine import HERE, file_name, machine
 from benchmarks.models import DTYPES, SIZES, Workload, make_params
 from benchmarks.table import render
-from jaxrl_llm import ceilings
+from jaxrl_llm.perf import ceilings
 
 
 def groups(sizes: list[str]) -> list[tuple[str, int]]:

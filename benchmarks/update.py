@@ -27,14 +27,14 @@ import numpy as np
 from benchmarks.clock import Timing, alternate
 from benchmarks.machine import machine
 from benchmarks.models import DTYPES, NEW_TOKENS, PROMPT_SLOTS, SAMPLES, SIZES, Workload, layouts, make_params
-from jaxrl_llm.ceilings import matmul_rate
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import Whole
 from jaxrl_llm.model.distribution import Scoring
-from jaxrl_llm.model.work import TrainFlops, seen, train_flops
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.losses import make_loss
-from jaxrl_llm.rates import UpdateRates, least_seconds, measure_update
+from jaxrl_llm.perf.ceilings import matmul_rate
+from jaxrl_llm.perf.rates import UpdateRates, least_seconds, measure_update
+from jaxrl_llm.perf.work import TrainFlops, seen, train_flops
 from jaxrl_llm.types import Batch, Credit, Experience, Prompts, PyTree, Scores
 from jaxrl_llm.update.batch import make_batch, supervised
 from jaxrl_llm.update.optimizer.config import AdamW

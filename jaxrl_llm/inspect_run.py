@@ -24,11 +24,11 @@ from jaxrl_llm.model.hf.source import resolve as resolve_model
 from jaxrl_llm.model.params import abstract, count, policy_part, shardings, unstack
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
+from jaxrl_llm.perf.rates import decode_rates
 from jaxrl_llm.plan import fit
 from jaxrl_llm.prompts.stream import make_order, make_prompts
 from jaxrl_llm.prompts.task import Task
 from jaxrl_llm.prompts.tokenizer import load_tokenizer
-from jaxrl_llm.rates import decode_rates
 from jaxrl_llm.rewards.pool import GraderPool
 from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
 from jaxrl_llm.roles.build import make_evaluator, make_keys, make_publisher, make_scorer

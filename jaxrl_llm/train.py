@@ -20,9 +20,9 @@ from jaxrl_llm.errors import AdvantageError, CheckpointError, UserError
 from jaxrl_llm.guards import observe, observe_update
 from jaxrl_llm.interrupt import stop_signal
 from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.perf.rates import UpdateRates, decode_rates, describe_updates, update_rates
 from jaxrl_llm.plan import fit
 from jaxrl_llm.prompts.task import Task
-from jaxrl_llm.rates import UpdateRates, decode_rates, describe_updates, update_rates
 from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
 from jaxrl_llm.roles.build import (
     Keys,

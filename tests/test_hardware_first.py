@@ -15,11 +15,12 @@ from typing import Any
 import jax
 import pytest
 
-from jaxrl_llm import chips, cli, train, values
+from jaxrl_llm import cli, train, values
 from jaxrl_llm.config import RunConfig, load, validate
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.metrics import CompileCounter
 from jaxrl_llm.model.hf.config import read_config as read_model
+from jaxrl_llm.perf import chips
 from jaxrl_llm.plan import fit, memory
 from jaxrl_llm.plan.programs import make_job, problems
 

@@ -8,10 +8,10 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jaxrl_llm import chips
-from jaxrl_llm.chips import Chip
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.perf import chips
+from jaxrl_llm.perf.chips import Chip
 from jaxrl_llm.prompts.config import ArithmeticTask, CharacterTokenizer
 
 if TYPE_CHECKING:

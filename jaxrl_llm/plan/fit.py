@@ -9,10 +9,10 @@ import dataclasses
 import jax
 import numpy as np
 
-from jaxrl_llm import chips
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model import params as model_params
+from jaxrl_llm.perf import chips
 from jaxrl_llm.plan import memory
 from jaxrl_llm.plan.memory import BATCH, GRADIENTS, MASTERS, OPTIMIZER, POLICY, PROMPTS, REFERENCE, ROWS, Phase
 from jaxrl_llm.plan.programs import Job, describe

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxrl_llm.model import lora
 from jaxrl_llm.model.head import ACCELERATOR
-from jaxrl_llm.model.work import held
+from jaxrl_llm.perf.work import held
 from jaxrl_llm.plan.programs import Job, Program
 from jaxrl_llm.rollout import memory as rollout_memory
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxrl_llm.chips import Chip
 from jaxrl_llm.model import params as model_params
-from jaxrl_llm.model.work import (
+from jaxrl_llm.perf.chips import Chip
+from jaxrl_llm.perf.work import (
     Seen,
     TrainFlops,
     Work,

@@ -20,7 +20,7 @@ from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.head import ACCELERATOR
 from jaxrl_llm.own_part import own_problems
-from jaxrl_llm.parallel.hlo import Module
+from jaxrl_llm.perf.hlo import Module
 from jaxrl_llm.plan.traffic import Reading, read
 from jaxrl_llm.prompts.config import CharacterTokenizer
 from jaxrl_llm.prompts.tokenizer import load_tokenizer

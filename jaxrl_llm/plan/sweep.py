@@ -8,10 +8,10 @@ import subprocess
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from jaxrl_llm.chips import Chip
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.parallel.config import AXES, divisors
+from jaxrl_llm.perf.chips import Chip
 from jaxrl_llm.plan.command import Report, Target, devices_of, prepare, prompt_slots, read_model
 
 if TYPE_CHECKING:

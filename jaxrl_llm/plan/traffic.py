@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple
 
-from jaxrl_llm.parallel.hlo import COLLECTIVES, Instruction, Module
+from jaxrl_llm.perf.hlo import COLLECTIVES, Instruction, Module
 
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _COMPARED = re.compile(r"compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT")

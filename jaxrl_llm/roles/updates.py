@@ -11,10 +11,10 @@ from jax.sharding import Sharding
 
 from jaxrl_llm.guards import RatioAlarm
 from jaxrl_llm.model.loss import Loss
-from jaxrl_llm.model.work import TrainFlops
 from jaxrl_llm.objective.credit import mean_kl
 from jaxrl_llm.objective.reward_kl import RewardKl
 from jaxrl_llm.parallel import hosts
+from jaxrl_llm.perf.work import TrainFlops
 from jaxrl_llm.roles.state import RunState
 from jaxrl_llm.types import Batch, Experience, TrainState
 from jaxrl_llm.update.batch import make_batch, minibatches

@@ -19,10 +19,10 @@ from jaxtyping import Array, Int, Key
 
 from jaxrl_llm.model.cache import Caching, PromptCache, choose_form, reaches
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.work import Work, decode_step, weight_bytes
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import divisors
 from jaxrl_llm.parallel.layout import Layout
+from jaxrl_llm.perf.work import Work, decode_step, weight_bytes
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.rollout.decode import Record, Segment, Units
 from jaxrl_llm.rollout.harvest import Harvest, Spell

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import jax
 
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.work import held
 from jaxrl_llm.parallel.layout import Layout
+from jaxrl_llm.perf.work import held
 from jaxrl_llm.rollout.decode import blank_record
 from jaxrl_llm.rollout.programs import Programs
 from jaxrl_llm.types import PyTree

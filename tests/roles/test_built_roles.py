@@ -9,8 +9,8 @@ from fakes import blueprint, config, groups_of, state_of, sums
 
 from jaxrl_llm.metrics import CompileCounter
 from jaxrl_llm.model.distribution import TokenScores
-from jaxrl_llm.model.work import adapters_of, seen, train_flops
 from jaxrl_llm.objective.credit import make_advantage
+from jaxrl_llm.perf.work import adapters_of, seen, train_flops
 from jaxrl_llm.prompts.stream import make_order
 from jaxrl_llm.roles import build
 from jaxrl_llm.roles.build import (

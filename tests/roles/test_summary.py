@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fakes import groups_of, sums
 
-from jaxrl_llm.model.work import Work
+from jaxrl_llm.perf.work import Work
 from jaxrl_llm.rewards.pool import Failure
 from jaxrl_llm.roles.summary import describe, describe_engine, responses
 from jaxrl_llm.rollout.engine import Stats

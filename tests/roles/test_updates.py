@@ -7,8 +7,8 @@ from setups import layouts
 
 from jaxrl_llm.guards import Guards
 from jaxrl_llm.model.loss import Loss
-from jaxrl_llm.model.work import TrainFlops
 from jaxrl_llm.objective.reward_kl import RewardKl
+from jaxrl_llm.perf.work import TrainFlops
 from jaxrl_llm.roles.updates import Said, Updates, as_floats, is_old, over_updates, without_zero_gradients
 from jaxrl_llm.types import Credit, Experience, OwnColumn, Scores
 from jaxrl_llm.update.config import UpdateConfig

@@ -33,7 +33,7 @@ from programs import (
     same_dims,
 )
 
-from jaxrl_llm.parallel.hlo import ArrayShape, Instruction, collectives
+from jaxrl_llm.perf.hlo import ArrayShape, Instruction, collectives
 from jaxrl_llm.rollout import memory, sample
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.timeout(1200)]

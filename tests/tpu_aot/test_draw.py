@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from programs import ONE_BILLION, Program, array, compile_program, layouts
 
-from jaxrl_llm.parallel.hlo import ArrayShape, collectives
+from jaxrl_llm.perf.hlo import ArrayShape, collectives
 from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary, draw
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.timeout(600)]

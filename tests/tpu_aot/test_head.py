@@ -7,7 +7,7 @@ from programs import Program, array, compile_program, layouts
 
 from jaxrl_llm.model import distribution
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.parallel.hlo import collectives
+from jaxrl_llm.perf.hlo import collectives
 from jaxrl_llm.types import Batch
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.timeout(1200)]

@@ -27,8 +27,8 @@ from programs import (
 
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.head import ACCELERATOR
-from jaxrl_llm.parallel.hlo import collectives
 from jaxrl_llm.parallel.mesh import make_mesh
+from jaxrl_llm.perf.hlo import collectives
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.timeout(1200)]
 

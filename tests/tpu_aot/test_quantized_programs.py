@@ -21,7 +21,7 @@ from test_decode_programs import check_collectives_of_a_step, check_weights_are_
 from test_programs import check_publish_writes_into_the_old_policy
 
 from jaxrl_llm.model import quantized
-from jaxrl_llm.parallel.hlo import collectives
+from jaxrl_llm.perf.hlo import collectives
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.timeout(1200)]
 CFG = dataclasses.replace(ONE_BILLION, layers=1)

@@ -1,6 +1,6 @@
 """The reader of optimized HLO, on a module written by hand."""
 
-from jaxrl_llm.parallel.hlo import ArrayShape, Module, collectives
+from jaxrl_llm.perf.hlo import ArrayShape, Module, collectives
 
 TEXT = """HloModule jit_f, is_scheduled=true
 

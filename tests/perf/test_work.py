@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from setups import TINY, Sequences, layouts
 
-from jaxrl_llm import chips
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.cache import Form, empty_suffix
-from jaxrl_llm.model.work import Seen, TrainFlops, attention_pairs, forward_flops, matmul_params, train_flops
-from jaxrl_llm.rates import UpdateRates, least_seconds
+from jaxrl_llm.perf import chips
+from jaxrl_llm.perf.rates import UpdateRates, least_seconds
+from jaxrl_llm.perf.work import Seen, TrainFlops, attention_pairs, forward_flops, matmul_params, train_flops
 from jaxrl_llm.update.batch import make_batch
 from jaxrl_llm.update.packing import shape_of
 

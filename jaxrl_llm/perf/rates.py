@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jaxrl_llm import chips
-from jaxrl_llm.ceilings import copy_bandwidth, matmul_rate
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.work import TrainFlops, matmul_params, weight_products
 from jaxrl_llm.parallel.layout import Layout
+from jaxrl_llm.perf import chips
+from jaxrl_llm.perf.ceilings import copy_bandwidth, matmul_rate
+from jaxrl_llm.perf.work import TrainFlops, matmul_params, weight_products
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.update.packing import Shape
 
