@@ -32,11 +32,11 @@ from jax.stages import Compiled, Lowered
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.config import read_config
+from jaxrl_llm.model.publish import abstract_policy, make_publish
 from jaxrl_llm.parallel.config import MeshConfig
 from jaxrl_llm.parallel.layout import TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.perf.hlo import Instruction, Module, collectives
-from jaxrl_llm.publish import abstract_policy, make_publish
 from jaxrl_llm.rollout import memory
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
 from jaxrl_llm.rollout.engine import Engine

@@ -25,9 +25,9 @@ import numpy as np
 
 from benchmarks.clock import Timing
 from benchmarks.models import NEW_TOKENS, PROMPT_SLOTS, SAMPLES, Workload, layouts
+from jaxrl_llm.model.publish import make_blank, make_publish
 from jaxrl_llm.perf.ceilings import copy_bandwidth, matmul_rate
 from jaxrl_llm.perf.work import Work, decode_step, weight_products
-from jaxrl_llm.publish import make_blank, make_publish
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.types import Policy, PyTree

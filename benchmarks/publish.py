@@ -11,8 +11,8 @@ import numpy as np
 
 from benchmarks.clock import Timing
 from benchmarks.models import Workload, layouts
+from jaxrl_llm.model.publish import make_blank, make_publish
 from jaxrl_llm.perf.ceilings import copy_bandwidth
-from jaxrl_llm.publish import make_blank, make_publish
 from jaxrl_llm.types import PyTree
 
 

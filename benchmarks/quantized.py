@@ -19,8 +19,8 @@ from benchmarks.generate import make_engine
 from benchmarks.models import NEW_TOKENS, Workload, layouts, make_params
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.linear import contract
+from jaxrl_llm.model.publish import make_blank, make_publish
 from jaxrl_llm.model.transformer import logits
-from jaxrl_llm.publish import make_blank, make_publish
 from jaxrl_llm.types import Policy, PyTree
 
 VARIANTS = {"f32": ("float32", "compute"), "bf16": ("bfloat16", "compute"), "int8": ("bfloat16", "int8")}

@@ -9,10 +9,10 @@ import numpy as np
 
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import LinearRope, Llama3Rope, ModelConfig, YarnRope
+from jaxrl_llm.model.publish import make_blank, make_publish
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
-from jaxrl_llm.publish import make_blank, make_publish
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary

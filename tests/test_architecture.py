@@ -77,7 +77,6 @@ ALLOWED = {
         "own_part",
         "perf",
         "prompts",
-        "publish",
         "roles",
         "rollout",
         "screen",
@@ -86,7 +85,6 @@ ALLOWED = {
         "update",
     },
     "prompts": {"errors", "types"},
-    "publish": {"model", "parallel", "types"},
     "report": {"errors", "metrics", "terminal"},
     "rewards": {"errors", "explain", "own", "terminal"},
     "roles": {
@@ -100,7 +98,6 @@ ALLOWED = {
         "parallel",
         "perf",
         "prompts",
-        "publish",
         "rewards",
         "rollout",
         "sources",

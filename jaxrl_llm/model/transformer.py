@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.model.attention import Rows, attend, attend_part, merge
+from jaxrl_llm.model.attention.plain import Rows, attend, attend_part, merge
+from jaxrl_llm.model.attention.selection import choose, mixer
 from jaxrl_llm.model.cache import (
     Caching,
     Past,
@@ -29,7 +30,6 @@ from jaxrl_llm.model.cache import (
 )
 from jaxrl_llm.model.config import ModelConfig, Whole
 from jaxrl_llm.model.experts import mixture
-from jaxrl_llm.model.forms import choose, mixer
 from jaxrl_llm.model.linear import contract
 from jaxrl_llm.model.mlp import dense
 from jaxrl_llm.model.quantized import look_up
@@ -136,7 +136,7 @@ def hidden(
     """Normed activations after the last layer, for whole rows; slot t is seen by slots t to until[t] - 1. `params` has its layers
     stacked.
 
-    `how`: the form of attention (`forms.choose`) and what the backward pass makes again (`remat.checkpointed`). A layer's weights
+    `how`: the form of attention (`selection.choose`) and what the backward pass makes again (`remat.checkpointed`). A layer's weights
     are gathered inside the loop over layers: one layer's at a time are whole.
     """
     first, differ = scanned_kinds(cfg)

@@ -19,12 +19,12 @@ from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.head import ACCELERATOR
+from jaxrl_llm.model.publish import abstract_policy, make_publish
 from jaxrl_llm.own_part import own_problems
 from jaxrl_llm.perf.hlo import Module
 from jaxrl_llm.plan.traffic import Reading, read
 from jaxrl_llm.prompts.config import CharacterTokenizer
 from jaxrl_llm.prompts.tokenizer import load_tokenizer
-from jaxrl_llm.publish import abstract_policy, make_publish
 from jaxrl_llm.roles.blueprint import Blueprint, device_problems, make_blueprint, uses_of
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary

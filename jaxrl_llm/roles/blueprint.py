@@ -12,8 +12,9 @@ import optax
 from jaxrl_llm import config as run_config
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.model import forms, lora, quantized
+from jaxrl_llm.model import lora, quantized
 from jaxrl_llm.model import params as model_params
+from jaxrl_llm.model.attention import selection
 from jaxrl_llm.model.config import ModelConfig, Whole
 from jaxrl_llm.model.critic import NAMES as CRITIC
 from jaxrl_llm.model.critic import critic_specs
@@ -192,4 +193,4 @@ def device_problems(
     slots: set[int] = set()
     if prompt_slots is not None and not packing_problems(cfg, prompt_slots):
         slots = {shape.slots for shape in shapes_of(cfg, prompt_slots, 1)}
-    return found + forms.problems(cfg.update.attention, slots or {forms.LANES}, devices[0].platform, model)
+    return found + selection.problems(cfg.update.attention, slots or {selection.LANES}, devices[0].platform, model)

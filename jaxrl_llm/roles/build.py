@@ -12,6 +12,7 @@ from jaxrl_llm.experience.config import OwnFilter
 from jaxrl_llm.experience.curriculum import in_order, own_curriculum
 from jaxrl_llm.experience.filters import Filter, make_filter, own_filter
 from jaxrl_llm.experience.replay import make_replay
+from jaxrl_llm.model.publish import make_blank, make_publish
 from jaxrl_llm.objective.credit import make_advantage
 from jaxrl_llm.objective.loss_config import anchored_on_proximal
 from jaxrl_llm.objective.losses import CROSS_ENTROPY
@@ -19,7 +20,6 @@ from jaxrl_llm.objective.rules import filter_of
 from jaxrl_llm.perf.work import TrainFlops, adapters_of, seen, train_flops
 from jaxrl_llm.prompts.stream import make_order
 from jaxrl_llm.prompts.task import Task
-from jaxrl_llm.publish import make_blank, make_publish
 from jaxrl_llm.roles.blueprint import Blueprint, correction_for
 from jaxrl_llm.roles.collect import Collected
 from jaxrl_llm.roles.evaluator import Evaluator

@@ -10,7 +10,7 @@ import pytest
 from setups import FAMILIES, SMALL, TINY, layouts, make_params, make_policy, make_prompts
 
 from jaxrl_llm.model import cache, transformer
-from jaxrl_llm.model.attention import attend_part, merge
+from jaxrl_llm.model.attention.plain import attend_part, merge
 from jaxrl_llm.model.cache import Caching, Form, Scaled, choose_form, empty_prompt, empty_suffix
 from jaxrl_llm.model.transformer import Place
 

@@ -16,9 +16,9 @@ from jaxrl_llm.model.critic import critic_specs
 from jaxrl_llm.model.distribution import Scoring, score_tokens
 from jaxrl_llm.model.linear import contract
 from jaxrl_llm.model.lora import Adapted, Pair
+from jaxrl_llm.model.publish import make_blank, make_publish
 from jaxrl_llm.objective.losses import CROSS_ENTROPY
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.publish import make_blank, make_publish
 from jaxrl_llm.types import Batch, TrainState
 from jaxrl_llm.update.optimizer.config import AdamW
 from jaxrl_llm.update.optimizer.state import make_start, state_shardings

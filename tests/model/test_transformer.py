@@ -8,7 +8,7 @@ import numpy as np
 from setups import FAMILIES, TINY, layouts
 
 from jaxrl_llm.model import transformer
-from jaxrl_llm.model.attention import WHOLE
+from jaxrl_llm.model.attention.plain import WHOLE
 from jaxrl_llm.model.cache import empty_suffix
 from jaxrl_llm.model.mlp import gated
 from jaxrl_llm.model.transformer import kinds, rms_norm, scanned_kinds

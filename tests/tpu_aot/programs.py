@@ -15,12 +15,12 @@ from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.distribution import Scoring
 from jaxrl_llm.model.experts import mixture
 from jaxrl_llm.model.params import ParamSpec
+from jaxrl_llm.model.publish import abstract_policy, make_publish
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.losses import make_loss
 from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.perf import hlo
-from jaxrl_llm.publish import abstract_policy, make_publish
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.programs import Programs

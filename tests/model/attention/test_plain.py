@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.model import attention
-from jaxrl_llm.model.attention import Rows, tree_mask
+from jaxrl_llm.model.attention import plain
+from jaxrl_llm.model.attention.plain import Rows, tree_mask
 
-attend, attend_part, merge = (jax.jit(f) for f in (attention.attend, attention.attend_part, attention.merge))
+attend, attend_part, merge = (jax.jit(f) for f in (plain.attend, plain.attend_part, plain.merge))
 
 
 def normal(seed, *shape):
@@ -92,8 +92,8 @@ def test_scale_and_soft_cap_by_hand():
     capped = np.exp(2 * np.tanh(1.5))
     want = (8 + 4 * capped) / (1 + capped)
     mask = jnp.array([[[True, True, False]]])
-    np.testing.assert_allclose(attention.attend(q, k, v, mask, 0.5, 2.0).ravel(), [want], rtol=1e-6)
-    part = attention.attend_part(q[:, 0], k.swapaxes(1, 2), v.swapaxes(1, 2), mask[0], 0.5, 2.0)
+    np.testing.assert_allclose(plain.attend(q, k, v, mask, 0.5, 2.0).ravel(), [want], rtol=1e-6)
+    part = plain.attend_part(q[:, 0], k.swapaxes(1, 2), v.swapaxes(1, 2), mask[0], 0.5, 2.0)
     np.testing.assert_allclose(merge(part).ravel(), [want], rtol=1e-6)
 
 

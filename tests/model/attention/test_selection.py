@@ -12,12 +12,13 @@ import pytest
 from setups import FAMILIES, SMALL, layouts, make_params
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.model import forms, remat
-from jaxrl_llm.model.attention import Rows, attend, tree_mask
-from jaxrl_llm.model.blocks import Blocks, attend_blocks
+from jaxrl_llm.model import remat
+from jaxrl_llm.model.attention import selection
+from jaxrl_llm.model.attention.blockwise import Blocks, attend_blocks
+from jaxrl_llm.model.attention.plain import Rows, attend, tree_mask
+from jaxrl_llm.model.attention.selection import choose
 from jaxrl_llm.model.cache import WHOLE
 from jaxrl_llm.model.config import Whole
-from jaxrl_llm.model.forms import choose
 from jaxrl_llm.model.transformer import hidden
 
 SLIDING = FAMILIES["gemma2, window 5"]
@@ -147,7 +148,7 @@ def test_auto_takes_the_form_by_platform_and_length(monkeypatch):
     for platform, slots, want in [
         ("tpu", 1024, "splash"), ("tpu", 1025, "plain"), ("tpu", 512, "plain"), ("gpu", 1023, "plain"), ("gpu", 1024, "blocks"),
     ]:  # fmt: skip
-        monkeypatch.setattr(forms, "_platform", lambda layout, platform=platform: platform)
+        monkeypatch.setattr(selection, "_platform", lambda layout, platform=platform: platform)
         assert choose("auto", slots, SMALL, train) == want
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from setups import SMALL, layouts
 
-from jaxrl_llm.model.attention import Rows
-from jaxrl_llm.model.forms import mixer
+from jaxrl_llm.model.attention.plain import Rows
+from jaxrl_llm.model.attention.selection import mixer
 
 CFG = dataclasses.replace(SMALL, compute="bfloat16", head_dim=64)
 

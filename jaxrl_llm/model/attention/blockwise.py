@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.model.attention import MASKED, Rows, scores_of
+from jaxrl_llm.model.attention.plain import MASKED, Rows, scores_of
 from jaxrl_llm.model.cache import WHOLE
 
 # Scores that exist at a time, entries: a megabyte, which stays in a CPU core's caches.

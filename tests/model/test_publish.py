@@ -13,9 +13,9 @@ from jaxrl_llm import config, sources
 from jaxrl_llm.metrics import CompileCounter
 from jaxrl_llm.model.distribution import Scoring, score_tokens
 from jaxrl_llm.model.params import unstack
+from jaxrl_llm.model.publish import abstract_policy, make_blank, make_publish, policy_shardings
 from jaxrl_llm.model.quantized import Quantized, dequantize
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.publish import abstract_policy, make_blank, make_publish, policy_shardings
 from jaxrl_llm.roles.blueprint import blueprint_of
 from jaxrl_llm.roles.build import make_publisher
 from jaxrl_llm.rollout.config import EngineConfig

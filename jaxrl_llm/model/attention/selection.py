@@ -1,7 +1,7 @@
 """The forms of attention over whole rows, behind one switch. All compute what `attend` does under `tree_mask`.
 
     plain    one product and one [T, T] mask; the reference that the others are tested against
-    blocks   `model/blocks.py`, on every backend: no [T, T] array, blocks that no query sees are left out
+    blocks   `model/attention/blockwise.py`, on every backend: no [T, T] array, blocks that no query sees are left out
     splash   JAX's kernel for TPUs, which leaves such blocks out too; T a multiple of 128. Its mask is [T, T] booleans a row
     cudnn    NVIDIA's fused kernel; bfloat16, no soft cap. Its mask is [T, T] a row
 
@@ -17,8 +17,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, make_sp
 from jaxtyping import Array, Int
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.model.attention import Rows, attend, tree_mask
-from jaxrl_llm.model.blocks import Blocks, attend_blocks
+from jaxrl_llm.model.attention.blockwise import Blocks, attend_blocks
+from jaxrl_llm.model.attention.plain import Rows, attend, tree_mask
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import PyTree
