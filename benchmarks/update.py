@@ -27,9 +27,9 @@ import numpy as np
 from benchmarks.clock import Timing, alternate
 from benchmarks.machine import machine
 from benchmarks.models import DTYPES, NEW_TOKENS, PROMPT_SLOTS, SAMPLES, SIZES, Workload, layouts, make_params
+from jaxrl_llm.distribution.score import Scoring
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import Whole
-from jaxrl_llm.model.distribution import Scoring
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.losses import make_loss
 from jaxrl_llm.perf.ceilings import matmul_rate

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from setups import until_of
 
+from jaxrl_llm.distribution.score import process_logits
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.distribution import process_logits
 from jaxrl_llm.model.transformer import hidden, logits
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.rollout.sample import Plain, Vocabulary, draw_from, row_keys

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from setups import TINY, engine, layouts, make_params, make_policy, make_prompts, to_batch, to_experience
 
+from jaxrl_llm.distribution.score import Scoring
 from jaxrl_llm.model import params as model_params
-from jaxrl_llm.model.distribution import Scoring
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.losses import make_loss
 from jaxrl_llm.parallel import hosts

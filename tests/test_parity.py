@@ -24,9 +24,9 @@ from setups import (
     until_of,
 )  # fmt: skip
 
+from jaxrl_llm.distribution.score import Scoring, score_tokens
 from jaxrl_llm.model import transformer
 from jaxrl_llm.model.cache import Caching, empty_suffix
-from jaxrl_llm.model.distribution import Scoring, score_tokens
 from jaxrl_llm.model.transformer import Place
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import check

@@ -11,8 +11,8 @@ import pytest
 
 from jaxrl_llm import cli, sources
 from jaxrl_llm.config import validate
+from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.perf import chips
 from jaxrl_llm.perf.hlo import Module
 from jaxrl_llm.plan import advice, command, fit, memory, predict, show, sweep, traffic

@@ -136,7 +136,7 @@ def hidden(
     """Normed activations after the last layer, for whole rows; slot t is seen by slots t to until[t] - 1. `params` has its layers
     stacked.
 
-    `how`: the form of attention (`selection.choose`) and what the backward pass makes again (`remat.checkpointed`). A layer's weights
+    `how`: form of attention (`selection.choose`) and what the backward pass makes again (`remat.checkpointed`). A layer's weights
     are gathered inside the loop over layers: one layer's at a time are whole.
     """
     first, differ = scanned_kinds(cfg)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxrl_llm.distribution.head import ACCELERATOR
 from jaxrl_llm.model import lora
-from jaxrl_llm.model.head import ACCELERATOR
 from jaxrl_llm.perf.work import held
 from jaxrl_llm.plan.programs import Job, Program
 from jaxrl_llm.rollout import memory as rollout_memory

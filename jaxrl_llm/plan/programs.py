@@ -14,11 +14,11 @@ import jax
 
 from jaxrl_llm import config as run_config
 from jaxrl_llm.config import RunConfig
+from jaxrl_llm.distribution.head import ACCELERATOR
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.head import ACCELERATOR
 from jaxrl_llm.model.publish import abstract_policy, make_publish
 from jaxrl_llm.own_part import own_problems
 from jaxrl_llm.perf.hlo import Module

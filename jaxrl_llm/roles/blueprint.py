@@ -11,6 +11,8 @@ import optax
 
 from jaxrl_llm import config as run_config
 from jaxrl_llm.config import RunConfig
+from jaxrl_llm.distribution.loss import Loss
+from jaxrl_llm.distribution.score import Scoring
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model import lora, quantized
 from jaxrl_llm.model import params as model_params
@@ -18,8 +20,6 @@ from jaxrl_llm.model.attention import selection
 from jaxrl_llm.model.config import ModelConfig, Whole
 from jaxrl_llm.model.critic import NAMES as CRITIC
 from jaxrl_llm.model.critic import critic_specs
-from jaxrl_llm.model.distribution import Scoring
-from jaxrl_llm.model.loss import Loss
 from jaxrl_llm.objective.loss_config import Correction, correction_of
 from jaxrl_llm.objective.losses import make_loss
 from jaxrl_llm.parallel.config import resolve

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxrl_llm.distribution.loss import Loss
+from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.experience.filters import Filter
 from jaxrl_llm.experience.replay import Replay
 from jaxrl_llm.model import lora
-from jaxrl_llm.model.distribution import TokenScores
-from jaxrl_llm.model.loss import Loss
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.losses import with_own
 from jaxrl_llm.roles.state import RunState

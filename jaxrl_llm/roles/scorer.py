@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import Sharding
 
-from jaxrl_llm.model.distribution import TokenScores
+from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import Batch, Groups, PyTree
 from jaxrl_llm.update.batch import make_batch, to_rows, unscored

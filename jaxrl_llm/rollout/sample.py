@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxrl_llm.distribution.score import entropy, process_logits, tempered
+from jaxrl_llm.distribution.top_k import Allowed, likeliest, mass
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.distribution import entropy, process_logits, tempered
 from jaxrl_llm.parallel.layout import Layout
-from jaxrl_llm.rollout.lanes import Allowed, likeliest, mass
 
 # Of the vocabulary, at most. Fixed, whatever the mesh: the noise a row draws must not depend on how the vocabulary is split.
 # It is the number of blocks that is a power of two, not their size: then a `tensor` shard holds whole blocks, and no logits move.

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from jaxrl_llm.distribution.loss import Loss, Terms
+from jaxrl_llm.distribution.score import Scoring, TokenScores, score_tokens
 from jaxrl_llm.model import lora
-from jaxrl_llm.model.distribution import Scoring, TokenScores, score_tokens
-from jaxrl_llm.model.loss import Loss, Terms
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import Batch, PyTree, TrainState
 from jaxrl_llm.update.optimizer.state import state_shardings, zero_gradients

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from setups import FAMILIES, MESHES, SMALL, TINY, layouts, make_params
 
+from jaxrl_llm.distribution.score import Scoring, score_tokens
 from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import LoraConfig
 from jaxrl_llm.model.critic import critic_specs
-from jaxrl_llm.model.distribution import Scoring, score_tokens
 from jaxrl_llm.model.linear import contract
 from jaxrl_llm.model.lora import Adapted, Pair
 from jaxrl_llm.model.publish import make_blank, make_publish

@@ -9,7 +9,7 @@ import numpy as np
 from oracle_advantages import Case
 from pydantic import TypeAdapter
 
-from jaxrl_llm.model.distribution import TokenScores
+from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.objective import losses
 from jaxrl_llm.objective.advantages import estimate
 from jaxrl_llm.objective.config import ObjectiveConfig

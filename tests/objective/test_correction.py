@@ -7,8 +7,8 @@ import pytest
 from test_losses import batch_of
 
 from jaxrl_llm.config import validate
+from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.loss_config import (
     AutoCorrection,

@@ -11,7 +11,7 @@ import oracle_terms as terms
 import pytest
 from cases import Found, assess, batch_of, objective_of
 
-from jaxrl_llm.model.distribution import TokenScores
+from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.objective.loss_config import Clip, Gmpo, KlConfig, NoCorrection, PolicyGradient, Sapo
 from jaxrl_llm.objective.losses import policy_terms
 from jaxrl_llm.rewards.graders import Sample

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.model.distribution import TokenScores
+from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.loss_config import (
     Clip,

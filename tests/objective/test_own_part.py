@@ -13,9 +13,9 @@ from test_losses import batch_of
 
 from jaxrl_llm import cli
 from jaxrl_llm.config import dump, training_problems, validate
+from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.errors import AdvantageError, UserError
 from jaxrl_llm.metrics import read_jsonl
-from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.objective.advantages import OwnAdvantage
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.credit import UNSCORED, make_advantage

@@ -10,7 +10,7 @@ import pytest
 from cases import assess, batch_of, objective_of, package_loss
 from parts import CASES, PARTS, STEP, by_oracle, by_package, with_loss
 
-from jaxrl_llm.model.distribution import TokenScores
+from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.objective import losses
 from jaxrl_llm.objective.loss_config import NoCorrection, PolicyGradient
 from jaxrl_llm.objective.surrogates import SURROGATES

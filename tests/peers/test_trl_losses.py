@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from jaxrl_llm.model.distribution import TokenScores
+from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.objective.advantages import estimate
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.loss_config import AutoCorrection, NoCorrection

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from fakes import groups_of, sums
 
-from jaxrl_llm.model.distribution import TokenScores
+from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.roles.collect import Collected
 from jaxrl_llm.roles.evaluator import Evaluator
 from jaxrl_llm.roles.supervised import right_responses

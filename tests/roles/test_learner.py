@@ -5,10 +5,10 @@ import pytest
 from fakes import groups_of, state_of
 
 from jaxrl_llm.config import validate
+from jaxrl_llm.distribution.loss import Loss
+from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.model.distribution import TokenScores
 from jaxrl_llm.model.lora import Adapted, split
-from jaxrl_llm.model.loss import Loss
 from jaxrl_llm.roles.blueprint import loss_of
 from jaxrl_llm.roles.learner import Learner, score_groups
 from jaxrl_llm.types import OwnColumn, Scores

@@ -5,7 +5,7 @@ import pytest
 from fakes import PROMPT_SLOTS, SLOTS, groups_of
 from setups import layouts
 
-from jaxrl_llm.model.distribution import TokenScores
+from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.roles.scorer import Scorer
 from jaxrl_llm.update.packing import shape_of
 

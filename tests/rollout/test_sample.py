@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 from setups import TINY
 
-from jaxrl_llm.model.distribution import process_logits
+from jaxrl_llm.distribution.score import process_logits
 from jaxrl_llm.model.linear import contract
 from jaxrl_llm.parallel.layout import DECODE, Layout
 from jaxrl_llm.parallel.mesh import make_mesh

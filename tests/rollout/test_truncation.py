@@ -9,9 +9,10 @@ import pytest
 from scipy import stats
 from setups import TINY, layouts
 
-from jaxrl_llm.model.distribution import process_logits, support_logprobs
+from jaxrl_llm.distribution import top_k as lanes
+from jaxrl_llm.distribution.score import process_logits, support_logprobs
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.rollout import lanes, sample
+from jaxrl_llm.rollout import sample
 from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary
 
 KEY = jax.random.key(5)

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_llm.distribution.score import Scoring
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.distribution import Scoring
 from jaxrl_llm.model.experts import mixture
 from jaxrl_llm.model.params import ParamSpec
 from jaxrl_llm.model.publish import abstract_policy, make_publish

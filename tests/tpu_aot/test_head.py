@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from programs import Program, array, compile_program, layouts
 
-from jaxrl_llm.model import distribution
+from jaxrl_llm.distribution import score
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.perf.hlo import collectives
 from jaxrl_llm.types import Batch
@@ -20,13 +20,13 @@ def dense(params, batch, layout):
     """Log-prob and entropy from all logits at once."""
     h = jnp.take_along_axis(params["h"], batch.before[:, :, None], axis=1)
     x = jnp.einsum("rtd,vd->rtv", h, params["embed"].astype(h.dtype), preferred_element_type=jnp.float32)
-    logp = distribution.process_logits(x, batch.temperature, V)
+    logp = score.process_logits(x, batch.temperature, V)
     drawn = jnp.take_along_axis(logp, batch.tokens[..., None], axis=-1)[..., 0]
-    return distribution.TokenScores(drawn, distribution.entropy(logp))
+    return score.TokenScores(drawn, score.entropy(logp))
 
 
 def tiled(params, batch, layout):
-    return distribution.score_tokens(params, batch, distribution.Scoring(CFG, layout, V))
+    return score.score_tokens(params, batch, score.Scoring(CFG, layout, V))
 
 
 def gradient(scores, topology, sizes: tuple[int, ...]) -> Program:
@@ -50,7 +50,7 @@ def gradient(scores, topology, sizes: tuple[int, ...]) -> Program:
 
 @pytest.fixture(autouse=True)
 def activations(monkeypatch):
-    monkeypatch.setattr(distribution, "hidden", lambda params, *_: params["h"])
+    monkeypatch.setattr(score, "hidden", lambda params, *_: params["h"])
 
 
 def test_temporaries_of_a_chip(topology):

@@ -25,8 +25,8 @@ from programs import (
     policy_matrices,
 )
 
+from jaxrl_llm.distribution.head import ACCELERATOR
 from jaxrl_llm.model import params as model_params
-from jaxrl_llm.model.head import ACCELERATOR
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.perf.hlo import collectives
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from jaxtyping import Int
 from setups import SMALL, VOCAB, Sequences, layouts, make_params
 
+from jaxrl_llm.distribution.loss import Loss, Terms
+from jaxrl_llm.distribution.score import Scoring
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.critic import critic_specs
-from jaxrl_llm.model.distribution import Scoring
-from jaxrl_llm.model.loss import Loss, Terms
 from jaxrl_llm.objective import losses
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.loss_config import (

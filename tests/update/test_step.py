@@ -20,9 +20,9 @@ from setups import (
     to_experience,
 )
 
+from jaxrl_llm.distribution.loss import Terms
+from jaxrl_llm.distribution.score import Scoring, score_tokens
 from jaxrl_llm.model import params as model_params
-from jaxrl_llm.model.distribution import Scoring, score_tokens
-from jaxrl_llm.model.loss import Terms
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.loss_config import KlConfig, PolicyGradient, Reinforce, TruncatedImportance
 from jaxrl_llm.objective.losses import UNCORRECTED, as_loss, make_loss

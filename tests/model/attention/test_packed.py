@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from setups import FAMILIES, SMALL, VOCAB, Sequences, layouts, make_params
 
-from jaxrl_llm.model.distribution import Scoring, score_tokens
+from jaxrl_llm.distribution.score import Scoring, score_tokens
 from jaxrl_llm.update.batch import make_batch, to_rows
 from jaxrl_llm.update.packing import Shape
 

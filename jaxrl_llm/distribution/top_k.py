@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.model.distribution import drawable
+from jaxrl_llm.distribution.score import drawable
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import ArrayLike
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from setups import TINY, layouts
 
-from jaxrl_llm.model.distribution import Scoring, entropy, process_logits, score_tokens, support_logprobs
+from jaxrl_llm.distribution.score import Scoring, entropy, process_logits, score_tokens, support_logprobs
 from jaxrl_llm.types import Batch
 
 LOGITS = jnp.array([[1.0, 3.0, 3.0, 0.0, 9.0], [0.0, np.log(2.0), -1e4, 0.0, 9.0]], jnp.float32)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from setups import MESHES, TINY, layouts
 
-from jaxrl_llm.model import distribution, head
-from jaxrl_llm.model.distribution import Scoring, entropy, process_logits, score_tokens, support_logprobs
+from jaxrl_llm.distribution import head, score
+from jaxrl_llm.distribution.score import Scoring, entropy, process_logits, score_tokens, support_logprobs
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import Batch
 
@@ -25,7 +25,7 @@ SMALL = head.Tile(logits=4 * V, tokens=10)
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Activations are a parameter here: what is above the head has its own tests."""
-    monkeypatch.setattr(distribution, "hidden", lambda params, *_: params["h"])
+    monkeypatch.setattr(score, "hidden", lambda params, *_: params["h"])
     monkeypatch.setattr(head, "CPU", SMALL)
     monkeypatch.setattr(head, "FEWEST", 8)
     monkeypatch.setattr(head, "LANES", 3)

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_llm.distribution.head import Head, Source, over_logits
 from jaxrl_llm.model.config import ModelConfig, Whole
 from jaxrl_llm.model.critic import values_of
-from jaxrl_llm.model.head import Head, Source, over_logits
 from jaxrl_llm.model.transformer import hidden
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import Batch, PyTree

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float
 
-from jaxrl_llm.model.distribution import TokenScores
+from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.types import Batch, OwnColumn
 
 Tokens = Float[Array, "R T"]
