@@ -37,7 +37,7 @@ from jaxrl_llm.parallel.config import MeshConfig
 from jaxrl_llm.parallel.layout import TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.perf.hlo import Instruction, Module, collectives
-from jaxrl_llm.rollout import memory
+from jaxrl_llm.plan import decode_memory as memory
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.programs import Programs

@@ -77,6 +77,7 @@ ALLOWED = {
         "errors",
         "model",
         "own_part",
+        "parallel",
         "perf",
         "prompts",
         "roles",

@@ -13,8 +13,8 @@ import numpy as np
 from jaxrl_llm.distribution.head import ACCELERATOR
 from jaxrl_llm.model import lora
 from jaxrl_llm.perf.work import held
+from jaxrl_llm.plan import decode_memory as rollout_memory
 from jaxrl_llm.plan.programs import Job, Program
-from jaxrl_llm.rollout import memory as rollout_memory
 
 MASTERS, OPTIMIZER, REFERENCE, POLICY = "master parameters", "optimizer state", "reference parameters", "policy"
 PROMPTS, ROWS, BATCH = "KV cache of prompts", "KV cache of rows", "batch"

@@ -26,7 +26,7 @@ from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.layout import TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.rollout.engine import Engine
-from jaxrl_llm.rollout.harvest import Spell
+from jaxrl_llm.rollout.output import Spell
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.sources import Sources, packing_problems
 from jaxrl_llm.types import PyTree

@@ -25,7 +25,7 @@ from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.perf.work import Work, decode_step, weight_bytes
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.rollout.decode import Record, Segment, Units
-from jaxrl_llm.rollout.harvest import Harvest, Spell
+from jaxrl_llm.rollout.output import Harvest, Spell
 from jaxrl_llm.rollout.programs import Name, Programs
 from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary
 from jaxrl_llm.types import Policy, Prompts, PyTree, Rollouts

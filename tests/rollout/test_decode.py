@@ -16,7 +16,7 @@ from jaxrl_llm.model.params import unstack
 from jaxrl_llm.model.transformer import Place
 from jaxrl_llm.rollout import sample
 from jaxrl_llm.rollout.decode import Record
-from jaxrl_llm.rollout.harvest import Harvest
+from jaxrl_llm.rollout.output import Harvest
 from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary, row_keys
 from jaxrl_llm.types import Finish, Prompts, Rollouts, check
 

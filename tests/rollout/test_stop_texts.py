@@ -9,7 +9,7 @@ from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
 from jaxrl_llm.prompts.tokenizer import Tokenizer
-from jaxrl_llm.rollout.harvest import first_end
+from jaxrl_llm.rollout.output import first_end
 
 
 def of(backend: Backend) -> Tokenizer:

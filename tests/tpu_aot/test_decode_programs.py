@@ -34,7 +34,8 @@ from programs import (
 )
 
 from jaxrl_llm.perf.hlo import ArrayShape, Instruction, collectives
-from jaxrl_llm.rollout import memory, sample
+from jaxrl_llm.plan import decode_memory
+from jaxrl_llm.rollout import sample
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.timeout(1200)]
 
@@ -170,7 +171,9 @@ def test_memory_of_a_segment(segment, eight_billion, topology):
     """As `rollout.memory` adds it up, within 5 %."""
     layout = layouts(topology)[1]
     for program in (segment, eight_billion):
-        flight = memory.flight(rollout_programs(program.cfg, layout), abstract_policy(program.cfg, layout).params, P, C)
+        flight = decode_memory.flight(
+            rollout_programs(program.cfg, layout), abstract_policy(program.cfg, layout).params, P, C
+        )
         shapes = caches(program)
         assert flight.prompt + flight.suffix == sum(4 * program.cfg.layers * math.prod(d) for d in shapes.values())
         assert flight.total == pytest.approx(program.chip, rel=0.05), flight

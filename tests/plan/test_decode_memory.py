@@ -9,7 +9,7 @@ from jaxrl_llm.model import params
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.parallel.layout import DECODE, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
-from jaxrl_llm.rollout import memory
+from jaxrl_llm.plan import decode_memory
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
@@ -21,12 +21,12 @@ CFG = ModelConfig(
 P, G, S, C = 4, 3, 16, 32
 
 
-def flight(sizes: tuple[int, ...], cfg: ModelConfig = CFG) -> memory.Flight:
+def flight(sizes: tuple[int, ...], cfg: ModelConfig = CFG) -> decode_memory.Flight:
     layout = Layout(make_mesh(sizes, jax.devices()[: sizes[0] * sizes[1] * sizes[2]]), DECODE)
     rollout = RolloutConfig(prompts=P, samples=G, max_new_tokens=C, engine=EngineConfig(segment=8))
     programs = Engine(rollout, S, Vocabulary(size=64, pad=0, eos=(1,)), cfg, layout).programs
     policy = params.abstract(params.unstack(params.specs(cfg), cfg.layers), layout, jnp.float32)
-    return memory.flight(programs, policy, P, C)
+    return decode_memory.flight(programs, policy, P, C)
 
 
 def test_on_one_device():
