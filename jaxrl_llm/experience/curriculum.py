@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxrl_llm.experience.config import OwnCurriculum
-from jaxrl_llm.experience.steady import first_state, next_state, parts_of
+from jaxrl_llm.experience.stage_checks import first_state, next_state, parts_of
 from jaxrl_llm.types import Groups
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.estimates import correct
 from jaxrl_llm.experience.config import OwnFilter
-from jaxrl_llm.experience.steady import first_state, metrics_of, next_state, parts_of
+from jaxrl_llm.experience.stage_checks import first_state, metrics_of, next_state, parts_of
 from jaxrl_llm.types import Groups
 
 Metrics = dict[str, float]

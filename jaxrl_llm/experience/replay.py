@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxrl_llm.experience.config import OwnReplay, ReplayConfig
-from jaxrl_llm.experience.steady import first_state, groups_of, metrics_of, next_state, parts_of
+from jaxrl_llm.experience.stage_checks import first_state, groups_of, metrics_of, next_state, parts_of
 from jaxrl_llm.types import COLUMNS, Groups, Prompts, Rollouts
 
 Metrics = dict[str, float]
