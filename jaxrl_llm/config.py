@@ -24,15 +24,9 @@ from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.presets import PRESETS, filled, nearest
 from jaxrl_llm.objective.rules import refusals
 from jaxrl_llm.parallel.config import MeshConfig, divisors, resolve
-from jaxrl_llm.prompts.config import (
-    ArithmeticTask,
-    CharacterTokenizer,
-    PretrainedTokenizer,
-    TaskConfig,
-    TokenizerConfig,
-)
 from jaxrl_llm.rewards.config import RewardConfig
 from jaxrl_llm.rollout.config import RolloutConfig
+from jaxrl_llm.tasks.config import ArithmeticTask, CharacterTokenizer, PretrainedTokenizer, TaskConfig, TokenizerConfig
 from jaxrl_llm.update.config import UpdateConfig, WarmStartConfig
 from jaxrl_llm.values import Flag, numbers, put, read_flags, read_yaml, truths, unreadable
 

@@ -26,9 +26,6 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.perf.rates import decode_rates
 from jaxrl_llm.plan import fit
-from jaxrl_llm.prompts.stream import make_order, make_prompts
-from jaxrl_llm.prompts.task import Task
-from jaxrl_llm.prompts.tokenizer import load_tokenizer
 from jaxrl_llm.rewards.pool import GraderPool
 from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
 from jaxrl_llm.roles.build import make_evaluator, make_keys, make_publisher, make_scorer
@@ -39,6 +36,9 @@ from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.screen import saying
 from jaxrl_llm.shell import State, look
 from jaxrl_llm.sources import Sources
+from jaxrl_llm.tasks.stream import make_order, make_prompts
+from jaxrl_llm.tasks.task import Task
+from jaxrl_llm.tasks.tokenizer import load_tokenizer
 from jaxrl_llm.terminal import printable
 from jaxrl_llm.types import Finish, Policy, PyTree, Rollouts, TrainState
 

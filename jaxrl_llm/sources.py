@@ -14,11 +14,11 @@ from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.source import resolve
 from jaxrl_llm.own_part import own_problems
-from jaxrl_llm.prompts.rows import Row
-from jaxrl_llm.prompts.task import Task, load_task
-from jaxrl_llm.prompts.tokenizer import load_tokenizer, stop_problems
 from jaxrl_llm.rewards.graders import Sample, unreadable_rows
 from jaxrl_llm.rewards.graders import problems as grader_problems
+from jaxrl_llm.tasks.rows import Row
+from jaxrl_llm.tasks.task import Task, load_task
+from jaxrl_llm.tasks.tokenizer import load_tokenizer, stop_problems
 
 Read = TypeVar("Read")
 

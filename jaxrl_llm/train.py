@@ -22,7 +22,6 @@ from jaxrl_llm.interrupt import stop_signal
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.perf.rates import UpdateRates, decode_rates, describe_updates, update_rates
 from jaxrl_llm.plan import fit
-from jaxrl_llm.prompts.task import Task
 from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
 from jaxrl_llm.roles.build import (
     Keys,
@@ -56,6 +55,7 @@ from jaxrl_llm.shell import (
     with_rates,
 )
 from jaxrl_llm.sources import Sources
+from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Credit, Experience, Groups, Policy, PyTree, TrainState
 from jaxrl_llm.unread import unread
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 NAME = "jaxrl_llm"
 PACKAGE = ROOT / NAME
 
-STAGES = {"prompts", "rollout", "rewards", "experience", "objective", "update"}
+STAGES = {"tasks", "rollout", "rewards", "experience", "objective", "update"}
 FOUNDATION = {"types", "errors", "parallel"}
 # What a room may import beside itself and other rooms' config.py. A file at the top of the package is a room of its own.
 ALLOWED = {
@@ -51,13 +51,13 @@ ALLOWED = {
         "parallel",
         "perf",
         "plan",
-        "prompts",
         "rewards",
         "roles",
         "rollout",
         "screen",
         "shell",
         "sources",
+        "tasks",
         "terminal",
         "types",
     },
@@ -79,15 +79,14 @@ ALLOWED = {
         "own_part",
         "parallel",
         "perf",
-        "prompts",
         "roles",
         "rollout",
         "screen",
         "sources",
+        "tasks",
         "types",
         "update",
     },
-    "prompts": {"errors", "types"},
     "report": {"errors", "metrics", "terminal"},
     "rewards": {"errors", "explain", "own", "terminal"},
     "roles": {
@@ -101,10 +100,10 @@ ALLOWED = {
         "objective",
         "parallel",
         "perf",
-        "prompts",
         "rewards",
         "rollout",
         "sources",
+        "tasks",
         "types",
         "update",
     },
@@ -117,15 +116,16 @@ ALLOWED = {
         "config",
         "errors",
         "metrics",
-        "prompts",
         "rewards",
         "roles",
         "run_directory",
+        "tasks",
         "types",
     },
-    "sources": {"config", "errors", "model", "own_part", "prompts", "rewards"},
+    "sources": {"config", "errors", "model", "own_part", "rewards", "tasks"},
     "storage": set(),
     "targets": {"config", "errors", "options", "values"},
+    "tasks": {"errors", "types"},
     "terminal": set(),
     "train": {
         "config",
@@ -134,11 +134,11 @@ ALLOWED = {
         "interrupt",
         "perf",
         "plan",
-        "prompts",
         "roles",
         "rollout",
         "shell",
         "sources",
+        "tasks",
         "types",
         "unread",
     },
@@ -315,7 +315,7 @@ def test_tests_mirror_the_package():
 
 
 FAKE = {
-    "prompts/a.py": ("from jaxrl_llm.rewards.pool import Pool", "prompts may not import rewards"),
+    "tasks/a.py": ("from jaxrl_llm.rewards.pool import Pool", "tasks may not import rewards"),
     "rollout/a.py": ("from ..update import step", "rollout may not import update"),
     "model/a.py": ("def f():\n    import jaxrl_llm.rollout.decode", "model may not import rollout"),
     "experience/a.py": ("from jaxrl_llm import train", "experience may not import train"),

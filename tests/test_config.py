@@ -14,8 +14,8 @@ from jaxrl_llm.model.hf.config import read_config as read_model_config
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.loss_config import Clip, CrossEntropy, KlConfig, PolicyGradient
 from jaxrl_llm.parallel.config import MeshConfig
-from jaxrl_llm.prompts.config import ArithmeticTask, CharacterTokenizer, FileTask, PretrainedTokenizer
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
+from jaxrl_llm.tasks.config import ArithmeticTask, CharacterTokenizer, FileTask, PretrainedTokenizer
 from jaxrl_llm.update.config import UpdateConfig
 
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,7 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.config import LinearRope, ModelConfig, PretrainedModel
 from jaxrl_llm.objective.loss_config import Cispo, Clip, KlConfig, PolicyGradient
 from jaxrl_llm.parallel.config import MeshConfig
-from jaxrl_llm.prompts.config import ArithmeticTask, CharacterTokenizer, FileTask, PretrainedTokenizer
+from jaxrl_llm.tasks.config import ArithmeticTask, CharacterTokenizer, FileTask, PretrainedTokenizer
 from jaxrl_llm.update.optimizer.config import AdamW, GroupConfig, Lion, Muon
 
 ROOT = Path(__file__).parents[1]

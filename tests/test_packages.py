@@ -12,9 +12,9 @@ import pytest
 from jaxrl_llm.config import validate
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.plan import command
-from jaxrl_llm.prompts import gym, records
-from jaxrl_llm.prompts.config import ReasoningGymTask
 from jaxrl_llm.rewards import graders
+from jaxrl_llm.tasks import reasoning_gym, records
+from jaxrl_llm.tasks.config import ReasoningGymTask
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -84,7 +84,7 @@ def read_saved(tmp_path):
 
 
 def draw(tmp_path):
-    gym.draw(ReasoningGymTask("chain_sum"), 1, (0, 0))
+    reasoning_gym.draw(ReasoningGymTask("chain_sum"), 1, (0, 0))
 
 
 def plan(tmp_path):

@@ -34,7 +34,7 @@ REASONS = {
     "jaxrl_llm/model/hf/load.py": {"with ThreadPoolExecutor": COMPUTES},
     "jaxrl_llm/parallel/hosts.py": {"multihost_utils.process_allgather": HEARTBEAT},
     "jaxrl_llm/plan/programs.py": {"with ThreadPoolExecutor": COMPUTES},
-    "jaxrl_llm/prompts/renderer.py": {
+    "jaxrl_llm/tasks/renderer.py": {
         "pipe.recv": "the trainer's end is closed when the trainer ends, or gives up",
         "pipe.send_bytes": "the same; and SIGALRM ends the process",
         "self._pipe.send": "the process reads all before it renders, or SIGALRM ends it",

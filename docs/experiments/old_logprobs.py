@@ -37,13 +37,13 @@ from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.group_estimators import Rloo
 from jaxrl_llm.objective.loss_config import Clip, PolicyGradient
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.prompts.config import ArithmeticTask
 from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
 from jaxrl_llm.roles.build import make_keys, make_scorer, make_supervised
 from jaxrl_llm.roles.scorer import Scorer
 from jaxrl_llm.roles.start import start_params, start_rl, start_supervised
 from jaxrl_llm.roles.updates import as_floats, without_zero_gradients
 from jaxrl_llm.rollout.config import RolloutConfig
+from jaxrl_llm.tasks.config import ArithmeticTask
 from jaxrl_llm.train import Run, open_run
 from jaxrl_llm.types import Experience, Groups, PyTree, TrainState
 from jaxrl_llm.update.batch import make_batch, minibatches

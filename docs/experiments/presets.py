@@ -29,11 +29,11 @@ from jaxrl_llm.config import RunConfig
 from jaxrl_llm.metrics import MetricsConfig
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.objective.presets import PRESETS
-from jaxrl_llm.prompts.config import ArithmeticTask
 from jaxrl_llm.roles.blueprint import blueprint_of
 from jaxrl_llm.roles.build import make_keys, make_supervised
 from jaxrl_llm.roles.start import start_params, start_rl, start_supervised
 from jaxrl_llm.rollout.config import RolloutConfig
+from jaxrl_llm.tasks.config import ArithmeticTask
 from jaxrl_llm.train import first_policy, open_run, step, summary
 from jaxrl_llm.types import PyTree
 from jaxrl_llm.update.config import PackingConfig, UpdateConfig, WarmStartConfig

@@ -30,8 +30,8 @@ from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.group_estimators import Rloo
 from jaxrl_llm.objective.loss_config import AutoCorrection, NoCorrection, PolicyGradient
-from jaxrl_llm.prompts.config import ArithmeticTask
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
+from jaxrl_llm.tasks.config import ArithmeticTask
 from jaxrl_llm.train import train
 from jaxrl_llm.update.config import UpdateConfig, WarmStartConfig
 from jaxrl_llm.update.optimizer.config import AdamW

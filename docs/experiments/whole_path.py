@@ -115,8 +115,8 @@ def same_tokens(model: str) -> dict:
     from jaxrl_llm import config
     from jaxrl_llm.cli import read_evaluation
     from jaxrl_llm.inspect_run import open_run, open_source
-    from jaxrl_llm.prompts.stream import make_prompts
     from jaxrl_llm.roles.build import make_keys
+    from jaxrl_llm.tasks.stream import make_prompts
 
     cfg = read_evaluation(str(HERE / model), str(ROOT / "configs/chain_sum.yaml"), [])
     values = config.to_dict(cfg)

@@ -12,7 +12,7 @@ from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.perf import chips
 from jaxrl_llm.perf.chips import Chip
-from jaxrl_llm.prompts.config import ArithmeticTask, CharacterTokenizer
+from jaxrl_llm.tasks.config import ArithmeticTask, CharacterTokenizer
 
 if TYPE_CHECKING:
     import jax
@@ -69,7 +69,7 @@ def prompt_slots(cfg: RunConfig, target: Target) -> int:
     if isinstance(cfg.task, ArithmeticTask):
         if not isinstance(cfg.tokenizer, CharacterTokenizer):
             raise UserError("--prompt-tokens: got nothing, want the longest prompt: plan does not read this tokenizer")
-        from jaxrl_llm.prompts.tokenizer import load_tokenizer
+        from jaxrl_llm.tasks.tokenizer import load_tokenizer
 
         return len(load_tokenizer(cfg.tokenizer).prompt(cfg.task.prompt("9" * cfg.task.terms)))
     if not cfg.task.max_prompt_tokens:

@@ -23,13 +23,13 @@ from jaxrl_llm.model.publish import abstract_policy, make_publish
 from jaxrl_llm.own_part import own_problems
 from jaxrl_llm.perf.hlo import Module
 from jaxrl_llm.plan.traffic import Reading, read
-from jaxrl_llm.prompts.config import CharacterTokenizer
-from jaxrl_llm.prompts.tokenizer import load_tokenizer
 from jaxrl_llm.roles.blueprint import Blueprint, device_problems, make_blueprint, uses_of
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.screen import saying
 from jaxrl_llm.sources import packing_problems, vocabulary_problems
+from jaxrl_llm.tasks.config import CharacterTokenizer
+from jaxrl_llm.tasks.tokenizer import load_tokenizer
 from jaxrl_llm.types import Batch, Policy, PyTree, TrainState
 from jaxrl_llm.update.batch import abstract_batch
 from jaxrl_llm.update.optimizer.state import abstract_state

@@ -18,8 +18,6 @@ from jaxrl_llm.objective.loss_config import anchored_on_proximal
 from jaxrl_llm.objective.losses import CROSS_ENTROPY
 from jaxrl_llm.objective.rules import filter_of
 from jaxrl_llm.perf.work import TrainFlops, adapters_of, seen, train_flops
-from jaxrl_llm.prompts.stream import make_order
-from jaxrl_llm.prompts.task import Task
 from jaxrl_llm.roles.blueprint import Blueprint, correction_for
 from jaxrl_llm.roles.collect import Collected
 from jaxrl_llm.roles.evaluator import Evaluator
@@ -30,6 +28,8 @@ from jaxrl_llm.roles.scorer import Scorer
 from jaxrl_llm.roles.state import RunState
 from jaxrl_llm.roles.supervised import Supervised, right_responses
 from jaxrl_llm.roles.updates import Updates
+from jaxrl_llm.tasks.stream import make_order
+from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Batch, Groups, Policy, PyTree, TrainState
 from jaxrl_llm.update.optimizer.transform import make_optimizer
 from jaxrl_llm.update.packing import Shape

@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.prompts.rows import Row
-from jaxrl_llm.prompts.task import Task
 from jaxrl_llm.rewards.graders import Sample
 from jaxrl_llm.rewards.pool import Graded, GraderPool
 from jaxrl_llm.rollout.engine import Engine, Stats
+from jaxrl_llm.tasks.rows import Row
+from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Finish, Groups, Policy, Prompts, Rollouts
 
 

@@ -9,11 +9,11 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxrl_llm.estimates import avg_at_k, correct, maj_at_k, pass_at_k
 from jaxrl_llm.objective.reward_kl import KL
-from jaxrl_llm.prompts.rows import Row
-from jaxrl_llm.prompts.stream import make_prompts
-from jaxrl_llm.prompts.task import Task
 from jaxrl_llm.roles.collect import Collected
 from jaxrl_llm.roles.scorer import Scorer
+from jaxrl_llm.tasks.rows import Row
+from jaxrl_llm.tasks.stream import make_prompts
+from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Experience, Policy, PyTree, Rollouts
 from jaxrl_llm.update.batch import of_groups, ungraded, unscored
 

@@ -8,9 +8,9 @@ from jaxtyping import Array, Int, Key
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.curriculum import Curriculum
-from jaxrl_llm.prompts.stream import make_prompts
-from jaxrl_llm.prompts.task import Task
 from jaxrl_llm.roles.collect import Collected, never
+from jaxrl_llm.tasks.stream import make_prompts
+from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Groups, Policy, Prompts
 
 # Names the curriculum's noise, apart from that of filter and replay.

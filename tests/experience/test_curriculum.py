@@ -3,7 +3,7 @@
 import numpy as np
 
 from jaxrl_llm.experience.curriculum import in_order
-from jaxrl_llm.prompts.stream import make_order
+from jaxrl_llm.tasks.stream import make_order
 
 ROWS = 20
 RNG = np.random.default_rng(0)

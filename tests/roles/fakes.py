@@ -8,13 +8,13 @@ import numpy as np
 from jaxrl_llm.config import RunConfig, validate
 from jaxrl_llm.experience.replay import blank_groups
 from jaxrl_llm.guards import Guards
-from jaxrl_llm.prompts.config import ArithmeticTask, CharacterTokenizer
-from jaxrl_llm.prompts.task import Task, load_task
-from jaxrl_llm.prompts.tokenizer import load_tokenizer
 from jaxrl_llm.rewards.pool import Failure
 from jaxrl_llm.roles.blueprint import Blueprint, make_blueprint
 from jaxrl_llm.roles.state import RunState
 from jaxrl_llm.rollout.sample import Vocabulary
+from jaxrl_llm.tasks.config import ArithmeticTask, CharacterTokenizer
+from jaxrl_llm.tasks.task import Task, load_task
+from jaxrl_llm.tasks.tokenizer import load_tokenizer
 from jaxrl_llm.types import Groups, TrainState
 
 PROMPT_SLOTS, SLOTS = 3, 2

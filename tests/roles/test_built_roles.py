@@ -11,7 +11,6 @@ from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.metrics import CompileCounter
 from jaxrl_llm.objective.credit import make_advantage
 from jaxrl_llm.perf.work import adapters_of, seen, train_flops
-from jaxrl_llm.prompts.stream import make_order
 from jaxrl_llm.roles import build
 from jaxrl_llm.roles.build import (
     make_evaluator,
@@ -23,6 +22,7 @@ from jaxrl_llm.roles.build import (
     make_supervised,
 )
 from jaxrl_llm.roles.updates import Updates
+from jaxrl_llm.tasks.stream import make_order
 from jaxrl_llm.types import Credit, Experience, Policy, Scores, TrainState
 from jaxrl_llm.update.batch import make_batch
 

@@ -147,7 +147,7 @@ def test_who_learns_imports_no_engine_no_task_and_no_sampler(name):
     found = imported((ROLES / f"{name}.py").read_text())
     places = (
         "jaxrl_llm.rollout",
-        "jaxrl_llm.prompts",
+        "jaxrl_llm.tasks",
         "jaxrl_llm.rewards",
         "jaxrl_llm.roles.sampler",
         "jaxrl_llm.roles.collect",

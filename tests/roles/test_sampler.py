@@ -6,11 +6,11 @@ import jax
 import numpy as np
 
 from jaxrl_llm.experience.curriculum import in_order
-from jaxrl_llm.prompts.config import ArithmeticTask, CharacterTokenizer
-from jaxrl_llm.prompts.stream import make_order
-from jaxrl_llm.prompts.task import load_task
-from jaxrl_llm.prompts.tokenizer import load_tokenizer
 from jaxrl_llm.roles.sampler import Sampler, SamplerState
+from jaxrl_llm.tasks.config import ArithmeticTask, CharacterTokenizer
+from jaxrl_llm.tasks.stream import make_order
+from jaxrl_llm.tasks.task import load_task
+from jaxrl_llm.tasks.tokenizer import load_tokenizer
 from jaxrl_llm.types import check
 
 ROWS = 20

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
-from jaxrl_llm.prompts.tokenizer import Tokenizer
 from jaxrl_llm.rollout.output import first_end
+from jaxrl_llm.tasks.tokenizer import Tokenizer
 
 
 def of(backend: Backend) -> Tokenizer:

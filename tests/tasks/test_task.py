@@ -11,10 +11,10 @@ import pytest
 from tokenizer_setup import CHATML, save_tokenizer
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.prompts.config import ArithmeticTask, CharacterTokenizer, FileTask, PretrainedTokenizer
-from jaxrl_llm.prompts.rows import Row, hash_rows
-from jaxrl_llm.prompts.task import load_task
-from jaxrl_llm.prompts.tokenizer import load_tokenizer
+from jaxrl_llm.tasks.config import ArithmeticTask, CharacterTokenizer, FileTask, PretrainedTokenizer
+from jaxrl_llm.tasks.rows import Row, hash_rows
+from jaxrl_llm.tasks.task import load_task
+from jaxrl_llm.tasks.tokenizer import load_tokenizer
 
 DIGITS = load_tokenizer(CharacterTokenizer())
 TASK = load_task(ArithmeticTask(), DIGITS, seed=0)
@@ -120,7 +120,7 @@ def test_columns_are_mapped(load):
 
 def test_a_prompt_that_is_held_out_is_not_trained_on(load, caplog):
     rows = sums(4) * 2  # each prompt twice
-    with caplog.at_level(logging.WARNING, "jaxrl_llm.prompts"):
+    with caplog.at_level(logging.WARNING, "jaxrl_llm.tasks"):
         task = load(rows, held_out=2)
     assert not set(prompts(task.train)) & set(prompts(task.held_out))
     assert task.repeated == 6 - len(task.train) > 0
@@ -133,7 +133,7 @@ def test_a_prompt_that_is_held_out_is_not_trained_on(load, caplog):
 
 def test_a_held_out_file_is_taken_as_it_is(load, tmp_path, caplog):
     path = jsonl(tmp_path / "held.jsonl", {"prompt": "0+0", "answer": "0"}, {"prompt": "9", "answer": "9"})
-    with caplog.at_level(logging.WARNING, "jaxrl_llm.prompts"):
+    with caplog.at_level(logging.WARNING, "jaxrl_llm.tasks"):
         task = load(sums(3), held_out_path=path)
     assert prompts(task.train) == ["0+0", "1+1", "2+2"] and prompts(task.held_out) == ["0+0", "9"]
     assert [r.getMessage() for r in caplog.records] == [
@@ -167,7 +167,7 @@ def test_holding_out_all_rows_is_refused(load, tmp_path):
 
 def test_long_prompts_of_both_parts_are_dropped_and_counted_once(load, tmp_path, caplog):
     path = jsonl(tmp_path / "held.jsonl", {"prompt": "1234567", "answer": "0"}, {"prompt": "9", "answer": "9"})
-    with caplog.at_level(logging.WARNING, "jaxrl_llm.prompts"):
+    with caplog.at_level(logging.WARNING, "jaxrl_llm.tasks"):
         task = load(sums(12), held_out_path=path, max_prompt_tokens=4, too_long="drop")
     assert (len(task.train), prompts(task.held_out), task.dropped) == (10, ["9"], 3)
     assert task.prompt_slots == 3  # of what is left

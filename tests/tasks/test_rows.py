@@ -6,7 +6,7 @@ from pydantic import TypeAdapter, ValidationError
 from tokenizer_setup import IM_END, save_tokenizer
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.prompts.config import (
+from jaxrl_llm.tasks.config import (
     ArithmeticTask,
     CharacterTokenizer,
     FileTask,
@@ -15,9 +15,9 @@ from jaxrl_llm.prompts.config import (
     Template,
     TokenizerConfig,
 )
-from jaxrl_llm.prompts.records import Record
-from jaxrl_llm.prompts.rows import fill, fill_all, limit, make_rows
-from jaxrl_llm.prompts.tokenizer import load_tokenizer
+from jaxrl_llm.tasks.records import Record
+from jaxrl_llm.tasks.rows import fill, fill_all, limit, make_rows
+from jaxrl_llm.tasks.tokenizer import load_tokenizer
 
 DIGITS = load_tokenizer(CharacterTokenizer())
 COLUMNS = {

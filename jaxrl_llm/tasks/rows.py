@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Int32
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.prompts.records import Record, refuse
-from jaxrl_llm.prompts.tokenizer import Tokenizer
-from jaxrl_llm.prompts.turns import (
+from jaxrl_llm.tasks.records import Record, refuse
+from jaxrl_llm.tasks.tokenizer import Tokenizer
+from jaxrl_llm.tasks.turns import (
     Filled,
     PromptError,
     Turn,

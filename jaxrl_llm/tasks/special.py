@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.prompts.turns import Filled, Spans
+from jaxrl_llm.tasks.turns import Filled, Spans
 
 if TYPE_CHECKING:
     import tokenizers

@@ -11,13 +11,13 @@ import numpy as np
 from jaxtyping import Int32
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.prompts import gym, records
-from jaxrl_llm.prompts.config import ArithmeticTask, FileTask, ReasoningGymTask
-from jaxrl_llm.prompts.rows import Row, Text, fill_all, hash_rows, limit, make_rows, without
-from jaxrl_llm.prompts.tokenizer import Tokenizer
-from jaxrl_llm.prompts.turns import as_turns, from_data
+from jaxrl_llm.tasks import reasoning_gym, records
+from jaxrl_llm.tasks.config import ArithmeticTask, FileTask, ReasoningGymTask
+from jaxrl_llm.tasks.rows import Row, Text, fill_all, hash_rows, limit, make_rows, without
+from jaxrl_llm.tasks.tokenizer import Tokenizer
+from jaxrl_llm.tasks.turns import as_turns, from_data
 
-log = logging.getLogger("jaxrl_llm.prompts")
+log = logging.getLogger("jaxrl_llm.tasks")
 DIGITS = "0123456789"
 
 
@@ -146,7 +146,7 @@ def _file_texts(cfg: FileTask, path: Path, split: str, setting: str) -> list[Tex
 
 
 def _gym(cfg: ReasoningGymTask, tokenizer: Tokenizer, seed: int) -> Task:
-    parts = gym.draw(cfg, cfg.size, (seed, 0)), gym.draw(cfg, cfg.held_out, (seed, 1))
+    parts = reasoning_gym.draw(cfg, cfg.size, (seed, 0)), reasoning_gym.draw(cfg, cfg.held_out, (seed, 1))
     (train, dropped), (held_out, more) = (_rows(cfg, _gym_texts(cfg, part), tokenizer) for part in parts)
     return _task(train, held_out, tokenizer, dropped + more, f"task.size: {cfg.name}")
 

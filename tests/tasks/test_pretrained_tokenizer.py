@@ -12,8 +12,8 @@ from tokenizers import models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.prompts.config import PretrainedTokenizer
-from jaxrl_llm.prompts.tokenizer import load_tokenizer
+from jaxrl_llm.tasks.config import PretrainedTokenizer
+from jaxrl_llm.tasks.tokenizer import load_tokenizer
 
 TEXTS = [
     "What is 3 + 4?",

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.prompts.config import CharacterTokenizer, PretrainedTokenizer
-from jaxrl_llm.prompts.special import SpecialTokens, unused
-from jaxrl_llm.prompts.turns import Filled, PromptError, Turn, Turns, as_turns, from_data, no_unicode
+from jaxrl_llm.tasks.config import CharacterTokenizer, PretrainedTokenizer
+from jaxrl_llm.tasks.special import SpecialTokens, unused
+from jaxrl_llm.tasks.turns import Filled, PromptError, Turn, Turns, as_turns, from_data, no_unicode
 
 if TYPE_CHECKING:
     import tokenizers
@@ -179,9 +179,9 @@ def load_tokenizer(cfg: CharacterTokenizer | PretrainedTokenizer) -> Tokenizer:
     """Raises UserError for everything that is wrong with the directory, its files or its chat template."""
     if isinstance(cfg, CharacterTokenizer):
         return character_tokenizer(cfg.alphabet)
-    from jaxrl_llm.prompts import pretrained
+    from jaxrl_llm.tasks import pretrained_tokenizer
 
-    return pretrained.load(cfg)
+    return pretrained_tokenizer.load(cfg)
 
 
 def stop_problems(stop: Sequence[str], tokenizer: Tokenizer, most: int) -> list[str]:

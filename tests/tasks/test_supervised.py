@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from jaxrl_llm.prompts.config import ArithmeticTask, CharacterTokenizer
-from jaxrl_llm.prompts.stream import make_order
-from jaxrl_llm.prompts.supervised import noisy_rows
-from jaxrl_llm.prompts.task import load_task
-from jaxrl_llm.prompts.tokenizer import load_tokenizer
+from jaxrl_llm.tasks.config import ArithmeticTask, CharacterTokenizer
+from jaxrl_llm.tasks.stream import make_order
+from jaxrl_llm.tasks.supervised import noisy_rows
+from jaxrl_llm.tasks.task import load_task
+from jaxrl_llm.tasks.tokenizer import load_tokenizer
 
 TASK = load_task(ArithmeticTask(), load_tokenizer(CharacterTokenizer()), seed=0)
 ORDER = make_order(len(TASK.train), 1)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.prompts.chat import chat, first_line
-from jaxrl_llm.prompts.config import PretrainedTokenizer
-from jaxrl_llm.prompts.tokenizer import Tokenizer
+from jaxrl_llm.tasks.chat import chat, first_line
+from jaxrl_llm.tasks.config import PretrainedTokenizer
+from jaxrl_llm.tasks.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from jaxrl_llm.prompts.rows import Row
-from jaxrl_llm.prompts.stream import Order
-from jaxrl_llm.prompts.task import Task
+from jaxrl_llm.tasks.rows import Row
+from jaxrl_llm.tasks.stream import Order
+from jaxrl_llm.tasks.task import Task
 
 
 def noisy_rows(task: Task, order: Order, places: Iterable[int], noise: float, seed: int) -> list[Row]:

@@ -6,9 +6,9 @@ import pytest
 from tokenizer_setup import CHATML, save_tokenizer
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.prompts import renderer
-from jaxrl_llm.prompts.config import PretrainedTokenizer
-from jaxrl_llm.prompts.tokenizer import load_tokenizer
+from jaxrl_llm.tasks import renderer
+from jaxrl_llm.tasks.config import PretrainedTokenizer
+from jaxrl_llm.tasks.tokenizer import load_tokenizer
 
 ENDLESS = {
     "loops": "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3,
@@ -34,7 +34,7 @@ def said(directory, template) -> str:
 def test_a_template_without_an_end(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(renderer, "SECONDS", 1)
     monkeypatch.setattr(renderer, "RENDERER", renderer.Renderer())
-    monkeypatch.setattr("jaxrl_llm.prompts.chat.RENDERER", renderer.RENDERER)
+    monkeypatch.setattr("jaxrl_llm.tasks.chat.RENDERER", renderer.RENDERER)
     start = time.monotonic()
     assert said(tmp_path, ENDLESS[kind]) == (
         f"{tmp_path}: the chat template takes more than 1 s, or more memory than it may have"

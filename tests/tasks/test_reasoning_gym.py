@@ -4,14 +4,14 @@ import logging
 import sys
 
 import pytest
-import reasoning_gym
+import reasoning_gym as published
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.prompts import gym
-from jaxrl_llm.prompts.config import CharacterTokenizer, ReasoningGymTask
-from jaxrl_llm.prompts.records import Record
-from jaxrl_llm.prompts.task import load_task
-from jaxrl_llm.prompts.tokenizer import load_tokenizer
+from jaxrl_llm.tasks import reasoning_gym
+from jaxrl_llm.tasks.config import CharacterTokenizer, ReasoningGymTask
+from jaxrl_llm.tasks.records import Record
+from jaxrl_llm.tasks.task import load_task
+from jaxrl_llm.tasks.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer(CharacterTokenizer("".join(map(chr, range(32, 127))) + "\n"))
 EASY = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
@@ -33,7 +33,7 @@ def test_entries_are_true_and_bring_what_their_scorer_needs():
     for row in task.train + task.held_out:
         assert row.prompt == row.columns["question"] + "\n"
         assert row.answer == row.response == str(eval(row.columns["metadata"]["expression"]))
-        scorer = reasoning_gym.create_dataset(row.columns["reasoning_gym"], size=1, seed=0)
+        scorer = published.create_dataset(row.columns["reasoning_gym"], size=1, seed=0)
         assert scorer.score_answer(row.answer, entry=row.columns) == 1.0
         assert scorer.score_answer("no", entry=row.columns) == 0.0
     assert task.has_targets
@@ -58,7 +58,7 @@ def test_settings_reach_the_dataset():
 
 def test_prompts_that_are_held_out_are_not_trained_on(caplog):
     """Two digits and a sign: 200 different prompts, so 300 draws must meet the 50 that are held out."""
-    with caplog.at_level(logging.WARNING, "jaxrl_llm.prompts"):
+    with caplog.at_level(logging.WARNING, "jaxrl_llm.tasks"):
         task = load(config=EASY, size=300, held_out=50)
     assert not {row.prompt for row in task.train} & {row.prompt for row in task.held_out}
     assert task.repeated == 300 - len(task.train) > 0
@@ -77,7 +77,9 @@ def test_long_prompts_are_dropped():
 def test_an_entry_without_answer_is_left_to_its_scorer(monkeypatch):
     entries = [Record("x[0]", {"question": "Any even number?", "answer": None, "reasoning_gym": "x"})]
     monkeypatch.setattr(
-        gym, "draw", lambda cfg, size, seed: entries if seed[1] else [Record("x[1]", {"question": "2+2", "answer": 4})]
+        reasoning_gym,
+        "draw",
+        lambda cfg, size, seed: entries if seed[1] else [Record("x[1]", {"question": "2+2", "answer": 4})],
     )
     task = load()
     assert (task.held_out[0].answer, task.train[0].answer) == ("", "4")

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import grain
 import numpy as np
 
-from jaxrl_llm.prompts.rows import Row
-from jaxrl_llm.prompts.task import Task
+from jaxrl_llm.tasks.rows import Row
+from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Prompts
 
 Order = Callable[[int], int]

@@ -6,8 +6,8 @@ import difflib
 import numpy as np
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.prompts.config import ReasoningGymTask
-from jaxrl_llm.prompts.records import Record
+from jaxrl_llm.tasks.config import ReasoningGymTask
+from jaxrl_llm.tasks.records import Record
 
 NAME, SETTINGS = "reasoning_gym", "reasoning_gym_config"
 """Columns that name the dataset and its settings, so that a grader elsewhere can make its scorer anew."""

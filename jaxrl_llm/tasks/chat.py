@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.prompts.config import PretrainedTokenizer
-from jaxrl_llm.prompts.renderer import RENDERER
-from jaxrl_llm.prompts.turns import Turns, as_turns, no_unicode
+from jaxrl_llm.tasks.config import PretrainedTokenizer
+from jaxrl_llm.tasks.renderer import RENDERER
+from jaxrl_llm.tasks.turns import Turns, as_turns, no_unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-log = logging.getLogger("jaxrl_llm.prompts")
+log = logging.getLogger("jaxrl_llm.tasks")
 SYSTEMS = ("system", "developer")
 # Texts that no template holds by itself.
 SYSTEM, QUESTION, ANSWER = "Count to 8642.", "What is 7391 plus 2?", "It is 7393."

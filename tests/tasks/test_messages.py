@@ -9,9 +9,9 @@ from tokenizer_setup import IM_END, save_tokenizer
 from transformers import AutoTokenizer
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.prompts.config import FileTask, PretrainedTokenizer
-from jaxrl_llm.prompts.task import load_task
-from jaxrl_llm.prompts.tokenizer import load_tokenizer
+from jaxrl_llm.tasks.config import FileTask, PretrainedTokenizer
+from jaxrl_llm.tasks.task import load_task
+from jaxrl_llm.tasks.tokenizer import load_tokenizer
 
 ASK = {"role": "user", "content": "2+2?"}
 MORE = [

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.prompts.records import read
+from jaxrl_llm.tasks.records import read
 
 ROWS = [
     {"question": "2+2", "answer": 4, "meta": {"level": "easy", "tags": ["a", "b"]}},

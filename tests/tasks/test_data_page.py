@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
-from jaxrl_llm.prompts.config import TaskConfig, TokenizerConfig
+from jaxrl_llm.tasks.config import TaskConfig, TokenizerConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 BLOCKS = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)

@@ -9,9 +9,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from jaxrl_llm import config, sources
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.prompts.config import CharacterTokenizer, PretrainedTokenizer
-from jaxrl_llm.prompts.tokenizer import BATCH, Tokenizer, load_tokenizer
 from jaxrl_llm.roles.blueprint import blueprint_of
+from jaxrl_llm.tasks.config import CharacterTokenizer, PretrainedTokenizer
+from jaxrl_llm.tasks.tokenizer import BATCH, Tokenizer, load_tokenizer
 
 ODD = load_tokenizer(CharacterTokenizer("ab +#<>é∑\n\t😀"))
 DIGITS = load_tokenizer(CharacterTokenizer())
