@@ -15,6 +15,7 @@ import yaml
 from annotated_types import Ge, Lt
 from pydantic import ConfigDict, Discriminator, Tag, TypeAdapter, ValidationError
 
+from jaxrl_llm.environments.config import RewardConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.config import FILTERS, ExperienceConfig
 from jaxrl_llm.explain import errors_in_words, named
@@ -24,7 +25,6 @@ from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.presets import PRESETS, filled, nearest
 from jaxrl_llm.objective.rules import refusals
 from jaxrl_llm.parallel.config import MeshConfig, divisors, resolve
-from jaxrl_llm.rewards.config import RewardConfig
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.tasks.config import ArithmeticTask, CharacterTokenizer, PretrainedTokenizer, TaskConfig, TokenizerConfig
 from jaxrl_llm.update.config import UpdateConfig, WarmStartConfig

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxrl_llm import sources
 from jaxrl_llm.config import RunConfig
+from jaxrl_llm.environments.grader_pool import GraderPool
 from jaxrl_llm.errors import CheckpointError, UserError
 from jaxrl_llm.estimates import Estimate, avg_at_k, maj_at_k, pass_at_k
 from jaxrl_llm.model import lora
@@ -26,7 +27,6 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.perf.rates import decode_rates
 from jaxrl_llm.plan import fit
-from jaxrl_llm.rewards.pool import GraderPool
 from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
 from jaxrl_llm.roles.build import make_evaluator, make_keys, make_publisher, make_scorer
 from jaxrl_llm.roles.collect import Collector

@@ -2,7 +2,7 @@
 
 import time
 
-from jaxrl_llm.rewards.graders import Sample
+from jaxrl_llm.environments.grader import Sample
 
 
 def counts_letters(sample: Sample) -> float | str:

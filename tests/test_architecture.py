@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 NAME = "jaxrl_llm"
 PACKAGE = ROOT / NAME
 
-STAGES = {"tasks", "rollout", "rewards", "experience", "objective", "update"}
+STAGES = {"tasks", "rollout", "environments", "experience", "objective", "update"}
 FOUNDATION = {"types", "errors", "parallel"}
 # What a room may import beside itself and other rooms' config.py. A file at the top of the package is a room of its own.
 ALLOWED = {
@@ -37,6 +37,7 @@ ALLOWED = {
     },
     "config": {"errors", "explain", "metrics", "objective", "values"},
     "distribution": {"model", "parallel", "types"},
+    "environments": {"errors", "explain", "own", "terminal"},
     "errors": set(),
     "estimates": set(),
     "experience": {"errors", "estimates", "own", "own_part", "types"},
@@ -45,13 +46,13 @@ ALLOWED = {
     "guards": {"errors"},
     "inspect_run": {
         "config",
+        "environments",
         "errors",
         "estimates",
         "model",
         "parallel",
         "perf",
         "plan",
-        "rewards",
         "roles",
         "rollout",
         "screen",
@@ -88,10 +89,10 @@ ALLOWED = {
         "update",
     },
     "report": {"errors", "metrics", "terminal"},
-    "rewards": {"errors", "explain", "own", "terminal"},
     "roles": {
         "config",
         "distribution",
+        "environments",
         "errors",
         "estimates",
         "experience",
@@ -100,7 +101,6 @@ ALLOWED = {
         "objective",
         "parallel",
         "perf",
-        "rewards",
         "rollout",
         "sources",
         "tasks",
@@ -114,15 +114,15 @@ ALLOWED = {
         "checkpoint",
         "claim",
         "config",
+        "environments",
         "errors",
         "metrics",
-        "rewards",
         "roles",
         "run_directory",
         "tasks",
         "types",
     },
-    "sources": {"config", "errors", "model", "own_part", "rewards", "tasks"},
+    "sources": {"config", "environments", "errors", "model", "own_part", "tasks"},
     "storage": set(),
     "targets": {"config", "errors", "options", "values"},
     "tasks": {"errors", "types"},
@@ -266,7 +266,7 @@ LIGHT = [
     PACKAGE / "config.py",
     PACKAGE / "sources.py",
     *sorted(PACKAGE.glob("*/**/config.py")),
-    *sorted(path for path in PACKAGE.glob("rewards/*.py") if path.name != "config.py"),
+    *sorted(path for path in PACKAGE.glob("environments/*.py") if path.name != "config.py"),
 ]
 
 
@@ -315,13 +315,13 @@ def test_tests_mirror_the_package():
 
 
 FAKE = {
-    "tasks/a.py": ("from jaxrl_llm.rewards.pool import Pool", "tasks may not import rewards"),
+    "tasks/a.py": ("from jaxrl_llm.environments.grader_pool import Pool", "tasks may not import environments"),
     "rollout/a.py": ("from ..update import step", "rollout may not import update"),
     "model/a.py": ("def f():\n    import jaxrl_llm.rollout.decode", "model may not import rollout"),
     "experience/a.py": ("from jaxrl_llm import train", "experience may not import train"),
     "update/a.py": ("from tests import setups", "the package never imports tests"),
     "utils.py": ("", "no rule for the room utils"),
-    "rewards/helpers.py": ("", "helpers says nothing"),
+    "environments/helpers.py": ("", "helpers says nothing"),
 }
 
 

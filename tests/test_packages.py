@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from jaxrl_llm.config import validate
+from jaxrl_llm.environments import grader
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.plan import command
-from jaxrl_llm.rewards import graders
 from jaxrl_llm.tasks import reasoning_gym, records
 from jaxrl_llm.tasks.config import ReasoningGymTask
 
@@ -93,7 +93,7 @@ def plan(tmp_path):
 
 def grade(name):
     def check(tmp_path):
-        raise UserError("\n".join(graders.problems(validate({"reward": name}, "test").reward)))
+        raise UserError("\n".join(grader.problems(validate({"reward": name}, "test").reward)))
 
     return check
 

@@ -17,9 +17,9 @@ import pytest
 
 from jaxrl_llm import config as run_config
 from jaxrl_llm.config import RunConfig
+from jaxrl_llm.environments.config import GraderConfig, RewardConfig
 from jaxrl_llm.errors import Preempted, UserError
 from jaxrl_llm.metrics import CompileCounter, read_jsonl
-from jaxrl_llm.rewards.config import GraderConfig, RewardConfig
 from jaxrl_llm.rollout.config import EngineConfig
 
 ROOT = Path(__file__).parents[1]

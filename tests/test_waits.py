@@ -41,15 +41,15 @@ REASONS = {
         "self._pipe.recv_bytes": "behind a poll with a limit; an answer that has begun comes whole, or SIGALRM ends the process",
         "self._process.poll": "Popen.poll does not wait",
     },
-    "jaxrl_llm/rewards/keeper.py": {
+    "jaxrl_llm/environments/watchdog.py": {
         "os.read": "from pipes that are ready or do not block",
         "os.write": "to a pipe that does not block",
     },
-    "jaxrl_llm/rewards/process.py": {
+    "jaxrl_llm/environments/worker_process.py": {
         "self._connection.recv": "a socket that does not block",
         "self._connection.send": "a socket that does not block",
     },
-    "jaxrl_llm/rewards/worker.py": {
+    "jaxrl_llm/environments/worker.py": {
         "connection.sendall": "the keeper ends a worker that the trainer no longer waits for"
     },
     "jaxrl_llm/rollout/programs.py": {"with ThreadPoolExecutor": COMPUTES},

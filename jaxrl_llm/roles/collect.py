@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from jaxrl_llm.environments.grader import Sample
+from jaxrl_llm.environments.grader_pool import Graded, GraderPool
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.rewards.graders import Sample
-from jaxrl_llm.rewards.pool import Graded, GraderPool
 from jaxrl_llm.rollout.engine import Engine, Stats
 from jaxrl_llm.tasks.rows import Row
 from jaxrl_llm.tasks.task import Task

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxrl_llm.rewards.pool import Failure, part_metrics
+from jaxrl_llm.environments.grader_pool import Failure, part_metrics
 from jaxrl_llm.roles.updates import as_floats
 from jaxrl_llm.rollout.engine import Stats
 from jaxrl_llm.tasks.task import Task

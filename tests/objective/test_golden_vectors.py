@@ -12,10 +12,10 @@ import pytest
 from cases import Found, assess, batch_of, objective_of
 
 from jaxrl_llm.distribution.score import TokenScores
+from jaxrl_llm.environments.grader import Sample
+from jaxrl_llm.environments.graders.text import Length
 from jaxrl_llm.objective.loss_config import Clip, Gmpo, KlConfig, NoCorrection, PolicyGradient, Sapo
 from jaxrl_llm.objective.losses import policy_terms
-from jaxrl_llm.rewards.graders import Sample
-from jaxrl_llm.rewards.text import Length
 from jaxrl_llm.update.batch import token_weights
 
 REWARD = [1.0, 0.0, 0.0, 0.5]

@@ -148,7 +148,7 @@ def test_who_learns_imports_no_engine_no_task_and_no_sampler(name):
     places = (
         "jaxrl_llm.rollout",
         "jaxrl_llm.tasks",
-        "jaxrl_llm.rewards",
+        "jaxrl_llm.environments",
         "jaxrl_llm.roles.sampler",
         "jaxrl_llm.roles.collect",
     )

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from fakes import groups_of, sums
 
+from jaxrl_llm.environments.grader_pool import Failure
 from jaxrl_llm.perf.work import Work
-from jaxrl_llm.rewards.pool import Failure
 from jaxrl_llm.roles.summary import describe, describe_engine, responses
 from jaxrl_llm.rollout.engine import Stats
 from jaxrl_llm.types import Finish

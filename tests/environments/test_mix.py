@@ -7,10 +7,10 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 
+from jaxrl_llm.environments.config import GraderConfig, RewardConfig
+from jaxrl_llm.environments.grader import Sample
+from jaxrl_llm.environments.grader_pool import Failure, GraderPool, part_metrics
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards.config import GraderConfig, RewardConfig
-from jaxrl_llm.rewards.graders import Sample
-from jaxrl_llm.rewards.pool import Failure, GraderPool, part_metrics
 
 KINDS = [kind for kind in Failure if kind]
 
@@ -94,7 +94,7 @@ def test_a_sum_beyond_float32_is_blamed_on_its_largest_part():
 
 def test_a_moody_grader_in_a_mix_is_counted_exactly_under_its_name(caplog):
     """It raises on one row in ten, sleeps for ever on one in fifty, returns a string on one in a hundred."""
-    caplog.set_level(logging.WARNING, "jaxrl_llm.rewards")
+    caplog.set_level(logging.WARNING, "jaxrl_llm.environments")
     graders = (
         GraderConfig("numeric"),
         GraderConfig("bad_graders:moody", 0.5, "mood"),

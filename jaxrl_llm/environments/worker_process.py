@@ -12,9 +12,9 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
+from jaxrl_llm.environments.grader import Sample
+from jaxrl_llm.environments.worker import LENGTH_BYTES, MAX_LINE_BYTES, Failure, Setup, Verdict, decode, failed
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards.graders import Sample
-from jaxrl_llm.rewards.worker import LENGTH_BYTES, MAX_LINE_BYTES, Failure, Setup, Verdict, decode, failed
 
 START_LIMIT_S = 120.0
 # A keeper needs milliseconds; a machine that swaps needs more.
@@ -38,7 +38,7 @@ def _start_keeper() -> tuple[socket.socket, subprocess.Popen]:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     # Not by multiprocessing, which would run the trainer's `__main__` again in each worker, imports of jax and all.
-    code = f"import sys; sys.path[:] = {sys.path!r}; from jaxrl_llm.rewards.keeper import keep; keep({theirs.fileno()})"
+    code = f"import sys; sys.path[:] = {sys.path!r}; from jaxrl_llm.environments.watchdog import keep; keep({theirs.fileno()})"
     with theirs:
         try:
             keeper = subprocess.Popen(

@@ -2,8 +2,8 @@
 
 import pytest
 
-from jaxrl_llm.rewards.choice import MultipleChoice
-from jaxrl_llm.rewards.graders import Sample
+from jaxrl_llm.environments.grader import Sample
+from jaxrl_llm.environments.graders.choice import MultipleChoice
 
 
 def read(text, finish="eos"):

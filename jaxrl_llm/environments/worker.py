@@ -15,8 +15,8 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
-from jaxrl_llm.rewards import family
-from jaxrl_llm.rewards.graders import Grader, Sample, make
+from jaxrl_llm.environments import descendants
+from jaxrl_llm.environments.grader import Grader, Sample, make
 
 FLOAT32_MAX = 3.4028234663852886e38
 LENGTH_BYTES = 8
@@ -92,10 +92,10 @@ def serve(connection: socket.socket) -> None:
         except BaseException as error:
             return tell(_raised(error, index, setup.memory_gib))
     tell(Verdict([[] for _ in graders], []))
-    helpers = family.descendants()
+    helpers = descendants.descendants()
     while frame := _frame(requests):
         verdict = _judge_frame(graders, frame, tell, setup.memory_gib)
-        tell(verdict._replace(left_running=family.end_descendants(helpers).command))
+        tell(verdict._replace(left_running=descendants.end_descendants(helpers).command))
 
 
 def _frame(requests: BinaryIO) -> bytes:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from jaxrl_llm.rewards.graders import Sample
-from jaxrl_llm.rewards.text import ExactMatch, FinalText, Format, Length, Regex
+from jaxrl_llm.environments.grader import Sample
+from jaxrl_llm.environments.graders.text import ExactMatch, FinalText, Format, Length, Regex
 
 
 def sample(completion, answer="", finish="eos", **more):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from jaxrl_llm.rewards.graders import Sample
-from jaxrl_llm.rewards.numeric import Gsm8k, Numeric, numbers, spelled
+from jaxrl_llm.environments.grader import Sample
+from jaxrl_llm.environments.graders.numeric import Gsm8k, Numeric, numbers, spelled
 
 
 def sample(completion, answer, finish="eos"):

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from jaxrl_llm.rewards.config import GraderConfig, RewardConfig
-from jaxrl_llm.rewards.graders import Sample
-from jaxrl_llm.rewards.pool import Failure, GraderPool
+from jaxrl_llm.environments.config import GraderConfig, RewardConfig
+from jaxrl_llm.environments.grader import Sample
+from jaxrl_llm.environments.grader_pool import Failure, GraderPool
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux's")
 
@@ -80,7 +80,7 @@ def pools():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(HERE)
         patch.setenv(*MARK.split("="))
-        patch.setattr("jaxrl_llm.rewards.pool.NUM_LOGGED", 1000)
+        patch.setattr("jaxrl_llm.environments.grader_pool.NUM_LOGGED", 1000)
         graders = (GraderConfig("attacks:attack"),)
         made = Pools(*(GraderPool(RewardConfig(graders, 1, deadline_s, 0.25)) for deadline_s in (DEADLINE_S, 30.0)))
         with made.short, made.patient:
@@ -125,7 +125,7 @@ WANTED = {
 
 @pytest.mark.parametrize("attack", WANTED)
 def test_nothing_is_left_of_an_attack(attack, pools, caplog):
-    caplog.set_level(logging.WARNING, "jaxrl_llm.rewards")
+    caplog.set_level(logging.WARNING, "jaxrl_llm.environments")
     wanted, words = WANTED[attack] if isinstance(WANTED[attack], tuple) else (WANTED[attack], "")
     pool = pools.short if wanted == Failure.TIMED_OUT else pools.patient
     before, start = open_here(), time.monotonic()
@@ -157,7 +157,7 @@ def test_a_worker_that_stops_reading_is_a_missed_deadline(pools):
 
 def test_what_a_grader_writes_to_standard_error_is_bounded_and_harmless(monkeypatch, caplog, capfd):
     monkeypatch.syspath_prepend(HERE)
-    caplog.set_level(logging.WARNING, "jaxrl_llm.rewards")
+    caplog.set_level(logging.WARNING, "jaxrl_llm.environments")
     with GraderPool(RewardConfig((GraderConfig("attacks:attack"),), workers=1)) as pool:
         assert settles(lambda: pool.grade([group("flood stderr")]).reward[0] == 1 and len(caplog.messages) >= 50)
         told = [text.removeprefix("a grader's standard error: ") for text in caplog.messages]
@@ -176,7 +176,7 @@ def test_what_a_grader_writes_to_standard_error_is_bounded_and_harmless(monkeypa
 
 def test_a_process_left_running_is_told_once(monkeypatch, caplog):
     monkeypatch.syspath_prepend(HERE)
-    caplog.set_level(logging.WARNING, "jaxrl_llm.rewards")
+    caplog.set_level(logging.WARNING, "jaxrl_llm.environments")
     with GraderPool(RewardConfig((GraderConfig("attacks:attack"),), workers=1)) as pool:
         pool.grade([group("child"), group("child")])
     [told] = caplog.messages

@@ -4,7 +4,7 @@ import re
 from fractions import Fraction
 from typing import NoReturn
 
-from jaxrl_llm.rewards.spelling import in_base
+from jaxrl_llm.environments.graders.normalization import in_base
 
 MAX_EXPONENT = 10_000
 

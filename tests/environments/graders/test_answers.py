@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl_llm.rewards.graders import Sample, make
-from jaxrl_llm.rewards.numeric import Numeric
+from jaxrl_llm.environments.grader import Sample, make
+from jaxrl_llm.environments.graders.numeric import Numeric
 
 # Of the extra "tasks".
 pytest.importorskip("mpmath")

@@ -8,10 +8,10 @@ from pathlib import Path
 import pydantic
 import pytest
 
+from jaxrl_llm.environments.config import GraderConfig, RewardConfig
+from jaxrl_llm.environments.grader import BUILT_IN, Sample, make, problems, resolve, unreadable_rows
+from jaxrl_llm.environments.graders.text import ExactMatch
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards.config import GraderConfig, RewardConfig
-from jaxrl_llm.rewards.graders import BUILT_IN, Sample, make, problems, resolve, unreadable_rows
-from jaxrl_llm.rewards.text import ExactMatch
 
 SAMPLE = Sample("<1+1>", "2#", "2#", "eos")
 
@@ -32,7 +32,7 @@ def problems_of(*graders):
 def test_every_built_in_can_be_found():
     for name in BUILT_IN:
         assert isinstance(resolve(name), type)
-    assert make("exact_match") == make("jaxrl_llm.rewards.text:ExactMatch") == ExactMatch()
+    assert make("exact_match") == make("jaxrl_llm.environments.graders.text:ExactMatch") == ExactMatch()
 
 
 @pytest.mark.parametrize(
@@ -216,9 +216,9 @@ def test_the_working_directory_can_be_imported_from_a_command_in_another_place(t
     """As with an installed command: the directory of the program, not that of the user, is on the path."""
     (tmp_path / "program").mkdir()
     (tmp_path / "program" / "main.py").write_text(
-        "from jaxrl_llm.rewards.config import GraderConfig, RewardConfig\n"
-        "from jaxrl_llm.rewards.graders import Sample\n"
-        "from jaxrl_llm.rewards.pool import GraderPool\n"
+        "from jaxrl_llm.environments.config import GraderConfig, RewardConfig\n"
+        "from jaxrl_llm.environments.grader import Sample\n"
+        "from jaxrl_llm.environments.grader_pool import GraderPool\n"
         "with GraderPool(RewardConfig((GraderConfig('mine:f'),), workers=1)) as pool:\n"
         "    print(pool.grade([[Sample('', '7', '7', 'eos')]]).reward.tolist())\n"
     )
@@ -230,7 +230,8 @@ def test_the_working_directory_can_be_imported_from_a_command_in_another_place(t
     assert (done.stdout, done.returncode) == ("[[7.0]]\n", 0), done.stderr
 
 
-def test_the_room_does_not_import_jax():
-    modules = "pool, config, worker, text, numeric, choice, maths, gym".split(", ")
-    code = f"import sys, {', '.join(f'jaxrl_llm.rewards.{m}' for m in modules)}; print('jax' in sys.modules)"
+def test_the_package_does_not_import_jax():
+    graders = (f"graders.{name}" for name in ("text", "numeric", "choice", "mathematics", "reasoning_gym"))
+    modules = ", ".join(f"jaxrl_llm.environments.{name}" for name in ("grader_pool", "config", "worker", *graders))
+    code = f"import sys, {modules}; print('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxrl_llm.rewards.graders import Sample, make
+from jaxrl_llm.environments.grader import Sample, make
 
 # Of the extra "tasks".
 reasoning_gym = pytest.importorskip("reasoning_gym")

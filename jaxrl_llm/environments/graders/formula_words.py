@@ -2,7 +2,7 @@ r"""What the pieces of a formula mean: units, words, names of functions; and a f
 
 import re
 
-from jaxrl_llm.rewards import spelling
+from jaxrl_llm.environments.graders import normalization
 
 GREEK = frozenset(
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron rho sigma tau upsilon phi chi psi omega "
@@ -70,7 +70,7 @@ _UNIT = rf"(?:{_TEXT}|(?<![A-Za-z\\])(?!(?:{_NOT_WORDS}|{_CHANGING})(?![A-Za-z])
 UNITS = re.compile(
     rf"\s*(?:\\frac\s?\{{\s*{_UNIT}\s*\}}\s?\{{\s*{_UNIT}\s*\}}|{_UNIT}(?:\s*(?:/|\\cdot|\*)?\s*{_UNIT})*)"
 )
-_SCALE_NAMES = rf"(?:{'|'.join(spelling.SCALES)})"
+_SCALE_NAMES = rf"(?:{'|'.join(normalization.SCALES)})"
 SCALE = re.compile(
     rf"\s*(?:\\text\s?\{{\s*(?P<inner>{_SCALE_NAMES})s?(?![a-z])[A-Za-z ]*\}}|(?P<bare>{_SCALE_NAMES})s?(?![a-z]))"
 )
@@ -139,7 +139,7 @@ _TWO_POINTS = re.compile(r"[0-9]\.[0-9]+\.[0-9]|(?<![0-9])[0-9]{1,3}(?:\.[0-9]{3
 def prepare(text: str) -> str:
     r"""One spelling for what differs only in looks: sizes, spaces, fonts, dollars, separators of thousands."""
     text = _GAPS.sub(
-        " ", _BOXES.sub("", spelling.plain(_CURRENCY.sub(" ", text)).replace(r"\(", "(").replace(r"\)", ")"))
+        " ", _BOXES.sub("", normalization.plain(_CURRENCY.sub(" ", text)).replace(r"\(", "(").replace(r"\)", ")"))
     )
     text = _SAME_COMMANDS.sub(lambda found: _SAME[found[0]], text)
     text = _FORMS.sub(lambda found: r"\text{", text)

@@ -3,10 +3,10 @@
 import re
 from dataclasses import dataclass
 
-from jaxrl_llm.rewards.graders import Sample
-from jaxrl_llm.rewards.maths import last_boxed
-from jaxrl_llm.rewards.spelling import LETTER, plain
-from jaxrl_llm.rewards.text import FinalText
+from jaxrl_llm.environments.grader import Sample
+from jaxrl_llm.environments.graders.mathematics import last_boxed
+from jaxrl_llm.environments.graders.normalization import LETTER, plain
+from jaxrl_llm.environments.graders.text import FinalText
 
 _MARKUP = " \t\r\n()[]{}*_.:,;!\"'`$"
 

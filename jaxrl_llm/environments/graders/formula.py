@@ -14,10 +14,10 @@ What it does not know it refuses: a formula that is read in part would be read a
 import re
 from fractions import Fraction
 
-from jaxrl_llm.rewards import tokens
-from jaxrl_llm.rewards.scanner import Scanner, Unreadable
-from jaxrl_llm.rewards.spelling import SCALES
-from jaxrl_llm.rewards.tokens import FUNCTIONS, GREEK, NAMED, RELATIONS
+from jaxrl_llm.environments.graders import formula_words
+from jaxrl_llm.environments.graders.formula_words import FUNCTIONS, GREEK, NAMED, RELATIONS
+from jaxrl_llm.environments.graders.normalization import SCALES
+from jaxrl_llm.environments.graders.scanner import Scanner, Unreadable
 
 MAX_DEPTH = 30
 MAX_HEIGHT = 150
@@ -36,17 +36,17 @@ _SCRIPT = re.compile(r"_\s?(?:\{\s*((?:\\text\{[^{}]*\}|[^{}])*?)\s*\}|\\text\{(
 def read(text: str) -> tuple:
     """The tree of an answer. Raises Unreadable."""
     try:
-        return _read(tokens.prepare(text))
+        return _read(formula_words.prepare(text))
     except Unreadable:
-        if words := tokens.date(text) or tokens.quoted(text):
+        if words := formula_words.date(text) or formula_words.quoted(text):
             return ("words", words)
         raise
 
 
 def _read(text: str) -> tuple:
-    if words := tokens.words(text):
+    if words := formula_words.words(text):
         return ("words", words)
-    if why := tokens.prose(text):
+    if why := formula_words.prose(text):
         raise Unreadable(why)
     reader = _Reader(text)
     tree = reader.items()
@@ -75,7 +75,7 @@ class _Reader(Scanner):
     def separator(self) -> bool:
         self.rest()
         start = self.at
-        while any(map(self.take, (",", ";", r"\cup", r"\lor", r"\vee"))) or self.match(tokens.OR_AND):
+        while any(map(self.take, (",", ";", r"\cup", r"\lor", r"\vee"))) or self.match(formula_words.OR_AND):
             pass
         return self.at > start
 
@@ -114,7 +114,7 @@ class _Reader(Scanner):
                 result = ("product", result, self.signed())
             elif self.take("/") or self.take(r"\div"):
                 result = ("quotient", result, self.signed())
-            elif scale := self.match(tokens.SCALE):
+            elif scale := self.match(formula_words.SCALE):
                 result = ("product", result, ("number", Fraction(SCALES[scale["inner"] or scale["bare"]])))
             elif unit := self.unit():
                 result = result if unit == "unit" else (unit, result)
@@ -143,22 +143,22 @@ class _Reader(Scanner):
         if following == "|":
             return not self.bars
         if following == "\\":
-            return not self.ahead(*tokens.NO_FACTORS) and not tokens.OR_AND.match(self.text, self.at)
-        return not tokens.OR_AND.match(self.text, self.at)
+            return not self.ahead(*formula_words.NO_FACTORS) and not formula_words.OR_AND.match(self.text, self.at)
+        return not formula_words.OR_AND.match(self.text, self.at)
 
     def unit(self) -> str:
         """Reads a unit, or what stands in the place of one; its kind, "" if there is none."""
         self.rest()
-        if self.match(tokens.PERCENT):
+        if self.match(formula_words.PERCENT):
             return "percent"
-        if self.match(tokens.DEGREE):
+        if self.match(formula_words.DEGREE):
             return "degree"
-        return "unit" if self.match(tokens.UNITS) else ""
+        return "unit" if self.match(formula_words.UNITS) else ""
 
     def power(self) -> tuple:
         base = self.primary()
         while True:
-            if self.match(tokens.DEGREE):
+            if self.match(formula_words.DEGREE):
                 base = ("degree", base)
             elif self.take("^"):
                 base = ("power", base, self.argument(whole_numbers=True))
@@ -237,7 +237,7 @@ class _Reader(Scanner):
         if run in NAMED or run in FUNCTIONS or run == "sqrt" or (run in GREEK and len(run) > 3):
             self.at += len(run)
             return self.named(run)
-        if tokens.is_word(run):
+        if formula_words.is_word(run):
             self.refuse("a word")
         self.at += 1
         if run[0] in "ei" and self.rest() != "_":

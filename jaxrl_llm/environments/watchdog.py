@@ -13,8 +13,8 @@ import socket
 import time
 from contextlib import suppress
 
-from jaxrl_llm.rewards import family
-from jaxrl_llm.rewards.worker import serve
+from jaxrl_llm.environments import descendants
+from jaxrl_llm.environments.worker import serve
 
 # Both together fit into an empty pipe, so that a trainer that does not read stalls nobody.
 MAX_ERRORS_BYTES = 8192
@@ -29,7 +29,7 @@ def keep(connection: int) -> None:
     # It ends with its worker. A batch system's SIGTERM is for the trainer, which may want to save first.
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
-    family.adopt_orphans()
+    descendants.adopt_orphans()
     errors, errors_in = os.pipe()
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
@@ -51,8 +51,8 @@ def _become_worker(keeper: int, errors: int) -> None:
     """Settles in the forked process."""
     # A group of its own, for what a grader sends to "its" group.
     os.setpgid(0, 0)
-    family.die_with(keeper)
-    family.adopt_orphans()
+    descendants.die_with(keeper)
+    descendants.adopt_orphans()
     for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(signum, signal.SIG_DFL)
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -77,10 +77,10 @@ def _watch(worker: int, trainer: int, woken: int, errors: int) -> int:
         status = found if ended else None
         if 0 in ready or os.getppid() != trainer:
             break
-    if not family.LINUX:
+    if not descendants.LINUX:
         with suppress(OSError):
             os.killpg(worker, signal.SIGKILL)
-    statuses = family.end_descendants().statuses
+    statuses = descendants.end_descendants().statuses
     if status is None:
         status = statuses[worker] if worker in statuses else _last_status(worker)
     echo.pump()
@@ -89,13 +89,13 @@ def _watch(worker: int, trainer: int, woken: int, errors: int) -> int:
 
 def _last_status(worker: int) -> int:
     """Of a worker that died of SIGKILL, or that not even this ends: then as if it had."""
-    limit = time.monotonic() + family.END_LIMIT_S
+    limit = time.monotonic() + descendants.END_LIMIT_S
     while time.monotonic() < limit:
         with suppress(ChildProcessError):
             ended, status = os.waitpid(worker, os.WNOHANG)
             if ended:
                 return status
-        time.sleep(family.PAUSE_S)
+        time.sleep(descendants.PAUSE_S)
     return signal.SIGKILL
 
 

@@ -24,17 +24,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxrl_llm.environments.config import RewardConfig
+from jaxrl_llm.environments.grader import Sample, problems
+from jaxrl_llm.environments.worker import FLOAT32_MAX, Failure, Setup, Verdict, encodable, failed
+from jaxrl_llm.environments.worker_process import END_LIMIT_S, WorkerProcess, pack_group
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards.config import RewardConfig
-from jaxrl_llm.rewards.graders import Sample, problems
-from jaxrl_llm.rewards.process import END_LIMIT_S, WorkerProcess, pack_group
-from jaxrl_llm.rewards.worker import FLOAT32_MAX, Failure, Setup, Verdict, encodable, failed
 from jaxrl_llm.terminal import printable
 
 NUM_LOGGED = 5
 MAX_ERROR_LINES = 50
 
-log = logging.getLogger("jaxrl_llm.rewards")
+log = logging.getLogger("jaxrl_llm.environments")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, MinLen
 
-from jaxrl_llm.rewards.graders import Sample
+from jaxrl_llm.environments.grader import Sample
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,10 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxrl_llm.rewards.answer import Reading, agree, readings
-from jaxrl_llm.rewards.graders import Sample
-from jaxrl_llm.rewards.scanner import Unreadable
-from jaxrl_llm.rewards.text import FinalText
+from jaxrl_llm.environments.grader import Sample
+from jaxrl_llm.environments.graders.answer_key import Reading, agree, readings
+from jaxrl_llm.environments.graders.scanner import Unreadable
+from jaxrl_llm.environments.graders.text import FinalText
 
 # Braces open a box; without them it holds the digits, the letter or the command behind it.
 _BOX = re.compile(r"\\(?:boxed|fbox)(?:\s?(\{)|\s?([0-9]+|(?<=\s)[A-Za-z]|\\[A-Za-z]+))")

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxrl_llm.environments.config import GraderConfig, RewardConfig
+from jaxrl_llm.environments.grader import Sample
+from jaxrl_llm.environments.grader_pool import Failure, GraderPool
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rewards.config import GraderConfig, RewardConfig
-from jaxrl_llm.rewards.graders import Sample
-from jaxrl_llm.rewards.pool import Failure, GraderPool
 
 HERE = Path(__file__).parent
 GOOD = ["0.5", "2"]
@@ -197,7 +197,7 @@ def test_output_and_state_of_a_grader_stay_in_its_worker(capfd):
 
 
 def test_the_first_five_failures_of_each_kind_are_logged(caplog):
-    caplog.set_level(logging.WARNING, "jaxrl_llm.rewards")
+    caplog.set_level(logging.WARNING, "jaxrl_llm.environments")
     with pool_of("by_completion", workers=1) as pool:
         pool.grade(groups_of(*[["raise"]] * 7, ["none"], ["os._exit"]))
     lines = [record.getMessage() for record in caplog.records]
@@ -258,9 +258,9 @@ def test_a_grader_that_only_the_parent_can_import_ends_the_run(tmp_path, monkeyp
 
 
 SCRIPT = """
-from jaxrl_llm.rewards.config import RewardConfig
-from jaxrl_llm.rewards.graders import Sample
-from jaxrl_llm.rewards.pool import GraderPool
+from jaxrl_llm.environments.config import RewardConfig
+from jaxrl_llm.environments.grader import Sample
+from jaxrl_llm.environments.grader_pool import GraderPool
 print("once")
 with GraderPool(RewardConfig(workers=1)) as pool:
     print(pool.grade([[Sample("", "7#", "7#", "eos")]]).reward)
@@ -281,9 +281,9 @@ def test_workers_die_with_a_parent_that_is_killed(tmp_path):
     code = f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
-from jaxrl_llm.rewards.config import GraderConfig, RewardConfig
-from jaxrl_llm.rewards.graders import Sample
-from jaxrl_llm.rewards.pool import GraderPool
+from jaxrl_llm.environments.config import GraderConfig, RewardConfig
+from jaxrl_llm.environments.grader import Sample
+from jaxrl_llm.environments.grader_pool import GraderPool
 GraderPool(RewardConfig((GraderConfig("bad_graders:say_pid_and_spin"),), 1, 600.0)).grade([[Sample({str(file)!r}, "", "", "eos")]])
 """
     env = os.environ | {"PYTHONPATH": str(HERE.parents[1])}

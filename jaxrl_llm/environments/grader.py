@@ -15,7 +15,7 @@ from jaxrl_llm.errors import UserError
 
 # Workers import this module, and start sooner without pydantic.
 if TYPE_CHECKING:
-    from jaxrl_llm.rewards.config import RewardConfig
+    from jaxrl_llm.environments.config import RewardConfig
 
 
 SHOWN = 5
@@ -45,15 +45,15 @@ It may offer `problem(row) -> str`, asked of each row (a sample without a respon
 "" if it can."""
 
 BUILT_IN = {
-    "exact_match": "jaxrl_llm.rewards.text:ExactMatch",
-    "regex": "jaxrl_llm.rewards.text:Regex",
-    "format": "jaxrl_llm.rewards.text:Format",
-    "length": "jaxrl_llm.rewards.text:Length",
-    "multiple_choice": "jaxrl_llm.rewards.choice:MultipleChoice",
-    "numeric": "jaxrl_llm.rewards.numeric:Numeric",
-    "gsm8k": "jaxrl_llm.rewards.numeric:Gsm8k",
-    "math": "jaxrl_llm.rewards.maths:Math",
-    "reasoning_gym": "jaxrl_llm.rewards.gym:ReasoningGym",
+    "exact_match": "jaxrl_llm.environments.graders.text:ExactMatch",
+    "regex": "jaxrl_llm.environments.graders.text:Regex",
+    "format": "jaxrl_llm.environments.graders.text:Format",
+    "length": "jaxrl_llm.environments.graders.text:Length",
+    "multiple_choice": "jaxrl_llm.environments.graders.choice:MultipleChoice",
+    "numeric": "jaxrl_llm.environments.graders.numeric:Numeric",
+    "gsm8k": "jaxrl_llm.environments.graders.numeric:Gsm8k",
+    "math": "jaxrl_llm.environments.graders.mathematics:Math",
+    "reasoning_gym": "jaxrl_llm.environments.graders.reasoning_gym:ReasoningGym",
 }
 """Short names. What they stand for is found as any other grader is."""
 

@@ -2,10 +2,10 @@ r"""The truth table of \boxed{} mathematics."""
 
 import pytest
 
-from jaxrl_llm.rewards.config import GraderConfig, RewardConfig
-from jaxrl_llm.rewards.graders import Sample
-from jaxrl_llm.rewards.maths import Math, last_boxed
-from jaxrl_llm.rewards.pool import GraderPool
+from jaxrl_llm.environments.config import GraderConfig, RewardConfig
+from jaxrl_llm.environments.grader import Sample
+from jaxrl_llm.environments.grader_pool import GraderPool
+from jaxrl_llm.environments.graders.mathematics import Math, last_boxed
 
 # Of the extra "tasks".
 pytest.importorskip("mpmath")

@@ -10,11 +10,11 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import NamedTuple
 
-from jaxrl_llm.rewards import tokens
-from jaxrl_llm.rewards.formula import read
-from jaxrl_llm.rewards.points import Key, Meaning, difference_of, key_of, nodes_of, symbols_of
-from jaxrl_llm.rewards.quantity import Undefined
-from jaxrl_llm.rewards.scanner import Unreadable
+from jaxrl_llm.environments.graders import formula_words
+from jaxrl_llm.environments.graders.arithmetic import Undefined
+from jaxrl_llm.environments.graders.formula import read
+from jaxrl_llm.environments.graders.formula_value import Key, Meaning, difference_of, key_of, nodes_of, symbols_of
+from jaxrl_llm.environments.graders.scanner import Unreadable
 
 MAX_CHARACTERS = 1000
 
@@ -51,7 +51,7 @@ def readings(text: str) -> tuple[Reading, ...]:
     if len(text) > MAX_CHARACTERS:
         raise Unreadable(f"got {len(text):,} characters, want {MAX_CHARACTERS:,} at most")
     tree = read(text)
-    half = tokens.half_of_day(text) or None
+    half = formula_words.half_of_day(text) or None
     kinds = {node[0] for node in nodes_of(tree)}
     percents = (Fraction(1, 100), Fraction(1)) if "percent" in kinds else (None,)
     degrees = (False, True) if "degree" in kinds else (None,)

@@ -15,9 +15,9 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Lt
 
-from jaxrl_llm.rewards.graders import Sample
-from jaxrl_llm.rewards.spelling import LETTER, SCALES, in_base, plain
-from jaxrl_llm.rewards.text import FinalText
+from jaxrl_llm.environments.grader import Sample
+from jaxrl_llm.environments.graders.normalization import LETTER, SCALES, in_base, plain
+from jaxrl_llm.environments.graders.text import FinalText
 
 MAX_DIGITS = 1000
 MAX_EXPONENT = 1000

@@ -9,9 +9,9 @@ import pydantic
 import pytest
 import yaml
 
-from jaxrl_llm.rewards.config import GraderConfig, RewardConfig
-from jaxrl_llm.rewards.graders import BUILT_IN, Sample, problems, resolve
-from jaxrl_llm.rewards.pool import Failure, GraderPool
+from jaxrl_llm.environments.config import GraderConfig, RewardConfig
+from jaxrl_llm.environments.grader import BUILT_IN, Sample, problems, resolve
+from jaxrl_llm.environments.grader_pool import Failure, GraderPool
 
 PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
 

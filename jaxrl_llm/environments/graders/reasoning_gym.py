@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from jaxrl_llm.rewards.graders import Sample
-from jaxrl_llm.rewards.text import FinalText, compiled
+from jaxrl_llm.environments.grader import Sample
+from jaxrl_llm.environments.graders.text import FinalText, compiled
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from jaxrl_llm.rewards.quantity import Arithmetic, Number, Undefined, settle
-from jaxrl_llm.rewards.scanner import Unreadable
+from jaxrl_llm.environments.graders.arithmetic import Arithmetic, Number, Undefined, settle
+from jaxrl_llm.environments.graders.scanner import Unreadable
 
 MAX_SYMBOLS = 12
 

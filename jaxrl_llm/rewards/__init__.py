@@ -1,1 +1,0 @@
-"""HOST. Graders are pure functions of strings, run in a pool of processes under a deadline. Never jax."""
