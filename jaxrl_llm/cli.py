@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 from jaxrl_llm.arguments import Reader, one_of, path, take, text, whole_number
 from jaxrl_llm.errors import Preempted, UserError, in_words
 from jaxrl_llm.interrupt import ending_at_once
+from jaxrl_llm.metrics.terminal import PrintableFormatter, say
 from jaxrl_llm.parallel import job
 from jaxrl_llm.targets import list_values, read_config, read_evaluation, read_run, read_sampled, refusal
-from jaxrl_llm.terminal import PrintableFormatter, say
 
 if TYPE_CHECKING:
     from jaxrl_llm.config import RunConfig
@@ -286,7 +286,7 @@ def export(target: str, args: list[str]) -> int:
 
 
 def report(target: str, args: list[str]) -> int:
-    from jaxrl_llm.report.build import build
+    from jaxrl_llm.metrics.report.build import build
 
     given, others = take(args, OPTIONS["report"])
     if others:

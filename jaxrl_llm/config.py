@@ -19,7 +19,7 @@ from jaxrl_llm.environments.config import RewardConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.config import FILTERS, ExperienceConfig
 from jaxrl_llm.explain import errors_in_words, named
-from jaxrl_llm.metrics import MetricsConfig
+from jaxrl_llm.metrics.recorder import MetricsConfig
 from jaxrl_llm.model.config import LoraConfig, ModelConfig, PretrainedModel
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.presets import PRESETS, filled, nearest

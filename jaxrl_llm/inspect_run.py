@@ -14,7 +14,9 @@ from jaxrl_llm import sources
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.environments.grader_pool import GraderPool
 from jaxrl_llm.errors import CheckpointError, UserError
-from jaxrl_llm.estimates import Estimate, avg_at_k, maj_at_k, pass_at_k
+from jaxrl_llm.metrics.console import saying
+from jaxrl_llm.metrics.estimates import Estimate, avg_at_k, maj_at_k, pass_at_k
+from jaxrl_llm.metrics.terminal import printable
 from jaxrl_llm.model import lora
 from jaxrl_llm.model.config import PretrainedModel
 from jaxrl_llm.model.hf.config import read_json
@@ -33,13 +35,11 @@ from jaxrl_llm.roles.collect import Collector
 from jaxrl_llm.roles.start import start_params
 from jaxrl_llm.roles.state import RunState, SupervisedState
 from jaxrl_llm.rollout.engine import Engine
-from jaxrl_llm.screen import saying
 from jaxrl_llm.shell import State, look
 from jaxrl_llm.sources import Sources
 from jaxrl_llm.tasks.stream import make_order, make_prompts
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.tasks.tokenizer import load_tokenizer
-from jaxrl_llm.terminal import printable
 from jaxrl_llm.types import Finish, Policy, PyTree, Rollouts, TrainState
 
 EVALUATED_AT_ONCE = 64

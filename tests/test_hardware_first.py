@@ -18,7 +18,7 @@ import pytest
 from jaxrl_llm import cli, train, values
 from jaxrl_llm.config import RunConfig, load, validate
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.metrics import CompileCounter
+from jaxrl_llm.metrics.recorder import CompileCounter
 from jaxrl_llm.model.hf.config import read_config as read_model
 from jaxrl_llm.perf import chips
 from jaxrl_llm.plan import fit, memory

@@ -10,8 +10,8 @@ from test_bad_input import jaxrl
 from jaxrl_llm import cli
 from jaxrl_llm.cli import read_config
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.metrics import MetricsConfig, Recorder, read_jsonl
-from jaxrl_llm.report.build import build
+from jaxrl_llm.metrics.recorder import MetricsConfig, Recorder, read_jsonl
+from jaxrl_llm.metrics.report.build import build
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{last}'] * 10)}]\n" for last, name in zip("abcdefgh", "bcdefghi", strict=True)

@@ -15,7 +15,7 @@ from jaxrl_llm import config as run_config
 from jaxrl_llm import shell, train
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import CheckpointError, GradingError, MismatchError, NonFiniteError, Preempted
-from jaxrl_llm.metrics import Recorder, read_jsonl
+from jaxrl_llm.metrics.recorder import Recorder, read_jsonl
 from jaxrl_llm.roles import build
 from jaxrl_llm.roles.blueprint import Blueprint
 from jaxrl_llm.roles.sampler import Sampler

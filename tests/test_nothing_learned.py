@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from jaxrl_llm import cli
-from jaxrl_llm.metrics import read_jsonl
+from jaxrl_llm.metrics.recorder import read_jsonl
 
 CONFIG = {
     "steps": 4,
@@ -90,8 +90,8 @@ def test_one_sample_per_prompt_teaches_without_a_group(run, preset):
 @pytest.mark.slow
 def test_the_score_before_rl_is_on_the_last_line_before_it(run, tmp_path, monkeypatch, capsys):
     """Of a run of supervised steps alone too, which RL goes on with: one row for each step. What lasts is said meanwhile."""
-    monkeypatch.setattr("jaxrl_llm.screen.TICK", 0.002)
-    monkeypatch.setattr("jaxrl_llm.screen.PRINTED_AFTER", 0.0)
+    monkeypatch.setattr("jaxrl_llm.metrics.console.TICK", 0.002)
+    monkeypatch.setattr("jaxrl_llm.metrics.console.PRINTED_AFTER", 0.0)
     warm_start = {"steps": 2, "rows": 8}
     assert [row["step"] for row in run("odd", expect=0, steps=0, warm_start=warm_start)] == [1, 2]
     rows = run("odd", expect=0, steps=1, warm_start=warm_start)

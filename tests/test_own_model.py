@@ -12,7 +12,7 @@ from tokenizer_setup import save_tokenizer
 
 from jaxrl_llm import cli, config, sources
 from jaxrl_llm.inspect_run import evaluate_target, export_run, restore
-from jaxrl_llm.metrics import read_jsonl
+from jaxrl_llm.metrics.recorder import read_jsonl
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.export import export
 from jaxrl_llm.model.hf.load import load

@@ -10,10 +10,10 @@ from setups import layouts, make_params
 from tokenizer_setup import save_tokenizer
 
 from jaxrl_llm import cli
-from jaxrl_llm.metrics import CompileCounter
+from jaxrl_llm.metrics.recorder import CompileCounter
+from jaxrl_llm.metrics.terminal import printable
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.export import ConfigFiles, export
-from jaxrl_llm.terminal import printable
 
 OWN = "model: {vocab_size: 16, layers: 1, d_model: 8, heads: 2, kv_heads: 1, head_dim: 8, d_mlp: 8}\nmesh: {fsdp: -1}\n"
 THEIRS = ModelConfig(vocab_size=320, layers=1, d_model=16, heads=8, kv_heads=8, head_dim=8, d_mlp=16, qk_norm=True)

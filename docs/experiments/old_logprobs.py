@@ -31,7 +31,7 @@ import numpy as np
 
 from jaxrl_llm import sources
 from jaxrl_llm.config import RunConfig
-from jaxrl_llm.guards import RatioAlarm
+from jaxrl_llm.metrics.guards import RatioAlarm
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.group_estimators import Rloo

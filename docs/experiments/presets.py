@@ -26,7 +26,7 @@ import numpy as np
 from jaxrl_llm import config as run_config
 from jaxrl_llm import sources
 from jaxrl_llm.config import RunConfig
-from jaxrl_llm.metrics import MetricsConfig
+from jaxrl_llm.metrics.recorder import MetricsConfig
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.objective.presets import PRESETS
 from jaxrl_llm.roles.blueprint import blueprint_of

@@ -29,7 +29,7 @@ from jaxrl_llm.environments.grader import Sample, problems
 from jaxrl_llm.environments.worker import FLOAT32_MAX, Failure, Setup, Verdict, encodable, failed
 from jaxrl_llm.environments.worker_process import END_LIMIT_S, WorkerProcess, pack_group
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.terminal import printable
+from jaxrl_llm.metrics.terminal import printable
 
 NUM_LOGGED = 5
 MAX_ERROR_LINES = 50

@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.estimates import correct
 from jaxrl_llm.experience.config import OwnFilter
 from jaxrl_llm.experience.stage_checks import first_state, metrics_of, next_state, parts_of
+from jaxrl_llm.metrics.estimates import correct
 from jaxrl_llm.types import Groups
 
 Metrics = dict[str, float]

@@ -16,6 +16,7 @@ from jaxrl_llm import config as run_config
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.distribution.head import ACCELERATOR
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.metrics.console import saying
 from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
@@ -26,7 +27,6 @@ from jaxrl_llm.plan.traffic import Reading, read
 from jaxrl_llm.roles.blueprint import Blueprint, device_problems, make_blueprint, uses_of
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
-from jaxrl_llm.screen import saying
 from jaxrl_llm.sources import packing_problems, vocabulary_problems
 from jaxrl_llm.tasks.config import CharacterTokenizer
 from jaxrl_llm.tasks.tokenizer import load_tokenizer

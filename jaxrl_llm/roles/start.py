@@ -9,7 +9,7 @@ from jaxtyping import Array, Key
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.replay import blank_groups
-from jaxrl_llm.guards import Guards
+from jaxrl_llm.metrics.guards import Guards
 from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrl_llm.guards import Guards
+from jaxrl_llm.metrics.guards import Guards
 from jaxrl_llm.types import PyTree, TrainState
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxrl_llm.distribution.loss import Loss
-from jaxrl_llm.guards import RatioAlarm
+from jaxrl_llm.metrics.guards import RatioAlarm
 from jaxrl_llm.objective.credit import mean_kl
 from jaxrl_llm.objective.reward_kl import RewardKl
 from jaxrl_llm.parallel import hosts

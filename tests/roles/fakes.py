@@ -8,7 +8,7 @@ import numpy as np
 from jaxrl_llm.config import RunConfig, validate
 from jaxrl_llm.environments.grader_pool import Failure
 from jaxrl_llm.experience.replay import blank_groups
-from jaxrl_llm.guards import Guards
+from jaxrl_llm.metrics.guards import Guards
 from jaxrl_llm.roles.blueprint import Blueprint, make_blueprint
 from jaxrl_llm.roles.state import RunState
 from jaxrl_llm.rollout.sample import Vocabulary

@@ -7,7 +7,7 @@ from fakes import VALUES, blueprint
 
 from jaxrl_llm.experience.filters import Filter
 from jaxrl_llm.experience.replay import Ring, make_replay
-from jaxrl_llm.guards import Guards
+from jaxrl_llm.metrics.guards import Guards
 from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.roles.learner import Learner

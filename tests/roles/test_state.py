@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from fakes import state_of
 
-from jaxrl_llm.guards import Guards
+from jaxrl_llm.metrics.guards import Guards
 from jaxrl_llm.roles.state import RunState, SupervisedState
 from jaxrl_llm.types import TrainState
 

@@ -6,7 +6,7 @@ import numpy as np
 from fakes import sums
 from setups import layouts
 
-from jaxrl_llm.guards import Guards
+from jaxrl_llm.metrics.guards import Guards
 from jaxrl_llm.roles.state import SupervisedState
 from jaxrl_llm.roles.supervised import Supervised, right_responses
 from jaxrl_llm.tasks.supervised import noisy_rows

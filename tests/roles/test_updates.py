@@ -6,7 +6,7 @@ from fakes import PROMPT_SLOTS, SLOTS, groups_of, state_of
 from setups import layouts
 
 from jaxrl_llm.distribution.loss import Loss
-from jaxrl_llm.guards import Guards
+from jaxrl_llm.metrics.guards import Guards
 from jaxrl_llm.objective.reward_kl import RewardKl
 from jaxrl_llm.perf.work import TrainFlops
 from jaxrl_llm.roles.updates import Said, Updates, as_floats, is_old, over_updates, without_zero_gradients

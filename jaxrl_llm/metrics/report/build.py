@@ -19,11 +19,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from jaxrl_llm.errors import UserError, in_words
-from jaxrl_llm.metrics import METRICS, ROLLOUTS
-from jaxrl_llm.report.records import Reader, metrics_row, rollouts_row
-from jaxrl_llm.terminal import printable, printable_lines
+from jaxrl_llm.metrics.recorder import METRICS, ROLLOUTS
+from jaxrl_llm.metrics.report.records import Reader, metrics_row, rollouts_row
+from jaxrl_llm.metrics.terminal import printable, printable_lines
 
-log = logging.getLogger("jaxrl_llm.report")
+log = logging.getLogger("jaxrl_llm.metrics.report")
 CONFIG = "config.yaml"
 STEPS, ROWS = 3, 64
 """Rollouts are shown for this many of the last recorded steps, and at most this many rows of each."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxrl_llm.terminal import printable
+from jaxrl_llm.metrics.terminal import printable
 
 Row = dict[str, Any]
 LARGEST, SMALLEST = 1e100, 1e-100

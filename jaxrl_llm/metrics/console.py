@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TextIO
 
-from jaxrl_llm.terminal import printable
+from jaxrl_llm.metrics.terminal import printable
 
 TICK, SELDOM = 0.5, 0.1  # seconds between two looks of the thread, and at least between two drawings of steps
 # Seconds that something lasts before a terminal shows it, and before a plain log says it.

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from jaxrl_llm.estimates import Estimate, avg_at_k, correct, maj_at_k, pass_at_k
+from jaxrl_llm.metrics.estimates import Estimate, avg_at_k, correct, maj_at_k, pass_at_k
 
 NAN = math.nan
 

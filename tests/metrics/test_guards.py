@@ -11,7 +11,7 @@ import pytest
 from jaxrl_llm import config as run_config
 from jaxrl_llm import train
 from jaxrl_llm.errors import AdvantageError, GradingError, MismatchError, NonFiniteError
-from jaxrl_llm.guards import Guards, RatioAlarm, observe
+from jaxrl_llm.metrics.guards import Guards, RatioAlarm, observe
 from jaxrl_llm.objective.advantages import Published, estimate
 from jaxrl_llm.objective.group_estimators import Grpo, PassAtK, Raw, Rloo
 from jaxrl_llm.objective.outcome import Estimate, Outcome

@@ -15,10 +15,10 @@ from contextlib import suppress
 import pytest
 from rich.cells import cell_len
 
-from jaxrl_llm import screen
 from jaxrl_llm.config import validate
-from jaxrl_llm.metrics import MetricsConfig, Pace, Recorder
-from jaxrl_llm.screen import Progress, line, wrapped
+from jaxrl_llm.metrics import console
+from jaxrl_llm.metrics.console import Progress, line, wrapped
+from jaxrl_llm.metrics.recorder import MetricsConfig, Pace, Recorder
 
 LONG = Progress(
     "warm start", 123_456, 1_000_000, ("reward 0.971", "tokens/s 127,542"), "12.22 s/step", "left 5 days, 23:59:59"
@@ -98,7 +98,7 @@ class Terminal(io.StringIO):
 def hasty(monkeypatch):
     """What lasts a moment is said already."""
     for name, seconds in (("TICK", 0.01), ("SHOWN_AFTER", 0.02), ("PRINTED_AFTER", 0.05)):
-        monkeypatch.setattr(screen, name, seconds)
+        monkeypatch.setattr(console, name, seconds)
 
 
 def wait_for(words: str, stream: io.StringIO, more_than: int = 0) -> None:
@@ -138,7 +138,7 @@ def test_what_lasts_is_said_while_it_happens_and_once(tmp_path, monkeypatch, has
 
 
 def test_commands_that_answer_on_stdout_say_what_lasts_on_stderr(capsys, hasty):
-    with screen.saying("compiling segment, update"):
+    with console.saying("compiling segment, update"):
         time.sleep(0.2)
     assert capsys.readouterr() == ("", "compiling segment, update ...\n")
 
@@ -158,7 +158,7 @@ def test_a_broken_pipe_under_the_clock_silences_and_does_not_stop(tmp_path, monk
 
 SCRIPT = """
 import sys, time
-from jaxrl_llm import screen
+from jaxrl_llm.metrics import console
 from jaxrl_llm.metrics import MetricsConfig, Recorder
 screen.TICK = screen.SHOWN_AFTER = 0.01
 row = {"prompt": "数学" * 30, "completion": "x 数学\\x1b[2J" * 20, "reward": 1.0, "advantage": -0.5, "logprobs": [-1.0]}

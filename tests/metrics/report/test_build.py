@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.report.build import Frame, build, draw_charts, find_ticks, format_number, thin
+from jaxrl_llm.metrics.report.build import Frame, build, draw_charts, find_ticks, format_number, thin
 
 METRICS = [
     {"step": 1, "phase": "warm_start", "loss": 2.0, "lr": 1e-3},
@@ -205,5 +205,5 @@ def test_frame_maps_its_corners():
 
 
 def test_report_needs_no_jax():
-    code = "import sys, jaxrl_llm.report.build; sys.exit('jax' in sys.modules)"
+    code = "import sys, jaxrl_llm.metrics.report.build; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

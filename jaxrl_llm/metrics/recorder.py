@@ -23,10 +23,10 @@ from typing import Annotated, Any, Self
 from annotated_types import Ge
 from pydantic import ConfigDict
 
-from jaxrl_llm.boards import Boards, why_not
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.screen import Progress, Screen
-from jaxrl_llm.terminal import printable, printable_lines
+from jaxrl_llm.metrics.console import Progress, Screen
+from jaxrl_llm.metrics.tensorboard import Boards, why_not
+from jaxrl_llm.metrics.terminal import printable, printable_lines
 
 METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
 SHOWN = (  # metric, word on the console, format

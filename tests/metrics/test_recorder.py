@@ -12,14 +12,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.metrics import (
-    CompileCounter,
-    MetricsConfig,
-    Recorder,
-    Timers,
-    printable,
-    read_jsonl,
-)
+from jaxrl_llm.metrics.recorder import CompileCounter, MetricsConfig, Recorder, Timers, printable, read_jsonl
 
 QUIET = MetricsConfig(tensorboard=False)
 
@@ -261,7 +254,7 @@ def test_a_closed_stdout_does_not_stop_the_run(tmp_path, monkeypatch, screen):
 
 def test_a_closed_pipe_leaves_the_exit_status_alone(tmp_path):
     code = (
-        "import sys, pathlib; from jaxrl_llm.metrics import *\n"
+        "import sys, pathlib; from jaxrl_llm.metrics.recorder import *\n"
         "with Recorder(pathlib.Path(sys.argv[1]), MetricsConfig(tensorboard=False), 500, True) as r:\n"
         "    for i in range(500): r.log(i, {'reward': 1.0})\n"
         "assert 'jax' not in sys.modules\n"
