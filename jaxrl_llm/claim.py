@@ -5,11 +5,11 @@ import os
 from pathlib import Path
 
 from jaxrl_llm import config as run_config
-from jaxrl_llm.checkpoint import Checkpoints
+from jaxrl_llm.checkpoint.run_directory import write_whole
+from jaxrl_llm.checkpoint.store import Checkpoints
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.metrics.recorder import METRICS, ROLLOUTS
-from jaxrl_llm.run_directory import write_whole
 
 log = logging.getLogger("jaxrl_llm.claim")
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxrl_llm.arguments import Reader, one_of, path, take, text, whole_number
+from jaxrl_llm.checkpoint.preemption import ending_at_once
 from jaxrl_llm.errors import Preempted, UserError, in_words
-from jaxrl_llm.interrupt import ending_at_once
 from jaxrl_llm.metrics.terminal import PrintableFormatter, say
 from jaxrl_llm.parallel import job
 from jaxrl_llm.targets import list_values, read_config, read_evaluation, read_run, read_sampled, refusal

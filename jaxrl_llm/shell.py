@@ -10,14 +10,14 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 
-from jaxrl_llm.checkpoint import Checkpoints, Restored
+from jaxrl_llm.checkpoint.run_directory import RunLock, prepare_run_directory
+from jaxrl_llm.checkpoint.store import Checkpoints, Restored
 from jaxrl_llm.claim import claim
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.environments.grader_pool import GraderPool
 from jaxrl_llm.errors import AdvantageError, CheckpointError, GradingError, NonFiniteError, Preempted, UserError
 from jaxrl_llm.metrics.recorder import CompileCounter, Recorder, Timers
 from jaxrl_llm.roles.state import RunState, SupervisedState
-from jaxrl_llm.run_directory import RunLock, prepare_run_directory
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import PyTree
 

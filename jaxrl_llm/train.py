@@ -15,9 +15,9 @@ import jax
 import numpy as np
 
 from jaxrl_llm import sources
+from jaxrl_llm.checkpoint.preemption import stop_signal
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import AdvantageError, CheckpointError, UserError
-from jaxrl_llm.interrupt import stop_signal
 from jaxrl_llm.metrics.guards import observe, observe_update
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.perf.rates import UpdateRates, decode_rates, describe_updates, update_rates

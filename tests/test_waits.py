@@ -14,7 +14,7 @@ HEARTBEAT = (
 )
 COMPUTES = "threads of our own that compute, compile or read files, and wait for nobody"
 REASONS = {
-    "jaxrl_llm/checkpoint.py": {
+    "jaxrl_llm/checkpoint/store.py": {
         "self._manager.wait_until_finished": "Orbax's own timeout_secs",
         "multihost_utils.sync_global_devices": HEARTBEAT,
         "self.wait": "our own method, which waits for Orbax",
@@ -26,7 +26,7 @@ REASONS = {
         "checkpoints.wait": "the same",
         "shell.checkpoints.poll": "our own method, which does not wait",
     },
-    "jaxrl_llm/interrupt.py": {
+    "jaxrl_llm/checkpoint/preemption.py": {
         "os.read": "from a pipe that is ready",
         "os.write": "to a pipe that does not block, or an error's last line",
     },

@@ -159,8 +159,8 @@ def test_a_broken_pipe_under_the_clock_silences_and_does_not_stop(tmp_path, monk
 SCRIPT = """
 import sys, time
 from jaxrl_llm.metrics import console
-from jaxrl_llm.metrics import MetricsConfig, Recorder
-screen.TICK = screen.SHOWN_AFTER = 0.01
+from jaxrl_llm.metrics.recorder import MetricsConfig, Recorder
+console.TICK = console.SHOWN_AFTER = 0.01
 row = {"prompt": "数学" * 30, "completion": "x 数学\\x1b[2J" * 20, "reward": 1.0, "advantage": -0.5, "logprobs": [-1.0]}
 with Recorder(sys.argv[1], MetricsConfig(tensorboard=False), 1300, True) as recorder:
     for step in (1, 2, 3):

@@ -53,7 +53,7 @@ def made() -> dict:
 @pytest.fixture
 def cfg(made, tmp_path, monkeypatch) -> RunConfig:
     """Of a run in a directory of its own."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
 
     def keep(owner: object, name: str) -> None:
         make = getattr(owner, name)
@@ -134,7 +134,7 @@ def test_before_the_first_step_and_the_second_time_ctrl_c_stops_at_once(cfg, mon
 CPU = os.environ | {"JAX_PLATFORMS": "cpu"}
 STUCK = """
 import hashlib, sys
-from jaxrl_llm.interrupt import stop_signal
+from jaxrl_llm.checkpoint.preemption import stop_signal
 with stop_signal(ends_process=True) as stop:
     if sys.argv[1] == "in a step":
         stop(6)
@@ -185,7 +185,7 @@ cli.main(["train", "configs/arithmetic.yaml"])
 def test_an_import_that_swallows_exceptions_swallows_no_ctrl_c():
     process = subprocess.Popen(
         [sys.executable, "-c", IMPORTING], env=CPU, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     )  # fmt: skip
     try:
         assert process.stdout.readline() == "here\n"
@@ -198,7 +198,7 @@ def test_an_import_that_swallows_exceptions_swallows_no_ctrl_c():
 
 SHORT = """
 import os, signal, sys, time
-from jaxrl_llm.interrupt import stop_signal
+from jaxrl_llm.checkpoint.preemption import stop_signal
 with stop_signal(ends_process=True, last=2) as stop:
     stop(int(sys.argv[1]))
     os.kill(os.getpid(), signal.SIGINT)

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from jaxrl_llm import config as run_config
+from jaxrl_llm.checkpoint.run_directory import RunLock
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.run_directory import RunLock
 from jaxrl_llm.shell import open_shell
 
 VALUES = {

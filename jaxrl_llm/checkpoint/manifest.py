@@ -8,8 +8,8 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
+from jaxrl_llm.checkpoint.fingerprint import digests
 from jaxrl_llm.errors import NonFiniteError, UserError
-from jaxrl_llm.fingerprint import digests
 
 FORMAT_VERSION = 2
 SHOWN_PATHS = 5

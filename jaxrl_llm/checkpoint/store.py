@@ -22,12 +22,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from jaxrl_llm.checkpoint.fingerprint import by_path, digests
+from jaxrl_llm.checkpoint.manifest import SHOWN_PATHS, must_be_ours, must_fit, read_manifest, sealed, shapes
+from jaxrl_llm.checkpoint.run_directory import sync
+from jaxrl_llm.checkpoint.storage_errors import is_blocked, reason
 from jaxrl_llm.errors import CheckpointError
-from jaxrl_llm.fingerprint import by_path, digests
-from jaxrl_llm.manifest import SHOWN_PATHS, must_be_ours, must_fit, read_manifest, sealed, shapes
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.run_directory import sync
-from jaxrl_llm.storage import is_blocked, reason
 from jaxrl_llm.types import PyTree
 
 MAX_FAILURES = 3
@@ -35,7 +35,7 @@ MAX_FAILURES = 3
 PAUSES = (0.2, 1.0, 4.0)
 # Seconds until a save counts as failed: what Orbax itself gives the processes of a job to meet.
 SAVE_DEADLINE = 1200
-logger = logging.getLogger("jaxrl_llm.checkpoint")
+logger = logging.getLogger("jaxrl_llm.checkpoint.store")
 # Orbax reports each of its steps, and a failed save twice with its traceback. What matters reaches this file as an exception.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 # When one of a step's readers or writers fails, Orbax leaves the others: what they say afterwards is no news.

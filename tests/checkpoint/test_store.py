@@ -22,11 +22,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint._src.handlers import json_checkpoint_handler
 
-from jaxrl_llm import checkpoint, manifest
-from jaxrl_llm.checkpoint import Checkpoints
+from jaxrl_llm.checkpoint import manifest, store
+from jaxrl_llm.checkpoint.fingerprint import fingerprint
+from jaxrl_llm.checkpoint.run_directory import RunLock, prepare_run_directory
+from jaxrl_llm.checkpoint.store import Checkpoints
 from jaxrl_llm.errors import CheckpointError, NonFiniteError, UserError
-from jaxrl_llm.fingerprint import fingerprint
-from jaxrl_llm.run_directory import RunLock, prepare_run_directory
 
 # Orbax drops the other readers and writers of a step when one of them fails; TensorStore then speaks to their closed event loop.
 pytestmark = pytest.mark.filterwarnings(
@@ -336,7 +336,7 @@ def test_another_config_is_named_and_nothing_is_moved(two_steps):
         assert message in str(caught.value) and not isinstance(caught.value, CheckpointError)
     with pytest.raises(UserError) as caught:
         Checkpoints(two_steps).restore(lambda _: {f"x{i}": np.zeros(1) for i in range(9)})
-    assert str(caught.value).count("saved") == checkpoint.SHOWN_PATHS
+    assert str(caught.value).count("saved") == store.SHOWN_PATHS
     assert Checkpoints(two_steps).steps() == [35, 40]
 
 
@@ -344,7 +344,7 @@ def test_an_older_machine_does_not_move_good_steps_away(two_steps, monkeypatch):
     def too_small(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointHandler, "restore", too_small)
+    monkeypatch.setattr(store.ocp.PyTreeCheckpointHandler, "restore", too_small)
     with pytest.raises(MemoryError):
         Checkpoints(two_steps).restore(target_of)
     assert Checkpoints(two_steps).steps() == [35, 40]
@@ -387,9 +387,9 @@ def failing_reads():
 def pauses(monkeypatch):
     """What is called in the place of each pause before a read is tried again."""
     called = []
-    monkeypatch.setattr(checkpoint, "PAUSES", (0.011, 0.011))
+    monkeypatch.setattr(store, "PAUSES", (0.011, 0.011))
     sleep = time.sleep
-    monkeypatch.setattr(checkpoint.time, "sleep", lambda s: [f() for f in called] if s == 0.011 else sleep(s))
+    monkeypatch.setattr(store.time, "sleep", lambda s: [f() for f in called] if s == 0.011 else sleep(s))
     return called
 
 
@@ -458,7 +458,7 @@ REFUSALS = [
 @pytest.mark.parametrize("error", REFUSALS, ids=str)
 def test_a_read_that_fails_in_the_middle_of_a_file_moves_no_step(two_steps, pauses, monkeypatch, error):
     """Every file can be opened, and its first byte read."""
-    handler, left = checkpoint.ocp.PyTreeCheckpointHandler, [error] * 4
+    handler, left = store.ocp.PyTreeCheckpointHandler, [error] * 4
     restore = handler.restore
 
     def refused(self, *args, **kwargs):
@@ -499,7 +499,7 @@ def test_what_another_process_cannot_read_counts_as_if_read_here(
     directory = copy_of(two_steps, tmp_path / "copy")
     # The first question of a restore is about the list of steps.
     answers = [True, *elsewhere]
-    monkeypatch.setattr(checkpoint.hosts, "all_agree", lambda mine: answers.pop(0) if answers else mine)
+    monkeypatch.setattr(store.hosts, "all_agree", lambda mine: answers.pop(0) if answers else mine)
     restored = Checkpoints(directory).restore(target_of)
     assert restored.step == step
     assert sorted(p.name for p in directory.iterdir()) == (["35", "40"] if step == 40 else ["35", "corrupt-40"])
@@ -604,7 +604,7 @@ def test_a_save_that_never_ends_is_told(tmp_path, monkeypatch):
         return await write(self, item, directory)
 
     monkeypatch.setattr(json_checkpoint_handler.JsonCheckpointHandler, "_save_fn", stuck)
-    monkeypatch.setattr(checkpoint, "SAVE_DEADLINE", 1)
+    monkeypatch.setattr(store, "SAVE_DEADLINE", 1)
     checkpoints.save(2, make_tree(2), {})
     try:
         with pytest.raises(
@@ -692,7 +692,7 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 import jax.numpy as jnp
 import numpy as np
-from jaxrl_llm.checkpoint import Checkpoints
+from jaxrl_llm.checkpoint.store import Checkpoints
 checkpoints = Checkpoints(Path(sys.argv[1]), keep=2)
 target = {"w": jax.ShapeDtypeStruct((64, 1024), np.float32), "n": np.asarray(0)}
 restored = checkpoints.restore(lambda meta: target)
@@ -737,7 +737,7 @@ def test_sigkill_at_any_moment_loses_no_confirmed_step(tmp_path, kills):
 HOLD = """
 import sys, time
 from pathlib import Path
-from jaxrl_llm.run_directory import RunLock
+from jaxrl_llm.checkpoint.run_directory import RunLock
 with RunLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -785,7 +785,7 @@ def test_readers_that_orbax_left_behind_write_no_tracebacks():
         names = {"forever": lambda: asyncio.sleep(9)}
         exec(compile(source, path, "exec"), names)
         reader = names["read"]()
-        checkpoint._keep_quiet(SimpleNamespace(exc_value=ValueError("left"), object=reader), told.append)
+        store._keep_quiet(SimpleNamespace(exc_value=ValueError("left"), object=reader), told.append)
         reader.close()
     assert [each.object.cr_code.co_filename for each in told] == ["/mine/reader.py"]
 
