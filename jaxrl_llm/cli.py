@@ -19,15 +19,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxrl_llm.arguments import Reader, one_of, path, take, text, whole_number
 from jaxrl_llm.checkpoint.preemption import ending_at_once
+from jaxrl_llm.commands.arguments import Reader, one_of, path, take, text, whole_number
+from jaxrl_llm.commands.targets import list_values, read_config, read_evaluation, read_run, read_sampled, refusal
 from jaxrl_llm.errors import Preempted, UserError, in_words
 from jaxrl_llm.metrics.terminal import PrintableFormatter, say
 from jaxrl_llm.parallel import job
-from jaxrl_llm.targets import list_values, read_config, read_evaluation, read_run, read_sampled, refusal
 
 if TYPE_CHECKING:
-    from jaxrl_llm.config import RunConfig
+    from jaxrl_llm.config.run_config import RunConfig
 
 USAGE = """usage: jaxrl COMMAND TARGET [options] [--section.field value ...]
        jaxrl --version
@@ -160,9 +160,9 @@ def version() -> str:
 
 
 def start_jax(cfg: "RunConfig") -> None:
-    from jaxrl_llm import config
+    from jaxrl_llm.config import run_config
 
-    job.join(config.to_dict(cfg))
+    job.join(run_config.to_dict(cfg))
 
 
 def train(target: str, args: list[str]) -> int:
@@ -180,7 +180,7 @@ def _train(target: str, args: list[str], only_supervised: bool = False) -> int:
     cfg = read_config(target, overrides, list(OPTIONS["train"]))
     if only_supervised and not cfg.warm_start.steps:
         raise UserError(f"{target}: warm_start.steps: got 0, want 1 or more: the steps of supervised training")
-    from jaxrl_llm import sources
+    from jaxrl_llm.roles import sources
 
     read = sources.read(cfg, trains=True)
     read.refuse()
@@ -226,7 +226,7 @@ def sample(target: str, args: list[str]) -> int:
         )
     with ending_at_once():
         start_jax(cfg)
-        from jaxrl_llm.inspect_run import benchmark_rollouts, sample_prompt
+        from jaxrl_llm.commands.inspect_run import benchmark_rollouts, sample_prompt
 
     if "--benchmark" in given:
         benchmark_rollouts(cfg)
@@ -238,12 +238,12 @@ def sample(target: str, args: list[str]) -> int:
 def evaluate(target: str, args: list[str]) -> int:
     given, overrides = take(args, OPTIONS["eval"])
     cfg = read_evaluation(target, given.get("--task"), overrides, list(OPTIONS["eval"]))
-    from jaxrl_llm import sources
+    from jaxrl_llm.roles import sources
 
     sources.refuse_graders(cfg)
     with ending_at_once():
         start_jax(cfg)
-        from jaxrl_llm.inspect_run import evaluate_target
+        from jaxrl_llm.commands.inspect_run import evaluate_target
 
     print(json.dumps(evaluate_target(cfg, given.get("-k", 8)), indent=1))
     return 0
@@ -279,7 +279,7 @@ def export(target: str, args: list[str]) -> int:
         raise UserError(f"--out: got {out}, want a place that can be written, which {out.parent} cannot")
     with ending_at_once():
         start_jax(cfg)
-        from jaxrl_llm.inspect_run import export_run
+        from jaxrl_llm.commands.inspect_run import export_run
 
     say(str(export_run(cfg, out, given.get("--dtype"), "--adapter" in given)))
     return 0

@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxrl_llm import sources
 from jaxrl_llm.checkpoint.preemption import stop_signal
-from jaxrl_llm.config import RunConfig
+from jaxrl_llm.config.run_config import RunConfig
+from jaxrl_llm.config.unread import unread
 from jaxrl_llm.errors import AdvantageError, CheckpointError, UserError
 from jaxrl_llm.metrics.guards import observe, observe_update
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.perf.rates import UpdateRates, decode_rates, describe_updates, update_rates
 from jaxrl_llm.plan import fit
+from jaxrl_llm.roles import sources
 from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
 from jaxrl_llm.roles.build import (
     Keys,
@@ -32,16 +33,17 @@ from jaxrl_llm.roles.build import (
     make_scorer,
     make_supervised,
 )
-from jaxrl_llm.roles.collect import Collected, Collector, GivenUp
+from jaxrl_llm.roles.collector import Collected, Collector, GivenUp
 from jaxrl_llm.roles.evaluator import Evaluator
+from jaxrl_llm.roles.initial_state import rl_target, start_params, start_rl, start_supervised, supervised_target
 from jaxrl_llm.roles.learner import Learner
 from jaxrl_llm.roles.sampler import Sampler
-from jaxrl_llm.roles.start import rl_target, start_params, start_rl, start_supervised, supervised_target
+from jaxrl_llm.roles.sources import Sources
 from jaxrl_llm.roles.state import RunState, SupervisedState
 from jaxrl_llm.roles.summary import describe, describe_engine, responses
 from jaxrl_llm.roles.updates import Learned
 from jaxrl_llm.rollout.engine import Engine
-from jaxrl_llm.shell import (
+from jaxrl_llm.run_context import (
     Shell,
     State,
     conclude,
@@ -54,10 +56,8 @@ from jaxrl_llm.shell import (
     secure,
     with_rates,
 )
-from jaxrl_llm.sources import Sources
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Credit, Experience, Groups, Policy, PyTree, TrainState
-from jaxrl_llm.unread import unread
 
 log = logging.getLogger("jaxrl_llm.train")
 

@@ -13,7 +13,7 @@ import pytest
 
 from jaxrl_llm import cli
 from jaxrl_llm.cli import read_config
-from jaxrl_llm.unread import unread
+from jaxrl_llm.config.unread import unread
 
 ROOT = Path(__file__).parents[1]
 

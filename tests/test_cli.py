@@ -56,7 +56,7 @@ def test_a_bad_config_is_refused_at_once(tmp_path):
 
 def test_config_and_command_line_import_no_jax():
     code = (
-        "import sys; from jaxrl_llm import cli, config; from jaxrl_llm.environments import grader; "
+        "import sys; from jaxrl_llm import cli; from jaxrl_llm.environments import grader; "
         f"cli.read_config({CONFIG!r}, ['--seed', '1']); "
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'jax', 'jaxlib', 'flax', 'optax', 'orbax', 'grain'}))"
     )

@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import pytest
 
-from jaxrl_llm import cli, train, values
-from jaxrl_llm.config import RunConfig, load, validate
+from jaxrl_llm import cli, train
+from jaxrl_llm.config import values
+from jaxrl_llm.config.run_config import RunConfig, load, validate
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.metrics.recorder import CompileCounter
 from jaxrl_llm.model.hf.config import read_config as read_model
@@ -139,7 +140,7 @@ def test_what_fills_the_memory_is_named(train_says, flags, words):
 def test_looking_at_a_policy_needs_no_memory_for_training(monkeypatch, tmp_path):
     """8 bytes a parameter of a policy and its like are there, the 16 of training would not be; a million responses are too many."""
     monkeypatch.setattr(chips, "host_memory", lambda: 24e9)
-    monkeypatch.setattr("jaxrl_llm.inspect_run.open_source", no_shell)
+    monkeypatch.setattr("jaxrl_llm.commands.inspect_run.open_source", no_shell)
     sample = lambda *more: jaxrl("sample", CONFIG, "--mesh.data=8", "--run-dir", tmp_path, *more)  # noqa: E731
     assert sample("--model.d-mlp", 500_000) == "jaxrl: passed\n"
     assert "want fewer" in sample("-n", 100_000_000)

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from setups import make_params
 
-from jaxrl_llm import config as run_config
 from jaxrl_llm import train
+from jaxrl_llm.config import run_config
 from jaxrl_llm.metrics.recorder import read_jsonl
 from jaxrl_llm.roles import blueprint, build, supervised
 

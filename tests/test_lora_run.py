@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxrl_llm import config
+from jaxrl_llm.commands.inspect_run import export_run
+from jaxrl_llm.config import run_config
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.inspect_run import export_run
 from jaxrl_llm.model import lora
 from jaxrl_llm.model.lora import Adapted
 from jaxrl_llm.train import open_run, resume, train
@@ -38,7 +38,7 @@ def trained(tmp_path_factory):
     """The config after two steps of RL. Lengths are graded, since sums are never right so early."""
     place = tmp_path_factory.mktemp("lora")
     (place / "lora.yaml").write_text(CONFIG)
-    cfg = dataclasses.replace(config.load(place / "lora.yaml"), run_dir=str(place / "run"))
+    cfg = dataclasses.replace(run_config.load(place / "lora.yaml"), run_dir=str(place / "run"))
     train(cfg)
     return cfg
 

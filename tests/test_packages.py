@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxrl_llm.config import validate
+from jaxrl_llm.config.run_config import validate
 from jaxrl_llm.environments import grader
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.plan import command

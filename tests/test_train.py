@@ -15,8 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_llm import config as run_config
-from jaxrl_llm.config import RunConfig
+from jaxrl_llm.config import run_config
+from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.environments.config import GraderConfig, RewardConfig
 from jaxrl_llm.errors import Preempted, UserError
 from jaxrl_llm.metrics.recorder import CompileCounter, read_jsonl
@@ -340,7 +340,7 @@ def test_a_step_that_sigterm_gives_up_between_segments_is_done_again(tmp_path, m
 @pytest.mark.slow
 def test_nothing_compiles_after_warm_up(tmp_path):
     """Fifty steps with temperatures coming and going, evaluations and saves among them."""
-    from jaxrl_llm import shell, train
+    from jaxrl_llm import run_context, train
 
     # All groups can be graded, so all tokens are fresh and tell how far the sampler is.
     cfg = tiny_run(tmp_path, reward=RewardConfig((GraderConfig("row_graders:odd"),), workers=1))
@@ -356,7 +356,7 @@ def test_nothing_compiles_after_warm_up(tmp_path):
                 # Fresh data, first update: what is left is the sampler's own error against the trainer.
                 away.append(metrics["mismatch/max_abs_dlogp"])
             train.evaluate(run, state.train.params, policy)
-            shell.save(run.shell, state)
+            run_context.save(run.shell, state)
             run.shell.checkpoints.poll()
             return state, policy
 

@@ -20,8 +20,8 @@ REASONS = {
         "self.wait": "our own method, which waits for Orbax",
         "time.sleep": "between looks at Orbax's save, until its deadline, and between the tries of a read, which are counted",
     },
-    "jaxrl_llm/roles/collect.py": {"job.result": "the pool's thread waits by its own deadlines"},
-    "jaxrl_llm/shell.py": {
+    "jaxrl_llm/roles/collector.py": {"job.result": "the pool's thread waits by its own deadlines"},
+    "jaxrl_llm/run_context.py": {
         "shell.checkpoints.wait": "our own method, which waits for Orbax",
         "checkpoints.wait": "the same",
         "shell.checkpoints.poll": "our own method, which does not wait",

@@ -29,18 +29,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm import sources
-from jaxrl_llm.config import RunConfig
+from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.metrics.guards import RatioAlarm
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.group_estimators import Rloo
 from jaxrl_llm.objective.loss_config import Clip, PolicyGradient
 from jaxrl_llm.parallel import hosts
+from jaxrl_llm.roles import sources
 from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
 from jaxrl_llm.roles.build import make_keys, make_scorer, make_supervised
+from jaxrl_llm.roles.initial_state import start_params, start_rl, start_supervised
 from jaxrl_llm.roles.scorer import Scorer
-from jaxrl_llm.roles.start import start_params, start_rl, start_supervised
 from jaxrl_llm.roles.updates import as_floats, without_zero_gradients
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.tasks.config import ArithmeticTask

@@ -23,15 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm import config as run_config
-from jaxrl_llm import sources
-from jaxrl_llm.config import RunConfig
+from jaxrl_llm.config import run_config
+from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.metrics.recorder import MetricsConfig
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.objective.presets import PRESETS
+from jaxrl_llm.roles import sources
 from jaxrl_llm.roles.blueprint import blueprint_of
 from jaxrl_llm.roles.build import make_keys, make_supervised
-from jaxrl_llm.roles.start import start_params, start_rl, start_supervised
+from jaxrl_llm.roles.initial_state import start_params, start_rl, start_supervised
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.tasks.config import ArithmeticTask
 from jaxrl_llm.train import first_policy, open_run, step, summary

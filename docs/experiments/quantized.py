@@ -25,7 +25,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxrl_llm.config import CheckpointConfig, EvaluationConfig, RunConfig
+from jaxrl_llm.config.run_config import CheckpointConfig, EvaluationConfig, RunConfig
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.group_estimators import Rloo

@@ -112,17 +112,17 @@ def same_tokens(model: str) -> dict:
     """Greedy responses of transformers and of our decode loop to the same held-out prompts."""
     import numpy as np
 
-    from jaxrl_llm import config
     from jaxrl_llm.cli import read_evaluation
-    from jaxrl_llm.inspect_run import open_run, open_source
+    from jaxrl_llm.commands.inspect_run import open_run, open_source
+    from jaxrl_llm.config import run_config
     from jaxrl_llm.roles.build import make_keys
     from jaxrl_llm.tasks.stream import make_prompts
 
     cfg = read_evaluation(str(HERE / model), str(ROOT / "configs/chain_sum.yaml"), [])
-    values = config.to_dict(cfg)
+    values = run_config.to_dict(cfg)
     values["rollout"] |= {"prompts": PROMPTS, "samples": 2, "max_new_tokens": NEW_TOKENS}
     values["update"] |= {"minibatches": 1, "micro_batches": 1}
-    cfg = config.validate(values, "greedy")
+    cfg = run_config.validate(values, "greedy")
     run = open_run(cfg)
     rows = run.task.held_out[:PROMPTS]
     index = np.arange(PROMPTS)

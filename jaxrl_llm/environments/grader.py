@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
-from jaxrl_llm import own
+from jaxrl_llm.config import user_code
 from jaxrl_llm.errors import UserError
 
 # Workers import this module, and start sooner without pydantic.
@@ -64,7 +64,7 @@ def make(name: str, options: Mapping[str, Any] = {}) -> Grader:
     Raises:
       UserError: what `name` means cannot be found, imported or called.
     """
-    return own.made(resolve(name), options)
+    return user_code.made(resolve(name), options)
 
 
 def problems(config: "RewardConfig") -> list[str]:
@@ -108,19 +108,19 @@ def unreadable_rows(config: "RewardConfig", rows: Sequence[tuple[str, Sample]]) 
 
 def resolve(name: str) -> Callable:
     """What `name` stands for: a class that makes a grader, or a function that is one. Raises UserError as `own.resolve` does."""
-    return own.resolve(name, "a function of one Sample", BUILT_IN)
+    return user_code.resolve(name, "a function of one Sample", BUILT_IN)
 
 
 def _wrong_options(name: str, options: Mapping[str, Any]) -> list[str]:
     """What is wrong with the options of a grader, each as ".option: why" or ": why"."""
     found = resolve(name)
     if name not in BUILT_IN:
-        if isinstance(found, type) and (wrong := own.wrong_methods(name, found, {"__call__": ("sample",)})):
+        if isinstance(found, type) and (wrong := user_code.wrong_methods(name, found, {"__call__": ("sample",)})):
             raise UserError(wrong)
-        return own.wrong_arguments(name, found, options, (Sample("", "", "", ""),))
+        return user_code.wrong_arguments(name, found, options, (Sample("", "", "", ""),))
     known = [field.name for field in dataclasses.fields(found)]
     wrong = [
-        f'.{option}: grader "{name}" has no such option, want some of: {", ".join(known)}.{own.hint(option, known)}'
+        f'.{option}: grader "{name}" has no such option, want some of: {", ".join(known)}.{user_code.hint(option, known)}'
         for option in options
         if option not in known
     ]
@@ -135,7 +135,7 @@ def _wrong_values(name: str, kind: type, options: dict[str, Any]) -> list[str]:
     """Values of the wrong type or out of range; if there are none, what only all options together can tell."""
     from pydantic import TypeAdapter, ValidationError
 
-    from jaxrl_llm.explain import got_and_want
+    from jaxrl_llm.config.messages import got_and_want
 
     types, wrong = get_type_hints(kind, include_extras=True), []
     for field in dataclasses.fields(kind):

@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar
 from annotated_types import Ge
 from pydantic import ConfigDict, model_validator
 
-from jaxrl_llm import own
-from jaxrl_llm.own_part import OwnPart
+from jaxrl_llm.config import user_code
+from jaxrl_llm.config.own_part import OwnPart
 
 FILTERS = ("auto", "has_signal", "success", "none")
 """Every other name is a grader's."""
@@ -36,7 +36,7 @@ class OwnFilter(OwnPart):
     named: ClassVar[tuple[str, ...]] = ("texts",)
 
     def methods_of(self, found: type) -> Mapping[str, tuple[str, ...]]:
-        if own.has_method(found, "__call__") and not own.has_method(found, "apply"):
+        if user_code.has_method(found, "__call__") and not user_code.has_method(found, "apply"):
             return super().methods_of(found)
         return {"init": (), "apply": ("state", "groups")}
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from jaxrl_llm.config.own_part import OwnPart
 from jaxrl_llm.errors import AdvantageError
 from jaxrl_llm.objective.estimator import Estimator
 from jaxrl_llm.objective.group_estimators import (
@@ -23,7 +24,6 @@ from jaxrl_llm.objective.group_estimators import (
 )
 from jaxrl_llm.objective.outcome import Completion, Estimate, Outcome, of_groups_that_count, scores
 from jaxrl_llm.objective.token_estimators import Gae, ReinforcePlusPlus, to_go
-from jaxrl_llm.own_part import OwnPart
 
 if TYPE_CHECKING:
     from jaxrl_llm.types import Credit, Groups, Scores

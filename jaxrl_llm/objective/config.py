@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le
 from pydantic import ConfigDict, model_validator
 
+from jaxrl_llm.config.own_part import OwnPart
 from jaxrl_llm.objective.advantages import AdvantageConfig
 from jaxrl_llm.objective.group_estimators import Grpo
 from jaxrl_llm.objective.loss_config import LossConfig, PolicyGradient
 from jaxrl_llm.objective.reward_kl import RewardKl
 from jaxrl_llm.objective.token_estimators import Gae
-from jaxrl_llm.own_part import OwnPart
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Le
 from pydantic import ConfigDict, Field
 
-from jaxrl_llm import own
+from jaxrl_llm.config import user_code
+from jaxrl_llm.config.own_part import OwnPart
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.own_part import OwnPart
 
 Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]
@@ -296,13 +296,13 @@ class OwnLoss(OwnPart):
 
     def columns_made(self) -> list[Any]:
         """What `own_columns` name. Raises UserError as `own.find` does."""
-        return [own.find(name) for name in self.own_columns]
+        return [user_code.find(name) for name in self.own_columns]
 
     def problems(self, place: str) -> list[str]:
         found = super().problems(place)
         for index, name in enumerate(self.own_columns):
             try:
-                column = own.find(name)
+                column = user_code.find(name)
             except UserError as error:
                 found.append(f"{place}.own_columns.{index}: {error}")
                 continue
@@ -310,7 +310,7 @@ class OwnLoss(OwnPart):
                 what = f"which is a {type(column).__name__}; want a function of groups and scores, or an OwnColumn"
                 found.append(f'{place}.own_columns.{index}: got "{name}", {what}')
                 continue
-            wrong = own.wrong_arguments(name, getattr(column, "make", column), {}, ("groups", "scores"))
+            wrong = user_code.wrong_arguments(name, getattr(column, "make", column), {}, ("groups", "scores"))
             found += [f"{place}.own_columns.{index}{text}" for text in wrong]
         return found
 

@@ -8,8 +8,8 @@ defaults for that algorithm, `paper:name` the published equation; `SOURCES` says
 import difflib
 from typing import Any
 
+from jaxrl_llm.config.values import merged
 from jaxrl_llm.objective.config import ObjectiveConfig
-from jaxrl_llm.values import merged
 
 DUAL = {"kind": "clip", "low": 0.2, "high": 0.2, "dual": 3.0}
 CLIP = {"kind": "clip", "low": 0.2, "high": 0.2}

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from jaxrl_llm import config as run_config
-from jaxrl_llm.config import RunConfig
+from jaxrl_llm.config import run_config
+from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.plan import memory
 from jaxrl_llm.plan.memory import TEMPORARIES, Phase
 from jaxrl_llm.plan.programs import Job, make_job, problems

@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from jaxrl_llm.config import RunConfig
+from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.perf import chips

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import jax
 
-from jaxrl_llm import config as run_config
-from jaxrl_llm.config import RunConfig
+from jaxrl_llm.config import run_config
+from jaxrl_llm.config.own_part import own_problems
+from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.distribution.head import ACCELERATOR
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.metrics.console import saying
@@ -21,13 +22,12 @@ from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.publish import abstract_policy, make_publish
-from jaxrl_llm.own_part import own_problems
 from jaxrl_llm.perf.hlo import Module
 from jaxrl_llm.plan.traffic import Reading, read
 from jaxrl_llm.roles.blueprint import Blueprint, device_problems, make_blueprint, uses_of
+from jaxrl_llm.roles.sources import packing_problems, vocabulary_problems
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
-from jaxrl_llm.sources import packing_problems, vocabulary_problems
 from jaxrl_llm.tasks.config import CharacterTokenizer
 from jaxrl_llm.tasks.tokenizer import load_tokenizer
 from jaxrl_llm.types import Batch, Policy, PyTree, TrainState

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from jaxrl_llm.config import RunConfig
+from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.parallel.config import AXES, divisors
 from jaxrl_llm.perf.chips import Chip

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import jax
 import optax
 
-from jaxrl_llm import config as run_config
-from jaxrl_llm.config import RunConfig
+from jaxrl_llm.config import run_config
+from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.distribution.loss import Loss
 from jaxrl_llm.distribution.score import Scoring
 from jaxrl_llm.errors import UserError
@@ -25,10 +25,10 @@ from jaxrl_llm.objective.losses import make_loss
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.layout import TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
+from jaxrl_llm.roles.sources import Sources, packing_problems
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.output import Spell
 from jaxrl_llm.rollout.sample import Vocabulary
-from jaxrl_llm.sources import Sources, packing_problems
 from jaxrl_llm.types import PyTree
 from jaxrl_llm.update.config import OptimizerConfig
 from jaxrl_llm.update.optimizer.config import GroupConfig

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Key
 
-from jaxrl_llm.config import RunConfig
+from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.experience.config import OwnFilter
 from jaxrl_llm.experience.curriculum import in_order, own_curriculum
 from jaxrl_llm.experience.filters import Filter, make_filter, own_filter
@@ -19,7 +19,7 @@ from jaxrl_llm.objective.losses import CROSS_ENTROPY
 from jaxrl_llm.objective.rules import filter_of
 from jaxrl_llm.perf.work import TrainFlops, adapters_of, seen, train_flops
 from jaxrl_llm.roles.blueprint import Blueprint, correction_for
-from jaxrl_llm.roles.collect import Collected
+from jaxrl_llm.roles.collector import Collected
 from jaxrl_llm.roles.evaluator import Evaluator
 from jaxrl_llm.roles.learner import Learner, score_groups
 from jaxrl_llm.roles.reference import refresh

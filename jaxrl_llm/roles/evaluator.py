@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxrl_llm.metrics.estimates import avg_at_k, correct, maj_at_k, pass_at_k
 from jaxrl_llm.objective.reward_kl import KL
-from jaxrl_llm.roles.collect import Collected
+from jaxrl_llm.roles.collector import Collected
 from jaxrl_llm.roles.scorer import Scorer
 from jaxrl_llm.tasks.rows import Row
 from jaxrl_llm.tasks.stream import make_prompts

@@ -8,7 +8,7 @@ from jaxtyping import Array, Int, Key
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.curriculum import Curriculum
-from jaxrl_llm.roles.collect import Collected, never
+from jaxrl_llm.roles.collector import Collected, never
 from jaxrl_llm.tasks.stream import make_prompts
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Groups, Policy, Prompts

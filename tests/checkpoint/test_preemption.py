@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxrl_llm import config as run_config
-from jaxrl_llm import shell, train
-from jaxrl_llm.config import RunConfig
+from jaxrl_llm import run_context, train
+from jaxrl_llm.config import run_config
+from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.errors import CheckpointError, GradingError, MismatchError, NonFiniteError, Preempted
 from jaxrl_llm.metrics.recorder import Recorder, read_jsonl
 from jaxrl_llm.roles import build
@@ -96,7 +96,7 @@ def test_ctrl_c_finishes_the_step_and_saves_it_whenever_it_comes(cfg, capfd):
         ("supervised training", Supervised, "__call__", 2, 2, 2),
         ("sampling", Sampler, "take", 2, 4, 3),
         ("an update", Updates, "__call__", 2, 5, 5),
-        ("a save", shell, "save", 1, 7, 6),
+        ("a save", run_context, "save", 1, 7, 6),
         ("an evaluation", train, "evaluate", 1, 8, None),
     ]
     for moment, owner, name, nth, finishing, left in moments:
@@ -166,7 +166,8 @@ def test_where_no_python_runs_ctrl_c_is_answered_at_once(where):
 
 IMPORTING = """
 import time
-from jaxrl_llm import cli, sources
+from jaxrl_llm import cli
+from jaxrl_llm.roles import sources
 
 def read(*_, **__):
     # As a callback of JAX does with what is raised while it runs.

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxrl_llm import config as run_config
 from jaxrl_llm.checkpoint.run_directory import RunLock
-from jaxrl_llm.config import RunConfig
+from jaxrl_llm.config import run_config
+from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.shell import open_shell
+from jaxrl_llm.run_context import open_shell
 
 VALUES = {
     "reward": {"workers": 1},

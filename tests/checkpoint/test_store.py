@@ -474,6 +474,7 @@ def test_a_read_that_fails_in_the_middle_of_a_file_moves_no_step(two_steps, paus
 
 
 def test_too_many_open_files_move_no_step(two_steps, pauses):
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))

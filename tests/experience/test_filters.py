@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxrl_llm.config import training_problems, validate
+from jaxrl_llm.config.run_config import training_problems, validate
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience import filters
 from jaxrl_llm.experience.filters import make_filter, of

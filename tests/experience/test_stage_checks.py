@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.config import validate
+from jaxrl_llm.config.own_part import own_problems
+from jaxrl_llm.config.run_config import validate
+from jaxrl_llm.config.unread import unread
 from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.curriculum import own_curriculum
 from jaxrl_llm.experience.filters import Filter, own_filter
 from jaxrl_llm.experience.replay import blank_groups, make_replay
 from jaxrl_llm.objective.losses import make_loss
-from jaxrl_llm.own_part import own_problems
 from jaxrl_llm.types import Groups
-from jaxrl_llm.unread import unread
 from jaxrl_llm.update.optimizer.transform import learning_rate
 
 

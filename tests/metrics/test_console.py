@@ -15,7 +15,7 @@ from contextlib import suppress
 import pytest
 from rich.cells import cell_len
 
-from jaxrl_llm.config import validate
+from jaxrl_llm.config.run_config import validate
 from jaxrl_llm.metrics import console
 from jaxrl_llm.metrics.console import Progress, line, wrapped
 from jaxrl_llm.metrics.recorder import MetricsConfig, Pace, Recorder

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_llm import config as run_config
 from jaxrl_llm import train
+from jaxrl_llm.config import run_config
 from jaxrl_llm.errors import AdvantageError, GradingError, MismatchError, NonFiniteError
 from jaxrl_llm.metrics.guards import Guards, RatioAlarm, observe
 from jaxrl_llm.objective.advantages import Published, estimate
@@ -17,7 +17,7 @@ from jaxrl_llm.objective.group_estimators import Grpo, PassAtK, Raw, Rloo
 from jaxrl_llm.objective.outcome import Estimate, Outcome
 from jaxrl_llm.objective.token_estimators import Gae, ReinforcePlusPlus
 from jaxrl_llm.roles import updates
-from jaxrl_llm.roles.start import rl_target
+from jaxrl_llm.roles.initial_state import rl_target
 from jaxrl_llm.update.config import GuardConfig
 
 FINE = {

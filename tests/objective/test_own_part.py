@@ -12,7 +12,8 @@ from outcomes import to_groups
 from test_losses import batch_of
 
 from jaxrl_llm import cli
-from jaxrl_llm.config import dump, training_problems, validate
+from jaxrl_llm.config.own_part import own_problems
+from jaxrl_llm.config.run_config import dump, training_problems, validate
 from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.errors import AdvantageError, UserError
 from jaxrl_llm.metrics.recorder import read_jsonl
@@ -22,7 +23,6 @@ from jaxrl_llm.objective.credit import UNSCORED, make_advantage
 from jaxrl_llm.objective.loss_config import NoCorrection, OwnLoss, correction_of, scores_proximal
 from jaxrl_llm.objective.losses import as_loss, make_loss, with_own
 from jaxrl_llm.objective.rules import filter_of
-from jaxrl_llm.own_part import own_problems
 from jaxrl_llm.types import Credit, Experience, OwnColumn, Scores
 from jaxrl_llm.update.batch import make_batch
 from jaxrl_llm.update.packing import Shape
@@ -252,8 +252,8 @@ def test_a_wrong_name_is_told_before_jax_is_loaded(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text(f"run_dir: {tmp_path}/run\nobjective: {{loss: 'own_parts:puled'}}\n")
     code = (
-        "import sys; from jaxrl_llm import config, sources; from pathlib import Path\n"
-        "found = sources.read(config.load(Path(sys.argv[1])), trains=True)\n"
+        "import sys; from jaxrl_llm.roles import sources; from jaxrl_llm.config import run_config; from pathlib import Path\n"
+        "found = sources.read(run_config.load(Path(sys.argv[1])), trains=True)\n"
         "print(found.missing, 'jax' in sys.modules)"
     )
     done = subprocess.run(

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_llm import cli, sources
-from jaxrl_llm.config import validate
+from jaxrl_llm import cli
+from jaxrl_llm.config.run_config import validate
 from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.perf import chips
@@ -20,6 +20,7 @@ from jaxrl_llm.plan.command import Target
 from jaxrl_llm.plan.memory import Phase
 from jaxrl_llm.plan.programs import Job, Program, make_job, with_micro_batches
 from jaxrl_llm.plan.traffic import Reading, Traffic
+from jaxrl_llm.roles import sources
 from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
 from jaxrl_llm.roles.build import make_learner
 from jaxrl_llm.roles.learner import Learner

@@ -6,10 +6,10 @@ import jax
 import pytest
 from fakes import MODEL, VALUES, blueprint, config, sums
 
-from jaxrl_llm import sources
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
+from jaxrl_llm.roles import sources
 from jaxrl_llm.roles.blueprint import (
     Shapes,
     blueprint_of,

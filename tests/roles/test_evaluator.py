@@ -9,7 +9,7 @@ import pytest
 from fakes import groups_of, sums
 
 from jaxrl_llm.distribution.score import TokenScores
-from jaxrl_llm.roles.collect import Collected
+from jaxrl_llm.roles.collector import Collected
 from jaxrl_llm.roles.evaluator import Evaluator
 from jaxrl_llm.roles.supervised import right_responses
 from jaxrl_llm.rollout.engine import Stats

@@ -150,13 +150,15 @@ def test_who_learns_imports_no_engine_no_task_and_no_sampler(name):
         "jaxrl_llm.tasks",
         "jaxrl_llm.environments",
         "jaxrl_llm.roles.sampler",
-        "jaxrl_llm.roles.collect",
+        "jaxrl_llm.roles.collector",
     )
     assert beneath(found, places) == set()
 
 
 def test_no_role_imports_the_loop_or_the_shell_around_it():
-    found = {x for source in of_roles() for x in beneath(imported(source), ("jaxrl_llm.train", "jaxrl_llm.shell"))}
+    found = {
+        x for source in of_roles() for x in beneath(imported(source), ("jaxrl_llm.train", "jaxrl_llm.run_context"))
+    }
     assert found == set()
 
 

@@ -7,7 +7,7 @@ from fakes import groups_of, sums
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.curriculum import Curriculum, in_order
-from jaxrl_llm.roles.collect import Collected, GivenUp, never
+from jaxrl_llm.roles.collector import Collected, GivenUp, never
 from jaxrl_llm.roles.sampler import CURRICULUM, Sampler
 from jaxrl_llm.rollout.engine import Stats
 

@@ -7,7 +7,7 @@ from fakes import Calls, groups_of, state_of
 from jaxrl_llm.errors import AdvantageError
 from jaxrl_llm.experience.filters import Filter
 from jaxrl_llm.experience.replay import Replay
-from jaxrl_llm.roles.collect import GivenUp
+from jaxrl_llm.roles.collector import GivenUp
 from jaxrl_llm.roles.learner import Learner
 from jaxrl_llm.roles.updates import Learned
 from jaxrl_llm.train import step

@@ -7,8 +7,9 @@ from tokenizer_setup import save_tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from jaxrl_llm import config, sources
+from jaxrl_llm.config import run_config
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.roles import sources
 from jaxrl_llm.roles.blueprint import blueprint_of
 from jaxrl_llm.tasks.config import CharacterTokenizer, PretrainedTokenizer
 from jaxrl_llm.tasks.tokenizer import BATCH, Tokenizer, load_tokenizer
@@ -79,7 +80,7 @@ def test_the_character_tokenizer_is_exported_for_transformers(tmp_path):
 
 def test_a_stop_text_that_no_response_can_hold_is_refused_by_character():
     """And an empty one, at which every response would end."""
-    cfg = config.validate({"rollout": {"stop": ["12", "</answer>", "\n\n", ""]}}, "x")
+    cfg = run_config.validate({"rollout": {"stop": ["12", "</answer>", "\n\n", ""]}}, "x")
     with pytest.raises(UserError) as caught:
         blueprint_of(cfg, sources.read(cfg))
     assert str(caught.value).splitlines() == [

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, ConfigDict, Discriminator, Tag, model_validator
 
-from jaxrl_llm.own_part import OwnPart
+from jaxrl_llm.config.own_part import OwnPart
 
 Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]

@@ -12,8 +12,8 @@ import jax
 
 from jaxrl_llm.checkpoint.run_directory import RunLock, prepare_run_directory
 from jaxrl_llm.checkpoint.store import Checkpoints, Restored
-from jaxrl_llm.claim import claim
-from jaxrl_llm.config import RunConfig
+from jaxrl_llm.config.run_config import RunConfig
+from jaxrl_llm.config.saved import claim
 from jaxrl_llm.environments.grader_pool import GraderPool
 from jaxrl_llm.errors import AdvantageError, CheckpointError, GradingError, NonFiniteError, Preempted, UserError
 from jaxrl_llm.metrics.recorder import CompileCounter, Recorder, Timers
@@ -67,7 +67,7 @@ def open_shell(
                 # A link to a disk that is gone would be told after hours, by the first save.
                 prepare_run_directory(checkpoints.directory)
                 checkpoints.refuse_other_formats()
-                claim(run_dir, whole or cfg, checkpoints)
+                claim(run_dir, whole or cfg, checkpoints.is_empty())
             recorder = stack.enter_context(
                 Recorder(run_dir, cfg.metrics, cfg.total_steps, leader, cfg.evaluations_after)
             )

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jaxrl_llm.values import Flag, has_kinds, keys, sections, types_at, variant_of
+from jaxrl_llm.config.values import Flag, has_kinds, keys, sections, types_at, variant_of
 
 # Of the members of a union, these only say that the value is not of this member.
 OTHER_MEMBER = ("literal_error", "dataclass_type")

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from jaxrl_llm import cli
 from jaxrl_llm.cli import read_config
-from jaxrl_llm.config import RunConfig
+from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.config import LinearRope, ModelConfig, PretrainedModel
 from jaxrl_llm.objective.loss_config import Cispo, Clip, KlConfig, PolicyGradient
@@ -19,7 +19,7 @@ from jaxrl_llm.parallel.config import MeshConfig
 from jaxrl_llm.tasks.config import ArithmeticTask, CharacterTokenizer, FileTask, PretrainedTokenizer
 from jaxrl_llm.update.optimizer.config import AdamW, GroupConfig, Lion, Muon
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # What the walk sets: the first that a type takes and that is not the default; also words that YAML reads as something else.
 CANDIDATES = (
     3, 7, 2, 0, 0.5, 0.25, 1.5, True, False, "a: b, 007", "{question} [1]", "a.*", {"a": {"b": 1}},

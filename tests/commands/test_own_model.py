@@ -10,12 +10,14 @@ import pytest
 from setups import layouts, make_params
 from tokenizer_setup import save_tokenizer
 
-from jaxrl_llm import cli, config, sources
-from jaxrl_llm.inspect_run import evaluate_target, export_run, restore
+from jaxrl_llm import cli
+from jaxrl_llm.commands.inspect_run import evaluate_target, export_run, restore
+from jaxrl_llm.config import run_config
 from jaxrl_llm.metrics.recorder import read_jsonl
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.export import export
 from jaxrl_llm.model.hf.load import load
+from jaxrl_llm.roles import sources
 from jaxrl_llm.roles.blueprint import blueprint_of
 from jaxrl_llm.train import train
 
@@ -52,14 +54,14 @@ def place(tmp_path_factory):
     return place
 
 
-def write(place, tmp_path, **changes) -> config.RunConfig:
+def write(place, tmp_path, **changes) -> run_config.RunConfig:
     values = {
         "run_dir": tmp_path / "run", "steps": 5, "model": place / "model", "data": place / "train.jsonl",
         "held_out": place / "test.jsonl", "fsdp": -1, "every": 100,
     }  # fmt: skip
     path = tmp_path / "theirs.yaml"
     path.write_text(CONFIG.format(**values | changes))
-    return config.load(path)
+    return run_config.load(path)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +115,7 @@ def test_the_export_is_the_run_bit_for_bit_and_can_be_trained_on(trained, place,
     assert ours["eos_token_id"] == [2, 3] and ours["hidden_size"] == theirs["hidden_size"]
     onward = write(out.parent, tmp_path, model=out, data=place / "train.jsonl", held_out=place / "test.jsonl")
     assert blueprint_of(onward, sources.read(onward)).model == blueprint.model
-    by_run, by_export = (evaluate_target(c, 2) for c in (cfg, config.load(tmp_path / "theirs.yaml")))
+    by_run, by_export = (evaluate_target(c, 2) for c in (cfg, run_config.load(tmp_path / "theirs.yaml")))
     assert by_run["avg@2"] == by_export["avg@2"] and by_run["step"] == 5 and by_export["step"] == 0
     assert set(by_run) == {"model", "step", "k", "temperature", "avg@2", "pass@1", "pass@2", "maj@2"}
 

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any, NamedTuple
 
+from jaxrl_llm.config.values import defaults
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.presets import filled
-from jaxrl_llm.values import defaults
 
 Config = Any
 """A RunConfig, which imports this room's neighbors and not the other way round."""

@@ -4,24 +4,23 @@ import logging
 import os
 from pathlib import Path
 
-from jaxrl_llm import config as run_config
 from jaxrl_llm.checkpoint.run_directory import write_whole
-from jaxrl_llm.checkpoint.store import Checkpoints
-from jaxrl_llm.config import RunConfig
+from jaxrl_llm.config import run_config
+from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.metrics.recorder import METRICS, ROLLOUTS
 
-log = logging.getLogger("jaxrl_llm.claim")
+log = logging.getLogger("jaxrl_llm.config.saved")
 
 
-def claim(run_dir: Path, cfg: RunConfig, checkpoints: Checkpoints) -> None:
-    """Write config.yaml. Of a run with checkpoints only what may change may differ from it; one without is over, and its
-    records are put aside. Raises UserError where another run is in the directory."""
+def claim(run_dir: Path, cfg: RunConfig, is_new: bool) -> None:
+    """Write config.yaml. A run with checkpoints may differ from it in what may change and in nothing else; one without them
+    (`is_new`) is over, and its records are moved aside. Raises UserError if the directory holds another run."""
     path, text = run_dir / "config.yaml", run_config.dump(run_config.with_places(cfg)).encode()
     before = path.read_bytes() if path.exists() else b""
     # Power that fails may leave zeros.
     is_blank = not before.strip(b"\0\r\n\t ")
-    if checkpoints.is_empty():
+    if is_new:
         start_anew(run_dir, told=not is_blank and before != text)
     elif is_blank:
         got = "an empty file" if path.exists() else "none"

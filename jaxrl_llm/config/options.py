@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from jaxrl_llm.values import alternatives, defaults, sections, variant_of
+from jaxrl_llm.config.values import alternatives, defaults, sections, variant_of
 
 WIDTH = 118
 WORDS = {str: "TEXT", int: "INTEGER", float: "NUMBER", bool: "true|false", type(None): "null", Any: "VALUE"}

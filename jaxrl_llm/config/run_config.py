@@ -15,10 +15,11 @@ import yaml
 from annotated_types import Ge, Lt
 from pydantic import ConfigDict, Discriminator, Tag, TypeAdapter, ValidationError
 
+from jaxrl_llm.config.messages import errors_in_words, named
+from jaxrl_llm.config.values import Flag, numbers, put, read_flags, read_yaml, truths, unreadable
 from jaxrl_llm.environments.config import RewardConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.config import FILTERS, ExperienceConfig
-from jaxrl_llm.explain import errors_in_words, named
 from jaxrl_llm.metrics.recorder import MetricsConfig
 from jaxrl_llm.model.config import LoraConfig, ModelConfig, PretrainedModel
 from jaxrl_llm.objective.config import ObjectiveConfig
@@ -28,7 +29,6 @@ from jaxrl_llm.parallel.config import MeshConfig, divisors, resolve
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.tasks.config import ArithmeticTask, CharacterTokenizer, PretrainedTokenizer, TaskConfig, TokenizerConfig
 from jaxrl_llm.update.config import UpdateConfig, WarmStartConfig
-from jaxrl_llm.values import Flag, numbers, put, read_flags, read_yaml, truths, unreadable
 
 Steps = Annotated[int, Ge(0)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]

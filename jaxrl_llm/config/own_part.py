@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import MinLen
 from pydantic import ConfigDict
 
-from jaxrl_llm import own
+from jaxrl_llm.config import user_code
 from jaxrl_llm.errors import UserError
 
 
@@ -43,7 +43,7 @@ class OwnPart:
 
     def made(self) -> Callable:
         """What is called with the arguments. Raises UserError as `own.resolve` does."""
-        return own.made(self._found(), self.options)
+        return user_code.made(self._found(), self.options)
 
     def traced(self, place: str) -> Callable:
         """As `made`, for what JAX traces: a UserError names the part that asks for a number while it compiles."""
@@ -72,10 +72,10 @@ class OwnPart:
         if self.methods and not isinstance(found, type):
             return [f'{place}.function: got "{self.function}", which is a {type(found).__name__}; want {self._want}']
         if isinstance(found, type) and (
-            wrong := own.wrong_methods(self.function, found, self.methods_of(found), self.named)
+            wrong := user_code.wrong_methods(self.function, found, self.methods_of(found), self.named)
         ):
             return [f"{place}.function: {wrong}"]
-        wrong = own.wrong_arguments(self.function, found, self.options, self.arguments, self.named)
+        wrong = user_code.wrong_arguments(self.function, found, self.options, self.arguments, self.named)
         return [f"{place}.options{text}" for text in wrong]
 
     def methods_of(self, found: type) -> Mapping[str, tuple[str, ...]]:
@@ -88,7 +88,7 @@ class OwnPart:
         return f"a function of {' and '.join(self.arguments)}"
 
     def _found(self) -> Callable:
-        return own.resolve(self.function, self._want)
+        return user_code.resolve(self.function, self._want)
 
 
 def own_problems(config: Any) -> list[str]:

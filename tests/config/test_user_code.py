@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from jaxrl_llm import own
+from jaxrl_llm.config import user_code
 from jaxrl_llm.errors import UserError
 
 
@@ -26,7 +26,7 @@ def module(tmp_path, monkeypatch):
 
 
 def test_a_function_takes_its_options_with_each_call_and_a_class_when_it_is_made(module):
-    made = lambda name, options: own.made(own.resolve(f"{module}:{name}", "a function"), options)  # noqa: E731
+    made = lambda name, options: user_code.made(user_code.resolve(f"{module}:{name}", "a function"), options)  # noqa: E731
     assert made("scaled", {})(5) == 10
     assert made("scaled", {"by": 3})(5) == 15
     assert made("Plus", {"what": 3})(5) == 8
@@ -35,9 +35,9 @@ def test_a_function_takes_its_options_with_each_call_and_a_class_when_it_is_made
 
 
 def test_what_is_wrong_with_a_name(module):
-    def told(name, built_in=own.NOTHING):
+    def told(name, built_in=user_code.NOTHING):
         with pytest.raises(UserError) as error:
-            own.resolve(name, "a function of x", built_in)
+            user_code.resolve(name, "a function of x", built_in)
         return str(error.value)
 
     assert told("grpo") == 'got "grpo", want "module:function".'
@@ -45,7 +45,7 @@ def test_what_is_wrong_with_a_name(module):
     assert told("shrt", known) == (
         'got "shrt", want one of: short, long; or "module:function". Perhaps you meant "short"'
     )
-    assert own.resolve("short", "", known) is own.resolve(f"{module}:scaled", "")
+    assert user_code.resolve("short", "", known) is user_code.resolve(f"{module}:scaled", "")
     assert told(f"{module}:scale") == (
         f'got "{module}:scale", but "{module}" has no "scale". Perhaps you meant "scaled"'
     )
@@ -58,7 +58,7 @@ def test_what_is_wrong_with_a_name(module):
 
 def test_what_is_wrong_with_options(module):
     def told(name, options):
-        return own.wrong_arguments(name, own.resolve(f"{module}:{name}", ""), options, (1,))
+        return user_code.wrong_arguments(name, user_code.resolve(f"{module}:{name}", ""), options, (1,))
 
     assert told("scaled", {}) == told("scaled", {"by": 1}) == told("Plus", {"what": 1}) == []
     assert told("scaled", {"of": 1}) == [": \"scaled\" takes (x, by=2): got an unexpected keyword argument 'of'"]

@@ -5,9 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from jaxrl_llm import config
 from jaxrl_llm.cli import read_config
-from jaxrl_llm.config import EvaluationConfig, RunConfig, changes, dump, load, problems, to_dict, training_problems
+from jaxrl_llm.config import run_config
+from jaxrl_llm.config.run_config import (
+    EvaluationConfig,
+    RunConfig,
+    changes,
+    dump,
+    load,
+    problems,
+    to_dict,
+    training_problems,
+)
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.config import ModelConfig, PretrainedModel
 from jaxrl_llm.model.hf.config import read_config as read_model_config
@@ -18,7 +27,7 @@ from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
 from jaxrl_llm.tasks.config import ArithmeticTask, CharacterTokenizer, FileTask, PretrainedTokenizer
 from jaxrl_llm.update.config import UpdateConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -247,7 +256,7 @@ def test_a_pretrained_model_brings_its_tokenizer(read, refuse):
 
 def test_the_tokenizer_follows_the_model_that_is_evaluated(read):
     def of(text: str):
-        return config.tokenizer_of(read(text), "other")
+        return run_config.tokenizer_of(read(text), "other")
 
     assert of("model: {path: m}") == of("model: {path: m}\ntokenizer: {path: m}") == PretrainedTokenizer("other")
     assert of("model: {path: m}\ntokenizer: {path: t}") == PretrainedTokenizer("t")
@@ -265,7 +274,7 @@ def test_the_tokenizer_follows_the_model_that_is_evaluated(read):
 def test_a_config_survives_its_own_yaml(read, text):
     cfg = read(text)
     assert read(dump(cfg)) == cfg
-    assert config.validate(to_dict(cfg), "again") == cfg
+    assert run_config.validate(to_dict(cfg), "again") == cfg
 
 
 def overridden(tmp_path, *args: str, text: str = "seed: 3\nsteps: 7\n") -> RunConfig:
@@ -308,7 +317,7 @@ def test_every_problem_of_an_impossible_mesh_is_listed():
         mesh=MeshConfig(3, 2, 5),
         model=ModelConfig(heads=3, kv_heads=2, head_dim=7, d_mlp=9, vocab_size=16),
         rollout=RolloutConfig(prompts=4),
-        warm_start=config.WarmStartConfig(rows=8),
+        warm_start=run_config.WarmStartConfig(rows=8),
         update=UpdateConfig(minibatches=3),
     )
     assert problems(cfg, 8) == [
@@ -371,7 +380,7 @@ def test_a_field_that_an_older_run_did_not_have_is_a_change():
 
 
 def test_warm_start_and_rl_add_up():
-    assert RunConfig(steps=10, warm_start=config.WarmStartConfig(steps=5)).total_steps == 15
+    assert RunConfig(steps=10, warm_start=run_config.WarmStartConfig(steps=5)).total_steps == 15
 
 
 def test_the_engine_must_fit_the_mesh_and_the_groups():

@@ -7,15 +7,15 @@ from collections.abc import Callable
 from math import prod
 from typing import NamedTuple, TypeVar
 
-from jaxrl_llm import config as run_config
-from jaxrl_llm.config import RunConfig
+from jaxrl_llm.config import run_config
+from jaxrl_llm.config.own_part import own_problems
+from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.environments.grader import Sample, unreadable_rows
 from jaxrl_llm.environments.grader import problems as grader_problems
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.source import resolve
-from jaxrl_llm.own_part import own_problems
 from jaxrl_llm.tasks.rows import Row
 from jaxrl_llm.tasks.task import Task, load_task
 from jaxrl_llm.tasks.tokenizer import load_tokenizer, stop_problems

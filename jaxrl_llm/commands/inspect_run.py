@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm import sources
-from jaxrl_llm.config import RunConfig
+from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.environments.grader_pool import GraderPool
 from jaxrl_llm.errors import CheckpointError, UserError
 from jaxrl_llm.metrics.console import saying
@@ -29,14 +28,15 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.perf.rates import decode_rates
 from jaxrl_llm.plan import fit
+from jaxrl_llm.roles import sources
 from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
 from jaxrl_llm.roles.build import make_evaluator, make_keys, make_publisher, make_scorer
-from jaxrl_llm.roles.collect import Collector
-from jaxrl_llm.roles.start import start_params
+from jaxrl_llm.roles.collector import Collector
+from jaxrl_llm.roles.initial_state import start_params
+from jaxrl_llm.roles.sources import Sources
 from jaxrl_llm.roles.state import RunState, SupervisedState
 from jaxrl_llm.rollout.engine import Engine
-from jaxrl_llm.shell import State, look
-from jaxrl_llm.sources import Sources
+from jaxrl_llm.run_context import State, look
 from jaxrl_llm.tasks.stream import make_order, make_prompts
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.tasks.tokenizer import load_tokenizer

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from jaxrl_llm.errors import UserError
 
 if TYPE_CHECKING:
-    from jaxrl_llm.config import RunConfig
+    from jaxrl_llm.config.run_config import RunConfig
 
 Kind = Literal["file", "run", "model", "directory", "name", "nothing"]
 POLICY = "a run directory or a Hugging Face model"
@@ -37,8 +37,8 @@ def kind_of(target: str) -> Kind:
 
 def refusal(target: str, want: str, args: Sequence[str] = (), own: Sequence[str] = ()) -> UserError:
     """For a target that the command cannot take: what it is, which neighbor may be meant, and what is wrong with the flags."""
-    from jaxrl_llm.config import RunConfig
-    from jaxrl_llm.values import read_flags
+    from jaxrl_llm.config.run_config import RunConfig
+    from jaxrl_llm.config.values import read_flags
 
     found = {
         "file": "a file",
@@ -70,17 +70,17 @@ def _can_be_named(path: Path) -> bool:
 
 def read_config(target: str, args: Sequence[str], own: Sequence[str] = ()) -> "RunConfig":
     """The config of a YAML file or of a run directory, with flags over it; `own`: flags of the command itself."""
-    from jaxrl_llm import config
+    from jaxrl_llm.config import run_config
 
     kind, path = kind_of(target), Path(target)
     if kind == "model":
         want = f"a config file or a run directory; a model stands beside one: CONFIG --model.path {target}"
         raise refusal(target, want, args, own)
     if kind == "run":
-        return config.load(path / "config.yaml", [f"--run_dir={path}", *args], own)
+        return run_config.load(path / "config.yaml", [f"--run_dir={path}", *args], own)
     if kind != "file":
         raise refusal(target, "a config file or a run directory", args, own)
-    return config.load(path, args, own)
+    return run_config.load(path, args, own)
 
 
 def read_run(target: str, args: Sequence[str], own: Sequence[str]) -> "RunConfig":
@@ -94,7 +94,7 @@ def read_evaluation(
     target: str, task: str | None, args: Sequence[str], own: Sequence[str] = ("--task",)
 ) -> "RunConfig":
     """A run directory's config, or that of `task` around a run's or a pretrained model."""
-    from jaxrl_llm import config
+    from jaxrl_llm.config import run_config
     from jaxrl_llm.model.config import PretrainedModel
 
     kind = kind_of(target)
@@ -106,20 +106,20 @@ def read_evaluation(
         )
     if kind == "model" and task is None:
         raise UserError(f"--task: got nothing, want what to evaluate {target} on: a config, or reasoning_gym:NAME")
-    base = config.load(Path(target) / "config.yaml") if kind == "run" else config.RunConfig()
+    base = run_config.load(Path(target) / "config.yaml") if kind == "run" else run_config.RunConfig()
     asked = base if task is None else _read_task(task, target)
     if kind != "run":
         compute = {"compute": asked.model.compute} if isinstance(asked.model, PretrainedModel) else {}
         base = dataclasses.replace(base, model=PretrainedModel(target, **compute))
-        base = dataclasses.replace(base, tokenizer=config.tokenizer_of(asked, target), mesh=asked.mesh)
+        base = dataclasses.replace(base, tokenizer=run_config.tokenizer_of(asked, target), mesh=asked.mesh)
     found = dataclasses.replace(
         base, run_dir=target, task=asked.task, reward=asked.reward, rollout=asked.rollout, evaluation=asked.evaluation
     )
-    return config.validate(config.to_dict(found), target, args, own)
+    return run_config.validate(run_config.to_dict(found), target, args, own)
 
 
 def _read_task(task: str, target: str) -> "RunConfig":
-    from jaxrl_llm import config
+    from jaxrl_llm.config import run_config
 
     kind, colon, name = task.partition(":")
     if colon and kind == "reasoning_gym":
@@ -129,15 +129,15 @@ def _read_task(task: str, target: str) -> "RunConfig":
             "rollout": {"max_new_tokens": NEW_TOKENS},
             "model": {"path": target},
         }
-        return config.validate(values, "--task")
+        return run_config.validate(values, "--task")
     if not Path(task).is_file():
         raise UserError(f"--task: got {task}, want a config file, or reasoning_gym:NAME")
-    return config.load(Path(task))
+    return run_config.load(Path(task))
 
 
 def read_sampled(target: str, task: str | None, args: Sequence[str], own: Sequence[str]) -> "tuple[RunConfig, bool]":
     """What `jaxrl sample` draws from, and whether it has a task: a model by itself has none."""
-    from jaxrl_llm import config
+    from jaxrl_llm.config import run_config
 
     kind = kind_of(target)
     if task is not None:
@@ -145,13 +145,13 @@ def read_sampled(target: str, task: str | None, args: Sequence[str], own: Sequen
     if kind not in ("model", "name"):
         return read_config(target, args, own), True
     values = {"run_dir": target, "model": {"path": target}, "rollout": {"max_new_tokens": NEW_TOKENS}}
-    return config.validate(values, target, args, own), False
+    return run_config.validate(values, target, args, own), False
 
 
 def list_values(target: str) -> str:
     """Every value of the config, with those of `target` where it has any."""
-    from jaxrl_llm import config
-    from jaxrl_llm.options import listing
+    from jaxrl_llm.config import run_config
+    from jaxrl_llm.config.options import listing
 
-    cfg = read_config(target, []) if kind_of(target) in ("file", "run") else config.RunConfig()
-    return listing(config.to_dict(cfg), config.RunConfig)
+    cfg = read_config(target, []) if kind_of(target) in ("file", "run") else run_config.RunConfig()
+    return listing(run_config.to_dict(cfg), run_config.RunConfig)

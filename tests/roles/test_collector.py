@@ -9,7 +9,7 @@ import pytest
 from fakes import groups_of, sums
 
 from jaxrl_llm.environments.grader_pool import Failure, Graded
-from jaxrl_llm.roles.collect import Collected, Collector, GivenUp, never
+from jaxrl_llm.roles.collector import Collected, Collector, GivenUp, never
 from jaxrl_llm.rollout.engine import Stats
 from jaxrl_llm.tasks.stream import make_prompts
 from jaxrl_llm.types import Finish, check
