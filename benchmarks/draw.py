@@ -50,10 +50,10 @@ def controls(rows: int, top_p: float, top_k: int, min_p: float) -> Controls:
     )
 
 
-def make_loop(vocab: int, support: int) -> Callable:
+def make_loop(vocab: int, max_kept_tokens: int) -> Callable:
     """`loop(keys, logits, controls)`: TURNS draws, each from logits that the last one changed at its tokens."""
     vocabulary = Vocabulary(size=vocab, pad=0, eos=(vocab - 1,))
-    decoding = Decoding(ModelConfig(vocab_size=vocab), layouts()[1], vocabulary, support=support)
+    decoding = Decoding(ModelConfig(vocab_size=vocab), layouts()[1], vocabulary, max_kept_tokens=max_kept_tokens)
 
     def loop(keys: jax.Array, logits: jax.Array, of: Controls) -> tuple:
         def turn(t: jax.Array, carry: tuple) -> tuple:
@@ -76,10 +76,10 @@ def measure(rows: int, vocab: int, seconds: float) -> dict[str, float]:
     rng = np.random.default_rng(0)
     ranks = np.stack([rng.permutation(vocab) for _ in range(rows)])
     logits = jnp.asarray(-1.5 * np.log1p(ranks) + 0.1 * rng.normal(size=ranks.shape), jnp.float32)
-    loops = {k: make_loop(vocab, k) for k in (0, RolloutConfig().support)}
+    loops = {k: make_loop(vocab, k) for k in (0, RolloutConfig().max_kept_tokens)}
 
     def call(changes: dict) -> Callable[[], object]:
-        loop, of = loops[RolloutConfig().support if changes else 0], controls(rows, **(NOTHING | changes))
+        loop, of = loops[RolloutConfig().max_kept_tokens if changes else 0], controls(rows, **(NOTHING | changes))
         return lambda: loop(keys, logits, of)
 
     times = alternate({name: call(changes) for name, changes in VARIANTS.items()}, seconds)

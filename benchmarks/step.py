@@ -39,7 +39,7 @@ def measure(steps: int = 15, warm: int = 2) -> dict:
                 summary(run, done)
                 state, policy = done.state, done.policy
                 whole = time.perf_counter() - start
-                stages = {name.removeprefix("time/"): s for name, s in run.shell.timers.take().items()}
+                stages = {name.removeprefix("time/"): s for name, s in run.context.timers.take().items()}
                 seen.append({**stages, "other": whole - sum(stages.values()), "whole": whole})
     seen = seen[warm:]
     return {

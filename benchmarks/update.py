@@ -29,7 +29,7 @@ from benchmarks.machine import machine
 from benchmarks.models import DTYPES, NEW_TOKENS, PROMPT_SLOTS, SAMPLES, SIZES, Workload, layouts, make_params
 from jaxrl_llm.distribution.score import Scoring
 from jaxrl_llm.model import params as model_params
-from jaxrl_llm.model.config import Whole
+from jaxrl_llm.model.config import ForwardOptions
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.losses import make_loss
 from jaxrl_llm.perf.ceilings import matmul_rate
@@ -95,7 +95,7 @@ class Case:
             specs,
             make_loss(ObjectiveConfig()),
             optimizer,
-            Scoring(cfg, train, cfg.vocab_size, how=Whole(remat="auto")),
+            Scoring(cfg, train, cfg.vocab_size, forward=ForwardOptions(remat="auto")),
             micro_batches=self.shape.parts,
         )
         batch = jax.device_put(self.batch(), train.replicated)

@@ -26,7 +26,7 @@ State = RunState | SupervisedState
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-class Shell(NamedTuple):
+class RunContext(NamedTuple):
     cfg: RunConfig
     pool: GraderPool
     checkpoints: Checkpoints
@@ -42,12 +42,12 @@ class Shell(NamedTuple):
 
 
 @contextmanager
-def open_shell(
+def open_context(
     cfg: RunConfig,
     stopping: Callable[[int], str] = lambda step: "",
     about: Mapping[str, Any] = NOTHING,
     whole: RunConfig | None = None,
-) -> Iterator[Shell]:
+) -> Iterator[RunContext]:
     """The run directory, locked, with config.yaml in it, and everything that must be closed again.
 
     Args:
@@ -77,28 +77,28 @@ def open_shell(
             ) from error
         pool = stack.enter_context(GraderPool(cfg.reward))
         stack.callback(_close, recorder, checkpoints)
-        yield Shell(cfg, pool, checkpoints, recorder, Timers(), CompileCounter(), check_lock, stopping, about)
+        yield RunContext(cfg, pool, checkpoints, recorder, Timers(), CompileCounter(), check_lock, stopping, about)
 
 
 def open_checkpoints(cfg: RunConfig) -> Checkpoints:
     return Checkpoints(Path(cfg.run_dir).resolve() / "checkpoints", keep=cfg.checkpoint.keep)
 
 
-def restore(shell: Shell, target: Callable[[bool], PyTree], task: Task) -> State | None:
+def restore(context: RunContext, target: Callable[[bool], PyTree], task: Task) -> State | None:
     """The newest state in the run directory; None in a fresh one.
 
     Args:
         target: what a checkpoint holds, of RL or (False) of supervised training.
         task: as it is now.
     """
-    with shell.recorder.during("reading the newest checkpoint"):
-        restored = shell.checkpoints.restore(partial(_of, target))
+    with context.recorder.during("reading the newest checkpoint"):
+        restored = context.checkpoints.restore(partial(_of, target))
     if restored is None:
         return None
-    shell.recorder.truncate(restored.meta["offsets"])
-    shell.recorder.message(f"going on from step {restored.step} in {shell.cfg.run_dir}")
+    context.recorder.truncate(restored.meta["offsets"])
+    context.recorder.message(f"going on from step {restored.step} in {context.cfg.run_dir}")
     if changed := task.changed(restored.meta.get("task")):
-        shell.recorder.message(changed)
+        context.recorder.message(changed)
     return restored.tree
 
 
@@ -117,59 +117,59 @@ def _of(target: Callable[[bool], PyTree], meta: dict[str, Any]) -> PyTree:
     return target(meta["phase"] == "rl")
 
 
-def conclude(shell: Shell, state: State, metrics: dict[str, Any], error: UserError | None) -> None:
+def conclude(context: RunContext, state: State, metrics: dict[str, Any], error: UserError | None) -> None:
     """End a step: record it, save it where that is due, and leave where a guard or a signal asks for it."""
-    step, last = int(state.step), shell.cfg.total_steps
-    shell.check_lock()
-    shell.recorder.log(step, with_rates(metrics, shell))
+    step, last = int(state.step), context.cfg.total_steps
+    context.check_lock()
+    context.recorder.log(step, with_rates(metrics, context))
     if error:
-        end(shell, state, error)
-    stop = shell.stopping(step)
+        end(context, state, error)
+    stop = context.stopping(step)
     # While no update is finite nothing is learned, and what came before may be spoiled already.
-    if is_due(step, shell.cfg.checkpoint.every, last) and (state.guards.nonfinite == 0 or step == last):
-        save(shell, state)
+    if is_due(step, context.cfg.checkpoint.every, last) and (state.guards.nonfinite == 0 or step == last):
+        save(context, state)
     if stop and step < last:
-        leave(shell, state, stop)
-    shell.checkpoints.poll()
+        leave(context, state, stop)
+    context.checkpoints.poll()
 
 
 def is_due(step: int, every: int, last: int) -> bool:
     return step > 0 and (step % every == 0 or step == last)
 
 
-def with_rates(metrics: dict[str, Any], shell: Shell) -> dict[str, Any]:
+def with_rates(metrics: dict[str, Any], context: RunContext) -> dict[str, Any]:
     """The step's metrics with its times, its compilations and the sampler's tokens per second."""
-    times = shell.timers.take()
+    times = context.timers.take()
     if "completions/tokens" in metrics:
         metrics = metrics | {"tokens_per_s": metrics["completions/tokens"] / times["time/generate"]}
-    return metrics | times | shell.compiles.take()
+    return metrics | times | context.compiles.take()
 
 
-def save(shell: Shell, state: State) -> None:
+def save(context: RunContext, state: State) -> None:
     """Start to save. A state whose updates are not finite pushes no older step out; one that is not finite itself ends the run."""
     step = int(state.step)
     try:
         phase = "rl" if isinstance(state, RunState) else "supervised"
-        meta = {"offsets": shell.recorder.offsets(), "phase": phase, **shell.about}
-        with shell.recorder.during(f"saving step {step}"):
-            shell.checkpoints.save(step, state, meta, prune=bool(state.guards.nonfinite == 0))
+        meta = {"offsets": context.recorder.offsets(), "phase": phase, **context.about}
+        with context.recorder.during(f"saving step {step}"):
+            context.checkpoints.save(step, state, meta, prune=bool(state.guards.nonfinite == 0))
     except OSError as error:
-        shell.checkpoints.give_up(step, error)
+        context.checkpoints.give_up(step, error)
     except NonFiniteError as error:
-        end(shell, state, error)
+        end(context, state, error)
 
 
-def secure(shell: Shell, state: State) -> None:
+def secure(context: RunContext, state: State) -> None:
     """Return when this state is on disk. Raises CheckpointError where it cannot be saved."""
     step = int(state.step)
-    _wait(shell)
-    if not shell.checkpoints.has(step):
-        save(shell, state)
-        _wait(shell)
-        if not shell.checkpoints.has(step):
-            kept = shell.checkpoints.steps()
+    _wait(context)
+    if not context.checkpoints.has(step):
+        save(context, state)
+        _wait(context)
+        if not context.checkpoints.has(step):
+            kept = context.checkpoints.steps()
             raise CheckpointError(
-                f"{shell.cfg.run_dir}: step {step} could not be saved, the reason is above; steps {kept} are kept"
+                f"{context.cfg.run_dir}: step {step} could not be saved, the reason is above; steps {kept} are kept"
             )
 
 
@@ -178,28 +178,28 @@ def _close(recorder: Recorder, checkpoints: Checkpoints) -> None:
         checkpoints.close()
 
 
-def _wait(shell: Shell) -> None:
-    with shell.recorder.during("saving"):
-        shell.checkpoints.wait()
+def _wait(context: RunContext) -> None:
+    with context.recorder.during("saving"):
+        context.checkpoints.wait()
 
 
-def leave(shell: Shell, state: State, why: str, when: str = "") -> NoReturn:
+def leave(context: RunContext, state: State, why: str, when: str = "") -> NoReturn:
     """Stop as `why`, a signal, asked, with this state saved."""
-    secure(shell, state)
+    secure(context, state)
     raise Preempted(
-        f"stopped by {why} after step {state.step}, saved in {shell.cfg.run_dir}{when}; the same command goes on from there"
+        f"stopped by {why} after step {state.step}, saved in {context.cfg.run_dir}{when}; the same command goes on from there"
     )
 
 
-def end(shell: Shell, state: State, error: UserError) -> NoReturn:
+def end(context: RunContext, state: State, error: UserError) -> NoReturn:
     """Raise what a guard found, with words on what the next start goes on from.
 
     Where graders or advantages are to blame this state is sound, and saved. Where no update was finite, the last that was has led
     to numbers from which nothing can be learned: what was saved since then is moved aside.
     """
-    checkpoints, told = shell.checkpoints, ""
+    checkpoints, told = context.checkpoints, ""
     if isinstance(error, GradingError | AdvantageError):
-        secure(shell, state)
+        secure(context, state)
     else:
         since = int(state.step - state.guards.nonfinite)
         moved = checkpoints.condemn(since) if isinstance(error, NonFiniteError) else []
@@ -208,4 +208,4 @@ def end(shell: Shell, state: State, error: UserError) -> NoReturn:
     checkpoints.wait()
     kept = checkpoints.steps()
     next_start = f"goes on from step {kept[-1]}" if kept else "begins anew: no step is saved"
-    raise type(error)(f"{error}{told}; the next start in {shell.cfg.run_dir} {next_start}") from error
+    raise type(error)(f"{error}{told}; the next start in {context.cfg.run_dir} {next_start}") from error

@@ -44,14 +44,14 @@ from jaxrl_llm.roles.summary import describe, describe_engine, responses
 from jaxrl_llm.roles.updates import Learned
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.run_context import (
-    Shell,
+    RunContext,
     State,
     conclude,
     end,
     is_due,
     leave,
     open_checkpoints,
-    open_shell,
+    open_context,
     restore,
     secure,
     with_rates,
@@ -75,7 +75,7 @@ class Result(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A run that is open: its roles, and the shell that records and saves what they do."""
+    """A run that is open: its roles, and the context that records and saves what they do."""
 
     blueprint: Blueprint
     task: Task
@@ -84,7 +84,7 @@ class Run(NamedTuple):
     evaluator: Evaluator
     learner: Learner
     source: Sampler
-    shell: Shell
+    context: RunContext
 
 
 def train(
@@ -110,7 +110,7 @@ def train(
                 scores = evaluate(run, state.train.params, policy)
                 metrics |= scores
             state, metrics, error = guard(run, state, metrics, done.learned)
-            conclude(run.shell, state, metrics, error)
+            conclude(run.context, state, metrics, error)
         return finish(run, state, policy, scores)
 
 
@@ -158,11 +158,11 @@ def sft(cfg: RunConfig, must_resume: bool = False, given: Sources | None = None,
         policy = first_policy(run, state.train)
         scores = evaluate(run, state.train.params, policy)
         if metrics:
-            conclude(run.shell, state, metrics | scores, None)
+            conclude(run.context, state, metrics | scores, None)
         if state.step:
-            secure(run.shell, state)
+            secure(run.context, state)
         else:
-            run.shell.recorder.log(0, with_rates({"phase": "rl", **scores}, run.shell))
+            run.context.recorder.log(0, with_rates({"phase": "rl", **scores}, run.context))
         after = scores.get(run.evaluator.headline, math.nan)
         return Result(run.evaluator.headline.removeprefix("eval/"), after, after, Path(cfg.run_dir).resolve())
 
@@ -188,24 +188,24 @@ def open_run(
         fit.check(blueprint, len(given.task.held_out))
         for line in unread(cfg):
             log.warning("%s", line)
-        with open_shell(cfg, stopping, {"task": given.task.fingerprint}, whole) as shell:
-            yield assemble(blueprint, given.task, shell)
+        with open_context(cfg, stopping, {"task": given.task.fingerprint}, whole) as context:
+            yield assemble(blueprint, given.task, context)
 
 
-def assemble(blueprint: Blueprint, task: Task, shell: Shell) -> Run:
+def assemble(blueprint: Blueprint, task: Task, context: RunContext) -> Run:
     """The roles, timed, and shown at work on the screen."""
     keys, engine = make_keys(blueprint.cfg), blueprint.make_engine(task.tokenizer.spellings)
-    collect = Collector(engine, shell.pool, task)
+    collect = Collector(engine, context.pool, task)
     score = make_scorer(blueprint, blueprint.shapes.experience)
     texts_of = lambda groups: task.decode(groups.rollouts.tokens, groups.rollouts.length)  # noqa: E731
-    learner, timed = make_learner(blueprint, score, texts_of), shell.timers.timed
-    during = shell.recorder.during
+    learner, timed = make_learner(blueprint, score, texts_of), context.timers.timed
+    during = context.recorder.during
 
     def collected(*args: Any) -> Collected:
         with during("sampling", first="sampling the first responses"):
             found = collect(*args)
-        shell.timers.add("generate", found.stats.seconds)
-        shell.timers.add("reward", found.waited)
+        context.timers.add("generate", found.stats.seconds)
+        context.timers.add("reward", found.waited)
         return found
 
     def update(*args: Any) -> tuple[TrainState, Learned]:
@@ -228,14 +228,14 @@ def assemble(blueprint: Blueprint, task: Task, shell: Shell) -> Run:
             publish=timed("publish", publish),
         ),
         source=make_sampler(blueprint.cfg, task, collected, keys.train),
-        shell=shell,
+        context=context,
     )
 
 
 def start(run: Run) -> tuple[RunState, Policy, dict[str, Any]]:
     """The state that RL goes on from, its policy, and the evaluation's scores where there was one: the newest in the run directory;
     else one that supervised training led to, or the model itself."""
-    state, shell, cfg = resume(run), run.shell, run.blueprint.cfg
+    state, context, cfg = resume(run), run.context, run.blueprint.cfg
     if isinstance(state, RunState):
         run.source.state = state.source
         return state, first_policy(run, state.train), {}
@@ -251,30 +251,33 @@ def start(run: Run) -> tuple[RunState, Policy, dict[str, Any]]:
     policy = first_policy(run, state.train)
     scores = evaluate(run, state.train.params, policy)
     told = [f"{scores[name]:.4f} {name.removeprefix('eval/')}" for name in scores if name.startswith(ACCURACIES)]
-    shell.recorder.message(f"held-out accuracy before RL: {', '.join(told) or 'not known'}")
+    context.recorder.message(f"held-out accuracy before RL: {', '.join(told) or 'not known'}")
     state = state._replace(eval_before=np.array(scores.get(run.evaluator.headline, math.nan)))
     if metrics and state.step:
-        conclude(shell, state, metrics | scores, None)
+        conclude(context, state, metrics | scores, None)
     elif metrics:
-        shell.recorder.log(0, with_rates(metrics | scores, shell))
+        context.recorder.log(0, with_rates(metrics | scores, context))
     return state, policy, scores
 
 
 def supervise(run: Run, state: SupervisedState | None) -> tuple[SupervisedState, dict[str, Any]]:
     """Supervised training to its end, from `state` or from the seed. The last step's metrics are returned, not recorded: its
     evaluation joins them; {} where no step was left."""
-    cfg, shell, metrics = run.blueprint.cfg, run.shell, {}
+    cfg, context, metrics = run.blueprint.cfg, run.context, {}
     supervised = make_supervised(run.blueprint, run.task)
     if state is None:
         state = start_supervised(run.blueprint, new_params(run))
     while state.step < cfg.warm_start.steps:
-        with shell.timers("update"), shell.recorder.during("updating", first="compiling the update of the warm start"):
+        with (
+            context.timers("update"),
+            context.recorder.during("updating", first="compiling the update of the warm start"),
+        ):
             state, metrics = supervised(state)
         found = observe_update(state.guards, cfg.update.guards, metrics)
         state = state._replace(guards=found.guards)
         metrics = {"phase": "warm_start", **metrics, **({"warnings": [str(found.error)]} if found.error else {})}
         if found.error or state.step < cfg.warm_start.steps:
-            conclude(shell, state, metrics, found.error)
+            conclude(context, state, metrics, found.error)
     return state, metrics
 
 
@@ -284,18 +287,18 @@ def resume(run: Run) -> State | None:
     def target(is_rl: bool) -> State:
         return rl_target(run.blueprint, run.learner, run.source.state) if is_rl else supervised_target(run.blueprint)
 
-    return restore(run.shell, target, run.task)
+    return restore(run.context, target, run.task)
 
 
 def new_params(run: Run) -> PyTree:
     doing = "making the model" if isinstance(run.blueprint.cfg.model, ModelConfig) else "reading the model"
-    with run.shell.recorder.during(doing):
+    with run.context.recorder.during(doing):
         return start_params(run.blueprint, run.keys.train)
 
 
 def first_policy(run: Run, state: TrainState) -> Policy:
     """Published, and all compiled that sampling and evaluation can come to need, whatever lengths they meet."""
-    with run.shell.recorder.during("compiling what samples"):
+    with run.context.recorder.during("compiling what samples"):
         policy = run.learner.publish(state, None)
         for num in {run.blueprint.cfg.rollout.prompts, len(run.task.held_out)}:
             run.engine.warm(policy, num)
@@ -304,34 +307,36 @@ def first_policy(run: Run, state: TrainState) -> Policy:
 
 def evaluate(run: Run, params: PyTree, policy: Policy) -> dict[str, Any]:
     """The evaluation's numbers, with a warning where nobody could grade it."""
-    held_out, shell = len(run.task.held_out), run.shell
-    with shell.recorder.evaluating(f"evaluating {held_out} held-out prompts"):
+    held_out, context = len(run.task.held_out), run.context
+    with context.recorder.evaluating(f"evaluating {held_out} held-out prompts"):
         scores = run.evaluator(params, policy)
     if scores.get("eval/left_out") != held_out:
         return scores
-    warning = f"no held-out prompt could be graded; the first failure: {shell.pool.first_failure or 'on another host'}"
-    shell.recorder.message(warning)
+    warning = (
+        f"no held-out prompt could be graded; the first failure: {context.pool.first_failure or 'on another host'}"
+    )
+    context.recorder.message(warning)
     return scores | {"warnings": [warning]}
 
 
 @contextmanager
 def keeping(run: Run, state: RunState) -> Iterator[None]:
     """Keep `state` where the step after it does not come to its end: a signal asked to stop, or an advantage was refused."""
-    shell, before = run.shell, int(state.step)
+    context, before = run.context, int(state.step)
     # Several processes stop together, and only after a step.
-    run.source.give_up = lambda: jax.process_count() == 1 and bool(shell.stopping(before))
+    run.source.give_up = lambda: jax.process_count() == 1 and bool(context.stopping(before))
     try:
         yield
     except GivenUp:
-        leave(shell, state, shell.stopping(before), " (the next one was given up while it sampled)")
+        leave(context, state, context.stopping(before), " (the next one was given up while it sampled)")
     except AdvantageError as refused:
-        shell.recorder.log(before + 1, {"phase": "rl", "warnings": [str(refused)]})
-        end(shell, state, refused)
+        context.recorder.log(before + 1, {"phase": "rl", "warnings": [str(refused)]})
+        end(context, state, refused)
 
 
 def summary(run: Run, done: Step) -> dict[str, Any]:
     """A step's numbers; its rollouts are recorded and shown where that is due."""
-    cfg, recorder, stats, learned = run.blueprint.cfg, run.shell.recorder, run.source.last.stats, done.learned
+    cfg, recorder, stats, learned = run.blueprint.cfg, run.context.recorder, run.source.last.stats, done.learned
     show(run, done)
     with recorder.during("measuring", first="measuring what this machine can do"):
         rates = describe_engine(stats, *decode_rates(run.engine))
@@ -355,7 +360,7 @@ def learning_rates(blueprint: Blueprint) -> UpdateRates:
 
 def show(run: Run, done: Step) -> None:
     """Rollouts to the run's record, and a few of them to the screen, where they are due."""
-    recorder, cfg, now = run.shell.recorder, run.blueprint.cfg.metrics, int(done.state.step)
+    recorder, cfg, now = run.context.recorder, run.blueprint.cfg.metrics, int(done.state.step)
     if not (recorder.wants(now, cfg.rollouts_every) or recorder.wants(now, cfg.samples_every)):
         return
     advantage = np.where(done.fresh.keep[:, None], done.credit.advantage, 0.0)
@@ -371,10 +376,10 @@ def guard(
     run: Run, state: RunState, metrics: dict[str, Any], learned: Learned
 ) -> tuple[RunState, dict[str, Any], UserError | None]:
     """The state with the guards' counts, the step's metrics with their warnings, and what ends the run, if anything does."""
-    cfg, shell = run.blueprint.cfg.update.guards, run.shell
-    found = observe(state.guards, cfg, metrics, learned.zero_gradient, shell.pool.first_failure)
+    cfg, context = run.blueprint.cfg.update.guards, run.context
+    found = observe(state.guards, cfg, metrics, learned.zero_gradient, context.pool.first_failure)
     for warning in found.warnings:
-        shell.recorder.message(warning)
+        context.recorder.message(warning)
     told = [*metrics.get("warnings", ()), *found.warnings, *([str(found.error)] if found.error else ())]
     metrics = metrics | {"warnings": told} if told else metrics
     return state._replace(guards=found.guards), metrics, found.error
@@ -383,7 +388,7 @@ def guard(
 def finish(run: Run, state: RunState, policy: Policy, scores: dict[str, Any]) -> Result:
     """The run's result, with its last state on disk."""
     if state.step:
-        secure(run.shell, state)
+        secure(run.context, state)
     scores = scores or evaluate(run, state.train.params, policy)
     measure = run.evaluator.headline
     after = scores.get(measure, math.nan)

@@ -35,7 +35,7 @@ class Finish(enum.IntEnum):
     """The policy drew the end token."""
     LENGTH = 1
     """All C completion slots were used without an end token."""
-    CONTROL = 2
+    STOP = 2
     """A control ended the row."""
 
 
@@ -71,11 +71,11 @@ class Rollouts(flax.struct.PyTreeNode):
     """Optimizer steps behind the policy that drew each token."""
     finish: Int[ArrayLike, " B"]
     """A `Finish` each."""
-    support: Int[ArrayLike, "B C K"] | None = None
+    kept_tokens: Int[ArrayLike, "B C K"] | None = None
     """Tokens that a truncated draw chose among, the likeliest first, -1 where they are fewer; all -1 where not sampled."""
     raw_logprobs: Float[ArrayLike, "B C"] | None = None
     """Under the distribution before truncation; 0.0 where not sampled. For the eye alone: no loss reads it."""
-    barred: Bool[ArrayLike, "B C"] | None = None
+    eos_masked: Bool[ArrayLike, "B C"] | None = None
     """No end token could be drawn in this slot; False where not sampled."""
 
 
@@ -176,9 +176,9 @@ class Batch(flax.struct.PyTreeNode):
     """The critic's, of the tokens before this one, before the first update on this batch."""
     returns: Float[ArrayLike, "R T"] | None = None
     """What the critic is to predict there."""
-    support: Int[ArrayLike, "R T K"] | None = None
+    kept_tokens: Int[ArrayLike, "R T K"] | None = None
     """As in `Rollouts`: what the scorer's distribution is over. All -1 outside completions."""
-    barred: Bool[ArrayLike, "R T"] | None = None
+    eos_masked: Bool[ArrayLike, "R T"] | None = None
     """As in `Rollouts`: end tokens have no mass in these slots."""
     own: dict[str, ArrayLike] = flax.struct.field(default_factory=dict)
     """As in `Scores`, `[R T]`."""
@@ -208,9 +208,9 @@ COLUMNS = (
     Column("behavior_logprobs", np.float32, rollouts=True, batch=True),
     Column("entropy", np.float32, rollouts=True),
     Column("version", np.int32, rollouts=True),
-    Column("support", np.int32, fill=-1, dims=("K",), rollouts=True, batch=True, when="truncation"),
+    Column("kept_tokens", np.int32, fill=-1, dims=("K",), rollouts=True, batch=True, when="truncation"),
     Column("raw_logprobs", np.float32, rollouts=True, when="raw_logprobs"),
-    Column("barred", np.bool_, rollouts=True, batch=True, when="min_new_tokens"),
+    Column("eos_masked", np.bool_, rollouts=True, batch=True, when="min_new_tokens"),
     Column("position", np.int32, batch=True),
     Column("until", np.int32, batch=True),
     Column("before", np.int32, batch=True),

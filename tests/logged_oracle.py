@@ -152,8 +152,8 @@ def nucleus(draw: Draw, cfg) -> tuple[np.ndarray | None, np.ndarray]:
         order, held, count = np.argsort(-p[b, c], kind="stable"), 0.0, 0
         while held < top_p:
             held, count = held + p[b, c, order[count]], count + 1
-        over[b, c] = count > cfg["rollout"]["support"]
-        allowed[b, c, order[: min(count, cfg["rollout"]["support"])]] = True
+        over[b, c] = count > cfg["rollout"]["max_kept_tokens"]
+        allowed[b, c, order[: min(count, cfg["rollout"]["max_kept_tokens"])]] = True
     return allowed, over
 
 

@@ -146,8 +146,8 @@ def test_data_model_graders_mesh_and_objective_are_all_judged_at_once(tmp_path):
         ("--objective.critic.lr_scale=2", "objective.critic.lr_scale", "the advantage is not gae"),
         ("--objective=verl:ppo --objective.critic.lr_scale=2", "", ""),
         ("--model.window=4", "model.window", "no layer of model.sliding slides"),
-        ("--rollout.support=9", "rollout.support", "rollout.top_p, top_k and min_p leave all tokens"),
-        ("--rollout.support=9 --rollout.top_k=3 --objective.loss.kind=dpo", "", ""),
+        ("--rollout.max_kept_tokens=9", "rollout.max_kept_tokens", "rollout.top_p, top_k and min_p leave all tokens"),
+        ("--rollout.max_kept_tokens=9 --rollout.top_k=3 --objective.loss.kind=dpo", "", ""),
     ],
 )
 def test_a_setting_that_nothing_reads_is_named(flags, names, why):

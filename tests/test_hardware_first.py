@@ -56,7 +56,7 @@ def jaxrl(*args: object) -> str:
 @pytest.fixture
 def train_says(monkeypatch, tmp_path):
     """`jaxrl train` up to its first compilation, on eight devices of one CPU with 24 GB together."""
-    monkeypatch.setattr(train, "open_shell", no_shell)
+    monkeypatch.setattr(train, "open_context", no_shell)
     monkeypatch.setattr(chips, "host_memory", lambda: 24e9)
     return lambda *more: jaxrl("train", CONFIG, "--mesh.data=8", "--run-dir", tmp_path / "run", *more)
 

@@ -83,7 +83,7 @@ GRPO = BASE | {
 PPO = BASE | {
     "task": BASE["task"] | {"held_out": 5},
     "rollout": ROLLOUT
-    | {"temperature": 0.8, "top_p": 0.8, "support": 6, "engine": {"segment": 128, "eos_interval": 8}},
+    | {"temperature": 0.8, "top_p": 0.8, "max_kept_tokens": 6, "engine": {"segment": 128, "eos_interval": 8}},
     "experience": {"filter": "none", "replay": {"capacity": 8}},
     "reward": {"workers": 1, "graders": [{"grader": "logged_graders:spread", "name": "spread"}]},
     "objective": {

@@ -43,7 +43,9 @@ def params():
 def rollouts(top_p: float, /, **changes: float):
     """From the engine of a config with that `top_p`, which truncates below 1, under other controls."""
     train, decode = layouts()
-    of = engine(CFG, decode, VOCAB, prompts=P, samples=G, max_new_tokens=C, temperature=1.3, top_p=top_p, support=K)
+    of = engine(
+        CFG, decode, VOCAB, prompts=P, samples=G, max_new_tokens=C, temperature=1.3, top_p=top_p, max_kept_tokens=K
+    )
     controls = of.controls(P)
     each = {name: np.full(P, value, getattr(controls, name).dtype) for name, value in (OFF | changes).items()}
     policy = make_policy(CFG, params(), train, decode)
@@ -71,7 +73,7 @@ def batch_of(of):
     """Bars always there, so that one program takes all that have no support."""
     advantage = np.random.default_rng(0).normal(size=P * G).astype(np.float32)
     batch = check(to_batch(to_experience(of, advantage)))
-    return batch if of.barred is not None else batch.replace(barred=np.zeros(batch.tokens.shape, bool))
+    return batch if of.eos_masked is not None else batch.replace(eos_masked=np.zeros(batch.tokens.shape, bool))
 
 
 def check_ratios(metrics: dict[str, float]) -> None:
@@ -86,13 +88,13 @@ def test_the_ratio_is_1(truncation):
     print({name: metrics[name] for name in ("ratio/max", "ratio/min", "entropy")})
     check_ratios(metrics)
     np.testing.assert_allclose(metrics["entropy"], of.entropy[of.sampled].mean(), rtol=1e-4)
-    kept = (of.support >= 0).sum(axis=-1)
+    kept = (of.kept_tokens >= 0).sum(axis=-1)
     assert kept[of.sampled].min() >= 1 and kept.max() <= K and not kept[~of.sampled].any()
 
 
 def test_without_the_recorded_support_it_is_not():
     """The mutant: the scorer takes the whole vocabulary."""
-    metrics = first_update(batch_of(rollouts(0.5, top_p=0.9)).replace(support=None))
+    metrics = first_update(batch_of(rollouts(0.5, top_p=0.9)).replace(kept_tokens=None))
     assert metrics["ratio/min"] < 1 - 1e-2
     with pytest.raises(AssertionError):
         check_ratios(metrics)
@@ -101,10 +103,10 @@ def test_without_the_recorded_support_it_is_not():
 def test_a_least_length_is_a_part_of_the_distribution():
     """Plain draws without end tokens in the first three slots; the mutant forgets the bars."""
     of = rollouts(1.0, min_new_tokens=3)
-    assert of.support is None and of.length.min() >= 3
-    np.testing.assert_array_equal(of.barred, of.sampled & (np.arange(C) < 3))
+    assert of.kept_tokens is None and of.length.min() >= 3
+    np.testing.assert_array_equal(of.eos_masked, of.sampled & (np.arange(C) < 3))
     batch = batch_of(of)
     check_ratios(first_update(batch))
-    assert first_update(batch.replace(barred=np.zeros_like(batch.barred)))["ratio/min"] < 1 - 1e-2
+    assert first_update(batch.replace(eos_masked=np.zeros_like(batch.eos_masked)))["ratio/min"] < 1 - 1e-2
     truncated = rollouts(0.5, **TRUNCATIONS["all three, and a least length"])
-    assert truncated.length.min() >= 3 and not np.isin(truncated.support[:, :3], VOCAB.eos).any()
+    assert truncated.length.min() >= 3 and not np.isin(truncated.kept_tokens[:, :3], VOCAB.eos).any()

@@ -352,12 +352,12 @@ def test_nothing_compiles_after_warm_up(tmp_path):
             for _ in range(n):
                 done = train.step(run.learner, run.source, state, policy, np.random.default_rng((0, int(state.step))))
                 state, policy, metrics = done.state, done.policy, train.summary(run, done)
-                run.shell.recorder.log(int(state.step), metrics)
+                run.context.recorder.log(int(state.step), metrics)
                 # Fresh data, first update: what is left is the sampler's own error against the trainer.
                 away.append(metrics["mismatch/max_abs_dlogp"])
             train.evaluate(run, state.train.params, policy)
-            run_context.save(run.shell, state)
-            run.shell.checkpoints.poll()
+            run_context.save(run.context, state)
+            run.context.checkpoints.poll()
             return state, policy
 
         state, policy = steps(state, policy, 2)
@@ -440,9 +440,9 @@ def test_supervised_updates_that_are_not_finite_count_on_in_rl(tmp_path, monkeyp
     monkeypatch.setattr(train, "make_supervised", spoiled)
     with train.open_run(tiny_run(tmp_path), False, None, False) as run:
         state, *_ = train.start(run)
-        run.shell.checkpoints.wait()
+        run.context.checkpoints.wait()
         assert bad == [False, True, True] and state.step == 3 and state.guards.nonfinite == 2
-        assert run.shell.checkpoints.steps() == [1]
+        assert run.context.checkpoints.steps() == [1]
 
 
 @pytest.mark.slow

@@ -22,9 +22,9 @@ REASONS = {
     },
     "jaxrl_llm/roles/collector.py": {"job.result": "the pool's thread waits by its own deadlines"},
     "jaxrl_llm/run_context.py": {
-        "shell.checkpoints.wait": "our own method, which waits for Orbax",
+        "context.checkpoints.wait": "our own method, which waits for Orbax",
         "checkpoints.wait": "the same",
-        "shell.checkpoints.poll": "our own method, which does not wait",
+        "context.checkpoints.poll": "our own method, which does not wait",
     },
     "jaxrl_llm/checkpoint/preemption.py": {
         "os.read": "from a pipe that is ready",

@@ -291,9 +291,9 @@ def engine_problems(cfg: RunConfig, num_devices: int, axes: tuple[int, int, int]
         found.append(
             f"rollout.engine.shared_by: got {engine.shared_by}, want a divisor of rollout.samples ({cfg.rollout.samples}): {works}"
         )
-    if cfg.rollout.top_k > cfg.rollout.support:
+    if cfg.rollout.top_k > cfg.rollout.max_kept_tokens:
         found.append(
-            f"rollout.top_k: got {cfg.rollout.top_k}, want at most the tokens kept, rollout.support ({cfg.rollout.support})"
+            f"rollout.top_k: got {cfg.rollout.top_k}, want at most rollout.max_kept_tokens ({cfg.rollout.max_kept_tokens})"
         )
     if cfg.rollout.min_new_tokens > cfg.rollout.max_new_tokens:
         found.append(

@@ -36,7 +36,7 @@ RULES = (
     Rule("model.window model.sliding_rope_theta", lambda c: any(c.model.sliding), "no layer of model.sliding slides"),
     Rule("model.norm_top_k", lambda c: c.model.experts > 0, "model.experts is 0"),
     Rule("warm_start.rows warm_start.noise", lambda c: c.warm_start.steps > 0, "warm_start.steps is 0"),
-    Rule("rollout.support", _is_truncated, "rollout.top_p, top_k and min_p leave all tokens"),
+    Rule("rollout.max_kept_tokens", _is_truncated, "rollout.top_p, top_k and min_p leave all tokens"),
     Rule("experience.replay.max_age", lambda c: c.experience.replays, "experience.replay.capacity is 0"),
     Rule("lora.alpha lora.targets", lambda c: c.lora.rank > 0, "lora.rank is 0: every parameter is trained"),
     Rule("update.packing.slots", lambda c: c.update.packing.kind != "none", "update.packing.kind is none"),

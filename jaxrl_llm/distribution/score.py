@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.distribution.head import Head, Source, over_logits
-from jaxrl_llm.model.config import ModelConfig, Whole
+from jaxrl_llm.model.config import ForwardOptions, ModelConfig
 from jaxrl_llm.model.critic import values_of
 from jaxrl_llm.model.transformer import hidden
 from jaxrl_llm.parallel.layout import Layout
@@ -21,12 +21,12 @@ from jaxrl_llm.types import Batch, PyTree
 
 
 def drawable(
-    token: Int[Array, "*rows n"], num_tokens: int, ends: tuple[int, ...], barred: Bool[Array, "*rows n"]
+    token: Int[Array, "*rows n"], num_tokens: int, ends: tuple[int, ...], eos_masked: Bool[Array, "*rows n"]
 ) -> Bool[Array, "*rows n"]:
     """False for padding of the vocabulary, entries from `num_tokens` on, and for the end tokens `ends` where `barred`.
 
     The arguments broadcast against each other."""
-    return (token < num_tokens) & ~(barred & reduce(operator.or_, (token == end for end in ends), False))
+    return (token < num_tokens) & ~(eos_masked & reduce(operator.or_, (token == end for end in ends), False))
 
 
 def tempered(
@@ -53,14 +53,14 @@ def process_logits(
     temperature: Float[Array, "*rows"],
     num_tokens: int,
     ends: tuple[int, ...] = (),
-    barred: Bool[Array, "*rows"] | None = None,
+    eos_masked: Bool[Array, "*rows"] | None = None,
 ) -> Float[Array, "*rows V"]:
     """log softmax(logits / temperature) in nats, f32, over what is `drawable`; -inf elsewhere.
 
     At temperature 0 it is the limit: uniform over the tokens of the largest logit, -inf elsewhere. No gradient flows there.
     """
     limit = num_tokens if num_tokens < x.shape[-1] else None
-    return normalize(only_drawable(x, jnp.arange(x.shape[-1]), limit, ends, barred), temperature).logp
+    return normalize(only_drawable(x, jnp.arange(x.shape[-1]), limit, ends, eos_masked), temperature).logp
 
 
 def only_drawable(
@@ -68,15 +68,15 @@ def only_drawable(
     ids: Int[Array, " n"],
     num_tokens: int | None,
     ends: tuple[int, ...],
-    barred: Bool[Array, "*rows"] | None,
+    eos_masked: Bool[Array, "*rows"] | None,
 ) -> Float[Array, "*rows n"]:
     """Logits of the tokens `ids`, f32; -inf where they are not `drawable`. `num_tokens` None: no entry is padding."""
     x = x.astype(jnp.float32)
-    if num_tokens is None and barred is None:
+    if num_tokens is None and eos_masked is None:
         return x
     num_tokens = jnp.iinfo(jnp.int32).max if num_tokens is None else num_tokens
-    barred = jnp.zeros(x.shape[:-1], bool) if barred is None else barred
-    return jnp.where(drawable(ids, num_tokens, ends, barred[..., None]), x, -jnp.inf)
+    eos_masked = jnp.zeros(x.shape[:-1], bool) if eos_masked is None else eos_masked
+    return jnp.where(drawable(ids, num_tokens, ends, eos_masked[..., None]), x, -jnp.inf)
 
 
 def normalize(x: Float[Array, "*rows n"], temperature: Float[Array, "*rows"]) -> Normalized:
@@ -88,18 +88,18 @@ def normalize(x: Float[Array, "*rows n"], temperature: Float[Array, "*rows"]) ->
 
 
 def support_logprobs(
-    x: Float[Array, "*rows V"], temperature: Float[Array, "*rows"], support: Int[Array, "*rows K"]
+    x: Float[Array, "*rows V"], temperature: Float[Array, "*rows"], kept_tokens: Int[Array, "*rows K"]
 ) -> Float[Array, "*rows K"]:
     """`process_logits` of the logits at the tokens in `support` (-1 where there are fewer; -inf there), nats.
 
     A row without any has had nothing drawn from it: finite numbers that mean nothing.
     """
-    return normalize(_at_support(x, support), temperature).logp
+    return normalize(_at_support(x, kept_tokens), temperature).logp
 
 
-def _at_support(x: Float[Array, "*rows V"], support: Int[Array, "*rows K"]) -> Float[Array, "*rows K"]:
-    kept = support >= 0
-    at_support = jnp.take_along_axis(x.astype(jnp.float32), jnp.maximum(support, 0), axis=-1)
+def _at_support(x: Float[Array, "*rows V"], kept_tokens: Int[Array, "*rows K"]) -> Float[Array, "*rows K"]:
+    kept = kept_tokens >= 0
+    at_support = jnp.take_along_axis(x.astype(jnp.float32), jnp.maximum(kept_tokens, 0), axis=-1)
     return jnp.where(kept | ~jnp.any(kept, axis=-1, keepdims=True), at_support, -jnp.inf)
 
 
@@ -132,8 +132,8 @@ class _Read(NamedTuple):
 
     tokens: Int[Array, "*rows"]
     temperature: Float[Array, "*rows"]
-    support: Int[Array, "*rows K"] | None
-    barred: Bool[Array, "*rows"] | None
+    kept_tokens: Int[Array, "*rows K"] | None
+    eos_masked: Bool[Array, "*rows"] | None
 
 
 class _Value(NamedTuple):
@@ -169,7 +169,7 @@ class _OfVocabulary:
         return _cotangent(logp, y, ids == read.tokens[..., None], read.temperature, value, given)
 
     def _only(self, x: Array, ids: Array, read: _Read) -> Array:
-        return only_drawable(x, ids, self.num_tokens, self.ends, read.barred)
+        return only_drawable(x, ids, self.num_tokens, self.ends, read.eos_masked)
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,9 @@ class _OfSupport:
     whole = True
 
     def value(self, x: Array, y: Array | None, read: _Read) -> _Value:
-        x, y = (None if z is None else normalize(_at_support(z, read.support), read.temperature) for z in (x, y))
-        drawn = jnp.sum(jnp.where(read.support == read.tokens[..., None], x.logp, 0.0), axis=-1)
-        any_kept = jnp.any(read.support >= 0, axis=-1)
+        x, y = (None if z is None else normalize(_at_support(z, read.kept_tokens), read.temperature) for z in (x, y))
+        drawn = jnp.sum(jnp.where(read.kept_tokens == read.tokens[..., None], x.logp, 0.0), axis=-1)
+        any_kept = jnp.any(read.kept_tokens >= 0, axis=-1)
         of = _values(x, y, drawn)
         return of._replace(
             entropy=jnp.where(any_kept, of.entropy, 0.0), kl=None if y is None else jnp.where(any_kept, of.kl, 0.0)
@@ -190,12 +190,14 @@ class _OfSupport:
     def pullback(
         self, x: Array, y: Array | None, ids: Array, read: _Read, value: _Value, given: _Value
     ) -> Float[Array, "s n V"]:
-        logp = _again(_at_support(x, read.support), read.temperature, value.by)
+        logp = _again(_at_support(x, read.kept_tokens), read.temperature, value.by)
         if given.kl is not None:
-            y = _again(_at_support(y, read.support), read.temperature, value.reference_by)
-        at_support = _cotangent(logp, y, read.support == read.tokens[..., None], read.temperature, value, given)
-        put = jax.vmap(jax.vmap(lambda row, support, dx: row.at[support].add(dx)))
-        return put(jnp.zeros_like(x), jnp.maximum(read.support, 0), jnp.where(read.support >= 0, at_support, 0.0))
+            y = _again(_at_support(y, read.kept_tokens), read.temperature, value.reference_by)
+        at_support = _cotangent(logp, y, read.kept_tokens == read.tokens[..., None], read.temperature, value, given)
+        put = jax.vmap(jax.vmap(lambda row, kept_tokens, dx: row.at[kept_tokens].add(dx)))
+        return put(
+            jnp.zeros_like(x), jnp.maximum(read.kept_tokens, 0), jnp.where(read.kept_tokens >= 0, at_support, 0.0)
+        )
 
 
 def _values(x: Normalized, y: Normalized | None, logprob: Array) -> _Value:
@@ -247,7 +249,7 @@ class Scoring:
     """Of the tokenizer: entries of the vocabulary behind them are padding."""
     ends: tuple[int, ...] = ()
     """End tokens, which could not be drawn where `Batch.barred`."""
-    how: Whole = Whole()  # noqa: RUF009
+    forward: ForwardOptions = ForwardOptions()  # noqa: RUF009
 
 
 def score_tokens(params: PyTree, batch: Batch, scoring: Scoring, reference: PyTree | None = None) -> TokenScores:
@@ -263,13 +265,15 @@ def score_tokens(params: PyTree, batch: Batch, scoring: Scoring, reference: PyTr
         ValueError: a batch has bars, and `scoring.ends` is empty.
     """
     cfg, layout, ends, num_tokens = scoring.model, scoring.layout, scoring.ends, scoring.num_tokens
-    if batch.barred is not None and not ends:
+    if batch.eos_masked is not None and not ends:
         raise ValueError("ends: got none, want the end tokens that `batch.barred` is about")
     order = _Order.of(batch, layout)
-    read = _Read(*map(order.take, (batch.tokens, batch.temperature, batch.support, batch.barred)))
+    read = _Read(*map(order.take, (batch.tokens, batch.temperature, batch.kept_tokens, batch.eos_masked)))
 
     def activations(params: PyTree) -> Array:
-        return order.take_before(hidden(params, batch.tokens, batch.position, batch.until, cfg, layout, scoring.how))
+        return order.take_before(
+            hidden(params, batch.tokens, batch.position, batch.until, cfg, layout, scoring.forward)
+        )
 
     def source(params: PyTree) -> Source:
         return Source(params["embed" if cfg.tied_head else "head"], activations(params))
@@ -277,7 +281,7 @@ def score_tokens(params: PyTree, batch: Batch, scoring: Scoring, reference: PyTr
     policy = source(params)
     other = None if reference is None else source(jax.lax.stop_gradient(reference))
     limit = num_tokens if num_tokens < cfg.vocab_size else None
-    rule = _OfVocabulary(limit, ends) if batch.support is None else _OfSupport()
+    rule = _OfVocabulary(limit, ends) if batch.kept_tokens is None else _OfSupport()
     of = over_logits(rule, Head.of(cfg, layout), policy, other, read, order.count)
     back = lambda x: None if x is None else order.put_back(x)  # noqa: E731
     critic = params.get("critic", params)

@@ -26,14 +26,14 @@ PARTS, LANES = 64, 64
 class Allowed(flax.struct.PyTreeNode):
     """Which ids a row may draw."""
 
-    barred: Bool[Array, " B"]
+    eos_masked: Bool[Array, " B"]
     """None of the end tokens."""
     size: int = flax.struct.field(pytree_node=False)
     ends: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
     def __call__(self, token: Int[Array, "B ..."]) -> Bool[Array, "B ..."]:
         """Of ids a row, or of the same for all (B = 1). The id -1, which is none, never."""
-        return (token >= 0) & drawable(token, self.size, self.ends, self.barred[(..., *(None,) * (token.ndim - 1))])
+        return (token >= 0) & drawable(token, self.size, self.ends, self.eos_masked[(..., *(None,) * (token.ndim - 1))])
 
     def keep(self, x: Float[Array, "B ..."], token: Int[np.ndarray, "..."], other: float) -> Float[Array, "B ..."]:
         """`x`, which belongs to the tokens, with `other` where they are not allowed. Costs nothing where all always are."""

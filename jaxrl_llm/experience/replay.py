@@ -59,14 +59,14 @@ def _own_replay(cfg: OwnReplay) -> Replay:
 
 
 def blank_groups(
-    prompts: int, samples: int, slots: tuple[int, int], graders: int, uses: Sequence[str], support: int
+    prompts: int, samples: int, slots: tuple[int, int], graders: int, uses: Sequence[str], max_kept_tokens: int
 ) -> Groups:
     """Groups of zeros in the shapes of a run.
 
     Args:
         slots: of a prompt and of a completion.
         uses: of the run, as in `COLUMNS`.
-        support: K, the tokens that a truncated draw keeps.
+        max_kept_tokens: K, the tokens that a truncated draw keeps.
     """
     (s, c), b = slots, prompts * samples
     i32, f32 = np.int32, np.float32
@@ -76,7 +76,7 @@ def blank_groups(
         length=np.zeros(b, i32),
         temperature=np.zeros(b, f32),
         finish=np.zeros(b, i32),
-        **{column.name: np.zeros((b, c, *(support for _ in column.dims)), column.dtype) for column in there},
+        **{column.name: np.zeros((b, c, *(max_kept_tokens for _ in column.dims)), column.dtype) for column in there},
     )
     return Groups(
         rollouts=rollouts,

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from jaxrl_llm.errors import GradingError, MismatchError, NonFiniteError, UserError
 from jaxrl_llm.update.config import GuardConfig
 
-# Share of the tokens whose draw had more candidates than `rollout.support` keeps: above it the truncation is not the one asked for.
+# Fraction of tokens whose draw had more candidates than `rollout.max_kept_tokens`: above it another truncation than asked for.
 MOST_OVERFLOW = 0.1
 
 
@@ -99,8 +99,8 @@ def observe(
     if after.overflow == cfg.idle_steps:
         warnings.append(
             f"sampling/support_overflow: got {metrics['sampling/support_overflow']:.2f} of the tokens, want at most "
-            f"{MOST_OVERFLOW}: more candidates qualify for a draw than are kept, so draws are from the likeliest rollout.support "
-            "alone; raise it"
+            f"{MOST_OVERFLOW}: more candidates qualify for a draw than are kept, so draws are from the likeliest alone; raise "
+            "rollout.max_kept_tokens"
         )
     if metrics["alarm/ratio"]:
         warnings.append("ALARM: all ratios were exactly 1 on stale data, twice: old log-probs are not those captured")

@@ -143,7 +143,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class Whole:
+class ForwardOptions:
     """How whole rows go through the model in training and scoring: `update.attention`, `update.remat`."""
 
     attention: str = "auto"

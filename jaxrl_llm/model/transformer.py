@@ -28,7 +28,7 @@ from jaxrl_llm.model.cache import (
     seen_of_prompt,
     write,
 )
-from jaxrl_llm.model.config import ModelConfig, Whole
+from jaxrl_llm.model.config import ForwardOptions, ModelConfig
 from jaxrl_llm.model.experts import mixture
 from jaxrl_llm.model.linear import contract
 from jaxrl_llm.model.mlp import dense
@@ -131,7 +131,7 @@ def hidden(
     until: Int[Array, "R T"],
     cfg: ModelConfig,
     layout: Layout,
-    how: Whole = Whole(),  # noqa: B008
+    forward: ForwardOptions = ForwardOptions(),  # noqa: B008
 ) -> Float[Array, "R T D"]:
     """Normed activations after the last layer, for whole rows; slot t is seen by slots t to until[t] - 1. `params` has its layers
     stacked.
@@ -140,8 +140,8 @@ def hidden(
     are gathered inside the loop over layers: one layer's at a time are whole.
     """
     first, differ = scanned_kinds(cfg)
-    form = choose(how.attention, tokens.shape[1], cfg, layout)
-    kept = keeping(how.remat, tokens.shape, cfg, layout)
+    form = choose(forward.attention, tokens.shape[1], cfg, layout)
+    kept = keeping(forward.remat, tokens.shape, cfg, layout)
     mix_of = mixer(form, Rows(until, position), cfg, layout)
     if "reach" not in differ:
         mix_of(first.reach)

@@ -132,8 +132,8 @@ def with_micro_batches(job: Job, parts: int) -> Job:
 
 def _batch(blueprint: Blueprint, engine: Engine) -> Batch:
     """Of one update: the rows of a minibatch at their longest."""
-    support, own = engine.decoding.support, blueprint.loss.own
-    return abstract_batch(blueprint.shapes.update, uses_of(blueprint.cfg), support, own, blueprint.train)
+    max_kept_tokens, own = engine.decoding.max_kept_tokens, blueprint.loss.own
+    return abstract_batch(blueprint.shapes.update, uses_of(blueprint.cfg), max_kept_tokens, own, blueprint.train)
 
 
 def lowerings(job: Job) -> dict[str, Lower]:

@@ -17,7 +17,7 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.model import lora, quantized
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.attention import selection
-from jaxrl_llm.model.config import ModelConfig, Whole
+from jaxrl_llm.model.config import ForwardOptions, ModelConfig
 from jaxrl_llm.model.critic import NAMES as CRITIC
 from jaxrl_llm.model.critic import critic_specs
 from jaxrl_llm.objective.loss_config import Correction, correction_of
@@ -91,8 +91,8 @@ class Blueprint:
 
     @property
     def scoring(self) -> Scoring:
-        how = Whole(self.cfg.update.attention, self.cfg.update.remat)
-        return Scoring(self.model, self.train, self.vocab.size, self.vocab.eos, how)
+        forward = ForwardOptions(self.cfg.update.attention, self.cfg.update.remat)
+        return Scoring(self.model, self.train, self.vocab.size, self.vocab.eos, forward)
 
     @cached_property
     def shapes(self) -> Shapes:

@@ -68,8 +68,10 @@ def first_state(
     """
     cfg, trained = blueprint.cfg, lora.split(blueprint.learner_specs)[0]
     rollout, slots = cfg.rollout, (blueprint.prompt_slots, cfg.rollout.max_new_tokens)
-    support = rollout.support_of(blueprint.vocab.size)
-    blank = blank_groups(rollout.prompts, rollout.samples, slots, len(cfg.reward.graders), uses_of(cfg), support)
+    max_kept_tokens = rollout.max_kept_of(blueprint.vocab.size)
+    blank = blank_groups(
+        rollout.prompts, rollout.samples, slots, len(cfg.reward.graders), uses_of(cfg), max_kept_tokens
+    )
     return RunState(
         step=np.array(cfg.warm_start.steps),
         num_tokens=np.array(0),

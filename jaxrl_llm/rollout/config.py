@@ -68,7 +68,7 @@ class RolloutConfig:
     """Draw from the k likeliest tokens; 0: from all."""
     min_p: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Draw from tokens with at least this share of the likeliest one's probability (Nguyen et al. 2024)."""
-    support: Count = 128
+    max_kept_tokens: Count = 128
     """K, tokens that a truncated draw keeps at most, and records for the scorer. Where more would qualify, the K likeliest stay and
     `sampling/support_overflow` counts it."""
     min_new_tokens: Natural = 0
@@ -83,6 +83,6 @@ class RolloutConfig:
     def truncates(self) -> bool:
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
-    def support_of(self, num_tokens: int) -> int:
+    def max_kept_of(self, num_tokens: int) -> int:
         """Tokens that a draw from so many keeps and records; 0 where nothing is truncated."""
-        return min(self.support, num_tokens) if self.truncates else 0
+        return min(self.max_kept_tokens, num_tokens) if self.truncates else 0

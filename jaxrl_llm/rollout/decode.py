@@ -46,7 +46,7 @@ class Record(flax.struct.PyTreeNode):
     behavior_logprobs: Float[ArrayLike, "n B"]
     entropy: Float[ArrayLike, "n B"]
     raw_logprobs: Float[ArrayLike, "n B"] | None = None
-    support: Int[ArrayLike, "n B K"] | None = None
+    kept_tokens: Int[ArrayLike, "n B K"] | None = None
     overflow: Bool[ArrayLike, "n B"] | None = None
     """More tokens than K would have been kept."""
 
@@ -108,7 +108,7 @@ def step(
         drawn = draw(keys, of_rows(age), raw, controls, turn.live, decoding)
     live = ~turn.done
     line = Record(
-        drawn.token, live, drawn.logprob, drawn.entropy, drawn.raw_logprob, drawn.support, drawn.overflow
+        drawn.token, live, drawn.logprob, drawn.entropy, drawn.raw_logprob, drawn.kept_tokens, drawn.overflow
     )  # fmt: skip
     return Turn(
         steps=turn.steps + 1,
@@ -156,13 +156,14 @@ def blank_record(decoding: Decoding, rows: int) -> Record:
         return decoding.layout.constrain(blank, None, "rows", *(None for _ in more))
 
     columns = {
-        column.name: lines(column.dtype, *(decoding.support for _ in column.dims)) for column in recorded(decoding)
+        column.name: lines(column.dtype, *(decoding.max_kept_tokens for _ in column.dims))
+        for column in recorded(decoding)
     }
-    return Record(**columns, overflow=lines(bool) if decoding.support else None)
+    return Record(**columns, overflow=lines(bool) if decoding.max_kept_tokens else None)
 
 
 def recorded(decoding: Decoding) -> list[Column]:
     """The columns of rollouts that the loop writes down."""
-    uses = {"truncation": decoding.support > 0, "raw_logprobs": decoding.raw_logprobs, "": True}
+    uses = {"truncation": decoding.max_kept_tokens > 0, "raw_logprobs": decoding.raw_logprobs, "": True}
     fields = Record.__dataclass_fields__
     return [column for column in COLUMNS if column.rollouts and column.name in fields and uses[column.when]]

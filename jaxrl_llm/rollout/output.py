@@ -30,7 +30,7 @@ class Harvest:
         self.fill = {column.name: column.fill for column in recorded(decoding)} | {"tokens": decoding.vocab.pad}
         self.columns = {
             column.name: np.full(
-                (rows, slots, *(decoding.support for _ in column.dims)), self.fill[column.name], column.dtype
+                (rows, slots, *(decoding.max_kept_tokens for _ in column.dims)), self.fill[column.name], column.dtype
             )
             for column in recorded(decoding)
         }
@@ -59,7 +59,7 @@ class Harvest:
             return False
         for name, column in self.columns.items():
             column[row, end:] = self.fill[name]
-        self.finish[row] = int(Finish.CONTROL)
+        self.finish[row] = int(Finish.STOP)
         return True
 
     def rollouts(self, index: Int[np.ndarray, " p"], controls: Controls, version: int) -> Rollouts:
@@ -74,7 +74,7 @@ class Harvest:
             version=np.where(sampled, np.int32(version), np.int32(0)),
             finish=self.finish[rows],
             # Of all prompts: what a batch holds does not change with its rows.
-            barred=sampled & (np.arange(sampled.shape[1]) < bars) if np.any(controls.min_new_tokens) else None,
+            eos_masked=sampled & (np.arange(sampled.shape[1]) < bars) if np.any(controls.min_new_tokens) else None,
             **of,
         )
 

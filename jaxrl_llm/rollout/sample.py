@@ -49,7 +49,7 @@ class Decoding:
     """Decode steps per segment at most: the lines of its record. A multiple of `interval`."""
     interval: int = 1
     """Steps from one check whether any row is still alive to the next."""
-    support: int = 0
+    max_kept_tokens: int = 0
     """K, the number of tokens that a truncated draw keeps at most and records. 0: draws are not truncated, and `top_p`, `top_k`
     and `min_p` are not read."""
     raw_logprobs: bool = False
@@ -83,7 +83,7 @@ class Drawn(NamedTuple):
     """Of that distribution."""
     raw_logprob: Float[Array, " B"] | None
     """Of the token before truncation: temperature and barred end tokens alone."""
-    support: Int[Array, "B K"] | None
+    kept_tokens: Int[Array, "B K"] | None
     """The tokens kept, the likeliest first, -1 where they are fewer."""
     overflow: Bool[Array, " B"] | None
     """K tokens were kept, and the next would have been."""
@@ -148,18 +148,20 @@ def distribution(
 ) -> Plain | Truncated:
     """What completion slot `slot[b]` of row b is drawn from; arguments as in `draw`.
 
-    Where the controls would keep more than `decoding.support` tokens, the likeliest stay: what is drawn from is always what is
-    recorded.
+    Where the controls would keep more than `decoding.max_kept_tokens` tokens, the likeliest stay: the distribution that is
+    sampled from is always the recorded one.
     """
-    vocab, barred = decoding.vocab, slot < controls.min_new_tokens
+    vocab, eos_masked = decoding.vocab, slot < controls.min_new_tokens
 
     def plain(x: Array) -> Plain:
-        return Plain(process_logits(x, controls.temperature, vocab.size, vocab.eos, barred))
+        return Plain(process_logits(x, controls.temperature, vocab.size, vocab.eos, eos_masked))
 
     def truncated(x: Array) -> Truncated:
-        return truncate(x, Allowed(barred, vocab.size, vocab.eos), controls, decoding.support, decoding.layout)
+        return truncate(
+            x, Allowed(eos_masked, vocab.size, vocab.eos), controls, decoding.max_kept_tokens, decoding.layout
+        )
 
-    return _shared(truncated if decoding.support else plain, raw_logits, live)
+    return _shared(truncated if decoding.max_kept_tokens else plain, raw_logits, live)
 
 
 def draw_from(keys: Key[Array, " B"], slot: Int[Array, " B"], of: Plain | Truncated, raw_logprobs: bool) -> Drawn:
@@ -213,19 +215,21 @@ def _gumbel(keys: Key[Array, " B"], num: int) -> Float[Array, "B num"]:
     return jax.vmap(lambda key: jax.random.gumbel(key, (num,)))(keys)
 
 
-def truncate(x: Float[Array, "B V"], allowed: Allowed, controls: Controls, support: int, layout: Layout) -> Truncated:
-    """What the controls keep of the tokens that are allowed, at most `support` of them.
+def truncate(
+    x: Float[Array, "B V"], allowed: Allowed, controls: Controls, max_kept_tokens: int, layout: Layout
+) -> Truncated:
+    """What the controls keep of the tokens that are allowed, at most `max_kept_tokens` of them.
 
     Of equal logits the one that is earlier in the order of `likeliest` goes first: top-k keeps exactly k, and top-p stops as soon
     as it has its mass. A row with a logit that is not a number keeps nothing, and its log-probs are NaN.
     """
     x = x.astype(jnp.float32)
     # One more than may be kept: would the controls have kept it too?
-    values, ids = likeliest(x, allowed, support + 1, layout)
-    largest, rank = jnp.max(values, axis=-1, keepdims=True), jnp.arange(support + 1)
+    values, ids = likeliest(x, allowed, max_kept_tokens + 1, layout)
+    largest, rank = jnp.max(values, axis=-1, keepdims=True), jnp.arange(max_kept_tokens + 1)
     z, total = tempered(values, largest, controls.temperature), mass(x, allowed, largest, controls.temperature)
     top_p, top_k, min_p = (c[:, None] for c in (controls.top_p, controls.top_k, controls.min_p))
-    unbounded = (top_k == 0) | (top_k > support)
+    unbounded = (top_k == 0) | (top_k > max_kept_tokens)
     in_k = unbounded | (rank < top_k)
     share = jnp.where(in_k, jnp.exp(z), 0.0)
     of_k = jnp.where(unbounded, total, jnp.sum(share, axis=-1, keepdims=True))
@@ -234,11 +238,11 @@ def truncate(x: Float[Array, "B V"], allowed: Allowed, controls: Controls, suppo
     # By their number: sums of f32 need not grow from rank to rank, and what is kept must be the likeliest.
     keep = rank < jnp.sum(keep, axis=-1, keepdims=True)
     # The last is cut off at the end: XLA:CPU finds a top-k only where all of it is read, and else sorts.
-    first = lambda x: x[:, :support]  # noqa: E731
+    first = lambda x: x[:, :max_kept_tokens]  # noqa: E731
     kept = first(jnp.where(keep, values, -jnp.inf))
     return Truncated(
         ids=first(jnp.where(keep, ids, -1)),
-        logp=process_logits(kept, controls.temperature, support),
+        logp=process_logits(kept, controls.temperature, max_kept_tokens),
         raw=first(z - jnp.log(total)),
-        overflow=jnp.any(keep & (rank == support), axis=-1),
+        overflow=jnp.any(keep & (rank == max_kept_tokens), axis=-1),
     )

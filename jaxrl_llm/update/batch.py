@@ -120,8 +120,8 @@ def make_batch(
         **vars(experience.scores),
         **vars(experience.credit),
         "behavior_logprobs": rollouts.behavior_logprobs,
-        "support": rollouts.support,
-        "barred": rollouts.barred,
+        "kept_tokens": rollouts.kept_tokens,
+        "eos_masked": rollouts.eos_masked,
         "loss_mask": mask,
         "weight": token_weights(mask, prompt, aggregation, length),
         "temperature": np.broadcast_to(rollouts.temperature[:, None], mask.shape),
@@ -135,7 +135,9 @@ def make_batch(
     return batch, where
 
 
-def abstract_batch(shape: Shape, uses: Sequence[str], support: int, own: Sequence[OwnColumn], layout: Layout) -> Batch:
+def abstract_batch(
+    shape: Shape, uses: Sequence[str], max_kept_tokens: int, own: Sequence[OwnColumn], layout: Layout
+) -> Batch:
     """Shapes, dtypes and shardings of the batches that `make_batch` gives; `uses`: of the run, as in `COLUMNS`."""
 
     def array(dtype: type, *more: int) -> jax.ShapeDtypeStruct:
@@ -143,7 +145,7 @@ def abstract_batch(shape: Shape, uses: Sequence[str], support: int, own: Sequenc
         return jax.ShapeDtypeStruct((shape.rows, shape.slots, *more), jnp.dtype(dtype), sharding=sharding)
 
     there = [c for c in COLUMNS if c.batch and (not c.when or c.when in uses)]
-    columns = {c.name: array(c.dtype, *(support for _ in c.dims)) for c in there}
+    columns = {c.name: array(c.dtype, *(max_kept_tokens for _ in c.dims)) for c in there}
     return Batch(**columns, own={c.name: array(c.dtype) for c in own})
 
 

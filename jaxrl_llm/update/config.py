@@ -40,7 +40,7 @@ class GuardConfig:
     """Steps in a row of which no group could be graded; then the run ends with exit code 4."""
     idle_steps: Count = 3
     """Once so many steps have learned nothing, that is said with the reason; again at twice, four times, ... as many. Draws that
-    `rollout.support` cuts off are told after so many steps in a row."""
+    `rollout.max_kept_tokens` cuts off are told after so many steps in a row."""
     zero_gradient_steps: Count = 3
     """A parameter whose gradient is exactly 0 for so many steps is named."""
 

@@ -12,7 +12,7 @@ from jaxrl_llm.checkpoint.run_directory import RunLock
 from jaxrl_llm.config import run_config
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.run_context import open_shell
+from jaxrl_llm.run_context import open_context
 
 VALUES = {
     "reward": {"workers": 1},
@@ -27,21 +27,21 @@ def config_of(run_dir: Path, **changes) -> RunConfig:
 
 def record(cfg: RunConfig, *, save: bool) -> None:
     """A start of `cfg` that records a step, and saves it or does not."""
-    with open_shell(cfg) as shell:
-        shell.recorder.log(1, {"phase": "rl", "loss": 0.5})
+    with open_context(cfg) as context:
+        context.recorder.log(1, {"phase": "rl", "loss": 0.5})
         if save:
-            shell.checkpoints.save(1, {"x": np.zeros(1)}, {"offsets": shell.recorder.offsets()})
+            context.checkpoints.save(1, {"x": np.zeros(1)}, {"offsets": context.recorder.offsets()})
 
 
 def test_without_lock_a_second_run_is_refused_all_the_same(tmp_path):
     cfg = config_of(tmp_path / "run")
-    with open_shell(cfg) as shell:
+    with open_context(cfg) as context:
         (tmp_path / "run" / "lock").unlink()
-        with pytest.raises(UserError, match="run is in use by another process"), open_shell(cfg):
+        with pytest.raises(UserError, match="run is in use by another process"), open_context(cfg):
             pass
-        shell.check_lock()
+        context.check_lock()
         assert f"pid {os.getpid()} on" in (tmp_path / "run" / "lock").read_text(), "the file is there again"
-        with pytest.raises(UserError, match=f"run is in use by pid {os.getpid()}"), open_shell(cfg):
+        with pytest.raises(UserError, match=f"run is in use by pid {os.getpid()}"), open_context(cfg):
             pass
     record(cfg, save=False)
 
@@ -56,27 +56,27 @@ def test_where_directories_cannot_be_locked_a_deleted_lock_ends_the_run(tmp_path
 
     monkeypatch.setattr("fcntl.flock", only_files)
     cfg = config_of(tmp_path / "run")
-    with open_shell(cfg) as shell:
-        shell.check_lock()
-        with pytest.raises(UserError, match=f"in use by pid {os.getpid()}"), open_shell(cfg):
+    with open_context(cfg) as context:
+        context.check_lock()
+        with pytest.raises(UserError, match=f"in use by pid {os.getpid()}"), open_context(cfg):
             pass
         (tmp_path / "run" / "lock").unlink()
         with (
-            open_shell(cfg),
+            open_context(cfg),
             pytest.raises(UserError, match=r"lock was deleted or replaced.*what it\s+saved is kept"),
         ):
-            shell.check_lock()
+            context.check_lock()
 
 
 @pytest.mark.parametrize("replaced", [True, False])
 def test_a_run_whose_directory_was_moved_away_ends(tmp_path, replaced):
-    with open_shell(config_of(tmp_path / "run")) as shell:
+    with open_context(config_of(tmp_path / "run")) as context:
         (tmp_path / "run").rename(tmp_path / "moved")
         if replaced:
             (tmp_path / "run").mkdir()
         words = "is another directory than at the start" if replaced else "was moved or deleted"
         with pytest.raises(UserError, match=f"run {words}"):
-            shell.check_lock()
+            context.check_lock()
 
 
 def test_a_start_without_a_checkpoint_may_be_changed(tmp_path, caplog):

@@ -401,6 +401,6 @@ def test_the_engine_must_fit_the_mesh_and_the_groups():
 def test_a_truncated_draw_records_what_it_keeps():
     cfg = dataclasses.replace(RunConfig(), rollout=RolloutConfig(top_k=200, min_new_tokens=9))
     assert problems(cfg, 1) == [
-        "rollout.top_k: got 200, want at most the tokens kept, rollout.support (128)",
+        "rollout.top_k: got 200, want at most rollout.max_kept_tokens (128)",
         "rollout.min_new_tokens: got 9, want at most rollout.max_new_tokens (8)",
     ]

@@ -38,7 +38,9 @@ def make_params(seed: int = 0) -> dict:
     return {"embed": 0.5 * draw(V, D), "h": draw(R, T, D), "value": value}
 
 
-def make_batch(num_tokens: int, support: bool = False, barred: bool = False, temperature: float | None = 1.0) -> Batch:
+def make_batch(
+    num_tokens: int, kept_tokens: bool = False, eos_masked: bool = False, temperature: float | None = 1.0
+) -> Batch:
     """Ragged masks, one row without any; `temperature` None: other ones in every slot, and 0 here and there outside the mask."""
     rng = np.random.default_rng(1)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
@@ -54,7 +56,7 @@ def make_batch(num_tokens: int, support: bool = False, barred: bool = False, tem
     else:
         temps = np.full((R, T), temperature, np.float32)
     kept = None
-    if support:
+    if kept_tokens:
         kept = np.stack([rng.permutation(np.arange(8, num_tokens))[:K] for _ in range(R * T)]).reshape(R, T, K)
         kept[..., 0] = tokens
         kept = np.where((kept == tokens[..., None]) & (np.arange(K) > 0), -1, kept)
@@ -63,7 +65,7 @@ def make_batch(num_tokens: int, support: bool = False, barred: bool = False, tem
     return Batch(
         tokens=tokens, position=slots, until=slots, before=before, segment=slots, group=slots, loss_mask=mask,
         weight=np.where(mask, draw(R, T), 0), behavior_logprobs=draw(R, T), advantage=draw(R, T), temperature=temps,
-        support=kept, barred=rng.random((R, T)) < 0.5 if barred else None,
+        kept_tokens=kept, eos_masked=rng.random((R, T)) < 0.5 if eos_masked else None,
     )  # fmt: skip
 
 
@@ -74,15 +76,15 @@ def dense(params, batch, cfg, num_tokens, reference):
         h = jnp.take_along_axis(params["h"], batch.before[:, :, None], axis=1)
         x = jnp.einsum("rtd,vd->rtv", h, params["embed"], precision="highest")
         x = x if cfg.logit_softcap is None else cfg.logit_softcap * jnp.tanh(x / cfg.logit_softcap)
-        if batch.support is not None:
-            return support_logprobs(x, batch.temperature, batch.support)
-        return process_logits(x, batch.temperature, num_tokens, ENDS, batch.barred)
+        if batch.kept_tokens is not None:
+            return support_logprobs(x, batch.temperature, batch.kept_tokens)
+        return process_logits(x, batch.temperature, num_tokens, ENDS, batch.eos_masked)
 
     p, q = logp(params), jax.lax.stop_gradient(logp(reference))
-    if batch.support is None:
+    if batch.kept_tokens is None:
         drawn = jnp.take_along_axis(p, batch.tokens[..., None], axis=-1)[..., 0]
     else:
-        drawn = jnp.sum(jnp.where(batch.support == batch.tokens[..., None], p, 0.0), axis=-1)
+        drawn = jnp.sum(jnp.where(batch.kept_tokens == batch.tokens[..., None], p, 0.0), axis=-1)
     seen = p > -jnp.inf
     kl = jnp.sum(jnp.where(seen, jnp.exp(p) * (jnp.where(seen, p, 0) - jnp.where(seen, q, 0)), 0.0), axis=-1)
     h = jnp.take_along_axis(params["h"], batch.before[:, :, None], axis=1)
@@ -106,11 +108,11 @@ def gradients(scores, batch):
 CASES = {
     "plain": ({}, V, None),
     "temperatures": ({"temperature": None}, V, None),
-    "padding and bars": ({"barred": True, "temperature": 0.7}, V - 5, None),
-    "support": ({"support": True, "temperature": 0.7}, V, None),
+    "padding and bars": ({"eos_masked": True, "temperature": 0.7}, V - 5, None),
+    "kept_tokens": ({"kept_tokens": True, "temperature": 0.7}, V, None),
     "soft cap": ({"temperature": 0.7}, V, 1.5),
-    "soft cap, support": ({"support": True, "temperature": None}, V, 1.5),
-    "all": ({"barred": True, "temperature": None}, V - 3, 2.0),
+    "soft cap, support": ({"kept_tokens": True, "temperature": None}, V, 1.5),
+    "all": ({"eos_masked": True, "temperature": None}, V - 3, 2.0),
 }
 
 
@@ -153,7 +155,8 @@ def test_equal_to_the_dense_form(case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("case", "sizes"), [*(("all", sizes) for sizes in MESHES[1:]), ("support", (2, 2, 2)), ("support", (1, 4, 2))]
+    ("case", "sizes"),
+    [*(("all", sizes) for sizes in MESHES[1:]), ("kept_tokens", (2, 2, 2)), ("kept_tokens", (1, 4, 2))],
 )
 def test_does_not_depend_on_the_mesh(case, sizes):
     jax.tree.map(

@@ -71,19 +71,19 @@ def test_barred_end_tokens_have_no_mass_by_hand():
 
 def test_a_support_is_the_whole_distribution_by_hand():
     """Of exp = 1, 2, 0, 1 the tokens 1 and 3: two thirds and one third, at temperature 1/2 four fifths and one fifth."""
-    row, support = jnp.stack([LOGITS[1]] * 2), jnp.array([[1, 3, -1]] * 2)
+    row, kept_tokens = jnp.stack([LOGITS[1]] * 2), jnp.array([[1, 3, -1]] * 2)
     with np.errstate(divide="ignore"):
         want = np.log([[2 / 3, 1 / 3, 0], [4 / 5, 1 / 5, 0]])
-    np.testing.assert_allclose(support_logprobs(row, jnp.array([1.0, 0.5]), support), want, rtol=1e-6)
+    np.testing.assert_allclose(support_logprobs(row, jnp.array([1.0, 0.5]), kept_tokens), want, rtol=1e-6)
 
 
 def test_gradients_through_a_support_are_those_of_its_tokens():
     """d log p(1) / d logit = (indicator - p) / T over tokens 1 and 3; a row without a support has finite ones."""
-    support = jnp.array([[1, 3, -1], [-1, -1, -1]])
+    kept_tokens = jnp.array([[1, 3, -1], [-1, -1, -1]])
 
     def loss(x):
-        logp = support_logprobs(x, jnp.array([0.5, 0.5]), support)
-        return jnp.sum(jnp.where(support == 1, logp, 0.0)), jnp.sum(entropy(logp))
+        logp = support_logprobs(x, jnp.array([0.5, 0.5]), kept_tokens)
+        return jnp.sum(jnp.where(kept_tokens == 1, logp, 0.0)), jnp.sum(entropy(logp))
 
     by_logp, by_entropy = map(np.asarray, jax.jit(jax.jacrev(loss))(LOGITS[::-1]))
     np.testing.assert_allclose(by_logp, np.array([[0, 1 / 5, 0, -1 / 5, 0], [0] * 5]) / 0.5, atol=1e-6)
@@ -92,6 +92,6 @@ def test_gradients_through_a_support_are_those_of_its_tokens():
 
 def test_bars_without_the_end_tokens_are_refused():
     ones = np.ones((1, 2), np.int32)
-    batch = Batch(*[ones] * 6, ones > 0, *[ones.astype(np.float32)] * 4, barred=ones > 0)
+    batch = Batch(*[ones] * 6, ones > 0, *[ones.astype(np.float32)] * 4, eos_masked=ones > 0)
     with pytest.raises(ValueError, match="ends: got none"):
         score_tokens({}, batch, Scoring(TINY, layouts()[0], 16))

@@ -26,8 +26,8 @@ def experience(version: int, first: int, keep=(True, True, True)) -> Groups:
         behavior_logprobs=np.where(sampled, -token / 3, 0).astype(np.float32), entropy=(token / 7).astype(np.float32),
         temperature=(row / 11).astype(np.float32),
         version=np.where(sampled, version, 0).astype(np.int32), finish=(row % 2).astype(np.int32),
-        support=np.where(sampled[..., None], token[..., None] + np.arange(3), -1).astype(np.int32),
-        barred=sampled & (token % 3 == 0),
+        kept_tokens=np.where(sampled[..., None], token[..., None] + np.arange(3), -1).astype(np.int32),
+        eos_masked=sampled & (token % 3 == 0),
     )  # fmt: skip
     groups = Groups(
         rollouts, reward=(row / 13).astype(np.float32), components=(row[:, None] / [17, 19]).astype(np.float32),
@@ -66,7 +66,7 @@ def test_a_ring_has_the_shapes_of_the_runs_groups():
     of_run = make_replay(ReplayConfig(capacity=4)).init(blank)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
     assert shapes(of_run) == shapes(ring(4))
-    assert blank.rollouts.raw_logprobs is None and blank.rollouts.support.shape == (P * G, C, 3)
+    assert blank.rollouts.raw_logprobs is None and blank.rollouts.kept_tokens.shape == (P * G, C, 3)
 
 
 def test_a_row_that_was_dropped_stays_dropped_in_the_ring():

@@ -261,7 +261,7 @@ def opened(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.syspath_prepend(str(directory))
         with train.open_run(cfg, must_resume=False, given=None, ends_process=False) as run:
-            run = train.assemble(run.blueprint, run.task, run.shell._replace(recorder=Told()))
+            run = train.assemble(run.blueprint, run.task, run.context._replace(recorder=Told()))
             state, _, _ = train.start(run)
             yield run, state
 
@@ -270,11 +270,11 @@ def opened(tmp_path_factory):
 def start(opened):
     """(run, state, policy, what was told), all anew."""
     run, state = opened
-    run.shell.recorder.clear()
+    run.context.recorder.clear()
     run.source.state = state.source
     # The state is donated to the first update.
     state = state._replace(train=jax.tree.map(lambda x: jax.device_put(np.array(x), x.sharding), state.train))
-    return run, state, run.learner.publish(state.train, None), run.shell.recorder
+    return run, state, run.learner.publish(state.train, None), run.context.recorder
 
 
 def taken(run, state, policy):
@@ -355,9 +355,9 @@ def test_parameters_that_the_loss_cannot_reach_are_named_once_and_across_a_resum
     for _ in range(2):
         state, policy, metrics = step(run, state, policy)
     assert not told and not any(name.startswith("zero_gradient") for name in metrics) and "warnings" not in metrics
-    run.shell.checkpoints.save(int(state.step), state, {"phase": "rl"})
+    run.context.checkpoints.save(int(state.step), state, {"phase": "rl"})
     target = rl_target(run.blueprint, run.learner, run.source.state)
-    state = run.shell.checkpoints.restore(lambda meta: target).tree
+    state = run.context.checkpoints.restore(lambda meta: target).tree
     state, policy, metrics = step(run, state, policy)
     state, policy, _ = step(run, state, policy)
     said = "the gradient of layers/attn_norm, layers/qkv was exactly 0 for 3 steps: nothing in the loss depends on it"

@@ -27,7 +27,7 @@ from jaxrl_llm.roles.learner import Learner
 from jaxrl_llm.types import Batch, Experience, Groups, Prompts, Rollouts
 from jaxrl_llm.update.batch import make_batch, minibatches, ungraded
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "arithmetic.yaml")
 MODEL = {"vocab_size": 32, "layers": 2, "d_model": 16, "heads": 4, "kv_heads": 2, "head_dim": 8, "d_mlp": 64}
 # By hand: embedding 32 x 16; a layer's qkv 16 x 2 x 4 x 8, out 2 x 2 x 8 x 16, gate and up 2 x 16 x 64, down 64 x 16, two norms.
@@ -219,7 +219,7 @@ OBJECTIVES = {
     "dpo": {"objective": "paper:dpo", "update": {"packing": {"kind": "shared_prefix"}}},
     "adapters": {"lora": {"rank": 2}, "objective": "prime:rl"},
     "truncated": {"rollout": VALUES["rollout"] | {"top_p": 0.9, "min_new_tokens": 2}},
-    "truncated to few": {"rollout": VALUES["rollout"] | {"top_k": 3, "support": 4}},
+    "truncated to few": {"rollout": VALUES["rollout"] | {"top_k": 3, "max_kept_tokens": 4}},
     "a window": {"model": MODEL | {"window": 3, "sliding": [True, False]}},
 }
 
@@ -229,15 +229,15 @@ def longest(of: Blueprint) -> Groups:
     cfg, prompts = of.cfg.rollout, of.cfg.rollout.prompts
     rows, full = prompts * cfg.samples, (prompts * cfg.samples, cfg.max_new_tokens)
     integers, numbers = np.ones(rows, np.int32), np.zeros(full, np.float32)
-    slots, support = of.prompt_slots, of.make_engine().decoding.support
+    slots, max_kept_tokens = of.prompt_slots, of.make_engine().decoding.max_kept_tokens
     tokens = np.zeros((prompts, slots), np.int32)
     rollouts = Rollouts(
         prompts=Prompts(tokens, np.full(prompts, slots, np.int32), integers[:prompts], integers[:prompts]),
         tokens=np.zeros(full, np.int32), length=cfg.max_new_tokens * integers, sampled=np.ones(full, bool),
         behavior_logprobs=numbers, entropy=numbers, temperature=np.ones(rows, np.float32),
         version=np.zeros(full, np.int32), finish=integers,
-        support=np.zeros((*full, support), np.int32) if support else None,
-        barred=np.zeros(full, bool) if cfg.min_new_tokens else None,
+        kept_tokens=np.zeros((*full, max_kept_tokens), np.int32) if max_kept_tokens else None,
+        eos_masked=np.zeros(full, bool) if cfg.min_new_tokens else None,
     )  # fmt: skip
     reward = np.arange(rows, dtype=np.float32)
     return ungraded(rollouts).replace(reward=reward, components=reward[:, None])
@@ -282,7 +282,7 @@ def test_planned_flops_are_those_that_training_counts(both):
 def test_columns_by_hand(name, columns):
     cfg = validate(VALUES | {"update": {}} | OBJECTIVES[name], "test")
     batch = make_job(cfg, cfg.model, 7, command.devices_of(Target(chips=1))[0]).batch
-    optional = ("reference_logprobs", "proximal_logprobs", "values", "returns", "support", "barred")
+    optional = ("reference_logprobs", "proximal_logprobs", "values", "returns", "kept_tokens", "eos_masked")
     assert {column for column in optional if getattr(batch, column) is not None} == columns
 
 

@@ -117,7 +117,7 @@ def test_scoring_says_what_the_tokenizer_may_draw_and_how_rows_are_read():
     of = blueprint(update={"attention": "plain", "remat": "layer"})
     scoring = of.scoring
     assert (scoring.model, scoring.layout, scoring.num_tokens, scoring.ends) == (of.model, of.train, 16, (15,))
-    assert (scoring.how.attention, scoring.how.remat) == ("plain", "layer")
+    assert (scoring.forward.attention, scoring.forward.remat) == ("plain", "layer")
     assert of.loss.aggregation == loss_of(of.cfg).aggregation == "token"
 
 

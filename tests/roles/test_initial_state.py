@@ -86,13 +86,13 @@ def test_a_reference_is_in_the_target_where_the_objective_reads_one(changes):
 
 
 def test_a_ring_is_as_wide_as_what_the_run_samples():
-    rollout = VALUES["rollout"] | {"top_k": 3, "support": 4}
+    rollout = VALUES["rollout"] | {"top_k": 3, "max_kept_tokens": 4}
     _, state = target(rollout=rollout, experience={"replay": {"capacity": 5}})
     ring = state.replay
     assert isinstance(ring, Ring) and ring.version.tolist() == [-1] * 5
     # Groups of 4 rows, 5 prompt slots and 6 of a completion; the 4 likeliest tokens are kept of each draw.
     assert ring.groups.rollouts.tokens.shape == (5, 4, 6) and ring.groups.rollouts.prompts.tokens.shape == (5, 1, 5)
-    assert ring.groups.rollouts.support.shape == (5, 4, 6, 4) and ring.groups.rollouts.barred is None
+    assert ring.groups.rollouts.kept_tokens.shape == (5, 4, 6, 4) and ring.groups.rollouts.eos_masked is None
     assert ring.groups.components.shape == (5, 4, 1)
 
 

@@ -133,13 +133,13 @@ def beneath(names: set[str], places: tuple[str, ...]) -> set[str]:
     return {name for name in names if any(name == place or name.startswith(f"{place}.") for place in places)}
 
 
-@pytest.mark.parametrize("name", ["sampler", "collect"])
+@pytest.mark.parametrize("name", ["sampler", "collector"])
 def test_who_samples_imports_no_optimizer_no_loss_and_no_learner(name):
     """Nor another role, by which these would come in."""
     found = imported((ROLES / f"{name}.py").read_text())
     assert beneath(found, OF_UPDATES) == set()
     others = {x.split(".")[2] for x in beneath(found, ("jaxrl_llm.roles",))}
-    assert others <= {"collect"}
+    assert others <= {"collector"}
 
 
 @pytest.mark.parametrize("name", ["learner", "updates", "state", "reference"])
@@ -155,7 +155,7 @@ def test_who_learns_imports_no_engine_no_task_and_no_sampler(name):
     assert beneath(found, places) == set()
 
 
-def test_no_role_imports_the_loop_or_the_shell_around_it():
+def test_no_role_imports_the_loop_or_the_context_around_it():
     found = {
         x for source in of_roles() for x in beneath(imported(source), ("jaxrl_llm.train", "jaxrl_llm.run_context"))
     }

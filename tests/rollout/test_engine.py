@@ -209,7 +209,7 @@ def check_stops(stop: tuple[str, ...], spell, form: EngineConfig) -> int:
         n = min(held, default=length)
         found += bool(held)
         assert got.tokens[b].tolist() == [*tokens[:n], *[VOCAB.pad] * (C - n)]
-        assert got.finish[b] == (Finish.CONTROL if held else whole.finish[b])
+        assert got.finish[b] == (Finish.STOP if held else whole.finish[b])
         np.testing.assert_array_equal(got.sampled[b], np.arange(C) < n)
         np.testing.assert_array_equal(got.behavior_logprobs[b, n:], 0.0)
     return found

@@ -190,12 +190,14 @@ def test_equal_decodings_are_one_program():
 
     @partial(jax.jit, static_argnums=0)
     def program(decoding, x):
-        traced.append(decoding.support)
-        return x + decoding.support
+        traced.append(decoding.max_kept_tokens)
+        return x + decoding.max_kept_tokens
 
-    def made(support):
+    def made(max_kept_tokens):
         layout = Layout(make_mesh((1, 1, 1), jax.devices()[:1]), DECODE)
-        return Decoding(TINY, layout, Vocabulary(size=16, pad=0, eos=(15,)), steps=8, interval=4, support=support)
+        return Decoding(
+            TINY, layout, Vocabulary(size=16, pad=0, eos=(15,)), steps=8, interval=4, max_kept_tokens=max_kept_tokens
+        )
 
     assert [int(program(made(k), 1)) for k in (0, 0, 3, 0, 3)] == [1, 1, 4, 1, 4]
     assert traced == [0, 3] and made(3) == made(3) and made(0) != made(3)

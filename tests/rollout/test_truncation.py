@@ -31,9 +31,9 @@ def small_lanes():
         yield
 
 
-def drawing(vocab: Vocabulary, support: int = SUPPORT, sizes: tuple[int, ...] = (1, 1, 1)):
+def drawing(vocab: Vocabulary, max_kept_tokens: int = SUPPORT, sizes: tuple[int, ...] = (1, 1, 1)):
     """`draw` of raw logits by rows of controls, and its distribution, in one program."""
-    decoding = Decoding(TINY, layouts(sizes)[1], vocab, support=support)
+    decoding = Decoding(TINY, layouts(sizes)[1], vocab, max_kept_tokens=max_kept_tokens)
 
     def both(keys, slot, raw, controls):
         of = sample.distribution(slot, raw, controls, jnp.array(True), decoding)
@@ -121,10 +121,10 @@ def test_exactly_the_right_tokens_are_kept(vocab, seed):
     drawn, of = DRAWING[vocab](keys_of(ROWS), slot, raw, controls)
     kept, full, close = kept_by_hand(raw, vocab, controls, slot)
     assert close.sum() <= 3, "too few rows are told apart"
-    support, logp = np.asarray(drawn.support), np.asarray(of.logp)
+    kept_tokens, logp = np.asarray(drawn.kept_tokens), np.asarray(of.logp)
     for b in np.flatnonzero(~close):
         want = kept[b][:SUPPORT]
-        got = support[b][support[b] >= 0]
+        got = kept_tokens[b][kept_tokens[b] >= 0]
         np.testing.assert_array_equal(got, want)
         assert drawn.overflow[b] == (len(kept[b]) > SUPPORT)
         exact = full[b, want] - np.log(np.exp(full[b, want]).sum())
@@ -147,21 +147,21 @@ def test_the_same_tokens_and_supports_where_the_vocabulary_is_split():
     rows = dec.sharding(("rows",))
     put = [hosts.put(x, where) for x, where in zip(args, (rows, dec.sharding(("rows", "vocab")), rows), strict=True)]
     split, _ = drawing(LARGE, sizes=sizes)(jax.device_put(keys_of(ROWS), rows), *put)
-    for name in ("token", "support", "overflow"):
+    for name in ("token", "kept_tokens", "overflow"):
         np.testing.assert_array_equal(getattr(one, name), getattr(split, name), err_msg=name)
     np.testing.assert_allclose(one.logprob, split.logprob, atol=1e-6)
 
 
 def check_recorded(drawn, of) -> None:
     """Whatever the controls: a token of the support, at its very log-prob; ids in front, -1 behind; never empty."""
-    support, logp, token = np.asarray(drawn.support), np.asarray(of.logp), np.asarray(drawn.token)
-    place = np.argmax(support == token[:, None], axis=1)
-    assert (support[np.arange(len(token)), place] == token).all() and (token >= 0).all()
+    kept_tokens, logp, token = np.asarray(drawn.kept_tokens), np.asarray(of.logp), np.asarray(drawn.token)
+    place = np.argmax(kept_tokens == token[:, None], axis=1)
+    assert (kept_tokens[np.arange(len(token)), place] == token).all() and (token >= 0).all()
     stored, entry = np.asarray(drawn.logprob), logp[np.arange(len(token)), place]
     np.testing.assert_array_equal(stored.view(np.uint32), entry.view(np.uint32))
-    assert (support[:, 0] >= 0).all()
-    assert (np.diff((support >= 0).astype(int), axis=1) <= 0).all()
-    np.testing.assert_array_equal(np.isneginf(logp), support < 0)
+    assert (kept_tokens[:, 0] >= 0).all()
+    assert (np.diff((kept_tokens >= 0).astype(int), axis=1) <= 0).all()
+    np.testing.assert_array_equal(np.isneginf(logp), kept_tokens < 0)
     np.testing.assert_allclose(np.exp(logp.astype(np.float64)).sum(axis=1), 1, atol=1e-5)
 
 
@@ -196,8 +196,8 @@ def test_at_a_tie_by_hand():
     each = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
     columns = {n: np.array([c.get(n, v) for c, _ in cases] + [v] * (ROWS - len(cases))) for n, v in each.items()}
     drawn, _ = DRAWING[SMALL](keys_of(ROWS), np.zeros(ROWS, np.int32), raw, controls_of(ROWS, **columns))
-    for (case, want), support in zip(cases, np.asarray(drawn.support), strict=False):
-        assert support[support >= 0].tolist() == want, case
+    for (case, want), kept_tokens in zip(cases, np.asarray(drawn.kept_tokens), strict=False):
+        assert kept_tokens[kept_tokens >= 0].tolist() == want, case
 
 
 def test_temperature_zero_keeps_the_largest_and_its_equals():
@@ -205,7 +205,7 @@ def test_temperature_zero_keeps_the_largest_and_its_equals():
     raw[:, [3, 30]] = 1.0
     raw[0, :100] = 1.0
     drawn, _ = DRAWING[SMALL](keys_of(ROWS), np.zeros(ROWS, np.int32), raw, controls_of(ROWS, temperature=0.0))
-    assert (np.asarray(drawn.support[1:, :3]) == [3, 30, -1]).all()
+    assert (np.asarray(drawn.kept_tokens[1:, :3]) == [3, 30, -1]).all()
     np.testing.assert_allclose(drawn.logprob[1:], -np.log(2.0), rtol=1e-6)
     assert drawn.overflow[0] and not drawn.overflow[1:].any()
 
@@ -238,7 +238,7 @@ def test_frequencies_are_those_of_the_distribution_kept():
     """200,000 draws from 11 of 291 tokens: chi-square, and none outside."""
     raw = np.random.default_rng(3).uniform(-2.5, 2.5, 300).astype(np.float32)
     controls, slot = controls_of(CHUNK, temperature=0.7, top_p=0.25, min_p=0.4), jnp.zeros(CHUNK, jnp.int32)
-    decoding = Decoding(TINY, layouts()[1], SMALL, support=SUPPORT)
+    decoding = Decoding(TINY, layouts()[1], SMALL, max_kept_tokens=SUPPORT)
 
     @jax.jit
     def tokens(uid):
@@ -274,7 +274,7 @@ def test_the_scorer_says_what_was_recorded():
     """`support_logprobs` of the same logits is the distribution that was drawn from; a row without a support stays finite."""
     raw, slot = logits_with_ties(SMALL, 4), np.resize([0, 5], ROWS)
     drawn, of = DRAWING[SMALL](keys_of(ROWS), slot, raw, controls := random_controls(np.random.default_rng(4)))
-    again = support_logprobs(jnp.asarray(raw), controls.temperature, drawn.support)
+    again = support_logprobs(jnp.asarray(raw), controls.temperature, drawn.kept_tokens)
     np.testing.assert_allclose(again, of.logp, atol=1e-6)
     none = support_logprobs(jnp.asarray(raw), controls.temperature, jnp.full((ROWS, SUPPORT), -1))
     assert np.isfinite(none).all()

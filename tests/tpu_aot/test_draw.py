@@ -13,13 +13,13 @@ pytestmark = [pytest.mark.tpu_aot, pytest.mark.timeout(600)]
 ROWS, VOCAB, SUPPORT = 64, 32768, 128
 
 
-def lower_draw(topology, sizes: tuple[int, ...], support: int) -> jax.stages.Lowered:
+def lower_draw(topology, sizes: tuple[int, ...], max_kept_tokens: int) -> jax.stages.Lowered:
     decode = layouts(topology, sizes)[1]
     numbers = lambda dtype: array(decode, (ROWS,), dtype, "rows")  # noqa: E731
     f32, i32 = numbers(jnp.float32), numbers(jnp.int32)
     # Padding behind the tokens, and an end token that may be barred.
     vocab = Vocabulary(size=VOCAB - 5, pad=0, eos=(1,))
-    decoding = Decoding(ONE_BILLION, decode, vocab, support=support, raw_logprobs=True)
+    decoding = Decoding(ONE_BILLION, decode, vocab, max_kept_tokens=max_kept_tokens, raw_logprobs=True)
 
     def one(keys, slot, raw, controls, live):
         return draw(jax.random.wrap_key_data(keys), slot, raw, controls, live, decoding)
@@ -33,8 +33,8 @@ def lower_draw(topology, sizes: tuple[int, ...], support: int) -> jax.stages.Low
     return program.lower(keys, i32, raw, Controls(f32, f32, i32, f32, i32), live)
 
 
-def moved(topology, sizes: tuple[int, ...], support: int) -> list[tuple[str, tuple[ArrayShape, ...]]]:
-    program: Program = compile_program(ONE_BILLION, lambda: lower_draw(topology, sizes, support))
+def moved(topology, sizes: tuple[int, ...], max_kept_tokens: int) -> list[tuple[str, tuple[ArrayShape, ...]]]:
+    program: Program = compile_program(ONE_BILLION, lambda: lower_draw(topology, sizes, max_kept_tokens))
     return [(i.kind, i.arrays) for i in collectives(program.hlo.all)]
 
 

@@ -59,7 +59,7 @@ def load(directory: str, words: str, compute: str, variant: str, beta: float) ->
         rng = np.random.default_rng((cfg.seed, int(state.step)))
         done = step(run.learner, run.source, state, policy, rng)
         held[:] = done.state, done.policy
-        metrics, times = summary(run, done), run.shell.timers.take()
+        metrics, times = summary(run, done), run.context.timers.take()
         return {
             "rollout_s": times["time/generate"],
             "tokens": int(metrics["completions/tokens"]),

@@ -18,7 +18,7 @@ from jaxrl_llm.model.attention.blockwise import Blocks, attend_blocks
 from jaxrl_llm.model.attention.plain import Rows, attend, tree_mask
 from jaxrl_llm.model.attention.selection import choose
 from jaxrl_llm.model.cache import WHOLE
-from jaxrl_llm.model.config import Whole
+from jaxrl_llm.model.config import ForwardOptions
 from jaxrl_llm.model.transformer import hidden
 
 SLIDING = FAMILIES["gemma2, window 5"]
@@ -108,7 +108,7 @@ def test_blocks_in_bfloat16_sum_in_f32():
 
 
 @cache
-def gradients(sliding: bool, mesh: tuple[int, ...], how: Whole):
+def gradients(sliding: bool, mesh: tuple[int, ...], forward: ForwardOptions):
     """Of the sum of `hidden` times random numbers, 0 at padding: the gradient of every parameter."""
     cfg, train = SLIDING if sliding else SMALL, layouts(mesh)[0]
     until, position = rows(128)
@@ -117,27 +117,27 @@ def gradients(sliding: bool, mesh: tuple[int, ...], how: Whole):
 
     @jax.jit
     def loss(params):
-        return jnp.sum(hidden(params, tokens, position, until, cfg, train, how) * g)
+        return jnp.sum(hidden(params, tokens, position, until, cfg, train, forward) * g)
 
     return jax.device_get(jax.grad(loss)(make_params(cfg, train)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sliding", "mesh", "how"),
+    ("sliding", "mesh", "forward"),
     [
-        (True, (1, 1, 1), Whole("blocks", "none")),
-        (False, (1, 2, 2), Whole("blocks", "layer")),
-        (True, (1, 1, 1), Whole("splash", "layer")),
-        (True, (1, 1, 1), Whole("plain", "attention")),
-        (False, (1, 2, 2), Whole("plain", "offload")),
+        (True, (1, 1, 1), ForwardOptions("blocks", "none")),
+        (False, (1, 2, 2), ForwardOptions("blocks", "layer")),
+        (True, (1, 1, 1), ForwardOptions("splash", "layer")),
+        (True, (1, 1, 1), ForwardOptions("plain", "attention")),
+        (False, (1, 2, 2), ForwardOptions("plain", "offload")),
     ],
-    ids=lambda x: f"{x.attention}-{x.remat}" if isinstance(x, Whole) else str(x),
+    ids=lambda x: f"{x.attention}-{x.remat}" if isinstance(x, ForwardOptions) else str(x),
 )
-def test_every_form_and_policy_has_the_gradients_of_the_plain_one(sliding, mesh, how):
+def test_every_form_and_policy_has_the_gradients_of_the_plain_one(sliding, mesh, forward):
     """`plain` with everything kept, on one device. Each leaf to 1e-5 of its largest."""
-    want = jax.tree.leaves(gradients(sliding, (1, 1, 1), Whole("plain", "none")))
-    for got, ref in zip(jax.tree.leaves(gradients(sliding, mesh, how)), want, strict=True):
+    want = jax.tree.leaves(gradients(sliding, (1, 1, 1), ForwardOptions("plain", "none")))
+    for got, ref in zip(jax.tree.leaves(gradients(sliding, mesh, forward)), want, strict=True):
         assert np.max(np.abs(ref)) > 0
         np.testing.assert_allclose(got, ref, atol=1e-5 * np.max(np.abs(ref)))
 
