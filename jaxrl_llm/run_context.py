@@ -1,4 +1,4 @@
-"""What a run holds open while it lives, and everything it does with it: records, checkpoints, stops."""
+"""The context of a running job: run directory, lock, records, graders, checkpoints, signals, and how a run ends."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -12,11 +12,11 @@ import jax
 
 from jaxrl_llm.checkpoint.run_directory import RunLock, prepare_run_directory
 from jaxrl_llm.checkpoint.store import Checkpoints, Restored
-from jaxrl_llm.config.run_config import RunConfig
-from jaxrl_llm.config.saved import claim
+from jaxrl_llm.config.run_config import CheckpointConfig
+from jaxrl_llm.environments.config import RewardConfig
 from jaxrl_llm.environments.grader_pool import GraderPool
 from jaxrl_llm.errors import AdvantageError, CheckpointError, GradingError, NonFiniteError, Preempted, UserError
-from jaxrl_llm.metrics.recorder import CompileCounter, Recorder, Timers
+from jaxrl_llm.metrics.recorder import CompileCounter, MetricsConfig, Recorder, Timers
 from jaxrl_llm.roles.state import RunState, SupervisedState
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import PyTree
@@ -26,110 +26,126 @@ State = RunState | SupervisedState
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
+class RunSettings(NamedTuple):
+    """The part of a run's config that its context reads."""
+
+    run_dir: Path
+    """Absolute."""
+    checkpoint: CheckpointConfig
+    metrics: MetricsConfig
+    reward: RewardConfig
+    total_steps: int
+    """Supervised and RL steps together."""
+    evaluations_after: Callable[[int], int]
+    """Number of evaluations still to come after a step."""
+
+
 class RunContext(NamedTuple):
-    cfg: RunConfig
+    settings: RunSettings
     pool: GraderPool
     checkpoints: Checkpoints
     recorder: Recorder
     timers: Timers
     compiles: CompileCounter
     check_lock: Callable[[], None]
-    """Raises UserError where the run directory is no longer this run's."""
+    """Raises UserError if the run directory no longer belongs to this run."""
     stopping: Callable[[int], str]
-    """Of the step: the signal that asks to stop, "" where none does."""
+    """Name of the signal that asks to stop after a step; "" if there is none."""
     about: Mapping[str, Any]
-    """What a checkpoint says beside the state."""
+    """Metadata that a checkpoint stores beside the state."""
 
 
 @contextmanager
 def open_context(
-    cfg: RunConfig,
+    settings: RunSettings,
+    claim: Callable[[bool], None],
     stopping: Callable[[int], str] = lambda step: "",
     about: Mapping[str, Any] = NOTHING,
-    whole: RunConfig | None = None,
 ) -> Iterator[RunContext]:
-    """The run directory, locked, with config.yaml in it, and everything that must be closed again.
+    """Lock the run directory, write its config.yaml, and open everything that must be closed again.
 
     Args:
-        cfg, stopping, about: as in `Shell`.
-        whole: what config.yaml says, where `cfg` is a part of a run.
+        settings: of the run.
+        claim: writes config.yaml; its argument is True if the directory holds no checkpoint. Raises UserError if the directory
+            belongs to a run that computes something else.
+        stopping, about: fields of `RunContext`.
 
     Raises:
-        UserError: the directory cannot be written, is in use, or belongs to a run that computes something else.
+        UserError: the directory cannot be written, is in use, or belongs to another run.
     """
-    run_dir, leader = Path(cfg.run_dir).resolve(), jax.process_index() == 0
-    checkpoints, check_lock = open_checkpoints(cfg), lambda: None
+    run_dir, is_leader = settings.run_dir, jax.process_index() == 0
+    checkpoints, check_lock = open_checkpoints(run_dir, settings.checkpoint.keep), lambda: None
     with ExitStack() as stack:
         try:
-            if leader:
+            if is_leader:
                 prepare_run_directory(run_dir)
                 check_lock = stack.enter_context(RunLock(run_dir)).check
-                # A link to a disk that is gone would be told after hours, by the first save.
+                # A dangling link to another disk would otherwise be found hours later, by the first save.
                 prepare_run_directory(checkpoints.directory)
                 checkpoints.refuse_other_formats()
-                claim(run_dir, whole or cfg, checkpoints.is_empty())
+                claim(checkpoints.is_empty())
             recorder = stack.enter_context(
-                Recorder(run_dir, cfg.metrics, cfg.total_steps, leader, cfg.evaluations_after)
+                Recorder(run_dir, settings.metrics, settings.total_steps, is_leader, settings.evaluations_after)
             )
         except OSError as error:
             raise UserError(
                 f"run_dir: {error.filename or run_dir} cannot be read or written: {error.strerror}"
             ) from error
-        pool = stack.enter_context(GraderPool(cfg.reward))
+        pool = stack.enter_context(GraderPool(settings.reward))
         stack.callback(_close, recorder, checkpoints)
-        yield RunContext(cfg, pool, checkpoints, recorder, Timers(), CompileCounter(), check_lock, stopping, about)
+        yield RunContext(settings, pool, checkpoints, recorder, Timers(), CompileCounter(), check_lock, stopping, about)
 
 
-def open_checkpoints(cfg: RunConfig) -> Checkpoints:
-    return Checkpoints(Path(cfg.run_dir).resolve() / "checkpoints", keep=cfg.checkpoint.keep)
+def open_checkpoints(run_dir: Path, keep: int) -> Checkpoints:
+    return Checkpoints(Path(run_dir).resolve() / "checkpoints", keep=keep)
 
 
 def restore(context: RunContext, target: Callable[[bool], PyTree], task: Task) -> State | None:
-    """The newest state in the run directory; None in a fresh one.
+    """The newest state in the run directory; None in a new one.
 
     Args:
-        target: what a checkpoint holds, of RL or (False) of supervised training.
-        task: as it is now.
+        target: abstract tree of a checkpoint, of RL (True) or of supervised training (False).
+        task: compared with the task that the checkpoint was trained on.
     """
     with context.recorder.during("reading the newest checkpoint"):
-        restored = context.checkpoints.restore(partial(_of, target))
+        restored = context.checkpoints.restore(partial(_target_of, target))
     if restored is None:
         return None
     context.recorder.truncate(restored.meta["offsets"])
-    context.recorder.message(f"going on from step {restored.step} in {context.cfg.run_dir}")
+    context.recorder.message(f"resuming from step {restored.step} in {context.settings.run_dir}")
     if changed := task.changed(restored.meta.get("task")):
         context.recorder.message(changed)
     return restored.tree
 
 
-def look(cfg: RunConfig, target: Callable[[bool], PyTree]) -> Restored | None:
-    """The newest checkpoint of a run directory that may be another process's; None if it has none."""
-    if not (Path(cfg.run_dir) / "checkpoints").is_dir():
+def restore_read_only(run_dir: Path, keep: int, target: Callable[[bool], PyTree]) -> Restored | None:
+    """The newest checkpoint of a run directory that another process may be writing to; None if there is none."""
+    if not (Path(run_dir) / "checkpoints").is_dir():
         return None
-    checkpoints = open_checkpoints(cfg)
+    checkpoints = open_checkpoints(run_dir, keep)
     try:
-        return checkpoints.restore(partial(_of, target), owned=False)
+        return checkpoints.restore(partial(_target_of, target), owned=False)
     finally:
         checkpoints.close()
 
 
-def _of(target: Callable[[bool], PyTree], meta: dict[str, Any]) -> PyTree:
+def _target_of(target: Callable[[bool], PyTree], meta: dict[str, Any]) -> PyTree:
     return target(meta["phase"] == "rl")
 
 
 def conclude(context: RunContext, state: State, metrics: dict[str, Any], error: UserError | None) -> None:
-    """End a step: record it, save it where that is due, and leave where a guard or a signal asks for it."""
-    step, last = int(state.step), context.cfg.total_steps
+    """End a step: record its metrics, save the state if a save is due, and stop the run if a guard or a signal asks for it."""
+    step, last = int(state.step), context.settings.total_steps
     context.check_lock()
     context.recorder.log(step, with_rates(metrics, context))
     if error:
         end(context, state, error)
     stop = context.stopping(step)
-    # While no update is finite nothing is learned, and what came before may be spoiled already.
-    if is_due(step, context.cfg.checkpoint.every, last) and (state.guards.nonfinite == 0 or step == last):
+    # While updates are non-finite nothing is learned, and the state before them may be damaged already.
+    if is_due(step, context.settings.checkpoint.every, last) and (state.guards.nonfinite == 0 or step == last):
         save(context, state)
     if stop and step < last:
-        leave(context, state, stop)
+        stop_run(context, state, stop)
     context.checkpoints.poll()
 
 
@@ -138,7 +154,7 @@ def is_due(step: int, every: int, last: int) -> bool:
 
 
 def with_rates(metrics: dict[str, Any], context: RunContext) -> dict[str, Any]:
-    """The step's metrics with its times, its compilations and the sampler's tokens per second."""
+    """A step's metrics with its times, its compilations and the sampler's tokens per second."""
     times = context.timers.take()
     if "completions/tokens" in metrics:
         metrics = metrics | {"tokens_per_s": metrics["completions/tokens"] / times["time/generate"]}
@@ -146,7 +162,7 @@ def with_rates(metrics: dict[str, Any], context: RunContext) -> dict[str, Any]:
 
 
 def save(context: RunContext, state: State) -> None:
-    """Start to save. A state whose updates are not finite pushes no older step out; one that is not finite itself ends the run."""
+    """Start saving a state. One with non-finite updates removes no older checkpoint; a non-finite state ends the run."""
     step = int(state.step)
     try:
         phase = "rl" if isinstance(state, RunState) else "supervised"
@@ -159,8 +175,8 @@ def save(context: RunContext, state: State) -> None:
         end(context, state, error)
 
 
-def secure(context: RunContext, state: State) -> None:
-    """Return when this state is on disk. Raises CheckpointError where it cannot be saved."""
+def save_and_wait(context: RunContext, state: State) -> None:
+    """Return when the state is on disk. Raises CheckpointError if it cannot be saved."""
     step = int(state.step)
     _wait(context)
     if not context.checkpoints.has(step):
@@ -169,7 +185,7 @@ def secure(context: RunContext, state: State) -> None:
         if not context.checkpoints.has(step):
             kept = context.checkpoints.steps()
             raise CheckpointError(
-                f"{context.cfg.run_dir}: step {step} could not be saved, the reason is above; steps {kept} are kept"
+                f"{context.settings.run_dir}: step {step} could not be saved, the reason is above; steps {kept} are kept"
             )
 
 
@@ -183,29 +199,28 @@ def _wait(context: RunContext) -> None:
         context.checkpoints.wait()
 
 
-def leave(context: RunContext, state: State, why: str, when: str = "") -> NoReturn:
-    """Stop as `why`, a signal, asked, with this state saved."""
-    secure(context, state)
+def stop_run(context: RunContext, state: State, signal: str, when: str = "") -> NoReturn:
+    """Save the state and raise Preempted, because `signal` asked the run to stop."""
+    save_and_wait(context, state)
     raise Preempted(
-        f"stopped by {why} after step {state.step}, saved in {context.cfg.run_dir}{when}; the same command goes on from there"
+        f"stopped by {signal} after step {state.step}, saved in {context.settings.run_dir}{when}; "
+        "the same command resumes from there"
     )
 
 
 def end(context: RunContext, state: State, error: UserError) -> NoReturn:
-    """Raise what a guard found, with words on what the next start goes on from.
+    """Raise a guard's error, with the step from which the next start resumes.
 
-    Where graders or advantages are to blame this state is sound, and saved. Where no update was finite, the last that was has led
-    to numbers from which nothing can be learned: what was saved since then is moved aside.
+    If graders or advantages are the cause, the state is sound and is saved. After non-finite updates it is not: checkpoints saved
+    since the last finite update are moved to other names, as training from there gave non-finite numbers.
     """
-    checkpoints, told = context.checkpoints, ""
+    checkpoints, moved = context.checkpoints, ""
     if isinstance(error, GradingError | AdvantageError):
-        secure(context, state)
-    else:
-        since = int(state.step - state.guards.nonfinite)
-        moved = checkpoints.condemn(since) if isinstance(error, NonFiniteError) else []
-        names = ", ".join(path.name for path in moved)
-        told = names and f"; moved aside, as no update from there was finite: {names}"
+        save_and_wait(context, state)
+    elif isinstance(error, NonFiniteError):
+        names = ", ".join(path.name for path in checkpoints.condemn(int(state.step - state.guards.nonfinite)))
+        moved = names and f"; moved aside, as no update from there was finite: {names}"
     checkpoints.wait()
     kept = checkpoints.steps()
-    next_start = f"goes on from step {kept[-1]}" if kept else "begins anew: no step is saved"
-    raise type(error)(f"{error}{told}; the next start in {context.cfg.run_dir} {next_start}") from error
+    next_start = f"resumes from step {kept[-1]}" if kept else "begins again: no step is saved"
+    raise type(error)(f"{error}{moved}; the next start in {context.settings.run_dir} {next_start}") from error

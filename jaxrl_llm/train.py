@@ -1,13 +1,14 @@
-"""The sentence: prompts -> generate -> reward -> filter -> replay -> advantage -> update -> publish -> generate ...
+"""The training loop: prompts -> generate -> reward -> filter -> replay -> advantage -> update -> publish -> generate ...
 
-`step` is the sentence once, `train` the loop around it, `sft` the supervised training that may come before it.
+`step` is one pass through these stages, `train` the loop around it, `sft` the supervised training that may precede it.
 """
 
 import dataclasses
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from jaxrl_llm.checkpoint.preemption import stop_signal
 from jaxrl_llm.config.run_config import RunConfig
+from jaxrl_llm.config.saved import claim
 from jaxrl_llm.config.unread import unread
 from jaxrl_llm.errors import AdvantageError, CheckpointError, UserError
 from jaxrl_llm.metrics.guards import observe, observe_update
@@ -45,15 +47,16 @@ from jaxrl_llm.roles.updates import Learned
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.run_context import (
     RunContext,
+    RunSettings,
     State,
     conclude,
     end,
     is_due,
-    leave,
     open_checkpoints,
     open_context,
     restore,
-    secure,
+    save_and_wait,
+    stop_run,
     with_rates,
 )
 from jaxrl_llm.tasks.task import Task
@@ -61,13 +64,13 @@ from jaxrl_llm.types import Credit, Experience, Groups, Policy, PyTree, TrainSta
 
 log = logging.getLogger("jaxrl_llm.train")
 
-# Of the held-out part's scores.
+# Prefixes of the held-out accuracies.
 ACCURACIES = ("eval/exact", "eval/pass@", "eval/maj@")
 
 
 class Result(NamedTuple):
     measure: str
-    """What the two numbers are: `Evaluator.headline`."""
+    """Name of the metric in `before` and `after`: `Evaluator.headline`."""
     before: float
     """Before RL, after supervised training."""
     after: float
@@ -75,7 +78,7 @@ class Result(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A run that is open: its roles, and the context that records and saves what they do."""
+    """An open run: its roles, and the context that records and saves what they do."""
 
     blueprint: Blueprint
     task: Task
@@ -90,12 +93,17 @@ class Run(NamedTuple):
 def train(
     cfg: RunConfig, must_resume: bool = False, given: Sources | None = None, ends_process: bool = False
 ) -> Result:
-    """Run `cfg` to its end, going on from the newest checkpoint in its run directory if there is one.
+    """Train as `cfg` says, from the newest checkpoint in its run directory if there is one.
 
     Args:
-        must_resume: whether a checkpoint must be there.
-        given: what was read of `cfg` already.
+        cfg: the run.
+        must_resume: raise CheckpointError if there is no checkpoint.
+        given: inputs that were read for `cfg` already.
         ends_process: see `stop_signal`.
+
+    Raises:
+        UserError: something does not fit, or a guard ended the run.
+        Preempted: a signal stopped the run; its state is saved.
     """
     if not cfg.steps:
         return sft(cfg, must_resume, given, ends_process)
@@ -103,7 +111,7 @@ def train(
         state, policy, scores = start(run)
         while state.step < cfg.total_steps:
             rng = np.random.default_rng((cfg.seed, int(state.step)))
-            with keeping(run, state):
+            with saved_on_failure(run, state):
                 done = step(run.learner, run.source, state, policy, rng)
             state, policy, metrics = done.state, done.policy, summary(run, done)
             if is_due(int(state.step) - cfg.warm_start.steps, cfg.evaluation.every, cfg.steps):
@@ -115,20 +123,28 @@ def train(
 
 
 class Step(NamedTuple):
-    """What one step of RL leaves behind."""
+    """Result of one RL step."""
 
     state: RunState
     policy: Policy
     fresh: Groups
-    """Graded and filtered, before replay."""
+    """Groups of this step, graded and filtered, before replay."""
     credit: Credit
     learned: Learned
     metrics: dict[str, float]
-    """Of filter and replay."""
+    """Metrics of filter and replay."""
 
 
 def step(learner: Learner, source: Sampler, state: RunState, policy: Policy, rng: np.random.Generator) -> Step:
-    """The sentence, once. Where it raises, `state` is as it was, unless an update had begun."""
+    """One RL step. If it raises before the update begins, `state` is unchanged.
+
+    Args:
+        learner: the stages from filter to publish.
+        source: of graded groups.
+        state: donated from the update on.
+        policy: what is sampled from; its buffers become the next policy's.
+        rng: of filter, replay and the order of minibatches; made from seed and step, so that a resumed run repeats it.
+    """
     source.use(policy)
     graded = source.take(int(state.step))
     filters, fresh, dropped = learner.filter.apply(state.filters, graded)
@@ -147,12 +163,13 @@ def step(learner: Learner, source: Sampler, state: RunState, policy: Policy, rng
 
 
 def sft(cfg: RunConfig, must_resume: bool = False, given: Sources | None = None, ends_process: bool = False) -> Result:
-    """The supervised training of `cfg` alone, `warm_start`; arguments as of `train`, which may go on from it."""
-    with open_run(dataclasses.replace(cfg, steps=0), must_resume, given, ends_process, whole=cfg) as run:
+    """Supervised training alone, the config's `warm_start`; `train` may continue from it. Arguments, result and errors as in
+    `train`."""
+    with open_run(dataclasses.replace(cfg, steps=0), must_resume, given, ends_process, full=cfg) as run:
         state = resume(run)
         if isinstance(state, RunState):
             raise UserError(
-                f"{cfg.run_dir}: got a run whose RL has begun, want another run_dir for supervised training"
+                f"{cfg.run_dir}: got a run in which RL has started, want another run_dir for supervised training"
             )
         state, metrics = supervise(run, state)
         policy = first_policy(run, state.train)
@@ -160,7 +177,7 @@ def sft(cfg: RunConfig, must_resume: bool = False, given: Sources | None = None,
         if metrics:
             conclude(run.context, state, metrics | scores, None)
         if state.step:
-            secure(run.context, state)
+            save_and_wait(run.context, state)
         else:
             run.context.recorder.log(0, with_rates({"phase": "rl", **scores}, run.context))
         after = scores.get(run.evaluator.headline, math.nan)
@@ -169,18 +186,19 @@ def sft(cfg: RunConfig, must_resume: bool = False, given: Sources | None = None,
 
 @contextmanager
 def open_run(
-    cfg: RunConfig, must_resume: bool, given: Sources | None, ends_process: bool, whole: RunConfig | None = None
+    cfg: RunConfig, must_resume: bool, given: Sources | None, ends_process: bool, full: RunConfig | None = None
 ) -> Iterator[Run]:
-    """The run of `cfg`, arguments as of `train`.
+    """Open the run of `cfg`: check that everything fits, lock the run directory, build the roles.
 
     Args:
-        whole: the run that `cfg` is a part of, which the run directory is kept for.
+        cfg, must_resume, given, ends_process: as in `train`.
+        full: config of the whole run, if `cfg` is a part of it; the run directory's config.yaml holds this one.
 
     Raises:
         UserError: something does not fit; before anything compiles.
-        CheckpointError: one must be there.
+        CheckpointError: `must_resume`, and there is no checkpoint.
     """
-    if must_resume and open_checkpoints(cfg).is_empty():
+    if must_resume and open_checkpoints(cfg.run_dir, cfg.checkpoint.keep).is_empty():
         raise CheckpointError(f"--resume: got {cfg.run_dir}, which holds no checkpoint; leave out --resume to start it")
     with stop_signal(ends_process, cfg.total_steps) as stopping:
         given = given or sources.read(cfg, trains=True)
@@ -188,12 +206,19 @@ def open_run(
         fit.check(blueprint, len(given.task.held_out))
         for line in unread(cfg):
             log.warning("%s", line)
-        with open_context(cfg, stopping, {"task": given.task.fingerprint}, whole) as context:
+        with context_of(cfg, full, stopping, {"task": given.task.fingerprint}) as context:
             yield assemble(blueprint, given.task, context)
 
 
+def context_of(cfg: RunConfig, full: RunConfig | None = None, *args: Any) -> AbstractContextManager[RunContext]:
+    """`open_context(..., *args)` for `cfg`; the run directory's config.yaml is that of `full`."""
+    run_dir = Path(cfg.run_dir).resolve()
+    settings = RunSettings(run_dir, cfg.checkpoint, cfg.metrics, cfg.reward, cfg.total_steps, cfg.evaluations_after)
+    return open_context(settings, partial(claim, run_dir, full or cfg), *args)
+
+
 def assemble(blueprint: Blueprint, task: Task, context: RunContext) -> Run:
-    """The roles, timed, and shown at work on the screen."""
+    """Build the roles; their calls are timed, and shown on the screen while they last."""
     keys, engine = make_keys(blueprint.cfg), blueprint.make_engine(task.tokenizer.spellings)
     collect = Collector(engine, context.pool, task)
     score = make_scorer(blueprint, blueprint.shapes.experience)
@@ -233,8 +258,10 @@ def assemble(blueprint: Blueprint, task: Task, context: RunContext) -> Run:
 
 
 def start(run: Run) -> tuple[RunState, Policy, dict[str, Any]]:
-    """The state that RL goes on from, its policy, and the evaluation's scores where there was one: the newest in the run directory;
-    else one that supervised training led to, or the model itself."""
+    """State from which RL continues, its policy, and the scores of the evaluation before RL ({} for a resumed run).
+
+    The state is the newest checkpoint's; without one it starts from supervised training, or from the model itself.
+    """
     state, context, cfg = resume(run), run.context, run.blueprint.cfg
     if isinstance(state, RunState):
         run.source.state = state.source
@@ -246,12 +273,12 @@ def start(run: Run) -> tuple[RunState, Policy, dict[str, Any]]:
     else:
         params, metrics = new_params(run), {"phase": "rl"}
     state = start_rl(run.blueprint, run.learner, run.source.state, params, run.keys.train)
-    # Supervised updates count as well: what came before those that were not finite may be the last that is sound.
+    # Supervised updates count too: the newest sound state may be the one before the non-finite ones among them.
     state = state._replace(guards=state.guards._replace(nonfinite=nonfinite))
     policy = first_policy(run, state.train)
     scores = evaluate(run, state.train.params, policy)
-    told = [f"{scores[name]:.4f} {name.removeprefix('eval/')}" for name in scores if name.startswith(ACCURACIES)]
-    context.recorder.message(f"held-out accuracy before RL: {', '.join(told) or 'not known'}")
+    shown = [f"{scores[name]:.4f} {name.removeprefix('eval/')}" for name in scores if name.startswith(ACCURACIES)]
+    context.recorder.message(f"held-out accuracy before RL: {', '.join(shown) or 'not known'}")
     state = state._replace(eval_before=np.array(scores.get(run.evaluator.headline, math.nan)))
     if metrics and state.step:
         conclude(context, state, metrics | scores, None)
@@ -261,8 +288,8 @@ def start(run: Run) -> tuple[RunState, Policy, dict[str, Any]]:
 
 
 def supervise(run: Run, state: SupervisedState | None) -> tuple[SupervisedState, dict[str, Any]]:
-    """Supervised training to its end, from `state` or from the seed. The last step's metrics are returned, not recorded: its
-    evaluation joins them; {} where no step was left."""
+    """Supervised training to its last step, from `state` or from new parameters. Returns the last step's metrics unrecorded, so
+    that the evaluation can join them; {} if no step was left."""
     cfg, context, metrics = run.blueprint.cfg, run.context, {}
     supervised = make_supervised(run.blueprint, run.task)
     if state is None:
@@ -282,7 +309,7 @@ def supervise(run: Run, state: SupervisedState | None) -> tuple[SupervisedState,
 
 
 def resume(run: Run) -> State | None:
-    """The newest state in the run directory; None in a fresh one."""
+    """The newest state in the run directory; None in a new one."""
 
     def target(is_rl: bool) -> State:
         return rl_target(run.blueprint, run.learner, run.source.state) if is_rl else supervised_target(run.blueprint)
@@ -297,7 +324,7 @@ def new_params(run: Run) -> PyTree:
 
 
 def first_policy(run: Run, state: TrainState) -> Policy:
-    """Published, and all compiled that sampling and evaluation can come to need, whatever lengths they meet."""
+    """Publish the first policy, and compile every program that sampling and evaluation can need, at all lengths."""
     with run.context.recorder.during("compiling what samples"):
         policy = run.learner.publish(state, None)
         for num in {run.blueprint.cfg.rollout.prompts, len(run.task.held_out)}:
@@ -306,7 +333,7 @@ def first_policy(run: Run, state: TrainState) -> Policy:
 
 
 def evaluate(run: Run, params: PyTree, policy: Policy) -> dict[str, Any]:
-    """The evaluation's numbers, with a warning where nobody could grade it."""
+    """Held-out metrics, with a warning if no prompt could be graded."""
     held_out, context = len(run.task.held_out), run.context
     with context.recorder.evaluating(f"evaluating {held_out} held-out prompts"):
         scores = run.evaluator(params, policy)
@@ -320,22 +347,22 @@ def evaluate(run: Run, params: PyTree, policy: Policy) -> dict[str, Any]:
 
 
 @contextmanager
-def keeping(run: Run, state: RunState) -> Iterator[None]:
-    """Keep `state` where the step after it does not come to its end: a signal asked to stop, or an advantage was refused."""
+def saved_on_failure(run: Run, state: RunState) -> Iterator[None]:
+    """Save `state` if the step after it does not finish: a signal asked to stop while it sampled, or an advantage was refused."""
     context, before = run.context, int(state.step)
-    # Several processes stop together, and only after a step.
+    # Several processes stop together, which they can only do after a step.
     run.source.give_up = lambda: jax.process_count() == 1 and bool(context.stopping(before))
     try:
         yield
     except GivenUp:
-        leave(context, state, context.stopping(before), " (the next one was given up while it sampled)")
+        stop_run(context, state, context.stopping(before), " (the next one was given up while it sampled)")
     except AdvantageError as refused:
         context.recorder.log(before + 1, {"phase": "rl", "warnings": [str(refused)]})
         end(context, state, refused)
 
 
 def summary(run: Run, done: Step) -> dict[str, Any]:
-    """A step's numbers; its rollouts are recorded and shown where that is due."""
+    """A step's metrics. Its rollouts are recorded and shown if that is due."""
     cfg, recorder, stats, learned = run.blueprint.cfg, run.context.recorder, run.source.last.stats, done.learned
     show(run, done)
     with recorder.during("measuring", first="measuring what this machine can do"):
@@ -359,7 +386,7 @@ def learning_rates(blueprint: Blueprint) -> UpdateRates:
 
 
 def show(run: Run, done: Step) -> None:
-    """Rollouts to the run's record, and a few of them to the screen, where they are due."""
+    """Record a step's rollouts and show a few of them, each if due."""
     recorder, cfg, now = run.context.recorder, run.blueprint.cfg.metrics, int(done.state.step)
     if not (recorder.wants(now, cfg.rollouts_every) or recorder.wants(now, cfg.samples_every)):
         return
@@ -375,20 +402,20 @@ def show(run: Run, done: Step) -> None:
 def guard(
     run: Run, state: RunState, metrics: dict[str, Any], learned: Learned
 ) -> tuple[RunState, dict[str, Any], UserError | None]:
-    """The state with the guards' counts, the step's metrics with their warnings, and what ends the run, if anything does."""
+    """State with the guards' new counts, metrics with their warnings, and the error that ends the run, or None."""
     cfg, context = run.blueprint.cfg.update.guards, run.context
     found = observe(state.guards, cfg, metrics, learned.zero_gradient, context.pool.first_failure)
     for warning in found.warnings:
         context.recorder.message(warning)
-    told = [*metrics.get("warnings", ()), *found.warnings, *([str(found.error)] if found.error else ())]
-    metrics = metrics | {"warnings": told} if told else metrics
+    warnings = [*metrics.get("warnings", ()), *found.warnings, *([str(found.error)] if found.error else ())]
+    metrics = metrics | {"warnings": warnings} if warnings else metrics
     return state._replace(guards=found.guards), metrics, found.error
 
 
 def finish(run: Run, state: RunState, policy: Policy, scores: dict[str, Any]) -> Result:
-    """The run's result, with its last state on disk."""
+    """Wait until the last state is on disk, and return the run's result."""
     if state.step:
-        secure(run.context, state)
+        save_and_wait(run.context, state)
     scores = scores or evaluate(run, state.train.params, policy)
     measure = run.evaluator.headline
     after = scores.get(measure, math.nan)

@@ -103,7 +103,7 @@ def test_the_score_before_rl_is_on_the_last_line_before_it(run, tmp_path, monkey
     assert {n for n in rows[1] if n.startswith("eval/")} == {n for n in rows[2] if n.startswith("eval/")}
     assert rows[1]["eval/exact"] != rows[2]["eval/exact"]
     assert cli.main(["report", str(tmp_path / "run")]) == 0
-    said, places = capsys.readouterr().out.split("going on from step 2"), []
+    said, places = capsys.readouterr().out.split("resuming from step 2"), []
     for words in (
         "making the model",
         "compiling the update of the warm start",

@@ -216,7 +216,7 @@ def test_a_changed_checkpoint_is_named_and_the_one_before_is_used(reference, env
     largest.write_bytes(data)
     done = run(config, run_dir, environment)
     assert "step 27 unreadable" in done.stderr and "corrupt-27" in done.stderr
-    assert "going on from step 26" in done.stdout
+    assert "resuming from step 26" in done.stdout
     assert_same_run(undisturbed, run_dir)
 
 

@@ -36,7 +36,7 @@ from jaxrl_llm.roles.initial_state import start_params
 from jaxrl_llm.roles.sources import Sources
 from jaxrl_llm.roles.state import RunState, SupervisedState
 from jaxrl_llm.rollout.engine import Engine
-from jaxrl_llm.run_context import State, look
+from jaxrl_llm.run_context import State, restore_read_only
 from jaxrl_llm.tasks.stream import make_order, make_prompts
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.tasks.tokenizer import load_tokenizer
@@ -89,7 +89,7 @@ def restore(blueprint: Blueprint) -> Trained | None:
         rest = dict.fromkeys((RunState if in_rl else SupervisedState)._fields)
         return (RunState if in_rl else SupervisedState)(**rest | {"train": state})
 
-    found = look(blueprint.cfg, target)
+    found = restore_read_only(Path(blueprint.cfg.run_dir), blueprint.cfg.checkpoint.keep, target)
     if found is None:
         return None
     train = found.tree.train

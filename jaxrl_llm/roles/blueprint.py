@@ -1,4 +1,4 @@
-"""A run before any array of it exists: the values that its roles are built from, and that `plan` compiles."""
+"""Blueprint of a run: what its roles are built from, and what `plan` compiles, before any array exists."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -37,22 +37,22 @@ from jaxrl_llm.update.packing import Shape, shape_of
 
 
 class Shapes(NamedTuple):
-    """Of the batches of a run."""
+    """Shapes of a run's batches."""
 
     update: Shape
     """A minibatch."""
     experience: Shape
-    """All groups of a step, for scores before the first update."""
+    """All groups of a step, scored before the first update."""
     supervised: Shape
     held_out: Shape
-    """`rollout.prompts` rows with the right responses."""
+    """`rollout.prompts` rows with their target responses, for evaluation."""
 
 
 @dataclass(frozen=True)
 class Blueprint:
     cfg: RunConfig
     model: ModelConfig
-    """The config's, or the pretrained one's own numbers."""
+    """The config's `model`, or what a pretrained model's config.json says."""
     vocab: Vocabulary
     prompt_slots: int
     train: Layout
@@ -60,29 +60,29 @@ class Blueprint:
 
     @cached_property
     def specs(self) -> PyTree:
-        """Parameters of the policy, which is what supervised training trains."""
+        """Parameter specs of the policy; supervised training trains all of them."""
         return model_params.specs(self.model)
 
     @cached_property
     def learner_specs(self) -> PyTree:
-        """Parameters of the state of RL: the policy with its adapters, and a critic where there is one."""
+        """Parameter specs of the RL state: the policy with its adapters, and the critic if there is one."""
         critic = critic_specs(self.model, self.cfg.objective.critic.kind) if self.cfg.objective.has_critic else {}
         return lora.adapted_specs(self.specs, self.model, self.cfg.lora) | critic
 
     @property
     def reference_specs(self) -> PyTree | None:
-        """Parameters of the reference: what RL changes of the policy, or a whole model's; None where nothing reads one."""
+        """Parameter specs of the reference: the part of the policy that RL trains, or a whole model; None if no term reads one."""
         if not self.cfg.objective.has_reference:
             return None
         return self.specs if self.cfg.objective.reference.kind == "pretrained" else self.changed(self.learner_specs)
 
     def changed(self, params: PyTree) -> PyTree:
-        """What RL changes of the policy, for arrays and specs alike: all of it, or its adapters."""
+        """The part of the policy that RL trains, for arrays and specs alike: all of it, or its adapters."""
         return lora.split(model_params.policy_part(params, self.model))[0]
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        """Of RL."""
+        """RL optimizer."""
         return make_optimizer(optimizer_of(self.cfg))
 
     @cached_property
@@ -99,7 +99,7 @@ class Blueprint:
         return shapes_of(self.cfg, self.prompt_slots, self.train.size("rows"))
 
     def make_engine(self, spell: Spell | None = None) -> Engine:
-        """`spell`: turns token ids into text, for stop texts alone."""
+        """The rollout engine. `spell` turns token ids into text; only stop texts need it."""
         return Engine(self.cfg.rollout, self.prompt_slots, self.vocab, self.model, self.decode, spell)
 
 
@@ -110,15 +110,22 @@ def make_blueprint(
     prompt_slots: int,
     devices: Sequence[jax.Device] | None = None,
 ) -> Blueprint:
-    """The blueprint of a config on these devices, all of JAX's by default. `model`: its numbers, also where it is pretrained."""
+    """Blueprint of a config.
+
+    Args:
+        cfg: of the run.
+        model: `cfg.model`, or a pretrained model's own config.
+        vocab: the tokenizer's.
+        prompt_slots: S, slots of the longest prompt.
+        devices: of the mesh; None: all that JAX sees.
+    """
     devices = jax.devices() if devices is None else list(devices)
     train = Layout(make_mesh(resolve(cfg.mesh, len(devices))[0], devices), TRAIN)
     return Blueprint(cfg, model, vocab, prompt_slots, train, train.for_decode(cfg.rollout.engine.layout))
 
 
 def blueprint_of(cfg: RunConfig, given: Sources) -> Blueprint:
-    """The blueprint of a config and what was read of it. Raises UserError with everything that does not fit, before anything
-    compiles."""
+    """Blueprint of a config and its inputs. Raises UserError with everything that does not fit, before anything compiles."""
     if found := problems(given):
         raise UserError("\n".join(found))
     task = given.task
@@ -126,17 +133,17 @@ def blueprint_of(cfg: RunConfig, given: Sources) -> Blueprint:
 
 
 def correction_for(cfg: RunConfig) -> Correction:
-    """Of the sampler's arithmetic, `auto` resolved."""
+    """Correction for the difference between the sampler's arithmetic and the trainer's; `auto` resolved."""
     return correction_of(cfg.objective.loss, cfg.rollout.engine.weights, cfg.rollout.engine.cache)
 
 
 def loss_of(cfg: RunConfig) -> Loss:
-    """Of RL."""
+    """RL loss."""
     return make_loss(cfg.objective, correction_for(cfg), cfg.rollout.max_new_tokens, cfg.update.updates)
 
 
 def uses_of(cfg: RunConfig) -> tuple[str, ...]:
-    """What of the optional columns of `COLUMNS` a run uses."""
+    """Names (`Column.when`) of the optional features of `COLUMNS` that a run uses."""
     rollout, objective = cfg.rollout, cfg.objective
     uses = {
         "truncation": rollout.truncates,
@@ -150,7 +157,7 @@ def uses_of(cfg: RunConfig) -> tuple[str, ...]:
 
 
 def optimizer_of(cfg: RunConfig) -> OptimizerConfig:
-    """With a group for the critic, whose gradient then has a norm of its own as well."""
+    """The config's optimizer, with a parameter group for the critic, so that its gradient is clipped by its own norm."""
     optimizer = cfg.update.optimizer
     if not cfg.objective.has_critic:
         return optimizer
@@ -177,7 +184,7 @@ def shapes_of(cfg: RunConfig, prompt_slots: int, shards: int) -> Shapes:
 
 
 def problems(given: Sources) -> list[str]:
-    """What does not fit between sources, config and the devices that JAX sees, in words."""
+    """Messages on what does not fit between inputs, config and the devices that JAX sees."""
     cfg, found = given.cfg, [*given.problems, *run_config.problems(given.cfg, jax.device_count())]
     if isinstance(cfg.model, ModelConfig):
         found += lora.problems(cfg.model, cfg.lora)
@@ -188,7 +195,13 @@ def problems(given: Sources) -> list[str]:
 def device_problems(
     cfg: RunConfig, model: ModelConfig, prompt_slots: int | None, devices: Sequence[jax.Device]
 ) -> list[str]:
-    """What such devices cannot do, in words; `prompt_slots` None: not known."""
+    """Messages on what the devices cannot do.
+
+    Args:
+        cfg, model: the run and its model.
+        prompt_slots: S; None if it is not known.
+        devices: of the mesh.
+    """
     found = quantized.problems(model, cfg.rollout.engine.weights, devices[0])
     slots: set[int] = set()
     if prompt_slots is not None and not packing_problems(cfg, prompt_slots):

@@ -1,4 +1,4 @@
-"""Roles from a blueprint, each by itself: who samples needs no optimizer, who learns no engine."""
+"""Functions that build the roles from a blueprint, each alone: a sampler needs no optimizer, a learner no engine."""
 
 from collections.abc import Callable
 from functools import partial
@@ -38,7 +38,7 @@ from jaxrl_llm.update.step import make_score, make_update
 
 class Keys(NamedTuple):
     train: Key[Array, ""]
-    """Of parameters, and of sampling in training."""
+    """For initial parameters, and for sampling in training."""
     evaluation: Key[Array, ""]
 
 
@@ -47,13 +47,13 @@ def make_keys(cfg: RunConfig) -> Keys:
 
 
 def make_sampler(cfg: RunConfig, task: Task, collect: Callable[..., Collected], key: Key[Array, ""]) -> Sampler:
-    """The source of groups.
+    """Sampler over the `train` rows of a task.
 
     Args:
         cfg: of the run.
-        task: its `train` rows are sampled.
-        collect: as `Collector`.
-        key: of the noise of all tokens.
+        task: with the rows.
+        collect: a `Collector`.
+        key: random key of all sampled tokens.
     """
     own = cfg.experience.curriculum
     curriculum = own_curriculum(own) if own else in_order(make_order(len(task.train), cfg.seed))
@@ -61,12 +61,12 @@ def make_sampler(cfg: RunConfig, task: Task, collect: Callable[..., Collected], 
 
 
 def make_learner(blueprint: Blueprint, score: Scorer, texts_of: Callable[[Groups], list[str]]) -> Learner:
-    """The learner.
+    """Learner of a run.
 
     Args:
         blueprint: of the run.
-        score: of a step's groups.
-        texts_of: the responses of groups, row by row, for a filter that reads them.
+        score: scores all groups of a step.
+        texts_of: decodes the responses of groups, one text per row, for a filter that reads them.
     """
     cfg, loss, objective = blueprint.cfg, blueprint.loss, blueprint.cfg.objective
     adapters = adapters_of(blueprint.learner_specs, blueprint.model)
@@ -104,7 +104,7 @@ def make_learner(blueprint: Blueprint, score: Scorer, texts_of: Callable[[Groups
 
 
 def make_publisher(blueprint: Blueprint) -> Callable[[TrainState, Policy | None], Policy]:
-    """The function from a TrainState to the policy that its parameters make; an old policy lends its buffers."""
+    """Function from a TrainState to its policy; the buffers of the old policy are donated."""
     weights = blueprint.cfg.rollout.engine.weights
     publish = make_publish(blueprint.model, blueprint.train, blueprint.decode, weights)
     blank = make_blank(blueprint.model, blueprint.decode, weights)
@@ -114,14 +114,14 @@ def make_publisher(blueprint: Blueprint) -> Callable[[TrainState, Policy | None]
 def make_evaluator(
     blueprint: Blueprint, task: Task, collect: Callable[..., Collected], score: Scorer, key: Key[Array, ""]
 ) -> Evaluator:
-    """The evaluator on the task's held-out rows.
+    """Evaluator on the held-out rows of a task.
 
     Args:
         blueprint: of the run.
         task: with the rows.
-        collect: as `Collector`.
-        score: of a step's groups.
-        key: of the noise of all tokens.
+        collect: a `Collector`.
+        score: scores all groups of a step.
+        key: random key of all sampled tokens.
     """
     cfg = blueprint.cfg
     return Evaluator(
@@ -142,7 +142,7 @@ def make_supervised(blueprint: Blueprint, task: Task) -> Supervised:
     return Supervised(
         cfg=cfg.warm_start,
         task=task,
-        # Another order than that of RL.
+        # Not the order of the RL prompts.
         order=make_order(len(task.train), cfg.seed + 1),
         seed=cfg.seed,
         right=partial(right_responses, task, cfg.rollout.max_new_tokens, cfg.rollout.temperature),
@@ -153,13 +153,13 @@ def make_supervised(blueprint: Blueprint, task: Task) -> Supervised:
 
 
 def make_scorer(blueprint: Blueprint, shape: Shape) -> Scorer:
-    """Of groups that fill batches of this shape."""
+    """Scorer of groups that fill batches of the given shape."""
     rows = blueprint.train.sharding(("rows", None))
     return Scorer(make_score(blueprint.scoring, shape.parts), shape, blueprint.vocab.pad, rows)
 
 
 def filter_for(cfg: RunConfig, texts_of: Callable[[Groups], list[str]]) -> Filter:
-    """`experience.filter`, `auto` resolved; `texts_of` as in `make_learner`."""
+    """Filter that `experience.filter` names, `auto` resolved; `texts_of` as in `make_learner`."""
     chosen = cfg.experience.filter
     if isinstance(chosen, OwnFilter):
         return own_filter(chosen, texts_of)

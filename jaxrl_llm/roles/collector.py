@@ -1,4 +1,4 @@
-"""Responses with their grades: groups go to the graders as they finish, while the rest is still being decoded."""
+"""Rollouts with their grades: groups are graded as they finish, while the others are still being decoded."""
 
 import time
 import zlib
@@ -21,14 +21,14 @@ from jaxrl_llm.types import Finish, Groups, Policy, Prompts, Rollouts
 
 class Collected(NamedTuple):
     groups: Groups
-    """NumPy, equal on every host; those that were graded are kept."""
+    """NumPy, equal on every host; graded groups are kept."""
     stats: Stats
     waited: float
-    """Seconds for graders after the last token."""
+    """Seconds spent waiting for graders after the last token."""
 
 
 class GivenUp(Exception):
-    """`give_up` said so between two segments."""
+    """`give_up` returned True between two decode chunks."""
 
 
 def never() -> bool:
@@ -37,7 +37,7 @@ def never() -> bool:
 
 @dataclass(frozen=True)
 class Collector:
-    """Samples from a policy and grades what it says. Each host grades its share of the groups."""
+    """Samples responses from a policy and has them graded. Each host grades its share of the groups."""
 
     engine: Engine
     pool: GraderPool
@@ -54,14 +54,14 @@ class Collector:
         """Graded groups, one per prompt.
 
         Args:
-            policy: what is sampled from.
+            policy: samples the responses.
             prompts: their `row` is an index into `rows`.
             rows: of the task, with the answers.
-            key: of the noise.
-            give_up: asked between segments whether to stop.
+            key: random key of the sampled tokens.
+            give_up: called between decode chunks; True stops the sampling.
 
         Raises:
-            GivenUp: `give_up` was True; nothing is left behind.
+            GivenUp: `give_up` returned True; no state has changed.
         """
         generation = self.engine.start(policy, prompts, key)
         graded, num, me = [], jax.process_count(), jax.process_index()
@@ -89,7 +89,7 @@ class Collector:
         return Collected(groups, generation.stats, time.perf_counter() - start)
 
     def _samples(self, rows: Sequence[Row], rollouts: Rollouts) -> list[list[Sample]]:
-        """What the graders read of each group."""
+        """Samples of each group, as the graders read them."""
         size, texts = self.engine.cfg.samples, self.task.decode(rollouts.tokens, rollouts.length)
 
         def sample_of(row: Row, b: int) -> Sample:
@@ -103,7 +103,7 @@ class Collector:
 
 
 class _Grades(NamedTuple):
-    """What the graders said of P groups of G rows."""
+    """Grades of P groups of G rows."""
 
     reward: Float[np.ndarray, "P G"]
     components: Float[np.ndarray, "P G n"]

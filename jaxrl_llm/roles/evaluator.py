@@ -1,4 +1,4 @@
-"""How good a policy is on the held-out part: exactly, and by sampling."""
+"""Evaluation on held-out prompts: exactly, where the right response is known, and by sampling."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,43 +22,46 @@ class Answers(NamedTuple):
     """k graded responses to each of n rows, equal on every host."""
 
     right: Float[np.ndarray, "n k"]
-    """1 where the first grader gave the threshold or more, else 0; NaN where the group could not be graded."""
+    """1 if the first grader gave at least the threshold, else 0; NaN if the group could not be graded."""
     vote: Int[np.ndarray, "n k"]
-    """A number for each final answer, 0 where there is none."""
+    """One number per distinct final answer; 0 if there is none."""
 
 
 @dataclass(frozen=True)
 class Evaluator:
     task: Task
     collect: Callable[..., Collected]
-    """As `Collector`."""
+    """A `Collector`."""
     key: Key[Array, ""]
-    """Its own: training is not disturbed."""
+    """Apart from training's, so that evaluating changes no training sample."""
     at_once: int
-    """Prompts that are scored together."""
+    """Prompts scored in one batch."""
     threshold: float
-    """What the first grader must give a response that is right."""
+    """Least grade by the first grader for a response that counts as right."""
     right: Callable[[list[Row]], Experience]
-    """As `right_responses`."""
+    """See `right_responses`."""
     score_right: Scorer
-    """Of right responses, one per prompt."""
+    """Scores right responses, one per prompt."""
     score: Scorer | None
-    """Of groups, where training may reuse old rollouts: these cannot tell how far the sampler is from the trainer; the
-    evaluation's can."""
+    """Scores sampled groups. Set if training may replay old rollouts, which cannot show how far the sampler is from the trainer;
+    the evaluation's can."""
 
     @property
     def headline(self) -> str:
-        """The metric that a run is known by: exact where the right responses are known, else sampled."""
+        """Name of the main metric: exact if the right responses are known, else sampled."""
         return "eval/exact" if self.task.has_targets else "eval/pass@1"
 
     def __call__(self, params: PyTree, policy: Policy) -> dict[str, float]:
-        """`eval/exact`, the mean probability of the right response, where that is known; from k samples per prompt `eval/pass@1`,
-        the share of right ones (which is avg@k), `eval/pass@k` and `eval/maj@k`, absent where no prompt could be graded;
-        `eval/left_out`, how many could not, where there are any; `eval/mismatch_kl` where there is `score`.
+        """Metrics of a policy on the held-out prompts.
 
         Args:
             params: the trainer's.
             policy: published from them.
+
+        Returns:
+            `eval/exact`, mean probability of the right response, if it is known. From k samples per prompt `eval/pass@1`, the
+            fraction of right ones (equal to avg@k), `eval/pass@k` and `eval/maj@k`, absent if no prompt could be graded.
+            `eval/left_out`, number of prompts that could not be graded, if any. `eval/mismatch_kl`, nats, if there is `score`.
         """
         found = {"eval/exact": float(np.mean(self.probabilities(params)))} if self.task.has_targets else {}
         (right, vote), rollouts = self.answers(policy)
@@ -74,7 +77,7 @@ class Evaluator:
         return found | ({"eval/mismatch_kl": self._mismatch(params, rollouts)} if self.score else {})
 
     def probabilities(self, params: PyTree) -> Float[np.ndarray, " n"]:
-        """Of each held-out row's right response, at the run's temperature. Teacher-forced, so there is no sampling noise."""
+        """Probability of each held-out row's right response at the run's temperature. Teacher-forced, so without sampling noise."""
         rows, found = self.task.held_out, []
         for part in _parts(len(rows), self.at_once):
             logprobs = self.score_right(params, self.right([rows[i] for i in part]).groups).logprobs
@@ -82,7 +85,7 @@ class Evaluator:
         return np.concatenate(found)[: len(rows)]
 
     def answers(self, policy: Policy) -> tuple[Answers, Rollouts]:
-        """k graded responses to each held-out row."""
+        """Sample and grade k responses to each held-out row."""
         rows = self.task.held_out
         prompts = make_prompts(self.task, rows, np.arange(len(rows)), np.arange(len(rows)))
         groups = self.collect(policy, prompts, rows, self.key).groups
@@ -91,17 +94,17 @@ class Evaluator:
         return Answers(right, groups.vote.reshape(of_group)), groups.rollouts
 
     def _mismatch(self, params: PyTree, rollouts: Rollouts) -> float:
-        """KL(sampler || trainer) of the same parameters, nats per token: the k3 estimate, mean over the tokens of the rollouts of
-        `at_once` prompts, or of all where they are fewer."""
+        """KL(sampler || trainer) of the same parameters, nats per token: the k3 estimate, mean over the tokens of at most
+        `at_once` prompts."""
         num = len(rollouts.prompts.length)
         part = _parts(num, self.at_once)[0]
         groups = of_groups(unscored(ungraded(rollouts)), part).groups
-        # Where they are fewer the part is filled up with repetitions, which count once.
+        # With fewer prompts the batch is filled up with repetitions; each prompt counts once.
         once = np.repeat(np.arange(len(part)) < num, len(groups.keep) // len(part))
         d = (self.score(params, groups).logprobs - groups.rollouts.behavior_logprobs).astype(np.float64)
         return float(np.mean(KL["k3"](-d[groups.rollouts.sampled & once[:, None]])))
 
 
 def _parts(n: int, size: int) -> list[np.ndarray]:
-    """Indices 0..n-1 in parts of exactly `size`, so that no part compiles anew; the last is filled up from the front."""
+    """Indices 0..n-1 in parts of exactly `size`, so that all parts share one program; the last is filled up from the front."""
     return [np.arange(start, start + size) % n for start in range(0, n, size)]

@@ -1,4 +1,4 @@
-"""How the states of a run start, and what they look like in a checkpoint."""
+"""Initial states of a run, and the abstract states that checkpoints are restored into."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ from jaxrl_llm.update.optimizer.transform import make_optimizer
 
 
 def start_supervised(blueprint: Blueprint, params: PyTree) -> SupervisedState:
-    """The state before the first step; `params` are donated."""
+    """State before the first supervised step; `params` are donated."""
     optimizer = make_optimizer(blueprint.cfg.warm_start.optimizer)
     start = make_start(blueprint.specs, optimizer, blueprint.train)
     return first_supervised(start(params, _updates(blueprint, 0)))
@@ -38,21 +38,22 @@ def first_supervised(train: TrainState) -> SupervisedState:
 
 
 def start_rl(blueprint: Blueprint, learner: Learner, source: Any, params: PyTree, key: Key[Array, ""]) -> RunState:
-    """The state before the first step of RL.
+    """State before the first RL step.
 
     Args:
-        source: the state of the source of groups.
-        params: of the policy, which are donated; adapters that change nothing and a critic that knows nothing join them.
-        key: of the adapters' numbers.
+        blueprint, learner: of the run.
+        source: state of the source of groups.
+        params: the policy's; donated. Zero-initialized adapters and an untrained critic are added to them.
+        key: random key of the adapters' initial values.
     """
     cfg, model, specs = blueprint.cfg, blueprint.model, blueprint.learner_specs
 
-    def grown(params: PyTree) -> PyTree:
+    def with_adapters_and_critic(params: PyTree) -> PyTree:
         of_adapters = jax.random.fold_in(key, 2**31 - 2)
         policy = lora.adapt(params, model_params.policy_part(specs, model), of_adapters, blueprint.train)
         return policy | (critic_start(params, model, cfg.objective.critic.kind) if cfg.objective.has_critic else {})
 
-    start = make_start(specs, blueprint.optimizer, blueprint.train, grown)
+    start = make_start(specs, blueprint.optimizer, blueprint.train, with_adapters_and_critic)
     train = start(params, _updates(blueprint, cfg.warm_start.steps))
     return first_state(blueprint, learner, source, train, _start_reference(blueprint, train.params))
 
@@ -60,11 +61,12 @@ def start_rl(blueprint: Blueprint, learner: Learner, source: Any, params: PyTree
 def first_state(
     blueprint: Blueprint, learner: Learner, source: Any, train: TrainState, reference: PyTree | None
 ) -> RunState:
-    """The state before the first step of RL around arrays, or around what describes them.
+    """State before the first RL step, around arrays or around their shapes.
 
     Args:
-        source: the state of the source of groups.
-        train, reference: of the learner.
+        blueprint, learner: of the run.
+        source: state of the source of groups.
+        train, reference: parameters and optimizer state, concrete or abstract.
     """
     cfg, trained = blueprint.cfg, lora.split(blueprint.learner_specs)[0]
     rollout, slots = cfg.rollout, (blueprint.prompt_slots, cfg.rollout.max_new_tokens)
@@ -86,13 +88,13 @@ def first_state(
 
 
 def supervised_target(blueprint: Blueprint) -> SupervisedState:
-    """What a checkpoint of supervised training holds: shapes and where they go."""
+    """Abstract state of a supervised checkpoint: shapes, dtypes, shardings."""
     optimizer = make_optimizer(blueprint.cfg.warm_start.optimizer)
     return first_supervised(abstract_state(blueprint.specs, optimizer, blueprint.train))
 
 
 def rl_target(blueprint: Blueprint, learner: Learner, source: Any) -> RunState:
-    """What a checkpoint of RL holds: shapes and where they go."""
+    """Abstract state of an RL checkpoint: shapes, dtypes, shardings."""
     train = abstract_state(blueprint.learner_specs, blueprint.optimizer, blueprint.train)
     specs = blueprint.reference_specs
     reference = None if specs is None else model_params.abstract(specs, blueprint.train)
@@ -100,7 +102,8 @@ def rl_target(blueprint: Blueprint, learner: Learner, source: Any) -> RunState:
 
 
 def start_params(blueprint: Blueprint, key: Key[Array, ""]) -> PyTree:
-    """Masters in the TRAIN layout, read from the pretrained model or drawn from `key`; f32, but for what stays frozen."""
+    """Master parameters in the TRAIN layout, loaded from the pretrained model or initialized from `key`; f32, but in the compute
+    dtype if they stay frozen."""
     cfg = blueprint.cfg
     if isinstance(cfg.model, ModelConfig):
         return model_params.init(blueprint.specs, jax.random.fold_in(key, 2**31 - 1), blueprint.train)
@@ -110,7 +113,7 @@ def start_params(blueprint: Blueprint, key: Key[Array, ""]) -> PyTree:
 
 
 def _start_reference(blueprint: Blueprint, params: PyTree) -> PyTree | None:
-    """A copy of what RL changes of the policy, or another model's parameters; None where nothing reads a reference."""
+    """Copy of the part of the policy that RL trains, or another model's parameters; None if no term reads a reference."""
     cfg = blueprint.cfg.objective
     if not cfg.has_reference:
         return None
@@ -119,8 +122,8 @@ def _start_reference(blueprint: Blueprint, params: PyTree) -> PyTree | None:
     directory = resolve_model(cfg.reference.path)
     if read_config(directory, blueprint.model.compute) != blueprint.model:
         raise UserError(
-            f"objective.reference.path: got {cfg.reference.path}, whose config.json describes another shape of model; want the "
-            "policy's own"
+            f"objective.reference.path: got {cfg.reference.path}, whose config.json describes a model of another shape; want the "
+            "policy's"
         )
     return load(directory, blueprint.specs, blueprint.train, jnp.float32)
 

@@ -1,4 +1,4 @@
-"""The learner: filter -> replay -> scores -> advantage -> update -> publish. It knows no engine and no task."""
+"""The learner: filter -> replay -> scores -> advantage -> update -> publish. It needs no engine and no task."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,19 +18,19 @@ from jaxrl_llm.types import Credit, Experience, Groups, Policy, PyTree, Scores, 
 
 
 class Learner(NamedTuple):
-    """The stages between graded groups and the next policy, each a function of values."""
+    """The stages from graded groups to the next policy, each a function of values."""
 
     filter: Filter
     replay: Replay
     score: Callable[[RunState, Groups], Scores]
-    """What the objective reads of the models beside the policy."""
+    """Log-probs and values that the objective reads, under the reference, the proximal policy and the critic."""
     advantage: Callable[[Groups, Scores], Credit]
     update: Callable[[RunState, Experience, np.random.Generator], tuple[TrainState, Learned]]
-    """Epochs of minibatches; the state's `train` is donated."""
+    """Epochs of minibatches; `state.train` is donated."""
     refresh: Callable[[RunState, TrainState], PyTree | None]
-    """The reference after a step that made the new TrainState; the old one is donated where it can change."""
+    """Reference after a step that ended with the given TrainState; the old reference is donated if it can change."""
     publish: Callable[[TrainState, Policy | None], Policy]
-    """The policy that the parameters make; an old one lends its buffers."""
+    """Policy with the parameters of a TrainState; the old policy's buffers are donated."""
 
 
 def score_groups(
@@ -40,14 +40,14 @@ def score_groups(
     state: RunState,
     groups: Groups,
 ) -> Scores:
-    """The scores that the objective and the loss read.
+    """Scores that the objective and the loss read.
 
     Args:
-        objective: which models stand beside the policy.
-        loss: which columns it reads, and which it brings along.
-        score: of whole groups under parameters, as `Scorer`.
+        objective: says which models are needed beside the policy.
+        loss: says which columns it reads and which it adds.
+        score: a `Scorer`.
         state: with the parameters.
-        groups: of which the rows that are kept are scored.
+        groups: their kept rows are scored.
     """
     reference = values = proximal = None
     if objective.reads_reference_logprobs:

@@ -1,4 +1,4 @@
-"""The policy that KL terms hold on to, as the trained one moves on."""
+"""Update of the reference policy, to which KL terms compare the trained one."""
 
 import jax
 
@@ -7,14 +7,17 @@ from jaxrl_llm.types import PyTree
 
 
 def refresh(cfg: ReferenceConfig, reference: PyTree | None, params: PyTree, step: int) -> PyTree | None:
-    """The reference after step 1, 2, ... of RL: keep * reference + (1 - keep) * params.
+    """Reference after an RL step: keep * reference + (1 - keep) * params.
 
-    `params` are those of the policy, in the structure of `reference`. Where it can change, `reference` is donated, and the new one
-    lies where it lay. None stays None: nothing reads a reference.
+    Args:
+        cfg: kind of reference; only `ema` and `periodic` ones change.
+        reference: donated if it can change, and keeps its sharding; None if no term reads one.
+        params: the policy's, in the structure of `reference`.
+        step: RL steps done, from 1.
     """
     if reference is None or cfg.kind not in ("ema", "periodic"):
         return reference
-    # A copy every so often is the mean with weight 0: one program, compiled at the first step.
+    # A periodic copy is the mean with weight 0: one program, compiled at the first step.
     return _mean(reference, params, cfg.decay if cfg.kind == "ema" else float(step % cfg.every != 0))
 
 

@@ -1,4 +1,4 @@
-"""The sampler: prompts -> generate -> reward. It knows no optimizer and no loss."""
+"""The sampler: prompts -> generate -> reward. It needs no optimizer and no loss."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,15 +13,15 @@ from jaxrl_llm.tasks.stream import make_prompts
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Groups, Policy, Prompts
 
-# Names the curriculum's noise, apart from that of filter and replay.
+# Third number of the curriculum's seed, which makes its generator another than that of filter and replay.
 CURRICULUM = 1
 
 
 class SamplerState(NamedTuple):
-    """What a resume needs of it; belongs into checkpoints."""
+    """Resumable state of the sampler; part of `RunState`."""
 
     visits: Int[np.ndarray, ""]
-    """Prompts sampled so far: the number of the next visit, which names its noise."""
+    """Prompts sampled so far: the `uid` of the next one, on which its random numbers depend."""
     curriculum: Any
 
 
@@ -40,11 +40,11 @@ class Sampler:
         """
         Args:
             task: its `train` rows are sampled.
-            curriculum: which of them next.
-            collect: as `Collector`.
-            key: of the noise of all tokens.
-            prompts: per step.
-            seed: of the curriculum's noise.
+            curriculum: chooses the rows.
+            collect: a `Collector`.
+            key: random key of all sampled tokens.
+            prompts: P, prompts per step.
+            seed: of the curriculum's random numbers.
         """
         self.task, self.curriculum, self.collect = task, curriculum, collect
         self.key, self.prompts, self.seed = key, prompts, seed
@@ -52,21 +52,21 @@ class Sampler:
         self.policy: Policy | None = None
         self.give_up: Callable[[], bool] = never
         self.last: Collected | None = None
-        """What `take` gave last, with how it went."""
+        """Result of the last `take`, with its statistics."""
 
     def use(self, policy: Policy) -> None:
-        """Sample from `policy` from now on."""
+        """Sample from `policy` in later calls of `take`."""
         self.policy = policy
 
     def take(self, step: int) -> Groups:
-        """The groups of a step. Raises GivenUp, with the state unchanged, where `give_up` is True meanwhile."""
+        """Graded groups of a step. Raises GivenUp, with the state unchanged, if `give_up` returns True meanwhile."""
         prompts, state = self._next(step)
         self.last = self.collect(self.policy, prompts, self.task.train, self.key, self.give_up)
         self.state = state
         return self.last.groups
 
     def observe(self, groups: Groups) -> None:
-        """Tell the curriculum what came of a step's groups."""
+        """Update the curriculum with the groups of a step."""
         self.state = self.state._replace(curriculum=self.curriculum.observe(self.state.curriculum, groups))
 
     def _next(self, step: int) -> tuple[Prompts, SamplerState]:

@@ -1,4 +1,4 @@
-"""Scores of whole groups, on the host, through the program that scores batches."""
+"""Scores of groups on the host, by the program that scores batches."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ class Scorer:
     shape: Shape
     pad: int
     rows: Sharding
-    """Of a batch."""
+    """Sharding of a batch."""
 
     def __call__(self, params: PyTree, groups: Groups) -> TokenScores:
-        """Scores `[B C]` of the completions' tokens under `params`, 0 where none is kept; NumPy, equal on every host."""
+        """Scores `[B C]` of the completion tokens under `params`, 0 in rows that are not kept; NumPy, equal on every host."""
         batch, where = make_batch(unscored(groups), self.shape, self.pad)
         scores = hosts.gather(self.program(params, hosts.put(batch, self.rows)))
         return jax.tree.map(lambda x: to_rows(x, where, groups.rollouts), scores)

@@ -1,5 +1,5 @@
-"""What a run reads before it starts: the model's numbers, task and tokenizer, graders; and what is wrong with them. Imports no jax,
-so that a wrong name is told at once.
+"""Inputs of a run, read before it starts: model config, task and tokenizer, graders; and what is wrong with them. Imports no jax,
+so that a wrong name is reported at once.
 """
 
 import dataclasses
@@ -25,19 +25,19 @@ Read = TypeVar("Read")
 
 class Sources(NamedTuple):
     cfg: RunConfig
-    """With the model's own numbers, where they can be read."""
+    """With the config of a pretrained model in place of its path, if it can be read."""
     task: Task | None
     missing: tuple[str, ...]
-    """Names and files that there are not, or that cannot be read, in words."""
+    """Messages on names and files that do not exist or cannot be read."""
     misfits: tuple[str, ...]
-    """What does not go together."""
+    """Messages on what does not fit together."""
 
     @property
     def problems(self) -> list[str]:
         return [*self.missing, *self.misfits]
 
     def refuse(self) -> None:
-        """Raises UserError where something is missing, with all else that can be told without devices."""
+        """Raise UserError if something is missing, with everything else that can be checked without devices."""
         if self.missing:
             least = prod(n for n in self.cfg.mesh.sizes() if n > 0)
             raise UserError("\n".join([*self.problems, *run_config.problems(self.cfg, least)]))
@@ -48,8 +48,13 @@ def read_task(cfg: RunConfig) -> Task:
 
 
 def read(cfg: RunConfig, trains: bool = False, asked: Callable[[RunConfig], Task] | None = None) -> Sources:
-    """`trains`: what sampling and evaluation can do and training cannot counts too. `asked`: what
-    makes the task around a prompt that was typed, in the place of the config's; nothing of it need be graded."""
+    """Read the inputs of a run.
+
+    Args:
+        cfg: of the run.
+        trains: report also what only training cannot do.
+        asked: makes the task around a typed prompt, in place of the config's; its rows need no answer.
+    """
     missing: list[str] = []
     model = _or_words(missing, lambda: read_model(cfg))
     task = _or_words(missing, lambda: (asked or read_task)(cfg))
@@ -68,18 +73,18 @@ def read(cfg: RunConfig, trains: bool = False, asked: Callable[[RunConfig], Task
 
 
 def _ungraded(row: Row) -> Sample:
-    """What graders read of a row that has no response yet."""
+    """Sample of a row that has no response yet."""
     return Sample(row.prompt, "", row.answer, "", row.columns)
 
 
 def refuse_graders(cfg: RunConfig) -> None:
-    """Raises UserError where a grader is wrong: what can be told without reading a task."""
+    """Raise UserError if a grader is wrong, as far as that can be checked without a task."""
     if found := grader_problems(cfg.reward):
         raise UserError("\n".join(found))
 
 
 def _or_words(found: list[str], read: Callable[[], Read]) -> Read | None:
-    """What `read` returns; where it cannot, the reason is put into `found`, so that others can join it."""
+    """Return what `read` returns; append its UserError to `found` instead of raising it, so that all errors are reported."""
     try:
         return read()
     except UserError as error:
@@ -88,14 +93,14 @@ def _or_words(found: list[str], read: Callable[[], Read]) -> Read | None:
 
 
 def read_model(cfg: RunConfig) -> ModelConfig:
-    """The model's numbers; those of a pretrained one stand in its own config.json."""
+    """Model config; a pretrained model's is read from its config.json."""
     if isinstance(cfg.model, ModelConfig):
         return cfg.model
     return read_config(resolve(cfg.model.path), cfg.model.compute)
 
 
 def task_problems(cfg: RunConfig, task: Task) -> list[str]:
-    """What does not fit between config and task. Of a model that cannot be read only its path is known."""
+    """Messages on what does not fit between config and task. A pretrained model that could not be read is not checked."""
     found = stop_problems(cfg.rollout.stop, task.tokenizer, cfg.rollout.max_new_tokens)
     if isinstance(cfg.model, ModelConfig):
         found += vocabulary_problems(cfg.model, task.num_tokens)
@@ -114,7 +119,7 @@ def vocabulary_problems(model: ModelConfig, num_tokens: int) -> list[str]:
 
 
 def packing_problems(cfg: RunConfig, prompt_slots: int) -> list[str]:
-    """Rows too short for what must lie in one, or longer than all of a minibatch."""
+    """Messages on packed rows that are too short for what one must hold, or longer than a whole minibatch."""
     packing, rollout = cfg.update.packing, cfg.rollout
     if packing.kind == "none" or not packing.slots:
         return []

@@ -1,4 +1,4 @@
-"""The state of a run after a step: everything a resume needs, as one pytree. A checkpoint is a map over it."""
+"""State of a run after a step: everything that resuming needs, as one pytree. A checkpoint is a map over it."""
 
 from typing import Any, NamedTuple
 
@@ -9,17 +9,17 @@ from jaxrl_llm.types import PyTree, TrainState
 
 
 class RunState(NamedTuple):
-    """Of RL. What a stage remembers from step to step enters here, by being a field."""
+    """State of RL. The state of a new stage enters checkpoints by being a field here."""
 
     step: np.ndarray
     """Steps done, supervised ones included."""
     num_tokens: np.ndarray
     """Completion tokens sampled so far."""
     eval_before: np.ndarray
-    """Held-out accuracy before RL (`Evaluator.headline`)."""
+    """Held-out accuracy before RL, the metric `Evaluator.headline`."""
     train: TrainState
     reference: PyTree | None
-    """Parameters of the reference policy where the objective reads one; of a policy with adapters these alone."""
+    """Parameters of the reference policy if the objective reads one; only the adapters of a policy that has some."""
     source: Any
     filters: Any
     replay: Any
@@ -27,7 +27,7 @@ class RunState(NamedTuple):
 
 
 class SupervisedState(NamedTuple):
-    """Of supervised training, which comes before RL."""
+    """State of supervised training, which precedes RL."""
 
     step: np.ndarray
     train: TrainState

@@ -1,4 +1,4 @@
-"""A step's rollouts for people: numbers under the names that users of TRL know, and responses as text."""
+"""Summary of a step's rollouts: metrics under TRL's names, and responses as text."""
 
 import zlib
 from collections.abc import Sequence
@@ -13,8 +13,7 @@ from jaxrl_llm.types import Finish, Groups
 
 
 def describe(groups: Groups, graders: Sequence[str]) -> dict[str, float]:
-    """A step's fresh groups, filtered, in numbers, under the names that users of TRL know; what there is nothing of is absent.
-    `graders`: their names."""
+    """Metrics of a step's fresh groups after the filter, under TRL's names; a mean over nothing is absent."""
     rollouts, num = groups.rollouts, len(groups.failure)
     reward = groups.reward.reshape(num, -1)[groups.failure == Failure.NONE].astype(np.float64)
     length = rollouts.length
@@ -34,7 +33,7 @@ def describe(groups: Groups, graders: Sequence[str]) -> dict[str, float]:
     if reward.size:
         metrics["reward"] = reward.mean()
     if reward.size and reward.shape[1] > 1:
-        # About the first of each group: equal rewards have a deviation of exactly 0.
+        # Relative to the first of each group, so that equal rewards have a deviation of exactly 0.
         metrics["reward_std"] = (reward - reward[:, :1]).std(axis=1, ddof=1).mean()
         metrics["frac_reward_zero_std"] = np.mean(reward.max(axis=1) == reward.min(axis=1))
     parts = np.moveaxis(groups.components.reshape(num, -1, groups.components.shape[1]), -1, 0)
@@ -43,8 +42,13 @@ def describe(groups: Groups, graders: Sequence[str]) -> dict[str, float]:
 
 
 def describe_engine(stats: Stats, bytes_per_s: float, flops_per_s: float) -> dict[str, float]:
-    """How the engine got through the work: rows alive a step, the share of rows' steps that ended ones wasted, and the least
-    time that the steps take at the machine's measured rates, of the time they took."""
+    """Metrics of the engine: active rows per step, fraction of row-steps spent on rows that had already finished, and the time
+    that the steps need at the machine's measured rates, as a fraction of the time they took.
+
+    Args:
+        stats: of the call.
+        bytes_per_s, flops_per_s: measured ceilings.
+    """
     return {
         "rollout/steps": float(stats.steps),
         "rollout/segments": float(len(stats.segments)),
@@ -56,10 +60,13 @@ def describe_engine(stats: Stats, bytes_per_s: float, flops_per_s: float) -> dic
 
 
 def responses(task: Task, groups: Groups, advantage: np.ndarray, num_groups: int) -> list[dict]:
-    """The rows of the first groups as a person would read them.
+    """Records of the rows of the first `num_groups` groups: texts, tokens, log-probs, grades.
 
     Args:
-        advantage: `[B C]`; its mean over a row's tokens is shown.
+        task: decodes the tokens.
+        groups: of a step.
+        advantage: `[B C]`; the mean over a row's tokens is recorded.
+        num_groups: number of groups.
     """
     rollouts, found = groups.rollouts, []
     samples = len(rollouts.length) // len(groups.failure)

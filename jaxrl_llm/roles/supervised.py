@@ -1,4 +1,4 @@
-"""Supervised training: cross entropy on the task's right responses, some of them replaced by wrong ones."""
+"""Supervised training: cross-entropy on the task's right responses, some of them replaced by wrong ones."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,15 +26,15 @@ class Supervised:
     cfg: WarmStartConfig
     task: Task
     order: Order
-    """Of the task's rows."""
+    """Order of the task's rows."""
     seed: int
-    """Of the wrong responses."""
+    """Seed of the wrong responses."""
     right: Callable[[list[Row]], Experience]
-    """As `right_responses`."""
+    """See `right_responses`."""
     update: Update
     shape: Shape
     rows: Sharding
-    """Of a batch."""
+    """Sharding of a batch."""
 
     def __call__(self, state: SupervisedState) -> tuple[SupervisedState, dict[str, float]]:
         """One update; the state is donated."""
@@ -48,11 +48,13 @@ class Supervised:
 
 
 def right_responses(task: Task, slots: int, temperature: float, rows: list[Row]) -> Experience:
-    """Prompts with their right responses, which are to be learned.
+    """Prompts with their right responses as completions to train on or to score.
 
     Args:
-        slots: of a completion.
-        temperature: of the distribution that gives them their probability.
+        task: pads the tokens.
+        slots: C, completion slots.
+        temperature: at which the responses are scored.
+        rows: of the task.
     """
     index = np.arange(len(rows))
     prompts = make_prompts(task, rows, index, index)

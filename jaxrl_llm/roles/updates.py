@@ -1,4 +1,4 @@
-"""Updates of one step of RL: epochs of minibatches over its experience."""
+"""Updates of one RL step: epochs of minibatches over its experience."""
 
 import time
 from collections.abc import Callable
@@ -23,32 +23,32 @@ from jaxrl_llm.update.optimizer.state import ZERO_GRADIENT
 from jaxrl_llm.update.packing import Shape
 from jaxrl_llm.update.step import Update
 
-# Numbers of an update as a whole; every other is a mean over its tokens, or over its sequences, or an extreme.
+# Metrics of a whole update; every other is a mean over its tokens or sequences, or an extreme.
 OF_UPDATES = ("loss", "grad_norm", "nonfinite")
 
 
-class Said(NamedTuple):
-    """What one update said, which had a token to learn from."""
+class UpdateMetrics(NamedTuple):
+    """Metrics of one update with at least one token in its loss."""
 
     metrics: dict[str, float]
     tokens: int
-    """To learn from."""
+    """Tokens in the loss."""
     sequences: int
-    """With such a token."""
+    """Sequences with such a token."""
 
 
 class Learned(NamedTuple):
     metrics: dict[str, float]
-    """Of the updates that had a token to learn from; a number of tokens is absent where none had one."""
+    """Means over the updates that had a token in the loss; a mean over tokens is absent if none had one."""
     alarm: int
-    """Stale updates in a row whose ratios were all exactly 1."""
+    """Consecutive stale updates whose ratios were all exactly 1."""
     zero_gradient: dict[str, bool]
-    """Of each parameter: its gradient was exactly 0 in every update that counts, one that was finite and had a token to learn
-    from. Empty where none was."""
+    """Parameter path -> True if its gradient was exactly 0 in every finite update with a token in the loss. Empty if there was no
+    such update."""
     flops: TrainFlops
-    """Of the updates that had a token to learn from."""
+    """FLOPs of the updates that had a token in the loss."""
     seconds: float
-    """That these took, batches on their way and metrics back."""
+    """Seconds of these updates, with the transfer of batches and metrics."""
 
 
 @dataclass(frozen=True)
@@ -57,27 +57,27 @@ class Updates:
     loss: Loss
     cfg: UpdateConfig
     shape: Shape
-    """Of a minibatch."""
+    """Shape of a minibatch."""
     pad: int
     rows: Sharding
-    """Of a batch."""
+    """Sharding of a batch."""
     anchored_on_proximal: bool
-    """The ratio is to the trainer of before these updates: the first has ratio 1 on old data too."""
+    """The ratio is to the policy before these updates, so the first one has ratio 1 on old data too."""
     reads_distribution: bool
-    """The loss reads the reference's whole distribution, so the update runs it too."""
+    """The loss reads the reference's whole distribution, so the update runs the reference too."""
     reward_kl: RewardKl
     flops: Callable[[Batch], TrainFlops]
-    """Of an update on a batch."""
+    """FLOPs of an update on a batch."""
 
     def __call__(self, state: RunState, experience: Experience, rng: np.random.Generator) -> tuple[TrainState, Learned]:
-        """Epochs x minibatches of updates on the rows that are kept; `state.train` is donated.
+        """Epochs x minibatches of updates on the kept rows; `state.train` is donated.
 
-        Every update compares with the log-probs captured while sampling, or scored before the first, the last as well as the first.
-        An update is stale, to the alarm, from the second on, or when the data is old: some token was drawn by an earlier policy.
-        One without a token to learn from changes nothing, and says nothing.
+        Every update, also the last, compares with the log-probs captured while sampling, or scored before the first update.
+        To the alarm an update is stale if it is not the first, or if some token was sampled by an earlier policy. An update without
+        a token in the loss changes nothing and has no metrics.
         """
         train, alarm, rings = state.train, RatioAlarm(int(state.guards.alarm)), False
-        each: list[Said] = []
+        each: list[UpdateMetrics] = []
         zero, flops, seconds = [], [], 0.0
         old = is_old(experience, int(train.step))
         reference = state.reference if self.reads_distribution else None
@@ -92,7 +92,7 @@ class Updates:
                     continue
                 seconds += took
                 flops.append(self.flops(batch))
-                each.append(Said(found, int(batch.loss_mask.sum()), int(part.loss_mask.any(axis=1).sum())))
+                each.append(UpdateMetrics(found, int(batch.loss_mask.sum()), int(part.loss_mask.any(axis=1).sum())))
                 if found["nonfinite"] == 0:
                     zero.append(gradients)
                 stale = len(each) > 1 or (old and not self.anchored_on_proximal)
@@ -109,10 +109,10 @@ class Updates:
         return make_batch(part, self.shape, self.pad, loss.aggregation, loss.length, loss.own)[0]
 
 
-def over_updates(each: list[Said], old: bool) -> dict[str, float]:
-    """A step's numbers: means over all tokens, sequences or updates that they speak of, and extremes; {} without an update.
+def over_updates(each: list[UpdateMetrics], old: bool) -> dict[str, float]:
+    """Metrics of a step: means over all tokens, sequences or updates, and extremes; {} without an update.
 
-    `mismatch/*` compares the sampler with the trainer at the same parameters: the first update alone does, on fresh data.
+    `mismatch/*` compares the sampler with the trainer at the same parameters, so it is of the first update, on fresh data.
     """
     if not each:
         return {}
@@ -129,7 +129,7 @@ def over_updates(each: list[Said], old: bool) -> dict[str, float]:
 
 
 def without_zero_gradients(metrics: dict[str, float]) -> tuple[dict[str, float], dict[str, bool]]:
-    """An update's metrics to record, and which parameters had a gradient of exactly 0."""
+    """Split an update's metrics into those to record, and whether each parameter had a gradient of exactly 0."""
     zero = {name: x for name, x in metrics.items() if name.startswith(ZERO_GRADIENT)}
     rest = {name: x for name, x in metrics.items() if name not in zero}
     return rest, {name.removeprefix(ZERO_GRADIENT): x == 1 for name, x in zero.items()}
@@ -140,6 +140,6 @@ def as_floats(metrics: dict) -> dict[str, float]:
 
 
 def is_old(experience: Experience, version: int) -> bool:
-    """Some token of a row that is kept was drawn by an earlier policy."""
+    """True if some token of a kept row was sampled by an earlier policy."""
     groups = experience.groups
     return bool((groups.rollouts.version[groups.teaching] < version).any())

@@ -225,9 +225,9 @@ def test_what_graders_end_is_saved_and_what_a_guard_condemns_is_not(cfg, monkeyp
     """The same step ends twice: for want of a grade, with a sound state, and for a sampler that is off."""
     fine = train.observe
     for error, at, saved, words in (
-        (MismatchError("off"), 2, [], r"off; the next start in .*/run begins anew: no step is saved$"),
-        (GradingError("no grade"), 2, [4], r"no grade; the next start in .*/run goes on from step 4$"),
-        (MismatchError("off"), 3, [4], r"off; the next start in .*/run goes on from step 4$"),
+        (MismatchError("off"), 2, [], r"off; the next start in .*/run begins again: no step is saved$"),
+        (GradingError("no grade"), 2, [4], r"no grade; the next start in .*/run resumes from step 4$"),
+        (MismatchError("off"), 3, [4], r"off; the next start in .*/run resumes from step 4$"),
     ):
 
         def ends(guards, *args, error=error, at=at):
@@ -269,9 +269,9 @@ def test_after_a_blow_up_the_last_good_steps_are_there_and_the_next_start_goes_o
     cfg = dataclasses.replace(cfg, steps=20, checkpoint=saving)
     for _ in range(2):
         with pytest.raises(
-            NonFiniteError, match=r"finite: condemned-10; the next start in .*/run goes on from step 9$"
+            NonFiniteError, match=r"finite: condemned-10; the next start in .*/run resumes from step 9$"
         ):
             train.train(cfg)
         names = sorted(p.name for p in (Path(cfg.run_dir) / "checkpoints").iterdir())
         assert names == ["8", "9", "condemned-10"], "step 7 went when 10 came, which looked good until 11"
-    assert "going on from step 9" in capsys.readouterr().out
+    assert "resuming from step 9" in capsys.readouterr().out

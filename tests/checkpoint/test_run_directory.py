@@ -12,7 +12,7 @@ from jaxrl_llm.checkpoint.run_directory import RunLock
 from jaxrl_llm.config import run_config
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.run_context import open_context
+from jaxrl_llm.train import context_of
 
 VALUES = {
     "reward": {"workers": 1},
@@ -27,7 +27,7 @@ def config_of(run_dir: Path, **changes) -> RunConfig:
 
 def record(cfg: RunConfig, *, save: bool) -> None:
     """A start of `cfg` that records a step, and saves it or does not."""
-    with open_context(cfg) as context:
+    with context_of(cfg) as context:
         context.recorder.log(1, {"phase": "rl", "loss": 0.5})
         if save:
             context.checkpoints.save(1, {"x": np.zeros(1)}, {"offsets": context.recorder.offsets()})
@@ -35,13 +35,13 @@ def record(cfg: RunConfig, *, save: bool) -> None:
 
 def test_without_lock_a_second_run_is_refused_all_the_same(tmp_path):
     cfg = config_of(tmp_path / "run")
-    with open_context(cfg) as context:
+    with context_of(cfg) as context:
         (tmp_path / "run" / "lock").unlink()
-        with pytest.raises(UserError, match="run is in use by another process"), open_context(cfg):
+        with pytest.raises(UserError, match="run is in use by another process"), context_of(cfg):
             pass
         context.check_lock()
         assert f"pid {os.getpid()} on" in (tmp_path / "run" / "lock").read_text(), "the file is there again"
-        with pytest.raises(UserError, match=f"run is in use by pid {os.getpid()}"), open_context(cfg):
+        with pytest.raises(UserError, match=f"run is in use by pid {os.getpid()}"), context_of(cfg):
             pass
     record(cfg, save=False)
 
@@ -56,13 +56,13 @@ def test_where_directories_cannot_be_locked_a_deleted_lock_ends_the_run(tmp_path
 
     monkeypatch.setattr("fcntl.flock", only_files)
     cfg = config_of(tmp_path / "run")
-    with open_context(cfg) as context:
+    with context_of(cfg) as context:
         context.check_lock()
-        with pytest.raises(UserError, match=f"in use by pid {os.getpid()}"), open_context(cfg):
+        with pytest.raises(UserError, match=f"in use by pid {os.getpid()}"), context_of(cfg):
             pass
         (tmp_path / "run" / "lock").unlink()
         with (
-            open_context(cfg),
+            context_of(cfg),
             pytest.raises(UserError, match=r"lock was deleted or replaced.*what it\s+saved is kept"),
         ):
             context.check_lock()
@@ -70,7 +70,7 @@ def test_where_directories_cannot_be_locked_a_deleted_lock_ends_the_run(tmp_path
 
 @pytest.mark.parametrize("replaced", [True, False])
 def test_a_run_whose_directory_was_moved_away_ends(tmp_path, replaced):
-    with open_context(config_of(tmp_path / "run")) as context:
+    with context_of(config_of(tmp_path / "run")) as context:
         (tmp_path / "run").rename(tmp_path / "moved")
         if replaced:
             (tmp_path / "run").mkdir()

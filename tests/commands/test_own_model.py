@@ -130,7 +130,7 @@ def test_other_prompts_are_told_at_resume(trained, place, tmp_path, capsys):
     again = lambda: (cli.main(["train", str(tmp_path / "theirs.yaml")]), capsys.readouterr().out)  # noqa: E731
     try:
         code, said = again()
-        assert code == 0 and "going on from step 5" in said and "at the checkpoint" not in said
+        assert code == 0 and "resuming from step 5" in said and "at the checkpoint" not in said
         kept[0].write_text(before[0].replace('"answer": "102"', '"answer": "103"'))
         kept[1].write_text(before[1] + " ")
         assert "task: got other training rows, held-out rows than at the checkpoint" in again()[1]

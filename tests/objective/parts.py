@@ -130,7 +130,7 @@ def differences(preset: Preset, case, advantage, returns, name: str) -> np.ndarr
     return out
 
 
-class Said(NamedTuple):
+class UpdateMetrics(NamedTuple):
     """Of one part on the first four cases, and the gradients on the third."""
 
     advantages: list[np.ndarray]
@@ -143,15 +143,15 @@ def leaves(preset: Preset) -> list[str]:
 
 
 @lru_cache
-def by_oracle(name: str) -> Said:
+def by_oracle(name: str) -> UpdateMetrics:
     preset, _ = PARTS[name]
     found = [preset.advantage(case) for case in CASES[:4]]
     values = [oracle.loss(preset, case, *own) for case, own in zip(CASES, found, strict=False)]
     gradients = {leaf: differences(preset, CASES[2], *found[2], leaf) for leaf in leaves(preset)}
-    return Said([advantage for advantage, _ in found], values, gradients)
+    return UpdateMetrics([advantage for advantage, _ in found], values, gradients)
 
 
-def by_package(name: str) -> Said:
+def by_package(name: str) -> UpdateMetrics:
     preset, cfg = PARTS[name]
     advantages, values = [], []
     with jax.enable_x64(True):
@@ -163,4 +163,4 @@ def by_package(name: str) -> Said:
             if seed == 2:
                 flat = jax.grad(of, argnums=(0, 1, 2))(*given)
     grads = dict(zip(("now", "values", "entropy"), flat, strict=True))
-    return Said(advantages, values, {leaf: np.asarray(grads[leaf]) for leaf in leaves(preset)})
+    return UpdateMetrics(advantages, values, {leaf: np.asarray(grads[leaf]) for leaf in leaves(preset)})

@@ -85,7 +85,9 @@ def function_of(path: Path, name: str) -> ast.FunctionDef:
 
 
 def lines_of(node: ast.FunctionDef) -> int:
-    return node.end_lineno - node.lineno + 1
+    """Lines of a function without its docstring."""
+    docstring = node.body[0]
+    return node.end_lineno - node.lineno + 1 - (docstring.end_lineno - docstring.lineno + 1)
 
 
 def fields_of(path: Path, name: str) -> list[str]:

@@ -9,7 +9,7 @@ from jaxrl_llm.distribution.loss import Loss
 from jaxrl_llm.metrics.guards import Guards
 from jaxrl_llm.objective.reward_kl import RewardKl
 from jaxrl_llm.perf.work import TrainFlops
-from jaxrl_llm.roles.updates import Said, Updates, as_floats, is_old, over_updates, without_zero_gradients
+from jaxrl_llm.roles.updates import UpdateMetrics, Updates, as_floats, is_old, over_updates, without_zero_gradients
 from jaxrl_llm.types import Credit, Experience, OwnColumn, Scores
 from jaxrl_llm.update.config import UpdateConfig
 from jaxrl_llm.update.packing import shape_of
@@ -73,7 +73,7 @@ def test_means_are_over_tokens_sequences_or_updates_and_extremes_stay_extremes()
     first |= {"ratio/max": 1.5, "mismatch/kl": 0.25}
     second = {"loss": 2.0, "grad_norm": 0.0, "nonfinite": 1.0, "entropy": 4.0, "dpo/margin": 5.0, "ratio/min": 0.75}
     second |= {"ratio/max": 3.0, "mismatch/kl": 9.0}
-    each = [Said(first, tokens=3, sequences=1), Said(second, tokens=1, sequences=3)]
+    each = [UpdateMetrics(first, tokens=3, sequences=1), UpdateMetrics(second, tokens=1, sequences=3)]
     want = {"loss": 1.5, "grad_norm": 2.0, "nonfinite": 0.5, "entropy": 2.5, "dpo/margin": 4.0}
     want |= {"ratio/min": 0.5, "ratio/max": 3.0}
     # The first alone compares sampler and trainer at the same parameters, and only on fresh data.
