@@ -1,4 +1,4 @@
-"""The rules of the house: who may import whom, what never imports jax, how long a file and a function may be, how many
+"""The rules of the architecture: who may import whom, what never imports jax, how long a file and a function may be, how many
 parameters a function may have."""
 
 import ast
@@ -14,89 +14,38 @@ PACKAGE = ROOT / NAME
 
 STAGES = {"tasks", "rollout", "environments", "experience", "objective", "update"}
 FOUNDATION = {"types", "errors", "parallel"}
-# What a room may import beside itself and other rooms' config.py. A file at the top of the package is a room of its own.
+# What a package may import beside itself and any `config.py`: other packages, or single modules of them as "package.module". A file
+# at the top is a package of its own here.
 ALLOWED = {
     "__init__": set(),
-    "checkpoint": {"errors", "parallel", "types"},
-    "cli": {"checkpoint", "commands", "config", "errors", "metrics", "parallel", "plan", "roles", "train"},
-    "commands": {
-        "config",
-        "environments",
-        "errors",
-        "metrics",
-        "model",
-        "parallel",
-        "perf",
-        "plan",
-        "roles",
-        "rollout",
-        "run_context",
-        "tasks",
-        "types",
-    },
-    "config": {"checkpoint", "errors", "metrics", "objective"},
-    "distribution": {"model", "parallel", "types"},
-    "environments": {"config", "errors", "metrics"},
     "errors": set(),
-    "experience": {"config", "errors", "metrics", "types"},
-    "metrics": {"errors"},
-    "model": {"errors", "parallel", "types"},
-    "objective": {"config", "distribution", "errors", "types"},
-    "parallel": {"errors", "types"},
-    "perf": {"errors", "model", "parallel", "rollout", "types", "update"},
-    "plan": {
-        "config",
-        "distribution",
-        "errors",
-        "metrics",
-        "model",
-        "parallel",
-        "perf",
-        "roles",
-        "rollout",
-        "tasks",
-        "types",
-        "update",
-    },
-    "roles": {
-        "config",
-        "distribution",
-        "environments",
-        "errors",
-        "experience",
-        "metrics",
-        "model",
-        "objective",
-        "parallel",
-        "perf",
-        "rollout",
-        "tasks",
-        "types",
-        "update",
-    },
-    "rollout": {"distribution", "model", "parallel", "perf", "types"},
-    "run_context": {"checkpoint", "config", "environments", "errors", "metrics", "roles", "tasks", "types"},
-    "tasks": {"errors", "types"},
-    "train": {
-        "checkpoint",
-        "config",
-        "errors",
-        "metrics",
-        "perf",
-        "plan",
-        "roles",
-        "rollout",
-        "run_context",
-        "tasks",
-        "types",
-    },
     "types": set(),
-    "update": {"config", "distribution", "errors", "model", "parallel", "types"},
+    "parallel": {"errors", "types"},
+    "model": FOUNDATION,
+    "distribution": FOUNDATION | {"model"},
+    "perf": FOUNDATION | {"model"},
+    "tasks": {"errors", "types"},
+    "rollout": FOUNDATION | {"distribution", "model", "perf.work"},
+    "environments": {"errors", "config.messages", "config.user_code", "metrics.terminal"},
+    "experience": {"errors", "types", "config.own_part", "config.user_code", "metrics.estimates"},
+    "objective": {"errors", "types", "distribution", "config.own_part", "config.user_code", "config.values"},
+    "update": FOUNDATION | {"distribution", "model", "config.own_part"},
+    "config": {"errors", "checkpoint.run_directory", "metrics.recorder", "objective.presets", "objective.rules"},
+    "metrics": {"errors"},
+    "checkpoint": FOUNDATION,
+    "roles": FOUNDATION | STAGES | {"config", "distribution", "model", "perf", "metrics.estimates", "metrics.guards"},
+    "run_context": {"types", "errors", "checkpoint", "environments", "metrics", "roles.state", "tasks"},
+    "plan": FOUNDATION | STAGES | {"config", "distribution", "metrics.console", "model", "perf", "roles"},
+    "train": FOUNDATION | STAGES | {"checkpoint", "config", "metrics", "model", "perf", "roles", "run_context"},
+    "commands": FOUNDATION | STAGES | {"config", "metrics", "model", "perf", "roles", "run_context"},
+    "cli": {"checkpoint", "commands", "config", "errors", "metrics", "parallel", "plan", "roles", "train"},
 }
+# Who may see a whole run's config.
+SEE_RUN_CONFIG = {"roles", "train", "commands", "plan", "config", "cli", "__init__"}
 NEVER = {"configs", "tests", "benchmarks", "launch", "docs"}
 VAGUE = {"utils", "util", "common", "core", "helpers", "helper", "manager", "misc"}
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "chex"}
-MAX_FILE, MAX_FUNCTION, MAX_TRAIN, MAX_PARAMETERS = 400, 60, 30, 7
+MAX_FILE, MAX_FUNCTION, MAX_TRAIN, MAX_PARAMETERS, MAX_TOP = 400, 60, 30, 7, 6
 
 
 def files(package: Path) -> list[Path]:
@@ -132,30 +81,52 @@ def _nodes(tree: ast.AST, top_level_only: bool):
         yield from _nodes(node, top_level_only)
 
 
-def rooms_of(package: Path, path: Path) -> set[str]:
-    """Rooms that a file imports, other than its own; another room's config.py is nobody's secret."""
+def packages_of(package: Path, path: Path) -> set[str]:
+    """Modules "package" or "package.module" that a file imports, outside its own package; a config.py is open to all."""
     found = set()
     for name in imports(package, path):
         parts = name.split(".")
         if parts[0] == package.name and len(parts) > 1 and "config" not in parts[2:]:
-            found.add(parts[1])
-    return found - {path.relative_to(package).parts[0].removesuffix(".py")}
+            found.add(".".join(parts[1:3]) if (package / parts[1]).is_dir() else parts[1])
+    own = path.relative_to(package).parts[0].removesuffix(".py")
+    return {name for name in found if name.split(".")[0] != own}
 
 
 def violations(package: Path) -> list[str]:
     found = []
     for path in files(package):
-        where, room = path.relative_to(package), path.relative_to(package).parts[0].removesuffix(".py")
-        if room not in ALLOWED:
-            found.append(f"{where}: no rule for the room {room}")
+        where, own = path.relative_to(package), path.relative_to(package).parts[0].removesuffix(".py")
+        if own not in ALLOWED:
+            found.append(f"{where}: no rule for the package {own}")
             continue
-        found += [
-            f"{where}: {room} may not import {other}" for other in sorted(rooms_of(package, path) - ALLOWED[room])
-        ]
+        refused = {name for name in packages_of(package, path) if not {name, name.split(".")[0]} & ALLOWED[own]}
+        found += [f"{where}: {own} may not import {other}" for other in sorted(refused)]
         outside = {name.split(".")[0] for name in imports(package, path)} & NEVER
         found += [f"{where}: the package never imports {name}" for name in sorted(outside)]
-        found += [f"{where}: {part} says nothing" for part in where.with_suffix("").parts if part in VAGUE]
+        found += [f"{where}: {part} is too vague a name" for part in where.with_suffix("").parts if part in VAGUE]
     return found
+
+
+def who_sees_run_config(package: Path) -> list[str]:
+    """Files that name RunConfig and may not: in code, not in comments or docstrings."""
+    found = []
+    for path in files(package):
+        names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+        names |= {name.rsplit(".", 1)[-1] for name in imports(package, path)}
+        where = path.relative_to(package)
+        if "RunConfig" in names and where.parts[0].removesuffix(".py") not in SEE_RUN_CONFIG:
+            found.append(str(where))
+    return found
+
+
+def shared_class_names(package: Path) -> dict[str, list[str]]:
+    """Public class names that several files define."""
+    found: dict[str, list[str]] = {}
+    for path in files(package):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(str(path.relative_to(package)))
+    return {name: where for name, where in found.items() if len(where) > 1}
 
 
 def too_long(package: Path) -> list[str]:
@@ -216,12 +187,24 @@ LIGHT = [
 ]
 
 
-def test_rooms_import_only_what_they_may():
+def test_packages_import_only_what_they_may():
     assert violations(PACKAGE) == []
 
 
 def test_files_and_functions_stay_short():
     assert too_long(PACKAGE) == []
+
+
+def test_the_top_of_the_package_is_a_handful_of_files():
+    assert len(list(PACKAGE.glob("*.py"))) <= MAX_TOP
+
+
+def test_only_those_who_build_a_run_see_its_whole_config():
+    assert who_sees_run_config(PACKAGE) == []
+
+
+def test_public_class_names_are_unique():
+    assert shared_class_names(PACKAGE) == {}
 
 
 def test_functions_take_few_parameters():
@@ -240,22 +223,41 @@ def test_and_so_they_do():
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
-def test_every_rule_is_about_a_room_that_exists():
-    rooms = {path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    assert {path.name.removesuffix(".py") for path in rooms} == set(ALLOWED)
+def test_every_rule_is_about_a_package_that_exists():
+    there = {path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert {path.name.removesuffix(".py") for path in there} == set(ALLOWED)
+
+
+def test_no_rule_allows_what_nobody_does():
+    """A right that no file uses would let a wrong import pass unseen. Foundations and stages are open to those above them."""
+    used: dict[str, set[str]] = {}
+    for path in files(PACKAGE):
+        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        used.setdefault(own, set()).update(x for name in packages_of(PACKAGE, path) for x in (name, name.split(".")[0]))
+    unused = {own: others - used[own] - FOUNDATION - STAGES for own, others in ALLOWED.items()}
+    assert {own: others for own, others in unused.items() if others} == {}
+
+
+def test_every_package_holds_code():
+    assert [
+        str(where.relative_to(PACKAGE))
+        for where in PACKAGE.rglob("*")
+        if where.is_dir() and where.name != "__pycache__" and {p.name for p in where.glob("*.py")} <= {"__init__.py"}
+    ] == []
 
 
 def test_the_table_says_what_the_design_says():
     for stage in STAGES:
-        assert not ALLOWED[stage] & STAGES
+        assert not {name.split(".")[0] for name in ALLOWED[stage]} & (STAGES - {stage})
         assert ("distribution" in ALLOWED[stage]) == (stage in {"rollout", "objective", "update"})
-    assert [room for room, others in ALLOWED.items() if "train" in others] == ["cli"]
+    assert "checkpoint" not in ALLOWED["roles"]
+    for top in ("train", "commands", "plan"):
+        assert [own for own, others in ALLOWED.items() if top in {name.split(".")[0] for name in others}] == ["cli"]
     assert not any("cli" in others for others in ALLOWED.values())
-    assert not any(others & {"commands"} for room, others in ALLOWED.items() if room != "cli")
 
 
 def test_tests_mirror_the_package():
-    """A folder of tests bears the name of a room."""
+    """A folder of tests has the name of a package."""
     extra = {"golden", "tpu_aot", "gpu", "peers", "__pycache__"}
     assert {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} - extra <= set(ALLOWED)
 
@@ -266,8 +268,8 @@ FAKE = {
     "model/a.py": ("def f():\n    import jaxrl_llm.rollout.decode", "model may not import rollout"),
     "experience/a.py": ("from jaxrl_llm import train", "experience may not import train"),
     "update/a.py": ("from tests import setups", "the package never imports tests"),
-    "utils.py": ("", "no rule for the room utils"),
-    "environments/helpers.py": ("", "helpers says nothing"),
+    "utils.py": ("", "no rule for the package utils"),
+    "environments/helpers.py": ("", "helpers is too vague a name"),
 }
 
 
@@ -278,7 +280,7 @@ def test_the_checker_sees_a_wrong_import(where, tmp_path):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(source)
     assert violations(tmp_path / NAME) == [f"{where}: {message}"]
-    # A room may import itself and another's config.
+    # A package may import itself and another's config.
     path.unlink()
     good = tmp_path / NAME / "rollout" / "b.py"
     good.parent.mkdir(exist_ok=True)
@@ -323,3 +325,22 @@ def test_the_checker_sees_a_way_to_jax(tmp_path):
     assert heavy_at_import(package, package / "cli.py") == ["cli.py -> metrics.py -> jax.numpy"]
     (package / "metrics.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import jax\n")
     assert heavy_at_import(package, package / "cli.py") == []
+
+
+def test_the_checker_sees_who_may_not_see_the_whole_config(tmp_path):
+    package = tmp_path / NAME
+    for where in ("roles", "update"):
+        (package / where).mkdir(parents=True)
+        (package / where / "a.py").write_text("from jaxrl_llm.config.run_config import RunConfig\n")
+    (package / "rollout").mkdir()
+    (package / "rollout" / "a.py").write_text('def f(cfg: RunConfig):\n    """Of a RunConfig."""\n')
+    (package / "rollout" / "b.py").write_text('"""Of a RunConfig."""\n')
+    assert who_sees_run_config(package) == ["rollout/a.py", "update/a.py"]
+
+
+def test_the_checker_sees_a_class_name_that_two_files_have(tmp_path):
+    package = tmp_path / NAME
+    package.mkdir()
+    (package / "a.py").write_text("class Same: ...\nclass _Own: ...\nclass A: ...\n")
+    (package / "b.py").write_text("class Same: ...\nclass _Own: ...\ndef f():\n    class A: ...\n")
+    assert shared_class_names(package) == {"Same": ["a.py", "b.py"]}
