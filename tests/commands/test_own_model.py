@@ -99,7 +99,7 @@ def test_a_stop_text_that_is_a_special_token_ends_every_row_that_draws_it(traine
     """Token 1, which no text for graders shows. It used to be drawn and passed over."""
     rows = [row for row in read_jsonl(trained[1].run_dir / "rollouts.jsonl") if 1 in row["ids"]]
     assert len(rows) > 2
-    assert all(row["ids"].index(1) == len(row["ids"]) - 1 and row["finish"] == "control" for row in rows)
+    assert all(row["ids"].index(1) == len(row["ids"]) - 1 and row["finish"] == "stop" for row in rows)
     assert not any("<|im_start|>" in row["completion"] for row in rows)
 
 
