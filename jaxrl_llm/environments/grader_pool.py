@@ -27,7 +27,7 @@ import numpy as np
 
 from jaxrl_llm.environments.config import RewardConfig
 from jaxrl_llm.environments.grader import Sample, problems
-from jaxrl_llm.environments.worker import FLOAT32_MAX, Failure, Setup, Verdict, encodable, failed
+from jaxrl_llm.environments.worker import FLOAT32_MAX, Failure, Verdict, WorkerSetup, encodable, failed_verdict
 from jaxrl_llm.environments.worker_process import END_LIMIT_S, WorkerProcess, pack_group
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.metrics.terminal import printable
@@ -94,7 +94,7 @@ class GraderPool:
         self._config = config
         self.names = [grader.label for grader in config.graders]
         graders = [(grader.grader, dict(grader.options)) for grader in config.graders]
-        self._setup = Setup(graders, config.memory_gib)
+        self._setup = WorkerSetup(graders, config.memory_gib)
         self._num_failures: collections.Counter[tuple[int, Failure]] = collections.Counter()
         self.first_failure = ""
         """Name of the grader that failed first, and its message; "" if none did."""
@@ -174,7 +174,7 @@ class GraderPool:
         if (np.abs(weighted.sum(axis=0)) <= FLOAT32_MAX).all():
             return verdict
         worst = int(np.abs(weighted).max(axis=1).argmax())
-        return failed(Failure.NOT_FINITE, worst, "the weighted sum is beyond float32")
+        return failed_verdict(Failure.NOT_FINITE, worst, "the weighted sum is beyond float32")
 
     def _graded(self, verdicts: Sequence[Verdict], groups: Sequence[Sequence[Sample]]) -> Graded:
         size = len(groups[0]) if groups else 0
@@ -214,7 +214,7 @@ class GraderPool:
                     frame = pack_group(groups[index])
                 except Exception as error:
                     text = encodable(f"the row cannot be sent to a worker: {type(error).__name__}: {error}"[:500])
-                    yield index, failed(Failure.RAISED, 0, text)
+                    yield index, failed_verdict(Failure.RAISED, 0, text)
                     continue
                 if not worker.start_group(index, frame, len(groups[index]), self._config.deadline_s):
                     todo.appendleft(index)

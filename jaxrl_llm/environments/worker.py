@@ -58,11 +58,11 @@ class Verdict(NamedTuple):
     """Command line of a process that the graders left running and that was killed; "" if there was none."""
 
 
-def failed(failure: Failure, grader: int, text: str) -> Verdict:
+def failed_verdict(failure: Failure, grader: int, text: str) -> Verdict:
     return Verdict([], [], failure, grader, text)
 
 
-class Setup(NamedTuple):
+class WorkerSetup(NamedTuple):
     """First message to a worker."""
 
     graders: Sequence[tuple[str, Mapping[str, Any]]]
@@ -72,7 +72,7 @@ class Setup(NamedTuple):
 
 
 def serve(connection: socket.socket) -> None:
-    """Run a worker: receive a `Setup`, answer with an empty `Verdict`; then receive groups and answer each with its `Verdict`.
+    """Run a worker: receive a `WorkerSetup`, answer with an empty `Verdict`; then answer each group with its `Verdict`.
 
     Requests are pickles, each preceded by its length in 8 bytes. Answers are lines of JSON, because the trainer must not unpickle
     what graders may have written. The index of the second and each further grader is sent before it runs, so that the trainer
@@ -86,7 +86,7 @@ def serve(connection: socket.socket) -> None:
             os._exit(0)
         connection.sendall(encode(message))
 
-    setup = pickle.loads(_frame(requests))
+    setup = pickle.loads(_read_frame(requests))
     os.environ["OMP_NUM_THREADS"] = "1"
     _limit_memory(setup.memory_gib)
     graders = []
@@ -97,12 +97,12 @@ def serve(connection: socket.socket) -> None:
             return send(_exception_verdict(error, index, setup.memory_gib))
     send(Verdict([[] for _ in graders], []))
     helpers = descendants.descendants()
-    while frame := _frame(requests):
+    while frame := _read_frame(requests):
         verdict = _grade_frame(graders, frame, send, setup.memory_gib)
         send(verdict._replace(left_running=descendants.end_descendants(helpers).command))
 
 
-def _frame(requests: BinaryIO) -> bytes:
+def _read_frame(requests: BinaryIO) -> bytes:
     """Read the next pickle; empty at the end of the connection."""
     return requests.read(int.from_bytes(requests.read(LENGTH_BYTES), "big"))
 
@@ -186,7 +186,7 @@ def grade_group(
             if index == voter:
                 votes = _votes(grader, group)
         except _InvalidResult as error:
-            return failed(error.failure, index, error.text)
+            return failed_verdict(error.failure, index, error.text)
         except BaseException as error:
             return _exception_verdict(error, index, memory_gib)
     return Verdict(components, votes)
@@ -195,8 +195,8 @@ def grade_group(
 def _exception_verdict(error: BaseException, index: int, memory_gib: float) -> Verdict:
     """Verdict on an exception. A MemoryError counts as DIED, so that the worker is replaced: its memory may stay full."""
     if isinstance(error, MemoryError):
-        return failed(Failure.DIED, index, f"{_one_line(error)} (reward.memory_gib is {memory_gib:g})")
-    return failed(Failure.RAISED, index, _one_line(error))
+        return failed_verdict(Failure.DIED, index, f"{_one_line(error)} (reward.memory_gib is {memory_gib:g})")
+    return failed_verdict(Failure.RAISED, index, _one_line(error))
 
 
 class _InvalidResult(Exception):

@@ -13,7 +13,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from jaxrl_llm.environments.grader import Sample
-from jaxrl_llm.environments.worker import LENGTH_BYTES, MAX_LINE_BYTES, Failure, Setup, Verdict, decode, failed
+from jaxrl_llm.environments.worker import (
+    LENGTH_BYTES,
+    MAX_LINE_BYTES,
+    Failure,
+    Verdict,
+    WorkerSetup,
+    decode,
+    failed_verdict,
+)
 from jaxrl_llm.errors import UserError
 
 START_LIMIT_S = 120.0
@@ -66,7 +74,7 @@ class WorkerProcess:
         UserError: the system cannot start another process.
     """
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: WorkerSetup):
         self._setup = setup
         try:
             self._connection, self._watchdog = _start_watchdog()
@@ -127,16 +135,16 @@ class WorkerProcess:
             try:
                 message = decode(line, len(self._setup.graders), self.size)
             except (ValueError, TypeError):
-                return failed(Failure.DIED, self.grader, f"the worker sent an invalid verdict: {line[:100]!r}")
+                return failed_verdict(Failure.DIED, self.grader, f"the worker sent an invalid verdict: {line[:100]!r}")
             if isinstance(message, Verdict):
                 return message
             self.grader = message
         if len(self._incoming) > MAX_LINE_BYTES:
-            return failed(Failure.DIED, self.grader, f"the worker sent more than {MAX_LINE_BYTES:,} bytes")
-        return failed(Failure.DIED, self.grader, self._exit_text(self.kill())) if self._has_ended else None
+            return failed_verdict(Failure.DIED, self.grader, f"the worker sent more than {MAX_LINE_BYTES:,} bytes")
+        return failed_verdict(Failure.DIED, self.grader, self._exit_text(self.kill())) if self._has_ended else None
 
     def timed_out(self) -> Verdict:
-        return failed(Failure.TIMED_OUT, self.grader, f"no answer within {self.limit_s:g} s")
+        return failed_verdict(Failure.TIMED_OUT, self.grader, f"no answer within {self.limit_s:g} s")
 
     def error_lines(self) -> list[str]:
         """Return the lines that arrived from standard error since the last call."""

@@ -60,7 +60,7 @@ class Scanner:
 
     def fail(self, why: str = "") -> NoReturn:
         found = self.text[self.position : self.position + 20] or "the end"
-        raise Unreadable(f"cannot be read from {found!r}" + (f": {why}" if why else ""))
+        raise Unreadable(f"syntax error at {found!r}" + (f": {why}" if why else ""))
 
     def looking_at(self, *literals: str) -> bool:
         start = self.position
