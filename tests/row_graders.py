@@ -1,4 +1,4 @@
-"""Graders as people write them: right most of the time, and what else they do is decided by the row."""
+"""Custom graders that mostly work; the row decides when they fail."""
 
 import time
 
@@ -6,7 +6,7 @@ from jaxrl_llm.environments.grader import Sample
 
 
 def counts_letters(sample: Sample) -> float | str:
-    """The share of letters; raises on one row in ten, sleeps for ever on one in fifty, returns a string on one in a hundred."""
+    """Fraction of letters; raise on one row in ten, sleep forever on one in fifty, return a string on one in a hundred."""
     row = int(sample.columns["id"])
     if row % 10 == 0:
         raise ValueError("cannot read this")
@@ -18,12 +18,12 @@ def counts_letters(sample: Sample) -> float | str:
 
 
 def odd(sample: Sample) -> float:
-    """What a policy that knows nothing can earn already."""
+    """Reward that an untrained policy earns on about half of its responses."""
     return float(sum(map(ord, sample.completion)) % 2)
 
 
 def odd_if_readable(sample: Sample) -> float:
-    """Raises where the first digit is below 3, so that there are groups that no filter keeps."""
+    """Raise if the first digit is below 3, so that some groups are kept by no filter."""
     if int(sample.prompt[1]) < 3:
         raise ValueError("cannot read this")
     return odd(sample)

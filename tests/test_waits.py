@@ -50,7 +50,7 @@ REASONS = {
         "self._connection.send": "a socket that does not block",
     },
     "jaxrl_llm/environments/worker.py": {
-        "connection.sendall": "the keeper ends a worker that the trainer no longer waits for"
+        "connection.sendall": "the watchdog ends a worker that the trainer no longer waits for"
     },
     "jaxrl_llm/rollout/programs.py": {"with ThreadPoolExecutor": COMPUTES},
     "launch/local.py": {

@@ -1,4 +1,4 @@
-"""Which graders judge the completions, with what weight, and how long they may take.
+"""Reward section of a config: the graders, their weights, and the limits on time and memory.
 
 Short forms, in YAML:
 
@@ -16,22 +16,22 @@ from pydantic import ConfigDict, model_validator
 
 @dataclass(frozen=True)
 class GraderConfig:
-    """One grader and what it counts for. A bare string is the grader's name."""
+    """One grader and its weight. A bare string is the grader's name."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     grader: Annotated[str, MinLen(1)]
     """A built-in name, or "my_package.my_module:function": a function of one `Sample` that returns a number."""
     weight: float = 1.0
-    """Factor in the sum that is the reward. 0: logged only."""
+    """Factor in the weighted sum that is the reward. 0: logged only."""
     name: str = ""
-    """Its name in metrics and messages. Empty: the built-in's name, or the function's."""
+    """Name in metrics and messages. Empty: the built-in's or the function's name."""
     options: dict[str, Any] = field(default_factory=dict)
-    """The grader's own options: fields of a built-in (docs/rewards.md), keyword arguments of a function."""
+    """Options of the grader: fields of a built-in (docs/rewards.md), keyword arguments of a function."""
 
     @property
     def label(self) -> str:
-        """The name in use."""
+        """Name in use."""
         return self.name or self.grader.rpartition(":")[2] or self.grader
 
     @model_validator(mode="before")
@@ -42,19 +42,19 @@ class GraderConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """The reward is the weighted sum of the graders, each run in worker processes. A bare string is one grader."""
+    """Weighted sum of the graders, which run in worker processes. A bare string is one grader."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     graders: Annotated[tuple[GraderConfig, ...], MinLen(1)] = (GraderConfig("exact_match"),)
-    """One or more, with different names."""
+    """One or more graders with distinct names."""
     workers: Annotated[int, Ge(1), Le(1024)] = 2
-    """Processes that grade at the same time, each with one thread for numerical libraries."""
+    """Number of processes that grade concurrently. Numerical libraries get one thread in each."""
     deadline_s: Annotated[float, Gt(0), Le(86_400)] = 10.0
-    """Wall-clock seconds for one group: all its samples by all graders. Past it the worker is killed and the group fails."""
+    """Wall-clock seconds per group: all samples by all graders. A worker that exceeds it is killed, and the group fails."""
     memory_gib: Annotated[float, Ge(0.125), Le(65_536)] = 4.0
-    """Memory that a worker, and each process that its graders start, may write to, in GiB. Beyond it Python raises MemoryError, and
-    other libraries end the process; either fails the group. Linux only."""
+    """Writable memory in GiB per worker, and per process that its graders start. Beyond it Python raises MemoryError, and other
+    libraries end the process; either fails the group. Linux only."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,7 +1,7 @@
-"""The processes below this one: found, whatever they did to leave, and ended.
+"""Find and kill all descendants of this process, daemons included.
 
-On Linux a subreaper is the parent of every process below it whose own parent is gone, so that neither a second fork nor `setsid`
-leads out. Elsewhere only the process group of a worker is ended.
+On Linux a subreaper becomes the parent of every descendant that is orphaned, so neither a second fork nor `setsid` escapes it.
+Elsewhere only a worker's process group is killed.
 """
 
 import ctypes
@@ -20,14 +20,14 @@ PAUSE_S = 0.002
 
 
 def adopt_orphans() -> None:
-    """Makes this process the parent of what its descendants leave behind."""
+    """Make this process the parent of its orphaned descendants."""
     if LINUX:
         PR_SET_CHILD_SUBREAPER = 36
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def die_with(parent: int) -> None:
-    """Asks Linux to kill this process when its parent ends, whatever the grader is doing then."""
+    """Ask Linux to kill this process when its parent ends, whatever a grader is doing at that time."""
     if LINUX:
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -36,18 +36,18 @@ def die_with(parent: int) -> None:
             os._exit(1)
 
 
-class Ended(NamedTuple):
+class EndedProcesses(NamedTuple):
     command: str
-    """Of the first process that was still running; "" if none was."""
+    """Command line of the first process that was still running; "" if none was."""
     statuses: dict[int, int]
-    """By pid, of the children that were reaped; as `os.waitpid` gives them."""
+    """Wait status per reaped pid, as `os.waitpid` returns it."""
 
 
-def end_descendants(spared: Collection[int] = ()) -> Ended:
-    """Kills and reaps every process below this one but the `spared` and those below them, in `END_LIMIT_S` at most."""
+def end_descendants(spared: Collection[int] = ()) -> EndedProcesses:
+    """Kill and reap all descendants except `spared` and their descendants, in at most `END_LIMIT_S`."""
     command, statuses, limit = "", {}, time.monotonic() + END_LIMIT_S
     while LINUX and _has_children() and time.monotonic() < limit:
-        # Again and again: a process that forks while it is being looked for is found the next time.
+        # Repeated, because a process may fork between the listing and the kill.
         found = descendants(spared)
         if not found:
             break
@@ -60,17 +60,17 @@ def end_descendants(spared: Collection[int] = ()) -> Ended:
             with suppress(ChildProcessError):
                 reaped, status = os.waitpid(pid, os.WNOHANG)
                 statuses |= {reaped: status} if reaped else {}
-    return Ended(command, statuses)
+    return EndedProcesses(command, statuses)
 
 
 def descendants(spared: Collection[int] = ()) -> list[int]:
-    """Pids below this process, zombies too, without the `spared` and those below them. Off Linux: none."""
+    """Return the pids of all descendants, zombies included, except `spared` and their descendants. Empty off Linux."""
     if not LINUX or not _has_children():
         return []
     children = defaultdict(list)
     for name in filter(str.isdecimal, os.listdir("/proc")):
         with suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
-            # pid (name) state parent ...; the name may hold anything.
+            # pid (name) state parent ...; the name may hold any bytes.
             children[int(file.read().rpartition(b")")[2].split()[1])].append(int(name))
     found, todo = [], [os.getpid()]
     while todo:
@@ -81,7 +81,7 @@ def descendants(spared: Collection[int] = ()) -> list[int]:
 
 
 def _has_children() -> bool:
-    """One call of the kernel, where a look into /proc costs milliseconds."""
+    """True if this process has children: one system call, where reading /proc takes milliseconds."""
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
@@ -90,7 +90,7 @@ def _has_children() -> bool:
 
 
 def _command(pid: int) -> str:
-    """Its command line, "" for a zombie."""
+    """Command line of a process; "" for a zombie."""
     with suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
         return file.read(200).replace(b"\0", b" ").decode(errors="replace").strip()
     return ""

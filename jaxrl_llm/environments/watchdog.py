@@ -1,8 +1,8 @@
-"""The process between the trainer and a worker: it starts the worker, and ends all that the worker leaves.
+"""Watchdog: the process between the trainer and one worker. It starts the worker and kills all processes that the worker leaves.
 
-The trainer says a word on the keeper's standard input, or closes it, when it wants no more of the worker. The keeper's standard
-output carries the beginning of what the worker and its children write to standard error, and ends when they are all gone; its exit
-code is the worker's. So no child of a grader holds anything open whose end the trainer waits for.
+The trainer writes to the watchdog's standard input, or closes it, to end the worker. The watchdog's standard output carries the
+first bytes that the worker and its children write to standard error, and closes once all of them are gone; its exit code is the
+worker's. So no child of a grader holds a descriptor open on which the trainer waits.
 """
 
 import os
@@ -16,15 +16,15 @@ from contextlib import suppress
 from jaxrl_llm.environments import descendants
 from jaxrl_llm.environments.worker import serve
 
-# Both together fit into an empty pipe, so that a trainer that does not read stalls nobody.
+# Both together fit into an empty pipe, so a trainer that does not read blocks nobody.
 MAX_ERRORS_BYTES = 8192
 PIPE_BYTES = 65536
 DROPPED = b"\n(a worker shows the first 8 KiB of its standard error; the rest is dropped)\n"
 PARENT_CHECK_S = 1.0
 
 
-def keep(connection: int) -> None:
-    """A keeper's life; in the worker, which it forks, the worker's. `connection`: a socket's file descriptor, for the worker."""
+def run_watchdog(connection: int) -> None:
+    """Fork the worker, and watch it until it ends; in the forked worker, serve. `connection`: file descriptor of its socket."""
     trainer = os.getppid()
     # It ends with its worker. A batch system's SIGTERM is for the trainer, which may want to save first.
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -35,23 +35,23 @@ def keep(connection: int) -> None:
     os.set_blocking(wake, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake)
-    keeper, worker = os.getpid(), os.fork()
+    watchdog, worker = os.getpid(), os.fork()
     if not worker:
         signal.set_wakeup_fd(-1)
         for fd in (woken, wake, errors):
             os.close(fd)
-        _become_worker(keeper, errors_in)
+        _become_worker(watchdog, errors_in)
         return serve(socket.socket(fileno=connection))
     os.close(errors_in)
     os.close(connection)
     _exit_as(_watch(worker, trainer, woken, errors))
 
 
-def _become_worker(keeper: int, errors: int) -> None:
-    """Settles in the forked process."""
-    # A group of its own, for what a grader sends to "its" group.
+def _become_worker(watchdog: int, errors: int) -> None:
+    """Set up process group, signals and standard streams of the forked worker."""
+    # A separate group, for signals that a grader sends to its own group.
     os.setpgid(0, 0)
-    descendants.die_with(keeper)
+    descendants.die_with(watchdog)
     descendants.adopt_orphans()
     for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(signum, signal.SIG_DFL)
@@ -63,8 +63,15 @@ def _become_worker(keeper: int, errors: int) -> None:
 
 
 def _watch(worker: int, trainer: int, woken: int, errors: int) -> int:
-    """The worker's status, once it and all below it are gone: because it ended, or because the trainer wants no more of it."""
-    echo, open_fds, status = _Echo(errors), {0, woken, errors}, None
+    """Return the worker's wait status once it and its descendants are gone: it ended, or the trainer asked for its end.
+
+    Args:
+        worker: pid of the worker.
+        trainer: pid of the trainer.
+        woken: pipe end that is readable when a child ended.
+        errors: pipe end of the worker's standard error.
+    """
+    echo, open_fds, status = _StderrEcho(errors), {0, woken, errors}, None
     for fd in (1, errors):
         os.set_blocking(fd, False)
     while status is None:
@@ -88,7 +95,7 @@ def _watch(worker: int, trainer: int, woken: int, errors: int) -> int:
 
 
 def _last_status(worker: int) -> int:
-    """Of a worker that died of SIGKILL, or that not even this ends: then as if it had."""
+    """Wait status of a worker that was sent SIGKILL; SIGKILL as well if it does not end in time."""
     limit = time.monotonic() + descendants.END_LIMIT_S
     while time.monotonic() < limit:
         with suppress(ChildProcessError):
@@ -99,29 +106,29 @@ def _last_status(worker: int) -> int:
     return signal.SIGKILL
 
 
-class _Echo:
-    """Reads what comes from a pipe, without waiting, and says the first of it."""
+class _StderrEcho:
+    """Copies the first `MAX_ERRORS_BYTES` of a pipe to standard output, without blocking, and drops the rest."""
 
     def __init__(self, source: int):
         self._source, self._left = source, MAX_ERRORS_BYTES
 
     def pump(self) -> bool:
-        """One read, since a flood has no end. False at the pipe's end."""
+        """Read once, since a flood has no end. False at the end of the pipe."""
         with suppress(BlockingIOError):
             text = os.read(self._source, PIPE_BYTES)
-            self._say(text)
+            self._write(text)
             return bool(text)
         return True
 
-    def _say(self, text: bytes) -> None:
+    def _write(self, text: bytes) -> None:
         if self._left:
-            told, self._left = text[: self._left], max(0, self._left - len(text))
+            kept, self._left = text[: self._left], max(0, self._left - len(text))
             with suppress(OSError):
-                os.write(1, told + (b"" if self._left else DROPPED))
+                os.write(1, kept + (b"" if self._left else DROPPED))
 
 
 def _exit_as(status: int) -> None:
-    """Ends this process as the worker ended, signals included."""
+    """End this process as the worker ended, signals included."""
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

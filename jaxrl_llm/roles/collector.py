@@ -124,5 +124,5 @@ def _ungraded(prompts: int, samples: int, graders: int) -> _Grades:
 
 def _grades(graded: Graded) -> _Grades:
     vote = [[(zlib.crc32(answer.encode()) >> 1 or 1) if answer else 0 for answer in group] for group in graded.votes]
-    components = np.moveaxis(graded.parts, 0, -1)
+    components = np.moveaxis(graded.components, 0, -1)
     return _Grades(graded.reward, components, graded.failure, graded.failed_by, np.array(vote, np.int32))

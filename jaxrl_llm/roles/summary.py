@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxrl_llm.environments.grader_pool import Failure, part_metrics
+from jaxrl_llm.environments.grader_pool import Failure, component_metrics
 from jaxrl_llm.roles.updates import as_floats
 from jaxrl_llm.rollout.engine import Stats
 from jaxrl_llm.tasks.task import Task
@@ -37,7 +37,7 @@ def describe(groups: Groups, graders: Sequence[str]) -> dict[str, float]:
         metrics["reward_std"] = (reward - reward[:, :1]).std(axis=1, ddof=1).mean()
         metrics["frac_reward_zero_std"] = np.mean(reward.max(axis=1) == reward.min(axis=1))
     parts = np.moveaxis(groups.components.reshape(num, -1, groups.components.shape[1]), -1, 0)
-    metrics |= part_metrics(parts, groups.failure, groups.failed_by, graders)
+    metrics |= component_metrics(parts, groups.failure, groups.failed_by, graders)
     return as_floats(metrics)
 
 

@@ -1,4 +1,4 @@
-"""What graders do to the process that runs them, on purpose or not: the completion says which."""
+"""Graders that attack the process that runs them, on purpose or not. The completion names the attack."""
 
 import os
 import resource
@@ -17,7 +17,7 @@ def _fork_and_exit():
     os._exit(0)
 
 
-def _fork_and_go_on():
+def _fork_and_continue():
     os.fork()
     return 1
 
@@ -29,7 +29,7 @@ def _fork_and_answer_late():
 
 
 def _daemonize(then=lambda: 1):
-    """Twice forked, in a session of its own, deaf to signals: as a daemon does it."""
+    """Fork twice, in a new session, and ignore signals, as a daemon does."""
     if os.fork() == 0:
         os.setsid()
         if os.fork() == 0:
@@ -51,8 +51,8 @@ def _thread():
     return 1
 
 
-def _breed():
-    """Forty processes, half of them children of children."""
+def _fork_many():
+    """Forty processes, half of them grandchildren."""
     for _ in range(20):
         if os.fork() == 0:
             os.fork()
@@ -61,7 +61,7 @@ def _breed():
 
 
 def _chain():
-    """A process that forks and ends, again and again, for as long as it is let."""
+    """A process that forks and ends, again and again, until it is killed."""
     if os.fork() == 0:
         os.setsid()
         end = time.monotonic() + 600
@@ -82,7 +82,7 @@ def _is_socket(fd):
         return False
 
 
-def _say(text, then=lambda: time.sleep(600)):
+def _send(text, then=lambda: time.sleep(600)):
     for fd in _connections():
         with socket.socket(fileno=os.dup(fd)) as connection:
             connection.sendall(text)
@@ -107,8 +107,8 @@ def _lower_limits():
     return 1
 
 
-def _hoard():
-    """A gibibyte, should nobody object."""
+def _allocate():
+    """Allocate one GiB, unless the limit is lower."""
     return len([bytearray(2**24) for _ in range(64)])
 
 
@@ -123,8 +123,8 @@ def _signal(pid, signum, then=lambda: 1):
 
 ATTACKS = {
     "fork, exit": _fork_and_exit,
-    "fork, both go on": _fork_and_go_on,
-    "fork, the child goes on later": _fork_and_answer_late,
+    "fork, both continue": _fork_and_continue,
+    "fork, the child continues later": _fork_and_answer_late,
     "daemon": _daemonize,
     "daemon, sleep": lambda: _daemonize(lambda: time.sleep(600)),
     "daemon, exit": lambda: _daemonize(lambda: os._exit(0)),
@@ -134,23 +134,23 @@ ATTACKS = {
     ),
     "shell with a background job": lambda: _start("sh", "-c", "sleep 600 & sleep 600 & wait", start_new_session=True),
     "thread": _thread,
-    "breed": _breed,
+    "fork many": _fork_many,
     "chain": _chain,
     "close everything": _close_everything,
-    "say garbage": lambda: _say(b"\x80\x04}\xff garbage \n"),
-    "say a number": lambda: _say(b"7\n"),
-    "say another verdict": lambda: _say(b'{"parts": [[1e999]], "votes": [], "failure": 0}\n'),
-    "say half a message": lambda: _say(b'{"parts": [[1.0'),
-    "say without end": lambda: _say(b"1" * 100_000_000),
+    "send garbage": lambda: _send(b"\x80\x04}\xff garbage \n"),
+    "send a number": lambda: _send(b"7\n"),
+    "send another verdict": lambda: _send(b'{"components": [[1e999]], "votes": [], "failure": 0}\n'),
+    "send half a message": lambda: _send(b'{"components": [[1.0'),
+    "send without end": lambda: _send(b"1" * 100_000_000),
     "stop": lambda: _signal(os.getpid(), signal.SIGSTOP),
     "kill the group": lambda: _signal(0, signal.SIGKILL),
-    "kill the keeper": lambda: _signal(os.getppid(), signal.SIGKILL, lambda: time.sleep(600)),
-    "terminate the keeper": lambda: _signal(os.getppid(), signal.SIGTERM),
-    "stop the keeper": lambda: _signal(os.getppid(), signal.SIGSTOP, lambda: time.sleep(600)),
+    "kill the watchdog": lambda: _signal(os.getppid(), signal.SIGKILL, lambda: time.sleep(600)),
+    "terminate the watchdog": lambda: _signal(os.getppid(), signal.SIGTERM),
+    "stop the watchdog": lambda: _signal(os.getppid(), signal.SIGSTOP, lambda: time.sleep(600)),
     "flood stderr": _flood_stderr,
     "long line on stderr": lambda: bool(os.write(2, b"x" * 20_000)),
     "lower limits": _lower_limits,
-    "hoard": _hoard,
+    "allocate": _allocate,
     "recurse": _recurse,
     "pid": os.getpid,
     "exit code": lambda: os._exit(3),

@@ -1,4 +1,4 @@
-"""Graders that misbehave when the completion tells them to, and otherwise give the completion as a number."""
+"""Graders that misbehave if the completion names an action, and otherwise return the completion as a number."""
 
 import os
 import signal
@@ -87,14 +87,14 @@ def prints_a_lot(sample):
     return 1
 
 
-def say_pid_and_spin(sample):
+def write_pid(sample):
     with open(sample.prompt, "w") as file:
         file.write(f"{os.getpid()}\n")
     _spin()
 
 
 def surroundings(sample):
-    """1 if the worker looks as promised, else a sum that says which promise is broken."""
+    """1 if the worker is set up as documented, else a sum whose digits show which check failed."""
     return 1 + sum(
         (
             10 * ("jax" in sys.modules or "flax" in sys.modules or "pydantic" in sys.modules),
@@ -127,8 +127,8 @@ class WithOptions:
         return scaled(sample, scale=self.scale)
 
 
-def moody(sample):
-    """Raises on one row in ten, sleeps for ever on one in fifty, returns a string on one in a hundred."""
+def flaky(sample):
+    """Raise on one row in ten, sleep forever on one in fifty, return a string on one in a hundred."""
     row = sample.columns["row"]
     if row % 10 == 0:
         raise ValueError("a bad day")
@@ -138,7 +138,7 @@ def moody(sample):
 
 
 class Votes:
-    """Extracts what the completion tells it to."""
+    """Extracts the value that the completion names, else the completion in capitals."""
 
     def __call__(self, sample):
         return 1
@@ -163,8 +163,8 @@ class NeverStarts:
         return 1
 
 
-class Asked:
-    """Says what is wrong with a row's answer, or fails to."""
+class ChecksRows:
+    """Checks each row's answer, or raises."""
 
     def __init__(self, fails: bool = False):
         if fails:

@@ -1,4 +1,4 @@
-"""Whatever a grader does, its group alone is lost, in time, and nothing that it started is left."""
+"""Whatever a grader does, only its group is lost, within the deadline, and no process that it started is left."""
 
 import logging
 import os
@@ -15,14 +15,14 @@ from jaxrl_llm.environments.config import GraderConfig, RewardConfig
 from jaxrl_llm.environments.grader import Sample
 from jaxrl_llm.environments.grader_pool import Failure, GraderPool
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux's")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="subreapers and parent-death signals are Linux's")
 
 HERE = Path(__file__).parent
-# Of this run of the tests alone.
+# Unique to this test run.
 MARK = f"JAXRL_TEST_MARK=attacks-{os.getpid()}"
 DEADLINE_S = 0.6
-# Two pools of one worker, and the keeper of each.
-AT_REST = 4
+# Two pools of one worker, and the watchdog of each.
+NUM_IDLE = 4
 
 
 def group(*completions):
@@ -30,7 +30,7 @@ def group(*completions):
 
 
 def marked():
-    """Pids of live processes with our mark in their environment, or with a parent that has it: an oracle of its own."""
+    """Pids of running processes with our mark in their environment, or with a parent that has it: an independent oracle."""
     found, parents = set(), {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -46,7 +46,7 @@ def marked():
 
 
 def sleepers():
-    """Processes that attacks started without an environment: their command has the mark."""
+    """Pids of processes that attacks started without an environment: their command holds the mark."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -57,7 +57,7 @@ def sleepers():
 
 
 def open_here():
-    """Descriptors and threads of this process."""
+    """Number of file descriptors and threads of this process."""
     return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
 
@@ -70,9 +70,9 @@ def settles(condition, seconds=5.0):
 
 class Pools(NamedTuple):
     short: GraderPool
-    """For attacks that are to miss the deadline."""
+    """For attacks that should miss the deadline."""
     patient: GraderPool
-    """For those that are not, on a machine with other work."""
+    """For attacks that should not, even on a loaded machine."""
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +92,8 @@ def pools():
 
 WANTED = {
     "fork, exit": (Failure.DIED, "exit code 0"),
-    "fork, both go on": Failure.NONE,
-    "fork, the child goes on later": Failure.NONE,
+    "fork, both continue": Failure.NONE,
+    "fork, the child continues later": Failure.NONE,
     "daemon": Failure.NONE,
     "daemon, sleep": Failure.TIMED_OUT,
     "daemon, exit": (Failure.DIED, "exit code 0"),
@@ -101,22 +101,22 @@ WANTED = {
     "child without environment": Failure.NONE,
     "shell with a background job": Failure.NONE,
     "thread": Failure.NONE,
-    "breed": Failure.NONE,
+    "fork many": Failure.NONE,
     "chain": Failure.NONE,
     "close everything": Failure.DIED,
-    "say garbage": (Failure.DIED, "no verdict"),
-    "say a number": (Failure.DIED, "no verdict"),
-    "say another verdict": (Failure.DIED, "no verdict"),
-    "say half a message": (Failure.TIMED_OUT, "no answer within 0.6 s"),
-    "say without end": (Failure.DIED, "more than"),
+    "send garbage": (Failure.DIED, "an invalid verdict"),
+    "send a number": (Failure.DIED, "an invalid verdict"),
+    "send another verdict": (Failure.DIED, "an invalid verdict"),
+    "send half a message": (Failure.TIMED_OUT, "no answer within 0.6 s"),
+    "send without end": (Failure.DIED, "more than"),
     "stop": Failure.TIMED_OUT,
-    "stop the keeper": Failure.TIMED_OUT,
+    "stop the watchdog": Failure.TIMED_OUT,
     "kill the group": (Failure.DIED, "ended by Killed (9); reward.memory_gib is 0.25"),
-    "kill the keeper": Failure.DIED,
-    "terminate the keeper": Failure.NONE,
+    "kill the watchdog": Failure.DIED,
+    "terminate the watchdog": Failure.NONE,
     "flood stderr": Failure.NONE,
     "lower limits": Failure.NONE,
-    "hoard": (Failure.DIED, "MemoryError (reward.memory_gib is 0.25)"),
+    "allocate": (Failure.DIED, "MemoryError (reward.memory_gib is 0.25)"),
     "recurse": (Failure.RAISED, "RecursionError"),
     "exit code": (Failure.DIED, "exit code 3"),
     "abort": (Failure.DIED, "ended by Aborted (6); reward.memory_gib is 0.25"),
@@ -135,19 +135,19 @@ def test_nothing_is_left_of_an_attack(attack, pools, caplog):
     np.testing.assert_array_equal(graded.reward, [[np.nan] * 2 if wanted else [1, 5]])
     assert words in "".join(text for text in caplog.messages if wanted.name in text)
     np.testing.assert_array_equal(pool.submit([group("2", "3")]).result(timeout=60).reward, [[2, 3]])
-    # Beyond the deadline: this machine's other work.
+    # The second beyond the deadline is for a loaded machine.
     assert wanted != Failure.TIMED_OUT or DEADLINE_S <= seconds < DEADLINE_S + 1
-    assert settles(lambda: len(marked()) == AT_REST and not sleepers()), [
+    assert settles(lambda: len(marked()) == NUM_IDLE and not sleepers()), [
         Path(f"/proc/{pid}/cmdline").read_bytes() for pid in marked()
     ]
     assert settles(lambda: open_here() == before), (open_here(), before)
 
 
 def test_a_worker_that_stops_reading_is_a_missed_deadline(pools):
-    """Stopped from outside, while more is sent than any pipe holds."""
+    """The worker is stopped from outside while more is sent than any pipe holds."""
     worker = int(pools.short.submit([group("pid")]).result(timeout=30).reward[0, 0])
     os.kill(worker, signal.SIGSTOP)
-    # Different ones, since pickle writes equal objects once.
+    # Distinct objects, because pickle writes equal ones once.
     large, start = ["1" + " " * (100_000 + i) for i in range(8)], time.monotonic()
     graded = pools.short.submit([group(*large)]).result(timeout=30)
     assert DEADLINE_S <= time.monotonic() - start < DEADLINE_S + 1
@@ -160,24 +160,24 @@ def test_what_a_grader_writes_to_standard_error_is_bounded_and_harmless(monkeypa
     caplog.set_level(logging.WARNING, "jaxrl_llm.environments")
     with GraderPool(RewardConfig((GraderConfig("attacks:attack"),), workers=1)) as pool:
         assert settles(lambda: pool.grade([group("flood stderr")]).reward[0] == 1 and len(caplog.messages) >= 50)
-        told = [text.removeprefix("a grader's standard error: ") for text in caplog.messages]
-        assert told[0] == r"\x1b[2J a line of a million" and len(told) == 50
-        assert told[49].endswith("a line of a million (the rest is dropped)")
+        logged = [text.removeprefix("a grader's standard error: ") for text in caplog.messages]
+        assert logged[0] == r"\x1b[2J a line of a million" and len(logged) == 50
+        assert logged[49].endswith("a line of a million (the rest is dropped)")
     caplog.clear()
     with GraderPool(RewardConfig((GraderConfig("attacks:attack"),), workers=1)) as pool:
         assert settles(lambda: pool.grade([group("long line on stderr")]) and len(caplog.messages) > 1)
         for _ in range(3):
             pool.grade([group("long line on stderr")])
             time.sleep(0.02)
-    told = [text.removeprefix("a grader's standard error: ") for text in caplog.messages]
-    assert told == ["x" * 300, "(a worker shows the first 8 KiB of its standard error; the rest is dropped)"]
+    logged = [text.removeprefix("a grader's standard error: ") for text in caplog.messages]
+    assert logged == ["x" * 300, "(a worker shows the first 8 KiB of its standard error; the rest is dropped)"]
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_process_left_running_is_told_once(monkeypatch, caplog):
+def test_a_process_left_running_is_logged_once(monkeypatch, caplog):
     monkeypatch.syspath_prepend(HERE)
     caplog.set_level(logging.WARNING, "jaxrl_llm.environments")
     with GraderPool(RewardConfig((GraderConfig("attacks:attack"),), workers=1)) as pool:
         pool.grade([group("child"), group("child")])
-    [told] = caplog.messages
-    assert told.startswith("a grader left a process running when it had graded: 'sleep 600'; it was ended")
+    [logged] = caplog.messages
+    assert logged.startswith("a grader left a process running after grading: 'sleep 600'; it was killed")

@@ -1,4 +1,4 @@
-"""From a config's words to graders: short forms, names, options, and every mistake at once."""
+"""Graders from a config: short forms, names, options, and all errors at once."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pydantic
 import pytest
 
 from jaxrl_llm.environments.config import GraderConfig, RewardConfig
-from jaxrl_llm.environments.grader import BUILT_IN, Sample, make, problems, resolve, unreadable_rows
+from jaxrl_llm.environments.grader import BUILT_IN, Sample, make_grader, problems, resolve, unreadable_rows
 from jaxrl_llm.environments.graders.text import ExactMatch
 from jaxrl_llm.errors import UserError
 
@@ -29,10 +29,10 @@ def problems_of(*graders):
     return problems(check({"graders": list(graders)}))
 
 
-def test_every_built_in_can_be_found():
+def test_every_built_in_name_resolves():
     for name in BUILT_IN:
         assert isinstance(resolve(name), type)
-    assert make("exact_match") == make("jaxrl_llm.environments.graders.text:ExactMatch") == ExactMatch()
+    assert make_grader("exact_match") == make_grader("jaxrl_llm.environments.graders.text:ExactMatch") == ExactMatch()
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_config_refuses(values):
         check(values)
 
 
-def test_the_name_in_use():
+def test_label_is_the_given_or_the_default_name():
     assert [g.label for g in check({"graders": ["gsm8k", "a.b:f", {"grader": "a.b:f", "name": "g"}]}).graders] == [
         "gsm8k",
         "f",
@@ -121,7 +121,7 @@ def test_the_name_in_use():
     ]
 
 
-def test_nothing_is_wrong_with_right_options():
+def test_valid_options_have_no_problems():
     assert problems(RewardConfig()) == []
     assert (
         problems_of(
@@ -135,7 +135,7 @@ def test_nothing_is_wrong_with_right_options():
     )
 
 
-def test_every_mistake_is_named_at_once():
+def test_all_errors_are_reported_at_once():
     found = problems_of(
         "exact_mach",
         {"grader": "numeric", "options": {"abs_tol": -1, "rel_tol": "0.1", "tolerance": 1, "where": "last"}},
@@ -155,16 +155,16 @@ def test_every_mistake_is_named_at_once():
         ("graders.0.grader:", 'meant "exact_match"'),
         (
             "graders.1.options.tolerance:",
-            'grader "numeric" has no such option, want some of: after, finished, where, abs_tol',
+            'grader "numeric" has no such option, want one of: after, finished, where, abs_tol',
         ),
         ("graders.1.options.abs_tol:", "got -1, want 0 or more"),
         ("graders.1.options.rel_tol:", "got '0.1', want a number"),
         ("graders.2.options.where:", "got 'lats', want 'last', 'first' or 'only'"),
-        ("graders.3.options:", 'grader "regex": pattern: got 2 groups, want one at most'),
-        ("graders.4.options:", "is no regular expression: missing )"),
+        ("graders.3.options:", 'grader "regex": pattern: got 2 groups, want at most one'),
+        ("graders.4.options:", "want a regular expression: missing )"),
         ("graders.5.options.pattern:", 'grader "format" needs this option'),
         ("graders.6.options:", "want exactly one of them"),
-        ("graders.7.options:", "soft: got 11, want 10 (the limit) at most"),
+        ("graders.7.options:", "soft: got 11, want at most 10 (the limit)"),
         ("graders.7.name:", 'got "again" again'),
         ("graders.8.options:", "letters: got 'abc', want capital letters"),
         ("graders.9.options:", "argument: 'scale'"),
@@ -177,14 +177,14 @@ def test_every_mistake_is_named_at_once():
         assert text.startswith(f"reward.{where}") and words in text, text
 
 
-def test_a_name_that_cannot_be_printed_is_refused():
+def test_an_unprintable_name_is_refused():
     named = GraderConfig("exact_match", name="\x1b[2J\ud800")
     assert problems(RewardConfig((named,))) == [
-        r"reward.graders.0.name: got '\x1b[2J\ud800', want characters that can be printed"
+        r"reward.graders.0.name: got '\x1b[2J\ud800', want printable characters"
     ]
 
 
-def test_a_missing_library_is_named_before_training(monkeypatch):
+def test_a_missing_library_is_reported_before_training(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     [text] = problems_of("math")
     assert (
@@ -193,27 +193,27 @@ def test_a_missing_library_is_named_before_training(monkeypatch):
     )
 
 
-def test_functions_and_classes_of_ones_own_take_options():
-    assert make("bad_graders:scaled", {"scale": 3})(SAMPLE) == 6.0
-    assert make("bad_graders:WithOptions", {"scale": 3})(SAMPLE) == 6.0
+def test_custom_functions_and_classes_take_options():
+    assert make_grader("bad_graders:scaled", {"scale": 3})(SAMPLE) == 6.0
+    assert make_grader("bad_graders:WithOptions", {"scale": 3})(SAMPLE) == 6.0
 
 
-def test_a_grader_of_ones_own_may_refuse_rows():
-    def told(*answers, **options):
+def test_a_custom_grader_may_refuse_rows():
+    def refused(*answers, **options):
         config = RewardConfig(
-            (GraderConfig("bad_graders:Asked", name="mine", options=options), GraderConfig("exact_match"))
+            (GraderConfig("bad_graders:ChecksRows", name="mine", options=options), GraderConfig("exact_match"))
         )
         return unreadable_rows(config, [(f"rows:{i}", SAMPLE._replace(answer=a)) for i, a in enumerate(answers, 1)])
 
-    assert told("1", "2") == []
-    first, last = told("1", "two")
+    assert refused("1", "2") == []
+    first, last = refused("1", "two")
     assert first.startswith("rows:2 (") and first.endswith("""grader "mine": got 'two', want digits""")
-    assert last.startswith('grader "mine" cannot grade 1 of 2 rows: mend them')
-    assert "KeyError: 'lost'" in told("raise")[0] and "OSError: no license" in told("1", fails=True)[0]
+    assert last.startswith('grader "mine" cannot grade 1 of 2 rows: fix or remove them')
+    assert "KeyError: 'lost'" in refused("raise")[0] and "OSError: no license" in refused("1", fails=True)[0]
 
 
-def test_the_working_directory_can_be_imported_from_a_command_in_another_place(tmp_path):
-    """As with an installed command: the directory of the program, not that of the user, is on the path."""
+def test_graders_are_imported_from_the_working_directory(tmp_path):
+    """As with an installed command, the directory of the program is on the path, and not the user's."""
     (tmp_path / "program").mkdir()
     (tmp_path / "program" / "main.py").write_text(
         "from jaxrl_llm.environments.config import GraderConfig, RewardConfig\n"
@@ -231,7 +231,7 @@ def test_the_working_directory_can_be_imported_from_a_command_in_another_place(t
 
 
 def test_the_package_does_not_import_jax():
-    graders = (f"graders.{name}" for name in ("text", "numeric", "choice", "mathematics", "reasoning_gym"))
+    graders = (f"graders.{name}" for name in ("text", "numeric", "multiple_choice", "mathematics", "reasoning_gym"))
     modules = ", ".join(f"jaxrl_llm.environments.{name}" for name in ("grader_pool", "config", "worker", *graders))
     code = f"import sys, {modules}; print('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -1,3 +1,5 @@
+"""The pool of workers: rewards, failures, deadlines, and the life cycle of its processes."""
+
 import logging
 import os
 import random
@@ -26,27 +28,27 @@ def _importable(monkeypatch):
 
 
 def groups_of(*completions):
-    """Groups of samples with these completions, one list for each group."""
+    """Groups of samples with these completions, one list per group."""
     return [[Sample("<prompt>", text, "", "eos") for text in group] for group in completions]
 
 
 def pool_of(function, workers=2, deadline_s=30.0):
-    return GraderPool(one(f"bad_graders:{function}", workers, deadline_s))
+    return GraderPool(single(f"bad_graders:{function}", workers, deadline_s))
 
 
-def one(grader, workers=2, deadline_s=10.0):
-    """The config of one grader without options."""
+def single(grader, workers=2, deadline_s=10.0):
+    """Config of one grader without options."""
     return RewardConfig((GraderConfig(grader),), workers, deadline_s)
 
 
 def children():
-    """Pids of live child processes: one for each worker."""
+    """Pids of running child processes: one watchdog per worker."""
     pids = [int(pid) for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
     return [pid for pid in pids if not is_gone(pid)]
 
 
 def is_gone(pid):
-    """No such process, or a zombie that nobody has reaped yet."""
+    """True if there is no such process, or it is a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -56,7 +58,7 @@ def is_gone(pid):
 def wait_until(condition, seconds=20.0):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
 
 
@@ -65,7 +67,7 @@ def run_python(*arguments):
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env, timeout=60)
 
 
-def test_exact_match_by_hand():
+def test_exact_match_of_two_groups():
     with GraderPool(RewardConfig()) as pool:
         graded = pool.grade(
             [
@@ -78,7 +80,7 @@ def test_exact_match_by_hand():
     assert (graded.reward.dtype, graded.failure.dtype) == (np.float32, np.int32)
 
 
-def test_real_numbers_of_every_kind_are_rewards():
+def test_real_numbers_of_every_type_are_rewards():
     with pool_of("by_completion", workers=1) as pool:
         graded = pool.grade(groups_of(["bool", "int", "np.bool"], ["np.int8", "np.float16", "fraction"]))
     np.testing.assert_array_equal(graded.reward, [[1, 3, 1], [-2, 0.5, 0.25]])
@@ -123,17 +125,17 @@ def test_a_hang_is_killed_at_the_deadline(hang):
         pool.grade(groups_of(GOOD))
         start = time.monotonic()
         graded = pool.grade(groups_of(GOOD, ["1", hang], GOOD, GOOD))
-        # The deadline is 1 s; what is above it is for a loaded machine.
+        # The deadline is 1 s; the rest is for a loaded machine.
         assert 1.0 <= time.monotonic() - start < 5.0
         np.testing.assert_array_equal(graded.failure, [0, Failure.TIMED_OUT, 0, 0])
         np.testing.assert_array_equal(graded.reward[[0, 2, 3]], [[0.5, 2]] * 3)
         np.testing.assert_array_equal(pool.grade(groups_of(GOOD)).reward, [[0.5, 2]])
 
 
-def test_the_deadline_is_for_one_group_and_not_for_the_start_of_a_worker(tmp_path, monkeypatch):
+def test_the_deadline_does_not_include_the_start_of_a_worker(tmp_path, monkeypatch):
     (tmp_path / "slow_to_import.py").write_text("import time; time.sleep(1)\ndef f(sample): return 1")
     monkeypatch.syspath_prepend(tmp_path)
-    with GraderPool(one("slow_to_import:f", workers=1, deadline_s=0.5)) as pool:
+    with GraderPool(single("slow_to_import:f", workers=1, deadline_s=0.5)) as pool:
         np.testing.assert_array_equal(pool.grade(groups_of(GOOD)).reward, [[1, 1]])
 
 
@@ -141,12 +143,12 @@ def test_many_hangs_leave_no_processes():
     with pool_of("by_completion", deadline_s=0.05) as pool:
         graded = pool.grade(groups_of(*[["spin ignoring SIGTERM"]] * 12))
         np.testing.assert_array_equal(graded.failure, [Failure.TIMED_OUT] * 12)
-        # The last two were replaced a moment ago, and have yet to become a Python of their own.
+        # The last two were replaced just now, and have not called exec yet.
         wait_until(lambda: len(children()) == 2)
     assert children() == []
 
 
-def test_what_a_hanging_grader_started_dies_with_it(tmp_path, monkeypatch):
+def test_a_child_of_a_hanging_grader_dies_with_it(tmp_path, monkeypatch):
     file = tmp_path / "pid"
     monkeypatch.setenv("CHILD_PID_FILE", str(file))
     with pool_of("by_completion", workers=1, deadline_s=1.0) as pool:
@@ -168,19 +170,19 @@ def test_a_large_group_passes_through_the_pipe():
         np.testing.assert_array_equal(pool.grade(groups_of([text, "1"])).reward, np.float32([[1e20, 1]]))
 
 
-def test_a_worker_that_died_idle_is_replaced_and_blames_no_group():
+def test_a_worker_that_died_idle_is_replaced_and_no_group_fails():
     with pool_of("by_completion", workers=1) as pool:
         pool.grade(groups_of(GOOD))
-        [keeper] = children()
-        [worker] = map(int, Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split())
+        [watchdog] = children()
+        [worker] = map(int, Path(f"/proc/{watchdog}/task/{watchdog}/children").read_text().split())
         os.kill(worker, signal.SIGKILL)
-        wait_until(lambda: is_gone(keeper))
+        wait_until(lambda: is_gone(watchdog))
         graded = pool.grade(groups_of(GOOD))
     np.testing.assert_array_equal(graded.failure, [0])
     np.testing.assert_array_equal(graded.reward, [[0.5, 2]])
 
 
-def test_workers_are_light_and_ready_for_signals():
+def test_workers_import_little_and_handle_signals():
     with pool_of("surroundings", workers=1) as pool:
         np.testing.assert_array_equal(pool.grade(groups_of([""])).reward, [[1]])
 
@@ -211,9 +213,9 @@ def test_the_first_five_failures_of_each_kind_are_logged(caplog):
     ]
 
 
-def test_wrong_use_says_so():
+def test_wrong_use_raises():
     with pytest.raises(UserError, match="Perhaps"):
-        GraderPool(one("exact_mtch"))
+        GraderPool(single("exact_mtch"))
     pool = pool_of("by_completion", workers=1)
     assert pool.grade([]).reward.shape == (0, 0)
     with pytest.raises(ValueError, match=r"got sizes \[1, 2\]"):
@@ -224,7 +226,7 @@ def test_wrong_use_says_so():
         pool.grade(groups_of(GOOD))
 
 
-def test_a_pool_that_is_closed_while_it_grades_leaves_nothing():
+def test_a_pool_that_is_closed_while_it_grades_leaves_no_process():
     pool = pool_of("by_completion", workers=2)
     pool.grade(groups_of(GOOD, GOOD))
     job = pool.submit(groups_of(["spin"], ["sleep"], ["1"]))
@@ -234,7 +236,7 @@ def test_a_pool_that_is_closed_while_it_grades_leaves_nothing():
     wait_until(lambda: children() == [])
 
 
-def test_a_machine_without_a_further_process_says_so_and_loses_nothing(monkeypatch):
+def test_a_process_that_cannot_start_is_an_error_and_leaks_no_descriptors(monkeypatch):
     def no_more(*_, **__):
         raise OSError(11, "Resource temporarily unavailable")
 
@@ -245,13 +247,13 @@ def test_a_machine_without_a_further_process_says_so_and_loses_nothing(monkeypat
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_a_grader_that_only_the_parent_can_import_ends_the_run(tmp_path, monkeypatch):
+def test_a_grader_that_workers_cannot_import_raises(tmp_path, monkeypatch):
     module = tmp_path / "short_lived.py"
     module.write_text("def f(sample): return 1")
     monkeypatch.syspath_prepend(tmp_path)
     __import__("short_lived")
     module.write_text("raise OSError('license server down')")
-    with GraderPool(one("short_lived:f", workers=1)) as pool:
+    with GraderPool(single("short_lived:f", workers=1)) as pool:
         with pytest.raises(UserError, match=r"could not start.*license server down"):
             pool.grade(groups_of(GOOD))
     assert children() == []
@@ -284,7 +286,7 @@ sys.path.insert(0, {str(HERE)!r})
 from jaxrl_llm.environments.config import GraderConfig, RewardConfig
 from jaxrl_llm.environments.grader import Sample
 from jaxrl_llm.environments.grader_pool import GraderPool
-GraderPool(RewardConfig((GraderConfig("bad_graders:say_pid_and_spin"),), 1, 600.0)).grade([[Sample({str(file)!r}, "", "", "eos")]])
+GraderPool(RewardConfig((GraderConfig("bad_graders:write_pid"),), 1, 600.0)).grade([[Sample({str(file)!r}, "", "", "eos")]])
 """
     env = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
     with subprocess.Popen([sys.executable, "-c", code], env=env) as parent:

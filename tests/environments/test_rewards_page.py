@@ -1,4 +1,4 @@
-"""docs/rewards.md says what the code does: its example runs, its configs are valid, its tables are complete."""
+"""docs/rewards.md agrees with the code: its example runs, its configs are valid, its tables are complete."""
 
 import dataclasses
 import re
@@ -30,12 +30,12 @@ def test_the_example_is_short_and_runs(tmp_path, monkeypatch):
     assert len(example.splitlines()) <= 12
     (tmp_path / "my_graders.py").write_text(example)
     monkeypatch.chdir(tmp_path)
-    # The working directory is added to it.
+    # The pool adds the working directory to it.
     monkeypatch.setattr(sys, "path", [*sys.path])
     config = dataclasses.replace(configs()[-1], workers=1)
-    said = ["42", "It is 42.", "It is 41.", ""]
+    completions = ["42", "It is 42.", "It is 41.", ""]
     with GraderPool(config) as pool:
-        graded = pool.grade([[Sample("6 * 7?", text, "42", "eos") for text in said]])
+        graded = pool.grade([[Sample("6 * 7?", text, "42", "eos") for text in completions]])
     assert graded.reward.tolist() == [[1.5, 1.0, 0.0, 0.0]]
 
 
@@ -50,13 +50,13 @@ def test_the_configs_are_valid():
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_every_grader_and_every_option_stands_in_the_tables(name):
+def test_every_grader_and_every_option_is_in_the_tables(name):
     assert f"| `{name}` |" in PAGE
     tables = "".join(line for line in PAGE.splitlines() if line.startswith("|"))
     assert {field.name for field in dataclasses.fields(resolve(name))} <= set(re.findall(r"`(\w+)`", tables))
 
 
-def test_every_field_and_every_failure_stands_in_the_tables():
+def test_every_field_and_every_failure_is_in_the_tables():
     for field in [*dataclasses.fields(GraderConfig), *dataclasses.fields(RewardConfig)[1:]]:
         assert f"| `{field.name}` |" in PAGE
     for name in Sample._fields:

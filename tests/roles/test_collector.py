@@ -82,7 +82,7 @@ class Pool:
         parts[:, lost] = np.nan
         return Graded(
             reward=(parts[0] + 10 * parts[1]).astype(np.float32),
-            parts=parts,
+            components=parts,
             failure=np.where(lost, Failure.TIMED_OUT, Failure.NONE).astype(np.int32),
             failed_by=np.where(lost, 1, -1).astype(np.int32),
             votes=[

@@ -1,4 +1,4 @@
-r"""The grader of mathematics: the last \boxed{} against the answer, equal where they are worth the same."""
+r"""Grader of mathematics: compares the value of the last \boxed{} with the row's answer."""
 
 import functools
 import re
@@ -6,61 +6,61 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxrl_llm.environments.grader import Sample
-from jaxrl_llm.environments.graders.answer_key import Reading, agree, readings
-from jaxrl_llm.environments.graders.scanner import Unreadable
+from jaxrl_llm.environments.graders.formula.equivalence import Interpretation, agree, interpretations
+from jaxrl_llm.environments.graders.formula.scanner import Unreadable
 from jaxrl_llm.environments.graders.text import FinalText
 
-# Braces open a box; without them it holds the digits, the letter or the command behind it.
+# A box without braces holds the digits, the letter or the command behind it.
 _BOX = re.compile(r"\\(?:boxed|fbox)(?:\s?(\{)|\s?([0-9]+|(?<=\s)[A-Za-z]|\\[A-Za-z]+))")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Math(FinalText):
-    r"""1 if what stands in the last \boxed{} equals the row's answer, else 0: numbers, expressions, sets, intervals, matrices.
+    r"""1 if the content of the last \boxed{} equals the row's answer, else 0: numbers, expressions, sets, intervals, matrices.
 
-    The row's answer may hold a \boxed{} itself, as worked solutions do; else all of it counts. Equal is what has the same value,
-    whatever its form (docs/rewards.md); letters are no units. A last \boxed{ that is never closed is no answer, nor is one of
-    more than 1,000 characters. A row's answer that cannot be read is refused before the run starts.
+    The row's answer may contain a \boxed{} itself, as worked solutions do; else all of it counts. Answers are equal if they have
+    the same value, whatever their form (docs/rewards.md); single letters are variables, not units. A last \boxed{ that is never
+    closed, or has more than 1,000 characters, is no answer. Rows whose answer cannot be read are refused before the run starts.
     """
 
     needs: ClassVar[str] = "mpmath"
 
     def start(self) -> None:
-        # Imports mpmath and builds its tables.
-        readings(r"\sqrt{2}")
+        # Import mpmath and build its tables.
+        interpretations(r"\sqrt{2}")
 
     def __call__(self, sample: Sample) -> float:
         if why := self.problem(sample):
             raise ValueError(why)
-        got = _read_or_none(self._found(sample))
-        return float(got is not None and agree(_wanted(sample.answer), got))
+        got = _interpret_or_none(self._boxed(sample))
+        return float(got is not None and agree(_reference(sample.answer), got))
 
     def extract(self, sample: Sample) -> str:
-        """A right answer votes as the row's answer does, whatever its form; a wrong one votes for itself."""
-        text = self._found(sample)
-        got = _read_or_none(text)
+        """Return the vote: that of the row's answer if the answer is right, whatever its form, else its own."""
+        text = self._boxed(sample)
+        got = _interpret_or_none(text)
         if got is None:
-            # No formula, so never the row's answer.
+            # Not a formula, so never the vote of a row's answer.
             return f"? {' '.join(text.split())}" if text.strip() else ""
-        if sample.answer and not self.problem(sample) and agree(wanted := _wanted(sample.answer), got):
-            return wanted[0].as_wanted
-        return got[0].as_own
+        if sample.answer and not self.problem(sample) and agree(reference := _reference(sample.answer), got):
+            return reference[0].vote_if_right
+        return got[0].vote_if_wrong
 
     def problem(self, row: Sample) -> str:
-        """What is wrong with the row's answer; nothing if it can be graded."""
+        """Return why the row's answer cannot be graded; "" if it can."""
         try:
-            _wanted(row.answer)
+            _reference(row.answer)
         except Unreadable as error:
             return f"the row's answer: got {row.answer[:200]!r}, want mathematics: {error}"
         return ""
 
-    def _found(self, sample: Sample) -> str:
+    def _boxed(self, sample: Sample) -> str:
         return last_boxed(self.final_text(sample))
 
 
 def last_boxed(text: str) -> str:
-    r"""What stands inside the last \boxed{}, braces matched; empty if there is none or it is never closed. Linear in time."""
+    r"""Return the content of the last \boxed{}, with braces matched; "" if there is none or it is never closed. Linear time."""
     start = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
     box = _BOX.match(text, start) if start >= 0 else None
     if box is None:
@@ -75,15 +75,15 @@ def last_boxed(text: str) -> str:
     return ""
 
 
-# The row's answer is read once for all samples of its group, a response's for its grade and for its vote.
+# The row's answer is read once per group, a response's answer once for both grade and vote.
 @functools.lru_cache(maxsize=256)
-def _wanted(answer: str) -> tuple[Reading, ...]:
-    return readings(last_boxed(answer) if _BOX.search(answer) else answer)
+def _reference(answer: str) -> tuple[Interpretation, ...]:
+    return interpretations(last_boxed(answer) if _BOX.search(answer) else answer)
 
 
 @functools.lru_cache(maxsize=256)
-def _read_or_none(text: str) -> tuple[Reading, ...] | None:
+def _interpret_or_none(text: str) -> tuple[Interpretation, ...] | None:
     try:
-        return readings(text)
+        return interpretations(text)
     except Unreadable:
         return None

@@ -1,4 +1,4 @@
-"""Text in one alphabet: digits, signs, commas and spaces of any language as ASCII, thousands without their separators."""
+"""Text normalization: digits, signs, commas and spaces of all scripts to ASCII, and no thousands separators."""
 
 import functools
 import re
@@ -6,15 +6,15 @@ import unicodedata
 from fractions import Fraction
 
 LETTER = r"A-Za-z0-9_\u00aa-\u052f"
-"""For a class of a regular expression: a letter of an alphabet with spaces between words. Chinese has none before a number."""
+"""Letters for a regular expression's class, of scripts with spaces between words. Chinese has none before a number."""
 
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋", "0123456789+-")
 _FRACTION = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+")
 _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋]+")
-_OTHER = re.compile(r"[^\x00-\x7f]")
-_SPELLED = {
+_NON_ASCII = re.compile(r"[^\x00-\x7f]")
+_ASCII_FORMS = {
     **dict.fromkeys("\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d", "-"),
     **dict.fromkeys("\u2019\u02bc\u2032\uff07", "'"),
     **dict.fromkeys("\u3001\u060c\ufe50\uff64\u066c", ","),
@@ -49,50 +49,50 @@ SCALES = {
     **{"lakh": 10**5, "crore": 10**7, "\u4e07": 10**4, "\u842c": 10**4, "\ub9cc": 10**4},
     **dict.fromkeys("\u4ebf\u5104\uc5b5", 10**8),
 }
-"""Words that multiply the number before them."""
+"""Factor per word that multiplies the number before it."""
 
 _SPACE = r"[ \u00a0\u2007\u2009\u202f]"
 _SEPARATOR = rf"(?:,?\\[,!] ?|\{{,\}}|\\ |~|[_']|{_SPACE})"
-# The first group has 1 to 3 digits and no 0 in front, each further one exactly 3.
+# The first group has 1 to 3 digits and no leading 0, each further one exactly 3.
 _GROUPED = re.compile(
     rf"(?<![0-9.,_])(?<![0-9]['~])[1-9][0-9]{{0,2}}{_SEPARATOR}[0-9]{{3}}(?:{_SEPARATOR}[0-9]{{3}})*(?![0-9/])"
 )
 _SEPARATORS = re.compile(_SEPARATOR)
 
 
-def plain(text: str) -> str:
-    """In ASCII as far as it has a meaning for numbers; other letters stay. Separators of thousands, but for the comma, are gone."""
+def to_ascii(text: str) -> str:
+    """Convert characters with a meaning for numbers to ASCII, keep other letters, and remove thousands separators but commas."""
     if not text.isascii():
-        text = _FRACTION.sub(lambda found: f" {_vulgar(found[0])} ", text)
+        text = _FRACTION.sub(lambda found: f" {_vulgar_fraction(found[0])} ", text)
         text = _RAISED.sub(lambda found: f"^{{{found[0].translate(_SUPERSCRIPTS)}}}", text)
         text = _LOWERED.sub(lambda found: f"_{{{found[0].translate(_SUBSCRIPTS)}}}", text)
-        text = _OTHER.sub(lambda found: _character(found[0]), text)
+        text = _NON_ASCII.sub(lambda found: _ascii_form(found[0]), text)
     return _GROUPED.sub(lambda found: _SEPARATORS.sub("", found[0]), text)
 
 
 @functools.cache
-def _character(character: str) -> str:
-    if character in _SPELLED:
-        return _SPELLED[character]
+def _ascii_form(character: str) -> str:
+    if character in _ASCII_FORMS:
+        return _ASCII_FORMS[character]
     digit = unicodedata.decimal(character, None)
     if digit is not None:
         return str(digit)
     name = unicodedata.name(character, "").split()
     if name[:1] == ["GREEK"] and name[2:3] == ["LETTER"] and len(name) == 4:
         return f"\\{name[3].lower() if name[1] == 'SMALL' else name[3].capitalize()} ".replace("lamda", "lambda")
-    # Full-width letters and signs; a space stays what it is, since it may separate thousands.
+    # Full-width letters and signs. A space is kept, because it may separate thousands.
     same = unicodedata.normalize("NFKC", character)
     return same if same.isascii() and not same.isspace() else character
 
 
 @functools.cache
-def _vulgar(character: str) -> str:
-    """ "1/2" for the one character that shows it."""
+def _vulgar_fraction(character: str) -> str:
+    """Return a fraction character as text, such as "1/2"."""
     return unicodedata.normalize("NFKC", character).replace("\u2044", "/")
 
 
 def in_base(digits: str, base: int) -> Fraction | None:
-    """None where the base has no such digits."""
+    """Return the value of `digits` in a base; None if the base has no such digits."""
     try:
         return Fraction(int(digits, base)) if 2 <= base <= 36 else None
     except ValueError:

@@ -1,4 +1,4 @@
-"""The grader of reasoning-gym's tasks: the data set's own scorer."""
+"""Grader of reasoning-gym tasks: the scorer of the data set."""
 
 import functools
 import json
@@ -8,36 +8,36 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from jaxrl_llm.environments.grader import Sample
-from jaxrl_llm.environments.graders.text import FinalText, compiled
+from jaxrl_llm.environments.graders.text import FinalText, compile_pattern
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReasoningGym(FinalText):
-    """What reasoning-gym's `score_answer(answer, entry)` gives, 0 to 1: many data sets pay something for a near miss.
+    """Score of reasoning-gym's `score_answer(answer, entry)`, 0 to 1: many data sets give partial credit for a near miss.
 
-    The row's columns are the entry (question, answer, metadata). "reasoning_gym" names the data set, "reasoning_gym_config"
-    holds its settings, which some scorers read. The answer is the final text without spaces around it, or what `pattern` finds
-    last. No answer earns 0.
+    The row's columns are the entry (question, answer, metadata). "reasoning_gym" names the data set, "reasoning_gym_config" holds
+    its settings, which some scorers read. The answer is the final text without surrounding spaces, or the last match of
+    `pattern`. No answer earns 0.
     """
 
     needs: ClassVar[str] = "reasoning_gym"
 
     pattern: str = ""
-    """A regular expression with one group at most, which finds the answer in the final text: "<answer>(.*?)</answer>"."""
+    """Regular expression with at most one group that matches the answer in the final text: "<answer>(.*?)</answer>"."""
     dataset: str = ""
-    """The data set's name where the column "reasoning_gym" lacks."""
+    """Name of the data set; empty: the column "reasoning_gym"."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Its settings where the column "reasoning_gym_config" lacks."""
+    """Settings of the data set; empty: the column "reasoning_gym_config"."""
 
     def __post_init__(self) -> None:
-        if self.pattern and (groups := compiled(self.pattern).groups) > 1:
-            raise ValueError(f"pattern: got {groups} groups, want one at most; (?:...) groups without counting")
+        if self.pattern and (groups := compile_pattern(self.pattern).groups) > 1:
+            raise ValueError(f"pattern: got {groups} groups, want at most one; (?:...) groups without capturing")
 
     def start(self) -> None:
         import reasoning_gym  # noqa: F401
 
     def problem(self, row: Sample) -> str:
-        """What a row lacks; nothing if it can be graded."""
+        """Return why a row cannot be graded; "" if it can."""
         if not self._name(row):
             return 'the row has no column "reasoning_gym", and the option dataset is empty'
         if missing := [key for key in ("question", "answer", "metadata") if key not in row.columns]:
@@ -64,7 +64,7 @@ class ReasoningGym(FinalText):
 
 
 def _entry(columns: Mapping[str, object]) -> dict[str, object]:
-    """The row as reasoning-gym made it: a Parquet file may hold the metadata as JSON."""
+    """Return the row as reasoning-gym made it: in a Parquet file its metadata may be JSON."""
     metadata = columns["metadata"]
     return dict(columns) | {"metadata": json.loads(metadata) if isinstance(metadata, str) else metadata}
 

@@ -1,6 +1,6 @@
-"""Graders of the text itself: equality, a pattern's answer, the form, the length.
+"""Graders of text: exact match, regular expressions, format, length.
 
-Each is a frozen dataclass: its fields are the options, a call is the grade.
+Each is a frozen dataclass: its fields are the options, and a call returns the reward.
 """
 
 import re
@@ -14,14 +14,13 @@ from jaxrl_llm.environments.grader import Sample
 
 @dataclass(frozen=True, kw_only=True)
 class ExactMatch:
-    """1 if the whole response is the answer, character for character, else 0.
+    """1 if the whole response equals the answer, character for character, else 0.
 
-    A right answer that was cut off, continued or padded earns nothing: a policy cannot gain by never ending, nor by saying many
-    things.
+    A right answer that is cut off, continued or padded earns 0, so a policy gains nothing by never ending or by listing answers.
     """
 
     finished: bool = True
-    """A response that was cut off earns 0, whatever it says: nobody knows how it would have gone on."""
+    """A response that was cut off earns 0 in any case, because its continuation is unknown."""
 
     def __call__(self, sample: Sample) -> float:
         cut_off = self.finished and sample.finish == "length"
@@ -30,17 +29,17 @@ class ExactMatch:
 
 @dataclass(frozen=True, kw_only=True)
 class FinalText:
-    """The part of a response in which its final answer is looked for: the options of every grader that extracts."""
+    """Options that select the part of a response that holds its final answer, for all graders that extract one."""
 
     after: str = ""
-    """Only what follows the last occurrence of this counts, for example "Answer:"; without it there is no answer."""
+    """Only the text after the last occurrence of this counts, for example "Answer:"; a response without it has no answer."""
     finished: bool = True
-    """A response that was cut off has no final answer: its last number may be half of one."""
+    """A response that was cut off has no final answer, because its last number may be incomplete."""
 
     def final_text(self, sample: Sample) -> str:
-        """What follows the reasoning and `after`; empty if there is nothing, or the response was cut off.
+        """Return the text after the reasoning and `after`; "" if there is none, or the response was cut off.
 
-        Reasoning ends with the last "</think>"; "<think>" without an end is reasoning only.
+        Reasoning ends with the last "</think>"; after a "<think>" that is not closed there is no final text.
         """
         if self.finished and sample.finish == "length":
             return ""
@@ -52,20 +51,20 @@ class FinalText:
 
 @dataclass(frozen=True, kw_only=True)
 class Regex(FinalText):
-    """1 if what the pattern finds in the final text is the answer, else 0. Spaces around both do not count.
+    """1 if the match of the pattern in the final text equals the answer, else 0. Spaces around both are ignored.
 
-    What it finds is its group, or the whole match where it has none. A pattern that backtracks for ever is stopped by the
-    deadline, at the price of its group.
+    The group of the pattern counts, or the whole match if it has none. A pattern that backtracks endlessly fails its group at the
+    deadline.
     """
 
     pattern: Annotated[str, MinLen(1)]
-    """Python's syntax, with one group at most; (?i) at its start ignores case, (?s) lets the dot match line ends."""
+    """In Python's syntax, with at most one group; (?i) at its start ignores case, (?s) lets the dot match line ends."""
     where: Literal["last", "first"] = "last"
     """Which match counts."""
 
     def __post_init__(self) -> None:
-        if (groups := compiled(self.pattern).groups) > 1:
-            raise ValueError(f"pattern: got {groups} groups, want one at most; (?:...) groups without counting")
+        if (groups := compile_pattern(self.pattern).groups) > 1:
+            raise ValueError(f"pattern: got {groups} groups, want at most one; (?:...) groups without capturing")
 
     def __call__(self, sample: Sample) -> float:
         found = self._find(sample)
@@ -85,13 +84,13 @@ class Regex(FinalText):
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """1 if the whole response has the form of the pattern, else 0. The answer plays no part."""
+    """1 if the whole response matches the pattern, else 0. The answer is not used."""
 
     pattern: Annotated[str, MinLen(1)]
-    """Python's syntax; the dot matches line ends too."""
+    """In Python's syntax; the dot also matches line ends."""
 
     def __post_init__(self) -> None:
-        compiled(self.pattern)
+        compile_pattern(self.pattern)
 
     def __call__(self, sample: Sample) -> float:
         return float(re.fullmatch(self.pattern, sample.completion, re.DOTALL) is not None)
@@ -99,9 +98,9 @@ class Format:
 
 @dataclass(frozen=True, kw_only=True)
 class Length:
-    """How long the response is, as a penalty from 0 down to -1. n is its length, in `unit`.
+    """Length penalty from 0 down to -1. n is the length of the response, in `unit`.
 
-    With a limit, the soft punishment of overlong responses in DAPO (Yu et al. 2025, arXiv 2503.14476, eq. 13):
+    With a limit, the soft overlong punishment of DAPO (Yu et al. 2025, arXiv 2503.14476, eq. 13):
     0 while n <= limit - soft, then (limit - soft - n) / soft, and -1 where n > limit; soft = 0 leaves only that step.
     With a target: -|n - target| / target, at least -1.
     """
@@ -109,16 +108,16 @@ class Length:
     limit: Annotated[int, Ge(1)] | None = None
     """L_max in eq. 13."""
     soft: Annotated[int, Ge(0)] = 0
-    """L_cache in eq. 13: over so many last units the penalty grows."""
+    """L_cache in eq. 13: number of units below the limit over which the penalty grows."""
     target: Annotated[int, Ge(1)] | None = None
-    """The length that costs nothing. Either this or `limit`."""
+    """Length without penalty. Either this or `limit`."""
     unit: Literal["tokens", "words", "characters"] = "tokens"
 
     def __post_init__(self) -> None:
         if (self.limit is None) == (self.target is None):
             raise ValueError(f"got limit {self.limit} and target {self.target}, want exactly one of them")
         if self.soft > (self.limit or 0):
-            raise ValueError(f"soft: got {self.soft}, want {self.limit or 0} (the limit) at most")
+            raise ValueError(f"soft: got {self.soft}, want at most {self.limit or 0} (the limit)")
 
     def __call__(self, sample: Sample) -> float:
         n = self._length(sample)
@@ -135,12 +134,12 @@ class Length:
         if self.unit == "characters":
             return len(sample.completion)
         if sample.num_tokens is None:
-            raise ValueError("length: the sample says nothing of its number of tokens; count words or characters")
+            raise ValueError("length: got a sample without its number of tokens; set unit to words or characters")
         return sample.num_tokens
 
 
-def compiled(pattern: str) -> re.Pattern:
+def compile_pattern(pattern: str) -> re.Pattern:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"pattern: {pattern!r} is no regular expression: {error}") from None
+        raise ValueError(f"pattern: got {pattern!r}, want a regular expression: {error}") from None

@@ -1,4 +1,4 @@
-r"""The truth table of \boxed{} mathematics."""
+r"""Truth table of the grader of \boxed{} mathematics."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from jaxrl_llm.environments.grader import Sample
 from jaxrl_llm.environments.grader_pool import GraderPool
 from jaxrl_llm.environments.graders.mathematics import Math, last_boxed
 
-# Of the extra "tasks".
+# From the extra "tasks".
 pytest.importorskip("mpmath")
 
 
@@ -102,7 +102,7 @@ def test_equality(boxed, answer, want):
         ("", "5", "eos", 0.0),
     ],
 )
-def test_where_the_answer_stands(completion, answer, finish, want):
+def test_which_box_counts(completion, answer, finish, want):
     assert MATH(sample(completion, answer, finish)) == want
 
 
@@ -113,17 +113,17 @@ def test_an_answer_that_cannot_be_read_cannot_be_graded(answer):
 
 
 def test_equal_answers_are_one_vote():
-    said = [r"\frac{1}{2}", "0.5", "1/2", r"\dfrac{1}{2}"]
-    assert {MATH.extract(sample(rf"\boxed{{{text}}}", "")) for text in said} == {"1/2"}
+    answers = [r"\frac{1}{2}", "0.5", "1/2", r"\dfrac{1}{2}"]
+    assert {MATH.extract(sample(rf"\boxed{{{text}}}", "")) for text in answers} == {"1/2"}
     assert MATH.extract(sample("1/2", "")) == ""
 
 
 @pytest.mark.parametrize("unit", [r"\boxed{", r"\boxed", "{", "}", "\\", r"\boxed{{", r"\boxed{}"])
-def test_a_hundred_thousand_characters_of_malice_are_read_in_one_pass(unit):
+def test_a_hundred_thousand_adversarial_characters_are_read_in_one_pass(unit):
     assert MATH(sample(unit * (100_000 // len(unit)), "5")) == 0.0
 
 
-def test_in_a_worker_what_is_too_large_is_wrong_and_votes_for_itself():
+def test_a_number_that_is_too_large_is_wrong_in_a_worker_and_votes_as_text():
     config = RewardConfig((GraderConfig("math"),), workers=1, deadline_s=120.0)
     with GraderPool(config) as pool:
         graded = pool.grade([[sample(r"\boxed{\frac{10}{2}}", "5"), sample(r"\boxed{9^{9^{9^{9}}}}", "5")]])
@@ -131,6 +131,6 @@ def test_in_a_worker_what_is_too_large_is_wrong_and_votes_for_itself():
     assert (graded.reward.tolist(), graded.failure.tolist(), graded.votes) == ([[1, 0]], [0], votes)
 
 
-def test_half_a_surrogate_pair_in_the_name_of_a_letter_is_a_wrong_answer():
-    said = sample("\\boxed{\\overline{A\ud800}}", "5")
-    assert MATH(said) == 0.0 and MATH.extract(said).startswith("formula(")
+def test_a_lone_surrogate_in_a_variable_name_is_a_wrong_answer():
+    wrong = sample("\\boxed{\\overline{A\ud800}}", "5")
+    assert MATH(wrong) == 0.0 and MATH.extract(wrong).startswith("formula(")

@@ -1,9 +1,9 @@
-"""Truth tables of the graders of numbers: the answers that people really get wrong."""
+"""Truth tables of the graders of numbers."""
 
 import pytest
 
 from jaxrl_llm.environments.grader import Sample
-from jaxrl_llm.environments.graders.numeric import Gsm8k, Numeric, numbers, spelled
+from jaxrl_llm.environments.graders.numeric import Gsm8k, Numeric, canonical_text, numbers
 
 
 def sample(completion, answer, finish="eos"):
@@ -54,8 +54,8 @@ def sample(completion, answer, finish="eos"):
         ("\u00bd", "1/2"),
     ],
 )
-def test_a_number_as_people_write_it(text, want):
-    assert [spelled(number) for number in numbers(text)] == [want]
+def test_notations_of_one_number(text, want):
+    assert [canonical_text(number) for number in numbers(text)] == [want]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_number_as_people_write_it(text, want):
     ],
     ids=lambda text: text[:12],
 )
-def test_what_only_looks_like_a_number_is_none_and_never_its_last_digits(text):
+def test_text_that_only_looks_like_a_number_is_invalid(text):
     assert list(numbers(text)) == [None]
 
 
@@ -103,7 +103,7 @@ def test_no_number(text):
     ],
 )
 def test_several_numbers(text, want):
-    assert " ".join(spelled(number) for number in numbers(text)) == want
+    assert " ".join(canonical_text(number) for number in numbers(text)) == want
 
 
 @pytest.mark.parametrize(
@@ -175,10 +175,10 @@ def test_options(options, completion, answer, want):
     assert Numeric(**options)(sample(completion, answer)) == want
 
 
-def test_a_number_that_was_cut_off_is_no_answer_unless_one_says_so():
+def test_a_number_that_was_cut_off_counts_only_with_finished_false():
     assert Numeric()(sample("The answer is 42", "42", "length")) == 0.0
     assert Numeric(finished=False)(sample("The answer is 42", "42", "length")) == 1.0
-    assert Numeric()(sample("The answer is 42", "42", "control")) == 1.0
+    assert Numeric()(sample("The answer is 42", "42", "stop")) == 1.0
 
 
 @pytest.mark.parametrize("answer", ["", "none", "3 or 4", "3,14", "nan"])
@@ -224,9 +224,9 @@ def test_gsm8k_of_a_solution_without_its_end():
 
 
 def test_equal_answers_are_one_vote():
-    said = ["1,234", "$1234.00", "1.234e3", "2468/2", "1234"]
-    assert {Numeric().extract(sample(text, "")) for text in said} == {"1234"}
-    assert {Gsm8k().extract(sample(f"#### {text}", "")) for text in said} == {"1234"}
+    answers = ["1,234", "$1234.00", "1.234e3", "2468/2", "1234"]
+    assert {Numeric().extract(sample(text, "")) for text in answers} == {"1234"}
+    assert {Gsm8k().extract(sample(f"#### {text}", "")) for text in answers} == {"1234"}
     assert Numeric().extract(sample("none", "")) == Numeric().extract(sample("3,14", "")) == ""
 
 
@@ -253,8 +253,8 @@ ADVERSARIES = [
 
 
 @pytest.mark.parametrize("unit", [*ADVERSARIES, "1 / ", "$ ", "{,}1", "#### ", "</think>", "<think>"])
-def test_a_hundred_thousand_characters_of_malice_are_read_in_one_pass(unit):
-    """A regular expression that backtracks would need hours for some of these; there is nothing to time."""
+def test_a_hundred_thousand_adversarial_characters_are_read_in_one_pass(unit):
+    """A regular expression that backtracks would need hours for some of these, so no time is asserted."""
     text = unit * (100_000 // len(unit))
     for grader in Numeric(), Gsm8k():
         assert grader(sample(text, "42")) == 0.0

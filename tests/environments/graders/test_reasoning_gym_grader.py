@@ -1,12 +1,12 @@
-"""reasoning-gym's own scorers, from rows as its tasks make them."""
+"""Rewards of reasoning-gym's scorers, on rows as its tasks make them."""
 
 import json
 
 import pytest
 
-from jaxrl_llm.environments.grader import Sample, make
+from jaxrl_llm.environments.grader import Sample, make_grader
 
-# Of the extra "tasks".
+# From the extra "tasks".
 reasoning_gym = pytest.importorskip("reasoning_gym")
 
 
@@ -16,19 +16,19 @@ def entry():
 
 
 def score(completion, entry, finish="eos", **options):
-    return make("reasoning_gym", options)(Sample(entry["question"], completion, entry["answer"], finish, entry))
+    return make_grader("reasoning_gym", options)(Sample(entry["question"], completion, entry["answer"], finish, entry))
 
 
-def test_the_oracle_earns_all_and_others_what_the_data_set_gives(entry):
+def test_the_right_answer_earns_1_and_others_partial_credit(entry):
     right = entry["answer"]
     assert score(right, entry) == score(f" {right}\n", entry) == score(f"<think>{right}0</think>{right}", entry) == 1.0
     assert score(str(int(right) + 1), entry) < 0.1
-    # `score_answer` pays len(oracle) / len(answer) for an answer that holds the oracle.
+    # `score_answer` gives len(oracle) / len(answer) for an answer that contains the oracle.
     assert score(f"It is {right}", entry) == pytest.approx(len(right) / (6 + len(right)))
     assert score("", entry) == score(" ", entry) == score(right, entry, finish="length") == 0.0
 
 
-def test_a_pattern_finds_the_answer(entry):
+def test_a_pattern_selects_the_answer(entry):
     right, pattern = entry["answer"], "<answer>(.*?)</answer>"
     assert score(f"So: <answer> {right} </answer>.", entry, pattern=pattern) == 1.0
     assert score(f"<answer>{right}</answer><answer>x</answer>", entry, pattern=pattern) < 0.1
@@ -46,7 +46,7 @@ def test_a_scorer_reads_metadata_and_settings():
     assert score(near, row | {"reasoning_gym_config": places}) == 1.0 and score(near, row) < 0.1
 
 
-def test_a_row_of_another_kind_cannot_be_graded(entry):
+def test_a_row_of_another_data_set_cannot_be_graded(entry):
     with pytest.raises(ValueError, match='no column "reasoning_gym"'):
         score("1", {key: entry[key] for key in entry if key != "reasoning_gym"})
     with pytest.raises(ValueError, match="has no metadata"):

@@ -16,7 +16,7 @@ def sample(completion, answer="", finish="eos", **more):
         ("12#", "eos", 1.0),
         ("12", "length", 0.0),
         ("12#", "length", 0.0),
-        ("12#", "control", 1.0),
+        ("12#", "stop", 1.0),
         ("012#", "eos", 0.0),
         ("12##", "eos", 0.0),
         ("13#", "eos", 0.0),
@@ -29,7 +29,7 @@ def test_exact_match_reads_the_whole_response(completion, finish, want):
     assert ExactMatch()(sample(completion, "12#", finish)) == want
 
 
-def test_exact_match_of_a_response_that_was_cut_off_is_a_choice():
+def test_exact_match_of_a_response_that_was_cut_off_is_an_option():
     assert ExactMatch(finished=False)(sample("12", "12", "length")) == 1.0
     assert ExactMatch()(sample("12", "12", "length")) == 0.0
 
@@ -43,15 +43,15 @@ def test_exact_match_of_a_response_that_was_cut_off_is_a_choice():
         ({}, "<think>1 or 2?</think>3", "eos", "3"),
         ({}, "1 or 2?</think>3", "eos", "3"),  # the chat template had opened the reasoning
         ({}, "<think>a</think>b<think>c</think>d", "eos", "d"),
-        ({}, "<think>for ever", "eos", ""),
-        ({}, "<think>a</think>b<think>for ever", "eos", ""),
+        ({}, "<think>forever", "eos", ""),
+        ({}, "<think>a</think>b<think>forever", "eos", ""),
         ({"after": "Answer:"}, "Answer: 1. No. Answer: 2", "eos", " 2"),
         ({"after": "Answer:"}, "it is 2", "eos", ""),
         ({"after": "Answer:"}, "<think>Answer: 1</think>2", "eos", ""),
         ({"after": "Answer:"}, "2 Answer:", "eos", ""),
     ],
 )
-def test_where_the_final_answer_is_looked_for(options, completion, finish, want):
+def test_final_text(options, completion, finish, want):
     assert FinalText(**options).final_text(sample(completion, finish=finish)) == want
 
 
@@ -90,13 +90,13 @@ def test_regex(options, completion, answer, found, want):
         ("", 0.0),
     ],
 )
-def test_format_is_of_the_whole_response(completion, want):
+def test_format_matches_the_whole_response(completion, want):
     assert Format(pattern=r"<think>.*</think><answer>.*</answer>")(sample(completion)) == want
 
 
 @pytest.mark.parametrize(
     ("n", "want"),
-    # L_max 20, L_cache 8: nothing up to 12, then one eighth a token, and -1 from 20 on.
+    # L_max 20, L_cache 8: 0 up to 12, then -1/8 per token, and -1 from 20 on.
     [(0, 0.0), (12, 0.0), (13, -0.125), (16, -0.5), (19, -0.875), (20, -1.0), (21, -1.0), (1000, -1.0)],
 )
 def test_length_is_equation_13_of_dapo(n, want):
@@ -113,8 +113,8 @@ def test_length_with_a_target(n, want):
     assert Length(target=10)(sample("", num_tokens=n)) == pytest.approx(want, abs=1e-12)
 
 
-def test_length_counts_words_or_characters_or_asks_for_the_tokens():
+def test_length_counts_words_or_characters_and_needs_the_number_of_tokens():
     assert Length(limit=2, unit="words")(sample("a bb\nccc")) == -1.0
     assert Length(limit=8, unit="characters")(sample("a bb\nccc")) == 0.0
-    with pytest.raises(ValueError, match="nothing of its number of tokens"):
+    with pytest.raises(ValueError, match="got a sample without its number of tokens"):
         Length(limit=2)(sample("a"))

@@ -1,9 +1,9 @@
-"""The truth table of multiple choice."""
+"""Truth table of the multiple-choice grader."""
 
 import pytest
 
 from jaxrl_llm.environments.grader import Sample
-from jaxrl_llm.environments.graders.choice import MultipleChoice
+from jaxrl_llm.environments.graders.multiple_choice import MultipleChoice
 
 
 def read(text, finish="eos"):
@@ -100,8 +100,8 @@ def test_no_letter(text):
 
 
 def test_one_right_letter_in_four():
-    said = {letter: MultipleChoice()(Sample("", f"The answer is {letter}.", "B) Paris", "eos")) for letter in "ABCD"}
-    assert said == {"A": 0.0, "B": 1.0, "C": 0.0, "D": 0.0}
+    rewards = {letter: MultipleChoice()(Sample("", f"The answer is {letter}.", "B) Paris", "eos")) for letter in "ABCD"}
+    assert rewards == {"A": 0.0, "B": 1.0, "C": 0.0, "D": 0.0}
 
 
 def test_cut_off_and_other_letters():
@@ -120,5 +120,5 @@ def test_an_answer_without_a_letter_cannot_be_graded(answer):
 @pytest.mark.parametrize(
     "unit", ["Answer: ", "answer is the ", "answer*", "*", "(", "(A) ", "A,", "\n", "\nB)", "Because ", r"\boxed{", " "]
 )
-def test_a_hundred_thousand_characters_of_malice_are_read_in_one_pass(unit):
+def test_a_hundred_thousand_adversarial_characters_are_read_in_one_pass(unit):
     assert read(unit * (100_000 // len(unit))) in ("", "A", "B")

@@ -1,4 +1,4 @@
-r"""LaTeX and plain formulas as people write final answers, read into a tree.
+r"""Parser of final answers, in LaTeX or plain text, into syntax trees.
 
 A tree is a tuple: its kind, then its parts.
 
@@ -8,20 +8,20 @@ A tree is a tuple: its kind, then its parts.
     "plus_minus" | "minus_plus", a, b), ("negative" | "absolute" | "floor" | "ceiling" | "factorial" | "percent" | "degree", a),
     ("root", n, a), ("binomial", n, k), ("log", a, base), ("base_of_log",), ("call", function, a).
 
-What it does not know it refuses: a formula that is read in part would be read as something else.
+Unknown syntax is refused: a formula that is read in part would be another formula.
 """
 
 import re
 from fractions import Fraction
 
-from jaxrl_llm.environments.graders import formula_words
-from jaxrl_llm.environments.graders.formula_words import FUNCTIONS, GREEK, NAMED, RELATIONS
+from jaxrl_llm.environments.graders.formula import vocabulary
+from jaxrl_llm.environments.graders.formula.scanner import Scanner, Unreadable
+from jaxrl_llm.environments.graders.formula.vocabulary import FUNCTIONS, GREEK, NAMED, RELATIONS
 from jaxrl_llm.environments.graders.normalization import SCALES
-from jaxrl_llm.environments.graders.scanner import Scanner, Unreadable
 
 MAX_DEPTH = 30
 MAX_HEIGHT = 150
-"""Of the tree, which grows with each term: what reads it calls itself."""
+"""Limit on the height of the tree, which grows with each term, because its evaluation is recursive."""
 ZERO = ("number", Fraction(0))
 
 DECORATIONS = frozenset(
@@ -33,51 +33,51 @@ _END_OF_LINE = re.compile(r"\s*,?\s*\\\\")
 _SCRIPT = re.compile(r"_\s?(?:\{\s*((?:\\text\{[^{}]*\}|[^{}])*?)\s*\}|\\text\{([^{}]*)\}|(\\?[A-Za-z]+|[0-9]))")
 
 
-def read(text: str) -> tuple:
-    """The tree of an answer. Raises Unreadable."""
+def parse(text: str) -> tuple:
+    """Return the tree of an answer. Raises Unreadable."""
     try:
-        return _read(formula_words.prepare(text))
+        return _parse(vocabulary.normalize(text))
     except Unreadable:
-        if words := formula_words.date(text) or formula_words.quoted(text):
+        if words := vocabulary.date(text) or vocabulary.quoted(text):
             return ("words", words)
         raise
 
 
-def _read(text: str) -> tuple:
-    if words := formula_words.words(text):
+def _parse(text: str) -> tuple:
+    if words := vocabulary.words(text):
         return ("words", words)
-    if why := formula_words.prose(text):
+    if why := vocabulary.prose(text):
         raise Unreadable(why)
-    reader = _Reader(text)
-    tree = reader.items()
-    if reader.rest():
-        reader.refuse()
+    parser = _Parser(text)
+    tree = parser.items()
+    if parser.peek():
+        parser.fail()
     if _height(tree) > MAX_HEIGHT:
         raise Unreadable(f"got more than {MAX_HEIGHT} terms or factors")
     return tree
 
 
-class _Reader(Scanner):
-    """From the loosest to the tightest binding."""
+class _Parser(Scanner):
+    """Recursive descent, from the loosest to the tightest binding."""
 
     def __init__(self, text: str):
         super().__init__(text)
         self.depth = 0
-        self.bars = 0
+        self.absolute_depth = 0
 
     def items(self) -> tuple:
-        """Several answers, or the one that there is."""
+        """Read a list of answers, or a single one."""
         found = [self.relation()]
-        while self.separator():
+        while self.take_separators():
             found.append(self.relation())
         return found[0] if len(found) == 1 else ("list", *found)
 
-    def separator(self) -> bool:
-        self.rest()
-        start = self.at
-        while any(map(self.take, (",", ";", r"\cup", r"\lor", r"\vee"))) or self.match(formula_words.OR_AND):
+    def take_separators(self) -> bool:
+        self.peek()
+        start = self.position
+        while any(map(self.take, (",", ";", r"\cup", r"\lor", r"\vee"))) or self.match(vocabulary.OR_AND):
             pass
-        return self.at > start
+        return self.position > start
 
     def relation(self) -> tuple:
         sides, signs = [self.ratio()], []
@@ -114,71 +114,71 @@ class _Reader(Scanner):
                 result = ("product", result, self.signed())
             elif self.take("/") or self.take(r"\div"):
                 result = ("quotient", result, self.signed())
-            elif scale := self.match(formula_words.SCALE):
+            elif scale := self.match(vocabulary.SCALE):
                 result = ("product", result, ("number", Fraction(SCALES[scale["inner"] or scale["bare"]])))
             elif unit := self.unit():
                 result = result if unit == "unit" else (unit, result)
-                if self.begins_factor() and self.rest() not in "(":
-                    self.refuse("a unit ends a number")
-            elif self.begins_factor():
-                if self.rest().isdigit() and self.text[: self.at].rstrip()[-1:].isdigit():
-                    self.refuse("two numbers without a sign between them")
+                if self.at_factor() and self.peek() not in "(":
+                    self.fail("a factor behind a unit")
+            elif self.at_factor():
+                if self.peek().isdigit() and self.text[: self.position].rstrip()[-1:].isdigit():
+                    self.fail("two numbers without an operator between them")
                 result = ("product", result, self.power())
             else:
                 return result
 
     def signed(self) -> tuple:
         negative = False
-        while self.rest() and self.text[self.at] in "+-":
-            negative ^= self.text[self.at] == "-"
-            self.at += 1
-        if not self.begins_factor() and self.rest() != "|":
-            self.refuse("want a number or a letter")
+        while self.peek() and self.text[self.position] in "+-":
+            negative ^= self.text[self.position] == "-"
+            self.position += 1
+        if not self.at_factor() and self.peek() != "|":
+            self.fail("want a number or a variable")
         return ("negative", self.power()) if negative else self.power()
 
-    def begins_factor(self) -> bool:
-        following = self.rest()
+    def at_factor(self) -> bool:
+        following = self.peek()
         if not following or following in ")]},;:=<>+-*/&%!^_'":
             return False
         if following == "|":
-            return not self.bars
+            return not self.absolute_depth
         if following == "\\":
-            return not self.ahead(*formula_words.NO_FACTORS) and not formula_words.OR_AND.match(self.text, self.at)
-        return not formula_words.OR_AND.match(self.text, self.at)
+            return not self.looking_at(*vocabulary.NO_FACTORS) and not vocabulary.OR_AND.match(self.text, self.position)
+        return not vocabulary.OR_AND.match(self.text, self.position)
 
     def unit(self) -> str:
-        """Reads a unit, or what stands in the place of one; its kind, "" if there is none."""
-        self.rest()
-        if self.match(formula_words.PERCENT):
+        """Read a unit, percent or degree sign; return its kind, "" if there is none."""
+        self.peek()
+        if self.match(vocabulary.PERCENT):
             return "percent"
-        if self.match(formula_words.DEGREE):
+        if self.match(vocabulary.DEGREE):
             return "degree"
-        return "unit" if self.match(formula_words.UNITS) else ""
+        return "unit" if self.match(vocabulary.UNITS) else ""
 
     def power(self) -> tuple:
         base = self.primary()
         while True:
-            if self.match(formula_words.DEGREE):
+            if self.match(vocabulary.DEGREE):
                 base = ("degree", base)
             elif self.take("^"):
-                base = ("power", base, self.argument(whole_numbers=True))
-            elif self.rest() == "!" and not self.text.startswith("!=", self.at):
+                base = ("power", base, self.command_argument(whole_numbers=True))
+            elif self.peek() == "!" and not self.text.startswith("!=", self.position):
                 self.take("!")
                 base = ("factorial", base)
             else:
                 return base
 
-    def argument(self, whole_numbers: bool = False) -> tuple:
-        r"""Of a command: a group, a command, or one character; "12" is two of them, in x^12 it is one."""
+    def command_argument(self, whole_numbers: bool = False) -> tuple:
+        r"""Read an argument of a command: a group, a command, or one character. With `whole_numbers`, as in x^12, "12" is one."""
         if self.take("{"):
             return self.until("}")
         if whole_numbers and self.take("-"):
-            return ("negative", self.argument(whole_numbers=True))
-        if self.rest().isdigit():
+            return ("negative", self.command_argument(whole_numbers=True))
+        if self.peek().isdigit():
             if whole_numbers:
                 return self.number()
-            self.at += 1
-            return ("number", Fraction(self.text[self.at - 1]))
+            self.position += 1
+            return ("number", Fraction(self.text[self.position - 1]))
         return self.primary()
 
     def until(self, end: str) -> tuple:
@@ -190,12 +190,12 @@ class _Reader(Scanner):
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Unreadable(f"got more than {MAX_DEPTH} levels of brackets")
-        found = self.unguarded()
+        found = self.atom()
         self.depth -= 1
         return found
 
-    def unguarded(self) -> tuple:
-        following = self.rest()
+    def atom(self) -> tuple:
+        following = self.peek()
         if following.isdigit() or following == ".":
             return self.number()
         if following in ("(", "["):
@@ -208,24 +208,24 @@ class _Reader(Scanner):
             return self.command()
         if following.isalpha() and following.isascii():
             return self.letters()
-        self.refuse()
+        self.fail()
 
     def absolute(self, end: str) -> tuple:
-        self.bars += 1
+        self.absolute_depth += 1
         inner = self.items()
         self.expect(end)
-        self.bars -= 1
+        self.absolute_depth -= 1
         return ("absolute", inner)
 
     def bracket(self) -> tuple:
-        """A tuple or an interval; in round brackets one number is that number."""
-        opening, bars = self.text[self.at], self.bars
-        self.at, self.bars = self.at + 1, 0
+        """Read a tuple or an interval; a number in round brackets is the number."""
+        opening, absolute_depth = self.text[self.position], self.absolute_depth
+        self.position, self.absolute_depth = self.position + 1, 0
         inner = self.items()
-        closing = self.rest()
+        closing = self.peek()
         if closing not in (")", "]"):
-            self.refuse("want a closing bracket")
-        self.at, self.bars = self.at + 1, bars
+            self.fail("want a closing bracket")
+        self.position, self.absolute_depth = self.position + 1, absolute_depth
         if inner[0] == "list":
             return ("bracket", opening, inner[1:], closing)
         if opening + closing == "()" or (opening + closing == "[]" and inner[0] == "matrix"):
@@ -233,22 +233,22 @@ class _Reader(Scanner):
         return ("bracket", opening, (inner,), closing)
 
     def letters(self) -> tuple:
-        run = re.compile("[A-Za-z]+").match(self.text, self.at)[0]
+        run = re.compile("[A-Za-z]+").match(self.text, self.position)[0]
         if run in NAMED or run in FUNCTIONS or run == "sqrt" or (run in GREEK and len(run) > 3):
-            self.at += len(run)
+            self.position += len(run)
             return self.named(run)
-        if formula_words.is_word(run):
-            self.refuse("a word")
-        self.at += 1
-        if run[0] in "ei" and self.rest() != "_":
+        if vocabulary.is_word(run):
+            self.fail("a word")
+        self.position += 1
+        if run[0] in "ei" and self.peek() != "_":
             return ("constant", run[0])
         return self.symbol(run[0])
 
     def symbol(self, name: str) -> tuple:
         if found := self.match(_SCRIPT):
             name += "_" + re.sub(r"[\s{}\\]|text", "", next(part for part in found.groups() if part is not None))
-        while self.text.startswith("'", self.at):
-            self.at += 1
+        while self.text.startswith("'", self.position):
+            self.position += 1
             name += "'"
         return ("symbol", name)
 
@@ -257,11 +257,11 @@ class _Reader(Scanner):
             return ("set",) if self.take(r"\}") else _set_of(self.until(r"\}"))
         found = self.match(re.compile(r"\\([A-Za-z]+)"))
         if found is None:
-            self.refuse()
+            self.fail()
         return self.named(found[1])
 
     def named(self, name: str) -> tuple:
-        """A command, or the word of the same name."""
+        """Read what follows a command, or a word of the same name."""
         if name in FUNCTIONS:
             return self.call(FUNCTIONS[name])
         if name in NAMED:
@@ -269,12 +269,12 @@ class _Reader(Scanner):
         if name.removeprefix("var") in GREEK:
             return self.symbol(name.removeprefix("var"))
         if name == "frac":
-            return ("quotient", self.argument(), self.argument())
+            return ("quotient", self.command_argument(), self.command_argument())
         if name == "binom":
-            return ("binomial", self.argument(), self.argument())
+            return ("binomial", self.command_argument(), self.command_argument())
         if name == "sqrt":
             degree = self.degree_of_root()
-            return ("root", degree, self.primary() if self.rest() == "(" else self.argument(whole_numbers=True))
+            return ("root", degree, self.primary() if self.peek() == "(" else self.command_argument(whole_numbers=True))
         pairs = {"lfloor": ("floor", r"\rfloor"), "lceil": ("ceiling", r"\rceil"), "lvert": ("absolute", r"\rvert")}
         if name in pairs:
             return (pairs[name][0], self.until(pairs[name][1]))
@@ -285,51 +285,51 @@ class _Reader(Scanner):
             return self.cases() if self.take("{cases}") else self.matrix()
         if name in DECORATIONS:
             return self.decorated(name)
-        self.refuse(f"\\{name} is not known here")
+        self.fail(f"\\{name} is not supported")
 
     def degree_of_root(self) -> int:
         found = self.match(re.compile(r"\s?\[\s?([0-9]{1,3})\s?\]"))
         return int(found[1]) if found else 2
 
     def decorated(self, name: str) -> tuple:
-        """One symbol, whatever stands in the braces; a word before an equals sign is only the name of what follows."""
+        """Read a symbol with a decoration, whatever is in its braces; a word before an equals sign only names the value."""
         found = self.match(re.compile(r"\s*\{\s*([^{}]*?)\s*\}|\s*([A-Za-z]+)"))
         if found is None:
-            self.refuse()
+            self.fail()
         inner = found[1] if found[1] is not None else found[2]
         if name == "text":
-            if self.rest() in ("=", ":") or self.ahead(r"\approx", r"\in"):
+            if self.peek() in ("=", ":") or self.looking_at(r"\approx", r"\in"):
                 return ("words", inner.casefold())
             if len(inner) != 1:
-                self.refuse("words beside a formula")
+                self.fail("words beside a formula")
             return self.symbol(inner)
         return self.symbol(f"{name} {inner}")
 
     def call(self, name: str) -> tuple:
-        base = self.argument(whole_numbers=True) if self.take("_") else _BASES_OF_LOGS.get(name)
-        power = self.argument(whole_numbers=True) if self.take("^") else None
+        base = self.command_argument(whole_numbers=True) if self.take("_") else _BASES_OF_LOGS.get(name)
+        power = self.command_argument(whole_numbers=True) if self.take("^") else None
         inverse = power == ("negative", ("number", Fraction(1)))
-        argument = self.function_argument()
+        command_argument = self.function_argument()
         if name in _BASES_OF_LOGS:
-            called = ("log", argument, base)
+            called = ("log", command_argument, base)
         else:
-            called = ("call", f"a{name}" if inverse else name, argument)
+            called = ("call", f"a{name}" if inverse else name, command_argument)
         return called if power is None or inverse else ("power", called, power)
 
     def function_argument(self) -> tuple:
-        """What is in brackets; without them all factors up to the next function, and a number that divides them: sin 2x cos y is
-        sin(2x) cos(y), cos pi/3 a half, sin x/x a quotient."""
-        if self.rest() in ("(", "{"):
+        """Read the brackets; without them all factors up to the next function, and a number that divides them: sin 2x cos y is
+        sin(2x) cos(y), cos pi/3 is a half, sin x/x is a quotient."""
+        if self.peek() in ("(", "{"):
             return self.primary()
         result = self.signed()
-        while self.begins_factor() and not self.ahead(*(f"\\{name}" for name in FUNCTIONS)) and self.rest() != "(":
+        while self.at_factor() and not self.looking_at(*(f"\\{name}" for name in FUNCTIONS)) and self.peek() != "(":
             result = ("product", result, self.power())
         if self.match(_DIVISOR):
             result = ("quotient", result, self.power())
         return result
 
     def cases(self) -> tuple:
-        """A system: one equation a line."""
+        """Read a system: one equation per line."""
         found = []
         while not self.take(r"\end"):
             found.append(self.relation())
@@ -340,13 +340,13 @@ class _Reader(Scanner):
     def matrix(self) -> tuple:
         found = self.match(re.compile(r"\s*\{([pbB]?matrix|array)\}(?:\s*\{[lcr| ]+\})?"))
         if found is None:
-            self.refuse("only a matrix can be read here")
+            self.fail("want a matrix or cases")
         rows = [[self.sum()]]
         while True:
             if self.take("&"):
                 rows[-1].append(self.sum())
             elif self.take("\\\\"):
-                if not self.ahead(r"\end"):
+                if not self.looking_at(r"\end"):
                     rows.append([self.sum()])
             else:
                 break

@@ -1,4 +1,4 @@
-"""A place in a formula, and numbers read from it."""
+"""Scanner of a formula: a position in its text, and the reading of literals and numbers."""
 
 import re
 from fractions import Fraction
@@ -18,55 +18,60 @@ _PLAIN_FRACTION = re.compile(r"\s?\\frac\s?(?:\{\s?([0-9]+)\s?\}|([0-9])(?=[\s{0
 
 
 class Unreadable(ValueError):
-    """Not a formula that can be read; says why."""
+    """The text is not a formula that the parser supports."""
 
 
 class Scanner:
-    """One pass from left to right; a method reads what it is named after and moves `at` behind it."""
+    """One pass from left to right; a method reads the element it is named after and advances `position`."""
 
     def __init__(self, text: str):
         self.text = text
-        self.at = 0
+        self.position = 0
 
-    def rest(self) -> str:
-        """The next character, spaces skipped; "" at the end."""
-        while self.at < len(self.text) and self.text[self.at].isspace():
-            self.at += 1
-        return self.text[self.at : self.at + 1]
+    def peek(self) -> str:
+        """Skip spaces and return the next character; "" at the end."""
+        while self.position < len(self.text) and self.text[self.position].isspace():
+            self.position += 1
+        return self.text[self.position : self.position + 1]
 
     def take(self, literal: str) -> bool:
-        self.rest()
-        found = self.text.startswith(literal, self.at)
+        """Skip spaces and `literal`; False if something else follows."""
+        self.peek()
+        found = self.text.startswith(literal, self.position)
         # A command ends where its letters do.
-        if found and literal[-1].isalpha() and self.text[self.at + len(literal) : self.at + len(literal) + 1].isalpha():
+        if (
+            found
+            and literal[-1].isalpha()
+            and self.text[self.position + len(literal) : self.position + len(literal) + 1].isalpha()
+        ):
             return False
-        self.at += len(literal) * found
+        self.position += len(literal) * found
         return found
 
     def match(self, pattern: re.Pattern) -> re.Match | None:
-        found = pattern.match(self.text, self.at)
+        found = pattern.match(self.text, self.position)
         if found:
-            self.at = found.end()
+            self.position = found.end()
         return found
 
     def expect(self, literal: str) -> None:
         if not self.take(literal):
-            self.refuse(f"want {literal!r}")
+            self.fail(f"want {literal!r}")
 
-    def refuse(self, why: str = "") -> NoReturn:
-        found = self.text[self.at : self.at + 20] or "the end"
-        raise Unreadable(f"cannot be read from {found!r} on" + (f": {why}" if why else ""))
+    def fail(self, why: str = "") -> NoReturn:
+        found = self.text[self.position : self.position + 20] or "the end"
+        raise Unreadable(f"syntax error at {found!r}" + (f": {why}" if why else ""))
 
-    def ahead(self, *literals: str) -> bool:
-        start = self.at
+    def looking_at(self, *literals: str) -> bool:
+        start = self.position
         found = any(self.take(literal) for literal in literals)
-        self.at = start
+        self.position = start
         return found
 
     def number(self) -> tuple:
         found = self.match(_NUMBER)
         if found is None:
-            self.refuse()
+            self.fail()
         if found["base_digits"]:
             return ("number", _in_base(found["base_digits"], found["base"] or found["one"]))
         value = Fraction(found["digits"].rstrip(".") or "0")
@@ -75,15 +80,15 @@ class Scanner:
             value += Fraction(int(repeated), 10**places * (10 ** len(repeated) - 1))
         if power := found["exponent"]:
             if len(power) > 7 or abs(int(power)) > MAX_EXPONENT:
-                raise Unreadable(f"got 10 to the power of {power[:20]}, want {MAX_EXPONENT} at most")
+                raise Unreadable(f"got 10 to the power of {power[:20]}, want at most {MAX_EXPONENT}")
             value *= Fraction(10) ** int(power)
         elif found["digits"].isdigit() and (part := self.match(_PLAIN_FRACTION)):
             top, bottom = (int(a or b) for a, b in (part.group(1, 2), part.group(3, 4)))
             if not bottom:
                 raise Unreadable("division by zero")
             value += Fraction(top, bottom)
-        elif self.text.startswith(".", self.at):
-            self.refuse("a number with two points")
+        elif self.text.startswith(".", self.position):
+            self.fail("a number with two decimal points")
         return ("number", value)
 
 

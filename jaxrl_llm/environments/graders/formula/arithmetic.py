@@ -1,7 +1,7 @@
-"""Arithmetic that is exact for rationals of bounded size and has a fixed number of digits for the rest, in bounded time.
+"""Arithmetic in bounded time: exact for rationals of bounded size, with a fixed number of digits otherwise.
 
-A value that is not rational is computed twice, with 60 and with 120 digits. What both agree on is right; what shrinks with the
-error is zero. So equal values have equal keys, and a key is hashable: equality of keys is an equivalence.
+An irrational value is computed twice, with 60 and with 120 digits. Digits on which both agree are correct; a value that shrinks
+with the error is zero. So equal values have equal keys, and keys are hashable: equality of keys is an equivalence relation.
 """
 
 import functools
@@ -10,50 +10,50 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-LOW, HIGH = 60, 120
+LOW_DIGITS, HIGH_DIGITS = 60, 120
 """Decimal digits."""
 KEY_BITS = 100
 MAX_BITS = 2**18
-"""Of an exact integer: 79,000 digits."""
+"""Limit on an exact integer: 79,000 digits."""
 MAX_RATIO_BITS = 2**13
-"""Of the smaller part of an exact fraction: reducing it costs the square of its size."""
+"""Limit on the smaller part of an exact fraction, because the cost of reducing it is quadratic in its size."""
 MAX_MAGNITUDE = 2**40
-"""Largest binary exponent of a value that is not exact."""
+"""Largest binary exponent of an inexact value."""
 
 Number = Any
 """A Fraction, or mpmath's mpf or mpc."""
 
 
 class Undefined(ValueError):
-    """No value, or none that can be computed within the bounds; says why."""
+    """The value is undefined, or cannot be computed within the limits."""
 
 
 class Arithmetic:
-    """Of numbers with so many digits. `real`: what is no real number is undefined."""
+    """Operations with `digits` decimal digits. `real`: a result that is not real is undefined."""
 
     def __init__(self, digits: int, real: bool = False):
         self.mp = _context(digits)
         self.real = real
 
     def add(self, a: Number, b: Number) -> Number:
-        return self._kept(a + b) if _exact(a, b) else self._kept(self.float(a) + self.float(b))
+        return self._bounded(a + b) if _are_fractions(a, b) else self._bounded(self.float(a) + self.float(b))
 
     def multiply(self, a: Number, b: Number) -> Number:
-        return self._kept(a * b) if _exact(a, b) else self._kept(self.float(a) * self.float(b))
+        return self._bounded(a * b) if _are_fractions(a, b) else self._bounded(self.float(a) * self.float(b))
 
     def divide(self, a: Number, b: Number) -> Number:
         if b == 0:
             raise Undefined("division by zero")
-        return self._kept(a / b) if _exact(a, b) else self._kept(self.float(a) / self.float(b))
+        return self._bounded(a / b) if _are_fractions(a, b) else self._bounded(self.float(a) / self.float(b))
 
     def power(self, a: Number, b: Number) -> Number:
         if a == 0:
-            if not _exact(b) or b <= 0:
+            if not _are_fractions(b) or b <= 0:
                 raise Undefined("a power of zero")
             return Fraction(0)
-        if _exact(a, b):
+        if _are_fractions(a, b):
             if b.denominator == 1 and max(_bits(a), 1) * abs(b.numerator) <= MAX_BITS:
-                return self._kept(a**b.numerator)
+                return self._bounded(a**b.numerator)
             if b.denominator > 1 and b.denominator <= 64 and (root := _exact_root(a, b.denominator)) is not None:
                 return self.power(root, Fraction(b.numerator))
             if a < 0 and b.denominator % 2 and b.denominator > 1:
@@ -66,13 +66,13 @@ class Arithmetic:
             self._needs_real(base)
         if max(abs(self.mp.mag(base)), 1) * abs(exponent) > MAX_MAGNITUDE:
             raise Undefined("a power that is too large")
-        return self._kept(self.mp.power(base, int(b) if _is_integer(b) else exponent))
+        return self._bounded(self.mp.power(base, int(b) if _is_integer(b) else exponent))
 
     def root(self, degree: int, a: Number) -> Number:
-        """The real one where there is one."""
+        """Return the real root if there is one."""
         if not 1 <= degree <= 1000:
             raise Undefined(f"a root of degree {degree}")
-        real = _exact(a) or isinstance(a, self.mp.mpf)
+        real = _are_fractions(a) or isinstance(a, self.mp.mpf)
         if real and a < 0 and degree % 2:
             return -self.root(degree, -a)
         return self.power(a, Fraction(1, degree))
@@ -88,83 +88,83 @@ class Arithmetic:
         size = max(self.mp.mag(self.float(a)), self.mp.mag(self.float(b)))
         if size > 50:
             raise Undefined("a binomial coefficient that is too large")
-        return self._kept(self.mp.binomial(self.float(a), self.float(b)))
+        return self._bounded(self.mp.binomial(self.float(a), self.float(b)))
 
     def absolute(self, a: Number) -> Number:
         return abs(a)
 
     def floor(self, a: Number) -> Number:
-        return Fraction(math.floor(a)) if _exact(a) else self._call(self.mp.floor, a, 1000)
+        return Fraction(math.floor(a)) if _are_fractions(a) else self._call(self.mp.floor, a, 1000)
 
     def ceiling(self, a: Number) -> Number:
-        return Fraction(math.ceil(a)) if _exact(a) else self._call(self.mp.ceil, a, 1000)
+        return Fraction(math.ceil(a)) if _are_fractions(a) else self._call(self.mp.ceil, a, 1000)
 
     def log(self, a: Number, base: Number) -> Number:
         if a == 0 or base in (0, 1):
-            raise Undefined("a logarithm of zero, or to the base 0 or 1")
+            raise Undefined("a logarithm of zero, or with base 0 or 1")
         self._needs_real(self.float(a))
-        return self._kept(self.mp.log(self.float(a)) / self.mp.log(self.float(base)))
+        return self._bounded(self.mp.log(self.float(a)) / self.mp.log(self.float(base)))
 
     def function(self, name: str, a: Number) -> Number:
-        """mpmath's function of that name."""
-        # Reducing an angle costs as many bits as it has; exp has as many as its argument's magnitude allows.
+        """Return mpmath's function `name` of `a`."""
+        # Reducing an angle costs as many bits as it has; the bits of exp grow with its argument's magnitude.
         return self._call(getattr(self.mp, name), a, 38 if name in ("exp", "sinh", "cosh", "tanh", "coth") else 1000)
 
     def float(self, a: Number) -> Number:
         return self._float(a.numerator) / self._float(a.denominator) if isinstance(a, Fraction) else a
 
     def _float(self, a: int) -> Number:
-        # Its first bits are enough: mpmath would look at all of them.
-        spare = max(a.bit_length() - 4 * HIGH * 2, 0)
+        # The first bits suffice; mpmath would read all of them.
+        spare = max(a.bit_length() - 4 * HIGH_DIGITS * 2, 0)
         return self.mp.ldexp(self.mp.mpf(a >> spare), spare)
 
-    def _call(self, function: Callable[[Number], Number], a: Number, most: int) -> Number:
+    def _call(self, function: Callable[[Number], Number], a: Number, max_magnitude: int) -> Number:
         value = self.float(a)
-        if self.mp.mag(value) > most:
-            raise Undefined("a function of too large a number")
+        if self.mp.mag(value) > max_magnitude:
+            raise Undefined("a function of a number that is too large")
         try:
-            return self._kept(function(value))
+            return self._bounded(function(value))
         except (ValueError, ZeroDivisionError, OverflowError) as error:
             raise Undefined(str(error)) from None
 
-    def _kept(self, a: Number) -> Number:
-        """Exact while it is small, then with the digits of this arithmetic."""
+    def _bounded(self, a: Number) -> Number:
+        """Return `a`, exact while it is small, else rounded to the digits of this arithmetic."""
         if isinstance(a, Fraction):
             top, bottom = sorted((a.numerator.bit_length(), a.denominator.bit_length()))
             return a if bottom <= MAX_BITS and top <= MAX_RATIO_BITS else self.float(a)
         if not self.mp.isfinite(a) or (a != 0 and abs(self.mp.mag(a)) > MAX_MAGNITUDE):
             raise Undefined("a number that is too large")
         if self.real and isinstance(a, self.mp.mpc) and a.imag != 0:
-            raise Undefined("no real number")
+            raise Undefined("a value that is not real")
         return a
 
     def _needs_real(self, base: Number) -> None:
         if self.real and (isinstance(base, self.mp.mpc) or base < 0):
-            raise Undefined("no real number")
+            raise Undefined("a value that is not real")
 
 
-def settle(compute: Callable[[int], Number]) -> tuple | Fraction:
-    """The key of what `compute` gives with so many digits.
+def numeric_key(compute: Callable[[int], Number]) -> tuple | Fraction:
+    """Return the key of the value that `compute` returns for a given number of digits.
 
     Raises:
-      Undefined: it has no value, or too few digits of it are certain.
+        Undefined: there is no value, or too few of its digits are certain.
     """
-    low = compute(LOW)
+    low = compute(LOW_DIGITS)
     if isinstance(low, Fraction):
         return low
-    high = compute(HIGH)
-    low, high = (value if hasattr(value, "imag") else Arithmetic(LOW).float(value) for value in (low, high))
-    real, imag = _settle(low.real, high.real), _settle(low.imag, high.imag)
+    high = compute(HIGH_DIGITS)
+    low, high = (value if hasattr(value, "imag") else Arithmetic(LOW_DIGITS).float(value) for value in (low, high))
+    real, imag = _real_key(low.real, high.real), _real_key(low.imag, high.imag)
     return ("complex", real, imag) if imag != 0 else real
 
 
-def _settle(low: Number, high: Number) -> tuple | Fraction:
+def _real_key(low: Number, high: Number) -> tuple | Fraction:
     if low == high == 0 or abs(high) * 10**20 < abs(low):
         return Fraction(0)
     if abs(low - high) * 10**35 > abs(high):
         raise Undefined("too few digits are certain")
     sign, top, exponent, _ = high._mpf_
-    if abs(_context(HIGH).mag(high)) < 120:
+    if abs(_context(HIGH_DIGITS).mag(high)) < 120:
         value = Fraction(-top if sign else top) * Fraction(2) ** exponent
         near = value.limit_denominator(10**30)
         if near and abs(value - near) * 10**100 < abs(value):
@@ -183,7 +183,7 @@ def _context(digits: int) -> Any:
     return context
 
 
-def _exact(*numbers: Number) -> bool:
+def _are_fractions(*numbers: Number) -> bool:
     return all(isinstance(number, Fraction) for number in numbers)
 
 
@@ -206,7 +206,7 @@ def _exact_root(a: Fraction, degree: int) -> Fraction | None:
 
 
 def _integer_root(a: int, degree: int) -> int | None:
-    """By Newton's method from above; None where it is no integer."""
+    """Integer root by Newton's method from above; None if there is none."""
     if a < 2:
         return a
     root = 1 << -(-a.bit_length() // degree)

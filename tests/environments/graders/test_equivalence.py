@@ -1,4 +1,4 @@
-"""Answers as people write them: no wrong verdict in answers.txt, and grading and voting never disagree."""
+"""Equivalence of answers: all verdicts in answers.txt are right, and grades and votes never disagree."""
 
 import re
 import time
@@ -10,17 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl_llm.environments.grader import Sample, make
+from jaxrl_llm.environments.grader import Sample, make_grader
 from jaxrl_llm.environments.graders.numeric import Numeric
 
-# Of the extra "tasks".
+# From the extra "tasks".
 pytest.importorskip("mpmath")
 
 SPACES = {"<nbsp>": "\u00a0", "<thin>": "\u2009", "<narrow>": "\u202f"}
 
 
 def _pairs():
-    """(grader, the row's answer, sign, response) of each line."""
+    """Yield (grader, the row's answer, sign, response) per line."""
     text = (Path(__file__).parent / "answers.txt").read_text(encoding="utf-8")
     grader = ""
     for line in text.partition("\n\n[")[2].join(("[", "")).splitlines():
@@ -36,15 +36,15 @@ def _pairs():
 
 
 PAIRS = tuple(_pairs())
-GRADERS = {name: make(name) for name in ("math", "numeric", "gsm8k")}
+GRADERS = {name: make_grader(name) for name in ("math", "numeric", "gsm8k")}
 
 
 def sample(response, answer=""):
     return Sample("How much?", response, answer, "eos")
 
 
-def says(answer, response, grader="math"):
-    """1 if the response in a box is right."""
+def grade(answer, response, grader="math"):
+    """Reward of the response, boxed for `math`."""
     return GRADERS[grader](sample(rf"\boxed{{{response}}}" if grader == "math" else response, answer))
 
 
@@ -52,14 +52,14 @@ def vote(response, answer="", grader="math"):
     return GRADERS[grader].extract(sample(rf"\boxed{{{response}}}" if grader == "math" else response, answer))
 
 
-def test_the_table_is_what_it_claims_to_be():
+def test_the_table_is_large_and_balanced():
     signs = Counter(sign for _, _, sign, _ in PAIRS)
     assert min(signs["=="], signs["!="]) >= 300 and 0.75 < signs["=="] / signs["!="] < 1.25
     assert len(set(PAIRS)) == len(PAIRS)
 
 
 @pytest.mark.parametrize("name", GRADERS)
-def test_no_verdict_is_wrong(name):
+def test_all_verdicts_are_right(name):
     grader = GRADERS[name]
     wrong = [
         (answer, sign, response)
@@ -75,7 +75,7 @@ def test_no_verdict_is_wrong(name):
 
 
 @pytest.mark.parametrize("name", GRADERS)
-def test_a_response_is_right_exactly_if_it_votes_as_the_rows_answer_does(name):
+def test_a_response_is_right_exactly_if_it_votes_for_the_rows_answer(name):
     grader = GRADERS[name]
     for grader_name, answer, sign, response in PAIRS:
         if grader_name == name and sign != "??":
@@ -85,21 +85,21 @@ def test_a_response_is_right_exactly_if_it_votes_as_the_rows_answer_does(name):
             assert own and agrees == (sign == "=="), (answer, response)
 
 
-POOL = sorted({text for name, a, _, b in PAIRS if name == "math" and "%" not in a + b for text in (a,)})
+ANSWERS = sorted({text for name, a, _, b in PAIRS if name == "math" and "%" not in a + b for text in (a,)})
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from(POOL), st.sampled_from(POOL))
-def test_equality_has_no_direction(a, b):
+@given(st.sampled_from(ANSWERS), st.sampled_from(ANSWERS))
+def test_equality_is_symmetric(a, b):
     grader = GRADERS["math"]
     readable = not any(grader.problem(sample("", text)) for text in (a, b))
     if readable and r"\boxed" not in a + b:
-        assert says(a, b) == says(b, a) == (vote(a, b) == vote(b, b)) == (vote(b, a) == vote(a, a))
+        assert grade(a, b) == grade(b, a) == (vote(a, b) == vote(b, b)) == (vote(b, a) == vote(a, a))
 
 
-# A sign with two meanings (percent, degrees, a log without a base) and x = 5, which answers 5 and is no y = 5, lie between two
-# answers that differ; the rest is an equivalence.
-CLEAR = [text for text in POOL if not re.search(r"=|<|>|\\(?:circ|log|le|ge|ne|in|text|boxed)|degrees|°|\?", text)]
+# Signs with two meanings (percent, degrees, a log without a base) and x = 5, which equals 5 but not y = 5, agree with answers that
+# differ from each other. Without them equality is an equivalence relation.
+CLEAR = [text for text in ANSWERS if not re.search(r"=|<|>|\\(?:circ|log|le|ge|ne|in|text|boxed)|degrees|°|\?", text)]
 SPELLINGS = {
     "7": ["7", "7.0", "+7", "007", r"\frac{14}{2}", "14/2", r"\sqrt{49}", "3+4", r"7\text{ cm}", r"\text{7}", "\uff17"],
     "1/2": ["1/2", "0.5", r"\frac12", r"\dfrac{1}{2}", ".5", "2^{-1}", "½", r"\sin\frac{\pi}{6}", "5e-1"],
@@ -111,21 +111,21 @@ SPELLINGS = {
 
 
 def test_equality_is_transitive_over_many_spellings():
-    """Each text equals those of its own class alone, whichever of them the row holds."""
+    """Each text equals exactly the texts of its own class, whichever of them is the row's answer."""
     classes = {text: name for name, texts in SPELLINGS.items() for text in texts}
     for a, b in [(a, b) for a in classes for b in classes]:
-        assert says(a, b) == (classes[a] == classes[b]), (a, b)
+        assert grade(a, b) == (classes[a] == classes[b]), (a, b)
     for texts in SPELLINGS.values():
         assert len({vote(text) for text in texts}) == 1
 
 
 def test_equality_is_transitive_over_the_table():
-    equal = {a: frozenset(b for b in CLEAR if says(a, b)) for a in CLEAR if not GRADERS["math"].problem(sample("", a))}
+    equal = {a: frozenset(b for b in CLEAR if grade(a, b)) for a in CLEAR if not GRADERS["math"].problem(sample("", a))}
     assert all(equal[b] == equal[a] for a in equal for b in equal[a])
 
 
 def _spell(value: Fraction, style: int) -> str:
-    """A fraction in one of the styles in which people write it."""
+    """Return a fraction in one of its usual notations."""
     top, bottom = abs(value.numerator), value.denominator
     sign = "" if value >= 0 else ("-", "\u2212")[style % 2]
     if bottom == 1:
@@ -148,7 +148,7 @@ def test_numbers_are_equal_exactly_if_their_values_are(a, b, style, other):
     for c in (a, b, a + 1, -a):
         for name in ("math", "numeric"):
             answer, response = _spell(a, style), _spell(c, other)
-            assert says(answer, response, name) == (a == c), (answer, response)
+            assert grade(answer, response, name) == (a == c), (answer, response)
             assert (vote(response, answer, name) == vote(answer, answer, name)) == (a == c)
             assert vote(response, "", name) == vote(str(c), "", name)
 
@@ -159,7 +159,7 @@ def test_a_tolerance_is_part_of_the_vote():
 
 
 def test_equal_answers_are_one_vote_and_unequal_ones_are_not():
-    """Named in the issue: 5, 5.0 and x=5; a half in two forms; powers of which math-verify saw six decimals."""
+    """5, 5.0 and x=5; a half in two forms; powers that math-verify compares to six decimals."""
     assert {vote(text, "5") for text in ("5", "5.0", "x=5", r"5\text{ cm}")} == {"5"}
     assert {vote(text, "7") for text in ("5", "5.0", "x=5", r"5\text{ cm}")} == {"5"}
     assert {vote(text, "1/2") for text in ("1/2", r"50\%", "0.5")} == {"1/2"}
@@ -168,7 +168,7 @@ def test_equal_answers_are_one_vote_and_unequal_ones_are_not():
     assert vote("1/2^98") != vote("1/2^99")
 
 
-def test_what_cannot_be_read_still_votes_and_never_as_a_number():
+def test_an_unreadable_answer_votes_as_text():
     assert vote("5 +") == vote(" 5  + ") == "? 5 +"
     assert vote("") == "" == GRADERS["math"].extract(sample("no box"))
 
@@ -216,23 +216,23 @@ ATTACKS = [
 
 @pytest.mark.parametrize("text", ATTACKS, ids=lambda text: text[:20])
 def test_an_attack_ends_in_time(text):
-    """In seconds of this process, which do not grow under load."""
+    """In CPU seconds of this process, which do not grow under load."""
     start = time.process_time()
-    assert says("6", text) == 0.0 and says("6", text, "numeric") == 0.0
+    assert grade("6", text) == 0.0 and grade("6", text, "numeric") == 0.0
     assert len(vote(text)) < 2_000_000
     GRADERS["math"].problem(sample("", text))
     assert time.process_time() - start < 2.0
 
 
-def test_how_long_a_formula_may_be_does_not_depend_on_the_stack():
-    """140 terms are read, 160 are told, in whatever process."""
-    assert says("140", "+".join(["1"] * 140)) == 1.0
+def test_the_length_limit_of_formulas_does_not_depend_on_the_stack():
+    """140 terms are read, 160 are refused, in any process."""
+    assert grade("140", "+".join(["1"] * 140)) == 1.0
     assert "more than 150" in GRADERS["math"].problem(sample("", "+".join(["1"] * 160)))
 
 
-def test_large_powers_are_exact_as_far_as_they_are_kept():
-    assert says("2^{100000}", "4^{50000}") == 1.0 and says("2^{100000}", "2^{100000}+1") == 0.0
-    assert says("9^{9^9}", "3^{2 \\cdot 9^9}") == 1.0 and says("9^{9^9}", "9^{9^9-1}") == 0.0
+def test_large_powers_are_exact_within_the_limits():
+    assert grade("2^{100000}", "4^{50000}") == 1.0 and grade("2^{100000}", "2^{100000}+1") == 0.0
+    assert grade("9^{9^9}", "3^{2 \\cdot 9^9}") == 1.0 and grade("9^{9^9}", "9^{9^9-1}") == 0.0
 
 
 @pytest.mark.parametrize(
@@ -251,8 +251,8 @@ def test_large_powers_are_exact_as_far_as_they_are_kept():
         ("reasoning_gym", "5", "no column"),
     ],
 )
-def test_an_answer_that_cannot_be_read_is_told(name, answer, why):
-    grader = make(name)
+def test_an_unreadable_row_is_reported_with_the_reason(name, answer, why):
+    grader = make_grader(name)
     assert why in grader.problem(sample("", answer))
     with pytest.raises(ValueError, match=re.escape(why)):
         grader(sample(r"\boxed{5} A #### 5", answer))
