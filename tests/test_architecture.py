@@ -301,7 +301,7 @@ def test_the_checker_sees_what_is_too_long(tmp_path):
 
 
 def test_the_checker_sees_too_many_parameters(tmp_path):
-    """Of each kind; in a class, and inside another function."""
+    """Parameters of each kind; of functions, methods and functions inside others."""
     package = tmp_path / NAME
     package.mkdir()
     (package / "config.py").write_text(

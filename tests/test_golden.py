@@ -1,4 +1,4 @@
-"""What was computed before is computed now, to the last bit, and named configs say what they said."""
+"""Golden runs: the same results as stored, to the last bit; and the same values of all named configs."""
 
 import copy
 import json
@@ -68,7 +68,7 @@ def written(name: str) -> str:
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.stem)
 def test_a_named_config_says_what_it_said(path):
-    """`GOLDEN_CONFIGS=update` writes them anew."""
+    """`GOLDEN_CONFIGS=update` stores them again."""
     found = "\n".join(flat(yaml.safe_load(run_config.dump(run_config.load(path))))) + "\n"
     if os.environ.get("GOLDEN_CONFIGS") == "update":
         (CONFIGS / f"{path.stem}.txt").write_text(found)

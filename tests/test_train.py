@@ -313,7 +313,7 @@ def tiny_run(tmp_path: Path, **changes) -> RunConfig:
 
 @pytest.mark.slow
 def test_a_step_that_sigterm_gives_up_between_segments_is_done_again(tmp_path, monkeypatch):
-    """Told to stop while step 6 samples, in segments of two tokens: step 5 is saved, and the run that goes on is the same."""
+    """Asked to stop while step 6 samples, in chunks of two tokens: step 5 is saved, and the resumed run is the same."""
     from jaxrl_llm import train
 
     engine = EngineConfig(segment=2, window=2)
@@ -325,7 +325,7 @@ def test_a_step_that_sigterm_gives_up_between_segments_is_done_again(tmp_path, m
 
     @contextmanager
     def stop_signal(ends_process, last):
-        """The first question after step 5 is that of the loop; the second comes between two segments."""
+        """The first call after step 5 is the loop's; the second comes between two chunks."""
         yield lambda step: asked.append(step) or asked.count(5) == 2
 
     with monkeypatch.context() as patched:
@@ -342,7 +342,7 @@ def test_nothing_compiles_after_warm_up(tmp_path):
     """Fifty steps with temperatures coming and going, evaluations and saves among them."""
     from jaxrl_llm import run_context, train
 
-    # All groups can be graded, so all tokens are fresh and tell how far the sampler is.
+    # All groups can be graded, so all tokens are fresh and show how far the sampler is.
     cfg = tiny_run(tmp_path, reward=RewardConfig((GraderConfig("row_graders:odd"),), workers=1))
     with train.open_run(cfg, False, None, False) as run:
         state, policy, _ = train.start(run)

@@ -3,7 +3,7 @@ seen to change nothing.
 
     python tests/golden/golden_runs.py                      compare with what is stored
     python tests/golden/golden_runs.py --against COMMIT     run COMMIT here as well and compare with it
-    python tests/golden/golden_runs.py --update "LINE"      store anew; LINE of CHANGELOG.md says which numbers change, and why
+    python tests/golden/golden_runs.py --update "LINE"      store again; LINE of CHANGELOG.md says which numbers change, and why
 
 A run is a process of its own on one core: on two, sums round otherwise. Numbers are stored for each processor family and version of
 JAX, whose compilers round differently.
@@ -25,18 +25,18 @@ STORE = Path(__file__).parent / "trainings"
 DEVICES = {"plain": 1, "eight_devices": 8}
 # What a clock or a compiler says.
 CLOCKED = ("time/", "tokens_per_s", "compiles", "rollout/ceiling_fraction", "update/")
-# A leaf of the final state, by whatever names the way to it is told.
+# A leaf of the final state, by its path.
 STATE = re.compile(r"(params|opt_state|reference)\b.*")
 
 
 def family() -> str:
     """Maker, family, model and widest vectors of the processor, as in `amd-26-2-avx512`: what compilers tune for."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    told = {line.partition(":")[0].strip(): line.partition(":")[2] for line in lines}
-    maker = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}.get(told.get("vendor_id", "").strip(), "other")
-    flags = told.get("flags", "").split()
+    given = {line.partition(":")[0].strip(): line.partition(":")[2] for line in lines}
+    maker = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}.get(given.get("vendor_id", "").strip(), "other")
+    flags = given.get("flags", "").split()
     found = (name for name in ("amx_tile", "avx512f", "avx2") if name in flags)
-    numbers = "-".join(told.get(name, "").strip() or "0" for name in ("cpu family", "model"))
+    numbers = "-".join(given.get(name, "").strip() or "0" for name in ("cpu family", "model"))
     return f"{maker}-{numbers}-{next(found, 'other').removesuffix('_tile').removesuffix('f')}"
 
 
@@ -92,7 +92,7 @@ def differences(got: dict[str, Any], want: dict[str, Any]) -> list[str]:
 def change_problem(line: str) -> str:
     """Why golden numbers may not be stored for this reason; "" if they may."""
     has = line.strip() and line in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    return "" if has else f"got {line!r}, want words of CHANGELOG.md that tell users which numbers change, and why"
+    return "" if has else f"got {line!r}, want a line of CHANGELOG.md that says which numbers change, and why"
 
 
 def train(name: str, directory: str) -> None:

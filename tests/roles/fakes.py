@@ -33,18 +33,18 @@ def config(**changes: object) -> RunConfig:
 
 
 def blueprint(**changes: object) -> Blueprint:
-    """Of one device, and prompts of 5 slots."""
+    """Blueprint on one device, with prompts of 5 slots."""
     cfg = config(**changes)
     return make_blueprint(cfg, cfg.model, Vocabulary(16, 0, (15,)), 5, jax.devices()[:1])
 
 
 def sums(held_out: int = 3) -> Task:
-    """Of two digits: 100 rows, `held_out` of them apart."""
+    """Sums of two digits: 100 rows, of which `held_out` are held out."""
     return load_task(ArithmeticTask(terms=2, held_out=held_out), load_tokenizer(CharacterTokenizer()), 0)
 
 
 def groups_of(reward: np.ndarray, length: np.ndarray | None = None, version: int = 0) -> Groups:
-    """Graded groups [P G]: prompts of one token, row b saying the token b + 1 at each place; NaN: not graded, and not kept."""
+    """Graded groups [P G]: prompts of one token, row b holds the token b + 1 in each slot; NaN: not graded, and not kept."""
     blank = blank_groups(*reward.shape, (PROMPT_SLOTS, SLOTS), 1, (), 0)
     prompts, rows = len(reward), reward.size
     length = np.full(rows, SLOTS, np.int32) if length is None else np.asarray(length, np.int32)
@@ -73,7 +73,7 @@ def groups_of(reward: np.ndarray, length: np.ndarray | None = None, version: int
 
 
 def state_of(**changes: object) -> RunState:
-    """Of a run of five steps whose policy has had seven updates."""
+    """State of a run after five steps with seven updates."""
     train = TrainState({"w": np.float32(1)}, (), np.int32(7))
     base = RunState(
         step=np.array(5), num_tokens=np.array(100), eval_before=np.array(0.25), train=train, reference=None,
@@ -83,7 +83,7 @@ def state_of(**changes: object) -> RunState:
 
 
 class Calls(list):
-    """Functions that write down what they were given, by name, and give back what they were told to."""
+    """Functions that record their arguments, by name, and return given values."""
 
     def of(self, name: str, gives: object):
         def function(*args: object) -> object:
@@ -97,6 +97,6 @@ class Calls(list):
         return [call.name for call in self]
 
     def args(self, name: str) -> tuple:
-        """Of the one call of that name."""
+        """Arguments of the only call of that name."""
         [call] = [call for call in self if call.name == name]
         return call.args

@@ -55,7 +55,7 @@ def test_shapes_by_hand():
     """Prompts of 5 slots, responses of 6; 8 groups of 4."""
     update = {"minibatches": 2, "micro_batches": 4}
     found = shapes_of(config(update=update, warm_start={"rows": 24}), 5, 1)
-    # 16 rows a minibatch in 4 parts; a step's 32 rows in the same parts of 4 rows; 8 prompts with one response each.
+    # 16 rows per minibatch in 4 parts; a step's 32 rows in the same parts of 4 rows; 8 prompts with one response each.
     assert found == Shapes(
         Shape("none", 16, 11, 4), Shape("none", 32, 11, 8), Shape("none", 24, 11, 1), Shape("none", 8, 11, 1)
     )
@@ -68,7 +68,7 @@ def test_shapes_by_hand():
     assert shapes_of(config(warm_start={"rows": 6}), 5, 4).supervised.rows == 8
 
 
-def test_what_rl_trains_is_the_policy_its_adapters_or_these_and_a_critic():
+def test_rl_trains_the_policy_or_its_adapters_and_a_critic():
     plain = blueprint()
     assert plain.learner_specs == plain.specs and plain.changed(plain.learner_specs) == plain.specs
     critic = blueprint(objective="verl:ppo")
@@ -101,7 +101,7 @@ def test_what_a_reference_holds(objective, lora_cfg, want):
     assert of.reference_specs == held
 
 
-def test_a_critics_gradient_is_a_group_of_its_own_before_the_others():
+def test_a_critic_is_the_first_parameter_group_of_the_optimizer():
     assert optimizer_of(config()) is not None and optimizer_of(config()).groups == ()
     groups = ({"match": "embed", "lr_scale": 0.5},)
     cfg = config(
@@ -113,7 +113,7 @@ def test_a_critics_gradient_is_a_group_of_its_own_before_the_others():
     assert (own.match, own.lr_scale) == ("embed", 0.5) and cfg.update.optimizer.groups == (own,)
 
 
-def test_scoring_says_what_the_tokenizer_may_draw_and_how_rows_are_read():
+def test_scoring_has_the_tokenizers_vocabulary_and_the_configs_forward_options():
     of = blueprint(update={"attention": "plain", "remat": "layer"})
     scoring = of.scoring
     assert (scoring.model, scoring.layout, scoring.num_tokens, scoring.ends) == (of.model, of.train, 16, (15,))
@@ -121,7 +121,7 @@ def test_scoring_says_what_the_tokenizer_may_draw_and_how_rows_are_read():
     assert of.loss.aggregation == loss_of(of.cfg).aggregation == "token"
 
 
-def test_a_blueprint_is_of_the_devices_that_it_is_given_and_is_never_changed():
+def test_a_blueprint_uses_the_given_devices_and_is_frozen():
     of = blueprint()
     assert list(of.train.mesh.devices.flat) == list(of.decode.mesh.devices.flat) == jax.devices()[:1]
     all_of_them = make_blueprint(of.cfg, of.model, of.vocab, 5)
@@ -132,7 +132,7 @@ def test_a_blueprint_is_of_the_devices_that_it_is_given_and_is_never_changed():
     assert of.loss is of.loss and of.optimizer is of.optimizer and of.specs is of.specs
 
 
-def test_from_sources_the_tasks_own_numbers():
+def test_a_blueprint_takes_vocabulary_and_prompt_length_from_the_task():
     cfg = config()
     given = sources.read(cfg)
     of = blueprint_of(cfg, given)
@@ -140,17 +140,17 @@ def test_from_sources_the_tasks_own_numbers():
     assert of.vocab == Vocabulary(task.num_tokens, task.pad, task.eos) and of.prompt_slots == task.prompt_slots == 5
 
 
-def test_all_that_does_not_fit_is_told_at_once_and_before_anything_compiles():
+def test_everything_that_does_not_fit_is_reported_at_once_before_anything_compiles():
     cfg = config(model=MODEL | {"vocab_size": 8}, rollout=VALUES["rollout"] | {"prompts": 7, "samples": 3})
     given = sources.read(cfg)
     found = problems(given)
     assert len(found) >= 2 and any("model.vocab_size: got 8" in line for line in found)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as refused:
         blueprint_of(cfg, given)
-    assert str(told.value) == "\n".join(found)
+    assert str(refused.value) == "\n".join(found)
 
 
-def test_what_devices_cannot_do_is_told_of_the_slots_that_batches_have():
+def test_limits_of_devices_are_checked_for_the_slots_of_the_batches():
     cfg = config(update={"attention": "splash"})
     device, rows = (
         "update.attention: got splash on cpu, want a TPU",
@@ -158,7 +158,7 @@ def test_what_devices_cannot_do_is_told_of_the_slots_that_batches_have():
     )
     found = device_problems(cfg, cfg.model, 5, jax.devices())
     assert len(found) == 2 and found[0].startswith(device) and found[1].startswith(rows)
-    # Where nobody knows how long prompts get, the device is told of all the same.
+    # The devices are checked even if the prompts' length is not known.
     [line] = device_problems(cfg, cfg.model, None, jax.devices())
     assert line.startswith(device)
     assert device_problems(config(), cfg.model, 5, jax.devices()) == []

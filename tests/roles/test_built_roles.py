@@ -82,7 +82,7 @@ def test_a_learners_stages_are_the_configs():
     assert (update.pad, update.cfg) == (0, of.cfg.update) and update.rows == of.train.sharding(("rows", None))
 
 
-def test_an_advantage_that_compares_graders_one_by_one_knows_their_weights():
+def test_an_advantage_that_normalizes_each_grader_has_their_weights():
     of, learner = learner_of(reward=REWARD, objective={"advantage": {"kind": "gdpo"}})
     groups = groups_of(np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]]))
     groups = groups.replace(components=np.float32([[1, 0], [0, 0], [0, -1], [0, 0], [1, -1], [1, 0]]))
@@ -104,12 +104,12 @@ def test_an_advantage_that_compares_graders_one_by_one_knows_their_weights():
         ({"objective": {"loss": {"kl": {"weight": 0.1, "kind": "full"}}}}, False, True),
     ],
 )
-def test_updates_know_what_the_ratio_is_to_and_whether_the_reference_runs(changes, anchored, distribution):
+def test_updates_are_anchored_and_read_the_reference_as_configured(changes, anchored, distribution):
     update = learner_of(**changes)[1].update
     assert (update.anchored_on_proximal, update.reads_distribution) == (anchored, distribution)
 
 
-def test_scores_are_asked_of_the_scorer_that_is_given():
+def test_the_given_scorer_computes_the_scores():
     asked = []
 
     def score(params, groups):
@@ -123,7 +123,7 @@ def test_scores_are_asked_of_the_scorer_that_is_given():
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora": {"rank": 2}}])
-def test_work_is_counted_of_what_is_trained(changes):
+def test_flops_are_those_of_the_trained_parameters(changes):
     of, learner = learner_of(**changes)
     experience = Experience(groups_of(np.zeros((8, 4))), Scores(), Credit(np.zeros((32, 2), np.float32)))
     batch, _ = make_batch(experience, of.shapes.update, 0)
@@ -134,8 +134,8 @@ def test_work_is_counted_of_what_is_trained(changes):
 
 def test_a_reference_follows_the_policy_and_counts_the_steps_of_rl_alone(monkeypatch):
     """The second step of RL after two supervised ones is done; a critic is no part of what the reference follows."""
-    told = []
-    monkeypatch.setattr(build, "refresh", lambda *given: told.append(given) or "new")
+    refreshed = []
+    monkeypatch.setattr(build, "refresh", lambda *given: refreshed.append(given) or "new")
     of, learner = learner_of(
         warm_start={"steps": 2},
         objective={"preset": "verl:ppo", "reward_kl": {"weight": 0.1}, "reference": {"kind": "ema"}},
@@ -143,7 +143,7 @@ def test_a_reference_follows_the_policy_and_counts_the_steps_of_rl_alone(monkeyp
     policy = dict.fromkeys(of.specs, 1.0)
     train = TrainState(policy | {"value": 2.0}, (), np.int32(0))
     assert learner.refresh(state_of(step=np.array(3), reference="old"), train) == "new"
-    assert told == [(of.cfg.objective.reference, "old", policy, 2)]
+    assert refreshed == [(of.cfg.objective.reference, "old", policy, 2)]
 
 
 def test_an_evaluators_mismatch_is_measured_where_old_rollouts_may_come_back():

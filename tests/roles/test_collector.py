@@ -21,7 +21,7 @@ STATS = Stats(seconds=1.5, tokens=13)
 
 
 def rollouts_of(prompts):
-    """Three prompts, two samples each, that say SAYS."""
+    """Three prompts with two samples each, whose texts are SAYS."""
     groups = groups_of(np.zeros((len(prompts.length), G)))
     tokens = np.zeros((len(SAYS), 3), np.int32)
     spelled = [TASK.tokenizer.encode(text) for text in SAYS]
@@ -37,7 +37,7 @@ def rollouts_of(prompts):
 
 
 class Generation:
-    """Finishes groups in the order that it is told, and writes into the log when it is asked for the next."""
+    """Finishes groups in a given order, and logs each request for the next."""
 
     def __init__(self, prompts, order, log):
         self.prompts, self.order, self.log, self.stats = prompts, order, log, STATS
@@ -151,7 +151,7 @@ def test_votes_are_equal_for_equal_answers_and_0_where_there_is_none():
     ]  # fmt: skip
 
 
-def test_giving_up_is_asked_after_each_segment_and_waits_for_no_grader():
+def test_give_up_is_called_after_each_chunk_and_waits_for_no_grader():
     asked = iter([False, True])
     found, log, _, _ = collect([[0], [1], [2]], give_up=lambda: next(asked))
     assert found is None and [line for line in log if isinstance(line, str)][-2:] == [
@@ -163,17 +163,17 @@ def test_giving_up_is_asked_after_each_segment_and_waits_for_no_grader():
 
 @pytest.mark.parametrize("me", [0, 1])
 def test_each_host_grades_its_share(me, monkeypatch):
-    """Of two hosts: groups 0 and 2, or group 1; what the other would say is put together by `hosts.each_from`."""
-    told = []
+    """Two hosts: one grades groups 0 and 2, the other group 1; `hosts.each_from` joins the grades."""
+    joined = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: me)
     monkeypatch.setattr(
-        "jaxrl_llm.parallel.hosts.each_from", lambda tree, owner: told.append((tree, owner.tolist())) or tree
+        "jaxrl_llm.parallel.hosts.each_from", lambda tree, owner: joined.append((tree, owner.tolist())) or tree
     )
     found, _, pool, _ = collect([[2, 1], [0]])
     mine = [[0, 2], [1]][me]
     assert {sample.answer for sample in pool.samples} == {TASK.train[(5, 0, 8)[group]].answer for group in mine}
-    [(grades, owner)] = told
+    [(grades, owner)] = joined
     assert owner == [0, 1, 0]
     # What is not this host's is not graded here, and says nothing.
     others = [group for group in range(3) if group not in mine]

@@ -79,7 +79,7 @@ def test_the_numbers_by_hand():
     }
 
 
-def test_the_threshold_says_what_is_right():
+def test_the_threshold_decides_what_is_right():
     assert make(threshold=0.5)("params", "policy")["eval/pass@1"] == pytest.approx((2 + 0 + 4 + 1) / 16)
 
 
@@ -93,7 +93,7 @@ def test_all_held_out_rows_are_asked_once_with_the_evaluations_own_key():
         np.testing.assert_array_equal(prompts.tokens[p, : prompts.length[p]], row.tokens)
 
 
-def test_where_nothing_is_left_out_nothing_is_said_of_it_and_where_all_is_the_rates_are_absent():
+def test_left_out_is_absent_if_all_are_graded_and_the_accuracies_are_if_none_is():
     whole = Collect(np.nan_to_num(PARTS))
     assert "eval/left_out" not in make(whole)("params", "policy")
     none = Collect(np.full_like(PARTS, NAN))
@@ -132,7 +132,7 @@ class Uneven:
 
 
 K3 = np.exp(-1.0) - 1 + 1
-"""Of d = log sampler - log trainer = 1: e^-d - 1 + d."""
+"""k3 of d = log sampler - log trainer = 1: e^-d - 1 + d."""
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_mismatch_is_over_the_rollouts_of_a_step_and_repetitions_count_once(at_o
     assert score.rows == [rows] and found["eval/mismatch_kl"] == pytest.approx(K3 * share, rel=1e-6)
 
 
-def test_mismatch_is_absent_without_a_scorer_and_counts_drawn_tokens_alone():
+def test_mismatch_is_absent_without_a_scorer_and_counts_only_sampled_tokens():
     assert "eval/mismatch_kl" not in make()("params", "policy")
     # Of the first prompt four tokens, of the second eight. Slots that hold no token are off by one as well, and do not count.
     collect = Collect(length=[1] * 4 + [2] * 16)

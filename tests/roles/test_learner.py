@@ -95,6 +95,6 @@ def test_columns_of_a_loss_are_made_from_groups_and_scores():
         score_groups(cfg.objective, wrong, Score(), state_of(train=state_of().train.replace(params=OWN)), GROUPS)
 
 
-def test_the_stages_of_a_learner_stand_in_the_order_of_the_sentence():
+def test_the_stages_of_a_learner_stand_in_the_order_of_the_training_loop():
     assert Learner._fields == ("filter", "replay", "score", "advantage", "update", "refresh", "publish")
     assert Scores() == Scores(None, None, None, {})

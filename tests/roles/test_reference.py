@@ -15,7 +15,7 @@ def trees(sizes=(1, 4, 2)):
 
 
 def follow(cfg, steps):
-    """Of the reference after each step, the one parameter that is followed, and the policy's."""
+    """The followed parameter of the reference after each step, and the policy's."""
     reference, params = trees()
     start, own, found = np.array(reference["embed"]), np.array(params["embed"]), []
     for step in range(1, steps + 1):
@@ -38,7 +38,7 @@ def test_a_copy_every_third_step_is_exact():
 
 
 @pytest.mark.parametrize("kind", ["ema", "periodic"])
-def test_the_reference_is_replaced_where_it_lay_and_the_policy_is_not_lent(kind):
+def test_the_reference_is_donated_and_the_policy_is_not(kind):
     reference, params = trees()
     placed = [x.sharding for x in jax.tree.leaves(reference)]
     after = refresh(ReferenceConfig(kind, every=1), reference, params, 1)

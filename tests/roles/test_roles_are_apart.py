@@ -1,4 +1,4 @@
-"""The roles stay apart, seen in their syntax: no value holds a whole run, who samples knows no optimizer, the sentence is short."""
+"""The roles stay apart, checked on their syntax: no value holds a whole run, a sampler needs no optimizer, `step` is short."""
 
 import ast
 from collections import Counter
@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROLES, TRAIN = ROOT / "jaxrl_llm" / "roles", ROOT / "jaxrl_llm" / "train.py"
 MAX_STEP, MAX_TRAIN = 20, 30
-# What a run is told may go anywhere.
+# The config may be passed everywhere.
 CONFIGS = {"RunConfig", "ReferenceConfig", "ObjectiveConfig", "WarmStartConfig", "UpdateConfig", "RolloutConfig"}
 # Plain values and arrays, which say nothing of who is meant.
 PLAIN = {"int", "float", "str", "bool", "list", "tuple", "dict", "object", "Any", "Callable", "Sequence", "None"}
@@ -39,7 +39,7 @@ def taken(node: ast.FunctionDef) -> set[str]:
 
 
 def shares(sources: list[str]) -> dict[str, float]:
-    """Of all functions that have parameters, how many take a value of each type."""
+    """Fraction of the functions with parameters that take a value of each type."""
     every = [taken(node) for source in sources for node in functions(source) if parameters(node)]
     return {name: n / len(every) for name, n in Counter(name for types in every for name in types).items()}
 
@@ -54,7 +54,7 @@ def test_no_value_but_the_config_is_taken_by_more_than_a_third_of_the_functions(
     assert {name: share for name, share in found.items() if share > 1 / 3} == {}
 
 
-def test_every_parameter_of_the_roles_says_its_type():
+def test_every_parameter_of_the_roles_is_annotated():
     """Else it would not be counted; a lambda's cannot."""
     bare = [
         f"{node.name}({x.arg})" for source in of_roles() for node in functions(source) for x in parameters(node)
@@ -95,7 +95,7 @@ def fields_of(path: Path, name: str) -> list[str]:
     return [n.target.id for n in node.body if isinstance(n, ast.AnnAssign)]
 
 
-def test_the_sentence_is_short_and_names_each_stage_once():
+def test_step_is_short_and_calls_each_stage_once():
     step = function_of(TRAIN, "step")
     assert lines_of(step) <= MAX_STEP and lines_of(function_of(TRAIN, "train")) <= MAX_TRAIN
     named = Counter(
@@ -114,7 +114,7 @@ def test_the_sentence_is_short_and_names_each_stage_once():
     assert named == Counter(want)
 
 
-def test_the_loop_takes_one_step_at_a_time_through_the_sentence():
+def test_the_loop_calls_step_once():
     loop = function_of(TRAIN, "train")
     assert [ast.unparse(n.func) for n in ast.walk(loop) if isinstance(n, ast.Call)].count("step") == 1
     assert not any(isinstance(n, ast.Attribute) and n.attr in ("take", "filter", "replay") for n in ast.walk(loop))

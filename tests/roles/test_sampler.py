@@ -19,7 +19,7 @@ KEY = jax.random.key(5)
 
 
 class Drawn(list):
-    """In the place of a collector: remembers what it was asked for, and gives the prompts back as groups."""
+    """A collector that records its calls and returns the prompts as groups."""
 
     def __call__(self, policy, prompts, rows, key, give_up):
         self.append((policy, prompts, rows, key))
@@ -46,18 +46,18 @@ def test_prompts_of_a_step_by_hand():
     assert source.last.groups is prompts
 
 
-def test_going_on_from_the_state_equals_never_having_stopped():
-    source, steady, states = sampler(6), [], []
+def test_a_sampler_resumed_from_its_state_equals_an_uninterrupted_one():
+    source, uninterrupted, states = sampler(6), [], []
     for step in range(7):
         states.append(source.state)
-        steady.append(source.take(step))
-        source.observe(steady[-1])
+        uninterrupted.append(source.take(step))
+        source.observe(uninterrupted[-1])
     other = sampler(6)
     other.state = states[4]
     assert other.state.visits == 4 * 6
     again = other.take(4)
     for name in ("tokens", "length", "uid", "row"):
-        np.testing.assert_array_equal(getattr(again, name), getattr(steady[4], name))
+        np.testing.assert_array_equal(getattr(again, name), getattr(uninterrupted[4], name))
     assert other.state.visits == 5 * 6
-    uids = np.concatenate([p.uid for p in steady])
+    uids = np.concatenate([p.uid for p in uninterrupted])
     assert len(set(uids)) == len(uids)

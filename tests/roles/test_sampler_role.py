@@ -16,7 +16,7 @@ ORDER = (4, 1, 7, 0, 2, 9)
 
 
 class Collect:
-    """Gives the same rewards for whatever prompts; gives up where it is told to."""
+    """A collector with fixed rewards, which gives up on request."""
 
     def __init__(self, reward=((1.0, 0.0), (np.nan, np.nan))):
         self.reward, self.asked, self.gives_up = np.array(reward), [], False
@@ -105,24 +105,28 @@ def test_observed_groups_are_all_of_the_step_the_dropped_ones_too():
     groups = sampler.take(0)
     filtered = groups.replace(keep=np.zeros(4, bool))
     sampler.observe(filtered)
-    [told] = seen
-    assert told is filtered and told.rollouts.prompts.row.tolist() == [4, 1] and np.isnan(told.reward[2:]).all()
+    [observed] = seen
+    assert (
+        observed is filtered
+        and observed.rollouts.prompts.row.tolist() == [4, 1]
+        and np.isnan(observed.reward[2:]).all()
+    )
     assert sampler.state.curriculum == "seen" and int(sampler.state.visits) == 2
 
 
-def test_a_curriculums_noise_is_named_by_seed_and_step_and_by_nothing_else():
-    drawn = []
+def test_a_curriculums_generator_depends_on_seed_and_step_alone():
+    numbers = []
 
     def choose(state, rng, n):
-        drawn.append(rng.random())
+        numbers.append(rng.random())
         return state, np.arange(n)
 
     for seed, step in ((3, 0), (3, 1), (3, 0), (4, 0)):
         make(Collect(), Curriculum(lambda n: 0, choose, lambda state, groups: state), seed=seed).take(step)
-    assert drawn[0] == drawn[2] and len(set(drawn)) == 3
-    assert drawn[0] == np.random.default_rng((3, 0, CURRICULUM)).random()
-    # Filter and replay draw from this one.
-    assert drawn[0] != np.random.default_rng((3, 0)).random()
+    assert numbers[0] == numbers[2] and len(set(numbers)) == 3
+    assert numbers[0] == np.random.default_rng((3, 0, CURRICULUM)).random()
+    # The generator of filter and replay.
+    assert numbers[0] != np.random.default_rng((3, 0)).random()
 
 
 @pytest.mark.parametrize(
@@ -142,7 +146,7 @@ def test_nonsense_of_a_curriculum_is_refused_with_what_it_gave(rows, got):
     collect = Collect()
     sampler = make(collect, Curriculum(lambda n: 0, lambda state, rng, n: (state, rows), lambda state, groups: state))
     before = sampler.state
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as refused:
         sampler.take(0)
-    assert str(told.value) == f"curriculum: got rows {got}, want 2 indices of the task's 97 rows"
+    assert str(refused.value) == f"curriculum: got rows {got}, want 2 indices of the task's 97 rows"
     assert sampler.state is before and not collect.asked

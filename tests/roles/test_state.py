@@ -13,7 +13,7 @@ def paths(state):
     return {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)}
 
 
-def test_everything_a_resume_needs_is_a_leaf():
+def test_everything_that_resuming_needs_is_a_leaf():
     state = state_of(source={"visits": np.int64(3)}, filters=(np.float32(1),), replay={"version": np.zeros(4)})
     found = paths(state)
     assert {".step", ".num_tokens", ".eval_before", ".train.params['w']", ".train.step"} <= found
@@ -35,7 +35,7 @@ def test_a_map_over_it_is_such_a_state_again():
     assert doubled.reference is None and int(state.step) == 5
 
 
-def test_the_state_of_supervised_training_knows_nothing_of_rl():
+def test_the_state_of_supervised_training_holds_nothing_of_rl():
     state = SupervisedState(np.array(3), TrainState({"w": np.zeros(2)}, (), np.int32(3)), Guards())
     assert set(SupervisedState._fields) <= set(RunState._fields)
     assert jax.tree.structure(state) != jax.tree.structure(state_of())

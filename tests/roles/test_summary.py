@@ -60,7 +60,7 @@ def test_a_step_in_numbers():
     assert found == pytest.approx(zeros | want) and all(type(x) is float for x in found.values())
 
 
-def test_what_there_is_nothing_of_is_absent():
+def test_a_mean_over_nothing_is_absent():
     ungraded = groups_of(np.full((2, 2), NAN))
     found = describe(ungraded, ["right"])
     assert found["groups/graded"] == 0 and found["rewards/right/raised"] == 2
@@ -75,8 +75,8 @@ def test_equal_rewards_have_a_deviation_of_exactly_0(value):
     assert found["reward_std"] == 0 and found["frac_reward_zero_std"] == 1
 
 
-def test_how_the_engine_got_through_the_work():
-    """By hand: 10 steps of 4 bytes and 6 of 2, at 2 bytes a second: 20 + 6 s of 52; FLOPs are the cheaper part."""
+def test_metrics_of_the_engine():
+    """By hand: 10 steps of 4 bytes and 6 of 2, at 2 bytes per second: 20 + 6 s of 52; FLOPs are the cheaper part."""
     stats = Stats(
         seconds=52.0, steps=16, row_steps=80, tokens=60, overflow=6, segments=((10, Work(4, 1)), (6, Work(2, 1)))
     )
@@ -92,7 +92,7 @@ def test_how_the_engine_got_through_the_work():
     assert describe_engine(stats, 1e9, 0.5)["rollout/ceiling_fraction"] == 32 / 52
 
 
-def test_rows_as_a_person_reads_them():
+def test_records_of_rows():
     groups = step()
     tokens = np.array([TASK.tokenizer.encode(text) for text in ("12", "3#", "45", "6#", "7#", "89")], np.int32)
     prompt = TASK.tokenizer.encode("<4>")
@@ -128,5 +128,5 @@ def test_log_probs_before_truncation_are_shown_where_they_are_kept():
 
 
 @pytest.mark.parametrize(("asked", "rows"), [(0, 0), (1, 2), (3, 6), (99, 6)])
-def test_as_many_groups_as_there_are_are_shown(asked, rows):
+def test_no_more_groups_than_there_are_are_recorded(asked, rows):
     assert len(responses(TASK, step(), np.zeros((6, 2)), asked)) == rows

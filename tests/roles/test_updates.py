@@ -19,7 +19,7 @@ ONES = QUIET | {"ratio/min": 1.0, "ratio/max": 1.0}
 
 
 class Program:
-    """Says in turn what it was told to, the last of it for ever; one step of the optimizer each."""
+    """Returns the given metrics in turn, the last ones for ever; each call is one optimizer step."""
 
     def __init__(self, *says: dict[str, float]):
         self.says, self.seen, self.references = says, [], []
@@ -52,11 +52,11 @@ def learn(updates, experience=None, **state):
 
 
 def said_tokens(batch):
-    """Of the completions that take part; row b says b + 1."""
+    """Tokens of the completions in the loss; those of row b are b + 1."""
     return sorted(set(np.asarray(batch.tokens)[np.asarray(batch.loss_mask)].tolist()))
 
 
-def test_epochs_times_minibatches_each_group_once_an_epoch_in_the_order_of_the_noise():
+def test_epochs_times_minibatches_each_group_once_per_epoch_in_random_order():
     program = Program(QUIET)
     train, learned = learn(updates_of(program, epochs=2, minibatches=2))
     assert len(program.seen) == 4 and int(train.step) == 7 + 4 and learned.metrics["updates"] == 4
@@ -95,7 +95,7 @@ def test_what_a_mean_counts_is_counted_on_the_minibatch():
     assert learned.metrics["dpo/x"] == pytest.approx((2 * 1 + 4 * 2) / 6)
 
 
-def test_a_minibatch_without_a_token_runs_and_says_nothing():
+def test_a_minibatch_without_a_token_runs_and_has_no_metrics():
     """The first epoch's two minibatches hold one group each, of which one was not graded."""
     loud = {name: 1e9 for name in QUIET} | {"zero_gradient/w": 1.0}
     experience = experience_of([[np.nan, np.nan], [1.0, 0.0]])
@@ -110,7 +110,7 @@ def test_a_minibatch_without_a_token_runs_and_says_nothing():
     assert learned.zero_gradient == {"w": False} and learned.flops == TrainFlops(1, 10, 100)
 
 
-def test_a_step_without_any_token_says_that_alone():
+def test_a_step_without_any_token_has_no_means():
     program = Program(ONES | {"zero_gradient/w": 1.0})
     experience = experience_of([[np.nan, np.nan]] * 4)
     _, learned = learn(updates_of(program, epochs=2), experience, guards=Guards(alarm=1))
@@ -133,7 +133,7 @@ def test_a_step_without_any_token_says_that_alone():
         (2, 6, True, 1, 2, 1.0),
     ],
 )
-def test_the_alarm_goes_on_from_the_state_and_counts_stale_updates(epochs, version, proximal, before, streak, rings):
+def test_the_alarm_continues_from_the_state_and_counts_stale_updates(epochs, version, proximal, before, streak, rings):
     updates = updates_of(Program(ONES), epochs=epochs, anchored_on_proximal=proximal)
     _, learned = learn(updates, experience_of(version=version), guards=Guards(alarm=before))
     assert (learned.alarm, learned.metrics["alarm/ratio"]) == (streak, rings)
@@ -144,7 +144,7 @@ def test_a_ratio_that_has_spread_resets_the_alarm_and_a_ring_stays_rung():
     assert (learned.alarm, learned.metrics["alarm/ratio"]) == (0, 1.0)
 
 
-def test_mismatch_is_told_on_fresh_data_alone():
+def test_mismatch_is_measured_on_fresh_data_alone():
     says = QUIET | {"mismatch/kl": 0.125}
     assert learn(updates_of(Program(says)))[1].metrics["mismatch/kl"] == 0.125
     assert "mismatch/kl" not in learn(updates_of(Program(says)), experience_of(version=6))[1].metrics
@@ -175,7 +175,7 @@ def test_work_is_that_of_updates_with_a_token():
     assert learned.flops == TrainFlops(3, 30, 300) and learned.seconds > 0
 
 
-def test_a_kl_in_the_reward_is_told_per_token():
+def test_a_kl_in_the_reward_is_logged_per_token():
     """Behavior log-probs are 0; the reference's are -0.5 in the first column and -1 in the other."""
     scores = Scores(np.tile(np.float32([-0.5, -1.0]), (8, 1)))
     updates = updates_of(Program(QUIET), reward_kl=RewardKl("k1", 0.1))
@@ -196,7 +196,7 @@ def test_the_batch_has_the_losss_mean_and_its_own_columns():
     assert (mine[~mask] == -1).all() and batch.tokens.sharding == updates_of(program).rows
 
 
-def test_old_is_a_token_of_a_kept_row_that_an_earlier_policy_drew():
+def test_old_is_a_token_of_a_kept_row_that_an_earlier_policy_sampled():
     experience = experience_of([[1.0, 0.0], [np.nan, np.nan]], version=7)
     assert not is_old(experience, 7) and is_old(experience, 8)
     groups = experience.groups

@@ -1,4 +1,4 @@
-"""`train.step` with a fake source and a fake learner: every stage once, in the order of the sentence, on what came before."""
+"""`train.step` with a fake source and a fake learner: every stage once, in order, on the result of the one before."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def before():
     return state_of(filters="filters before", replay="replay before", source="source before", reference="reference")
 
 
-def test_each_stage_is_called_once_in_the_order_of_the_sentence_with_what_came_before():
+def test_each_stage_is_called_once_in_order_with_the_results_before_it():
     calls, learner, source = roles()
     state, rng = before(), np.random.default_rng(0)
     done = step(learner, source, state, "policy", rng)
@@ -89,7 +89,7 @@ def test_metrics_of_filter_and_replay_are_joined_and_those_of_updates_stay_where
 
 
 @pytest.mark.parametrize("stage", ["take", "advantage"])
-def test_where_a_stage_refuses_nothing_after_it_is_asked_and_the_state_is_as_it_was(stage):
+def test_if_a_stage_raises_no_later_one_runs_and_the_state_is_unchanged(stage):
     def refuse(*_):
         raise GivenUp if stage == "take" else AdvantageError("no")
 
