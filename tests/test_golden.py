@@ -31,7 +31,7 @@ def test_golden_runs_are_stored_with_a_line_of_the_changelog():
     paths = sorted(golden_runs.STORE.glob("*.json"))
     assert len(paths) >= 2
     assert [golden_runs.change_problem(json.loads(path.read_text())["change"]) for path in paths] == [""] * len(paths)
-    assert "want words of CHANGELOG.md" in golden_runs.change_problem("no such line")
+    assert "want a line of CHANGELOG.md" in golden_runs.change_problem("no such line")
     assert golden_runs.change_problem("")
 
 
