@@ -12,7 +12,7 @@ from jaxrl_llm.update.packing import shape_of
 
 @pytest.mark.parametrize("kind", ["none", "plain", "shared_prefix"])
 def test_each_token_of_a_kept_row_gets_its_own_score_and_all_others_0(kind):
-    """The program gives the parameter times the token, its entropy, and its slot. Row b has a prompt of one token, and tokens b + 1."""
+    """The program gives the parameter times the token, its entropy, and its slot. Row b: a prompt of one token, tokens b + 1."""
     seen = []
 
     def program(params, batch):
