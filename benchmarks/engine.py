@@ -26,7 +26,7 @@ from benchmarks.clock import alternate
 from benchmarks.generate import make_engine, make_policy
 from benchmarks.machine import machine
 from benchmarks.models import NEW_TOKENS, SAMPLES, Workload, layouts, make_params
-from jaxrl_llm.metrics.recorder import CompileCounter
+from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.rollout import sample
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
 from jaxrl_llm.rollout.engine import Engine

@@ -16,7 +16,9 @@ from jaxrl_llm.config.run_config import CheckpointConfig
 from jaxrl_llm.environments.config import RewardConfig
 from jaxrl_llm.environments.grader_pool import GraderPool
 from jaxrl_llm.errors import AdvantageError, CheckpointError, GradingError, NonFiniteError, Preempted, UserError
-from jaxrl_llm.metrics.recorder import CompileCounter, MetricsConfig, Recorder, Timers
+from jaxrl_llm.metrics.config import MetricsConfig
+from jaxrl_llm.metrics.recorder import Recorder
+from jaxrl_llm.metrics.timers import CompileCounter, Timers
 from jaxrl_llm.roles.state import RunState, SupervisedState
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import PyTree

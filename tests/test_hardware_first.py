@@ -19,7 +19,7 @@ from jaxrl_llm import cli, train
 from jaxrl_llm.config import values
 from jaxrl_llm.config.run_config import RunConfig, load, validate
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.metrics.recorder import CompileCounter
+from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.model.hf.config import read_config as read_model
 from jaxrl_llm.perf import chips
 from jaxrl_llm.plan import fit, memory

@@ -17,7 +17,7 @@ from setups import make_params
 
 from jaxrl_llm import train
 from jaxrl_llm.config import run_config
-from jaxrl_llm.metrics.recorder import read_jsonl
+from jaxrl_llm.metrics.json_lines import read_jsonl
 from jaxrl_llm.roles import blueprint, build, supervised
 
 GRADERS = '''

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from jaxrl_llm import cli
-from jaxrl_llm.metrics.recorder import read_jsonl
+from jaxrl_llm.metrics.json_lines import read_jsonl
 
 CONFIG = {
     "steps": 4,
@@ -47,7 +47,7 @@ def named(row: dict, prefixes: tuple[str, ...]) -> list[str]:
 def test_a_grader_that_always_raises_ends_the_run_with_its_message(run, capsys):
     rows = run("raises", expect=4)
     out, err = capsys.readouterr()
-    assert "no group of 3 steps in a row could be graded (update.guards.max_ungraded)" in err
+    assert "no group of 3 consecutive steps could be graded (update.guards.max_ungraded)" in err
     assert "the first failure: grader it: ValueError: cannot read True" in err
     assert [row["step"] for row in rows] == [0, 1, 2, 3], "the step that ends the run is recorded too"
     assert all(row["groups/graded"] == row["groups/kept"] == row["updates"] == 0 for row in rows[1:])
@@ -67,7 +67,7 @@ def test_a_grader_that_always_raises_ends_the_run_with_its_message(run, capsys):
 @pytest.mark.slow
 def test_rewards_that_never_differ_are_warned_of_on_the_console_and_in_the_record(run, capsys, tmp_path):
     rows = run("same", expect=0)
-    warning = "3 of 3 steps of RL so far learned nothing; this one: the rewards of each group were equal"
+    warning = "3 of 3 RL steps so far learned nothing; this one: the rewards of each group were equal"
     assert [[w[: len(warning)] for w in row.get("warnings", [])] for row in rows] == [[], [], [], [warning], []]
     assert cli.main(["report", str(tmp_path / "run")]) == 0
     assert f"<dt>step 3</dt><dd>{warning}" in (tmp_path / "run" / "report.html").read_text()

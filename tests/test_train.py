@@ -19,7 +19,8 @@ from jaxrl_llm.config import run_config
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.environments.config import GraderConfig, RewardConfig
 from jaxrl_llm.errors import Preempted, UserError
-from jaxrl_llm.metrics.recorder import CompileCounter, read_jsonl
+from jaxrl_llm.metrics.json_lines import read_jsonl
+from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.rollout.config import EngineConfig
 
 ROOT = Path(__file__).parents[1]

@@ -25,7 +25,7 @@ import numpy as np
 
 from jaxrl_llm.config import run_config
 from jaxrl_llm.config.run_config import RunConfig
-from jaxrl_llm.metrics.recorder import MetricsConfig
+from jaxrl_llm.metrics.config import MetricsConfig
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.objective.presets import PRESETS
 from jaxrl_llm.roles import sources

@@ -1,4 +1,4 @@
-"""What the leaves of a tree are known by again: one number each, the same on every mesh."""
+"""Fingerprints of the leaves of a tree: one number each, the same on every mesh."""
 
 from typing import Any, NamedTuple
 
@@ -12,15 +12,15 @@ WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
 class Digest(NamedTuple):
-    """Of one leaf."""
+    """Digest of one leaf."""
 
     fingerprint: int
     finite: bool
-    """Every number of it is. Looked at on devices alone: True of NumPy arrays, whose NaN may mean "not measured"."""
+    """All its numbers are finite. Always True for NumPy arrays, whose NaN may mean "not measured"."""
 
 
 def fingerprint(tree: PyTree) -> dict[str, int]:
-    """A 32-bit number for each leaf, by its path: the same on every mesh, another if any bit flips or an element moves.
+    """A 32-bit number per leaf, by path: the same on every mesh, another if any bit flips or an element moves.
 
     Sum mod 2^32 over the words of a leaf of `mix(word ^ odd * index)`, `mix` a bijection (MurmurHash3's finalizer): a change of
     one word always shows, any other with probability 1 - 2^-32. (A plain weighted sum misses every even number of flipped signs.)
@@ -30,7 +30,7 @@ def fingerprint(tree: PyTree) -> dict[str, int]:
 
 
 def by_path(tree: PyTree) -> dict[str, Any]:
-    """The leaves by `jax.tree_util.keystr`; whatever is no jax array or ShapeDtypeStruct as a NumPy array."""
+    """Leaves by `jax.tree_util.keystr`; those that are no jax arrays or ShapeDtypeStructs become NumPy arrays."""
     device = (jax.Array, jax.ShapeDtypeStruct)
     flat = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): x if isinstance(x, device) else np.asarray(x) for path, x in flat}
@@ -39,9 +39,9 @@ def by_path(tree: PyTree) -> dict[str, Any]:
 def digests(leaves: dict[str, Any]) -> dict[str, Digest]:
     found: dict[str, Any] = {}
     for path, x in leaves.items():
-        # One program for each shape and layout: a single one over hundreds of leaves takes much longer to compile.
+        # One program per shape and layout: one over hundreds of leaves takes much longer to compile.
         found[path] = _device_digest(x) if isinstance(x, jax.Array) else (_host_sum(x), True)
-        # On CPU many collectives under way at once wait for each other's threads, and XLA aborts after 40 seconds.
+        # On CPU many concurrent collectives wait for each other's threads, and XLA aborts after 40 seconds.
         if isinstance(x, jax.Array) and next(iter(x.sharding.device_set)).platform == "cpu":
             jax.block_until_ready(found[path])
     return {path: Digest(int(number), bool(finite)) for path, (number, finite) in jax.device_get(found).items()}
@@ -52,7 +52,7 @@ def _device_digest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     finite = jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.bool_(True)
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
-    # Types of 8 bytes gain a last dimension of 2.
+    # 8-byte types gain a last dimension of 2.
     words = jax.lax.bitcast_convert_type(x, WORDS[min(x.dtype.itemsize, 4)]).astype(jnp.uint32)
     index, stride = jnp.zeros(words.shape, jnp.uint32), 1
     for dim in reversed(range(words.ndim)):

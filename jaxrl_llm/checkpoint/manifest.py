@@ -1,4 +1,4 @@
-"""What stands beside the arrays of a checkpoint: format, shape and fingerprint of each leaf, and what the run says of itself."""
+"""Manifest of a checkpoint: format, shape and fingerprint of each leaf, and the run's metadata."""
 
 import hashlib
 import json
@@ -19,8 +19,8 @@ def shapes(leaves: dict[str, Any]) -> dict[str, str]:
     return {path: f"{x.dtype}[{','.join(map(str, x.shape))}]" for path, x in leaves.items()}
 
 
-def sealed(step: int, leaves: dict[str, Any], meta: dict[str, Any]) -> dict[str, str]:
-    """Raises NonFiniteError where a leaf on devices holds NaN or infinity."""
+def make_manifest(step: int, leaves: dict[str, Any], meta: dict[str, Any]) -> dict[str, str]:
+    """Manifest as text with its checksum. Raises NonFiniteError if a leaf on devices holds NaN or infinity."""
     found = digests(leaves)
     broken = [path for path, digest in found.items() if not digest.finite]
     if broken:
@@ -33,25 +33,27 @@ def sealed(step: int, leaves: dict[str, Any], meta: dict[str, Any]) -> dict[str,
 
 
 def read_manifest(step: epath.Path) -> dict[str, Any]:
-    """What stands beside the arrays of a step."""
-    return _unsealed(ocp.JsonCheckpointHandler().restore(step / "meta"))
+    """Manifest of a step. Raises ValueError if its checksum is wrong."""
+    return _verified(ocp.JsonCheckpointHandler().restore(step / "meta"))
 
 
-def must_be_ours(step: epath.Path | Path, manifest: dict[str, Any]) -> None:
+def check_format(step: epath.Path | Path, manifest: dict[str, Any]) -> None:
+    """Raise UserError if another version of jaxrl_llm wrote the step."""
     if (found := manifest["format_version"]) != FORMAT_VERSION:
         raise UserError(
-            f"{step}: got a checkpoint of format {found}, which another version of jaxrl_llm wrote, want {FORMAT_VERSION}: go on "
-            "with that version, or give another run_dir"
+            f"{step}: got a checkpoint of format {found}, which another version of jaxrl_llm wrote, want {FORMAT_VERSION}: "
+            "continue with that version, or give another run_dir"
         )
 
 
-def _unsealed(item: dict[str, str]) -> dict[str, Any]:
+def _verified(item: dict[str, str]) -> dict[str, Any]:
     if hashlib.sha256(item["text"].encode()).hexdigest() != item["sha256"]:
-        raise ValueError("meta does not have the checksum it was saved with")
+        raise ValueError("meta has another checksum than when it was saved")
     return json.loads(item["text"])
 
 
-def must_fit(directory: epath.Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
+def check_shapes(directory: epath.Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
+    """Raise UserError if paths, shapes or dtypes differ."""
     pairs = {path: (saved.get(path, "nothing"), wanted.get(path, "nothing")) for path in saved | wanted}
     lines = [f"{path}: saved {got}, want {want}" for path, (got, want) in pairs.items() if got != want]
     if lines:

@@ -1,4 +1,4 @@
-"""The directory of a run: that it can be written, that one run alone writes it, and files that appear whole or not at all."""
+"""Run directory: a check that it is writable, the lock that lets one run write it, and atomic writes of files."""
 
 import errno
 import fcntl
@@ -10,32 +10,32 @@ from typing import IO, Self
 
 from jaxrl_llm.errors import UserError
 
-# What file systems without locks on directories answer, NFS among them.
+# Errors of file systems without locks on directories, such as NFS.
 NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 def prepare_run_directory(path: Path) -> None:
-    """Create it and prove that a file can be written, synced and renamed there. Raises UserError otherwise."""
+    """Create the directory and check that a file can be written, synced and renamed there. Raises UserError otherwise."""
     probe = path / f".probe-{socket.gethostname()}-{os.getpid()}"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_whole(probe, b"probe")
+        write_atomically(probe, b"probe")
         probe.unlink()
     except OSError as error:
         raise UserError(f"run_dir: got {path}, want a directory that can be made and written ({error})") from error
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Replace a file: whoever reads it, at any moment and after any crash, finds the old content or the new."""
-    half = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file atomically: a reader at any moment, also after a crash, finds the old or the new content."""
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")
     try:
-        with half.open("wb") as file:
+        with partial.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(half, path)
+        os.replace(partial, path)
     finally:
-        half.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     sync(path.parent)
 
 
@@ -48,10 +48,10 @@ def sync(path: Path) -> None:
 
 
 class RunLock:
-    """Held by the one process that writes into a run directory (process 0 of a job); the kernel drops it when that process ends.
+    """Lock held by the process that writes to a run directory (process 0 of a job); the kernel frees it when that process ends.
 
-    Two locks: of the directory itself, which nobody can delete from under a run unnoticed, and of the file `lock` in it, which
-    names the holder and is all there is where directories cannot be locked. Raises UserError at once if another process holds one.
+    It has two parts: a lock on the directory itself, which cannot be deleted without being noticed, and one on the file `lock` in
+    it, which names the holder and is the only one if directories cannot be locked. Raises UserError if another process holds one.
     """
 
     def __init__(self, run_directory: Path):
@@ -69,7 +69,7 @@ class RunLock:
         return self
 
     def check(self) -> None:
-        """Raise UserError where the run directory is no longer this run's; write `lock` anew where it is and the file is gone."""
+        """Raise UserError if the run directory no longer belongs to this run; write `lock` again if only that file is gone."""
         try:
             if not os.path.samestat(os.fstat(self._handle), os.stat(self._directory)):
                 raise UserError(
@@ -79,11 +79,11 @@ class RunLock:
                 return
         except FileNotFoundError:
             if not self._directory.exists():
-                raise UserError(f"run_dir: {self._directory} was moved or deleted while the run went on") from None
+                raise UserError(f"run_dir: {self._directory} was moved or deleted during the run") from None
         if not self._is_locked:
             raise UserError(
                 f"run_dir: {self._path} was deleted or replaced, so another run may write here too; this one has stopped, what it "
-                "saved is kept: see that no other is running, then start the same command again"
+                "saved is kept: make sure that no other is running, then start the same command again"
             )
         self._file.close()
         self._file = self._lock_file()
@@ -104,7 +104,7 @@ class RunLock:
         return True
 
     def _lock_file(self) -> IO[str]:
-        # "a+": opening must not wipe the holder's name.
+        # "a+": opening must not erase the holder's name.
         file = self._path.open("a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""What a storage that fails means: a file that cannot be read now, bytes that are wrong, a disk that is full."""
+"""Classification of storage errors: a file that cannot be read now, wrong bytes, a full disk."""
 
 import errno
 import os
@@ -7,10 +7,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-# What the storage answers where a file is not there, or is something else: found, not failed.
+# Errors that say that a file does not exist or is something else: the storage itself works.
 NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 FULL = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota used up"}
-# TensorStore raises ValueError for all: absl's status comes first, the number of the operating system's error somewhere behind.
+# TensorStore raises ValueError for everything: absl's status comes first, the operating system's error number later in the text.
 OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 STATUS = re.compile(
     r"\b(UNAVAILABLE|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED|ABORTED|CANCELLED|PERMISSION_DENIED|UNAUTHENTICATED):"
@@ -18,15 +18,15 @@ STATUS = re.compile(
 
 
 def is_blocked(error: BaseException, directory: Path) -> bool:
-    """Whether a read of what lies in `directory` failed because the storage did not give it, not because of what it holds.
+    """True if reading from `directory` failed because of the storage, not because of the contents.
 
-    Some readers take a file that cannot be looked at for one that is missing: so each file is opened once more here.
+    Some readers report a file that cannot be opened as missing, so every file is opened once more here.
     """
-    return any(map(_says_blocked, _chain(error))) or _cannot_be_opened(directory)
+    return any(map(_is_from_storage, _chain(error))) or _cannot_be_opened(directory)
 
 
 def reason(error: BaseException, directory: Path | None = None, size: int = 0) -> str:
-    """One line on what went wrong; of a full disk, how much was to be written into `directory` and how much is free."""
+    """One line on the error; for a full disk also the bytes to write into `directory` and those that are free."""
     full = next((words for found in _chain(error) if (words := FULL.get(_number(found)))), None)
     if full is None or directory is None:
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
@@ -43,7 +43,7 @@ def in_bytes(n: int) -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, those it comes from, and the members of groups."""
+    """The error, its causes and contexts, and the members of exception groups."""
     seen, todo = set(), [error]
     while todo:
         found = todo.pop()
@@ -61,7 +61,7 @@ def _number(error: BaseException) -> int | None:
     return int(number[1]) if number else None
 
 
-def _says_blocked(error: BaseException) -> bool:
+def _is_from_storage(error: BaseException) -> bool:
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         return False
     number = _number(error)

@@ -1,8 +1,8 @@
-"""Everything a resume needs, as one tree: saved while training goes on, verified when it comes back, laid out for any mesh.
+"""Checkpoints: the state of a run as one tree, saved while training continues, verified when restored, onto any mesh.
 
-A step is a directory of Orbax with two items: `state`, the leaves by their path, and `meta`, a JSON text with the shape, dtype
-and fingerprint of each leaf and a checksum of itself. What is on disk decides, never a list in memory: Orbax lists half-deleted
-steps, forgets good ones after a failed save, casts dtypes, and reads flipped bits without a word.
+A step is an Orbax directory with two items: `state`, the leaves by path, and `meta`, a JSON text with the shape, dtype and
+fingerprint of each leaf and a checksum of itself. The steps are listed from disk, never from memory: Orbax lists half-deleted
+steps, forgets good ones after a failed save, casts dtypes, and reads flipped bits without an error.
 """
 
 import logging
@@ -23,7 +23,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from jaxrl_llm.checkpoint.fingerprint import by_path, digests
-from jaxrl_llm.checkpoint.manifest import SHOWN_PATHS, must_be_ours, must_fit, read_manifest, sealed, shapes
+from jaxrl_llm.checkpoint.manifest import SHOWN_PATHS, check_format, check_shapes, make_manifest, read_manifest, shapes
 from jaxrl_llm.checkpoint.run_directory import sync
 from jaxrl_llm.checkpoint.storage_errors import is_blocked, reason
 from jaxrl_llm.errors import CheckpointError
@@ -31,30 +31,30 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import PyTree
 
 MAX_FAILURES = 3
-# Seconds between the tries of a read that the storage refuses.
+# Seconds between tries of a read that the storage refuses.
 PAUSES = (0.2, 1.0, 4.0)
-# Seconds until a save counts as failed: what Orbax itself gives the processes of a job to meet.
+# Seconds until a save counts as failed: Orbax's own limit for the processes of a job to meet.
 SAVE_DEADLINE = 1200
 logger = logging.getLogger("jaxrl_llm.checkpoint.store")
-# Orbax reports each of its steps, and a failed save twice with its traceback. What matters reaches this file as an exception.
+# Orbax logs each of its steps, and a failed save twice with its traceback. Errors reach this file as exceptions.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
-# When one of a step's readers or writers fails, Orbax leaves the others: what they say afterwards is no news.
+# When one of a step's readers or writers fails, Orbax abandons the others, whose later errors mean nothing.
 logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
 
 
-def _keep_quiet(unraisable: Any, told_before: Callable[[Any], None] = sys.unraisablehook) -> None:
+def _without_orbax(unraisable: Any, report: Callable[[Any], None] = sys.unraisablehook) -> None:
     code = getattr(unraisable.object, "cr_code", None)
     is_orbax = code is not None and f"{os.sep}orbax{os.sep}" in code.co_filename
     if not is_orbax and str(unraisable.exc_value) != "Event loop is closed":
-        told_before(unraisable)
+        report(unraisable)
 
 
-sys.unraisablehook = _keep_quiet
+sys.unraisablehook = _without_orbax
 
 
 @dataclass(frozen=True)
 class Restored:
-    """One step as it was saved; `tree` has the target's structure and shardings, `meta` is what `save` was given."""
+    """A restored step; `tree` has the structure and shardings of the target, `meta` is the argument of `save`."""
 
     step: int
     tree: PyTree
@@ -62,14 +62,14 @@ class Restored:
 
 
 class _WrongError(Exception):
-    """A step was read, and is not what was written; known to every process of the job."""
+    """A step was read and is corrupt; raised on every process of the job."""
 
 
 class Checkpoints:
-    """The checkpoints below `directory`, of which the newest `keep` stay. Every process of a job calls every method, in one order.
+    """Checkpoints in `directory`, of which the newest `keep` stay. All processes of a job call all methods, in the same order.
 
-    `<directory>/<step>` are the steps; moved aside, never deleted, are `corrupt-<step>`, which was read and is wrong, and
-    `condemned-<step>`, which a guard has condemned. Reading changes nothing in a directory whose steps are good.
+    `<directory>/<step>` are the steps. `corrupt-<step>`, which was read and is wrong, and `condemned-<step>`, which followed a
+    blow-up, are renamed and never deleted. Reading changes nothing in a directory with good steps.
     """
 
     def __init__(self, directory: Path, keep: int = 3):
@@ -83,28 +83,35 @@ class Checkpoints:
         return sorted(int(name) for name in self._names() if name.isdecimal() and name == str(int(name)))
 
     def has(self, step: int) -> bool:
-        """Whether it is on disk, as the first process sees it."""
+        """True if the step is on disk, as the first process sees it."""
         return hosts.all_agree(jax.process_index() > 0 or step in self.steps())
 
     def is_empty(self) -> bool:
-        """No step was ever saved, or all were condemned."""
+        """True if no step was ever saved, or all were condemned."""
         return not self.steps() and not any(name.startswith("corrupt-") for name in self._names())
 
     def save(self, step: int, tree: PyTree, meta: dict[str, Any], prune: bool = True) -> None:
-        """Start to save the values of this moment; the caller may donate or overwrite them at once. `meta` must fit into JSON.
+        """Start saving a tree, whose arrays the caller may donate or overwrite at once. Waits for the previous save.
 
-        Waits for the save before, if that still runs. A save that fails is warned about and tried again when the next one is
-        due; the third failure in a row raises CheckpointError, and so does a step that is not newer than those on disk. A tree
-        whose numbers on devices are not all finite raises NonFiniteError and is not saved. `prune=False`: no older step goes.
+        Args:
+            step: newer than those on disk.
+            tree: of jax and NumPy arrays.
+            meta: stored beside it, as JSON.
+            prune: delete the steps that are too many.
+
+        Raises:
+            CheckpointError: the third consecutive save failed, or `step` is not new. Earlier failures are logged as warnings, and
+                saving is tried again when the next save is due.
+            NonFiniteError: an array on devices is not finite; it is not saved.
         """
         if failure := self._finish():
             self.give_up(*failure)
         leaves = by_path(tree)
-        # On CPU Orbax writes from the very memory of the arrays; JAX does not donate memory that is viewed in this way, and
-        # on an accelerator the copy to the host is over when save returns. Empty arrays it refuses: their shape says it all.
+        # On CPU Orbax writes from the memory of the arrays, and JAX does not donate memory that is viewed like this; on an
+        # accelerator the copy to the host is done when `save` returns. Orbax refuses empty arrays: their shape is enough.
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave({path: x for path, x in leaves.items() if x.size}),
-            meta=ocp.args.JsonSave(sealed(step, leaves, meta)),
+            meta=ocp.args.JsonSave(make_manifest(step, leaves, meta)),
         )
         self._prunes, self._size = prune, sum(x.nbytes for x in leaves.values())
         try:
@@ -118,13 +125,13 @@ class Checkpoints:
         self._pending = step
 
     def poll(self) -> None:
-        """Take note of a save that has ended, without waiting for one that has not. Call it every step.
+        """Check whether a save has ended, without waiting. To be called every step.
 
-        A failure is logged as a warning; the third in a row, or any in a job of several processes (whose others would wait
-        for this one), raises CheckpointError.
+        A failure is logged as a warning; the third consecutive one, or any in a job of several processes (where the others would
+        wait for this one), raises CheckpointError.
         """
         if self._manager is None and self._failures:
-            # A step later, as Orbax gives up at the first writer that fails while the others still write.
+            # One step later, because Orbax gives up at the first failed writer while the others still write.
             self._clean()
         elif self._pending is not None and not self._manager.is_saving_in_progress() and (failure := self._finish()):
             self.give_up(*failure)
@@ -137,72 +144,73 @@ class Checkpoints:
             raise CheckpointError(self._not_saved(step, error)) from error
 
     def close(self) -> None:
-        """Like `wait`, then free what Orbax holds."""
+        """Wait, then free what Orbax holds."""
         try:
             self.wait()
         finally:
             self._drop_manager()
 
     def give_up(self, step: int, error: Exception) -> None:
-        """Count a save that failed, or could not begin; see `save`."""
+        """Count a save that failed or could not begin; see `save`."""
         if failure := self._finish():
             self.give_up(*failure)
         self._failures += 1
-        # Orbax forgets good steps when a save fails; the next manager reads them from disk.
+        # Orbax forgets good steps when a save fails; a new manager reads them from disk.
         self._drop_manager()
         message = self._not_saved(step, error)
         if self._failures >= MAX_FAILURES or jax.process_count() > 1:
-            remedy = (
-                f"{self._failures} failed in a row; remove the cause and start again: steps {self.steps()} are kept"
-            )
+            remedy = f"{self._failures} consecutive saves failed; remove the cause and start again: steps {self.steps()} are kept"
             raise CheckpointError(f"{message}; {remedy}") from error
-        logger.warning("%s; trying again when the next one is due (%d of %d)", message, self._failures, MAX_FAILURES)
+        logger.warning("%s; trying again when the next save is due (%d of %d)", message, self._failures, MAX_FAILURES)
 
     def condemn(self, since: int) -> list[Path]:
-        """Move the steps from `since` on aside, so that the next start goes on from the one before them. Returns where to."""
+        """Rename the steps from `since` on, so that the next start resumes from the one before them. Returns the new paths."""
         self.wait()
         self._drop_manager()
-        return [self._move(step, "condemned") for step in _agreed(self.directory, self.steps) if step >= since]
+        return [self._rename(step, "condemned") for step in _agreed(self.directory, self.steps) if step >= since]
 
     def restore(self, target: Callable[[dict[str, Any]], PyTree], owned: bool = True) -> Restored | None:
-        """The newest step of which every leaf has the fingerprint it was saved with; None where no step was ever saved.
+        """Restore the newest step whose leaves all have the fingerprints they were saved with; None if no step was ever saved.
 
-        `target(meta)` has the wanted structure: a ShapeDtypeStruct with a sharding (of any mesh) for each leaf on devices, a NumPy
-        array of the right shape and dtype for each on the host. Raises UserError if a step holds other paths, shapes or dtypes. One
-        that was read and is wrong is moved to `corrupt-<step>` with a warning, and the one before is tried; when none is left,
-        CheckpointError, never a fresh start. A read that the storage refuses is tried again, then told as a CheckpointError;
-        nothing is moved then.
+        A corrupt step is renamed to `corrupt-<step>` with a warning, and the one before it is tried.
 
-        `owned=False`, for who does not hold the run's lock: nothing is moved, and what the target leaves out is not read.
+        Args:
+            target: meta -> tree of the wanted structure: a ShapeDtypeStruct with a sharding (of any mesh) per leaf on devices, a
+                NumPy array of the right shape and dtype per leaf on the host.
+            owned: the caller holds the run's lock. If not, nothing is renamed, and leaves that the target lacks are not read.
+
+        Raises:
+            UserError: the step holds other paths, shapes or dtypes.
+            CheckpointError: no good step is left, or the storage refuses to be read after several tries (nothing is renamed then).
         """
         self.wait()
-        # Orbax refuses steps below the newest it remembers: the next save reads the directory anew.
+        # Orbax refuses steps below the newest it remembers: the next save reads the directory again.
         self._drop_manager()
         passed = set()
-        # Listed anew each time: while one was read, a run that goes on may have deleted it and saved newer ones.
+        # Listed again each time: a running process may have deleted the step while it was read, and saved newer ones.
         while left := [step for step in _agreed(self.directory, self.steps) if step not in passed]:
             try:
                 return self._read(left[-1], target, owned)
             except _WrongError as error:
                 passed.add(left[-1])
-                self._set_aside(left[-1], left[-2] if left[1:] else None, str(error), owned)
+                self._pass_over(left[-1], left[-2] if left[1:] else None, str(error), owned)
         if passed or not self.is_empty():
             problem = f"{self.directory}: no checkpoint can be read{' (see corrupt-*)' if owned else ''}"
-            raise CheckpointError(f"{problem}; put a good copy back, or give another run_dir to start anew")
+            raise CheckpointError(f"{problem}; put a good copy back, or give another run_dir to start again")
         return None
 
-    def _read(self, step: int, target_of: Callable[[dict[str, Any]], PyTree], whole: bool) -> Restored:
+    def _read(self, step: int, target_of: Callable[[dict[str, Any]], PyTree], all_leaves: bool) -> Restored:
         directory = epath.Path(self.directory / str(step))
         manifest = _agreed(directory, lambda: read_manifest(directory))
-        must_be_ours(directory, manifest)
+        check_format(directory, manifest)
         target = target_of(manifest["meta"])
         wanted = {path: _placed(x) for path, x in by_path(target).items()}
-        saved = {path: x for path, x in manifest["leaves"].items() if whole or path in wanted}
-        must_fit(directory, {path: x[0] for path, x in saved.items()}, shapes(wanted))
-        # Not through the manager: its barriers would hang the processes that could read when one could not.
+        saved = {path: x for path, x in manifest["leaves"].items() if all_leaves or path in wanted}
+        check_shapes(directory, {path: x[0] for path, x in saved.items()}, shapes(wanted))
+        # Not through the manager: if one process could not read, its barriers would hang the others.
         filled = {path: x for path, x in wanted.items() if x.size}
         args = ocp.args.PyTreeRestore(
-            filled, restore_args=ocp.checkpoint_utils.construct_restore_args(filled), partial_restore=not whole
+            filled, restore_args=ocp.checkpoint_utils.construct_restore_args(filled), partial_restore=not all_leaves
         )
         leaves = _agreed(directory, lambda: ocp.PyTreeCheckpointHandler().restore(directory / "state", args=args))
         leaves |= {path: _empty(x) for path, x in wanted.items() if not x.size}
@@ -214,25 +222,25 @@ class Checkpoints:
         return Restored(step, tree, manifest["meta"])
 
     def refuse_other_formats(self) -> None:
-        """Raises UserError where the newest step was written by another version of this program. Reads no array."""
+        """Raise UserError if another version of this program wrote the newest step. Reads no array."""
         for step in self.steps()[-1:]:
             directory = epath.Path(self.directory / str(step))
             try:
                 manifest = read_manifest(directory)
             except Exception:
-                # In whatever way it is broken, `restore` tells, and takes the one before.
+                # `restore` reports a broken step, and takes the one before it.
                 return
-            must_be_ours(directory, manifest)
+            check_format(directory, manifest)
 
-    def _set_aside(self, step: int, older: int | None, why: str, moves: bool) -> None:
+    def _pass_over(self, step: int, older: int | None, why: str, moves: bool) -> None:
         using = "no older step is left" if older is None else f"using step {older}"
-        place = f"moved to {self._move(step, 'corrupt')}" if moves else "it is left where it is"
+        place = f"moved to {self._rename(step, 'corrupt')}" if moves else "it is left where it is"
         logger.warning("step %d unreadable (%s), %s; %s", step, why, using, place)
 
-    def _move(self, step: int, verdict: str) -> Path:
-        moved = self.directory / f"{verdict}-{step}"
-        if verdict == "condemned" and jax.process_index() == 0:
-            # A run that is started again and blows up again would fill the disk.
+    def _rename(self, step: int, reason: str) -> Path:
+        moved = self.directory / f"{reason}-{step}"
+        if reason == "condemned" and jax.process_index() == 0:
+            # A run that is restarted and blows up again would fill the disk.
             shutil.rmtree(moved, ignore_errors=True)
         while moved.exists():
             moved = moved.with_name(f"{moved.name}-again")
@@ -248,7 +256,7 @@ class Checkpoints:
         return moved
 
     def _names(self) -> list[str]:
-        """Of the directories below. Raises OSError where they cannot be listed: none found would be a run that starts anew."""
+        """Names of the subdirectories. Raises OSError if they cannot be listed: an empty list would start a new run."""
         try:
             with os.scandir(self.directory) as entries:
                 return [entry.name for entry in entries if entry.is_dir()]
@@ -258,7 +266,7 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         self._clean()
         options = ocp.CheckpointManagerOptions(
-            # Old steps are `_prune`'s. Orbax deletes them before it looks whether the new one failed, if its error was taken.
+            # `_prune` deletes old steps. Orbax would delete them before it checks whether the new one failed.
             max_to_keep=None,
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(timeout_secs=SAVE_DEADLINE),
@@ -267,13 +275,13 @@ class Checkpoints:
 
     def _drop_manager(self) -> None:
         manager, self._manager, self._pending = self._manager, None, None
-        # Its errors were noted when they happened. One that still saves, after its deadline, would be waited for without end.
+        # Its errors were handled when they happened. Closing one that still saves, after its deadline, would wait for ever.
         with suppress(Exception):
             if manager is not None and not manager.is_saving_in_progress():
                 manager.close()
 
     def _finish(self) -> tuple[int, Exception] | None:
-        """Wait for the save under way; the step and the error if it failed."""
+        """Wait for the running save. Returns step and error if it failed."""
         if self._pending is None:
             return None
         deadline = time.monotonic() + SAVE_DEADLINE
@@ -297,23 +305,24 @@ class Checkpoints:
         return f"{self.directory}: step {step} was not saved: {reason(error, self.directory, self._size)}"
 
     def _prune(self) -> None:
-        """Renamed, then deleted: killed in between, half a step would be taken for a whole one."""
+        """Rename old steps, to be deleted later: a process killed while deleting would leave half a step that looks whole."""
         for step in self.steps()[: -self._keep] if self._prunes and jax.process_index() == 0 else []:
             (self.directory / "trash").mkdir(exist_ok=True)
             (self.directory / str(step)).rename(self.directory / "trash" / str(step))
 
     def _clean(self) -> None:
-        """Delete what was given up: the trash, and what failed saves have left. Only while no save is under way."""
-        given_up = [*self.directory.glob("trash"), *self.directory.glob("*.orbax-checkpoint-tmp*")]
-        for path in given_up if jax.process_index() == 0 else []:
+        """Delete the trash and the remains of failed saves. Only while no save is running."""
+        leftovers = [*self.directory.glob("trash"), *self.directory.glob("*.orbax-checkpoint-tmp*")]
+        for path in leftovers if jax.process_index() == 0 else []:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _agreed(directory: Path, read: Callable[[], Any]) -> Any:
-    """What `read` gives on every process of the job.
+    """Result of `read`, called on every process of the job until all succeed.
 
-    All try again together while the storage refuses any of them, and CheckpointError ends that; _WrongError where what was read is
-    wrong, and so once more.
+    Raises:
+        CheckpointError: the storage refused one of them in every try.
+        _WrongError: what was read is corrupt, in two tries.
     """
     pauses, wrong = list(PAUSES), 0
     while True:
@@ -321,7 +330,7 @@ def _agreed(directory: Path, read: Callable[[], Any]) -> Any:
         try:
             value = read()
         except (MemoryError, jax.errors.JaxRuntimeError):
-            # A machine too small: no reason to move good steps away.
+            # A machine with too little memory is no reason to rename good steps.
             raise
         except Exception as error:
             failed, blocked = reason(error), is_blocked(error, Path(directory))
@@ -338,12 +347,12 @@ def _agreed(directory: Path, read: Callable[[], Any]) -> Any:
         else:
             raise CheckpointError(
                 f"{directory}: the storage does not give it, after {len(PAUSES) + 1} tries ({failed}); nothing was moved: "
-                "see to the storage, then start the same command again"
+                "repair the storage, then start the same command again"
             )
 
 
 def _placed(x: Any) -> Any:
-    """A leaf of the target as Orbax wants it."""
+    """Leaf of the target in the form that Orbax takes."""
     if isinstance(x, np.ndarray):
         return x
     sharding = x.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -357,7 +366,7 @@ def _empty(x: Any) -> Any:
 
 
 def _sync_to_disk(step: Path) -> None:
-    """Orbax syncs the data, neither its JSON nor the directories; raises FileNotFoundError where the step is not there."""
+    """Sync JSON files and directories, which Orbax does not. Raises FileNotFoundError if the step does not exist."""
     step.stat()
     for path in [*step.rglob("*"), step, step.parent]:
         sync(path)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.environments.grader_pool import GraderPool
 from jaxrl_llm.errors import CheckpointError, UserError
-from jaxrl_llm.metrics.console import saying
+from jaxrl_llm.metrics.console import shown_on_stderr
 from jaxrl_llm.metrics.estimates import Estimate, avg_at_k, maj_at_k, pass_at_k
 from jaxrl_llm.metrics.terminal import printable
 from jaxrl_llm.model import lora
@@ -121,7 +121,7 @@ def evaluate_target(cfg: RunConfig, k: int) -> dict[str, Any]:
     at_once = min(getattr(cfg.task, "held_out", 0) or EVALUATED_AT_ONCE, EVALUATED_AT_ONCE)
     run = open_run(_reshape(cfg, at_once, k))
     fit.check(run.blueprint, len(run.task.held_out), trains=False)
-    with saying("reading the model"):
+    with shown_on_stderr("reading the model"):
         source = open_source(run)
     if not source.step and not isinstance(cfg.model, PretrainedModel):
         raise CheckpointError(f"{cfg.run_dir}: got no checkpoint, want a run directory that holds one")
@@ -130,7 +130,7 @@ def evaluate_target(cfg: RunConfig, k: int) -> dict[str, Any]:
         score = make_scorer(run.blueprint, run.blueprint.shapes.experience)
         collect = Collector(run.engine, pool, run.task)
         evaluator = make_evaluator(run.blueprint, run.task, collect, score, make_keys(cfg).evaluation)
-        with saying(f"evaluating {len(run.task.held_out)} held-out prompts"):
+        with shown_on_stderr(f"evaluating {len(run.task.held_out)} held-out prompts"):
             if source.params is not None and run.task.has_targets:
                 found["exact"] = float(np.mean(evaluator.probabilities(source.params)))
             (right, vote), _ = evaluator.answers(source.policy)

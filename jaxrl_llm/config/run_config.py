@@ -20,7 +20,7 @@ from jaxrl_llm.config.values import Flag, numbers, put, read_flags, read_yaml, t
 from jaxrl_llm.environments.config import RewardConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.config import FILTERS, ExperienceConfig
-from jaxrl_llm.metrics.recorder import MetricsConfig
+from jaxrl_llm.metrics.config import MetricsConfig
 from jaxrl_llm.model.config import LoraConfig, ModelConfig, PretrainedModel
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.presets import PRESETS, filled, nearest

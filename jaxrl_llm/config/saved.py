@@ -4,7 +4,7 @@ import logging
 import os
 from pathlib import Path
 
-from jaxrl_llm.checkpoint.run_directory import write_whole
+from jaxrl_llm.checkpoint.run_directory import write_atomically
 from jaxrl_llm.config import run_config
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.errors import UserError
@@ -31,7 +31,7 @@ def claim(run_dir: Path, cfg: RunConfig, is_new: bool) -> None:
             f"{run_dir}: holds a run with another config; use another run_dir, or undo these changes:\n  {listed}"
         )
     if before != text:
-        write_whole(path, text)
+        write_atomically(path, text)
 
 
 def differences(path: Path, cfg: RunConfig) -> list[str]:

@@ -1,7 +1,8 @@
-"""What a run shows while it lives: on a terminal one line that says where it is, tables above it; elsewhere plain lines.
+"""Console output of a run: on a terminal a status line with tables above it, elsewhere plain lines.
 
-What lasts (compiling, evaluating, saving) is said while it happens: `with screen.during("saving")`. A thread keeps the line's
-clock going meanwhile; whoever draws holds the lock. A closed pipe, a lost terminal or a full disk silence the screen for good.
+Long activities (compiling, evaluating, saving) are shown while they run: `with console.during("saving")`. A thread keeps the
+status line's clock running meanwhile; every write holds the lock. After a closed pipe, a lost terminal or a full disk the console
+stays silent.
 """
 
 import os
@@ -16,49 +17,58 @@ from typing import Any, TextIO
 
 from jaxrl_llm.metrics.terminal import printable
 
-TICK, SELDOM = 0.5, 0.1  # seconds between two looks of the thread, and at least between two drawings of steps
-# Seconds that something lasts before a terminal shows it, and before a plain log says it.
+# Seconds between two updates by the thread, and least seconds between two by steps.
+TICK, SELDOM = 0.5, 0.1
+# Seconds that an activity lasts before a terminal shows it, and before a plain log prints it.
 SHOWN_AFTER, PRINTED_AFTER = 1.0, 5.0
 WIDEST_BAR, NARROWEST_BAR = 30, 8
-NARROW = 70  # cells: tables on a terminal that has fewer stop behind the reward
+# Columns of a terminal below which tables end after the reward.
+NARROW = 70
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is."""
+    """Position of a run."""
 
     phase: str
     step: int
     total: int
-    told: tuple[str, ...]
-    """Numbers of the step, the first the most important."""
+    numbers: tuple[str, ...]
+    """Metrics of the step, the most important first."""
     speed: str
     left: str
-    """Time to the end; "" where it is not known yet."""
+    """Time left; "" if not known yet."""
 
 
 @dataclass
-class Doing:
-    """What is going on, since when."""
+class Activity:
+    """A long activity, and since when it runs."""
 
     words: str
     start: float
     is_printed: bool
-    """A plain log has it, or is not to have it."""
+    """It was printed to the plain log, or is not to be."""
 
 
-def line(progress: Progress | None, doing: str, seconds: float, width: int) -> str:
-    """One line of `width` cells at most. The step stays to the last, and the time: until the end, or of what is `doing`."""
+def status_line(progress: Progress | None, activity: str, seconds: float, width: int) -> str:
+    """Status line of at most `width` cells. Step and time are dropped last.
+
+    Args:
+        progress: position of the run, if it has one yet.
+        activity: what is running; "": nothing long.
+        seconds: since the activity began.
+        width: of the terminal, in cells.
+    """
     from rich.cells import cell_len, set_cell_size
 
     clock = str(timedelta(seconds=int(seconds)))
-    # In the order of the line, each with its rank: the highest gives way first.
+    # In the order of the line, each with its rank: the highest is dropped first.
     parts = [(0, f"{progress.step}/{progress.total}")] if progress else []
-    if doing:
-        room = max(width - sum(len(text) + 1 for _, text in parts) - len(clock) - 1, 0)
-        parts += [(1, set_cell_size(doing, min(cell_len(doing), room))), (0, clock)]
+    if activity:
+        free = max(width - sum(len(text) + 1 for _, text in parts) - len(clock) - 1, 0)
+        parts += [(1, set_cell_size(activity, min(cell_len(activity), free))), (0, clock)]
     elif progress:
-        parts += [*((1 + i, text) for i, text in enumerate(progress.told)), (3, progress.speed), (0, progress.left)]
+        parts += [*((1 + i, text) for i, text in enumerate(progress.numbers)), (3, progress.speed), (0, progress.left)]
     if progress:
         parts = [(4, progress.phase), *parts]
     parts = [(rank, text) for rank, text in parts if text]
@@ -76,7 +86,7 @@ def line(progress: Progress | None, doing: str, seconds: float, width: int) -> s
 
 
 def wrapped(parts: Sequence[str], width: int | None) -> str:
-    """The parts in lines of `width` cells at most, as far as a part allows; None: one line."""
+    """Join the parts into lines of at most `width` cells, unless a part is longer; None: one line."""
     lines = [""]
     for part in parts:
         if width and lines[-1] and len(lines[-1]) + 1 + len(part) > width:
@@ -86,94 +96,94 @@ def wrapped(parts: Sequence[str], width: int | None) -> str:
 
 
 @contextmanager
-def saying(words: str) -> Iterator[None]:
-    """Say on standard error what lasts, for commands whose output is an answer; nothing of it stays on a terminal."""
-    screen = Screen(sys.stderr)
+def shown_on_stderr(words: str) -> Iterator[None]:
+    """Show an activity on standard error, for commands whose output is a result; a terminal is cleared of it afterwards."""
+    console = Console(sys.stderr)
     try:
-        with screen.during(words):
+        with console.during(words):
             yield
     finally:
-        screen.close()
+        console.close()
 
 
-class Screen:
-    """Call `close` in the end. Without a stream it does nothing."""
+class Console:
+    """Console on a stream, to be closed; without a stream it does nothing."""
 
     def __init__(self, stream: TextIO | None):
         self._lock = threading.RLock()
-        self._stream, self._live, self._screen, self._bar = stream, False, None, None
+        self._stream, self._live, self._rich, self._bar = stream, False, None, None
         self._is_silent = stream is None or stream.closed
         self._progress: Progress | None = None
-        self._drawn = -SELDOM
-        self._doing: list[Doing] = []
+        self._refreshed = -SELDOM
+        self._activities: list[Activity] = []
         self._seen: set[str] = set()
         self._closing, self._clock = threading.Event(), threading.Thread(target=self._keep_time, daemon=True)
         self._guarded(self._open)
 
     def _open(self) -> None:
-        from rich.console import Console
+        from rich.console import Console as RichConsole
         from rich.live import Live
         from rich.text import Text
 
-        class Terminal(Console):
+        class Terminal(RichConsole):
             def on_broken_pipe(self) -> None:
-                raise BrokenPipeError  # rich would end the process
+                raise BrokenPipeError  # rich would exit the process
 
-        if hasattr(self._stream, "reconfigure"):  # an ASCII locale must not fail on a response in Chinese
+        if hasattr(self._stream, "reconfigure"):  # a response in Chinese must not fail in an ASCII locale
             self._stream.reconfigure(errors="backslashreplace")
         self._live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._screen = Terminal(file=self._stream, highlight=False, width=None if self._live else 160)
+        self._rich = Terminal(file=self._stream, highlight=False, width=None if self._live else 160)
         if self._live:
-            # Drawn by `_draw` alone: a refreshing thread of rich's would meet a broken pipe where nobody can catch it.
-            drawn = {"get_renderable": lambda: Text(self._line(), no_wrap=True), "auto_refresh": False}
-            self._bar = Live(console=self._screen, redirect_stdout=self._stream is sys.stdout, **drawn)
+            # Refreshed by `_draw` alone: rich's own thread would meet a broken pipe where it cannot be caught.
+            options = {"get_renderable": lambda: Text(self._line(), no_wrap=True), "auto_refresh": False}
+            self._bar = Live(console=self._rich, redirect_stdout=self._stream is sys.stdout, **options)
             self._bar.start()
 
     @property
     def is_terminal(self) -> bool:
-        """One whose cursor moves."""
+        """True for a terminal with a movable cursor."""
         return self._live
 
     @contextmanager
     def during(self, words: str, first: str = "") -> Iterator[None]:
-        """Say `words` while the body lasts; the first time `first`, where that is given.
+        """Show `words` while the body runs; the first time `first` instead, if given.
 
-        What has a `first` is done in every step: a plain log hears of the first time alone.
+        An activity with a `first` recurs every step, so a plain log gets only the first one.
         """
         is_first = bool(first) and first not in self._seen
         self._seen.add(first)
         with self._lock:
             is_printed = bool(first) and not is_first
-            self._doing.append(Doing(first if is_first else words, time.monotonic(), is_printed))
+            self._activities.append(Activity(first if is_first else words, time.monotonic(), is_printed))
         if not (self._is_silent or self._clock.ident):
             self._clock.start()
         try:
             yield
         finally:
             with self._lock:
-                self._doing.pop()
+                self._activities.pop()
 
     def text(self, text: str) -> None:
-        self._guarded(lambda: self._screen.print(text, markup=False, emoji=False, soft_wrap=True))
+        self._guarded(lambda: self._rich.print(text, markup=False, emoji=False, soft_wrap=True))
 
-    def step(self, progress: Progress, said: Sequence[str]) -> None:
-        """The line is about this step from now on; `said` is printed, on a terminal in lines that end between two of its parts."""
+    def step(self, progress: Progress, printed: Sequence[str]) -> None:
+        """Show a step in the status line, and print the parts `printed`, on a terminal in lines that break between parts."""
         self._progress = progress
-        if said:
-            self._guarded(lambda: self.text(wrapped(said, self._screen.width - 1 if self._live else None)))
-        if said or time.monotonic() - self._drawn >= SELDOM:
+        if printed:
+            self._guarded(lambda: self.text(wrapped(printed, self._rich.width - 1 if self._live else None)))
+        if printed or time.monotonic() - self._refreshed >= SELDOM:
             self._guarded(self._draw)
 
     def table(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Print sampled responses; log-prob is the sum over a response's tokens, in nats."""
-        self._guarded(lambda: self._screen.print(self._grid(rows)))
+        """Print a table of sampled responses; log-prob is the sum over a response's tokens, in nats."""
+        self._guarded(lambda: self._rich.print(self._grid(rows)))
 
     def _grid(self, rows: Sequence[Mapping[str, Any]]) -> Any:
         from rich import box, table, text
 
         titles = "prompt", "response", "reward", "advantage", "log-prob", "finish"
-        titles = titles[:3] if self._screen.width < NARROW else titles
-        is_long = any(len(str(row.get("completion"))) > self._screen.width // 2 for row in rows)
+        titles = titles[:3] if self._rich.width < NARROW else titles
+        is_long = any(len(str(row.get("completion"))) > self._rich.width // 2 for row in rows)
         grid = table.Table(*titles, box=box.ROUNDED if self._live else None, show_lines=self._live and is_long)
         for row in rows:
             logprobs = row.get("logprobs")
@@ -206,25 +216,27 @@ class Screen:
     def _tick(self) -> None:
         self._draw()
         now = time.monotonic()
-        for doing in self._doing if not self._live else ():
-            if not doing.is_printed and now - doing.start >= PRINTED_AFTER:
-                doing.is_printed = True
-                self.text(f"{doing.words} ...")
+        for activity in self._activities if not self._live else ():
+            if not activity.is_printed and now - activity.start >= PRINTED_AFTER:
+                activity.is_printed = True
+                self.text(f"{activity.words} ...")
 
     def _draw(self) -> None:
         if self._bar:
             self._bar.refresh()
-            self._drawn = time.monotonic()
+            self._refreshed = time.monotonic()
 
     def _line(self) -> str:
-        doing = self._doing[-1] if self._doing else None
-        seconds = time.monotonic() - doing.start if doing else 0.0
+        activity = self._activities[-1] if self._activities else None
+        seconds = time.monotonic() - activity.start if activity else 0.0
         # The last column stays free: some terminals wrap as soon as it is written to.
-        width = max(self._screen.width - 1, 1)
-        return line(self._progress, doing.words if doing and seconds >= SHOWN_AFTER else "", seconds, width)
+        width = max(self._rich.width - 1, 1)
+        return status_line(
+            self._progress, activity.words if activity and seconds >= SHOWN_AFTER else "", seconds, width
+        )
 
     def _guarded(self, show: Callable[[], None]) -> None:
-        """Where nobody reads any more, silence for good."""
+        """Call `show`; stay silent from now on if the stream is gone."""
         with self._lock:
             if self._is_silent:
                 return

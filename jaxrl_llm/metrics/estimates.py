@@ -1,9 +1,9 @@
-"""How good a policy is on a set of prompts, from k samples of each: avg@k, pass@k, maj@k, with 95 % confidence intervals.
+"""Accuracy of a policy on a set of prompts, from k samples per prompt: avg@k, pass@k, maj@k, with 95 % confidence intervals.
 
 Arrays are [n, k], prompts by samples; a prompt whose row holds a NaN could not be graded, and is left out and counted. The prompts
-are taken as a random draw from all prompts of their kind, and the k samples of one prompt as a cluster, so an interval speaks of
-new prompts and new samples alike (Miller 2024, "Adding Error Bars to Evals", arXiv 2411.00640). Its width comes from the spread of
-the prompts' own values, not from n * k samples as if they were independent.
+are a random sample of all prompts of their kind, and the k samples per prompt a cluster, so an interval covers new prompts and new
+samples (Miller 2024, "Adding Error Bars to Evals", arXiv 2411.00640). Its width comes from the variance of the prompts' values, not
+from n * k samples as if they were independent.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
-# The two-sided 95 % intervals' quantile.
+# Quantile of the two-sided 95 % intervals.
 QUANTILE = 0.975
 Z = float(ndtri(QUANTILE))
 
@@ -25,16 +25,16 @@ class Estimate(NamedTuple):
     value: float
     """NaN if no prompt could be graded."""
     low: float
-    """The 95 % interval."""
+    """Lower end of the 95 % interval."""
     high: float
     n: int
-    """Prompts that count."""
+    """Graded prompts."""
     left_out: int
     """Prompts that could not be graded."""
 
 
 def correct(reward: np.ndarray, at_least: float = 1.0) -> np.ndarray:
-    """f64[n k]: 1 where a reward reaches `at_least`, 0 where not, NaN where there is none."""
+    """f64[n k]: 1 for a reward of `at_least` or more, 0 for less, NaN for NaN."""
     return np.where(np.isnan(reward), nan, reward >= at_least)
 
 
@@ -49,12 +49,12 @@ def avg_at_k(reward: np.ndarray) -> Estimate:
 
 
 def pass_at_k(correct: np.ndarray, k: int) -> Estimate:
-    """Chance that at least one of k samples is right, without bias from the n_samples >= k that were drawn of each prompt.
+    """Chance that at least one of k samples is right, without bias from n_samples >= k per prompt.
 
     1 - C(n_samples - c, k) / C(n_samples, k) with c right ones: Chen et al. 2021, arXiv 2107.03374, eq. 1.
 
     Raises:
-      ValueError: k beyond the number of samples, or something else than 0, 1 and rows with NaN.
+      ValueError: k beyond the number of samples, or a value other than 0, 1 and NaN.
     """
     kept, left_out = _graded(correct, only_0_and_1=True)
     samples = kept.shape[1]
@@ -69,12 +69,12 @@ def maj_at_k(correct: np.ndarray, votes: Sequence[Sequence[Hashable]]) -> Estima
     """Chance that the most frequent answer among the k samples is right, ties broken at random.
 
     Self-consistency (Wang et al. 2023, arXiv 2203.11171).
-    `votes` is [n][k], equal for equal answers; "" and 0 are no vote, and a prompt without votes is wrong. Where samples of one
+    `votes` is [n][k], equal for equal answers; "" and 0 are no vote, and a prompt without votes is wrong. If samples with one
     answer were graded differently, their mean counts.
     """
     kept, left_out = _graded(correct, only_0_and_1=True)
     if [len(row) for row in votes] != [kept.shape[1]] * len(correct):
-        raise ValueError(f"votes: want {len(correct)} rows of {kept.shape[1]}, as many as there are grades")
+        raise ValueError(f"votes: want {len(correct)} rows of {kept.shape[1]}, one per grade")
     graded = [row for row, grades in zip(votes, correct, strict=True) if not np.isnan(grades).any()]
     values = [_majority(row, grades) for row, grades in zip(graded, kept, strict=True)]
     return _estimate(np.array(values), kept.shape[1], left_out, True)
@@ -90,7 +90,7 @@ def _majority(votes: Sequence[Hashable], correct: np.ndarray) -> float:
 
 
 def _graded(values: np.ndarray, only_0_and_1: bool = False) -> tuple[np.ndarray, int]:
-    """f64[kept, k], the rows without NaN, and the number of the others."""
+    """Rows without NaN, f64[kept, k], and the number of the others."""
     values = np.asarray(values, np.float64)
     if values.ndim != 2 or not values.shape[1]:
         raise ValueError(f"got an array of shape {values.shape}, want [prompts, samples]")
@@ -101,7 +101,7 @@ def _graded(values: np.ndarray, only_0_and_1: bool = False) -> tuple[np.ndarray,
 
 
 def _estimate(values: np.ndarray, samples: int, left_out: int, in_unit: bool) -> Estimate:
-    """The mean of the prompts' values, with its interval."""
+    """Mean of the prompts' values, with its interval."""
     n = len(values)
     if not n:
         return Estimate(nan, nan, nan, 0, left_out)
@@ -119,25 +119,25 @@ def _score_interval(mean: float, variance: float, n: int, samples: int) -> tuple
     """
     if n == 1:
         return 0.0, 1.0
-    spread = mean * (1 - mean)
-    if spread <= 0:
+    trial = mean * (1 - mean)
+    if trial <= 0:
         effective = float(n)
     else:
-        effective = min(spread / variance, n * samples) if variance > 0 else float(n * samples)
+        effective = min(trial / variance, n * samples) if variance > 0 else float(n * samples)
     effective *= (Z / _t_quantile(n - 1)) ** 2
     center = mean + Z**2 / (2 * effective)
-    half = Z * sqrt(max(spread, 0.0) / effective + Z**2 / (4 * effective**2))
+    half = Z * sqrt(max(trial, 0.0) / effective + Z**2 / (4 * effective**2))
     scale = 1 + Z**2 / effective
-    # The ends are 0 and 1 only up to rounding where all prompts are wrong or right.
+    # If all prompts are wrong or right, the ends are 0 and 1 only up to rounding.
     return max(0.0, min(mean, (center - half) / scale)), min(1.0, max(mean, (center + half) / scale))
 
 
 def _t_interval(mean: float, variance: float, n: int) -> tuple[float, float]:
-    """Student's t; the whole line for a single prompt."""
+    """Student's t interval; infinite for a single prompt."""
     half = _t_quantile(n - 1) * sqrt(variance) if n > 1 else inf
     return mean - half, mean + half
 
 
 def _t_quantile(df: int) -> float:
-    """Of Student's t."""
+    """Quantile of Student's t distribution."""
     return float(stdtrit(df, QUANTILE))

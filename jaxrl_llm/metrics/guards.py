@@ -1,4 +1,4 @@
-"""What ends or interrupts a run by itself: pure values that look at each step's metrics. Knows nothing of arrays on devices."""
+"""Guards: pure values that check each step's metrics, warn, and end a run. Independent of arrays on devices."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,52 +11,52 @@ from jaxtyping import Int
 from jaxrl_llm.errors import GradingError, MismatchError, NonFiniteError, UserError
 from jaxrl_llm.update.config import GuardConfig
 
-# Fraction of tokens whose draw had more candidates than `rollout.max_kept_tokens`: above it another truncation than asked for.
+# Fraction of sampled tokens with more candidates than `rollout.max_kept_tokens`: above it another truncation than asked for.
 MOST_OVERFLOW = 0.1
 
 
 class Guards(NamedTuple):
-    """Counts so far, of steps but for `alarm`; belong into checkpoints."""
+    """Counts so far, of steps except for `alarm`; part of a checkpoint."""
 
     nonfinite: int = 0
-    """In a row, of which no update was finite."""
+    """Consecutive steps without a finite update."""
     ungraded: int = 0
-    """In a row, of which no group could be graded."""
+    """Consecutive steps in which no group could be graded."""
     overflow: int = 0
-    """In a row, whose draws the support cut off."""
+    """Consecutive steps in which `rollout.max_kept_tokens` cut off too many candidates."""
     idle: int = 0
-    """Of RL, that learned nothing."""
+    """RL steps that learned nothing."""
     spoiled: int = 0
-    """Of RL, with an update that was not finite."""
+    """RL steps with a non-finite update."""
     seen: int = 0
-    """Of RL."""
+    """RL steps."""
     alarm: int = 0
-    """Stale updates in a row whose ratios were all exactly 1: `RatioAlarm.streak`."""
+    """Consecutive stale updates whose ratios were all exactly 1: `RatioAlarm.streak`."""
     zero_gradient: Int[np.ndarray, " n"] = np.zeros(0, np.int64)
-    """Of each parameter, in the order of their sorted paths: steps in a row in which its gradient alone was exactly 0. A count that
-    has reached `zero_gradient_steps` stays: the parameter has been named."""
+    """Per parameter, in the order of sorted paths: consecutive steps in which its gradient, but not every gradient, was exactly 0.
+    A count stays once it is `zero_gradient_steps`: the parameter has been reported."""
 
 
-class Verdict(NamedTuple):
+class GuardReport(NamedTuple):
     guards: Guards
     warnings: tuple[str, ...]
     error: UserError | None
-    """Ends the run, with exit code 4."""
+    """Error that ends the run, with exit code 4."""
 
 
 @dataclass(frozen=True)
 class RatioAlarm:
-    """Rings when the importance ratio has no spread although the policy moved: behavior log-probs were recomputed, not kept."""
+    """Alarm for importance ratios that are all 1 although the policy changed: behavior log-probs were recomputed, not captured."""
 
     streak: int = 0
-    """Consecutive suspicious updates so far; belongs into checkpoints."""
+    """Consecutive suspicious updates so far; part of a checkpoint."""
 
     def observe(self, ratio_min: float, ratio_max: float, stale: bool) -> tuple["RatioAlarm", bool]:
-        """Return the next state and whether to ring: from the second consecutive stale update on whose ratios are all exactly 1.
+        """Next state, and True from the second consecutive stale update on whose ratios are all exactly 1.
 
         Args:
             ratio_min, ratio_max: extremes of pi(token) / behavior(token) over the tokens of the loss.
-            stale: the policy moved since the batch was drawn (second and later updates on it, or an older batch).
+            stale: the policy changed since the batch was sampled (second and later updates on it, or an older batch).
                 Updates that are not stale neither count nor reset.
         """
         if not stale:
@@ -67,14 +67,16 @@ class RatioAlarm:
 
 def observe(
     guards: Guards, cfg: GuardConfig, metrics: Mapping[str, float], zero: Mapping[str, bool], first_failure: str = ""
-) -> Verdict:
-    """What one step of RL means.
+) -> GuardReport:
+    """Check one RL step.
 
     Args:
-        metrics: of the step, an evaluation's among them. What is absent there was not measured.
-        zero: of each parameter that is trained, by its path: its gradient was exactly 0 in every update of the step. Empty where
-            no update counts: none was finite, or none had a token to learn from.
-        first_failure: the first failure of a grader, in its own words.
+        guards: counts before the step.
+        cfg: limits.
+        metrics: of the step, with those of an evaluation. An absent one was not measured.
+        zero: path of each trained parameter -> its gradient was exactly 0 in every update of the step. Empty if no update was
+            finite or none had a token in the loss.
+        first_failure: message of the first failure of a grader.
     """
     update = observe_update(guards, cfg, metrics)
     streaks, warnings = _zero_gradients(guards.zero_gradient, cfg.zero_gradient_steps, zero)
@@ -90,16 +92,16 @@ def observe(
         zero_gradient=streaks,
     )
     if reason and _is_doubling(after.idle, cfg.idle_steps):
-        warnings.append(f"{after.idle} of {after.seen} steps of RL so far learned nothing; this one: {reason}")
+        warnings.append(f"{after.idle} of {after.seen} RL steps so far learned nothing; this one: {reason}")
     if spoiled and _is_doubling(after.spoiled, cfg.idle_steps):
         warnings.append(
-            f"{after.spoiled} of {after.seen} steps of RL so far had updates whose loss or gradient was not finite; of this one "
+            f"{after.spoiled} of {after.seen} RL steps so far had updates with a non-finite loss or gradient; in this one "
             f"{metrics['nonfinite']:.0%}: look at the size of the rewards, and at update.optimizer.lr"
         )
     if after.overflow == cfg.idle_steps:
         warnings.append(
             f"sampling/support_overflow: got {metrics['sampling/support_overflow']:.2f} of the tokens, want at most "
-            f"{MOST_OVERFLOW}: more candidates qualify for a draw than are kept, so draws are from the likeliest alone; raise "
+            f"{MOST_OVERFLOW}: more candidates qualify than are kept, so only the likeliest can be sampled; raise "
             "rollout.max_kept_tokens"
         )
     if metrics["alarm/ratio"]:
@@ -107,27 +109,27 @@ def observe(
     error = update.error or _mismatch(cfg, metrics)
     if after.ungraded >= cfg.max_ungraded:
         error = GradingError(
-            f"no group of {after.ungraded} steps in a row could be graded (update.guards.max_ungraded), so nothing was learned; "
+            f"no group of {after.ungraded} consecutive steps could be graded (update.guards.max_ungraded), so nothing was learned; "
             f"the first failure: {first_failure or 'on another host, see its log'}"
         )
-    return Verdict(after, tuple(warnings), error)
+    return GuardReport(after, tuple(warnings), error)
 
 
-def observe_update(guards: Guards, cfg: GuardConfig, metrics: Mapping[str, float]) -> Verdict:
-    """What a step's updates mean alone, in RL and before it: by `nonfinite`, the share of them that were not finite."""
+def observe_update(guards: Guards, cfg: GuardConfig, metrics: Mapping[str, float]) -> GuardReport:
+    """Check a step's updates, in RL and before it, by `nonfinite`: the fraction of them that were not finite."""
     if "nonfinite" not in metrics:
-        return Verdict(guards, (), None)
+        return GuardReport(guards, (), None)
     nonfinite, error = guards.nonfinite + 1 if metrics["nonfinite"] == 1 else 0, None
     if nonfinite >= cfg.max_nonfinite:
         error = NonFiniteError(
-            f"no update of {nonfinite} steps in a row was finite (update.guards.max_nonfinite); "
-            "parameters are those from before them"
+            f"no update of {nonfinite} consecutive steps was finite (update.guards.max_nonfinite); "
+            "the parameters are those before them"
         )
-    return Verdict(guards._replace(nonfinite=nonfinite), (), error)
+    return GuardReport(guards._replace(nonfinite=nonfinite), (), error)
 
 
 def _mismatch(cfg: GuardConfig, metrics: Mapping[str, float]) -> MismatchError | None:
-    """Of the step's own rollouts, where these are fresh, and of an evaluation's."""
+    """Error if the mismatch of the step's fresh rollouts or of an evaluation's is too large."""
     measured = [name for name in ("mismatch/kl", "eval/mismatch_kl") if name in metrics and not isnan(metrics[name])]
     worst = max(measured, key=metrics.__getitem__, default=None)
     if worst is None or cfg.max_mismatch_kl is None or not metrics[worst] > cfg.max_mismatch_kl:
@@ -135,19 +137,19 @@ def _mismatch(cfg: GuardConfig, metrics: Mapping[str, float]) -> MismatchError |
     return MismatchError(
         f"{worst}: got {metrics[worst]:.3g} nats per token, want at most {cfg.max_mismatch_kl} "
         "(update.guards.max_mismatch_kl): sampler and trainer give the same tokens different probabilities under the same "
-        "parameters. Look at rollout.engine.weights and cache (8 bits are further off), model.compute, the temperature and "
-        "support that the scorer uses, and at a model whose training pass differs from its decoding"
+        "parameters. Look at rollout.engine.weights and cache (8 bits differ more), model.compute, the temperature and "
+        "kept tokens that the scorer uses, and at a model whose training pass differs from its decoding"
     )
 
 
 def _nothing_learned(metrics: Mapping[str, float], zero: Mapping[str, bool]) -> str:
-    """Why a step learned nothing, and what to look at; "" where it did."""
+    """Reason why a step learned nothing, and what to check; "" if it did."""
     if metrics["updates"] == 0:
         if metrics["groups/graded"] == 0:
             return "no group could be graded, see rewards/<grader>/<failure>"
         if metrics["groups/kept"] == 0:
             return "the rewards of each group were equal (experience.filter), so the task is too hard, or too easy, for this policy"
-        return "no token of the groups that were kept takes part in the loss"
+        return "no token of the kept groups is in the loss"
     if not zero:
         return "no update was finite"
     if all(zero.values()):
@@ -159,7 +161,7 @@ def _nothing_learned(metrics: Mapping[str, float], zero: Mapping[str, bool]) -> 
 
 
 def _is_doubling(count: int, first: int) -> bool:
-    """Whether `count` is first, 2 first, 4 first, ...: what is told at these is told soon, and never too often."""
+    """True if `count` is first, 2 first, 4 first, ...: warnings at these come early, and never too often."""
     times, rest = divmod(count, first)
     return count > 0 and rest == 0 and times & (times - 1) == 0
 
@@ -167,13 +169,13 @@ def _is_doubling(count: int, first: int) -> bool:
 def _zero_gradients(
     before: Int[np.ndarray, " n"], most: int, zero: Mapping[str, bool]
 ) -> tuple[Int[np.ndarray, " n"], list[str]]:
-    """The next streaks, and what to say of those that have just become `most` steps long."""
+    """Next streaks, and a warning on those that have just become `most` steps long."""
     paths = sorted(zero)
     before = before if len(before) else np.zeros(len(paths), np.int64)
     if all(zero.values()):
-        # Nothing is wrong with single parameters while nothing at all is learned.
+        # While nothing at all is learned, no single parameter is at fault.
         return before, []
     after = np.array([n if n >= most else n + 1 if zero[path] else 0 for path, n in zip(paths, before, strict=True)])
     dead = [path for path, old, new in zip(paths, before, after, strict=True) if old < most <= new]
-    told = f"the gradient of {', '.join(dead)} was exactly 0 for {most} steps: nothing in the loss depends on it"
-    return after, [told] if dead else []
+    warning = f"the gradient of {', '.join(dead)} was exactly 0 for {most} steps: nothing in the loss depends on it"
+    return after, [warning] if dead else []

@@ -1,4 +1,4 @@
-"""TensorBoard: a step's scalars -> event files under <run>/tensorboard, a directory per phase: each may count its steps anew."""
+"""TensorBoard event files under <run>/tensorboard: the scalars of each step, one directory per phase."""
 
 import os
 import time
@@ -8,28 +8,28 @@ from pathlib import Path
 from typing import Any
 
 
-def why_not() -> str:
-    """What stands against drawing, in words; "" where nothing does."""
+def why_unavailable() -> str:
+    """Reason why no event files can be written; "" if they can."""
     try:
         import tensorboardX.event_file_writer  # noqa: F401
-    except Exception as error:  # protobuf's own, where versions do not go together
+    except Exception as error:  # protobuf raises its own errors for versions that do not fit together
         why = (str(error).splitlines() or [type(error).__name__])[0]
         return (
             f"metrics.tensorboard: got true without tensorboardX ({why}): no tensorboard/ is written; "
-            "pip install 'jaxrl-llm[track]', or say metrics.tensorboard: false"
+            "pip install 'jaxrl-llm[track]', or set metrics.tensorboard: false"
         )
     return ""
 
 
-class Boards:
-    """The event files of a run. Raises OSError on a full disk."""
+class TensorBoard:
+    """Event files of a run. `write` raises OSError on a full disk."""
 
     def __init__(self, directory: Path):
         self._directory = directory
         self._writers: dict[str, Any] = {}
 
-    def draw(self, phase: str, step: int, row: Mapping[str, Any]) -> None:
-        # Not SummaryWriter: when its thread dies on a full disk, its next call waits for ever.
+    def write(self, phase: str, step: int, row: Mapping[str, Any]) -> None:
+        # Not SummaryWriter: after its thread died on a full disk, its next call waits for ever.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.proto.summary_pb2 import Summary
@@ -37,7 +37,7 @@ class Boards:
         if phase not in self._writers:
             (self._directory / phase).mkdir(parents=True, exist_ok=True)
             self._writers[phase] = EventsWriter(str(self._directory / phase / "events"), f".{os.getpid()}")
-            hide_later = SessionLog(status=SessionLog.START)  # what a killed process drew from this step on
+            hide_later = SessionLog(status=SessionLog.START)  # what a killed process wrote from this step on
             self._writers[phase].write_event(Event(wall_time=time.time(), step=step, session_log=hide_later))
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
         values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]

@@ -1,4 +1,4 @@
-"""The way to a terminal: what models, data and files hold is shown there, and never acts on it."""
+"""Text that is safe for a terminal: control characters of models, data and files are shown, not executed."""
 
 import logging
 import sys
@@ -9,9 +9,9 @@ HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode categories that move the curs
 
 
 def printable(text: str, width: int | None = None) -> str:
-    r"""Return `text` on one line, safe for a terminal: control, bidi and other invisible characters become \n, \x1b, \u202e.
+    r"""`text` on one line, safe for a terminal: control, bidi and other invisible characters become \n, \x1b, \u202e.
 
-    Longer than `width` terminal cells (wide characters take two): the middle gives way to "…", since answers stand at the end.
+    If it is longer than `width` terminal cells (wide characters take two), "…" replaces its middle, since answers come last.
     """
     safe = "".join(c.encode("unicode_escape").decode("ascii") if category(c) in HIDDEN else c for c in text)
     if width is None:
@@ -25,19 +25,19 @@ def printable(text: str, width: int | None = None) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """`printable`, line by line."""
+    """Apply `printable` line by line."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def say(text: str, to: TextIO | None = None) -> None:
-    """Print it, to standard output unless told otherwise."""
+    """Print printable text, to standard output by default."""
     out = sys.stdout if to is None else to
     safe = printable_lines(text)
     print(safe.encode(out.encoding or "utf-8", "backslashreplace").decode(out.encoding or "utf-8"), file=out)
 
 
 class PrintableFormatter(logging.Formatter):
-    """Messages of the log, which name files, columns and what stands in them."""
+    """Formatter of log messages, which may contain names and contents of files."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable_lines(super().format(record))

@@ -17,7 +17,7 @@ from jaxrl_llm.config.own_part import own_problems
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.distribution.head import ACCELERATOR
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.metrics.console import saying
+from jaxrl_llm.metrics.console import shown_on_stderr
 from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
@@ -163,7 +163,7 @@ def compile_all(job: Job) -> dict[str, Program]:
     lowered = {name: lower() for name, lower in lowerings(job).items()}
     # Those that take longest first.
     order = sorted(lowered, key=("segment", "update", "prefill", "publish", "grow").index)
-    with saying(f"compiling {', '.join(order)}"), ThreadPoolExecutor(os.cpu_count()) as threads:
+    with shown_on_stderr(f"compiling {', '.join(order)}"), ThreadPoolExecutor(os.cpu_count()) as threads:
         found = threads.map(lambda name: compile_one(lowered[name], turns_of(job, name)), order)
         return dict(zip(order, found, strict=True))
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and guards: what a run that ends before its end leaves behind, and what the next start goes on from."""
+"""Ctrl-C and guards: what a run that stops early leaves behind, and from where the next start resumes."""
 
 import dataclasses
 import errno
@@ -15,7 +15,8 @@ from jaxrl_llm import run_context, train
 from jaxrl_llm.config import run_config
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.errors import CheckpointError, GradingError, MismatchError, NonFiniteError, Preempted
-from jaxrl_llm.metrics.recorder import Recorder, read_jsonl
+from jaxrl_llm.metrics.json_lines import read_jsonl
+from jaxrl_llm.metrics.recorder import Recorder
 from jaxrl_llm.roles import build
 from jaxrl_llm.roles.blueprint import Blueprint
 from jaxrl_llm.roles.sampler import Sampler
@@ -52,7 +53,7 @@ def made() -> dict:
 
 @pytest.fixture
 def cfg(made, tmp_path, monkeypatch) -> RunConfig:
-    """Of a run in a directory of its own."""
+    """Config of a run in a directory of its own."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
 
     def keep(owner: object, name: str) -> None:
@@ -90,7 +91,7 @@ def press(monkeypatch, owner: object, name: str, nth: int, times: int = 1) -> No
 
 @pytest.mark.slow
 def test_ctrl_c_finishes_the_step_and_saves_it_whenever_it_comes(cfg, capfd):
-    """One run, stopped at five moments; `finishing` is what it says at once, `left` the step that the next start goes on from."""
+    """One run, stopped at five moments: `finishing` is the step it names at once, `left` the one the next start resumes from."""
     run_dir, handler = Path(cfg.run_dir), signal.getsignal(signal.SIGINT)
     moments = [
         ("supervised training", Supervised, "__call__", 2, 2, 2),
@@ -110,8 +111,8 @@ def test_ctrl_c_finishes_the_step_and_saves_it_whenever_it_comes(cfg, capfd):
                 with pytest.raises(Preempted, match=rf"stopped by Ctrl-C after step {left}, saved in .*/run"):
                     train.train(now)
                 assert steps(run_dir)[-1] == left, moment
-        told = f"jaxrl: finishing step {finishing}, then saving; Ctrl-C again stops at once\n"
-        assert told in capfd.readouterr().err, moment
+        acknowledged = f"jaxrl: finishing step {finishing}, then saving; Ctrl-C again stops at once\n"
+        assert acknowledged in capfd.readouterr().err, moment
         assert signal.getsignal(signal.SIGINT) is handler
     assert steps(run_dir)[-1] == 8
     assert [row["step"] for row in read_jsonl(run_dir / "metrics.jsonl")] == list(range(1, 9)), "none lost, none twice"
@@ -204,20 +205,22 @@ with stop_signal(ends_process=True, last=2) as stop:
     stop(int(sys.argv[1]))
     os.kill(os.getpid(), signal.SIGINT)
     # In the same breath, before the thread has said anything, the step is over.
-    print("stops" if stop(int(sys.argv[1]) + 1) else "goes on")
+    print("stops" if stop(int(sys.argv[1]) + 1) else "continues")
     time.sleep(0.2)
 """
 
 
 @pytest.mark.parametrize(
-    ("done", "told"), [(0, "finishing step 1, then saving"), (2, "all steps are done; saving")], ids=["between", "last"]
+    ("done", "words"),
+    [(0, "finishing step 1, then saving"), (2, "all steps are done; saving")],
+    ids=["between", "last"],
 )
-def test_ctrl_c_names_the_step_that_ends_and_none_after_the_last(done, told):
-    """The step that ends is told, however late; after the last step there is none to finish."""
+def test_ctrl_c_names_the_step_that_ends_and_none_after_the_last(done, words):
+    """The finishing step is named, however late; after the last step there is none to finish."""
     ended = subprocess.run(
         [sys.executable, "-c", SHORT, str(done)], env=CPU, capture_output=True, text=True, timeout=60
     )
-    assert (ended.stdout, ended.stderr) == ("stops\n", f"jaxrl: {told}; Ctrl-C again stops at once\n")
+    assert (ended.stdout, ended.stderr) == ("stops\n", f"jaxrl: {words}; Ctrl-C again stops at once\n")
 
 
 @pytest.mark.slow
@@ -255,12 +258,13 @@ def test_a_disk_too_full_for_the_record_costs_saves_and_then_the_run(cfg, monkey
     monkeypatch.setattr(Recorder, "offsets", full)
     cfg = dataclasses.replace(cfg, checkpoint=dataclasses.replace(cfg.checkpoint, every=1))
     with pytest.raises(
-        CheckpointError, match=r"step 7 was not saved: disk full: .* 3 failed in a row.* steps \[3, 4\] are kept"
+        CheckpointError,
+        match=r"step 7 was not saved: disk full: .* 3 consecutive saves failed.* steps \[3, 4\] are kept",
     ):
         train.train(cfg)
-    told = [message for message in caplog.messages if "trying again when the next one is due" in message]
+    warnings = [message for message in caplog.messages if "trying again when the next save is due" in message]
     # The save of step 4 is under way when that of step 5 fails, and is waited for.
-    assert len(told) == 4 and all("not saved: disk full: " in message for message in told)
+    assert len(warnings) == 4 and all("not saved: disk full: " in message for message in warnings)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from tokenizer_setup import save_tokenizer
 from jaxrl_llm import cli
 from jaxrl_llm.commands.inspect_run import evaluate_target, export_run, restore
 from jaxrl_llm.config import run_config
-from jaxrl_llm.metrics.recorder import read_jsonl
+from jaxrl_llm.metrics.json_lines import read_jsonl
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.export import export
 from jaxrl_llm.model.hf.load import load

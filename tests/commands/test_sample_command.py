@@ -10,8 +10,8 @@ from setups import layouts, make_params
 from tokenizer_setup import save_tokenizer
 
 from jaxrl_llm import cli
-from jaxrl_llm.metrics.recorder import CompileCounter
 from jaxrl_llm.metrics.terminal import printable
+from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.export import ConfigFiles, export
 

@@ -10,7 +10,9 @@ from test_bad_input import jaxrl
 from jaxrl_llm import cli
 from jaxrl_llm.cli import read_config
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.metrics.recorder import MetricsConfig, Recorder, read_jsonl
+from jaxrl_llm.metrics.config import MetricsConfig
+from jaxrl_llm.metrics.json_lines import read_jsonl
+from jaxrl_llm.metrics.recorder import Recorder
 from jaxrl_llm.metrics.report.build import build
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

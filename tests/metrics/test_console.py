@@ -1,4 +1,4 @@
-"""What a run shows while it lives: on terminals of any width one line that holds the step and the time, and what lasts is said."""
+"""Console output: on terminals of any width one line with step and time, and long activities are shown."""
 
 import fcntl
 import io
@@ -17,8 +17,10 @@ from rich.cells import cell_len
 
 from jaxrl_llm.config.run_config import validate
 from jaxrl_llm.metrics import console
-from jaxrl_llm.metrics.console import Progress, line, wrapped
-from jaxrl_llm.metrics.recorder import MetricsConfig, Pace, Recorder
+from jaxrl_llm.metrics.config import MetricsConfig
+from jaxrl_llm.metrics.console import Progress, status_line, wrapped
+from jaxrl_llm.metrics.pace import Pace
+from jaxrl_llm.metrics.recorder import Recorder
 
 LONG = Progress(
     "warm start", 123_456, 1_000_000, ("reward 0.971", "tokens/s 127,542"), "12.22 s/step", "left 5 days, 23:59:59"
@@ -28,14 +30,14 @@ WIDTHS = (39, 40, 59, 60, 79, 80, 119, 120)
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_step_and_time_left_stand_on_a_line_of_any_width(width):
-    found = line(LONG, "", 0.0, width)
+    found = status_line(LONG, "", 0.0, width)
     assert "123456/1000000" in found and "left 5 days, 23:59:59" in found
     assert cell_len(found) <= width
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_step_and_elapsed_time_stand_beside_what_is_done(width):
-    found = line(LONG, "evaluating 数学数学数学数学数学数学数学 held-out prompts", 3725.9, width)
+    found = status_line(LONG, "evaluating 数学数学数学数学数学数学数学 held-out prompts", 3725.9, width)
     assert "123456/1000000" in found and found.endswith(" 1:02:05") and "evaluating" in found
     assert cell_len(found) <= width
 
@@ -44,16 +46,20 @@ def test_lines_by_hand():
     """The widest line has all. In the order in which they go: the bar, the phase, the speed, the last number, the first."""
     at = Progress("rl", 25, 100, ("reward 0.500", "tokens/s 900"), "0.50 s/step", "left 0:00:38")
     # 2 + 1 + 6 + 1 + 12 + 1 + 12 + 1 + 11 + 1 + 12 = 60 cells; the bar takes 3 more than it has places.
-    assert line(at, "", 0, 59) == "25/100 reward 0.500 tokens/s 900 0.50 s/step left 0:00:38"
-    assert line(at, "", 0, 60) == line(at, "", 0, 70) == "rl 25/100 reward 0.500 tokens/s 900 0.50 s/step left 0:00:38"
-    assert line(at, "", 0, 71) == "rl [##......] 25/100 reward 0.500 tokens/s 900 0.50 s/step left 0:00:38"
-    assert line(at, "", 0, 56) == "25/100 reward 0.500 tokens/s 900 left 0:00:38"
-    assert line(at, "", 0, 40) == "25/100 reward 0.500 left 0:00:38"
-    assert line(at, "", 0, 31) == "25/100 left 0:00:38"
-    assert line(at, "saving step 25", 7, 29) == "25/100 saving step 25 0:00:07"
-    assert line(at, "saving step 25", 7, 20) == "25/100 savin 0:00:07"
-    assert line(None, "making the model", 61, 80) == "making the model 0:01:01"
-    assert line(None, "", 0, 80) == "" and len(line(at, "", 0, 1)) == 1
+    assert status_line(at, "", 0, 59) == "25/100 reward 0.500 tokens/s 900 0.50 s/step left 0:00:38"
+    assert (
+        status_line(at, "", 0, 60)
+        == status_line(at, "", 0, 70)
+        == "rl 25/100 reward 0.500 tokens/s 900 0.50 s/step left 0:00:38"
+    )
+    assert status_line(at, "", 0, 71) == "rl [##......] 25/100 reward 0.500 tokens/s 900 0.50 s/step left 0:00:38"
+    assert status_line(at, "", 0, 56) == "25/100 reward 0.500 tokens/s 900 left 0:00:38"
+    assert status_line(at, "", 0, 40) == "25/100 reward 0.500 left 0:00:38"
+    assert status_line(at, "", 0, 31) == "25/100 left 0:00:38"
+    assert status_line(at, "saving step 25", 7, 29) == "25/100 saving step 25 0:00:07"
+    assert status_line(at, "saving step 25", 7, 20) == "25/100 savin 0:00:07"
+    assert status_line(None, "making the model", 61, 80) == "making the model 0:01:01"
+    assert status_line(None, "", 0, 80) == "" and len(status_line(at, "", 0, 1)) == 1
 
 
 def test_time_left_counts_the_evaluations_to_come(monkeypatch):
@@ -63,12 +69,12 @@ def test_time_left_counts_the_evaluations_to_come(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     pace = Pace()
     pace.stepped("rl", 1)
-    assert pace.told("rl", 10, 2) == ("", "")
+    assert pace.in_words("rl", 10, 2) == ("", "")
     pace.stepped("rl", 2)
     pace.evaluated(50.0)
     pace.stepped("rl", 3)
-    assert pace.told("rl", 10, 2) == ("2.00 s/step", "left 0:01:54")
-    assert pace.told("rl", 10, 0) == ("2.00 s/step", "left 0:00:14")
+    assert pace.in_words("rl", 10, 2) == ("2.00 s/step", "left 0:01:54")
+    assert pace.in_words("rl", 10, 0) == ("2.00 s/step", "left 0:00:14")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +102,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """What lasts a moment is said already."""
+    """A short activity is shown too."""
     for name, seconds in (("TICK", 0.01), ("SHOWN_AFTER", 0.02), ("PRINTED_AFTER", 0.05)):
         monkeypatch.setattr(console, name, seconds)
 
@@ -138,9 +144,9 @@ def test_what_lasts_is_said_while_it_happens_and_once(tmp_path, monkeypatch, has
 
 
 def test_commands_that_answer_on_stdout_say_what_lasts_on_stderr(capsys, hasty):
-    with console.saying("compiling segment, update"):
+    with console.shown_on_stderr("compiling decode, update"):
         time.sleep(0.2)
-    assert capsys.readouterr() == ("", "compiling segment, update ...\n")
+    assert capsys.readouterr() == ("", "compiling decode, update ...\n")
 
 
 def test_a_broken_pipe_under_the_clock_silences_and_does_not_stop(tmp_path, monkeypatch, hasty):
@@ -159,7 +165,8 @@ def test_a_broken_pipe_under_the_clock_silences_and_does_not_stop(tmp_path, monk
 SCRIPT = """
 import sys, time
 from jaxrl_llm.metrics import console
-from jaxrl_llm.metrics.recorder import MetricsConfig, Recorder
+from jaxrl_llm.metrics.config import MetricsConfig
+from jaxrl_llm.metrics.recorder import Recorder
 console.TICK = console.SHOWN_AFTER = 0.01
 row = {"prompt": "数学" * 30, "completion": "x 数学\\x1b[2J" * 20, "reward": 1.0, "advantage": -0.5, "logprobs": [-1.0]}
 with Recorder(sys.argv[1], MetricsConfig(tensorboard=False), 1300, True) as recorder:

@@ -30,7 +30,7 @@ SOME = {"embed": False, "layers/qkv": False}
 
 
 def look(steps, cfg=GuardConfig(), guards=Guards()):  # noqa: B008
-    """Verdicts of steps, each (changes of FINE, parameters without a gradient), up to the first error."""
+    """Reports on steps, each (changes of FINE, parameters without a gradient), up to the first error."""
     found = []
     for changes, zero in steps:
         metrics = FINE | changes
@@ -44,9 +44,9 @@ def look(steps, cfg=GuardConfig(), guards=Guards()):  # noqa: B008
 
 
 def test_a_sound_step_says_nothing():
-    (verdict,) = look([({}, SOME)])
-    guards = verdict.guards._replace(zero_gradient=verdict.guards.zero_gradient.tolist())
-    assert (guards, *verdict[1:]) == (Guards(seen=1, zero_gradient=[0, 0]), (), None)
+    (report,) = look([({}, SOME)])
+    guards = report.guards._replace(zero_gradient=report.guards.zero_gradient.tolist())
+    assert (guards, *report[1:]) == (Guards(seen=1, zero_gradient=[0, 0]), (), None)
 
 
 def test_steps_without_a_finite_update_end_the_run_when_they_are_in_a_row():
@@ -55,7 +55,7 @@ def test_steps_without_a_finite_update_end_the_run_when_they_are_in_a_row():
     assert [v.guards.nonfinite for v in found] == [1, 2, 0, 1, 2, 2, 3]
     assert [v.error is None for v in found] == [True] * 6 + [False]
     assert isinstance(found[-1].error, NonFiniteError) and found[-1].error.exit_code == 4
-    assert "no update of 3 steps in a row was finite" in str(found[-1].error)
+    assert "no update of 3 consecutive steps was finite" in str(found[-1].error)
 
 
 def test_a_sampler_far_from_the_trainer_ends_the_run():
@@ -80,24 +80,26 @@ def test_an_evaluation_ends_the_run_where_the_steps_data_is_old():
 
 
 def test_updates_that_are_not_finite_now_and_then_are_told():
-    """Never in so many steps in a row that the run ends."""
+    """Never in as many consecutive steps as end the run."""
     bad, some, good = ({"nonfinite": 1.0, "mismatch/kl": np.nan}, {}), ({"nonfinite": 0.75}, SOME), ({}, SOME)
     found = look([bad, bad, good, some] * 3)
-    told = [v.warnings for v in found]
-    assert [n for n, texts in enumerate(told) if any("not finite; of this one" in text for text in texts)] == [3, 7]
-    assert told[3] == (
-        "3 of 4 steps of RL so far had updates whose loss or gradient was not finite; of this one 75%: look at the size of the "
+    warned = [v.warnings for v in found]
+    assert [
+        n for n, texts in enumerate(warned) if any("non-finite loss or gradient; in this one" in text for text in texts)
+    ] == [3, 7]
+    assert warned[3] == (
+        "3 of 4 RL steps so far had updates with a non-finite loss or gradient; in this one 75%: look at the size of the "
         "rewards, and at update.optimizer.lr",
     )
-    assert told[4] == ("3 of 5 steps of RL so far learned nothing; this one: no update was finite",)
+    assert warned[4] == ("3 of 5 RL steps so far learned nothing; this one: no update was finite",)
     assert all(v.error is None for v in found)
 
 
 def test_a_parameter_without_a_gradient_is_named_once():
-    dead, alive = ({}, {"embed": False, "layers/qkv": True}), ({}, SOME)
-    found = look([dead, alive, dead, dead, dead, dead, alive, dead, dead, dead], GuardConfig(zero_gradient_steps=3))
-    told = ("the gradient of layers/qkv was exactly 0 for 3 steps: nothing in the loss depends on it",)
-    assert [v.warnings for v in found] == [()] * 4 + [told] + [()] * 5
+    dead, trained = ({}, {"embed": False, "layers/qkv": True}), ({}, SOME)
+    found = look([dead, trained, dead, dead, dead, dead, trained, dead, dead, dead], GuardConfig(zero_gradient_steps=3))
+    warned = ("the gradient of layers/qkv was exactly 0 for 3 steps: nothing in the loss depends on it",)
+    assert [v.warnings for v in found] == [()] * 4 + [warned] + [()] * 5
     streaks = [v.guards.zero_gradient.tolist() for v in found[:6]]
     assert streaks == [[0, 1], [0, 0], [0, 1], [0, 2], [0, 3], [0, 3]]
 
@@ -116,9 +118,7 @@ def test_no_gradient_anywhere_is_one_warning_about_rewards():
     assert (
         found[4]
         .warnings[0]
-        .startswith(
-            "3 of 5 steps of RL so far learned nothing; this one: every gradient was exactly 0: are the rewards"
-        )
+        .startswith("3 of 5 RL steps so far learned nothing; this one: every gradient was exactly 0: are the rewards")
     )
     assert "layers/qkv" in found[6].warnings[0]
 
@@ -126,10 +126,10 @@ def test_no_gradient_anywhere_is_one_warning_about_rewards():
 def test_steps_without_signal_are_told_at_3_6_12_and_24_of_them_in_a_row_or_not():
     idle, fine = (NO_SIGNAL, {}), ({}, SOME)
     found = look([idle, fine] * 26)
-    told = {n: v.warnings[0] for n, v in enumerate(found, 1) if v.warnings}
-    assert list(told) == [5, 11, 23, 47]
-    assert told[47].startswith(
-        "24 of 47 steps of RL so far learned nothing; this one: the rewards of each group were equal"
+    warned = {n: v.warnings[0] for n, v in enumerate(found, 1) if v.warnings}
+    assert list(warned) == [5, 11, 23, 47]
+    assert warned[47].startswith(
+        "24 of 47 RL steps so far learned nothing; this one: the rewards of each group were equal"
     )
     assert found[-1].error is None
 
@@ -138,11 +138,11 @@ def test_a_guard_may_say_why_a_step_learned_nothing():
     reasons = {
         "no group could be graded": UNGRADED,
         "the rewards of each group were equal": NO_SIGNAL,
-        "no token of the groups that were kept takes part in the loss": NO_SIGNAL | {"groups/kept": 8.0},
+        "no token of the kept groups is in the loss": NO_SIGNAL | {"groups/kept": 8.0},
     }
     for reason, changes in reasons.items():
-        (verdict,) = look([(changes, {})], GuardConfig(idle_steps=1, max_ungraded=2))
-        assert verdict.warnings[0].startswith(f"1 of 1 steps of RL so far learned nothing; this one: {reason}")
+        (report,) = look([(changes, {})], GuardConfig(idle_steps=1, max_ungraded=2))
+        assert report.warnings[0].startswith(f"1 of 1 RL steps so far learned nothing; this one: {reason}")
 
 
 def test_groups_that_nobody_can_grade_end_the_run_with_the_first_failure():
@@ -151,7 +151,7 @@ def test_groups_that_nobody_can_grade_end_the_run_with_the_first_failure():
     assert [v.error is None for v in found] == [True] * 5 + [False]
     assert isinstance(found[-1].error, GradingError) and found[-1].error.exit_code == 4
     assert str(found[-1].error) == (
-        "no group of 3 steps in a row could be graded (update.guards.max_ungraded), so nothing was learned; the first failure: "
+        "no group of 3 consecutive steps could be graded (update.guards.max_ungraded), so nothing was learned; the first failure: "
         "grader even: ValueError: odd"
     )
 
@@ -164,8 +164,8 @@ def test_a_support_that_cuts_off_most_draws_is_told_once():
 
 
 def test_the_ratio_alarm_is_passed_on():
-    (verdict,) = look([({"alarm/ratio": 1.0}, SOME)])
-    assert verdict.warnings == (
+    (report,) = look([({"alarm/ratio": 1.0}, SOME)])
+    assert report.warnings == (
         "ALARM: all ratios were exactly 1 on stale data, twice: old log-probs are not those captured",
     )
 
@@ -184,11 +184,11 @@ def test_the_ratio_alarm_is_passed_on():
     ],
 )
 def test_ratio_alarm_state_machine(updates, rings):
-    alarm, heard = RatioAlarm(), []
+    alarm, rang_at = RatioAlarm(), []
     for update in updates:
         alarm, rang = RatioAlarm(streak=alarm.streak).observe(*update)  # as through a checkpoint
-        heard.append(rang)
-    assert heard == rings
+        rang_at.append(rang)
+    assert rang_at == rings
 
 
 # --- equal rewards teach nothing -------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def opened(tmp_path_factory):
 
 @pytest.fixture
 def start(opened):
-    """(run, state, policy, what was told), all anew."""
+    """(run, state, policy, messages), made again."""
     run, state = opened
     run.context.recorder.clear()
     run.source.state = state.source
@@ -328,7 +328,7 @@ def test_log_probs_of_another_distribution_end_the_run(start, monkeypatch):
 
     state, policy, metrics = step(run, state, policy)
     assert 0 <= metrics["mismatch/kl"] < 1e-4
-    # Of the updates' rates only that they are told: the maker of this chip states no peak.
+    # Of the updates' rates only that they are logged: the maker of this chip states no peak.
     assert metrics["update/ceiling_fraction"] > 0 < metrics["update/flops_per_s"] and "update/mfu" not in metrics
     monkeypatch.setattr(run.source, "collect", colder)
     with pytest.raises(MismatchError, match=r"update\.guards\.max_mismatch_kl"):
@@ -347,18 +347,18 @@ def test_advantages_that_no_reward_explains_end_the_run(start, monkeypatch):
 
 
 def test_parameters_that_the_loss_cannot_reach_are_named_once_and_across_a_resume(start):
-    run, state, policy, told = start
+    run, state, policy, warned = start
     cut = dict(state.train.params["layers"])
     cut["out"] = jax.numpy.zeros_like(cut["out"])
     state = state._replace(train=state.train.replace(params=state.train.params | {"layers": cut}))
     policy = run.learner.publish(state.train, policy)
     for _ in range(2):
         state, policy, metrics = step(run, state, policy)
-    assert not told and not any(name.startswith("zero_gradient") for name in metrics) and "warnings" not in metrics
+    assert not warned and not any(name.startswith("zero_gradient") for name in metrics) and "warnings" not in metrics
     run.context.checkpoints.save(int(state.step), state, {"phase": "rl"})
     target = rl_target(run.blueprint, run.learner, run.source.state)
     state = run.context.checkpoints.restore(lambda meta: target).tree
     state, policy, metrics = step(run, state, policy)
     state, policy, _ = step(run, state, policy)
     said = "the gradient of layers/attn_norm, layers/qkv was exactly 0 for 3 steps: nothing in the loss depends on it"
-    assert told == metrics["warnings"] == [said], "on the screen, and in the record"
+    assert warned == metrics["warnings"] == [said], "on the screen, and in the record"

@@ -12,7 +12,11 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.metrics.recorder import CompileCounter, MetricsConfig, Recorder, Timers, printable, read_jsonl
+from jaxrl_llm.metrics.config import MetricsConfig
+from jaxrl_llm.metrics.json_lines import read_jsonl
+from jaxrl_llm.metrics.recorder import Recorder
+from jaxrl_llm.metrics.terminal import printable
+from jaxrl_llm.metrics.timers import CompileCounter, Timers
 
 QUIET = MetricsConfig(tensorboard=False)
 
@@ -254,7 +258,7 @@ def test_a_closed_stdout_does_not_stop_the_run(tmp_path, monkeypatch, screen):
 
 def test_a_closed_pipe_leaves_the_exit_status_alone(tmp_path):
     code = (
-        "import sys, pathlib; from jaxrl_llm.metrics.recorder import *\n"
+        "import sys, pathlib; from jaxrl_llm.metrics.recorder import *; from jaxrl_llm.metrics.config import MetricsConfig\n"
         "with Recorder(pathlib.Path(sys.argv[1]), MetricsConfig(tensorboard=False), 500, True) as r:\n"
         "    for i in range(500): r.log(i, {'reward': 1.0})\n"
         "assert 'jax' not in sys.modules\n"
@@ -277,15 +281,15 @@ def test_tensorboard_gets_numbers_by_phase(tmp_path):
     with Recorder(tmp_path, MetricsConfig(), 10, active=True) as recorder:
         recorder.log(1, {"phase": "warm_start", "loss": 2.0})
         recorder.log(5, {"phase": "rl", "reward": 0.5, "eval/pass@1": 0.25, "kl": math.nan})
-    drawn = {}
+    written = {}
     for path in (tmp_path / "tensorboard").rglob("events*"):
         content, start = path.read_bytes(), 0
         while start < len(content):
             (length,) = struct.unpack_from("<Q", content, start)
             event = Event.FromString(content[start + 12 : start + 12 + length])
-            drawn |= {(path.parent.name, event.step, value.tag): value.simple_value for value in event.summary.value}
+            written |= {(path.parent.name, event.step, value.tag): value.simple_value for value in event.summary.value}
             start += length + 16
-    assert drawn == {("warm_start", 1, "loss"): 2.0, ("rl", 5, "reward"): 0.5, ("rl", 5, "eval/pass@1"): 0.25}
+    assert written == {("warm_start", 1, "loss"): 2.0, ("rl", 5, "reward"): 0.5, ("rl", 5, "eval/pass@1"): 0.25}
 
 
 def test_a_missing_tensorboard_is_said_once(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from setups import FAMILIES, SMALL, engine, layouts, make_params, make_prompts, 
 
 from jaxrl_llm.config import run_config
 from jaxrl_llm.distribution.score import Scoring, score_tokens
-from jaxrl_llm.metrics.recorder import CompileCounter
+from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.model.params import unstack
 from jaxrl_llm.model.publish import abstract_policy, make_blank, make_publish, policy_shardings
 from jaxrl_llm.model.quantized import Quantized, dequantize

@@ -16,7 +16,7 @@ from jaxrl_llm.config.own_part import own_problems
 from jaxrl_llm.config.run_config import dump, training_problems, validate
 from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.errors import AdvantageError, UserError
-from jaxrl_llm.metrics.recorder import read_jsonl
+from jaxrl_llm.metrics.json_lines import read_jsonl
 from jaxrl_llm.objective.advantages import OwnAdvantage
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.credit import UNSCORED, make_advantage

@@ -8,7 +8,7 @@ import pytest
 from fakes import blueprint, config, groups_of, state_of, sums
 
 from jaxrl_llm.distribution.score import TokenScores
-from jaxrl_llm.metrics.recorder import CompileCounter
+from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.objective.credit import make_advantage
 from jaxrl_llm.perf.work import adapters_of, seen, train_flops
 from jaxrl_llm.roles import build

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from setups import SMALL, VOCAB, generator, layouts, make_params, make_policy, make_prompts
 
-from jaxrl_llm.metrics.recorder import CompileCounter
+from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.model import transformer
 from jaxrl_llm.model.cache import Caching, empty_suffix
 from jaxrl_llm.model.params import unstack

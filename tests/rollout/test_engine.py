@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from setups import FAMILIES, SMALL, engine, layouts, make_params, make_policy, make_prompts
 
-from jaxrl_llm.metrics.recorder import CompileCounter
+from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.parallel.config import MeshConfig
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
 from jaxrl_llm.rollout.engine import Engine, Sizes, doubled, first_window

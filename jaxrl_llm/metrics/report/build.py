@@ -30,11 +30,11 @@ STEPS, ROWS = 3, 64
 COLUMNS = 240
 """Columns of a chart: longer runs are thinned to the extremes of each column, so that no spike is lost."""
 WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 340, 170, 46, 8, 20, 8
-"""The drawing in SVG units, and the margins around the plot."""
+"""Size of a chart in SVG units, and the margins around its plot."""
 FAINTEST_LOGPROB = -6.0
 """Nats at which a token's color is strongest: p = 0.0025."""
 
-CHARTS = (  # title, metrics drawn in it; a chart without data is left out
+CHARTS = (  # title, its metrics; a chart without data is left out
     ("reward", ("reward", "reward_std")),
     ("evaluation", ("eval/exact", "eval/pass@1")),
     ("entropy (nats)", ("entropy",)),
@@ -50,7 +50,7 @@ CHARTS = (  # title, metrics drawn in it; a chart without data is left out
     ("learning rate", ("lr",)),
     ("tokens/s", ("tokens_per_s",)),
 )
-DRAWN = frozenset(name for _, names in CHARTS for name in names)
+PLOTTED = frozenset(name for _, names in CHARTS for name in names)
 OVERLAPPING_TIMES = {"time/compile", "time/step"}  # seconds that other timers count too
 
 Row = Mapping[str, Any]
@@ -59,7 +59,7 @@ Point = tuple[float, float | None]
 
 @dataclass(frozen=True)
 class Frame:
-    """The ranges of a drawing; `at` maps a point into SVG units."""
+    """Ranges of a chart's axes; `at` maps a point to SVG units."""
 
     x_low: float
     x_high: float
@@ -83,7 +83,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing; ticks are (SVG position, label), bands are hover areas (x, width, text)."""
+    """A chart; ticks are (SVG position, label), bands are hover areas (x, width, text)."""
 
     title: str
     lines: list[Line]
@@ -95,7 +95,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Token:
-    """A piece of a completion; level "0" (certain) to "9" (log-prob FAINTEST_LOGPROB or less), "none" where unknown."""
+    """A piece of a completion; level "0" (certain) to "9" (log-prob FAINTEST_LOGPROB or less), "none" if unknown."""
 
     text: str
     level: str
@@ -117,21 +117,21 @@ def build(run_dir: Path, out: Path | None = None) -> Path:
     out = run_dir / "report.html" if out is None else Path(out)
     if out.exists() and (not out.is_file() or any(out.samefile(p) for p in _sources(run_dir))):
         raise UserError(f"--out: got {out}, want a file to write, and none that the page is made of")
-    text, told = _page(run_dir)
-    for line in told:
+    text, omissions = _page(run_dir)
+    for line in omissions:
         log.warning("%s", line)
     _write(out, text)
     return out
 
 
 def _sources(run_dir: Path) -> list[Path]:
-    """What the page is made of, as far as it is there."""
+    """Files that the page is made of, if they exist."""
     return [path for path in (run_dir / METRICS, run_dir / ROLLOUTS, run_dir / CONFIG) if path.is_file()]
 
 
 def _page(run_dir: Path) -> tuple[str, list[str]]:
-    """The page, and what had to be left out."""
-    metrics = Reader(run_dir / METRICS, functools.partial(metrics_row, drawn=DRAWN))
+    """The page, and warnings on what had to be left out."""
+    metrics = Reader(run_dir / METRICS, functools.partial(metrics_row, plotted=PLOTTED))
     rollouts = Reader(run_dir / ROLLOUTS, rollouts_row)
     rows = sorted(metrics, key=lambda row: row["step"])
     phases = {
@@ -141,12 +141,12 @@ def _page(run_dir: Path) -> tuple[str, list[str]]:
         "Warm start": [row for row in rows if row.get("phase") == "warm_start"],
     }
     steps = _last_steps(rollouts) if (run_dir / ROLLOUTS).is_file() else []
-    told = [printable(line) for line in (*metrics.told, *rollouts.told)]
+    omissions = [printable(line) for line in (*metrics.omissions, *rollouts.omissions)]
     config = run_dir / CONFIG
     text = _template().render(
         name=printable(run_dir.resolve().name),
         facts=_facts(phases["Training"]),
-        told=told,
+        omissions=omissions,
         sections=[(title, draw_charts(part)) for title, part in phases.items() if part],
         warnings=[(row["step"], printable_lines(text)) for row in rows for text in row.get("warnings") or ()],
         steps=steps,
@@ -154,7 +154,7 @@ def _page(run_dir: Path) -> tuple[str, list[str]]:
         frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM, "top": TOP},
         faintest=FAINTEST_LOGPROB,
     )
-    return text, told
+    return text, omissions
 
 
 @functools.cache
@@ -165,7 +165,7 @@ def _template() -> Template:
 
 
 def _write(out: Path, text: str) -> None:
-    """Whole or not at all: a browser never reloads half a page, and a full disk leaves the older one."""
+    """Write all or nothing: a browser never reloads half a page, and a full disk leaves the old one."""
     half = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +178,7 @@ def _write(out: Path, text: str) -> None:
 
 
 def _is_of_training(row: Row) -> bool:
-    """Whether the row is of RL, or holds the score that it begins with."""
+    """True for a row of RL, and for the one with the score before RL."""
     return row.get("phase") != "warm_start" or any(name.startswith("eval/") for name in row)
 
 
@@ -221,7 +221,7 @@ def find_ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def thin(points: Sequence[Point], columns: int = COLUMNS) -> list[Point]:
-    """Return `points` (ascending x) or, where they are more than two per column, the lowest and the highest of each column."""
+    """Return `points` (ascending x) or, if there are more than two per column, the lowest and the highest of each column."""
     if len(points) <= 2 * columns:
         return list(points)
     first, span = points[0][0], points[-1][0] - points[0][0] or 1
@@ -265,7 +265,7 @@ def _span(steps: Sequence[float]) -> tuple[float, float]:
 
 
 def _trace(frame: Frame, points: Sequence[Point]) -> str:
-    """Return the SVG path through `points`, interrupted where a value is None."""
+    """Return the SVG path through `points`, interrupted at values that are None."""
     path, pen = "", "M"
     for x, y in points:
         if y is None:
@@ -279,7 +279,7 @@ def _trace(frame: Frame, points: Sequence[Point]) -> str:
 
 
 def _draw_shares(rows: Sequence[Row]) -> Chart | None:
-    """Draw each timer's share of the timed seconds as stacked areas, summed per column of the chart."""
+    """Draw each timer's fraction of the timed seconds as stacked areas, summed per column of the chart."""
     names = sorted({name for row in rows for name in row if name.startswith("time/")} - OVERLAPPING_TIMES)
     stride = -(-len(rows) // COLUMNS)
     shares: list[Row] = []
@@ -308,7 +308,7 @@ def _ticks(frame: Frame) -> tuple[list[tuple[float, str]], list[tuple[float, str
 
 
 def _bands(frame: Frame, rows: Sequence[Row], names: Sequence[str]) -> list[tuple[float, float, str]]:
-    """Return up to COLUMNS hover areas that tell the values at a step, each from its step to the next."""
+    """Return up to COLUMNS hover areas with the values at a step, each from its step to the next."""
     rows = rows[:: -(-len(rows) // COLUMNS)]
     edges = [frame.at(row["step"], frame.y_low)[0] for row in rows] + [WIDTH - RIGHT]
     texts = []

@@ -1,7 +1,7 @@
-"""Lines of metrics.jsonl and rollouts.jsonl as they are found, whole, cut off or edited by hand: what is no row is left out.
+"""Readers of metrics.jsonl and rollouts.jsonl, also of torn or edited files: lines that are not rows are left out.
 
-A row that is yielded can be drawn: its step is a whole number, numbers are finite or None (a gap), texts are text. Keys that no
-chart and no table reads are as they were written.
+A yielded row can be plotted: its step is a whole number, numbers are finite or None (a gap), texts are text. Keys that no chart and
+no table reads are unchanged.
 """
 
 import json
@@ -13,13 +13,13 @@ from jaxrl_llm.metrics.terminal import printable
 
 Row = dict[str, Any]
 LARGEST, SMALLEST = 1e100, 1e-100
-"""A larger number is a gap and a smaller one is 0: the drawing subtracts, adds and divides them."""
+"""Larger numbers become gaps and smaller ones 0, because charts subtract, add and divide them."""
 LAST_STEP = 2**53
 SHOWN = 60
 
 
 class Reader:
-    """Rows of one file, in its order. Once they were taken, `told` says what was left out and where it began."""
+    """Rows of one file, in order. After iterating, `omissions` says what was left out and where it began."""
 
     def __init__(self, path: Path, check: Callable[[Row], Row]):
         self._path, self._check = path, check
@@ -38,13 +38,13 @@ class Reader:
                     self._left_out.append(f"{self._path}:{number}: {why}")
                     continue
                 if row["step"] < last:
-                    self._back.append(f"{self._path}:{number}: step {row['step']} behind step {last}")
+                    self._back.append(f"{self._path}:{number}: step {row['step']} after step {last}")
                 last = row["step"]
                 yield row
 
     @property
-    def told(self) -> list[str]:
-        kinds = ((self._left_out, "left out"), (self._back, "back in time, shown in the order of steps"))
+    def omissions(self) -> list[str]:
+        kinds = ((self._left_out, "left out"), (self._back, "out of order, shown in the order of steps"))
         return [f"{_lines(len(places))} {what}; the first: {places[0]}" for places, what in kinds if places]
 
 
@@ -69,18 +69,18 @@ def _step(row: Row) -> int:
     return int(step)
 
 
-def metrics_row(row: Row, drawn: Collection[str]) -> Row:
-    """With numbers under the names in `drawn` and of timers. Raises ValueError in words."""
+def metrics_row(row: Row, plotted: Collection[str]) -> Row:
+    """A row whose values under the names in `plotted` and of timers are numbers. Raises ValueError with the reason."""
     if not _is_list(row.get("warnings"), str):
         raise ValueError(f"warnings: got {_shown(row['warnings'])}, want a list of texts")
     return {
-        printable(name): _number(name, value) if name in drawn or name.startswith("time/") else value
+        printable(name): _number(name, value) if name in plotted or name.startswith("time/") else value
         for name, value in row.items()
     }
 
 
 def rollouts_row(row: Row) -> Row:
-    """A sampled response. Raises ValueError in words."""
+    """Row of a sampled response. Raises ValueError with the reason."""
     for name in ("prompt", "completion", "finish"):
         if not isinstance(row.get(name, ""), str):
             raise ValueError(f"{name}: got {_shown(row[name])}, want text")
@@ -104,7 +104,7 @@ def _numbers(name: str, values: Any) -> list[float | None]:
 
 
 def _number(name: str, value: Any) -> float | None:
-    """As it can be drawn; None where it is not finite, or too large."""
+    """A number that can be plotted; None if it is not finite or too large."""
     if value is None:
         return None
     if not _is_number(value):

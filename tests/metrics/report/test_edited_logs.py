@@ -30,8 +30,8 @@ def report(run_dir, *args) -> str:
     out = args[-1] if args else run_dir / "report.html"
     text = out.read_text(encoding="utf-8")
     assert Page(text).open == []
-    drawn = " ".join(re.findall(r'(?: d| x| x1| y| y1| width)="([^"]*)"', text))
-    assert "nan" not in drawn and "inf" not in drawn
+    plotted = " ".join(re.findall(r'(?: d| x| x1| y| y1| width)="([^"]*)"', text))
+    assert "nan" not in plotted and "inf" not in plotted
     return html.unescape(text)
 
 
@@ -116,7 +116,7 @@ def test_numbers_that_are_not_finite_or_too_large_are_gaps(run_dir, caplog):
     assert 'd="M46.0 150.0h0L81.8 82.4L117.5 14.8M332.0 14.8h0"' in page and caplog.messages == []
 
 
-def test_the_smallest_and_the_largest_numbers_can_be_drawn(run_dir):
+def test_the_smallest_and_the_largest_numbers_can_be_plotted(run_dir):
     for values in (["5e-324", "1e-323", "0"], ["1e99", "-1e99"], ["1e16", "10000000000000002"], ["-5e-324"]):
         rows = [f'{{"step": {n}, "reward": {x}, "time/a": {x}}}\n' for n, x in enumerate(values)]
         (run_dir / "metrics.jsonl").write_text("".join(rows))
@@ -127,19 +127,19 @@ def test_the_smallest_and_the_largest_numbers_can_be_drawn(run_dir):
     assert "1e+99" in report(run_dir)
 
 
-def test_steps_that_go_back_are_drawn_in_their_order_and_told(run_dir, caplog):
+def test_steps_that_go_back_are_plotted_in_their_order_and_omissions(run_dir, caplog):
     rows = [{"step": step, "reward": step / 4} for step in (1, 4, 2, 3)]
     write(run_dir / "metrics.jsonl", rows)
     page = report(run_dir)
     # Thirds of the 286 units between 46 and 332.
     xs = re.findall(r'd="M([\d.]+) [\d.]+h0L([\d.]+) [\d.]+L([\d.]+) [\d.]+L([\d.]+) ', page)[0]
     assert xs == ("46.0", "141.3", "236.7", "332.0")
-    line = f"1 line is back in time, shown in the order of steps; the first: {run_dir}/metrics.jsonl:3: step 2 behind step 4"
+    line = f"1 line is out of order, shown in the order of steps; the first: {run_dir}/metrics.jsonl:3: step 2 after step 4"
     assert caplog.messages == [line] and line in page
     assert "<dt>step</dt><dd>4</dd>" in page
 
 
-def test_a_step_that_stands_twice_is_drawn_twice(run_dir, caplog):
+def test_a_step_that_stands_twice_is_plotted_twice(run_dir, caplog):
     write(run_dir / "metrics.jsonl", [{"step": step, "reward": reward} for step, reward in ((1, 0), (1, 1), (2, 0))])
     assert 'd="M46.0 150.0h0L46.0 14.8L332.0 150.0"' in report(run_dir) and caplog.messages == []
 

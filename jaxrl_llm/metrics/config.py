@@ -1,0 +1,25 @@
+"""Config of the metrics: what is written and shown, and how often."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge
+from pydantic import ConfigDict
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """What is written and shown, and how often."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    console_every: Annotated[int, Ge(1)] = 1
+    """Steps between console lines. Steps with an evaluation and the last step are always shown."""
+    samples_every: Annotated[int, Ge(0)] = 10
+    """Steps between printed tables of sampled responses; 0 = never."""
+    rollouts_every: Annotated[int, Ge(0)] = 1
+    """Steps between records of whole rollouts in rollouts.jsonl; 0 = never."""
+    rollout_groups: Annotated[int, Ge(-1)] = 4
+    """Groups (prompts with all their samples) recorded each time; -1 = all."""
+    tensorboard: bool = True
+    """Write TensorBoard scalars under <run>/tensorboard. Needs tensorboardX; a run without it logs a warning when it starts."""
