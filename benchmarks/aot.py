@@ -36,7 +36,7 @@ from jaxrl_llm.model.publish import abstract_policy, make_publish
 from jaxrl_llm.parallel.config import MeshConfig
 from jaxrl_llm.parallel.layout import TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
-from jaxrl_llm.perf.hlo import Instruction, Module, collectives
+from jaxrl_llm.perf.hlo import HloModule, Instruction, collectives
 from jaxrl_llm.plan import decode_memory as memory
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
 from jaxrl_llm.rollout.engine import Engine
@@ -58,7 +58,7 @@ def lowered(args: argparse.Namespace, cfg: ModelConfig, train: Layout, decode: L
 
 def programs_of(args: argparse.Namespace, cfg: ModelConfig, decode: Layout) -> Programs:
     vocab = Vocabulary(size=cfg.vocab_size, pad=0, eos=(1,))
-    engine = EngineConfig(segment=args.segment)
+    engine = EngineConfig(decode_chunk=args.segment)
     rollout = RolloutConfig(prompts=args.prompts, samples=args.samples, max_new_tokens=args.window, engine=engine)
     return Engine(rollout, args.slots, vocab, cfg, decode).programs
 
@@ -74,7 +74,7 @@ def bytes_of(compiled: Compiled) -> dict[str, int]:
     return {"chip": parts["arguments"] + parts["outputs"] + parts["temporaries"] - parts["aliased"], **parts}
 
 
-def moved(module: Module) -> dict[str, dict[str, dict[str, int]]]:
+def moved(module: HloModule) -> dict[str, dict[str, dict[str, int]]]:
     """Collectives by place and kind: how many, and bytes of what they make on a chip."""
     found: dict = {place: defaultdict(lambda: {"count": 0, "bytes": 0}) for place in PLACES}
     for i in collectives(module.all):
@@ -84,7 +84,7 @@ def moved(module: Module) -> dict[str, dict[str, dict[str, int]]]:
     return found
 
 
-def copied(module: Module, sizes: set[int]) -> dict[str, int]:
+def copied(module: HloModule, sizes: set[int]) -> dict[str, int]:
     """Arrays of these sizes in bytes that are copied within a chip's main memory, or moved back into it from on-chip memory.
 
     By place. Instructions inside a fusion make no array of their own.
@@ -109,7 +109,7 @@ def report(args: argparse.Namespace, cfg: ModelConfig, train: Layout, decode: La
     traced = time.monotonic()
     compiled = program.compile(compiler_options=json.loads(args.options))
     took = {"trace": round(traced - start, 1), "compile": round(time.monotonic() - traced, 1)}
-    module = Module(compiled.as_text())
+    module = HloModule(compiled.as_text())
     given = {
         "shape": args.shape.name, "layers": cfg.layers, "topology": args.topology, "mesh": args.mesh, "layout": args.layout,
         "program": args.program, "options": json.loads(args.options), "jax": jax.__version__,
@@ -119,12 +119,12 @@ def report(args: argparse.Namespace, cfg: ModelConfig, train: Layout, decode: La
     found = {**given, "sizes": sizes, "seconds": took, "bytes": bytes_of(compiled), "collectives": moved(module)}
     if args.program == "segment":
         params = abstract_policy(cfg, decode).params
-        flight = memory.flight(programs_of(args, cfg, decode), params, args.prompts, args.window)
+        decoding = memory.decode_memory(programs_of(args, cfg, decode), params, args.prompts, args.window)
         layer = {memory.held(x) for x in params["layers"][0].values() if x.ndim > 1}
-        caches = {n // (2 * cfg.layers) for n in (flight.prompt, flight.suffix)}
+        caches = {n // (2 * cfg.layers) for n in (decoding.prompt, decoding.suffix)}
         tables = {memory.held(params[name]) for name in ("embed", "head") if name in params}
-        found["predicted"] = {"chip": flight.total, **flight._asdict()}
-        found["off"] = round(flight.total / found["bytes"]["chip"] - 1, 4)
+        found["predicted"] = {"chip": decoding.total, **decoding._asdict()}
+        found["off"] = round(decoding.total / found["bytes"]["chip"] - 1, 4)
         found["copied"] = {"caches": copied(module, caches), "weights": copied(module, (layer | tables) - caches)}
     return found
 

@@ -1,4 +1,4 @@
-"""Seconds of programs, taken in turns: what disturbs the machine for a while then disturbs all of them alike."""
+"""Timing of programs in turns, so that a disturbance of the machine affects all of them alike."""
 
 import statistics
 import sys
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 from jaxrl_llm.perf.ceilings import timed
 
-LEAST, MOST = 3, 25
+MIN_CALLS, MAX_CALLS = 3, 25
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call, the results waited for."""
+    """Seconds per call, the computation of the result included."""
 
     first: float
-    """The first call, which compiles; in no statistic."""
+    """The first call, which compiles; not part of the statistics."""
     seconds: tuple[float, ...]
 
     @property
@@ -36,10 +36,10 @@ class Timing:
 def alternate(
     calls: dict[str, Callable[[], object]], seconds: float, deadline: float = float("inf")
 ) -> dict[str, Timing]:
-    """Call each once to compile and once to have a time at all, then all of them in turns, about `seconds` together.
+    """Call each once to compile and once to time it, then all of them in turns, for about `seconds` in total.
 
-    A call repeats `LEAST` to `MOST` times, past `LEAST` only while it has spent less than its equal share. From `deadline`
-    (`time.monotonic()`) on no further repetition starts, and a call that never started is left out of the answer.
+    A call repeats `MIN_CALLS` to `MAX_CALLS` times, beyond `MIN_CALLS` only within its equal share of the time. From `deadline`
+    (`time.monotonic()`) on no further call starts, and a program that never ran is left out of the result.
     """
     first, taken = {}, {name: [] for name in calls}
     for name, call in calls.items():
@@ -48,7 +48,9 @@ def alternate(
             taken[name].append(timed(call))
             print(f"{name}: first call {first[name]:.1f} s, then {taken[name][0]:.3f} s", file=sys.stderr, flush=True)
     share = seconds / max(len(calls), 1)
-    while due := [n for n in first if len(taken[n]) < LEAST or (len(taken[n]) < MOST and sum(taken[n]) < share)]:
+    while due := [
+        n for n in first if len(taken[n]) < MIN_CALLS or (len(taken[n]) < MAX_CALLS and sum(taken[n]) < share)
+    ]:
         for name in due:
             if time.monotonic() >= deadline:
                 return {n: Timing(first[n], tuple(t)) for n, t in taken.items() if t}

@@ -26,7 +26,7 @@ from benchmarks.machine import machine
 from benchmarks.models import layouts
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.rollout.config import RolloutConfig
-from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary, draw, row_keys
+from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary, row_keys, sample_token
 
 TURNS = 8
 NOTHING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
@@ -59,7 +59,7 @@ def make_loop(vocab: int, max_kept_tokens: int) -> Callable:
         def turn(t: jax.Array, carry: tuple) -> tuple:
             logits, _ = carry
             slot = jnp.full(keys.shape, t, jnp.int32)
-            drawn = draw(keys, slot, logits, of, t < TURNS, decoding)
+            drawn = sample_token(keys, slot, logits, of, t < TURNS, decoding)
             return logits.at[jnp.arange(len(logits)), drawn.token].add(-1e-3), drawn
 
         start = jax.eval_shape(lambda t: turn(t, (logits, None))[1], jnp.int32(0))

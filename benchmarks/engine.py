@@ -36,13 +36,13 @@ from jaxrl_llm.types import Policy, Prompts, Rollouts
 KEY = jax.random.key(1)
 FORMS = {
     "as it is": {},
-    "segments of 32": {"segment": 32},
+    "chunks of 32": {"decode_chunk": 32},
     "window of 64, doubled": {"window": 64},
     "no growth": {"window": NEW_TOKENS},
     "looks every step": {"eos_interval": 1},
     "looks every 4": {"eos_interval": 4},
     "looks every 16": {"eos_interval": 16},
-    "a copy of the prompt a row": {"shared_by": 1},
+    "a copy of the prompt a row": {"rows_per_prompt_cache": 1},
     "keys by slot": {"attention": "dot"},
     "int8 cache": {"cache": "int8"},
 }
@@ -89,7 +89,7 @@ def skewed(work: Workload, policy: Policy, samples: int, num: int, flight: int, 
     parts = [jax.tree.map(lambda x, i=i: x[i : i + flight], prompts) for i in range(0, num, flight)]
 
     def engine(prompts: int, **changes: object) -> Engine:
-        form = EngineConfig(segment=16, **changes)
+        form = EngineConfig(decode_chunk=16, **changes)
         rollout = RolloutConfig(prompts=prompts, samples=samples, max_new_tokens=NEW_TOKENS, engine=form)
         return Engine(rollout, 64, vocab, cfg, layouts()[1])
 
@@ -99,10 +99,10 @@ def skewed(work: Workload, policy: Policy, samples: int, num: int, flight: int, 
     calls = {
         "batch after batch": partial(by_parts, engine(flight, compact=False)),
         "compaction": partial(by_parts, engine(flight)),
-        "compaction and refill": partial(engine(num, in_flight=flight).generate, policy, prompts, KEY),
+        "compaction and refill": partial(engine(num, max_concurrent_prompts=flight).generate, policy, prompts, KEY),
     }
     if samples > 1:
-        pairs = engine(num, in_flight=flight, shared_by=2)
+        pairs = engine(num, max_concurrent_prompts=flight, rows_per_prompt_cache=2)
         calls["compaction and refill, pairs"] = partial(pairs.generate, policy, prompts, KEY)
     tokens = {form: joined(call()) for form, call in calls.items()}
     for form, got in tokens.items():
@@ -126,9 +126,12 @@ def many_prompts(work: Workload, num: int, slots: int = 64) -> Prompts:
 def long_prompt(work: Workload, seconds: float) -> dict:
     policy, prompts = make_policy(work, make_params(work.size)), many_prompts(work, 1, 1024)
 
-    def engine(shared_by: int) -> Engine:
+    def engine(rows_per_prompt_cache: int) -> Engine:
         rollout = RolloutConfig(
-            prompts=1, samples=64, max_new_tokens=NEW_TOKENS, engine=EngineConfig(shared_by=shared_by)
+            prompts=1,
+            samples=64,
+            max_new_tokens=NEW_TOKENS,
+            engine=EngineConfig(rows_per_prompt_cache=rows_per_prompt_cache),
         )
         return Engine(rollout, 1024, work.vocabulary, work.cfg, layouts()[1])
 
@@ -147,7 +150,7 @@ def soak(work: Workload, num_calls: int = 300) -> dict:
     cfg = dataclasses.replace(work.cfg, layers=2)
     policy = Policy({**(p := make_policy(work, make_params(work.size)).params), "layers": p["layers"][:2]}, np.int32(0))
     rollout = RolloutConfig(
-        prompts=16, samples=SAMPLES, max_new_tokens=48, engine=EngineConfig(segment=16, in_flight=8)
+        prompts=16, samples=SAMPLES, max_new_tokens=48, engine=EngineConfig(decode_chunk=16, max_concurrent_prompts=8)
     )
     vocab = Vocabulary(cfg.vocab_size, 0, tuple(range(0, cfg.vocab_size, 24)))
     engine = Engine(rollout, 64, vocab, cfg, layouts()[1])

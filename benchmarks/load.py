@@ -1,13 +1,13 @@
 """`python -m benchmarks.load [--megabytes N] [--files N] [--dtype D] [--out FILE.json]`: a sharded checkpoint onto 8 CPU devices.
 
-Makes a Llama-shaped checkpoint of the given size in a temporary directory and times, each in a process of its own:
+Creates a Llama-shaped checkpoint of the given size in a temporary directory and times, each in a separate process:
 
-    read    every byte of the files into memory that is kept, one file after another: what any loader must do
-    load    `hf.load`, masters split over the mesh (data 1, fsdp 4, tensor 2), dtype as in the files
+    read    every byte of the files into memory, one file after another: the minimum of any loader
+    load    `hf.load`, parameters split over the mesh (data 1, fsdp 4, tensor 2), dtype as in the files
 
-Both cold (the files dropped from the page cache before) and warm, in turns; wall-clock and CPU seconds. Memory is the highest
-RssAnon, sampled every 5 ms, and VmHWM, the kernel's own peak of all that is resident, the files' mapped pages included; each above
-what the process held before, and above the parameters' own bytes. The bound is 1.3 times the largest file.
+Both cold (files dropped from the page cache) and warm, in turns; wall-clock and CPU seconds. Memory is the highest
+RssAnon, sampled every 5 ms, and VmHWM, the kernel's peak of resident memory, mapped files included; each above
+the memory before the load and above the parameters' bytes. The bound is 1.3 times the largest file.
 """
 
 import argparse
@@ -30,16 +30,16 @@ LIMIT_S = 3600
 
 
 def status(*names: str) -> dict[str, int]:
-    """Bytes, from /proc/self/status."""
+    """Return sizes in bytes from /proc/self/status."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(lines[name].split()[0]) * 1024 for name in names}
 
 
 class Peak:
-    """The highest RssAnon between enter and exit, sampled, and the kernel's VmHWM, each above what was held at enter."""
+    """The highest RssAnon between enter and exit, sampled, and the kernel's VmHWM, each above its value at enter."""
 
     def __enter__(self) -> "Peak":
-        # Sets VmHWM back to what is held now.
+        # Resets VmHWM to the current size.
         Path("/proc/self/clear_refs").write_text("5")
         self.before, self.anon, self.done = status("RssAnon", "VmRSS"), 0, threading.Event()
         self.sampler = threading.Thread(target=self._sample)
@@ -58,7 +58,7 @@ class Peak:
 
 
 def make(directory: Path, megabytes: int, files: int, dtype: str) -> None:
-    """Random bytes of the right shapes; every tensor of a shape is the same."""
+    """Write random tensors; all tensors of one shape are the same."""
     import ml_dtypes
     import numpy as np
     from huggingface_hub import split_state_dict_into_shards_factory
@@ -91,7 +91,7 @@ def make(directory: Path, megabytes: int, files: int, dtype: str) -> None:
 
 
 def drop(directory: Path) -> None:
-    """Out of the page cache, so that the next reader waits for the disk."""
+    """Drop the files from the page cache, so that the next reader waits for the disk."""
     for path in directory.glob("*.safetensors"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -126,7 +126,7 @@ def load(directory: Path, dtype: str) -> dict:
         start, used = time.perf_counter(), time.process_time()
         tree = jax.block_until_ready(loading.load(directory, specs, layout, np.dtype(dtype)))
         seconds, cpu = time.perf_counter() - start, time.process_time() - used
-    # Of every device: a leaf that is not split lies on all eight.
+    # On all devices: a leaf that is not split is on all eight.
     own = sum(shard.data.nbytes for x in jax.tree.leaves(tree) for shard in x.addressable_shards)
     return {
         "seconds": seconds,
@@ -144,7 +144,7 @@ def fresh(what: str, directory: Path, dtype: str) -> dict:
 
 
 def measure(directory: Path, dtype: str) -> dict:
-    """Cold and warm, read and load in turns."""
+    """Time cold and warm, read and load in turns."""
     found: dict[str, list[dict]] = {f"{what} {how}": [] for how in ("cold", "warm") for what in ("read", "load")}
     for _ in range(REPEATS):
         for how in ("cold", "warm"):

@@ -1,4 +1,4 @@
-"""What a results file says of the machine it was measured on."""
+"""Description of the machine, for results files."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 
 def processor() -> str:
-    """The CPU's model name; "unknown" where /proc/cpuinfo names none."""
+    """Return the CPU's model name; "unknown" if /proc/cpuinfo has none."""
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:
@@ -47,6 +47,6 @@ def machine() -> dict:
 
 
 def file_name(found: dict) -> str:
-    """`<device>-<cores>core`, for the names of results files."""
+    """Return `<device>-<cores>core`, for the names of results files."""
     device = re.sub(r"[^a-z0-9]+", "-", found["device"].lower()).strip("-")
     return f"{'cpu-' if found['backend'] == 'cpu' else ''}{device}-{found['cores']}core"

@@ -1,6 +1,6 @@
-"""What is measured: models, batches, and how much work they hold.
+"""Workloads of the benchmarks: models and batches.
 
-Letters as in `jaxrl_llm.types`. FLOPs count a multiply and an add as two.
+Dimensions as in `jaxrl_llm.types`. A multiply and an add count as two FLOPs.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ class Workload:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """No token ends a row."""
+        """A vocabulary without an end token."""
         return Vocabulary(size=self.cfg.vocab_size, pad=0, eos=(-1,))
 
     def num_params(self) -> int:
@@ -69,11 +69,11 @@ class Workload:
 
 
 def make_params(size: str) -> PyTree:
-    """Random f32 masters, the same for every program and dtype."""
+    """Return random f32 parameters, the same for every program and dtype."""
     return model_params.init(model_params.specs(SIZES[size]), jax.random.key(0), layouts()[0])
 
 
 def layouts() -> tuple[Layout, Layout]:
-    """TRAIN and DECODE over one device: these benchmarks are about one chip."""
+    """Return the TRAIN and DECODE layouts of one device: these benchmarks measure a single chip."""
     mesh = make_mesh((1, 1, 1), jax.devices()[:1])
     return Layout(mesh, TRAIN), Layout(mesh, DECODE)

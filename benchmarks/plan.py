@@ -1,9 +1,9 @@
-"""`python -m benchmarks.plan [NAME ...] [--write]`: `jaxrl plan` of the GSM8K configs for the slices that they name.
+"""`python -m benchmarks.plan [NAME ...] [--write]`: runs `jaxrl plan` on the GSM8K configs.
 
-Each is a process of its own: 1 to 10 minutes on two cores. Adds each report to benchmarks/results/plan-tpu-aot.json, in place of
-an older one of that name, and prints a line for each: seconds, bytes of the fullest phase, fits or not.
+Each plan runs in a separate process, for 1 to 10 minutes on two cores. Its report replaces the older one of that name in
+benchmarks/results/plan-tpu-aot.json; one line per plan shows seconds, bytes of the largest phase, and whether it fits.
 
---write  put the tables of TABLES into docs/plan.md, from the results
+--write  write the tables of TABLES into docs/plan.md, from the results
 """
 
 import argparse
@@ -44,7 +44,7 @@ CASES = {
     "qwen3-1.7b": Case("qwen3-1.7b", "Qwen3-1.7B", "v5e:2x4"),
     "qwen2.5-0.5b": Case("qwen2.5-0.5b", "Qwen2.5-0.5B", "v5e:2x2", ("--chips", "1")),
 }
-# Of the longest on one core: minutes.
+# The longest takes minutes on one core.
 LIMIT_S = 7200
 TABLES = ("qwen3-8b", "llama3-70b", "qwen3-30b-a3b sweep")
 
@@ -67,7 +67,7 @@ def line(name: str, found: dict) -> str:
 
 
 def write(results: dict[str, dict]) -> None:
-    """The tables between the two marks of the page."""
+    """Write the tables between the two marks of the page."""
     parts = []
     for name in (n for n in TABLES if n in results):
         found = results[name]

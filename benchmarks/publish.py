@@ -1,8 +1,8 @@
-"""`publish`: bytes a second from the trainer's parameters to the policy's, beside a copy's.
+"""`publish`: bytes per second from the trainer's parameters to the policy's, compared with a copy.
 
-    bytes = N (4 + b)     every f32 master read once, every entry of b bytes of the compute dtype written once
+    bytes = N (4 + b)     every f32 parameter read once, every entry of b bytes of the compute dtype written once
 
-The ceiling is the bandwidth of a copy in place over an array of the same bytes. On one device nothing crosses a wire.
+The ceiling is the bandwidth of an in-place copy of an array of the same bytes. On one device there is no communication.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def moved_bytes(work: Workload) -> int:
 
 
 def calls(work: Workload, params: PyTree) -> dict[str, Callable[[], object]]:
-    """The program to time. Each call takes the buffers of the policy before, as in training."""
+    """Return the program to time. Each call reuses the buffers of the previous policy, as in training."""
     cfg, (train, decode) = work.cfg, layouts()
     publish, policy = make_publish(cfg, train, decode), make_blank(cfg, decode)()
 
@@ -34,7 +34,7 @@ def calls(work: Workload, params: PyTree) -> dict[str, Callable[[], object]]:
 
 
 def ceiling(work: Workload, seconds: float) -> float:
-    """Bytes a second."""
+    """Return bytes per second."""
     return copy_bandwidth(moved_bytes(work), seconds)
 
 

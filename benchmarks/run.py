@@ -1,11 +1,11 @@
 """`python -m benchmarks.run [--sizes S,M] [--seconds N] [--out FILE.json]`: ceilings, then generate, update and publish.
 
-Everything in one process. The calls of one model at one number of rows, both dtypes, are timed in turns; see `clock.alternate`.
-The file is written after each of these groups, so a run that is stopped leaves what it has.
+Everything runs in one process. The calls of one model at one number of rows, in both dtypes, are timed alternately; see
+`clock.alternate`. The file is written after each of these groups, so an interrupted run keeps its results.
 
 --sizes    default S,M; on a GPU L,M,S
---seconds  wall-clock seconds of the whole, by default 420 on a GPU, 1800 elsewhere. A third goes to repetitions. Nothing new starts
-           after its end, and what found no place is named in the file; the call that is under way then still ends.
+--seconds  total wall-clock seconds, by default 420 on a GPU, 1800 elsewhere; a third of them for repetitions. Nothing new starts
+           after that, and the file names what was left out; a running call is finished.
 --out      default benchmarks/results/<device>-<cores>core-<date>.json
 """
 
@@ -29,18 +29,29 @@ from jaxrl_llm.perf import ceilings
 
 
 def groups(sizes: list[str]) -> list[tuple[str, int]]:
-    """(size, rows) in the order they run; L at two batches."""
+    """(size, rows) in order; L with two numbers of rows."""
     return [(size, rows) for size in sizes for rows in ((64, 256) if size == "L" else (64,))]
 
 
 def measure(size: str, rows: int, square: dict, seconds: float, deadline: float) -> tuple[list[dict], list[str]]:
-    """One group: the ceilings at its shapes, then all its programs in turns. Returns results, and names of what was left out."""
+    """Measure one group: the ceilings at its shapes, then all its programs alternately.
+
+    Args:
+        size: Name of the model size.
+        rows: Number of rows.
+        square: Matmul ceilings by dtype.
+        seconds: Wall-clock seconds for repetitions.
+        deadline: No call starts after this time of `time.monotonic`.
+
+    Returns:
+        The results, and the names of calls that were left out.
+    """
     works = [Workload(size, rows, compute) for compute in DTYPES]
     part = min(1.0, seconds / 20)
     limits = {w: (generate.ceiling(w, part), publish.ceiling(w, part), update.own_rates(w, part)) for w in works}
     params = make_params(size)
     calls = {
-        name: c for room in (publish, generate, update) for w in works for name, c in room.calls(w, params).items()
+        name: c for module in (publish, generate, update) for w in works for name, c in module.calls(w, params).items()
     }
     times = alternate(calls, seconds, deadline)
     results = []
@@ -62,7 +73,15 @@ def save(path: Path, result: dict) -> None:
 
 
 def run(sizes: list[str], seconds: float, out: Path | None, date: str) -> dict:
-    begun = time.monotonic()
+    """Run the benchmarks, write and print the results.
+
+    Args:
+        sizes: Names of the model sizes.
+        seconds: Total wall-clock seconds.
+        out: Results file; None: named after machine and date.
+        date: ISO date of the results.
+    """
+    start = time.monotonic()
     result = {
         "date": date,
         "command": f"python -m benchmarks.run {' '.join(sys.argv[1:])}".strip(),
@@ -74,16 +93,16 @@ def run(sizes: list[str], seconds: float, out: Path | None, date: str) -> dict:
     save(out, result)
     todo = groups(sizes)
     for size, rows in todo:
-        if time.monotonic() - begun > seconds:
+        if time.monotonic() - start > seconds:
             result["left_out"].append(f"{size} {rows} rows")
             continue
         square = result["ceilings"]["matmul"]
-        found, left = measure(size, rows, square, seconds / 3 / len(todo), begun + seconds)
+        found, left = measure(size, rows, square, seconds / 3 / len(todo), start + seconds)
         result["results"] += found
         result["left_out"] += left
         save(out, result)
         gc.collect()
-        print(f"{size} {rows} rows: done after {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+        print(f"{size} {rows} rows: done after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     print(f"{render(result)}\n\n{out}")
     return result
 

@@ -1,8 +1,8 @@
-"""One whole GRPO step of a config, stage by stage, through the training loop's own `step` and its timers.
+"""Time of one complete GRPO step of a config, by stage, from the `step` of the training loop and its timers.
 
-Seconds of generate, reward, update and publish as a run logs them, the whole step by the wall, and `other`, the difference:
-prompts, filter, advantage, replay, and the describing of rollouts. The policy is the untrained one: no warm start, and no
-evaluation, checkpoint or record of rollouts is in the step. `update` holds all epochs x minibatches.
+Seconds of generate, reward, update and publish as logged by a run, wall-clock seconds of the whole step, and their difference
+`other`: prompts, filter, advantage, replay and summaries of rollouts. The policy is untrained (no warm start); the step has no
+evaluation, checkpoint or recorded rollouts. `update` includes all epochs x minibatches.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ CONFIG = Path(__file__).parent.parent / "configs" / "arithmetic.yaml"
 
 
 def measure(steps: int = 15, warm: int = 2) -> dict:
-    """Median seconds of each stage over `steps` steps after `warm` that compile."""
+    """Return median seconds of each stage over `steps` steps, after `warm` steps that compile."""
     with tempfile.TemporaryDirectory() as directory:
         quiet = MetricsConfig(samples_every=0, rollouts_every=0, tensorboard=False)
         cfg = dataclasses.replace(

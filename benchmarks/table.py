@@ -1,4 +1,4 @@
-"""Results as tables in Markdown: `python -m benchmarks.table benchmarks/results/<name>.json > docs/benchmarks.md`."""
+"""Benchmark results as Markdown tables: `python -m benchmarks.table benchmarks/results/<name>.json > docs/benchmarks.md`."""
 
 import json
 import sys
@@ -19,21 +19,21 @@ def milliseconds(seconds: float) -> str:
 
 
 def rows_of(lines: Iterable[list[str]]) -> list[str]:
-    """A header, then rows, columns padded to one width."""
+    """Markdown table with aligned columns; the first line is the header."""
     lines = list(lines)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    shown = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
-    return [shown[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *shown[1:]]
+    text = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    return [text[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *text[1:]]
 
 
-def spread(time: dict) -> str:
-    """Median (low to high), ms."""
+def median_range(time: dict) -> str:
+    """Median (lowest to highest) in ms, and the number of repetitions."""
     low, high = milliseconds(time["low_s"]), milliseconds(time["high_s"])
     return f"{milliseconds(time['median_s'])} ({low} to {high}, n = {time['repetitions']})"
 
 
 def heading(result: dict) -> list[str]:
-    """The machine, and what it can do at most."""
+    """The machine and its ceilings."""
     ceilings, machine = result["ceilings"], result["machine"]
     square = ceilings["matmul"]
     return [
@@ -58,7 +58,7 @@ def generate_table(results: list[dict]) -> list[str]:
                 r["size"],
                 r["compute"],
                 str(r["shapes"]["rows"]),
-                spread(r["time"]),
+                median_range(r["time"]),
                 f"{r['tokens_per_s']:,.0f}",
                 milliseconds(r["step_s"]),
                 milliseconds(r["ceiling"]["step_s"]),
@@ -79,7 +79,7 @@ def update_table(results: list[dict]) -> list[str]:
                 r["size"],
                 r["compute"],
                 f"{r['shapes']['rows']} x {r['shapes']['slots']}",
-                spread(r["time"]),
+                median_range(r["time"]),
                 f"{r['tokens_per_s']:,.0f}",
                 f"{r['flops_per_s'] / 1e9:,.1f}",
                 f"{r['fraction_of_ceiling']:.0%}",
@@ -98,7 +98,7 @@ def publish_table(results: list[dict]) -> list[str]:
             [
                 r["size"],
                 r["compute"],
-                spread(r["time"]),
+                median_range(r["time"]),
                 f"{r['bytes'] / 1e6:,.1f}",
                 f"{r['bytes_per_s'] / 1e9:,.2f}",
                 f"{r['fraction_of_ceiling']:.0%}",
@@ -123,7 +123,7 @@ def step_table(step: dict) -> list[str]:
 
 
 def render(result: dict) -> str:
-    """The whole of a results file."""
+    """Render a complete results file."""
     tables = {"generate": generate_table, "update": update_table, "publish": publish_table}
     lines = heading(result)
     for program, table in tables.items():
@@ -132,7 +132,7 @@ def render(result: dict) -> str:
     if result.get("step"):
         lines += ["", *step_table(result["step"])]
     if result["left_out"]:
-        lines += ["", f"Left out, the time being over: {', '.join(result['left_out'])}."]
+        lines += ["", f"Left out, since time was up: {', '.join(result['left_out'])}."]
     return "\n".join(lines)
 
 

@@ -1,17 +1,17 @@
-"""`update`: tokens a second of one optimizer step, and its FLOPs beside the measured matmul ceiling.
+"""`update`: tokens per second of one optimizer step, and its FLOP/s relative to the measured matmul ceiling.
 
     python -m benchmarks.update [--packing none,plain,shared_prefix] [--sizes S,M] [--compute float32,bfloat16] [--rows 64]
                                 [--prompt 64] [--new 128] [--out FILE.json]
 
-Prompts of 64 tokens with 8 completions of 128 each; the loss reads the completions. `plain` puts four sequences in a row,
-`shared_prefix` a prompt with all of its completions. A group's rows are a part, so the gradient is added up over the groups.
+Prompts of 64 tokens with 8 completions of 128 each; the loss is on the completions. `plain` packs four sequences per row,
+`shared_prefix` a prompt with all of its completions. A micro-batch is one group, so gradients are accumulated over the groups.
 
-    tokens a second      rows * (prompt + new) / t, whatever the packing: a shared prompt counts as often as it is used
-    FLOPs                `model.work.train_flops`: of tokens that are there, a shared prompt once; the head at scored tokens; what
-                         remat computes again (about a third on top) is not counted
-    fraction             FLOPs / t / rate of a large square product in the compute dtype
-    own-shape fraction   `rates.least_seconds` / t: the same FLOPs at the rates of this step's own weight products, forward,
-                         dx = g w', dw = x' g. It is what a run logs as `update/ceiling_fraction`.
+    tokens per second    rows * (prompt + new) / t for every packing: a shared prompt counts once per completion
+    FLOPs                `perf.work.train_flops`: of tokens in the batch, a shared prompt once; the head at scored tokens;
+                         rematerialization (about a third more) is not counted
+    fraction             FLOPs / t / rate of a large square matmul in the compute dtype
+    own-shape fraction   `rates.min_seconds` / t: the same FLOPs at the rates of this step's weight matmuls: forward,
+                         dx = g w', dw = x' g. A run logs it as `update/ceiling_fraction`.
 """
 
 import argparse
@@ -33,8 +33,8 @@ from jaxrl_llm.model.config import ForwardOptions
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.losses import make_loss
 from jaxrl_llm.perf.ceilings import matmul_rate
-from jaxrl_llm.perf.rates import UpdateRates, least_seconds, measure_update
-from jaxrl_llm.perf.work import TrainFlops, seen, train_flops
+from jaxrl_llm.perf.rates import UpdateRates, measure_update, min_seconds
+from jaxrl_llm.perf.work import TrainFlops, count_tokens, train_flops
 from jaxrl_llm.types import Batch, Credit, Experience, Prompts, PyTree, Scores
 from jaxrl_llm.update.batch import make_batch, supervised
 from jaxrl_llm.update.optimizer.config import AdamW
@@ -43,14 +43,14 @@ from jaxrl_llm.update.optimizer.transform import make_optimizer
 from jaxrl_llm.update.packing import Shape, shape_of
 from jaxrl_llm.update.step import make_update
 
-# Tokens at which the ceiling is measured, at most.
+# Maximum number of tokens at which the ceiling is measured.
 CEILING_TOKENS = 4096
 PACKINGS = ("none", "plain", "shared_prefix")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One update."""
+    """One update to time."""
 
     work: Workload
     packing: str = "none"
@@ -59,7 +59,7 @@ class Case:
 
     @property
     def slots(self) -> int:
-        """Of one sequence."""
+        """Slots of one sequence."""
         return self.prompt + self.new
 
     @property
@@ -72,7 +72,7 @@ class Case:
         return shape_of(self.packing, self.work.prompts, SAMPLES, (self.prompt, self.new), slots, self.work.prompts, 1)
 
     def batch(self) -> Batch:
-        """Random tokens; advantages of both signs; behavior log-probs of a uniform policy, so that ratios are near 1."""
+        """Return random tokens with advantages of both signs and behavior log-probs of a uniform policy, for ratios near 1."""
         rng, rows, vocab = np.random.default_rng(0), self.work.rows, self.work.cfg.vocab_size
         number = np.arange(self.work.prompts, dtype=np.int32)
         texts = rng.integers(0, vocab, (len(number), self.prompt)).astype(np.int32)
@@ -85,10 +85,10 @@ class Case:
         return make_batch(experience, self.shape, 0)[0]
 
     def flops(self) -> TrainFlops:
-        return train_flops(self.work.cfg, *seen(self.work.cfg, self.batch()))
+        return train_flops(self.work.cfg, *count_tokens(self.work.cfg, self.batch()))
 
     def call(self, params: PyTree) -> Callable[[], object]:
-        """The program to time. Its state is donated, so each call goes on from the one before."""
+        """Return the program to time. Its state is donated, so each call continues from the previous one."""
         cfg, (train, _) = self.work.cfg, layouts()
         specs, optimizer = model_params.specs(cfg), make_optimizer(AdamW(lr=1e-6))
         update = make_update(
@@ -109,6 +109,7 @@ class Case:
         return call
 
     def result(self, time: Timing, square_rate: float, own: UpdateRates) -> dict:
+        """Return the results. `square_rate`: FLOP/s of a large square matmul; `own`: rates of the step's matmuls."""
         flops, work = self.flops(), self.work
         rate = sum(flops) / time.median
         return {
@@ -123,10 +124,10 @@ class Case:
             "flops_per_s": rate,
             "ceiling": {
                 "flops_per_s": square_rate,
-                "own_shapes_flops_per_s": sum(flops) / least_seconds(flops, own, 1),
+                "own_shapes_flops_per_s": sum(flops) / min_seconds(flops, own, 1),
             },
             "fraction_of_ceiling": rate / square_rate,
-            "fraction_of_own_shapes": least_seconds(flops, own, 1) / time.median,
+            "fraction_of_own_shapes": min_seconds(flops, own, 1) / time.median,
         }
 
 
@@ -141,7 +142,7 @@ def result(work: Workload, times: dict[str, Timing], square_rate: float, own: Up
 
 
 def own_rates(work: Workload, seconds: float) -> UpdateRates:
-    """At the products of a group's tokens."""
+    """Rates of the matmuls at the number of tokens of one group."""
     return measure_update(work.cfg, min(SAMPLES * (PROMPT_SLOTS + NEW_TOKENS), CEILING_TOKENS), 1, seconds=seconds)
 
 

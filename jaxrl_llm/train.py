@@ -22,9 +22,8 @@ from jaxrl_llm.config.unread import unread
 from jaxrl_llm.errors import AdvantageError, CheckpointError, UserError
 from jaxrl_llm.metrics.guards import observe, observe_update
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.perf.rates import UpdateRates, decode_rates, describe_updates, update_rates
-from jaxrl_llm.plan import fit
-from jaxrl_llm.roles import sources
+from jaxrl_llm.perf.rates import describe_updates
+from jaxrl_llm.roles import memory, sources
 from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
 from jaxrl_llm.roles.build import (
     Keys,
@@ -39,6 +38,7 @@ from jaxrl_llm.roles.collector import Collected, Collector, GivenUp
 from jaxrl_llm.roles.evaluator import Evaluator
 from jaxrl_llm.roles.initial_state import rl_target, start_params, start_rl, start_supervised, supervised_target
 from jaxrl_llm.roles.learner import Learner
+from jaxrl_llm.roles.rates import learner_rates, sampler_rates
 from jaxrl_llm.roles.sampler import Sampler
 from jaxrl_llm.roles.sources import Sources
 from jaxrl_llm.roles.state import RunState, SupervisedState
@@ -203,7 +203,7 @@ def open_run(
     with stop_signal(ends_process, cfg.total_steps) as stopping:
         given = given or sources.read(cfg, trains=True)
         blueprint = blueprint_of(cfg, given)
-        fit.check(blueprint, len(given.task.held_out))
+        memory.check(blueprint, len(given.task.held_out))
         for line in unread(cfg):
             log.warning("%s", line)
         with context_of(cfg, full, stopping, {"task": given.task.fingerprint}) as context:
@@ -366,11 +366,9 @@ def summary(run: Run, done: Step) -> dict[str, Any]:
     cfg, recorder, stats, learned = run.blueprint.cfg, run.context.recorder, run.source.last.stats, done.learned
     show(run, done)
     with recorder.during("measuring", first="measuring what this machine can do"):
-        rates = describe_engine(stats, *decode_rates(run.engine))
+        rates = describe_engine(stats, *sampler_rates(run.engine))
         if learned.seconds:
-            rates |= describe_updates(
-                learned.flops, learned.seconds, learning_rates(run.blueprint), run.blueprint.train
-            )
+            rates |= describe_updates(learned.flops, learned.seconds, learner_rates(run.blueprint), run.blueprint.train)
     return {
         "phase": "rl",
         **describe(done.fresh, [grader.label for grader in cfg.reward.graders]),
@@ -379,10 +377,6 @@ def summary(run: Run, done: Step) -> dict[str, Any]:
         **rates,
         "num_tokens": int(done.state.num_tokens),
     }
-
-
-def learning_rates(blueprint: Blueprint) -> UpdateRates:
-    return update_rates(blueprint.model, blueprint.shapes.update, blueprint.train, blueprint.cfg.lora.rank > 0)
 
 
 def show(run: Run, done: Step) -> None:

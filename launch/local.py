@@ -1,9 +1,9 @@
-"""Start one jaxrl command as n processes on this machine: what a cluster does, on a laptop and in tests.
+"""Start one jaxrl command as n processes on this machine, like a cluster does, on a laptop and in tests.
 
     python launch/local.py --processes 2 --devices 4 -- train configs/arithmetic.yaml --mesh.fsdp 8
 
 Process 0 writes to this terminal, the others to `<log-dir>/process_<i>.log`. The first process that fails ends the
-others (SIGTERM, then SIGKILL after `--grace` seconds) and gives the exit code. SIGTERM and SIGINT are passed on once,
+others (SIGTERM, then SIGKILL after `--grace` seconds) and determines the exit code. SIGTERM and SIGINT are passed on once,
 and the launcher then waits: a run that saves and exits 75 makes the launcher exit 75. A second signal kills at once.
 """
 
@@ -20,15 +20,15 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-PREEMPTED = 75  # EX_TEMPFAIL: state was saved, run the same command again
+PREEMPTED = 75  # EX_TEMPFAIL: state was saved, the same command resumes
 POLL_SECONDS = 0.05
 TAIL_LINES = 20
 PR_SET_PDEATHSIG = 1
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded now: nothing may be loaded after a fork
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here, since loading after a fork is unsafe
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Splits at the first `--`: the launcher's own options before it, the jaxrl command after it."""
+    """Split at the first `--` into the launcher's options and the jaxrl command."""
     parser = argparse.ArgumentParser(
         description="Start one jaxrl command as n processes on this machine.",
         usage="%(prog)s [-h] [--processes N] [--devices N] [--log-dir DIR] [--grace SECONDS] [--module NAME] -- ARGS",
@@ -52,18 +52,18 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def free_port() -> int:
-    """A loopback port that the kernel says is free now; another program may still take it before process 0 binds it."""
+    """Return a loopback port that is free now; another program may still take it before process 0 binds it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def child_environment(base: Mapping[str, str], *, port: int, processes: int, process_id: int, devices: int) -> dict:
-    """The environment of one process. Proxies go, because gRPC would send loopback traffic through them and hang."""
+    """Return the environment of one process, without proxies: gRPC would send loopback traffic through them and hang."""
     kept = {name: value for name, value in base.items() if not name.lower().endswith("_proxy")}
     return kept | {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",  # JAX's default listens on every interface
+        "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",  # JAX listens on every interface by default
         "JAXRL_NUM_PROCESSES": str(processes),
         "JAXRL_PROCESS_ID": str(process_id),
         "JAX_NUM_CPU_DEVICES": str(devices),
@@ -79,7 +79,7 @@ def log_path(log_dir: Path, process_id: int) -> Path:
 def spawn(
     options: argparse.Namespace, command: list[str], log_dir: Path, port: int, process_id: int
 ) -> subprocess.Popen:
-    """Starts one process in a session of its own, so that Ctrl-C reaches it once, through us, and not twice."""
+    """Start one process in a new session, so that Ctrl-C reaches it only once, through the launcher."""
     target = [options.module] if options.module.endswith(".py") else ["-m", options.module]
     environment = child_environment(
         os.environ, port=port, processes=options.processes, process_id=process_id, devices=options.devices
@@ -101,7 +101,7 @@ def spawn(
 
 
 def die_with_parent() -> None:
-    """Runs in the child before exec: a launcher killed by SIGKILL leaves no orphans (Linux only)."""
+    """Run in the child before exec, so that a launcher killed by SIGKILL leaves no orphans (Linux only)."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -112,17 +112,20 @@ def send(children: list[subprocess.Popen], signum: int) -> None:
 
 
 def kill_sessions(children: list[subprocess.Popen]) -> None:
-    """SIGKILL to each unfinished child and to what it started itself. (Reward workers see its end, and end.)"""
+    """Send SIGKILL to each running child and its subprocesses. (Reward workers notice and exit.)"""
     for child in children:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
 
 
 def supervise(children: list[subprocess.Popen], received: list[int], grace: float) -> tuple[int, int]:
-    """Waits for all. Returns the process that failed first and its code as Popen gives it, or (-1, 0) if none failed.
+    """Wait for all processes. Return the first that failed and its return code, or (-1, 0) if none failed.
 
-    `received` is filled by the signal handlers. Exit 75 after a signal is the wished answer, so it starts no deadline:
-    the others may still be writing their part of the same checkpoint.
+    Args:
+        children: The processes.
+        received: Signals received so far, filled by the signal handlers.
+        grace: Seconds between SIGTERM and SIGKILL after a failure. Exit 75 after a signal is no failure: the others may still
+            be writing their part of the same checkpoint.
     """
     passed_on, deadline, first = 0, None, (-1, 0)
     while True:

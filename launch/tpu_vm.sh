@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One command on every worker of a Cloud TPU slice. From the repository root:
 #   export NAME=jaxrl ZONE=us-central1-a TYPE=v5litepod-16
-#   launch/tpu_vm.sh create          asks for the slice (SPOT=1 for a spot one); it waits in Google's queue
-#   launch/tpu_vm.sh status          until it says ACTIVE
+#   launch/tpu_vm.sh create          requests the slice (SPOT=1 for a spot one); it waits in Google's queue
+#   launch/tpu_vm.sh status          until it is ACTIVE
 #   launch/tpu_vm.sh install         copies the committed tree (git HEAD) and installs it, on all workers
 #   launch/tpu_vm.sh run train configs/arithmetic.yaml --mesh.fsdp 16
 #   launch/tpu_vm.sh stop            SIGTERM to all workers: they save and exit 75; `run` with the same command resumes
@@ -11,7 +11,7 @@ set -euo pipefail
 
 : "${NAME:?name of the TPU, for example jaxrl}" "${ZONE:?zone, for example us-central1-a}"
 TYPE=${TYPE:-v5litepod-16}
-RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite} # must fit TYPE: Google's table of runtime versions says which
+RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite} # must match TYPE, see Google's table of runtime versions
 DIRECTORY=jaxrl_llm                     # in the home directory of each worker
 
 on_all_workers() { # on_all_workers COMMAND: one shell command line
@@ -35,7 +35,7 @@ install() {
     git archive --format=tar.gz --output="$archive" HEAD
     gcloud compute tpus tpu-vm scp "$archive" "$NAME:jaxrl_llm.tar.gz" --zone="$ZONE" --worker=all
     rm "$archive"
-    # The v5e image is Ubuntu 22.04 with Python 3.10, too old for us: uv brings a Python 3.12.
+    # The v5e image is Ubuntu 22.04 with Python 3.10, too old: uv installs Python 3.12.
     on_all_workers "set -e; mkdir -p $DIRECTORY; tar -xzf jaxrl_llm.tar.gz -C $DIRECTORY; cd $DIRECTORY
         python3 -m pip install --quiet --user uv
         [ -d .venv ] || ~/.local/bin/uv venv --seed --python 3.12 .venv
@@ -49,7 +49,7 @@ run() {
 }
 
 stop() {
-    # The bracket keeps the pattern from matching the shell that carries it.
+    # The bracket keeps the pattern from matching the shell that runs it.
     on_all_workers "pkill -TERM -f '[.]venv/bin/jaxrl' || true"
 }
 

@@ -1,4 +1,4 @@
-"""The goldens of tests/golden/hf as model directories: real files, made anew from a seed, for the real loading code."""
+"""The goldens of tests/golden/hf as model directories: files created from a seed, for the real loading code."""
 
 import json
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ CASES = [f"{family}_{number}" for family in FAMILIES for number in range(3)]
 
 @dataclass(frozen=True)
 class Case:
-    """What transformers says of one model; see golden/make_hf.py."""
+    """The results of transformers for one model; see golden/make_hf.py."""
 
     name: str
     golden: dict[str, Any]
@@ -36,7 +36,7 @@ class Case:
         return draw_all(self.golden["tensors"], self.golden["seed"], self.name.startswith("gemma"))
 
     def write(self, directory: Path, max_bytes: int = 10**9, weights: dict[str, np.ndarray] | None = None) -> Path:
-        """The model directory, in files of at most `max_bytes`."""
+        """Write the model directory, in files of at most `max_bytes`."""
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.json").write_text(json.dumps(self.golden["config"]))
         write_tensors(directory, self.weights if weights is None else weights, max_bytes)
@@ -63,14 +63,14 @@ def write_tensors(directory: Path, weights: dict[str, np.ndarray], max_bytes: in
 
 
 def load_model(directory: Path, layout: Layout, stacked: bool = True) -> tuple[ModelConfig, PyTree]:
-    """The configuration and the f32 parameters; one entry a layer where not stacked."""
+    """Return the configuration and the f32 parameters, with one entry per layer if not stacked."""
     cfg = read_config(directory)
     specs = model_params.specs(cfg)
     return cfg, load(directory, specs if stacked else model_params.unstack(specs, cfg.layers), layout, np.float32)
 
 
 def equal(a: PyTree, b: PyTree) -> bool:
-    """The same tree, to the bit."""
+    """Return whether two trees are equal to the bit."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     same = [x.dtype == y.dtype and np.array_equal(np.asarray(x), np.asarray(y)) for x, y in pairs]
     return jax.tree.structure(a) == jax.tree.structure(b) and all(same)

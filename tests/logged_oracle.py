@@ -168,7 +168,7 @@ def of_rollouts(draw: Draw, cfg) -> dict[str, float]:
     longest, tokens = int(draw.length.max()), int(draw.length.sum())
     # All rows start together and the device looks every `interval` steps at whether one lives; the host every `segment` steps.
     engine, slots = cfg["rollout"]["engine"], draw.tokens.shape[1]
-    segment = min(engine["segment"], slots)
+    segment = min(engine["decode_chunk"], slots)
     interval = min(engine["eos_interval"], segment)
     steps = -(-longest // interval) * interval
     found = {

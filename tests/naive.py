@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from setups import until_of
 
-from jaxrl_llm.distribution.score import process_logits
+from jaxrl_llm.distribution.logits import process_logits
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.transformer import hidden, logits
 from jaxrl_llm.parallel.layout import Layout
-from jaxrl_llm.rollout.sample import Plain, Vocabulary, draw_from, row_keys
+from jaxrl_llm.rollout.sample import Plain, Vocabulary, row_keys, sample_from
 from jaxrl_llm.types import Finish, Prompts, PyTree, Rollouts
 
 
@@ -41,7 +41,7 @@ def generate(
             with jax.disable_jit():
                 h = np.asarray(hidden(params, ids, np.arange(slots)[None], until, cfg, layout))[:, len(sequence) - 1]
                 logp = process_logits(logits(params, h, cfg), jnp.asarray(temperature[p : p + 1]), vocab.size)
-            drawn = draw_from(keys[b : b + 1], jnp.array([t]), Plain(logp), raw_logprobs=False)
+            drawn = sample_from(keys[b : b + 1], jnp.array([t]), Plain(logp), raw_logprobs=False)
             (token,), (logprobs[b, t],), (entropies[b, t],) = drawn.token, drawn.logprob, drawn.entropy
             tokens[b, t], sampled[b, t] = token, True
             sequence.append(int(token))

@@ -22,8 +22,9 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.model.hf.config import read_config as read_model
 from jaxrl_llm.perf import chips
-from jaxrl_llm.plan import fit, memory
-from jaxrl_llm.plan.programs import make_job, problems
+from jaxrl_llm.plan import memory
+from jaxrl_llm.plan.programs import make_checked_run, problems
+from jaxrl_llm.roles.memory import minimum
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs/arithmetic.yaml")
@@ -154,9 +155,9 @@ def test_every_config_has_sizes_on_a_cpu_and_needs_no_more_than_its_plan(name):
         load(ROOT / "configs" / f"{name}.yaml"), model=read_model(ROOT / "benchmarks/shapes" / SHAPES[name], "bfloat16")
     )
     cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, fsdp=1, tensor=1, expert=1))
-    job = make_job(cfg, cfg.model, 256, jax.devices()[:1])
-    planned = {phase.name: phase.total for phase in memory.estimated(job)}
-    needed = {phase.name: phase.total for phase in fit.needs(job, held_out=1, trains=True, sharing=0)}
+    run = make_checked_run(cfg, cfg.model, 256, jax.devices()[:1])
+    planned = {phase.name: phase.total for phase in memory.estimated(run)}
+    needed = {phase.name: phase.total for phase in minimum(run, held_out=1, trains=True, num_sharing=0)}
     assert needed.keys() - planned.keys() == {"host"}
     assert all(0.4 * planned[phase] <= needed[phase] <= planned[phase] for phase in planned)
 
@@ -204,7 +205,7 @@ NUMBERS = numbers_of(RunConfig)
 
 
 def test_there_are_numbers():
-    assert len(NUMBERS) > 150 and {"seed", "rollout.engine.segment", "update.guards.max_mismatch_kl"} < {
+    assert len(NUMBERS) > 150 and {"seed", "rollout.engine.decode_chunk", "update.guards.max_mismatch_kl"} < {
         n for n, *_ in NUMBERS
     }
 

@@ -1,4 +1,4 @@
-"""The launchers: the local one with small stand-in programs, the cluster files by their syntax. No jax here."""
+"""The launchers: the local one with small fake programs, the cluster files by their syntax. Without jax."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import yaml
 from jaxrl_llm import errors
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
-# Ten times what the slowest needs on an idle machine; the stand-ins sleep 60 s, so a launcher that kills nobody fails.
+# Ten times the slowest test on an idle machine; the fake programs sleep 60 s, so a launcher that does not kill them fails.
 SOON = 20.0
 
 
@@ -87,7 +87,7 @@ def test_each_process_gets_its_environment_and_the_command(tmp_path):
     assert (tmp_path / "logs" / "process_2.log").read_text() == "process 2 speaks\n"
 
 
-def test_first_failure_ends_the_others_and_gives_the_code(tmp_path):
+def test_the_first_failure_ends_the_others_and_determines_the_exit_code(tmp_path):
     program = """
         if me == 1:
             print(*range(25), sep="\\n")
@@ -101,7 +101,7 @@ def test_first_failure_ends_the_others_and_gives_the_code(tmp_path):
     assert tail == [str(i) for i in range(5, 25)]
 
 
-def test_a_process_deaf_to_sigterm_is_killed_after_the_grace_period(tmp_path):
+def test_a_process_that_ignores_sigterm_is_killed_after_the_grace_period(tmp_path):
     program = """
         if me == 0:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -117,7 +117,7 @@ def test_a_process_deaf_to_sigterm_is_killed_after_the_grace_period(tmp_path):
     assert not is_alive(int((tmp_path / "pid").read_text()))
 
 
-def test_death_by_signal_is_reported_as_the_shell_does(tmp_path):
+def test_death_by_signal_gives_the_exit_code_of_a_shell(tmp_path):
     code, _, err = finish(start(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", "--processes", "1"))
     assert code == 128 + 9
     assert "process 0 of 1 failed first, with signal 9" in err
@@ -194,7 +194,7 @@ def test_shell_files_parse(name):
 
 
 def run_with_stubs(script: Path, *arguments: str, tmp_path: Path, stubs: dict[str, str], **environment: str):
-    """Runs a shell file with stand-ins for cluster programs, each appending its name and arguments to `calls`."""
+    """Run a shell file with fake cluster programs, each appending its name and arguments to `calls`."""
     for name, body in stubs.items():
         stub = tmp_path / name
         stub.write_text(f'#!/bin/bash\nprintf "%s\\n" "{name} $*" >> {tmp_path}/calls\n{body}\n')
@@ -207,7 +207,7 @@ def run_with_stubs(script: Path, *arguments: str, tmp_path: Path, stubs: dict[st
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (3, False), (4, False), (75, True)])
-def test_slurm_goes_back_into_the_queue_after_a_save_only(tmp_path, code, requeued):
+def test_slurm_requeues_only_after_a_save(tmp_path, code, requeued):
     stubs = {"srun": f"exit {code}", "scontrol": ""}
     job = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7"}
     done, calls = run_with_stubs(LAUNCH / "slurm.sbatch", "train", "c.yaml", tmp_path=tmp_path, stubs=stubs, **job)
@@ -216,7 +216,7 @@ def test_slurm_goes_back_into_the_queue_after_a_save_only(tmp_path, code, requeu
     assert calls[1:] == (["scontrol requeue 7"] if requeued else [])
 
 
-def test_tpu_vm_runs_the_command_on_all_workers_with_its_quoting_kept(tmp_path):
+def test_tpu_vm_runs_the_quoted_command_on_all_workers(tmp_path):
     tpu = {"NAME": "t", "ZONE": "z"}
     arguments = ("run", "sample", "c.yaml", "--prompt", "<3+4+5>")
     done, calls = run_with_stubs(LAUNCH / "tpu_vm.sh", *arguments, tmp_path=tmp_path, stubs={"gcloud": ""}, **tpu)
@@ -259,8 +259,8 @@ def test_jobset_has_the_expected_keys():
     assert container["command"][:2] == ["jaxrl", "train"]
 
 
-def test_jobset_restarts_no_run_that_would_end_in_the_same_way():
-    """Every exit code of an error that a person must mend fails the set; 75 and deaths by signal restart it."""
+def test_jobset_does_not_restart_runs_that_would_fail_again():
+    """Exit codes of errors that need a user fail the set; 75 and deaths by signal restart it."""
     jobset = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
     (slice_job,) = jobset["spec"]["replicatedJobs"]
     job = slice_job["template"]["spec"]

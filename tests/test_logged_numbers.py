@@ -58,7 +58,7 @@ ROLLOUT = {"prompts": 8, "samples": 4, "max_new_tokens": 4, "temperature": 1.0}
 # What each of them is there for: `test_the_runs_hold_what_they_are_there_for`.
 GRPO = BASE | {
     "warm_start": {"steps": 1, "rows": 16, "noise": 0.5, "optimizer": {"lr": 3e-3}},
-    "rollout": ROLLOUT | {"engine": {"segment": 2, "eos_interval": 1, "compact": False}},
+    "rollout": ROLLOUT | {"engine": {"decode_chunk": 2, "eos_interval": 1, "compact": False}},
     "experience": {"filter": "has_signal"},
     "reward": {
         "workers": 1,
@@ -83,7 +83,7 @@ GRPO = BASE | {
 PPO = BASE | {
     "task": BASE["task"] | {"held_out": 5},
     "rollout": ROLLOUT
-    | {"temperature": 0.8, "top_p": 0.8, "max_kept_tokens": 6, "engine": {"segment": 128, "eos_interval": 8}},
+    | {"temperature": 0.8, "top_p": 0.8, "max_kept_tokens": 6, "engine": {"decode_chunk": 128, "eos_interval": 8}},
     "experience": {"filter": "none", "replay": {"capacity": 8}},
     "reward": {"workers": 1, "graders": [{"grader": "logged_graders:spread", "name": "spread"}]},
     "objective": {
@@ -98,7 +98,7 @@ PPO = BASE | {
     "update": {"epochs": 2, "minibatches": 2, "optimizer": {"lr": 1e-2}},
 }
 DPO = BASE | {
-    "rollout": ROLLOUT | {"engine": {"segment": 128, "eos_interval": 8}},
+    "rollout": ROLLOUT | {"engine": {"decode_chunk": 128, "eos_interval": 8}},
     "reward": {"workers": 1, "graders": [{"grader": "logged_graders:late", "name": "late"}]},
     "objective": {"advantage": {"kind": "best_worst"}, "loss": {"kind": "dpo", "beta": 0.5}},
     "update": {"epochs": 2, "minibatches": 2, "packing": {"kind": "shared_prefix"}, "optimizer": {"lr": 1e-2}},

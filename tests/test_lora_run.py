@@ -1,4 +1,4 @@
-"""A run that trains adapters: a warm start of all parameters, RL of adapters and a critic beside them, restored, and exported."""
+"""A run with adapters: a warm start of all parameters, RL of adapters and a critic, resumed, and exported."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ PROJECTIONS = {f"self_attn.{name}_proj" for name in "qkvo"} | {f"mlp.{name}_proj
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The config after two steps of RL. Lengths are graded, since sums are never right so early."""
+    """The config, trained for two steps of RL. The reward is the length: no sum is right this early."""
     place = tmp_path_factory.mktemp("lora")
     (place / "lora.yaml").write_text(CONFIG)
     cfg = dataclasses.replace(run_config.load(place / "lora.yaml"), run_dir=str(place / "run"))
@@ -44,7 +44,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_state_is_frozen_but_for_adapters_and_critic(trained):
+def test_only_adapters_and_critic_are_trained(trained):
     with open_run(trained, must_resume=True, given=None, ends_process=False) as run:
         state = resume(run)
     moments = sum(x.size for x in jax.tree.leaves(state.train.opt_state) if x.ndim)
@@ -53,15 +53,15 @@ def test_the_state_is_frozen_but_for_adapters_and_critic(trained):
     assert state.step == 4 and np.any(np.asarray(learned["value"]["kernel"]))
     adapters = [x for x in learned["layers"].values() if isinstance(x, Adapted)]
     assert len(adapters) == 4 and all(np.any(np.asarray(x)) for x in jax.tree.leaves(adapters))
-    # The reference is the base: adapters that add nothing.
+    # The reference is the base: its adapters add nothing.
     pairs = [p for w in state.reference["layers"].values() if w is not None for p in w.pairs.values()]
     assert len(pairs) == 7 and not any(np.any(np.asarray(pair.b)) for pair in pairs)
     assert len(jax.tree.leaves(state.reference)) == 14
 
 
 @pytest.mark.slow
-def test_exported_the_adapters_are_the_difference_between_the_run_and_its_base(trained, tmp_path):
-    """By the files alone: merged = base + alpha / rank B A, as PEFT has it."""
+def test_exported_adapters_are_the_difference_between_the_run_and_its_base(trained, tmp_path):
+    """From the files: merged = base + alpha / rank B A, as in PEFT."""
     merged = load_file(export_run(trained, tmp_path / "merged", "float32") / "model.safetensors")
     out = export_run(trained, tmp_path / "adapter", "float32", adapter=True)
     base, adapters = load_file(out / "base" / "model.safetensors"), load_file(out / "adapter_model.safetensors")
@@ -79,18 +79,20 @@ def test_exported_the_adapters_are_the_difference_between_the_run_and_its_base(t
         assert np.abs(want - base[name]).max() > 1e-3
         seen.add(module)
     assert seen == PROJECTIONS and not adapters
-    said = json.loads((out / "adapter_config.json").read_text())
+    written = json.loads((out / "adapter_config.json").read_text())
     assert (
-        said["r"] == 2
-        and said["lora_alpha"] == 8.0
-        and set(said["target_modules"]) == {module.split(".")[1] for module in PROJECTIONS}
+        written["r"] == 2
+        and written["lora_alpha"] == 8.0
+        and set(written["target_modules"]) == {module.split(".")[1] for module in PROJECTIONS}
     )
-    assert said["base_model_name_or_path"] == str(out.resolve() / "base")
+    assert written["base_model_name_or_path"] == str(out.resolve() / "base")
 
 
 @pytest.mark.slow
-def test_a_place_that_is_taken_is_left_alone(trained, tmp_path):
+def test_a_directory_that_is_not_empty_is_left_alone(trained, tmp_path):
     (tmp_path / "something").touch()
-    with pytest.raises(UserError, match="got a place that is taken, want a new or an empty directory"):
+    with pytest.raises(
+        UserError, match="got a file or a directory that is not empty, want a new or an empty directory"
+    ):
         export_run(trained, tmp_path, None, adapter=True)
     assert [path.name for path in tmp_path.iterdir()] == ["something"]

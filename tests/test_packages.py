@@ -84,7 +84,7 @@ def read_saved(tmp_path):
 
 
 def draw(tmp_path):
-    reasoning_gym.draw(ReasoningGymTask("chain_sum"), 1, (0, 0))
+    reasoning_gym.generate(ReasoningGymTask("chain_sum"), 1, (0, 0))
 
 
 def plan(tmp_path):

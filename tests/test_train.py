@@ -317,7 +317,7 @@ def test_a_step_that_sigterm_gives_up_between_segments_is_done_again(tmp_path, m
     """Asked to stop while step 6 samples, in chunks of two tokens: step 5 is saved, and the resumed run is the same."""
     from jaxrl_llm import train
 
-    engine = EngineConfig(segment=2, window=2)
+    engine = EngineConfig(decode_chunk=2, window=2)
     cfg = tiny_run(tmp_path)
     cfg = dataclasses.replace(cfg, rollout=dataclasses.replace(cfg.rollout, engine=engine))
     whole = dataclasses.replace(cfg, run_dir=str(tmp_path / "whole"))

@@ -1,4 +1,4 @@
-"""Every wait has a deadline, or stands below with the reason why it ends all the same. A new one is seen in its syntax."""
+"""Every blocking call in the sources has a timeout, or a reason in REASONS why it ends without one."""
 
 import ast
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PLACES = "jaxrl_llm", "launch", "benchmarks"
+DIRECTORIES = "jaxrl_llm", "launch", "benchmarks"
 
-# Waits without a limit of their own: file -> {call, as `ast.unparse` writes its function: why it ends}.
+# Blocking calls without a timeout: file -> {called function, as written by `ast.unparse`: why it ends}.
 HEARTBEAT = (
     "a collective: JAX's coordination service ends all processes when one is gone, and parallel/job.py when one failed"
 )
-COMPUTES = "threads of our own that compute, compile or read files, and wait for nobody"
+COMPUTES = "our threads, which compute, compile or read files and block on nothing"
 REASONS = {
     "jaxrl_llm/checkpoint/store.py": {
         "self._manager.wait_until_finished": "Orbax's own timeout_secs",
@@ -59,24 +59,35 @@ REASONS = {
     },
     "benchmarks/peers/processes.py": {"os.read": "from a pipe that is ready"},
     "benchmarks/peers/paced.py": {
-        "self._go.acquire": "a daemon thread, which waits to be asked and ends with the process"
+        "self._go.acquire": "a daemon thread, which waits for requests and ends with the process"
     },
 }
 
-# Of these the call without arguments waits for ever; with arguments it is another thing (str.join, dict.get) or has a limit.
-FOR_EVER_IF_BARE = {"join", "get", "acquire", "wait", "poll", "result", "exception", "recv_bytes", "shutdown", "select"}
-# These wait whatever their arguments, but for a timeout.
+# These block forever without arguments; with arguments they are other functions (str.join, dict.get) or have a timeout.
+BLOCKING_WITHOUT_ARGUMENTS = {
+    "join",
+    "get",
+    "acquire",
+    "wait",
+    "poll",
+    "result",
+    "exception",
+    "recv_bytes",
+    "shutdown",
+    "select",
+}
+# These block forever unless they have a timeout argument.
 ALWAYS = {
     "recv", "recv_into", "send", "sendall", "send_bytes", "accept", "communicate", "sigwait", "pause", "serve_forever",
     "as_completed",
     "wait_until_finished", "sync_global_devices", "process_allgather", "broadcast_one_to_all", "wait_at_barrier",
     "blocking_key_value_get",
 }  # fmt: skip
-OF_SUBPROCESS = {"run", "call", "check_call", "check_output"}
+SUBPROCESS = {"run", "call", "check_call", "check_output"}
 POOLS = {"ThreadPoolExecutor", "ProcessPoolExecutor", "Pool"}
 LIMITS = {"timeout", "timeout_s", "timeout_ms", "timeout_in_ms"}
-# Functions of a module of which the limit is one of the arguments: its place, counted from 1.
-PLACE_OF_LIMIT = {
+# Module functions with a positional timeout: its position, counted from 1.
+TIMEOUT_POSITION = {
     "select.select": 4,
     "connection.wait": 2,
     "futures.wait": 2,
@@ -86,7 +97,7 @@ PLACE_OF_LIMIT = {
 
 
 def waits(source: str) -> list[str]:
-    """What waits in a file without a limit, as REASONS names it."""
+    """Return the blocking calls without a timeout in a source file, named as in REASONS."""
     tree = ast.parse(source)
     limited = {id(node) for loop in ast.walk(tree) if _has_limit(loop) for node in ast.walk(loop)}
     found = []
@@ -94,22 +105,22 @@ def waits(source: str) -> list[str]:
         if isinstance(node, ast.withitem) and isinstance(node.context_expr, ast.Call):
             name = _name(node.context_expr)
             found += [f"with {name}"] if name.rpartition(".")[2] in POOLS else []
-        elif isinstance(node, ast.Call) and _is_for_ever(node, id(node) in limited):
+        elif isinstance(node, ast.Call) and _blocks_forever(node, id(node) in limited):
             found.append(_name(node))
     return found
 
 
 def _has_limit(node: ast.AST) -> bool:
-    """A loop that looks at the clock before each turn."""
+    """True for a loop that checks the clock before each iteration."""
     return isinstance(node, ast.While) and "monotonic()" in ast.unparse(node.test)
 
 
-def _is_for_ever(call: ast.Call, is_limited: bool) -> bool:
+def _blocks_forever(call: ast.Call, is_limited: bool) -> bool:
     name, text = _name(call), ast.unparse(call)
     last = name.rpartition(".")[2]
     if {keyword.arg for keyword in call.keywords} & LIMITS:
         return False
-    for function, place in PLACE_OF_LIMIT.items():
+    for function, place in TIMEOUT_POSITION.items():
         if name == function or name.endswith(f".{function}"):
             return len(call.args) < place
     if last == "sleep":
@@ -119,7 +130,7 @@ def _is_for_ever(call: ast.Call, is_limited: bool) -> bool:
     if last in ("waitpid", "waitid"):
         return "WNOHANG" not in text
     if name.startswith("subprocess."):
-        return last in OF_SUBPROCESS
+        return last in SUBPROCESS
     if name in ("os.read", "os.write", "os.wait", "signal.pause"):
         return True
     if name == "select.poll":
@@ -131,7 +142,7 @@ def _is_for_ever(call: ast.Call, is_limited: bool) -> bool:
     if last == "get" and "block=False" in text:
         return False
     is_method = isinstance(call.func, ast.Attribute)
-    return is_method and (last in ALWAYS or (last in FOR_EVER_IF_BARE and not call.args))
+    return is_method and (last in ALWAYS or (last in BLOCKING_WITHOUT_ARGUMENTS and not call.args))
 
 
 def _name(call: ast.Call) -> str:
@@ -140,7 +151,7 @@ def _name(call: ast.Call) -> str:
 
 def test_every_wait_has_a_deadline_or_a_reason():
     found = {}
-    for place in PLACES:
+    for place in DIRECTORIES:
         for path in sorted((ROOT / place).rglob("*.py")):
             if calls := waits(path.read_text(encoding="utf-8")):
                 found[str(path.relative_to(ROOT))] = set(calls)
@@ -204,5 +215,5 @@ def test_every_wait_has_a_deadline_or_a_reason():
         "client.blocking_key_value_get('a', 1000)": [],
     }.items(),
 )
-def test_the_reader_sees_a_wait(source, found):
+def test_blocking_calls_are_detected(source, found):
     assert waits(source) == found

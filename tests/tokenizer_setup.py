@@ -1,4 +1,4 @@
-"""Small Hugging Face tokenizers, trained on the spot: a byte-level BPE with special tokens, `<think>` tags and a chat template."""
+"""A small Hugging Face tokenizer trained for the tests: byte-level BPE with special tokens, `<think>` tags and a chat template."""
 
 import json
 from functools import cache
@@ -14,7 +14,7 @@ TEXT = [
 ]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
 ENDOFTEXT, IM_START, IM_END, BOS = range(4)
-# Qwen's form: a system turn if there is one, and an empty thought where thinking is switched off.
+# As in Qwen: a system turn if there is one, and an empty <think> block if thinking is off.
 CHATML = """{%- for message in messages %}<|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>
 {% endfor %}
@@ -48,7 +48,7 @@ def save_tokenizer(
     around: str = "",
     generation: dict | None = None,
 ) -> Path:
-    """A directory that AutoTokenizer reads. `around`: what the tokenizer adds to a text by itself, e.g. "<s> $A"."""
+    """Save a directory for AutoTokenizer. `around`: tokens that the tokenizer adds to a text, e.g. "<s> $A"."""
     from transformers import PreTrainedTokenizerFast
 
     backend = Backend.from_str(_trained())

@@ -1,4 +1,4 @@
-"""From answers to numbers: rates, ratios of calls that ran side by side, agreement of tokens; and the table of them."""
+"""Statistics of the answers: rates, ratios of calls in the same round, agreement of tokens; and their table."""
 
 import statistics
 
@@ -6,12 +6,12 @@ from benchmarks.table import rows_of
 
 
 def quietest(others: list[float], rounds: int) -> list[int]:
-    """The `rounds` turns, of those after the first two, in which others had least of the machine."""
+    """Return the `rounds` turns after the first two in which other processes used the machine least."""
     return sorted(sorted(range(2, len(others)), key=others.__getitem__)[:rounds])
 
 
 def entry(answers: list[dict], chosen: list[int], tokens: int) -> dict:
-    """Of one generator at one work; `answers` as `processes.in_turns` gives them, `chosen` the turns that count."""
+    """Return the statistics of one generator; `answers` of `processes.in_turns`, `chosen` the turns that count."""
     seconds = [answers[turn]["seconds"] for turn in chosen]
     return {
         "first_call_s": answers[0]["seconds"],
@@ -26,18 +26,18 @@ def entry(answers: list[dict], chosen: list[int], tokens: int) -> dict:
 
 
 def ratio(ours: dict, theirs: dict) -> float:
-    """How many times as fast as `theirs` `ours` is: the median over the rounds of seconds against seconds of the same round."""
+    """Return the speedup of `ours` over `theirs`: the median over rounds of the ratio of seconds in the same round."""
     return statistics.median(t / o for o, t in zip(ours["seconds"], theirs["seconds"], strict=True))
 
 
 def best(entries: dict[str, dict], peer: str) -> str | None:
-    """The fastest variant of `peer`; names are peer/variant. None where none ran."""
+    """Return the fastest variant of `peer`, as peer/variant; None if none ran."""
     found = [name for name in entries if name.split("/")[0] == peer]
     return min(found, key=lambda name: entries[name]["median_s"], default=None)
 
 
 def agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
-    """The share of greedy tokens before a row's first that differs. After that the rows are different texts."""
+    """Return the fraction of greedy tokens before each row's first difference, after which the rows are different texts."""
     same = 0
     for a, b in zip(ours, theirs, strict=True):
         if len(a) != len(b):
@@ -47,14 +47,14 @@ def agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
 
 
 def ratios(entries: dict[str, dict]) -> dict[str, float]:
-    """Ours to the best variant of each peer, named peer/variant."""
+    """Return our speedup over the best variant of each peer, by peer/variant."""
     ours = best(entries, "ours")
     peers = sorted({name.split("/")[0] for name in entries} - {"ours"})
     return {name: ratio(entries[ours], entries[name]) for peer in peers if ours and (name := best(entries, peer))}
 
 
 def table(result: dict) -> list[str]:
-    """One work. Rates are medians, the extremes beside them. `others had`: of the machine, in the worst of the calls that count."""
+    """Return the table of one work. Rates are medians; `others had`: maximum share of the machine that others used in a call."""
     entries, tokens = result["entries"], result["tokens"]
     ours = best(entries, "ours")
     head = [
@@ -81,7 +81,7 @@ def table(result: dict) -> list[str]:
         for name, e in entries.items()
     ]
     found = [
-        f"{result['name']}, {tokens:,} new tokens a call, the quietest {result['rounds']} of {result['rounds_run']} rounds",
+        f"{result['name']}, {tokens:,} new tokens per call, the quietest {result['rounds']} of {result['rounds_run']} rounds",
         "",
         *rows_of([head, *lines]),
     ]

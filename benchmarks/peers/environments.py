@@ -1,7 +1,7 @@
-"""`python -m benchmarks.peers.environments [transformers trl tunix]`: each peer's own environment, by package name and version.
+"""`python -m benchmarks.peers.environments [transformers trl tunix]`: the environment of each peer, by package name and version.
 
-They lie in benchmarks/peers/.envs/. Where JAXRL_TORCH_PYTHON, JAXRL_TRL_PYTHON or JAXRL_TUNIX_PYTHON names the Python of an
-environment that exists already, that one is taken instead.
+They are in benchmarks/peers/.envs/. If JAXRL_TORCH_PYTHON, JAXRL_TRL_PYTHON or JAXRL_TUNIX_PYTHON is the Python of an
+existing environment, that one is used instead.
 """
 
 import os
@@ -20,7 +20,7 @@ VARIABLES = {"transformers": "JAXRL_TORCH_PYTHON", "trl": "JAXRL_TRL_PYTHON", "t
 
 
 def packages(name: str) -> tuple[str, ...]:
-    """What is installed. Tunix gets the jax and flax that we run on: the compiler is then the same."""
+    """Return the packages to install. Tunix gets our versions of jax and flax, and so the same compiler."""
     torch = ("torch==2.13.0", "transformers==5.23.0", "numpy")
     return {
         "transformers": torch,
@@ -30,7 +30,7 @@ def packages(name: str) -> tuple[str, ...]:
 
 
 def python(name: str) -> Path:
-    """The interpreter to run peer `name` with; `ours` is this one. Raises UserError where there is none yet."""
+    """Return the interpreter of peer `name`; `ours` is the current one. Raises UserError if it does not exist."""
     if name == "ours":
         return Path(sys.executable)
     if given := os.environ.get(VARIABLES[name]):
@@ -47,7 +47,7 @@ def python(name: str) -> Path:
 
 
 def build(name: str) -> Path:
-    """The interpreter of a new environment; what lay in its place is removed. The stamp is written last, so half of one is none."""
+    """Build an environment in place of an existing one; return its interpreter. The stamp, written last, marks a complete one."""
     path = HERE / name
     shutil.rmtree(path, ignore_errors=True)
     venv.create(path, with_pip=True)

@@ -1,17 +1,17 @@
 """`python -m benchmarks.peers.generate --work M,64,float32 ..`: our engine beside transformers, TRL's path and Tunix's sampler.
 
-The same weights (one safetensors file), the same prompts, the same number of new tokens, none of which ends a row; each generator
-in a process and an environment of its own, with the same cores; calls in turns. What each includes: docs/benchmarks.md.
+The same weights (one safetensors file), prompts and number of new tokens, none of which ends a row; each generator
+in a separate process and environment, on the same cores; calls in turns. What each includes: docs/benchmarks.md.
 
 --work     SIZE,ROWS,DTYPE, one or several: S, M or L of benchmarks/models.py
---prompts  groups: 8 rows a prompt; different: one; or both
+--prompts  groups: 8 rows per prompt; different: one; or both
 --top-p    default 1, plain sampling at temperature 1
 --peers    PEER or PEER/VARIANT, with commas; default ours, transformers/dynamic and /static, waiting and spinning, tunix/plain
---rounds   timed calls of each that count, after one that compiles and one that settles; default 5
---seconds  how long each work may go on looking for that many quiet rounds, in which others had at most a tenth of the machine;
-           then the quietest count; default 120
---threads  cores that all are kept to; default all there are
---build    make the environments that are missing
+--rounds   timed calls of each, after one that compiles and one that warms up; default 5
+--seconds  time limit per work to find that many quiet rounds, in which other processes used at most a tenth of the machine;
+           after it the quietest rounds count; default 120
+--threads  number of cores for every process; default all
+--build    build missing environments
 --out      default benchmarks/results/peers-<device>-<cores>core-<date>.json
 """
 
@@ -33,7 +33,7 @@ from jaxrl_llm.errors import UserError
 
 MODULES = {"ours": "ours", "transformers": "transformers_generate", "trl": "trl_grpo", "tunix": "tunix_sampler"}
 PASSIVE = "-passive"
-"""Threads of OpenMP that sleep while they wait. They spin by default, and then whoever else wants a core slows torch tenfold."""
+"""OpenMP threads sleep while waiting. By default they spin, and then any other process on a core slows torch tenfold."""
 SETTINGS = {"": {}, PASSIVE: {"OMP_WAIT_POLICY": "PASSIVE"}}
 TORCH = {"transformers": ("dynamic", "static", "compile"), "trl": ("generate", "logprobs")}
 VARIANTS = {
@@ -47,7 +47,7 @@ DEFAULT = ",".join(
 
 
 def entries_of(text: str) -> list[str]:
-    """ "ours,transformers" to every variant named, peer/variant. Raises UserError."""
+    """Return every variant named by `text` ("ours,transformers"), as peer/variant. Raises UserError for unknown ones."""
     found = []
     for part in text.split(","):
         peer, _, variant = part.partition("/")
@@ -59,7 +59,7 @@ def entries_of(text: str) -> list[str]:
 
 
 def start(name: str, work: Work, threads: int) -> tuple[Worker, dict]:
-    """A worker with the weights loaded, and what it says of itself."""
+    """Start a worker and load the weights; return it with its facts."""
     peer, variant = name.split("/")
     plain = variant.removesuffix(PASSIVE)
     settings = SETTINGS[variant.removeprefix(plain)]
@@ -73,12 +73,12 @@ def start(name: str, work: Work, threads: int) -> tuple[Worker, dict]:
 
 
 def measure(work: Work, names: list[str], rounds: int, seconds: float, threads: int) -> dict:
-    """Every generator at one work."""
-    workers, said, failed = {}, {}, {}
+    """Time every generator at one work."""
+    workers, facts, failed = {}, {}, {}
     try:
         for name in names:
             try:
-                workers[name], said[name] = start(name, work, threads)
+                workers[name], facts[name] = start(name, work, threads)
             except WorkerError as error:
                 failed[name] = str(error)
                 print(f"{name}: {error}", file=sys.stderr, flush=True)
@@ -86,7 +86,7 @@ def measure(work: Work, names: list[str], rounds: int, seconds: float, threads: 
         answers, fell = in_turns(calls, rounds, time.monotonic() + seconds)
         others = disturbance(answers)
         chosen = quietest(others, rounds)
-        found = {name: said_of(said[name]) | entry(a, chosen, work.tokens) for name, a in answers.items()}
+        found = {name: facts_of(facts[name]) | entry(a, chosen, work.tokens) for name, a in answers.items()}
         if work.compute == "float32":
             check(found, {name: workers[name] for name in found}, work)
     finally:
@@ -104,7 +104,7 @@ def measure(work: Work, names: list[str], rounds: int, seconds: float, threads: 
     }
 
 
-def said_of(answer: dict) -> dict:
+def facts_of(answer: dict) -> dict:
     return answer["facts"] | {"load_s": answer["seconds"], "loaded_peak_bytes": answer["peak_bytes"]}
 
 
@@ -120,20 +120,20 @@ def generate(worker: Worker, work: Work, name: str, turn: int) -> dict:
 
 
 def check(found: dict[str, dict], workers: dict[str, Worker], work: Work) -> None:
-    """Greedy tokens of every generator beside ours, after the timed calls: the same weights, read the same way.
+    """Compare the greedy tokens of every generator with ours, after the timed calls, to verify that the weights are the same.
 
-    In f32 alone: in bf16 each rounds in places of its own, and near ties fall either way.
+    Only in f32: in bf16 each rounds differently, which decides near ties.
     """
     ours = next((name for name in found if name.startswith("ours/")), None)
     if ours is None:
         return
-    say = {name: worker.ask(generate=work.call(0, greedy=True))["tokens"] for name, worker in workers.items()}
-    for name, tokens in say.items():
-        found[name]["greedy_agreement"] = agreement(say[ours], tokens)
+    greedy = {name: worker.ask(generate=work.call(0, greedy=True))["tokens"] for name, worker in workers.items()}
+    for name, tokens in greedy.items():
+        found[name]["greedy_agreement"] = agreement(greedy[ours], tokens)
 
 
 def cores(threads: int | None) -> int:
-    """Keep this process, and so the workers it starts, to that many cores."""
+    """Restrict this process, and so its workers, to `threads` cores; return the number of cores."""
     there = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, there[: threads or len(there)])
     return len(os.sched_getaffinity(0))
@@ -183,7 +183,7 @@ def main() -> None:
 
 
 def ready(peer: str, build: bool) -> None:
-    """Raises UserError where `peer` has no environment and none is to be built."""
+    """Check that `peer` has an environment, or build it. Raises UserError if it has none and `build` is False."""
     try:
         environments.python(peer)
     except UserError:

@@ -1,18 +1,18 @@
-"""`python -m benchmarks.peers.grpo --work S,float32 M,float32 ..`: a whole GRPO step of ours beside TRL's and Tunix's.
+"""`python -m benchmarks.peers.grpo --work S,float32 M,float32 ..`: our whole GRPO step beside TRL's and Tunix's.
 
-8 prompts of 64 tokens x 8 samples of 128 that no end token ends, a trivial reward, one update of lr 1e-6. The same weights (one
-safetensors file), tokenizer and prompts; each trainer's own training loop in a process and an environment of its own, with the same
+8 prompts of 64 tokens x 8 samples of 128 tokens without end token, a trivial reward, one update of lr 1e-6. The same weights (one
+safetensors file), tokenizer and prompts; each trainer's training loop in a separate process and environment, on the same
 cores; steps in turns. What each includes: docs/benchmarks.md.
 
 --work     SIZE,DTYPE or SIZE,DTYPE,BETA, one or several: S or M of benchmarks/models.py; float32 or bfloat16; beta is the weight of
-           KL to a reference, 0 where it is left out
+           KL to a reference, default 0
 --peers    PEER or PEER/VARIANT, with commas; default ours/shared, trl/plain, tunix/plain (in bfloat16 trl/cast too)
---rounds   timed steps of each that count, after one that compiles and one that settles; default 3
---seconds  how long each work may go on looking for that many quiet rounds, in which others had at most a tenth of the machine;
-           then the quietest count; default 120
---threads  cores that all are kept to; default all there are
---build    make the environments that are missing
---out      default benchmarks/results/grpo-<device>-<cores>core-<date>.json; what it holds of other works stays
+--rounds   timed steps of each, after one that compiles and one that warms up; default 3
+--seconds  time limit per work to find that many quiet rounds, in which other processes used at most a tenth of the machine;
+           after it the quietest rounds count; default 120
+--threads  number of cores for every process; default all
+--build    build missing environments
+--out      default benchmarks/results/grpo-<device>-<cores>core-<date>.json; its results of other works are kept
 """
 
 import argparse
@@ -30,7 +30,7 @@ from benchmarks.machine import HERE, file_name, machine
 from benchmarks.models import DTYPES, NEW_TOKENS, PROMPT_SLOTS, SAMPLES
 from benchmarks.peers import environments, weights, words
 from benchmarks.peers.compare import best, entry, quietest, ratio
-from benchmarks.peers.generate import cores, ready, said_of
+from benchmarks.peers.generate import cores, facts_of, ready
 from benchmarks.peers.processes import Worker, WorkerError, disturbance, in_turns
 from benchmarks.table import rows_of
 from jaxrl_llm.errors import UserError
@@ -56,7 +56,7 @@ class StepWork:
 
 
 def parse(text: str) -> StepWork:
-    """ "M,float32" or "M,float32,0.04". Raises UserError."""
+    """Return the work of "M,float32" or "M,float32,0.04". Raises UserError for any other form."""
     size, compute, beta = (*text.split(","), "", "")[:3]
     try:
         weight = float(beta or 0)
@@ -70,7 +70,7 @@ def parse(text: str) -> StepWork:
 
 
 def trainers_of(text: str) -> list[str]:
-    """ "ours,trl/plain" to every variant named, peer/variant. Raises UserError."""
+    """Return every variant named by `text` ("ours,trl/plain"), as peer/variant. Raises UserError for unknown ones."""
     found = []
     for part in text.split(","):
         peer, _, variant = part.partition("/")
@@ -86,7 +86,7 @@ def default_trainers(work: StepWork) -> list[str]:
 
 
 def start(name: str, work: StepWork, threads: int) -> tuple[Worker, dict]:
-    """A worker that is ready for its first step, and what it says of itself; `start_s` is from its process's start."""
+    """Start a worker and prepare its first step; return it with its facts. `start_s` is from the process's start."""
     peer, variant = name.split("/")
     began = time.perf_counter()
     worker = Worker(environments.python(peer), f"benchmarks.peers.workers.{peer}_step", threads, {})
@@ -98,11 +98,11 @@ def start(name: str, work: StepWork, threads: int) -> tuple[Worker, dict]:
         "beta": work.beta,
     }
     try:
-        said = worker.ask(load=given)
+        facts = worker.ask(load=given)
     except WorkerError:
         worker.close()
         raise
-    return worker, said_of(said) | {"start_s": time.perf_counter() - began}
+    return worker, facts_of(facts) | {"start_s": time.perf_counter() - began}
 
 
 def step(worker: Worker, name: str, turn: int) -> dict:
@@ -116,12 +116,12 @@ def step(worker: Worker, name: str, turn: int) -> dict:
 
 
 def measure(work: StepWork, names: list[str], rounds: int, seconds: float, threads: int) -> dict:
-    """Every trainer at one work."""
-    workers, said, failed = {}, {}, {}
+    """Time every trainer at one work."""
+    workers, facts, failed = {}, {}, {}
     try:
         for name in names:
             try:
-                workers[name], said[name] = start(name, work, threads)
+                workers[name], facts[name] = start(name, work, threads)
             except WorkerError as error:
                 failed[name] = str(error)
                 print(f"{name}: {error}", file=sys.stderr, flush=True)
@@ -138,13 +138,15 @@ def measure(work: StepWork, names: list[str], rounds: int, seconds: float, threa
         "tokens": TOKENS,
         "rounds": len(chosen),
         "rounds_run": max(len(others) - 2, 0),
-        "entries": {name: said[name] | entry_of(each, chosen, said[name]["start_s"]) for name, each in answers.items()},
+        "entries": {
+            name: facts[name] | entry_of(each, chosen, facts[name]["start_s"]) for name, each in answers.items()
+        },
         "failed": failed | fell,
     }
 
 
 def entry_of(answers: list[dict], chosen: list[int], start_s: float) -> dict:
-    """Of one trainer: `entry`, and which part was sampling; the first step's end, from the process's start."""
+    """Return `entry` of one trainer with the seconds of sampling, and of the first step's end from the process's start."""
     sampling = [answers[turn]["rollout_s"] for turn in chosen]
     return entry(answers, chosen, TOKENS) | {
         "rollout_s": sampling,
@@ -155,11 +157,11 @@ def entry_of(answers: list[dict], chosen: list[int], start_s: float) -> dict:
 
 
 def table(result: dict) -> list[str]:
-    """One work. Seconds are medians; `ours to it`: how many times as fast ours is, of steps of the same round."""
+    """Return the table of one work. Seconds are medians; `ours to it`: our speedup, from steps of the same round."""
     entries = result["entries"]
     ours = best(entries, "ours")
     head = [
-        "", "s a step", "lowest to highest", "of which rollout", "ours to it", "others had", "first step, s", "from start, s",
+        "", "s per step", "lowest to highest", "of which rollout", "ours to it", "others had", "first step, s", "from start, s",
         "peak, MiB",
     ]  # fmt: skip
     lines = [
@@ -178,7 +180,7 @@ def table(result: dict) -> list[str]:
     ]
     quiet = f"the quietest {result['rounds']} of {result['rounds_run']} rounds"
     found = [
-        f"{result['name']}, {result['tokens']:,} new tokens a step, {quiet}",
+        f"{result['name']}, {result['tokens']:,} new tokens per step, {quiet}",
         "",
         *rows_of([head, *lines]),
     ]
@@ -186,7 +188,7 @@ def table(result: dict) -> list[str]:
 
 
 def keep(out: Path, result: dict, about: dict) -> None:
-    """Put one work's result into the file; what it holds of others stays."""
+    """Write one work's result to the file, keeping those of other works."""
     before = json.loads(out.read_text(encoding="utf-8"))["results"] if out.exists() else []
     others = [each for each in before if each["name"] != result["name"]]
     out.parent.mkdir(parents=True, exist_ok=True)

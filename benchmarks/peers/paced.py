@@ -1,15 +1,15 @@
-"""A training loop of somebody else's, one step at a time. Standard library alone: it runs in every peer's environment."""
+"""Another library's training loop, run one step at a time. Standard library only: it runs in every peer's environment."""
 
 import threading
 from collections.abc import Callable
 
 STEP_LIMIT_S = 3600
 Loop = Callable[[Callable[[], None]], None]
-"""A whole training run; it calls what it is given after each step."""
+"""A whole training run; it calls its argument after each step."""
 
 
 class Paced:
-    """Runs `loop` in a thread of its own; between two steps it waits until the next is asked for."""
+    """Runs `loop` in a thread that waits after each step until `step` is called again."""
 
     def __init__(self, loop: Loop) -> None:
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
@@ -17,7 +17,7 @@ class Paced:
         self._thread = threading.Thread(target=self._run, args=(loop,), daemon=True)
 
     def step(self) -> None:
-        """One step; the first also holds what the loop does before it. Raises what the loop raises, RuntimeError if it ends."""
+        """Run one step; the first includes the loop's setup. Raises the loop's exception, or RuntimeError if it ends."""
         if self._thread.ident is None:
             self._thread.start()
         else:

@@ -1,4 +1,4 @@
-"""Workers as the driver sees them: processes that answer one question at a time, and calls of several taken in turns."""
+"""Driver side of the workers: processes that answer one request at a time, and calls of several in turns."""
 
 import json
 import os
@@ -13,13 +13,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 900.0
-"""Seconds that one answer may take."""
+"""Maximum seconds per answer."""
 QUIET = 0.1
-"""The share of the machine that others may have during a call of a quiet round."""
+"""Maximum share of the machine that other processes use during a call of a quiet round."""
 
 
 class WorkerError(Exception):
-    """A worker ended, or gave no answer in time. The text holds the end of what it printed."""
+    """A worker exited, or did not answer in time. The message holds the end of its output."""
 
 
 class Worker:
@@ -41,7 +41,7 @@ class Worker:
         self._process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=pipe, stdout=pipe, stderr=self._log)
 
     def ask(self, **question: dict) -> dict:
-        """`ask(generate={..})`, and the answer. Raises WorkerError."""
+        """Send a request, as `ask(generate={..})`, and return the answer. Raises WorkerError."""
         try:
             self._process.stdin.write((json.dumps(question) + "\n").encode())
             self._process.stdin.flush()
@@ -50,7 +50,7 @@ class Worker:
         return json.loads(self._line())
 
     def _line(self) -> bytes:
-        """One line of answer: the worker writes it at once and nothing after it, so what has come is all of it at the newline."""
+        """Return one line: the worker writes nothing after an answer, so the answer is complete at the newline."""
         found, end = b"", time.monotonic() + PATIENCE
         while not found.endswith(b"\n"):
             ready, _, _ = select.select([self._process.stdout], [], [], max(end - time.monotonic(), 0))
@@ -61,14 +61,14 @@ class Worker:
         return found
 
     def _end(self) -> str:
-        # A worker that ends closes its answers before it prints why.
+        # A worker that exits closes its pipe before it prints the error.
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5)
         self._log.seek(0)
         return self._log.read()[-2000:].strip()
 
     def close(self) -> None:
-        with suppress(BrokenPipeError):  # what was asked of a worker that had ended
+        with suppress(BrokenPipeError):  # the unread request of a worker that has exited
             self._process.stdin.close()
         try:
             self._process.wait(timeout=10)
@@ -82,11 +82,11 @@ class Worker:
 def in_turns(
     calls: Mapping[str, Callable[[int], dict]], rounds: int, deadline: float
 ) -> tuple[dict[str, list[dict]], dict[str, str]]:
-    """Each call's answers, as many for all, and why the calls that have none failed.
+    """Return the answers of each call, the same number for all, and the errors of those that failed.
 
-    Answer 0 is the first call, alone: it traces and compiles. Answer 1 settles (torch.compile may compile again). Then rounds of
-    one call each, the order turned by one every round, until `rounds` of them were quiet, or `deadline` (`time.monotonic()`) is
-    past and there are `rounds` at all. A call gets the number of its turn. One that raises WorkerError is dropped.
+    Answer 0 is the first call, which traces and compiles. Answer 1 is a warm-up (torch.compile may compile again). Then rounds of
+    one call each, the order rotated by one per round, until `rounds` of them were quiet, or `deadline` (`time.monotonic()`) is
+    past after at least `rounds`. A call gets the number of its turn. One that raises WorkerError is dropped.
     """
     answers, failed, turn = {name: [] for name in calls}, {}, 0
     while turn < rounds + 2 or (quiet(answers)[2:].count(True) < rounds and time.monotonic() < deadline):
@@ -106,7 +106,7 @@ def in_turns(
 
 
 def disturbance(answers: Mapping[str, list[dict]]) -> list[float]:
-    """Of each turn: the most that others had of the machine during one of its calls."""
+    """Return, per turn, the maximum share of the machine used by others during one of its calls."""
     return [max(answer["others"] for answer in turn) for turn in zip(*answers.values(), strict=True)]
 
 

@@ -1,19 +1,19 @@
-"""The trivial reward of every trainer: how often the digit 7 stands in a response. Standard library alone."""
+"""The trivial reward of every trainer: the number of digits 7 in a response. Standard library only."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
 def sevens(text: str) -> float:
-    """Responses are numbered words, so that samples of one prompt differ in it."""
+    """Return digits 7 / 128. Responses are numbered words, so samples of one prompt differ in it."""
     return text.count("7") / 128
 
 
 def grade(sample: Any) -> float:
-    """As our graders are called."""
+    """The reward as one of our graders."""
     return sevens(sample.completion)
 
 
 def rewards(completions: Sequence[str], **others: Any) -> list[float]:
-    """As TRL and Tunix call theirs."""
+    """The reward as a function of TRL and Tunix."""
     return [sevens(text) for text in completions]

@@ -1,11 +1,11 @@
-"""A worker's side of the comparison: one generator or trainer in a process of its own, asked by lines of JSON, answering by lines
+"""Worker side of the comparison: one generator or trainer per process, with requests and answers as lines
 of JSON.
 
     {"load": {"directory": .., "compute": .., "variant": ..}}   -> {"facts": {..}, "seconds": .., "others": .., "peak_bytes": ..}
     {"generate": {"prompts": .., "samples": .., ..}}            -> {"tokens": [[..]], "seconds": .., "others": .., "peak_bytes": ..}
     {"step": {}}                                                -> {"rollout_s": .., .., "seconds": .., "others": .., ..}
 
-Standard library alone: it runs in every peer's environment.
+Standard library only: it runs in every peer's environment.
 """
 
 import json
@@ -26,31 +26,31 @@ class Call:
     """One call of a generator. No token ends a row."""
 
     prompts: list[list[int]]
-    """All of one length."""
+    """All of the same length."""
     samples: int
-    """Rows to sample for each prompt."""
+    """Rows per prompt."""
     new_tokens: int
     top_p: float
-    """1.0: from the whole distribution, at temperature 1."""
+    """1.0: the whole distribution. Temperature 1."""
     greedy: bool
-    """The likeliest token always; `top_p` is then without meaning."""
+    """Always the most likely token; `top_p` is ignored."""
     seed: int
 
 
 Generate = Callable[[Call], Any]
-"""To tokens [rows][new_tokens], prompt-major, on the host."""
+"""Returns tokens [rows][new_tokens], prompt-major, on the host."""
 Load = Callable[..., tuple[Generate, dict]]
-"""(directory, compute, variant) to the generator and what is to be known of it. `compute` is a dtype."""
+"""(directory, compute, variant) -> (generator, facts about it). `compute` is a dtype."""
 Step = Callable[[], dict]
-"""One whole step of training; what it says of itself: `rollout_s`, seconds of its sampling; `tokens`, how many were sampled;
-`updates`, steps of the optimizer since the start."""
+"""Runs one training step; returns `rollout_s`, seconds of sampling; `tokens`, number of sampled tokens;
+`updates`, optimizer steps since the start."""
 LoadTrainer = Callable[..., tuple[Step, dict]]
-"""(directory, words, compute, variant, beta) to the step and what is to be known of it. `words` holds tokenizer and prompts."""
+"""(directory, words, compute, variant, beta) -> (step, facts about it). `words` is a directory with tokenizer and prompts."""
 
 
 def peak_bytes() -> int:
-    """The most memory this process and those that it started have had resident. Where /proc has no VmHWM, ru_maxrss of this one,
-    which a parent's size may hide in."""
+    """Return the peak resident memory of this process and its children in bytes. Without VmHWM in /proc: ru_maxrss of this process,
+    which may include its parent's size."""
     own = _peak_of("self")
     if own is not None:
         return own + sum(_peak_of(child) or 0 for child in _children())
@@ -76,7 +76,7 @@ def _children() -> list[str]:
 
 
 def machine_seconds() -> float | None:
-    """CPU seconds that the whole machine has worked, or that its host took from it. None where there is no /proc/stat."""
+    """Return the busy CPU seconds of the whole machine, stolen time included; None without /proc/stat."""
     try:
         user, nice, system, _, _, interrupts, soft, stolen = (
             Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
@@ -87,7 +87,7 @@ def machine_seconds() -> float | None:
 
 
 class Clock:
-    """Wall-clock seconds of what runs inside it, and who else worked on the machine meanwhile."""
+    """Wall-clock seconds of its body, and the share of the machine that other processes used meanwhile."""
 
     def __enter__(self) -> "Clock":
         self._machine, self._own, self._start = machine_seconds(), time.process_time(), time.perf_counter()
@@ -99,7 +99,7 @@ class Clock:
         self.others = (
             0.0 if machine is None else max(machine - self._machine - own, 0.0) / (self.seconds * os.cpu_count())
         )
-        """The share of all cores' time that others had. /proc/stat counts in hundredths of a second: below 0.05 it says little."""
+        """Share of all cores' time used by others. /proc/stat counts in hundredths of a second: inaccurate below 0.05."""
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -113,7 +113,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def serve(load: Load) -> None:
-    """Answer for a generator until the input ends."""
+    """Serve a generator until the input ends."""
 
     def tokens_of(found: Any) -> dict:
         return {"tokens": [[int(token) for token in row] for row in found]}
@@ -122,12 +122,12 @@ def serve(load: Load) -> None:
 
 
 def serve_steps(load: LoadTrainer) -> None:
-    """Answer for a trainer until the input ends."""
+    """Serve a trainer until the input ends."""
     _answer(load, lambda step, given: step(**given), lambda found: found)
 
 
 def _answer(load: Callable, ask: Callable[[Callable, dict], Any], shown: Callable[[Any], dict]) -> None:
-    """What libraries print goes to stderr: stdout holds the answers alone."""
+    """Answer requests until the input ends. Output of libraries is redirected to stderr: stdout holds only answers."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     loaded = None
@@ -139,5 +139,5 @@ def _answer(load: Callable, ask: Callable[[Callable, dict], Any], shown: Callabl
             else:
                 found = ask(loaded, given)
         answer = {"facts": facts} if verb == "load" else shown(found)
-        said = {"seconds": clock.seconds, "others": clock.others, "peak_bytes": peak_bytes()}
-        print(json.dumps(said | answer), file=answers, flush=True)
+        measured = {"seconds": clock.seconds, "others": clock.others, "peak_bytes": peak_bytes()}
+        print(json.dumps(measured | answer), file=answers, flush=True)

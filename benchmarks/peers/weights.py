@@ -1,4 +1,4 @@
-"""The model directory that every peer reads: random f32 weights of `benchmarks.models`, one safetensors file a size."""
+"""The model directory that every peer reads: random f32 weights of `benchmarks.models`, one safetensors file per size."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ HERE = Path(__file__).parent / ".weights"
 
 
 def directory(size: str) -> Path:
-    """Where size `size` lies, written first if it does not exist yet."""
+    """Return the directory of size `size`; it is written if it does not exist."""
     path = HERE / size
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
@@ -22,7 +22,7 @@ def directory(size: str) -> Path:
 
 
 def weights(size: str) -> PyTree:
-    """As models start, but no norm is all ones and no bias zero: a peer that left one out would say other tokens."""
+    """Return initial weights, without norms of all ones or zero biases: a peer that ignored one would return other tokens."""
     tree, key = model_params.specs(SIZES[size]), jax.random.key(0)
     found = model_params.init(tree, key, layouts()[0])
 

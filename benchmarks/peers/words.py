@@ -1,6 +1,6 @@
-"""The text side of whole steps, the same for every trainer: a tokenizer whose token i is the word w<i>, and prompts of 64 of them.
+"""Tokenizer and prompts of whole steps, the same for every trainer: token i is the word w<i>, prompts have 64 of them.
 
-Token 0 is padding and the last ends a response; prompts hold neither, and no step draws the end.
+Token 0 is padding and the last ends a response; prompts contain neither, and the end is never sampled.
 """
 
 import json
@@ -15,7 +15,7 @@ PROMPTS = 1024
 
 
 def directory(size: str) -> Path:
-    """tokenizer.json, tokenizer_config.json and prompts.jsonl for size `size`, written first if they do not exist yet."""
+    """Return the directory of size `size` with tokenizer.json, tokenizer_config.json, prompts.jsonl; written if missing."""
     path = weights.HERE / f"{size}-words"
     if not (path / "prompts.jsonl").exists():
         path.mkdir(parents=True, exist_ok=True)

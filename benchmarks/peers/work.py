@@ -1,4 +1,4 @@
-"""What is generated: one model, one batch, one dtype, prompts shared by groups or all different."""
+"""A generation workload: one model, one batch, one dtype, prompts shared by groups or all different."""
 
 from dataclasses import asdict, dataclass
 
@@ -16,7 +16,7 @@ class Work:
     rows: int
     compute: str
     prompts: str = GROUPS
-    """`groups`: 8 rows a prompt, as in training; `different`: one."""
+    """`groups`: 8 rows per prompt, as in training; `different`: one."""
     top_p: float = 1.0
 
     @property
@@ -30,7 +30,7 @@ class Work:
 
     @property
     def new_tokens(self) -> int:
-        """L's are few: on two cores its 128 take a minute a call."""
+        """16 for L: on two cores its 128 would take a minute per call."""
         return 16 if self.size == "L" else NEW_TOKENS
 
     @property
@@ -38,7 +38,7 @@ class Work:
         return self.rows * self.new_tokens
 
     def call(self, seed: int, greedy: bool = False) -> dict:
-        """The fields of `serve.Call`."""
+        """Return the fields of `serve.Call`."""
         shape = (self.rows // self.samples, PROMPT_SLOTS)
         prompts = np.random.default_rng(0).integers(0, SIZES[self.size].vocab_size, shape)
         return {
@@ -55,7 +55,7 @@ class Work:
 
 
 def parse(text: str, prompts: str = GROUPS, top_p: float = 1.0) -> Work:
-    """ "M,64,float32". Raises UserError."""
+    """Return the work of "M,64,float32". Raises UserError for any other form."""
     parts = text.split(",")
     fits = len(parts) == 3 and parts[0] in SIZES and parts[1].isdigit() and parts[2] in DTYPES
     if not fits or int(parts[1]) == 0 or int(parts[1]) % SAMPLES:

@@ -26,13 +26,12 @@ from jaxrl_llm.model.hf.source import resolve as resolve_model
 from jaxrl_llm.model.params import abstract, count, policy_part, shardings, unstack
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
-from jaxrl_llm.perf.rates import decode_rates
-from jaxrl_llm.plan import fit
-from jaxrl_llm.roles import sources
+from jaxrl_llm.roles import memory, sources
 from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
 from jaxrl_llm.roles.build import make_evaluator, make_keys, make_publisher, make_scorer
 from jaxrl_llm.roles.collector import Collector
 from jaxrl_llm.roles.initial_state import start_params
+from jaxrl_llm.roles.rates import sampler_rates
 from jaxrl_llm.roles.sources import Sources
 from jaxrl_llm.roles.state import RunState, SupervisedState
 from jaxrl_llm.rollout.engine import Engine
@@ -120,7 +119,7 @@ def evaluate_target(cfg: RunConfig, k: int) -> dict[str, Any]:
     """
     at_once = min(getattr(cfg.task, "held_out", 0) or EVALUATED_AT_ONCE, EVALUATED_AT_ONCE)
     run = open_run(_reshape(cfg, at_once, k))
-    fit.check(run.blueprint, len(run.task.held_out), trains=False)
+    memory.check(run.blueprint, len(run.task.held_out), trains=False)
     with shown_on_stderr("reading the model"):
         source = open_source(run)
     if not source.step and not isinstance(cfg.model, PretrainedModel):
@@ -182,7 +181,7 @@ def sample_prompt(cfg: RunConfig, text: str | None, n: int, has_task: bool = Tru
     """
     asked = _reshape(cfg, 1, n)
     run = open_run(asked, sources.read(asked, asked=partial(_asking, text=text, has_task=has_task)))
-    fit.check(run.blueprint, len(run.task.held_out), trains=False)
+    memory.check(run.blueprint, len(run.task.held_out), trains=False)
     source = open_source(run)
     row = run.task.held_out[0]
     num, key = run.blueprint.cfg.rollout.prompts, make_keys(cfg).evaluation
@@ -204,7 +203,7 @@ def _asking(cfg: RunConfig, text: str | None, has_task: bool) -> Task:
     task = sources.read_task(cfg) if has_task else Task((), (), load_tokenizer(cfg.tokenizer))
     if text is None:
         return task
-    if unknown := task.tokenizer.unknown(text):
+    if unknown := task.tokenizer.unknown_characters(text):
         raise UserError(
             f"--prompt: got characters {' '.join(map(repr, unknown))}, want only those of tokenizer.alphabet"
         )
@@ -232,26 +231,26 @@ def _positions(cfg: RunConfig) -> float:
 def benchmark_rollouts(cfg: RunConfig, calls: int = 5) -> None:
     """Print what rollouts of the config's own shapes reach: tokens a second, of the machine's own ceiling, rows alive, waste."""
     run = open_run(cfg)
-    fit.check(run.blueprint, len(run.task.held_out), trains=False)
+    memory.check(run.blueprint, len(run.task.held_out), trains=False)
     source, key = open_source(run), make_keys(cfg).train
     order, places = make_order(len(run.task.train), cfg.seed), np.arange(cfg.rollout.prompts)
     prompts = make_prompts(run.task, run.task.train, np.array([order(p) for p in places]), places)
     start = time.perf_counter()
     run.engine.warm(source.policy, cfg.rollout.prompts)
     run.engine.generate(source.policy, prompts, key)
-    first, rates, seen = time.perf_counter() - start, decode_rates(run.engine), []
+    first, rates, seen = time.perf_counter() - start, sampler_rates(run.engine), []
     for _ in range(calls):
         generation = run.engine.start(source.policy, prompts, key)
         for _ in generation:
             pass
         seen.append(generation.stats)
     stats = sorted(seen, key=lambda stats: stats.seconds)[calls // 2]
-    (_, work), least = stats.segments[0], stats.least_seconds(*rates)
+    (_, work), least = stats.chunks[0], stats.least_seconds(*rates)
     rows = [
         ("policy", f"{source.name}, {count(run.blueprint.specs):,} parameters, {run.blueprint.model.compute}"),
         ("rollouts", f"{cfg.rollout.prompts} prompts x {cfg.rollout.samples} samples, up to {cfg.rollout.max_new_tokens} tokens"),
         ("first call", f"{first:.2f} s, compiling included"),
-        ("call", f"{stats.seconds:.3f} s, the median of {calls}; {stats.steps} steps in {len(stats.segments)} segments"),
+        ("call", f"{stats.seconds:.3f} s, the median of {calls}; {stats.steps} steps in {len(stats.chunks)} chunks"),
         ("tokens", f"{stats.tokens / stats.seconds:,.0f} a second, {stats.tokens:,} in all"),
         ("live rows", f"{stats.tokens / stats.steps:.1f} a step; waste {1 - stats.tokens / stats.row_steps:.1%} of rows' steps"),
         ("a step moves", f"{work.bytes / 1e6:,.1f} MB and computes {work.flops / 1e9:,.2f} GFLOP a device, in the first segment"),

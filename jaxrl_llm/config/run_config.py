@@ -286,10 +286,11 @@ def problems(cfg: RunConfig, num_devices: int) -> list[str]:
 def engine_problems(cfg: RunConfig, num_devices: int, axes: tuple[int, int, int]) -> list[str]:
     """What is wrong with how the engine is to work; `axes` are the sizes of `tensor`, `fsdp` and `expert`."""
     found, engine, (tensor, fsdp, expert) = [], cfg.rollout.engine, axes
-    if engine.shared_by and cfg.rollout.samples % engine.shared_by:
+    if engine.rows_per_prompt_cache and cfg.rollout.samples % engine.rows_per_prompt_cache:
         works = ", ".join(map(str, divisors(cfg.rollout.samples)))
         found.append(
-            f"rollout.engine.shared_by: got {engine.shared_by}, want a divisor of rollout.samples ({cfg.rollout.samples}): {works}"
+            f"rollout.engine.rows_per_prompt_cache: got {engine.rows_per_prompt_cache}, want a divisor of rollout.samples "
+            f"({cfg.rollout.samples}): {works}"
         )
     if cfg.rollout.top_k > cfg.rollout.max_kept_tokens:
         found.append(

@@ -1,9 +1,9 @@
-"""From activations and the table of tokens to a few numbers a token, through logits that never all exist at a time.
+"""Head in tiles: from activations and the head matrix to a few numbers per token, without ever holding all logits.
 
-A `Rule` says what is made of logits and what their cotangent is; here are the tiles, the products and where they lie.
-Forward: a chunk of tokens against the whole vocabulary. Backward: a block of the vocabulary against chunks of tokens, logits
-made again. So a block's gradient is added up in f32 while it is small, and written once: token by token the gradient of the whole
-table would be read and written for every chunk, and it is larger than all activations.
+A `LogitRule` defines what is computed from logits, and their cotangent; this file has the tiles, the products and their shardings.
+Forward: a chunk of tokens against the whole vocabulary. Backward: a block of the vocabulary against chunks of tokens, with logits
+recomputed. So the gradient of a block is accumulated in f32 while it is small, and written once; in chunks of tokens the gradient
+of the whole matrix, which is larger than all activations, would be read and written for every chunk.
 """
 
 from dataclasses import dataclass
@@ -23,29 +23,29 @@ from jaxrl_llm.types import PyTree
 
 class Tile(NamedTuple):
     logits: int
-    """That a device holds at a time."""
+    """Logits that a device holds at a time."""
     tokens: int
-    """Of a chunk in the backward pass."""
+    """Tokens of a chunk in the backward pass."""
 
 
-# On a CPU a tile stays in the caches: passes over larger ones cost 5 to 8 times as much, the products do not care.
+# On a CPU a tile fits into the caches: passes over larger ones cost 5 to 8 times as much, while products do not slow down.
 CPU = Tile(logits=2**20, tokens=512)
 ACCELERATOR = Tile(logits=2**24, tokens=2048)
-# Tokens of a chunk in the forward pass, at least: each chunk reads the whole table.
+# Least tokens per chunk in the forward pass, as each chunk reads the whole matrix.
 FEWEST = 128
-# Entries of the vocabulary in a block are a multiple of it: tiles of a TPU.
+# A block of the vocabulary is a multiple of it: the width of a TPU's tiles.
 LANES = 128
 
 
-class Rule(Protocol):
-    """What is made of logits. Hashable. x: the policy's logits, y: the reference's or None; `read`: anything, token by token."""
+class LogitRule(Protocol):
+    """What is computed from logits; hashable. x: the policy's logits, y: the reference's or None, `read`: per-token inputs."""
 
     @property
-    def whole(self) -> bool:
-        """The cotangent of a part of the vocabulary cannot be said without the others."""
+    def needs_all_logits(self) -> bool:
+        """True if the cotangent of a part of the vocabulary depends on the other parts."""
 
     def value(self, x: Float[Array, "s n V"], y: Float[Array, "s n V"] | None, read: PyTree) -> PyTree:
-        """Numbers a token, f32[s n] each."""
+        """Numbers per token, each f32[s n]."""
 
     def pullback(
         self,
@@ -56,11 +56,11 @@ class Rule(Protocol):
         value: PyTree,
         given: PyTree,
     ) -> Float[Array, "s n W"]:
-        """Cotangent of the policy's logits of the tokens `ids`, from cotangents `given` (None: zero) of `value`."""
+        """Cotangent of the policy's logits of the tokens `ids`, from the cotangents `given` (None: zero) of `value`."""
 
 
-class Source(NamedTuple):
-    """Activations and what they are multiplied by. s: shards of the rows, N: tokens of a shard."""
+class HeadInputs(NamedTuple):
+    """Activations and the matrix they are multiplied by. s: row shards, N: tokens per shard."""
 
     table: Float[Array, "V D"]
     h: Float[Array, "s N D"]
@@ -68,7 +68,7 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Head:
-    """How logits are made."""
+    """Computation of logits."""
 
     compute: str
     softcap: float | None
@@ -83,10 +83,10 @@ class Head:
         return CPU if self.layout.on_cpu else ACCELERATOR
 
     def gather(self, table: Float[Array, "V D"]) -> Float[Array, "s t W D"]:
-        """A copy for each shard of the rows, split over the t shards of the vocabulary alone; moved in the compute dtype.
+        """A copy per row shard, split over the t vocabulary shards only; moved in the compute dtype.
 
-        Left to itself a loop gathers the weight and reduces its gradient over the mesh in every turn. With a copy of its own a
-        shard of rows adds up its gradient alone.
+        Otherwise the compiler gathers the matrix and reduces its gradient over the mesh in every iteration of the loop. With a copy
+        each row shard accumulates its gradient locally.
         """
         moved = self.layout.constrain(table.astype(self.compute), "vocab", "embed")
         copies = jnp.broadcast_to(moved, (self.layout.size("rows"), *table.shape))
@@ -94,7 +94,7 @@ class Head:
         return self.place(copies.reshape(len(copies), self.layout.size("vocab"), -1, table.shape[1]))
 
     def reduce(self, x: Float[Array, "s t W D"], like: Float[Array, "V D"]) -> Float[Array, "V D"]:
-        """The sum over the shards of the rows, where the table lies."""
+        """Sum over the row shards, in the sharding of the matrix."""
         total = self.layout.constrain(jnp.sum(self.place(x), axis=0), "vocab", None, "embed")
         return self.layout.constrain(total.reshape(like.shape), "vocab", "embed").astype(like.dtype)
 
@@ -107,13 +107,13 @@ class Head:
         return x if self.softcap is None else self.softcap * jnp.tanh(x / self.softcap)
 
     def uncapped(self, dx: Float[Array, "s n W"], x: Float[Array, "s n W"]) -> Float[Array, "s n W"]:
-        """The cotangent before the soft cap; `x` is behind it."""
+        """Cotangent before the soft cap; `x` are the logits after it."""
         return dx if self.softcap is None else dx * (1 - (x / self.softcap) ** 2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def over_logits(
-    rule: Rule, head: Head, policy: Source, reference: Source | None, read: PyTree, count: Int[Array, " s"]
+    rule: LogitRule, head: Head, policy: HeadInputs, reference: HeadInputs | None, read: PyTree, count: Int[Array, " s"]
 ) -> PyTree:
     """`rule.value` of the first `count[s]` tokens of each shard, 0 behind them; what is behind the largest count costs nothing.
 
@@ -122,12 +122,17 @@ def over_logits(
     return _values(rule, head, (policy.h, reference and reference.h), _gathered(head, policy, reference), read, count)
 
 
-def _gathered(head: Head, policy: Source, reference: Source | None) -> tuple[Array, Array | None]:
+def _gathered(head: Head, policy: HeadInputs, reference: HeadInputs | None) -> tuple[Array, Array | None]:
     return head.gather(policy.table), None if reference is None else head.gather(reference.table)
 
 
 def _values(
-    rule: Rule, head: Head, h: tuple[Array, Array | None], w: tuple[Array, Array | None], read: PyTree, count: Array
+    rule: LogitRule,
+    head: Head,
+    h: tuple[Array, Array | None],
+    w: tuple[Array, Array | None],
+    read: PyTree,
+    count: Array,
 ) -> PyTree:
     tokens, width = h[0].shape[1], w[0].shape[2]
     size = _chunk(head.tile, width, tokens)
@@ -145,18 +150,18 @@ def _values(
 
     shapes = jax.eval_shape(chunk, jnp.zeros((), jnp.int32))
     return lax.fori_loop(
-        0, _turns(count, size), turn, jax.tree.map(lambda x: jnp.zeros(h[0].shape[:2], x.dtype), shapes)
+        0, _iterations(count, size), turn, jax.tree.map(lambda x: jnp.zeros(h[0].shape[:2], x.dtype), shapes)
     )
 
 
-def _forward(rule: Rule, head: Head, *primals: PyTree) -> tuple[PyTree, tuple]:
+def _forward(rule: LogitRule, head: Head, *primals: PyTree) -> tuple[PyTree, tuple]:
     policy, reference, read, count = jax.tree.map(lambda p: p.value, primals)
     h, w = (policy.h, reference and reference.h), _gathered(head, policy, reference)
     values = _values(rule, head, h, w, read, count)
     return values, (policy.table, h, w, read, count, values)
 
 
-def _backward(rule: Rule, head: Head, saved: tuple, given: PyTree) -> tuple:
+def _backward(rule: LogitRule, head: Head, saved: tuple, given: PyTree) -> tuple:
     table, h, w, read, count, values = saved
     given = jax.tree.map(lambda g: None if isinstance(g, SymbolicZero) else g, given)
     tokens, (_, shards, width, depth) = h[0].shape[1], w[0].shape
@@ -187,32 +192,32 @@ def _backward(rule: Rule, head: Head, saved: tuple, given: PyTree) -> tuple:
             return _add(total[0], dh, start, 2), total[1] + dw
 
         nothing = head.place(jnp.zeros((len(count), shards, depth, block), jnp.float32))
-        dh, dw = lax.fori_loop(0, _turns(count, size), over_chunk, (total[0], nothing))
+        dh, dw = lax.fori_loop(0, _iterations(count, size), over_chunk, (total[0], nothing))
         return dh, _add(total[1], dw.swapaxes(2, 3), first, 2)
 
     nothing = tuple(head.place(jnp.zeros((len(count), shards, n, depth), jnp.float32)) for n in (tokens, width))
     dh, dw = lax.fori_loop(0, -(-width // block), over_block, nothing)
     dh = head.layout.constrain(jnp.sum(dh, axis=1), "rows", None, None)
-    return Source(head.reduce(dw, table), dh.astype(h[0].dtype)), None, None, None
+    return HeadInputs(head.reduce(dw, table), dh.astype(h[0].dtype)), None, None, None
 
 
 over_logits.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _chunk(tile: Tile, width: int, tokens: int) -> int:
-    """Tokens whose logits over a `width` of the vocabulary fill a tile."""
+    """Number of tokens whose logits over `width` entries of the vocabulary fill a tile."""
     return min(tokens, max(tile.logits // width // 8 * 8, FEWEST))
 
 
-def _blocks(tile: Tile, rule: Rule, width: int, tokens: int) -> tuple[int, int]:
-    """Tokens of a chunk and entries of the vocabulary, of each shard of it, in the backward pass."""
-    if rule.whole:
+def _blocks(tile: Tile, rule: LogitRule, width: int, tokens: int) -> tuple[int, int]:
+    """Tokens per chunk and vocabulary entries per block and shard, in the backward pass."""
+    if rule.needs_all_logits:
         return _chunk(tile, width, tokens), width
     size = min(tile.tokens, tokens)
     return size, min(width, max(tile.logits // size // LANES * LANES, LANES))
 
 
-def _turns(count: Int[Array, " s"], size: int) -> Int[Array, ""]:
+def _iterations(count: Int[Array, " s"], size: int) -> Int[Array, ""]:
     return (jnp.max(count) + size - 1) // size
 
 

@@ -1,4 +1,4 @@
-"""A loss as a value: what an update minimizes, whichever objective made it."""
+"""A loss as a value: what an update minimizes, whatever objective made it."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -15,28 +15,28 @@ NOTHING: Mapping[str, Tokens] = MappingProxyType({})
 
 
 class Terms(NamedTuple):
-    """What a loss says of each token, inside the loss mask and out; sums come later, by global counts."""
+    """A loss's terms per token, inside and outside the loss mask; they are summed later, by global counts."""
 
     loss: Tokens
     means: Mapping[str, Tokens] = NOTHING
     """Named values to average over the tokens of the loss mask."""
     maxima: Mapping[str, Tokens] = NOTHING
-    """Named values whose maximum over the loss mask is wanted; a minimum is the maximum of the negative."""
+    """Named values to maximize over the loss mask; a minimum is the maximum of the negative."""
     weighted: Mapping[str, Tokens] = NOTHING
-    """Named values to add up with the weights of the loss, which make a mean over sequences of what is one number for each."""
+    """Named values to sum with the weights of the loss, which makes a mean over sequences of one number per sequence."""
 
 
 class Loss(NamedTuple):
-    """One term per token, and what makes one number of them."""
+    """Terms per token, and how they become one number."""
 
     terms: Callable[[TokenScores, Batch], Terms]
     aggregation: str = "token"
-    """What the terms are averaged over, as `token_weights` lists them."""
+    """What the terms are averaged over: one of the aggregations of `token_weights`."""
     length: int = 1
-    """Of the aggregation `constant`."""
+    """Divisor of the aggregation `constant`."""
     columns: tuple[str, ...] = ()
-    """Of `Batch`, those that it reads beside the ones that are always there."""
+    """Optional columns of `Batch` that it reads."""
     own: tuple[OwnColumn, ...] = ()
-    """Columns that it brings along, as `Batch.own`."""
+    """Columns that it adds, as `Batch.own`."""
     keep: Callable[[Batch], Mask] | None = None
-    """The tokens that keep their weight, chosen over a whole minibatch before it is cut into parts; None: all."""
+    """Tokens that keep their weight, chosen over a whole minibatch before it is cut into micro-batches; None: all."""

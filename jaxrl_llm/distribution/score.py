@@ -1,18 +1,22 @@
-"""The one distribution: logits and temperature to log-probabilities. Drawing and scoring both come here, and nowhere else.
+"""Scoring of tokens: log-probs, entropies, exact KL and values of a batch, through the tiles of `head`."""
 
-A truncated draw is one from `process_logits` of the logits at the tokens it kept, its support; the scorer reads the same logits.
-"""
-
-import operator
 from dataclasses import dataclass
-from functools import reduce
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.distribution.head import Head, Source, over_logits
+from jaxrl_llm.distribution.head import Head, HeadInputs, over_logits
+from jaxrl_llm.distribution.logits import (
+    Normalized,
+    at_kept_tokens,
+    entropy,
+    expectation,
+    mask_logits,
+    normalize,
+    tempered,
+)
 from jaxrl_llm.model.config import ForwardOptions, ModelConfig
 from jaxrl_llm.model.critic import values_of
 from jaxrl_llm.model.transformer import hidden
@@ -20,115 +24,20 @@ from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import Batch, PyTree
 
 
-def drawable(
-    token: Int[Array, "*rows n"], num_tokens: int, ends: tuple[int, ...], eos_masked: Bool[Array, "*rows n"]
-) -> Bool[Array, "*rows n"]:
-    """False for padding of the vocabulary, entries from `num_tokens` on, and for the end tokens `ends` where `barred`.
-
-    The arguments broadcast against each other."""
-    return (token < num_tokens) & ~(eos_masked & reduce(operator.or_, (token == end for end in ends), False))
-
-
-def tempered(
-    x: Float[Array, "*rows n"], largest: Float[Array, "*rows 1"], temperature: Float[Array, "*rows"]
-) -> Float[Array, "*rows n"]:
-    """(x - largest) / temperature; at temperature 0 the limit: 0 at the largest, -inf elsewhere. No gradient flows there."""
-    # The largest is subtracted before the division: one pass finds it for the softmax and for the limit.
-    x = x - largest
-    greedy = (temperature == 0)[..., None]
-    limit = jnp.where(x == 0, 0.0, -jnp.inf)
-    return jnp.where(greedy, limit, x / jnp.where(greedy, 1.0, temperature[..., None]))
-
-
-class Normalized(NamedTuple):
-    """Log-probs and what they were made with: log p = `tempered`(x, largest, temperature) - log_sum."""
-
-    logp: Float[Array, "*rows V"]
-    largest: Float[Array, "*rows"]
-    log_sum: Float[Array, "*rows"]
-
-
-def process_logits(
-    x: Float[Array, "*rows V"],
-    temperature: Float[Array, "*rows"],
-    num_tokens: int,
-    ends: tuple[int, ...] = (),
-    eos_masked: Bool[Array, "*rows"] | None = None,
-) -> Float[Array, "*rows V"]:
-    """log softmax(logits / temperature) in nats, f32, over what is `drawable`; -inf elsewhere.
-
-    At temperature 0 it is the limit: uniform over the tokens of the largest logit, -inf elsewhere. No gradient flows there.
-    """
-    limit = num_tokens if num_tokens < x.shape[-1] else None
-    return normalize(only_drawable(x, jnp.arange(x.shape[-1]), limit, ends, eos_masked), temperature).logp
-
-
-def only_drawable(
-    x: Float[Array, "*rows n"],
-    ids: Int[Array, " n"],
-    num_tokens: int | None,
-    ends: tuple[int, ...],
-    eos_masked: Bool[Array, "*rows"] | None,
-) -> Float[Array, "*rows n"]:
-    """Logits of the tokens `ids`, f32; -inf where they are not `drawable`. `num_tokens` None: no entry is padding."""
-    x = x.astype(jnp.float32)
-    if num_tokens is None and eos_masked is None:
-        return x
-    num_tokens = jnp.iinfo(jnp.int32).max if num_tokens is None else num_tokens
-    eos_masked = jnp.zeros(x.shape[:-1], bool) if eos_masked is None else eos_masked
-    return jnp.where(drawable(ids, num_tokens, ends, eos_masked[..., None]), x, -jnp.inf)
-
-
-def normalize(x: Float[Array, "*rows n"], temperature: Float[Array, "*rows"]) -> Normalized:
-    """The distribution over all of `x`; -inf has no mass."""
-    largest = jax.lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True))
-    x = tempered(x, largest, temperature)
-    log_sum = jnp.log(jnp.sum(jnp.exp(x), axis=-1, keepdims=True))
-    return Normalized(x - log_sum, largest[..., 0], log_sum[..., 0])
-
-
-def support_logprobs(
-    x: Float[Array, "*rows V"], temperature: Float[Array, "*rows"], kept_tokens: Int[Array, "*rows K"]
-) -> Float[Array, "*rows K"]:
-    """`process_logits` of the logits at the tokens in `support` (-1 where there are fewer; -inf there), nats.
-
-    A row without any has had nothing drawn from it: finite numbers that mean nothing.
-    """
-    return normalize(_at_support(x, kept_tokens), temperature).logp
-
-
-def _at_support(x: Float[Array, "*rows V"], kept_tokens: Int[Array, "*rows K"]) -> Float[Array, "*rows K"]:
-    kept = kept_tokens >= 0
-    at_support = jnp.take_along_axis(x.astype(jnp.float32), jnp.maximum(kept_tokens, 0), axis=-1)
-    return jnp.where(kept | ~jnp.any(kept, axis=-1, keepdims=True), at_support, -jnp.inf)
-
-
-def entropy(logp: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
-    """-sum p log p, nats."""
-    return -_mean(logp, logp)
-
-
-def _mean(logp: Float[Array, "*rows V"], of: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
-    """sum p `of`, 0 where p is 0."""
-    # A value of its own where p is 0: the gradient of 0 * -inf would be NaN there, masked or not.
-    seen = logp > -jnp.inf
-    return jnp.sum(jnp.where(seen, jnp.exp(jnp.where(seen, logp, 0.0)) * jnp.where(seen, of, 0.0), 0.0), axis=-1)
-
-
 class TokenScores(NamedTuple):
     logprobs: Float[Array, "R T"]
-    """log p(tokens[r, t] | before it) at the batch's temperature, over the recorded support where there is one. Read it inside the
-    loss mask alone."""
+    """log p(tokens[r, t] | before it) at the batch's temperature, over the recorded kept tokens if there are any. Valid inside
+    the loss mask alone."""
     entropy: Float[Array, "R T"]
-    """Of the distribution that tokens[r, t] was drawn from."""
+    """Entropy of the distribution of tokens[r, t], nats."""
     values: Float[Array, "R T"] | None = None
-    """The critic's of what is before tokens[r, t]; where there is a critic."""
+    """Critic's value of the tokens before tokens[r, t], if there is a critic."""
     kl: Float[Array, "R T"] | None = None
-    """Exact KL(policy || reference) of the distribution that tokens[r, t] was drawn from; where a reference is given."""
+    """Exact KL(policy || reference) of the distribution of tokens[r, t], nats, if a reference is given."""
 
 
-class _Read(NamedTuple):
-    """What scoring reads of the batch, token by token."""
+class _TokenInputs(NamedTuple):
+    """Columns of the batch that scoring reads."""
 
     tokens: Int[Array, "*rows"]
     temperature: Float[Array, "*rows"]
@@ -136,8 +45,8 @@ class _Read(NamedTuple):
     eos_masked: Bool[Array, "*rows"] | None
 
 
-class _Value(NamedTuple):
-    """What is made of a token's logits, and all that its gradient needs beside them."""
+class _TokenValues(NamedTuple):
+    """Results for a token, with everything that the gradient needs beside its logits."""
 
     logprob: Float[Array, "*rows"]
     entropy: Float[Array, "*rows"]
@@ -148,65 +57,63 @@ class _Value(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _OfVocabulary:
-    """Over all that is drawable."""
+class _FullVocabulary:
+    """Distribution over all allowed tokens."""
 
     num_tokens: int | None
     ends: tuple[int, ...]
-    whole = False
+    needs_all_logits = False
 
-    def value(self, x: Array, y: Array | None, read: _Read) -> _Value:
+    def value(self, x: Array, y: Array | None, read: _TokenInputs) -> _TokenValues:
         ids = jnp.arange(x.shape[-1])
         x, y = (None if z is None else normalize(self._only(z, ids, read), read.temperature) for z in (x, y))
         return _values(x, y, jnp.take_along_axis(x.logp, read.tokens[..., None], axis=-1)[..., 0])
 
     def pullback(
-        self, x: Array, y: Array | None, ids: Array, read: _Read, value: _Value, given: _Value
+        self, x: Array, y: Array | None, ids: Array, read: _TokenInputs, value: _TokenValues, given: _TokenValues
     ) -> Float[Array, "s n W"]:
         logp = _again(self._only(x, ids, read), read.temperature, value.by)
         if given.kl is not None:
             y = _again(self._only(y, ids, read), read.temperature, value.reference_by)
         return _cotangent(logp, y, ids == read.tokens[..., None], read.temperature, value, given)
 
-    def _only(self, x: Array, ids: Array, read: _Read) -> Array:
-        return only_drawable(x, ids, self.num_tokens, self.ends, read.eos_masked)
+    def _only(self, x: Array, ids: Array, read: _TokenInputs) -> Array:
+        return mask_logits(x, ids, self.num_tokens, self.ends, read.eos_masked)
 
 
 @dataclass(frozen=True)
-class _OfSupport:
-    """Over the tokens that a truncated draw kept; a token without any has log-prob and entropy 0."""
+class _KeptTokens:
+    """Distribution over the kept tokens; a slot without any has log-prob and entropy 0."""
 
-    whole = True
+    needs_all_logits = True
 
-    def value(self, x: Array, y: Array | None, read: _Read) -> _Value:
-        x, y = (None if z is None else normalize(_at_support(z, read.kept_tokens), read.temperature) for z in (x, y))
-        drawn = jnp.sum(jnp.where(read.kept_tokens == read.tokens[..., None], x.logp, 0.0), axis=-1)
+    def value(self, x: Array, y: Array | None, read: _TokenInputs) -> _TokenValues:
+        x, y = (None if z is None else normalize(at_kept_tokens(z, read.kept_tokens), read.temperature) for z in (x, y))
+        sampled = jnp.sum(jnp.where(read.kept_tokens == read.tokens[..., None], x.logp, 0.0), axis=-1)
         any_kept = jnp.any(read.kept_tokens >= 0, axis=-1)
-        of = _values(x, y, drawn)
+        of = _values(x, y, sampled)
         return of._replace(
             entropy=jnp.where(any_kept, of.entropy, 0.0), kl=None if y is None else jnp.where(any_kept, of.kl, 0.0)
         )
 
     def pullback(
-        self, x: Array, y: Array | None, ids: Array, read: _Read, value: _Value, given: _Value
+        self, x: Array, y: Array | None, ids: Array, read: _TokenInputs, value: _TokenValues, given: _TokenValues
     ) -> Float[Array, "s n V"]:
-        logp = _again(_at_support(x, read.kept_tokens), read.temperature, value.by)
+        logp = _again(at_kept_tokens(x, read.kept_tokens), read.temperature, value.by)
         if given.kl is not None:
-            y = _again(_at_support(y, read.kept_tokens), read.temperature, value.reference_by)
-        at_support = _cotangent(logp, y, read.kept_tokens == read.tokens[..., None], read.temperature, value, given)
+            y = _again(at_kept_tokens(y, read.kept_tokens), read.temperature, value.reference_by)
+        at_kept = _cotangent(logp, y, read.kept_tokens == read.tokens[..., None], read.temperature, value, given)
         put = jax.vmap(jax.vmap(lambda row, kept_tokens, dx: row.at[kept_tokens].add(dx)))
-        return put(
-            jnp.zeros_like(x), jnp.maximum(read.kept_tokens, 0), jnp.where(read.kept_tokens >= 0, at_support, 0.0)
-        )
+        return put(jnp.zeros_like(x), jnp.maximum(read.kept_tokens, 0), jnp.where(read.kept_tokens >= 0, at_kept, 0.0))
 
 
-def _values(x: Normalized, y: Normalized | None, logprob: Array) -> _Value:
-    kl = None if y is None else _mean(x.logp, x.logp - y.logp)
-    return _Value(logprob, entropy(x.logp), kl, x[1:], None if y is None else y[1:])
+def _values(x: Normalized, y: Normalized | None, logprob: Array) -> _TokenValues:
+    kl = None if y is None else expectation(x.logp, x.logp - y.logp)
+    return _TokenValues(logprob, entropy(x.logp), kl, x[1:], None if y is None else y[1:])
 
 
 def _again(x: Float[Array, "s n W"], temperature: Array, by: tuple[Array, Array]) -> Float[Array, "s n W"]:
-    """Log-probs of a part of the logits that were normalized `by` these numbers."""
+    """Log-probs of a part of the logits, normalized by the given largest logit and log-sum."""
     largest, log_sum = by
     return tempered(x, largest[..., None], temperature) - log_sum[..., None]
 
@@ -214,21 +121,21 @@ def _again(x: Float[Array, "s n W"], temperature: Array, by: tuple[Array, Array]
 def _cotangent(
     logp: Float[Array, "s n W"],
     reference: Float[Array, "s n W"] | None,
-    drawn: Bool[Array, "s n W"],
+    sampled: Bool[Array, "s n W"],
     temperature: Float[Array, "s n"],
-    value: _Value,
-    given: _Value,
+    value: _TokenValues,
+    given: _TokenValues,
 ) -> Float[Array, "s n W"]:
-    """Of the logits, where log p and log q are of policy and reference, in units of 1 / temperature:
+    """Cotangent of the logits, with log p of the policy and log q of the reference, in units of 1 / temperature:
 
-    d log p(drawn) = [drawn] - p     dH = -p (log p + H)     dKL = p (log p - log q - KL)
+    d log p(sampled) = [sampled] - p     dH = -p (log p + H)     dKL = p (log p - log q - KL)
     """
     seen = logp > -jnp.inf
     finite = jnp.where(seen, logp, 0.0)
     dx = jnp.zeros_like(logp)
     of_p = jnp.zeros_like(logp)
     if given.logprob is not None:
-        dx = jnp.where(drawn, given.logprob[..., None], 0.0)
+        dx = jnp.where(sampled, given.logprob[..., None], 0.0)
         of_p = -given.logprob[..., None]
     if given.entropy is not None:
         of_p = of_p - given.entropy[..., None] * (finite + value.entropy[..., None])
@@ -241,47 +148,49 @@ def _cotangent(
 
 @dataclass(frozen=True)
 class Scoring:
-    """What is fixed when a program that scores tokens is compiled."""
+    """What is fixed when a scoring program is compiled."""
 
     model: ModelConfig
     layout: Layout
     num_tokens: int
-    """Of the tokenizer: entries of the vocabulary behind them are padding."""
+    """Tokens of the tokenizer; later entries of the vocabulary are padding."""
     ends: tuple[int, ...] = ()
-    """End tokens, which could not be drawn where `Batch.barred`."""
+    """End tokens, which have no mass where `Batch.eos_masked`."""
     forward: ForwardOptions = ForwardOptions()  # noqa: RUF009
 
 
 def score_tokens(params: PyTree, batch: Batch, scoring: Scoring, reference: PyTree | None = None) -> TokenScores:
-    """Score the tokens in the loss mask. The only place where logits and tokens shift.
+    """Score the tokens in the loss mask. The only place where logits and tokens are shifted by one.
 
-    Tokens outside the mask cost no logits, and have log-prob, entropy and KL 0.
+    Tokens outside the mask need no logits, and have log-prob, entropy and KL 0.
 
     Args:
-        params: layers stacked. A tree with a critic (`model/critic.py`) has `values`, of every token.
-        reference: parameters of the same model; `kl` is then from the policy to it, and its gradient flows into `params` alone.
+        params: layers stacked. With a critic (`model/critic.py`) in the tree there are `values`, of every token.
+        batch: with the tokens.
+        scoring: what was fixed at compile time.
+        reference: parameters of the same model, for `kl`, whose gradient flows into `params` alone.
 
     Raises:
-        ValueError: a batch has bars, and `scoring.ends` is empty.
+        ValueError: the batch has `eos_masked`, and `scoring.ends` is empty.
     """
     cfg, layout, ends, num_tokens = scoring.model, scoring.layout, scoring.ends, scoring.num_tokens
     if batch.eos_masked is not None and not ends:
-        raise ValueError("ends: got none, want the end tokens that `batch.barred` is about")
+        raise ValueError("ends: got none, want the end tokens that `batch.eos_masked` masks")
     order = _Order.of(batch, layout)
-    read = _Read(*map(order.take, (batch.tokens, batch.temperature, batch.kept_tokens, batch.eos_masked)))
+    read = _TokenInputs(*map(order.take, (batch.tokens, batch.temperature, batch.kept_tokens, batch.eos_masked)))
 
     def activations(params: PyTree) -> Array:
         return order.take_before(
             hidden(params, batch.tokens, batch.position, batch.until, cfg, layout, scoring.forward)
         )
 
-    def source(params: PyTree) -> Source:
-        return Source(params["embed" if cfg.tied_head else "head"], activations(params))
+    def source(params: PyTree) -> HeadInputs:
+        return HeadInputs(params["embed" if cfg.tied_head else "head"], activations(params))
 
     policy = source(params)
     other = None if reference is None else source(jax.lax.stop_gradient(reference))
     limit = num_tokens if num_tokens < cfg.vocab_size else None
-    rule = _OfVocabulary(limit, ends) if batch.kept_tokens is None else _OfSupport()
+    rule = _FullVocabulary(limit, ends) if batch.kept_tokens is None else _KeptTokens()
     of = over_logits(rule, Head.of(cfg, layout), policy, other, read, order.count)
     back = lambda x: None if x is None else order.put_back(x)  # noqa: E731
     critic = params.get("critic", params)
@@ -290,14 +199,14 @@ def score_tokens(params: PyTree, batch: Batch, scoring: Scoring, reference: PyTr
 
 
 class _Order(NamedTuple):
-    """The tokens of each shard of the rows in one line, those in the loss mask first."""
+    """Order of each shard's tokens in which those in the loss mask come first."""
 
     slots: Int[Array, "s N"]
-    """Slot of the shard's rows, end to end, that a token stands in."""
+    """Slot of each token, counted over the shard's rows end to end."""
     before: Int[Array, "s N"]
-    """Slot of the token before it."""
+    """Slot of the previous token."""
     rank: Int[Array, "s N"]
-    """Where a slot's token stands in the line."""
+    """Position of a slot's token in this order."""
     count: Int[Array, " s"]
     """Tokens in the loss mask."""
     layout: Layout

@@ -1,13 +1,13 @@
-"""Low-rank adapters (Hu et al. 2021, LoRA): a frozen matrix W that counts as W + scale A B, of which A and B alone are trained.
+"""Low-rank adapters (Hu et al. 2021, LoRA): a frozen matrix W is replaced by W + scale A B, and only A and B are trained.
 
-    scale = alpha / rank      A starts at random, B at 0: the first policy is the base
+    scale = alpha / rank      A is initialized at random, B to 0: the first policy is the base
 
-One pair a module of Hugging Face's, though q, k and v lie in one matrix here and gate and up in another: PEFT takes them as they
-are.
+There is one pair per Hugging Face module, although q, k and v share one matrix here, as do gate and up: PEFT reads the pairs
+unchanged.
 
-The product is with the sum W + scale A B in the compute dtype, as `publish` makes it for the sampler: so trainer and sampler
-multiply by the same numbers. (x W + scale (x A) B, as PEFT has it, rounds elsewhere in bfloat16.) The gradient never makes that of
-W, a third of a step's work: with R the ranks of a matrix's modules together, products with [.., R] arrays are all it adds.
+The product is with the sum W + scale A B in the compute dtype, as in `publish` for the sampler, so trainer and sampler multiply by
+the same numbers. (PEFT's x W + scale (x A) B rounds differently in bfloat16.) The gradient of W, a third of a step's work, is never
+computed: with R the sum of the ranks of a matrix's modules, only products with [.., R] arrays are added.
 """
 
 import math
@@ -28,32 +28,31 @@ from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import PyTree
 
 
-class Module(NamedTuple):
-    """Where a module of Hugging Face's lies in a matrix of ours."""
+class ModuleSlice(NamedTuple):
+    """The part of a parameter that is one Hugging Face module."""
 
     leaf: str
     at: slice | None
-    """Of the first dim of the outputs; None: it is the whole matrix."""
+    """Slice of the outputs' first dimension; None: the whole matrix."""
 
 
 MODULES = {
-    "q": Module("qkv", slice(0, -2)),
-    "k": Module("qkv", slice(-2, -1)),
-    "v": Module("qkv", slice(-1, None)),
-    "o": Module("out", None),
-    "gate": Module("gate_up", slice(0, 1)),
-    "up": Module("gate_up", slice(1, 2)),
-    "down": Module("down", None),
+    "q": ModuleSlice("qkv", slice(0, -2)),
+    "k": ModuleSlice("qkv", slice(-2, -1)),
+    "v": ModuleSlice("qkv", slice(-1, None)),
+    "o": ModuleSlice("out", None),
+    "gate": ModuleSlice("gate_up", slice(0, 1)),
+    "up": ModuleSlice("gate_up", slice(1, 2)),
+    "down": ModuleSlice("down", None),
 }
 
-
-# Frozen where there are adapters. What else a parameter tree has is a critic's.
+# Frozen if there are adapters. All other entries of a parameter tree are the critic's.
 POLICY = ("embed", "layers", "final_norm", "head")
 
 
-class Pair(flax.struct.PyTreeNode):
-    """The adapter of one module. I: the dims that a product sums over, O: those of its outputs, as in the matrix it stands beside;
-    in training a leading L before both."""
+class Adapter(flax.struct.PyTreeNode):
+    """The adapter of one module. I: the dimensions that a product sums over, O: those of its outputs, as in the base matrix; in
+    training with a leading L."""
 
     a: Array
     """[*I, rank]."""
@@ -62,26 +61,26 @@ class Pair(flax.struct.PyTreeNode):
 
 
 class Adapted(flax.struct.PyTreeNode):
-    """A matrix with adapters, in the place where the matrix stood."""
+    """A matrix with adapters; takes the matrix's place in the parameter tree."""
 
     base: Array
-    """Frozen. None where `split` has left it out."""
-    pairs: dict[str, Pair]
-    """By module, of those that have one."""
+    """Frozen. None in the trainable half of `split`."""
+    pairs: dict[str, Adapter]
+    """By module, for the modules with an adapter."""
     scale: float = flax.struct.field(pytree_node=False, default=1.0)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the matrix."""
+        """Shape of the matrix."""
         return self.base.shape
 
     def swapaxes(self, one: int, other: int) -> "Adapted":
-        """With two dims of the base swapped. The adapters stay: their outputs lie as in `[*I, *O]` always."""
+        """Swap two dimensions of the base. The adapters stay: their outputs are always in the order of `[*I, *O]`."""
         return self.replace(base=self.base.swapaxes(one, other))
 
 
 def problems(cfg: ModelConfig, lora: LoraConfig) -> list[str]:
-    """What stands against such adapters, in words."""
+    """Return error messages for adapters that the model cannot have."""
     if not lora.rank:
         return []
     found, targets = [], ", ".join(lora.targets)
@@ -97,9 +96,9 @@ def problems(cfg: ModelConfig, lora: LoraConfig) -> list[str]:
 
 
 def adapted_specs(tree: PyTree, cfg: ModelConfig, lora: LoraConfig) -> PyTree:
-    """`specs(cfg)` with adapters; what is frozen has the compute dtype. The tree itself where `lora.rank` is 0.
+    """Return `specs(cfg)` with adapters, frozen parameters in the compute dtype; the tree itself if `lora.rank` is 0.
 
-    A has the variance 1 / (3 I) that PEFT's A starts with, so its learning rates carry over.
+    A has PEFT's initial variance 1 / (3 I), so learning rates carry over.
     """
     if not lora.rank:
         return tree
@@ -113,8 +112,8 @@ def adapted_specs(tree: PyTree, cfg: ModelConfig, lora: LoraConfig) -> PyTree:
     return {**tree, "layers": layers}
 
 
-def _pair_specs(base: ParamSpec, name: str, rank: int) -> Pair:
-    """Of a stacked matrix."""
+def _pair_specs(base: ParamSpec, name: str, rank: int) -> Adapter:
+    """Return the specs of a module's adapter; `base` is the stacked matrix."""
     leaf, at = MODULES[name]
     inner = [1 + axis for axis in INNER[leaf]]
     outer = [axis for axis in range(1, len(base.shape)) if axis not in inner]
@@ -123,14 +122,21 @@ def _pair_specs(base: ParamSpec, name: str, rank: int) -> Pair:
     if at is not None:
         out[-2] = len(range(out[-2])[at])
     (layers, *_), (depth, *_) = base.shape, base.axes
-    return Pair(
+    return Adapter(
         ParamSpec((layers, *summed, rank), (depth, *take(base.axes, inner), None), (3 * math.prod(summed)) ** -0.5),
         ParamSpec((layers, rank, *out), (depth, None, *take(base.axes, outer)), 0.0),
     )
 
 
 def adapt(params: PyTree, tree: PyTree, key: jax.Array, layout: Layout) -> PyTree:
-    """`params` with fresh adapters, as `tree`, which is `adapted_specs`, describes them."""
+    """Return `params` with newly initialized adapters.
+
+    Args:
+        params: stacked parameters without adapters.
+        tree: `adapted_specs`.
+        key: seed of the initialization.
+        layout: the training layout.
+    """
     trained, frozen = split(tree)
     if trained is tree:
         return params
@@ -140,35 +146,35 @@ def adapt(params: PyTree, tree: PyTree, key: jax.Array, layout: Layout) -> PyTre
 
 
 def split(tree: PyTree) -> tuple[PyTree, PyTree]:
-    """What is trained and what is frozen, each with None in the place of the other; `join` undoes it. For arrays and specs alike.
+    """Split into (trainable, frozen): two trees of one structure with None where a leaf is in the other. `join` is the inverse.
 
-    Where there are adapters they are trained, and what stands beside the policy, a critic; else everything is.
+    Takes arrays or specs. With adapters, the adapters and the critic are trainable; without, everything is.
     """
-    if not any(is_adapted(x) for x in jax.tree.leaves(tree, is_leaf=_stops)):
-        return tree, _nothing(tree)
-    return _side(tree, trained=True), _side(tree, trained=False)
+    if not any(is_adapted(x) for x in jax.tree.leaves(tree, is_leaf=_is_leaf)):
+        return tree, _all_none(tree)
+    return _half(tree, trained=True), _half(tree, trained=False)
 
 
-def _side(tree: PyTree, trained: bool) -> PyTree:
+def _half(tree: PyTree, trained: bool) -> PyTree:
     def of(x: Array | ParamSpec | Adapted) -> object:
         if not is_adapted(x):
             return None if trained else x
-        return x.replace(base=None) if trained else x.replace(pairs=_nothing(x.pairs))
+        return x.replace(base=None) if trained else x.replace(pairs=_all_none(x.pairs))
 
     def part(name: str, x: PyTree) -> PyTree:
         if name in POLICY:
-            return jax.tree.map(of, x, is_leaf=_stops)
-        return x if trained else _nothing(x)
+            return jax.tree.map(of, x, is_leaf=_is_leaf)
+        return x if trained else _all_none(x)
 
     return {name: part(name, x) for name, x in tree.items()}
 
 
-def _nothing(tree: PyTree) -> PyTree:
+def _all_none(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda _: None, tree, is_leaf=is_spec)
 
 
 def join(trained: PyTree, frozen: PyTree) -> PyTree:
-    """The whole tree, of the names in `trained`. A `trained` without gaps is whole already: all of it, whatever is frozen."""
+    """Return the complete tree, with the top-level names of `trained`; `trained` itself if it has no None."""
     stops = lambda x: x is None or is_spec(x)  # noqa: E731
     if not any(x is None for x in jax.tree.leaves(trained, is_leaf=stops)):
         return trained
@@ -177,51 +183,51 @@ def join(trained: PyTree, frozen: PyTree) -> PyTree:
 
 
 def without_adapters(params: PyTree) -> PyTree:
-    """The base, not copied: the policy of the start of RL."""
-    return jax.tree.map(lambda x: x.base if is_adapted(x) else x, params, is_leaf=_stops)
+    """Return the base parameters, not copied: the policy at the start of RL."""
+    return jax.tree.map(lambda x: x.base if is_adapted(x) else x, params, is_leaf=_is_leaf)
 
 
 def merge(params: PyTree, dtype: jnp.dtype) -> PyTree:
-    """Stacked parameters with W + scale A B, summed in f32 and cast, for each matrix with adapters; the rest as it is."""
+    """Return stacked parameters with each adapted matrix as W + scale A B, summed in f32 and cast; the rest unchanged."""
     return jax.tree.map(
         lambda x: by_layer(lambda w: w.astype(dtype), x) if is_adapted(x) else x, params, is_leaf=is_adapted
     )
 
 
 def by_layer(view: Callable[[Array], PyTree], x: Array | Adapted) -> PyTree:
-    """`view` of a stacked matrix; of one with adapters that of W + scale A B, f32.
+    """Return `view(x)` of a stacked matrix; of one with adapters, `view` of W + scale A B in f32.
 
-    There a loop makes it for a layer at a time, [1, ...]: in f32 all layers at once would be more than the policy itself.
+    The latter is computed in a loop, one layer [1, ...] at a time: in f32 all layers at once would be larger than the policy.
     """
     if not is_adapted(x):
         return view(x)
-    turned = MODULES[next(iter(x.pairs))].leaf == "gate_up"
+    swapped = MODULES[next(iter(x.pairs))].leaf == "gate_up"
 
-    def one(w: Adapted) -> PyTree:
-        w = w.swapaxes(0, 1) if turned else w
-        whole = _matrix(w.base, *_packed(w), w.scale, jnp.float32)
-        return jax.tree.map(lambda x: x[0], view((whole.swapaxes(0, 1) if turned else whole)[None]))
+    def layer(w: Adapted) -> PyTree:
+        w = w.swapaxes(0, 1) if swapped else w
+        merged = _matrix(w.base, *_packed(w), w.scale, jnp.float32)
+        return jax.tree.map(lambda x: x[0], view((merged.swapaxes(0, 1) if swapped else merged)[None]))
 
-    return jax.lax.map(one, x)
+    return jax.lax.map(layer, x)
 
 
 def product(x: Array, w: Adapted, inner: int) -> Array:
-    """As `linear.contract`: sum over the last `inner` dims of `x` and the first `inner` of W + scale A B, f32."""
+    """Sum over the last `inner` dimensions of `x` and the first `inner` of W + scale A B, in f32, as `linear.contract` does."""
     return _product(x, w.base, *_packed(w), w.scale, inner)
 
 
 def _packed(w: Adapted) -> tuple[Array, Array]:
-    """All modules' A beside each other, [*I, R], and their B below each other, each 0 in the outputs of the others, [R, *O]."""
-    wide = []
+    """Return all modules' A concatenated, [*I, R], and their B, [R, *O], each zero in the outputs of the other modules."""
+    padded = []
     for name, pair in w.pairs.items():
         at = MODULES[name].at
         if at is None:
-            wide.append(pair.b)
+            padded.append(pair.b)
             continue
         total = w.base.shape[-2]
         start, stop, _ = at.indices(total)
-        wide.append(jnp.pad(pair.b, [(0, 0)] * (pair.b.ndim - 2) + [(start, total - stop), (0, 0)]))
-    return jnp.concatenate([pair.a for pair in w.pairs.values()], axis=-1), jnp.concatenate(wide, axis=0)
+        padded.append(jnp.pad(pair.b, [(0, 0)] * (pair.b.ndim - 2) + [(start, total - stop), (0, 0)]))
+    return jnp.concatenate([pair.a for pair in w.pairs.values()], axis=-1), jnp.concatenate(padded, axis=0)
 
 
 def _matrix(base: Array, a: Array, b: Array, scale: float, dtype: jnp.dtype) -> Array:
@@ -238,9 +244,9 @@ def _forward(x: Array, base: Array, a: Array, b: Array, scale: float, inner: int
 
 
 def _backward(scale: float, inner: int, saved: tuple[Array, ...], g: Array) -> tuple[Array, None, Array, Array]:
-    """Of y = x W + scale (x A) B: dx = g (W + scale A B)', dA = scale x' (g B'), dB = scale (x A)' g; none of W.
+    """Gradients of y = x W + scale (x A) B: dx = g (W + scale A B)', dA = scale x' (g B'), dB = scale (x A)' g; none for W.
 
-    Products in the dtype of `x`, sums f32, as in `linear.contract`.
+    Products in the dtype of `x`, sums in f32, as in `linear.contract`.
     """
     x, base, a, b = saved
     g, a, b = g.astype(x.dtype), a.astype(x.dtype), b.astype(x.dtype)
@@ -263,5 +269,5 @@ def is_adapted(x: object) -> bool:
     return isinstance(x, Adapted)
 
 
-def _stops(x: object) -> bool:
+def _is_leaf(x: object) -> bool:
     return is_adapted(x) or is_spec(x)

@@ -1,4 +1,4 @@
-"""The shape of the mesh, as a person writes it."""
+"""Config of the mesh: devices per axis."""
 
 from dataclasses import dataclass
 from math import isqrt, prod
@@ -21,25 +21,26 @@ AxisSize = Annotated[int, AfterValidator(check_axis_size)]
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; -1 (once at most) takes what is left."""
+    """Number of devices along each axis; -1, at most once, takes the remaining ones."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     data: AxisSize = 1
-    """Copies of the training state. Rows of a batch are split over `data`, `fsdp` and `expert`."""
+    """Replicas of the training state. Batch rows are sharded over `data`, `fsdp` and `expert`."""
     fsdp: AxisSize = -1
-    """Shards of parameters and optimizer state in training; further copies of the policy in decoding."""
+    """Shards of parameters and optimizer state in training; further replicas of the policy in decoding."""
     tensor: AxisSize = 1
-    """Shards of heads, mlp and vocabulary in both."""
+    """Shards of heads, MLP and vocabulary, in training and decoding."""
     expert: AxisSize = 1
-    """Shards of the experts in both; elsewhere further copies, each with rows of its own."""
+    """Shards of the experts, in training and decoding; for all other parameters further replicas with different rows."""
 
     def sizes(self) -> tuple[int, ...]:
+        """Sizes in the order of AXES."""
         return (self.data, self.fsdp, self.tensor, self.expert)
 
 
 def resolve(mesh: MeshConfig, num_devices: int) -> tuple[tuple[int, ...] | None, list[str]]:
-    """Sizes with the -1 filled in, or None, and what is wrong in words: asked, found, what would work."""
+    """Return the sizes with -1 replaced, or None, and error messages: requested, found, sizes that work."""
     sizes = mesh.sizes()
     if sizes.count(-1) > 1:
         return None, [f"mesh: got {dict(zip(AXES, sizes, strict=True))}, want -1 on one axis at most"]
@@ -54,14 +55,15 @@ def resolve(mesh: MeshConfig, num_devices: int) -> tuple[tuple[int, ...] | None,
 
 
 def _does_not_fit(sizes: tuple[int, ...], fixed: int, num_devices: int) -> str:
-    asked = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+    requested = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
     works = ", ".join(str(n) for n in divisors(num_devices))
     return (
-        f"mesh: asked for {asked} (a product of {fixed}), found {num_devices} devices; "
+        f"mesh: asked for {requested} (a product of {fixed}), found {num_devices} devices; "
         f"the product must {'divide' if -1 in sizes else 'be'} {num_devices}, sizes that work on an axis: {works}"
     )
 
 
 def divisors(n: int) -> list[int]:
+    """Divisors of n, ascending."""
     small = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
     return small + [n // d for d in reversed(small) if d * d < n]

@@ -1,6 +1,6 @@
-"""Processes of one job: how they start, and how values get from every host to all and from the host to the mesh.
+"""Starting the processes of a job, and moving values between hosts and onto the mesh.
 
-The host's part of a step (prompts, rewards, filter, replay) runs on every process over equal values, so no process leads.
+The host part of a step (prompts, rewards, filter, replay) runs on every process with equal values; there is no leader.
 """
 
 import os
@@ -13,35 +13,35 @@ from jax.sharding import Sharding
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.types import PyTree
 
-# Set by launch/local.py, and by anyone whose cluster jax.distributed does not know by itself.
-DESCRIBED = ("JAX_COORDINATOR_ADDRESS", "JAXRL_NUM_PROCESSES", "JAXRL_PROCESS_ID")
-# Set to 1 on Slurm, Cloud TPU and GKE, where jax.distributed finds the other processes by itself.
-DETECTED = "JAXRL_DISTRIBUTED"
+# Set by launch/local.py, and on clusters that jax.distributed does not detect.
+JOB_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAXRL_NUM_PROCESSES", "JAXRL_PROCESS_ID")
+# Set to 1 on Slurm, Cloud TPU and GKE, where jax.distributed detects the other processes.
+AUTODETECT = "JAXRL_DISTRIBUTED"
 
 
 def start_distributed() -> None:
-    """Join the job that the environment describes, before anything touches a device; alone if it describes none."""
-    given = [name for name in DESCRIBED if os.environ.get(name)]
-    if len(given) == len(DESCRIBED):
+    """Join the job described by environment variables, if any. Call before anything touches a device."""
+    given = [name for name in JOB_VARIABLES if os.environ.get(name)]
+    if len(given) == len(JOB_VARIABLES):
         address = os.environ["JAX_COORDINATOR_ADDRESS"]
         jax.distributed.initialize(
             coordinator_address=address,
             num_processes=int(os.environ["JAXRL_NUM_PROCESSES"]),
             process_id=int(os.environ["JAXRL_PROCESS_ID"]),
-            # Inside Slurm, detection would still give each process one device only.
+            # Inside Slurm, detection would give each process one device only.
             cluster_detection_method="deactivate",
-            # JAX's default listens on every interface.
+            # JAX listens on every interface by default.
             coordinator_bind_address=address if address.startswith("127.0.0.1:") else None,
         )
-    elif os.environ.get(DETECTED) == "1":
+    elif os.environ.get(AUTODETECT) == "1":
         jax.distributed.initialize()
     elif given:
-        missing = ", ".join(name for name in DESCRIBED if name not in given)
-        raise UserError(f"distributed start: got {', '.join(given)}, want also {missing}")
+        missing = ", ".join(name for name in JOB_VARIABLES if name not in given)
+        raise UserError(f"distributed start: got {', '.join(given)}, want {missing} as well")
 
 
 def put(tree: PyTree, sharding: Sharding | PyTree) -> PyTree:
-    """NumPy arrays, equal on every host, to global arrays; each host copies the bytes of its own devices only."""
+    """Put NumPy arrays, equal on every host, onto the mesh; each host copies only the bytes of its devices."""
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
 
@@ -55,14 +55,14 @@ def put(tree: PyTree, sharding: Sharding | PyTree) -> PyTree:
 
 
 def gather(tree: PyTree) -> PyTree:
-    """Global arrays to whole NumPy arrays, equal on every host."""
+    """Return global arrays as complete NumPy arrays, equal on every host."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def each_from(tree: PyTree, owner: np.ndarray) -> PyTree:
-    """Arrays whose entry i along the first axis is that of the host owner[i], equal on every host."""
+    """Combine arrays of all hosts: entry i along the first axis is that of host `owner[i]`. The result is equal on every host."""
     if jax.process_count() == 1:
         return tree
     every = multihost_utils.process_allgather(tree)
@@ -70,7 +70,7 @@ def each_from(tree: PyTree, owner: np.ndarray) -> PyTree:
 
 
 def all_agree(value: bool) -> bool:
-    """True where it is true on every host."""
+    """Return True on every host if `value` is True on every host."""
     if jax.process_count() == 1:
         return value
     return bool(np.all(multihost_utils.process_allgather(np.asarray(value))))

@@ -1,4 +1,4 @@
-"""Layouts: which mesh axis splits which logical axis. Moving parameters between layouts is one jit with other shardings."""
+"""Layouts: the mesh axes over which each logical axis is sharded. A jit with other shardings moves parameters between them."""
 
 import dataclasses
 import math
@@ -14,11 +14,11 @@ from jaxrl_llm.parallel.config import AXES, MeshConfig, resolve
 Axes = tuple[str | None, ...]
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
-# `tensor` splits the same dimensions in both, so a switch is one all-gather over `fsdp` per parameter and nothing else.
+# `tensor` shards the same dimensions in TRAIN and DECODE, so switching takes one all-gather over `fsdp` per parameter.
 TRAIN: Rules = MappingProxyType(
     {
         "rows": ("data", "fsdp", "expert"),
-        # Of an array whose width is split over `embed` as well.
+        # Rows of an array whose width is sharded as `embed`.
         "rows_beside_embed": ("data", "expert"),
         "embed": "fsdp",
         "heads": "tensor",
@@ -29,7 +29,8 @@ TRAIN: Rules = MappingProxyType(
     }
 )
 DECODE: Rules = MappingProxyType({**TRAIN, "embed": None, "rows_beside_embed": TRAIN["rows"]})
-# `fsdp` splits what `tensor` splits, behind it: in this order a switch from TRAIN is one all-to-all per parameter.
+# `fsdp` shards the dimensions of `tensor`, as the minor axis: in this order switching from TRAIN takes one all-to-all per
+# parameter.
 WIDE: Rules = MappingProxyType(
     {
         **DECODE,
@@ -41,30 +42,30 @@ WIDE: Rules = MappingProxyType(
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh and the rules by which logical axes lie on it. Hashable by identity of its rules, so it may be static in jit."""
+    """A mesh and the rules for sharding logical axes on it. Hashable, so it can be a static argument of jit."""
 
     mesh: Mesh
     rules: Rules = dataclasses.field(hash=False)
 
     def sharding(self, axes: Axes) -> NamedSharding:
-        """Where an array with these logical axes lies; None and unnamed axes are not split."""
+        """Sharding of an array with these logical axes; None and trailing axes are not sharded."""
         return NamedSharding(self.mesh, PartitionSpec(*(None if a is None else self.rules[a] for a in axes)))
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
-        """Hold `x` to this layout inside a jit."""
+        """Constrain `x` to this layout inside a jit."""
         return jax.lax.with_sharding_constraint(x, self.sharding(axes))
 
     def size(self, axis: str) -> int:
-        """Number of shards that the logical axis is split into."""
+        """Number of shards of a logical axis."""
         names = self.rules[axis] or ()
         return math.prod(self.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
 
     def for_decode(self, choice: str | MeshConfig) -> "Layout":
-        """Where the policy lies over the same devices: `replicated` over fsdp, `wide`, or on axes of its own."""
+        """Layout of the policy on the same devices: `replicated` over fsdp, `wide`, or a separate mesh config."""
         if isinstance(choice, str):
             return Layout(self.mesh, {"replicated": DECODE, "wide": WIDE}[choice])
         sizes, _ = resolve(choice, self.mesh.size)
-        # Devices in the same order: a jit may then read arrays of one mesh and leave them on the other.
+        # Devices in the same order, so that one jit can read arrays of one mesh and return them on the other.
         devices = self.mesh.devices.reshape(sizes)
         return Layout(Mesh(devices, AXES, axis_types=self.mesh.axis_types), DECODE)
 

@@ -1,4 +1,4 @@
-"""The one mesh that hosts generation and training."""
+"""The device mesh that generation and training share."""
 
 import math
 
@@ -10,11 +10,10 @@ from jaxrl_llm.parallel.config import AXES
 
 
 def make_mesh(sizes: tuple[int, ...], devices: list | None = None) -> Mesh:
-    """A (data, fsdp, tensor, expert) mesh over `devices` (all of the job's by default); sizes left out are 1.
+    """Return a (data, fsdp, tensor, expert) mesh over `devices` (by default all of the job); missing sizes are 1.
 
-    The axes are Auto: one model function then serves both layouts, and the compiler inserts the collectives,
-    which `tests/tpu_aot` counts.
-    An axis may be a part of one of a TPU slice's own, as 2 of 4: `jax.make_mesh` refuses that on all but v5e.
+    The axes are Auto: one model function serves both layouts, and the compiler inserts the collectives, which `tests/tpu_aot`
+    counts. An axis may be part of a physical axis of a TPU slice, e.g. 2 of 4; `jax.make_mesh` refuses that except on v5e.
     """
     sizes = (*sizes, *(1,) * (len(AXES) - len(sizes)))
     devices = (jax.devices() if devices is None else devices)[: math.prod(sizes)]

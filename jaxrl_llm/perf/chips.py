@@ -1,4 +1,4 @@
-"""Kinds of chips: memory and published peaks, in one table. Imports no jax.
+"""Chips: memory and published peak rates, in one table. Imports no jax.
 
 Sources: Google Cloud's TPU system pages and "How to Scale Your Model" (Austin et al. 2025, the table of TPU specs); NVIDIA's data
 sheets of A100, H100, H100 NVL, H200 and H200 NVL, dense rates.
@@ -13,19 +13,19 @@ from jaxrl_llm.errors import UserError
 
 
 class Chip(NamedTuple):
-    """One accelerator. A rate of 0 is not published."""
+    """One accelerator. A rate of 0: not published."""
 
     name: str
     memory: float
     """Bytes."""
     flops: float = 0.0
-    """Of bfloat16 products, a second, without sparsity."""
+    """bfloat16 FLOPs per second, without sparsity."""
     hbm: float = 0.0
-    """Bytes a second of its main memory."""
+    """Bytes per second of its main memory."""
     wire: float = 0.0
-    """Bytes a second that it receives through one axis of the slice, both directions; for a GPU through all its links."""
+    """Bytes per second received through one axis of the slice, both directions; for a GPU through all its links."""
     clock: float = 0.0
-    """Cycles a second of the matrix units: what the compiler's estimated cycles are divided by."""
+    """Cycles per second of the matrix units, which the compiler's estimated cycles are divided by."""
 
 
 V4 = Chip("v4", 32e9, 2.75e14, 1.2e12, 9e10, 1.05e9)
@@ -35,7 +35,7 @@ V6E = Chip("v6e", 32e9, 9.18e14, 1.64e12, 1.8e11, 1.75e9)
 TPUS = {chip.name: chip for chip in (V4, V5E, V5P, V6E)}
 A100_40 = Chip("A100 40GB", 40e9, 3.12e14, 1.555e12, 3e11)
 H200 = Chip("H200", 141e9, 9.89e14, 4.8e12, 4.5e11)
-# By what JAX calls them; a GPU's name may go on behind it.
+# By `jax.Device.device_kind`; a GPU's may continue after the name.
 KINDS = {
     "TPU v4": V4,
     "TPU v5 lite": V5E,
@@ -57,14 +57,14 @@ KINDS = {
 
 
 def host_memory(root: Path = Path("/")) -> float:
-    """Bytes that this process may use: the host's, swap included, or the limit of a control group that it is in."""
+    """Return the bytes that this process may use: the host's, swap included, or the limit of its control group."""
     total = sum(
         int(size) * 1024 for size in re.findall(r"^(?:Mem|Swap)Total: *(\d+)", _text(root / "proc/meminfo"), re.M)
     )
     limits = [total or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     groups = root / "sys/fs/cgroup"
     for kinds, own in re.findall(r"^\d+:(.*?):/(.*)$", _text(root / "proc/self/cgroup"), re.M):
-        # Version 2 names no kind. Inside a container the path may be the host's, and the limit stand at the top.
+        # Version 2 names no kind. Inside a container the path may be the host's, with the limit at the top.
         if kinds and "memory" not in kinds.split(","):
             continue
         top, name = (groups / "memory", "memory.limit_in_bytes") if kinds else (groups, "memory.max")
@@ -74,22 +74,22 @@ def host_memory(root: Path = Path("/")) -> float:
 
 
 def _text(path: Path) -> str:
-    """ "" where there is none."""
+    """Return the file's text, "" if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError:
         return ""
 
 
-def known(kind: str) -> Chip | None:
-    """Of `jax.Device.device_kind`, the longest name that fits. None where nothing is known of it."""
+def lookup(kind: str) -> Chip | None:
+    """Return the chip of a `jax.Device.device_kind`, by the longest name that matches; None if it is not in the table."""
     gpu = kind.startswith("NVIDIA")
     fitting = [name for name in KINDS if kind == name or (gpu and f"{kind} ".startswith(f"{name} "))]
     return KINDS[max(fitting, key=len)] if fitting else None
 
 
 def of_topology(name: str) -> Chip:
-    """The chip of `v5e:4x4`. Raises UserError for a name of another form."""
+    """Return the chip of a topology such as `v5e:4x4`. Raises UserError for any other form."""
     kind, colon, sizes = name.partition(":")
     if kind not in TPUS or not colon or not all(n.isdigit() for n in sizes.split("x")):
         raise UserError(f"--topology: got {name}, want a kind ({', '.join(TPUS)}) and sizes, as v5e:4x4 or v5p:4x4x4")
@@ -97,14 +97,16 @@ def of_topology(name: str) -> Chip:
 
 
 def of_device(platform: str, kind: str, count: int) -> Chip:
-    """The chip of a local device, one of `count`. Those of a CPU share the host's memory.
+    """Return the chip of a local device, one of `count`. CPU devices share the host's memory.
 
-    Raises UserError for an accelerator whose memory is not known here.
+    Raises UserError for an accelerator that is not in the table.
     """
     if platform == "cpu":
         return Chip("cpu", host_memory() / count)
-    found = known(kind)
+    found = lookup(kind)
     if found is None:
         names = dict.fromkeys(chip.name for chip in KINDS.values())
-        raise UserError(f"{kind}: got a chip that plan knows nothing of, want one of {', '.join(names)}, or --topology")
+        raise UserError(
+            f"{kind}: got a chip that is not in the table of chips, want one of {', '.join(names)}, or --topology"
+        )
     return found

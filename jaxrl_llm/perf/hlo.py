@@ -1,6 +1,6 @@
-"""Reading an optimized HLO module: computations, what they call, the arrays their instructions make, and collectives.
+"""Parser of an optimized HLO module: computations, their calls, the arrays their instructions produce, and collectives.
 
-The text is that of `compiled.as_text()`: one instruction a line, `name = shape opcode(operands), attributes`.
+The text is that of `compiled.as_text()`: one instruction per line, `name = shape opcode(operands), attributes`.
 """
 
 import math
@@ -21,7 +21,7 @@ _CALLED = re.compile(
 
 @dataclass(frozen=True)
 class ArrayShape:
-    """On one device."""
+    """An array on one device."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -44,21 +44,23 @@ class Instruction:
     name: str
     opcode: str
     arrays: tuple[ArrayShape, ...]
-    """Of the result: one, or those of a tuple."""
+    """The result's: one, or those of a tuple."""
     calls: tuple[str, ...]
     root: bool
     line: str
 
     @property
     def kind(self) -> str:
-        """`opcode`, with the start of an asynchronous collective under the collective's own name."""
+        """`opcode`; for the start of an asynchronous collective the collective's name."""
         return self.opcode.removesuffix("-start") if self.opcode.removesuffix("-start") in COLLECTIVES else self.opcode
 
     def __str__(self) -> str:
         return f"{self.opcode} {' '.join(map(str, self.arrays))} in {self.computation}"
 
 
-class Module:
+class HloModule:
+    """The computations of a module by name, `entry` among them."""
+
     def __init__(self, text: str) -> None:
         self.computations: dict[str, list[Instruction]] = {}
         self.entry = ""
@@ -77,7 +79,7 @@ class Module:
 
     @cached_property
     def loops(self) -> dict[str, int]:
-        """Of each computation that runs: how many loops it is inside of."""
+        """Number of loops around each computation that runs."""
         depth: dict[str, int] = {}
         todo = [(self.entry, 0)]
         while todo:
@@ -91,14 +93,14 @@ class Module:
 
     @cached_property
     def fused(self) -> set[str]:
-        """Computations inside a fusion: what their instructions make is never in memory, but for the root."""
+        """Computations inside a fusion: of their results only the root's is in memory."""
         return {name for i in self.all if i.opcode == "fusion" for name in i.calls}
 
     def root(self, computation: str) -> Instruction:
         return next(i for i in self.computations[computation] if i.root)
 
     def inside(self, *computations: str) -> list[Instruction]:
-        """Instructions of the computations and of all that they call."""
+        """Return the instructions of these computations and of all that they call."""
         seen: list[str] = []
         todo = list(computations)
         while todo:
@@ -110,6 +112,7 @@ class Module:
 
 
 def collectives(instructions: list[Instruction]) -> list[Instruction]:
+    """Return those of `instructions` that are collectives."""
     return [i for i in instructions if i.kind in COLLECTIVES]
 
 

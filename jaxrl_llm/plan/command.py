@@ -1,6 +1,6 @@
-"""`jaxrl plan`: from a config and a topology to a report, as one JSON object. `show` prints it.
+"""`jaxrl plan`: a report on a config and a topology, as one JSON object; `show` prints it.
 
-Importing this loads no jax: what the compiler reads from the environment must stand there first.
+Importing this does not import jax: the compiler's environment variables must be set before.
 """
 
 import importlib.util
@@ -17,12 +17,13 @@ from jaxrl_llm.tasks.config import ArithmeticTask, CharacterTokenizer
 if TYPE_CHECKING:
     import jax
 
-    from jaxrl_llm.plan.memory import Phase
     from jaxrl_llm.plan.predict import Prediction
-    from jaxrl_llm.plan.programs import Job, Program
+    from jaxrl_llm.plan.programs import CompiledProgram
+    from jaxrl_llm.roles.abstract_run import AbstractRun
+    from jaxrl_llm.roles.memory import Phase
 
 Report = dict[str, Any]
-# No question to a metadata server, no lock against other compilations, no search for workers, and no cache.
+# No query to a metadata server, no lock against other compilations, no search for workers, no cache.
 COMPILER = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -32,25 +33,25 @@ COMPILER = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "3",
-    # What is compiled for a topology can be written to jax's cache and not read from it.
+    # JAX can write programs for a topology to its cache, but not read them back.
     "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is planned for."""
+    """The devices and the longest prompt to plan for."""
 
     topology: str | None = None
-    """Of a TPU slice, as v5e:4x4; None: the devices of this machine."""
+    """Topology of a TPU slice, e.g. v5e:4x4; None: the devices of this machine."""
     chips: int | None = None
-    """How many of them; None: all."""
+    """Number of chips to use; None: all."""
     prompt_tokens: int = 0
-    """The longest prompt; 0: `task.max_prompt_tokens`."""
+    """Tokens of the longest prompt; 0: `task.max_prompt_tokens`."""
 
 
 def prepare(target: Target) -> None:
-    """Set the environment, before jax is imported: for a topology no accelerator of this machine is touched."""
+    """Set environment variables, before jax is imported. With a topology no local accelerator is used."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if target.topology is None:
         return
@@ -63,7 +64,7 @@ def prepare(target: Target) -> None:
 
 
 def prompt_slots(cfg: RunConfig, target: Target) -> int:
-    """Slots of the longest prompt. Raises UserError where nobody says how long prompts get."""
+    """Tokens of the longest prompt. Raises UserError if no setting gives it."""
     if target.prompt_tokens:
         return target.prompt_tokens
     if isinstance(cfg.task, ArithmeticTask):
@@ -80,7 +81,7 @@ def prompt_slots(cfg: RunConfig, target: Target) -> int:
 
 
 def devices_of(target: Target) -> tuple[list["jax.Device"], Chip]:
-    """Raises UserError for a topology that there is not, or with fewer chips than asked for."""
+    """Return the devices to plan for. Raises UserError for an unknown topology, or one with too few chips."""
     import jax
     from jax.experimental import topologies
 
@@ -103,22 +104,23 @@ def devices_of(target: Target) -> tuple[list["jax.Device"], Chip]:
 
 
 def plan(cfg: RunConfig, target: Target) -> Report:
-    """Compile the programs of a step, unless what lives on beside them is too much already."""
+    """Compile the programs of a step, unless the arrays without temporaries are too large already."""
     prepare(target)
     slots = prompt_slots(cfg, target)
     devices, chip = devices_of(target)
     from jaxrl_llm.plan import memory, predict, programs
+    from jaxrl_llm.roles.memory import resident_bytes
 
-    job = programs.make_job(cfg, read_model(cfg), slots, devices)
-    least = max(sum(r.inside.values()) + sum(r.beside.values()) for r in memory.residents(job).values())
-    compiled = programs.compile_all(job) if least <= chip.memory else {}
-    phases = memory.phases(job, compiled) if compiled else memory.estimated(job)
-    predicted = None if any(p.refused for p in compiled.values()) else predict.predict(job, chip, compiled or None)
-    return report(job, target, chip, compiled, phases, predicted)
+    run = programs.make_checked_run(cfg, read_model(cfg), slots, devices)
+    least = max(sum(r.program.values()) + sum(r.other.values()) for r in resident_bytes(run).values())
+    compiled = programs.compile_all(run) if least <= chip.memory else {}
+    phases = memory.phases(run, compiled) if compiled else memory.estimated(run)
+    predicted = None if any(p.refused for p in compiled.values()) else predict.predict(run, chip, compiled or None)
+    return report(run, target, chip, compiled, phases, predicted)
 
 
 def read_model(cfg: RunConfig):
-    """The model's numbers; of a pretrained one from its config.json alone, no weights are read."""
+    """Return the model's config; that of a pretrained model is read from config.json, without weights."""
     from jaxrl_llm.model.config import ModelConfig
     from jaxrl_llm.model.hf.config import read_config
     from jaxrl_llm.model.hf.source import resolve
@@ -129,9 +131,19 @@ def read_model(cfg: RunConfig):
 
 
 def report(
-    job: "Job", target: Target, chip: Chip, compiled: "dict[str, Program]", phases: "list[Phase]",
+    run: "AbstractRun", target: Target, chip: Chip, compiled: "dict[str, CompiledProgram]", phases: "list[Phase]",
     predicted: "Prediction | None",
 ) -> Report:  # fmt: skip
+    """Return the report as JSON-serializable values.
+
+    Args:
+        run: The run.
+        target: What it was planned for.
+        chip: Its chips.
+        compiled: The compiled programs; empty if the arrays alone do not fit.
+        phases: Memory by phase.
+        predicted: Predicted times; None without published peaks or where a program was refused.
+    """
     import jax
 
     from jaxrl_llm.model import params as model_params
@@ -141,39 +153,39 @@ def report(
 
     peak = memory.peak(phases)
     fits = bool(compiled) and peak.total <= chip.memory and not any(p.refused for p in compiled.values())
-    advice = [] if fits else advise(job, phases, chip.memory)
+    advice = [] if fits else advise(run, phases, chip.memory)
     return {
         "topology": target.topology or "this machine",
-        "chips": job.train.mesh.size,
+        "chips": run.train.mesh.size,
         "chip": chip._asdict(),
         "jax": jax.__version__,
-        "mesh": dict(job.train.mesh.shape),
-        "minibatches": job.cfg.update.minibatches,
-        "micro_batches": job.cfg.update.micro_batches,
-        "rows": job.cfg.rollout.prompts * job.cfg.rollout.samples,
-        "slots": [job.prompt_slots, job.cfg.rollout.max_new_tokens],
-        "parameters": model_params.count(model_params.specs(job.model)),
+        "mesh": dict(run.train.mesh.shape),
+        "minibatches": run.cfg.update.minibatches,
+        "micro_batches": run.cfg.update.micro_batches,
+        "rows": run.cfg.rollout.prompts * run.cfg.rollout.samples,
+        "slots": [run.prompt_slots, run.cfg.rollout.max_new_tokens],
+        "parameters": model_params.count(model_params.specs(run.model)),
         "phases": [{"name": p.name, "total": p.total, "parts": p.parts} for p in phases],
         "peak": {"phase": peak.name, "bytes": peak.total},
         "compiled": bool(compiled),
         "fits": fits,
         "advice": [{"flags": a.flags, "bytes": a.bytes} for a in advice],
-        "update_flops": sum(update_flops(job)),
+        "update_flops": sum(update_flops(run)),
         "programs": {name: _program(program, chip) for name, program in compiled.items()},
         "predicted": None if predicted is None else _predicted(predicted),
     }
 
 
-def _program(program: "Program", chip: Chip) -> Report:
-    reading = program.reading
+def _program(program: "CompiledProgram", chip: Chip) -> Report:
+    cost = program.cost
     return {
         "compile_seconds": program.compile_seconds,
         "refused": program.refused,
         "temporaries": program.temporaries,
-        "received": reading.received,
-        "compiler_seconds": reading.cycles / chip.clock if chip.clock else None,
-        "unknown_loops": reading.unknown,
-        "traffic": [t._asdict() | {"times": t.times} for t in reading.traffic],
+        "received": cost.received,
+        "compiler_seconds": cost.cycles / chip.clock if chip.clock else None,
+        "unknown_loops": cost.unknown,
+        "traffic": [t._asdict() | {"times": t.times} for t in cost.traffic],
     }
 
 

@@ -1,7 +1,7 @@
-"""Bytes a chip holds while it decodes, from shapes and shardings alone: before anything is compiled, on machines without the chips.
+"""Bytes per chip while decoding, from shapes and shardings alone: without compiling, on machines without the chips.
 
-What counts is exact: the policy, both caches and what is written down. What a compiler needs beside that is an allowance: the
-widest thing that a step makes, and matrices that a TPU puts in another order before the loop, and then holds twice.
+The policy, both caches and the record are exact. What the compiler needs beside them is an allowance: the widest array of a step,
+and matrices that a TPU reorders before the loop, and then holds twice.
 """
 
 from typing import NamedTuple
@@ -10,55 +10,59 @@ import jax
 
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.parallel.layout import Layout
-from jaxrl_llm.perf.work import held
-from jaxrl_llm.rollout.decode import blank_record
+from jaxrl_llm.perf.work import bytes_per_device
+from jaxrl_llm.rollout.decode import empty_record
 from jaxrl_llm.rollout.programs import Programs
 from jaxrl_llm.types import PyTree
 
-# Numbers side by side in a tile of a TPU's memory.
+# Numbers per row of a tile in a TPU's memory.
 TILE = 128
 
 
-class Flight(NamedTuple):
-    """Bytes of one chip while a segment runs."""
+class DecodeMemory(NamedTuple):
+    """Bytes of one chip while a chunk is decoded."""
 
     policy: int
     prompt: int
-    """The prompt cache."""
+    """Prompt cache."""
     suffix: int
-    """The rows' own cache, donated: the one that a segment returns is the one that it was given."""
+    """The rows' own cache, which is donated, so that it exists once."""
     record: int
-    """Each chip's own lines, in the loop; then all lines on every chip."""
+    """A chip's own part in the loop, and afterwards all of it on every chip."""
     working: int
-    """The allowance."""
+    """Allowance for the compiler."""
 
     @property
     def total(self) -> int:
         return sum(self)
 
 
-def flight(programs: Programs, params: PyTree, units: int, window: int) -> Flight:
-    """Of so many units in a window of so many slots.
+def decode_memory(programs: Programs, params: PyTree, groups: int, window: int) -> DecodeMemory:
+    """Bytes per chip while a chunk is decoded.
 
-    `params`: the policy's, as arrays or as `jax.ShapeDtypeStruct`s with shardings.
+    Args:
+        programs: of the engine.
+        params: the policy's, as arrays or as `jax.ShapeDtypeStruct`s with shardings.
+        groups: sequence groups of the active batch.
+        window: slots of the suffix cache.
     """
-    rows, cfg, layout = units * programs.each, programs.decoding.model, programs.decoding.layout
-    prompt, suffix = programs.caches(units, window)
-    record = jax.eval_shape(lambda: blank_record(programs.decoding, rows))
+    rows, cfg, layout = groups * programs.rows_per_group, programs.decoding.model, programs.decoding.layout
+    prompt, suffix = programs.caches(groups, window)
+    record = jax.eval_shape(lambda: empty_record(programs.decoding, rows))
     lines = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(record))
     share = rows // layout.size("rows")
     slots = window + max(x.shape[2] for x in jax.tree.leaves(prompt))
-    return Flight(
-        policy=held(params),
-        prompt=held(prompt),
-        suffix=held(suffix),
+    return DecodeMemory(
+        policy=bytes_per_device(params),
+        prompt=bytes_per_device(prompt),
+        suffix=bytes_per_device(suffix),
         record=lines + lines // layout.size("rows"),
         working=4 * share * _widest(cfg, layout, slots) + _relaid(params, cfg, layout),
     )
 
 
 def _widest(cfg: ModelConfig, layout: Layout, slots: int) -> int:
-    """Numbers that a step makes for one row at a time, at most: logits, scores of a layer, or gate and up of a layer."""
+    """Most numbers of one array that a step makes per row: logits, scores of a layer, or gate and up of a layer."""
     return max(
         cfg.vocab_size // layout.size("vocab"),
         cfg.heads // layout.size("heads") * slots,
@@ -67,9 +71,9 @@ def _widest(cfg: ModelConfig, layout: Layout, slots: int) -> int:
 
 
 def _relaid(params: PyTree, cfg: ModelConfig, layout: Layout) -> int:
-    """`qkv`; and experts of which a chip's share is not whole tiles wide, filled up to whole ones."""
-    found = held([layer["qkv"] for layer in params["layers"]])
+    """Bytes of matrices that a TPU reorders: `qkv`, and experts whose part on a chip is not a whole number of tiles wide."""
+    found = bytes_per_device([layer["qkv"] for layer in params["layers"]])
     width = cfg.d_mlp // layout.size("mlp")
     if cfg.experts and width % TILE:
-        found += held([layer["gate_up"] for layer in params["layers"]]) // width * (width + -width % TILE)
+        found += bytes_per_device([layer["gate_up"] for layer in params["layers"]]) // width * (width + -width % TILE)
     return found

@@ -1,4 +1,4 @@
-"""The programs of a step, traced from shapes and compiled without a device: no array is made, nothing runs."""
+"""The programs of a step, lowered from abstract arrays and compiled without a device."""
 
 import dataclasses
 import os
@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -21,69 +20,51 @@ from jaxrl_llm.metrics.console import shown_on_stderr
 from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.publish import abstract_policy, make_publish
-from jaxrl_llm.perf.hlo import Module
-from jaxrl_llm.plan.traffic import Reading, read
-from jaxrl_llm.roles.blueprint import Blueprint, device_problems, make_blueprint, uses_of
+from jaxrl_llm.model.publish import make_publish
+from jaxrl_llm.perf.hlo import HloModule
+from jaxrl_llm.plan.traffic import ProgramCost, read_cost
+from jaxrl_llm.roles.abstract_run import AbstractRun, make_abstract_run
+from jaxrl_llm.roles.blueprint import device_problems, make_blueprint
 from jaxrl_llm.roles.sources import packing_problems, vocabulary_problems
-from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.tasks.config import CharacterTokenizer
 from jaxrl_llm.tasks.tokenizer import load_tokenizer
-from jaxrl_llm.types import Batch, Policy, PyTree, TrainState
-from jaxrl_llm.update.batch import abstract_batch
-from jaxrl_llm.update.optimizer.state import abstract_state
 from jaxrl_llm.update.step import make_update
 
 Lower = Callable[[], jax.stages.Lowered]
-# How libtpu says that a program does not fit.
+# Messages of libtpu for programs that do not fit.
 _USED = re.compile(r"Used ([\d.]+)([KMG])|required for HLO temporaries \(([\d.]+)([KMG])\)")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
-@dataclass(frozen=True)
-class Job(Blueprint):
-    """A run as shapes on devices that need not exist."""
-
-    engine: Engine
-    state: TrainState
-    reference: PyTree | None
-    policy: Policy
-    batch: Batch
-    """Of one update."""
-
-    @property
-    def waits(self) -> bool:
-        """Some prompts of a step are read while others are in flight."""
-        return self.cfg.rollout.prompts > self.engine.sizes.prompts[0]
-
-    @property
-    def flight(self) -> tuple[int, int, int]:
-        """Prompts and units at most in flight, and their widest window."""
-        sizes = self.engine.sizes
-        return sizes.prompts[0], sizes.units(sizes.prompts[0]), sizes.windows[-1]
-
-
-class Program(NamedTuple):
-    """What the compiler made of one: bytes of one chip, collectives, its estimate."""
+class CompiledProgram(NamedTuple):
+    """Memory in bytes per chip, collectives and estimated cycles of a compiled program."""
 
     arguments: int
     outputs: int
     temporaries: int
     aliased: int
-    reading: Reading
+    cost: ProgramCost
     compile_seconds: float
     refused: str = ""
-    """`temporaries` or `all`: the compiler would not, for these need more than the chip has. `temporaries` holds what it named."""
+    """`temporaries` or `all`: what exceeds the chip's memory according to the compiler's error; the field `temporaries` has the
+    bytes that it names. "": compiled."""
 
     @property
     def passed(self) -> int:
-        """Bytes of arguments and outputs, donated ones once."""
+        """Bytes of arguments and outputs, donated buffers counted once."""
         return self.arguments + self.outputs - self.aliased
 
 
 def problems(cfg: RunConfig, model: ModelConfig, prompt_slots: int, devices: Sequence[jax.Device]) -> list[str]:
-    """What cannot work on these devices, in words."""
+    """Errors in a config for these devices, as messages.
+
+    Args:
+        cfg: The config.
+        model: The config of its model, also if it is pretrained.
+        prompt_slots: Tokens of the longest prompt.
+        devices: Devices of the plan, real or of a topology.
+    """
     whole = dataclasses.replace(cfg, model=model)
     return (
         run_config.problems(whole, len(devices))
@@ -96,90 +77,76 @@ def problems(cfg: RunConfig, model: ModelConfig, prompt_slots: int, devices: Seq
 
 
 def vocabulary(cfg: RunConfig, model: ModelConfig) -> Vocabulary:
-    """What may be drawn: the tokens of an alphabet, which stands in the config; of a tokenizer that is not read, the model's."""
+    """Vocabulary to sample from: the alphabet in the config, else the model's, since plan reads no other tokenizer."""
     if isinstance(cfg.tokenizer, CharacterTokenizer):
         tokenizer = load_tokenizer(cfg.tokenizer)
         return Vocabulary(tokenizer.size, tokenizer.pad, tokenizer.eos)
     return Vocabulary(model.vocab_size, pad=0, eos=(1,))
 
 
-def make_job(cfg: RunConfig, model: ModelConfig, prompt_slots: int, devices: Sequence[jax.Device]) -> Job:
-    """Raises UserError with everything that does not fit together."""
+def make_checked_run(
+    cfg: RunConfig, model: ModelConfig, prompt_slots: int, devices: Sequence[jax.Device]
+) -> AbstractRun:
+    """Return the abstract arrays of a config. Raises UserError with all `problems`.
+
+    Args:
+        cfg: The config.
+        model: The config of its model, also if it is pretrained.
+        prompt_slots: Tokens of the longest prompt.
+        devices: Devices of the plan, real or of a topology.
+    """
     if found := problems(cfg, model, prompt_slots, devices):
         raise UserError("\n".join(found))
-    return describe(make_blueprint(cfg, model, vocabulary(cfg, model), prompt_slots, devices))
+    return make_abstract_run(make_blueprint(cfg, model, vocabulary(cfg, model), prompt_slots, devices))
 
 
-def describe(blueprint: Blueprint) -> Job:
-    """Of a config that `problems` has nothing against."""
-    engine, train, specs = blueprint.make_engine(), blueprint.train, blueprint.reference_specs
-    return Job(
-        **{field.name: getattr(blueprint, field.name) for field in dataclasses.fields(Blueprint)},
-        engine=engine,
-        state=abstract_state(blueprint.learner_specs, blueprint.optimizer, train),
-        reference=None if specs is None else model_params.abstract(specs, train),
-        policy=abstract_policy(blueprint.model, blueprint.decode, blueprint.cfg.rollout.engine.weights),
-        batch=_batch(blueprint, engine),
-    )
-
-
-def with_micro_batches(job: Job, parts: int) -> Job:
-    """The same with another number of micro-batches: all else stays."""
-    cfg = dataclasses.replace(job.cfg, update=dataclasses.replace(job.cfg.update, micro_batches=parts))
-    fewer = dataclasses.replace(job, cfg=cfg)
-    return dataclasses.replace(fewer, batch=_batch(fewer, job.engine))
-
-
-def _batch(blueprint: Blueprint, engine: Engine) -> Batch:
-    """Of one update: the rows of a minibatch at their longest."""
-    max_kept_tokens, own = engine.decoding.max_kept_tokens, blueprint.loss.own
-    return abstract_batch(blueprint.shapes.update, uses_of(blueprint.cfg), max_kept_tokens, own, blueprint.train)
-
-
-def lowerings(job: Job) -> dict[str, Lower]:
-    """The programs that a step holds most memory in, each a function that traces it."""
-    cfg, model = job.cfg, job.model
-    prompts, units, window = job.flight
-    policy, masters = job.policy, model_params.policy_part(job.state.params, model)
-    of_rollouts = {"prefill": (prompts, job.prompt_slots), "segment": (units, window)}
-    if len(job.engine.sizes.windows) > 1:
-        of_rollouts["grow"] = (units, *job.engine.sizes.windows[-2:])
-    lower = {
-        name: partial(job.engine.programs.lower, policy.params, name, *sizes) for name, sizes in of_rollouts.items()
-    }
-    publish = make_publish(model, job.train, job.decode, cfg.rollout.engine.weights)
+def lowerings(run: AbstractRun) -> dict[str, Lower]:
+    """Functions that lower the programs with the largest memory, by name."""
+    cfg, model = run.cfg, run.model
+    prompts, groups, window = run.capacity
+    policy, masters = run.policy, model_params.policy_part(run.state.params, model)
+    sizes_of = {"prefill": (prompts, run.prompt_slots), "decode": (groups, window)}
+    if len(run.engine.sizes.windows) > 1:
+        sizes_of["widen_suffix"] = (groups, *run.engine.sizes.windows[-2:])
+    lower = {name: partial(run.engine.programs.lower, policy.params, name, *sizes) for name, sizes in sizes_of.items()}
+    publish = make_publish(model, run.train, run.decode, cfg.rollout.engine.weights)
     update = make_update(
-        job.learner_specs, job.loss, job.optimizer, job.scoring, micro_batches=cfg.update.micro_batches
+        run.learner_specs, run.loss, run.optimizer, run.scoring, micro_batches=cfg.update.micro_batches
     )
-    whole = job.reference if cfg.objective.reads_reference_distribution else None
+    reference = run.reference if cfg.objective.reads_reference_distribution else None
     return lower | {
         "publish": lambda: publish.lower(masters, policy.version, policy),
-        "update": lambda: update.lower(job.state, job.batch, whole),
+        "update": lambda: update.lower(run.state, run.batch, reference),
     }
 
 
-def compile_all(job: Job) -> dict[str, Program]:
-    """All of them, several at a time: the compiler runs beside Python."""
-    lowered = {name: lower() for name, lower in lowerings(job).items()}
-    # Those that take longest first.
-    order = sorted(lowered, key=("segment", "update", "prefill", "publish", "grow").index)
+def compile_all(run: AbstractRun) -> dict[str, CompiledProgram]:
+    """Compile all programs of a step, in parallel threads."""
+    lowered = {name: lower() for name, lower in lowerings(run).items()}
+    # Longest compilations first.
+    order = sorted(lowered, key=("decode", "update", "prefill", "publish", "widen_suffix").index)
     with shown_on_stderr(f"compiling {', '.join(order)}"), ThreadPoolExecutor(os.cpu_count()) as threads:
-        found = threads.map(lambda name: compile_one(lowered[name], turns_of(job, name)), order)
+        found = threads.map(lambda name: compile_program(lowered[name], trip_counts(run, name)), order)
         return dict(zip(order, found, strict=True))
 
 
-def turns_of(job: Job, name: str) -> tuple[int, int]:
-    """Turns of a program's outermost loop, at most: looks at whether rows live, or micro-batches. And of inner ones whose turns
-    depend on the batch: chunks of tokens in the head, all of them learned from."""
-    if name == "segment":
-        return job.engine.decoding.steps // job.engine.decoding.interval, 1
+def trip_counts(run: AbstractRun, name: str) -> tuple[int, int]:
+    """Trip counts to assume for loops without a static one.
+
+    Returns:
+        Maximum of the outermost loop (checks for unfinished rows, or micro-batches), and of inner loops that depend on the batch
+        (chunks of tokens in the head, if the loss uses all tokens).
+    """
+    if name == "decode":
+        return run.engine.decoding.steps // run.engine.decoding.interval, 1
     if name != "update":
         return 1, 1
-    parts, (rows, slots) = job.cfg.update.micro_batches, job.batch.tokens.shape
-    return parts, -(-(rows // parts // job.train.size("rows") * slots) // ACCELERATOR.tokens)
+    parts, (rows, slots) = run.cfg.update.micro_batches, run.batch.tokens.shape
+    return parts, -(-(rows // parts // run.train.size("rows") * slots) // ACCELERATOR.tokens)
 
 
-def compile_one(lowered: jax.stages.Lowered, turns: tuple[int, int]) -> Program:
+def compile_program(lowered: jax.stages.Lowered, trips: tuple[int, int]) -> CompiledProgram:
+    """Compile a program; `trips` are those of `trip_counts`."""
     start = time.monotonic()
     try:
         compiled = lowered.compile()
@@ -189,16 +156,16 @@ def compile_one(lowered: jax.stages.Lowered, turns: tuple[int, int]) -> Program:
         return _refused(str(error), time.monotonic() - start)
     memory = compiled.memory_analysis()
     seconds = time.monotonic() - start
-    return Program(
+    return CompiledProgram(
         memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes, memory.alias_size_in_bytes,
-        read(Module(compiled.as_text()), *turns), round(seconds, 1),
+        read_cost(HloModule(compiled.as_text()), *trips), round(seconds, 1),
     )  # fmt: skip
 
 
-def _refused(message: str, seconds: float) -> Program:
-    """With the bytes that the message names, of temporaries or of everything."""
+def _refused(message: str, seconds: float) -> CompiledProgram:
+    """The result for a program that does not fit, with the bytes that the message names."""
     used, used_unit, temporaries, unit = (
         _USED.search(message).groups() if _USED.search(message) else (None, "", "0", "K")
     )
     bytes_ = int(float(used or temporaries) * _UNITS[used_unit or unit])
-    return Program(0, 0, bytes_, 0, Reading((), 0, 0), round(seconds, 1), "all" if used else "temporaries")
+    return CompiledProgram(0, 0, bytes_, 0, ProgramCost((), 0, 0), round(seconds, 1), "all" if used else "temporaries")

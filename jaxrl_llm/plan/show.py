@@ -1,22 +1,22 @@
-"""Reports as text: Markdown tables, which terminals and docs/ both show. Imports no jax."""
+"""Plan reports as Markdown tables, for terminals and docs/. Imports no jax."""
 
 from typing import Any
 
 Report = dict[str, Any]
 GB = 1e9
-# Collectives that receive less than this share of a program's bytes are added up in one line.
+# Collectives below this fraction of a program's received bytes are summed in one line.
 SMALL = 0.01
 
 
 def show(report: Report) -> str:
-    """The whole report."""
+    """The complete report as text."""
     mesh = ", ".join(f"{name} {size}" for name, size in report["mesh"].items())
     slots, tokens = report["slots"]
+    batches = f"{_count(report['minibatches'], 'minibatch')} of {_count(report['micro_batches'], 'micro-batch')}"
     head = (
-        f"{report['parameters'] / 1e9:.2f} billion parameters on {report['topology']}: {report['chips']} chips of "
+        f"{report['parameters'] / 1e9:.2f} billion parameters on {report['topology']}: {_count(report['chips'], 'chip')} of "
         f"{report['chip']['memory'] / GB:.0f} GB ({report['chip']['name']}), jax {report['jax']}\n"
-        f"mesh: {mesh}; {report['rows']} rows of {slots} + {tokens} slots a step, {report['minibatches']} minibatches of "
-        f"{report['micro_batches']} micro-batches"
+        f"mesh: {mesh}; {report['rows']} rows of {slots} + {tokens} slots per step, {batches}"
     )
     parts = [head, memory_table(report)]
     if report["compiled"]:
@@ -27,23 +27,21 @@ def show(report: Report) -> str:
 
 
 def memory_table(report: Report) -> str:
-    """GB of one chip, a column a phase; MB where all is small."""
+    """Memory per chip, one column per phase; in MB if everything is small."""
     phases = report["phases"]
     unit, write = ("GB", _gb) if report["peak"]["bytes"] >= GB else ("MB", _mb)
-    rows = [[f"{unit} a chip", *(p["name"] for p in phases)]]
+    rows = [[f"{unit} per chip", *(p["name"] for p in phases)]]
     for part in phases[0]["parts"]:
         if any(p["parts"][part] for p in phases):
             rows.append([part, *(write(p["parts"][part]) for p in phases)])
-    rows.append(["**together**", *(f"**{write(p['total'])}**" for p in phases)])
+    rows.append(["**total**", *(f"**{write(p['total'])}**" for p in phases)])
     note = "" if report["compiled"] else "\n\nNot compiled: temporaries are estimated."
     return table(rows) + note
 
 
 def traffic_table(report: Report) -> str:
     """Collectives of one run of each program."""
-    rows = [
-        ["program", "collective", "on the wire", "in loops of", "times a run", "received, MB a chip", "largest, MB"]
-    ]
+    rows = [["program", "collective", "dtype", "in loops of", "times per run", "received, MB per chip", "largest, MB"]]
     for name, program in report["programs"].items():
         least = SMALL * program["received"]
         for t in (t for t in program["traffic"] if t["bytes"] > least):
@@ -57,7 +55,7 @@ def traffic_table(report: Report) -> str:
 
 
 def weights_line(report: Report) -> str:
-    """Where the update gathers weights."""
+    """Largest weights that the update gathers, inside and outside the loop over layers."""
     update = report["programs"].get("update", {"traffic": []})
     gathers = [t for t in update["traffic"] if t["kind"] == "all-gather" and t["dtype"] != "s32"]
     if not gathers:
@@ -65,53 +63,53 @@ def weights_line(report: Report) -> str:
     inner, outer = ([t for t in gathers if (len(t["loops"]) > 1) is inside] for inside in (True, False))
     largest = lambda found: f"{max((t['largest'] for t in found), default=0) / 1e6:.0f} MB"  # noqa: E731
     return (
-        f"Gathered in the update: inside the loop over layers, at most {largest(inner)} at a time; outside of it at most "
-        f"{largest(outer)} (embedding and head)."
+        f"Weights gathered by the update: at most {largest(inner)} at a time inside the loop over layers, at most "
+        f"{largest(outer)} outside of it (embedding and head)."
     )
 
 
 def predicted_table(report: Report) -> str:
-    """Seconds of a step; every number is predicted."""
+    """Predicted seconds per step."""
     found = report["predicted"]
-    rows = [["predicted, s a step", "compute at peak", "memory at peak", "received", "together", "compiler's estimate"]]
+    rows = [["predicted, s per step", "compute at peak", "memory at peak", "received", "total", "compiler's estimate"]]
     for name in ("rollout", "publish", "update"):
         t = found[name]
         compiler = f"{t['compiler']:.2f}" if t["compiler"] else "-"
         rows.append([name, *(f"{t[key]:.2f}" for key in ("compute", "memory", "wire", "total")), compiler])
     return (
-        table(rows) + f"\n\n*predicted*: {found['step_seconds']:.1f} s a step, rollout "
+        table(rows) + f"\n\n*predicted*: {found['step_seconds']:.1f} s per step, rollout "
         f"{found['rollout_tokens_per_s']:,.0f} tokens/s, MFU of the update {found['mfu']:.2f}. From published peaks, collectives "
         "not overlapped, every response at its full length; nothing was measured."
     )
 
 
 def verdict(report: Report) -> str:
-    """Fits, or not, and what to change."""
+    """Whether the run fits, or what to change."""
     peak, limit = report["peak"], report["chip"]["memory"]
     if report["fits"]:
-        return f"fits: {_gb(peak['bytes'])} GB of {limit / GB:.0f}, most of it in {peak['phase']}"
+        return f"fits: {_gb(peak['bytes'])} GB of {limit / GB:.0f}, largest in {peak['phase']}"
     refused = any(p["refused"] for p in report["programs"].values()) or not report["compiled"]
     about = "about " if refused else ""
     lines = [
-        f"does not fit: needs {about}{_gb(peak['bytes'])} GB of {limit / GB:.0f}, most of it in {peak['phase']}; change"
+        f"does not fit: needs {about}{_gb(peak['bytes'])} GB of {limit / GB:.0f}, largest in {peak['phase']}; change"
     ]
     lines += [f"  {a['flags']}    (about {_gb(a['bytes'])} GB)" for a in report["advice"]]
     if not report["advice"]:
-        lines.append("  to more chips: nothing in the config saves enough")
+        lines.append("  the number of chips: no change of the config saves enough")
     elif all(a["bytes"] > limit for a in report["advice"]):
-        lines.append("  and that alone does not do it: take more chips too")
+        lines.append("  and use more chips: that alone does not suffice")
     return "\n".join(lines)
 
 
 def sweep_table(found: Report) -> str:
-    """What was tried, the fastest that fits first."""
+    """Compiled candidates of a sweep, the fastest that fits first."""
     rows = [
         [
             "mesh (data, fsdp, tensor, expert)",
             "micro-batches",
-            "GB a chip",
+            "GB per chip",
             "fits",
-            "s a step, predicted",
+            "s per step, predicted",
             "MFU, predicted",
         ]
     ]
@@ -122,21 +120,26 @@ def sweep_table(found: Report) -> str:
             "yes" if r["fits"] else "no", f"{time['step_seconds']:.1f}" if time else "-", f"{time['mfu']:.2f}" if time else "-",
         ])  # fmt: skip
     tried = (
-        f"{found['meshes']} meshes of {found['chips']} chips, of which {found['possible']} go with the config; with their numbers "
-        f"of micro-batches {found['tried']} forms, of which {found['estimated']} are estimated to fit. Compiled: the "
-        f"{len(found['compiled'])} fastest by prediction, one a mesh."
+        f"{found['meshes']} meshes of {_count(found['chips'], 'chip')}, of which {found['possible']} are valid for the config; "
+        f"with numbers of micro-batches {found['tried']} candidates, of which {found['estimated']} are estimated to fit. Compiled: "
+        f"the {len(found['compiled'])} fastest by prediction, one per mesh."
     )
     best = next((r for r in found["compiled"] if r["fits"]), None)
-    end = f"best: {best['flags']}" if best else "none of those compiled fits"
+    end = f"best: {best['flags']}" if best else "none of the compiled candidates fits"
     failed = [f"not compiled: {f['flags']}: {f['reason']}" for f in found["failed"]]
     return "\n\n".join([tried, table(rows), *failed, end])
 
 
 def table(rows: list[list[str]]) -> str:
-    """Markdown, the first row as header, columns aligned."""
+    """Markdown table with aligned columns; the first row is the header."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     line = lambda row: "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"  # noqa: E731
     return "\n".join([line(rows[0]), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows[1:])])
+
+
+def _count(n: int, noun: str) -> str:
+    """The number with the noun in singular or plural."""
+    return f"{n} {noun}{'' if n == 1 else 'es' if noun.endswith('ch') else 's'}"
 
 
 def _gb(size: float) -> str:

@@ -1,6 +1,6 @@
-"""`jaxrl plan --sweep`: every mesh of the chips, every number of micro-batches; arithmetic first, the compiler for the best few.
+"""`jaxrl plan --sweep`: ranks all meshes and numbers of micro-batches by estimates, and compiles the best few.
 
-Each compilation is a process of its own: what a compiler leaves behind, or how it dies, is no matter of the next one.
+Each compilation runs in a separate process, so that a crash or leak of the compiler does not affect the next one.
 """
 
 import json
@@ -19,18 +19,20 @@ if TYPE_CHECKING:
 
     from jaxrl_llm.model.config import ModelConfig
 
-# What arithmetic says may be off by so much before a form is not worth compiling.
+# Candidates whose estimated memory exceeds the chip's by more than this factor are not compiled.
 SLACK = 1.1
 COMPILE_LIMIT_S = 7200
 
 
-class Form(NamedTuple):
+class Candidate(NamedTuple):
     """A mesh with a number of micro-batches, before it is compiled."""
 
     mesh: tuple[int, ...]
     micro_batches: int
     bytes: int
+    """Estimated bytes per chip of the largest phase."""
     seconds: float
+    """Predicted seconds per step."""
 
     @property
     def flags(self) -> list[str]:
@@ -39,7 +41,7 @@ class Form(NamedTuple):
 
 
 def meshes(num: int) -> Iterator[tuple[int, ...]]:
-    """All (data, fsdp, tensor, expert) of so many devices."""
+    """All meshes (data, fsdp, tensor, expert) of `num` devices."""
     for data in divisors(num):
         for fsdp in divisors(num // data):
             for tensor in divisors(num // data // fsdp):
@@ -47,7 +49,7 @@ def meshes(num: int) -> Iterator[tuple[int, ...]]:
 
 
 def micro_batches(cfg: RunConfig, mesh: tuple[int, ...]) -> list[int]:
-    """Powers of two and what the config says, up to one row a shard in each."""
+    """Numbers of micro-batches to try: powers of two and the config's, up to one row per shard in each."""
     data, fsdp, _, expert = mesh
     rows = cfg.rollout.prompts * cfg.rollout.samples // cfg.update.minibatches
     most = max(rows // (data * fsdp * expert), 1)
@@ -57,80 +59,99 @@ def micro_batches(cfg: RunConfig, mesh: tuple[int, ...]) -> list[int]:
     )
 
 
-def sweep(cfg: RunConfig, target: Target, command: list[str], candidates: int) -> Report:
-    """`command`: the command line of one plan, as a list; flags of a form and --json are put behind it."""
+def sweep(cfg: RunConfig, target: Target, command: list[str], num_compiled: int) -> Report:
+    """Return the report of a sweep.
+
+    Args:
+        cfg: The config; its mesh and micro-batches are replaced.
+        target: What to plan for.
+        command: Command line of a single plan, to which the flags of a candidate and --json are appended.
+        num_compiled: Number of candidates to compile.
+    """
     prepare(target)
     slots = prompt_slots(cfg, target)
     devices, chip = devices_of(target)
     if not chip.flops:
         raise UserError(
-            f"--sweep: got {chip.name}, whose peaks nobody publishes, want a --topology: forms are ranked by predicted time"
+            f"--sweep: got {chip.name}, whose peaks are not published, want a --topology: candidates are ranked by predicted time"
         )
     every, model = list(meshes(len(devices))), read_model(cfg)
-    forms = [form for mesh in every for form in forms_of(cfg, model, mesh, slots, devices, chip)]
-    fitting = sorted((f for f in forms if f.bytes <= SLACK * chip.memory), key=lambda f: f.seconds)
-    compiled, failed = compile_best(command, fastest(fitting), candidates)
+    candidates = [candidate for mesh in every for candidate in candidates_of(cfg, model, mesh, slots, devices, chip)]
+    fitting = sorted((c for c in candidates if c.bytes <= SLACK * chip.memory), key=lambda c: c.seconds)
+    compiled, failed = compile_best(command, fastest(fitting), num_compiled)
     return {
         "chips": len(devices),
         "meshes": len(every),
-        "possible": len({form.mesh for form in forms}),
-        "tried": len(forms),
+        "possible": len({candidate.mesh for candidate in candidates}),
+        "tried": len(candidates),
         "estimated": len(fitting),
         "compiled": sorted(compiled, key=lambda r: (not r["fits"], (r["predicted"] or {}).get("step_seconds", 0.0))),
         "failed": failed,
     }
 
 
-def fastest(forms: list[Form]) -> list[Form]:
-    """The fastest of each mesh, in order of predicted time; `forms` are."""
-    first: dict[tuple[int, ...], Form] = {}
-    for form in forms:
-        first.setdefault(form.mesh, form)
+def fastest(candidates: list[Candidate]) -> list[Candidate]:
+    """Keep the first candidate per mesh; `candidates` are in order of predicted time."""
+    first: dict[tuple[int, ...], Candidate] = {}
+    for candidate in candidates:
+        first.setdefault(candidate.mesh, candidate)
     return list(first.values())
 
 
-def compile_best(command: list[str], forms: list[Form], candidates: int) -> tuple[list[Report], list[Report]]:
-    """Reports of the first `candidates`, and of as many more, at most, until one fits; and those that no compiler got through."""
+def compile_best(
+    command: list[str], candidates: list[Candidate], num_compiled: int
+) -> tuple[list[Report], list[Report]]:
+    """Compile the first `num_compiled` candidates, and up to as many more until one fits; return reports and failures."""
     compiled, failed = [], []
-    for n, form in enumerate(forms[: 2 * candidates]):
-        if n >= candidates and any(r["fits"] for r in compiled):
+    for n, candidate in enumerate(candidates[: 2 * num_compiled]):
+        if n >= num_compiled and any(r["fits"] for r in compiled):
             break
-        flags = " ".join(form.flags)
+        flags = " ".join(candidate.flags)
         try:
-            compiled.append(compile_form(command, form) | {"flags": flags})
+            compiled.append(compile_candidate(command, candidate) | {"flags": flags})
         except UserError as error:
             failed.append({"flags": flags, "reason": str(error)})
     return compiled, failed
 
 
-def forms_of(
+def candidates_of(
     cfg: RunConfig, model: "ModelConfig", mesh: tuple[int, ...], slots: int, devices: "list[jax.Device]", chip: Chip
-) -> list[Form]:
-    """Of one mesh, each number of micro-batches; none where config and mesh do not go together."""
+) -> list[Candidate]:
+    """Return the candidates of one mesh, one per valid number of micro-batches.
+
+    Args:
+        cfg: The config.
+        model: The config of its model.
+        mesh: Sizes of the axes.
+        slots: Tokens of the longest prompt.
+        devices: Devices of the plan.
+        chip: Their kind.
+    """
     from jaxrl_llm.plan import memory, predict
     from jaxrl_llm.plan.advice import changed
-    from jaxrl_llm.plan.programs import make_job, problems, with_micro_batches
+    from jaxrl_llm.plan.programs import make_checked_run, problems
+    from jaxrl_llm.roles.abstract_run import with_micro_batches
 
     axes = {f"mesh.{name}": size for name, size in zip(AXES, mesh, strict=True)}
-    found, job, others = [], None, 0
+    found, run, others = [], None, 0
     for parts in micro_batches(cfg, mesh):
-        form = changed(cfg, axes | {"update.micro_batches": parts})
-        if problems(form, model, slots, devices):
+        variant = changed(cfg, axes | {"update.micro_batches": parts})
+        if problems(variant, model, slots, devices):
             continue
-        if job is None:
-            job = make_job(form, model, slots, devices)
-            others = max(phase.total for phase in memory.estimated(job) if phase.name != "update")
-        job = with_micro_batches(job, parts)
-        size = max(others, memory.estimated_update(job).total)
-        found.append(Form(mesh, parts, size, float(predict.predict(job, chip).step)))
+        if run is None:
+            run = make_checked_run(variant, model, slots, devices)
+            others = max(phase.total for phase in memory.estimated(run) if phase.name != "update")
+        run = with_micro_batches(run, parts)
+        size = max(others, memory.estimated_update(run).total)
+        found.append(Candidate(mesh, parts, size, float(predict.predict(run, chip).step)))
     return found
 
 
-def compile_form(command: list[str], form: Form) -> Report:
-    """The report of one plan. Raises UserError with the last line of a compilation that failed."""
+def compile_candidate(command: list[str], candidate: Candidate) -> Report:
+    """Return the report of one plan. Raises UserError with the last line of a failed compilation."""
     try:
         done = subprocess.run(
-            [*command, *form.flags, "--json"], capture_output=True, text=True, timeout=COMPILE_LIMIT_S
+            [*command, *candidate.flags, "--json"], capture_output=True, text=True, timeout=COMPILE_LIMIT_S
         )
     except subprocess.TimeoutExpired:
         raise UserError(f"got no plan in {COMPILE_LIMIT_S} s") from None

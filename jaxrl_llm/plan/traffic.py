@@ -1,4 +1,4 @@
-"""What a compiled program sends, and how long its compiler thinks it takes, with loops multiplied out."""
+"""Collectives and estimated cycles of a compiled program, multiplied by the trip counts of its loops."""
 
 import re
 from collections import defaultdict
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple
 
-from jaxrl_llm.perf.hlo import COLLECTIVES, Instruction, Module
+from jaxrl_llm.perf.hlo import COLLECTIVES, HloModule, Instruction
 
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _COMPARED = re.compile(r"compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT")
@@ -16,68 +16,70 @@ _CHANNEL = re.compile(r"channel_id=(\d+)")
 _TILED = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _NAMED = re.compile(r"replica_groups=(?:@\w+|mesh)\[(.*?)\] ?\{(.*?)\}")
-# Cycles that the TPU compiler states where it has no estimate.
+# The TPU compiler's value for instructions without an estimate.
 NO_ESTIMATE = 2**63 - 1
-# How the TPU compiler names a reduction of which each chip keeps its shard.
+# The TPU compiler's name for a reduction of which each chip keeps one shard.
 SCATTERED = "all-reduce-scatter"
 
 Loops = tuple[int, ...]
 
 
 class Traffic(NamedTuple):
-    """Collectives of one kind and dtype, in one nest of loops."""
+    """Collectives of one kind and dtype in one nest of loops."""
 
     kind: str
     dtype: str
     loops: Loops
-    """Turns of the loops around it, the outermost first."""
+    """Trip counts of the enclosing loops, outermost first."""
     count: int
-    """Collectives in one turn of the innermost."""
+    """Collectives per iteration of the innermost loop."""
     bytes: int
-    """What a chip receives in one run of the program: for an all-gather of n shards (n - 1) / n of the result, and so on."""
+    """Bytes received per chip in one run of the program, e.g. (n - 1) / n of the result for an all-gather of n shards."""
     largest: int
-    """Bytes of the largest array that one of them makes on a chip."""
+    """Bytes per chip of the largest array that one of them produces."""
 
     @property
     def times(self) -> int:
-        """Collectives in one run."""
+        """Collectives in one run of the program."""
         return self.count * prod(self.loops)
 
 
-class Reading(NamedTuple):
+class ProgramCost(NamedTuple):
+    """Collectives and estimated cycles of one run of a program."""
+
     traffic: tuple[Traffic, ...]
     cycles: int
-    """The compiler's estimates added up, of instructions that have one: collectives mostly do not. 0 where it gives none."""
+    """Sum of the compiler's estimates; most collectives have none. 0 if it gives none at all."""
     unknown: int
-    """Inner loops whose turns were given, not read."""
+    """Number of inner loops whose trip count was assumed, not read."""
 
     @property
     def received(self) -> int:
-        """Bytes a chip in one run."""
+        """Bytes received per chip in one run."""
         return sum(t.bytes for t in self.traffic)
 
 
-def read(module: Module, turns: int = 1, inner: int = 1) -> Reading:
-    """`turns`, `inner`: of outermost and of other loops whose number of turns is not fixed in the program."""
+def read_cost(module: HloModule, outer: int = 1, inner: int = 1) -> ProgramCost:
+    """Read the cost of a program. `outer`, `inner`: trip counts to assume for outermost and inner loops without a static one."""
     collectives: dict[tuple[str, str], tuple[Instruction, Loops]] = {}
     cycles, unknown, fused = 0, set(), module.fused
-    for name, loops, guessed in _walk(module, turns, inner):
-        unknown |= guessed
+    for name, loops, assumed in _walk(module, outer, inner):
+        unknown |= assumed
         for i in module.computations[name]:
             if name not in fused:
                 cycles += prod(loops) * sum(n for n in map(int, _CYCLES.findall(i.line)[:1]) if n != NO_ESTIMATE)
             if i.kind in COLLECTIVES and group_size(i) > 1:
                 channel = _CHANNEL.search(i.line)
                 key = (i.kind, f"channel {channel[1]}" if channel else i.name)
-                # One that runs beside products stands in the text once for each of them, under one channel, and goes on through
-                # loops: it starts where fewest are around it.
+                # One that overlaps with matmuls appears once per matmul, under one channel, and continues through loops: it
+                # starts in the outermost place.
                 if key not in collectives or prod(loops) < prod(collectives[key][1]):
                     collectives[key] = (i, loops)
-    return Reading(tuple(_summed(list(collectives.values()))), cycles, len(unknown))
+    return ProgramCost(tuple(_summed(list(collectives.values()))), cycles, len(unknown))
 
 
 def _summed(collectives: list[tuple[Instruction, Loops]]) -> list[Traffic]:
-    """By kind, dtype and loops; what receives most first."""
+    """Sums by kind, dtype and loops, largest bytes first."""
     found: dict[tuple[str, str, Loops], list[int]] = defaultdict(lambda: [0, 0, 0])
     for i, loops in collectives:
         scattered = i.computation.startswith(SCATTERED)
@@ -90,26 +92,26 @@ def _summed(collectives: list[tuple[Instruction, Loops]]) -> list[Traffic]:
     return sorted((Traffic(*key, *entry) for key, entry in found.items()), key=lambda t: -t.bytes)
 
 
-def _walk(module: Module, turns: int, inner: int) -> Iterator[tuple[str, Loops, set[str]]]:
-    """Each computation that runs, once for each place that it is called from, with the loops around that place."""
+def _walk(module: HloModule, outer: int, inner: int) -> Iterator[tuple[str, Loops, set[str]]]:
+    """Every call of a computation: its name, the trip counts of the loops around it, and the loops whose count was assumed."""
     todo: list[tuple[str, Loops, set[str]]] = [(module.entry, (), set())]
     while todo:
-        name, loops, guessed = todo.pop()
+        name, loops, assumed = todo.pop()
         if name not in module.computations:
             continue
-        yield name, loops, guessed
+        yield name, loops, assumed
         for i in module.computations[name]:
             if i.opcode != "while":
-                todo += [(called, loops, guessed) for called in i.calls]
+                todo += [(called, loops, assumed) for called in i.calls]
                 continue
-            fixed = loop_turns(module, i)
-            around = (*loops, fixed or (inner if loops else turns))
+            fixed = trip_count(module, i)
+            around = (*loops, fixed or (inner if loops else outer))
             more = {i.name} if fixed is None and loops else set()
-            todo += [(called, around, guessed | more) for called in i.calls]
+            todo += [(called, around, assumed | more) for called in i.calls]
 
 
-def loop_turns(module: Module, loop: Instruction) -> int | None:
-    """Of a loop that counts from 0 to a number that stands in the program; None for another."""
+def trip_count(module: HloModule, loop: Instruction) -> int | None:
+    """Static trip count of a loop, None if it has none."""
     if known := _KNOWN.search(loop.line):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop.line)
@@ -123,7 +125,7 @@ def loop_turns(module: Module, loop: Instruction) -> int | None:
 
 
 def group_size(collective: Instruction) -> int:
-    """Devices that take part in one such collective; 2 where it says only who sends to whom, or that all do."""
+    """Number of devices in each group of a collective; 2 if it only lists pairs, or no groups."""
     if found := _TILED.search(collective.line):
         return int(found[1])
     if found := _LISTED.search(collective.line):
@@ -136,7 +138,13 @@ def group_size(collective: Instruction) -> int:
 
 
 def received(kind: str, made: int, n: int) -> int:
-    """Bytes that a chip of n receives for a result of `made` bytes (of `all-reduce-scatter`: an operand), as rings do it."""
+    """Bytes that each chip receives with ring algorithms.
+
+    Args:
+        kind: The collective.
+        made: Bytes of the result per chip (of the operand for `all-reduce-scatter`).
+        n: Number of chips in the group.
+    """
     return {
         "all-gather": made * (n - 1) // n,
         "all-reduce": 2 * made * (n - 1) // n,
@@ -147,7 +155,7 @@ def received(kind: str, made: int, n: int) -> int:
 
 
 def _result(i: Instruction) -> tuple:
-    """Arrays of the result: the start of an asynchronous collective lists its operands, and flags, as well."""
+    """Arrays of the result. The start of an asynchronous collective also lists operands and flags."""
     if not i.opcode.endswith("-start") or i.kind == "all-reduce":
         return i.arrays
     arrays = tuple(a for a in i.arrays if a.dims or i.kind != "collective-permute")

@@ -17,7 +17,7 @@ from jaxrl_llm.objective.credit import make_advantage
 from jaxrl_llm.objective.loss_config import anchored_on_proximal
 from jaxrl_llm.objective.losses import CROSS_ENTROPY
 from jaxrl_llm.objective.rules import filter_of
-from jaxrl_llm.perf.work import TrainFlops, adapters_of, seen, train_flops
+from jaxrl_llm.perf.work import TrainFlops, count_adapter_params, count_tokens, train_flops
 from jaxrl_llm.roles.blueprint import Blueprint, correction_for
 from jaxrl_llm.roles.collector import Collected
 from jaxrl_llm.roles.evaluator import Evaluator
@@ -69,10 +69,10 @@ def make_learner(blueprint: Blueprint, score: Scorer, texts_of: Callable[[Groups
         texts_of: decodes the responses of groups, one text per row, for a filter that reads them.
     """
     cfg, loss, objective = blueprint.cfg, blueprint.loss, blueprint.cfg.objective
-    adapters = adapters_of(blueprint.learner_specs, blueprint.model)
+    adapters = count_adapter_params(blueprint.learner_specs, blueprint.model)
 
     def flops(batch: Batch) -> TrainFlops:
-        return train_flops(blueprint.model, *seen(blueprint.model, batch), adapters)
+        return train_flops(blueprint.model, *count_tokens(blueprint.model, batch), adapters)
 
     def refreshed(state: RunState, train: TrainState) -> PyTree | None:
         done = int(state.step) + 1 - cfg.warm_start.steps

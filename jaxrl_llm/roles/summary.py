@@ -51,7 +51,7 @@ def describe_engine(stats: Stats, bytes_per_s: float, flops_per_s: float) -> dic
     """
     return {
         "rollout/steps": float(stats.steps),
-        "rollout/segments": float(len(stats.segments)),
+        "rollout/segments": float(len(stats.chunks)),
         "rollout/live_rows": stats.tokens / max(stats.steps, 1),
         "rollout/waste": 1 - stats.tokens / max(stats.row_steps, 1),
         "sampling/support_overflow": stats.overflow / max(stats.tokens, 1),

@@ -11,8 +11,7 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.roles.state import SupervisedState
 from jaxrl_llm.roles.updates import as_floats, without_zero_gradients
 from jaxrl_llm.tasks.rows import Row
-from jaxrl_llm.tasks.stream import Order, make_prompts, pad_rows
-from jaxrl_llm.tasks.supervised import noisy_rows
+from jaxrl_llm.tasks.stream import Order, make_prompts, noisy_rows, pad_rows
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Experience
 from jaxrl_llm.update.batch import make_batch, supervised

@@ -1,4 +1,4 @@
-"""What a generation has brought in so far: NumPy arrays, a row for each sample of each prompt, filled segment by segment."""
+"""Output buffers of a generation: NumPy arrays with one row per sample of each prompt, filled chunk by chunk."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,22 +6,22 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxrl_llm.rollout.decode import Record, recorded
+from jaxrl_llm.rollout.decode import ChunkRecord, recorded
 from jaxrl_llm.rollout.sample import Controls, Decoding
 from jaxrl_llm.types import Finish, Prompts, Rollouts
 
-Spell = Callable[[list[int]], Sequence[str]]
-"""The texts of some tokens in which stop texts are looked for: with special tokens, and without."""
-# What stands for bytes that are no whole character, or not yet.
+Detokenize = Callable[[list[int]], Sequence[str]]
+"""Texts of some tokens, with special tokens and without, in which stop texts are searched."""
+# Replacement character of bytes that are no complete character, or not yet.
 BROKEN = "\ufffd"
-# Bytes of a character at most.
+# Maximum number of bytes per character.
 CHARACTER = 4
-# Tokens that are tried as the first one to read.
+# Number of tokens that are tried as the first one to read.
 NEAR = 16
 
 
-class Harvest:
-    """Rollouts in the making."""
+class OutputBuffer:
+    """Buffers of the rollouts of one generation."""
 
     def __init__(self, prompts: Prompts, samples: int, slots: int, decoding: Decoding):
         rows = len(prompts.length) * samples
@@ -34,27 +34,45 @@ class Harvest:
             )
             for column in recorded(decoding)
         }
-        """What was recorded of each token."""
+        """Recorded columns."""
 
-    def add(self, rows: Int[np.ndarray, " B"], slot: Int[np.ndarray, " B"], record: Record, steps: int) -> None:
-        """`steps` lines of a record: column b belongs to row rows[b] (below 0: to nobody), from slot[b] on."""
-        line, b = np.nonzero(record.sampled[:steps] & (rows >= 0))
-        row, place = rows[b], slot[b] + line
+    def add(self, rows: Int[np.ndarray, " B"], slot: Int[np.ndarray, " B"], record: ChunkRecord, steps: int) -> None:
+        """Store `steps` lines of a record.
+
+        Args:
+            rows: row of the buffers that each row of the record belongs to; negative: none.
+            slot: completion slot of each row's first token.
+            record: of a chunk.
+            steps: number of lines.
+        """
+        step, b = np.nonzero(record.sampled[:steps] & (rows >= 0))
+        row, place = rows[b], slot[b] + step
         for name, column in self.columns.items():
-            column[row, place] = getattr(record, name)[line, b]
-        ends = np.isin(record.tokens[line, b], self.vocab.eos)
+            column[row, place] = getattr(record, name)[step, b]
+        ends = np.isin(record.tokens[step, b], self.vocab.eos)
         self.finish[row[ends]] = int(Finish.EOS)
 
     def stop(
-        self, rows: Int[np.ndarray, " B"], seen: Int[np.ndarray, " B"], stop: tuple[str, ...], spell: Spell
+        self, rows: Int[np.ndarray, " B"], seen: Int[np.ndarray, " B"], stop: tuple[str, ...], detokenize: Detokenize
     ) -> Bool[np.ndarray, " B"]:
-        """End each row with the token that completes one of the texts; its first `seen` tokens complete none. Returns which rows
-        that were."""
-        return np.array([r >= 0 and self._stop(int(r), int(n), stop, spell) for r, n in zip(rows, seen, strict=True)])
+        """End each row at the token that completes one of the stop texts.
 
-    def _stop(self, row: int, seen: int, stop: tuple[str, ...], spell: Spell) -> bool:
+        Args:
+            rows: rows of the buffers; negative: none.
+            seen: number of tokens of each row that were searched before.
+            stop: the texts.
+            detokenize: see `Detokenize`.
+
+        Returns:
+            True for each row that was ended.
+        """
+        return np.array(
+            [r >= 0 and self._stop(int(r), int(n), stop, detokenize) for r, n in zip(rows, seen, strict=True)]
+        )
+
+    def _stop(self, row: int, seen: int, stop: tuple[str, ...], detokenize: Detokenize) -> bool:
         tokens = self.columns["tokens"][row, : self.columns["sampled"][row].sum()].tolist()
-        end = first_end(tokens, seen, stop, spell)
+        end = first_end(tokens, seen, stop, detokenize)
         if end is None:
             return False
         for name, column in self.columns.items():
@@ -63,37 +81,45 @@ class Harvest:
         return True
 
     def rollouts(self, index: Int[np.ndarray, " p"], controls: Controls, version: int) -> Rollouts:
-        """Those of the prompts `index`; `controls` of all prompts."""
+        """Rollouts of the prompts `index`; `controls` are those of all prompts."""
         rows = (index[:, None] * self.samples + np.arange(self.samples)).reshape(-1)
-        of = {name: column[rows] for name, column in self.columns.items()}
-        sampled, bars = of["sampled"], np.repeat(controls.min_new_tokens[index], self.samples)[:, None]
+        columns = {name: column[rows] for name, column in self.columns.items()}
+        sampled, min_new_tokens = columns["sampled"], np.repeat(controls.min_new_tokens[index], self.samples)[:, None]
         return Rollouts(
             prompts=jax.tree.map(lambda x: x[index], self.prompts),
             length=sampled.sum(axis=1, dtype=np.int32),
             temperature=np.repeat(controls.temperature[index], self.samples).astype(np.float32),
             version=np.where(sampled, np.int32(version), np.int32(0)),
             finish=self.finish[rows],
-            # Of all prompts: what a batch holds does not change with its rows.
-            eos_masked=sampled & (np.arange(sampled.shape[1]) < bars) if np.any(controls.min_new_tokens) else None,
-            **of,
+            # Decided by all prompts, so that the columns of a batch do not depend on its rows.
+            eos_masked=sampled & (np.arange(sampled.shape[1]) < min_new_tokens)
+            if np.any(controls.min_new_tokens)
+            else None,
+            **columns,
         )
 
 
-def first_end(tokens: list[int], seen: int, stop: tuple[str, ...], spell: Spell) -> int | None:
-    """The smallest n above `seen` for which the text of the first n tokens holds a stop text; None where there is none.
+def first_end(tokens: list[int], seen: int, stop: tuple[str, ...], detokenize: Detokenize) -> int | None:
+    """Smallest n > `seen` for which the text of the first n tokens contains a stop text; None if there is none.
 
-    A further token changes the text before it where that has bytes that are no whole character, and nowhere else: a text without
-    such, and without a stop text, had none when it was shorter either.
+    A further token changes the text before it only in bytes that are no complete character. So a text without such bytes and
+    without a stop text had no stop text when it was shorter.
+
+    Args:
+        tokens: of a row.
+        seen: number of tokens that were searched before.
+        stop: the stop texts.
+        detokenize: see `Detokenize`.
     """
-    known = not any(BROKEN in s for s in stop)
-    begin = _begin(tokens, seen, max(map(len, stop)), spell) if known else 0
+    is_monotonic = not any(BROKEN in s for s in stop)
+    begin = _begin(tokens, seen, max(map(len, stop)), detokenize) if is_monotonic else 0
 
     def first(low: int, high: int) -> int | None:
-        texts = spell(tokens[begin:high])
-        holds = any(s in text for text in texts for s in stop)
+        texts = detokenize(tokens[begin:high])
+        contains = any(s in text for text in texts for s in stop)
         if high - low == 1:
-            return high if holds else None
-        if known and not holds and not any(BROKEN in text for text in texts):
+            return high if contains else None
+        if is_monotonic and not contains and not any(BROKEN in text for text in texts):
             return None
         middle = (low + high) // 2
         return first(low, middle) or first(middle, high)
@@ -101,14 +127,14 @@ def first_end(tokens: list[int], seen: int, stop: tuple[str, ...], spell: Spell)
     return first(seen, len(tokens)) if len(tokens) > seen else None
 
 
-def _begin(tokens: list[int], seen: int, longest: int, spell: Spell) -> int:
-    """Where the text may be read from: enough characters before `seen` for a stop text that is completed behind it, at a token of
-    several characters, which is no part of one whatever stands before it. The beginning where that is not near."""
+def _begin(tokens: list[int], seen: int, longest: int, detokenize: Detokenize) -> int:
+    """Token from which the text can be read: early enough for a stop text that ends after `seen`, and at a token of several
+    characters, whose text does not depend on the tokens before it. 0 if there is none nearby."""
     enough = CHARACTER * (longest + 1)
     back = longest
-    while back < seen and min(map(len, spell(tokens[seen - back : seen]))) < enough:
+    while back < seen and min(map(len, detokenize(tokens[seen - back : seen]))) < enough:
         back *= 2
     for begin in range(seen - back, max(seen - back - NEAR, 0), -1):
-        if all(len(text) > 1 and BROKEN not in text for text in spell(tokens[begin : begin + 1])):
+        if all(len(text) > 1 and BROKEN not in text for text in detokenize(tokens[begin : begin + 1])):
             return begin
     return 0

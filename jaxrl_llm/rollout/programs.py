@@ -1,4 +1,4 @@
-"""The compiled programs that an engine runs, each for a few fixed sizes, compiled once and kept."""
+"""Compiled programs of an engine, each for a few fixed sizes, compiled at first use."""
 
 import os
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from jax.stages import Compiled, Lowered
 from jaxrl_llm.model import cache
 from jaxrl_llm.model.cache import Caching
 from jaxrl_llm.model.transformer import prefill
-from jaxrl_llm.rollout.decode import Units, make_segment
+from jaxrl_llm.rollout.decode import SequenceGroups, make_decode_chunk
 from jaxrl_llm.rollout.sample import Controls, Decoding
 from jaxrl_llm.types import PyTree
 
@@ -19,30 +19,30 @@ Name = tuple[str | int, ...]
 
 
 class Programs:
-    """Programs by name and sizes. Units and prompts are counted over all shards, windows and prompts in slots.
+    """Programs by name and sizes. Sequence groups and prompts are counted over all shards; slots and windows are sizes of caches.
 
-    ("prefill", prompts, slots)            tokens, lengths -> prompt cache
-    ("spread", prompts, units)             prompt cache, index -> the cache of each unit's prompt
-    ("insert", units, prompts)             prompt cache (donated), new, where, source -> prompt cache
-    ("blank", units, window)               -> empty suffix cache
-    ("grow", units, window, wider)         suffix cache, count -> suffix cache
-    ("take", units, fewer, window)         both caches, index of units, index of rows -> both caches
-    ("segment", units, window)             see `decode.make_segment`
+    ("prefill", prompts, slots)                 tokens, lengths -> prompt cache
+    ("broadcast_prefix", prompts, groups)       prompt cache, index -> prompt cache of each sequence group
+    ("insert_prefix", groups, prompts)          prompt cache (donated), new, where, source -> prompt cache
+    ("empty_suffix", groups, window)            -> empty suffix cache
+    ("widen_suffix", groups, window, wider)     suffix cache, count -> suffix cache
+    ("compact", groups, fewer, window)          both caches, index of groups, index of rows -> both caches
+    ("decode", groups, window)                  see `decode.make_decode_chunk`
     """
 
-    def __init__(self, decoding: Decoding, caching: Caching, each: int):
-        """`each`: rows per unit."""
-        self.decoding, self.caching, self.each = decoding, caching, each
+    def __init__(self, decoding: Decoding, caching: Caching, rows_per_group: int):
+        """`rows_per_group`: F, rows per sequence group."""
+        self.decoding, self.caching, self.rows_per_group = decoding, caching, rows_per_group
         self._compiled: dict[Name, Compiled] = {}
 
     def __call__(self, params: PyTree, *name: str | int) -> Compiled:
-        """The program, compiled if it is asked for the first time. Only "prefill" and "segment" look at `params`."""
+        """The program, compiled at the first call. Only "prefill" and "decode" use `params`."""
         if name not in self._compiled:
             self._compiled[name] = self.lower(params, *name).compile()
         return self._compiled[name]
 
     def warm(self, params: PyTree, names: list[Name]) -> None:
-        """Compile all of them, several at a time: the compiler runs beside Python."""
+        """Compile the programs, several at a time, since the compiler runs without Python."""
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             lowered = {name: self.lower(params, *name) for name in names if name not in self._compiled}
             self._compiled |= dict(zip(lowered, threads.map(Lowered.compile, lowered.values()), strict=True))
@@ -61,81 +61,84 @@ class Programs:
         where = cache.shardings(shapes, self.decoding.layout)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
-    def _prompt(self, units: int) -> PyTree:
+    def _prompt(self, groups: int) -> PyTree:
         model, layout, caching = self.decoding.model, self.decoding.layout, self.caching
-        return self._placed(lambda: cache.empty_prompt(model, units, caching.prompt_slots, layout, caching.form))
+        return self._placed(lambda: cache.empty_prompt(model, groups, caching.prompt_slots, layout, caching.form))
 
-    def _suffix(self, units: int, window: int) -> PyTree:
-        return self._placed(self._blank_suffix(units, window))
+    def _suffix(self, groups: int, window: int) -> PyTree:
+        return self._placed(self._make_suffix(groups, window))
 
-    def _blank_suffix(self, units: int, window: int) -> Callable[[], cache.SuffixCache]:
+    def _make_suffix(self, groups: int, window: int) -> Callable[[], cache.SuffixCache]:
         model, layout = self.decoding.model, self.decoding.layout
-        return lambda: cache.empty_suffix(model, units * self.each, window, layout, self.caching.form)
+        return lambda: cache.empty_suffix(model, groups * self.rows_per_group, window, layout, self.caching.form)
 
-    def caches(self, units: int, window: int) -> tuple[PyTree, PyTree]:
-        """Prompt and suffix cache, as shapes, dtypes and shardings."""
-        return self._prompt(units), self._suffix(units, window)
+    def caches(self, groups: int, window: int) -> tuple[PyTree, PyTree]:
+        """Prompt and suffix cache as shapes, dtypes and shardings."""
+        return self._prompt(groups), self._suffix(groups, window)
 
-    def _where(self, tree: PyTree) -> PyTree:
+    def _shardings(self, tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: x.sharding, tree)
 
     def _prefill(self, params: PyTree, prompts: int, slots: int) -> Lowered:
         def read(params, tokens, length):
             return prefill(params, tokens, length, self.caching, self.decoding.model, self.decoding.layout)
 
-        out = self._where(self._prompt(prompts))
+        out = self._shardings(self._prompt(prompts))
         return jax.jit(read, out_shardings=out).lower(abstract(params), self._ints(prompts, slots), self._ints(prompts))
 
-    def _spread(self, params: PyTree, prompts: int, units: int) -> Lowered:
-        spread = jax.jit(lambda new, index: cache.take(new, index, self.decoding.layout))
-        return spread.lower(self._prompt(prompts), self._ints(units))
+    def _broadcast_prefix(self, params: PyTree, prompts: int, groups: int) -> Lowered:
+        broadcast = jax.jit(lambda new, index: cache.take(new, index, self.decoding.layout))
+        return broadcast.lower(self._prompt(prompts), self._ints(groups))
 
-    def _insert(self, params: PyTree, units: int, prompts: int) -> Lowered:
+    def _insert_prefix(self, params: PyTree, groups: int, prompts: int) -> Lowered:
         def insert(old, new, where, source):
             return cache.insert(old, new, where, source, self.decoding.layout)
 
-        old, indices = self._prompt(units), self._ints(units)
-        insert = jax.jit(insert, donate_argnums=0, out_shardings=self._where(old))
+        old, indices = self._prompt(groups), self._ints(groups)
+        insert = jax.jit(insert, donate_argnums=0, out_shardings=self._shardings(old))
         return insert.lower(old, self._prompt(prompts), indices, indices)
 
-    def _blank(self, params: PyTree, units: int, window: int) -> Lowered:
-        out = self._where(self._suffix(units, window))
-        return jax.jit(self._blank_suffix(units, window), out_shardings=out).lower()
+    def _empty_suffix(self, params: PyTree, groups: int, window: int) -> Lowered:
+        out = self._shardings(self._suffix(groups, window))
+        return jax.jit(self._make_suffix(groups, window), out_shardings=out).lower()
 
-    def _grow(self, params: PyTree, units: int, window: int, wider: int) -> Lowered:
+    def _widen_suffix(self, params: PyTree, groups: int, window: int, wider: int) -> Lowered:
         def grow(suffix, count):
             return cache.grow(suffix, wider, count, self.decoding.model, self.decoding.layout)
 
-        out = self._where(self._suffix(units, wider))
-        return jax.jit(grow, out_shardings=out).lower(self._suffix(units, window), self._array((), jnp.int32))
+        out = self._shardings(self._suffix(groups, wider))
+        return jax.jit(grow, out_shardings=out).lower(self._suffix(groups, window), self._array((), jnp.int32))
 
-    def _take(self, params: PyTree, units: int, fewer: int, window: int) -> Lowered:
+    def _compact(self, params: PyTree, groups: int, fewer: int, window: int) -> Lowered:
         def take(prompt, suffix, index, row_index):
             return cache.take(prompt, index, self.decoding.layout), cache.take(suffix, row_index, self.decoding.layout)
 
-        out = self._where((self._prompt(fewer), self._suffix(fewer, window)))
+        out = self._shardings((self._prompt(fewer), self._suffix(fewer, window)))
         return jax.jit(take, out_shardings=out).lower(
-            self._prompt(units), self._suffix(units, window), self._ints(fewer), self._ints(fewer * self.each)
+            self._prompt(groups),
+            self._suffix(groups, window),
+            self._ints(fewer),
+            self._ints(fewer * self.rows_per_group),
         )
 
-    def _segment(self, params: PyTree, units: int, window: int) -> Lowered:
-        suffix, number = self._suffix(units, window), self._array((), jnp.int32)
-        f32 = lambda: self._array((units,), jnp.float32, "rows")  # noqa: E731
-        i32, rows = self._ints(units), self._ints(units, self.each)
-        where = Units(
+    def _decode(self, params: PyTree, groups: int, window: int) -> Lowered:
+        suffix, number = self._suffix(groups, window), self._array((), jnp.int32)
+        f32 = lambda: self._array((groups,), jnp.float32, "rows")  # noqa: E731
+        i32, rows = self._ints(groups), self._ints(groups, self.rows_per_group)
+        where = SequenceGroups(
             uid=i32, first=i32, length=i32, age=i32, limit=i32, last=rows,
             done=self._array(rows.shape, bool, "rows", None),
             controls=Controls(temperature=f32(), top_p=f32(), top_k=i32, min_p=f32(), min_new_tokens=i32),
         )  # fmt: skip
-        segment = jax.jit(
-            make_segment(self.decoding),
+        decode = jax.jit(
+            make_decode_chunk(self.decoding),
             donate_argnums=1,
-            out_shardings=(self._where(suffix), self.decoding.layout.replicated),
+            out_shardings=(self._shardings(suffix), self.decoding.layout.replicated),
         )
         key = self._array((2,), jnp.uint32)
-        return segment.lower(abstract(params), suffix, self._prompt(units), where, key, number, number)
+        return decode.lower(abstract(params), suffix, self._prompt(groups), where, key, number, number)
 
 
 def abstract(tree: PyTree) -> PyTree:
-    """Shapes and places of arrays, or of what describes arrays already."""
+    """Shapes, dtypes and shardings of arrays, concrete or abstract."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

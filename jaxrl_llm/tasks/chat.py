@@ -1,4 +1,4 @@
-"""A chat template: prompts as the user's turn, and all that must be true of a template for them to be what the run is about."""
+"""Prompts rendered through a tokenizer's chat template, and the checks that a template must pass first."""
 
 import difflib
 import logging
@@ -10,70 +10,86 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks.config import PretrainedTokenizer
 from jaxrl_llm.tasks.renderer import RENDERER
-from jaxrl_llm.tasks.turns import Turns, as_turns, no_unicode
+from jaxrl_llm.tasks.turns import Turns, as_turns, unicode_problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 log = logging.getLogger("jaxrl_llm.tasks")
-SYSTEMS = ("system", "developer")
-# Texts that no template holds by itself.
+SYSTEM_ROLES = ("system", "developer")
+# Probe texts that no template contains by itself.
 SYSTEM, QUESTION, ANSWER = "Count to 8642.", "What is 7391 plus 2?", "It is 7393."
 
-Content = Callable[[str], Any]
+ContentFormat = Callable[[str], Any]
 Messages = list[dict[str, Any]]
 
 
-def as_parts(text: str) -> list[dict[str, str]]:
+def text_parts(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}]
 
 
 class LimitError(UserError):
-    """A template that writes, holds or takes too much: nothing else is tried with it."""
+    """A template that exceeds a limit of time, memory or output; it is not rendered again."""
 
 
-class Template(NamedTuple):
-    """The tokenizer's own, with the arguments that the run passes."""
+class ChatTemplate(NamedTuple):
+    """The chat template of a tokenizer and the arguments that the run passes to it."""
 
     directory: Path
     fast: "PreTrainedTokenizerFast"
     source: str
     arguments: dict[str, Any]
 
-    def write_all(self, turns: Sequence[Messages], prompt: bool = True, **more: Any) -> list[str | UserError]:
-        """Each conversation as text, or what is wrong with it; `prompt`: with the beginning of the assistant's turn.
+    def render_all(self, turns: Sequence[Messages], prompt: bool = True, **more: Any) -> list[str | UserError]:
+        """Render each conversation, or return the error in its place.
 
-        A template that breaks a limit is asked no further: the conversations behind it are left out.
+        If one conversation exceeds a limit, the result ends with its error.
+
+        Args:
+            turns: One list of messages per conversation.
+            prompt: Append the generation prompt (the beginning of the assistant's turn).
+            **more: Further template arguments.
         """
-        asked = {**self.fast.special_tokens_map, **self.arguments, **more, "add_generation_prompt": prompt}
-        found = RENDERER.render(self.source, asked, turns)
+        arguments = {**self.fast.special_tokens_map, **self.arguments, **more, "add_generation_prompt": prompt}
+        found = RENDERER.render(self.source, arguments, turns)
         return [self._read(text, wrong) for text, wrong in found]
 
     def _read(self, text: str | None, wrong: str) -> str | UserError:
-        if text is not None and not no_unicode(text):
+        if text is not None and not unicode_problem(text):
             return text
         kind = LimitError if text is None and not wrong.startswith("raises") else UserError
         return kind(f"{self.directory}: the chat template {wrong or 'writes half of a character, want text'}")
 
-    def write(self, turns: Messages, prompt: bool = True, **more: Any) -> str:
-        """One of them. Raises UserError."""
-        (found,) = self.write_all([turns], prompt, **more)
+    def render(self, turns: Messages, prompt: bool = True, **more: Any) -> str:
+        """Render one conversation. Raises UserError."""
+        (found,) = self.render_all([turns], prompt, **more)
         if isinstance(found, UserError):
             raise found
         return found
 
 
 def first_line(error: BaseException) -> str:
+    """Type and first line of an error."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:500]}"
 
 
-def chat(
+def make_chat_renderer(
     directory: Path, fast: "PreTrainedTokenizerFast", cfg: PretrainedTokenizer, eos: tuple[int, ...]
 ) -> tuple[Callable[[Sequence[Turns]], list[str | UserError]], frozenset[int]]:
-    """Turns as text, with the config's system turn before those that have none, and the beginning of the assistant's behind; and
-    the added tokens that stand between turns without being special.
+    """Return a function from conversations to prompt texts, and the delimiter tokens of the template.
 
-    Raises UserError for a template whose prompts would lack one of the three, and warns of what it makes of turns beside.
+    A prompt has the config's system turn, unless the conversation has one, and ends with the generation prompt. Raises UserError
+    for a template that leaves out the system turn, the prompt or the generation prompt; other oddities are logged as warnings.
+
+    Args:
+        directory: The tokenizer's directory, for messages.
+        fast: The tokenizer.
+        cfg: Its config: system prompt and template arguments.
+        eos: Tokens that end a response.
+
+    Returns:
+        The renderer (an error stands in place of a conversation that cannot be rendered), and the ids of added tokens that
+        separate turns without being special.
     """
     try:
         source = fast.get_chat_template()
@@ -83,45 +99,49 @@ def chat(
             "want one, or tokenizer.chat: false for plain prompts"
         ) from None
     _check_arguments(source, cfg.template)
-    template = Template(directory, fast, source, cfg.template)
-    system, user = _forms(template, bool(cfg.system))
+    template = ChatTemplate(directory, fast, source, cfg.template)
+    system, user = _content_formats(template, bool(cfg.system))
 
     def messages(turns: Turns, start: str = cfg.system) -> Messages:
-        before = [{"role": "system", "content": system(start)}] if start and turns[0].role not in SYSTEMS else []
-        forms = ((role, system if role in SYSTEMS else user, content.text) for role, content in turns)
-        return [*before, *({"role": role, "content": form(text)} for role, form, text in forms)]
+        before = [{"role": "system", "content": system(start)}] if start and turns[0].role not in SYSTEM_ROLES else []
+        formats = ((role, system if role in SYSTEM_ROLES else user, content.text) for role, content in turns)
+        return [*before, *({"role": role, "content": as_content(text)} for role, as_content, text in formats)]
 
-    asked = messages(as_turns(QUESTION), SYSTEM if cfg.system else "")
+    question = messages(as_turns(QUESTION), SYSTEM if cfg.system else "")
     answer = {"role": "assistant", "content": user(ANSWER)}
-    _check_answer(template, asked, answer, eos)
-    _check_clock(template, asked)
-    # The question again: a template may write the empty thought of a last answer, and <think> is nobody's turn.
-    delimiters = _added(fast, _written(template, [*asked, answer, asked[-1]]))
-    return lambda prompts: _whole(
-        template, prompts, template.write_all([messages(turns) for turns in prompts])
+    _check_answer(template, question, answer, eos)
+    _check_clock(template, question)
+    # The question again: a template may render an empty <think> block in a final answer, and <think> is no delimiter.
+    delimiters = _added_tokens(fast, _render_or_empty(template, [*question, answer, question[-1]]))
+    return lambda prompts: _check_all_turns(
+        template, prompts, template.render_all([messages(turns) for turns in prompts])
     ), delimiters
 
 
-def _added(fast: "PreTrainedTokenizerFast", text: str) -> frozenset[int]:
+def _added_tokens(fast: "PreTrainedTokenizerFast", text: str) -> frozenset[int]:
     """Added tokens in the text that are not special."""
     backend = fast.backend_tokenizer
     plain = {id for id, token in backend.get_added_tokens_decoder().items() if not token.special}
     return frozenset(plain.intersection(backend.encode(text, add_special_tokens=False).ids))
 
 
-def _whole(template: Template, prompts: Sequence[Turns], texts: list[str | UserError]) -> list[str | UserError]:
-    """Templates have been tried with a system's and a user's turn: of others each must be in the text."""
+def _check_all_turns(
+    template: ChatTemplate, prompts: Sequence[Turns], texts: list[str | UserError]
+) -> list[str | UserError]:
+    """Replace texts that lack a turn by errors: `make_chat_renderer` has tried one system and one user turn only."""
     found = []
     for turns, text in zip(prompts, texts, strict=False):
-        asked = [turn for turn in turns if turn.role != "assistant"] if len(turns) > 1 and isinstance(text, str) else []
-        lacking = next((role for role, content in asked if content.text.strip() not in text), None)
-        lacks = f"{template.directory}: the chat template leaves the {lacking}'s turn out, want messages that it writes"
-        found.append(UserError(lacks) if lacking else text)
+        expected = (
+            [turn for turn in turns if turn.role != "assistant"] if len(turns) > 1 and isinstance(text, str) else []
+        )
+        missing = next((role for role, content in expected if content.text.strip() not in text), None)
+        error = f"{template.directory}: the chat template leaves the {missing}'s turn out, want messages that it writes"
+        found.append(UserError(error) if missing else text)
     return found
 
 
 def _check_arguments(source: str, arguments: dict[str, Any]) -> None:
-    """A template ignores an argument that it does not know, and so nobody would see the slip of the pen."""
+    """Refuse arguments that the template does not use: it would silently ignore a typo."""
     known = set(re.findall(r"[A-Za-z_]\w*", source))
     wrong = []
     for name in arguments:
@@ -133,14 +153,14 @@ def _check_arguments(source: str, arguments: dict[str, Any]) -> None:
         raise UserError("\n".join(wrong))
 
 
-def _forms(template: Template, has_system: bool) -> tuple[Content, Content]:
-    """How the template wants the contents of the system's and of the user's turn: as text, or as a list of parts."""
+def _content_formats(template: ChatTemplate, has_system: bool) -> tuple[ContentFormat, ContentFormat]:
+    """Content formats of system and user turns that the template renders: plain text or a list of parts."""
     problems = []
-    # Lists last: a template that prints any content would print a list as Python does.
-    for system, user in ((str, str), (as_parts, str), (str, as_parts), (as_parts, as_parts)):
+    # Lists last: a template that prints any content would print the repr of a list.
+    for system, user in ((str, str), (text_parts, str), (str, text_parts), (text_parts, text_parts)):
         start = [{"role": "system", "content": system(SYSTEM)}] if has_system else []
         try:
-            text = template.write([*start, {"role": "user", "content": user(QUESTION)}])
+            text = template.render([*start, {"role": "user", "content": user(QUESTION)}])
         except LimitError:
             raise
         except UserError as error:
@@ -156,11 +176,11 @@ def _forms(template: Template, has_system: bool) -> tuple[Content, Content]:
 
 
 def _check_answer(
-    template: Template, asked: list[dict[str, Any]], answer: dict[str, Any], eos: tuple[int, ...]
+    template: ChatTemplate, question: list[dict[str, Any]], answer: dict[str, Any], eos: tuple[int, ...]
 ) -> None:
-    """The assistant's turn begins with the prompt, and ends with a token that ends a response."""
-    prompt = template.write(asked)
-    plain, whole = (_written(template, turns) for turns in (asked, [*asked, answer]))
+    """Check that the assistant's turn begins with the generation prompt and ends with an end token."""
+    prompt = template.render(question)
+    plain, whole = (_render_or_empty(template, turns) for turns in (question, [*question, answer]))
     before, found, after = whole.rpartition(ANSWER)
     if prompt == plain:
         _check_beginning(template, prompt, before, known=bool(found) and before.startswith(prompt))
@@ -168,27 +188,27 @@ def _check_answer(
         _check_end(template, after, eos)
 
 
-def _written(template: Template, turns: list[dict[str, Any]]) -> str:
-    """Turns that nothing follows; nothing where the template raises: a run asks for prompts alone."""
+def _render_or_empty(template: ChatTemplate, turns: list[dict[str, Any]]) -> str:
+    """The conversation without generation prompt; "" if the template raises, since runs only need prompts."""
     try:
-        return template.write(turns, prompt=False)
+        return template.render(turns, prompt=False)
     except UserError:
         return ""
 
 
-def _check_beginning(template: Template, prompt: str, before: str, known: bool) -> None:
-    """Llama 2 and Mistral need no generation prompt: an answer stands right behind the user's turn there."""
+def _check_beginning(template: ChatTemplate, prompt: str, before: str, known: bool) -> None:
+    """Check for a generation prompt. Llama 2 and Mistral need none: the answer directly follows the user's turn."""
     nothing = "the chat template writes no generation prompt (add_generation_prompt changes nothing)"
     if not known:
         log.warning("%s: %s: prompts may lack the beginning of the assistant's turn", template.directory, nothing)
     elif missing := before[len(prompt) :].strip():
         raise UserError(
             f"{template.directory}: {nothing}, though {missing!r} stands before an answer: every prompt would lack it; want it "
-            "written where add_generation_prompt is true, or tokenizer.chat: false for plain prompts"
+            "rendered where add_generation_prompt is true, or tokenizer.chat: false for plain prompts"
         )
 
 
-def _check_end(template: Template, after: str, eos: tuple[int, ...]) -> None:
+def _check_end(template: ChatTemplate, after: str, eos: tuple[int, ...]) -> None:
     backend = template.fast.backend_tokenizer
     added = backend.get_added_tokens_decoder()
     ids = [id for id in backend.encode(after, add_special_tokens=False).ids if id in added]
@@ -202,12 +222,12 @@ def _check_end(template: Template, after: str, eos: tuple[int, ...]) -> None:
         )  # fmt: skip
 
 
-def _check_clock(template: Template, asked: list[dict[str, Any]]) -> None:
-    """transformers gives templates a function `strftime_now`: one that calls it cannot be given a text in its place."""
+def _check_clock(template: ChatTemplate, question: list[dict[str, Any]]) -> None:
+    """Warn if the template renders today's date: it calls `strftime_now`, and fails when given a string in its place."""
     if "strftime_now" not in template.source:
         return
     try:
-        template.write(asked, strftime_now="")
+        template.render(question, strftime_now="")
     except UserError:
         log.warning(
             "%s: the chat template writes today's date: a run that is resumed on another day reads other prompts; to pin it, pass "

@@ -1,4 +1,4 @@
-"""What the run is about: where prompts and answers come from, and how text becomes tokens."""
+"""Config of the task (where prompts and answers come from) and of the tokenizer."""
 
 import string
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ ARITHMETIC_ALPHABET = "0123456789+<> #"
 
 
 def check_template(template: str) -> str:
-    """A format template over a row's columns: `{question}`, `{meta[level]}`; braces themselves are `{{` and `}}`."""
+    """Validate a format template over a row's columns: `{question}`, `{meta[level]}`; literal braces are `{{` and `}}`."""
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError:
         names = [""]
     if any(not name or name[0] in "[." or name[0].isdigit() for name in names):
-        want = "fields that name a column, as in {question}, and {{ }} for braces themselves, as in \\boxed{{}}"
+        want = "fields that name a column, as in {question}, and {{ }} for literal braces, as in \\boxed{{}}"
         raise PydanticCustomError("template", "{want}", {"want": want})
     return template
 
@@ -30,33 +30,33 @@ Count = Annotated[int, Ge(0)]
 
 @dataclass(frozen=True)
 class CharacterTokenizer:
-    """Token 0 is padding, then one token for each character of the alphabet."""
+    """Character-level tokenizer: token 0 is padding, followed by one token per character of the alphabet."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     alphabet: str = ARITHMETIC_ALPHABET
-    """Every character that prompts and responses may hold; the last one is the end token. Another character is an error."""
+    """All characters that prompts and responses may contain; the last one is the end token. Any other character is an error."""
 
 
 @dataclass(frozen=True)
 class PretrainedTokenizer:
-    """The tokenizer of a Hugging Face model, through transformers' AutoTokenizer."""
+    """Tokenizer of a Hugging Face model, loaded with transformers' AutoTokenizer."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     path: str = ""
-    """Directory with tokenizer.json, or a name on the Hugging Face hub. Empty: the model's own directory."""
+    """Directory with tokenizer.json, or a repository on the Hugging Face hub. Empty: the model's directory."""
     chat: bool = True
-    """Prompts are the user's turn in the tokenizer's chat template, with the generation prompt behind it. False: plain text."""
+    """Render each prompt as a user turn of the chat template, followed by the generation prompt. False: plain text."""
     system: str = ""
-    """The system's turn. Empty: none is passed, and the template decides."""
+    """System prompt. Empty: none is passed, and the template uses its default."""
     template: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the chat template, e.g. enable_thinking: false."""
+    """Arguments of the chat template, e.g. `enable_thinking: false`."""
     stop: tuple[str, ...] = ()
-    """Texts of one token each that end a response, beside the end tokens of the tokenizer and of generation_config.json."""
+    """Further end tokens, each a text of exactly one token, besides those of the tokenizer and of generation_config.json."""
     special_in_data: Literal["split", "keep"] = "split"
-    """What becomes of special tokens' names in columns of the data, as <|im_end|>: split, they are text and no row can close its
-    own turn; kept, they are those tokens. Names that the config writes are those tokens always."""
+    """Encoding of names of special tokens, such as <|im_end|>, in data columns. split: as ordinary text, so that no row can
+    close its own turn; keep: as the special tokens. Names written in the config always become special tokens."""
 
 
 def _kind(value: Any) -> str:
@@ -72,19 +72,19 @@ TokenizerConfig = Annotated[
 
 @dataclass(frozen=True)
 class ArithmeticTask:
-    """`<3+4+5>` asks for `12#`; all sums of `terms` digits, some of them held out."""
+    """Sums of `terms` digits: the prompt `<3+4+5>` has the answer `12#`. Some of the sums are held out."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["arithmetic"] = "arithmetic"
     terms: Annotated[int, Ge(2), Le(6)] = 3
-    """Six have a million sums, all of which are written down."""
+    """Digits per sum. All 10 ** terms sums are generated."""
     held_out: Annotated[int, Ge(1)] = 128
-    """Prompts kept for evaluation, drawn with the run's seed; never trained on."""
+    """Number of prompts held out for evaluation, chosen with the run's seed; never trained on."""
 
     @staticmethod
     def prompt(digits: Sequence[str]) -> str:
-        """That asks for the sum of these."""
+        """Return the prompt for the sum of these digits."""
         return f"<{'+'.join(digits)}>"
 
 
@@ -97,45 +97,45 @@ class FileTask:
     path: str
     kind: Literal["file"] = "file"
     split: str = "train"
-    """Which part of a saved DatasetDict. Files have no parts."""
+    """Split of a saved DatasetDict. Files have no splits."""
     held_out: Count = 0
-    """Rows kept for evaluation, drawn with the run's seed; no prompt of theirs is trained on."""
+    """Number of rows held out for evaluation, chosen with the run's seed; their prompts are never trained on."""
     held_out_path: str = ""
-    """Or: where the held-out rows lie. Empty with a `held_out_split`: in the same directory."""
+    """Alternative to `held_out`: path of the held-out rows. Empty with a `held_out_split`: the same directory."""
     held_out_split: str = ""
-    """Which part of a saved DatasetDict is held out. Empty: `split`."""
+    """Split of a saved DatasetDict that is held out. Empty: `split`."""
     prompt: Template = "{prompt}"
-    """Format template over the row's columns."""
+    """Format template over the row's columns, e.g. `{question}`."""
     answer: Template = "{answer}"
-    """What the graders compare with. Empty: no answer."""
+    """Template of the reference answer for graders. Empty: no answer."""
     response: Template = ""
-    """The whole right response without the end token, for a supervised warm start and the exact evaluation. Empty: unknown."""
+    """Template of a complete correct response without the end token, for supervised training and exact evaluation. Empty: none."""
     max_prompt_tokens: Count = 0
-    """Longest prompt, chat template included. 0: no limit."""
+    """Maximum prompt length in tokens, chat template included. 0: no limit."""
     too_long: Literal["refuse", "drop"] = "refuse"
-    """What is done about longer ones."""
+    """refuse: a longer prompt is an error; drop: it is dropped with a warning."""
 
 
 @dataclass(frozen=True)
 class ReasoningGymTask:
-    """Entries that reasoning-gym makes: question, answer, metadata."""
+    """Rows generated by reasoning-gym, with the columns question, answer and metadata."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: str
-    """Of the dataset, e.g. chain_sum."""
+    """Name of the reasoning-gym dataset, e.g. chain_sum."""
     kind: Literal["reasoning_gym"] = "reasoning_gym"
     config: dict[str, Any] = field(default_factory=dict)
-    """The dataset's own settings, e.g. max_terms: 4."""
+    """Settings of the dataset, e.g. `max_terms: 4`."""
     size: Annotated[int, Ge(1), Le(10**6)] = 2000
-    """Entries drawn for training."""
+    """Number of rows generated for training."""
     held_out: Annotated[int, Ge(1), Le(10**6)] = 128
-    """Entries drawn for evaluation; no prompt of theirs is trained on."""
+    """Number of rows generated for evaluation; their prompts are never trained on."""
     prompt: Template = "{question}"
     response: Template = ""
-    """The whole right response without the end token, e.g. "{answer}". Empty: unknown."""
+    """Template of a complete correct response without the end token, e.g. "{answer}". Empty: unknown."""
     max_prompt_tokens: Count = 0
-    """Longest prompt, chat template included. 0: no limit."""
+    """Maximum prompt length in tokens, chat template included. 0: no limit."""
     too_long: Literal["refuse", "drop"] = "refuse"
 
 

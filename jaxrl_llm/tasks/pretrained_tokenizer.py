@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer with its chat template, read from a directory."""
+"""Loading a Hugging Face tokenizer and its chat template from a directory."""
 
 import json
 import re
@@ -6,26 +6,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.tasks.chat import chat, first_line
+from jaxrl_llm.tasks.chat import first_line, make_chat_renderer
 from jaxrl_llm.tasks.config import PretrainedTokenizer
 from jaxrl_llm.tasks.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# transformers makes an empty tokenizer of its own, without a word, where it knows the model's class and finds none of these.
+# Where it knows the model's class and finds none of these files, transformers silently makes an empty tokenizer.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json")
 
 
 def load(cfg: PretrainedTokenizer) -> Tokenizer:
-    _check_plain(cfg)
-    directory = find(cfg.path)
+    """Load the tokenizer. Raises UserError for anything wrong with the directory, its files or its chat template."""
+    _check_unused_settings(cfg)
+    directory = find_directory(cfg.path)
     try:
         return _load(directory, cfg)
     except UserError:
         raise
-    except BaseException as error:  # bad JSON, bad merges, unknown classes: each library beneath raises its own
-        # What is wrong deep inside of the `tokenizers` library ends in a panic, which is no Exception.
+    except BaseException as error:  # bad JSON, bad merges, unknown classes: each underlying library raises its own
+        # Errors inside the `tokenizers` library may be panics, which do not derive from Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"{directory}: the tokenizer cannot be read: {first_line(error)}") from None
@@ -34,25 +35,29 @@ def load(cfg: PretrainedTokenizer) -> Tokenizer:
 def _load(directory: Path, cfg: PretrainedTokenizer) -> Tokenizer:
     fast = read(directory)
     backend = fast.backend_tokenizer
-    # tokenizer.json may carry the padding and truncation of its training.
+    # tokenizer.json may contain padding and truncation settings from training.
     backend.no_padding()
     backend.no_truncation()
     size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     eos = end_tokens(directory, fast, size, cfg.stop)
-    written = dict(zip(("render", "delimiters"), chat(directory, fast, cfg, eos), strict=True)) if cfg.chat else {}
+    chat = (
+        dict(zip(("render", "delimiters"), make_chat_renderer(directory, fast, cfg, eos), strict=True))
+        if cfg.chat
+        else {}
+    )
     tokenizer = Tokenizer(
         backend,
         pad=eos[0] if fast.pad_token_id is None else fast.pad_token_id,
         eos=eos,
         write=lambda out: fast.save_pretrained(out),
         keeps_special=cfg.special_in_data == "keep",
-        **(written or {"prefix": beginning(fast)}),
+        **(chat or {"prefix": bos_tokens(fast)}),
     )
-    tokenizer.prompt("1+1")  # a template that raises does so here, before any row is read
+    tokenizer.prompt("1+1")  # a template that raises should raise here, before any row is read
     return tokenizer
 
 
-def _check_plain(cfg: PretrainedTokenizer) -> None:
+def _check_unused_settings(cfg: PretrainedTokenizer) -> None:
     ignored = [name for name in ("system", "template") if getattr(cfg, name) and not cfg.chat]
     if ignored:
         raise UserError(
@@ -62,8 +67,8 @@ def _check_plain(cfg: PretrainedTokenizer) -> None:
         )
 
 
-def find(path: str) -> Path:
-    """The directory itself, or the snapshot of a repository on the hub."""
+def find_directory(path: str) -> Path:
+    """Return the local directory, or the snapshot of a Hugging Face hub repository. Raises UserError."""
     if path and Path(path).is_dir():
         directory = Path(path)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith("."):
@@ -81,14 +86,16 @@ def _snapshot(name: str) -> Path:
     try:
         files = ["*.json", "*.jinja", "*.txt", "*.model"]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
-    except Exception as error:  # the hub's errors have no common base with those of the network beneath
+    except Exception as error:  # errors of the hub and of the network have no common base class
         why = str(error).splitlines()[0]
         raise UserError(
-            f"tokenizer.path: got {name!r}, which is no directory here, and the hub did not give it ({why}); pass a local path"
+            f"tokenizer.path: got {name!r}, which is no directory here, and downloading it from the hub failed ({why}); "
+            "pass a local path"
         ) from None
 
 
 def read(directory: Path) -> "PreTrainedTokenizerFast":
+    """Read a fast tokenizer without running code from the directory. Raises UserError for a slow one."""
     from transformers import AutoTokenizer
 
     fast = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -98,7 +105,14 @@ def read(directory: Path) -> "PreTrainedTokenizerFast":
 
 
 def end_tokens(directory: Path, fast: "PreTrainedTokenizerFast", size: int, stop: tuple[str, ...]) -> tuple[int, ...]:
-    """The tokenizer's own, those of generation_config.json, and `stop`; each once, in this order."""
+    """End tokens of the tokenizer, of generation_config.json and of `stop`, in this order, without duplicates.
+
+    Args:
+        directory: Where generation_config.json may be.
+        fast: The tokenizer.
+        size: Vocabulary size, added tokens included.
+        stop: `tokenizer.stop`: texts of one token each.
+    """
     own = [] if fast.eos_token_id is None else [fast.eos_token_id]
     found = list(dict.fromkeys([*own, *_generation_eos(directory, size), *_stop_tokens(fast, stop)]))
     if not found:
@@ -133,7 +147,7 @@ def _stop_tokens(fast: "PreTrainedTokenizerFast", stop: tuple[str, ...]) -> list
             wrong.append(
                 f"tokenizer.stop: got {text!r}, which is {len(encoding.ids)} tokens {encoding.tokens}, want one"
             )
-        # An unknown word is one token as well, and so is one that a normalizer changes.
+        # Unknown words, and words changed by a normalizer, may also be one token.
         elif fast.backend_tokenizer.decode(encoding.ids, skip_special_tokens=False).strip() != text.strip():
             wrong.append(
                 f"tokenizer.stop: got {text!r}, which is the token {encoding.tokens[0]!r}, want text that it spells"
@@ -143,8 +157,8 @@ def _stop_tokens(fast: "PreTrainedTokenizerFast", stop: tuple[str, ...]) -> list
     return found
 
 
-def beginning(fast: "PreTrainedTokenizerFast") -> tuple[int, ...]:
-    """What the tokenizer puts before a text by itself (BOS). What it would append is no part of a prompt."""
+def bos_tokens(fast: "PreTrainedTokenizerFast") -> tuple[int, ...]:
+    """Tokens that the tokenizer prepends to a text (BOS). Tokens that it appends are not part of a prompt."""
     text = "1"
     plain = fast.backend_tokenizer.encode(text, add_special_tokens=False).ids
     whole = fast.backend_tokenizer.encode(text, add_special_tokens=True).ids

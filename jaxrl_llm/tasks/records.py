@@ -1,4 +1,4 @@
-"""Files and directories of rows, read into plain columns, each row with the place it came from."""
+"""Reading data files: JSONL, JSON, Parquet and saved Hugging Face datasets, as records of plain columns."""
 
 import codecs
 import json
@@ -9,10 +9,10 @@ from typing import Any
 
 from jaxrl_llm.errors import UserError
 
-SHOWN = 5
-WANT = "one JSON object a line, or one array of objects"
-# What other files begin with.
-OTHERS = {
+MAX_SHOWN = 5
+WANT = "one JSON object per line, or one array of objects"
+# Signatures of other file types.
+SIGNATURES = {
     codecs.BOM_UTF16_LE: "UTF-16 text", codecs.BOM_UTF16_BE: "UTF-16 text", b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip file",
     b"\x28\xb5\x2f\xfd": "a zstd file", b"PAR1": "a parquet file",
 }  # fmt: skip
@@ -21,21 +21,24 @@ OTHERS = {
 @dataclass(frozen=True)
 class Record:
     where: str
-    """For people: file and line, or file and row; both count from 1."""
+    """File and line, or file and row, for messages; both count from 1."""
     columns: Mapping[str, Any]
 
 
 def refuse(problems: list[str]) -> None:
-    """Raises UserError with the first few, if there are any."""
+    """Raise UserError with the first few problems, if there are any."""
     if problems:
-        more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        raise UserError("\n".join(problems[:SHOWN] + more))
+        more = [f"... and {len(problems) - MAX_SHOWN} more"] if len(problems) > MAX_SHOWN else []
+        raise UserError("\n".join(problems[:MAX_SHOWN] + more))
 
 
 def read(path: Path, split: str, setting: str = "") -> list[Record]:
-    """`setting`: the one that asks for the split, where one does.
+    """Read all records. Raises UserError naming file, line and reason.
 
-    Raises UserError that names file, line and reason of what cannot be read, or the setting where there are no splits.
+    Args:
+        path: A .jsonl, .json or .parquet file, or a directory written by `datasets.save_to_disk`.
+        split: Split of a saved DatasetDict.
+        setting: Config key that explicitly asks for the split; then data without splits is an error.
     """
     try:
         is_saved = path.is_dir()
@@ -58,9 +61,9 @@ def read(path: Path, split: str, setting: str = "") -> list[Record]:
 
 
 def _json(path: Path) -> list[Record]:
-    """An object a line, or all of them in one array."""
+    """One object per line, or one array of objects."""
     data = _bytes(path).removeprefix(codecs.BOM_UTF8)
-    if other := next((name for start, name in OTHERS.items() if data.startswith(start)), None):
+    if other := next((name for start, name in SIGNATURES.items() if data.startswith(start)), None):
         raise UserError(f"{path}: got {other}, want {WANT}")
     if data.lstrip()[:1] == b"[":
         return _array(path, data)
@@ -152,7 +155,7 @@ def _saved(path: Path, split: str, setting: str) -> list[Record]:
         if has_parts and split in found:
             found, part = found[split], path / split
         rows = [] if isinstance(found, datasets.DatasetDict) else found.to_list()
-    except Exception as error:  # a missing or broken file inside shows as whatever its reader raises
+    except Exception as error:  # a missing or broken file inside raises whatever its reader raises
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be read as a directory written by datasets.save_to_disk: {why}") from None
     if has_parts and part == path:

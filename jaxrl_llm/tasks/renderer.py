@@ -1,7 +1,8 @@
-"""A chat template is a program that came with a model. It runs in a process of its own, with a limit of time, memory and text.
+"""Renders chat templates in a separate process, with limits on time, memory and output.
 
-The sandbox of jinja2 keeps a template from files and from the interpreter; it does not end a loop, and no thread can be ended in
-the middle of `10 ** 10 ** 10`. This file is that process's program too: nothing of the package is imported at its top.
+A chat template is untrusted code that comes with a model. The sandbox of jinja2 keeps it from files and from the interpreter, but
+ends no loop, and no thread can be stopped in the middle of `10 ** 10 ** 10`. This file is also the program of that process: it
+imports nothing of the package.
 """
 
 import json
@@ -15,19 +16,19 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 SECONDS = 10
-"""For one conversation."""
+"""Time limit per conversation."""
 CHARACTERS = 10_000_000
-"""That one conversation may become."""
+"""Maximum length of one rendered conversation."""
 BYTES = 2**30
-"""Memory beyond that of a process that has rendered nothing."""
+"""Memory limit, on top of what the process uses before it renders anything."""
 WAIT_S = 120
-"""For an answer from a process that does not end itself as it should, or is slow to start."""
+"""Timeout of the parent for an answer, including the start of the process."""
 IDLE_S = 30
-"""After so long without work the process ends by itself."""
+"""Idle time after which the process exits."""
 
 
 class Renderer:
-    """The parent's end. The process starts with the first conversation, and anew after a template that had to be ended."""
+    """Client of the rendering process, which starts on first use and is restarted after a template was killed."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
@@ -37,7 +38,7 @@ class Renderer:
     def render(
         self, source: str, arguments: Mapping[str, Any], conversations: Sequence[Sequence[Mapping[str, Any]]]
     ) -> list[tuple[str | None, str]]:
-        """Each conversation's text, and what is wrong instead. The first that breaks a limit is the last."""
+        """Return (text, error) per conversation; text is None on error. The result ends at the first that exceeds a limit."""
         self._start()
         found: list[tuple[str | None, str]] = []
         try:
@@ -50,7 +51,7 @@ class Renderer:
         except (EOFError, OSError):
             self._end()
             return [*found, (None, f"takes more than {SECONDS} s, or more memory than it may have")]
-        except BaseException:  # Ctrl-C: answers that nobody reads any more must not be taken for others
+        except BaseException:  # Ctrl-C: unread answers must not be taken for those of the next call
             self._end()
             raise
         self._used = time.monotonic()
@@ -63,7 +64,7 @@ class Renderer:
         self._pipe, theirs = Pipe()
         limits = map(str, (theirs.fileno(), SECONDS, CHARACTERS, BYTES, IDLE_S))
         self._process = subprocess.Popen(
-            # -P: what stands beside this file must not be taken for modules of other packages.
+            # -P: files beside this one must not shadow modules of other packages.
             [sys.executable, "-P", __file__, *limits],
             pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
@@ -82,10 +83,18 @@ RENDERER = Renderer()
 
 
 def serve(pipe: Connection, seconds: int, characters: int, memory: int, idle_s: int) -> None:
-    """The other end: conversations in, texts out, until there are no more. SIGALRM ends this process, whatever it is doing."""
+    """Main loop of the rendering process. SIGALRM kills it if a conversation takes too long.
+
+    Args:
+        pipe: Receives (source, arguments, conversations), sends one JSON [text, error] per conversation.
+        seconds: Time limit per conversation.
+        characters: Maximum length of one rendered conversation.
+        memory: Limit of additional memory in bytes.
+        idle_s: Exit after this many seconds without a request.
+    """
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then closes the pipe
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and closes the pipe
     signal.alarm(WAIT_S)
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -100,14 +109,14 @@ def serve(pipe: Connection, seconds: int, characters: int, memory: int, idle_s: 
                 answer = (
                     (text, "") if len(text) <= characters else (None, f"writes more than {characters:,} characters")
                 )
-            except Exception as error:  # the template is a program of its own and raises what it likes
+            except Exception as error:  # templates are programs and may raise anything
                 answer = None, f"raises {type(error).__name__}: {(str(error).splitlines() or [''])[0][:500]}"
             pipe.send_bytes(json.dumps(answer).encode())
         signal.alarm(0)
 
 
 def _limit_memory(more: int) -> None:
-    """Beyond what it has now, where the system can tell; elsewhere there is the limit of time alone."""
+    """Limit memory to `more` bytes above current use. Without /proc there is only the time limit."""
     import resource
 
     with suppress(OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Rows: what a policy is asked, what a grader compares with, and the tokens of both, made once."""
+"""Rows of a task: prompt, reference answer and their tokens, made once from records and templates."""
 
 import difflib
 import hashlib
@@ -17,52 +17,52 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks.records import Record, refuse
 from jaxrl_llm.tasks.tokenizer import Tokenizer
 from jaxrl_llm.tasks.turns import (
-    Filled,
+    FilledText,
     PromptError,
     Turn,
     Turns,
-    answered,
+    answer_text,
     are_messages,
-    asked,
-    no_unicode,
+    as_text,
+    prompt_turns,
     read_messages,
-    shown,
+    unicode_problem,
 )
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
     prompt: str
-    """What is asked, before the chat template."""
+    """The prompt before the chat template."""
     answer: str
-    """What graders compare with."""
+    """Reference answer for graders."""
     response: str | None
-    """The whole right response without the end token; None where it is unknown."""
+    """A complete correct response without the end token; None if unknown."""
     tokens: Int32[np.ndarray, " s"]
-    """The prompt as the policy reads it, chat template included."""
+    """Prompt tokens, chat template included."""
     target: Int32[np.ndarray, " t"] | None
-    """The response with the end token."""
+    """Response tokens with the end token."""
     columns: Mapping[str, Any]
-    """All that the source knows about the row."""
+    """All columns of the record."""
     split: tuple[str, ...] = ()
-    """Special tokens' names in its data, which are encoded as text."""
+    """Names of special tokens in the row's data, which were encoded as text."""
     where: str = ""
-    """For people: file and line."""
+    """File and line, for messages."""
 
 
 @dataclass(frozen=True)
-class Text:
-    """A row before it has tokens."""
+class UntokenizedRow:
+    """A row with filled templates, before tokenization."""
 
     where: str
     turns: Turns
     answer: str
-    response: Filled | None
+    response: FilledText | None
     columns: Mapping[str, Any]
 
     @property
-    def parts(self) -> list[tuple[str, Filled]]:
-        """All that becomes tokens, each with its name."""
+    def parts(self) -> list[tuple[str, FilledText]]:
+        """Every text to tokenize, with the name of its config field."""
         return [
             *(("prompt", turn.content) for turn in self.turns),
             *([("response", self.response)] if self.response else []),
@@ -73,7 +73,7 @@ MAX_WIDTH_DIGITS = 4
 
 
 class _Columns(string.Formatter):
-    """Fills a template from columns; a value that is no text and no number is an error and not its Python spelling."""
+    """Fills a template from columns. Values other than text and numbers are errors, instead of being formatted as Python."""
 
     def get_value(self, key: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if key in kwargs:
@@ -86,7 +86,7 @@ class _Columns(string.Formatter):
         if value is None or isinstance(value, list | tuple | dict | bytes):
             shown = "nothing (null)" if value is None else f"a {type(value).__name__}"
             raise ValueError(f"got {shown}, want text or a number")
-        # They may come from the row itself, as in {a:{b}}.
+        # The format spec may come from the row itself, as in {a:{b}}.
         if any(len(digits) > MAX_WIDTH_DIGITS for digits in re.findall(r"\d+", format_spec)):
             raise ValueError(
                 f"got the form {format_spec[:60]!r}, want at most {MAX_WIDTH_DIGITS} digits of a width or precision"
@@ -94,8 +94,8 @@ class _Columns(string.Formatter):
         return super().format_field(value, format_spec)
 
 
-def fill(template: str, columns: Mapping[str, Any]) -> Filled:
-    """Raises ValueError in words."""
+def fill(template: str, columns: Mapping[str, Any]) -> FilledText:
+    """Fill a format template from a row's columns. Raises ValueError with a message for the user."""
     text, data = "", []
     try:
         for literal, field, spec, conversion in string.Formatter().parse(template):
@@ -109,36 +109,43 @@ def fill(template: str, columns: Mapping[str, Any]) -> Filled:
                 text += value
     except (KeyError, IndexError, AttributeError, TypeError, OverflowError, MemoryError) as error:
         raise ValueError(f"{template!r} does not fit the row: {type(error).__name__}: {error}") from None
-    if wrong := no_unicode(text):
+    if wrong := unicode_problem(text):
         raise ValueError(wrong)
-    return Filled(text, tuple(data))
+    return FilledText(text, tuple(data))
 
 
 def _messages(template: str, columns: Mapping[str, Any]) -> Turns | None:
-    """Those of the column that the template names alone, if that is what it holds. Raises ValueError in words."""
+    """Turns, if the template is a single field that contains chat messages, else None. Raises ValueError for bad messages."""
     (literal, field, *form), *more = [*string.Formatter().parse(template), ("", None)]
     if literal or field is None or any(form) or len(more) > 1:
         return None
     try:
         value, _ = _Columns().get_field(field, (), columns)
     except (KeyError, IndexError, AttributeError, TypeError):
-        return None  # `fill` says what is wrong
+        return None  # `fill` reports the error
     return read_messages(value) if are_messages(value) else None
 
 
-def _fill_one(name: str, template: str, columns: Mapping[str, Any]) -> Turns | Filled:
-    """Raises ValueError in words."""
+def _fill_one(name: str, template: str, columns: Mapping[str, Any]) -> Turns | FilledText:
+    """Fill the template of task.`name`. Raises ValueError with a message for the user."""
     messages = _messages(template, columns)
     if messages is not None:
-        return asked(messages) if name == "prompt" else answered(messages)
+        return prompt_turns(messages) if name == "prompt" else answer_text(messages)
     found = fill(template, columns)
     if not found.text and (template or name == "prompt"):
         raise ValueError('got "", want text')
     return (Turn("user", found),) if name == "prompt" else found
 
 
-def fill_all(records: Iterable[Record], prompt: str, answer: str, response: str) -> list[Text]:
-    """Texts of the records. Raises UserError that names the first few bad ones: where, which template, got, want."""
+def fill_rows(records: Iterable[Record], prompt: str, answer: str, response: str) -> list[UntokenizedRow]:
+    """Fill the templates for every record. Raises UserError naming the first few bad records: where, template, got, want.
+
+    Args:
+        records: The data.
+        prompt: Template of the prompt.
+        answer: Template of the reference answer; "" for none.
+        response: Template of the correct response; "" if unknown.
+    """
     texts, bad = [], []
     for record in records:
         found = {}
@@ -149,32 +156,38 @@ def fill_all(records: Iterable[Record], prompt: str, answer: str, response: str)
                 bad.append((record.where, f"task.{name}: {error}"))
         if len(found) == 3:
             right = found["response"] if response else None
-            texts.append(Text(record.where, found["prompt"], found["answer"].text, right, record.columns))
-    refuse(_once(bad, len(records)))
+            texts.append(UntokenizedRow(record.where, found["prompt"], found["answer"].text, right, record.columns))
+    refuse(_grouped(bad, len(records)))
     return texts
 
 
-def _once(problems: Sequence[tuple[str, str]], num_rows: int) -> list[str]:
-    """A line for each place and reason; what is wrong with every row is wrong with the template, and told once."""
+def _grouped(problems: Sequence[tuple[str, str]], num_rows: int) -> list[str]:
+    """One message per record and reason; a reason that applies to every record is reported once."""
     times = Counter(why for _, why in problems)
     common = [f"all {num_rows} rows: {why}" for why, n in times.items() if n == num_rows > 1]
     return common + [f"{where}: {why}" for where, why in problems if not times[why] == num_rows > 1]
 
 
-def make_rows(texts: Sequence[Text], tokenizer: Tokenizer) -> tuple[Row, ...]:
-    """Rows with their tokens. Raises UserError that names the first few texts that cannot be spelled."""
-    refuse([f"{text.where}: {why}" for text in texts for why in _unspelled(text, tokenizer)])
+def make_rows(texts: Sequence[UntokenizedRow], tokenizer: Tokenizer) -> tuple[Row, ...]:
+    """Tokenize rows. Raises UserError naming the first few that cannot be tokenized."""
+    refuse([f"{text.where}: {why}" for text in texts for why in _unknown_characters(text, tokenizer)])
     try:
         prompts = tokenizer.prompt_batch([text.turns for text in texts])
     except PromptError as error:
         refuse([f"{texts[i].where}: {why}" for i, why in error.problems])
     refuse([f"{t.where}: got a prompt without tokens" for t, ids in zip(texts, prompts, strict=True) if not ids])
     known = [text for text in texts if text.response is not None]
-    refuse([f"{text.where}: task.response: {why}" for text in known for why in _ended(text.response.text, tokenizer)])
+    refuse(
+        [
+            f"{text.where}: task.response: {why}"
+            for text in known
+            for why in _end_tokens_inside(text.response.text, tokenizer)
+        ]
+    )
     targets = iter(tokenizer.encode_filled([text.response for text in known]))
     return tuple(
         Row(
-            shown(text.turns),
+            as_text(text.turns),
             text.answer,
             None if text.response is None else text.response.text,
             np.array(ids, np.int32),
@@ -187,26 +200,33 @@ def make_rows(texts: Sequence[Text], tokenizer: Tokenizer) -> tuple[Row, ...]:
     )
 
 
-def _unspelled(text: Text, tokenizer: Tokenizer) -> list[str]:
+def _unknown_characters(text: UntokenizedRow, tokenizer: Tokenizer) -> list[str]:
     return [
         f"{name}: got characters {' '.join(map(repr, unknown))}, want only those of tokenizer.alphabet"
         for name, part in text.parts
-        if (unknown := tokenizer.unknown(part.text))
+        if (unknown := tokenizer.unknown_characters(part.text))
     ]
 
 
-def _ended(response: str, tokenizer: Tokenizer) -> list[str]:
-    """An end token in the middle. Spelled as text it would teach the policy to spell it, and never to end."""
+def _end_tokens_inside(response: str, tokenizer: Tokenizer) -> list[str]:
+    """Error for end tokens inside a response: trained on as text they would teach the policy to write them but not to stop."""
     ends = [token for token in tokenizer.encode(response) if token in tokenizer.eos]
     return [f"got the end token {tokenizer.token(ends[0])!r} in it, want none: it is added"] if ends else []
 
 
-def limit(
-    rows: Sequence[Row], texts: Sequence[Text], most: int, too_long: Literal["refuse", "drop"]
+def limit_prompts(
+    rows: Sequence[Row], texts: Sequence[UntokenizedRow], most: int, too_long: Literal["refuse", "drop"]
 ) -> tuple[tuple[Row, ...], int]:
-    """Rows of at most `most` prompt tokens (0: of any), and how many were dropped.
+    """Return the rows of at most `most` prompt tokens, and the number of dropped rows.
 
-    Raises UserError if none may be dropped, or if none is left.
+    Args:
+        rows: Tokenized rows.
+        texts: The same rows before tokenization, for messages.
+        most: Maximum number of prompt tokens; 0: no limit.
+        too_long: "refuse" raises UserError for longer rows.
+
+    Raises:
+        UserError: If a row is refused or none is left.
     """
     long = [i for i, row in enumerate(rows) if most and len(row.tokens) > most]
     found = [f"{texts[i].where}: got a prompt of {len(rows[i].tokens)} tokens" for i in long]
@@ -218,26 +238,26 @@ def limit(
     return tuple(row for i, row in enumerate(rows) if i not in dropped), len(dropped)
 
 
-def without(rows: Sequence[Row], others: Sequence[Row], where: str) -> tuple[Row, ...]:
-    """Rows whose prompt is not among the others'. Raises UserError if none is left."""
+def exclude_prompts(rows: Sequence[Row], others: Sequence[Row], where: str) -> tuple[Row, ...]:
+    """Return the rows whose prompt is not among those of `others`. Raises UserError if none is left."""
     known = {row.prompt for row in others}
     left = tuple(row for row in rows if row.prompt not in known)
     if not left:
-        raise UserError(f"{where}: every prompt for training is held out too, want more different prompts")
+        raise UserError(f"{where}: every training prompt is also held out, want more distinct prompts")
     return left
 
 
 def hash_rows(rows: Sequence[Row]) -> str:
-    """Of all that policy and graders read, in order."""
+    """Hash of everything that policy and graders read, in order."""
     digest = hashlib.sha256()
     for row in rows:
         tokens = [None if ids is None else ids.tolist() for ids in (row.tokens, row.target)]
-        digest.update(json.dumps([*tokens, row.answer, row.columns], sort_keys=True, default=_plain).encode())
+        digest.update(json.dumps([*tokens, row.answer, row.columns], sort_keys=True, default=_json_default).encode())
     return digest.hexdigest()
 
 
-def _plain(value: Any) -> Any:
-    """What JSON does not know, the same in every process: no order of a set, no address of an object."""
+def _json_default(value: Any) -> Any:
+    """JSON form of other values, equal in every process: independent of set order and object addresses."""
     if isinstance(value, set | frozenset):
         return sorted(map(str, value))
     return str(value) if type(value).__str__ is not object.__str__ else type(value).__name__

@@ -1,6 +1,7 @@
-"""The endless stream of prompts: its order a pure function of the seed, equal on every host."""
+"""The endless stream of training prompts: its order is a pure function of the seed, equal on every host."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 
 import grain
 import numpy as np
@@ -10,16 +11,17 @@ from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Prompts
 
 Order = Callable[[int], int]
+"""Row index at a position of the stream."""
 
 
 def make_order(num_rows: int, seed: int) -> Order:
-    """Place in the stream to row: every row once an epoch, a new order each epoch."""
+    """Return the order of the stream: every row once per epoch, reshuffled each epoch."""
     stream = grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat()
-    return lambda place: int(stream[place])
+    return lambda position: int(stream[position])
 
 
 def pad_rows(rows: Sequence[np.ndarray], slots: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens i32[n, slots], right-padded, and lengths i32[n]."""
+    """Return tokens i32[n, slots], right-padded with `pad`, and lengths i32[n]."""
     tokens = np.full((len(rows), slots), pad, np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
@@ -27,6 +29,37 @@ def pad_rows(rows: Sequence[np.ndarray], slots: int, pad: int) -> tuple[np.ndarr
 
 
 def make_prompts(task: Task, rows: tuple[Row, ...], index: np.ndarray, uid: np.ndarray) -> Prompts:
-    """Prompts of the rows at `index`, each with its `uid`: the rows' tokens, right-padded to the task's prompt slots."""
+    """Return a batch of prompts, right-padded to the task's prompt slots.
+
+    Args:
+        task: Gives the padding token and the number of slots.
+        rows: The rows to choose from, e.g. `task.train`.
+        index: i[P], indices into `rows`.
+        uid: i[P], one number per visit of a prompt; it keys the sampling noise.
+    """
     tokens, length = pad_rows([rows[i].tokens for i in index], task.prompt_slots, task.pad)
     return Prompts(tokens=tokens, length=length, uid=np.asarray(uid, np.int32), row=np.asarray(index, np.int32))
+
+
+def noisy_rows(task: Task, order: Order, positions: Iterable[int], noise: float, seed: int) -> list[Row]:
+    """Return training rows for a deliberately imperfect warm start, a fraction of them with a wrong response.
+
+    Each visit of a row redraws the noise: a policy trained on this gives the right response about (1 - noise) of the time, to
+    unseen prompts too. (Wrong responses that stayed the same would be memorized.)
+
+    Args:
+        task: Source of the rows and of the replacing responses.
+        order: Row index at each position of the stream.
+        positions: Positions of the stream to return.
+        noise: Probability of replacing a row's response by that of a random row.
+        seed: With the position, determines the noise.
+    """
+    rows = []
+    for position in positions:
+        rng = np.random.default_rng((seed, position))
+        row = task.train[order(position)]
+        if rng.random() < noise:
+            other = task.train[rng.integers(len(task.train))]
+            row = dataclasses.replace(row, answer=other.answer, response=other.response, target=other.target)
+        rows.append(row)
+    return rows

@@ -1,4 +1,4 @@
-"""Tasks: rows for training, a held-out part, and the tokenizer that spells them."""
+"""Loading a task: training rows, held-out rows and the tokenizer."""
 
 import itertools
 import logging
@@ -13,7 +13,7 @@ from jaxtyping import Int32
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks import reasoning_gym, records
 from jaxrl_llm.tasks.config import ArithmeticTask, FileTask, ReasoningGymTask
-from jaxrl_llm.tasks.rows import Row, Text, fill_all, hash_rows, limit, make_rows, without
+from jaxrl_llm.tasks.rows import Row, UntokenizedRow, exclude_prompts, fill_rows, hash_rows, limit_prompts, make_rows
 from jaxrl_llm.tasks.tokenizer import Tokenizer
 from jaxrl_llm.tasks.turns import as_turns, from_data
 
@@ -27,9 +27,9 @@ class Task:
     held_out: tuple[Row, ...]
     tokenizer: Tokenizer
     dropped: int = 0
-    """Rows of both parts whose prompt was too long."""
+    """Number of rows dropped because their prompt was too long, training and held-out together."""
     repeated: int = 0
-    """Rows left out of training because their prompt is held out."""
+    """Number of rows left out of training because their prompt is held out."""
 
     @property
     def pad(self) -> int:
@@ -41,27 +41,27 @@ class Task:
 
     @cached_property
     def num_tokens(self) -> int:
-        """Tokens that a policy may draw: 0 to num_tokens - 1."""
+        """Size of the vocabulary to sample from: token ids 0 to num_tokens - 1."""
         return self.tokenizer.size
 
     @cached_property
     def prompt_slots(self) -> int:
-        """S: the longest prompt of both parts, in tokens."""
+        """S: tokens of the longest prompt, held-out rows included."""
         return max(len(row.tokens) for row in self.train + self.held_out)
 
     @cached_property
     def target_slots(self) -> int:
-        """The longest response of both parts, in tokens, end token included; 0 if none is known."""
+        """Tokens of the longest known response, end token and held-out rows included; 0 if none is known."""
         return max(0 if row.target is None else len(row.target) for row in self.train + self.held_out)
 
     @cached_property
     def has_targets(self) -> bool:
-        """Whether the right response of every row is known: what a warm start and the exact evaluation need."""
+        """True if a correct response is known for every row, as supervised training and the exact evaluation need."""
         return all(row.target is not None for row in self.train + self.held_out)
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """What prompts, answers and tokens are, by part: equal for equal ones, on every host and after every restart."""
+        """Hashes of training rows, held-out rows and tokenizer, reproducible on every host and after every restart."""
         return {
             "training rows": hash_rows(self.train),
             "held-out rows": hash_rows(self.held_out),
@@ -69,41 +69,51 @@ class Task:
         }
 
     def changed(self, saved: Mapping[str, str] | None) -> str:
-        """What to say where the task is no longer the one of this fingerprint; nothing where it is, or where none was saved."""
+        """Warning if the task differs from a saved fingerprint; "" if it is equal or none was saved."""
         differing = [name for name, now in self.fingerprint.items() if saved and saved.get(name) != now]
         if not differing:
             return ""
         return (
             f"task: got other {', '.join(differing)} than at the checkpoint (data file, chat template, tokenizer, or the library "
-            "that makes them): from here on this is another run than one that was never stopped; put them back to go on exactly"
+            "that generates them): the resumed run will differ from an uninterrupted one; restore them to resume exactly"
         )
 
     def decode(self, tokens: Int32[np.ndarray, "n t"], length: Int32[np.ndarray, " n"]) -> list[str]:
+        """Text of the first `length` tokens of each row, special tokens left out."""
         return self.tokenizer.decode_batch([row[:n].tolist() for row, n in zip(tokens, length, strict=True)])
 
     def row(self, prompt: str) -> Row:
-        """The row that asks this, or a new one without an answer. Raises UserError for what cannot be spelled."""
+        """Return the row with this prompt, or a new one without an answer. Raises UserError if it cannot be tokenized."""
         known = (row for row in self.held_out + self.train if row.prompt == prompt)
-        row = next(known, None) or make_rows([Text("prompt", as_turns(prompt), "", None, {})], self.tokenizer)[0]
-        _tell_split([row])
+        row = (
+            next(known, None)
+            or make_rows([UntokenizedRow("prompt", as_turns(prompt), "", None, {})], self.tokenizer)[0]
+        )
+        _warn_special_names([row])
         return row
 
 
 def load_task(cfg: ArithmeticTask | FileTask | ReasoningGymTask, tokenizer: Tokenizer, seed: int) -> Task:
-    """Raises UserError that names file, line and reason of what cannot be read."""
+    """Load the rows of a task. Raises UserError naming file, line and reason.
+
+    Args:
+        cfg: The task.
+        tokenizer: Encodes prompts and responses.
+        seed: Chooses the held-out rows; also seeds generated tasks.
+    """
     if isinstance(cfg, ArithmeticTask):
         return _arithmetic(cfg, tokenizer, seed)
-    return _file(cfg, tokenizer, seed) if isinstance(cfg, FileTask) else _gym(cfg, tokenizer, seed)
+    return _file(cfg, tokenizer, seed) if isinstance(cfg, FileTask) else _reasoning_gym(cfg, tokenizer, seed)
 
 
 def _arithmetic(cfg: ArithmeticTask, tokenizer: Tokenizer, seed: int) -> Task:
-    # The answer is the whole response as a grader sees it: with the end token, unless that is a special one.
+    # The answer is the complete response as graders see it: with the end token, unless that is special.
     end = tokenizer.decode([tokenizer.eos[0]])
     texts = []
     for terms in itertools.product(DIGITS, repeat=cfg.terms):
         prompt, total = cfg.prompt(terms), str(sum(map(int, terms)))
         columns = {"prompt": prompt, "answer": total}
-        texts.append(Text("arithmetic", as_turns(prompt), total + end, from_data(total), columns))
+        texts.append(UntokenizedRow("arithmetic", as_turns(prompt), total + end, from_data(total), columns))
     if cfg.held_out >= len(texts):
         raise UserError(
             f"task.held_out: got {cfg.held_out}, want less than the {len(texts)} sums of {cfg.terms} digits"
@@ -124,10 +134,10 @@ def _file(cfg: FileTask, tokenizer: Tokenizer, seed: int) -> Task:
         got = "both" if apart else "neither"
         raise UserError(
             f"task: got {got} of held_out ({cfg.held_out}) and held_out_path ({cfg.held_out_path!r}) or held_out_split "
-            f"({cfg.held_out_split!r}), want a number of rows or a place: they are what the run is evaluated on"
+            f"({cfg.held_out_split!r}), want a number of rows or a location: the run is evaluated on held-out rows"
         )
     setting = "task.split" if cfg.split != FileTask.split else ""
-    rows, dropped = _rows(cfg, _file_texts(cfg, Path(cfg.path), cfg.split, setting), tokenizer)
+    rows, dropped = _rows(cfg, _file_rows(cfg, Path(cfg.path), cfg.split, setting), tokenizer)
     if not apart:
         if cfg.held_out >= len(rows):
             raise UserError(f"task.held_out: got {cfg.held_out}, want less than the {len(rows)} rows of {cfg.path}")
@@ -135,56 +145,63 @@ def _file(cfg: FileTask, tokenizer: Tokenizer, seed: int) -> Task:
         return _task(train, held_out, tokenizer, dropped, cfg.path)
     place = Path(cfg.held_out_path or cfg.path), cfg.held_out_split or cfg.split
     setting = "task.held_out_split" if cfg.held_out_split else ""
-    held_out, more = _rows(cfg, _file_texts(cfg, *place, setting), tokenizer)
+    held_out, more = _rows(cfg, _file_rows(cfg, *place, setting), tokenizer)
     if shared := {row.prompt for row in rows} & {row.prompt for row in held_out}:
-        log.warning("task.held_out_path: %d of its prompts are trained on too, e.g. %r", len(shared), min(shared))
+        log.warning("task.held_out_path: %d of its prompts are also trained on, e.g. %r", len(shared), min(shared))
     return _task(rows, held_out, tokenizer, dropped + more, None)
 
 
-def _file_texts(cfg: FileTask, path: Path, split: str, setting: str) -> list[Text]:
-    return fill_all(records.read(path, split, setting), cfg.prompt, cfg.answer, cfg.response)
+def _file_rows(cfg: FileTask, path: Path, split: str, setting: str) -> list[UntokenizedRow]:
+    return fill_rows(records.read(path, split, setting), cfg.prompt, cfg.answer, cfg.response)
 
 
-def _gym(cfg: ReasoningGymTask, tokenizer: Tokenizer, seed: int) -> Task:
-    parts = reasoning_gym.draw(cfg, cfg.size, (seed, 0)), reasoning_gym.draw(cfg, cfg.held_out, (seed, 1))
-    (train, dropped), (held_out, more) = (_rows(cfg, _gym_texts(cfg, part), tokenizer) for part in parts)
+def _reasoning_gym(cfg: ReasoningGymTask, tokenizer: Tokenizer, seed: int) -> Task:
+    parts = reasoning_gym.generate(cfg, cfg.size, (seed, 0)), reasoning_gym.generate(cfg, cfg.held_out, (seed, 1))
+    (train, dropped), (held_out, more) = (_rows(cfg, _reasoning_gym_rows(cfg, part), tokenizer) for part in parts)
     return _task(train, held_out, tokenizer, dropped + more, f"task.size: {cfg.name}")
 
 
-def _gym_texts(cfg: ReasoningGymTask, entries: list[records.Record]) -> list[Text]:
-    """Where several answers are right an entry may have none: the dataset's own scorer decides."""
-    texts = fill_all(entries, cfg.prompt, "", cfg.response)
+def _reasoning_gym_rows(cfg: ReasoningGymTask, entries: list[records.Record]) -> list[UntokenizedRow]:
+    """Rows of generated entries. Where several answers are correct the answer may be empty: the dataset's scorer decides."""
+    texts = fill_rows(entries, cfg.prompt, "", cfg.response)
     answers = [text.columns["answer"] for text in texts]
     return [replace(t, answer="" if a is None else str(a)) for t, a in zip(texts, answers, strict=True)]
 
 
-def _rows(cfg: FileTask | ReasoningGymTask, texts: list[Text], tokenizer: Tokenizer) -> tuple[tuple[Row, ...], int]:
+def _rows(
+    cfg: FileTask | ReasoningGymTask, texts: list[UntokenizedRow], tokenizer: Tokenizer
+) -> tuple[tuple[Row, ...], int]:
     if cfg.too_long == "drop" and not cfg.max_prompt_tokens:
         raise UserError(
-            "task.too_long: got drop, want a task.max_prompt_tokens above 0 beside it: without one, none is too long"
+            "task.too_long: got drop, want task.max_prompt_tokens above 0 as well: without it no prompt is too long"
         )
-    return limit(make_rows(texts, tokenizer), texts, cfg.max_prompt_tokens, cfg.too_long)
+    return limit_prompts(make_rows(texts, tokenizer), texts, cfg.max_prompt_tokens, cfg.too_long)
 
 
 def _task(
     train: tuple[Row, ...], held_out: tuple[Row, ...], tokenizer: Tokenizer, dropped: int, source: str | None
 ) -> Task:
-    """The task, and a warning for each way in which rows were left out. Without a source the parts stay as they are."""
-    kept = train if source is None else without(train, held_out, source)
+    """Make the task, with a warning for each reason why rows were left out.
+
+    Training rows whose prompt is held out are removed, unless `source` is None.
+    """
+    kept = train if source is None else exclude_prompts(train, held_out, source)
     if dropped:
         log.warning("task.max_prompt_tokens: %d rows with longer prompts were dropped", dropped)
-    if hidden := [row.answer for row in (*kept, *held_out) if tokenizer.hidden(row.answer)]:
-        example = hidden[0][:100]
+    if affected := [row.answer for row in (*kept, *held_out) if tokenizer.has_special(row.answer)]:
+        example = affected[0][:100]
         log.warning(
-            "task.answer: %d hold special tokens, which graders never see in a response, e.g. %r", len(hidden), example
+            "task.answer: %d hold special tokens, which graders never see in a response, e.g. %r",
+            len(affected),
+            example,
         )
-    _tell_split([*kept, *held_out])
+    _warn_special_names([*kept, *held_out])
     if len(kept) < len(train):
         log.warning("task: %d rows were left out of training: their prompt is held out", len(train) - len(kept))
     return Task(kept, held_out, tokenizer, dropped, len(train) - len(kept))
 
 
-def _tell_split(rows: Sequence[Row]) -> None:
+def _warn_special_names(rows: Sequence[Row]) -> None:
     split = [name for row in rows for name in row.split[:1]]
     if split:
         log.warning(

@@ -1,4 +1,4 @@
-"""Text to tokens and back. Tokens in, tokens out: a prompt is encoded once, a completion is decoded for graders and people only."""
+"""Text to tokens and back. A prompt is encoded once; a completion is decoded for graders and logs, and never re-encoded."""
 
 import hashlib
 import json
@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks.config import CharacterTokenizer, PretrainedTokenizer
-from jaxrl_llm.tasks.special import SpecialTokens, unused
-from jaxrl_llm.tasks.turns import Filled, PromptError, Turn, Turns, as_turns, from_data, no_unicode
+from jaxrl_llm.tasks.special_tokens import SpecialTokens, unused_character
+from jaxrl_llm.tasks.turns import FilledText, PromptError, Turn, Turns, as_turns, from_data, unicode_problem
 
 if TYPE_CHECKING:
     import tokenizers
 
 PAD = "<pad>"
-# An encoding holds offsets and the text of each token, a hundred bytes a token: kept for all texts at once they cost more
-# time in fresh memory than the encoding itself.
+# An encoding has offsets and the text of each token, about 100 bytes per token: allocating them for all texts at once takes
+# longer than the encoding itself.
 BATCH = 1024
 
 
-def _as_it_is(prompts: Sequence[Turns]) -> list[str | UserError]:
+def _plain_text(prompts: Sequence[Turns]) -> list[str | UserError]:
     many = "got messages, want a prompt of one text: there is no chat template (tokenizer.chat: true, of a pretrained tokenizer)"
     return [
         turns[0].content.text if len(turns) == 1 and turns[0].role == "user" else UserError(many) for turns in prompts
@@ -31,73 +31,76 @@ def _as_it_is(prompts: Sequence[Turns]) -> list[str | UserError]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Tokenizer:
-    """A backend of the `tokenizers` library, with what a policy needs to know about it."""
+    """A tokenizer of the `tokenizers` library with padding, end tokens and prompt rendering."""
 
     backend: "tokenizers.Tokenizer"
     pad: int
-    """Fills rows up. It may be an end token as well: padding is known by length, never by value."""
+    """Padding token. May equal an end token: padding is identified by length, never by value."""
     eos: tuple[int, ...]
-    """Each of them ends a response; the first ends the responses that we write ourselves."""
+    """End tokens. Any of them ends a sampled response; the first is appended to target responses."""
     write: Callable[[Path], None]
-    """Saves what `AutoTokenizer.from_pretrained` reads."""
-    render: Callable[[Sequence[Turns]], list[str | UserError]] = _as_it_is
-    """Prompts as the policy reads them: in the chat template, if there is one. Or what is wrong with one, and then no more need
-    follow."""
+    """Saves files that `AutoTokenizer.from_pretrained` reads."""
+    render: Callable[[Sequence[Turns]], list[str | UserError]] = _plain_text
+    """Renders prompts to text, with the chat template if there is one. Returns errors in place of texts; the result may end at an
+    error."""
     prefix: tuple[int, ...] = ()
-    """Tokens before each prompt. A chat template writes its own beginning, so it has none."""
+    """Tokens prepended to each prompt (BOS). Empty with a chat template, which renders its own."""
     alphabet: frozenset[str] | None = None
-    """Characters that it can spell. None: any."""
+    """Characters that can be encoded. None: all."""
     delimiters: frozenset[int] = frozenset()
-    """Added tokens that are not special and stand between the chat template's turns: in data they are text as special ones are."""
+    """Added, not special tokens that separate turns in the chat template: in data they are encoded as text, like special ones."""
     keeps_special: bool = False
-    """Names of special tokens in data are encoded as those tokens, not as text."""
+    """Encode names of special tokens in data as those tokens instead of as text."""
 
     @property
     def size(self) -> int:
-        """One more than the largest token, added ones included."""
+        """Vocabulary size: the largest token id + 1, added tokens included."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """The text's tokens and nothing else. Raises UserError for characters that it cannot spell."""
+        """Token ids of a text, without BOS or EOS. Raises UserError for characters outside the alphabet."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """As `encode`; names of special tokens become those tokens."""
-        if unknown := list(dict.fromkeys(c for text in texts for c in self.unknown(text))):
+        """Token ids of each text; names of special tokens become those tokens."""
+        if unknown := list(dict.fromkeys(c for text in texts for c in self.unknown_characters(text))):
             raise UserError(f"tokenizer.alphabet: got characters {' '.join(map(repr, unknown))}, want only those in it")
         for text in texts:
-            if wrong := no_unicode(text):
+            if wrong := unicode_problem(text):
                 raise UserError(wrong)
         batches = (list(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH))
         return [e.ids for batch in batches for e in self.backend.encode_batch_fast(batch, add_special_tokens=False)]
 
-    def special_in(self, filled: Filled) -> list[str]:
-        """Names of special tokens in what comes from data, unless they are kept."""
-        return [] if self.keeps_special else self._control.inside(*filled)
+    def special_in(self, filled: FilledText) -> list[str]:
+        """Names of special tokens in the data spans; empty if they are to be kept."""
+        return [] if self.keeps_special else self._control.names_in_data(*filled)
 
-    def encode_filled(self, texts: Sequence[Filled]) -> list[list[int]]:
-        """As `encode_batch`, but for names of special tokens in what comes from data: they are encoded as text."""
-        held = {i for i, filled in enumerate(texts) if self.special_in(filled)}
-        mark = unused(texts[i].text for i in held)
+    def encode_filled(self, texts: Sequence[FilledText]) -> list[list[int]]:
+        """Like `encode_batch`, but names of special tokens in data spans are encoded as text."""
+        marked = {i for i, filled in enumerate(texts) if self.special_in(filled)}
+        mark = unused_character(texts[i].text for i in marked)
         return self._encode(
-            [self._control.marked(f, mark).text if i in held else f.text for i, f in enumerate(texts)], held, mark
+            [self._control.mark_names(f, mark).text if i in marked else f.text for i, f in enumerate(texts)],
+            marked,
+            mark,
         )
 
-    def _encode(self, texts: Sequence[str], held: set[int], mark: str) -> list[list[int]]:
-        """`held`: which of them have marks in them."""
-        split = iter(self._control.encode([texts[i] for i in sorted(held)], mark))
-        plain = iter(self.encode_batch([text for i, text in enumerate(texts) if i not in held]))
-        return [next(split if i in held else plain) for i in range(len(texts))]
+    def _encode(self, texts: Sequence[str], marked: set[int], mark: str) -> list[list[int]]:
+        """`marked`: indices of the texts that contain marks."""
+        split = iter(self._control.encode([texts[i] for i in sorted(marked)], mark))
+        plain = iter(self.encode_batch([text for i, text in enumerate(texts) if i not in marked]))
+        return [next(split if i in marked else plain) for i in range(len(texts))]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Special tokens are left out, nothing else is cleaned."""
+        """Text of the tokens, without special tokens and without further clean-up."""
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """As `decode`, for each row."""
         return self.backend.decode_batch(rows, skip_special_tokens=True)
 
     def spellings(self, ids: Sequence[int]) -> tuple[str, ...]:
-        """The text with special tokens in it, and the one that `decode` gives where that differs: what stop texts may stand in."""
+        """Texts in which stop strings are searched: with special tokens, and without them if that differs."""
         whole = self.backend.decode(ids, skip_special_tokens=False)
         return (whole,) if self._special.ids.isdisjoint(ids) else (whole, self.decode(ids))
 
@@ -111,17 +114,17 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Of its tokens, and of those that end, pad and are not shown."""
+        """Hash of the vocabulary, the end and padding tokens and the special tokens."""
         vocabulary = sorted((id, token) for token, id in self.backend.get_vocab(with_added_tokens=True).items())
         known = [self.eos, self.pad, sorted(self._special.ids), vocabulary]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
-    def hidden(self, text: str) -> bool:
-        """Whether the text holds a special token, which no decoded response does."""
-        return bool(self._special.inside(*from_data(text)))
+    def has_special(self, text: str) -> bool:
+        """True if the text has a special token, which decoded responses never have."""
+        return bool(self._special.names_in_data(*from_data(text)))
 
     def token(self, id: int) -> str:
-        """One token for people: its text, or its name where it is special or not a whole character."""
+        """A token for display: its text, or its name if it is special or not a complete character."""
         name = self.backend.id_to_token(id)
         if name is None:
             return f"<{id}>"
@@ -130,53 +133,55 @@ class Tokenizer:
         return name.replace("▁", " ") if "▁" in name or not text or "\ufffd" in text else text
 
     def prompt(self, text: str) -> list[int]:
-        """The prompt as the policy reads it. Raises PromptError where the chat template does."""
+        """Token ids of a prompt, chat template included. Raises PromptError if it cannot be rendered."""
         return self.prompt_batch([text])[0]
 
     def prompt_batch(self, prompts: Sequence[str | Turns]) -> list[list[int]]:
-        """Prompts as the policy reads them; a text is the user's turn, and data. Raises PromptError that names all bad ones."""
-        asked = [as_turns(prompt) for prompt in prompts]
-        wrong = ((i, no_unicode(turn.content.text)) for i, turns in enumerate(asked) for turn in turns)
+        """Token ids of prompts, chat template included; a string is a user turn of data. Raises PromptError naming all bad ones."""
+        conversations = [as_turns(prompt) for prompt in prompts]
+        wrong = ((i, unicode_problem(turn.content.text)) for i, turns in enumerate(conversations) for turn in turns)
         if wrong := [(i, why) for i, why in wrong if why]:
             raise PromptError(wrong)
-        held = {i for i, turns in enumerate(asked) if any(self.special_in(turn.content) for turn in turns)}
-        mark = unused(turn.content.text for i in held for turn in asked[i])
-        for i in held:
-            asked[i] = tuple(Turn(role, self._control.marked(content, mark)) for role, content in asked[i])
+        marked = {i for i, turns in enumerate(conversations) if any(self.special_in(turn.content) for turn in turns)}
+        mark = unused_character(turn.content.text for i in marked for turn in conversations[i])
+        for i in marked:
+            conversations[i] = tuple(
+                Turn(role, self._control.mark_names(content, mark)) for role, content in conversations[i]
+            )
         texts: list[str | UserError] = []
-        while len(texts) < len(asked) and len(texts) % BATCH == 0:  # a batch that is cut short is the last
-            texts += self.render(asked[len(texts) : len(texts) + BATCH])
+        while len(texts) < len(conversations) and len(texts) % BATCH == 0:  # a short batch ended at an error
+            texts += self.render(conversations[len(texts) : len(texts) + BATCH])
         if wrong := [(i, str(text)) for i, text in enumerate(texts) if isinstance(text, UserError)]:
             raise PromptError(wrong)
-        return [[*self.prefix, *ids] for ids in self._encode(texts, held, mark)]
+        return [[*self.prefix, *ids] for ids in self._encode(texts, marked, mark)]
 
-    def unknown(self, text: str) -> list[str]:
-        """Characters that it cannot spell, in order, each once."""
+    def unknown_characters(self, text: str) -> list[str]:
+        """Characters of the text that cannot be encoded, in order, without duplicates."""
         return [c for c in dict.fromkeys(text) if c not in self.alphabet] if self.alphabet is not None else []
 
-    def unspellable(self, text: str) -> list[str]:
-        """Characters of the text that no response can hold, in order, each once."""
+    def unspellable_characters(self, text: str) -> list[str]:
+        """Characters of the text that no sampled response can contain, in order, without duplicates."""
         if self.alphabet is not None or text in self.spellings(self.encode(text))[0]:
-            return self.unknown(text)
-        # A normalizer may change what is encoded and not what is drawn: the tokens themselves have the last word.
+            return self.unknown_characters(text)
+        # A normalizer changes encoded text but not sampled text, so look at the tokens themselves.
         texts = self.backend.decode_batch([[id] for id in range(self.size)], skip_special_tokens=False)
         letters = frozenset("".join(texts))
-        # A token that is no whole character stands for bytes, and with bytes all can be spelled.
+        # A token that is not a complete character is made of bytes, and bytes can spell everything.
         return [] if "\ufffd" in letters else [c for c in dict.fromkeys(text) if c not in letters]
 
     @cached_property
-    def widest(self) -> int:
-        """Bytes of the longest token's text; more for one that is no whole character."""
+    def max_token_bytes(self) -> int:
+        """Bytes of the longest token's text (an upper bound for incomplete characters)."""
         texts = self.backend.decode_batch([[id] for id in range(self.size)], skip_special_tokens=False)
         return max(len(text.encode()) for text in texts)
 
     def save(self, directory: Path) -> None:
-        """Writes what `AutoTokenizer.from_pretrained` reads. Stop tokens belong to generation_config.json, which is not written."""
+        """Save for `AutoTokenizer.from_pretrained`. `tokenizer.stop` belongs into generation_config.json, which is not written."""
         self.write(directory)
 
 
 def load_tokenizer(cfg: CharacterTokenizer | PretrainedTokenizer) -> Tokenizer:
-    """Raises UserError for everything that is wrong with the directory, its files or its chat template."""
+    """Load a tokenizer. Raises UserError for anything wrong with the directory, its files or its chat template."""
     if isinstance(cfg, CharacterTokenizer):
         return character_tokenizer(cfg.alphabet)
     from jaxrl_llm.tasks import pretrained_tokenizer
@@ -185,13 +190,13 @@ def load_tokenizer(cfg: CharacterTokenizer | PretrainedTokenizer) -> Tokenizer:
 
 
 def stop_problems(stop: Sequence[str], tokenizer: Tokenizer, most: int) -> list[str]:
-    """What is wrong with `rollout.stop`: a text at which every response would end, and texts at which none of `most` tokens can."""
+    """Errors in `rollout.stop`: empty texts, and texts that cannot occur in a response of `most` tokens."""
     found = ["rollout.stop: got '', want text: every response would end with its first token"] if "" in stop else []
     for text in filter(None, stop):
-        if unknown := tokenizer.unspellable(text):
+        if unknown := tokenizer.unspellable_characters(text):
             characters = " ".join(map(repr, unknown))
             found.append(f"rollout.stop: got {text!r}, want text that tokens can spell: no token has {characters}")
-        elif (size := len(text.encode())) > most and size > most * tokenizer.widest:
+        elif (size := len(text.encode())) > most and size > most * tokenizer.max_token_bytes:
             found.append(
                 f"rollout.stop: got {text[:80]!r}, want text that rollout.max_new_tokens ({most}) tokens can hold"
             )
@@ -199,9 +204,9 @@ def stop_problems(stop: Sequence[str], tokenizer: Tokenizer, most: int) -> list[
 
 
 def character_tokenizer(alphabet: str) -> Tokenizer:
-    """Padding and then one token a character. Neither it nor the end token is special: a grader sees all that was sampled."""
+    """Make a tokenizer with padding as token 0 and one token per character. No token is special, so graders see the end token."""
     if len(set(alphabet)) != len(alphabet) or len(alphabet) < 2:
-        raise UserError(f"tokenizer.alphabet: got {alphabet!r}, want two different characters or more, each once")
+        raise UserError(f"tokenizer.alphabet: got {alphabet!r}, want at least two characters, without duplicates")
     from tokenizers import Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 

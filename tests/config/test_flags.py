@@ -147,10 +147,10 @@ def test_the_layout_is_a_word_or_axes(tmp_path):
     assert layout("seed: 0", "--rollout.engine.layout", "wide") == "wide"
     assert layout("seed: 0", "--rollout.engine.layout.tensor", "2") == MeshConfig(tensor=2)
     assert layout("seed: 0", "--rollout.engine.layout", "{data: 2, fsdp: 1}") == MeshConfig(2, 1)
-    axes = "rollout: {engine: {layout: {data: 2}, segment: 9}}"
+    axes = "rollout: {engine: {layout: {data: 2}, decode_chunk: 9}}"
     assert layout(axes, "--rollout.engine.layout.fsdp", "4") == MeshConfig(2, 4)
     assert layout(axes, "--rollout.engine.layout=replicated") == "replicated"
-    assert read(tmp_path, axes, "--rollout.engine.layout=wide").rollout.engine.segment == 9
+    assert read(tmp_path, axes, "--rollout.engine.layout=wide").rollout.engine.decode_chunk == 9
 
 
 def test_a_path_makes_a_model_of_numbers_a_pretrained_one(tmp_path):

@@ -389,11 +389,13 @@ def test_the_engine_must_fit_the_mesh_and_the_groups():
     of = lambda **engine: problems(  # noqa: E731
         dataclasses.replace(cfg, rollout=RolloutConfig(engine=EngineConfig(**engine))), 8
     )
-    assert of(layout=MeshConfig(fsdp=8)) == of(shared_by=4) == of() == []
+    assert of(layout=MeshConfig(fsdp=8)) == of(rows_per_prompt_cache=4) == of() == []
     assert of(layout="wide") == [
         "rollout.engine.layout: mesh.tensor: got 8, want a divisor of model.kv_heads (2): 1, 2"
     ]
-    assert of(shared_by=3) == ["rollout.engine.shared_by: got 3, want a divisor of rollout.samples (8): 1, 2, 4, 8"]
+    assert of(rows_per_prompt_cache=3) == [
+        "rollout.engine.rows_per_prompt_cache: got 3, want a divisor of rollout.samples (8): 1, 2, 4, 8"
+    ]
     (text,) = of(layout=MeshConfig(data=3, fsdp=1))
     assert text.startswith("rollout.engine.layout: mesh: asked for data 3") and "found 8 devices" in text
 

@@ -10,7 +10,8 @@ import pytest
 from setups import MESHES, TINY, layouts
 
 from jaxrl_llm.distribution import head, score
-from jaxrl_llm.distribution.score import Scoring, entropy, process_logits, score_tokens, support_logprobs
+from jaxrl_llm.distribution.logits import entropy, kept_token_logprobs, process_logits
+from jaxrl_llm.distribution.score import Scoring, score_tokens
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import Batch
 
@@ -77,7 +78,7 @@ def dense(params, batch, cfg, num_tokens, reference):
         x = jnp.einsum("rtd,vd->rtv", h, params["embed"], precision="highest")
         x = x if cfg.logit_softcap is None else cfg.logit_softcap * jnp.tanh(x / cfg.logit_softcap)
         if batch.kept_tokens is not None:
-            return support_logprobs(x, batch.temperature, batch.kept_tokens)
+            return kept_token_logprobs(x, batch.temperature, batch.kept_tokens)
         return process_logits(x, batch.temperature, num_tokens, ENDS, batch.eos_masked)
 
     p, q = logp(params), jax.lax.stop_gradient(logp(reference))
@@ -200,7 +201,7 @@ def test_what_is_behind_the_mask_costs_nothing():
 
     rng = np.random.default_rng(0)
     h = rng.normal(size=(2, 23, D)).astype(np.float32)
-    source = head.Source(rng.normal(size=(V, D)).astype(np.float32), h)
+    source = head.HeadInputs(rng.normal(size=(V, D)).astype(np.float32), h)
     of = head.Head("float32", None, layouts((1, 2, 1))[0])
     program = jax.jit(lambda count: head.over_logits(Sum(), of, source, None, (), count))
     for count, chunks in (([0, 0], 0), ([8, 1], 1), ([3, 9], 2), ([23, 0], 3)):

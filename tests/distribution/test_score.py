@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from setups import TINY, layouts
 
-from jaxrl_llm.distribution.score import Scoring, entropy, process_logits, score_tokens, support_logprobs
+from jaxrl_llm.distribution.logits import entropy, kept_token_logprobs, process_logits
+from jaxrl_llm.distribution.score import Scoring, score_tokens
 from jaxrl_llm.types import Batch
 
 LOGITS = jnp.array([[1.0, 3.0, 3.0, 0.0, 9.0], [0.0, np.log(2.0), -1e4, 0.0, 9.0]], jnp.float32)
@@ -74,7 +75,7 @@ def test_a_support_is_the_whole_distribution_by_hand():
     row, kept_tokens = jnp.stack([LOGITS[1]] * 2), jnp.array([[1, 3, -1]] * 2)
     with np.errstate(divide="ignore"):
         want = np.log([[2 / 3, 1 / 3, 0], [4 / 5, 1 / 5, 0]])
-    np.testing.assert_allclose(support_logprobs(row, jnp.array([1.0, 0.5]), kept_tokens), want, rtol=1e-6)
+    np.testing.assert_allclose(kept_token_logprobs(row, jnp.array([1.0, 0.5]), kept_tokens), want, rtol=1e-6)
 
 
 def test_gradients_through_a_support_are_those_of_its_tokens():
@@ -82,7 +83,7 @@ def test_gradients_through_a_support_are_those_of_its_tokens():
     kept_tokens = jnp.array([[1, 3, -1], [-1, -1, -1]])
 
     def loss(x):
-        logp = support_logprobs(x, jnp.array([0.5, 0.5]), kept_tokens)
+        logp = kept_token_logprobs(x, jnp.array([0.5, 0.5]), kept_tokens)
         return jnp.sum(jnp.where(kept_tokens == 1, logp, 0.0)), jnp.sum(entropy(logp))
 
     by_logp, by_entropy = map(np.asarray, jax.jit(jax.jacrev(loss))(LOGITS[::-1]))

@@ -1,4 +1,4 @@
-"""Weights that nobody stores: each tensor is drawn from its name, by NumPy alone, in the golden script and in the tests."""
+"""Weights that are not stored: each tensor is generated from its name with NumPy, in the golden script and in the tests."""
 
 import re
 import zlib
@@ -8,9 +8,9 @@ import numpy as np
 
 
 def draw(name: str, shape: tuple[int, ...], seed: int, gemma: bool) -> np.ndarray:
-    """f32. Norms lie about 1 (Gemma: about 0, since 1 is added), biases about 0, rows of a matrix have a length of about 1.
+    """Return f32: norms around 1 (Gemma: around 0, since 1 is added), biases around 0, matrices with rows of length about 1.
 
-    Experts 0 and 1 are one: their rows in the router too, so that every token's routing has a tie, and one that cannot matter.
+    Experts 0 and 1 are equal, and so are their rows in the router: every token's routing has a tie, which cannot change a result.
     """
     twin = re.sub(r"\.experts\.1\.", ".experts.0.", name)
     rng = np.random.default_rng([seed, zlib.crc32(twin.encode())])
@@ -21,7 +21,7 @@ def draw(name: str, shape: tuple[int, ...], seed: int, gemma: bool) -> np.ndarra
         return np.float32(0.5) * noise
     if name.endswith("mlp.gate.weight"):
         noise[1] = noise[0]
-    # Sharp attention, so that an error shows; layers that outweigh the embedding, or tied heads would repeat what they read.
+    # Sharp attention, so that errors show; layers larger than the embedding, or tied heads would repeat their input.
     gain = {"embed_tokens": 0.3, "q_proj": 2.0, "down_proj": 2.0, "lm_head": 3.0}
     gain = next((g for part, g in gain.items() if part in name), 1.0)
     return noise * np.float32(gain * shape[-1] ** -0.5)

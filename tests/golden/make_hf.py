@@ -1,4 +1,4 @@
-"""`python tests/golden/make_hf.py`: what transformers says, for three small random models of each family, into tests/golden/hf/.
+"""`python tests/golden/make_hf.py`: write the results of transformers for three small random models per family to tests/golden/hf/.
 
 Needs torch and transformers (these were made with torch 2.13.0 on a CPU and transformers 5.23.0), and nothing of jaxrl_llm.
 A file holds config.json as written by hand (old form and new), the names and shapes of the tensors, tokens, logits at some places,
@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 ROWS, SLOTS, NEW = 3, 40, 64
 PLACES = [(0, 0), (0, 7), (0, 39), (1, 12), (1, 25), (1, 39), (2, 18), (2, 33), (2, 39)]
 PROMPT_LENGTHS = [1, 11, 4, 7]
-# Of the largest logit: f32 sums in another order move logits by about 1e-6 of it.
+# Relative to the largest logit: f32 sums in a different order change logits by about 1e-6 of it.
 GAP = 1e-3
 
 EVEN = {
@@ -155,7 +155,7 @@ MODELS: dict[tuple[str, str], list[dict]] = {
 
 
 def shapes_of(directory: Path) -> dict[str, list[int]]:
-    """Names and shapes as transformers writes them."""
+    """Return names and shapes as transformers writes them."""
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
     with tempfile.TemporaryDirectory() as saved:
         model.save_pretrained(saved)
@@ -182,11 +182,11 @@ def logits(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def greedy(model: torch.nn.Module, prompts: list[list[int]]) -> list[list[int]] | None:
-    """64 tokens after each prompt, as `generate` has them; None where two logits are too near each other, or little happens."""
+    """Return 64 tokens of `generate` per prompt; None if two logits are too close to each other, or the tokens are too uniform."""
     found = []
     for prompt in prompts:
         given = torch.tensor([prompt])
-        # Told nothing, `generate` would take every 0 of the prompt for padding.
+        # Without a mask, `generate` would take every 0 of the prompt for padding.
         whole = {"attention_mask": torch.ones_like(given), "eos_token_id": None, "pad_token_id": 0}
         out = model.generate(given, do_sample=False, max_new_tokens=NEW, **whole)
         scores = np.sort(logits(model, out.numpy())[0, len(prompt) - 1 : -1], axis=-1)

@@ -1,4 +1,4 @@
-"""Adapters: by hand, against x W + scale (x A) B with gradients, through the whole model on a mesh, and what they cost."""
+"""Adapters: by hand, against x W + scale (x A) B with gradients, through the whole model on a mesh, and their cost."""
 
 import dataclasses
 from functools import cache, partial
@@ -15,7 +15,7 @@ from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import LoraConfig
 from jaxrl_llm.model.critic import critic_specs
 from jaxrl_llm.model.linear import contract
-from jaxrl_llm.model.lora import Adapted, Pair
+from jaxrl_llm.model.lora import Adapted, Adapter
 from jaxrl_llm.model.publish import make_blank, make_publish
 from jaxrl_llm.objective.losses import CROSS_ENTROPY
 from jaxrl_llm.parallel import hosts
@@ -34,17 +34,17 @@ merge = jax.jit(partial(lora.merge, dtype=jnp.float32))
 
 @cache
 def adapted(sizes=(1, 1, 1)):
-    """SMALL with adapters that change every product by about as much as there was."""
+    """SMALL with adapters about as large as the base."""
     rng, (train, _) = np.random.default_rng(1), layouts(sizes)
     base = jax.tree.map(np.asarray, make_params(SMALL, train))
     trained, frozen = lora.split(ADAPTED)
-    drawn = model_params.map_specs(lambda s: 0.2 * rng.standard_normal(s.shape).astype(np.float32), trained)
+    random = model_params.map_specs(lambda s: 0.2 * rng.standard_normal(s.shape).astype(np.float32), trained)
     frozen = jax.tree.structure(frozen, is_leaf=model_params.is_spec).unflatten(jax.tree.leaves(base))
-    return hosts.put(lora.join(drawn, frozen), model_params.shardings(ADAPTED, train))
+    return hosts.put(lora.join(random, frozen), model_params.shardings(ADAPTED, train))
 
 
 def dense(params):
-    """The matrices W + scale A B, put together module by module: the plain way, with the plain gradient."""
+    """Parameters with W + scale A B assembled per module, differentiated by JAX: the reference implementation."""
     ab = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))
     layers = dict(params["layers"])
     for leaf, w in layers.items():
@@ -81,7 +81,7 @@ def batch():
 
 def test_by_hand():
     """W + A B / 2 = [[1, 0], [0, 1]] + [[3, 5], [6, 10]] / 2."""
-    pair = Pair(jnp.array([[1.0], [2.0]]), jnp.array([[3.0, 5.0]]))
+    pair = Adapter(jnp.array([[1.0], [2.0]]), jnp.array([[3.0, 5.0]]))
     w, x = Adapted(jnp.eye(2), {"o": pair}, 0.5), jnp.array([[1.0, 1.0]])
     np.testing.assert_array_equal(contract(x, w), [[5.5, 8.5]])
     dx, dw = jax.grad(lambda x, w: contract(x, w)[0, 0], argnums=(0, 1))(x, w)
@@ -92,14 +92,14 @@ def test_by_hand():
 
 
 def test_in_bfloat16_the_product_is_with_the_rounded_sum():
-    """Numbers from 1 on are 2^-7 apart: 1 + 2^-9 rounds to 1, for the trainer as for the policy that is published."""
-    pair = Pair(jnp.array([[1.0]]), jnp.array([[2.0**-9]]))
+    """Numbers from 1 on are 2^-7 apart: 1 + 2^-9 rounds to 1, in the trainer as in the published policy."""
+    pair = Adapter(jnp.array([[1.0]]), jnp.array([[2.0**-9]]))
     x = jnp.ones((1, 1), jnp.bfloat16)
     assert contract(x, Adapted(jnp.ones((1, 1)), {"o": pair}, 1.0))[0, 0] == 1.0
     assert contract(x, Adapted(jnp.ones((1, 1)), {"o": pair}, 3.0))[0, 0] == 1.0 + 2.0**-7
 
 
-def test_merged_is_each_module_in_its_place():
+def test_merge_puts_each_module_in_its_place():
     merged = merge(adapted())
     for name, want in jax.jit(dense)(adapted())["layers"].items():
         np.testing.assert_allclose(merged["layers"][name], want, atol=1e-5, err_msg=name)
@@ -117,7 +117,7 @@ def loss_of(params, data, layout):
 
 @cache
 def plain_gradient():
-    """Through the model of the matrices, and through their sum to the adapters."""
+    """Loss and gradient of the adapters through `dense`."""
     train, _ = layouts()
     trained, frozen = lora.split(adapted())
     loss = lambda trained, data: loss_of(dense(lora.join(trained, frozen)), data, train)  # noqa: E731
@@ -135,28 +135,28 @@ def test_gradient_through_the_model_is_the_plain_one(sizes):
     want_value, wanted = plain_gradient()
     np.testing.assert_allclose(value, want_value, rtol=1e-5)
     for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(wanted), strict=True):
-        # f32, sums of thousands of products in another order.
+        # f32, sums of thousands of products in a different order.
         np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max(), err_msg=jax.tree_util.keystr(path))
 
 
-def test_the_gradient_of_the_base_is_never_made():
-    """Two products of the size of x W, forward and dx; with that of W they would be three. The rest is a sixth of one."""
+def test_the_gradient_of_the_base_is_never_computed():
+    """Two products of the size of x W, forward and dx; dW would be a third. The rest is a sixth of one."""
     n, d, f = 128, 256, 512
-    pair = Pair(jnp.ones((d, 4)), jnp.ones((4, f)))
+    pair = Adapter(jnp.ones((d, 4)), jnp.ones((4, f)))
     w, x = Adapted(jnp.ones((d, f)), {"down": pair}, 1.0), jnp.ones((n, d))
 
     def loss(x, trained, frozen):
         return jnp.sum(jnp.sin(contract(x, lora.join({"w": trained}, {"w": frozen})["w"])))
 
-    trained, frozen = w.replace(base=None), w.replace(pairs={"down": Pair(None, None)})
+    trained, frozen = w.replace(base=None), w.replace(pairs={"down": Adapter(None, None)})
     work = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, trained, frozen).compile().cost_analysis()
     product = 2 * n * d * f
     assert 1.99 * product < work["flops"] < 2.3 * product
 
 
 @pytest.mark.slow
-def test_only_adapters_change_and_have_an_optimizer():
-    """One update on a mesh: the frozen parameters are the same bits, in the buffers they were in."""
+def test_only_adapters_change_and_have_optimizer_state():
+    """One update on a mesh: the frozen parameters keep their bits and their buffers."""
     train, _ = layouts((2, 2, 2))
     optimizer, params = AdamW(lr=1e-2), adapted((2, 2, 2))
     before = jax.tree.map(np.array, params)
@@ -177,7 +177,7 @@ def test_only_adapters_change_and_have_an_optimizer():
     assert [x.unsafe_buffer_pointer() for x in pieces(new_frozen)] == at
     for old, x in zip(jax.tree.leaves(old_frozen), jax.tree.leaves(new_frozen), strict=True):
         np.testing.assert_array_equal(old, x)
-    # Adam's first step: each entry by the learning rate, where there was a gradient.
+    # Adam's first step changes each entry with a gradient by the learning rate.
     for old, x in zip(jax.tree.leaves(old_trained), jax.tree.leaves(new_trained), strict=True):
         np.testing.assert_allclose(np.median(np.abs(old - x)), 1e-2, rtol=1e-2)
 
@@ -194,7 +194,7 @@ def test_fresh_adapters_change_nothing():
     for pair in (pair for w in fresh["layers"].values() if isinstance(w, Adapted) for pair in w.pairs.values()):
         assert not np.any(pair.b)
         inputs = np.prod(pair.a.shape[1:-1])
-        # At least 2 * 32 * 64 draws: the deviation of a deviation is 1 / sqrt(2 n), 1.1 %.
+        # At least 2 * 32 * 64 samples: the standard deviation of a standard deviation is 1 / sqrt(2 n), 1.1 %.
         np.testing.assert_allclose(np.std(pair.a), (3 * inputs) ** -0.5, rtol=0.05)
     merged = merge(fresh)
     for x, want in zip(jax.tree.leaves(merged), jax.tree.leaves(params), strict=True):
@@ -205,7 +205,7 @@ def test_fresh_adapters_change_nothing():
 
 @pytest.mark.parametrize("weights", ["compute", "int8"])
 def test_publish_merges(weights):
-    """As if the matrices had been trained as a whole; in 8 bits a number that lies between two may fall to either."""
+    """As for merged parameters; in int8 a number halfway between two may round to either."""
     train, decode = layouts()
     publish, blank = make_publish(SMALL, train, decode, weights), make_blank(SMALL, decode, weights)
     whole = hosts.put(jax.device_get(jax.jit(dense)(adapted())), model_params.shardings(SPECS, train))
@@ -238,7 +238,7 @@ def test_specs_of_some_targets_in_bfloat16():
     assert lora.adapted_specs(SPECS, SMALL, LoraConfig()) is SPECS
 
 
-def test_split_and_join_undo_each_other_with_a_critic():
+def test_join_is_the_inverse_of_split_with_a_critic():
     tree = ADAPTED | critic_specs(SMALL, "separate")
     trained, frozen = lora.split(tree)
     assert lora.join(trained, frozen) == tree
@@ -246,7 +246,7 @@ def test_split_and_join_undo_each_other_with_a_critic():
     assert len(leaves(trained)) + len(leaves(frozen)) == len(leaves(tree))
     assert trained["critic"] == tree["critic"] and leaves(frozen["critic"]) == []
     assert leaves(trained["embed"]) == [] and frozen["embed"] == SPECS["embed"]
-    # Without adapters all is trained, and what is whole stays what it is, whatever is frozen: another model as a reference.
+    # Without adapters everything is trained, and join returns it unchanged: a reference that is another model.
     assert lora.split(SPECS)[0] is SPECS and lora.join(SPECS, frozen) is SPECS
 
 
@@ -262,7 +262,7 @@ def test_split_and_join_undo_each_other_with_a_critic():
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_adapted_is_said(cfg, given, message):
+def test_unsupported_targets_are_refused(cfg, given, message):
     (found,) = lora.problems(cfg, given)
     assert found.startswith(message)
     assert lora.problems(cfg, dataclasses.replace(given, rank=0)) == []

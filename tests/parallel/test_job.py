@@ -1,4 +1,4 @@
-"""Two processes of one job: one config, one end."""
+"""Two processes of a job: equal configs, and an error in one ends both."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ task: {kind: arithmetic, terms: 2, held_out: 16}
 
 
 def launch(tmp_path: Path, program: str, *arguments: str) -> tuple[int, str, str, float]:
-    """Exit code, what process 0 and process 1 said, and the seconds."""
+    """Exit code, stderr of process 0, log of process 1, and seconds."""
     script = tmp_path / "program.py"
     script.write_text(f"import os, sys, time\nme = int(os.environ['JAXRL_PROCESS_ID'])\n{program}", encoding="utf-8")
     local = [sys.executable, ROOT / "launch" / "local.py", "--log-dir", tmp_path / "logs", "--grace", "30"]
@@ -33,7 +33,7 @@ def launch(tmp_path: Path, program: str, *arguments: str) -> tuple[int, str, str
     return done.returncode, done.stderr.split("launch/local.py")[0], other, time.monotonic() - start
 
 
-def test_a_config_that_differs_between_processes_ends_the_job_at_once_in_each(tmp_path):
+def test_different_configs_end_every_process_at_once(tmp_path):
     config = tmp_path / "tiny.yaml"
     config.write_text(CONFIG, encoding="utf-8")
     program = """
@@ -43,7 +43,7 @@ sys.exit(main([*sys.argv[1:], *(["--seed", "1", "--rollout.samples", "4", "--mod
     code, zero, one, seconds = launch(tmp_path, program, "train", str(config), "--run-dir", str(tmp_path / "run"))
     assert code == 2 and seconds < 20
     want = (
-        "jaxrl: every process of a job needs the same config:\n"
+        "jaxrl: got different configs in the processes of a job, want the same in all:\n"
         "model.d_mlp: got 128 in process 1, want 64 as in process 0\n"
         "rollout.samples: got 4 in process 1, want 8 as in process 0\n"
         "seed: got 1 in process 1, want 0 as in process 0\n"
@@ -52,8 +52,8 @@ sys.exit(main([*sys.argv[1:], *(["--seed", "1", "--rollout.samples", "4", "--mod
     assert not (tmp_path / "run").exists()
 
 
-def test_an_error_in_one_process_ends_the_other_which_waits(tmp_path):
-    """Process 0, which holds the store, waits for a process that fails, and the other way round."""
+def test_an_error_in_one_process_ends_the_waiting_one(tmp_path):
+    """Process 0, which holds the store, waits for a failing process, and vice versa."""
     program = """
 from jaxrl_llm.errors import CheckpointError
 from jaxrl_llm.parallel import job
@@ -67,11 +67,11 @@ with job.ends_together():
 
     def ended(failing: int) -> None:
         (tmp_path / str(failing)).mkdir()
-        code, *said, seconds = launch(tmp_path / str(failing), program, str(failing))
+        code, *output, seconds = launch(tmp_path / str(failing), program, str(failing))
         assert code == 3 and seconds < 20
-        assert "CheckpointError: the disk is gone" in said[failing]
-        told = f"jaxrl: process {failing} of this job has ended, and so does this one: the disk is gone\n"
-        assert said[1 - failing].endswith(told)
+        assert "CheckpointError: the disk is gone" in output[failing]
+        message = f"jaxrl: process {failing} of this job failed, so this one exits too: the disk is gone\n"
+        assert output[1 - failing].endswith(message)
 
     with ThreadPoolExecutor(2) as both:
         list(both.map(ended, (0, 1)))

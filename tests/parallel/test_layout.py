@@ -1,4 +1,4 @@
-"""Layouts: logical axes to mesh axes, and what a move between TRAIN and DECODE may touch."""
+"""Layouts: logical axes to mesh axes, and the differences between TRAIN and DECODE."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def test_sharding_by_hand():
     assert train.replicated.spec == PartitionSpec()
 
 
-def test_train_and_decode_differ_in_the_embedding_dim_and_what_follows_from_it():
+def test_train_and_decode_differ_in_embed_and_rows_beside_it():
     assert {name for name in TRAIN if TRAIN[name] != DECODE[name]} == {"embed", "rows_beside_embed"}
     assert TRAIN.keys() == DECODE.keys()
     with pytest.raises(TypeError):
@@ -32,7 +32,7 @@ def test_train_and_decode_differ_in_the_embedding_dim_and_what_follows_from_it()
 
 
 def test_layouts_for_decode():
-    """Wide: what `tensor` splits, `fsdp` splits behind it, and rows are split over the rest. Own axes: the same devices."""
+    """Wide: `fsdp` shards the dimensions of `tensor` too, rows are sharded over the rest. Separate axes: the same devices."""
     train, replicated = layouts((2, 2, 2))
     wide, own = train.for_decode("wide"), train.for_decode(MeshConfig(data=1, fsdp=2, tensor=4))
     assert train.for_decode("replicated") == replicated
@@ -48,7 +48,7 @@ def test_an_unknown_axis_is_an_error():
 
 
 def test_layouts_are_static_arguments():
-    """Equal layouts made twice find the same compiled program; another layout does not."""
+    """Equal layouts made twice share one compiled program; another layout does not."""
     traces = []
 
     def f(x, layout):

@@ -1,4 +1,4 @@
-"""The mesh: -1 filled in, what does not fit in words, and the mesh itself."""
+"""The mesh: resolving -1, messages for sizes that do not fit, and the mesh itself."""
 
 import jax
 import pytest
@@ -20,7 +20,7 @@ from jaxrl_llm.parallel.mesh import make_mesh
         ((1, -1, 1), 1, (1, 1, 1, 1)),
     ],
 )
-def test_minus_one_takes_what_is_left(asked, devices, sizes):
+def test_minus_one_takes_the_remaining_devices(asked, devices, sizes):
     assert resolve(MeshConfig(*asked), devices) == (sizes, [])
 
 
@@ -43,7 +43,7 @@ def test_minus_one_takes_what_is_left(asked, devices, sizes):
         ((-1, -1, 2), 8, "mesh: got {'data': -1, 'fsdp': -1, 'tensor': 2, 'expert': 1}, want -1 on one axis at most"),
     ],
 )
-def test_what_does_not_fit_is_said(asked, devices, message):
+def test_sizes_that_do_not_fit_are_errors(asked, devices, message):
     sizes, found = resolve(MeshConfig(*asked), devices)
     assert sizes is None and len(found) == 1 and message in found[0]
 

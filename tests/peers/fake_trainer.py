@@ -1,4 +1,4 @@
-"""A worker that trains nothing: `python -m fake_trainer` from this folder. Variant `apart` dies at its second step."""
+"""A worker that trains nothing: `python -m fake_trainer` from this directory. Variant `apart` exits at its second step."""
 
 import sys
 

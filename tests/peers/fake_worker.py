@@ -1,6 +1,6 @@
-"""A worker without a model: `python -m fake_worker` from this folder. Each row counts up from its prompt's last id.
+"""A worker without a model: `python -m fake_worker` from this directory. Each row counts up from its prompt's last id.
 
-Variant `dies` ends at its second call; `prints` writes where the answers go.
+Variant `dies` exits at its second call; `prints` writes to the stream of the answers.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""benchmarks/peers without a peer: questions and answers across processes, turns, ratios, agreement, the table."""
+"""benchmarks/peers without a peer: requests and answers between processes, turns, ratios, agreement, the table."""
 
 import os
 import sys
@@ -37,27 +37,27 @@ def answer(seconds, others=0.0, tokens=((1, 2),), peak=100):
     return {"seconds": seconds, "others": others, "tokens": [list(row) for row in tokens], "peak_bytes": peak}
 
 
-def test_what_a_library_prints_is_no_answer(worker):
+def test_output_of_a_library_is_not_an_answer(worker):
     asked = worker("prints")
     for _ in range(2):
         found = asked.ask(generate=QUESTION)
         assert found["tokens"] == COUNTED
         assert found["seconds"] > 0 and found["others"] >= 0
-        # A Python that has started holds more than 4 MB and a fake less than 1 GB.
+        # A running Python takes more than 4 MB, and this worker less than 1 GB.
         assert 4e6 < found["peak_bytes"] < 1e9
 
 
-def test_a_worker_that_ends_says_why_and_the_others_go_on(worker):
-    dies, lives = worker("dies"), worker("plain")
-    calls = {n: (lambda turn, w=w: w.ask(generate=QUESTION)) for n, w in (("dies", dies), ("lives", lives))}
+def test_a_worker_that_exits_reports_why_and_the_others_continue(worker):
+    dies, plain = worker("dies"), worker("plain")
+    calls = {n: (lambda turn, w=w: w.ask(generate=QUESTION)) for n, w in (("dies", dies), ("plain", plain))}
     answers, failed = in_turns(calls, rounds=2, deadline=0.0)
     assert list(failed) == ["dies"] and "out of everything" in failed["dies"]
-    assert [a["tokens"] for a in answers["lives"]] == [COUNTED] * 4
+    assert [a["tokens"] for a in answers["plain"]] == [COUNTED] * 4
     with pytest.raises(WorkerError, match="out of everything"):
         dies.ask(generate=QUESTION)
 
 
-def test_turns_go_round():
+def test_turns_rotate():
     order = []
 
     def call(name):
@@ -68,14 +68,14 @@ def test_turns_go_round():
     assert order == [(turn, name) for turn, names in enumerate(("abc", "bca", "cab", "abc")) for name in names]
 
 
-def test_rounds_go_on_until_enough_are_quiet():
+def test_rounds_continue_until_enough_are_quiet():
     others = [0.0, 0.0, 0.5, 0.05, 0.9, 0.1, 0.0]
     calls = {"a": lambda turn: answer(1.0, others[turn]), "b": lambda turn: answer(2.0)}
     answers, _ = in_turns(calls, rounds=2, deadline=time.monotonic() + 600)
     assert disturbance(answers) == [0.0, 0.0, 0.5, 0.05, 0.9, 0.1]
     assert quiet(answers) == [True, True, False, True, False, True]
     assert quietest(disturbance(answers), 2) == [3, 5]
-    # The two first turns compile and settle: they never count.
+    # The first two turns compile and warm up: they never count.
     assert quietest([0.0, 0.0, 0.5, 0.4, 0.3], 2) == [3, 4]
 
 
@@ -86,7 +86,7 @@ def test_nothing_answers():
     assert in_turns({"a": call}, rounds=2, deadline=0.0) == ({}, {"a": "no"})
 
 
-def test_entry_leaves_the_first_calls_out():
+def test_entry_excludes_the_first_two_calls():
     answers = [answer(9.0, peak=5), answer(8.0), answer(1.0), answer(7.0, 0.8, peak=300), answer(3.0), answer(2.0)]
     found = entry(answers, [2, 4, 5], tokens=12)
     assert found["first_call_s"] == 9.0 and found["second_call_s"] == 8.0
@@ -99,8 +99,8 @@ def numbers(*seconds):
     return entry([answer(9.0), answer(9.0), *map(answer, seconds)], list(range(2, 2 + len(seconds))), tokens=600)
 
 
-def test_ratios_are_of_the_same_round():
-    # A slow minute meets both in round 2: of medians the ratio would be 3 / 2, of each round it is 3, 3 and 1.
+def test_ratios_compare_calls_of_the_same_round():
+    # Both are slow in round 2: the ratio of medians would be 3 / 2, those per round are 3, 3 and 1.
     assert ratio(numbers(1.0, 10.0, 2.0), numbers(3.0, 30.0, 2.0)) == 3.0
     entries = {
         "transformers/dynamic": numbers(4.0, 4.0, 4.0),
@@ -124,7 +124,7 @@ def test_table():
     entries["tunix/plain"]["greedy_agreement"] = 0.995
     work = {"name": "M", "tokens": 600, "rounds": 3, "rounds_run": 7, "entries": entries}
     lines = table(work | {"failed": {"trl/generate": "Traceback\nMemoryError: all of it"}})
-    assert lines[0] == "M, 600 new tokens a call, the quietest 3 of 7 rounds"
+    assert lines[0] == "M, 600 new tokens per call, the quietest 3 of 7 rounds"
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[4:6]]
     assert cells[0] == ["ours/default", "300", "200 to 600", "1.00", "0%", "9.0", "0", ""]
     assert cells[1] == ["tunix/plain", "150", "150 to 150", "2.00", "0%", "9.0", "0", "99.5%"]
@@ -163,7 +163,7 @@ def test_environments(monkeypatch, tmp_path):
     stamp = tmp_path / "tunix" / "packages.txt"
     stamp.write_text("\n".join(environments.packages("tunix")))
     assert environments.python("tunix") == tmp_path / "tunix" / "bin" / "python"
-    # Made for other versions: not what is asked for.
+    # Built with other versions.
     stamp.write_text("google-tunix==0.0.1")
     with pytest.raises(UserError, match="tunix: got no environment"):
         environments.python("tunix")
@@ -174,8 +174,8 @@ def test_environments(monkeypatch, tmp_path):
         environments.python("tunix")
 
 
-def test_others_are_what_the_machine_did_and_we_did_not(monkeypatch):
-    """Two cores' 4 seconds, 3 worked, 1 of them by us; then less than we say we did (/proc/stat counts coarsely); then no /proc."""
+def test_others_is_the_cpu_time_of_other_processes(monkeypatch):
+    """Two cores for 2 s, 3 of the 4 s busy, 1 of them ours; then less than our own time (/proc/stat is coarse); then no /proc."""
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     for worked, want in (([100.0, 103.0], 0.5), ([100.0, 100.5], 0.0), ([None, None], 0.0)):
         readings = {

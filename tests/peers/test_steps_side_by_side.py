@@ -1,4 +1,4 @@
-"""benchmarks/peers/grpo without a peer: the loop that is let on step by step, works, entries, the table, the file of results."""
+"""benchmarks/peers/grpo without a peer: the paced loop, works, entries, the table, the file of results."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from benchmarks.peers.reward import rewards
 from jaxrl_llm.errors import UserError
 
 
-def test_a_loop_goes_one_step_at_a_time():
+def test_a_paced_loop_runs_one_step_at_a_time():
     done = []
 
     def loop(pause):
@@ -31,7 +31,7 @@ def test_a_loop_goes_one_step_at_a_time():
         paced.step()
 
 
-def test_what_a_loop_raises_is_raised_by_the_step():
+def test_an_exception_of_the_loop_is_raised_by_the_step():
     def loop(pause):
         pause()
         raise ValueError("no memory")
@@ -74,7 +74,7 @@ def answer(seconds, rollout=1.0, tokens=8192, updates=1, peak=2**20):
     }  # fmt: skip
 
 
-def test_a_step_that_did_not_do_the_work_is_no_step():
+def test_a_step_with_missing_work_is_an_error():
     assert step(Answers(answer(2.0)), "a", 0)["seconds"] == 2.0
     for wrong, turn in ((answer(2.0, tokens=8191), 0), (answer(2.0, updates=1), 1)):
         with pytest.raises(WorkerError, match="want 8192"):
@@ -93,14 +93,14 @@ def result():
 
 def test_table():
     lines = table(result())
-    assert lines[0] == "S float32, 8,192 new tokens a step, the quietest 3 of 3 rounds"
+    assert lines[0] == "S float32, 8,192 new tokens per step, the quietest 3 of 3 rounds"
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[4:6]]
     assert cells[0] == ["ours/shared", "2.00", "2.00 to 2.00", "1.00", "1.00", "5%", "7.0", "8.5", "1"]
     assert cells[1] == ["trl/plain", "5.00", "4.00 to 6.00", "2.00", "2.50", "5%", "9.0", "13.5", "4"]
     assert lines[-1] == "tunix/plain failed: MemoryError: all of it"
 
 
-def test_results_of_other_works_stay(tmp_path):
+def test_results_of_other_works_are_kept(tmp_path):
     out = tmp_path / "new" / "grpo.json"
     for name, rounds in (("S", 1), ("M", 1), ("S", 2)):
         keep(out, {"name": name, "rounds": rounds}, {"date": "today"})
@@ -109,7 +109,7 @@ def test_results_of_other_works_stay(tmp_path):
 
 
 def test_trainers_in_turns(monkeypatch, tmp_path):
-    """Two workers, of which one ends: the other's steps count, in the order of their turns."""
+    """Two workers, one of which exits: the other's steps count, in the order of their turns."""
 
     def fake(python, module, threads, settings):
         assert module == "benchmarks.peers.workers.ours_step"
@@ -126,4 +126,4 @@ def test_trainers_in_turns(monkeypatch, tmp_path):
     assert name == "ours/shared" and ours["beta"] == 0.04 and ours["words"] == str(tmp_path / "words")
     assert ours["median_rollout_s"] == 0.25 and ours["stages"] == [{"time/update": 0.5}] * 2
     assert 0 < ours["start_s"] < ours["first_step_after_start_s"]
-    assert table(found)[0] == "S float32, beta 0.04, 8,192 new tokens a step, the quietest 2 of 2 rounds"
+    assert table(found)[0] == "S float32, beta 0.04, 8,192 new tokens per step, the quietest 2 of 2 rounds"

@@ -1,6 +1,6 @@
-"""The live comparison with transformers and torch: models it makes, that we load; models we export, that it loads.
+"""Live comparison with transformers: we load models that it creates, and it loads models that we export.
 
-JAXRL_TORCH_PYTHON names the Python of an environment with torch and transformers: torch is no dependency of ours.
+JAXRL_TORCH_PYTHON names the Python of an environment with torch and transformers, which are no dependencies of ours.
 """
 
 import json
@@ -28,9 +28,9 @@ pytestmark = [
 TOLERANCE = 2e-4
 
 
-def transformers_does(jobs, directory):
+def run_transformers(jobs, directory):
     (directory / "jobs.json").write_text(json.dumps(jobs))
-    script = Path(__file__).parent / "transformers_says.py"
+    script = Path(__file__).parent / "transformers_reference.py"
     done = subprocess.run([PYTHON, script, directory / "jobs.json"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stderr
@@ -45,24 +45,24 @@ def ours(directory, tokens):
     return cfg, params, np.asarray(run(params, tokens))
 
 
-def near(found, want):
+def assert_close(found, want):
     assert np.abs(found - want).max() <= TOLERANCE * np.abs(want).max()
     assert (found.argmax(-1) == want.argmax(-1)).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_of_theirs_through_load_and_export(family, tmp_path):
-    """Fresh weights from transformers' classes; our logits are its own, and so are its own of our export, to the bit."""
+def test_a_model_of_transformers_through_load_and_export(family, tmp_path):
+    """New weights from transformers' classes: the same logits from us, and, to the bit, from transformers for our export."""
     config = {key: value for key, value in case(f"{family}_0").golden["config"].items() if key != "architectures"}
     tokens = np.random.default_rng(7).integers(0, config["vocab_size"], (2, 50), dtype=np.int32)
     theirs, exported = tmp_path / "theirs", tmp_path / "exported"
     read = {"read": str(theirs), "tokens": tokens.tolist(), "to": str(tmp_path / "theirs.npz")}
-    transformers_does([{"make": config, "seed": 11, "to": str(theirs)}, read], tmp_path)
+    run_transformers([{"make": config, "seed": 11, "to": str(theirs)}, read], tmp_path)
     cfg, params, found = ours(theirs, tokens)
     want = np.load(tmp_path / "theirs.npz")
-    near(found, want["logits"])
+    assert_close(found, want["logits"])
     export(params, cfg, exported, "float32", max_shard_bytes=40_000)
-    said = transformers_does([read | {"read": str(exported), "to": str(tmp_path / "ours.npz")}], tmp_path)
+    log = run_transformers([read | {"read": str(exported), "to": str(tmp_path / "ours.npz")}], tmp_path)
     again = np.load(tmp_path / "ours.npz")
     assert np.array_equal(again["logits"], want["logits"]) and np.array_equal(again["greedy"], want["greedy"])
-    assert not any(word in said.lower() for word in ("missing", "unexpected", "not initialized")), said
+    assert not any(word in log.lower() for word in ("missing", "unexpected", "not initialized")), log

@@ -1,4 +1,4 @@
-"""Loss, advantages and gradients of the presets trl:* beside TRL's own trainers on the same tensors, in float64.
+"""Loss, advantages and gradients of the presets trl:* against TRL's trainers on the same tensors, in float64.
 
 JAXRL_TRL_PYTHON names the Python of an environment with TRL 1.16 and torch: neither is a dependency of ours.
 """
@@ -35,7 +35,7 @@ pytestmark = [
 ]
 P, G, C = 4, 4, 6
 B = P * G
-# Both sides compute in float64; our weights of tokens are kept in f32, which rounds each by 6e-8.
+# Both sides compute in float64; our token weights are f32, with a rounding error of 6e-8 each.
 TOLERANCE = 1e-6
 BETA = 0.04
 
@@ -43,12 +43,12 @@ BETA = 0.04
 class Case(NamedTuple):
     preset: str
     arguments: dict[str, Any]
-    """Of TRL's config."""
+    """Arguments of TRL's config."""
     over: Mapping[str, Any] = MappingProxyType({})
-    """What is written beside the preset."""
+    """Config keys beside the preset."""
     trainer: str = "grpo"
     sampler: bool = False
-    """Completions come from another program, whose log-probs differ from the trainer's."""
+    """Completions come from another program, with log-probs different from the trainer's."""
     parts: bool = False
     """Two graders."""
 
@@ -110,21 +110,21 @@ CASES = {
 
 
 def tensors() -> dict[str, np.ndarray]:
-    """Ratios on both sides of every bound; lengths 1 to C; a group of equal rewards; tokens inside that nobody drew."""
+    """Ratios on both sides of every bound; lengths 1 to C; a group of equal rewards; tokens that were not sampled."""
     rng = np.random.default_rng(5)
     length = rng.integers(1, C + 1, B)
     length[:2] = 1, C
     reward = np.round(rng.normal(size=(P, G)), 2)
     reward[1] = 0.7
-    drawn = rng.random((B, C)) < 0.85
-    drawn[:, 0] = True
+    sampled = rng.random((B, C)) < 0.85
+    sampled[:, 0] = True
     logprobs = -rng.exponential(1.2, (B, C))
     parts = np.stack([reward, rng.integers(0, 2, (P, G)).astype(float)], axis=-1)
     return {
         "length": length,
         "reward": reward,
         "parts": parts,
-        "drawn": drawn & (np.arange(C) < length[:, None]),
+        "sampled": sampled & (np.arange(C) < length[:, None]),
         "logprobs": logprobs,
         "old": logprobs + rng.normal(0, 0.35, (B, C)),
         "sampler": logprobs + rng.normal(0, 0.35, (B, C)),
@@ -134,8 +134,8 @@ def tensors() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory) -> dict[str, np.ndarray]:
-    """What TRL computes, <case>/<what>."""
+def results(tmp_path_factory) -> dict[str, np.ndarray]:
+    """Results of TRL, by <case>/<result>."""
     directory = tmp_path_factory.mktemp("trl")
     np.savez(directory / "tensors.npz", **tensors())
     listed = [
@@ -143,18 +143,18 @@ def said(tmp_path_factory) -> dict[str, np.ndarray]:
         for name, case in CASES.items()
     ]
     (directory / "cases.json").write_text(json.dumps(listed))
-    script = Path(__file__).parent / "trl_says.py"
+    script = Path(__file__).parent / "trl_reference.py"
     done = subprocess.run([PYTHON, script, directory], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
-    return dict(np.load(directory / "said.npz"))
+    return dict(np.load(directory / "trl.npz"))
 
 
 def ours(case: Case) -> dict[str, np.ndarray]:
     given = tensors()
     settings = filled({"preset": case.preset, **case.over}, asdict(ObjectiveConfig()))
     cfg = TypeAdapter(ObjectiveConfig).validate_python(settings)
-    # RLOOTrainer learns from all of a completion.
-    mask = np.arange(C) < given["length"][:, None] if case.trainer == "rloo" else given["drawn"]
+    # RLOOTrainer uses all tokens of a completion.
+    mask = np.arange(C) < given["length"][:, None] if case.trainer == "rloo" else given["sampled"]
     token_reward = np.zeros((B, C))
     if cfg.reward_kl.weight:
         token_reward = cfg.reward_kl(given["old"], given["reference"], mask)
@@ -202,12 +202,12 @@ def loss_and_gradients(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_trl(name, said):
+def test_trl(name, results):
     found = ours(CASES[name])
     for key in ("advantages", "loss", "logprobs", "entropy"):
-        want = said[f"{name}/{key}"]
+        want = results[f"{name}/{key}"]
         assert want.dtype == np.float64 and found[key].dtype == np.float64
-        # The loss is a sum whose terms cancel: what the weights' rounding does to it is relative to their sizes.
+        # The loss is a sum with cancellation: its error from the weights' rounding is relative to the sum of magnitudes.
         size = found["size"] if key == "loss" else np.abs(want).max()
         assert np.abs(found[key] - want).max() <= TOLERANCE * size, key
-    assert np.abs(said[f"{name}/logprobs"]).max() > 1e-3
+    assert np.abs(results[f"{name}/logprobs"]).max() > 1e-3

@@ -1,6 +1,6 @@
-"""The reader of optimized HLO, on a module written by hand."""
+"""The parser of optimized HLO, on a module written by hand."""
 
-from jaxrl_llm.perf.hlo import ArrayShape, Module, collectives
+from jaxrl_llm.perf.hlo import ArrayShape, HloModule, collectives
 
 TEXT = """HloModule jit_f, is_scheduled=true
 
@@ -29,16 +29,16 @@ ENTRY %main (x.1: bf16[8,128]) -> bf16[8,128] {
 """
 
 
-def test_what_stands_where():
-    module = Module(TEXT)
+def test_computations_loops_and_fusions():
+    module = HloModule(TEXT)
     assert module.entry == "main"
     assert module.loops == {"main": 0, "fused": 0, "condition": 1, "body": 1, "add": 1}
     assert module.fused == {"fused"} and module.root("fused").name == "twice"
     assert [i.name for i in module.inside("body")] == ["p", "x", "sum", "t"]
 
 
-def test_collectives_and_the_bytes_that_they_make():
-    (found,) = collectives(Module(TEXT).all)
+def test_collectives_and_the_bytes_of_their_results():
+    (found,) = collectives(HloModule(TEXT).all)
     assert (found.kind, found.computation) == ("all-reduce", "body")
     assert found.arrays == (ArrayShape("bf16", (8, 128)),) and found.arrays[0].bytes == 2 * 8 * 128
     assert str(found) == "all-reduce-start bf16[8,128] in body"

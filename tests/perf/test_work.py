@@ -1,4 +1,4 @@
-"""Work counted: pairs against the mask itself, FLOPs by hand."""
+"""Counted work: attention pairs against the mask itself, FLOPs by hand."""
 
 import dataclasses
 
@@ -10,8 +10,8 @@ from setups import TINY, Sequences, layouts
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.cache import Form, empty_suffix
 from jaxrl_llm.perf import chips
-from jaxrl_llm.perf.rates import UpdateRates, least_seconds
-from jaxrl_llm.perf.work import Seen, TrainFlops, attention_pairs, forward_flops, matmul_params, train_flops
+from jaxrl_llm.perf.rates import UpdateRates, min_seconds
+from jaxrl_llm.perf.work import TokenCounts, TrainFlops, attention_pairs, forward_flops, matmul_params, train_flops
 from jaxrl_llm.update.batch import make_batch
 from jaxrl_llm.update.packing import shape_of
 
@@ -30,11 +30,11 @@ def batch(kind):
     return make_batch(sequences.experience, shape_of(kind, 2, 2, (3, 4), 11, 1, 1), 0)[0]
 
 
-def pairs_of_the_mask(batch, reach):
-    """Slot t sees slot u iff u <= t < until[u] and their positions are closer than `reach`."""
+def pairs_of_the_mask(batch, window):
+    """Slot t attends to slot u iff u <= t < until[u] and their positions are less than `window` apart."""
     slots = np.arange(batch.tokens.shape[1])
     sees = (slots <= slots[:, None]) & (slots[:, None] < batch.until[:, None, :])
-    return int((sees & (batch.position[:, :, None] - batch.position[:, None, :] < reach)).sum())
+    return int((sees & (batch.position[:, :, None] - batch.position[:, None, :] < window)).sum())
 
 
 @pytest.mark.parametrize("kind", ["none", "plain", "shared_prefix"])
@@ -42,9 +42,9 @@ def test_pairs_are_those_of_the_mask(kind):
     found = batch(kind)
     real = found.group > 0
     assert real.sum() == (20 if kind != "shared_prefix" else 15)
-    assert attention_pairs(SLIDING, found.position, real) == sum(pairs_of_the_mask(found, reach) for reach in (3, 99))
+    assert attention_pairs(SLIDING, found.position, real) == sum(pairs_of_the_mask(found, window) for window in (3, 99))
     if kind != "shared_prefix":
-        # Lengths 7, 5, 3, 5: n (n + 1) / 2 each, and with a reach of 3 three a token but for the first two.
+        # Lengths 7, 5, 3, 5: n (n + 1) / 2 each; with a window of 3, three per token except for the first two.
         assert attention_pairs(SLIDING, found.position, real) == (28 + 15 + 6 + 15) + (18 + 12 + 6 + 12)
 
 
@@ -58,13 +58,13 @@ def test_flops_by_hand():
 
 
 def test_training_is_three_forward_passes():
-    counts = Seen(pairs=7, tokens=5, scored=3)
+    counts = TokenCounts(pairs=7, tokens=5, scored=3)
     assert sum(train_flops(TINY, *counts)) == 3 * forward_flops(TINY, *counts)
 
 
 @pytest.mark.parametrize(("form", "each"), [(Form(), 4), (Form(int8=True), 1 + 4 / 8)])
-def test_bytes_of_a_cached_number_are_those_of_the_cache(form, each):
-    """Of f32, and in int8 a scale of 4 bytes for the 8 numbers of a head."""
+def test_bytes_per_cached_number_are_those_of_the_cache(form, each):
+    """4 in f32; in int8 one scale of 4 bytes for the 8 numbers of a head."""
     layout = layouts()[1]
     cache = jax.eval_shape(lambda: empty_suffix(TINY, 3, 5, layout, form))
     numbers = 2 * TINY.layers * 3 * TINY.kv_heads * 5 * TINY.head_dim
@@ -72,9 +72,9 @@ def test_bytes_of_a_cached_number_are_those_of_the_cache(form, each):
     assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) == each * numbers
 
 
-def test_the_least_time_by_hand():
-    """(6 + 2) / 4 + 3 / 1.5 seconds of one device, by eight."""
-    assert least_seconds(TrainFlops(layers=6.0, head=3.0, attention=2.0), UpdateRates(4.0, 1.5), 8) == 0.5
+def test_min_seconds_by_hand():
+    """(6 + 2) / 4 + 3 / 1.5 seconds of one device, divided by eight."""
+    assert min_seconds(TrainFlops(layers=6.0, head=3.0, attention=2.0), UpdateRates(4.0, 1.5), 8) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -95,12 +95,12 @@ def test_the_least_time_by_hand():
         ("TPU v7x", None),
     ],
 )
-def test_peaks_by_the_name_of_the_device(kind, peak):
-    """The chip that `update/mfu` takes is the one that `jaxrl plan` does."""
-    chip = chips.known(kind)
+def test_peak_flops_by_device_kind(kind, peak):
+    """`update/mfu` and `jaxrl plan` look up the same chip."""
+    chip = chips.lookup(kind)
     assert (chip and chip.flops) == peak
     if peak is None and kind != "cpu":
-        with pytest.raises(UserError, match="a chip that plan knows nothing of"):
+        with pytest.raises(UserError, match="a chip that is not in the table of chips"):
             chips.of_device("gpu", kind, 1)
     elif peak:
         assert chips.of_device("gpu", kind, 1) == chip

@@ -1,4 +1,4 @@
-"""Bytes of a flight, added up by hand."""
+"""Bytes of the active batch, added up by hand."""
 
 import dataclasses
 
@@ -21,16 +21,16 @@ CFG = ModelConfig(
 P, G, S, C = 4, 3, 16, 32
 
 
-def flight(sizes: tuple[int, ...], cfg: ModelConfig = CFG) -> decode_memory.Flight:
+def memory_of(sizes: tuple[int, ...], cfg: ModelConfig = CFG) -> decode_memory.DecodeMemory:
     layout = Layout(make_mesh(sizes, jax.devices()[: sizes[0] * sizes[1] * sizes[2]]), DECODE)
-    rollout = RolloutConfig(prompts=P, samples=G, max_new_tokens=C, engine=EngineConfig(segment=8))
+    rollout = RolloutConfig(prompts=P, samples=G, max_new_tokens=C, engine=EngineConfig(decode_chunk=8))
     programs = Engine(rollout, S, Vocabulary(size=64, pad=0, eos=(1,)), cfg, layout).programs
     policy = params.abstract(params.unstack(params.specs(cfg), cfg.layers), layout, jnp.float32)
-    return decode_memory.flight(programs, policy, P, C)
+    return decode_memory.decode_memory(programs, policy, P, C)
 
 
 def test_on_one_device():
-    found = flight((1, 1, 1))
+    found = memory_of((1, 1, 1))
     norms, qkv, out, mlp = 2 * 32, 32 * 2 * 4 * 8, 4 * 8 * 32, 3 * 32 * 48
     assert found.policy == 4 * (2 * (norms + qkv + out + mlp) + 2 * 64 * 32 + 32)
     # One layer keeps 4 slots, the other all; keys and values, f32.
@@ -44,7 +44,7 @@ def test_on_one_device():
 
 
 def test_rows_heads_and_vocabulary_are_split_and_the_record_is_whole_everywhere():
-    one, split = flight((1, 1, 1)), flight((1, 4, 2))
+    one, split = memory_of((1, 1, 1)), memory_of((1, 4, 2))
     assert (split.prompt, split.suffix) == (one.prompt // 8, one.suffix // 8)
     assert split.record == 8 * P * G * 13 + 8 * P * G * 13 // 4
     assert split.working == 4 * P * G // 4 * 2 * (S + C) + 4 * 32 * 4 * 8 * 2
@@ -56,7 +56,7 @@ def test_experts_that_are_not_whole_tiles_wide_are_held_twice():
     """48 of 128 lanes; 256 are two whole tiles."""
     experts = dataclasses.replace(CFG, experts=4, experts_per_token=1)
     once = 4 * P * G * 4 * (S + C) + 4 * 2 * 32 * 2 * 4 * 8
-    assert flight((1, 1, 1), experts).working == once + 4 * 2 * (2 * 4 * 32 * 128)
+    assert memory_of((1, 1, 1), experts).working == once + 4 * 2 * (2 * 4 * 32 * 128)
     wide = dataclasses.replace(experts, d_mlp=256)
     rows = 4 * P * G * 2 * 256
-    assert flight((1, 1, 1), wide).working == rows + 4 * 2 * 32 * 2 * 4 * 8
+    assert memory_of((1, 1, 1), wide).working == rows + 4 * 2 * 32 * 2 * 4 * 8

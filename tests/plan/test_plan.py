@@ -1,4 +1,4 @@
-"""`jaxrl plan` without the TPU compiler: reading collectives and loops, what a chip holds, predictions, advice, and the command."""
+"""`jaxrl plan` without the TPU compiler: reading collectives and loops, memory per chip, predictions, advice, the command."""
 
 import dataclasses
 import json
@@ -14,16 +14,18 @@ from jaxrl_llm.config.run_config import validate
 from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.perf import chips
-from jaxrl_llm.perf.hlo import Module
-from jaxrl_llm.plan import advice, command, fit, memory, predict, show, sweep, traffic
+from jaxrl_llm.perf.hlo import HloModule
+from jaxrl_llm.plan import advice, command, memory, predict, show, sweep, traffic
 from jaxrl_llm.plan.command import Target
-from jaxrl_llm.plan.memory import Phase
-from jaxrl_llm.plan.programs import Job, Program, make_job, with_micro_batches
-from jaxrl_llm.plan.traffic import Reading, Traffic
+from jaxrl_llm.plan.programs import CompiledProgram, make_checked_run
+from jaxrl_llm.plan.traffic import ProgramCost, Traffic
+from jaxrl_llm.roles import memory as least_memory
 from jaxrl_llm.roles import sources
+from jaxrl_llm.roles.abstract_run import AbstractRun, with_micro_batches
 from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
 from jaxrl_llm.roles.build import make_learner
 from jaxrl_llm.roles.learner import Learner
+from jaxrl_llm.roles.memory import Phase
 from jaxrl_llm.types import Batch, Experience, Groups, Prompts, Rollouts
 from jaxrl_llm.update.batch import make_batch, minibatches, ungraded
 
@@ -34,7 +36,7 @@ MODEL = {"vocab_size": 32, "layers": 2, "d_model": 16, "heads": 4, "kv_heads": 2
 LAYER = 1024 + 512 + 2048 + 1024
 PARAMS = 512 + 2 * (LAYER + 32) + 16
 FLOPS = 12_914_688
-"""Of one update on what VALUES says, every response at its full length."""
+"""FLOPs of one update of VALUES with responses of full length."""
 VALUES = {
     "task": {"kind": "arithmetic", "terms": 3},
     "model": MODEL,
@@ -44,10 +46,10 @@ VALUES = {
 
 
 @pytest.fixture(scope="module")
-def job() -> Job:
+def run() -> AbstractRun:
     devices, _ = command.devices_of(Target(chips=1))
     cfg = validate(VALUES, "test")
-    return make_job(cfg, cfg.model, 7, devices)
+    return make_checked_run(cfg, cfg.model, 7, devices)
 
 
 HLO = """HloModule jit_update, is_scheduled=true
@@ -101,31 +103,31 @@ ENTRY %main (a: f32[32]) -> f32[4] {
 
 
 def test_traffic_multiplies_loops_and_counts_what_a_chip_receives():
-    """The loop of unknown turns stands for 5. By hand, of n chips: all-gather (n - 1) / n of its result, all-reduce twice that, a
-    reduction that keeps a shard once. Channel 7 runs on beside products of the inner loop, and starts outside of it."""
-    reading = traffic.read(Module(HLO), turns=5)
-    assert set(reading.traffic) == {
+    """The loop without a static trip count runs 5 times. By hand, on n chips: all-gather (n - 1) / n of its result, all-reduce
+    twice that, reduce-scatter once. Channel 7 overlaps with matmuls of the inner loop, and starts outside of it."""
+    cost = traffic.read_cost(HloModule(HLO), outer=5)
+    assert set(cost.traffic) == {
         Traffic("all-gather", "bf16", (5,), 1, 5 * 128 * 3 // 4, 128),
         Traffic("all-gather", "f32", (5,), 1, 5 * 64 * 3 // 4, 64),
         Traffic("all-reduce", "f32", (5, 3), 1, 15 * 64, 64),
         Traffic("reduce-scatter", "f32", (), 1, 128 * 7 // 8, 128),
         Traffic("collective-permute", "f32", (), 1, 16, 16),
     }
-    assert reading.cycles == 15 * 100 + 7 and reading.unknown == 0
-    assert reading.received == 480 + 240 + 960 + 112 + 16
-    assert next(t for t in reading.traffic if t.kind == "all-reduce").times == 15
+    assert cost.cycles == 15 * 100 + 7 and cost.unknown == 0
+    assert cost.received == 480 + 240 + 960 + 112 + 16
+    assert next(t for t in cost.traffic if t.kind == "all-reduce").times == 15
 
 
-def test_inner_loops_that_depend_on_the_batch_are_counted_as_told():
+def test_inner_loops_that_depend_on_the_batch_use_the_assumed_count():
     text = HLO.replace("compare(%i, %c), direction=LT", "get-tuple-element(%p), index=0")
-    reading = traffic.read(Module(text), turns=5, inner=2)
-    assert reading.unknown == 1 and reading.cycles == 10 * 100 + 7
+    cost = traffic.read_cost(HloModule(text), outer=5, inner=2)
+    assert cost.unknown == 1 and cost.cycles == 10 * 100 + 7
 
 
-def test_what_the_compiler_has_no_estimate_for_takes_no_thousand_years():
-    """It then writes 2^63 - 1: seen in updates of Llama-3-70B, whose page said 42,163,986,464 s."""
+def test_instructions_without_an_estimate_are_left_out():
+    """Their value is 2^63 - 1: seen in updates of Llama-3-70B, which were reported to take 42,163,986,464 s."""
     text = HLO.replace('"estimated_cycles":"7"', f'"estimated_cycles":"{2**63 - 1}"')
-    assert text != HLO and traffic.read(Module(text), turns=5).cycles == 15 * 100
+    assert text != HLO and traffic.read_cost(HloModule(text), outer=5).cycles == 15 * 100
 
 
 def test_a_topology_is_a_known_kind_and_sizes():
@@ -136,70 +138,69 @@ def test_a_topology_is_a_known_kind_and_sizes():
     assert chips.of_device("gpu", "NVIDIA H200", 1).memory == 141e9
     assert chips.of_device("tpu", "TPU v5 lite", 8) == chips.V5E
     assert chips.of_device("cpu", "cpu", 2).memory == chips.of_device("cpu", "cpu", 1).memory / 2
-    with pytest.raises(UserError, match="a chip that plan knows nothing of"):
+    with pytest.raises(UserError, match="a chip that is not in the table of chips"):
         chips.of_device("gpu", "NVIDIA RTX 9000", 1)
 
 
-def test_parts_of_memory_by_hand(job):
+def test_parts_of_memory_by_hand(run):
     """f32 masters and policy (compute float32), two moments and two counters; caches of 8 prompts of 7 slots and 32 rows of 6."""
-    found = {phase.name: phase.parts for phase in memory.estimated(job)}
-    assert set(found) == {"prefill", "segment", "publish", "update"}
+    found = {phase.name: phase.parts for phase in memory.estimated(run)}
+    assert set(found) == {"prefill", "decode", "publish", "update"}
     numbers = 2 * 2 * 2 * 8  # keys and values, 2 layers, 2 heads of 8
     for parts in found.values():
         assert parts[memory.MASTERS] == parts[memory.POLICY] == 4 * PARAMS
         assert 8 * PARAMS <= parts[memory.OPTIMIZER] <= 8 * PARAMS + 16
-    assert found["segment"][memory.PROMPTS] == 4 * numbers * 8 * 7
-    assert found["segment"][memory.ROWS] == 4 * numbers * 32 * 6
+    assert found["decode"][memory.PROMPTS] == 4 * numbers * 8 * 7
+    assert found["decode"][memory.ROWS] == 4 * numbers * 32 * 6
     assert found["update"][memory.ROWS] == 0 and found["prefill"][memory.ROWS] == 0
     # 16 rows of 13 slots: ten fields of 4 bytes and a mask of 1.
     assert found["update"][memory.BATCH] == 16 * 13 * 41
     assert found["update"][memory.GRADIENTS] == 4 * PARAMS
 
 
-def compiled(**sizes: int) -> Program:
-    return Program(
+def compiled(**sizes: int) -> CompiledProgram:
+    return CompiledProgram(
         sizes.get("arguments", 0), sizes.get("outputs", 0), sizes.get("temporaries", 0), sizes.get("aliased", 0),
-        Reading((), 0, 0), 1.0, sizes.get("refused", ""),
+        ProgramCost((), 0, 0), 1.0, sizes.get("refused", ""),
     )  # fmt: skip
 
 
-def test_phases_add_what_the_compiler_needs_to_what_lives_on(job):
-    programs = dict.fromkeys(("prefill", "segment", "publish"), compiled())
-    kept = memory.residents(job)["update"]
-    given = sum(kept.inside.values())
+def test_phases_add_temporaries_to_resident_arrays(run):
+    programs = dict.fromkeys(("prefill", "decode", "publish"), compiled())
+    expected = least_memory.resident_bytes(run)["update"]
+    given = sum(expected.program.values())
     usual = compiled(arguments=given + 100, outputs=1000, aliased=900, temporaries=5 * PARAMS)
-    found = memory.phases(job, programs | {"update": usual})[-1]
+    found = memory.phases(run, programs | {"update": usual})[-1]
     assert found.parts[memory.REST] == 200
     assert (found.parts[memory.GRADIENTS], found.parts[memory.TEMPORARIES]) == (4 * PARAMS, PARAMS)
     assert found.total == given + 200 + 5 * PARAMS + 4 * PARAMS  # and the policy
-    # Refused: the message names the temporaries, or everything that the program holds.
+    # Refused: the message names the temporaries, or all memory of the program.
     for refused, named in (("temporaries", 6 * PARAMS), ("all", given + 6 * PARAMS)):
         program = compiled(temporaries=named, refused=refused)
-        assert memory.phases(job, programs | {"update": program})[-1].total == given + 10 * PARAMS
+        assert memory.phases(run, programs | {"update": program})[-1].total == given + 10 * PARAMS
 
 
-def test_predictions_by_hand(job):
-    """Of 16 rows of 7 + 6 tokens: 6 a parameter of the layers and token, and of the head and completion token, 12 heads x H a pair,
-    13 x 14 / 2 a row and layer. Decode reads all weights every step."""
+def test_predictions_by_hand(run):
+    """16 rows of 7 + 6 tokens: 6 FLOPs per layer parameter and token, and per head parameter and completion token; 12 x heads x H
+    per attention pair, of which there are 13 x 14 / 2 per row and layer. Decoding reads all weights every step."""
     flops = 6 * 2 * LAYER * 16 * 13 + 6 * 512 * 16 * 6 + 12 * 4 * 8 * 2 * 16 * 91
-    assert sum(predict.update_flops(job)) == flops == FLOPS
+    assert sum(predict.update_flops(run)) == flops == FLOPS
     chip = chips.Chip("test", 1e9, flops=1e6, hbm=1e9, wire=1e3, clock=1e3)
     received = Traffic("all-gather", "f32", (), 1, 500, 500)
-    one = compiled()._replace(reading=Reading((received,), 2000, 0))
-    found = predict.predict(job, chip, dict.fromkeys(("prefill", "segment", "publish", "update"), one))
-    # With remat the forward pass is computed twice, the head's always is; two updates a step.
+    one = compiled()._replace(cost=ProgramCost((received,), 2000, 0))
+    found = predict.predict(run, chip, dict.fromkeys(("prefill", "decode", "publish", "update"), one))
+    # With remat the forward pass is computed twice, that of the head always; two updates per step.
     assert found.update.compute == pytest.approx(2 * flops * 4 / 3 / 1e6)
     assert (found.update.wire, found.update.compiler) == (1.0, 4.0)
     assert found.mfu == pytest.approx(flops / 1e6 / (flops * 4 / 3 / 1e6 + 0.5))
-    # One segment of 6 steps, and the prompts.
+    # One chunk of 6 steps, and the prompts.
     assert found.rollout.wire == pytest.approx(1.0) and found.rollout_tokens_per_s == pytest.approx(
         8 * 4 * 6 / found.rollout.total
     )
     assert found.rollout.memory >= 6 * 4 * PARAMS / 1e9
-    assert predict.predict(job, chips.Chip("cpu", 1e9)) is None
+    assert predict.predict(run, chips.Chip("cpu", 1e9)) is None
 
 
-# A step's worth of rollouts, every prompt and response at its longest, in the way of training: what an update is given.
 OBJECTIVES = {
     "one m2po update": {"objective": "paper:m2po"},
     "m2po": {"objective": "paper:m2po", "update": {"minibatches": 2}},
@@ -225,7 +226,7 @@ OBJECTIVES = {
 
 
 def longest(of: Blueprint) -> Groups:
-    """Every prompt and response at its full length, as the engine gives them; rewards that differ in each group."""
+    """Groups of prompts and responses of full length, as from the engine; rewards differ in each group."""
     cfg, prompts = of.cfg.rollout, of.cfg.rollout.prompts
     rows, full = prompts * cfg.samples, (prompts * cfg.samples, cfg.max_new_tokens)
     integers, numbers = np.ones(rows, np.int32), np.zeros(full, np.float32)
@@ -244,8 +245,8 @@ def longest(of: Blueprint) -> Groups:
 
 
 @pytest.fixture(params=OBJECTIVES)
-def both(request) -> tuple[Job, Learner, Batch]:
-    """The plan's shapes, the learner, and the first batch of a step of it; scores are 0, and nothing compiles."""
+def both(request) -> tuple[AbstractRun, Learner, Batch]:
+    """The planned run, the learner, and the learner's first batch of a step; scores are 0, nothing compiles."""
     cfg = validate(VALUES | {"reward": "exact_match", "update": {}} | OBJECTIVES[request.param], "test")
     of = blueprint_of(cfg, sources.read(cfg))
 
@@ -259,21 +260,21 @@ def both(request) -> tuple[Job, Learner, Batch]:
     experience = Experience(groups, scores, learner.advantage(groups, scores))
     part = next(minibatches(experience, cfg.update.minibatches, np.random.default_rng(0)))
     batch, _ = make_batch(part, of.shapes.update, 0, of.loss.aggregation, of.loss.length, of.loss.own)
-    return make_job(cfg, cfg.model, of.prompt_slots, list(of.train.mesh.devices.flat)), learner, batch
+    return make_checked_run(cfg, cfg.model, of.prompt_slots, list(of.train.mesh.devices.flat)), learner, batch
 
 
-def test_a_planned_batch_is_the_runs(both):
-    """Every column, its dtype and its shape: what a proximal policy, a critic, a reference and truncation put there."""
-    job, _, batch = both
+def test_a_planned_batch_equals_that_of_training(both):
+    """Columns, dtypes and shapes, including those of a proximal policy, a critic, a reference and truncation."""
+    run, _, batch = both
     described = lambda tree: {  # noqa: E731
         jax.tree_util.keystr(path): (x.shape, x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(tree)
     }
-    assert described(job.batch) == described(batch)
+    assert described(run.batch) == described(batch)
 
 
-def test_planned_flops_are_those_that_training_counts(both):
-    job, learner, batch = both
-    assert predict.update_flops(job) == learner.update.flops(batch)
+def test_planned_flops_equal_those_of_training(both):
+    run, learner, batch = both
+    assert predict.update_flops(run) == learner.update.flops(batch)
 
 
 @pytest.mark.parametrize(
@@ -281,27 +282,27 @@ def test_planned_flops_are_those_that_training_counts(both):
 )
 def test_columns_by_hand(name, columns):
     cfg = validate(VALUES | {"update": {}} | OBJECTIVES[name], "test")
-    batch = make_job(cfg, cfg.model, 7, command.devices_of(Target(chips=1))[0]).batch
+    batch = make_checked_run(cfg, cfg.model, 7, command.devices_of(Target(chips=1))[0]).batch
     optional = ("reference_logprobs", "proximal_logprobs", "values", "returns", "kept_tokens", "eos_masked")
     assert {column for column in optional if getattr(batch, column) is not None} == columns
 
 
-def test_advice_changes_what_fills_the_fullest_phase(job):
-    """The compiler found ten times the temporaries that were estimated: those after a change are taken times ten, too."""
-    found = memory.estimated(job)
+def test_advice_shrinks_the_largest_phase(run):
+    """The compiler found ten times the estimated temporaries, so those after a change are multiplied by ten, too."""
+    found = memory.estimated(run)
     real = [
         Phase(p.name, p.parts | {memory.TEMPORARIES: p.parts[memory.TEMPORARIES] * (10 if p.name == "update" else 1)})
         for p in found
     ]
     assert memory.peak(real).name == "update"
-    four = memory.estimated_update(with_micro_batches(job, 4))
+    four = memory.estimated_update(with_micro_batches(run, 4))
     limit = four.total + 9 * four.parts[memory.TEMPORARIES]
-    best = advice.advise(job, real, limit)
+    best = advice.advise(run, real, limit)
     assert {"update.micro_batches": 4} in [a.overrides for a in best] and all(a.bytes <= limit for a in best)
     mended = next(a for a in best if a.overrides == {"update.micro_batches": 4})
     assert (mended.bytes, mended.flags) == (limit, "--update.micro_batches 4")
-    # Where nothing suffices, the best together, and it says what they come to.
-    hopeless = advice.advise(job, real, 1)
+    # If nothing suffices: the best combination, with its memory.
+    hopeless = advice.advise(run, real, 1)
     assert len(hopeless) == 1 and len(hopeless[0].overrides) > 1 and 1 < hopeless[0].bytes < limit
 
 
@@ -322,25 +323,27 @@ def report(**changes) -> dict:
 
 def test_the_report_as_text():
     text = show.show(report())
+    assert ": 4 chips of 16 GB" in text and "1 minibatch of 2 micro-batches" in text
+    assert "v5e:1x1: 1 chip of 16 GB" in show.show(report(topology="v5e:1x1", chips=1))
     lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
-    assert ["master parameters", "3.00"] in lines and ["**together**", "**12.00**"] in lines
+    assert ["master parameters", "3.00"] in lines and ["**total**", "**12.00**"] in lines
     assert ["update", "all-gather", "bf16", "2 x 4", "24", "0.0", "5.0"] in lines
     assert ["update", "1 smaller kinds", "", "", "1", "0.0", ""] in lines
-    assert "inside the loop over layers, at most 5 MB at a time; outside of it at most 0 MB" in text
-    assert text.splitlines()[-1] == "fits: 12.00 GB of 16, most of it in update"
+    assert "at most 5 MB at a time inside the loop over layers, at most 0 MB outside of it" in text
+    assert text.splitlines()[-1] == "fits: 12.00 GB of 16, largest in update"
     too_much = report(
         fits=False, peak={"phase": "update", "bytes": 2 * 10**10},
         advice=[{"flags": "--update.micro_batches 4", "bytes": 10**10}],
     )  # fmt: skip
     assert show.show(too_much).splitlines()[-2:] == [
-        "does not fit: needs 20.00 GB of 16, most of it in update; change",
+        "does not fit: needs 20.00 GB of 16, largest in update; change",
         "  --update.micro_batches 4    (about 10.00 GB)",
     ]
 
 
 def test_all_meshes_of_eight_devices_and_their_micro_batches():
     found = list(sweep.meshes(8))
-    # Three factors of two, each on one of four axes: the ways to put 3 into 4 are 20.
+    # Three factors of two on four axes: 20 ways.
     assert len(found) == len(set(found)) == 20 and all(a * b * c * d == 8 for a, b, c, d in found)
     cfg = validate(VALUES, "test")
     assert sweep.micro_batches(cfg, (1, 2, 1, 1)) == [1, 2, 4, 8]
@@ -350,18 +353,22 @@ def test_all_meshes_of_eight_devices_and_their_micro_batches():
 
 
 def test_candidates_are_compiled_until_one_fits(monkeypatch):
-    """Two candidates: the fastest dies, the second does not fit, so a third is tried; the fourth and last is not needed."""
-    forms = [sweep.Form((1, n, 1, 1), 1, 0, 0.1 * n) for n in (1, 2, 3, 4)]
-    again = sweep.Form((1, 1, 1, 1), 2, 0, 0.15)
-    assert sweep.fastest([forms[0], again, *forms[1:]]) == forms
+    """Two are asked for: the fastest crashes, the second does not fit, so a third is compiled; the fourth is not needed."""
+    candidates = [sweep.Candidate((1, n, 1, 1), 1, 0, 0.1 * n) for n in (1, 2, 3, 4)]
+    slower = sweep.Candidate((1, 1, 1, 1), 2, 0, 0.15)
+    assert sweep.fastest([candidates[0], slower, *candidates[1:]]) == candidates
 
-    def compiled(command: list[str], form: sweep.Form) -> dict:
-        if form is forms[0]:
+    def compiled(command: list[str], candidate: sweep.Candidate) -> dict:
+        if candidate is candidates[0]:
             raise UserError("got no plan, want one: CHECK failed")
-        return report(fits=form is forms[2], predicted={"step_seconds": 2.0, "mfu": 0.25}, mesh={"data": form.mesh[1]})
+        return report(
+            fits=candidate is candidates[2],
+            predicted={"step_seconds": 2.0, "mfu": 0.25},
+            mesh={"data": candidate.mesh[1]},
+        )
 
-    monkeypatch.setattr(sweep, "compile_form", compiled)
-    done, failed = sweep.compile_best([], forms, 2)
+    monkeypatch.setattr(sweep, "compile_candidate", compiled)
+    done, failed = sweep.compile_best([], candidates, 2)
     assert [r["fits"] for r in done] == [False, True]
     assert [f["reason"] for f in failed] == ["got no plan, want one: CHECK failed"]
     text = show.sweep_table(
@@ -404,19 +411,19 @@ def test_bad_input_is_refused_before_anything_compiles(monkeypatch, capsys, tmp_
 
 @pytest.mark.slow
 def test_plan_for_this_machine(capsys, tmp_path):
-    """The real command on local devices: compiles all programs, and what it says adds up."""
+    """The real command on local devices: compiles all programs; the report is consistent."""
     path = tmp_path / "tiny.yaml"
     path.write_text(json.dumps(VALUES))
     assert cli.main(["plan", str(path), "--chips", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] and found["compiled"] and found["parameters"] == PARAMS
-    assert set(found["programs"]) == {"prefill", "segment", "publish", "update"}
+    assert set(found["programs"]) == {"prefill", "decode", "publish", "update"}
     for phase in found["phases"]:
         assert sum(phase["parts"].values()) == phase["total"]
     assert found["peak"]["bytes"] == max(phase["total"] for phase in found["phases"]) > 16 * PARAMS
     assert found["predicted"] is None and found["update_flops"] == FLOPS
-    # What `jaxrl train` refuses by is less than what the compiler needs.
+    # The minimum checked by `jaxrl train` is below what the compiler needs.
     cfg = validate(VALUES, "test")
-    job = make_job(cfg, cfg.model, 7, command.devices_of(Target(chips=1))[0])
-    least = {phase.name: phase.total for phase in fit.needs(job, held_out=1, trains=True, sharing=0)}
+    run = make_checked_run(cfg, cfg.model, 7, command.devices_of(Target(chips=1))[0])
+    least = {phase.name: phase.total for phase in least_memory.minimum(run, held_out=1, trains=True, num_sharing=0)}
     assert all(0 < least[phase["name"]] <= phase["total"] for phase in found["phases"])

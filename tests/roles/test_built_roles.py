@@ -10,7 +10,7 @@ from fakes import blueprint, config, groups_of, state_of, sums
 from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.objective.credit import make_advantage
-from jaxrl_llm.perf.work import adapters_of, seen, train_flops
+from jaxrl_llm.perf.work import count_adapter_params, count_tokens, train_flops
 from jaxrl_llm.roles import build
 from jaxrl_llm.roles.build import (
     make_evaluator,
@@ -127,9 +127,9 @@ def test_flops_are_those_of_the_trained_parameters(changes):
     of, learner = learner_of(**changes)
     experience = Experience(groups_of(np.zeros((8, 4))), Scores(), Credit(np.zeros((32, 2), np.float32)))
     batch, _ = make_batch(experience, of.shapes.update, 0)
-    adapters = adapters_of(of.learner_specs, of.model)
+    adapters = count_adapter_params(of.learner_specs, of.model)
     assert (adapters is None) == (not changes)
-    assert learner.update.flops(batch) == train_flops(of.model, *seen(of.model, batch), adapters)
+    assert learner.update.flops(batch) == train_flops(of.model, *count_tokens(of.model, batch), adapters)
 
 
 def test_a_reference_follows_the_policy_and_counts_the_steps_of_rl_alone(monkeypatch):

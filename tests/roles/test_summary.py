@@ -78,7 +78,7 @@ def test_equal_rewards_have_a_deviation_of_exactly_0(value):
 def test_metrics_of_the_engine():
     """By hand: 10 steps of 4 bytes and 6 of 2, at 2 bytes per second: 20 + 6 s of 52; FLOPs are the cheaper part."""
     stats = Stats(
-        seconds=52.0, steps=16, row_steps=80, tokens=60, overflow=6, segments=((10, Work(4, 1)), (6, Work(2, 1)))
+        seconds=52.0, steps=16, row_steps=80, tokens=60, overflow=6, chunks=((10, Work(4, 1)), (6, Work(2, 1)))
     )
     assert describe_engine(stats, 2.0, 10.0) == {
         "rollout/steps": 16.0,

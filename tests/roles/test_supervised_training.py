@@ -9,7 +9,7 @@ from setups import layouts
 from jaxrl_llm.metrics.guards import Guards
 from jaxrl_llm.roles.state import SupervisedState
 from jaxrl_llm.roles.supervised import Supervised, right_responses
-from jaxrl_llm.tasks.supervised import noisy_rows
+from jaxrl_llm.tasks.stream import noisy_rows
 from jaxrl_llm.types import TrainState
 from jaxrl_llm.update.config import WarmStartConfig
 from jaxrl_llm.update.packing import shape_of

@@ -15,8 +15,8 @@ from jaxrl_llm.model.cache import Caching, empty_suffix
 from jaxrl_llm.model.params import unstack
 from jaxrl_llm.model.transformer import Place
 from jaxrl_llm.rollout import sample
-from jaxrl_llm.rollout.decode import Record
-from jaxrl_llm.rollout.output import Harvest
+from jaxrl_llm.rollout.decode import ChunkRecord
+from jaxrl_llm.rollout.output import OutputBuffer
 from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary, row_keys
 from jaxrl_llm.types import Finish, Prompts, Rollouts, check
 
@@ -154,14 +154,14 @@ def test_temperature_zero_is_greedy_and_certain(sampler):
 def test_a_row_ends_at_any_of_several_end_tokens():
     vocab = Vocabulary(size=9, pad=0, eos=(7, 5))
     np.testing.assert_array_equal(vocab.ends(jnp.array([5, 6, 7, 0])), [True, False, True, False])
-    harvest = Harvest(make_prompts(2), 2, 3, Decoding(SMALL, layouts()[1], vocab, steps=3))
+    harvest = OutputBuffer(make_prompts(2), 2, 3, Decoding(SMALL, layouts()[1], vocab, steps=3))
     blank = harvest.rollouts(np.arange(2), Controls(*(np.zeros(2) for _ in range(5))), 1)
     assert not blank.length.any() and not blank.behavior_logprobs.any()
     token = np.array([[3, 7, 3, 9], [5, 0, 4, 9], [0, 0, 6, 9]])
     sampled = np.array([[True] * 4, [True, False, True, False], [False, False, True, False]])
     zeros = np.zeros((3, 4), np.float32)
     # Four columns, of rows 2, 1 and 0; the last belongs to nobody.
-    harvest.add(np.array([2, 1, 0, -1]), np.zeros(4, int), Record(token, sampled, zeros, zeros), 3)
+    harvest.add(np.array([2, 1, 0, -1]), np.zeros(4, int), ChunkRecord(token, sampled, zeros, zeros), 3)
     controls = Controls(*(np.zeros(2) for _ in range(5)))
     rollouts = harvest.rollouts(np.arange(2), controls, 1)
     np.testing.assert_array_equal(rollouts.finish, [Finish.LENGTH, Finish.EOS, Finish.EOS, Finish.LENGTH])
@@ -201,7 +201,7 @@ def test_in_a_step_the_stored_logprob_is_the_distributions_to_the_bit(jit, compu
         place = Place(t, length, jnp.full(3, t))
         raw, suffix = transformer.decode(params, last, place, prompt, suffix, cfg, dec)
         shown = sample.distribution(none + t, raw, controls, t < slots, Decoding(cfg, dec, vocab))
-        return sample.draw_from(keys, none + t, shown, False), shown.logp, suffix
+        return sample.sample_from(keys, none + t, shown, False), shown.logp, suffix
 
     if jit:
         advance = jax.jit(advance)

@@ -11,8 +11,9 @@ from setups import FAMILIES, SMALL, engine, layouts, make_params, make_policy, m
 from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.parallel.config import MeshConfig
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
-from jaxrl_llm.rollout.engine import Engine, Sizes, doubled, first_window
+from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
+from jaxrl_llm.rollout.sizes import Sizes, doubled, first_window
 from jaxrl_llm.types import Finish, check
 
 KEY = jax.random.key(4)
@@ -20,15 +21,15 @@ P, G, C = 8, 4, 12
 ONE_LAYER = dataclasses.replace(SMALL, layers=1)
 # Several end tokens, so that most rows end early.
 VOCAB = Vocabulary(size=16, pad=0, eos=(15, 11, 4))
-WHOLE = EngineConfig(segment=C, compact=False, window=C)
+WHOLE = EngineConfig(decode_chunk=C, compact=False, window=C)
 # Three segments of four steps; windows of 4, 8 and 12 slots.
 FORMS = {
-    "segments": EngineConfig(segment=4, compact=False, window=C),
-    "growth": EngineConfig(segment=8, compact=False, window=4),
-    "compaction": EngineConfig(segment=4, window=4),
-    "refill": EngineConfig(segment=4, in_flight=4, window=4),
-    "refill, pairs": EngineConfig(segment=4, in_flight=2, shared_by=2, window=4),
-    "every step": EngineConfig(segment=4, eos_interval=1, in_flight=2, compact=False),
+    "segments": EngineConfig(decode_chunk=4, compact=False, window=C),
+    "growth": EngineConfig(decode_chunk=8, compact=False, window=4),
+    "compaction": EngineConfig(decode_chunk=4, window=4),
+    "refill": EngineConfig(decode_chunk=4, max_concurrent_prompts=4, window=4),
+    "refill, pairs": EngineConfig(decode_chunk=4, max_concurrent_prompts=2, rows_per_prompt_cache=2, window=4),
+    "every step": EngineConfig(decode_chunk=4, eos_interval=1, max_concurrent_prompts=2, compact=False),
 }
 
 
@@ -65,13 +66,13 @@ def test_the_form_changes_no_token(form):
     same(got, want)
     assert set(want.finish) == {Finish.EOS, Finish.LENGTH} and len(set(want.length)) > 5
     assert stats.tokens == all_at_once.tokens == want.sampled.sum()
-    assert len(all_at_once.segments) == 1 and len(stats.segments) >= 3
+    assert len(all_at_once.chunks) == 1 and len(stats.chunks) >= 3
 
 
 @pytest.mark.slow
 def test_nor_on_another_mesh():
     """Each shard admits, drops and reads its own."""
-    form = dataclasses.replace(FORMS["refill, pairs"], in_flight=4)
+    form = dataclasses.replace(FORMS["refill, pairs"], max_concurrent_prompts=4)
     same(run(form, sizes=(2, 2, 2))[0], run(WHOLE)[0])
 
 
@@ -190,22 +191,22 @@ def text_of(tokens: list[int]) -> str:
     return "".join(TEXT[t] for t in tokens)
 
 
-def stopping(stop: tuple[str, ...], spell, form: EngineConfig) -> Engine:
+def stopping(stop: tuple[str, ...], detokenize, form: EngineConfig) -> Engine:
     """An engine of its own, for stop texts are no part of the shared ones; it borrows their programs."""
     shared = of(form)
-    made = Engine(dataclasses.replace(shared.cfg, stop=stop), 7, VOCAB, ONE_LAYER, layouts()[1], spell)
+    made = Engine(dataclasses.replace(shared.cfg, stop=stop), 7, VOCAB, ONE_LAYER, layouts()[1], detokenize)
     made.programs = shared.programs
     return made
 
 
-def check_stops(stop: tuple[str, ...], spell, form: EngineConfig) -> int:
+def check_stops(stop: tuple[str, ...], detokenize, form: EngineConfig) -> int:
     """Each row ends with the first token after which its text holds a stop text, found by looking after every token. Returns how
     many rows do."""
     whole, found = run(WHOLE)[0], 0
-    got = stopping(stop, spell, form).generate(policy_of(), make_prompts(P), KEY)
+    got = stopping(stop, detokenize, form).generate(policy_of(), make_prompts(P), KEY)
     for b, tokens in enumerate(whole.tokens.tolist()):
         length = int(whole.length[b])
-        held = [n for n in range(1, length + 1) if any(s in text for text in spell(tokens[:n]) for s in stop)]
+        held = [n for n in range(1, length + 1) if any(s in text for text in detokenize(tokens[:n]) for s in stop)]
         n = min(held, default=length)
         found += bool(held)
         assert got.tokens[b].tolist() == [*tokens[:n], *[VOCAB.pad] * (C - n)]
@@ -237,7 +238,9 @@ def test_sizes_are_few():
     assert doubled(128, 300, 2) == (128, 256, 300)
     assert doubled(5, 5, 2) == (5,)
     cfg = of(FORMS["refill, pairs"]).cfg
-    cfg = dataclasses.replace(cfg, prompts=64, max_new_tokens=1024, engine=EngineConfig(in_flight=24, shared_by=2))
+    cfg = dataclasses.replace(
+        cfg, prompts=64, max_new_tokens=1024, engine=EngineConfig(max_concurrent_prompts=24, rows_per_prompt_cache=2)
+    )
     sizes = Sizes.of(cfg, 128, 512, 700, 4)
     # 24 over 4 shards is 6 each; 6, 3 and 2 prompts of 4 rows; no fewer than 8 rows a shard.
     assert sizes == Sizes(4, (24, 12, 8), 2, 2, (128, 256, 512, 700), (128, 512))
@@ -247,7 +250,7 @@ def test_sizes_are_few():
     "segment, interval, want", [(128, 8, (128, 8)), (100, 8, (100, 5)), (5, 8, (5, 5)), (7, 2, (7, 1))]
 )
 def test_looks_come_at_whole_intervals(segment, interval, want):
-    made = of(EngineConfig(segment=segment, eos_interval=interval), max_new_tokens=200)
+    made = of(EngineConfig(decode_chunk=segment, eos_interval=interval), max_new_tokens=200)
     assert (made.decoding.steps, made.decoding.interval) == want
 
 

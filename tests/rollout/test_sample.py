@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 from setups import TINY
 
-from jaxrl_llm.distribution.score import process_logits
+from jaxrl_llm.distribution.logits import process_logits
 from jaxrl_llm.model.linear import contract
 from jaxrl_llm.parallel.layout import DECODE, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
@@ -27,7 +27,7 @@ def keys_of(uid, each):
 
 def draw(keys, slot, logp):
     slot = jnp.broadcast_to(slot, keys.shape)
-    return sample.draw_from(keys, slot, Plain(logp), raw_logprobs=False)[:2]
+    return sample.sample_from(keys, slot, Plain(logp), raw_logprobs=False)[:2]
 
 
 drawn = jax.jit(draw)

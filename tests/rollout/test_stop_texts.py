@@ -71,12 +71,12 @@ def test_a_row_ends_where_looking_after_every_token_ends_it(name, tokens, stop, 
 
 
 def test_special_tokens_alone_within_and_in_pieces():
-    spell = byte_level().spellings
+    detokenize = byte_level().spellings
     special = byte_level().backend.token_to_id("</a>")
-    assert first_end([7, special, 8], 0, ("</a>",), spell) == 2
-    assert first_end([7, special, 8, 8], 0, ("a</a>bb",), spell) == 4
-    assert first_end([7, special, 8], 0, ("ab",), spell) == 3  # as graders read it
-    assert first_end([7, 8], 0, ("</a>",), spell) is None
+    assert first_end([7, special, 8], 0, ("</a>",), detokenize) == 2
+    assert first_end([7, special, 8, 8], 0, ("a</a>bb",), detokenize) == 4
+    assert first_end([7, special, 8], 0, ("ab",), detokenize) == 3  # as graders read it
+    assert first_end([7, 8], 0, ("</a>",), detokenize) is None
 
 
 def test_ordinary_rows_are_not_read_anew():
@@ -84,13 +84,13 @@ def test_ordinary_rows_are_not_read_anew():
     there are tokens."""
     read = []
 
-    def spell(tokens: list[int]) -> tuple[str, ...]:
+    def detokenize(tokens: list[int]) -> tuple[str, ...]:
         read.append(len(tokens))
         return byte_level().spellings(tokens)
 
     def tokens_read(end: list[int], want: int | None) -> int:
         read.clear()
-        assert first_end([9] * 3900 + end, 3900, ("</answer>", "aab"), spell) == want
+        assert first_end([9] * 3900 + end, 3900, ("</answer>", "aab"), detokenize) == want
         return sum(read)
 
     assert tokens_read([9] * 100, None) < 300

@@ -9,25 +9,25 @@ import pytest
 from scipy import stats
 from setups import TINY, layouts
 
-from jaxrl_llm.distribution import top_k as lanes
-from jaxrl_llm.distribution.score import process_logits, support_logprobs
+from jaxrl_llm.distribution import top_k
+from jaxrl_llm.distribution.logits import kept_token_logprobs, process_logits
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rollout import sample
 from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary
 
 KEY = jax.random.key(5)
 ROWS, SUPPORT = 24, 16
-# Padding behind 291 of 300 and 9001 of 9011 tokens; lanes of several places, the last part and the last place short.
+# Padding behind 291 of 300 and 9001 of 9011 tokens; columns of several places, the last part and the last place short.
 SMALL, LARGE = Vocabulary(size=291, pad=0, eos=(7, 290)), Vocabulary(size=9001, pad=0, eos=(7, 9000))
 ENTRIES = {SMALL: 300, LARGE: 9011}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_lanes():
-    """512 lanes of 18 places, so that 9,011 logits are searched by lanes."""
+    """512 columns of 18 places, so that 9,011 logits are searched by columns."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lanes, "PARTS", 16)
-        patch.setattr(lanes, "LANES", 32)
+        patch.setattr(top_k, "PARTS", 16)
+        patch.setattr(top_k, "PART_COLUMNS", 32)
         yield
 
 
@@ -37,7 +37,7 @@ def drawing(vocab: Vocabulary, max_kept_tokens: int = SUPPORT, sizes: tuple[int,
 
     def both(keys, slot, raw, controls):
         of = sample.distribution(slot, raw, controls, jnp.array(True), decoding)
-        return sample.draw_from(keys, slot, of, raw_logprobs=True), of
+        return sample.sample_from(keys, slot, of, raw_logprobs=True), of
 
     return jax.jit(both)
 
@@ -70,15 +70,15 @@ def random_controls(rng: np.random.Generator) -> Controls:
 
 
 def order_of(vocab: int, count: int) -> np.ndarray:
-    """Rank of each id among equal logits: (part, lane, place in the lane), the module's rule, written out again."""
-    if vocab <= 2 * lanes.PARTS * lanes.LANES or count >= lanes.PARTS * lanes.LANES:
+    """Rank of each id among equal logits: (part, column, place of the column), the module's rule, written out again."""
+    if vocab <= 2 * top_k.PARTS * top_k.PART_COLUMNS or count >= top_k.PARTS * top_k.PART_COLUMNS:
         return np.arange(vocab)
-    size = -(-vocab // lanes.PARTS)
+    size = -(-vocab // top_k.PARTS)
     part, inside = np.divmod(np.arange(vocab), size)
-    # The last places of a part that does not fill its lanes are counted from the part's end.
-    whole = size // lanes.LANES * lanes.LANES
-    lane = np.where(inside < whole, inside % lanes.LANES, inside - (size - lanes.LANES))
-    return np.argsort(np.lexsort((inside, lane, part)))
+    # The last places of a part that does not fill its columns are counted from the part's end.
+    whole = size // top_k.PART_COLUMNS * top_k.PART_COLUMNS
+    column = np.where(inside < whole, inside % top_k.PART_COLUMNS, inside - (size - top_k.PART_COLUMNS))
+    return np.argsort(np.lexsort((inside, column, part)))
 
 
 def kept_by_hand(raw: np.ndarray, vocab: Vocabulary, controls: Controls, slot: np.ndarray, margin: float = 1e-5):
@@ -113,7 +113,7 @@ def logits_with_ties(vocab: Vocabulary, seed: int) -> np.ndarray:
     return raw
 
 
-@pytest.mark.parametrize("vocab", [SMALL, LARGE], ids=["by ids", "by lanes"])
+@pytest.mark.parametrize("vocab", [SMALL, LARGE], ids=["by ids", "by columns"])
 @pytest.mark.parametrize("seed", range(6))
 def test_exactly_the_right_tokens_are_kept(vocab, seed):
     raw, slot = logits_with_ties(vocab, seed), np.resize([0, 1, 2, 3, 9], ROWS)
@@ -244,7 +244,7 @@ def test_frequencies_are_those_of_the_distribution_kept():
     def tokens(uid):
         rows = jnp.broadcast_to(raw, (CHUNK, 300))
         keys = sample.row_keys(KEY, uid, jnp.zeros_like(uid), 1)
-        return sample.draw(keys, slot, rows, controls, jnp.array(True), decoding).token
+        return sample.sample_token(keys, slot, rows, controls, jnp.array(True), decoding).token
 
     drawn = np.concatenate([np.asarray(tokens(jnp.arange(i, i + CHUNK))) for i in range(0, DRAWS, CHUNK)])
     (kept,), full, (close,) = kept_by_hand(raw[None], SMALL, jax.tree.map(lambda x: x[:1], controls), np.zeros(1))
@@ -274,9 +274,9 @@ def test_the_scorer_says_what_was_recorded():
     """`support_logprobs` of the same logits is the distribution that was drawn from; a row without a support stays finite."""
     raw, slot = logits_with_ties(SMALL, 4), np.resize([0, 5], ROWS)
     drawn, of = DRAWING[SMALL](keys_of(ROWS), slot, raw, controls := random_controls(np.random.default_rng(4)))
-    again = support_logprobs(jnp.asarray(raw), controls.temperature, drawn.kept_tokens)
+    again = kept_token_logprobs(jnp.asarray(raw), controls.temperature, drawn.kept_tokens)
     np.testing.assert_allclose(again, of.logp, atol=1e-6)
-    none = support_logprobs(jnp.asarray(raw), controls.temperature, jnp.full((ROWS, SUPPORT), -1))
+    none = kept_token_logprobs(jnp.asarray(raw), controls.temperature, jnp.full((ROWS, SUPPORT), -1))
     assert np.isfinite(none).all()
 
 

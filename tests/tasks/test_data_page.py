@@ -1,4 +1,4 @@
-"""What docs/data.md tells people to write is a valid config."""
+"""The examples of docs/data.md are valid configs."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Rows of chat messages: the turns of the column through the chat template, and what is no such list refused by line."""
+"""Rows of chat messages: turns rendered with the chat template, and invalid lists refused by line."""
 
 import json
 
@@ -35,13 +35,13 @@ def rows(directory, data, tokenizer, **fields):
     return load_task(FileTask(str(path), held_out_path=str(path), **fields), tokenizer, 0).held_out
 
 
-def said(directory, data, tokenizer, **fields) -> str:
+def error_of(directory, data, tokenizer, **fields) -> str:
     with pytest.raises(UserError) as error:
         rows(directory, data, tokenizer, **fields)
     return str(error.value)
 
 
-def test_turns_are_those_of_transformers_and_the_last_one_is_the_response(tmp_path, qwen):
+def test_turns_match_transformers_and_the_last_one_is_the_response(tmp_path, qwen):
     tokenizer = load_tokenizer(PretrainedTokenizer(str(qwen)))
     one, many = rows(tmp_path, [{"messages": [ASK, RIGHT]}, {"messages": [*MORE, RIGHT]}], tokenizer, **ALL)
     theirs = AutoTokenizer.from_pretrained(qwen)
@@ -57,7 +57,7 @@ def test_turns_are_those_of_transformers_and_the_last_one_is_the_response(tmp_pa
 
 
 def test_a_prompt_column_of_messages_needs_no_template(tmp_path, qwen):
-    """TRL's form, in a parquet file, which pads messages with nulls; the config's system turn where a row has none."""
+    """TRL's format, in a parquet file, which pads messages with nulls; the config's system turn if a row has none."""
     tokenizer = load_tokenizer(PretrainedTokenizer(str(qwen), system="Add."))
     data = [
         {"prompt": [{**ASK, "name": None}], "answer": 4},
@@ -94,30 +94,30 @@ BAD = [
     ),
     ([{"role": "user"}], "got message 0 with a content of NoneType, want text"),
     ([ASK, {"role": "user", "content": [{"type": "image"}]}], "got message 1 with a content of list, want text"),
-    ([{**ASK, "tool_calls": [{"a": 1}]}], "got message 0 with tool_calls, want messages of text alone"),
-    ([RIGHT], "got messages that ask nothing, want a turn with text before the assistant's"),
+    ([{**ASK, "tool_calls": [{"a": 1}]}], "got message 0 with tool_calls, want text-only messages"),
+    ([RIGHT], "got messages without a question, want a turn with text before the assistant's"),
     ([{"role": "user", "content": "\ud800"}], "got '\\ud800', half of a character (a lone surrogate), want text"),
     ([], "got a list, want text or a number"),
     (["2+2?"], "got a list, want text or a number"),
 ]
 
 
-def test_what_is_no_conversation_is_named_by_line(tmp_path, qwen):
+def test_invalid_conversations_are_named_by_line(tmp_path, qwen):
     tokenizer = load_tokenizer(PretrainedTokenizer(str(qwen)))
     for messages, why in BAD:
         data = [{"prompt": [ASK], "answer": 4}, {"prompt": messages, "answer": 4}]
-        line = said(tmp_path, data, tokenizer)
+        line = error_of(tmp_path, data, tokenizer)
         assert line.startswith(f"{tmp_path}/rows.jsonl:2: ") and line.endswith(why)
-    line = said(tmp_path, [{"messages": [ASK]}], tokenizer, **ALL)
+    line = error_of(tmp_path, [{"messages": [ASK]}], tokenizer, **ALL)
     assert "rows.jsonl:1: task.answer: got messages whose last turn is the user's, want the assistant's" in line
 
 
-def test_without_a_place_for_the_turns_they_are_refused(tmp_path, qwen):
+def test_turns_without_a_suitable_template_are_refused(tmp_path, qwen):
     plain = load_tokenizer(PretrainedTokenizer(str(qwen), chat=False))
-    line = said(tmp_path, [{"prompt": MORE, "answer": 4}], plain)
+    line = error_of(tmp_path, [{"prompt": MORE, "answer": 4}], plain)
     assert line.startswith(
         f"{tmp_path}/rows.jsonl:1: got messages, want a prompt of one text: there is no chat template"
     )
     last = "{{ messages[-1].content }}<|im_end|>{% if add_generation_prompt %}<s>{% endif %}"
     tokenizer = load_tokenizer(PretrainedTokenizer(str(save_tokenizer(tmp_path / "last", template=last))))
-    assert "leaves the system's turn out" in said(tmp_path, [{"prompt": MORE, "answer": 4}], tokenizer)
+    assert "leaves the system's turn out" in error_of(tmp_path, [{"prompt": MORE, "answer": 4}], tokenizer)

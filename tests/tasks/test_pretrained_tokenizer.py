@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer: the same tokens as transformers, every end token, one clear message for each mistake."""
+"""Hugging Face tokenizers: the same tokens as transformers, all end tokens, one clear message per mistake."""
 
 import json
 
@@ -37,7 +37,7 @@ def load(directory, **fields):
     return load_tokenizer(PretrainedTokenizer(str(directory), **fields))
 
 
-def said(directory, **fields) -> str:
+def error_of(directory, **fields) -> str:
     with pytest.raises(UserError) as error:
         load(directory, **fields)
     return str(error.value)
@@ -45,7 +45,7 @@ def said(directory, **fields) -> str:
 
 @pytest.mark.parametrize("system", ["", "You are a calculator."])
 @pytest.mark.parametrize("arguments", [{}, {"enable_thinking": False}, {"enable_thinking": True}])
-def test_prompts_are_those_of_transformers(plain, system, arguments):
+def test_prompts_match_transformers(plain, system, arguments):
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(plain)
@@ -66,7 +66,7 @@ def test_prompts_are_those_of_transformers(plain, system, arguments):
 
 @settings(max_examples=50, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
-def test_any_prompt_is_that_of_transformers(chatting, text):
+def test_any_prompt_matches_transformers(chatting, text):
     ours, theirs = chatting
     turns = [{"role": "user", "content": text}]
     assert ours.prompt(text) == theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
@@ -98,10 +98,10 @@ def loaded(plain):
 @given(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(lambda t: not any(s in t for s in SPECIAL))
 )
-def test_every_text_survives(loaded, text):
-    """Bytes beneath, so nothing is unknown; only the names of special tokens are lost."""
+def test_every_text_round_trips(loaded, text):
+    """The vocabulary has all bytes, so nothing is unknown; only names of special tokens are lost."""
     assert loaded.decode(loaded.encode(text)) == text
-    assert loaded.unknown(text) == []
+    assert loaded.unknown_characters(text) == []
 
 
 def test_special_tokens_are_left_out_and_tags_stay(loaded):
@@ -113,7 +113,7 @@ def test_special_tokens_are_left_out_and_tags_stay(loaded):
     assert loaded.decode(loaded.encode("a . b , c n't")) == "a . b , c n't"
 
 
-def test_tokens_have_names_for_people(loaded):
+def test_tokens_have_display_names(loaded):
     assert [loaded.token(i) for i in (IM_END, *loaded.encode("\n a"), *loaded.encode("<think>"))] == [
         "<|im_end|>", "\n", " a", "<think>",
     ]  # fmt: skip
@@ -147,14 +147,14 @@ def test_without_padding_the_first_end_token_pads(tmp_path):
     assert (tokenizer.pad, tokenizer.eos) == (IM_END, (IM_END, ENDOFTEXT))
 
 
-def test_a_plain_prompt_begins_as_the_tokenizer_begins_and_never_ends(tmp_path):
+def test_a_plain_prompt_has_bos_and_no_end_token(tmp_path):
     tokenizer = load(save_tokenizer(tmp_path, around="<s> $A <|endoftext|>"), chat=False)
     assert tokenizer.prompt("3") == [BOS, *tokenizer.encode("3")]
     assert tokenizer.prompt("") == [BOS]
     assert BOS not in tokenizer.encode("3") and ENDOFTEXT not in tokenizer.prompt("3")
 
 
-def test_a_template_that_writes_its_own_beginning_has_one(tmp_path):
+def test_a_template_with_bos_gives_one_bos(tmp_path):
     from transformers import AutoTokenizer
 
     save_tokenizer(tmp_path, template="{{ bos_token }}" + CHATML, around="<s> $A")
@@ -165,7 +165,7 @@ def test_a_template_that_writes_its_own_beginning_has_one(tmp_path):
     assert prompt == theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
 
 
-def test_padding_and_truncation_of_the_tokenizers_training_are_forgotten(tmp_path):
+def test_padding_and_truncation_settings_are_ignored(tmp_path):
     save_tokenizer(tmp_path)
     path = tmp_path / "tokenizer.json"
     values = json.loads(path.read_text())
@@ -180,7 +180,7 @@ def test_padding_and_truncation_of_the_tokenizers_training_are_forgotten(tmp_pat
     assert tokenizer.decode(tokenizer.prompt(text)) == text and ENDOFTEXT not in tokenizer.prompt("3")
 
 
-def test_what_is_saved_is_read_again(plain, tmp_path):
+def test_a_saved_tokenizer_loads_equal(plain, tmp_path):
     first = load(plain, system="Be brief.")
     first.save(tmp_path / "out")
     again = load(tmp_path / "out", system="Be brief.")
@@ -191,42 +191,42 @@ def test_what_is_saved_is_read_again(plain, tmp_path):
 # Each of the rest is one mistake and the message it deserves.
 
 
-def test_no_directory(tmp_path, monkeypatch):
-    assert said(tmp_path / "nowhere") == (
+def test_a_path_that_is_no_directory(tmp_path, monkeypatch):
+    assert error_of(tmp_path / "nowhere") == (
         f"tokenizer.path: got '{tmp_path}/nowhere', which is no directory, want one with tokenizer.json in it"
     )
-    assert said("").startswith("tokenizer.path: got '', which is no directory")
+    assert error_of("").startswith("tokenizer.path: got '', which is no directory")
 
     def offline(*args, **kwargs):
         raise OSError("no route to the hub\nand a long story")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    assert said("someone/model") == (
-        "tokenizer.path: got 'someone/model', which is no directory here, and the hub did not give it "
+    assert error_of("someone/model") == (
+        "tokenizer.path: got 'someone/model', which is no directory here, and downloading it from the hub failed "
         "(no route to the hub); pass a local path"
     )
 
 
-def test_a_name_on_the_hub_is_a_snapshot(plain, monkeypatch):
+def test_a_hub_repository_is_read_from_its_snapshot(plain, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kwargs: str(plain))
     assert load("someone/model").eos == (IM_END, ENDOFTEXT)
 
 
 def test_a_directory_without_tokenizer(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
-    assert said(tmp_path).startswith(f"tokenizer.path: {tmp_path} holds no tokenizer, want one of tokenizer.json, ")
+    assert error_of(tmp_path).startswith(f"tokenizer.path: {tmp_path} holds no tokenizer, want one of tokenizer.json, ")
 
 
 def test_a_broken_tokenizer_file(tmp_path):
     save_tokenizer(tmp_path)
     path = tmp_path / "tokenizer.json"
     path.write_text(path.read_text()[:1000])
-    assert said(tmp_path).startswith(f"{tmp_path}: the tokenizer cannot be read: ")
-    assert len(said(tmp_path).splitlines()) == 1
+    assert error_of(tmp_path).startswith(f"{tmp_path}: the tokenizer cannot be read: ")
+    assert len(error_of(tmp_path).splitlines()) == 1
 
 
 def test_wrong_types_in_a_tokenizers_files(tmp_path):
-    """In one line, whatever the libraries beneath raise; one of them panics."""
+    """One line, whatever the underlying libraries raise; one of them panics."""
     save_tokenizer(tmp_path)
     files = {name: json.loads((tmp_path / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json")}
     model = files["tokenizer.json"]["model"]
@@ -242,12 +242,12 @@ def test_wrong_types_in_a_tokenizers_files(tmp_path):
     ]
     for name, change in wrong:
         (tmp_path / name).write_text(json.dumps({**files[name], **change}))
-        line = said(tmp_path)
+        line = error_of(tmp_path)
         assert line.startswith(f"{tmp_path}: ") and "\n" not in line and len(line) < 700, change
         (tmp_path / name).write_text(json.dumps(files[name]))
     for text in ("[" * 100_000, '{"eos_token_id": ' + "9" * 5000 + "}", "\x00"):
         (tmp_path / "generation_config.json").write_text(text)
-        assert said(tmp_path).startswith(f"{tmp_path}/generation_config.json: cannot be read: ")
+        assert error_of(tmp_path).startswith(f"{tmp_path}/generation_config.json: cannot be read: ")
 
 
 def test_code_beside_a_tokenizer_is_not_run(tmp_path):
@@ -264,13 +264,13 @@ def test_code_beside_a_tokenizer_is_not_run(tmp_path):
 
 
 def test_no_end_token(tmp_path):
-    assert said(save_tokenizer(tmp_path, eos=None)).startswith(f"{tmp_path}: got no end token, want eos_token in ")
+    assert error_of(save_tokenizer(tmp_path, eos=None)).startswith(f"{tmp_path}: got no end token, want eos_token in ")
 
 
 @pytest.mark.parametrize("eos, shown", [(302, "302"), ([2, -1], "-1"), ("2", "'2'"), (True, "True"), ([None], "None")])
-def test_an_end_token_that_is_none(tmp_path, eos, shown):
+def test_an_invalid_end_token(tmp_path, eos, shown):
     save_tokenizer(tmp_path, generation={"eos_token_id": eos})
-    assert said(tmp_path) == (
+    assert error_of(tmp_path) == (
         f"{tmp_path}/generation_config.json: eos_token_id: got {shown}, want tokens below the tokenizer's 302"
     )
 
@@ -278,11 +278,11 @@ def test_an_end_token_that_is_none(tmp_path, eos, shown):
 def test_a_broken_generation_config(tmp_path):
     save_tokenizer(tmp_path)
     (tmp_path / "generation_config.json").write_text("{")
-    assert said(tmp_path).startswith(f"{tmp_path}/generation_config.json: cannot be read: Expecting")
+    assert error_of(tmp_path).startswith(f"{tmp_path}/generation_config.json: cannot be read: Expecting")
 
 
 def test_a_stop_text_must_be_one_token(plain):
-    assert said(plain, stop=("7", "STOP", "")).splitlines() == [
+    assert error_of(plain, stop=("7", "STOP", "")).splitlines() == [
         "tokenizer.stop: got 'STOP', which is 4 tokens ['S', 'T', 'O', 'P'], want one",
         "tokenizer.stop: got '', which is 0 tokens [], want one",
     ]
@@ -290,15 +290,15 @@ def test_a_stop_text_must_be_one_token(plain):
 
 def test_no_chat_template(tmp_path):
     save_tokenizer(tmp_path, template=None)
-    assert "got no chat template" in said(tmp_path) and "tokenizer.chat: false" in said(tmp_path)
+    assert "got no chat template" in error_of(tmp_path) and "tokenizer.chat: false" in error_of(tmp_path)
     assert load(tmp_path, chat=False).prompt("7") == load(tmp_path, chat=False).encode("7")
 
 
 def test_a_template_that_raises(tmp_path):
-    """As Gemma's does on a system turn."""
+    """Like Gemma's on a system turn."""
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     save_tokenizer(tmp_path, template=refuses + CHATML)
-    assert said(tmp_path, system="Be brief.") == (
+    assert error_of(tmp_path, system="Be brief.") == (
         f"{tmp_path}: the chat template raises TemplateError: System role not supported"
     )
     assert load(tmp_path).prompt("3")
@@ -307,16 +307,16 @@ def test_a_template_that_raises(tmp_path):
 @pytest.mark.parametrize("template", ["{% for %}", "{{ messages[7].content.lower() }}", "{{ 1 / 0 }}"])
 def test_a_template_that_is_broken(tmp_path, template):
     save_tokenizer(tmp_path, template=template)
-    assert said(tmp_path).startswith(f"{tmp_path}: the chat template raises ")
-    assert len(said(tmp_path).splitlines()) == 1
+    assert error_of(tmp_path).startswith(f"{tmp_path}: the chat template raises ")
+    assert len(error_of(tmp_path).splitlines()) == 1
 
 
 def test_a_template_that_leaves_the_system_prompt_out(tmp_path):
     save_tokenizer(tmp_path, template="{{ messages[-1].content }}:")
-    assert "tokenizer.system: the chat template leaves the system prompt out" in said(tmp_path, system="Be brief.")
+    assert "tokenizer.system: the chat template leaves the system prompt out" in error_of(tmp_path, system="Be brief.")
     # A word that the template writes anyway is no sign of a place for it.
     save_tokenizer(tmp_path, template="user: {{ messages[-1].content }}")
-    assert "tokenizer.system: the chat template leaves the system prompt out" in said(tmp_path, system="use")
+    assert "tokenizer.system: the chat template leaves the system prompt out" in error_of(tmp_path, system="use")
 
 
 CONTENT, PARTS = "{{ message.content }}", "{% for part in message.content %}{{ part.text }}{% endfor %}"
@@ -333,8 +333,8 @@ CONTENT, PARTS = "{{ message.content }}", "{% for part in message.content %}{{ p
         "{% if message.role == 'system' %}" + PARTS + "{% else %}" + CONTENT + "{% endif %}",
     ],
 )
-def test_content_in_parts_where_the_template_wants_it(tmp_path, content, system):
-    """A loop over the parts of a text finds none: every prompt of a run lacked its question."""
+def test_content_is_passed_in_parts_if_the_template_needs_it(tmp_path, content, system):
+    """A loop over the parts of a string finds none: every prompt would lack its question."""
     parts = load(save_tokenizer(tmp_path / "parts", template=CHATML.replace(CONTENT, content)), system=system)
     assert parts.prompt_batch(TEXTS) == load(save_tokenizer(tmp_path / "text"), system=system).prompt_batch(TEXTS)
 
@@ -342,8 +342,8 @@ def test_content_in_parts_where_the_template_wants_it(tmp_path, content, system)
 @pytest.mark.parametrize(
     "template", [CHATML.replace(CONTENT, ""), CHATML.replace(CONTENT, "{{ message.text }}"), "Hello."]
 )
-def test_a_template_without_a_place_for_the_prompt(tmp_path, template):
-    assert said(save_tokenizer(tmp_path, template=template)) == (
+def test_a_template_that_leaves_the_prompt_out(tmp_path, template):
+    assert error_of(save_tokenizer(tmp_path, template=template)) == (
         f"{tmp_path}: the chat template leaves the prompt out, as text and as a list of parts: want one that writes the user's turn"
     )
 
@@ -357,10 +357,10 @@ INST = (
 
 
 def test_a_template_without_generation_prompt(tmp_path, caplog):
-    """Refused where an answer has something before it that no prompt would have; a warning where nobody can tell."""
-    assert said(save_tokenizer(tmp_path, template=NO_BEGINNING)) == (
+    """Refused if answers have a prefix that prompts would lack; a warning if that is unknown."""
+    assert error_of(save_tokenizer(tmp_path, template=NO_BEGINNING)) == (
         f"{tmp_path}: the chat template writes no generation prompt (add_generation_prompt changes nothing), though "
-        "'<|im_start|>assistant' stands before an answer: every prompt would lack it; want it written where "
+        "'<|im_start|>assistant' stands before an answer: every prompt would lack it; want it rendered where "
         "add_generation_prompt is true, or tokenizer.chat: false for plain prompts"
     )
     tokenizer = load(save_tokenizer(tmp_path, template=INST))
@@ -374,8 +374,8 @@ def test_a_template_without_generation_prompt(tmp_path, caplog):
     ]
 
 
-def test_a_turn_that_ends_in_a_token_that_ends_no_row(tmp_path, caplog):
-    """ChatML over a base model's end token."""
+def test_a_template_whose_turns_end_with_no_end_token(tmp_path, caplog):
+    """ChatML with a base model's end token."""
     save_tokenizer(tmp_path, eos="<|endoftext|>")
     load(tmp_path)
     assert caplog.messages == [
@@ -398,40 +398,40 @@ DATE = (
 
 
 def test_a_template_that_writes_todays_date(tmp_path, caplog):
-    """As Llama 3's: a warning, and none where the date is passed."""
+    """Like Llama 3's: a warning, but none if the date is passed."""
     save_tokenizer(tmp_path, template=DATE + CHATML)
     load(tmp_path, template={"date_string": "26 Jul 2024"})
     assert caplog.messages == []
     load(tmp_path)
-    (said,) = caplog.messages
-    assert said.startswith(
+    (error_of,) = caplog.messages
+    assert error_of.startswith(
         f"{tmp_path}: the chat template writes today's date: a run that is resumed on another day reads other"
     )
-    assert "tokenizer.template" in said and "date_string" in said
+    assert "tokenizer.template" in error_of and "date_string" in error_of
 
 
 def test_chat_settings_without_a_chat(plain):
-    assert said(plain, chat=False, system="Be brief.", template={"enable_thinking": False}).splitlines() == [
+    assert error_of(plain, chat=False, system="Be brief.", template={"enable_thinking": False}).splitlines() == [
         "tokenizer.system: got 'Be brief.', want it empty: tokenizer.chat is false",
         "tokenizer.template: got {'enable_thinking': False}, want it empty: tokenizer.chat is false",
     ]
 
 
-def test_an_end_token_for_a_text_that_it_does_not_spell(tmp_path):
-    """An unknown word is one token: all unknown words would have ended a response."""
+def test_a_stop_text_that_is_the_unknown_token(tmp_path):
+    """An unknown word is one token: all unknown words would end a response."""
     backend = Backend(models.WordLevel({"[UNK]": 0, "stop": 1, "</s>": 2}, unk_token="[UNK]"))
     backend.normalizer = normalizers.Lowercase()
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="[UNK]")
     fast.save_pretrained(tmp_path)
     assert load(tmp_path, chat=False, stop=("stop",)).eos == (2, 1)
-    assert said(tmp_path, chat=False, stop=("halt", "STOP")).splitlines() == [
+    assert error_of(tmp_path, chat=False, stop=("halt", "STOP")).splitlines() == [
         "tokenizer.stop: got 'halt', which is the token '[UNK]', want text that it spells",
         "tokenizer.stop: got 'STOP', which is the token 'stop', want text that it spells",
     ]
 
 
 def test_an_argument_that_the_template_does_not_know(plain):
-    assert said(plain, template={"enable_thinkng": False, "tokenize": True}).splitlines() == [
+    assert error_of(plain, template={"enable_thinkng": False, "tokenize": True}).splitlines() == [
         "tokenizer.template.enable_thinkng: the chat template has no such argument, perhaps you meant enable_thinking",
         "tokenizer.template.tokenize: the chat template has no such argument",
     ]

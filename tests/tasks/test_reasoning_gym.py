@@ -1,4 +1,4 @@
-"""Entries of reasoning-gym: true, reproducible, disjoint, and every wrong name answered with the right ones."""
+"""reasoning-gym rows: correct, reproducible, disjoint, and wrong names answered with the right ones."""
 
 import logging
 import sys
@@ -21,13 +21,13 @@ def load(name="chain_sum", seed=0, size=40, held_out=10, **fields):
     return load_task(ReasoningGymTask(name, size=size, held_out=held_out, **fields), TOKENIZER, seed)
 
 
-def said(*args, **fields) -> str:
+def error_of(*args, **fields) -> str:
     with pytest.raises(UserError) as error:
         load(*args, **fields)
     return str(error.value)
 
 
-def test_entries_are_true_and_bring_what_their_scorer_needs():
+def test_entries_are_correct_and_usable_by_their_scorer():
     task = load(prompt="{question}\n", response="{answer}")
     assert (len(task.train), len(task.held_out)) == (40, 10)
     for row in task.train + task.held_out:
@@ -39,8 +39,8 @@ def test_entries_are_true_and_bring_what_their_scorer_needs():
     assert task.has_targets
 
 
-def test_the_same_seed_draws_the_same_and_neighbors_share_next_to_nothing():
-    """Entry i comes from seed + i: taken as it is, seeds 0 and 1 would share all entries but one, and so would the two parts."""
+def test_equal_seeds_give_equal_entries_and_neighboring_seeds_different_ones():
+    """Entry i comes from seed + i: unhashed, seeds 0 and 1 would share all entries but one, and so would both splits."""
     zero, again, one = load(seed=0), load(seed=0), load(seed=1)
 
     def of(rows):
@@ -51,13 +51,13 @@ def test_the_same_seed_draws_the_same_and_neighbors_share_next_to_nothing():
     assert not set(of(zero.train)) & set(of(zero.held_out))
 
 
-def test_settings_reach_the_dataset():
+def test_settings_are_passed_to_the_dataset():
     task = load(config=EASY)
     assert all(row.columns["metadata"]["num_terms"] == 2 for row in task.train)
 
 
 def test_prompts_that_are_held_out_are_not_trained_on(caplog):
-    """Two digits and a sign: 200 different prompts, so 300 draws must meet the 50 that are held out."""
+    """Two digits and a sign: 200 different prompts, so 300 entries must include some of the 50 held out."""
     with caplog.at_level(logging.WARNING, "jaxrl_llm.tasks"):
         task = load(config=EASY, size=300, held_out=50)
     assert not {row.prompt for row in task.train} & {row.prompt for row in task.held_out}
@@ -78,41 +78,41 @@ def test_an_entry_without_answer_is_left_to_its_scorer(monkeypatch):
     entries = [Record("x[0]", {"question": "Any even number?", "answer": None, "reasoning_gym": "x"})]
     monkeypatch.setattr(
         reasoning_gym,
-        "draw",
+        "generate",
         lambda cfg, size, seed: entries if seed[1] else [Record("x[1]", {"question": "2+2", "answer": 4})],
     )
     task = load()
     assert (task.held_out[0].answer, task.train[0].answer) == ("", "4")
     assert task.held_out[0].columns["answer"] is None
-    assert "task.response: got nothing (null)" in said(response="{answer}")
+    assert "task.response: got nothing (null)" in error_of(response="{answer}")
 
 
 def test_a_wrong_name():
-    assert said("chain_summ").startswith(
+    assert error_of("chain_summ").startswith(
         "task.name: got 'chain_summ', which reasoning-gym does not have, want e.g. chain_sum"
     )
-    assert "basic_arithmetic" in said("zzzzzz")
+    assert "basic_arithmetic" in error_of("zzzzzz")
 
 
 def test_wrong_settings():
-    assert said(config={"max_trms": 3, "size": 5, "seed": 1}).splitlines() == [
+    assert error_of(config={"max_trms": 3, "size": 5, "seed": 1}).splitlines() == [
         "task.config.max_trms: chain_sum has no such setting, perhaps you meant max_terms",
-        "task.config.size: the task's own size and the run's seed say this",
-        "task.config.seed: the task's own size and the run's seed say this",
+        "task.config.size: got it in config, want task.size and the run's seed instead",
+        "task.config.seed: got it in config, want task.size and the run's seed instead",
     ]
-    assert said(config={"min_terms": 5, "max_terms": 2}) == (
+    assert error_of(config={"min_terms": 5, "max_terms": 2}) == (
         "task.config: chain_sum refuses {'min_terms': 5, 'max_terms': 2}: AssertionError: max_terms must be >= min_terms"
     )
-    assert "TypeError" in said(config={"min_terms": "two"})
+    assert "TypeError" in error_of(config={"min_terms": "two"})
 
 
-def test_a_missing_column_is_told_once():
-    assert said(prompt="{problem}").startswith(
+def test_a_missing_column_is_reported_once():
+    assert error_of(prompt="{problem}").startswith(
         "all 40 rows: task.prompt: got no column 'problem', want one of question, answer, metadata, reasoning_gym, "
         "reasoning_gym_config"
     )
 
 
-def test_a_missing_extra_says_what_to_install(monkeypatch):
+def test_the_message_of_a_missing_extra_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    assert said() == "task.kind: reasoning_gym needs reasoning-gym: pip install 'jaxrl-llm[tasks]'"
+    assert error_of() == "task.kind: reasoning_gym needs reasoning-gym: pip install 'jaxrl-llm[tasks]'"

@@ -1,4 +1,4 @@
-"""Files of every kind give the same rows, and every bad one is named with its place."""
+"""All file types give the same rows, and bad ones are named with file and line."""
 
 import json
 import sys
@@ -23,13 +23,13 @@ def jsonl(path, *rows):
     return path
 
 
-def said(path, split="train") -> str:
+def error_of(path, split="train") -> str:
     with pytest.raises(UserError) as error:
         read(path, split)
     return str(error.value)
 
 
-def test_all_kinds_give_the_same_columns(tmp_path):
+def test_all_file_types_give_the_same_columns(tmp_path):
     jsonl(tmp_path / "rows.jsonl", *ROWS)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
@@ -44,7 +44,7 @@ def test_all_kinds_give_the_same_columns(tmp_path):
     assert read(tmp_path / "parts", "test")[0].where == f"{tmp_path}/parts/test row 1"
 
 
-def test_lines_end_and_begin_as_people_write_them(tmp_path):
+def test_line_ends_and_byte_order_marks(tmp_path):
     """Windows line ends, a byte order mark, blank lines, no line end at the end; a line separator is no line end."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes('\ufeff{"a": 1}\r\n\r\n  \n{"a": "x\u2028y"}'.encode())
@@ -64,12 +64,12 @@ def test_lines_end_and_begin_as_people_write_them(tmp_path):
 def test_a_bad_line_is_named_with_file_and_number(tmp_path, line, message):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n' + line + b'\n{"a": 1}\n')
-    assert said(path).startswith(f"{path}:2: {message}")
-    assert len(said(path).splitlines()) == 1
+    assert error_of(path).startswith(f"{path}:2: {message}")
+    assert len(error_of(path).splitlines()) == 1
 
 
 def test_an_array_of_objects_is_rows(tmp_path):
-    """As json.dump writes a list, on one line or on many, in a .json or a .jsonl file."""
+    """As written by json.dump, on one line or several, in a .json or .jsonl file."""
     for name, text in (("rows.json", json.dumps(ROWS)), ("rows.jsonl", "\n" + json.dumps(ROWS, indent=2))):
         (tmp_path / name).write_text(text)
         assert [(r.where, r.columns) for r in read(tmp_path / name, "")] == [
@@ -78,10 +78,10 @@ def test_an_array_of_objects_is_rows(tmp_path):
     jsonl(tmp_path / "lines.json", *ROWS)
     assert [record.columns for record in read(tmp_path / "lines.json", "")] == ROWS
     (tmp_path / "rows.json").write_text('[{"a": 1}, 2]')
-    assert said(tmp_path / "rows.json") == f"{tmp_path}/rows.json row 2: got int, want a JSON object"
+    assert error_of(tmp_path / "rows.json") == f"{tmp_path}/rows.json row 2: got int, want a JSON object"
 
 
-WANT = "want one JSON object a line, or one array of objects"
+WANT = "want one JSON object per line, or one array of objects"
 
 
 @pytest.mark.parametrize(
@@ -103,56 +103,56 @@ WANT = "want one JSON object a line, or one array of objects"
     ],
     ids=range(10),
 )
-def test_a_file_that_is_something_else_gets_one_line(tmp_path, content, message):
+def test_a_file_of_another_type_gives_one_message(tmp_path, content, message):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
-    assert said(path).startswith(f"{path}{message}") and len(said(path).splitlines()) == 1
+    assert error_of(path).startswith(f"{path}{message}") and len(error_of(path).splitlines()) == 1
 
 
-def test_a_name_that_no_file_system_takes(tmp_path):
-    assert said(tmp_path / ("x" * 5000 + ".jsonl")).endswith(": cannot be read: File name too long")
+def test_a_path_that_is_too_long(tmp_path):
+    assert error_of(tmp_path / ("x" * 5000 + ".jsonl")).endswith(": cannot be read: File name too long")
 
 
 def test_the_first_five_bad_lines_are_shown_and_the_rest_counted(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(['{"a": 1}'] + ["{"] * 8))
-    lines = said(path).splitlines()
+    lines = error_of(path).splitlines()
     assert [line.split(": ")[0] for line in lines[:5]] == [f"{path}:{n}" for n in range(2, 7)]
     assert lines[5:] == ["... and 3 more"]
 
 
-def test_places_without_rows(tmp_path):
-    assert said(tmp_path / "no.jsonl") == f"{tmp_path}/no.jsonl: cannot be read: No such file or directory"
-    assert said(tmp_path / "no.csv").startswith(
+def test_paths_without_rows(tmp_path):
+    assert error_of(tmp_path / "no.jsonl") == f"{tmp_path}/no.jsonl: cannot be read: No such file or directory"
+    assert error_of(tmp_path / "no.csv").startswith(
         f"{tmp_path}/no.csv: got .csv, want a .jsonl, .json or .parquet file, or"
     )
-    assert said(tmp_path / "no").startswith(f"{tmp_path}/no: got no suffix, want a .jsonl, .json or .parquet file")
+    assert error_of(tmp_path / "no").startswith(f"{tmp_path}/no: got no suffix, want a .jsonl, .json or .parquet file")
     for content in ("", "\n\n"):
         (tmp_path / "empty.jsonl").write_text(content)
-        assert said(tmp_path / "empty.jsonl") == f"{tmp_path}/empty.jsonl: got no rows, want one or more"
+        assert error_of(tmp_path / "empty.jsonl") == f"{tmp_path}/empty.jsonl: got no rows, want one or more"
 
 
 def test_broken_parquet(tmp_path):
-    assert said(tmp_path / "no.parquet").startswith(f"{tmp_path}/no.parquet: cannot be read: ")
+    assert error_of(tmp_path / "no.parquet").startswith(f"{tmp_path}/no.parquet: cannot be read: ")
     (tmp_path / "bad.parquet").write_text("not parquet at all")
-    assert said(tmp_path / "bad.parquet").startswith(f"{tmp_path}/bad.parquet: cannot be read: ")
-    assert len(said(tmp_path / "bad.parquet").splitlines()) == 1
+    assert error_of(tmp_path / "bad.parquet").startswith(f"{tmp_path}/bad.parquet: cannot be read: ")
+    assert len(error_of(tmp_path / "bad.parquet").splitlines()) == 1
 
 
-def test_a_directory_that_is_no_dataset(tmp_path):
-    message = said(tmp_path)
+def test_a_directory_without_a_dataset(tmp_path):
+    message = error_of(tmp_path)
     assert message.startswith(f"{tmp_path}: cannot be read as a directory written by datasets.save_to_disk: ")
     assert len(message.splitlines()) == 1
 
 
-def test_a_split_that_is_not_there(tmp_path):
+def test_a_missing_split(tmp_path):
     datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path)
-    assert said(tmp_path, "test") == f"{tmp_path}: got no split 'test', want one of train"
+    assert error_of(tmp_path, "test") == f"{tmp_path}: got no split 'test', want one of train"
 
 
 @pytest.mark.parametrize("library, name", [("pyarrow", "rows.parquet"), ("datasets", "saved")])
-def test_a_missing_extra_says_what_to_install(tmp_path, monkeypatch, library, name):
+def test_the_message_of_a_missing_extra_names_it(tmp_path, monkeypatch, library, name):
     (tmp_path / "saved").mkdir()
     for module in (library, f"{library}.parquet"):
         monkeypatch.setitem(sys.modules, module, None)
-    assert said(tmp_path / name).endswith(f"needs {library}: pip install 'jaxrl-llm[data]'")
+    assert error_of(tmp_path / name).endswith(f"needs {library}: pip install 'jaxrl-llm[data]'")

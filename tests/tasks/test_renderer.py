@@ -1,4 +1,4 @@
-"""A chat template is somebody's program: it ends within its limits of time, memory and text, and the command with words."""
+"""Chat templates are untrusted programs: they are stopped at limits of time, memory and output, with a message."""
 
 import time
 
@@ -24,33 +24,33 @@ TOO_MUCH = {
 }
 
 
-def said(directory, template) -> str:
+def error_of(directory, template) -> str:
     with pytest.raises(UserError) as error:
         load_tokenizer(PretrainedTokenizer(str(save_tokenizer(directory, template=template))))
     return str(error.value)
 
 
 @pytest.mark.parametrize("kind", ENDLESS)
-def test_a_template_without_an_end(tmp_path, monkeypatch, kind):
+def test_a_template_that_does_not_terminate(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(renderer, "SECONDS", 1)
     monkeypatch.setattr(renderer, "RENDERER", renderer.Renderer())
     monkeypatch.setattr("jaxrl_llm.tasks.chat.RENDERER", renderer.RENDERER)
     start = time.monotonic()
-    assert said(tmp_path, ENDLESS[kind]) == (
+    assert error_of(tmp_path, ENDLESS[kind]) == (
         f"{tmp_path}: the chat template takes more than 1 s, or more memory than it may have"
     )
     assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize("kind", TOO_MUCH)
-def test_a_template_that_writes_or_holds_too_much(tmp_path, kind):
-    assert said(tmp_path, TOO_MUCH[kind][0]).startswith(f"{tmp_path}: the chat template {TOO_MUCH[kind][1]}")
+def test_a_template_with_too_much_output_or_memory(tmp_path, kind):
+    assert error_of(tmp_path, TOO_MUCH[kind][0]).startswith(f"{tmp_path}: the chat template {TOO_MUCH[kind][1]}")
 
 
-def test_the_next_template_is_rendered_after_one_that_was_ended(tmp_path):
-    said(tmp_path / "bad", TOO_MUCH["memory"][0])
+def test_the_next_template_is_rendered_after_one_was_killed(tmp_path):
+    error_of(tmp_path / "bad", TOO_MUCH["memory"][0])
     tokenizer = load_tokenizer(PretrainedTokenizer(str(save_tokenizer(tmp_path / "good"))))
     assert tokenizer.decode(tokenizer.prompt("2+2")) == "user\n2+2\nassistant\n"
-    # More than one message to the other process, each prompt in its place.
+    # Several requests to the rendering process, in order.
     texts = [str(i) for i in range(2500)]
     assert [tokenizer.decode(ids).split("\n")[1] for ids in tokenizer.prompt_batch(texts)] == texts

@@ -1,4 +1,4 @@
-"""Templates filled from columns, tokens made once, prompts that are too long: by hand, and one message for each mistake."""
+"""Filling templates, tokenizing rows, prompts that are too long: by hand, and one message per mistake."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from jaxrl_llm.tasks.config import (
     TokenizerConfig,
 )
 from jaxrl_llm.tasks.records import Record
-from jaxrl_llm.tasks.rows import fill, fill_all, limit, make_rows
+from jaxrl_llm.tasks.rows import fill, fill_rows, limit_prompts, make_rows
 from jaxrl_llm.tasks.tokenizer import load_tokenizer
 
 DIGITS = load_tokenizer(CharacterTokenizer())
@@ -33,9 +33,9 @@ COLUMNS = {
 
 
 def rows_of(*texts, tokenizer=DIGITS):
-    """Rows of (prompt, response), from the places f:1, f:2, ..."""
+    """Rows of (prompt, response), located at f:1, f:2, ..."""
     records = [Record(f"f:{i}", {"p": p, "r": r}) for i, (p, r) in enumerate(texts, 1)]
-    found = fill_all(records, "{p}", "{r}", "{r}")
+    found = fill_rows(records, "{p}", "{r}", "{r}")
     return make_rows(found, tokenizer), found
 
 
@@ -83,14 +83,14 @@ def test_a_template_that_does_not_fit(template, why):
 
 
 @pytest.mark.parametrize("template", ["{}", "{0}", "\\boxed{}", "{question", "question}", "{question!}", "{[a]}"])
-def test_a_template_that_is_none_is_refused_with_the_config(template):
+def test_an_invalid_template_is_refused_with_the_config(template):
     with pytest.raises(
-        ValidationError, match=r"[Ff]ields that name a column, as in \{question\}, and \{\{ \}\} for braces"
+        ValidationError, match=r"[Ff]ields that name a column, as in \{question\}, and \{\{ \}\} for literal braces"
     ):
         TypeAdapter(TaskConfig).validate_python({"kind": "file", "path": "x", "prompt": template})
 
 
-def test_configs_are_told_apart():
+def test_tokenizer_configs_are_told_apart():
     tokenizer, task = TypeAdapter(TokenizerConfig), TypeAdapter(TaskConfig)
     assert tokenizer.validate_python({"alphabet": "ab"}) == CharacterTokenizer("ab")
     values = {"path": "x", "template": {"enable_thinking": False}, "stop": ["a"]}
@@ -118,11 +118,11 @@ def test_a_row_by_hand():
 
 
 def test_without_a_response_there_is_no_target():
-    (row,) = make_rows(fill_all([Record("f:1", {"p": "5"})], "{p}", "", ""), DIGITS)
+    (row,) = make_rows(fill_rows([Record("f:1", {"p": "5"})], "{p}", "", ""), DIGITS)
     assert (row.answer, row.response, row.target) == ("", None, None)
 
 
-def test_a_chat_row_holds_the_question_and_the_whole_prompt(tmp_path):
+def test_a_chat_row_has_the_question_and_the_rendered_prompt(tmp_path):
     tokenizer = load_tokenizer(PretrainedTokenizer(str(save_tokenizer(tmp_path))))
     (row, other), _ = rows_of(("What is 3 + 4?", "<think></think>7"), ("é", "😀"), tokenizer=tokenizer)
     assert row.prompt == "What is 3 + 4?"
@@ -131,34 +131,34 @@ def test_a_chat_row_holds_the_question_and_the_whole_prompt(tmp_path):
     assert other.target.tolist() == [*tokenizer.encode("😀"), IM_END]
 
 
-def test_every_bad_row_is_named_with_its_place_and_template():
+def test_every_bad_row_is_named_with_line_and_template():
     records = [Record("f:1", {"q": "5"}), Record("f:2", {"p": "", "a": None}), Record("f:3", {"p": "\ud800", "a": 1})]
-    assert message(fill_all, records, "{p}", "{a}", "").splitlines() == [
+    assert message(fill_rows, records, "{p}", "{a}", "").splitlines() == [
         "f:1: task.prompt: got no column 'p', want one of q",
         "f:1: task.answer: got no column 'a', want one of q",
         'f:2: task.prompt: got "", want text',
         "f:2: task.answer: got nothing (null), want text or a number",
         "f:3: task.prompt: got '\\ud800', half of a character (a lone surrogate), want text",
     ]
-    assert message(fill_all, [Record("f:1", {"p": "5"})], "", "", "") == 'f:1: task.prompt: got "", want text'
+    assert message(fill_rows, [Record("f:1", {"p": "5"})], "", "", "") == 'f:1: task.prompt: got "", want text'
 
 
-def test_what_is_wrong_with_every_row_is_told_once():
+def test_an_error_in_every_row_is_reported_once():
     records = [Record(f"f:{i}", {"q": "5", "a": a}) for i, a in enumerate(("1", None, "3"), 1)]
-    assert message(fill_all, records, "{zzz}", "{a}", "").splitlines() == [
+    assert message(fill_rows, records, "{zzz}", "{a}", "").splitlines() == [
         "all 3 rows: task.prompt: got no column 'zzz', want one of q, a",
         "f:2: task.answer: got nothing (null), want text or a number",
     ]
 
 
-def test_characters_outside_of_the_alphabet_are_named_with_their_place():
+def test_characters_outside_the_alphabet_are_named_with_their_line():
     assert message(rows_of, ("5", "7"), ("two", "x+7")).splitlines() == [
         "f:2: prompt: got characters 't' 'w' 'o', want only those of tokenizer.alphabet",
         "f:2: response: got characters 'x', want only those of tokenizer.alphabet",
     ]
 
 
-def test_an_end_token_inside_of_a_response_is_refused():
+def test_an_end_token_inside_a_response_is_refused():
     assert message(rows_of, ("5", "7"), ("6", "8#")) == (
         "f:2: task.response: got the end token '#' in it, want none: it is added"
     )
@@ -185,21 +185,21 @@ FIVE = [("1", "0"), ("12", "0"), ("123", "0"), ("1234", "0"), ("12345", "0")]
 
 def test_prompts_over_the_limit_are_dropped_and_counted():
     rows, texts = rows_of(*FIVE)
-    kept, dropped = limit(rows, texts, 3, "drop")
+    kept, dropped = limit_prompts(rows, texts, 3, "drop")
     assert ([row.prompt for row in kept], dropped) == (["1", "12", "123"], 2)
     for most, policy in ((5, "drop"), (5, "refuse"), (0, "refuse")):
-        assert limit(rows, texts, most, policy) == (rows, 0)
+        assert limit_prompts(rows, texts, most, policy) == (rows, 0)
 
 
 def test_prompts_over_the_limit_are_refused_by_name():
     rows, texts = rows_of(*FIVE)
-    assert message(limit, rows, texts, 3, "refuse").splitlines() == [
+    assert message(limit_prompts, rows, texts, 3, "refuse").splitlines() == [
         f"f:{n}: got a prompt of {n} tokens, want task.max_prompt_tokens (3) at most, or task.too_long: drop" for n in (4, 5)
     ]  # fmt: skip
 
 
 def test_dropping_every_row_is_refused():
     rows, texts = rows_of(*FIVE[1:])
-    assert message(limit, rows, texts, 1, "drop") == (
+    assert message(limit_prompts, rows, texts, 1, "drop") == (
         "f:1: got a prompt of 2 tokens, and no row has task.max_prompt_tokens (1) or less: none is left"
     )

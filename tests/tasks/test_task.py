@@ -1,4 +1,4 @@
-"""Rows that are true, parts that do not overlap, and data that cannot work refused with its place."""
+"""Correct rows, disjoint splits, and bad data refused with file and line."""
 
 import datetime
 import json
@@ -25,7 +25,7 @@ def prompts(rows) -> list[str]:
     return [row.prompt for row in rows]
 
 
-def test_arithmetic_rows_are_true_and_complete():
+def test_arithmetic_rows_are_correct_and_complete():
     rows = TASK.train + TASK.held_out
     assert len(rows) == len(set(prompts(rows))) == 1000
     for row in rows:
@@ -35,7 +35,7 @@ def test_arithmetic_rows_are_true_and_complete():
         assert TASK.tokenizer.decode(row.target.tolist()) == row.answer
 
 
-def test_parts_are_disjoint_and_drawn_with_the_seed():
+def test_held_out_rows_are_disjoint_and_chosen_by_the_seed():
     assert len(TASK.held_out) == 128 and len(TASK.train) == 872
     assert not set(prompts(TASK.train)) & set(prompts(TASK.held_out))
     assert prompts(load_task(ArithmeticTask(), DIGITS, seed=0).held_out) == prompts(TASK.held_out)
@@ -60,7 +60,7 @@ def test_arithmetic_in_another_alphabet_is_refused_by_character():
 
 
 def test_arithmetic_for_a_pretrained_tokenizer(tmp_path):
-    """Its end token is special and not in what a grader sees."""
+    """Its end token is special, so graders do not see it."""
     tokenizer = load_tokenizer(PretrainedTokenizer(str(save_tokenizer(tmp_path)), chat=False))
     row = load_task(ArithmeticTask(terms=2, held_out=1), tokenizer, seed=0).train[0]
     assert row.answer == row.response == tokenizer.decode(row.target.tolist())
@@ -127,17 +127,17 @@ def test_a_prompt_that_is_held_out_is_not_trained_on(load, caplog):
     assert [r.getMessage() for r in caplog.records] == [
         f"task: {task.repeated} rows were left out of training: their prompt is held out"
     ]
-    with pytest.raises(UserError, match=r"rows.jsonl: every prompt for training is held out too"):
+    with pytest.raises(UserError, match=r"rows.jsonl: every training prompt is also held out"):
         load([{"prompt": "1", "answer": "2"}] * 3, held_out=1)
 
 
-def test_a_held_out_file_is_taken_as_it_is(load, tmp_path, caplog):
+def test_a_held_out_file_is_used_unchanged(load, tmp_path, caplog):
     path = jsonl(tmp_path / "held.jsonl", {"prompt": "0+0", "answer": "0"}, {"prompt": "9", "answer": "9"})
     with caplog.at_level(logging.WARNING, "jaxrl_llm.tasks"):
         task = load(sums(3), held_out_path=path)
     assert prompts(task.train) == ["0+0", "1+1", "2+2"] and prompts(task.held_out) == ["0+0", "9"]
     assert [r.getMessage() for r in caplog.records] == [
-        "task.held_out_path: 1 of its prompts are trained on too, e.g. '0+0'"
+        "task.held_out_path: 1 of its prompts are also trained on, e.g. '0+0'"
     ]
 
 
@@ -153,7 +153,7 @@ def test_splits_of_a_saved_dataset(tmp_path):
 @pytest.mark.parametrize(
     "fields", [{}, {"held_out": 2, "held_out_path": "x.jsonl"}, {"held_out": 2, "held_out_split": "t"}]
 )
-def test_what_is_held_out_is_said_once(load, fields):
+def test_held_out_rows_are_specified_exactly_once(load, fields):
     with pytest.raises(
         UserError, match=rf"task: got {'both' if fields else 'neither'} of held_out \(\d\) and held_out_path"
     ):
@@ -165,7 +165,7 @@ def test_holding_out_all_rows_is_refused(load, tmp_path):
         load(sums(4), held_out=4)
 
 
-def test_long_prompts_of_both_parts_are_dropped_and_counted_once(load, tmp_path, caplog):
+def test_long_prompts_of_training_and_held_out_rows_are_dropped_and_counted_once(load, tmp_path, caplog):
     path = jsonl(tmp_path / "held.jsonl", {"prompt": "1234567", "answer": "0"}, {"prompt": "9", "answer": "9"})
     with caplog.at_level(logging.WARNING, "jaxrl_llm.tasks"):
         task = load(sums(12), held_out_path=path, max_prompt_tokens=4, too_long="drop")
@@ -190,8 +190,8 @@ def test_a_missing_column_is_named_with_file_line_and_template(load, tmp_path):
     )
 
 
-def test_what_changed_since_a_checkpoint_is_named(load):
-    """A prompt, an answer, a column that graders read, the order; nothing where nothing did, or nothing was saved."""
+def test_changes_since_a_checkpoint_are_named(load):
+    """A prompt, an answer, a column, the order; "" if nothing changed or nothing was saved."""
     saved = load(sums(20, level=1), held_out=5).fingerprint
     rows = sums(20, level=1)
     assert load(rows, held_out=5).changed(saved) == load(rows, held_out=5).changed(None) == ""
@@ -208,7 +208,7 @@ def test_what_changed_since_a_checkpoint_is_named(load):
     assert "got other training rows, held-out rows than" in load(rows[::-1], held_out=5).changed(saved)
 
 
-def test_another_chat_template_or_tokenizer_is_another_task(load, tmp_path):
+def test_another_chat_template_or_tokenizer_changes_the_task(load, tmp_path):
     def changed(saved, **fields):
         tokenizer = load_tokenizer(PretrainedTokenizer(str(save_tokenizer(tmp_path / "t", **fields))))
         task = load_task(FileTask(jsonl(tmp_path / "r.jsonl", *sums(3)), held_out=1), tokenizer, 0)
@@ -222,8 +222,8 @@ def test_another_chat_template_or_tokenizer_is_another_task(load, tmp_path):
     assert "got other tokenizer than" in changed(saved, generation={"eos_token_id": [0, 2]})
 
 
-def test_a_fingerprint_knows_no_addresses_and_no_order_of_sets():
-    """They are others in every process."""
+def test_a_fingerprint_is_independent_of_addresses_and_set_order():
+    """Both differ between processes."""
 
     def hashed(some: set, thing: object, last: bytes = b"1") -> str:
         columns = {"a": some, "b": thing, "c": last, "d": datetime.date(2026, 1, 2)}
@@ -236,15 +236,15 @@ def test_a_fingerprint_knows_no_addresses_and_no_order_of_sets():
 
 
 def test_settings_without_an_effect_are_refused(load, tmp_path):
-    for fields, said in (
+    for fields, message in (
         ({"held_out": 1, "split": "test"}, "task.split: got 'test', want it left out: .*rows.jsonl has no splits"),
         ({"held_out_split": "test"}, "task.held_out_split: got 'test', want it left out: .*rows.jsonl has no splits"),
         (
             {"held_out": 1, "too_long": "drop"},
-            "task.too_long: got drop, want a task.max_prompt_tokens above 0 beside it",
+            "task.too_long: got drop, want task.max_prompt_tokens above 0 as well",
         ),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             load(sums(4), **fields)
     datasets.Dataset.from_list(sums(4)).save_to_disk(tmp_path / "d")
     with pytest.raises(UserError, match=r"task.split: got 'test', want it left out: .*/d has no splits"):
@@ -252,8 +252,8 @@ def test_settings_without_an_effect_are_refused(load, tmp_path):
     assert load_task(FileTask(str(tmp_path / "d"), held_out=1), DIGITS, 0).train
 
 
-def test_answers_that_no_response_can_equal_are_told(tmp_path, caplog):
-    """Graders read responses without special tokens; a tag that is none stays."""
+def test_answers_that_no_response_can_equal_cause_a_warning(tmp_path, caplog):
+    """Graders read responses without special tokens; other tags stay."""
     tokenizer = load_tokenizer(PretrainedTokenizer(str(save_tokenizer(tmp_path))))
     path = jsonl(tmp_path / "r.jsonl", *sums(3))
     load_task(FileTask(path, held_out=1, answer="<think>{answer}</think>"), tokenizer, 0)

@@ -1,4 +1,4 @@
-"""The character tokenizer, and what every tokenizer promises: text that comes back, names for people, files that others read."""
+"""The character tokenizer, and properties of every tokenizer: round trips, display names, files that transformers reads."""
 
 import pytest
 from hypothesis import given, settings
@@ -28,29 +28,29 @@ def test_characters_by_hand():
     assert [DIGITS.token(i) for i in (0, 1, 14, 15, 16)] == ["<pad>", "0", " ", "#", "<16>"]
 
 
-def test_more_texts_than_a_batch_come_back_in_order():
+def test_more_texts_than_a_batch_stay_in_order():
     texts = [str(i) for i in range(BATCH + 2)]
     assert DIGITS.decode_batch(DIGITS.encode_batch(texts)) == texts
 
 
-def test_padding_that_was_sampled_is_seen_by_the_grader():
-    """Else a policy could write "1<pad>2#" and be right."""
+def test_graders_see_sampled_padding():
+    """Otherwise "1<pad>2#" would be graded as "12#"."""
     assert DIGITS.decode([2, 0, 3, 15]) == "1<pad>2#"
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(alphabet="ab +#<>é∑\n\t😀", max_size=12))
-def test_every_text_of_the_alphabet_survives(text):
-    """One token a character: spaces, line ends and characters of several bytes among them."""
+def test_every_text_of_the_alphabet_round_trips(text):
+    """One token per character, including spaces, line ends and multi-byte characters."""
     ids = ODD.encode(text)
     assert len(ids) == len(text) and 0 not in ids
     assert ODD.decode(ids) == text and "".join(map(ODD.token, ids)) == text
 
 
 def test_unknown_characters_are_an_error_that_names_them():
-    assert DIGITS.unknown("3x+yx") == ["x", "y"] and DIGITS.unknown("<3+4> 12#") == []
+    assert DIGITS.unknown_characters("3x+yx") == ["x", "y"] and DIGITS.unknown_characters("<3+4> 12#") == []
     # Padding has a token, but its letters have none.
-    assert DIGITS.unknown("<pad>") == ["p", "a", "d"]
+    assert DIGITS.unknown_characters("<pad>") == ["p", "a", "d"]
     with pytest.raises(UserError, match=r"tokenizer.alphabet: got characters 'x' 'y', want only those in it"):
         DIGITS.encode("3x+yx")
     with pytest.raises(UserError, match=r"got characters 'x'"):
@@ -59,7 +59,7 @@ def test_unknown_characters_are_an_error_that_names_them():
 
 @pytest.mark.parametrize("alphabet", ["", "a", "abca"])
 def test_an_alphabet_needs_two_different_characters(alphabet):
-    with pytest.raises(UserError, match=r"tokenizer.alphabet: got '.*', want two different characters or more"):
+    with pytest.raises(UserError, match=r"tokenizer.alphabet: got '.*', want at least two characters"):
         load_tokenizer(CharacterTokenizer(alphabet))
 
 
@@ -78,8 +78,8 @@ def test_the_character_tokenizer_is_exported_for_transformers(tmp_path):
     assert DIGITS.decode([2, 3, 15]) == "12#"
 
 
-def test_a_stop_text_that_no_response_can_hold_is_refused_by_character():
-    """And an empty one, at which every response would end."""
+def test_a_stop_text_that_cannot_occur_is_refused_by_character():
+    """Also an empty text, which would end every response."""
     cfg = run_config.validate({"rollout": {"stop": ["12", "</answer>", "\n\n", ""]}}, "x")
     with pytest.raises(UserError) as caught:
         blueprint_of(cfg, sources.read(cfg))
@@ -98,9 +98,9 @@ def words(*names: str, normalizer=None) -> Tokenizer:
     return Tokenizer(backend, pad=0, eos=(0,), write=lambda out: None)
 
 
-def test_what_a_vocabulary_can_spell(tmp_path):
-    """Bytes spell all; words spell their letters; what a normalizer makes of a text does not matter to what is drawn."""
+def test_characters_that_a_vocabulary_can_spell(tmp_path):
+    """Bytes spell everything, words only their letters; a normalizer does not change sampled text."""
     plain = load_tokenizer(PretrainedTokenizer(str(save_tokenizer(tmp_path)), chat=False))
-    assert plain.unspellable("</answer> \n\u00e9\ufffd\U0001f600<|im_end|>") == []
-    assert words("[UNK]", "Stop", "now").unspellable("Stop, nowhere") == [",", " ", "h", "e", "r"]
-    assert words("[UNK]", "Stop", "now", normalizer=normalizers.Lowercase()).unspellable("Stop") == []
+    assert plain.unspellable_characters("</answer> \n\u00e9\ufffd\U0001f600<|im_end|>") == []
+    assert words("[UNK]", "Stop", "now").unspellable_characters("Stop, nowhere") == [",", " ", "h", "e", "r"]
+    assert words("[UNK]", "Stop", "now", normalizer=normalizers.Lowercase()).unspellable_characters("Stop") == []

@@ -89,7 +89,7 @@ def compile_once(tmp_path_factory):
 @pytest.fixture(scope="session")
 def segment(topology, compile_once) -> Program:
     cfg = dataclasses.replace(ONE_BILLION, layers=DECODE_LAYERS)
-    return compile_once("segment", cfg, lambda: lower_rollout(cfg, layouts(topology)[1], "segment", P, C))
+    return compile_once("decode", cfg, lambda: lower_rollout(cfg, layouts(topology)[1], "decode", P, C))
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +101,7 @@ def prefill(topology, compile_once) -> Program:
 @pytest.fixture(scope="session")
 def eight_billion(topology, compile_once) -> Program:
     layout = layouts(topology)[1]
-    return compile_once("eight-billion", EIGHT_BILLION, lambda: lower_rollout(EIGHT_BILLION, layout, "segment", P, C))
+    return compile_once("eight-billion", EIGHT_BILLION, lambda: lower_rollout(EIGHT_BILLION, layout, "decode", P, C))
 
 
 @pytest.fixture(scope="session", params=[MESH, (2, 2, 4)], ids=str)
@@ -120,14 +120,14 @@ def sliding(topology, compile_once) -> Program:
     """In one segment of 2,000 steps."""
     layout = layouts(topology)[1]
     return compile_once(
-        "sliding", SLIDING, lambda: lower_rollout(SLIDING, layout, "segment", P, LONG_WINDOW, steps=LONG)
+        "sliding", SLIDING, lambda: lower_rollout(SLIDING, layout, "decode", P, LONG_WINDOW, steps=LONG)
     )
 
 
 @pytest.fixture(scope="session")
 def experts_segment(topology, compile_once) -> Program:
     layout = layouts(topology, EXPERT_MESH)[1]
-    return compile_once("experts-segment", EXPERTS, lambda: lower_rollout(EXPERTS, layout, "segment", P, C))
+    return compile_once("experts-decode", EXPERTS, lambda: lower_rollout(EXPERTS, layout, "decode", P, C))
 
 
 @pytest.fixture(scope="session")

@@ -76,8 +76,8 @@ class Program:
     seconds: float
 
     @cached_property
-    def hlo(self) -> hlo.Module:
-        return hlo.Module(self.text)
+    def hlo(self) -> hlo.HloModule:
+        return hlo.HloModule(self.text)
 
     @property
     def chip(self) -> int:
@@ -139,7 +139,7 @@ def array(layout: Layout, shape: tuple[int, ...], dtype, *axes: str | None) -> j
 
 def rollout_programs(cfg: ModelConfig, decode: Layout, steps: int = STEPS, window: int = C) -> Programs:
     """Of an engine for P prompts of S slots, G samples each, in segments of so many steps."""
-    rollout = RolloutConfig(prompts=P, samples=G, max_new_tokens=window, engine=EngineConfig(segment=steps))
+    rollout = RolloutConfig(prompts=P, samples=G, max_new_tokens=window, engine=EngineConfig(decode_chunk=steps))
     return Engine(rollout, S, Vocabulary(size=cfg.vocab_size, pad=0, eos=(1,)), cfg, decode).programs
 
 
@@ -147,7 +147,7 @@ def lower_rollout(
     cfg: ModelConfig, decode: Layout, *name: str | int, steps: int = STEPS, weights: str = "compute"
 ) -> jax.stages.Lowered:
     """One of them by the name that `Programs` knows it under."""
-    window = name[2] if name[0] == "segment" else C
+    window = name[2] if name[0] == "decode" else C
     return rollout_programs(cfg, decode, steps, window).lower(abstract_policy(cfg, decode, weights).params, *name)
 
 

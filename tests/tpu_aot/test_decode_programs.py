@@ -171,12 +171,12 @@ def test_memory_of_a_segment(segment, eight_billion, topology):
     """As `rollout.memory` adds it up, within 5 %."""
     layout = layouts(topology)[1]
     for program in (segment, eight_billion):
-        flight = decode_memory.flight(
+        memory = decode_memory.decode_memory(
             rollout_programs(program.cfg, layout), abstract_policy(program.cfg, layout).params, P, C
         )
         shapes = caches(program)
-        assert flight.prompt + flight.suffix == sum(4 * program.cfg.layers * math.prod(d) for d in shapes.values())
-        assert flight.total == pytest.approx(program.chip, rel=0.05), flight
+        assert memory.prompt + memory.suffix == sum(4 * program.cfg.layers * math.prod(d) for d in shapes.values())
+        assert memory.total == pytest.approx(program.chip, rel=0.05), memory
 
 
 def test_a_segment_of_an_untied_model_of_8_billion(eight_billion):
@@ -225,19 +225,21 @@ def test_prefill_makes_keys_and_values_and_no_logits(prefill):
     assert prefill.chip < V5E_BYTES
 
 
-@pytest.mark.parametrize("name", [("take", P, P // 2, C), ("insert", P, P // 2), ("spread", P // 2, P)], ids=str)
+@pytest.mark.parametrize(
+    "name", [("compact", P, P // 2, C), ("insert_prefix", P, P // 2), ("broadcast_prefix", P // 2, P)], ids=str
+)
 def test_rows_and_prompts_change_places_on_their_own_chip(topology, name):
     layout = layouts(topology)[1]
     program = compile_program(SLIDING, lambda: lower_rollout(SLIDING, layout, *name))
     assert not collectives(program.hlo.all)
-    if name[0] == "insert":
-        # The flight's prompt cache is donated. The rest of the output is a table of its arrays.
+    if name[0] == "insert_prefix":
+        # The active batch's prompt cache is donated. The rest of the output is a table of its arrays.
         assert program.output - program.alias < 1024
 
 
 def test_growing_moves_nothing_between_chips_and_copies_each_cache_once(topology):
     cfg = dataclasses.replace(ONE_BILLION, layers=2)
-    program = compile_program(cfg, lambda: lower_rollout(cfg, layouts(topology)[1], "grow", P, C // 2, C))
+    program = compile_program(cfg, lambda: lower_rollout(cfg, layouts(topology)[1], "widen_suffix", P, C // 2, C))
     assert not collectives(program.hlo.all)
     assert program.argument * 2 == pytest.approx(program.output, rel=0.01)
     assert program.temp < program.argument / 100, f"temp: got {program.temp / 1e6:.1f} MB, want next to nothing"
@@ -264,7 +266,7 @@ def test_mutant_segment_that_rewrites_caches_and_moves_logits(topology, monkeypa
     monkeypatch.setattr(jax.lax, "dynamic_update_slice_in_dim", write_by_mask)
     monkeypatch.setattr(sample, "BLOCKS", 1002)
     cfg = dataclasses.replace(ONE_BILLION, layers=1)
-    program = compile_program(cfg, lambda: lower_rollout(cfg, layouts(topology)[1], "segment", P, C))
+    program = compile_program(cfg, lambda: lower_rollout(cfg, layouts(topology)[1], "decode", P, C))
     with pytest.raises(AssertionError, match="written in place"):
         check_caches_are_written_in_place(program)
     with pytest.raises(AssertionError, match="residual stream"):

@@ -6,7 +6,7 @@ import pytest
 from programs import ONE_BILLION, Program, array, compile_program, layouts
 
 from jaxrl_llm.perf.hlo import ArrayShape, collectives
-from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary, draw
+from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary, sample_token
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.timeout(600)]
 
@@ -22,7 +22,7 @@ def lower_draw(topology, sizes: tuple[int, ...], max_kept_tokens: int) -> jax.st
     decoding = Decoding(ONE_BILLION, decode, vocab, max_kept_tokens=max_kept_tokens, raw_logprobs=True)
 
     def one(keys, slot, raw, controls, live):
-        return draw(jax.random.wrap_key_data(keys), slot, raw, controls, live, decoding)
+        return sample_token(jax.random.wrap_key_data(keys), slot, raw, controls, live, decoding)
 
     raw, keys = (
         array(decode, (ROWS, VOCAB), jnp.float32, "rows", "vocab"),

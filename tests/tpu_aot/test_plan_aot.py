@@ -1,4 +1,4 @@
-"""`jaxrl plan` with the real TPU compiler: the command as a person types it, and what it says."""
+"""`jaxrl plan` with the real TPU compiler: the command and its report."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ SMALL = {
     "rollout": {"prompts": 8, "samples": 4, "max_new_tokens": 64},
     "update": {"micro_batches": 2},
 }  # fmt: skip
-# 24 layers of 8192 and 32768: 29 billion parameters, 87 GB of state and 14 of policy on each of four chips.
+# 24 layers of 8192 and 32768: 29 billion parameters, 87 GB of state and 14 GB of policy on each of four chips.
 LARGE = SMALL["model"] | {"layers": 24, "d_model": 8192, "heads": 64, "kv_heads": 8, "head_dim": 128, "d_mlp": 32768}
 
 
@@ -41,41 +41,41 @@ def tables(text: str) -> list[list[str]]:
 
 
 def test_a_small_model_fits(topology, tmp_path):
-    """By hand, of four chips: the state is split over all, but for norms; the policy over two."""
+    """By hand, on four chips: the state except norms is split over all, the policy over two."""
     text = jaxrl_plan(tmp_path, SMALL)
     rows = tables(text)
-    header = next(row for row in rows if row[0] == "MB a chip")
-    assert set(header[1:]) == {"prefill", "segment", "publish", "update"}
+    header = next(row for row in rows if row[0] == "MB per chip")
+    assert set(header[1:]) == {"prefill", "decode", "publish", "update"}
     masters = next(row for row in rows if row[0] == "master parameters")
     layer = 256 * 2 * 4 * 64 + 4 * 64 * 256 + 3 * 256 * 512
     matrices = 256 * 256 + 2 * layer
     assert {float(x) for x in masters[1:]} == {round(4 * (matrices / 4 + 5 * 256) / 1e6, 1)}
     policy = next(row for row in rows if row[0] == "policy")
     assert {float(x) for x in policy[1:]} == {round((2 * matrices / 2 + 5 * 256 * 2) / 1e6, 1)}
-    total = next(row for row in rows if row[0] == "together")
+    total = next(row for row in rows if row[0] == "total")
     assert all(0 < float(x) < 1000 for x in total[1:])
-    traffic = [row for row in rows if len(row) == 7 and row[0] in ("segment", "publish", "update")]
+    traffic = [row for row in rows if len(row) == 7 and row[0] in ("decode", "publish", "update")]
     assert {row[2] for row in traffic if row[0] == "publish" and row[1] == "all-gather"} == {"bf16"}
-    # Weights are gathered inside the loop over layers, which is inside that over micro-batches.
+    # Weights are gathered in the loop over layers, inside the loop over micro-batches.
     assert any(row[0] == "update" and row[1] == "all-gather" and row[2:4] == ["bf16", "2 x 2"] for row in traffic)
     assert "*predicted*: " in text and "MFU of the update" in text
     assert text.splitlines()[-1].startswith("fits: 0.0")
 
 
-def test_a_large_one_does_not_and_it_says_what_to_change(topology, tmp_path):
-    """Too large already without temporaries, so nothing is compiled."""
+def test_a_large_model_does_not_fit_and_changes_are_suggested(topology, tmp_path):
+    """Too large even without temporaries, so nothing is compiled."""
     text = jaxrl_plan(tmp_path, SMALL | {"model": LARGE})
     assert "Not compiled: temporaries are estimated." in text
     verdict = text[text.index("does not fit: needs about") :].splitlines()
     assert verdict[0].endswith("; change") and "GB of 16" in verdict[0]
-    assert "--" in verdict[1] and verdict[-1] == "  and that alone does not do it: take more chips too"
+    assert "--" in verdict[1] and verdict[-1] == "  and use more chips: that alone does not suffice"
 
 
-def test_what_the_compiler_refuses_does_not_fit(topology, tmp_path):
-    """The parts fit, the temporaries do not: all rows of 32,768 slots in one micro-batch."""
+def test_a_program_that_the_compiler_refuses_does_not_fit(topology, tmp_path):
+    """The arrays fit, the temporaries do not: all rows of 32,768 slots in one micro-batch."""
     values = SMALL | {
         "model": SMALL["model"] | {"layers": 1},
-        "rollout": {"prompts": 64, "samples": 16, "max_new_tokens": 8192, "engine": {"in_flight": 8}},
+        "rollout": {"prompts": 64, "samples": 16, "max_new_tokens": 8192, "engine": {"max_concurrent_prompts": 8}},
         "update": {"micro_batches": 1, "attention": "plain"},
     }
     found = json.loads(jaxrl_plan(tmp_path, values, "--json"))
@@ -85,23 +85,26 @@ def test_what_the_compiler_refuses_does_not_fit(topology, tmp_path):
 
 
 def test_the_sweep_compiles_the_fastest_of_those_that_fit(topology, monkeypatch):
-    """Arithmetic chooses, in order of predicted time; what the compiler then says ranks them."""
+    """Estimates choose, in order of predicted time; the compiled results are ranked."""
     asked = []
 
-    def compiled(command: list[str], form: sweep.Form) -> dict:
-        asked.append(form)
+    def compiled(command: list[str], candidate: sweep.Candidate) -> dict:
+        asked.append(candidate)
+        predicted = {"step_seconds": 9.0 - len(asked), "mfu": 0.1}
         return {
-            "flags": " ".join(form.flags), "fits": len(asked) != 1, "predicted": {"step_seconds": 9.0 - len(asked), "mfu": 0.1},
-            "mesh": dict(zip("abcd", form.mesh, strict=True)), "micro_batches": form.micro_batches, "peak": {"bytes": 1},
+            "flags": " ".join(candidate.flags), "fits": len(asked) != 1, "predicted": predicted,
+            "mesh": dict(zip("abcd", candidate.mesh, strict=True)), "micro_batches": candidate.micro_batches, "peak": {"bytes": 1},
         }  # fmt: skip
 
-    monkeypatch.setattr(sweep, "compile_form", compiled)
+    monkeypatch.setattr(sweep, "compile_candidate", compiled)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     cfg = validate(SMALL, "test")
     found = sweep.sweep(cfg, Target("v5e:2x2"), [], 3)
-    # Of 2 x 2 on four axes ten meshes; without experts four of them, and kv_heads 2 leave out tensor 4.
+    # 2 x 2 devices on four axes: ten meshes; valid are five, without expert axis and without tensor 4 (kv_heads is 2).
     assert (found["meshes"], found["possible"]) == (10, 5)
-    assert len({form.mesh for form in asked}) == 3 and [f.seconds for f in asked] == sorted(f.seconds for f in asked)
-    # The first was refused; of the others the faster stands first.
+    assert len({candidate.mesh for candidate in asked}) == 3 and [f.seconds for f in asked] == sorted(
+        f.seconds for f in asked
+    )
+    # The first did not fit; of the others the faster comes first.
     assert [r["fits"] for r in found["compiled"]] == [True, True, False]
     assert found["compiled"][0]["flags"] == " ".join(asked[2].flags)

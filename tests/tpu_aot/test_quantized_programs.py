@@ -30,7 +30,7 @@ CFG = dataclasses.replace(ONE_BILLION, layers=1)
 @pytest.fixture(scope="module")
 def int8_segment(topology, compile_once) -> Program:
     return compile_once(
-        "int8-segment", CFG, lambda: lower_rollout(CFG, layouts(topology)[1], "segment", P, C, weights="int8")
+        "int8-decode", CFG, lambda: lower_rollout(CFG, layouts(topology)[1], "decode", P, C, weights="int8")
     )
 
 
@@ -66,7 +66,7 @@ def test_scales_of_activations_cost_no_collective(int8_segment):
 def test_mutant_with_one_scale_a_row_pays_for_it(topology, monkeypatch):
     """The largest of a row that is split over the mesh: one more all-reduce for `out` and for `down`."""
     monkeypatch.setattr(quantized.math, "gcd", lambda *_: 1)
-    program = compile_program(CFG, lambda: lower_rollout(CFG, layouts(topology)[1], "segment", P, C, weights="int8"))
+    program = compile_program(CFG, lambda: lower_rollout(CFG, layouts(topology)[1], "decode", P, C, weights="int8"))
     with pytest.raises(AssertionError, match="collectives a decode step"):
         check_collectives_of_a_step(program)
 

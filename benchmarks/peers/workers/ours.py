@@ -1,4 +1,4 @@
-"""Our own engine, from the same safetensors file: tokens, log-probabilities and entropies, on the host; its default settings."""
+"""Our engine with default settings: tokens, log-probabilities and entropies, on the host."""
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +39,8 @@ def load(directory: str, compute: str, variant: str) -> tuple[Generate, dict]:
 
     return generate, {
         "versions": versions("jax", "jaxlib"),
-        "threads": "XLA: one a core",
-        "attention": "prompt shared, suffix apart",
+        "threads": "XLA: one per core",
+        "attention": "shared prompt, separate suffixes",
         "dtype": compute,
         "returns": "tokens, log-probabilities and entropies",
     }

@@ -1,9 +1,9 @@
-"""Our own trainer through the loop's `step`: the one that `jaxrl train` takes, graders in their processes and metrics included.
+"""Our trainer through `jaxrl_llm.train.step`, the step of `jaxrl train`, with grader processes and metrics.
 
     shared   a prompt and its 8 completions in one row (update.packing shared_prefix)
-    apart    one sequence a row, as the others do it
+    apart    one sequence per row, as in the other trainers
 
-No end token is drawn (`rollout.min_new_tokens`). With beta the reference is a copy of the weights and KL is TRL's: k3 by the ratio.
+No end token is sampled (`rollout.min_new_tokens`). With beta: KL to a copy of the weights, k3 times the ratio as in TRL.
 """
 
 import atexit
@@ -23,7 +23,7 @@ PACKINGS = {"shared": "shared_prefix", "apart": "none"}
 
 
 def config(directory: str, words: str, compute: str, variant: str, beta: float, run_dir: str) -> run_config.RunConfig:
-    """As a YAML file would hold it."""
+    """Return the config as loaded from a YAML file."""
     values = {
         "run_dir": run_dir,
         "model": {"path": directory, "compute": compute},
@@ -37,7 +37,7 @@ def config(directory: str, words: str, compute: str, variant: str, beta: float, 
         },
         "reward": "benchmarks.peers.reward:grade",
         "objective": {"preset": "trl:grpo", "loss": {"kl": {"kind": "k3", "weight": beta, "times": "ratio"}}},
-        # A group a part: its activations stay small, and need not be made again.
+        # One group per micro-batch: its activations are small and need no recomputation.
         "update": {"packing": {"kind": PACKINGS[variant]}, "micro_batches": GROUPS, "optimizer": {"lr": 1e-6}},
         "metrics": {"samples_every": 0, "rollouts_every": 0, "tensorboard": False},
     }
@@ -49,7 +49,7 @@ def load(directory: str, words: str, compute: str, variant: str, beta: float) ->
     stack = contextlib.ExitStack()
     run = stack.enter_context(open_run(cfg, must_resume=False, given=None, ends_process=False))
     atexit.register(stack.close)
-    # As `train` starts, without the evaluation before: the others do none.
+    # The start of `train`, without its evaluation: the other trainers have none.
     params = start_params(run.blueprint, run.keys.train)
     state = start_rl(run.blueprint, run.learner, run.source.state, params, run.keys.train)
     held = [state, run.learner.publish(state.train, None)]
@@ -75,7 +75,7 @@ def facts(run: Run) -> dict:
     cfg = run.blueprint.cfg
     return {
         "versions": versions("jax", "jaxlib", "flax", "optax"),
-        "threads": "XLA: one a core",
+        "threads": "XLA: one per core",
         "packing": cfg.update.packing.kind,
         "remat": cfg.update.remat,
         "attention": cfg.update.attention,

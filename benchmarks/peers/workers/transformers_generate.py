@@ -1,6 +1,6 @@
-"""transformers' `generate`: a cache that grows (`dynamic`), a static one (`static`), or a static one and torch.compile (`compile`).
+"""transformers' `generate`: a growing cache (`dynamic`), a static one (`static`), or a static one and torch.compile (`compile`).
 
-Tokens alone: `generate` computes no log-probabilities unless it is asked for scores, which only makes it slower.
+Only tokens: `generate` computes log-probabilities only if asked for scores, which makes it slower.
 """
 
 import torch
@@ -14,7 +14,7 @@ VARIANTS = ("dynamic", "static", "compile")
 
 def generation_config(call: Call, variant: str) -> GenerationConfig:
     cache = {} if variant == "dynamic" else {"cache_implementation": "static"}
-    how = (
+    sampling = (
         {"do_sample": False}
         if call.greedy
         else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": call.top_p}
@@ -25,13 +25,13 @@ def generation_config(call: Call, variant: str) -> GenerationConfig:
         eos_token_id=None,
         disable_compile=variant != "compile",
         compile_config=compiled() if variant == "compile" else None,
-        **how,
+        **sampling,
         **cache,
     )
 
 
 def compiled() -> CompileConfig:
-    """As `generate` compiles on a GPU. It leaves a CPU out unless told otherwise."""
+    """Return the config with which `generate` compiles on a GPU; on a CPU it does not compile by default."""
     found = CompileConfig(mode="default", fullgraph=False)
     found._compile_all_devices = True
     return found
@@ -44,7 +44,7 @@ def load(directory: str, compute: str, variant: str) -> tuple[Generate, dict]:
     @torch.inference_mode()
     def generate(call: Call) -> torch.Tensor:
         torch.manual_seed(call.seed)
-        # What num_return_sequences does too, and greedy calls refuse: every row reads its prompt anew.
+        # As num_return_sequences does, which greedy calls refuse: every row prefills its prompt again.
         prompts = torch.tensor(call.prompts).repeat_interleave(call.samples, dim=0)
         config = generation_config(call, variant)
         found = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=config)

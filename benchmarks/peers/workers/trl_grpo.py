@@ -1,13 +1,13 @@
-"""What TRL's GRPOTrainer does to generate, called on a GRPOTrainer, with its default settings but for length, sampling and EOS.
+"""Generation of TRL's GRPOTrainer, called on a trainer with default settings except length, sampling and EOS.
 
-    generate    `_generate_single_turn`: each prompt repeated G times and padded, transformers' `generate` under the trainer's own
-                generation config (the trainer turns torch.compile off), then what follows an EOS cut off, and lists of ids
-    logprobs    that, and `_get_per_token_logps_and_entropies` over prompts and completions without gradients: what the trainer
-                computes before the update where the samples' policy is not certain to be the one it updates, and where it has the
-                sampling log-probabilities that ours always comes with
+    generate    `_generate_single_turn`: each prompt repeated G times and padded, transformers' `generate` with the trainer's
+                generation config (the trainer disables torch.compile), truncation after EOS, and conversion to lists of ids
+    logprobs    also `_get_per_token_logps_and_entropies` of prompts and completions without gradients, which the trainer
+                computes before an update if the sampling policy may differ from the current one, or to compare with the
+                log-probabilities of sampling, which our engine always returns
 
-Left out, in its favor: the tokenizer, rewards, metrics, and its bf16 default (f32 weights, cast anew for every product by
-autocast): the weights are loaded in the dtype compared.
+Excluded, in its favor: the tokenizer, rewards, metrics, and its bf16 default (f32 weights, cast for every product by
+autocast): the weights are loaded in the compute dtype.
 """
 
 import tempfile
@@ -25,14 +25,14 @@ VARIANTS = ("generate", "logprobs")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """GRPOTrainer wants one, and is asked here for nothing that needs more than the ids of padding and of an end."""
+    """Return a tokenizer, which GRPOTrainer requires; only its ids of padding and end are used."""
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, unk_token="<pad>"))
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
 
 
 def trainer(model: AutoModelForCausalLM, call: Call) -> GRPOTrainer:
     rows = len(call.prompts) * call.samples
-    how = {"do_sample": False} if call.greedy else {}
+    sampling = {"do_sample": False} if call.greedy else {}
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=rows,
@@ -40,7 +40,7 @@ def trainer(model: AutoModelForCausalLM, call: Call) -> GRPOTrainer:
         max_completion_length=call.new_tokens,
         temperature=1.0,
         top_p=call.top_p,
-        generation_kwargs={"eos_token_id": None, **how},
+        generation_kwargs={"eos_token_id": None, **sampling},
         bf16=False,
         use_cpu=not torch.cuda.is_available(),
         report_to="none",

@@ -1,11 +1,11 @@
 """TRL's GRPOTrainer through `train()`: one optimizer step for each batch that it generates, `generate` of transformers, no vLLM.
 
-    plain           activations are kept
-    checkpointing   they are computed again in the backward pass, as TRL does by default: less memory, slower
+    plain           activations are stored
+    checkpointing   activations are recomputed in the backward pass, TRL's default: less memory, slower
     cast            as plain, with compute bfloat16 for weights, gradients and moments too, which loses most updates of lr 1e-6
 
 Otherwise compute bfloat16 has f32 weights and torch casts at every product (autocast), TRL's default. Loss dapo, AdamW of torch,
-gradient norm 1, lr 1e-6: defaults too. With beta the reference is a second model that the trainer loads itself.
+gradient norm 1, lr 1e-6: also defaults. With beta the reference is a second model, loaded by the trainer.
 """
 
 import json
@@ -69,7 +69,7 @@ def load(directory: str, words: str, compute: str, variant: str, beta: float) ->
         train_dataset=Dataset.from_dict({"prompt": [json.loads(line)["prompt"] for line in lines]}),
         processing_class=AutoTokenizer.from_pretrained(words),
     )
-    # What the trainer looks for to cut a response off; none is drawn, since `generate` knows no end.
+    # The trainer truncates responses at these ids; none is sampled, since `generate` has no end token.
     trainer.eos_token_ids = [-1]
     sampled: list[tuple[float, int]] = []
     generate = trainer._generate

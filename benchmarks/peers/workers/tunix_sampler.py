@@ -1,6 +1,6 @@
-"""Tunix's own sampler, its Qwen2 read by its own loader: tokens alone (`plain`), or their log-probabilities too (`logprobs`).
+"""Tunix's sampler, with Tunix's Qwen2 and loader: tokens (`plain`), or tokens and log-probabilities (`logprobs`).
 
-It takes text. The tokenizer here reads ids written out in decimal, so that the ids are those of everyone else; that costs it
+Its input is text. The tokenizer here parses decimal ids, so that all generators get the same ids; that takes
 milliseconds. Its cache has exactly the slots that the call needs.
 """
 
@@ -20,7 +20,7 @@ NO_TOKEN = -1
 
 
 class Ids:
-    """Ids as text: the interface that Tunix asks of a tokenizer."""
+    """Ids as text, with the interface of Tunix's tokenizers."""
 
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]
@@ -70,7 +70,7 @@ def load(directory: str, compute: str, variant: str) -> tuple[Generate, dict]:
     def generate(call: Call) -> list:
         length = len(call.prompts[0])
         texts = [" ".join(map(str, prompt)) for prompt in call.prompts for _ in range(call.samples)]
-        how = {"temperature": 0.0} if call.greedy else {"temperature": 1.0, "top_p": call.top_p}
+        sampling = {"temperature": 0.0} if call.greedy else {"temperature": 1.0, "top_p": call.top_p}
         found = sampler(length + call.new_tokens)(
             texts,
             max_generation_steps=call.new_tokens,
@@ -78,13 +78,13 @@ def load(directory: str, compute: str, variant: str) -> tuple[Generate, dict]:
             eos_tokens=[NO_TOKEN],
             return_logprobs=variant == "logprobs",
             seed=call.seed,
-            **how,
+            **sampling,
         )
         return found.tokens
 
     return generate, {
         "versions": versions("google-tunix", "jax", "jaxlib", "flax"),
-        "threads": "XLA: one a core",
+        "threads": "XLA: one per core",
         "attention": "einsum over the whole cache",
         "dtype": compute,
         "returns": "tokens and log-probabilities" if variant == "logprobs" else "tokens",

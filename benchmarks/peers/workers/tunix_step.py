@@ -1,8 +1,8 @@
-"""Tunix's GRPOLearner through `train()`, its vanilla rollout and its trainer on one mesh: one optimizer step for each batch.
+"""Tunix's GRPOLearner through `train()`, with vanilla rollout and trainer on one mesh: one optimizer step per batch.
 
-    plain   activations are kept, its default
+    plain   activations are stored, the default
 
-Its defaults otherwise: every sequence's mean, then their mean; AdamW of optax after a clip of the gradient norm, lr 1e-6, as the
+Otherwise its defaults: the mean over sequences of each one's mean; AdamW of optax after gradient-norm clipping, lr 1e-6, as in the
 others. With beta the reference is a second copy of the weights. With compute bfloat16 weights and moments stay f32.
 """
 
@@ -31,7 +31,7 @@ GROUPS, SAMPLES, PROMPT, NEW_TOKENS = 8, 8, 64, 128
 
 
 class Words(Ids):
-    """w<i> for token i, as the other trainers' tokenizer spells them."""
+    """w<i> for token i, as in the other trainers' tokenizer."""
 
     def encode(self, text: str) -> list[int]:
         return [int(word[1:]) for word in text.split()]
@@ -92,7 +92,7 @@ def load(directory: str, words: str, compute: str, variant: str, beta: float) ->
     found.generate = timed
 
     def batches(pause: Callable[[], None]) -> Iterator[dict]:
-        """The learner asks for a batch when it is done with the one before; its last update may still run."""
+        """The learner requests a batch after the previous one, whose last update may still run."""
         at = 0
         while True:
             yield {"prompts": np.array([prompts[(at + i) % len(prompts)] for i in range(GROUPS)])}
@@ -112,7 +112,7 @@ def load(directory: str, words: str, compute: str, variant: str, beta: float) ->
     leaf = jax.tree.leaves(nnx.state(found.actor_trainer.model, nnx.Param))[0]
     return step, {
         "versions": versions("google-tunix", "jax", "jaxlib", "flax", "optax"),
-        "threads": "XLA: one a core",
+        "threads": "XLA: one per core",
         "attention": "einsum over the whole cache",
         "dtype": str(leaf.dtype),
         "optimizer": "optax.adamw",
@@ -121,5 +121,5 @@ def load(directory: str, words: str, compute: str, variant: str, beta: float) ->
 
 if __name__ == "__main__":
     serve_steps(load)
-    # The learner's thread still waits for a batch, and Python would wait for it.
+    # The learner's thread is waiting for a batch, and Python would wait for the thread.
     os._exit(0)

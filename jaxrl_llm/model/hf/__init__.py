@@ -1,1 +1,1 @@
-"""Hugging Face directories: config.json and safetensors in, the same out. Nothing of them is ever run."""
+"""Hugging Face model directories: config.json and safetensors are read and written. No code in them is ever run."""

@@ -1,4 +1,4 @@
-"""A model directory's safetensors as an index: every tensor with file, dtype, shape and place, checked before a number is read."""
+"""Index of a model directory's safetensors: file, dtype, shape and offset of every tensor, checked before any data is read."""
 
 import dataclasses
 import json
@@ -18,44 +18,45 @@ from jaxrl_llm.types import PyTree
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
-# Bytes of a number, of all that the format has; those of less than a byte are not checked.
-WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4}
-WIDTHS |= {"U64": 8, "I64": 8, "F64": 8} | {name: dtype.itemsize for name, dtype in DTYPES.items()}
-# The format's own bound.
+# Bytes per number for each dtype of the format; dtypes of less than a byte are not checked.
+ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4}
+ITEM_BYTES |= {"U64": 8, "I64": 8, "F64": 8} | {name: dtype.itemsize for name, dtype in DTYPES.items()}
+# The format's bound.
 HEADER_BYTES = 100_000_000
-# Problems shown of each kind; a wrong model has thousands.
-SHOWN = 8
+# Problems listed per message; a wrong model has thousands.
+MAX_SHOWN = 8
 # Buffers that old versions of transformers saved.
-BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|masked_bias)$")
-# What stands beside the text model in Gemma 3 with eyes.
-EYES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+ROTARY_BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|masked_bias)$")
+# Tensors beside the text model of a multimodal Gemma 3.
+VISION_TENSORS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 HEAD = "lm_head.weight"
-# Numbers of two tensors that are compared at a time.
-COMPARED = 2**24
+# Numbers of two tensors compared at a time.
+COMPARE_CHUNK = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """One tensor of a file."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     start: int
-    """Byte of the file where its numbers begin."""
+    """Byte offset of its data in the file."""
 
 
-def find_leaves(directory: Path, tree: PyTree) -> tuple[list[Leaf], Mapping[str, Stored]]:
-    """The leaves of `tree` with the names that this directory uses, and where each of its tensors is.
+def find_leaves(directory: Path, tree: PyTree) -> tuple[list[Leaf], Mapping[str, StoredTensor]]:
+    """Return the leaves of `tree` with this directory's tensor names, and the stored tensors by name.
 
-    Raises UserError that lists all at once: files missing, unreadable or cut short, tensors missing, unexpected, misshapen or of
-    another dtype; and for a head of its own in a model that config.json says has none.
+    Raises:
+        UserError: with all problems in one message: files missing, unreadable or truncated; tensors missing, unexpected, of a wrong
+            shape or dtype; a separate head in a model whose config.json ties it to the embedding.
     """
     problems: list[str] = []
     stored = _index(directory, problems)
     if problems:
         raise UserError("\n".join(problems))
-    # A vision model's text part stands under another name.
+    # The text part of a multimodal model has another prefix.
     prefixes = ("model.", "model.language_model.", "language_model.model.")
     prefix = next((p for p in prefixes if f"{p}embed_tokens.weight" in stored), "model.")
     if prefix == "language_model.model." and "language_model.lm_head.weight" in stored:
@@ -73,22 +74,22 @@ def find_leaves(directory: Path, tree: PyTree) -> tuple[list[Leaf], Mapping[str,
     return found, stored
 
 
-def _equal(a: Stored, b: Stored) -> bool:
-    """Whether two tensors of one shape hold the same numbers, read in pieces."""
+def _equal(a: StoredTensor, b: StoredTensor) -> bool:
+    """Return whether two tensors of the same shape hold the same numbers, reading them in chunks."""
 
-    def numbers(of: Stored, start: int) -> np.ndarray:
-        dtype = DTYPES[of.dtype]
-        return np.fromfile(of.file, dtype, COMPARED, offset=of.start + start * dtype.itemsize)
+    def numbers(tensor: StoredTensor, start: int) -> np.ndarray:
+        dtype = DTYPES[tensor.dtype]
+        return np.fromfile(tensor.file, dtype, COMPARE_CHUNK, offset=tensor.start + start * dtype.itemsize)
 
     size = math.prod(a.shape)
-    for start in range(0, size, COMPARED):
-        pair = (numbers(of, start)[: size - start].astype(np.float32) for of in (a, b))
+    for start in range(0, size, COMPARE_CHUNK):
+        pair = (numbers(tensor, start)[: size - start].astype(np.float32) for tensor in (a, b))
         if not np.array_equal(*pair, equal_nan=True):
             return False
     return True
 
 
-def _index(directory: Path, problems: list[str]) -> dict[str, Stored]:
+def _index(directory: Path, problems: list[str]) -> dict[str, StoredTensor]:
     if (directory / INDEX).exists():
         placed = read_json(directory / INDEX).get("weight_map")
         if not isinstance(placed, dict) or not all(isinstance(f, str) and Path(f).name == f for f in placed.values()):
@@ -103,13 +104,13 @@ def _index(directory: Path, problems: list[str]) -> dict[str, Stored]:
     else:
         problems.append(_no_weights(directory))
         return {}
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for name in sorted({SINGLE} if placed is None else set(placed.values())):
         inside = _read_header(directory / name, problems)
         listed = inside if placed is None else {tensor for tensor, file in placed.items() if file == name}
         if inside is not None:
             _list(f"{directory / INDEX}: tensors that {name} does not hold", sorted(listed - inside.keys()), problems)
-            # What the index puts into another file counts there; what it does not name at all is unexpected.
+            # A tensor that the index maps to another file counts there; one that it does not name at all is unexpected.
             found |= {t: s for t, s in inside.items() if placed is None or placed.get(t, name) == name}
     return found
 
@@ -118,19 +119,19 @@ def _no_weights(directory: Path) -> str:
     pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
     if pickles:
         return (
-            f"{directory}: got pickle files ({', '.join(pickles[:SHOWN])}), want safetensors: opening a pickle runs whatever code "
+            f"{directory}: got pickle files ({', '.join(pickles[:MAX_SHOWN])}), want safetensors: opening a pickle runs any code "
             "is in it; save the model with transformers' save_pretrained, which writes safetensors"
         )
     return f"{directory}: got neither {SINGLE} nor {INDEX}, want one of them"
 
 
-def _read_header(path: Path, problems: list[str]) -> dict[str, Stored] | None:
+def _read_header(path: Path, problems: list[str]) -> dict[str, StoredTensor] | None:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size - 8, HEADER_BYTES):
-                raise ValueError(f"it says that it has {length:,} bytes, of a file of {size:,}")
+                raise ValueError(f"it claims {length:,} bytes, in a file of {size:,}")
             header = json.loads(file.read(length))
         if not isinstance(header, dict):
             raise ValueError(f"got {type(header).__name__}, want a JSON object")
@@ -153,8 +154,8 @@ def _read_header(path: Path, problems: list[str]) -> dict[str, Stored] | None:
     return {name: stored for name, (stored, _) in found.items()}
 
 
-def _stored(path: Path, begin: int, name: str, entry: Any) -> tuple[Stored, int]:
-    """The tensor, and the byte behind its numbers. Raises ValueError in words."""
+def _stored(path: Path, begin: int, name: str, entry: Any) -> tuple[StoredTensor, int]:
+    """Return the tensor and the byte after its data. Raises ValueError for a malformed header entry."""
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, place = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str):
@@ -162,21 +163,21 @@ def _stored(path: Path, begin: int, name: str, entry: Any) -> tuple[Stored, int]
     if not _are_counts(shape):
         raise ValueError(f"{name[:80]}: shape: got {json.dumps(shape)[:80]}, want whole numbers")
     if not _are_counts(place) or len(place) != 2 or place[0] > place[1]:
-        raise ValueError(f"{name[:80]}: data_offsets: got {json.dumps(place)[:80]}, want where it begins and ends")
-    if dtype in WIDTHS and place[1] - place[0] != (want := math.prod(shape) * WIDTHS[dtype]):
+        raise ValueError(f"{name[:80]}: data_offsets: got {json.dumps(place)[:80]}, want [begin, end]")
+    if dtype in ITEM_BYTES and place[1] - place[0] != (want := math.prod(shape) * ITEM_BYTES[dtype]):
         raise ValueError(
             f"{name[:80]}: data_offsets: got {place[1] - place[0]} bytes, want {want:.20g} by shape and dtype"
         )
-    return Stored(path, dtype, tuple(shape), begin + place[0]), begin + place[1]
+    return StoredTensor(path, dtype, tuple(shape), begin + place[0]), begin + place[1]
 
 
 def _are_counts(value: Any) -> bool:
-    """Few enough, and small enough, for their product to be a number."""
+    """Return whether `value` is a list of at most 16 integers from 0 to 2^63 - 1, so that their product stays manageable."""
     return isinstance(value, list) and len(value) <= 16 and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
-def _end(found: Mapping[str, tuple[Stored, int]], begin: int) -> int | str:
-    """Where the file ends by its header; or the tensor that does not begin where the one before it ends."""
+def _end(found: Mapping[str, tuple[StoredTensor, int]], begin: int) -> int | str:
+    """Return the file's size by its header, or a message about a tensor that does not begin where the one before it ends."""
     for name, (stored, end) in sorted(found.items(), key=lambda item: (item[1][0].start, item[1][1])):
         if stored.start != begin:
             return f"got {name[:80]} at byte {stored.start}, want it at {begin}, where the tensor before it ends"
@@ -184,27 +185,27 @@ def _end(found: Mapping[str, tuple[Stored, int]], begin: int) -> int | str:
     return begin
 
 
-def _compare(directory: Path, found: list[Leaf], stored: Mapping[str, Stored], problems: list[str]) -> None:
+def _compare(directory: Path, found: list[Leaf], stored: Mapping[str, StoredTensor], problems: list[str]) -> None:
     wanted = {name: leaf.shape(piece) for name, leaf, piece in tensors(found)}
     # A tied head that was saved as well: the embedding's copy.
     embedding = next(shape for name, shape in wanted.items() if name.endswith("embed_tokens.weight"))
     allowed = {n for n, s in stored.items() if n == HEAD and s.shape == embedding and s.dtype in DTYPES}
-    allowed |= {n for n in stored if BUFFERS.match(n)}
+    allowed |= {n for n in stored if ROTARY_BUFFERS.match(n)}
     if read_json(directory / "config.json").get("architectures") == [WITH_VISION]:
-        allowed |= {n for n in stored if EYES.match(n)}
+        allowed |= {n for n in stored if VISION_TENSORS.match(n)}
     _list(f"{directory}: tensors missing", [n for n in wanted if n not in stored], problems)
     extra = sorted(n for n in stored if n not in wanted and n not in allowed)
     extra = [f"{n} ({stored[n].file.name})" for n in extra]
-    _list(f"{directory}: tensors that config.json has no place for", extra, problems)
+    _list(f"{directory}: tensors that the model of config.json does not have", extra, problems)
     both = [(name, shape, stored[name]) for name, shape in wanted.items() if name in stored]
     wrong = [(n, shape, s) for n, shape, s in both if s.shape != shape]
     shapes = [f"{n} ({s.file.name}): got {list(s.shape)}, want {list(shape)}" for n, shape, s in wrong]
-    _list(f"{directory}: tensors of a shape that config.json does not say", shapes, problems)
+    _list(f"{directory}: tensors of another shape than by config.json", shapes, problems)
     types = [f"{n} ({s.file.name}): got {s.dtype}" for n, _, s in both if s.dtype not in DTYPES]
     _list(f"{directory}: tensors of a dtype other than {', '.join(DTYPES)}", types, problems)
 
 
 def _list(what: str, lines: Iterable[str], problems: list[str]) -> None:
     if lines := list(lines):
-        more = f"; and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
-        problems.append(f"{what}: {'; '.join(lines[:SHOWN])}{more}")
+        more = f"; and {len(lines) - MAX_SHOWN} more" if len(lines) > MAX_SHOWN else ""
+        problems.append(f"{what}: {'; '.join(lines[:MAX_SHOWN])}{more}")

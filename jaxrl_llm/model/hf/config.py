@@ -1,7 +1,7 @@
-"""config.json to ModelConfig.
+"""Read config.json into a ModelConfig.
 
-Reads the form of transformers 4 (rope_theta, rope_scaling) and that of 5 (rope_parameters, layer_types).
-Nothing is guessed: a key that asks for what the transformer cannot do is refused by name, all such keys at once.
+Both forms are read: that of transformers 4 (rope_theta, rope_scaling) and that of 5 (rope_parameters, layer_types).
+Nothing is guessed: every key with a value that the transformer does not support is refused by name, all in one message.
 """
 
 import json
@@ -16,16 +16,21 @@ from jaxrl_llm.model.hf.families import FAMILIES, GEMMA3_SIZES, Family
 
 ACTIVATIONS: Mapping[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-# Far above any model, and small enough that whatever is made of a wrong one ends at once.
-MOST = {"num_hidden_layers": 10_000, "num_experts": 100_000, "max_position_embeddings": 2**40, "sliding_window": 2**40}
-MOST_ELSE, MOST_MATRICES, LARGEST = 2**26, 10**6, 1e30
-MAX_BYTES = 2**28
-# Gemma 3 with eyes: the text model inside is read, the rest is left alone.
+# Far above any model, and small enough that nothing computed from a wrong value takes long.
+MAX_BY_KEY = {
+    "num_hidden_layers": 10_000,
+    "num_experts": 100_000,
+    "max_position_embeddings": 2**40,
+    "sliding_window": 2**40,
+}
+MAX_COUNT, MAX_EXPERTS, MAX_NUMBER = 2**26, 10**6, 1e30
+MAX_JSON_BYTES = 2**28
+# Multimodal Gemma 3: its text model is read, its vision tower ignored.
 WITH_VISION = "Gemma3ForConditionalGeneration"
 
 
 class _Keys:
-    """Typed reading of one JSON object; what is wrong gathers in `problems`, each line with the key's full name."""
+    """Typed access to one JSON object; errors are collected in `problems`, each with the key's full name."""
 
     def __init__(self, values: Mapping[str, Any], prefix: str, problems: list[str]):
         self.values, self.prefix, self.problems = values, prefix, problems
@@ -38,12 +43,12 @@ class _Keys:
         return self.values.get(key)
 
     def count(self, key: str) -> int:
-        """A positive integer; 1 in its place where it is none, so that reading goes on."""
+        """A positive integer; 1 if it is not one, so that reading continues."""
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             self.refuse(key, "a whole number of at least 1")
             return 1
-        if value > (most := MOST.get(key, MOST_ELSE)):
+        if value > (most := MAX_BY_KEY.get(key, MAX_COUNT)):
             self.refuse(key, f"{most:,} at most")
             return 1
         return value
@@ -53,8 +58,8 @@ class _Keys:
 
     def positive(self, key: str) -> float:
         value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
-            self.refuse(key, "a number above 0" + (f", {LARGEST:g} at most" if _is_large(value) else ""))
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_NUMBER:
+            self.refuse(key, "a number above 0" + (f", {MAX_NUMBER:g} at most" if _is_large(value) else ""))
             return 1.0
         return float(value)
 
@@ -62,7 +67,7 @@ class _Keys:
         return None if self.get(key) is None else self.positive(key)
 
     def positive_or(self, key: str, default: float) -> float:
-        """`default` where there is nothing, or 0, as transformers has it."""
+        """A positive number; `default` for a missing key or 0, as in transformers."""
         return default if self.get(key) in (None, 0) else self.positive(key)
 
     def flag(self, key: str) -> bool:
@@ -71,7 +76,7 @@ class _Keys:
         return bool(self.get(key))
 
     def word(self, key: str, allowed: tuple[str, ...]) -> str:
-        """One of `allowed`; the first in its place where it is none."""
+        """One of `allowed`; the first if it is not one of them."""
         value = self.get(key)
         if not isinstance(value, str) or value not in allowed:
             self.refuse(key, f"one of {', '.join(allowed)}")
@@ -79,20 +84,20 @@ class _Keys:
         return value
 
     def only(self, key: str, allowed: tuple[Any, ...], why: str) -> None:
-        """Refuse a key that is there with a value that the transformer cannot be."""
+        """Refuse a key that is present with another value than `allowed`."""
         if key in self.values and self.values[key] not in allowed:
             self.refuse(key, f"{' or '.join(json.dumps(a) for a in allowed)}: {why}")
 
 
 def _is_large(value: Any) -> bool:
-    return isinstance(value, int | float) and value > LARGEST
+    return isinstance(value, int | float) and value > MAX_NUMBER
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises UserError where the file is missing or holds no JSON object."""
+    """Return the JSON object in a file. Raises UserError if the file is missing or holds anything else."""
     try:
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise UserError(f"{path}: got {size:,} bytes, want a JSON object of {MAX_BYTES:,} at most")
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise UserError(f"{path}: got {size:,} bytes, want a JSON object of {MAX_JSON_BYTES:,} at most")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
@@ -108,15 +113,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(directory: str | Path, compute: Literal["float32", "bfloat16"] = "float32") -> ModelConfig:
-    """The numbers of a model directory's config.json, and `compute`.
+    """Return the ModelConfig of a model directory's config.json, with the compute dtype `compute`.
 
-    Raises UserError for a missing file, an unknown architecture, and for every key that is wrong or out of reach, together.
+    Raises:
+        UserError: the file is missing, or the architecture unknown; or with every invalid or unsupported key in one message.
     """
     path = Path(directory) / "config.json"
     family, given = _family(read_json(path), path)
     problems: list[str] = []
     keys = _Keys({**family.defaults, **given}, f"{path}: ", problems)
-    _refuse_what_we_cannot_be(keys, family)
+    _refuse_unsupported(keys, family)
     heads, d_model, layers = (keys.count(k) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
     sliding = _sliding(keys, family, layers)
     theta, scaling, local_theta = _rope(keys, family)
@@ -151,8 +157,8 @@ def read_config(directory: str | Path, compute: Literal["float32", "bfloat16"] =
         norm_top_k=keys.flag("norm_topk_prob") if family.experts else True,
         compute=compute,
     )
-    if cfg.layers * cfg.experts > MOST_MATRICES:
-        keys.refuse("num_experts", f"{MOST_MATRICES:,} at most, all of {cfg.layers:,} layers together")
+    if cfg.layers * cfg.experts > MAX_EXPERTS:
+        keys.refuse("num_experts", f"{MAX_EXPERTS:,} at most, all of {cfg.layers:,} layers together")
     problems += [f"{path}: {line}" for line in ([] if problems else cfg.problems(tensor=1))]
     if problems:
         raise UserError("\n".join(problems))
@@ -160,7 +166,7 @@ def read_config(directory: str | Path, compute: Literal["float32", "bfloat16"] =
 
 
 def _family(given: dict[str, Any], path: Path) -> tuple[Family, dict[str, Any]]:
-    """The family, and the object that holds its keys."""
+    """Return the family, and the JSON object with its keys."""
     named = given.get("architectures")
     if not named:
         by_type = {family.model_type: name for name, family in FAMILIES.items()}
@@ -180,54 +186,55 @@ def _family(given: dict[str, Any], path: Path) -> tuple[Family, dict[str, Any]]:
     return FAMILIES[name], given
 
 
-def _refuse_what_we_cannot_be(keys: _Keys, family: Family) -> None:
+def _refuse_unsupported(keys: _Keys, family: Family) -> None:
     if not family.qkv_bias:
-        keys.only("attention_bias", (False, None), "there is no bias behind attention")
-    keys.only("mlp_bias", (False, None), "there is no bias in the MLP")
+        keys.only("attention_bias", (False, None), "attention has no bias")
+    keys.only("mlp_bias", (False, None), "the MLP has no bias")
     keys.only("quantization_config", (None,), "pass a checkpoint that is not quantized")
     keys.only("use_bidirectional_attention", (False, None), "attention is causal")
-    keys.only("partial_rotary_factor", (None, 1, 1.0), "all of a head is turned")
+    keys.only("partial_rotary_factor", (None, 1, 1.0), "all dimensions of a head are rotated")
     if family.gemma and family.qk_norm:
-        keys.only("attn_logit_softcapping", (None,), "Gemma 3 is made without, and transformers does not read it")
+        keys.only("attn_logit_softcapping", (None,), "Gemma 3 has no soft cap, and transformers ignores this key")
     if family.experts:
-        keys.only("decoder_sparse_step", (1,), "layers are alike")
+        keys.only("decoder_sparse_step", (1,), "every layer has experts")
         if keys.get("mlp_only_layers"):
-            keys.refuse("mlp_only_layers", "[]: layers are alike")
+            keys.refuse("mlp_only_layers", "[]: every layer has experts")
 
 
 def _sliding(keys: _Keys, family: Family, layers: int) -> tuple[bool, ...]:
-    """Which layers slide; empty where none does."""
+    """Return, per layer, whether it has a sliding window; empty if no layer has."""
     window, types = keys.get("sliding_window"), keys.get("layer_types")
     if "use_sliding_window" in family.defaults and not keys.flag("use_sliding_window"):
         window = None
-    whole = family.experts or not (family.gemma or "max_window_layers" in family.defaults)
-    if types is not None and not _are_layer_types(keys, types, layers, alike=whole):
+    uniform = family.experts or not (family.gemma or "max_window_layers" in family.defaults)
+    if types is not None and not _are_layer_types(keys, types, layers, uniform):
         return ()
-    if types is not None and not whole:
+    if types is not None and not uniform:
         sliding = tuple(kind == "sliding_attention" for kind in types)
     elif "sliding_window_pattern" in family.defaults:
         pattern = keys.count("sliding_window_pattern")
         sliding = tuple((i + 1) % pattern != 0 for i in range(layers))
     elif family.gemma:
         sliding = tuple(i % 2 == 0 for i in range(layers))
-    elif whole:
+    elif uniform:
         sliding = (window is not None and "sliding_window" in family.defaults,) * layers
     else:
         full = keys.count_or_zero("max_window_layers")
         sliding = tuple(window is not None and i >= full for i in range(layers))
     if any(sliding) and window is None:
         keys.refuse(
-            "sliding_window", "a whole number of at least 1, for the layers that slide (use_sliding_window true)"
+            "sliding_window",
+            "a whole number of at least 1, for the layers with a sliding window (use_sliding_window true)",
         )
         return ()
     return sliding if any(sliding) else ()
 
 
-def _are_layer_types(keys: _Keys, types: Any, layers: int, alike: bool) -> bool:
+def _are_layer_types(keys: _Keys, types: Any, layers: int, uniform: bool) -> bool:
     known = ("sliding_attention", "full_attention")
     if not isinstance(types, list) or len(types) != layers or not all(kind in known for kind in types):
         keys.refuse("layer_types", f"{' or '.join(known)} for each of {layers} layers")
-    elif alike and len(set(types)) > 1:
+    elif uniform and len(set(types)) > 1:
         keys.refuse("layer_types", "the same for all layers of this architecture")
     else:
         return True
@@ -235,13 +242,17 @@ def _are_layer_types(keys: _Keys, types: Any, layers: int, alike: bool) -> bool:
 
 
 def _rope(keys: _Keys, family: Family) -> tuple[float, RopeScaling | None, float | None]:
-    """theta, the scaling, and the sliding layers' own theta."""
+    """Return theta, the scaling, and the theta of sliding layers (None for families with a single theta)."""
     name = "rope_scaling" if keys.get("rope_scaling") else "rope_parameters"
     given = keys.get(name) or {}
     nested = isinstance(given, dict) and any(key in given for key in ("full_attention", "sliding_attention"))
-    two = "rope_local_base_freq" in family.defaults
+    has_local_theta = "rope_local_base_freq" in family.defaults
     parts = [given.get(part) or {} for part in ("full_attention", "sliding_attention")] if nested else []
-    if not isinstance(given, dict) or (nested and not two) or not all(isinstance(part, dict) for part in parts):
+    if (
+        not isinstance(given, dict)
+        or (nested and not has_local_theta)
+        or not all(isinstance(part, dict) for part in parts)
+    ):
         keys.refuse(name, "one object for all layers")
         return 1.0, None, None
     full, local = parts if nested else (given, {})
@@ -249,24 +260,24 @@ def _rope(keys: _Keys, family: Family) -> tuple[float, RopeScaling | None, float
     outer = {k: keys.get(k) for k in ("rope_theta", "max_position_embeddings", "original_max_position_embeddings")}
     scaling = _scaling(_Keys({**outer, **full}, where, keys.problems), outer["original_max_position_embeddings"])
     theta = _Keys({**outer, **full}, where, keys.problems).positive("rope_theta")
-    if not two:
+    if not has_local_theta:
         return theta, scaling, None
     inner = _Keys(
         {"rope_theta": keys.get("rope_local_base_freq"), **local},
         f"{keys.prefix}{name}.sliding_attention.",
         keys.problems,
     )
-    inner.only("rope_type", ("default",), "sliding layers are not scaled")
+    inner.only("rope_type", ("default",), "RoPE is not scaled in sliding layers")
     return theta, scaling, inner.positive("rope_theta")
 
 
 def _scaling(keys: _Keys, outer_original: Any) -> RopeScaling | None:
-    keys.only("partial_rotary_factor", (None, 1, 1.0), "all of a head is turned")
+    keys.only("partial_rotary_factor", (None, 1, 1.0), "all dimensions of a head are rotated")
     name = "rope_type" if "rope_type" in keys.values else "type"
     kind = keys.word(name, ROPE_TYPES) if name in keys.values else "default"
     if kind == "default":
         return None
-    # transformers lets the outer key win where there is one, and takes the whole length where there is none.
+    # As in transformers: the outer key takes precedence; without either, the whole length.
     original = (
         outer_original or keys.values.get("original_max_position_embeddings") or keys.get("max_position_embeddings")
     )
@@ -294,9 +305,9 @@ def _scaling(keys: _Keys, outer_original: Any) -> RopeScaling | None:
 
 
 def _attention_factor(keys: _Keys, factor: float) -> float | None:
-    """Given, or from DeepSeek's two mscales; None leaves it to YarnRope's own rule."""
+    """Return the given factor, or the one of DeepSeek's two mscales; None: the default of YarnRope."""
     both = ("mscale", "mscale_all_dim")
     if keys.get("attention_factor") is not None or not all(map(keys.get, both)):
         return keys.positive_or_none("attention_factor")
-    above, below = (0.1 * keys.positive(m) * math.log(max(factor, 1.0)) + 1.0 for m in both)
-    return above / below
+    numerator, denominator = (0.1 * keys.positive(m) * math.log(max(factor, 1.0)) + 1.0 for m in both)
+    return numerator / denominator

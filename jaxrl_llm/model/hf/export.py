@@ -1,4 +1,4 @@
-"""Parameters to a Hugging Face directory that transformers loads: config.json, generation_config.json, safetensors with index."""
+"""Export of parameters as a Hugging Face directory: config.json, generation_config.json, and safetensors with an index."""
 
 import dataclasses
 import json
@@ -35,19 +35,19 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class ConfigFiles:
-    """Where config.json and generation_config.json come from, and what goes into them."""
+    """Source and contents of config.json and generation_config.json."""
 
     source: str | Path | None = None
-    """The directory the model came from: both of its files are kept, but for the dtype. None: both are made."""
+    """Directory that the model was loaded from: both of its files are kept, except for the dtype. None: both are created."""
     length: int = 4096
-    """max_position_embeddings of a config.json that is made."""
+    """max_position_embeddings of a created config.json."""
     eos: tuple[int, ...] = ()
-    """Goes, where given, into both files; so does `pad`."""
+    """Written to both files if not empty; so is `pad` if not None."""
     pad: int | None = None
 
     @property
     def ids(self) -> dict[str, Any]:
-        """`eos` and `pad`, under the names that both files have for them."""
+        """`eos` and `pad` under their keys in both files."""
         eos = {"eos_token_id": self.eos[0] if len(self.eos) == 1 else list(self.eos)} if self.eos else {}
         return eos if self.pad is None else eos | {"pad_token_id": self.pad}
 
@@ -62,37 +62,40 @@ def export(
     save_tokenizer: Callable[[Path], object] | None = None,
     max_shard_bytes: int = 4 * 10**9,
 ) -> None:
-    """Write a model as `directory`, whole or not at all. Every process calls this; the first one writes. The host holds one file's
-    tensors at a time.
+    """Write a model to `directory`, atomically. Every process calls this; the first one writes. The host holds the tensors of one
+    file at a time.
 
     Args:
         params: layers stacked, or one entry per layer; on any mesh.
         cfg: the model.
-        directory: a new or an empty one.
-        dtype: of the tensors in the files.
-        files: config.json and generation_config.json.
+        directory: new or empty.
+        dtype: dtype of the tensors in the files.
+        files: source and contents of config.json and generation_config.json.
         save_tokenizer: `save_tokenizer(path)` writes the tokenizer's files into a directory.
-        max_shard_bytes: bytes of a file of tensors at most.
+        max_shard_bytes: maximum bytes per file of tensors.
 
     Raises:
-        UserError: the directory has something in it, or `cfg` is no family, or not that of `files.source`.
+        UserError: the directory is not empty, or `cfg` belongs to no family, or differs from that of `files.source`.
     """
     texts = {"config.json": _config(cfg, dtype, files), "generation_config.json": _generation(files)}
-    with whole(Path(directory), texts) as building:
+    with atomic_directory(Path(directory), texts) as building:
         if building is not None and save_tokenizer is not None:
             try:
                 save_tokenizer(building)
-            except Exception as error:  # the libraries beneath have no type of their own for a full disk
+            except Exception as error:  # tokenizer libraries have no exception type for a full disk
                 raise UserError(f"{directory}: the tokenizer cannot be written: {error}") from None
         _write_tensors(params, cfg, building, jnp.dtype(dtype), max_shard_bytes)
 
 
 @contextmanager
-def whole(directory: Path, texts: Mapping[str, Any]) -> Iterator[Path | None]:
-    """Where to build `directory`, which appears at the end, whole, or not at all; None in all processes but the first. `texts` are
-    in it already, JSON by file name. Raises UserError for a place that is taken or cannot be written."""
+def atomic_directory(directory: Path, texts: Mapping[str, Any]) -> Iterator[Path | None]:
+    """Yield a temporary directory that becomes `directory` on success and is removed on failure; None in all processes but the
+    first.
+
+    It already contains `texts`, JSON by file name. Raises UserError if `directory` is not empty or cannot be written.
+    """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory}: got a place that is taken, want a new or an empty directory")
+        raise UserError(f"{directory}: got a file or a directory that is not empty, want a new or an empty directory")
     building = directory.with_name(f".{directory.name}.{os.getpid()}.part")
     first = jax.process_index() == 0
     try:
@@ -129,7 +132,7 @@ def _config(cfg: ModelConfig, dtype: Dtype, files: ConfigFiles) -> dict[str, Any
         key: value for key, value in given.items() if key not in ("torch_dtype", "transformers_version", "auto_map")
     }
     if isinstance(given.get("text_config"), dict):
-        # The text model alone is what we hold, and it is an architecture of its own.
+        # Only the text model was loaded, which is an architecture by itself.
         return write_config(cfg, dtype, given["text_config"].get("max_position_embeddings", files.length)) | files.ids
     return kept | {"dtype": dtype} | files.ids
 
@@ -141,8 +144,8 @@ def _generation(files: ConfigFiles) -> dict[str, Any]:
 
 
 def _write_tensors(params: PyTree, cfg: ModelConfig, directory: Path | None, dtype: np.dtype, max_bytes: int) -> None:
-    """Files of at most `max_bytes`, in the order of the layers; `directory` None takes part in gathering and writes nothing."""
-    # One entry a layer, whatever `params` has: a file then holds neighbors.
+    """Write files of at most `max_bytes` in the order of the layers. If `directory` is None, only take part in gathering."""
+    # One entry per layer, whether or not `params` is stacked: a file then holds consecutive layers.
     found = leaves(unstack(specs(cfg), cfg.layers))
     sizes = {name: math.prod(leaf.shape(piece)) * dtype.itemsize for name, leaf, piece in tensors(found)}
     plan = split_state_dict_into_shards_factory(
@@ -168,7 +171,7 @@ def _write_tensors(params: PyTree, cfg: ModelConfig, directory: Path | None, dty
 
 
 def _numbers(params: PyTree, found: list[Leaf], dtype: np.dtype, keep: bool) -> Iterator[tuple[str, np.ndarray]]:
-    """Each tensor's name and numbers, one leaf of one layer gathered at a time."""
+    """Yield each tensor's name and values, gathering one leaf of one layer at a time."""
     for leaf in found:
         numbers = _gather(params, leaf, dtype)
         if keep:
@@ -177,38 +180,38 @@ def _numbers(params: PyTree, found: list[Leaf], dtype: np.dtype, keep: bool) -> 
 
 
 def _gather(params: PyTree, leaf: Leaf, dtype: np.dtype) -> np.ndarray:
-    """A leaf of one layer as a NumPy array, on every host."""
+    """Return a leaf of one layer as a NumPy array, on every host."""
     if leaf.path[0] == "layers" and isinstance(params["layers"], dict):
         _, layer, name = leaf.path
         joined = name in GATE_UP
-        whole = params["layers"]["gate_up" if joined else name]
+        stored = params["layers"]["gate_up" if joined else name]
         index = (layer, GATE_UP.index(name)) if joined else (layer,)
     else:
-        whole, index = params, ()
+        stored, index = params, ()
         for key in leaf.path:
-            whole = whole[key]
-    everywhere = NamedSharding(whole.sharding.mesh, PartitionSpec())
-    return np.asarray(_taker(dtype, everywhere)(whole, index).addressable_data(0))
+            stored = stored[key]
+    replicated = NamedSharding(stored.sharding.mesh, PartitionSpec())
+    return np.asarray(_taker(dtype, replicated)(stored, index).addressable_data(0))
 
 
 @cache
-def _taker(dtype: np.dtype, everywhere: NamedSharding) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]:
-    """The entry `index` of a leaf, all of it where that is empty, cast, on every device."""
+def _taker(dtype: np.dtype, replicated: NamedSharding) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]:
+    """Return a compiled function (leaf, index) -> the leaf's entry `index`, or all of it if empty, cast and replicated."""
 
-    def take(one: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+    def take(x: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
         for i in index:
-            one = jax.lax.dynamic_index_in_dim(one, i, keepdims=False)
-        return one.astype(dtype)
+            x = jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+        return x.astype(dtype)
 
-    return jax.jit(take, out_shardings=everywhere)
+    return jax.jit(take, out_shardings=replicated)
 
 
 def _cut_out(leaf: Leaf, piece: Piece, numbers: np.ndarray) -> np.ndarray:
-    """The tensor that is this piece of the leaf, in the file's own order of dims."""
+    """Return the tensor that is this piece of the leaf, in the file's order of dimensions."""
     block: list[int | slice] = []
-    for letter in leaf.letters:
+    for letter in leaf.dims:
         at = piece.at.get(letter, slice(None))
         block.append(slice(at.start, at.stop) if isinstance(at, range) else at)
-    kept = "".join(letter for letter in leaf.letters if not isinstance(piece.at.get(letter), int))
-    turned = numbers[tuple(block)].transpose([kept.index(letter) for dim in piece.dims for letter in dim])
-    return np.ascontiguousarray(turned.reshape(leaf.shape(piece)))
+    kept = "".join(letter for letter in leaf.dims if not isinstance(piece.at.get(letter), int))
+    transposed = numbers[tuple(block)].transpose([kept.index(letter) for dim in piece.dims for letter in dim])
+    return np.ascontiguousarray(transposed.reshape(leaf.shape(piece)))

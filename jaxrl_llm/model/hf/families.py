@@ -1,4 +1,4 @@
-"""The architectures of config.json that the transformer can be, and what transformers 5.23 assumes where a file is silent."""
+"""Supported architectures of config.json, with the defaults of transformers 5.23 for keys that a file leaves out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: the `model_type` of its files, and the values of keys that they may leave out."""
+    """One architecture: the `model_type` of its files, and defaults for keys that they may leave out."""
 
     architecture: str
     model_type: str
     defaults: Mapping[str, Any]
     gemma: bool = False
-    """Norms multiply by 1 + w and stand behind attention and MLP too; embeddings are scaled; scores have a scale of their own."""
+    """Norms multiply by 1 + w and also follow attention and MLP; embeddings are scaled; attention has a `query_pre_attn_scalar`."""
     qk_norm: bool = False
     qkv_bias: bool = False
     experts: bool = False
@@ -95,7 +95,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     }
 )
 
-# Gemma 3 with eyes leaves even these out of its text_config.
+# Defaults of a multimodal Gemma 3, which leaves even the sizes out of its text_config.
 GEMMA3_SIZES: Mapping[str, int] = MappingProxyType(
     {
         "vocab_size": 262_208,

@@ -1,4 +1,4 @@
-"""Numbers of a model directory straight onto the mesh: each host reads its devices' pieces, and never a model or a leaf whole."""
+"""Loading of a model directory onto a mesh: each host reads only its devices' blocks, never a whole model or leaf."""
 
 import math
 import os
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 
-from jaxrl_llm.model.hf.checkpoint import Stored, find_leaves
+from jaxrl_llm.model.hf.checkpoint import StoredTensor, find_leaves
 from jaxrl_llm.model.hf.names import Leaf, Piece
 from jaxrl_llm.model.params import ParamSpec, is_spec
 from jaxrl_llm.parallel.layout import Layout
@@ -21,17 +21,24 @@ from jaxrl_llm.types import PyTree
 
 Box = tuple[slice, ...]
 
-# Bytes of a piece that lie on the host at a time, in each of WORKERS threads; a larger piece goes to its device in runs of layers.
-CHUNK = 2**27
+# Maximum bytes of a block on the host, per thread of WORKERS; a larger block goes to its device a few layers at a time.
+CHUNK_BYTES = 2**27
 WORKERS = min(4, os.cpu_count() or 1)
-# Bytes read through one opened file before it is opened anew: pages that a mapped file was read from count as memory in use.
-OPEN = 2**26
+# Bytes read through one opened file before it is reopened: pages read from a mapped file count as memory in use.
+MAX_MAPPED_BYTES = 2**26
 
 
 def load(directory: str | Path, specs: PyTree, layout: Layout, dtype: jnp.dtype) -> PyTree:
-    """The parameters that `specs` describes (layers stacked, or one entry a layer), in `layout`, cast to `dtype`.
+    """Return a directory's parameters on the mesh. The whole index is checked before any data is read.
 
-    The whole index is checked before a number is read. Raises UserError; see `checkpoint.find_leaves`.
+    Args:
+        directory: a Hugging Face model directory.
+        specs: the parameters' specs, layers stacked or one entry per layer.
+        layout: mesh and shardings.
+        dtype: dtype that the parameters are cast to.
+
+    Raises:
+        UserError: the files do not fit `specs`; see `checkpoint.find_leaves`.
     """
     found, stored = find_leaves(Path(directory), specs)
     dtype = np.dtype(dtype)
@@ -53,7 +60,7 @@ def _plain(path: tuple) -> tuple[str | int, ...]:
 
 
 def _holders(leaf: Leaf, layout: Layout) -> Iterator[tuple[Box, list[jax.Device]]]:
-    """The blocks that this host's devices hold, each once, with all the devices that hold it."""
+    """Yield each distinct block held by this host's devices, with the devices that hold it."""
     shape, found = leaf.spec.shape, {}
     for device, index in layout.sharding(leaf.spec.axes).addressable_devices_indices_map(shape).items():
         box = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
@@ -63,9 +70,9 @@ def _holders(leaf: Leaf, layout: Layout) -> Iterator[tuple[Box, list[jax.Device]
 
 
 def _place(
-    leaf: Leaf, stored: Mapping[str, Stored], box: Box, devices: list[jax.Device], dtype: np.dtype
+    leaf: Leaf, stored: Mapping[str, StoredTensor], box: Box, devices: list[jax.Device], dtype: np.dtype
 ) -> list[jax.Array]:
-    """The leaf's block `box` on each of `devices`."""
+    """Put the leaf's block `box` on each of `devices`."""
     runs = list(_runs(leaf, box, dtype))
     if len(runs) == 1:
         numbers = _read(leaf, stored, box, dtype)
@@ -81,21 +88,21 @@ def _place(
 
 
 def _runs(leaf: Leaf, box: Box, dtype: np.dtype) -> Iterator[Box]:
-    """`box` in runs along its first axis that hold `CHUNK` bytes, or one entry where that is more."""
+    """Split `box` along its first axis into blocks of at most `CHUNK_BYTES`, or of one entry if that is larger."""
     row = math.prod(s.stop - s.start for s in box[1:]) * dtype.itemsize
-    step = max(CHUNK // max(row, 1), 1)
+    step = max(CHUNK_BYTES // max(row, 1), 1)
     for start in range(box[0].start, box[0].stop, step):
         yield (slice(start, min(start + step, box[0].stop)), *box[1:])
 
 
 @cache
 def _writer() -> Callable[[jax.Array, jax.Array, int], jax.Array]:
-    """Rows of one array written into another in place, on the one device that holds both."""
+    """Return a compiled function that writes rows of one array into another in place, both on one device."""
     return jax.jit(partial(jax.lax.dynamic_update_slice_in_dim, axis=0), donate_argnums=0)
 
 
-def _read(leaf: Leaf, stored: Mapping[str, Stored], box: Box, dtype: np.dtype) -> np.ndarray:
-    """The leaf's block `box`, assembled from slices of its tensors."""
+def _read(leaf: Leaf, stored: Mapping[str, StoredTensor], box: Box, dtype: np.dtype) -> np.ndarray:
+    """Return the leaf's block `box`, assembled from slices of its tensors."""
     out = np.empty(tuple(s.stop - s.start for s in box), dtype)
     wanted = [
         (stored[piece.tensor], piece, cut) for piece in leaf.pieces if (cut := _cut(leaf, piece, box)) is not None
@@ -104,25 +111,25 @@ def _read(leaf: Leaf, stored: Mapping[str, Stored], box: Box, dtype: np.dtype) -
         with safe_open(file, framework="numpy") as handle:
             for piece, (source, inner, target) in group:
                 numbers = handle.get_slice(piece.tensor)[source]
-                _copy(out[target], _turn(leaf, piece, numbers, inner))
+                _copy(out[target], _transpose(leaf, piece, numbers, inner))
     return out
 
 
 class _Cut(NamedTuple):
-    """Where a piece meets a block of its leaf."""
+    """Intersection of a piece with a block of its leaf."""
 
     source: Box
-    """Of the tensor: of a product of letters all but the first are read whole."""
+    """Slices of the tensor: in a product of dimensions all but the first are read in full."""
     inner: dict[str, slice]
-    """What of the letters read whole is wanted."""
+    """Wanted slices of the dimensions that are read in full."""
     target: tuple[int | slice, ...]
-    """Of the block."""
+    """Indices into the block."""
 
 
 def _cut(leaf: Leaf, piece: Piece, box: Box) -> _Cut | None:
-    """None where piece and block do not meet."""
+    """Return the intersection; None if it is empty."""
     wanted, target = {}, []
-    for letter, cut in zip(leaf.letters, box, strict=True):
+    for letter, cut in zip(leaf.dims, box, strict=True):
         at = piece.at.get(letter, range(leaf.size(letter)))
         span = range(at, at + 1) if isinstance(at, int) else at
         low, high = max(cut.start, span.start), min(cut.stop, span.stop)
@@ -143,19 +150,19 @@ def _length(leaf: Leaf, piece: Piece, letter: str) -> int:
     return leaf.size(letter) if at is None else len(at)
 
 
-def _turn(leaf: Leaf, piece: Piece, numbers: np.ndarray, inner: dict[str, slice]) -> np.ndarray:
-    """What was read as a view in the order of the leaf's letters."""
-    letters = "".join(piece.dims)
+def _transpose(leaf: Leaf, piece: Piece, numbers: np.ndarray, inner: dict[str, slice]) -> np.ndarray:
+    """Return a view of the data that was read, in the leaf's order of dimensions."""
+    dims = "".join(piece.dims)
     shape: list[int] = []
     for (_, *rest), read in zip(piece.dims, numbers.shape, strict=True):
         whole = [_length(leaf, piece, letter) for letter in rest]
         shape += [read // math.prod(whole), *whole]
-    view = numbers.reshape(shape)[tuple(inner.get(letter, slice(None)) for letter in letters)]
-    return view.transpose([letters.index(letter) for letter in leaf.letters if letter in letters])
+    view = numbers.reshape(shape)[tuple(inner.get(letter, slice(None)) for letter in dims)]
+    return view.transpose([dims.index(letter) for letter in leaf.dims if letter in dims])
 
 
 def _copy(out: np.ndarray, view: np.ndarray) -> None:
-    """Cast and copy; across the grain in strips of a cache line, four times as fast as NumPy's own order."""
+    """Cast and copy; a transposed view in strips of one cache line, four times as fast as in NumPy's order."""
     strip = max(64 // out.itemsize, 1)
     if view.ndim < 2 or view.strides[-1] == view.itemsize or view.shape[-1] <= strip:
         out[...] = view
@@ -164,15 +171,15 @@ def _copy(out: np.ndarray, view: np.ndarray) -> None:
         out[..., start : start + strip] = view[..., start : start + strip]
 
 
-def _by_file(wanted: list[tuple[Stored, Piece, _Cut]]) -> Iterator[tuple[Path, list[tuple[Piece, _Cut]]]]:
-    """Groups that one opened file serves: neighbors in it, `OPEN` bytes of it at most."""
+def _by_file(wanted: list[tuple[StoredTensor, Piece, _Cut]]) -> Iterator[tuple[Path, list[tuple[Piece, _Cut]]]]:
+    """Group the pieces that are read through one opened file: neighbors in it, at most `MAX_MAPPED_BYTES` apart."""
     wanted = sorted(wanted, key=lambda item: (item[0].file, item[0].start))
-    group, begun = [], None
-    for place, piece, cut in wanted:
-        if begun and (place.file != begun.file or place.start - begun.start > OPEN):
-            yield begun.file, group
-            group, begun = [], None
-        begun = begun or place
+    group, first = [], None
+    for stored, piece, cut in wanted:
+        if first and (stored.file != first.file or stored.start - first.start > MAX_MAPPED_BYTES):
+            yield first.file, group
+            group, first = [], None
+        first = first or stored
         group.append((piece, cut))
-    if begun:
-        yield begun.file, group
+    if first:
+        yield first.file, group

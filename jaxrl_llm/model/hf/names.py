@@ -1,9 +1,9 @@
-"""The name map, as data: which tensor of a file is which block of which of our leaves, and how its dims lie there.
+"""Map from Hugging Face tensor names to parameters, as data: each tensor is a block of a leaf, with a given order of dimensions.
 
-Dims are letters: l layer, d model, k key/value head, g a head's place in its group, h head dim, c gate or up, f MLP width,
-e expert, v vocabulary. A leaf is a word over them, `qkv` is "dkgh"; a tensor's dim is a product of them, row-major: the rows of
-q_proj are "kgh". A piece stands at fixed letters: k_proj is the leaf's block g = G. Loading, checking and exporting are each
-a walk over the pieces.
+Dimensions have one letter each: l layer, d model, k key/value head, g query head within its key/value head, h head dim, c gate or
+up, f MLP width, e expert, v vocabulary. The leaf `qkv` is "dkgh"; a dimension of a tensor is a product of these, row-major: the
+rows of q_proj are "kgh". A piece can have fixed dimensions: k_proj is the block g = G of its leaf. Loading, checking and exporting
+each iterate over the pieces.
 """
 
 import math
@@ -21,34 +21,34 @@ class Piece(NamedTuple):
 
     tensor: str
     dims: tuple[str, ...]
-    """For each dim of the tensor the letters whose product it is."""
+    """For each dimension of the tensor, the leaf's dimensions whose product it is."""
     at: At
-    """Where it lies in the leaf: letters with one index, which the tensor lacks, or with a range, which is all of the tensor's."""
+    """Its block of the leaf: an index along a dimension that the tensor lacks, or a range along one that it has."""
 
 
 class Leaf(NamedTuple):
-    """One parameter of ours and the tensors that make it."""
+    """One leaf of the parameter tree and the tensors that it consists of."""
 
     path: tuple[str | int, ...]
     spec: ParamSpec
-    letters: str
+    dims: str
     pieces: tuple[Piece, ...]
 
     def size(self, letter: str) -> int:
-        return self.spec.shape[self.letters.index(letter)]
+        return self.spec.shape[self.dims.index(letter)]
 
     def shape(self, piece: Piece) -> tuple[int, ...]:
-        """The tensor's own shape."""
-        of = lambda letter: len(piece.at[letter]) if letter in piece.at else self.size(letter)  # noqa: E731
-        return tuple(math.prod(of(letter) for letter in dim) for dim in piece.dims)
+        """Return the tensor's shape."""
+        size = lambda letter: len(piece.at[letter]) if letter in piece.at else self.size(letter)  # noqa: E731
+        return tuple(math.prod(size(letter) for letter in dim) for dim in piece.dims)
 
 
-# suffix of the name, dims, place
+# (suffix of the name, dims, at)
 Entry = tuple[str, str, At]
 
 
 def _layer_entries(layer: Mapping[str, ParamSpec], fused: bool) -> dict[str, tuple[str, list[Entry]]]:
-    """Leaf name to its letters and tensors, for one layer."""
+    """Return each leaf's dimensions and tensors by the leaf's name, for one layer."""
     group = layer["qkv"].shape[-2] - 2
     heads: list[tuple[str, str, At]] = [
         ("q_proj", "kgh", {"g": range(group)}),
@@ -78,7 +78,8 @@ def _layer_entries(layer: Mapping[str, ParamSpec], fused: bool) -> dict[str, tup
 
 
 def _expert_entries(experts: int, fused: bool) -> dict[str, tuple[str, list[Entry]]]:
-    """A tensor an expert and matrix, as published checkpoints have it, or all experts in one, as transformers 5 holds them."""
+    """Return the experts' leaves: one tensor per expert and matrix, as in published checkpoints, or, `fused`, one for all experts,
+    as in transformers 5."""
     if fused:
         return {
             "gate_up": ("cedf", [("mlp.experts.gate_up_proj", "e cf d", {})]),
@@ -93,34 +94,37 @@ def _expert_entries(experts: int, fused: bool) -> dict[str, tuple[str, list[Entr
 
 
 def leaves(tree: PyTree, prefix: str = "model.", fused: bool = False) -> list[Leaf]:
-    """Every leaf of `specs(cfg)`, stacked or unstacked, with the tensors that make it.
+    """Return every leaf of `specs(cfg)`, stacked or unstacked, with its tensors.
 
-    `prefix` stands before every name but the head's. `fused`: the experts of a layer are one tensor.
+    Args:
+        tree: `specs(cfg)`.
+        prefix: prefix of every name except the head's.
+        fused: the experts of a layer are one tensor.
     """
     stacked = isinstance(tree["layers"], Mapping)
     found = [_leaf(("embed",), tree["embed"], "vd", [(f"{prefix}embed_tokens.weight", "v d", {})])]
     for index, layer in enumerate([tree["layers"]] if stacked else tree["layers"]):
-        for name, (letters, entries) in _layer_entries(layer, fused).items():
+        for name, (dims, entries) in _layer_entries(layer, fused).items():
             if stacked:
-                path, letters = ("layers", name), f"l{letters}"
+                path, dims = ("layers", name), f"l{dims}"
                 depth = range(layer[name].shape[0])
                 numbered = [(i, (s, dims, {"l": i, **at})) for i in depth for s, dims, at in entries]
             else:
                 path, numbered = ("layers", index, name), [(index, entry) for entry in entries]
             named = [(f"{prefix}layers.{i}.{suffix}", dims, at) for i, (suffix, dims, at) in numbered]
-            found.append(_leaf(path, layer[name], letters, named))
+            found.append(_leaf(path, layer[name], dims, named))
     found.append(_leaf(("final_norm",), tree["final_norm"], "d", [(f"{prefix}norm.weight", "d", {})]))
     if "head" in tree:
         found.append(_leaf(("head",), tree["head"], "vd", [("lm_head.weight", "v d", {})]))
     return found
 
 
-def _leaf(path: tuple[str | int, ...], spec: ParamSpec, letters: str, entries: list[Entry]) -> Leaf:
-    return Leaf(path, spec, letters, tuple(Piece(name, tuple(dims.split()), at) for name, dims, at in entries))
+def _leaf(path: tuple[str | int, ...], spec: ParamSpec, dims: str, entries: list[Entry]) -> Leaf:
+    return Leaf(path, spec, dims, tuple(Piece(name, tuple(dims.split()), at) for name, dims, at in entries))
 
 
 def tensors(found: list[Leaf]) -> Iterator[tuple[str, Leaf, Piece]]:
-    """Every tensor's name, with the leaf and the piece it is."""
+    """Yield every tensor's name with its leaf and piece."""
     for leaf in found:
         for piece in leaf.pieces:
             yield piece.tensor, leaf, piece

@@ -1,4 +1,4 @@
-"""Where a model is: a directory, or a name on the hub where there is internet."""
+"""Resolution of a model's path or hub name to a local directory."""
 
 import re
 from pathlib import Path
@@ -11,9 +11,9 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def resolve(name: str | Path, files: tuple[str, ...] = FILES) -> Path:
-    """The directory that `name` means: itself, or the hub's `files` of that name, downloaded once into the hub's cache.
+    """Return the directory itself, or that of the hub's `files` of this name, downloaded once into the hub's cache.
 
-    Raises UserError where it is neither, or the hub cannot be reached.
+    Raises UserError if it is neither, or the hub cannot be reached.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -33,10 +33,10 @@ def _download(name: str, files: tuple[str, ...]) -> Path:
 
     try:
         path = Path(snapshot_download(name, allow_patterns=files))
-    # Whatever the HTTP library of the day raises, beside the hub's own errors: to the user all say that there is no model.
+    # HTTP libraries raise types of their own beside the hub's; for the user all mean that there is no model.
     except Exception as error:
         raise UserError(
-            f"{name}: got neither a directory here nor a model that the hub gives us ({str(error).splitlines()[0][:200]}), "
+            f"{name}: got neither a local directory nor a model on the hub ({str(error).splitlines()[0][:200]}), "
             "want one of them; without internet pass the path of a local directory"
         ) from None
     if not (path / "config.json").is_file():

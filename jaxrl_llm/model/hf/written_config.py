@@ -1,4 +1,4 @@
-"""ModelConfig to config.json: which family a configuration is, and that family's keys."""
+"""Write a ModelConfig as config.json: find its family, and write that family's keys."""
 
 import dataclasses
 import math
@@ -11,10 +11,10 @@ from jaxrl_llm.model.hf.families import FAMILIES, Family
 
 
 def write_config(cfg: ModelConfig, dtype: str, length: int) -> dict[str, Any]:
-    """The config.json of the family that `cfg` is, in the form that transformers 4 and 5 both read.
+    """Return the config.json of the family of `cfg`, in a form that both transformers 4 and 5 read.
 
-    `dtype` is that of the tensors, `length` becomes max_position_embeddings. Raises UserError where `cfg` is no family, with the
-    fields that keep it from being the one it comes closest to.
+    `dtype` is that of the tensors, `length` becomes max_position_embeddings. Raises UserError if `cfg` belongs to no family, with
+    the fields that differ from the closest one.
     """
     unfit = {name: _unfit(cfg, family) for name, family in FAMILIES.items()}
     name = min(unfit, key=lambda n: len(unfit[n]))
@@ -61,7 +61,7 @@ def _write_attention(cfg: ModelConfig, family: Family) -> dict[str, Any]:
             "query_pre_attn_scalar": round(_query_scalar(cfg)),
             "attn_logit_softcapping": cfg.attention_softcap,
             "final_logit_softcapping": cfg.logit_softcap,
-            # An unused window must be a number all the same.
+            # transformers wants a number even if no layer slides.
             "sliding_window": cfg.window or 4096,
         }
     if "rope_local_base_freq" in family.defaults:
@@ -93,17 +93,17 @@ def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 
 def _query_scalar(cfg: ModelConfig) -> float:
-    """Gemma's query_pre_attn_scalar: scores are multiplied by its -0.5th power."""
+    """Gemma's query_pre_attn_scalar: attention scores are multiplied by its -0.5th power."""
     return cfg.head_dim if cfg.attention_scale is None else cfg.attention_scale**-2
 
 
 def _unfit(cfg: ModelConfig, family: Family) -> list[str]:
-    """Fields with which `cfg` cannot be written as this family: name, got, want."""
+    """Return the fields with which `cfg` cannot be written as this family: name, got, want."""
     sliding = {cfg.slides(i) for i in range(cfg.layers)}
     mixed = len(sliding) > 1
     plain_scale = cfg.attention_scale is None or math.isclose(cfg.attention_scale, cfg.head_dim**-0.5)
     scalar = _query_scalar(cfg)
-    same_turn = cfg.sliding_rope_theta is None or True not in sliding
+    same_theta = cfg.sliding_rope_theta is None or True not in sliding
     wanted = [
         *((name, getattr(cfg, name), family.gemma) for name in ("norm_plus_one", "sandwich_norms", "scale_embedding")),
         ("qk_norm", cfg.qk_norm, family.qk_norm),
@@ -124,11 +124,13 @@ def _unfit(cfg: ModelConfig, family: Family) -> list[str]:
     ):
         found.append(f"d_model: got {cfg.d_model}, want a multiple of heads ({cfg.heads})")
     if True in sliding and "sliding_window" not in family.defaults:
-        found.append("sliding: got layers that slide, want none")
+        found.append("sliding: got layers with a sliding window, want none")
     if mixed and (family.experts or not (family.gemma or "max_window_layers" in family.defaults)):
-        found.append("sliding: got some layers that slide, want all or none")
-    if "rope_local_base_freq" not in family.defaults and not same_turn:
+        found.append("sliding: got some layers with a sliding window, want all or none")
+    if "rope_local_base_freq" not in family.defaults and not same_theta:
         found.append(f"sliding_rope_theta: got {cfg.sliding_rope_theta}, want none")
-    if "rope_local_base_freq" in family.defaults and same_turn and True in sliding and cfg.rope_scaling is not None:
-        found.append("sliding_rope_theta: got none beside rope_scaling, want a number: sliding layers are never scaled")
+    if "rope_local_base_freq" in family.defaults and same_theta and True in sliding and cfg.rope_scaling is not None:
+        found.append(
+            "sliding_rope_theta: got none beside rope_scaling, want a number: RoPE is never scaled in sliding layers"
+        )
     return found

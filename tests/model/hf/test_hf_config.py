@@ -1,4 +1,4 @@
-"""config.json: what is read from each form, and what is refused, by name."""
+"""config.json: values read from each form, and keys refused by name."""
 
 import json
 
@@ -24,7 +24,7 @@ def read(tmp_path, architecture="LlamaForCausalLM", **given):
 
 
 def test_llama_as_published(tmp_path):
-    """Llama-3.2-1B's own keys: transformers 4's form."""
+    """The keys of Llama-3.2-1B, in the form of transformers 4."""
     scaling = {
         "factor": 32.0,
         "high_freq_factor": 4.0,
@@ -59,14 +59,14 @@ def test_llama_as_published(tmp_path):
     )
 
 
-def test_both_forms_of_rope_say_the_same(tmp_path):
+def test_both_forms_of_rope_read_the_same(tmp_path):
     old = read(tmp_path, rope_theta=7.0, rope_scaling={"type": "linear", "factor": 2})
     new = read(tmp_path, rope_parameters={"rope_theta": 7.0, "rope_type": "linear", "factor": 2.0})
     assert old == new and (old.rope_theta, old.rope_scaling) == (7.0, LinearRope(2.0))
 
 
-def test_yarn_with_what_a_file_may_leave_out(tmp_path):
-    """The original length is the whole one where it is not said; two mscales make the attention factor."""
+def test_yarn_defaults_of_missing_keys(tmp_path):
+    """The original length defaults to the whole length; two mscales give the attention factor."""
     plain = read(tmp_path, max_position_embeddings=64, rope_scaling={"rope_type": "yarn", "factor": 4.0})
     assert plain.rope_scaling == YarnRope(4.0, 64)
     both = {
@@ -80,8 +80,8 @@ def test_yarn_with_what_a_file_may_leave_out(tmp_path):
     assert read(tmp_path, rope_scaling=both).rope_scaling.attention_factor == pytest.approx(1.2772589 / 1.1386294)
 
 
-def test_what_families_assume_where_a_file_is_silent(tmp_path):
-    """transformers' own defaults: an old file leaves out what equals them."""
+def test_family_defaults_of_missing_keys(tmp_path):
+    """The defaults of transformers: old files leave out keys with these values."""
     assert read(tmp_path).head_dim == 64
     assert read(tmp_path, "Qwen3ForCausalLM").head_dim == 128
     assert not read(tmp_path, "Qwen2ForCausalLM").tied_head
@@ -93,7 +93,7 @@ def test_what_families_assume_where_a_file_is_silent(tmp_path):
     assert (gemma.attention_softcap, gemma.logit_softcap, gemma.attention_scale) == (50.0, 30.0, 1 / 16)
 
 
-def test_sliding_layers_in_every_spelling(tmp_path):
+def test_sliding_layers_in_every_form(tmp_path):
     qwen = {"architecture": "Qwen2ForCausalLM", "sliding_window": 8}
     assert read(tmp_path, **qwen, max_window_layers=1).sliding == ()
     assert read(tmp_path, **qwen, max_window_layers=1, use_sliding_window=True).sliding == (False, True, True)
@@ -101,8 +101,8 @@ def test_sliding_layers_in_every_spelling(tmp_path):
     assert (gemma3.sliding, gemma3.rope_theta, gemma3.sliding_rope_theta) == ((True, False, True), 1e6, 5.0)
 
 
-def test_the_text_model_inside_gemma_3_with_eyes(tmp_path):
-    """As google/gemma-3-4b-it has it: its text_config leaves out what equals the defaults."""
+def test_the_text_model_of_multimodal_gemma_3(tmp_path):
+    """As in google/gemma-3-4b-it, whose text_config leaves out keys with default values."""
     text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
     scaling = {"factor": 8.0, "rope_type": "linear"}
     given = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": {**text, "rope_scaling": scaling}}
@@ -113,9 +113,12 @@ def test_the_text_model_inside_gemma_3_with_eyes(tmp_path):
 
 
 REFUSED = {
-    "attention_bias": (True, "attention_bias: got true, want false or null: there is no bias behind attention"),
-    "mlp_bias": (True, "mlp_bias: got true, want false or null: there is no bias in the MLP"),
-    "partial_rotary_factor": (0.5, "partial_rotary_factor: got 0.5, want null or 1 or 1.0: all of a head is turned"),
+    "attention_bias": (True, "attention_bias: got true, want false or null: attention has no bias"),
+    "mlp_bias": (True, "mlp_bias: got true, want false or null: the MLP has no bias"),
+    "partial_rotary_factor": (
+        0.5,
+        "partial_rotary_factor: got 0.5, want null or 1 or 1.0: all dimensions of a head are rotated",
+    ),
     "quantization_config": (
         {"bits": 4},
         'quantization_config: got {"bits": 4}, want null: pass a checkpoint that is not',
@@ -132,29 +135,29 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("key", REFUSED)
-def test_what_the_transformer_cannot_be_is_refused_by_name(key, tmp_path):
+def test_unsupported_keys_are_refused_by_name(key, tmp_path):
     value, message = REFUSED[key]
     with pytest.raises(UserError) as caught:
         read(tmp_path, **{key: value})
     assert str(caught.value).startswith(f"{tmp_path}/config.json: {message}") and "\n" not in str(caught.value)
 
 
-def test_layers_that_are_not_alike_are_refused(tmp_path):
+def test_layers_that_differ_are_refused(tmp_path):
     with pytest.raises(UserError) as caught:
         read(tmp_path, "Qwen3MoeForCausalLM", mlp_only_layers=[0], decoder_sparse_step=2)
     assert str(caught.value).splitlines() == [
-        f"{tmp_path}/config.json: decoder_sparse_step: got 2, want 1: layers are alike",
-        f"{tmp_path}/config.json: mlp_only_layers: got [0], want []: layers are alike",
+        f"{tmp_path}/config.json: decoder_sparse_step: got 2, want 1: every layer has experts",
+        f"{tmp_path}/config.json: mlp_only_layers: got [0], want []: every layer has experts",
     ]
 
 
 def test_gemma_3_with_a_soft_cap_on_scores_is_refused(tmp_path):
-    """transformers keeps the number and never applies it: two readings, so none is taken."""
-    with pytest.raises(UserError, match=r"attn_logit_softcapping: got 50.0, want null: Gemma 3 is made without"):
+    """Ambiguous: transformers keeps the number and never applies it."""
+    with pytest.raises(UserError, match=r"attn_logit_softcapping: got 50.0, want null: Gemma 3 has no soft cap"):
         read(tmp_path, "Gemma3ForCausalLM", attn_logit_softcapping=50.0)
 
 
-def test_an_unknown_architecture_is_answered_with_the_known_ones(tmp_path):
+def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path):
     with pytest.raises(UserError) as caught:
         read(tmp_path, "Phi3ForCausalLM", auto_map={"AutoModelForCausalLM": "modeling.Evil"})
     assert str(caught.value) == (

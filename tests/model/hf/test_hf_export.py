@@ -1,4 +1,4 @@
-"""Load, export, load: the same numbers, whatever the mesh, the files and the form of the tree; and a directory others can read."""
+"""Load, export, load gives the same numbers for every mesh, number of files and form of the tree; the export is complete."""
 
 import json
 import resource
@@ -38,15 +38,15 @@ def test_load_export_load_is_bit_exact(family, tmp_path):
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     back, again = load_model(tmp_path / "out", train)
     assert back == cfg and equal(params, again)
-    # To the bit what was in the files, under the same names.
+    # The same bits as in the files, under the same names.
     written, given = files(tmp_path / "out"), there.weights
     assert written.keys() == given.keys()
     assert all(np.array_equal(written[name], given[name]) for name in given)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
-def test_a_model_of_our_own_is_exported_as_its_family(family, tmp_path):
-    """Without a source: config.json is made, and reads back as the same configuration."""
+def test_a_model_without_source_is_exported_as_its_family(family, tmp_path):
+    """config.json is created, and reads back as the same configuration."""
     train, _ = layouts()
     cfg, params = load_model(case(f"{family}_0").write(tmp_path / "source"), train)
     export(params, cfg, tmp_path / "out", "float32", ConfigFiles(length=99, eos=(3, 5), pad=0))
@@ -59,14 +59,14 @@ def test_a_model_of_our_own_is_exported_as_its_family(family, tmp_path):
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 1, 8)], ids=str)
 def test_every_mesh_and_both_forms_of_the_tree_load_and_export_the_same(sizes, tmp_path):
-    """bfloat16 in the files, and in the policy's tree; the masters are the same numbers in f32."""
+    """bfloat16 in the files and in the policy; the training parameters are the same numbers in f32."""
     one, (train, decode) = layouts()[0], layouts(sizes)
-    drawn = make_params(SMALL, one)
-    export(drawn, SMALL, tmp_path / "source", "bfloat16", max_shard_bytes=SEVERAL)
+    params = make_params(SMALL, one)
+    export(params, SMALL, tmp_path / "source", "bfloat16", max_shard_bytes=SEVERAL)
     specs = model_params.specs(SMALL)
     masters = load(tmp_path / "source", specs, train, np.float32)
     assert [x.sharding for x in jax.tree.leaves(masters)] == jax.tree.leaves(model_params.shardings(specs, train))
-    assert equal(masters, jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float32), drawn))
+    assert equal(masters, jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float32), params))
     by_layer = model_params.unstack(specs, SMALL.layers)
     policy = load(tmp_path / "source", by_layer, decode, ml_dtypes.bfloat16)
     assert [x.sharding for x in jax.tree.leaves(policy)] == jax.tree.leaves(model_params.shardings(by_layer, decode))
@@ -78,8 +78,8 @@ def test_every_mesh_and_both_forms_of_the_tree_load_and_export_the_same(sizes, t
     assert got.keys() == want.keys() and all(np.array_equal(got[n], want[n]) for n in want)
 
 
-def test_a_tensor_is_the_block_of_the_leaf_that_the_map_says(tmp_path):
-    """Written out by hand for one layer: rows of q_proj are (k g h), its columns d; o_proj the other way round."""
+def test_a_tensor_is_its_block_of_the_leaf(tmp_path):
+    """Written out by hand for one layer: rows of q_proj are (k g h), its columns d; o_proj is the transpose of that."""
     params = make_params(SMALL, layouts()[0])
     export(params, SMALL, tmp_path / "out", "float32")
     found, qkv = files(tmp_path / "out"), np.asarray(params["layers"]["qkv"])[1]
@@ -95,7 +95,7 @@ def test_a_tensor_is_the_block_of_the_leaf_that_the_map_says(tmp_path):
     assert "lm_head.weight" not in found
 
 
-def test_export_is_whole_or_not_at_all(tmp_path):
+def test_export_is_atomic(tmp_path):
     params = make_params(SMALL, layouts()[0])
 
     def fails(directory):
@@ -112,7 +112,9 @@ def test_export_is_whole_or_not_at_all(tmp_path):
         "model.safetensors",
         "tokenizer.json",
     }
-    with pytest.raises(UserError, match=r"out: got a place that is taken, want a new or an empty directory"):
+    with pytest.raises(
+        UserError, match=r"out: got a file or a directory that is not empty, want a new or an empty directory"
+    ):
         export(params, SMALL, tmp_path / "out", "float32")
 
 
@@ -120,8 +122,8 @@ def test_export_is_whole_or_not_at_all(tmp_path):
     ("most", "what"),
     [(10, "File too large"), (5_000, "the tokenizer cannot be written: "), (30_000, "the tensors cannot be written: ")],
 )
-def test_a_file_that_cannot_be_written_is_said_in_words_and_leaves_nothing(tmp_path, most, what):
-    """Files of so many bytes are all that the system allows: a few thousand hold config.json, more the tokenizer, and no model."""
+def test_a_file_that_cannot_be_written_is_reported_and_leaves_nothing(tmp_path, most, what):
+    """With a limit on the size of files: enough bytes for config.json, for the tokenizer too, but never for the model."""
     params = make_params(SMALL, layouts()[0])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
@@ -160,7 +162,7 @@ OURS = [
 
 
 @pytest.mark.parametrize("cfg", OURS, ids=range(len(OURS)))
-def test_a_configuration_that_is_written_reads_back(cfg, tmp_path):
+def test_a_written_configuration_reads_back(cfg, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(write_config(cfg, "float32", 64)))
     assert read_config(tmp_path) == cfg
 

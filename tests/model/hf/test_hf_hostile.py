@@ -1,4 +1,4 @@
-"""Files of others: whatever stands in config.json or a safetensors header ends at once, with a line that names file and key."""
+"""Untrusted files: any config.json or safetensors header is read, or refused at once with a line that names file and key."""
 
 import json
 import math
@@ -25,8 +25,8 @@ ROPE = (
 )  # fmt: skip
 
 
-def said(directory, values) -> str:
-    """Nothing where the values are read."""
+def message(directory, values) -> str:
+    """The message of the refusal; "" if the values are read."""
     path = directory / "config.json"
     path.write_text(values if isinstance(values, str) else json.dumps(values))
     try:
@@ -44,9 +44,9 @@ def test_any_value_of_any_key_is_read_or_refused_by_name(tmp_path, name):
     yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8}
     for value in WRONG:
         for key in sorted(KEYS):
-            said(tmp_path, {**model, key: value})
+            message(tmp_path, {**model, key: value})
         for key in ROPE:
-            said(tmp_path, {**model, "rope_scaling": {**yarn, key: value}})
+            message(tmp_path, {**model, "rope_scaling": {**yarn, key: value}})
     assert time.monotonic() - start < 60
 
 
@@ -80,16 +80,16 @@ BY_HAND = [
 
 @pytest.mark.parametrize(("change", "want"), BY_HAND, ids=lambda value: str(value)[:30])
 def test_wrong_types_by_hand(tmp_path, change, want):
-    assert said(tmp_path, {**LLAMA, **change}).startswith(want)
+    assert message(tmp_path, {**LLAMA, **change}).startswith(want)
 
 
-def test_what_is_no_json_object(tmp_path):
+def test_a_file_without_a_json_object(tmp_path):
     for text in ("[" * 100_000, '{"a":' * 100_000, "", "[]", "null", "\x00", '{"vocab_size": ' + "9" * 5000 + "}"):
-        assert "want a JSON object" in said(tmp_path, text)
+        assert "want a JSON object" in message(tmp_path, text)
 
 
 def test_a_model_beside_a_config_that_is_wrong(tmp_path):
-    """As the command meets it."""
+    """As seen by the command line."""
     from test_bad_input import jaxrl
 
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": 10**9}))
@@ -130,11 +130,11 @@ CANNOT = "got a file whose header cannot be read, want safetensors ("
         ({"dtype": 7}, f"{NORM}: dtype: got 7, want a name"),
         ({"dtype": ["F32"]}, f'{NORM}: dtype: got ["F32"], want a name'),
         ({"dtype": "F64"}, f"{NORM}: data_offsets: got "),
-        ({"data_offsets": [0]}, f"{NORM}: data_offsets: got [0], want where it begins and ends"),
-        ({"data_offsets": [8, 4]}, f"{NORM}: data_offsets: got [8, 4], want where it begins and ends"),
-        ({"data_offsets": [-8, 4]}, f"{NORM}: data_offsets: got [-8, 4], want where"),
-        ({"data_offsets": None}, f"{NORM}: data_offsets: got null, want where it begins and ends"),
-        ({"data_offsets": [0.0, 1e99]}, f"{NORM}: data_offsets: got [0.0, 1e+99], want where"),
+        ({"data_offsets": [0]}, f"{NORM}: data_offsets: got [0], want [begin, end]"),
+        ({"data_offsets": [8, 4]}, f"{NORM}: data_offsets: got [8, 4], want [begin, end]"),
+        ({"data_offsets": [-8, 4]}, f"{NORM}: data_offsets: got [-8, 4], want [begin, end]"),
+        ({"data_offsets": None}, f"{NORM}: data_offsets: got null, want [begin, end]"),
+        ({"data_offsets": [0.0, 1e99]}, f"{NORM}: data_offsets: got [0.0, 1e+99], want [begin, end]"),
     ],
     ids=str,
 )
@@ -143,7 +143,7 @@ def test_a_header_with_wrong_types(model, change, want):
     assert CANNOT + want in refused(directory, {**header, NORM: {**header[NORM], **change}}, body)
 
 
-def test_a_header_that_lies(model):
+def test_a_header_of_wrong_length(model):
     directory, header, body = model
     first, last = header[NORM]["data_offsets"]
     width = last - first
@@ -151,8 +151,8 @@ def test_a_header_that_lies(model):
     assert f"got {NORM} at byte " in refused(directory, moved, body)
     shared = {**header, "again": header[NORM]}
     assert ", where the tensor before it ends" in refused(directory, shared, body)
-    assert CANNOT + "it says that it has" in refused(directory, header, body, 2**63)
-    assert CANNOT + "it says that it has" in refused(directory, b"", b"", 0)
+    assert CANNOT + "it claims" in refused(directory, header, body, 2**63)
+    assert CANNOT + "it claims" in refused(directory, b"", b"", 0)
     for text in (b"[]", b"{" * 60_000, b'{"a": 1}', b'{"a": []}', b"\xff\xfe{}"):
         assert CANNOT in refused(directory, text, b"\0" * width)
 

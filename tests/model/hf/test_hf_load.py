@@ -1,4 +1,4 @@
-"""Bad directories, each with its one message; other forms of the same weights; and how much memory loading takes."""
+"""Bad directories, each with one message; other forms of the same weights; and the memory that loading takes."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def test_a_directory_without_config(tmp_path):
     assert str(caught.value) == want == message(tmp_path)
 
 
-def test_a_hub_name_that_cannot_be_had(monkeypatch):
+def test_a_hub_name_that_cannot_be_downloaded(monkeypatch):
     def offline(*_, **__):
         raise ConnectionError("no route")
 
@@ -61,7 +61,7 @@ def test_a_hub_name_that_cannot_be_had(monkeypatch):
 def test_pickles_are_refused_with_the_reason(tmp_path):
     directory = case(LLAMA).write(tmp_path)
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    assert "got pickle files (pytorch_model.bin), want safetensors: opening a pickle runs whatever code" in message(
+    assert "got pickle files (pytorch_model.bin), want safetensors: opening a pickle runs any code" in message(
         directory
     )
 
@@ -109,16 +109,16 @@ def test_missing_unexpected_and_misshapen_tensors_all_at_once(tmp_path):
     directory = changed(tmp_path, change)
     assert message(directory).splitlines() == [
         f"{directory}: tensors missing: {NORM}",
-        f"{directory}: tensors that config.json has no place for: model.layers.0.mlp.extra.weight (model.safetensors)",
-        f"{directory}: tensors of a shape that config.json does not say: "
+        f"{directory}: tensors that the model of config.json does not have: model.layers.0.mlp.extra.weight (model.safetensors)",
+        f"{directory}: tensors of another shape than by config.json: "
         "model.layers.1.self_attn.k_proj.weight (model.safetensors): got [30, 29], want [30, 30]",
         f"{directory}: tensors of a dtype other than F32, BF16, F16: "
         "model.layers.1.input_layernorm.weight (model.safetensors): got I32",
     ]
 
 
-def test_what_does_no_harm_is_left_alone(tmp_path):
-    """Rotary buffers of old files; a tied head that was saved as well, but only in the embedding's shape."""
+def test_harmless_extra_tensors_are_ignored(tmp_path):
+    """Rotary buffers of old files; and a saved tied head, if it has the embedding's shape."""
     tied = case(LLAMA).weights["model.embed_tokens.weight"]
 
     def change(weights):
@@ -131,14 +131,14 @@ def test_what_does_no_harm_is_left_alone(tmp_path):
     directory = changed(tmp_path, lambda weights: weights.update({"lm_head.weight": tied[1:]}))
     assert (
         message(directory)
-        == f"{directory}: tensors that config.json has no place for: lm_head.weight (model.safetensors)"
+        == f"{directory}: tensors that the model of config.json does not have: lm_head.weight (model.safetensors)"
     )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_another_head_in_a_model_that_is_said_to_be_tied_is_refused(tmp_path, monkeypatch, dtype):
-    """One number of 899 that differs, in the last piece that is compared. It was left alone, and the model was another one."""
-    monkeypatch.setattr(checkpoint, "COMPARED", 100)
+def test_a_different_head_in_a_tied_model_is_refused(tmp_path, monkeypatch, dtype):
+    """One number of 899 differs, in the last chunk that is compared."""
+    monkeypatch.setattr(checkpoint, "COMPARE_CHUNK", 100)
     tied = case(LLAMA).weights["model.embed_tokens.weight"].astype(ml_dtypes.bfloat16)
     head = tied.astype(dtype)
     embed = {"model.embed_tokens.weight": tied}
@@ -158,15 +158,15 @@ def test_another_head_in_a_model_that_is_said_to_be_tied_is_refused(tmp_path, mo
     np.testing.assert_array_equal(params["head"], other.astype(np.float32))
 
 
-def test_what_sees_images_is_left_alone_in_a_model_with_eyes_alone(tmp_path):
+def test_vision_tensors_are_ignored_only_in_a_multimodal_model(tmp_path):
     directory = changed(tmp_path, lambda w: w.update({"vision_tower.x.weight": np.zeros(3, np.float32)}))
     assert message(directory) == (
-        f"{directory}: tensors that config.json has no place for: vision_tower.x.weight (model.safetensors)"
+        f"{directory}: tensors that the model of config.json does not have: vision_tower.x.weight (model.safetensors)"
     )
 
 
 def test_one_file_beside_an_index_of_others(tmp_path):
-    """transformers would read the one, and we the others."""
+    """transformers would read the single file, we the others."""
     directory = case(LLAMA).write(tmp_path, 10_000)
     (directory / "model.safetensors").write_bytes(b"")
     assert message(directory) == (
@@ -176,7 +176,7 @@ def test_one_file_beside_an_index_of_others(tmp_path):
 
 
 def test_experts_in_one_tensor_are_the_same_model(tmp_path):
-    """As transformers 5 holds them in memory: [E, 2 F, D], gate before up."""
+    """As transformers 5 holds them: [E, 2 F, D], gate before up."""
     there, layout = case("qwen3_moe_0"), layouts((2, 2, 2))[0]
     _, want = load_model(there.write(tmp_path / "apart"), layout)
     weights = there.weights
@@ -197,7 +197,7 @@ def test_the_text_model_beside_a_vision_tower(prefix, tmp_path):
     _, want = load_model(there.write(tmp_path / "text"), layouts()[0])
     weights = {name.replace("model.", prefix, 1): x for name, x in there.weights.items()}
     vision = "vision_tower.x.weight" if prefix.startswith("language") else "model.vision_tower.x.weight"
-    directory = tmp_path / "eyes"
+    directory = tmp_path / "multimodal"
     directory.mkdir()
     text = {"rope_theta": 1e6, **there.golden["config"]}
     given = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text}
@@ -220,15 +220,15 @@ def reads(monkeypatch):
     return found
 
 
-def test_pieces_larger_than_a_chunk_go_to_the_device_in_runs_of_layers(tmp_path, monkeypatch, reads):
-    """A device's piece of gate_up is 2 layers of 3072 bytes, one of qkv 2 of 2048: the host holds no more than one."""
+def test_blocks_larger_than_a_chunk_go_to_the_device_a_few_layers_at_a_time(tmp_path, monkeypatch, reads):
+    """A device's block of gate_up is 2 layers of 3072 bytes, of qkv 2 of 2048: the host reads at most one layer at a time."""
     layout = layouts((2, 2, 2))[0]
     directory = case("llama_0").write(tmp_path, 10_000)
     _, want = load_model(directory, layout)
     assert max(x.nbytes for _, x in reads) == 2 * 3072
     reads.clear()
-    monkeypatch.setattr(loading, "CHUNK", 3500)
-    monkeypatch.setattr(loading, "OPEN", 1000)
+    monkeypatch.setattr(loading, "CHUNK_BYTES", 3500)
+    monkeypatch.setattr(loading, "MAX_MAPPED_BYTES", 1000)
     _, found = load_model(directory, layout)
     assert equal(found, want)
     assert [x.sharding for x in jax.tree.leaves(found)] == [x.sharding for x in jax.tree.leaves(want)]
@@ -236,7 +236,7 @@ def test_pieces_larger_than_a_chunk_go_to_the_device_in_runs_of_layers(tmp_path,
 
 
 def test_each_host_reads_only_what_its_devices_hold(tmp_path, reads):
-    """Split four ways, with two copies: every number once, not once a device. A leaf that is not split: once for all eight."""
+    """Split four ways, with two copies: every number is read once, not once per device. An unsplit leaf: once for all eight."""
     _, params = load_model(case("llama_0").write(tmp_path), layouts((2, 2, 2))[0])
     sizes = {path: sum(x.size for at, x in reads if at == path) for path, _ in reads}
     assert sizes == {
@@ -247,8 +247,8 @@ def test_each_host_reads_only_what_its_devices_hold(tmp_path, reads):
     }
 
 
-def test_experts_lie_on_a_mesh_of_their_own(tmp_path):
-    """Two shards of experts beside fsdp 2 and tensor 2: the same numbers, half along each of the three."""
+def test_experts_are_split_by_their_mesh_axis(tmp_path):
+    """Two shards of experts beside fsdp 2 and tensor 2: the same numbers, halved along each of the three."""
     directory = case("qwen3_moe_0").write(tmp_path, 20_000)
     _, want = load_model(directory, layouts()[0])
     _, found = load_model(directory, layouts((1, 2, 2, 2))[0])

@@ -1,4 +1,4 @@
-"""Our transformer, loaded from real files, against what transformers says: logits, and greedy tokens through the decode loop."""
+"""Parity with transformers on models loaded from files: logits, and greedy tokens through the decode loop."""
 
 import jax
 import numpy as np
@@ -12,12 +12,12 @@ from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Policy, Prompts
 
-# Both are f32 and sum in another order; the issue's bound, relative to the largest logit.
+# Both are f32 and sum in a different order; relative to the largest logit.
 TOLERANCE = 2e-4
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits_are_transformers_own(name, tmp_path):
+def test_logits_match_transformers(name, tmp_path):
     golden, (layout, _) = case(name).golden, layouts()
     cfg, params = load_model(case(name).write(tmp_path), layout)
     tokens = np.array(golden["tokens"], np.int32)
@@ -37,8 +37,8 @@ def test_logits_are_transformers_own(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_are_transformers_own(family, mesh, tmp_path):
-    """Four ragged prompts in one batch; transformers continued each alone. Slots reach beyond windows and original lengths."""
+def test_greedy_tokens_match_transformers(family, mesh, tmp_path):
+    """Four ragged prompts in one batch; transformers continued each by itself. Sequences exceed windows and original lengths."""
     golden, (_, layout) = case(f"{family}_0").golden, layouts(mesh)
     cfg, params = load_model(case(f"{family}_0").write(tmp_path), layout, stacked=False)
     want = np.array(golden["greedy"])
@@ -47,7 +47,7 @@ def test_greedy_tokens_are_transformers_own(family, mesh, tmp_path):
     for row, prompt in zip(tokens, golden["prompts"], strict=True):
         row[: len(prompt)] = prompt
     rows = np.arange(len(lengths), dtype=np.int32)
-    # An end token that is never drawn: transformers was told of none.
+    # An end token that is never sampled: transformers had none.
     vocab = Vocabulary(size=cfg.vocab_size, pad=0, eos=(cfg.vocab_size,))
     rollout = RolloutConfig(prompts=4, samples=1, max_new_tokens=want.shape[1], temperature=0.0)
     prompts = Prompts(tokens=tokens, length=lengths, uid=rows, row=rows)

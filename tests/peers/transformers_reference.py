@@ -1,4 +1,4 @@
-"""Run by the Python that has torch: `transformers_says.py JOBS`, a file with a JSON list of jobs. Imports nothing of ours.
+"""`transformers_reference.py JOBS`, a file with a JSON list of jobs, run in an environment with torch. Imports nothing of ours.
 
 {"make": config, "seed": n, "to": directory}          a random model of transformers' own classes, saved
 {"read": directory, "tokens": [[..]], "to": file}     its logits over those tokens, and 16 greedy tokens after the first row
@@ -20,7 +20,7 @@ def make(config: dict, seed: int, to: str) -> None:
     model = AutoModelForCausalLM.from_config(kind)
     with torch.no_grad():
         for x in model.parameters():
-            # As they start, models say next to nothing, and norms are all one.
+            # At initialization logits are nearly constant, and norms are all one.
             x.copy_(x + 0.3 * torch.randn_like(x) if x.ndim == 1 else torch.randn_like(x) * 1.5 * x.shape[-1] ** -0.5)
     model.save_pretrained(to, max_shard_size="40KB")
 

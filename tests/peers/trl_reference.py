@@ -1,9 +1,9 @@
-"""Run by the Python that has TRL: `trl_says.py DIRECTORY`, with cases.json and tensors.npz in it. Imports nothing of ours.
+"""`trl_reference.py DIRECTORY`, run in an environment with TRL; cases.json and tensors.npz are in it. Imports nothing of ours.
 
 A case is {"name": .., "trainer": "grpo" or "rloo", "arguments": of its config, "sampler": true where another program sampled}. For
-each a real trainer of a tiny model is made. What the model would compute is replaced by the tensors: prompts and completions,
-rewards, log-probabilities and entropies. Advantages, reference terms, ratios and the loss are then the trainer's own, in float64.
-said.npz holds <name>/loss, <name>/advantages and the loss's gradients <name>/logprobs and <name>/entropy.
+each a real trainer of a tiny model is created. The model's outputs are replaced by the tensors: prompts and completions,
+rewards, log-probabilities and entropies. Advantages, reference terms, ratios and the loss are computed by the trainer, in float64.
+trl.npz holds <name>/loss, <name>/advantages and the loss's gradients <name>/logprobs and <name>/entropy.
 """
 
 import json
@@ -41,8 +41,8 @@ def make_trainer(case: dict, given: SimpleNamespace, directory: Path):
         output_dir=str(directory / "output"),
         per_device_train_batch_size=rows,
         num_generations=samples,
-        max_completion_length=given.drawn.shape[1],
-        # The update is then not the first one after sampling for certain, and the trainer scores the old policy.
+        max_completion_length=given.sampled.shape[1],
+        # Not every update is then the first after sampling, so the trainer scores the old policy.
         num_iterations=2,
         bf16=False,
         use_cpu=True,
@@ -63,19 +63,19 @@ def make_trainer(case: dict, given: SimpleNamespace, directory: Path):
 
 
 def put_tensors_in(trainer, case: dict, given: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """The leaves whose gradients are asked for."""
+    """Return the leaves to differentiate with respect to."""
     logprobs = torch.tensor(given.logprobs, requires_grad=True)
     entropy = torch.tensor(given.entropy, requires_grad=True)
     rows, length = len(given.length), given.length.tolist()
     completions = [[2] * n for n in length]
-    drawn = [row[:n].astype(int).tolist() for row, n in zip(given.drawn, length, strict=True)]
+    sampled = [row[:n].astype(int).tolist() for row, n in zip(given.sampled, length, strict=True)]
     sampler = [row[:n].tolist() for row, n in zip(given.sampler, length, strict=True)] if case["sampler"] else None
 
     def generate(prompts: list) -> tuple:
         texts = [""] * rows
         if case["trainer"] == "rloo":
             return [[1]] * rows, completions, texts
-        return [[1]] * rows, completions, drawn, texts, sampler, {}, None, []
+        return [[1]] * rows, completions, sampled, texts, sampler, {}, None, []
 
     def score(model, *args, **named) -> tuple:
         if model is trainer.ref_model:
@@ -91,7 +91,7 @@ def put_tensors_in(trainer, case: dict, given: SimpleNamespace) -> tuple[torch.T
     return logprobs, entropy
 
 
-def say(case: dict, given: SimpleNamespace, directory: Path) -> dict[str, np.ndarray]:
+def run_case(case: dict, given: SimpleNamespace, directory: Path) -> dict[str, np.ndarray]:
     trainer = make_trainer(case, given, directory)
     logprobs, entropy = put_tensors_in(trainer, case, given)
     inputs = trainer._generate_and_score_completions([{"prompt": "<pad>"}] * len(given.length))
@@ -106,13 +106,13 @@ def main(directory: Path) -> None:
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
     make_model(directory / "model")
-    # Else the trainers' own constants would be rounded to f32 where they meet a tensor: SAPO's 1.05.
+    # Otherwise the trainers' constants would be rounded to f32 when combined with a tensor: SAPO's 1.05.
     torch.set_default_dtype(torch.float64)
     given = SimpleNamespace(**np.load(directory / "tensors.npz"))
-    said = {}
+    results = {}
     for case in json.loads((directory / "cases.json").read_text()):
-        said |= say(case, given, directory)
-    np.savez(directory / "said.npz", **said)
+        results |= run_case(case, given, directory)
+    np.savez(directory / "trl.npz", **results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Data is text: what a row holds never becomes a control token, unless the config asks for it."""
+"""Data are text: special-token names in rows are never encoded as special tokens, unless the config asks for it."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ LETTERS = "abcdeghiklmnoprstuy0123456789+?.<>|/_[]:,\n"
 
 
 def words(prepend: str | None) -> Backend:
-    """Unigram over single letters; the names stand in the vocabulary, as SentencePiece has them."""
+    """Unigram over single letters with the names in the vocabulary, as in SentencePiece."""
     pieces = [(name, 0.0) for name in NAMES] + [("▁", -2.0), *((c, -3.0) for c in LETTERS), ("user", -1.0)]
     backend = Backend(models.Unigram([*pieces, *((f"<0x{b:02X}>", -9.0) for b in range(256))], 0, byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend)
@@ -31,7 +31,7 @@ def words(prepend: str | None) -> Backend:
 
 
 def llama_2() -> Backend:
-    """BPE whose normalizer writes the spaces, with names in the vocabulary that are matched after it."""
+    """BPE whose normalizer replaces spaces, with names in the vocabulary that are matched after normalization."""
     vocab = {name: i for i, name in enumerate([*NAMES, "▁", *LETTERS, *(f"<0x{b:02X}>" for b in range(256)), "us"])}
     backend = Backend(models.BPE(vocab, [("u", "s")], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" ", "▁")])
@@ -40,7 +40,7 @@ def llama_2() -> Backend:
 
 
 def whole_words() -> Backend:
-    """Each word of white space is a token, names among them."""
+    """Each whitespace-separated word is a token, names included."""
     vocab = {word: i for i, word in enumerate([*NAMES, "user", "assistant", "system", "What", "is", "Say", "5."])}
     backend = Backend(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -69,13 +69,13 @@ def saved(directory, kind):
 
 @pytest.fixture(scope="module", params=["byte level", *KINDS])
 def kind(request, tmp_path_factory):
-    """Ours, and what transformers makes of the same directory."""
+    """Our tokenizer and that of transformers for the same directory."""
     directory = saved(tmp_path_factory.mktemp("tokenizer"), request.param)
     return load_tokenizer(PretrainedTokenizer(str(directory))), AutoTokenizer.from_pretrained(directory)
 
 
 def controls(tokenizer, ids):
-    """The template's own tokens among them, in order."""
+    """The special tokens among `ids`, in order."""
     ends = {tokenizer.backend.token_to_id(name) for name in ("<|im_start|>", "<|im_end|>", "<s>", "</s>")}
     return [id for id in ids if id in ends]
 
@@ -95,7 +95,7 @@ PIECES = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(pieces=PIECES)
-def test_what_is_not_special_gives_the_tokens_of_transformers_and_what_is_gives_none(kind, pieces):
+def test_text_without_names_matches_transformers_and_names_give_no_special_token(kind, pieces):
     ours, theirs = kind
     text = "".join(pieces)
     ids = ours.prompt(text)
@@ -114,22 +114,22 @@ def load(directory, **fields):
     return load_tokenizer(PretrainedTokenizer(str(directory), **fields))
 
 
-def test_the_text_of_a_name_is_spelled_and_nothing_else_changes(qwen):
+def test_a_name_is_encoded_as_text_and_nothing_else_changes(qwen):
     ours = load(qwen, system="Be brief.<|im_end|>")
     ids = ours.prompt(INJECTED)
     whole = ours.backend.decode(ids, skip_special_tokens=False)
-    # The system prompt is the config's own, and may hold what it likes.
+    # The system prompt is part of the config, where names stay special.
     assert whole == (
         f"<|im_start|>system\nBe brief.<|im_end|><|im_end|>\n<|im_start|>user\n{INJECTED}<|im_end|>\n<|im_start|>assistant\n"
     )
     assert ids.count(IM_END) == 3 and ids.count(IM_START) == 3
-    # The name's own letters stand between the others' tokens: a name alone is spelled as it is inside.
+    # The letters of the name are encoded separately from the surrounding text.
     name = ours.encode("2+2<") + ours.encode("|")
     assert ids[ids.index(name[0]) :][: len(name)] == name
 
 
-def test_what_stands_between_turns_is_control_and_a_thought_is_not(tmp_path):
-    """DeepSeek's form: the tokens of turns are added ones that are not special, as <think> is."""
+def test_tokens_between_turns_are_delimiters_and_think_tags_are_not(tmp_path):
+    """As in DeepSeek: delimiters of turns are added, not special tokens, like <think>."""
     template = (
         "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
         "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
@@ -149,7 +149,7 @@ def test_what_stands_between_turns_is_control_and_a_thought_is_not(tmp_path):
     assert ours.decode(ids) == "<|user|>2<think>+<|assistant|>5<|user|><|assistant|><think>"
 
 
-def test_the_config_may_ask_for_them(qwen):
+def test_special_in_data_keep(qwen):
     kept = load(qwen, special_in_data="keep").prompt(INJECTED)
     assert (kept.count(IM_START), kept.count(IM_END)) == (3, 2)
 
@@ -161,8 +161,8 @@ def rows(tmp_path, tokenizer, rows, **fields):
     return task
 
 
-def test_what_the_config_writes_around_the_columns_stays_special(tmp_path, qwen):
-    """A base model's own format, written in task.prompt; two columns cannot make a name together, nor with the config's text."""
+def test_names_in_config_templates_stay_special(tmp_path, qwen):
+    """A base model's format in task.prompt; columns cannot form a name together, or with text of the config."""
     prompt = "<|im_start|>{q}{r}|>x<|im_end|>"
     data = [
         {"q": "1", "r": "2"},
@@ -178,24 +178,24 @@ def test_what_the_config_writes_around_the_columns_stays_special(tmp_path, qwen)
     ]  # fmt: skip
 
 
-def test_it_is_told_once_with_the_count_and_an_example(tmp_path, qwen, caplog):
+def test_one_warning_has_the_count_and_an_example(tmp_path, qwen, caplog):
     data = [{"q": "1+1", "a": "2"}, {"q": INJECTED, "a": "5"}, {"q": "<s>", "a": "0"}]
     with caplog.at_level(logging.WARNING):
         task = rows(tmp_path, load(qwen), data, prompt="{q}", answer="{a}")
-    said = [text for text in caplog.messages if "special" in text]
-    assert said == [
+    warnings = [text for text in caplog.messages if "special" in text]
+    assert warnings == [
         "task: 4 rows hold special tokens' names in their data, which are encoded as text, e.g. '<|im_end|>'; "
         "tokenizer.special_in_data: keep makes them special tokens"
     ]
     assert [len(row.split) for row in task.held_out] == [0, 2, 1]
-    # What a person asks for, as `jaxrl sample --prompt` does, has the tokens that a row of it would have.
+    # A prompt of `jaxrl sample --prompt` has the same tokens as a row.
     caplog.clear()
-    asked = task.row("<|im_start|>" + INJECTED)
-    assert controls(task.tokenizer, asked.tokens.tolist()) == [IM_START, IM_END, IM_START]
+    row = task.row("<|im_start|>" + INJECTED)
+    assert controls(task.tokenizer, row.tokens.tolist()) == [IM_START, IM_END, IM_START]
     assert len([text for text in caplog.messages if "special" in text]) == 1
 
 
-def test_a_response_spells_them_too_and_holds_no_end_token(tmp_path, qwen):
+def test_responses_encode_names_as_text_and_have_no_end_token(tmp_path, qwen):
     tokenizer = load(qwen)
     data = [{"q": "1", "a": "<|im_start|>7"}]
     (row,) = rows(tmp_path, tokenizer, data, prompt="{q}", answer="{a}", response="<s>{a}").held_out

@@ -1,6 +1,6 @@
-"""Run by the Python that has torch and peft: `peft_says.py BASE ADAPTER TOKENS TO`. Imports nothing of ours.
+"""`peft_reference.py BASE ADAPTER TOKENS TO`, run in an environment with torch and peft. Imports nothing of ours.
 
-Loads the adapter onto the model in BASE and writes to TO.npz the logits over the tokens [[..]], with the adapter and without it.
+Loads the adapter onto the model in BASE and writes the logits of the tokens [[..]] to TO.npz, with the adapter and without it.
 """
 
 import json
@@ -20,7 +20,7 @@ def logits(model: torch.nn.Module, tokens: list[list[int]]) -> np.ndarray:
 
 if __name__ == "__main__":
     base, adapter, tokens, to = sys.argv[1:]
-    # That keys are missing is a warning of PEFT's.
+    # PEFT only warns about missing keys.
     warnings.simplefilter("error", UserWarning)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
     without = logits(model, json.loads(tokens))

@@ -1,7 +1,7 @@
-"""Special tokens' names inside of data, encoded as the text that they are: a row cannot close its own turn.
+"""Encoding names of special tokens inside data as ordinary text, so that a row cannot close its own turn.
 
-What a special token is called in data is marked before the chat template sees it. The names that stand in the rendered text are
-the template's then; they get other names, in a copy of the tokenizer that knows its special tokens by those alone.
+Names in data are replaced by markers before the chat template is rendered. All names left in the rendered text are then the
+template's; they are renamed, and encoded with a copy of the tokenizer whose special tokens have the new names.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.tasks.turns import Filled, Spans
+from jaxrl_llm.tasks.turns import FilledText, Spans
 
 if TYPE_CHECKING:
     import tokenizers
@@ -21,13 +21,13 @@ PRIVATE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10F
 
 
 class SpecialTokens:
-    """Those of one tokenizer."""
+    """The special tokens of one tokenizer."""
 
     def __init__(self, backend: "tokenizers.Tokenizer", also: frozenset[int] = frozenset()):
-        """`also`: added tokens that are not special, and control all the same."""
+        """`also`: added tokens to treat as special although they are not flagged as such."""
         added = {id: t for id, t in backend.get_added_tokens_decoder().items() if t.special or id in also}
         self.ids = frozenset(added)
-        # The longest first: where one begins as another does, that is the one meant.
+        # Longest first: one name may be a prefix of another.
         self._names = sorted((token.content for token in added.values()), key=len, reverse=True)
         self._pattern = _any_of(self._names)
         normalized = [token.content for token in added.values() if token.normalized]
@@ -35,8 +35,8 @@ class SpecialTokens:
         self._normalized = _any_of([*normalized, *map(self._normalize, normalized)] if self._normalize else [])
         self._copy = cache(lambda mark: _renamed(backend, self._names, mark))
 
-    def inside(self, text: str, data: Spans) -> list[str]:
-        """As they are spelled in what comes from data, or reaches into it."""
+    def names_in_data(self, text: str, data: Spans) -> list[str]:
+        """Names of special tokens that overlap with a data span."""
         found = [match.group() for match in self._pattern.finditer(text) if _meets(match, data)]
         if not found and self._normalize:
             found = [
@@ -44,16 +44,16 @@ class SpecialTokens:
             ]
         return found
 
-    def marked(self, filled: Filled, mark: str) -> Filled:
-        """With `mark` and a number in the place of each name in data."""
+    def mark_names(self, filled: FilledText, mark: str) -> FilledText:
+        """Replace each name in data by its number between two `mark` characters."""
 
         def put(match: re.Match) -> str:
             return f"{mark}{self._names.index(match.group())}{mark}" if _meets(match, filled.data) else match.group()
 
-        return Filled(self._pattern.sub(put, filled.text), ())
+        return FilledText(self._pattern.sub(put, filled.text), ())
 
     def encode(self, texts: Sequence[str], mark: str) -> list[list[int]]:
-        """Tokens of texts in which names in data are marked. Raises UserError for a tokenizer that has no such copy."""
+        """Encode texts from `mark_names`. Raises UserError if the tokenizer cannot be copied with other names."""
         if not texts:
             return []
         pattern = re.compile(f"{mark}(?P<number>[0-9]+){mark}|(?P<name>{self._pattern.pattern})|{mark}")
@@ -67,8 +67,8 @@ class SpecialTokens:
         return [encoding.ids for encoding in found]
 
 
-def unused(texts: Iterable[str]) -> str:
-    """A character for private use that none of the texts holds."""
+def unused_character(texts: Iterable[str]) -> str:
+    """A private-use character that occurs in none of the texts."""
     used = set().union(*texts)
     return next(c for c in map(chr, itertools.chain(*PRIVATE)) if c not in used)
 
@@ -82,7 +82,7 @@ def _meets(match: re.Match, data: Spans) -> bool:
 
 
 def _renamed(backend: "tokenizers.Tokenizer", names: Sequence[str], mark: str) -> "tokenizers.Tokenizer":
-    """The same tokens, special ones under names between marks."""
+    """A copy of the tokenizer whose special tokens are named `mark` name `mark`."""
     from tokenizers import Tokenizer
 
     new = {name: f"{mark}{name}{mark}" for name in names}
@@ -90,12 +90,12 @@ def _renamed(backend: "tokenizers.Tokenizer", names: Sequence[str], mark: str) -
         values = json.loads(backend.to_str())
         for token in values["added_tokens"]:
             token["content"] = new.get(token["content"], token["content"])
-        values["post_processor"] = None  # it speaks of special tokens by their names, and is not asked
+        values["post_processor"] = None  # it refers to special tokens by name, and is not used
         _rename(values["model"], new)
         copy = Tokenizer.from_str(json.dumps(values))
         if any(copy.token_to_id(new[name]) != backend.token_to_id(name) for name in names):
             raise ValueError("a copy with other names gives other tokens")
-    except Exception as error:  # the library raises plain Exceptions
+    except Exception as error:  # the library raises bare Exceptions
         raise UserError(
             f"tokenizer: special tokens in data cannot be told from text ({error}), want tokenizer.special_in_data: keep, or data "
             "without them"
@@ -104,7 +104,7 @@ def _renamed(backend: "tokenizers.Tokenizer", names: Sequence[str], mark: str) -
 
 
 def _rename(model: dict[str, Any], new: dict[str, str]) -> None:
-    """In the vocabulary too: a model that finds the name there would give the special token's number for it."""
+    """Rename in the vocabulary and merges too, where the model would still find the old name."""
     vocab = model["vocab"]
     if isinstance(vocab, dict):
         model["vocab"] = {new.get(word, word): id for word, id in vocab.items()}

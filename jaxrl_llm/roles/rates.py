@@ -1,0 +1,19 @@
+"""Hardware ceilings at the shapes of a run's roles: what the sampler's and the learner's speed is compared with."""
+
+from jaxrl_llm.perf.rates import DecodeRates, UpdateRates, decode_rates, update_rates
+from jaxrl_llm.roles.blueprint import Blueprint
+from jaxrl_llm.rollout.engine import Engine
+
+
+def sampler_rates(engine: Engine) -> DecodeRates:
+    """Return the ceilings of one device for a decode step in which all rows are active."""
+    sizes, decoding = engine.sizes, engine.decoding
+    rows = sizes.groups(sizes.prompts[0]) * sizes.rows_per_group // sizes.shards
+    return decode_rates(decoding.model, rows, decoding.layout.size("mlp"))
+
+
+def learner_rates(blueprint: Blueprint) -> UpdateRates:
+    """Return the FLOPs per second that one device reaches at most in an update."""
+    shape, layout = blueprint.shapes.update, blueprint.train
+    tokens = shape.rows // shape.parts // layout.size("rows") * shape.slots
+    return update_rates(blueprint.model, tokens, layout, blueprint.cfg.lora.rank > 0)
