@@ -38,9 +38,9 @@ from jaxrl_llm.perf.work import TrainFlops, count_tokens, train_flops
 from jaxrl_llm.types import Batch, Credit, Experience, Prompts, PyTree, Scores
 from jaxrl_llm.update.batch import make_batch, supervised
 from jaxrl_llm.update.optimizer.config import AdamW
-from jaxrl_llm.update.optimizer.state import make_start
+from jaxrl_llm.update.optimizer.state import make_init_state
 from jaxrl_llm.update.optimizer.transform import make_optimizer
-from jaxrl_llm.update.packing import Shape, shape_of
+from jaxrl_llm.update.packing import BatchShape, batch_shape
 from jaxrl_llm.update.step import make_update
 
 # Maximum number of tokens at which the ceiling is measured.
@@ -67,9 +67,11 @@ class Case:
         return f"update {self.work.name}" + ("" if self.packing == "none" else f" {self.packing}")
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> BatchShape:
         slots = 4 * self.slots if self.packing == "plain" else 0
-        return shape_of(self.packing, self.work.prompts, SAMPLES, (self.prompt, self.new), slots, self.work.prompts, 1)
+        return batch_shape(
+            self.packing, self.work.prompts, SAMPLES, (self.prompt, self.new), slots, self.work.prompts, 1
+        )
 
     def batch(self) -> Batch:
         """Return random tokens with advantages of both signs and behavior log-probs of a uniform policy, for ratios near 1."""
@@ -96,10 +98,10 @@ class Case:
             make_loss(ObjectiveConfig()),
             optimizer,
             Scoring(cfg, train, cfg.vocab_size, forward=ForwardOptions(remat="auto")),
-            micro_batches=self.shape.parts,
+            micro_batches=self.shape.num_micro_batches,
         )
         batch = jax.device_put(self.batch(), train.replicated)
-        state = make_start(specs, optimizer, train)(jax.tree.map(jnp.copy, params), np.int32(0))
+        state = make_init_state(specs, optimizer, train)(jax.tree.map(jnp.copy, params), np.int32(0))
 
         def call() -> object:
             nonlocal state
@@ -117,7 +119,11 @@ class Case:
             "size": work.size,
             "compute": work.compute,
             "packing": self.packing,
-            "shapes": {"rows": self.shape.rows, "slots": self.shape.slots, "micro_batches": self.shape.parts},
+            "shapes": {
+                "rows": self.shape.rows,
+                "slots": self.shape.slots,
+                "micro_batches": self.shape.num_micro_batches,
+            },
             "time": time.as_dict(),
             "tokens_per_s": work.rows * self.slots / time.median,
             "flops": sum(flops),

@@ -1,4 +1,4 @@
-"""What a run has to log, worked out a second time from its arrays: loops in NumPy and a plain forward pass, both in float64.
+"""Metrics of a run, recomputed from its arrays: loops in NumPy and a plain forward pass, both in float64.
 
 Nothing of the package is called. The definitions are those of docs/update.md ("What is logged"), docs/objectives.md and
 docs/rollouts.md, and of the papers named there. `cfg` is the config as a person writes it: nested dicts.
@@ -24,7 +24,7 @@ NEVER = -1e30
 
 @dataclass
 class Draw:
-    """What a call of the sampler brought, with its grades, and whose it was."""
+    """Rollouts of one sampler call, with their grades and their policy."""
 
     params: dict
     prompts: np.ndarray  # [P S]
@@ -109,7 +109,7 @@ def activations(params, tokens):
 
 
 def scores_of(params, full, start, tokens, allowed, temperature):
-    """Of each completion token [B C]: its log-prob, the entropy of its distribution, and the value of what is before it; all
+    """Per completion token [B C]: its log-prob, the entropy of its distribution, and the value before it; all
     log-probs [B C V]. The distribution is over the tokens that are `allowed` [B C V]."""
 
     def one(full, start, tokens, allowed):
@@ -141,8 +141,8 @@ def score(params, rows: Rows, cfg, allowed=None):
 
 
 def nucleus(draw: Draw, cfg) -> tuple[np.ndarray | None, np.ndarray]:
-    """What each token was drawn from, bool[B C V], by the policy that drew it (Holtzman et al. 2020: the fewest likeliest tokens
-    that hold `top_p`, of these `support`), and where more would have been in it, bool[B C]."""
+    """Tokens that each token was sampled from, bool[B C V], by the policy that sampled it (Holtzman et al. 2020: the fewest
+    likeliest tokens that hold `top_p`, of these `support`), and where more would have been in it, bool[B C]."""
     rows, top_p = rows_of_draw(draw), cfg["rollout"].get("top_p", 1.0)
     if top_p == 1:
         return None, np.zeros(rows.tokens.shape, bool)
@@ -157,7 +157,7 @@ def nucleus(draw: Draw, cfg) -> tuple[np.ndarray | None, np.ndarray]:
     return allowed, over
 
 
-# --- what is said of rollouts ----------------------------------------------------------------------------------------------
+# --- metrics of rollouts ---------------------------------------------------------------------------------------------------
 
 
 def of_rollouts(draw: Draw, cfg) -> dict[str, float]:
@@ -166,7 +166,7 @@ def of_rollouts(draw: Draw, cfg) -> dict[str, float]:
     logp, entropy, *_ = score(draw.params, rows, cfg, allowed)
     last = draw.tokens[np.arange(len(draw.tokens)), draw.length - 1]
     longest, tokens = int(draw.length.max()), int(draw.length.sum())
-    # All rows start together and the device looks every `interval` steps at whether one lives; the host every `segment` steps.
+    # All rows start together and the device looks every `interval` steps at whether one is active; the host every `segment` steps.
     engine, slots = cfg["rollout"]["engine"], draw.tokens.shape[1]
     segment = min(engine["decode_chunk"], slots)
     interval = min(engine["eos_interval"], segment)

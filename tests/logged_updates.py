@@ -1,4 +1,4 @@
-"""What updates have to log, those of RL and of the warm start: the second part of `logged_oracle`, in whose terms it is told."""
+"""Metrics of updates, in RL and in the warm start: the second part of `logged_oracle`, with its types."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -85,13 +85,13 @@ class Step:
 
 @dataclass
 class Numbers:
-    """Of an update that had a token to learn from."""
+    """Metrics of an update with a token in the loss."""
 
     whole: dict[str, float]
     tokens: dict[str, np.ndarray]
     mismatch: dict[str, float]
     margin: np.ndarray | None = None
-    """Of each pair."""
+    """Metrics per pair."""
 
 
 def kept_groups(draw: Draw, cfg) -> list[int]:
@@ -158,7 +158,7 @@ def advantages(reward, counts, learn, token_reward, value, cfg) -> tuple[np.ndar
 
 
 def weights_of(mask, aggregation: str) -> np.ndarray:
-    """By which a sum over tokens is the loss's mean."""
+    """Weights that turn a sum over tokens into the loss's mean."""
     each = mask.sum(axis=1)
     if aggregation == "token":
         return mask / max(each.sum(), 1)
@@ -167,7 +167,7 @@ def weights_of(mask, aggregation: str) -> np.ndarray:
 
 
 def second_moment_kept(square, mask, threshold: float) -> np.ndarray:
-    """Of the tokens in `mask` the largest are dropped until the mean of the others is at most the threshold."""
+    """Drop the largest of the tokens in `mask` until the mean of the others is at most the threshold."""
     left = sorted(square[mask])
     while left and np.mean(left) > threshold:
         left.pop()
@@ -175,7 +175,7 @@ def second_moment_kept(square, mask, threshold: float) -> np.ndarray:
 
 
 def of_step(step: Step, earlier: list[Step], reference, cfg) -> tuple[dict[str, float], list[Numbers | None]]:
-    """All numbers of a step's updates, and those of each; None where it had no token to learn from."""
+    """All numbers of a step's updates, and those of each; None if it had no token in the loss."""
     x, rows, found = batch_of(step, earlier, reference, cfg)
     each = [of_update(update, x, rows, cfg) for update in step.updates]
     some = [numbers for numbers in each if numbers]
@@ -194,7 +194,7 @@ def of_step(step: Step, earlier: list[Step], reference, cfg) -> tuple[dict[str, 
 
 
 def batch_of(step: Step, earlier: list[Step], reference, cfg):
-    """What all updates of a step share: arrays of the loss, its rows, and what is said of these."""
+    """What all updates of a step share: arrays of the loss, its rows, and their metrics."""
     draws, samples, objective = [one.draw for one in [*earlier, step]], cfg["rollout"]["samples"], cfg["objective"]
     places, counts = places_of(step, earlier, cfg)
     before, allowed = [rows_of_draw(draw) for draw in draws], [nucleus(draw, cfg)[0] for draw in draws]

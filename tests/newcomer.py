@@ -1,4 +1,4 @@
-"""Parts of a newcomer's own, as they stand in a file beside a config: tests name them in YAML, and the package is not touched."""
+"""Custom stages in one file, named in a YAML config; the package is not changed."""
 
 import os
 import signal
@@ -10,13 +10,13 @@ from jaxrl_llm.types import OwnColumn
 
 
 def no_echo(groups, texts):
-    """A filter that reads lengths and text: responses of two tokens and more that do not begin with a 1."""
-    says = np.array([not text.startswith("1") for text in texts])
-    return (groups.rollouts.length >= 2) & says
+    """A filter by length and text: keeps responses of at least two tokens that do not begin with a 1."""
+    no_one = np.array([not text.startswith("1") for text in texts])
+    return (groups.rollouts.length >= 2) & no_one
 
 
 class Hardest:
-    """A curriculum with a state: the rows whose rewards were lowest so far, each as often as it was seen fewest."""
+    """A curriculum with a state: the least-visited rows first, among these the ones with the lowest average reward."""
 
     def __init__(self, memory=0.5):
         self.memory = memory
@@ -52,15 +52,15 @@ PLACE = OwnColumn("place", place, np.float32, fill=-1)
 
 
 def early(scores, batch):
-    """A loss that reads its own column: early tokens count more."""
+    """A loss with its own column: early tokens get more weight."""
     return -batch.advantage * scores.logprobs * batch.own["place"]
 
 
 def longest_digit(sample, share=0.1):
-    """A grader."""
+    """A grader: `share` times the largest digit of the response."""
     return share * max((int(c) for c in sample.completion if c.isdigit()), default=0)
 
 
 def wait_then_learn(update, wait=2, lr=0.01):
-    """A schedule: nothing for the first updates."""
+    """A schedule: a learning rate of 0 for the first `wait` updates."""
     return jnp.where(update <= wait, 0.0, lr)

@@ -1,10 +1,10 @@
-"""Stages as newcomers write them, right and wrong."""
+"""Custom stages, correct and faulty, named by tests as "own_stages:<name>"."""
 
 import numpy as np
 
 
 class Mean:
-    """Right: a running mean that starts as Python's number and goes on as NumPy's."""
+    """Correct: a running mean that starts as a Python number and continues as NumPy's."""
 
     def init(self):
         return {"seen": 0, "mean": 0.0}
@@ -77,7 +77,7 @@ class Rows(Base):
 
 
 class Raises(Base):
-    """Wrong: what was dropped comes back."""
+    """Wrong: tries to keep dropped rows."""
 
     def apply(self, state, groups):
         return state, groups.replace(keep=np.ones(4, bool)), {}
@@ -124,7 +124,7 @@ class ShortChoice(Curriculum):
 
 
 class Shrinks:
-    """A replay that forgets a group."""
+    """Wrong: a replay that loses a group."""
 
     def init(self, blank):
         return ()

@@ -18,7 +18,7 @@ from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Batch, Credit, Experience, Policy, Prompts, PyTree, Rollouts, Scores
 from jaxrl_llm.update.batch import make_batch, ungraded
-from jaxrl_llm.update.packing import shape_of
+from jaxrl_llm.update.packing import batch_shape
 
 # Eight heads over eight key/value heads, so that every mesh below divides them; sharp logits, so that an error shows.
 SMALL = ModelConfig(vocab_size=16, layers=2, d_model=32, heads=16, kv_heads=8, head_dim=8, d_mlp=64, qk_norm=True)
@@ -161,5 +161,5 @@ def to_batch(
     """Of all of them, in the least rows that hold the longest there could be."""
     rollouts, groups = experience.groups.rollouts, len(experience.groups.failure)
     sizes = rollouts.prompts.tokens.shape[1], rollouts.tokens.shape[1]
-    shape = shape_of(kind, groups, len(rollouts.length) // groups, sizes, slots, parts, shards)
+    shape = batch_shape(kind, groups, len(rollouts.length) // groups, sizes, slots, parts, shards)
     return make_batch(experience, shape, VOCAB.pad, aggregation, length)[0]

@@ -1,4 +1,4 @@
-"""Every number that a run logs, against `logged_oracle`, which works it out again from the run's arrays.
+"""Every number that a run logs, against `logged_oracle`, which recomputes it from the run's arrays.
 
 Of a run this takes what it reads and what it draws, nothing that it computes of these: parameters before each update, rollouts and
 grades, the rows of the warm start, and which tokens were in an update's loss.
@@ -104,7 +104,7 @@ DPO = BASE | {
     "update": {"epochs": 2, "minibatches": 2, "packing": {"kind": "shared_prefix"}, "optimizer": {"lr": 1e-2}},
 }
 CONFIGS = {"grpo": GRPO, "ppo": PPO, "dpo": DPO}
-# What a clock, a compiler or the machine says.
+# Measured by a clock, the compiler or the machine.
 MEASURED = re.compile(
     r"time/.*|compiles|tokens_per_s|update/(flops_per_s|ceiling_fraction|mfu)|rollout/ceiling_fraction"
 )
@@ -116,7 +116,7 @@ EXACT = re.compile(
 
 
 class Recording:
-    """What a run read and drew, for each row of metrics.jsonl in turn."""
+    """Inputs and samples of a run, for each row of metrics.jsonl in turn."""
 
     def __init__(self, seed: int = 0):
         self.rows: list[dict] = []
@@ -285,7 +285,7 @@ def test_a_minibatch_without_a_token_changes_no_parameter(recorded):
 
 @pytest.mark.slow
 def test_mutants_means_over_what_is_not_there(recorded):
-    """The faults of before, put into the numbers of the same runs, are told apart from what was logged."""
+    """The faults of before, put into the numbers of the same runs, differ from what was logged."""
     for row, _, (_, each) in recorded("grpo")[1:]:
         some = [numbers for numbers in each if numbers]
         for name in ("loss", "grad_norm"):

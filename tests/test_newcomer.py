@@ -1,5 +1,5 @@
-"""A newcomer's edits, each from a file outside the package: a filter, a curriculum, an advantage, a loss with a column of its own,
-a grader and a schedule; and a run with all of them that is killed comes out as if it had not been."""
+"""Custom stages from a file outside the package: a filter, a curriculum, an advantage, a loss with its own column, a grader and a
+schedule. A run with all of them that is killed and resumed equals an undisturbed one."""
 
 import json
 import signal
@@ -41,30 +41,30 @@ def undisturbed(tmp_path_factory, environment):  # noqa: F811
 
 
 def responses(run_dir) -> list[list[dict]]:
-    """Of each step."""
+    """Return the responses of each step."""
     found = [json.loads(line) for line in (run_dir / "rollouts.jsonl").read_text().splitlines()]
     return [[row for row in found if row["step"] == step] for step in range(1, 7)]
 
 
 @pytest.mark.slow
-def test_each_part_does_what_it_says(undisturbed):
+def test_each_custom_stage_takes_effect(undisturbed):
     steps, metrics = responses(undisturbed[0]), [row for row in rows(undisturbed[0]) if row["step"]]
     visits = Counter(row["prompt"] for step in steps for row in step if row["sample"] == 0)
     # 40 rows, 8 a step: the curriculum takes each once before any comes twice.
     assert len(visits) == 40 and sorted(visits.values()) == [1] * 32 + [2] * 8
-    for said, step in zip(metrics, steps, strict=True):
+    for row_metrics, step in zip(metrics, steps, strict=True):
         reward = np.array([0.1 * max([int(c) for c in row["completion"] if c.isdigit()], default=0) for row in step])
         np.testing.assert_allclose([row["reward"] for row in step], reward, atol=1e-6)
         keep = np.array([len(row["ids"]) >= 2 and not row["completion"].startswith("1") for row in step])
-        assert said["groups/kept"] == keep.reshape(8, 4).any(axis=1).sum()
+        assert row_metrics["groups/kept"] == keep.reshape(8, 4).any(axis=1).sum()
         np.testing.assert_allclose([row["advantage"] for row in step], np.where(keep, reward - 0.4, 0), atol=1e-6)
     # Two updates at a rate of 0 leave the policy as it was, the third does not.
     assert abs(metrics[0]["ratio/max"] - 1) < 1e-5 < 0.01 < metrics[1]["ratio/max"] - 1
 
 
 @pytest.mark.slow
-def test_the_script_of_the_page_runs_as_it_stands(undisturbed, environment, tmp_path):  # noqa: F811
-    """But for the config, which is the small one here."""
+def test_the_script_of_the_page_runs(undisturbed, environment, tmp_path):  # noqa: F811
+    """With the small config of this test in place of the page's."""
     page = (ROOT / "docs" / "extending.md").read_text()
     script = page.rpartition("```python\n")[2].partition("```")[0]
     assert 'Path("configs/arithmetic.yaml")' in script
@@ -80,7 +80,7 @@ def test_the_script_of_the_page_runs_as_it_stands(undisturbed, environment, tmp_
 @pytest.mark.slow
 def test_the_loss_reads_its_own_column(undisturbed):
     """The first step's two updates change nothing, so their losses are by hand from the sampler's log-probs."""
-    step, said = responses(undisturbed[0])[0], next(row for row in rows(undisturbed[0]) if row["step"] == 1)
+    step, logged = responses(undisturbed[0])[0], next(row for row in rows(undisturbed[0]) if row["step"] == 1)
 
     def terms(row) -> list[float]:
         keep = len(row["ids"]) >= 2 and not row["completion"].startswith("1")
@@ -89,12 +89,12 @@ def test_the_loss_reads_its_own_column(undisturbed):
     parts = np.split(np.random.default_rng((0, 0)).permutation(8), 2)
     of_parts = [[x for group in part for row in step[4 * group : 4 * group + 4] for x in terms(row)] for part in parts]
     assert min(map(len, of_parts)) > 10
-    np.testing.assert_allclose(said["loss"], np.mean([np.mean(x) for x in of_parts]), rtol=1e-4)
+    np.testing.assert_allclose(logged["loss"], np.mean([np.mean(x) for x in of_parts]), rtol=1e-4)
 
 
 @pytest.mark.slow
-def test_a_killed_run_with_parts_of_its_own_comes_out_the_same(undisturbed, environment, tmp_path):  # noqa: F811
-    """Killed by the curriculum when it has seen 24 prompts, after step 3: what it has seen goes on from a checkpoint."""
+def test_a_killed_run_with_custom_stages_resumes_to_the_same_result(undisturbed, environment, tmp_path):  # noqa: F811
+    """Killed by the curriculum when it has seen 24 prompts, after step 3: its state resumes from a checkpoint."""
     whole, config = undisturbed
     done = subprocess.run(
         command(config, tmp_path / "run"),

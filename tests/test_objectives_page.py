@@ -1,4 +1,4 @@
-"""docs/objectives.md's table of presets says what the configs say, and names each preset once."""
+"""The table of presets in docs/objectives.md equals the configs and lists each preset once."""
 
 import dataclasses
 import re
@@ -8,10 +8,10 @@ from pydantic import TypeAdapter
 
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.loss_config import PolicyGradient
-from jaxrl_llm.objective.presets import PRESETS, SOURCES, filled, source
+from jaxrl_llm.objective.presets import PRESETS, SOURCES, source, with_preset
 
 PAGE = Path(__file__).parents[1] / "docs" / "objectives.md"
-# What a preset writes down only to repeat a default says nothing.
+# Fields that presets write only to repeat a default.
 QUIET = {"kind", "max_difference", "max_value"}
 
 
@@ -27,7 +27,7 @@ def described(part) -> str:
 
 def row(name: str) -> list[str]:
     """advantage, ratio and surrogate, correction, mean over, KL."""
-    given = filled({"preset": name}, dataclasses.asdict(ObjectiveConfig()))
+    given = with_preset({"preset": name}, dataclasses.asdict(ObjectiveConfig()))
     cfg = TypeAdapter(ObjectiveConfig).validate_python(given)
     loss, reward_kl = cfg.loss, ""
     if cfg.reward_kl.weight:
@@ -41,7 +41,7 @@ def row(name: str) -> list[str]:
 
 
 def table(width: int) -> dict[str, list[str]]:
-    """Rows of so many cells of the section about presets, by their first cell."""
+    """Return the rows with `width` cells in the section about presets, by their first cell."""
     rows = {}
     section = PAGE.read_text(encoding="utf-8").split("\n## Presets\n")[1].split("\n## ")[0]
     for line in section.splitlines():

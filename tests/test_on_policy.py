@@ -16,7 +16,7 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import check
 from jaxrl_llm.update.optimizer.config import AdamW
-from jaxrl_llm.update.optimizer.state import make_start
+from jaxrl_llm.update.optimizer.state import make_init_state
 from jaxrl_llm.update.optimizer.transform import make_optimizer
 from jaxrl_llm.update.step import make_update
 
@@ -58,7 +58,7 @@ def programs():
     update = make_update(
         specs, make_loss(ObjectiveConfig()), optimizer, Scoring(CFG, train, VOCAB.size, ends=VOCAB.eos)
     )
-    return make_start(specs, optimizer, train), update
+    return make_init_state(specs, optimizer, train), update
 
 
 def first_update(batch) -> dict[str, float]:

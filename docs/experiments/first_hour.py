@@ -1,4 +1,4 @@
-"""What a terminal shows of a short run, and what Ctrl-C does at five moments: the excerpts of docs/quickstart.md.
+"""Terminal output of a short run, and of Ctrl-C at five moments: the excerpts of docs/quickstart.md.
 
 python docs/experiments/first_hour.py terminal 40
 python docs/experiments/first_hour.py terminal 80
@@ -21,7 +21,7 @@ CONFIG = Path(__file__).parents[2] / "configs/arithmetic.yaml"
 RUN = "--warm_start.steps 100 --warm_start.optimizer.decay_steps 80 --steps 50 --metrics.samples_every 0"
 # Many responses, so that there is time to press a key while they are sampled.
 LARGE = f"{RUN} --warm_start.steps 2 --steps 3 --rollout.prompts 800 --rollout.samples 64"
-MOMENTS = (  # where, what the line says then, the run
+MOMENTS = (  # name, pattern of the line, options of the run
     ("compiling at the start", r"compiling the update of the warm start", RUN),
     ("in the warm start", r" 4\d/150", RUN),
     ("sampling", r"sampling (?!the first)", LARGE),
@@ -33,7 +33,7 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 class Seen(NamedTuple):
     before: list[str]
-    """Until Ctrl-C: what stayed in the terminal and, of the line that is drawn again and again, the last of each kind."""
+    """Until Ctrl-C: what stayed in the terminal and, of the line that is redrawn, the last of each kind."""
     after: list[str]
     code: int
     seconds: float
@@ -41,7 +41,7 @@ class Seen(NamedTuple):
 
 
 def watch(arguments: str, columns: int, stop_at: str = "") -> Seen:
-    """Run `jaxrl train configs/arithmetic.yaml` in a terminal of its own; Ctrl-C when what is new matches `stop_at`."""
+    """Run `jaxrl train configs/arithmetic.yaml` in its own terminal; Ctrl-C when what is new matches `stop_at`."""
     pid, terminal = pty.fork()
     if not pid:
         command = ["jaxrl", "train", str(CONFIG), *arguments.split()]
@@ -66,7 +66,7 @@ def watch(arguments: str, columns: int, stop_at: str = "") -> Seen:
 
 
 def condensed(shown: str, columns: int) -> list[str]:
-    """Lines that were ended stay; of the line that is drawn again and again, the last of each kind."""
+    """Lines that were ended stay; of the line that is redrawn, the last of each kind."""
     kept: list[tuple[str, str]] = []
     drawn = ""
     for line, end in re.findall(r"([^\r\n]*)([\r\n]+|$)", ESCAPES.sub("", shown)):

@@ -3,15 +3,15 @@
     python docs/experiments/old_logprobs.py              # the runs that the JSON lacks, then the plot and the tables
     python docs/experiments/old_logprobs.py --report     # the plot and the tables alone
 
-Arms, which share all but what is said of them:
+Arms, equal but for:
 
     captured     `batch.behavior_logprobs` stays as it was captured while sampling
-    recomputed   scored anew under the current parameters before each update: the famous bug
-    once         scored anew once a batch, before its first update: the ratio sees nothing of the lag
-    unclipped    as captured, with bounds that no ratio reaches: a ratio, but no clip
+    recomputed   rescored under the current parameters before each update: the famous bug
+    once         rescored once per batch, before its first update: the ratio sees nothing of the lag
+    unclipped    as captured, with bounds beyond every ratio: a ratio, but no clip
 
 Each samples with the newest policy (lag 0) or with the one published 4 steps earlier (lag 4). The arms of a seed share the
-held-out prompts, the warm start, the stream of prompts and every random key. docs/old_logprobs.md says what came out.
+held-out prompts, the warm start, the stream of prompts and every random key. Results: docs/old_logprobs.md.
 """
 
 import argparse
@@ -191,7 +191,7 @@ def update(
 
 
 def rescored(score: Scorer, params: PyTree, part: Experience) -> Experience:
-    """The bug: what the current policy says of the tokens takes the place of what their own policy said."""
+    """The bug: log-probs under the current policy replace those captured while sampling."""
     rollouts = part.groups.rollouts.replace(behavior_logprobs=score(params, part.groups).logprobs)
     return part._replace(groups=part.groups.replace(rollouts=rollouts))
 

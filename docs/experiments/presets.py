@@ -7,7 +7,7 @@
 
 All share the warm start, the stream of prompts, the random keys, the optimizer and its rate; only the objective differs. Each batch
 takes four updates; with --once one, of all that it holds.
-docs/objectives.md says what came out.
+Results: docs/objectives.md.
 """
 
 import argparse

@@ -3,14 +3,14 @@
     python docs/experiments/quantized.py                 # the runs that the JSON lacks, then the plot and the table
     python docs/experiments/quantized.py --report        # the plot and the table alone
 
-Arms, which share all but what is said of them: seed, warm start, stream of prompts, random keys.
+Arms, with the same seed, warm start, stream of prompts, random keys.
 
     compute            the policy that samples holds f32 weights, as the trainer does; no correction
     int8               weights in int8, corrected by truncated importance sampling, which is the default then
-    int8 uncorrected   weights in int8; PPO's ratio is to what the sampler said, and nothing else knows of the difference
+    int8 uncorrected   weights in int8; PPO's ratio is to the sampler's log-probs; nothing else corrects the difference
     int8 kv ...        both, keys and values in int8 too
 
-docs/quantized.md says what came out.
+Results: docs/quantized.md.
 """
 
 import argparse
@@ -160,7 +160,9 @@ def plot(runs: list[dict]) -> None:
             axis.plot(x, lines.T, color=f"C{i}", lw=0.7, alpha=0.4)
             axis.plot(x, np.nanmean(lines, axis=0), color=f"C{i}", lw=2, label=arm)
     axes[1].set_yscale("log")
-    for axis, title in zip(axes, ("exact held-out accuracy", "KL of sampler from trainer, nats a token"), strict=True):
+    for axis, title in zip(
+        axes, ("exact held-out accuracy", "KL of sampler from trainer, nats per token"), strict=True
+    ):
         axis.set_title(title)
         axis.set_xlabel("step of RL")
     axes[0].legend(frameon=False, loc="lower right")

@@ -23,7 +23,7 @@ from jaxrl_llm.experience.config import FILTERS, ExperienceConfig
 from jaxrl_llm.metrics.config import MetricsConfig
 from jaxrl_llm.model.config import LoraConfig, ModelConfig, PretrainedModel
 from jaxrl_llm.objective.config import ObjectiveConfig
-from jaxrl_llm.objective.presets import PRESETS, filled, nearest
+from jaxrl_llm.objective.presets import PRESETS, nearest_preset, with_preset
 from jaxrl_llm.objective.rules import refusals
 from jaxrl_llm.parallel.config import MeshConfig, divisors, resolve
 from jaxrl_llm.rollout.config import RolloutConfig
@@ -198,7 +198,7 @@ def _reader() -> TypeAdapter[RunConfig]:
 def _with_preset(values: dict[str, Any]) -> dict[str, Any]:
     if values.get("objective") is None:
         return values
-    return values | {"objective": filled(values["objective"], dataclasses.asdict(ObjectiveConfig()))}
+    return values | {"objective": with_preset(values["objective"], dataclasses.asdict(ObjectiveConfig()))}
 
 
 def _misfits(values: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
@@ -206,7 +206,7 @@ def _misfits(values: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
     found = []
     name = values["objective"].get("preset") if isinstance(values.get("objective"), dict) else None
     if isinstance(name, str) and name and name not in PRESETS:
-        hint = f"; perhaps you meant {nearest(name)}" if nearest(name) else ""
+        hint = f"; perhaps you meant {nearest_preset(name)}" if nearest_preset(name) else ""
         found.append((("objective", "preset"), f"got {name!r}, want one of {', '.join(PRESETS)}{hint}"))
     if values.get("run_dir") == "":
         found.append((("run_dir",), "got nothing, want a directory"))

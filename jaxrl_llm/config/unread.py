@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxrl_llm.config.values import defaults
 from jaxrl_llm.objective.config import ObjectiveConfig
-from jaxrl_llm.objective.presets import filled
+from jaxrl_llm.objective.presets import with_preset
 
 Config = Any
 """A RunConfig, which imports this room's neighbors and not the other way round."""
@@ -84,7 +84,7 @@ RULES = (
 
 def unread(cfg: Config) -> list[str]:
     """`names: nothing reads this, since ...`, for settings that are neither the default nor the preset's."""
-    preset = filled({"preset": cfg.objective.preset}, dataclasses.asdict(ObjectiveConfig()))
+    preset = with_preset({"preset": cfg.objective.preset}, dataclasses.asdict(ObjectiveConfig()))
     found = []
     for names, is_read, why in RULES:
         there = {name: _at(cfg, name) for name in names.split()}

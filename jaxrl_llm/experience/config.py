@@ -1,4 +1,4 @@
-"""What is kept of the rollouts, and how long they are used."""
+"""Config of curriculum, filter and replay."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,25 +12,25 @@ from jaxrl_llm.config import user_code
 from jaxrl_llm.config.own_part import OwnPart
 
 FILTERS = ("auto", "has_signal", "success", "none")
-"""Every other name is a grader's."""
+"""Built-in filters; any other name is that of a grader."""
 
 
 @dataclass(frozen=True)
 class ReplayConfig:
-    """A ring of whole groups that learned something; fresh groups that the filter dropped are replaced from it."""
+    """Ring buffer of whole groups that passed the filter; dropped fresh groups are replaced by groups from it."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     capacity: Annotated[int, Ge(0)] = 0
-    """Groups kept. 0 is the identity: fresh groups pass through, dropped ones stay empty."""
+    """Groups in the ring. 0: no replay; fresh groups pass through, dropped ones stay empty."""
     max_age: Annotated[int, Ge(1)] = 8
-    """A group older than so many updates is not taken."""
+    """Largest age of a replayed group, in updates."""
 
 
 @dataclass(frozen=True)
 class OwnFilter(OwnPart):
-    """A filter of your own: a function of groups to bool[B], one truth per row; or a class whose objects have `init` and `apply`,
-    as `experience.filters.Filter`. One that takes `texts` too gets the responses as text."""
+    """A custom filter: a function of groups that returns bool[B], or a class with the methods `init` and `apply` of
+    `experience.filters.Filter`. A parameter named `texts` receives the responses as text."""
 
     arguments: ClassVar[tuple[str, ...]] = ("groups",)
     named: ClassVar[tuple[str, ...]] = ("texts",)
@@ -43,7 +43,7 @@ class OwnFilter(OwnPart):
 
 @dataclass(frozen=True)
 class OwnReplay(OwnPart):
-    """A replay of your own: a class whose objects have `init` and `exchange`, as `experience.replay.Replay`."""
+    """A custom replay: a class with the methods `init` and `exchange` of `experience.replay.Replay`."""
 
     methods: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         {"init": ("blank",), "exchange": ("state", "groups", "rng")}
@@ -52,8 +52,7 @@ class OwnReplay(OwnPart):
 
 @dataclass(frozen=True)
 class OwnCurriculum(OwnPart):
-    """An order of the prompts of your own: a class whose objects have `init`, `choose` and `observe`, as
-    `experience.curriculum.Curriculum`."""
+    """A custom curriculum: a class with the methods `init`, `choose` and `observe` of `experience.curriculum.Curriculum`."""
 
     methods: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         {"init": ("num_rows",), "choose": ("state", "rng", "n"), "observe": ("state", "groups")}
@@ -62,24 +61,24 @@ class OwnCurriculum(OwnPart):
 
 @dataclass(frozen=True)
 class ExperienceConfig:
-    """Which prompts are sampled, which responses teach, and how long they are used. Each part may be one of your own,
+    """Which prompts are sampled, which responses are trained on, and for how long. Each part may be a custom one,
     "module:name": docs/extending.md."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     curriculum: OwnCurriculum | None = None
-    """Which rows of the task are sampled next. None: every row once per epoch, in an order that the seed draws anew each epoch."""
+    """Which rows of the task are sampled next. None: every row once per epoch, in an order that the seed shuffles each epoch."""
     filter: str | OwnFilter = "auto"
-    """has_signal: keeps a group whose rewards differ. success: keeps a group in which some responses are right and some wrong, as
-    the evaluation counts them. The name of a grader: keeps a group to which this one gave different numbers. none: keeps every
-    group that was graded. auto: what the preset's source does; without a preset has_signal where a group of equal rewards has no
-    gradient to give, else none."""
+    """has_signal: keeps a group whose rewards differ. success: keeps a group with both right and wrong responses, as the
+    evaluation counts them. The name of a grader: keeps a group whose rewards by that grader differ. none: keeps every graded
+    group. auto: the filter of the preset's source; without a preset, has_signal if a group of equal rewards has no gradient, else
+    none."""
     replay: ReplayConfig | OwnReplay = ReplayConfig()
 
     @model_validator(mode="before")
     @classmethod
     def written_out(cls, value: Any) -> Any:
-        """A bare "module:name" is a part of your own without options."""
+        """Expand a bare "module:name" to a custom part without options."""
         if not isinstance(value, dict):
             return value
         return value | {
@@ -88,5 +87,5 @@ class ExperienceConfig:
 
     @property
     def replays(self) -> bool:
-        """Groups may be used in a later step than the one that sampled them."""
+        """True if groups may be trained on in a later step than the one that sampled them."""
         return isinstance(self.replay, OwnReplay) or self.replay.capacity > 0

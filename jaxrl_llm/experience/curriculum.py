@@ -7,39 +7,41 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxrl_llm.experience.config import OwnCurriculum
-from jaxrl_llm.experience.stage_checks import first_state, next_state, parts_of
+from jaxrl_llm.experience.stage_checks import checked_init, checked_state, checked_tuple
 from jaxrl_llm.types import Groups
 
 
 class Curriculum(NamedTuple):
-    """Pure functions over a state, which is a tree of NumPy arrays and belongs into checkpoints."""
+    """Pure functions over a state: a tree of NumPy arrays that is saved in checkpoints."""
 
     init: Callable[[int], Any]
-    """The state before the first step, from the number of rows."""
+    """init(num_rows): the state before the first step."""
     choose: Callable[[Any, np.random.Generator, int], tuple[Any, Int[np.ndarray, " n"]]]
-    """The next state, and the indices of the next n rows."""
+    """choose(state, rng, n): the next state, and the indices of the next n rows."""
     observe: Callable[[Any, Groups], Any]
-    """The state that has seen a step's graded groups, those that the filter dropped too; `rollouts.prompts.row` says which rows
-    they are of."""
+    """observe(state, groups): the state after a step's graded groups, including those that the filter dropped.
+    `rollouts.prompts.row` has their row indices."""
 
 
 def own_curriculum(cfg: OwnCurriculum) -> Curriculum:
+    """Return a custom curriculum, its results checked."""
     own, name = cfg.made(), f"experience.curriculum {cfg.function}"
 
     def choose(state: Any, rng: np.random.Generator, n: int) -> tuple[Any, Int[np.ndarray, " n"]]:
-        after, rows = parts_of(name, own.choose(state, rng, n), ("state", "rows"))
-        return next_state(name, state, after), rows
+        after, rows = checked_tuple(name, own.choose(state, rng, n), ("state", "rows"))
+        return checked_state(name, state, after), rows
 
     def observe(state: Any, groups: Groups) -> Any:
-        return next_state(name, state, own.observe(state, groups))
+        return checked_state(name, state, own.observe(state, groups))
 
-    return Curriculum(first_state(name, own.init), choose, observe)
+    return Curriculum(checked_init(name, own.init), choose, observe)
 
 
 def in_order(order: Callable[[int], int]) -> Curriculum:
-    """The rows of an endless stream, one after another. `order`: from a place in the stream to the row."""
+    """Return the curriculum that takes the rows of an endless stream in order. `order`: maps a position in the stream to its
+    row."""
 
-    def choose(place: np.ndarray, rng: np.random.Generator, n: int) -> tuple[np.ndarray, Int[np.ndarray, " n"]]:
-        return place + n, np.array([order(int(place) + i) for i in range(n)])
+    def choose(position: np.ndarray, rng: np.random.Generator, n: int) -> tuple[np.ndarray, Int[np.ndarray, " n"]]:
+        return position + n, np.array([order(int(position) + i) for i in range(n)])
 
-    return Curriculum(lambda num_rows: np.zeros((), np.int64), choose, lambda place, groups: place)
+    return Curriculum(lambda num_rows: np.zeros((), np.int64), choose, lambda position, groups: position)

@@ -1,4 +1,4 @@
-"""Filters: which graded rows may teach. They only lower `Groups.keep`; rows never leave."""
+"""Filters: which graded rows are trained on. A filter only clears entries of `Groups.keep`; it never removes rows."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.config import OwnFilter
-from jaxrl_llm.experience.stage_checks import first_state, metrics_of, next_state, parts_of
+from jaxrl_llm.experience.stage_checks import checked_init, checked_metrics, checked_state, checked_tuple
 from jaxrl_llm.metrics.estimates import correct
 from jaxrl_llm.types import Groups
 
@@ -17,16 +17,18 @@ Metrics = dict[str, float]
 
 
 class Filter(NamedTuple):
-    """Pure functions over a state, which is a tree of NumPy arrays and belongs into checkpoints."""
+    """Pure functions over a state: a tree of NumPy arrays that is saved in checkpoints."""
 
     init: Callable[[], Any]
+    """init(): the state before the first step."""
     apply: Callable[[Any, Groups], tuple[Any, Groups, Metrics]]
+    """apply(state, groups): the next state, the groups with fewer rows kept, and metrics."""
 
 
-def of(keep: Callable[[Groups], Bool[np.ndarray, " B"]], name: str = "a filter") -> Filter:
-    """The filter without state that keeps the rows for which `keep` is True, of those that are kept so far.
+def stateless_filter(keep: Callable[[Groups], Bool[np.ndarray, " B"]], name: str = "a filter") -> Filter:
+    """Return the filter that keeps rows for which `keep` is True, among those kept so far.
 
-    Raises UserError, when it is applied, if `keep` gives anything but one truth per row. `name`: what it is called then.
+    When applied, it raises UserError if `keep` returns anything but bool[B]. `name`: its name in that message.
     """
 
     def apply(state: tuple, groups: Groups) -> tuple[tuple, Groups, Metrics]:
@@ -36,7 +38,7 @@ def of(keep: Callable[[Groups], Bool[np.ndarray, " B"]], name: str = "a filter")
 
 
 def _lowered(name: str, groups: Groups, keep: Bool[np.ndarray, " B"]) -> Groups:
-    """The groups with those rows kept that are kept so far and by `keep`."""
+    """Return the groups with rows kept if they were kept so far and by `keep`."""
     rows = np.asarray(keep)
     if rows.shape != groups.keep.shape or rows.dtype != bool:
         raise UserError(f"{name}: got {rows.dtype}{list(rows.shape)}, want bool[{len(groups.keep)}], one truth per row")
@@ -44,58 +46,58 @@ def _lowered(name: str, groups: Groups, keep: Bool[np.ndarray, " B"]) -> Groups:
 
 
 def own_filter(cfg: OwnFilter, texts_of: Callable[[Groups], list[str]]) -> Filter:
-    """A filter of your own. `texts_of`: the responses as text, for one that takes `texts`."""
+    """Return a custom filter, its results checked. `texts_of`: returns the responses as text, for a filter that takes `texts`."""
     found, name = cfg.made(), f"experience.filter {cfg.function}"
     if not hasattr(found, "apply"):
-        return of(_with_texts(found, texts_of), name)
+        return stateless_filter(_with_texts(found, texts_of), name)
     own = _with_texts(found.apply, texts_of)
 
     def apply(state: Any, groups: Groups) -> tuple[Any, Groups, Metrics]:
-        after, kept, metrics = parts_of(name, own(state, groups), ("state", "groups", "metrics"))
+        after, kept, metrics = checked_tuple(name, own(state, groups), ("state", "groups", "metrics"))
         if not isinstance(kept, Groups):
             raise UserError(f"{name}: got {type(kept).__name__}, want Groups with another keep")
-        return next_state(name, state, after), _lowered(name, groups, kept.keep), metrics_of(name, metrics)
+        return checked_state(name, state, after), _lowered(name, groups, kept.keep), checked_metrics(name, metrics)
 
-    return Filter(first_state(name, found.init), apply)
+    return Filter(checked_init(name, found.init), apply)
 
 
 def _with_texts(function: Callable, texts_of: Callable[[Groups], list[str]]) -> Callable:
-    """Groups are the last of its arguments."""
+    """Return the function with `texts` filled in if it takes them. The groups are its last positional argument."""
     try:
         takes_texts = "texts" in inspect.signature(function).parameters
     except ValueError:
-        # A function in C says nothing of its parameters.
+        # A function in C has no signature.
         takes_texts = False
     return (lambda *args: function(*args, texts=texts_of(args[-1]))) if takes_texts else function
 
 
 def has_signal(groups: Groups) -> Bool[np.ndarray, " B"]:
-    """True for the rows of a group whose rewards differ.
+    """Return True for the rows of groups whose rewards differ.
 
-    Never asked of the advantages: six equal rewards of 0.3 have a float32 mean one ulp off, and an "advantage" of 0.75.
+    Advantages cannot decide this: six equal rewards of 0.3 have a float32 mean one ulp off, and an "advantage" of 0.75.
     """
     return _differs(groups.reward, groups)
 
 
 def _differs(number: Float[np.ndarray, " B"], groups: Groups) -> Bool[np.ndarray, " B"]:
-    """max > min of a group's numbers; False where one is NaN: the group was not graded."""
+    """Return max > min per group, at each row; False if a number is NaN (ungraded group)."""
     of_group = number.reshape(len(groups.failure), -1)
     return np.repeat(of_group.max(axis=1) > of_group.min(axis=1), of_group.shape[1])
 
 
 def make_filter(name: str, graders: Sequence[str], threshold: float) -> Filter:
-    """A built-in filter.
+    """Return a built-in filter.
 
     Args:
         name: has_signal, success, none or one of `graders`.
         graders: names of the graders, in the order of `Groups.components`.
-        threshold: what the first of them must give a response that is right, as in the evaluation.
+        threshold: lowest reward by the first grader of a right response, as in the evaluation.
     """
     if name == "none":
-        return of(lambda groups: groups.keep)
+        return stateless_filter(lambda groups: groups.keep)
     if name == "has_signal":
-        return of(has_signal)
+        return stateless_filter(has_signal)
     if name == "success":
-        return of(lambda groups: _differs(correct(groups.components[:, 0], threshold), groups))
+        return stateless_filter(lambda groups: _differs(correct(groups.components[:, 0], threshold), groups))
     index = graders.index(name)
-    return of(lambda groups: _differs(groups.components[:, index], groups))
+    return stateless_filter(lambda groups: _differs(groups.components[:, index], groups))

@@ -1,8 +1,8 @@
-"""Replay: a ring of whole groups. What was captured while sampling stays as it was captured: nothing in here is ever recomputed.
+"""Replay: a ring buffer of whole groups. Values captured while sampling are stored as they are and never recomputed.
 
-Fresh groups of which a row was kept go into the batch. A place whose fresh group was dropped takes an older one from the ring,
-drawn at random among those young enough; then the fresh ones enter the ring over the oldest.
-Capacity 0 is the identity: fresh groups pass through, and dropped ones are left out.
+Fresh groups with a kept row go into the batch. A dropped fresh group is replaced by an older one from the ring, sampled uniformly
+among those within `max_age`; then the kept fresh groups overwrite the oldest entries of the ring.
+Capacity 0 means no replay: fresh groups pass through, and dropped ones are left out.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,59 +14,69 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxrl_llm.experience.config import OwnReplay, ReplayConfig
-from jaxrl_llm.experience.stage_checks import first_state, groups_of, metrics_of, next_state, parts_of
+from jaxrl_llm.experience.stage_checks import (
+    checked_groups,
+    checked_init,
+    checked_metrics,
+    checked_state,
+    checked_tuple,
+)
 from jaxrl_llm.types import COLUMNS, Groups, Prompts, Rollouts
 
 Metrics = dict[str, float]
 
 
 class Replay(NamedTuple):
-    """Pure functions over a state, which is a tree of NumPy arrays and belongs into checkpoints."""
+    """Pure functions over a state: a tree of NumPy arrays that is saved in checkpoints."""
 
     init: Callable[[Groups], Any]
-    """The state before any group was seen, from groups of the run's shapes, whose numbers do not matter."""
+    """init(blank): the state before the first step. `blank`: groups of zeros in the run's shapes."""
     exchange: Callable[[Any, Groups, np.random.Generator], tuple[Any, Groups, Metrics]]
-    """The next state, and the groups to train on, of the same shapes."""
+    """exchange(state, groups, rng): the next state, the groups to train on, of the same shapes, and metrics."""
 
 
 class Ring(NamedTuple):
-    """Fixed shapes, so that a checkpoint can hold it."""
+    """State of the replay; fixed shapes, as checkpoints need."""
 
     groups: Groups
-    """Leaves [capacity, ...]: the leading axis counts groups, rows of a group lie in the next."""
+    """Leaves [capacity, ...] or [capacity, G, ...]: groups, then the rows of a group."""
     version: Int[np.ndarray, " capacity"]
-    """Optimizer steps behind the policy that sampled the group; -1 where the place is empty."""
+    """Version of the newest policy that sampled a token of the group; -1 for an empty entry."""
     next: Int[np.ndarray, ""]
-    """Place that the next group takes."""
+    """Index of the entry to be written next."""
 
 
 def make_replay(cfg: ReplayConfig | OwnReplay) -> Replay:
+    """Return the replay of a config."""
     if isinstance(cfg, OwnReplay):
         return _own_replay(cfg)
     if not cfg.capacity:
         return Replay(lambda blank: (), lambda state, groups, rng: (state, groups, {"groups/replayed": 0.0}))
-    return Replay(partial(empty, capacity=cfg.capacity), partial(exchange, max_age=cfg.max_age))
+    return Replay(partial(empty_ring, capacity=cfg.capacity), partial(exchange, max_age=cfg.max_age))
 
 
 def _own_replay(cfg: OwnReplay) -> Replay:
     own, name = cfg.made(), f"experience.replay {cfg.function}"
 
     def exchange(state: Any, fresh: Groups, rng: np.random.Generator) -> tuple[Any, Groups, Metrics]:
-        after, groups, metrics = parts_of(name, own.exchange(state, fresh, rng), ("state", "groups", "metrics"))
-        return next_state(name, state, after), groups_of(name, groups, fresh), metrics_of(name, metrics)
+        after, groups, metrics = checked_tuple(name, own.exchange(state, fresh, rng), ("state", "groups", "metrics"))
+        return checked_state(name, state, after), checked_groups(name, groups, fresh), checked_metrics(name, metrics)
 
-    return Replay(first_state(name, own.init), exchange)
+    return Replay(checked_init(name, own.init), exchange)
 
 
 def blank_groups(
     prompts: int, samples: int, slots: tuple[int, int], graders: int, uses: Sequence[str], max_kept_tokens: int
 ) -> Groups:
-    """Groups of zeros in the shapes of a run.
+    """Return groups of zeros in the shapes of a run.
 
     Args:
-        slots: of a prompt and of a completion.
-        uses: of the run, as in `COLUMNS`.
-        max_kept_tokens: K, the tokens that a truncated draw keeps.
+        prompts: number of groups.
+        samples: rows per group.
+        slots: (prompt, completion) tokens.
+        graders: number of reward components.
+        uses: features of the run that add columns, as in `COLUMNS`.
+        max_kept_tokens: K, the largest number of tokens kept by truncation.
     """
     (s, c), b = slots, prompts * samples
     i32, f32 = np.int32, np.float32
@@ -90,49 +100,58 @@ def blank_groups(
 
 
 def by_group(groups: Groups) -> Groups:
-    """Leaves [P, ...] or [P, G, ...] from prompt-major rows."""
+    """Return leaves [P, ...] or [P, G, ...] from prompt-major rows."""
     num_prompts = len(groups.failure)
     return jax.tree.map(lambda x: np.asarray(x).reshape(num_prompts, -1, *x.shape[1:]), groups)
 
 
 def by_row(groups: Groups) -> Groups:
+    """Return prompt-major rows; the inverse of `by_group`."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), groups)
 
 
-def empty(blank: Groups, capacity: int) -> Ring:
-    """A ring for groups of these shapes."""
+def empty_ring(blank: Groups, capacity: int) -> Ring:
+    """Return an empty ring for groups of these shapes."""
     groups = jax.tree.map(lambda x: np.zeros((capacity, *x.shape[1:]), x.dtype), by_group(blank))
     return Ring(groups, np.full(capacity, -1, np.int32), np.zeros((), np.int32))
 
 
 def exchange(ring: Ring, fresh: Groups, rng: np.random.Generator, max_age: int) -> tuple[Ring, Groups, Metrics]:
-    """The ring with the kept groups in it, and the groups to train on.
+    """Return the ring with the kept fresh groups added, the groups to train on, and metrics.
 
-    The age of a group is how many updates its policy was published before the newest that drew a token of `fresh`.
+    Args:
+        ring: the replay's state.
+        fresh: this step's groups.
+        rng: selects the replayed groups.
+        max_age: largest age in updates: the newest policy version in `fresh` minus the group's.
     """
     keep, version = fresh.kept, fresh.rollouts.version.max()
     groups = by_group(fresh)
     young = np.flatnonzero((ring.version >= 0) & (version - ring.version <= max_age))
-    places = np.flatnonzero(~keep)[: len(young)]
-    old = rng.choice(young, size=len(places), replace=False)
+    dropped = np.flatnonzero(~keep)[: len(young)]
+    old = rng.choice(young, size=len(dropped), replace=False)
     mixed = jax.tree.map(np.copy, groups)
-    jax.tree.map(lambda to, stored: to.__setitem__(places, stored[old]), mixed, ring.groups)
+    jax.tree.map(lambda to, stored: to.__setitem__(dropped, stored[old]), mixed, ring.groups)
     capacity = len(ring.version)
-    return _push(ring, groups, np.flatnonzero(keep)[-capacity:]), by_row(mixed), {"groups/replayed": float(len(places))}
+    return (
+        _push(ring, groups, np.flatnonzero(keep)[-capacity:]),
+        by_row(mixed),
+        {"groups/replayed": float(len(dropped))},
+    )
 
 
 def _push(ring: Ring, fresh: Groups, kept: Int[np.ndarray, " n"]) -> Ring:
     capacity = len(ring.version)
-    places = (ring.next + np.arange(len(kept))) % capacity
+    entries = (ring.next + np.arange(len(kept))) % capacity
 
     def write(stored: np.ndarray, new: np.ndarray) -> np.ndarray:
         stored = stored.copy()
-        stored[places] = new[kept]
+        stored[entries] = new[kept]
         return stored
 
-    born = fresh.rollouts.version.max(axis=(1, 2))
+    version = fresh.rollouts.version.max(axis=(1, 2))
     return Ring(
         groups=jax.tree.map(write, ring.groups, fresh),
-        version=write(ring.version, born.astype(np.int32)),
+        version=write(ring.version, version.astype(np.int32)),
         next=np.asarray((ring.next + len(kept)) % capacity, np.int32),
     )

@@ -1,4 +1,4 @@
-"""What stages of your own give, checked where they give it: a checkpoint that cannot be read again is found too late."""
+"""Checks of the results of custom stages, at the call: otherwise an unreadable checkpoint would be found only at the resume."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,8 +10,8 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.types import Groups
 
 
-def first_state(name: str, init: Callable[..., Any]) -> Callable[..., Any]:
-    """`init`, whose state is made of arrays. Raises UserError where it holds anything but numbers."""
+def checked_init(name: str, init: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `init` with its state converted to arrays. Raises UserError if a leaf is not numeric."""
 
     def call(*args: Any) -> Any:
         state = init(*args)
@@ -23,9 +23,9 @@ def first_state(name: str, init: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def next_state(name: str, before: Any, state: Any) -> Any:
-    """`state` in the dtypes of the one before. Raises UserError where its structure or shapes are others, or a dtype of another
-    kind: those of a checkpoint are fixed."""
+def checked_state(name: str, before: Any, state: Any) -> Any:
+    """Return `state` cast to the dtypes of `before`. Raises UserError if its structure, a shape or the kind of a dtype differs:
+    checkpoints fix them."""
     want, got = _leaves(name, before), [np.asarray(x) for x in _leaves(name, state)]
     same = jax.tree.structure(before) == jax.tree.structure(state)
     fits = [x.shape == y.shape and np.can_cast(y.dtype, x.dtype, "same_kind") for x, y in zip(want, got, strict=False)]
@@ -40,15 +40,15 @@ def next_state(name: str, before: Any, state: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(before), arrays)
 
 
-def parts_of(name: str, found: Any, want: tuple[str, ...]) -> tuple[Any, ...]:
-    """`found`, which must be as many things as `want` names."""
+def checked_tuple(name: str, found: Any, want: tuple[str, ...]) -> tuple[Any, ...]:
+    """Return `found`. Raises UserError unless it is a tuple with one item per name in `want`."""
     if not (isinstance(found, tuple) and len(found) == len(want)):
         raise UserError(f"{name}: got {type(found).__name__}, want ({', '.join(want)})")
     return found
 
 
-def metrics_of(name: str, found: Any) -> dict[str, float]:
-    """Metrics as floats."""
+def checked_metrics(name: str, found: Any) -> dict[str, float]:
+    """Return the metrics as floats. Raises UserError unless `found` maps names to numbers."""
     if not isinstance(found, Mapping):
         raise UserError(f"{name}: got {type(found).__name__} for metrics, want a dict of numbers, perhaps empty")
     metrics = {}
@@ -59,8 +59,8 @@ def metrics_of(name: str, found: Any) -> dict[str, float]:
     return metrics
 
 
-def groups_of(name: str, found: Any, like: Groups) -> Groups:
-    """Groups in the shapes and dtypes of `like`."""
+def checked_groups(name: str, found: Any, like: Groups) -> Groups:
+    """Return `found`. Raises UserError unless it is Groups in the shapes and dtypes of `like`."""
     if not isinstance(found, Groups):
         raise UserError(f"{name}: got {type(found).__name__}, want Groups")
     pairs = zip(jax.tree_util.tree_leaves_with_path(like), jax.tree.leaves(found), strict=False)

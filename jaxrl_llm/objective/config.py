@@ -1,8 +1,8 @@
-"""What a run maximizes: an advantage, a loss, and the models beside the policy that these read. Imports no jax.
+"""Objective of a run: the advantage, the loss, and the reference and critic that these read. Imports no jax.
 
     objective = advantage (x KL in the reward) x loss: ratio x surrogate x correction x aggregation + KL - entropy (+ critic)
 
-`presets.PRESETS` names whole objectives by their source; `refusals` says which parts do not go together, and why.
+`presets.PRESETS` names whole objectives by their source; `rules.refusals` lists incompatible parts, with the reason.
 """
 
 from dataclasses import dataclass, field
@@ -21,53 +21,54 @@ from jaxrl_llm.objective.token_estimators import Gae
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """Which policy the KL terms hold on to, where there are any."""
+    """Reference policy of the KL terms."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["initial", "ema", "periodic", "pretrained"] = "initial"
-    """initial: the policy at the start of RL. ema: a running mean of the policy. periodic: the policy of every so many steps.
-    pretrained: another model with the same tokens, also as the teacher of a distillation."""
+    """initial: the policy at the start of RL. ema: an exponential moving average of the policy. periodic: a copy of
+    the policy, refreshed every `every` steps. pretrained: another model with the same tokens, such as the teacher of a
+    distillation."""
     decay: Annotated[float, Gt(0), Le(1)] = 0.99
-    """Of `ema`: reference = decay * reference + (1 - decay) * policy after each step."""
+    """For `ema`: reference = decay * reference + (1 - decay) * policy after each step."""
     every: Annotated[int, Ge(1)] = 100
-    """Of `periodic`: steps."""
+    """For `periodic`: steps between refreshes."""
     path: str = ""
-    """Of `pretrained`: a Hugging Face directory, or a hub name where there is internet."""
+    """For `pretrained`: a Hugging Face directory, or a hub name (needs internet access)."""
 
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """Where values come from, for advantages that need them."""
+    """Source of the values that the advantage `gae` needs."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["head", "separate"] = "head"
-    """head: a linear map of the policy's last activations, whose gradient flows into the policy's layers. separate: a transformer
-    of its own, at first a copy of the policy's layers."""
+    """head: a linear map of the policy's last activations; its gradient flows into the policy's layers. separate: a second
+    transformer, initialized from the policy's layers."""
     lr_scale: Annotated[float, Gt(0)] = 1.0
-    """Its learning rate, times the policy's."""
+    """Its learning rate, as a multiple of the policy's."""
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What RL maximizes."""
+    """The objective of RL: one choice per part."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     preset: str = ""
-    """Where the parts that follow come from; what is written beside it replaces the preset's."""
+    """Source of the defaults of the parts below; keys written beside it override the preset's."""
     advantage: AdvantageConfig = field(default_factory=Grpo)
     reward_kl: RewardKl = field(default_factory=RewardKl)
     loss: LossConfig = field(default_factory=PolicyGradient)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
-    """Only with the advantage `gae`."""
+    """Used with the advantage `gae` only."""
 
     @model_validator(mode="before")
     @classmethod
     def written_out(cls, value: Any) -> Any:
-        """A name alone is short for {preset: name}; a part may name a function of your own."""
+        """Expand a bare name to {preset: name}, and a part given as "module:name" to a custom function."""
         if isinstance(value, str):
             return {"preset": value}
         if not isinstance(value, dict):
@@ -80,13 +81,13 @@ class ObjectiveConfig:
 
     @property
     def reads_reference_logprobs(self) -> bool:
-        """Of the tokens that were drawn."""
+        """True if log-probs of the sampled tokens under the reference are needed."""
         in_parts = self.loss.reads_reference_logprobs or self.advantage.reads_reference_logprobs
         return in_parts or self.reward_kl.weight > 0
 
     @property
     def reads_reference_distribution(self) -> bool:
-        """Over the whole vocabulary: the update runs the reference too."""
+        """True if the loss needs the reference's whole distribution: the update then runs the reference too."""
         if isinstance(self.loss, PolicyGradient):
             return self.loss.kl.weight > 0 and self.loss.kl.kind == "full"
         return self.loss.kind == "distillation"

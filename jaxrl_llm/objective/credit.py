@@ -1,4 +1,4 @@
-"""What each token was worth, as one function of graded groups and of scores, whichever advantage the config names."""
+"""Credit assignment: one function of graded groups and scores, whichever advantage the config names."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,71 +9,76 @@ from jaxtyping import Float
 from jaxrl_llm.errors import AdvantageError, UserError
 from jaxrl_llm.objective.advantages import OwnAdvantage, estimate
 from jaxrl_llm.objective.config import ObjectiveConfig
-from jaxrl_llm.objective.estimator import Estimator
-from jaxrl_llm.objective.outcome import Outcome
+from jaxrl_llm.objective.estimator import Estimator, EstimatorInputs
 from jaxrl_llm.objective.reward_kl import RewardKl
 from jaxrl_llm.types import Credit, Groups, Scores
 
 Advantage = Callable[[Groups, Scores], Credit]
-UNSCORED, UNPAID = Scores(), RewardKl()
+NO_SCORES, NO_REWARD_KL = Scores(), RewardKl()
 
 
 def make_advantage(objective: ObjectiveConfig, weights: Sequence[float]) -> Advantage:
-    """The advantage that an objective asks for; `weights`: of the graders."""
+    """Return the advantage function of an objective. `weights`: one per grader."""
     advantage = objective.advantage
     if isinstance(advantage, OwnAdvantage):
-        return partial(of_own, advantage.made(), advantage.function)
-    return partial(of_estimator, advantage, reward_kl=objective.reward_kl, weights=weights)
+        return partial(custom_credit, advantage.made(), advantage.function)
+    return partial(estimator_credit, advantage, reward_kl=objective.reward_kl, weights=weights)
 
 
-def of_estimator(
+def estimator_credit(
     estimator: Estimator,
     groups: Groups,
-    scores: Scores = UNSCORED,
-    reward_kl: RewardKl = UNPAID,
+    scores: Scores = NO_SCORES,
+    reward_kl: RewardKl = NO_REWARD_KL,
     weights: Sequence[float] | None = None,
 ) -> Credit:
-    """The credit that a published estimator gives.
+    """Return the credit by a published estimator.
 
     Args:
-      scores: with the values and the reference's log-probs where the estimator and the KL read them.
-      reward_kl: what is taken from each token's reward.
-      weights: of the graders; None: 1 each.
+        estimator: the published estimator.
+        groups: graded groups.
+        scores: includes values and reference log-probs if the estimator or the KL reads them.
+        reward_kl: KL penalty subtracted from each token's reward.
+        weights: one per grader; None: 1 each.
     """
     rollouts, prompts, graders = groups.rollouts, len(groups.failure), groups.components.shape[-1]
-    nothing = np.zeros(rollouts.sampled.shape)
-    paid = (
-        reward_kl(rollouts.behavior_logprobs, scores.reference_logprobs, groups.teaching)
-        if reward_kl.weight
-        else nothing
+    zeros = np.zeros(rollouts.sampled.shape)
+    penalty = (
+        reward_kl(rollouts.behavior_logprobs, scores.reference_logprobs, groups.teaching) if reward_kl.weight else zeros
     )
     late = reward_kl.to == "advantage"
     found = estimate(
         estimator,
-        Outcome(
+        EstimatorInputs(
             reward=groups.reward.reshape(prompts, -1),
-            parts=groups.components.reshape(prompts, -1, graders),
-            part_weights=np.ones(graders) if weights is None else np.array(weights),
-            counts=groups.kept,
+            reward_components=groups.components.reshape(prompts, -1, graders),
+            component_weights=np.ones(graders) if weights is None else np.array(weights),
+            used=groups.kept,
             mask=rollouts.sampled,
-            token_reward=nothing if late else paid,
-            late_reward=paid if late else None,
+            token_reward=zeros if late else penalty,
+            late_reward=penalty if late else None,
             values=scores.values,
         ),
     )
     advantage = found.advantage.astype(np.float32)
     returns = None if found.returns is None else found.returns.astype(np.float32)
-    return Credit(advantage, returns, (advantage != 0).any(axis=1) if estimator.leaves_zeros_out else None)
+    return Credit(advantage, returns, (advantage != 0).any(axis=1) if estimator.drops_zero_advantages else None)
 
 
-def of_own(
+def custom_credit(
     function: Callable[[Groups, Scores], Credit | Float[np.ndarray, "B ..."]], name: str, groups: Groups, scores: Scores
 ) -> Credit:
-    """The credit that a function of your own gives: itself, or one number per row [B] or per token [B C].
+    """Return the credit by a custom function that returns a Credit, or one number per row [B] or per token [B C].
+
+    Args:
+        function: custom advantage of groups and scores.
+        name: its name, for error messages.
+        groups: graded groups.
+        scores: the columns that it reads.
 
     Raises:
-      UserError: it gave another shape, or returns, which only a critic reads.
-      AdvantageError: a number is none that float32 holds.
+        UserError: it returned another shape, or returns, which only a critic reads.
+        AdvantageError: a number does not fit float32.
     """
     found = function(groups, scores)
     credit = found if isinstance(found, Credit) else Credit(np.asarray(found))
@@ -85,20 +90,21 @@ def of_own(
         )
     if credit.returns is not None:
         raise UserError(f"objective.advantage {name}: got returns, want None: only the advantage gae has a critic")
-    each = np.where(mask, advantage if advantage.ndim == 2 else advantage[:, None], 0.0)
+    masked = np.where(mask, advantage if advantage.ndim == 2 else advantage[:, None], 0.0)
     with np.errstate(over="ignore"):
-        held = each.astype(np.float32)
-    if not np.isfinite(held).all():
+        rounded = masked.astype(np.float32)
+    if not np.isfinite(rounded).all():
         raise AdvantageError(
-            f"objective.advantage {name}: got an advantage of {each[~np.isfinite(held)][0]:g}, want a number that float32 holds"
+            f"objective.advantage {name}: got an advantage of {masked[~np.isfinite(rounded)][0]:g}, "
+            "want a number that float32 holds"
         )
-    return Credit(held, None, credit.keep)
+    return Credit(rounded, None, credit.keep)
 
 
-def mean_kl(reward_kl: RewardKl, groups: Groups, scores: Scores) -> dict[str, float]:
-    """`reward_kl`: the mean estimate of the KL over the tokens that teach, where it is taken from rewards."""
+def reward_kl_metrics(reward_kl: RewardKl, groups: Groups, scores: Scores) -> dict[str, float]:
+    """Return the metric `reward_kl`, the mean KL estimate over the trained tokens in nats; empty without a KL in the reward."""
     mask = groups.teaching
     if reward_kl.weight == 0 or not mask.any():
         return {}
-    paid = reward_kl(groups.rollouts.behavior_logprobs, scores.reference_logprobs, mask)
-    return {"reward_kl": float(-paid.sum() / mask.sum() / reward_kl.weight)}
+    penalty = reward_kl(groups.rollouts.behavior_logprobs, scores.reference_logprobs, mask)
+    return {"reward_kl": float(-penalty.sum() / mask.sum() / reward_kl.weight)}

@@ -1,4 +1,4 @@
-"""What an update minimizes. A choice among variants is a type, tagged by `kind`."""
+"""Config of the loss. Each variant is a type, tagged by `kind`."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
@@ -22,23 +22,23 @@ Aggregation = Literal["token", "sequence", "constant", "sequence_sum", "token_su
 
 @dataclass(frozen=True)
 class Clip:
-    """PPO's clipped surrogate with bounds of its own on either side; DAPO's clip-higher is high > low."""
+    """PPO's clipped surrogate with separate lower and upper bounds; DAPO's clip-higher is high > low."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["clip"] = "clip"
     low: Fraction = 0.2
-    """The ratio stops counting below 1 - low when the advantage is negative."""
+    """No gradient where the ratio is below 1 - low and the advantage is negative."""
     high: NonNegative = 0.2
-    """The ratio stops counting above 1 + high when the advantage is positive."""
+    """No gradient where the ratio is above 1 + high and the advantage is positive."""
     dual: Annotated[float, Gt(1)] | None = None
-    """c: with a negative advantage A the loss is -c A at most (Ye et al. 2020)."""
+    """c: with a negative advantage A the loss is at most -c A (Ye et al. 2020)."""
 
 
 @dataclass(frozen=True)
 class Cispo:
-    """-clip(ratio, low, high) A log p, the clipped ratio without a gradient (MiniMax-M1). The bounds are those of the ratio itself:
-    a framework's 1 - eps_low, 1 + eps_high is written out."""
+    """-clip(ratio, low, high) A log p, the clipped ratio without a gradient (MiniMax-M1). The bounds are on the ratio itself:
+    for a framework's eps_low, eps_high write 1 - eps_low, 1 + eps_high."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -74,32 +74,32 @@ class Sapo:
 
 @dataclass(frozen=True)
 class Dppo:
-    """A token counts unless the policy has moved too far in the direction of its advantage, by the divergence of the token's own
+    """Drops tokens for which the policy has moved too far in the direction of the advantage, by the divergence of the token's
     two-way distribution (DPPO)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["dppo"] = "dppo"
     divergence: Literal["tv", "kl"] = "tv"
-    """tv: p - p_old. kl: of the Bernoulli of drawing this token."""
+    """tv: p - p_old. kl: of the Bernoulli distributions of sampling this token."""
     low: NonNegative = 0.2
     high: NonNegative = 0.2
     form: Literal["ratio", "reinforce"] = "ratio"
     """-A ratio (SkyRL, prime-rl until August 2026), or -A min(ratio, cap) log p, the ratio without a gradient (verl)."""
     cap: Positive = 20.0
-    """Of the ratio in the form `reinforce`."""
+    """Upper bound of the ratio in the form `reinforce`."""
 
 
 @dataclass(frozen=True)
 class Ipo:
-    """-A ratio of tokens whose probability has moved by at most `eps` since they were drawn, up or down, whatever the sign of A
+    """-A ratio for tokens whose probability has moved by at most `eps` since sampling, up or down, for either sign of A
     (prime-rl's IPO; not the preference loss of that name)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["ipo"] = "ipo"
     eps: NonNegative = 0.3
-    """Largest |p - p_old| that still counts."""
+    """Largest |p - p_old| of a token that is kept."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ SurrogateConfig = Annotated[Surrogate, Field(discriminator="kind")]
 
 @dataclass(frozen=True)
 class NoCorrection:
-    """The sampler's arithmetic is taken for the trainer's."""
+    """No correction: sampler and trainer are taken to compute the same log-probs."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -128,23 +128,24 @@ class NoCorrection:
 
 @dataclass(frozen=True)
 class TruncatedImportance:
-    """Each token weighs w = p_proximal / p_sampler, bounded to [floor, cap]; the ratio is to the proximal policy, the trainer's
-    parameters before the first update (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training").
-    With level `token` this is decoupled PPO (Hilton et al. 2022)."""
+    """Each token is weighted by w = p_proximal / p_sampler, truncated to [floor, cap]; the ratio is to the proximal policy, the
+    trainer's parameters before the first update (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+    training"). With level `token` this is decoupled PPO (Hilton et al. 2022)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["truncated_importance"] = "truncated_importance"
     level: Level = "token"
-    """w of each token; the product over its sequence; or that product's geometric mean."""
+    """token: w per token. sequence: the product over its sequence. geometric: the geometric mean over its sequence."""
     cap: Positive = 2.0
-    """C; the weight has no gradient."""
+    """Upper bound of the weight, which has no gradient."""
     floor: NonNegative = 0.0
 
 
 @dataclass(frozen=True)
 class MaskedImportance:
-    """What has w = p_proximal / p_sampler outside [low, high] weighs 0 (IcePop, MIS). The counts of means stay those before."""
+    """Tokens with w = p_proximal / p_sampler outside [low, high] get weight 0 (IcePop, MIS). They stay in the denominators of
+    means."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -153,7 +154,7 @@ class MaskedImportance:
     low: NonNegative = 0.5
     high: Positive = 5.0
     weight: Literal["level", "token", "one"] = "level"
-    """Of what is kept: the w that was tested, the token's own, or 1."""
+    """Weight of the kept tokens: the tested w (level), the token's own w (token), or 1 (one)."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class SecondMoment:
 
 @dataclass(frozen=True)
 class AutoCorrection:
-    """`truncated_importance` where the sampler's weights or cache are quantized, else `none`."""
+    """`truncated_importance` if the sampler's weights or cache are quantized, else `none`."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -184,7 +185,7 @@ CorrectionConfig = Annotated[Correction | AutoCorrection, Field(discriminator="k
 
 @dataclass(frozen=True)
 class KlConfig:
-    """weight * an estimate of KL(policy || other), token by token, with d = log p - log p_other."""
+    """weight * the per-token estimate of KL(policy || other), with d = log p - log p_other."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -193,12 +194,12 @@ class KlConfig:
     weight: NonNegative = 0.0
     to: Literal["reference", "behavior"] = "reference"
     times: Literal["one", "score", "ratio"] = "one"
-    """What makes the gradient of k1 and k3 unbiased. score: times p / sg(p), 1 with the score's gradient (NeMo-RL). ratio: times
-    the ratio, gradient and all (DeepSeek-V3.2). In a first update on fresh data the two are one."""
+    """Factor that makes the gradient of k1 and k3 unbiased. score: times p / sg(p), 1 with the score's gradient (NeMo-RL). ratio:
+    times the ratio with its gradient (DeepSeek-V3.2). In a first update on fresh data the two are equal."""
     max_difference: Positive | None = None
-    """d is bounded to +- this first (verl 20)."""
+    """First clips d to +- this (verl 20)."""
     max_value: Positive | None = None
-    """The estimate, times what `times` says, is bounded to +- this (verl 10)."""
+    """Clips the estimate, after the factor `times`, to +- this (verl 10)."""
 
 
 @dataclass(frozen=True)
@@ -213,30 +214,31 @@ class CriticLoss:
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """surrogate(ratio, advantage) * weight of the correction, + KL - entropy; every part normalized by the same weights."""
+    """surrogate(ratio, advantage) * correction weight + KL - entropy; all parts are averaged by the same weights."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["policy_gradient"] = "policy_gradient"
     ratio: Literal["token", "sequence", "sequence_token", "product"] = "token"
-    """p / p_anchor: of each token; its geometric mean over the sequence (GSPO); that with each token's own gradient (GSPO-token);
-    the product over the sequence (TRL's RLOO)."""
+    """p / p_anchor. token: per token. sequence: geometric mean over the sequence (GSPO). sequence_token: that value with each
+    token's own gradient (GSPO-token). product: over the sequence (TRL's RLOO)."""
     anchor: Literal["auto", "behavior", "proximal"] = "auto"
-    """behavior: as captured while sampling. proximal: the trainer's own before the first update. auto: proximal where there is a
+    """behavior: as captured while sampling. proximal: the trainer's own before the first update. auto: proximal with a
     correction, else behavior."""
     surrogate: SurrogateConfig = field(default_factory=Clip)
     correction: CorrectionConfig = field(default_factory=AutoCorrection)
-    """Of the difference between the sampler's policy and the trainer's."""
+    """Correction of the mismatch between the sampler's and the trainer's log-probs."""
     aggregation: Aggregation = "token"
-    """What the loss is a mean over, counted over the whole minibatch: tokens (DAPO); the tokens of a sequence, then sequences
-    (GRPO); `length` tokens, then sequences (Dr. GRPO); sums of sequences; no mean at all; the tokens of a group, then groups."""
+    """Average of the loss over the whole minibatch. token: over tokens (DAPO). sequence: over the tokens of a sequence, then
+    sequences (GRPO). constant: a sequence's sum / `length`, over sequences (Dr. GRPO). sequence_sum: a sequence's sum, over
+    sequences. token_sum: no average. prompt: over the tokens of a group, then groups."""
     length: Count | None = None
-    """Of `constant`; None: rollout.max_new_tokens."""
+    """Divisor of `constant`; None: rollout.max_new_tokens."""
     kl: KlConfig = field(default_factory=KlConfig)
     entropy: NonNegative = 0.0
-    """Weight of the entropy bonus: exact, of the distribution that each token was drawn from."""
+    """Weight of the entropy bonus: exact, of the distribution that each token was sampled from."""
     critic: CriticLoss = field(default_factory=CriticLoss)
-    """Where the advantages are those of a critic."""
+    """Used with the advantage `gae` only."""
 
     @property
     def reads_reference_logprobs(self) -> bool:
@@ -276,17 +278,17 @@ class Distillation:
 
 @dataclass(frozen=True)
 class OwnLoss(OwnPart):
-    """A function of your own of the scores and the batch: one term per token, of which the mean is taken. A bare "module:name" is
-    one without options."""
+    """A custom function of scores and batch that returns one term per token; the package averages them. A bare "module:name" is one
+    without options."""
 
     aggregation: Aggregation = "token"
-    """As of `policy_gradient`."""
+    """As in `policy_gradient`."""
     length: Count | None = None
-    """Of `constant`; None: rollout.max_new_tokens."""
+    """Divisor of `constant`; None: rollout.max_new_tokens."""
     columns: tuple[Literal["reference_logprobs", "proximal_logprobs"], ...] = ()
-    """Of the batch, those that it reads beside the ones that are always there."""
+    """Optional columns of the batch that it reads."""
     own_columns: tuple[str, ...] = ()
-    """Columns that it brings along, each "module:name": a function of groups and scores to [B C], or an `OwnColumn`."""
+    """Columns that it defines, each "module:name": a function of groups and scores to [B C], or an `OwnColumn`."""
 
     arguments: ClassVar[tuple[str, ...]] = ("scores", "batch")
 
@@ -295,7 +297,7 @@ class OwnLoss(OwnPart):
         return "reference_logprobs" in self.columns
 
     def columns_made(self) -> list[Any]:
-        """What `own_columns` name. Raises UserError as `own.find` does."""
+        """Return the objects named in `own_columns`. Raises UserError as `user_code.find` does."""
         return [user_code.find(name) for name in self.own_columns]
 
     def problems(self, place: str) -> list[str]:
@@ -318,8 +320,8 @@ class OwnLoss(OwnPart):
 LossConfig = Annotated[PolicyGradient | CrossEntropy | Dpo | Distillation | OwnLoss, Field(discriminator="kind")]
 
 
-def correction_of(loss: LossConfig, weights: str, cache: str) -> Correction:
-    """`auto` resolved, given `rollout.engine.weights` and `rollout.engine.cache`; none where the loss knows no correction."""
+def resolve_correction(loss: LossConfig, weights: str, cache: str) -> Correction:
+    """Return the correction with `auto` resolved by `rollout.engine.weights` and `.cache`; none if the loss has no correction."""
     if not isinstance(loss, PolicyGradient):
         return NoCorrection()
     if not isinstance(loss.correction, AutoCorrection):
@@ -328,7 +330,7 @@ def correction_of(loss: LossConfig, weights: str, cache: str) -> Correction:
 
 
 def anchored_on_proximal(loss: LossConfig, correction: Correction) -> bool:
-    """The ratio is to the trainer's parameters before the first update on a batch, not to what was captured while sampling."""
+    """Return whether the ratio is to the trainer's parameters before the first update on a batch, not to the behavior log-probs."""
     if not isinstance(loss, PolicyGradient):
         return False
     if loss.anchor == "auto":
@@ -337,7 +339,7 @@ def anchored_on_proximal(loss: LossConfig, correction: Correction) -> bool:
 
 
 def scores_proximal(loss: LossConfig, correction: Correction, updates: int) -> bool:
-    """A batch is scored once before its first update; where that is the only one, the update does it itself."""
+    """Return whether a batch needs proximal log-probs before its first update; a single update computes them itself."""
     if isinstance(loss, OwnLoss):
         return "proximal_logprobs" in loss.columns
     return isinstance(correction, SecondMoment) or (anchored_on_proximal(loss, correction) and updates > 1)

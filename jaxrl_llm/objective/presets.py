@@ -1,8 +1,8 @@
-"""Whole objectives, named by their source: what `objective.preset` may say. Two sources that call different things by one name
+"""Presets: whole objectives, named by their source, for `objective.preset`. If two sources use one name for different things, there
 are two presets.
 
-Each entry holds what differs from `ObjectiveConfig`'s defaults. `framework:name` is what that framework's code computes with its
-defaults for that algorithm, `paper:name` the published equation; `SOURCES` says of which version and date.
+Each entry holds the differences from `ObjectiveConfig`'s defaults. `framework:name` is the computation of that framework's code
+with its defaults for that algorithm, `paper:name` the published equation; `SOURCES` gives version and date.
 """
 
 import difflib
@@ -15,7 +15,7 @@ DUAL = {"kind": "clip", "low": 0.2, "high": 0.2, "dual": 3.0}
 CLIP = {"kind": "clip", "low": 0.2, "high": 0.2}
 VERL_GRPO = {"kind": "grpo", "eps": 1e-6}
 TRL_GRPO = {"kind": "grpo", "eps": 1e-4}
-# The factor is TRL's default (use_bias_correction_kl); its beta is 0 where nothing is said.
+# The factor is TRL's default (use_bias_correction_kl); its beta defaults to 0.
 TRL_KL = {"kind": "k3", "times": "ratio"}
 SKYRL_KL = {"kind": "k3", "weight": 0.001, "max_difference": 20.0, "max_value": 10.0}
 
@@ -111,7 +111,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tinker:cispo": _preset({"kind": "mean_only"}, _policy({"kind": "cispo", "low": 0.0, "high": 4.0}, "token_sum")),
 }
 
-# Version and date of what was read: of a preset, or of its framework.
+# Version and date of the source, per preset or per framework.
 SOURCES = {
     "paper:reinforce": "Machine Learning 8, 1992",
     "paper:ppo": "arXiv 1707.06347, 2017-07",
@@ -143,24 +143,24 @@ SOURCES = {
 
 
 def source(preset: str) -> str:
-    """Version and date of what the preset was read from."""
+    """Return version and date of the preset's source."""
     return SOURCES.get(preset) or SOURCES[preset.partition(":")[0]]
 
 
-def filled(given: Any, defaults: dict[str, Any]) -> Any:
-    """`given`, as a config holds it under `objective`, over its preset's parts, over `defaults`: a `kind` need not be repeated.
+def with_preset(given: Any, defaults: dict[str, Any]) -> Any:
+    """Return the `objective` section `given`, merged over its preset, merged over `defaults`: a `kind` need not be repeated.
 
-    A misspelled preset is taken for the nearest, so that what else is wrong can be found.
+    A misspelled preset is read as the nearest one, so that other errors can be reported too.
     """
     given = ObjectiveConfig.written_out(given)
     if not isinstance(given, dict):
         return given
-    preset = PRESETS.get(nearest(given.get("preset")), {})
+    preset = PRESETS.get(nearest_preset(given.get("preset")), {})
     own = {name: value for name, value in given.items() if name != "preset"}
     parts = merged(merged(defaults, preset, ObjectiveConfig), own, ObjectiveConfig)
     return parts | {"preset": given.get("preset", "")}
 
 
-def nearest(name: Any) -> str:
-    """The preset that is most like `name`; "" where none is."""
+def nearest_preset(name: Any) -> str:
+    """Return the preset most similar to `name`; "" if none is close."""
     return next(iter(difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)), "") if isinstance(name, str) else ""

@@ -1,4 +1,4 @@
-"""Which parts of an objective do not go together, and why; and what a group of equal rewards teaches. Imports no jax."""
+"""Incompatible parts of an objective, with the reason, and whether groups of equal rewards are trained on. Imports no jax."""
 
 from jaxrl_llm.objective.advantages import OwnAdvantage
 from jaxrl_llm.objective.config import ObjectiveConfig
@@ -15,24 +15,24 @@ from jaxrl_llm.objective.loss_config import (
     TruncatedImportance,
 )
 
-# Presets whose source leaves out what has no signal by default: DAPO's dynamic sampling, prime-rl's `filter_zero_advantages`.
+# Presets whose source drops groups of equal rewards by default: DAPO's dynamic sampling, prime-rl's `filter_zero_advantages`.
 FILTERED = ("paper:dapo", "verl:dapo", "prime:rl", "prime:dppo")
 
 
 def teaches_without_signal(objective: ObjectiveConfig, graders: int) -> str:
-    """What a group of equal rewards teaches: the part of the objective that gives its tokens a reward or an advantage other than 0,
-    or that reads no reward; "" where it teaches nothing. `graders`: how many there are."""
+    """Return why a group of equal rewards has a gradient: the part of the objective that gives its tokens a nonzero reward or
+    advantage, or that reads no reward; "" if it has none. `graders`: their number."""
     if objective.loss.kind == "distillation":
         return "objective.loss distillation reads no reward: every group teaches"
     if objective.reward_kl.weight > 0:
-        return "objective.reward_kl gives each token a reward of its own"
-    why = objective.advantage.of_equal_rewards(graders)
+        return "objective.reward_kl gives each token its own reward"
+    why = objective.advantage.why_equal_rewards_teach(graders)
     return f"objective.advantage {objective.advantage.kind} {why}" if why else ""
 
 
-def filter_of(choice: str, objective: ObjectiveConfig, graders: int) -> str:
-    """What `experience.filter` stands for: `auto` is the preset's source, where nothing that teaches is dropped by it; without a
-    preset has_signal where equal rewards have no gradient to give, by advantage, KL or entropy, and move no statistic."""
+def resolve_filter(choice: str, objective: ObjectiveConfig, graders: int) -> str:
+    """Return the filter of `experience.filter`. `auto` is that of the preset's source, unless it would drop groups that teach;
+    without a preset, has_signal if equal rewards have no gradient (by advantage, KL or entropy) and change no batch statistic."""
     if choice != "auto":
         return choice
     if teaches_without_signal(objective, graders):
@@ -40,25 +40,32 @@ def filter_of(choice: str, objective: ObjectiveConfig, graders: int) -> str:
     if objective.preset:
         return "has_signal" if objective.preset in FILTERED else "none"
     advantage, loss = objective.advantage, objective.loss
-    # Of a function of your own nothing is known.
+    # A custom function may do anything.
     pulls = isinstance(loss, OwnLoss) or (isinstance(loss, PolicyGradient) and (loss.kl.weight > 0 or loss.entropy > 0))
-    return "none" if advantage.reads_the_batch or pulls else "has_signal"
+    return "none" if advantage.uses_batch_statistics or pulls else "has_signal"
 
 
 def refusals(objective: ObjectiveConfig, samples: int, packing: str, keep: str = "auto", graders: int = 1) -> list[str]:
-    """Parts that do not go together, and why; `samples` per prompt, `keep` and `graders` as in `filter_of`."""
-    found = []
-    # Of one grader's parts it is known whether they differ, which is what an advantage of each grader by itself asks.
+    """Return an error message per pair of incompatible parts.
+
+    Args:
+        objective: the objective.
+        samples: completions per prompt.
+        packing: `update.packing.kind`.
+        keep: `experience.filter`.
+        graders: number of graders.
+    """
+    found, advantage, loss = [], objective.advantage, objective.loss
+    # A filter by one grader knows whether that grader's rewards differ, as a per-grader advantage needs.
     if keep not in ("auto", "none") and (
         why := teaches_without_signal(objective, graders if keep == "has_signal" else 1)
     ):
         found.append(f"experience.filter: got {keep}, want auto or none: {why}")
-    if objective.advantage.compares_a_group and samples < 2:
+    if objective.advantage.compares_within_group and samples < 2:
         found.append(
             f"objective.advantage.kind: got {objective.advantage.kind} with rollout.samples {samples}, want 2 or more samples: "
             "a group of one has no mean of others"
         )
-    advantage, loss = objective.advantage, objective.loss
     if isinstance(advantage, Grpo) and advantage.mean_over == "batch" and advantage.std_over == "group":
         found.append(
             "objective.advantage.std_over: got group with mean_over batch, want batch: a group of equal rewards is away from the "
@@ -69,7 +76,7 @@ def refusals(objective: ObjectiveConfig, samples: int, packing: str, keep: str =
             "objective.loss.kind: got cross_entropy, want one for RL: it uses no reward; warm_start is supervised"
         )
     if isinstance(loss, OwnLoss):
-        found += _refused_length(loss)
+        found += _length_refusals(loss)
     if isinstance(loss, Dpo):
         if not isinstance(objective.advantage, BestWorst):
             found.append(
@@ -80,31 +87,31 @@ def refusals(objective: ObjectiveConfig, samples: int, packing: str, keep: str =
                 f"update.packing.kind: got {packing}, want shared_prefix: the loss dpo needs a pair in one row"
             )
     if isinstance(loss, PolicyGradient):
-        found += _refusals_of_loss(loss)
+        found += _policy_gradient_refusals(loss)
         if isinstance(objective.advantage, BestWorst):
             found.append(
                 "objective.advantage.kind: got best_worst, which is for the loss dpo; want an advantage of every sample"
             )
     if isinstance(advantage, OwnAdvantage) and objective.reward_kl.weight > 0:
         found.append(
-            f"objective.reward_kl.weight: got {objective.reward_kl.weight} with an advantage of your own, want 0: name "
+            f"objective.reward_kl.weight: got {objective.reward_kl.weight} with a custom advantage, want 0: name "
             "reference_logprobs in objective.advantage.columns, and take the KL there"
         )
-    if objective.reward_kl.to == "advantage" and objective.advantage.gives_what_is_to_come:
+    if objective.reward_kl.to == "advantage" and objective.advantage.uses_returns_to_go:
         found.append(
-            f"objective.reward_kl.to: got advantage with the advantage {objective.advantage.kind}, want reward: it gives each "
-            "token what is still to come by itself"
+            f"objective.reward_kl.to: got advantage with the advantage {objective.advantage.kind}, want reward: it already "
+            "credits each token with its returns-to-go"
         )
     if objective.reference.kind == "pretrained" and not objective.reference.path:
         found.append("objective.reference.path: got nothing, want the model that reference.kind pretrained reads")
     return found
 
 
-def _refusals_of_loss(loss: PolicyGradient) -> list[str]:
+def _policy_gradient_refusals(loss: PolicyGradient) -> list[str]:
     found = []
     name, surrogate = "objective.loss", loss.surrogate
-    whole = loss.ratio in ("sequence", "product") or isinstance(surrogate, Gmpo)
-    if whole and loss.aggregation != "sequence":
+    per_sequence = loss.ratio in ("sequence", "product") or isinstance(surrogate, Gmpo)
+    if per_sequence and loss.aggregation != "sequence":
         found.append(
             f"{name}.aggregation: got {loss.aggregation}, want sequence: with a ratio of whole sequences every other mean weighs a "
             "sequence by its length"
@@ -126,7 +133,7 @@ def _refusals_of_loss(loss: PolicyGradient) -> list[str]:
     if loss.anchor == "behavior" and _weighs(loss.correction):
         found.append(
             f"{name}.anchor: got behavior with the correction {loss.correction.kind}, want proximal: the ratio to the sampler "
-            "already holds the weight, which would count twice"
+            "already contains the weight, which would count twice"
         )
     if loss.kl.times != "one" and loss.kl.kind in ("k2", "k3_plus", "full"):
         found.append(
@@ -136,27 +143,27 @@ def _refusals_of_loss(loss: PolicyGradient) -> list[str]:
         found.append(
             f"{name}.kl.to: got behavior with the kind full, want reference: the sampler's logits are not kept"
         )
-    found += _refused_length(loss)
+    found += _length_refusals(loss)
     if loss.kl.kind == "k1" and loss.kl.weight and loss.kl.times == "one":
         found.append(
             f"{name}.kl.kind: got k1 in the loss, want k2, k3, reward_kl, or kl.times score: the mean gradient of k1 alone is 0"
         )
-    return found + _refusals_of_bounds(loss.correction, f"{name}.correction")
+    return found + _bound_refusals(loss.correction, f"{name}.correction")
 
 
-def _refused_length(loss: PolicyGradient | OwnLoss) -> list[str]:
+def _length_refusals(loss: PolicyGradient | OwnLoss) -> list[str]:
     if loss.length is None or loss.aggregation == "constant":
         return []
     return [f"objective.loss.length: got {loss.length}, want null: only the aggregation constant reads it"]
 
 
 def _weighs(correction: CorrectionConfig) -> bool:
-    """By p_proximal / p_behavior, not by 0 or 1 alone."""
+    """Return whether the correction multiplies by p_proximal / p_behavior, not only by 0 or 1."""
     masks = isinstance(correction, MaskedImportance) and correction.weight == "one"
     return correction.kind not in ("auto", "none", "second_moment") and not masks
 
 
-def _refusals_of_bounds(correction: CorrectionConfig, name: str) -> list[str]:
+def _bound_refusals(correction: CorrectionConfig, name: str) -> list[str]:
     if isinstance(correction, MaskedImportance) and correction.low >= correction.high:
         return [f"{name}.low: got {correction.low}, want less than high ({correction.high}): else nothing is kept"]
     if isinstance(correction, TruncatedImportance) and correction.floor >= correction.cap:

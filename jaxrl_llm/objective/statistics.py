@@ -1,7 +1,7 @@
-"""Means and stds of groups and of batches, in float64: exactly 0 away from the mean for equal numbers, the same in every order.
+"""Means and stds of groups and of batches in float64: equal numbers are exactly 0 from their mean, and order changes no bit.
 
-They are taken of differences from the smallest number, never as differences of sums, and sums over what has no order are rounded
-once. *Group* is a statistic over the last axis; *batch* one over all tokens in a mask, where rows (sequences) have no order.
+They are computed from differences to the smallest number, never as differences of sums, and sums over unordered numbers are rounded
+once. Group statistics are over the last axis; batch statistics over all tokens in a mask, rows (sequences) unordered.
 """
 
 import math
@@ -16,12 +16,12 @@ Tokens = Bool[np.ndarray, "B C"]
 
 
 def ratio(top: np.ndarray, bottom: np.ndarray | float) -> np.ndarray:
-    """top / bottom, 0 where bottom is 0."""
+    """Return top / bottom, 0 where bottom is 0."""
     return np.divide(top, bottom, out=np.zeros(np.broadcast_shapes(top.shape, np.shape(bottom))), where=bottom != 0)
 
 
 def total(x: Group) -> PerGroup:
-    """The sum of a group, rounded once."""
+    """Return the sum of each group, rounded once."""
     # Slices of one list: a list per group would keep the garbage collector at work.
     numbers, n = x.ravel().tolist(), x.shape[-1]
     sums = [math.fsum(numbers[start : start + n]) for start in range(0, len(numbers), n)]
@@ -29,40 +29,40 @@ def total(x: Group) -> PerGroup:
 
 
 def centered(x: Group) -> Group:
-    """x - mean of the group."""
+    """Return x - mean of its group."""
     above = x - x.min(axis=-1, keepdims=True)
     return above - total(above) / x.shape[-1]
 
 
 def deviation(x: Group, ddof: int) -> PerGroup:
-    """The group's std; 0 of one number."""
+    """Return the std of each group; 0 for a single number."""
     return np.sqrt(total(centered(x) ** 2) / max(x.shape[-1] - ddof, 1))
 
 
-def others(x: Float[np.ndarray, "P G"]) -> Float[np.ndarray, "P G G-1"]:
-    """Of each sample the rest of its group. Taking one term from a sum instead would leave that term's rounding behind."""
+def leave_one_out(x: Float[np.ndarray, "P G"]) -> Float[np.ndarray, "P G G-1"]:
+    """Return the rest of the group for each sample. Subtracting from a sum would keep the rounding error."""
     size = x.shape[1]
     return x[:, np.nonzero(~np.eye(size, dtype=bool))[1].reshape(size, size - 1)]
 
 
 def batch_centered(x: Completion, mask: Tokens) -> Completion:
-    """x - mean of those in `mask`."""
+    """Return x - mean over `mask`."""
     above = x - x[mask].min()
     return above - _batch_total(above, mask) / np.count_nonzero(mask)
 
 
 def batch_deviation(x: Completion, mask: Tokens, ddof: int) -> float:
-    """The std of those in `mask`."""
+    """Return the std over `mask`."""
     return math.sqrt(_batch_total(batch_centered(x, mask) ** 2, mask) / (np.count_nonzero(mask) - ddof))
 
 
 def _batch_total(x: Completion, mask: Tokens) -> float:
-    """Of each row by itself, then of the rows, rounded once: the tokens would be too many."""
+    """Sum each row, then the rows with one rounding: exact summation over all tokens would be too slow."""
     return math.fsum(np.where(mask, x, 0.0).sum(axis=1))
 
 
 def whiten(x: Completion, mask: Tokens, ddof: int = 1, eps: float = 1e-8, beside_std: float = 0.0) -> Completion:
-    """(x - mean) / (sqrt(var + eps) + beside_std) over the tokens in `mask`; of fewer than two, x itself."""
+    """Return (x - mean) / (sqrt(var + eps) + beside_std) over the tokens in `mask`; x unchanged for fewer than two."""
     if np.count_nonzero(mask) < 2:
         return x
     return ratio(batch_centered(x, mask), math.sqrt(batch_deviation(x, mask, ddof) ** 2 + eps) + beside_std)

@@ -1,6 +1,6 @@
-"""Surrogates of the policy gradient: one function per published equation, of log-probs, log-ratio and advantage of each token.
+"""Policy-gradient surrogates: one function per published equation, of each token's log-prob, log-ratio and advantage.
 
-A term of a whole sequence stands at each of its tokens: the aggregation `sequence` then takes its mean over sequences.
+A term of a whole sequence is repeated at each of its tokens; the aggregation `sequence` then averages it over sequences.
 """
 
 from typing import NamedTuple
@@ -14,49 +14,54 @@ from jaxrl_llm.objective.loss_config import Cispo, Clip, Dppo, Gmpo, Ipo, Reinfo
 from jaxrl_llm.types import Batch
 
 
-class Held(NamedTuple):
-    """A surrogate's terms, and where a bound holds the token: no gradient."""
+class SurrogateTerms(NamedTuple):
+    """Per-token surrogate loss, and the tokens at which the lower (`low`) or upper (`high`) bound is active."""
 
     loss: Tokens
     low: Mask
     high: Mask
 
 
-def within(mask: Mask, x: Tokens) -> Tokens:
-    """0 outside the mask. Differences mean nothing there and may overflow; taken before exp this keeps them out of the gradient."""
+def zero_outside(mask: Mask, x: Tokens) -> Tokens:
+    """Return x, 0 outside the mask. Differences there are meaningless and may overflow; masking before exp protects the
+    gradient."""
     return jnp.where(mask, x, 0.0)
 
 
-def sum_by(ids: Int[Array, "R T"], x: Tokens) -> Tokens:
-    """At each token the sum of x over the tokens of its row with its id."""
+def sum_by_id(ids: Int[Array, "R T"], x: Tokens) -> Tokens:
+    """Return at each token the sum of x over the tokens of its row with the same id."""
     slots = x.shape[1]
     return jax.vmap(lambda x, ids: jax.ops.segment_sum(x, ids, num_segments=slots + 1)[ids])(x, ids)
 
 
-def mean_by(ids: Int[Array, "R T"], mask: Mask, x: Tokens) -> Tokens:
-    """At each token the mean of x over the tokens in `mask` of its row with its id."""
-    return sum_by(ids, within(mask, x)) / jnp.maximum(sum_by(ids, mask.astype(x.dtype)), 1)
+def mean_by_id(ids: Int[Array, "R T"], mask: Mask, x: Tokens) -> Tokens:
+    """Return at each token the mean of x over the tokens in `mask` of its row with the same id."""
+    return sum_by_id(ids, zero_outside(mask, x)) / jnp.maximum(sum_by_id(ids, mask.astype(x.dtype)), 1)
 
 
 def log_ratio(logprobs: Tokens, anchor: Tokens, batch: Batch, level: str) -> Tokens:
-    """log r at each token.
+    """Return log r per token.
 
-    token: of itself. sequence: mean over its sequence (Zheng et al. 2025, GSPO, eq. 7). sequence_token: the value of that, each
-    token with its own gradient (eq. 14). product: sum over its sequence (Ahmadian et al. 2024).
+    Args:
+        logprobs: log p of the policy.
+        anchor: log p of the ratio's denominator.
+        batch: gives the loss mask and the sequences.
+        level: token: of the token itself. sequence: mean over its sequence (Zheng et al. 2025, GSPO, eq. 7). sequence_token: that
+            value with each token's own gradient (eq. 14). product: sum over its sequence (Ahmadian et al. 2024).
     """
-    mask, own = batch.loss_mask, within(batch.loss_mask, logprobs - anchor)
+    mask, own = batch.loss_mask, zero_outside(batch.loss_mask, logprobs - anchor)
     if level == "token":
         return own
     if level == "product":
-        return sum_by(batch.segment, own)
-    mean = mean_by(batch.segment, mask, own)
+        return sum_by_id(batch.segment, own)
+    mean = mean_by_id(batch.segment, mask, own)
     if level == "sequence":
         return mean
-    return jax.lax.stop_gradient(mean) + within(mask, logprobs - jax.lax.stop_gradient(logprobs))
+    return jax.lax.stop_gradient(mean) + zero_outside(mask, logprobs - jax.lax.stop_gradient(logprobs))
 
 
-def clip(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Clip) -> Held:
-    """-min(r A, clip(r, 1 - low, 1 + high) A); with `dual` at most -dual A where A < 0.
+def clip(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Clip) -> SurrogateTerms:
+    """-min(r A, clip(r, 1 - low, 1 + high) A); with `dual`, at most -dual A where A < 0.
 
     Source: Schulman et al. 2017 (PPO), eq. 7; separate bounds: Yu et al. 2025 (DAPO), eq. 10; dual: Ye et al. 2020, eq. 5.
     """
@@ -67,38 +72,38 @@ def clip(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: 
     if cfg.dual is not None:
         loss = jnp.where(advantage < 0, jnp.minimum(loss, -cfg.dual * advantage), loss)
         high = high | ((ratio > cfg.dual) & (advantage < 0))
-    return Held(loss, low, high)
+    return SurrogateTerms(loss, low, high)
 
 
-def cispo(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Cispo) -> Held:
+def cispo(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Cispo) -> SurrogateTerms:
     """-sg(clip(r, low, high)) A log p: every token keeps a gradient. Source: MiniMax-M1 2025, eq. 4."""
     ratio = jax.lax.stop_gradient(jnp.exp(log_r))
     loss = -jnp.clip(ratio, cfg.low, cfg.high) * advantage * logprobs
-    return Held(loss, ratio < cfg.low, ratio > cfg.high)
+    return SurrogateTerms(loss, ratio < cfg.low, ratio > cfg.high)
 
 
-def gmpo(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Gmpo) -> Held:
+def gmpo(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Gmpo) -> SurrogateTerms:
     """-mean(A) exp(mean over the sequence of x'), x' = sgn(A) min(sgn(A) x, sgn(A) clip(x, -low, high)), x = log r.
 
     Source: Zhao et al. 2025 (GMPO), eq. 4.
     """
     sign = jnp.sign(advantage)
     bounded = sign * jnp.minimum(sign * log_r, sign * jnp.clip(log_r, -cfg.low, cfg.high))
-    ratio = jnp.exp(mean_by(batch.segment, batch.loss_mask, bounded))
-    loss = -mean_by(batch.segment, batch.loss_mask, advantage) * ratio
-    return Held(loss, (log_r < -cfg.low) & (advantage < 0), (log_r > cfg.high) & (advantage > 0))
+    ratio = jnp.exp(mean_by_id(batch.segment, batch.loss_mask, bounded))
+    loss = -mean_by_id(batch.segment, batch.loss_mask, advantage) * ratio
+    return SurrogateTerms(loss, (log_r < -cfg.low) & (advantage < 0), (log_r > cfg.high) & (advantage > 0))
 
 
-def sapo(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Sapo) -> Held:
-    """-A sigmoid(tau (r - 1)) 4 / tau: a soft gate, of slope 1 at r = 1. Source: Gao et al. 2025 (SAPO)."""
+def sapo(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Sapo) -> SurrogateTerms:
+    """-A sigmoid(tau (r - 1)) 4 / tau: a soft gate with slope 1 at r = 1. Source: Gao et al. 2025 (SAPO)."""
     tau = jnp.where(advantage > 0, cfg.positive, cfg.negative)
     loss = -advantage * jax.nn.sigmoid(tau * (jnp.exp(log_r) - 1)) * 4 / tau
-    nothing = jnp.zeros_like(batch.loss_mask)
-    return Held(loss, nothing, nothing)
+    never = jnp.zeros_like(batch.loss_mask)
+    return SurrogateTerms(loss, never, never)
 
 
-def dppo(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Dppo) -> Held:
-    """A token is dropped where it has moved beyond `high` up with A > 0, or beyond `low` down with A <= 0.
+def dppo(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Dppo) -> SurrogateTerms:
+    """Drop tokens whose probability rose by more than `high` with A > 0, or fell by more than `low` with A <= 0.
 
     tv: by p - p_old. kl: by KL of the two-way distributions (p_old, 1 - p_old) and (p, 1 - p), with the sign of p - p_old.
     Source: DPPO (arXiv 2602.04879); forms: SkyRL and prime-rl until August 2026, verl.
@@ -117,20 +122,20 @@ def dppo(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: 
         term = ratio
     else:
         term = jax.lax.stop_gradient(jnp.minimum(ratio, cfg.cap)) * logprobs
-    return Held(jnp.where(low | high, 0.0, -advantage * term), low, high)
+    return SurrogateTerms(jnp.where(low | high, 0.0, -advantage * term), low, high)
 
 
-def ipo(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Ipo) -> Held:
-    """-A r where |p - p_old| <= eps, else 0, whatever the sign of A. Source: prime-rl's `ipo_loss_fn`."""
+def ipo(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Ipo) -> SurrogateTerms:
+    """-A r where |p - p_old| <= eps, else 0, for either sign of A. Source: prime-rl's `ipo_loss_fn`."""
     moved = jax.lax.stop_gradient(jnp.exp(logprobs) - jnp.exp(logprobs - log_r))
     low, high = moved < -cfg.eps, moved > cfg.eps
-    return Held(jnp.where(low | high, 0.0, -advantage * jnp.exp(log_r)), low, high)
+    return SurrogateTerms(jnp.where(low | high, 0.0, -advantage * jnp.exp(log_r)), low, high)
 
 
-def reinforce(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Reinforce) -> Held:
+def reinforce(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, cfg: Reinforce) -> SurrogateTerms:
     """-A log p."""
-    nothing = jnp.zeros_like(batch.loss_mask)
-    return Held(-advantage * logprobs, nothing, nothing)
+    never = jnp.zeros_like(batch.loss_mask)
+    return SurrogateTerms(-advantage * logprobs, never, never)
 
 
 SURROGATES = {Clip: clip, Cispo: cispo, Gmpo: gmpo, Sapo: sapo, Dppo: dppo, Ipo: ipo, Reinforce: reinforce}

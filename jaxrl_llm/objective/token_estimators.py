@@ -1,4 +1,4 @@
-"""Advantages of single tokens, from rewards and values at each: as `group_estimators`, dataclasses with `estimate` and `bound`."""
+"""Estimators with one advantage per token, from token rewards and values; dataclasses as in `group_estimators`."""
 
 import math
 from dataclasses import dataclass
@@ -9,53 +9,60 @@ from annotated_types import Ge, Gt, Le
 from jaxtyping import Int
 from pydantic import ConfigDict
 
-from jaxrl_llm.objective.estimator import Estimator
-from jaxrl_llm.objective.group_estimators import about_mean, at_each_token, in_stds
-from jaxrl_llm.objective.outcome import Completion, Estimate, Group, Outcome, Tokens, scores
+from jaxrl_llm.objective.estimator import (
+    AdvantageEstimate,
+    Completion,
+    Estimator,
+    EstimatorInputs,
+    Group,
+    Tokens,
+    sequence_rewards,
+)
+from jaxrl_llm.objective.group_estimators import broadcast_to_tokens, largest_distance_from_mean, largest_z_score
 from jaxrl_llm.objective.statistics import centered, whiten
 
 Fraction = Annotated[float, Ge(0), Le(1)]
-OTHERS = "compares with what other groups and states are worth: equal rewards teach too"
+OTHERS = "compares with other groups or states: equal rewards teach too"
 
 
 @dataclass(frozen=True)
 class ReinforcePlusPlus(Estimator):
-    """Returns to go of the tokens' rewards, whitened over the batch's tokens (Hu 2025, REINFORCE++)."""
+    """Returns-to-go of the token rewards, whitened over the batch's tokens (Hu 2025, REINFORCE++)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     kind: Literal["reinforce_pp"] = "reinforce_pp"
     baseline: bool = False
-    """First r - mean of the group; then nothing is discounted."""
+    """Subtract the group mean from each reward first; nothing is discounted then."""
     gamma: Fraction = 1.0
     variance: Literal["sample", "population"] = "sample"
-    """Of the whitening: verl's n - 1, or OpenRLHF's n."""
+    """Divisor of the whitening: n - 1 (verl) or n (OpenRLHF)."""
     eps: Annotated[float, Gt(0)] = 1e-8
     eps_beside: Literal["variance", "std"] = "variance"
-    """Divided by sqrt(var + eps), or by std + eps (AReaL)."""
-    reads_the_batch: ClassVar[bool] = True
-    gives_what_is_to_come: ClassVar[bool] = True
+    """Divide by sqrt(var + eps), or by std + eps (AReaL)."""
+    uses_batch_statistics: ClassVar[bool] = True
+    uses_returns_to_go: ClassVar[bool] = True
 
-    def estimate(self, outcome: Outcome) -> Estimate:
+    def estimate(self, inputs: EstimatorInputs) -> AdvantageEstimate:
         if self.baseline:
-            returns = at_each_token(centered(scores(outcome)), outcome).advantage
+            returns = broadcast_to_tokens(centered(sequence_rewards(inputs)), inputs).advantage
         else:
-            # verl: what is between two drawn tokens passes credit on.
-            returns = to_go(token_rewards(outcome), outcome.mask, self.gamma)
+            # As in verl, credit passes over unsampled tokens.
+            returns = to_go(token_rewards(inputs), inputs.mask, self.gamma)
         if self.eps_beside == "std":
-            return Estimate(whiten(returns, outcome.mask, self._ddof, 0.0, self.eps))
-        return Estimate(whiten(returns, outcome.mask, self._ddof, self.eps))
+            return AdvantageEstimate(whiten(returns, inputs.mask, self._ddof, 0.0, self.eps))
+        return AdvantageEstimate(whiten(returns, inputs.mask, self._ddof, self.eps))
 
-    def bound(self, score: Group, outcome: Outcome) -> float:
-        tokens = np.count_nonzero(outcome.mask)
+    def bound(self, score: Group, inputs: EstimatorInputs) -> float:
+        tokens = np.count_nonzero(inputs.mask)
         if tokens < 2:
-            return about_mean(score) if self.baseline else np.abs(score).max()
-        return in_stds(tokens, self._ddof)
+            return largest_distance_from_mean(score) if self.baseline else np.abs(score).max()
+        return largest_z_score(tokens, self._ddof)
 
-    def of_equal_rewards(self, graders: int) -> str:
+    def why_equal_rewards_teach(self, graders: int) -> str:
         return "" if self.baseline else OTHERS
 
     @property
-    def compares_a_group(self) -> bool:
+    def compares_within_group(self) -> bool:
         return self.baseline
 
     @property
@@ -73,12 +80,12 @@ class Gae(Estimator):
     lam: Fraction = 0.95
     whiten: bool = True
     """(A - mean) / sqrt(var + 1e-8) over the batch's tokens, var with n - 1; after the returns."""
-    compares_a_group: ClassVar[bool] = False
-    gives_what_is_to_come: ClassVar[bool] = True
+    compares_within_group: ClassVar[bool] = False
+    uses_returns_to_go: ClassVar[bool] = True
 
-    def estimate(self, outcome: Outcome) -> Estimate:
-        """delta_t = r_t + gamma V_{t+1} - V_t; A_t = delta_t + gamma lam A_{t+1}. Tokens that were not drawn are passed over."""
-        reward, mask, values = token_rewards(outcome), outcome.mask, outcome.values.astype(np.float64)
+    def estimate(self, inputs: EstimatorInputs) -> AdvantageEstimate:
+        """delta_t = r_t + gamma V_{t+1} - V_t; A_t = delta_t + gamma lam A_{t+1}. Unsampled tokens are skipped."""
+        reward, mask, values = token_rewards(inputs), inputs.mask, inputs.values.astype(np.float64)
         advantage = np.zeros_like(reward)
         after, value = np.zeros(len(reward)), np.zeros(len(reward))
         for t in reversed(range(reward.shape[1])):
@@ -87,27 +94,27 @@ class Gae(Estimator):
             after, value = np.where(mask[:, t], now, after), np.where(mask[:, t], values[:, t], value)
             advantage[:, t] = after
         returns = advantage + values
-        return Estimate(whiten(advantage, mask) if self.whiten else advantage, returns)
+        return AdvantageEstimate(whiten(advantage, mask) if self.whiten else advantage, returns)
 
-    def bound(self, score: Group, outcome: Outcome) -> float:
-        tokens = np.count_nonzero(outcome.mask)
-        return in_stds(tokens, 1) if self.whiten and tokens > 1 else math.inf
+    def bound(self, score: Group, inputs: EstimatorInputs) -> float:
+        tokens = np.count_nonzero(inputs.mask)
+        return largest_z_score(tokens, 1) if self.whiten and tokens > 1 else math.inf
 
-    def of_equal_rewards(self, graders: int) -> str:
+    def why_equal_rewards_teach(self, graders: int) -> str:
         return OTHERS
 
 
-def token_rewards(outcome: Outcome) -> Completion:
-    """The tokens' own rewards, the sequence's at the last token that was drawn."""
-    mask = outcome.mask
+def token_rewards(inputs: EstimatorInputs) -> Completion:
+    """Return the token rewards, with the sequence's reward added at its last sampled token."""
+    mask = inputs.mask
     last: Int[np.ndarray, " B"] = mask.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)
-    rewards = np.where(mask, outcome.token_reward, 0.0).astype(np.float64)
-    rewards[np.arange(len(last)), last] += np.where(mask.any(axis=1), outcome.reward.reshape(-1), 0.0)
+    rewards = np.where(mask, inputs.token_reward, 0.0).astype(np.float64)
+    rewards[np.arange(len(last)), last] += np.where(mask.any(axis=1), inputs.reward.reshape(-1), 0.0)
     return rewards
 
 
 def to_go(rewards: Completion, mask: Tokens, gamma: float) -> Completion:
-    """At each token the sum of the rewards from it on, discounted by `gamma` per token that was drawn."""
+    """Return the sum of rewards from each token on, discounted by `gamma` per sampled token."""
     returns, after = np.zeros_like(rewards), np.zeros(len(rewards))
     for t in reversed(range(rewards.shape[1])):
         after = np.where(mask[:, t], rewards[:, t] + gamma * after, after)

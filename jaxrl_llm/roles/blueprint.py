@@ -20,7 +20,7 @@ from jaxrl_llm.model.attention import selection
 from jaxrl_llm.model.config import ForwardOptions, ModelConfig
 from jaxrl_llm.model.critic import NAMES as CRITIC
 from jaxrl_llm.model.critic import critic_specs
-from jaxrl_llm.objective.loss_config import Correction, correction_of
+from jaxrl_llm.objective.loss_config import Correction, resolve_correction
 from jaxrl_llm.objective.losses import make_loss
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.layout import TRAIN, Layout
@@ -33,18 +33,18 @@ from jaxrl_llm.types import PyTree
 from jaxrl_llm.update.config import OptimizerConfig
 from jaxrl_llm.update.optimizer.config import GroupConfig
 from jaxrl_llm.update.optimizer.transform import make_optimizer
-from jaxrl_llm.update.packing import Shape, shape_of
+from jaxrl_llm.update.packing import BatchShape, batch_shape
 
 
 class Shapes(NamedTuple):
     """Shapes of a run's batches."""
 
-    update: Shape
+    update: BatchShape
     """A minibatch."""
-    experience: Shape
+    experience: BatchShape
     """All groups of a step, scored before the first update."""
-    supervised: Shape
-    held_out: Shape
+    supervised: BatchShape
+    held_out: BatchShape
     """`rollout.prompts` rows with their target responses, for evaluation."""
 
 
@@ -134,7 +134,7 @@ def blueprint_of(cfg: RunConfig, given: Sources) -> Blueprint:
 
 def correction_for(cfg: RunConfig) -> Correction:
     """Correction for the difference between the sampler's arithmetic and the trainer's; `auto` resolved."""
-    return correction_of(cfg.objective.loss, cfg.rollout.engine.weights, cfg.rollout.engine.cache)
+    return resolve_correction(cfg.objective.loss, cfg.rollout.engine.weights, cfg.rollout.engine.cache)
 
 
 def loss_of(cfg: RunConfig) -> Loss:
@@ -169,11 +169,11 @@ def shapes_of(cfg: RunConfig, prompt_slots: int, shards: int) -> Shapes:
     prompts, samples, packing, update = cfg.rollout.prompts, cfg.rollout.samples, cfg.update.packing, cfg.update
     sizes = prompt_slots, cfg.rollout.max_new_tokens
 
-    def of_rollouts(prompts: int, parts: int) -> Shape:
-        return shape_of(packing.kind, prompts, samples, sizes, packing.slots, parts, shards)
+    def of_rollouts(prompts: int, parts: int) -> BatchShape:
+        return batch_shape(packing.kind, prompts, samples, sizes, packing.slots, parts, shards)
 
-    def supervised(rows: int) -> Shape:
-        return shape_of("none", rows, 1, sizes, 0, 1, shards)
+    def supervised(rows: int) -> BatchShape:
+        return batch_shape("none", rows, 1, sizes, 0, 1, shards)
 
     return Shapes(
         of_rollouts(prompts // update.minibatches, update.micro_batches),

@@ -16,7 +16,7 @@ from jaxrl_llm.model.publish import make_blank, make_publish
 from jaxrl_llm.objective.credit import make_advantage
 from jaxrl_llm.objective.loss_config import anchored_on_proximal
 from jaxrl_llm.objective.losses import CROSS_ENTROPY
-from jaxrl_llm.objective.rules import filter_of
+from jaxrl_llm.objective.rules import resolve_filter
 from jaxrl_llm.perf.work import TrainFlops, count_adapter_params, count_tokens, train_flops
 from jaxrl_llm.roles.blueprint import Blueprint, correction_for
 from jaxrl_llm.roles.collector import Collected
@@ -32,7 +32,7 @@ from jaxrl_llm.tasks.stream import make_order
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Batch, Groups, Policy, PyTree, TrainState
 from jaxrl_llm.update.optimizer.transform import make_optimizer
-from jaxrl_llm.update.packing import Shape
+from jaxrl_llm.update.packing import BatchShape
 from jaxrl_llm.update.step import make_score, make_update
 
 
@@ -152,10 +152,10 @@ def make_supervised(blueprint: Blueprint, task: Task) -> Supervised:
     )
 
 
-def make_scorer(blueprint: Blueprint, shape: Shape) -> Scorer:
+def make_scorer(blueprint: Blueprint, shape: BatchShape) -> Scorer:
     """Scorer of groups that fill batches of the given shape."""
     rows = blueprint.train.sharding(("rows", None))
-    return Scorer(make_score(blueprint.scoring, shape.parts), shape, blueprint.vocab.pad, rows)
+    return Scorer(make_score(blueprint.scoring, shape.num_micro_batches), shape, blueprint.vocab.pad, rows)
 
 
 def filter_for(cfg: RunConfig, texts_of: Callable[[Groups], list[str]]) -> Filter:
@@ -164,5 +164,5 @@ def filter_for(cfg: RunConfig, texts_of: Callable[[Groups], list[str]]) -> Filte
     if isinstance(chosen, OwnFilter):
         return own_filter(chosen, texts_of)
     graders = [grader.label for grader in cfg.reward.graders]
-    name = filter_of(chosen, cfg.objective, len(graders))
+    name = resolve_filter(chosen, cfg.objective, len(graders))
     return make_filter(name, graders, cfg.evaluation.threshold)

@@ -15,7 +15,7 @@ from jaxrl_llm.tasks.rows import Row
 from jaxrl_llm.tasks.stream import make_prompts
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Experience, Policy, PyTree, Rollouts
-from jaxrl_llm.update.batch import of_groups, ungraded, unscored
+from jaxrl_llm.update.batch import select_groups, ungraded, unscored
 
 
 class Answers(NamedTuple):
@@ -98,7 +98,7 @@ class Evaluator:
         `at_once` prompts."""
         num = len(rollouts.prompts.length)
         part = _parts(num, self.at_once)[0]
-        groups = of_groups(unscored(ungraded(rollouts)), part).groups
+        groups = select_groups(unscored(ungraded(rollouts)), part).groups
         # With fewer prompts the batch is filled up with repetitions; each prompt counts once.
         once = np.repeat(np.arange(len(part)) < num, len(groups.keep) // len(part))
         d = (self.score(params, groups).logprobs - groups.rollouts.behavior_logprobs).astype(np.float64)

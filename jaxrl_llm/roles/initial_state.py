@@ -22,14 +22,14 @@ from jaxrl_llm.roles.blueprint import Blueprint, uses_of
 from jaxrl_llm.roles.learner import Learner
 from jaxrl_llm.roles.state import RunState, SupervisedState
 from jaxrl_llm.types import PyTree, TrainState
-from jaxrl_llm.update.optimizer.state import abstract_state, make_start
+from jaxrl_llm.update.optimizer.state import abstract_state, make_init_state
 from jaxrl_llm.update.optimizer.transform import make_optimizer
 
 
 def start_supervised(blueprint: Blueprint, params: PyTree) -> SupervisedState:
     """State before the first supervised step; `params` are donated."""
     optimizer = make_optimizer(blueprint.cfg.warm_start.optimizer)
-    start = make_start(blueprint.specs, optimizer, blueprint.train)
+    start = make_init_state(blueprint.specs, optimizer, blueprint.train)
     return first_supervised(start(params, _updates(blueprint, 0)))
 
 
@@ -53,7 +53,7 @@ def start_rl(blueprint: Blueprint, learner: Learner, source: Any, params: PyTree
         policy = lora.adapt(params, model_params.policy_part(specs, model), of_adapters, blueprint.train)
         return policy | (critic_start(params, model, cfg.objective.critic.kind) if cfg.objective.has_critic else {})
 
-    start = make_start(specs, blueprint.optimizer, blueprint.train, with_adapters_and_critic)
+    start = make_init_state(specs, blueprint.optimizer, blueprint.train, with_adapters_and_critic)
     train = start(params, _updates(blueprint, cfg.warm_start.steps))
     return first_state(blueprint, learner, source, train, _start_reference(blueprint, train.params))
 

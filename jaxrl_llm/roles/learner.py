@@ -11,7 +11,7 @@ from jaxrl_llm.experience.filters import Filter
 from jaxrl_llm.experience.replay import Replay
 from jaxrl_llm.model import lora
 from jaxrl_llm.objective.config import ObjectiveConfig
-from jaxrl_llm.objective.losses import with_own
+from jaxrl_llm.objective.losses import with_own_columns
 from jaxrl_llm.roles.state import RunState
 from jaxrl_llm.roles.updates import Learned
 from jaxrl_llm.types import Credit, Experience, Groups, Policy, PyTree, Scores, TrainState
@@ -57,4 +57,4 @@ def score_groups(
     if reads_proximal or objective.has_critic:
         own = score(state.train.params, groups)
         proximal, values = own.logprobs if reads_proximal else None, own.values
-    return with_own(Scores(reference, proximal, values), groups, loss.own)
+    return with_own_columns(Scores(reference, proximal, values), groups, loss.own)

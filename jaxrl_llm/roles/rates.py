@@ -15,5 +15,5 @@ def sampler_rates(engine: Engine) -> DecodeRates:
 def learner_rates(blueprint: Blueprint) -> UpdateRates:
     """Return the FLOPs per second that one device reaches at most in an update."""
     shape, layout = blueprint.shapes.update, blueprint.train
-    tokens = shape.rows // shape.parts // layout.size("rows") * shape.slots
+    tokens = shape.rows // shape.num_micro_batches // layout.size("rows") * shape.slots
     return update_rates(blueprint.model, tokens, layout, blueprint.cfg.lora.rank > 0)

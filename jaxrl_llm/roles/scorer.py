@@ -9,14 +9,14 @@ from jax.sharding import Sharding
 from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import Batch, Groups, PyTree
-from jaxrl_llm.update.batch import make_batch, to_rows, unscored
-from jaxrl_llm.update.packing import Shape
+from jaxrl_llm.update.batch import make_batch, to_completions, unscored
+from jaxrl_llm.update.packing import BatchShape
 
 
 @dataclass(frozen=True)
 class Scorer:
     program: Callable[[PyTree, Batch], TokenScores]
-    shape: Shape
+    shape: BatchShape
     pad: int
     rows: Sharding
     """Sharding of a batch."""
@@ -25,4 +25,4 @@ class Scorer:
         """Scores `[B C]` of the completion tokens under `params`, 0 in rows that are not kept; NumPy, equal on every host."""
         batch, where = make_batch(unscored(groups), self.shape, self.pad)
         scores = hosts.gather(self.program(params, hosts.put(batch, self.rows)))
-        return jax.tree.map(lambda x: to_rows(x, where, groups.rollouts), scores)
+        return jax.tree.map(lambda x: to_completions(x, where, groups.rollouts), scores)

@@ -16,7 +16,7 @@ from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Experience
 from jaxrl_llm.update.batch import make_batch, supervised
 from jaxrl_llm.update.config import WarmStartConfig
-from jaxrl_llm.update.packing import Shape
+from jaxrl_llm.update.packing import BatchShape
 from jaxrl_llm.update.step import Update
 
 
@@ -31,7 +31,7 @@ class Supervised:
     right: Callable[[list[Row]], Experience]
     """See `right_responses`."""
     update: Update
-    shape: Shape
+    shape: BatchShape
     rows: Sharding
     """Sharding of a batch."""
 

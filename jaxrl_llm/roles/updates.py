@@ -11,7 +11,7 @@ from jax.sharding import Sharding
 
 from jaxrl_llm.distribution.loss import Loss
 from jaxrl_llm.metrics.guards import RatioAlarm
-from jaxrl_llm.objective.credit import mean_kl
+from jaxrl_llm.objective.credit import reward_kl_metrics
 from jaxrl_llm.objective.reward_kl import RewardKl
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.perf.work import TrainFlops
@@ -20,7 +20,7 @@ from jaxrl_llm.types import Batch, Experience, TrainState
 from jaxrl_llm.update.batch import make_batch, minibatches
 from jaxrl_llm.update.config import UpdateConfig
 from jaxrl_llm.update.optimizer.state import ZERO_GRADIENT
-from jaxrl_llm.update.packing import Shape
+from jaxrl_llm.update.packing import BatchShape
 from jaxrl_llm.update.step import Update
 
 # Metrics of a whole update; every other is a mean over its tokens or sequences, or an extreme.
@@ -56,7 +56,7 @@ class Updates:
     program: Update
     loss: Loss
     cfg: UpdateConfig
-    shape: Shape
+    shape: BatchShape
     """Shape of a minibatch."""
     pad: int
     rows: Sharding
@@ -98,7 +98,7 @@ class Updates:
                 stale = len(each) > 1 or (old and not self.anchored_on_proximal)
                 alarm, ring = alarm.observe(found["ratio/min"], found["ratio/max"], stale)
                 rings |= ring
-        metrics = mean_kl(self.reward_kl, experience.groups, experience.scores) | over_updates(each, old)
+        metrics = reward_kl_metrics(self.reward_kl, experience.groups, experience.scores) | over_updates(each, old)
         metrics |= {"alarm/ratio": float(rings), "updates": len(each)}
         never = {path: all(gradients[path] for gradients in zero) for path in zero[0]} if zero else {}
         work = TrainFlops(*np.sum(flops, axis=0)) if flops else TrainFlops(0, 0, 0)

@@ -1,4 +1,4 @@
-"""From graded groups to the fixed-shape batches that updates consume, and from a batch's scores back to the rollouts."""
+"""Batches: graded groups to the fixed-shape batches that updates consume, and a batch's scores back to the rollouts."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import COLUMNS, Batch, Credit, Experience, Groups, OwnColumn, Prompts, Rollouts, Scores
-from jaxrl_llm.update.packing import Places, Shape, place
+from jaxrl_llm.update.packing import BatchShape, Placement, place_sequences
 
 Completion = Float[np.ndarray, "B C"]
 
@@ -17,7 +17,14 @@ Completion = Float[np.ndarray, "B C"]
 def supervised(
     prompts: Prompts, tokens: Int[np.ndarray, "B C"], length: Int[np.ndarray, " B"], temperature: float = 1.0
 ) -> Experience:
-    """Completions of which every token is learned from; nothing was sampled."""
+    """Return completions for supervised training: every token is in the loss, none was sampled.
+
+    Args:
+        prompts: one per row.
+        tokens: of the completions.
+        length: tokens per completion.
+        temperature: for scoring.
+    """
     rows, zeros = len(length), np.zeros(tokens.shape, np.float32)
     rollouts = Rollouts(
         prompts=prompts,
@@ -34,7 +41,7 @@ def supervised(
 
 
 def ungraded(rollouts: Rollouts) -> Groups:
-    """Groups that nobody graded, all of them kept."""
+    """Return ungraded groups, all of them kept."""
     rows, none = len(rollouts.length), np.zeros(len(rollouts.prompts.length), np.int32)
     return Groups(
         rollouts=rollouts,
@@ -48,20 +55,25 @@ def ungraded(rollouts: Rollouts) -> Groups:
 
 
 def unscored(groups: Groups) -> Experience:
-    """Groups with advantages of 0: what a batch that is only scored is made from."""
+    """Return experience with advantages of 0, for batches that are only scored."""
     return Experience(groups, Scores(), Credit(np.zeros(groups.rollouts.tokens.shape, np.float32)))
 
 
 def token_weights(
-    learn: Bool[np.ndarray, "B C"], group: Int[np.ndarray, " B"], aggregation: str, length: int
+    loss_mask: Bool[np.ndarray, "B C"], group: Int[np.ndarray, " B"], aggregation: str, length: int
 ) -> Completion:
-    """Weights by which sums over tokens become means, counted over all that is given.
+    """Return the weights that turn sums over tokens into means over the whole minibatch.
 
-    token: 1 / N tokens. sequence: 1 / (tokens of its sequence * sequences). constant: 1 / (length * sequences).
-    sequence_sum: 1 / sequences. token_sum: 1. prompt: 1 / (tokens of its group * groups).
-    Only tokens in `learn` count, and only sequences and groups that have one. With none at all every weight is 0.
+    Only tokens in the mask count, and only sequences and groups that have one. For an empty mask all weights are 0.
+
+    Args:
+        loss_mask: tokens in the loss.
+        group: of each row.
+        aggregation: token: 1 / N tokens. sequence: 1 / (tokens of its sequence * sequences). constant: 1 / (length * sequences).
+            sequence_sum: 1 / sequences. token_sum: 1. prompt: 1 / (tokens of its group * groups).
+        length: for the aggregation `constant`.
     """
-    mask = learn.astype(np.float64)
+    mask = loss_mask.astype(np.float64)
     each = mask.sum(axis=1, keepdims=True)
     sequences = max(np.count_nonzero(each), 1)
     of_group = np.bincount(group, weights=each[:, 0])
@@ -78,23 +90,26 @@ def token_weights(
 
 def make_batch(
     experience: Experience,
-    shape: Shape,
+    shape: BatchShape,
     pad: int,
     aggregation: str = "token",
     length: int = 1,
     own: Sequence[OwnColumn] = (),
-) -> tuple[Batch, Places]:
-    """The batch of these groups, and where each of their rows lies. Rows without a token to learn from are left out.
+) -> tuple[Batch, Placement]:
+    """Return the batch of these groups, and the placement of their rows. Rows without a token in the loss are left out.
 
     Args:
+        experience: graded groups, scores and credit.
+        shape: of the batch.
         pad: the pad token.
-        aggregation, length: what the loss is a mean over: `token_weights`.
-        own: the loss's own columns.
+        aggregation: average of the loss, as in `token_weights`.
+        length: for the aggregation `constant`.
+        own: columns that the loss defines.
     """
     rollouts, prompts, mask = experience.groups.rollouts, experience.groups.rollouts.prompts, experience.loss_mask
-    prompt = group_of_rows(rollouts)
+    prompt = prompt_of_rows(rollouts)
     prompt_length = prompts.length[prompt]
-    where = place(prompt_length, rollouts.length, prompt, mask.any(axis=1), shape)
+    where = place_sequences(prompt_length, rollouts.length, prompt, mask.any(axis=1), shape)
     full = (shape.rows, shape.slots)
     slot = np.arange(shape.slots, dtype=np.int32)
     tokens, position = np.full(full, pad, np.int32), np.zeros(full, np.int32)
@@ -136,9 +151,17 @@ def make_batch(
 
 
 def abstract_batch(
-    shape: Shape, uses: Sequence[str], max_kept_tokens: int, own: Sequence[OwnColumn], layout: Layout
+    shape: BatchShape, uses: Sequence[str], max_kept_tokens: int, own: Sequence[OwnColumn], layout: Layout
 ) -> Batch:
-    """Shapes, dtypes and shardings of the batches that `make_batch` gives; `uses`: of the run, as in `COLUMNS`."""
+    """Return shapes, dtypes and shardings of the batches of `make_batch`.
+
+    Args:
+        shape: of the batch.
+        uses: features of the run that add columns, as in `COLUMNS`.
+        max_kept_tokens: K of the column `kept_tokens`.
+        own: columns that the loss defines.
+        layout: the mesh.
+    """
 
     def array(dtype: type, *more: int) -> jax.ShapeDtypeStruct:
         sharding = layout.sharding(("rows", *(None for _ in (shape.slots, *more))))
@@ -149,30 +172,30 @@ def abstract_batch(
     return Batch(**columns, own={c.name: array(c.dtype) for c in own})
 
 
-def to_rows(scores: Float[np.ndarray, "R T"], where: Places, rollouts: Rollouts) -> Completion:
-    """A batch's scores of the completions' tokens; 0 where none lies."""
+def to_completions(scores: Float[np.ndarray, "R T"], where: Placement, rollouts: Rollouts) -> Completion:
+    """Return a batch's scores in the layout of the completions [B C], 0 for tokens that are not in the batch."""
     out = np.zeros(rollouts.tokens.shape, np.float32)
     b, c, row, at = _slots(where, rollouts.length, out.shape[1])
     out[b, c] = scores[row, at]
     return out
 
 
-def _slots(where: Places, length: np.ndarray, completion_slots: int) -> tuple[np.ndarray, ...]:
-    """(row of the rollouts, place in its completion, row, slot) of every completion token that lies somewhere."""
+def _slots(where: Placement, length: np.ndarray, completion_slots: int) -> tuple[np.ndarray, ...]:
+    """Return (rollout row, completion position, batch row, slot) of every completion token in the batch."""
     b, c = np.nonzero((np.arange(completion_slots) < length[:, None]) & (where.row >= 0)[:, None])
     return b, c, where.row[b], where.start[b] + c
 
 
 def minibatches(experience: Experience, num: int, rng: np.random.Generator) -> Iterator[Experience]:
-    """One epoch: whole groups in a new order, in `num` equal parts. A single part keeps its order."""
+    """Yield one epoch: whole groups, shuffled, in `num` equal minibatches. A single minibatch keeps its order."""
     groups = len(experience.groups.failure)
     order = rng.permutation(groups) if num > 1 else np.arange(groups)
-    for part in np.split(order, num):
-        yield of_groups(experience, part)
+    for index in np.split(order, num):
+        yield select_groups(experience, index)
 
 
-def of_groups(experience: Experience, index: Int[np.ndarray, " n"]) -> Experience:
-    """That of the groups at `index`, in its order."""
+def select_groups(experience: Experience, index: Int[np.ndarray, " n"]) -> Experience:
+    """Return the experience of the groups at `index`, in that order."""
     groups = len(experience.groups.failure)
 
     def take(x: np.ndarray) -> np.ndarray:
@@ -181,7 +204,7 @@ def of_groups(experience: Experience, index: Int[np.ndarray, " n"]) -> Experienc
     return jax.tree.map(take, experience)
 
 
-def group_of_rows(rollouts: Rollouts) -> Int[np.ndarray, " B"]:
-    """The prompt that each row belongs to."""
+def prompt_of_rows(rollouts: Rollouts) -> Int[np.ndarray, " B"]:
+    """Return the prompt index of each row."""
     prompts = len(rollouts.prompts.length)
     return np.repeat(np.arange(prompts, dtype=np.int32), len(rollouts.length) // prompts)

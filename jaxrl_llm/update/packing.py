@@ -1,4 +1,5 @@
-"""Where sequences lie in the rows of a batch. A unit stays together: a prompt and one completion, or several that share it."""
+"""Packing: placement of sequences in the rows of a batch. A sequence group, one prompt and the completions that share it, stays in
+one row; without shared prefixes it has one completion."""
 
 from typing import NamedTuple
 
@@ -8,41 +9,51 @@ from jaxtyping import Bool, Int
 Each = Int[np.ndarray, " B"]
 
 
-class Shape(NamedTuple):
-    """Of the batches of a run: fixed, so that nothing compiles twice."""
+class BatchShape(NamedTuple):
+    """Shape of a run's batches: fixed, so that each program compiles once."""
 
     kind: str
     """`update.packing.kind`."""
     rows: int
     slots: int
-    parts: int
-    """Micro-batches: part i holds rows i, i + parts, ..."""
+    num_micro_batches: int
+    """Micro-batch i has the rows i, i + num_micro_batches, ..."""
 
 
-class Places(NamedTuple):
-    """Of B sequences in `shape.rows` rows of `shape.slots` slots."""
+class Placement(NamedTuple):
+    """Placement of B sequences in `shape.rows` rows of `shape.slots` slots."""
 
-    shape: Shape
+    shape: BatchShape
     row: Each
-    """-1: left out."""
+    """-1: not in the batch."""
     prompt: Each
-    """Its prompt's first slot."""
+    """First slot of its prompt."""
     start: Each
-    """Its completion's first slot."""
+    """First slot of its completion."""
     end: Each
-    """The slot behind its unit: all of it sees the prompt."""
+    """Slot after its sequence group, all of which attends to the prompt."""
     first: Bool[np.ndarray, " B"]
-    """The first of its unit."""
+    """First sequence of its sequence group."""
     segment: Each
     group: Each
 
 
-def shape_of(
-    kind: str, prompts: int, samples: int, sizes: tuple[int, int], slots: int, parts: int, shards: int
-) -> Shape:
-    """Room for `prompts` groups of `samples` at their longest, `sizes` = (prompt, completion) slots.
+def batch_shape(
+    kind: str, prompts: int, samples: int, sizes: tuple[int, int], slots: int, num_micro_batches: int, shards: int
+) -> BatchShape:
+    """Return the shape that fits `prompts` groups of `samples` sequences at their longest.
 
-    `slots`: T, 0 for the least that does. Rows are a multiple of parts * shards. ValueError where one sequence does not fit.
+    Args:
+        kind: `update.packing.kind`.
+        prompts: number of groups.
+        samples: sequences per group.
+        sizes: longest (prompt, completion) in tokens.
+        slots: tokens per row T; 0: the least that fits.
+        num_micro_batches: micro-batches; rows are a multiple of num_micro_batches * shards.
+        shards: row shards of the mesh.
+
+    Raises:
+        ValueError: one sequence does not fit into a row.
     """
     s, c = sizes
     least = s + c
@@ -51,20 +62,32 @@ def shape_of(
         raise ValueError(f"got {slots} slots, want at least the {least} of one sequence")
     if kind == "shared_prefix":
         together = min(samples, (slots - s) // c)
-        units, size = prompts * -(-samples // together), s + together * c
+        num_groups, size = prompts * -(-samples // together), s + together * c
     else:
-        units, size = prompts * samples, least
-    # First fit leaves no row but the last with fewer units than fit at their longest.
-    rows = -(-units // (slots // size)) if kind != "none" else units
-    return Shape(kind, -(-rows // (parts * shards)) * parts * shards, slots, parts)
+        num_groups, size = prompts * samples, least
+    # With first fit, every row but the last has at least as many sequence groups as fit at their longest.
+    rows = -(-num_groups // (slots // size)) if kind != "none" else num_groups
+    return BatchShape(
+        kind, -(-rows // (num_micro_batches * shards)) * num_micro_batches * shards, slots, num_micro_batches
+    )
 
 
-def place(prompt_length: Each, length: Each, group: Each, learn: Bool[np.ndarray, " B"], shape: Shape) -> Places:
-    """Sequences that `learn`, into as few rows as first fit of the longest first finds; the first parts are filled first.
+def place_sequences(
+    prompt_length: Each, length: Each, group: Each, used: Bool[np.ndarray, " B"], shape: BatchShape
+) -> Placement:
+    """Place the used sequences by first fit, longest first; the first micro-batches are filled first.
 
-    `group` is ascending: a group's sequences stand together.
+    Args:
+        prompt_length: tokens per prompt.
+        length: tokens per completion.
+        group: ascending, so the sequences of a group are adjacent.
+        used: sequences to place.
+        shape: of the batch.
+
+    Raises:
+        ValueError: a sequence is longer than a row, or there are too few rows.
     """
-    of, sizes = _units(prompt_length, length, group, learn, shape)
+    group_of, sizes = _sequence_groups(prompt_length, length, group, used, shape)
     if sizes.max(initial=0) > shape.slots:
         raise ValueError(
             f"packing: got a sequence of {sizes.max()} tokens, want at most the {shape.slots} slots of a row"
@@ -72,39 +95,39 @@ def place(prompt_length: Each, length: Each, group: Each, learn: Bool[np.ndarray
     turn, row_of = _rows(sizes, shape)
     if row_of.max(initial=-1) >= shape.rows:
         raise ValueError(f"packing: got {row_of.max() + 1} rows, want at most {shape.rows}")
-    # All that is placed, in the order in which it lies: rows, their units by turn, a unit's sequences as they came.
-    taken = np.flatnonzero(of >= 0)
-    b = taken[np.lexsort((turn[of[taken]], row_of[of[taken]]))]
-    unit, row = of[b], row_of[of[b]]
-    begins_unit, begins_row = np.diff(unit, prepend=-1) != 0, np.diff(row, prepend=-1) != 0
-    taken_by = length[b] + np.where(begins_unit, prompt_length[b], 0)
+    # Placed sequences in row order; within a row by time of placement, within a sequence group in input order.
+    taken = np.flatnonzero(group_of >= 0)
+    b = taken[np.lexsort((turn[group_of[taken]], row_of[group_of[taken]]))]
+    index, row = group_of[b], row_of[group_of[b]]
+    begins_group, begins_row = np.diff(index, prepend=-1) != 0, np.diff(row, prepend=-1) != 0
+    taken_by = length[b] + np.where(begins_group, prompt_length[b], 0)
     stop = _within(begins_row, np.cumsum(taken_by), taken_by)
     start = stop - length[b]
-    prompt = (start - prompt_length[b])[begins_unit][np.cumsum(begins_unit) - 1]
-    each = shape.rows // shape.parts
+    prompt = (start - prompt_length[b])[begins_group][np.cumsum(begins_group) - 1]
+    per_micro_batch = shape.rows // shape.num_micro_batches
     found = {
-        "row": row % each * shape.parts + row // each,
+        "row": row % per_micro_batch * shape.num_micro_batches + row // per_micro_batch,
         "prompt": prompt,
         "start": start,
-        "end": prompt + sizes[unit],
+        "end": prompt + sizes[index],
         "segment": _within(begins_row, np.arange(1, len(b) + 1), 1),
-        "group": _within(begins_row, np.cumsum(begins_unit), begins_unit),
+        "group": _within(begins_row, np.cumsum(begins_group), begins_group),
     }
     fields = {name: np.full(len(length), -1, np.int32) for name in found}
     for name, values in found.items():
         fields[name][b] = values
     first = np.zeros(len(length), bool)
-    first[b[begins_unit]] = True
-    return Places(shape=shape, first=first, **fields)
+    first[b[begins_group]] = True
+    return Placement(shape=shape, first=first, **fields)
 
 
 def _within(begins: Bool[np.ndarray, " n"], total: Int[np.ndarray, " n"], own: np.ndarray | int) -> np.ndarray:
-    """Running totals, each row's from its own beginning on."""
+    """Return running totals that restart at each beginning."""
     return total - (total - own)[begins][np.cumsum(begins) - 1]
 
 
-def _rows(sizes: Int[np.ndarray, " units"], shape: Shape) -> tuple[np.ndarray, np.ndarray]:
-    """Of each unit when it is placed, and the row: one after another, or the largest first, in the first with room."""
+def _rows(sizes: Int[np.ndarray, " S"], shape: BatchShape) -> tuple[np.ndarray, np.ndarray]:
+    """Return the turn and the row of each sequence group: one per row, or largest first into the first row with room."""
     if shape.kind == "none":
         return np.arange(len(sizes)), np.arange(len(sizes))
     turn, row_of, room = np.zeros(len(sizes), int), np.zeros(len(sizes), int), np.full(len(sizes), shape.slots)
@@ -114,17 +137,17 @@ def _rows(sizes: Int[np.ndarray, " units"], shape: Shape) -> tuple[np.ndarray, n
     return turn, row_of
 
 
-def _units(
-    prompt_length: Each, length: Each, group: Each, learn: np.ndarray, shape: Shape
-) -> tuple[Each, Int[np.ndarray, " units"]]:
-    """Each sequence's unit, -1 for what is left out, and the tokens of each unit."""
-    of, sizes, last = np.full(len(length), -1), [], None
-    for b in np.flatnonzero(learn).tolist():
+def _sequence_groups(
+    prompt_length: Each, length: Each, group: Each, used: np.ndarray, shape: BatchShape
+) -> tuple[Each, Int[np.ndarray, " S"]]:
+    """Return each sequence's sequence group, -1 if unused, and the tokens per sequence group."""
+    group_of, sizes, last = np.full(len(length), -1), [], None
+    for b in np.flatnonzero(used).tolist():
         more = int(length[b])
         if shape.kind == "shared_prefix" and group[b] == last and sizes[-1] + more <= shape.slots:
             sizes[-1] += more
         else:
             sizes.append(int(prompt_length[b]) + more)
             last = group[b]
-        of[b] = len(sizes) - 1
-    return of, np.array(sizes, int)
+        group_of[b] = len(sizes) - 1
+    return group_of, np.array(sizes, int)

@@ -1,4 +1,4 @@
-"""`update`: one optimizer step on one minibatch, in one compiled program; the TrainState is donated to it."""
+"""Compiled programs of the update: one optimizer step on one minibatch (donates its TrainState), and token scoring."""
 
 from collections.abc import Callable
 
@@ -25,28 +25,30 @@ def make_update(
     scoring: Scoring,
     micro_batches: int = 1,
 ) -> Update:
-    """The program `update(state, batch, reference) -> (state, metrics)`; `reference`: the parameters of a policy whose whole
-    distribution the loss reads, else None; of one with adapters these are enough.
+    """Return the program `update(state, batch, reference) -> (state, metrics)`.
 
-    Every term is weighted by `batch.weight`, made of counts over the whole minibatch, so the gradient does not depend on the
-    number of micro-batches nor on the mesh. Micro-batches without a token to learn from are skipped if they stand last.
-    A non-finite loss or gradient (`nonfinite` 1), or a minibatch without any token, leaves parameters and optimizer bit for bit
-    as they were. `zero_gradient/<path>` is 1 where a parameter's gradient is exactly 0 everywhere.
+    `reference`: parameters of the reference if the loss reads its whole distribution, else None; with adapters, the adapters
+    suffice.
+
+    Terms are weighted by `batch.weight`, computed from counts over the whole minibatch, so the gradient does not depend on the
+    number of micro-batches or on the mesh. Trailing micro-batches without a token in the loss are skipped.
+    A non-finite loss or gradient (`nonfinite` 1), or a minibatch without a token in the loss, leaves parameters and optimizer state
+    unchanged to the bit. `zero_gradient/<path>` is 1 where a parameter's gradient is exactly 0 everywhere.
 
     Args:
-        specs: of the state's parameters.
-        loss: what is minimized.
-        optimizer: of gradients to changes, over the parameters that are trained.
-        scoring: how the tokens of a batch are scored.
-        micro_batches: parts of a minibatch whose gradients are added up.
+        specs: specs of the state's parameters.
+        loss: the loss to minimize.
+        optimizer: the transformation of gradients of the trained parameters.
+        scoring: model and options by which tokens are scored.
+        micro_batches: number of micro-batches whose gradients are accumulated.
     """
     layout = scoring.layout
 
     def objective(
-        params: PyTree, part: Batch, share: Array, reference: PyTree | None
+        params: PyTree, micro_batch: Batch, share: Array, reference: PyTree | None
     ) -> tuple[Array, tuple[Metrics, Metrics]]:
-        scores = score_tokens(params, part, scoring, reference)
-        return _summed(loss.terms(scores, part), part, share)
+        scores = score_tokens(params, micro_batch, scoring, reference)
+        return _loss_and_metrics(loss.terms(scores, micro_batch), micro_batch, share)
 
     def update(state: TrainState, batch: Batch, reference: PyTree | None = None) -> tuple[TrainState, Metrics]:
         trained, frozen = lora.split(state.params)
@@ -58,7 +60,7 @@ def make_update(
             more = {"mismatch/dropped": jnp.sum(share * ~kept)}
             batch = batch.replace(weight=jnp.where(kept, batch.weight, 0.0))
         grads, metrics = _accumulate(
-            lambda trained, part, share: objective(lora.join(trained, frozen), part, share, reference),
+            lambda trained, micro_batch, share: objective(lora.join(trained, frozen), micro_batch, share, reference),
             trained,
             (batch, share),
             micro_batches,
@@ -66,9 +68,9 @@ def make_update(
         )
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
-        # Adam would go on along its momentum where nothing was learned.
+        # Without a token in the loss, Adam would still step along its momentum.
         useful = finite & jnp.any(batch.loss_mask)
-        new = _stepped(state, grads, optimizer, useful)
+        new = _apply_gradients(state, grads, optimizer, useful)
         return new, metrics | more | zero_gradients(grads) | {"grad_norm": grad_norm, "nonfinite": 1.0 - finite}
 
     return jax.jit(
@@ -76,18 +78,20 @@ def make_update(
     )
 
 
-def _summed(terms: Terms, part: Batch, share: Array) -> tuple[Array, tuple[Metrics, Metrics]]:
-    """A part's loss, its share of the means, and its maxima."""
-    summed = lambda x, by: jnp.sum(jnp.where(part.loss_mask, x, 0.0) * by)  # noqa: E731
-    total = summed(terms.loss, part.weight)
+def _loss_and_metrics(terms: Terms, micro_batch: Batch, share: Array) -> tuple[Array, tuple[Metrics, Metrics]]:
+    """Return a micro-batch's loss, its contribution to the means, and its maxima."""
+    summed = lambda x, by: jnp.sum(jnp.where(micro_batch.loss_mask, x, 0.0) * by)  # noqa: E731
+    total = summed(terms.loss, micro_batch.weight)
     means = {name: summed(x, share) for name, x in terms.means.items()}
-    means |= {name: summed(x, part.weight) for name, x in terms.weighted.items()}
-    maxima = {name: jnp.max(jnp.where(part.loss_mask, x, -jnp.inf)) for name, x in terms.maxima.items()}
+    means |= {name: summed(x, micro_batch.weight) for name, x in terms.weighted.items()}
+    maxima = {name: jnp.max(jnp.where(micro_batch.loss_mask, x, -jnp.inf)) for name, x in terms.maxima.items()}
     return total, ({"loss": total, **means}, maxima)
 
 
-def _stepped(state: TrainState, grads: PyTree, optimizer: optax.GradientTransformation, useful: Array) -> TrainState:
-    """One step of the optimizer; where it is not `useful` only the count of steps changes."""
+def _apply_gradients(
+    state: TrainState, grads: PyTree, optimizer: optax.GradientTransformation, useful: Array
+) -> TrainState:
+    """Return the state after one optimizer step; if not `useful`, only the step counter changes."""
     trained, frozen = lora.split(state.params)
     changes, opt_state = optimizer.update(grads, state.opt_state, trained)
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(useful, a, b), new, old)  # noqa: E731
@@ -99,56 +103,58 @@ def _stepped(state: TrainState, grads: PyTree, optimizer: optax.GradientTransfor
 
 
 def _accumulate(
-    objective: Callable, params: PyTree, minibatch: tuple[Batch, Array], parts: int, layout: Layout
+    objective: Callable, params: PyTree, minibatch: tuple[Batch, Array], num_micro_batches: int, layout: Layout
 ) -> tuple[PyTree, Metrics]:
-    """Gradient and metrics of a minibatch, added up over `parts` of its rows in turn; accumulators are f32."""
+    """Return gradient and metrics of a minibatch, accumulated in f32 over `num_micro_batches`."""
 
-    def one(part: tuple[Batch, Array]) -> tuple[PyTree, tuple[Metrics, Metrics]]:
-        return jax.grad(objective, has_aux=True)(params, *part)
+    def one(micro_batch: tuple[Batch, Array]) -> tuple[PyTree, tuple[Metrics, Metrics]]:
+        return jax.grad(objective, has_aux=True)(params, *micro_batch)
 
     def add(i: Array, total: tuple) -> tuple:
         grads, (sums, maxima) = total
-        part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacked)
-        more, (more_sums, more_maxima) = one(part)
+        micro_batch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacked)
+        more, (more_sums, more_maxima) = one(micro_batch)
         sums, grads = jax.tree.map(jnp.add, (sums, grads), (more_sums, more))
         return grads, (sums, jax.tree.map(jnp.maximum, maxima, more_maxima))
 
-    if parts == 1:
+    if num_micro_batches == 1:
         grads, (sums, maxima) = one(minibatch)
     else:
-        stacked = _in_parts(minibatch, parts, layout)
-        # From nothing, not from the first part: else the whole model is compiled twice.
+        stacked = _split_micro_batches(minibatch, num_micro_batches, layout)
+        # Starts from zeros, not from the first micro-batch: otherwise the whole model is compiled twice.
         _, (sums, maxima) = jax.eval_shape(one, jax.tree.map(lambda x: x[0], stacked))
         fill = lambda tree, value: jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), tree)  # noqa: E731
-        nothing = (jax.tree.map(jnp.zeros_like, params), (fill(sums, 0), fill(maxima, -jnp.inf)))
-        learns = jnp.any(stacked[0].loss_mask, axis=(1, 2))
-        last = jnp.max(jnp.where(learns, jnp.arange(1, parts + 1), 0))
-        grads, (sums, maxima) = jax.lax.fori_loop(0, last, add, nothing)
+        zeros = (jax.tree.map(jnp.zeros_like, params), (fill(sums, 0), fill(maxima, -jnp.inf)))
+        has_loss = jnp.any(stacked[0].loss_mask, axis=(1, 2))
+        last = jnp.max(jnp.where(has_loss, jnp.arange(1, num_micro_batches + 1), 0))
+        grads, (sums, maxima) = jax.lax.fori_loop(0, last, add, zeros)
     for name in [n for n in maxima if n.endswith("/-min")]:
         maxima[name.replace("-min", "min")] = -maxima.pop(name)
     return grads, sums | maxima
 
 
-def _in_parts(tree: PyTree, parts: int, layout: Layout) -> PyTree:
-    """[R ...] to [parts, R / parts, ...]: part i takes rows i, i + parts, ..."""
+def _split_micro_batches(tree: PyTree, num_micro_batches: int, layout: Layout) -> PyTree:
+    """Reshape [R ...] to [M, R / M, ...], M = num_micro_batches: micro-batch i has the rows i, i + M, ..."""
 
     def split(x: Array) -> Array:
-        # Every device keeps its own rows. Consecutive rows would move them all.
-        x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+        # Strided, so every device keeps its rows; consecutive rows would all move between devices.
+        x = x.reshape(-1, num_micro_batches, *x.shape[1:]).swapaxes(0, 1)
         return layout.constrain(x, None, "rows", *(None,) * (x.ndim - 2))
 
     return jax.tree.map(split, tree)
 
 
-def make_score(scoring: Scoring, parts: int = 1) -> Callable[[PyTree, Batch], TokenScores]:
-    """The program `score(params, batch) -> TokenScores`, `parts` of the rows in turn: for the reference and the proximal policy,
-    the critic and exact evaluation."""
+def make_score(scoring: Scoring, num_micro_batches: int = 1) -> Callable[[PyTree, Batch], TokenScores]:
+    """Return the program `score(params, batch) -> TokenScores`, in `num_micro_batches` sequential micro-batches.
+
+    It serves the reference, the proximal policy, the critic and exact evaluation.
+    """
 
     def score(params: PyTree, batch: Batch) -> TokenScores:
-        one = lambda part: score_tokens(params, part, scoring)  # noqa: E731
-        if parts == 1:
+        one = lambda micro_batch: score_tokens(params, micro_batch, scoring)  # noqa: E731
+        if num_micro_batches == 1:
             return one(batch)
-        scores = jax.lax.map(one, _in_parts(batch, parts, scoring.layout))
+        scores = jax.lax.map(one, _split_micro_batches(batch, num_micro_batches, scoring.layout))
         return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), scores)
 
     return jax.jit(score, out_shardings=scoring.layout.sharding(("rows", None)))

@@ -22,7 +22,7 @@ from jaxrl_llm.roles.blueprint import Blueprint
 from jaxrl_llm.roles.sampler import Sampler
 from jaxrl_llm.roles.supervised import Supervised
 from jaxrl_llm.roles.updates import Updates
-from jaxrl_llm.update.packing import Shape
+from jaxrl_llm.update.packing import BatchShape
 
 CONFIG = {
     "steps": 6,
@@ -60,7 +60,7 @@ def cfg(made, tmp_path, monkeypatch) -> RunConfig:
         make = getattr(owner, name)
 
         def once(*args):
-            key = name, *(arg for arg in args if isinstance(arg, Shape))
+            key = name, *(arg for arg in args if isinstance(arg, BatchShape))
             if key not in made:
                 made[key] = make(*args)
             return made[key]

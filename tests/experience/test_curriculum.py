@@ -1,4 +1,4 @@
-"""Curricula: the rows in the order of the stream, and going on where the state says."""
+"""Curricula: the rows in the order of the stream, and resuming from the state."""
 
 import numpy as np
 

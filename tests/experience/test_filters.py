@@ -6,7 +6,7 @@ import pytest
 from jaxrl_llm.config.run_config import training_problems, validate
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience import filters
-from jaxrl_llm.experience.filters import make_filter, of
+from jaxrl_llm.experience.filters import make_filter, stateless_filter
 from jaxrl_llm.experience.replay import blank_groups
 from jaxrl_llm.roles.build import filter_for
 from jaxrl_llm.types import Groups
@@ -15,7 +15,7 @@ NAN = np.nan
 
 
 def groups_of(reward: np.ndarray, parts: np.ndarray | None = None) -> Groups:
-    """Graded groups; of one grader unless `parts` [n P G] are told."""
+    """Graded groups; of one grader unless `parts` [n P G] are given."""
     parts = reward[None] if parts is None else parts
     blank = blank_groups(*reward.shape, (1, 1), len(parts), (), 0)
     keep = np.repeat(~np.isnan(reward).any(axis=1), reward.shape[1])
@@ -23,7 +23,7 @@ def groups_of(reward: np.ndarray, parts: np.ndarray | None = None) -> Groups:
 
 
 def kept(filter: filters.Filter, *graded: np.ndarray) -> np.ndarray:
-    """Of groups: all rows of one, or none."""
+    """Kept groups; a group has all rows kept, or none."""
     before = groups_of(*graded)
     state, groups, metrics = filter.apply(filter.init(), before)
     assert (state, metrics) == ((), {})
@@ -33,7 +33,7 @@ def kept(filter: filters.Filter, *graded: np.ndarray) -> np.ndarray:
 
 
 def has_signal(reward: np.ndarray) -> np.ndarray:
-    return kept(of(filters.has_signal), reward)
+    return kept(stateless_filter(filters.has_signal), reward)
 
 
 def check_equal_rewards_are_dropped(keep) -> None:
@@ -83,7 +83,7 @@ def test_a_filter_may_keep_single_rows_and_never_brings_one_back():
     groups = groups.replace(
         rollouts=groups.rollouts.replace(length=np.int32([1, 2, 3, 1, 2, 3])), keep=np.repeat([True, False], 3)
     )
-    _, found, _ = of(lambda groups: groups.rollouts.length >= 2).apply((), groups)
+    _, found, _ = stateless_filter(lambda groups: groups.rollouts.length >= 2).apply((), groups)
     np.testing.assert_array_equal(found.keep, [False, True, True, False, False, False])
     np.testing.assert_array_equal(found.kept, [True, False])
 
@@ -97,9 +97,9 @@ def test_a_filter_may_keep_single_rows_and_never_brings_one_back():
     ],
 )
 def test_what_is_no_truth_per_row_is_refused(keep, got):
-    with pytest.raises(UserError) as told:
-        of(keep, "mine:keep").apply((), groups_of(np.float32([[0, 1, 0], [1, 0, 0]])))
-    assert str(told.value) == f"mine:keep: got {got}, want bool[6], one truth per row"
+    with pytest.raises(UserError) as error:
+        stateless_filter(keep, "mine:keep").apply((), groups_of(np.float32([[0, 1, 0], [1, 0, 0]])))
+    assert str(error.value) == f"mine:keep: got {got}, want bool[6], one truth per row"
 
 
 # Right or wrong, and a penalty for length: all wrong, all right, some right; then the same with equal lengths.
@@ -136,11 +136,11 @@ GRADERS = {"graders": ["numeric", {"grader": "length", "name": "short", "weight"
 
 @pytest.mark.parametrize("name", ["auto", "has_signal", "success", "none", "numeric", "short"])
 def test_a_config_may_name_them(name):
-    assert not told({"reward": GRADERS, "experience": {"filter": name}})
+    assert not config_problems({"reward": GRADERS, "experience": {"filter": name}})
 
 
 def test_another_name_is_refused_with_those_that_there_are():
-    [line] = told({"reward": GRADERS, "experience": {"filter": "length"}})
+    [line] = config_problems({"reward": GRADERS, "experience": {"filter": "length"}})
     assert line == (
         "experience.filter: got 'length', want one of: auto, has_signal, success, none; or a grader's name: numeric, short"
     )
@@ -149,11 +149,11 @@ def test_another_name_is_refused_with_those_that_there_are():
 @pytest.mark.parametrize("name", ["success", "numeric"])
 def test_a_filter_by_name_is_refused_where_equal_rewards_teach(name):
     asked = {"reward": GRADERS, "experience": {"filter": name}, "objective": {"advantage": {"kind": "raw"}}}
-    [line] = told(asked)
+    [line] = config_problems(asked)
     assert line.startswith(f"experience.filter: got {name}, want auto or none: objective.advantage raw has no baseline")
     # One that compares each grader by itself has nothing to give where this grader's parts are equal.
-    assert not told(asked | {"objective": {"advantage": {"kind": "gdpo"}}})
+    assert not config_problems(asked | {"objective": {"advantage": {"kind": "gdpo"}}})
 
 
-def told(values):
+def config_problems(values):
     return [line for line in training_problems(validate(values, "a test")) if line.startswith("experience.filter")]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl_llm.experience.config import ReplayConfig
-from jaxrl_llm.experience.replay import blank_groups, by_group, by_row, empty, exchange, make_replay
+from jaxrl_llm.experience.replay import blank_groups, by_group, by_row, empty_ring, exchange, make_replay
 from jaxrl_llm.types import Groups, Prompts, Rollouts, check
 
 P, G, S, C = 3, 2, 2, 4
@@ -42,7 +42,7 @@ def group_of(whole: Groups, place: int) -> list[bytes]:
 
 
 def ring(capacity: int):
-    return empty(experience(0, 0), capacity)
+    return empty_ring(experience(0, 0), capacity)
 
 
 def step(replay, version, first, keep, max_age=100, seed=0):
@@ -61,7 +61,7 @@ def test_the_identity_form_passes_fresh_groups_through():
 
 
 def test_a_ring_has_the_shapes_of_the_runs_groups():
-    """Two of five kept tokens, bars, no raw log-probs: what the columns' table says of such a run."""
+    """Columns of such a run: two of five kept tokens, masked end tokens, no raw log-probs."""
     blank = check(blank_groups(P, G, (S, C), 2, ("truncation", "min_new_tokens"), 3))
     of_run = make_replay(ReplayConfig(capacity=4)).init(blank)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
@@ -164,7 +164,7 @@ def test_equal_seeds_take_equal_groups():
     max_age=st.integers(1, 4),
 )
 def test_every_group_that_counts_is_fresh_or_young_and_remembered(steps, capacity, max_age):
-    """Against a list of the kept groups: the last `capacity` of them, those young enough drawn without repetition."""
+    """Against a list of the kept groups: the last `capacity` of them, those young enough sampled without replacement."""
     replay, kept, version = ring(capacity), [], 0
     for number, (keep, updates) in enumerate(steps):
         fresh = experience(version, first := 100 * number, keep)

@@ -1,4 +1,4 @@
-"""Stages of a newcomer's own: what they cannot do is told before anything starts, what they give is checked where they give it."""
+"""Custom stages: faulty definitions are errors before anything starts, faulty results are errors at the call."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def test_a_state_keeps_its_dtypes_from_step_to_step():
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("Grows", "got a state of float64[3], want one as before, float64[2]: shapes and dtypes are fixed"),
         ("Kinds", "got a state of float64[], want one as before, int64[]: shapes and dtypes are fixed"),
@@ -59,11 +59,11 @@ def test_a_state_keeps_its_dtypes_from_step_to_step():
         ("Rows", "got ndarray, want Groups with another keep"),
     ],
 )
-def test_what_a_filter_may_not_give_is_told_at_once(name, told):
+def test_a_faulty_result_of_a_filter_is_an_error_at_the_call(name, message):
     mine = filter_of(name)
     with pytest.raises(UserError) as error:
         mine.apply(mine.init(), groups())
-    assert str(error.value).startswith(f"experience.filter own_stages:{name}: {told}")
+    assert str(error.value).startswith(f"experience.filter own_stages:{name}: {message}")
 
 
 def test_no_filter_brings_a_row_back():
@@ -92,7 +92,7 @@ METHODS = "want a class whose objects have init(), apply(state, groups)"
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({"experience": {"filter": "own_stages:Mean"}}, ""),
         ({"experience": {"filter": "own_stages:Called"}}, ""),
@@ -117,24 +117,24 @@ METHODS = "want a class whose objects have init(), apply(state, groups)"
         ),
     ],
 )
-def test_what_cannot_be_called_is_told_before_anything_starts(values, told):
+def test_a_faulty_definition_is_an_error_before_anything_starts(values, message):
     found = own_problems(validate(values, "a.yaml"))
-    assert len(found) == bool(told) and (not told or told in found[0]), found
+    assert len(found) == bool(message) and (not message or message in found[0]), found
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("two_rates", "got an array of [2], want one number, the learning rate of an update"),
         ("no_rate", "got NoneType, want one number"),
         ("stepped", "got an if, a loop or a float() that asks for a number"),
     ],
 )
-def test_a_schedule_gives_one_number_and_is_read(name, told):
+def test_a_schedule_gives_one_number_and_is_read(name, message):
     cfg = validate({"update": {"optimizer": {"schedule": f"own_stages:{name}", "lr": 0.5}}}, "a.yaml")
     with pytest.raises(UserError) as error:
         jax.jit(lambda update: learning_rate(cfg.update.optimizer, update))(1)
-    assert str(error.value).startswith(f"optimizer.schedule own_stages:{name}: {told}")
+    assert str(error.value).startswith(f"optimizer.schedule own_stages:{name}: {message}")
     assert unread(cfg) == [
         "update.optimizer.lr: nothing reads this, since update.optimizer.schedule is one of your own"
     ]

@@ -13,8 +13,8 @@ from jaxrl_llm.config import run_config
 from jaxrl_llm.errors import AdvantageError, GradingError, MismatchError, NonFiniteError
 from jaxrl_llm.metrics.guards import Guards, RatioAlarm, observe
 from jaxrl_llm.objective.advantages import Published, estimate
+from jaxrl_llm.objective.estimator import AdvantageEstimate, EstimatorInputs
 from jaxrl_llm.objective.group_estimators import Grpo, PassAtK, Raw, Rloo
-from jaxrl_llm.objective.outcome import Estimate, Outcome
 from jaxrl_llm.objective.token_estimators import Gae, ReinforcePlusPlus
 from jaxrl_llm.roles import updates
 from jaxrl_llm.roles.initial_state import rl_target
@@ -207,15 +207,15 @@ COMPARING = [
 @pytest.mark.parametrize("cfg", COMPARING, ids=repr)
 def test_equal_rewards_have_an_advantage_of_exactly_zero(cfg, reward):
     """All groups equal, one of them left out, sequences of one length; numbers whose mean is not themselves in floating point."""
-    outcome = Outcome(
+    inputs = EstimatorInputs(
         reward=np.full((5, 7), reward),
-        parts=np.full((5, 7, 2), [reward, 0.3]),
-        part_weights=np.array([1.0, 0.7]),
-        counts=np.array([True, True, False, True, True]),
+        reward_components=np.full((5, 7, 2), [reward, 0.3]),
+        component_weights=np.array([1.0, 0.7]),
+        used=np.array([True, True, False, True, True]),
         mask=np.arange(6)[None] < np.full((35, 1), 5),
         token_reward=np.zeros((35, 6)),
     )
-    assert not estimate(cfg, outcome).advantage.any()
+    assert not estimate(cfg, inputs).advantage.any()
 
 
 # --- in a run --------------------------------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ def test_advantages_that_no_reward_explains_end_the_run(start, monkeypatch):
     """Four rewards are at most 3 / sqrt(4) stds from their mean; the batch of four gives finite losses none the less."""
     run, state, policy, _ = start
     own = Grpo.estimate
-    monkeypatch.setattr(Grpo, "estimate", lambda cfg, outcome: Estimate(own(cfg, outcome).advantage * 1e5))
+    monkeypatch.setattr(Grpo, "estimate", lambda cfg, inputs: AdvantageEstimate(own(cfg, inputs).advantage * 1e5))
     with pytest.raises(
         AdvantageError, match=r"objective\.advantage\.kind grpo: got an advantage of .*, want at most 1\.5,"
     ):

@@ -21,7 +21,7 @@ from jaxrl_llm.objective.losses import CROSS_ENTROPY
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import Batch, TrainState
 from jaxrl_llm.update.optimizer.config import AdamW
-from jaxrl_llm.update.optimizer.state import make_start, state_shardings
+from jaxrl_llm.update.optimizer.state import make_init_state, state_shardings
 from jaxrl_llm.update.optimizer.transform import make_optimizer
 from jaxrl_llm.update.step import make_update
 
@@ -160,7 +160,7 @@ def test_only_adapters_change_and_have_optimizer_state():
     train, _ = layouts((2, 2, 2))
     optimizer, params = AdamW(lr=1e-2), adapted((2, 2, 2))
     before = jax.tree.map(np.array, params)
-    state = make_start(ADAPTED, make_optimizer(optimizer), train)(
+    state = make_init_state(ADAPTED, make_optimizer(optimizer), train)(
         jax.tree.map(jnp.copy, params), hosts.put(np.int32(0), train.replicated)
     )
     at = [x.unsafe_buffer_pointer() for x in pieces(lora.split(state.params)[1])]

@@ -13,9 +13,9 @@ from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.objective import losses
 from jaxrl_llm.objective.advantages import estimate
 from jaxrl_llm.objective.config import ObjectiveConfig
-from jaxrl_llm.objective.loss_config import Dpo, correction_of
-from jaxrl_llm.objective.outcome import Outcome
-from jaxrl_llm.objective.presets import filled
+from jaxrl_llm.objective.estimator import EstimatorInputs
+from jaxrl_llm.objective.loss_config import Dpo, resolve_correction
+from jaxrl_llm.objective.presets import with_preset
 from jaxrl_llm.types import Batch
 from jaxrl_llm.update.batch import token_weights
 
@@ -43,12 +43,12 @@ def random_case(seed: int) -> Case:
     log_p = {name: np.log(rng.uniform(0.02, 0.98, full)) for name in ("now", "behavior", "reference")}
     log_p["proximal"] = np.minimum(log_p["behavior"] + rng.normal(0, 0.9, full), -1e-3)
     log_p = {name: np.where(mask, x, rng.uniform(-900, 0, full)) for name, x in log_p.items()}
-    part_weights = np.array([1.0, 0.5])
+    component_weights = np.array([1.0, 0.5])
     return Case(
-        reward=parts @ part_weights,
-        parts=parts,
-        part_weights=part_weights,
-        counts=counts,
+        reward=parts @ component_weights,
+        reward_components=parts,
+        component_weights=component_weights,
+        used=counts,
         mask=mask,
         entropy=rng.uniform(0, 2, full),
         values=rng.normal(0.5, 0.8, full),
@@ -61,7 +61,7 @@ def random_case(seed: int) -> Case:
 def objective_of(preset: str, **beside: Any) -> ObjectiveConfig:
     """The config of a preset with what is written beside it, as a YAML file's is made."""
     given = {"preset": preset, **beside}
-    return TypeAdapter(ObjectiveConfig).validate_python(filled(given, dataclasses.asdict(ObjectiveConfig())))
+    return TypeAdapter(ObjectiveConfig).validate_python(with_preset(given, dataclasses.asdict(ObjectiveConfig())))
 
 
 class Found(NamedTuple):
@@ -73,17 +73,17 @@ class Found(NamedTuple):
 def assess(cfg: ObjectiveConfig, case: Case) -> Found:
     """Advantages and returns by the package."""
     own, late = cfg.reward_kl(case.behavior, case.reference, case.mask), cfg.reward_kl.to == "advantage"
-    outcome = Outcome(
+    inputs = EstimatorInputs(
         reward=case.reward,
-        parts=case.parts,
-        part_weights=case.part_weights,
-        counts=case.counts,
+        reward_components=case.reward_components,
+        component_weights=case.component_weights,
+        used=case.used,
         mask=case.mask,
         token_reward=np.zeros(case.mask.shape) if late else own,
         values=case.old_values,
         late_reward=own if late else None,
     )
-    return Found(*estimate(cfg.advantage, outcome))
+    return Found(*estimate(cfg.advantage, inputs))
 
 
 def batch_of(case: Case, found: Found, learn: np.ndarray, aggregation: str, packed: bool) -> Batch:
@@ -111,7 +111,7 @@ def batch_of(case: Case, found: Found, learn: np.ndarray, aggregation: str, pack
 
 def package_loss(cfg: ObjectiveConfig, case: Case, found: Found, packed: bool = False):
     """(loss of (now, values, entropy), those three), in the arrangement of the batch; call under enable_x64."""
-    loss = losses.make_loss(cfg, correction_of(cfg.loss, "compute", "compute"), CONSTANT)
+    loss = losses.make_loss(cfg, resolve_correction(cfg.loss, "compute", "compute"), CONSTANT)
     learn = case.mask & (found.advantage != 0) if isinstance(cfg.loss, Dpo) else case.mask
     batch = batch_of(case, found, learn, loss.aggregation, packed)
     if loss.keep is not None:

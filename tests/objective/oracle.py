@@ -103,7 +103,7 @@ def dpo_loss(case: Case, beta: float = 0.1) -> float:
         float(sum((case.now - case.reference)[b, t] for t in np.flatnonzero(row))) for b, row in enumerate(case.mask)
     ]
     for p, rs in enumerate(case.reward):
-        if case.counts[p] and advantages.deviation([float(r) for r in rs], 0) > 0:
+        if case.used[p] and advantages.deviation([float(r) for r in rs], 0) > 0:
             best, worst = p * samples + int(np.argmax(rs)), p * samples + int(np.argmin(rs))
             out.append(log1p(exp(-beta * (above[best] - above[worst]))))
     return sum(out) / len(out)
@@ -175,4 +175,4 @@ PRESETS: dict[str, Preset] = {
     "prime:dppo": Preset(MEAN_ONLY, terms.dppo_ratio, kl=Kl(terms.k2, 2e-3, to="behavior")),
     "tinker:cispo": Preset(MEAN_ONLY, partial(terms.cispo, high=4.0), "token_sum"),
 }
-"""All but paper:dpo, which is `dpo_loss`."""
+"""Every preset but paper:dpo, which is `dpo_loss`."""

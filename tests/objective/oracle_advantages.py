@@ -11,15 +11,15 @@ import numpy as np
 
 
 class Case(NamedTuple):
-    """All that an objective may read."""
+    """All inputs of an objective."""
 
     reward: np.ndarray
     """[P, G]"""
-    parts: np.ndarray
+    reward_components: np.ndarray
     """[P, G, n]: what each grader gave."""
-    part_weights: np.ndarray
+    component_weights: np.ndarray
     """[n]"""
-    counts: np.ndarray
+    used: np.ndarray
     """[P]: groups that the filter kept. The others have no token in `mask` and enter no statistic."""
     mask: np.ndarray
     """[B, C]"""
@@ -31,7 +31,7 @@ class Case(NamedTuple):
     values: np.ndarray
     old_values: np.ndarray
     length: int
-    """What Dr. GRPO divides a sequence by."""
+    """Dr. GRPO's divisor of a sequence."""
 
 
 # One number a sequence: [P, G].
@@ -44,7 +44,7 @@ def over_groups(
     reward = case.reward if reward is None else reward
     out = np.zeros(reward.shape)
     for p in range(len(reward)):
-        if case.counts[p]:
+        if case.used[p]:
             out[p] = formula([float(r) for r in reward[p]], **more)
     return out
 
@@ -113,7 +113,7 @@ def opo(case: Case) -> np.ndarray:
     """2.8: the baseline weighs rewards by length."""
     lengths = case.mask.sum(axis=1).reshape(case.reward.shape)
     out = np.zeros(case.reward.shape)
-    for p in np.flatnonzero(case.counts):
+    for p in np.flatnonzero(case.used):
         baseline = sum(n * r for n, r in zip(lengths[p], case.reward[p], strict=True)) / sum(lengths[p])
         out[p] = [r - baseline for r in case.reward[p]]
     return out
@@ -121,7 +121,7 @@ def opo(case: Case) -> np.ndarray:
 
 def gpg(case: Case) -> np.ndarray:
     """2.8."""
-    kept = case.reward[case.counts]
+    kept = case.reward[case.used]
     alpha = kept.size / max(np.count_nonzero(kept), 1)
     return over_groups(lambda rs: [alpha * c for c in centered(rs)], case)
 
@@ -129,11 +129,11 @@ def gpg(case: Case) -> np.ndarray:
 def gdpo(case: Case, eps: float = 1e-4) -> np.ndarray:
     """2.8 and TRL's normalize_then_sum: each part in its group, the weighted sum over the batch."""
     total = np.zeros(case.reward.shape)
-    for k, weight in enumerate(case.part_weights):
-        total += weight * over_groups(group_norm, case, case.parts[:, :, k], eps=eps)
-    kept = [float(a) for a in total[case.counts].ravel()]
+    for k, weight in enumerate(case.component_weights):
+        total += weight * over_groups(group_norm, case, case.reward_components[:, :, k], eps=eps)
+    kept = [float(a) for a in total[case.used].ravel()]
     mean, std = sum(kept) / len(kept), deviation(kept, 1)
-    return np.where(case.counts[:, None], (total - mean) / (std + eps), 0.0)
+    return np.where(case.used[:, None], (total - mean) / (std + eps), 0.0)
 
 
 def rloo_with_kl(case: Case, weight: float) -> np.ndarray:
@@ -170,7 +170,7 @@ def token_rewards(case: Case, kl_weight: float, reward: np.ndarray | None = None
 
 
 def returns_to_go(case: Case, rewards: np.ndarray, gamma: float = 1.0) -> np.ndarray:
-    """2.7: what is masked neither adds nor discounts, and credit goes on before it (T11)."""
+    """2.7: masked tokens neither add nor discount; credit passes over them (T11)."""
     out = np.zeros(rewards.shape)
     for b, row in enumerate(case.mask):
         running = 0.0

@@ -52,11 +52,11 @@ def cispo(now, still, old, adv, low=0.0, high=5.0) -> list[float]:
 
 def gmpo(now, still, old, adv, low=0.4, high=0.4) -> list[float]:
     """2.11."""
-    held = []
+    bounded_logs = []
     for n, o, a in zip(now, old, adv, strict=True):
         x, sign = n - o, (a > 0) - (a < 0)
-        held.append(sign * min(sign * x, sign * clipped(x, -low, high)))
-    return [-a * exp(sum(held) / len(held)) for a in adv]
+        bounded_logs.append(sign * min(sign * x, sign * clipped(x, -low, high)))
+    return [-a * exp(sum(bounded_logs) / len(bounded_logs)) for a in adv]
 
 
 def sapo(now, still, old, adv, positive=1.0, negative=1.05) -> list[float]:

@@ -1,4 +1,4 @@
-"""Parts of an objective as a user writes them; no jax where the module is imported."""
+"""Custom parts of an objective, as a user writes them; importing the module imports no jax."""
 
 import numpy as np
 
@@ -34,7 +34,7 @@ def above_mean(groups, scores, scale=1.0):
 
 
 class Halved:
-    """Of each token what it is worth, less with each token before it."""
+    """An advantage per token that shrinks with its position."""
 
     def __init__(self, by=0.5):
         self.by = by

@@ -1,7 +1,7 @@
-"""Every part of a policy-gradient loss and every preset: what the oracle says of it and what the package does.
+"""Every part of a policy-gradient loss and every preset, by the oracle and by the package.
 
-Gradients of the oracle are central differences. Its stopped gradients are held while the log-probabilities move, so a gradient that
-flows where it must not, or does not where it must, shows.
+Gradients of the oracle are central differences. Its stopped gradients are fixed while the log-probabilities move, so a gradient
+that flows where it must not, or does not where it must, shows.
 """
 
 from dataclasses import replace
@@ -130,8 +130,8 @@ def differences(preset: Preset, case, advantage, returns, name: str) -> np.ndarr
     return out
 
 
-class UpdateMetrics(NamedTuple):
-    """Of one part on the first four cases, and the gradients on the third."""
+class PartResults(NamedTuple):
+    """Losses of one part on the first four cases, and the gradients on the third."""
 
     advantages: list[np.ndarray]
     losses: list[float]
@@ -143,15 +143,15 @@ def leaves(preset: Preset) -> list[str]:
 
 
 @lru_cache
-def by_oracle(name: str) -> UpdateMetrics:
+def by_oracle(name: str) -> PartResults:
     preset, _ = PARTS[name]
     found = [preset.advantage(case) for case in CASES[:4]]
     values = [oracle.loss(preset, case, *own) for case, own in zip(CASES, found, strict=False)]
     gradients = {leaf: differences(preset, CASES[2], *found[2], leaf) for leaf in leaves(preset)}
-    return UpdateMetrics([advantage for advantage, _ in found], values, gradients)
+    return PartResults([advantage for advantage, _ in found], values, gradients)
 
 
-def by_package(name: str) -> UpdateMetrics:
+def by_package(name: str) -> PartResults:
     preset, cfg = PARTS[name]
     advantages, values = [], []
     with jax.enable_x64(True):
@@ -163,4 +163,4 @@ def by_package(name: str) -> UpdateMetrics:
             if seed == 2:
                 flat = jax.grad(of, argnums=(0, 1, 2))(*given)
     grads = dict(zip(("now", "values", "entropy"), flat, strict=True))
-    return UpdateMetrics(advantages, values, {leaf: np.asarray(grads[leaf]) for leaf in leaves(preset)})
+    return PartResults(advantages, values, {leaf: np.asarray(grads[leaf]) for leaf in leaves(preset)})

@@ -1,11 +1,12 @@
-"""How large advantages can be, by hand, and what is told of larger ones."""
+"""Bounds of advantages, by hand, and the errors of larger ones."""
 
 import numpy as np
 import pytest
-from outcomes import single_tokens
+from estimator_inputs import single_tokens
 
 from jaxrl_llm.errors import AdvantageError
 from jaxrl_llm.objective.advantages import bound, estimate
+from jaxrl_llm.objective.estimator import AdvantageEstimate, sequence_rewards
 from jaxrl_llm.objective.group_estimators import (
     BestWorst,
     Gdpo,
@@ -19,7 +20,6 @@ from jaxrl_llm.objective.group_estimators import (
     Raw,
     Rloo,
 )
-from jaxrl_llm.objective.outcome import Estimate, scores
 from jaxrl_llm.objective.reward_kl import RewardKl
 from jaxrl_llm.objective.token_estimators import Gae, ReinforcePlusPlus
 
@@ -55,19 +55,19 @@ ATTAINED = [
 
 @pytest.mark.parametrize(("cfg", "reward", "want"), ATTAINED, ids=repr)
 def test_bounds_by_hand_are_reached(cfg, reward, want):
-    outcome = single_tokens(reward)
-    assert bound(cfg, outcome) == pytest.approx(want, rel=1e-12)
+    inputs = single_tokens(reward)
+    assert bound(cfg, inputs) == pytest.approx(want, rel=1e-12)
     # Of the whitening, 1e-4 beside a std of 2/3.
-    np.testing.assert_allclose(np.abs(estimate(cfg, outcome).advantage).max(), want, rtol=2e-4)
+    np.testing.assert_allclose(np.abs(estimate(cfg, inputs).advantage).max(), want, rtol=2e-4)
 
 
 def test_the_bound_of_opo_is_the_range():
     """Reached as the lengths of the others grow: r - sum(length r) / sum(length) = 1 - 1 / 13 with lengths 1, 4, 4, 4."""
-    outcome = single_tokens(ONE)._replace(
+    inputs = single_tokens(ONE)._replace(
         mask=np.arange(4) < np.array([1, 4, 4, 4])[:, None], token_reward=np.zeros((4, 4))
     )
-    assert bound(Opo(), outcome) == 1
-    np.testing.assert_allclose(estimate(Opo(), outcome).advantage[0, 0], 12 / 13, rtol=1e-15)
+    assert bound(Opo(), inputs) == 1
+    np.testing.assert_allclose(estimate(Opo(), inputs).advantage[0, 0], 12 / 13, rtol=1e-15)
 
 
 def test_the_bound_of_leave_one_out_scales_where_the_others_differ():
@@ -75,23 +75,23 @@ def test_the_bound_of_leave_one_out_scales_where_the_others_differ():
     assert bound(LeaveOneOut(eps=0), single_tokens([[1, 0, 0, 0.25]])) == 8
 
 
-def by_differences_of_sums(cfg, outcome):
+def by_differences_of_sums(cfg, inputs):
     """`LeaveOneOut.estimate` as it was."""
-    score = scores(outcome)
+    score = sequence_rewards(inputs)
     n = score.shape[1] - 1
     shifted = score - score[:, :1]
     mean = (shifted.sum(axis=1, keepdims=True) - shifted) / n
     square = ((shifted**2).sum(axis=1, keepdims=True) - shifted**2) / n
     std = np.sqrt(np.maximum(square - mean**2, 0.0) * (n / (n - 1)))
     away = (shifted - mean).reshape(score.shape)
-    return Estimate(np.where(std > 0, away / (std + cfg.eps), away).reshape(-1, 1))
+    return AdvantageEstimate(np.where(std > 0, away / (std + cfg.eps), away).reshape(-1, 1))
 
 
 def test_the_guard_names_an_estimator_that_leaves_its_bound(monkeypatch):
     """The others of the seven have 0.9 apart, so a std of 0.9 / sqrt(2 * 6) or more: 3.4641 less what eps takes."""
     monkeypatch.setattr(LeaveOneOut, "estimate", by_differences_of_sums)
-    told = r"objective\.advantage\.kind leave_one_out: got an advantage of 8898\d\d, want at most 3\.46409, .* bug"
-    with pytest.raises(AdvantageError, match=told) as error:
+    message = r"objective\.advantage\.kind leave_one_out: got an advantage of 8898\d\d, want at most 3\.46409, .* bug"
+    with pytest.raises(AdvantageError, match=message) as error:
         estimate(LeaveOneOut(), single_tokens([[1.0] + [0.1] * 7]))
     assert error.value.exit_code == 4
 
@@ -116,9 +116,9 @@ ENDS = np.float32([[MAX, -MAX, -MAX, -MAX]])
     ids=repr,
 )
 def test_an_advantage_that_float32_does_not_hold_ends_the_run_by_name(cfg, reward, size):
-    told = rf"objective\.advantage\.kind {cfg.kind}: got advantages of {size}, want at most 3\.40282e\+38, .*"
+    message = rf"objective\.advantage\.kind {cfg.kind}: got advantages of {size}, want at most 3\.40282e\+38, .*"
     todo = r": rewards reach 3.*e\+38; bound what the graders return, or lower their reward\.graders\.weight"
-    with pytest.raises(AdvantageError, match=told + todo) as error:
+    with pytest.raises(AdvantageError, match=message + todo) as error:
         estimate(cfg, single_tokens(reward))
     assert error.value.exit_code == 4
 
@@ -131,9 +131,9 @@ def test_rewards_of_any_size_have_advantages_that_are_divided_by_a_std(cfg):
 
 
 def test_returns_that_float32_does_not_hold_are_named():
-    outcome = single_tokens([[MAX, 0.0]], values=np.full((2, 1), -1e38, np.float32))
+    inputs = single_tokens([[MAX, 0.0]], values=np.full((2, 1), -1e38, np.float32))
     with pytest.raises(AdvantageError, match=r"kind gae: got advantages of 4\.40282e\+38"):
-        estimate(Gae(whiten=False), outcome)
+        estimate(Gae(whiten=False), inputs)
     diverged = single_tokens([[1.0, 0.0]], values=np.float32([[np.nan], [0.0]]))
     with pytest.raises(AdvantageError, match=r"kind gae: got values of the critic of nan, .* learning rate"):
         estimate(Gae(), diverged)

@@ -17,7 +17,7 @@ from jaxrl_llm.objective.loss_config import (
     NoCorrection,
     PolicyGradient,
     TruncatedImportance,
-    correction_of,
+    resolve_correction,
 )
 from jaxrl_llm.objective.losses import policy_terms
 
@@ -53,7 +53,7 @@ def assert_by_hand(data):
     np.testing.assert_allclose(terms.means["ratio/mean"][0, :4], RATIO, rtol=1e-5)
     np.testing.assert_allclose(terms.means["mismatch/weight_mean"][0, :4], WEIGHT, rtol=1e-5)
     np.testing.assert_array_equal(terms.means["mismatch/truncated"][0], [False, False, True, False, False])
-    # Ratio 1.25 is held at 1.2; 0.5 with a positive advantage counts as it is.
+    # Ratio 1.25 is clipped to 1.2; 0.5 with a positive advantage is not clipped.
     np.testing.assert_allclose(terms.loss[0, :4], [-0.8 * 1.2, 1.5 * 2, -2 * 1.1 * 3, -0.5], rtol=1e-5)
     # d = ln(0.4 / 0.5): e^d - d - 1 = 0.8 + 0.22314 - 1.
     np.testing.assert_allclose(terms.means["mismatch/kl"][0, 0], 0.0231436, rtol=1e-4)
@@ -73,7 +73,7 @@ def test_without_a_correction_the_ratio_is_to_the_sampler_and_nothing_is_weighte
 
 
 def assert_gradient():
-    """By central differences in f64 of -w A r with w held, where no bound holds the ratio."""
+    """By central differences in f64 of -w A r with w fixed, where no bound is active."""
     now = logs(NOW).astype(np.float64)
 
     def by_hand(now):
@@ -132,13 +132,13 @@ def test_auto_corrects_what_is_quantized_and_nothing_else():
     assert auto == AutoCorrection()
 
     def of(correction, *dtypes):
-        return correction_of(PolicyGradient(correction=correction), *dtypes)
+        return resolve_correction(PolicyGradient(correction=correction), *dtypes)
 
     assert of(auto, "compute", "compute") == NoCorrection()
     assert of(auto, "int8", "compute") == of(auto, "compute", "int8") == TruncatedImportance(cap=2.0)
     assert of(NoCorrection(), "int8", "int8") == NoCorrection()
     assert of(TruncatedImportance(cap=5.0), "compute", "compute") == TruncatedImportance(cap=5.0)
-    assert correction_of(Dpo(), "int8", "int8") == NoCorrection()
+    assert resolve_correction(Dpo(), "int8", "int8") == NoCorrection()
 
 
 def test_the_config_names_what_is_wrong_with_a_correction():

@@ -1,11 +1,11 @@
-"""From graded groups to what each token was worth, by hand, whichever advantage it is."""
+"""Credit of graded groups, by hand, for several advantages."""
 
 import numpy as np
 import pytest
-from outcomes import to_groups
+from estimator_inputs import to_groups
 
 from jaxrl_llm.objective.config import ObjectiveConfig
-from jaxrl_llm.objective.credit import make_advantage, mean_kl
+from jaxrl_llm.objective.credit import make_advantage, reward_kl_metrics
 from jaxrl_llm.objective.group_estimators import BestWorst, Gdpo, Grpo, MeanOnly, Rloo
 from jaxrl_llm.objective.reward_kl import RewardKl
 from jaxrl_llm.objective.token_estimators import Gae
@@ -53,13 +53,13 @@ def test_a_kl_is_taken_from_what_teaches(to):
     want = [[-0.15] * 3, [0.15] * 3] if to == "reward" else [[-0.3, -0.2, -0.1], [0, 0, 0]]
     np.testing.assert_allclose(found.advantage, want, rtol=1e-6)
     # Three of six tokens have 1 nat.
-    assert mean_kl(kl, groups, scores) == {"reward_kl": pytest.approx(0.5)}
-    assert mean_kl(RewardKl(), groups, Scores()) == {}
-    assert mean_kl(kl, groups.replace(keep=np.zeros(2, bool)), scores) == {}
+    assert reward_kl_metrics(kl, groups, scores) == {"reward_kl": pytest.approx(0.5)}
+    assert reward_kl_metrics(RewardKl(), groups, Scores()) == {}
+    assert reward_kl_metrics(kl, groups.replace(keep=np.zeros(2, bool)), scores) == {}
 
 
 def test_a_critic_has_returns():
-    """With lam 1 and no discount each token is worth 1 less its value, and the returns are 1."""
+    """With lam 1 and no discount each advantage is 1 minus its value, and the returns are 1."""
     scores = Scores(values=np.float32([[0.25, 0.5, 0.75]]))
     found = Gae(lam=1.0, whiten=False)(to_groups([[1]]), scores)
     np.testing.assert_allclose(found.advantage, [[0.75, 0.5, 0.25]], rtol=1e-6)

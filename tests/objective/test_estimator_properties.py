@@ -1,16 +1,17 @@
-"""What holds of every estimator of advantages, whatever the rewards. No warning of NumPy's."""
+"""Properties of every advantage estimator, for any rewards, without NumPy warnings."""
 
 import itertools
 from typing import NamedTuple, get_args
 
 import numpy as np
 import pytest
+from estimator_inputs import single_tokens
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
-from outcomes import single_tokens
 
 from jaxrl_llm.errors import AdvantageError
 from jaxrl_llm.objective.advantages import Published, bound, estimate
+from jaxrl_llm.objective.estimator import EstimatorInputs, sequence_rewards
 from jaxrl_llm.objective.group_estimators import (
     BestWorst,
     Gdpo,
@@ -24,7 +25,6 @@ from jaxrl_llm.objective.group_estimators import (
     Raw,
     Rloo,
 )
-from jaxrl_llm.objective.outcome import Outcome, scores
 from jaxrl_llm.objective.token_estimators import Gae, ReinforcePlusPlus
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -90,7 +90,7 @@ REWARDS = {
 
 
 @st.composite
-def outcomes(draw) -> Outcome:
+def estimator_inputs(draw) -> EstimatorInputs:
     """One to three groups of two to six ragged sequences, with tokens that the policy did not draw between the others, rewards per
     token or none, one or two graders, and groups that do not count."""
     groups, samples, slots = draw(st.integers(1, 3)), draw(st.integers(2, 6)), 4
@@ -102,11 +102,11 @@ def outcomes(draw) -> Outcome:
     mask = np.arange(slots) < rng.integers(1, slots + 1, (size, 1))
     mask[:, 1] &= rng.random(size) < 0.5
     weights = np.array([1.0, 0.5])[:graders]
-    return Outcome(
+    return EstimatorInputs(
         reward=(parts.astype(np.float64) @ weights).astype(np.float32),
-        parts=parts,
-        part_weights=weights,
-        counts=rng.random(groups) < 0.8,
+        reward_components=parts,
+        component_weights=weights,
+        used=rng.random(groups) < 0.8,
         mask=mask,
         token_reward=rng.normal(0, 1, mask.shape) * draw(st.sampled_from([0, 0.01, 1e-8])),
         values=rng.normal(0, 1, mask.shape).astype(np.float32),
@@ -129,27 +129,27 @@ class Found(NamedTuple):
     returns: np.ndarray | None
 
 
-def found(cfg, outcome: Outcome) -> Found:
-    """By group. Where the formula itself leaves float32 there is nothing to compare: that it is told has a test of its own."""
+def found(cfg, inputs: EstimatorInputs) -> Found:
+    """By group. Skipped where the formula itself overflows float32: that error has another test."""
     try:
-        result = estimate(cfg, outcome)
+        result = estimate(cfg, inputs)
     except AdvantageError as error:
-        if "float32 holds" in str(error) and bound(cfg, outcome) > MAX:
+        if "float32 holds" in str(error) and bound(cfg, inputs) > MAX:
             reject()
         raise
-    shape = (*outcome.reward.shape, -1)
+    shape = (*inputs.reward.shape, -1)
     return Found(*(None if x is None else x.reshape(shape) for x in result))
 
 
-def taken(outcome: Outcome, groups: np.ndarray, order: np.ndarray) -> Outcome:
+def taken(inputs: EstimatorInputs, groups: np.ndarray, order: np.ndarray) -> EstimatorInputs:
     """The groups, each with its rows in an order."""
-    shape = (*outcome.reward.shape, -1)
-    per_row = {name: getattr(outcome, name) for name in ("mask", "token_reward", "values")}
+    shape = (*inputs.reward.shape, -1)
+    per_row = {name: getattr(inputs, name) for name in ("mask", "token_reward", "values")}
     rows = {name: x.reshape(shape)[groups][:, order] for name, x in per_row.items()}
-    return outcome._replace(
-        reward=outcome.reward[groups][:, order],
-        parts=outcome.parts[groups][:, order],
-        counts=outcome.counts[groups],
+    return inputs._replace(
+        reward=inputs.reward[groups][:, order],
+        reward_components=inputs.reward_components[groups][:, order],
+        used=inputs.used[groups],
         **{name: x.reshape(-1, x.shape[-1]) for name, x in rows.items()},
     )
 
@@ -163,15 +163,15 @@ def same(got: Found, want: Found) -> None:
 
 @for_each(VARIANTS)
 @few(20)
-@given(outcome=outcomes(), seed=st.integers(0, 99))
-def test_rows_and_groups_in_another_order_have_their_own_advantages_to_the_bit(cfg, outcome, seed):
+@given(inputs=estimator_inputs(), seed=st.integers(0, 99))
+def test_rows_and_groups_in_another_order_have_their_own_advantages_to_the_bit(cfg, inputs, seed):
     rng = np.random.default_rng(seed)
-    groups, order = rng.permutation(len(outcome.counts)), rng.permutation(outcome.reward.shape[1])
-    got, want = found(cfg, taken(outcome, groups, order)), found(cfg, outcome)
+    groups, order = rng.permutation(len(inputs.used)), rng.permutation(inputs.reward.shape[1])
+    got, want = found(cfg, taken(inputs, groups, order)), found(cfg, inputs)
     if isinstance(cfg, BestWorst):
         # The first of equal ones is the best or the worst: another row, the same reward.
         pairs = lambda found, score: np.sort(score + 1j * found.advantage[..., 0], axis=1)  # noqa: E731
-        score = scores(outcome)
+        score = sequence_rewards(inputs)
         np.testing.assert_array_equal(pairs(got, score[groups][:, order]), pairs(want, score)[groups])
         return
     same(got, Found(*(None if x is None else x[groups][:, order] for x in want)))
@@ -179,64 +179,64 @@ def test_rows_and_groups_in_another_order_have_their_own_advantages_to_the_bit(c
 
 @for_each(VARIANTS)
 @few(20)
-@given(outcome=outcomes())
-def test_groups_that_do_not_count_get_nothing_and_change_nothing(cfg, outcome):
+@given(inputs=estimator_inputs())
+def test_groups_that_do_not_count_get_nothing_and_change_nothing(cfg, inputs):
     """Whatever stands there."""
-    counts = outcome.counts
-    rows = np.repeat(counts, outcome.reward.shape[1])[:, None]
-    gone = outcome._replace(
-        reward=np.where(counts[:, None], outcome.reward, np.nan),
-        parts=np.where(counts[:, None, None], outcome.parts, np.nan),
-        token_reward=np.where(rows, outcome.token_reward, np.nan),
-        values=np.where(rows, outcome.values, np.nan),
+    counts = inputs.used
+    rows = np.repeat(counts, inputs.reward.shape[1])[:, None]
+    gone = inputs._replace(
+        reward=np.where(counts[:, None], inputs.reward, np.nan),
+        reward_components=np.where(counts[:, None, None], inputs.reward_components, np.nan),
+        token_reward=np.where(rows, inputs.token_reward, np.nan),
+        values=np.where(rows, inputs.values, np.nan),
     )
     got = found(cfg, gone)
     assert not got.advantage[~counts].any()
     if counts.any():
-        alone = found(cfg, taken(outcome, np.flatnonzero(counts), np.arange(outcome.reward.shape[1])))
+        alone = found(cfg, taken(inputs, np.flatnonzero(counts), np.arange(inputs.reward.shape[1])))
         same(Found(*(None if x is None else x[counts] for x in got)), alone)
 
 
 @for_each(PER_GROUP + PER_BATCH)
 @few(20)
-@given(outcome=outcomes(), values=st.lists(FLOAT32, min_size=3, max_size=3))
-def test_equal_rewards_give_exactly_nothing(cfg, outcome, values):
+@given(inputs=estimator_inputs(), values=st.lists(FLOAT32, min_size=3, max_size=3))
+def test_equal_rewards_give_exactly_nothing(cfg, inputs, values):
     """Each group its own reward where the baseline is the group's."""
-    levels = np.float32(values[: len(outcome.counts)])[:, None]
+    levels = np.float32(values[: len(inputs.used)])[:, None]
     if cfg in PER_BATCH:
         levels = np.full_like(levels, values[0])
-    equal = outcome._replace(
-        reward=np.broadcast_to(levels, outcome.reward.shape),
-        parts=np.broadcast_to(levels[..., None], outcome.parts.shape),
-        token_reward=np.zeros(outcome.mask.shape),
+    equal = inputs._replace(
+        reward=np.broadcast_to(levels, inputs.reward.shape),
+        reward_components=np.broadcast_to(levels[..., None], inputs.reward_components.shape),
+        token_reward=np.zeros(inputs.mask.shape),
     )
     assert not found(cfg, equal).advantage.any()
 
 
 @for_each(SHIFTING)
 @few(15)
-@given(outcome=outcomes(), seed=st.integers(0, 99), shift=st.sampled_from([1.0, -7.5, 1024.125, 2.0**20]))
-def test_a_shift_of_all_rewards_changes_nothing(cfg, outcome, seed, shift):
+@given(inputs=estimator_inputs(), seed=st.integers(0, 99), shift=st.sampled_from([1.0, -7.5, 1024.125, 2.0**20]))
+def test_a_shift_of_all_rewards_changes_nothing(cfg, inputs, seed, shift):
     """In multiples of 1/8 below 2^21 all is exact in float32, so to the bit."""
-    parts = np.random.default_rng(seed).integers(-8, 9, outcome.parts.shape) / np.float32(8)
+    parts = np.random.default_rng(seed).integers(-8, 9, inputs.reward_components.shape) / np.float32(8)
     weights = np.ones(parts.shape[2])
-    base = outcome._replace(parts=parts, part_weights=weights, reward=parts.sum(axis=2))
+    base = inputs._replace(reward_components=parts, component_weights=weights, reward=parts.sum(axis=2))
     base = base._replace(token_reward=np.zeros(base.mask.shape))
-    moved = base._replace(parts=parts + np.float32(shift), reward=base.reward + np.float32(shift))
+    moved = base._replace(reward_components=parts + np.float32(shift), reward=base.reward + np.float32(shift))
     np.testing.assert_array_equal(found(cfg, moved).advantage, found(cfg, base).advantage)
 
 
 @for_each(VARIANTS)
 @few(20)
-@given(outcome=outcomes())
-def test_no_advantage_is_above_the_bound_of_its_formula(cfg, outcome):
-    largest = np.abs(found(cfg, outcome).advantage).max()
-    assert largest <= bound(cfg, outcome) * (1 + 1e-7)
+@given(inputs=estimator_inputs())
+def test_no_advantage_is_above_the_bound_of_its_formula(cfg, inputs):
+    largest = np.abs(found(cfg, inputs).advantage).max()
+    assert largest <= bound(cfg, inputs) * (1 + 1e-7)
 
 
 @for_each(VARIANTS)
 def test_with_no_group_that_counts_there_is_nothing(cfg):
-    found = estimate(cfg, single_tokens([[1.0, 0.0], [np.nan, np.nan]], counts=np.zeros(2, bool)))
+    found = estimate(cfg, single_tokens([[1.0, 0.0], [np.nan, np.nan]], used=np.zeros(2, bool)))
     assert not found.advantage.any() and found.advantage.shape == (4, 1)
 
 
@@ -251,8 +251,8 @@ def test_with_no_group_that_counts_there_is_nothing(cfg):
     ids=repr,
 )
 def test_one_sequence_of_one_token_has_no_spread(cfg, want):
-    """What compares nothing within a group may have one sample per prompt."""
-    assert estimate(cfg, single_tokens([[0.5], [9.0]], counts=np.array([True, False]))).advantage.tolist() == [
+    """Estimators that compare nothing within a group allow one sample per prompt."""
+    assert estimate(cfg, single_tokens([[0.5], [9.0]], used=np.array([True, False]))).advantage.tolist() == [
         [want],
         [0],
     ]

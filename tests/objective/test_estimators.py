@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from outcomes import single_tokens
+from estimator_inputs import single_tokens
 
 from jaxrl_llm.objective.advantages import estimate
 from jaxrl_llm.objective.group_estimators import BestWorst, Gpg, Grpo, LeaveOneOut, MeanOnly, Opo, PassAtK, Rloo
@@ -18,10 +18,10 @@ CENTERED = [Grpo(), MeanOnly(), Rloo()]
 KIND = {"ids": lambda cfg: cfg.kind}
 
 
-def of(cfg, reward, counts=None):
+def of(cfg, reward, used=None):
     """Advantages [P G]."""
     reward = np.asarray(reward)
-    more = {} if counts is None else {"counts": np.array(counts)}
+    more = {} if used is None else {"used": np.array(used)}
     return estimate(cfg, single_tokens(reward, **more)).advantage.reshape(reward.shape)
 
 
@@ -93,7 +93,7 @@ def test_equal_rewards_earn_exactly_nothing(cfg):
 
 @pytest.mark.parametrize("cfg", BASELINED, **KIND)
 def test_a_group_without_rewards_is_dropped_and_earns_nothing(cfg):
-    """And changes nothing of the others."""
+    """The advantages of the others do not change."""
     reward = np.array([[0, 1, 0], [np.nan] * 3, [1, 0, 1]], np.float32)
     advantage = of(cfg, reward, [True, False, True])
     np.testing.assert_array_equal(advantage[1], 0)
@@ -125,11 +125,11 @@ def grpo(reward: np.ndarray) -> np.ndarray:
 
 
 def estimates(advantage, arms: np.ndarray, reward: np.ndarray = REWARD, scores: np.ndarray = SCORES) -> np.ndarray:
-    """Policy gradients [N arms] of N groups of drawn arms [N K]: the mean over the group of A_k grad log p(a_k)."""
+    """Policy gradients [N arms] of N groups of sampled arms [N K]: the mean over the group of A_k grad log p(a_k)."""
     return np.einsum("nk,nka->na", advantage(reward[arms]).astype(np.float64), scores[arms]) / arms.shape[1]
 
 
-def drawn(rng: np.random.Generator, groups: int, samples: int) -> np.ndarray:
+def sample_arms(rng: np.random.Generator, groups: int, samples: int) -> np.ndarray:
     return rng.choice(len(P), p=P, size=(groups, samples))
 
 
@@ -143,14 +143,14 @@ def exactly(advantage, samples: int, reward: np.ndarray = REWARD) -> tuple[np.nd
 
 def test_variance_falls_as_one_over_the_number_of_samples():
     rng, sizes = np.random.default_rng(3), 2 ** np.arange(7)
-    variance = [estimates(no_baseline, drawn(rng, 20_000, k)).var(axis=0).sum() for k in sizes]
+    variance = [estimates(no_baseline, sample_arms(rng, 20_000, k)).var(axis=0).sum() for k in sizes]
     slope = np.polyfit(np.log(sizes), np.log(variance), 1)[0]
     print(f"slope {slope:.4f}")
     assert abs(slope + 1) < 0.05
 
 
 def test_rloo_is_unbiased():
-    sampled = estimates(rloo, drawn(np.random.default_rng(4), 50_000, 4)).mean(axis=0)  # 2e5 samples
+    sampled = estimates(rloo, sample_arms(np.random.default_rng(4), 50_000, 4)).mean(axis=0)  # 2e5 samples
     error = np.linalg.norm(sampled - GRADIENT) / np.linalg.norm(GRADIENT)
     print(f"relative error {error:.4f}")
     assert error < 0.02
@@ -159,18 +159,18 @@ def test_rloo_is_unbiased():
 
 
 def test_the_mean_of_the_group_shrinks_the_gradient():
-    """By 1 - 1/K: exactly over all groups, and within 1 % in 2e6 draws projected on the true gradient."""
+    """By 1 - 1/K: exactly over all groups, and within 1 % in 2e6 samples projected on the true gradient."""
     for samples in (2, 3, 5):
         np.testing.assert_allclose(exactly(mean_only, samples)[0], GRADIENT * (1 - 1 / samples), atol=1e-7)
     for samples in (2, 4, 8):
-        mean = estimates(mean_only, drawn(np.random.default_rng(5), 2_000_000 // samples, samples)).mean(axis=0)
+        mean = estimates(mean_only, sample_arms(np.random.default_rng(5), 2_000_000 // samples, samples)).mean(axis=0)
         ratio = mean @ GRADIENT / (GRADIENT @ GRADIENT)
         print(f"K {samples}: ratio {ratio:.4f}, want {1 - 1 / samples:.4f}")
         assert abs(ratio / (1 - 1 / samples) - 1) < 0.01
 
 
 def test_shifting_all_rewards_moves_only_the_estimate_without_baseline():
-    arms, shift = drawn(np.random.default_rng(6), 1000, 8), np.float32(3.0)
+    arms, shift = sample_arms(np.random.default_rng(6), 1000, 8), np.float32(3.0)
     for advantage in (mean_only, rloo, grpo):
         np.testing.assert_allclose(estimates(advantage, arms, REWARD + shift), estimates(advantage, arms), atol=1e-6)
     before, after = exactly(no_baseline, 1)[1], exactly(no_baseline, 1, REWARD + shift)[1]

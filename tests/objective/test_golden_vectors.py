@@ -32,7 +32,7 @@ ADVANTAGES = {
     "verl:opo": [0.7, -0.3, -0.3, 0.2],
     "verl:gpg": [1.25, -0.75, -0.75, 0.25],
 }
-"""Of the rewards 1, 0, 0, 0.5; opo with the lengths 10, 20, 30, 40."""
+"""Advantages of the rewards 1, 0, 0, 0.5; opo with the lengths 10, 20, 30, 40."""
 RATIOS = [(1.5, 1.0), (0.5, 1.0), (1.5, -1.0), (0.5, -1.0), (5.0, -1.0), (5.0, 1.0)]
 LOSSES = {
     "clip": [-1.28, -0.5, 1.5, 0.8, 5.0, -1.28],
@@ -40,7 +40,7 @@ LOSSES = {
     "gmpo": [-1.491825, -0.5, 1.5, 0.670320, 5.0, -1.491825],
     "sapo": [-2.489837, -1.510163, 2.393585, 1.415938, 3.753242, -3.928055],
 }
-"""Of one token with a ratio and an advantage as in RATIOS: eps 0.2 and 0.28, c 3, GMPO's eps 0.4, SAPO's tau 1 and 1.05."""
+"""Losses of one token with a ratio and an advantage as in RATIOS: eps 0.2 and 0.28, c 3, GMPO's eps 0.4, SAPO's tau 1 and 1.05."""
 
 
 def case_of(lengths=(10, 20, 30, 40), reward=REWARD, **more):
@@ -50,9 +50,9 @@ def case_of(lengths=(10, 20, 30, 40), reward=REWARD, **more):
     fields = dict.fromkeys(("now", "behavior", "proximal", "reference", "entropy", "values", "old_values"), zeros)
     fields |= {
         "reward": np.array([reward]),
-        "parts": np.array([reward])[..., None],
-        "part_weights": np.ones(1),
-        "counts": np.ones(1, bool),
+        "reward_components": np.array([reward])[..., None],
+        "component_weights": np.ones(1),
+        "used": np.ones(1, bool),
         "mask": mask,
         "length": 8,
     }
@@ -155,7 +155,7 @@ def test_golden_overlong(length, want):
     assert grader(Sample("", "", "", "eos", num_tokens=length)) == want
 
 
-def test_credit_goes_on_before_a_masked_span():
+def test_credit_skips_a_masked_span():
     """T11: SkyRL's copy of REINFORCE++ loses it there."""
     case = case_of((4,), [1.0], mask=np.array([[True, False, False, True]]))
     np.testing.assert_allclose(advantages.returns_to_go(case, advantages.token_rewards(case, 0.0)), [[1, 0, 0, 1]])

@@ -19,7 +19,7 @@ from jaxrl_llm.objective.losses import cross_entropy_terms, kl_estimate, make_lo
 from jaxrl_llm.objective.surrogates import clip
 from jaxrl_llm.types import Batch
 
-TABLE = [  # ratio, advantage, loss, held by low, held by high
+TABLE = [  # ratio, advantage, loss, low bound active, high bound active
     (1.5, 1.0, -1.28, False, True),
     (0.5, 1.0, -0.5, False, False),
     (1.5, -1.0, 1.5, False, False),
@@ -73,7 +73,7 @@ def test_policy_terms_put_surrogate_kl_and_entropy_together():
     )
     cfg = PolicyGradient(surrogate=Clip(low=0.2, high=0.28), kl=KlConfig(weight=0.1), entropy=0.01)
     terms = policy_terms(scores, batch, cfg, NoCorrection())
-    # ratio e^0.5 = 1.6487 is held at 1.28; k3 at d = log p - log p_ref = 0.5 is 0.10653066
+    # ratio e^0.5 = 1.6487 is clipped to 1.28; k3 at d = log p - log p_ref = 0.5 is 0.10653066
     np.testing.assert_allclose(terms.loss[0, 1], -2 * 1.28 + 0.1 * 0.10653066 - 0.01 * 0.7, rtol=1e-6)
     np.testing.assert_allclose(terms.maxima["ratio/max"][0, 1], np.exp(0.5), rtol=1e-6)
     np.testing.assert_allclose(terms.maxima["mismatch/max_abs_dlogp"][0, 1], 0.5, rtol=1e-6)
@@ -81,7 +81,7 @@ def test_policy_terms_put_surrogate_kl_and_entropy_together():
 
 @pytest.mark.parametrize("loss", [PolicyGradient(), Dpo(), Distillation()], ids=lambda loss: loss.kind)
 def test_every_loss_of_sampled_tokens_tells_how_far_the_sampler_is(loss):
-    """What the gate of `update.guards.max_mismatch_kl` reads: no loss may leave it blind."""
+    """Every loss measures the metric that `update.guards.max_mismatch_kl` reads."""
     mask, zeros = np.array([[False, True]]), np.zeros((1, 2), np.float32)
     scores = TokenScores(jnp.array([[-9.0, -1.0]]), zeros, kl=zeros)
     terms = make_loss(ObjectiveConfig(loss=loss)).terms(scores, batch_of(mask, zeros - 1.5, zeros, zeros))

@@ -20,7 +20,7 @@ from jaxrl_llm.objective.token_estimators import Gae, ReinforcePlusPlus
 from jaxrl_llm.update.batch import token_weights
 
 
-def told(name: str) -> bool:
+def is_detected(name: str) -> bool:
     """The package differs from the oracle in an advantage, a loss or a gradient."""
     want, got = by_oracle(name), by_package(name)
     same = (
@@ -37,7 +37,7 @@ def told(name: str) -> bool:
 def estimator(kind, change):
     """The kind's estimator with its config changed."""
     own = kind.estimate
-    return kind, "estimate", lambda cfg, outcome: own(change(cfg), outcome)
+    return kind, "estimate", lambda cfg, inputs: own(change(cfg), inputs)
 
 
 def resets_at_masked(rewards, mask, gamma):
@@ -48,9 +48,9 @@ def resets_at_masked(rewards, mask, gamma):
     return returns
 
 
-def reward_in_the_last_slot(outcome):
-    rewards = np.where(outcome.mask, outcome.token_reward, 0.0)
-    rewards[:, -1] += outcome.reward.reshape(-1)
+def reward_in_the_last_slot(inputs):
+    rewards = np.where(inputs.mask, inputs.token_reward, 0.0)
+    rewards[:, -1] += inputs.reward.reshape(-1)
     return rewards
 
 
@@ -72,7 +72,7 @@ ADVANTAGES = {
     "whitening over padding (T18)": ((token_estimators, "whiten", whiten_with_padding), "verl:reinforce_pp"),
     "biased variance (T16)": (
         estimator(ReinforcePlusPlus, lambda c: dataclasses.replace(c, variance="population")), "verl:reinforce_pp"),
-    "credit ends at what was not drawn (T11)": ((token_estimators, "to_go", resets_at_masked), "verl:reinforce_pp"),
+    "credit ends at unsampled tokens (T11)": ((token_estimators, "to_go", resets_at_masked), "verl:reinforce_pp"),
     "the reward on padding": ((token_estimators, "token_rewards", reward_in_the_last_slot), "verl:ppo"),
     "returns of whitened advantages": (
         (Gae, "estimate", lambda c, o: (e := own_gae(c, o))._replace(returns=e.advantage + o.values)), "verl:ppo"),
@@ -139,33 +139,33 @@ def changed(kind, **fields):
 
 
 def dual_for_positive(logprobs, log_r, advantage, batch, cfg):
-    held = surrogates.clip(logprobs, log_r, advantage, batch, dataclasses.replace(cfg, dual=None))
-    return held._replace(loss=jnp.where(advantage > 0, jnp.maximum(held.loss, -cfg.dual * advantage), held.loss))
+    terms = surrogates.clip(logprobs, log_r, advantage, batch, dataclasses.replace(cfg, dual=None))
+    return terms._replace(loss=jnp.where(advantage > 0, jnp.maximum(terms.loss, -cfg.dual * advantage), terms.loss))
 
 
 def always_bounded(logprobs, log_r, advantage, batch, cfg):
     """The clip without PPO's minimum: what went too far is never pulled back."""
-    return surrogates.Held(
+    return surrogates.SurrogateTerms(
         -jnp.clip(jnp.exp(log_r), 1 - cfg.low, 1 + cfg.high) * advantage, advantage > 0, advantage < 0
     )
 
 
 def cispo_through_the_ratio(logprobs, log_r, advantage, batch, cfg):
     ratio = jnp.clip(jnp.exp(log_r), cfg.low, cfg.high)
-    return surrogates.Held(-ratio * advantage * logprobs, ratio < cfg.low, ratio > cfg.high)
+    return surrogates.SurrogateTerms(-ratio * advantage * logprobs, ratio < cfg.low, ratio > cfg.high)
 
 
 def cispo_drops(logprobs, log_r, advantage, batch, cfg):
     """T20: a hard zero is not a clip."""
     ratio = jax.lax.stop_gradient(jnp.exp(log_r))
     inside = (ratio >= cfg.low) & (ratio <= cfg.high)
-    return surrogates.Held(jnp.where(inside, -ratio * advantage * logprobs, 0.0), ~inside, ~inside)
+    return surrogates.SurrogateTerms(jnp.where(inside, -ratio * advantage * logprobs, 0.0), ~inside, ~inside)
 
 
 def gmpo_without_signs(logprobs, log_r, advantage, batch, cfg):
     bounded = jnp.clip(log_r, -cfg.low, cfg.high)
-    ratio = jnp.exp(surrogates.mean_by(batch.segment, batch.loss_mask, bounded))
-    return surrogates.Held(-advantage * ratio, advantage > 0, advantage < 0)
+    ratio = jnp.exp(surrogates.mean_by_id(batch.segment, batch.loss_mask, bounded))
+    return surrogates.SurrogateTerms(-advantage * ratio, advantage > 0, advantage < 0)
 
 
 def ipo_one_sided(logprobs, log_r, advantage, batch, cfg):
@@ -177,16 +177,25 @@ def ipo_one_sided(logprobs, log_r, advantage, batch, cfg):
 def ipo_by_the_ratio(logprobs, log_r, advantage, batch, cfg):
     ratio = jnp.exp(log_r)
     low, high = ratio < 1 - cfg.eps, ratio > 1 + cfg.eps
-    return surrogates.Held(jnp.where(low | high, 0.0, -advantage * ratio), low, high)
+    return surrogates.SurrogateTerms(jnp.where(low | high, 0.0, -advantage * ratio), low, high)
 
 
 def ipo_without_the_ratio(logprobs, log_r, advantage, batch, cfg):
-    held = surrogates.ipo(logprobs, log_r, advantage, batch, cfg)
-    return held._replace(loss=jnp.where(held.low | held.high, 0.0, -advantage * logprobs))
+    terms = surrogates.ipo(logprobs, log_r, advantage, batch, cfg)
+    return terms._replace(loss=jnp.where(terms.low | terms.high, 0.0, -advantage * logprobs))
 
 
-own_log_ratio, own_weighed, own_kl, own_critic = losses.log_ratio, losses.weighed, losses.kl_terms, losses.critic_terms
+own_log_ratio, own_weighed, own_kl, own_critic = (
+    losses.log_ratio,
+    losses.importance_weight,
+    losses.kl_terms,
+    losses.critic_terms,
+)
 own_kl_estimate, own_moment = losses.kl_estimate, losses.second_moment_mask
+
+
+def weighing(function):
+    return losses, "importance_weight", function
 
 
 def level(instead):
@@ -199,7 +208,7 @@ def level(instead):
 
 def token_weight(batch):
     return jnp.clip(
-        jnp.exp(surrogates.within(batch.loss_mask, batch.proximal_logprobs - batch.behavior_logprobs)), 0.6, 1.5
+        jnp.exp(surrogates.zero_outside(batch.loss_mask, batch.proximal_logprobs - batch.behavior_logprobs)), 0.6, 1.5
     )
 
 
@@ -238,18 +247,18 @@ LOSSES = {
     "IPO's eps on the ratio": (surrogate(Ipo, ipo_by_the_ratio), "prime:rl"),
     "IPO without the ratio": (surrogate(Ipo, ipo_without_the_ratio), "prime:rl"),
     "IPO's eps of before September": (changed(Ipo, eps=0.1), "prime:rl"),
-    "the mask ignored": ((surrogates, "within", lambda mask, x: x), "trl:gspo"),
+    "the mask ignored": ((surrogates, "zero_outside", lambda mask, x: x), "trl:gspo"),
     "TIS cap ignored": (
-        (losses, "weighed", lambda m, b, c: losses.Weighed(jnp.exp(jax.lax.stop_gradient(m)), b.loss_mask)), "truncated token"),
-    "TIS upside down": ((losses, "weighed", lambda m, b, c: own_weighed(-m, b, c)), "paper:decoupled_ppo"),
+        weighing(lambda m, b, c: losses.ImportanceWeight(jnp.exp(jax.lax.stop_gradient(m)), b.loss_mask)), "truncated token"),
+    "TIS upside down": (weighing(lambda m, b, c: own_weighed(-m, b, c)), "paper:decoupled_ppo"),
     "TIS of the ratio to the sampler (counted twice)": (
         (losses, "anchored_on_proximal", lambda cfg, correction: False), "paper:decoupled_ppo"),
     "a geometric mean for a product (T15)": (
-        (losses, "weighed", lambda m, b, c: own_weighed(m, b, dataclasses.replace(c, level="geometric"))), "TRL's sequence_mask"),
+        weighing(lambda m, b, c: own_weighed(m, b, dataclasses.replace(c, level="geometric"))), "TRL's sequence_mask"),
     "IcePop clips instead of masking": (
-        (losses, "weighed", lambda m, b, c: losses.Weighed(jnp.clip(jnp.exp(m), c.low, c.high), b.loss_mask)), "paper:icepop"),
+        weighing(lambda m, b, c: losses.ImportanceWeight(jnp.clip(jnp.exp(m), c.low, c.high), b.loss_mask)), "paper:icepop"),
     "seq-mask-tis keeps the tested weight (T9)": (
-        (losses, "weighed", lambda m, b, c: own_weighed(m, b, dataclasses.replace(c, weight="level"))), "masked geometric token"),
+        weighing(lambda m, b, c: own_weighed(m, b, dataclasses.replace(c, weight="level"))), "masked geometric token"),
     "M2PO drops the smallest": (("cases.losses", "second_moment_mask", least_moments_dropped), "paper:m2po"),
     "M2PO's bound on each token": (
         ("cases.losses", "second_moment_mask", lambda b, threshold: b.loss_mask & (
@@ -281,20 +290,20 @@ STOPPING = ("trl:cispo", "gspo token by token", "verl:dppo_tv", "k3_plus to refe
 def test_the_bug_is_told(name, monkeypatch):
     (where, attribute, mutant), part = MUTANTS[name]
     # The comparison with the oracle is to tell, not the guard before it.
-    monkeypatch.setattr(advantages, "bound", lambda cfg, outcome: np.inf)
+    monkeypatch.setattr(advantages, "bound", lambda cfg, inputs: np.inf)
     if isinstance(where, str):
         monkeypatch.setattr(f"{where}.{attribute}", mutant)
     else:
         monkeypatch.setattr(where, attribute, mutant)
-    assert told(part)
+    assert is_detected(part)
 
 
 @pytest.mark.parametrize("name", sorted({part for _, part in MUTANTS.values()} | set(STOPPING)))
 def test_without_a_bug_nothing_is_told(name):
-    assert not told(name)
+    assert not is_detected(name)
 
 
 @pytest.mark.parametrize("name", STOPPING)
 def test_a_gradient_that_is_not_stopped_is_told(name, monkeypatch):
     monkeypatch.setattr(jax.lax, "stop_gradient", lambda x: x)
-    assert told(name)
+    assert is_detected(name)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from outcomes import to_groups
+from estimator_inputs import to_groups
 from test_losses import batch_of
 
 from jaxrl_llm import cli
@@ -19,13 +19,13 @@ from jaxrl_llm.errors import AdvantageError, UserError
 from jaxrl_llm.metrics.json_lines import read_jsonl
 from jaxrl_llm.objective.advantages import OwnAdvantage
 from jaxrl_llm.objective.config import ObjectiveConfig
-from jaxrl_llm.objective.credit import UNSCORED, make_advantage
-from jaxrl_llm.objective.loss_config import NoCorrection, OwnLoss, correction_of, scores_proximal
-from jaxrl_llm.objective.losses import as_loss, make_loss, with_own
-from jaxrl_llm.objective.rules import filter_of
+from jaxrl_llm.objective.credit import NO_SCORES, make_advantage
+from jaxrl_llm.objective.loss_config import NoCorrection, OwnLoss, resolve_correction, scores_proximal
+from jaxrl_llm.objective.losses import as_loss, make_loss, with_own_columns
+from jaxrl_llm.objective.rules import resolve_filter
 from jaxrl_llm.types import Credit, Experience, OwnColumn, Scores
 from jaxrl_llm.update.batch import make_batch
-from jaxrl_llm.update.packing import Shape
+from jaxrl_llm.update.packing import BatchShape
 
 HERE = Path(__file__).parent
 MASK = np.array([[False, True, True]])
@@ -93,30 +93,32 @@ def test_what_it_is_averaged_over_and_what_it_reads():
     assert read(PULLED).has_reference and not read("own_parts:pulled").has_reference
     proximal = read({"function": "own_parts:pulled", "columns": ["proximal_logprobs"]}).loss
     assert scores_proximal(proximal, NoCorrection(), 1) and not scores_proximal(read(PULLED).loss, NoCorrection(), 9)
-    assert correction_of(proximal, "int8", "int8") == NoCorrection()
+    assert resolve_correction(proximal, "int8", "int8") == NoCorrection()
     value = as_loss(lambda scores, batch: scores.logprobs, "sequence", columns=("values", "returns"))
     assert value[1:] == ("sequence", 1, ("values", "returns"), (), None)
 
 
 def test_a_column_of_its_own():
-    """A function, under its name; or an `OwnColumn`, which says dtype and fill."""
+    """A function, under its name; or an `OwnColumn` with dtype and fill."""
     [column] = made({"function": "own_parts:weighed", "own_columns": ["own_parts:once"]}).own
     assert (column.name, column.dtype, column.fill) == ("once", np.float32, 0)
     groups = to_groups([[1.0, 0.0]])
     odd = OwnColumn("odd", lambda groups, scores: groups.rollouts.tokens % 2, np.int32, -1)
     loss = as_loss(lambda scores, batch: batch.own["odd"] * scores.logprobs, own=(odd, column.make))
-    scores = with_own(Scores(), groups, loss.own)
+    scores = with_own_columns(Scores(), groups, loss.own)
     np.testing.assert_array_equal(scores.own["odd"], groups.rollouts.tokens % 2)
     experience = Experience(groups, scores, Credit(np.zeros((2, 3), np.float32)))
-    batch, _ = make_batch(experience, Shape("none", 2, 5, 1), 0, own=loss.own)
+    batch, _ = make_batch(experience, BatchShape("none", 2, 5, 1), 0, own=loss.own)
     # The prompt has one token, the completions three.
     np.testing.assert_array_equal(batch.own["odd"], [[-1, 0, 1, 0, -1], [-1, 1, 0, 1, -1]])
     assert batch.own["odd"].dtype == np.int32 and batch.own["once"].tolist() == [[0, 1, 1, 1, 0]] * 2
     with pytest.raises(UserError, match=r"the column per_row of the loss: got float32\[2\], want .*, \[2, 3\]"):
-        with_own(Scores(), groups, made({"function": "own_parts:weighed", "own_columns": ["own_parts:per_row"]}).own)
+        with_own_columns(
+            Scores(), groups, made({"function": "own_parts:weighed", "own_columns": ["own_parts:per_row"]}).own
+        )
 
 
-def of_own(advantage, groups, scores=UNSCORED):
+def custom_credit(advantage, groups, scores=NO_SCORES):
     objective = validate({"objective": {"advantage": advantage}}, "a.yaml").objective
     return make_advantage(objective, [1.0])(groups, scores)
 
@@ -125,26 +127,26 @@ def test_an_advantage_per_row_is_that_of_each_token_that_teaches():
     """Rewards 1, 0 and 3, 3 of completions of three tokens; the second group is not kept."""
     groups = to_groups([[1.0, 0.0], [3.0, 3.0]])
     groups = groups.replace(keep=np.array([True, True, False, False]))
-    found = of_own({"function": "own_parts:above_mean", "options": {"scale": 2}}, groups)
+    found = custom_credit({"function": "own_parts:above_mean", "options": {"scale": 2}}, groups)
     np.testing.assert_array_equal(found.advantage, [[1] * 3, [-1] * 3, [0] * 3, [0] * 3])
     assert found.advantage.dtype == np.float32 and found.returns is found.keep is None
     assert OwnAdvantage("own_parts:above_mean")(groups).advantage[0, 0] == 0.5
 
 
 def test_an_advantage_per_token():
-    found = of_own("own_parts:Halved", to_groups([[1.0, 2.0]]))
+    found = custom_credit("own_parts:Halved", to_groups([[1.0, 2.0]]))
     np.testing.assert_array_equal(found.advantage, [[1, 0.5, 0.25], [2, 1, 0.5]])
 
 
 def test_an_advantage_may_leave_rows_out():
     groups = to_groups([[1.0, 0.0], [3.0, 3.0]])
-    credit = of_own("own_parts:first_rows", groups)
-    mask = Experience(groups, UNSCORED, credit).loss_mask
+    credit = custom_credit("own_parts:first_rows", groups)
+    mask = Experience(groups, NO_SCORES, credit).loss_mask
     np.testing.assert_array_equal(mask.all(axis=1), [True, False, True, False])
 
 
 @pytest.mark.parametrize(
-    ("name", "error", "told"),
+    ("name", "error", "message"),
     [
         (
             "of_no_shape",
@@ -155,20 +157,20 @@ def test_an_advantage_may_leave_rows_out():
         ("with_returns", UserError, r"got returns, want None: only the advantage gae has a critic"),
     ],
 )
-def test_a_wrong_advantage_ends_the_run_by_name(name, error, told):
-    with pytest.raises(error, match=told):
-        of_own(f"own_parts:{name}", to_groups([[1.0, 0.0], [1.0, 0.0]]))
+def test_a_wrong_advantage_ends_the_run_by_name(name, error, message):
+    with pytest.raises(error, match=message):
+        custom_credit(f"own_parts:{name}", to_groups([[1.0, 0.0], [1.0, 0.0]]))
 
 
 def test_what_an_advantage_reads_and_what_does_not_go_with_it():
     cfg = validate({"objective": {"advantage": "own_parts:above_mean"}, "rollout": {"samples": 1}}, "a.yaml")
     assert cfg.objective.advantage == OwnAdvantage("own_parts:above_mean") and not cfg.objective.has_reference
-    assert training_problems(cfg) == [] and filter_of("auto", cfg.objective, 1) == "none"
+    assert training_problems(cfg) == [] and resolve_filter("auto", cfg.objective, 1) == "none"
     reads = {"function": "own_parts:above_mean", "columns": ["reference_logprobs"]}
     assert validate({"objective": {"advantage": reads}}, "a.yaml").objective.reads_reference_logprobs
     paid = validate({"objective": {"advantage": reads, "reward_kl": {"weight": 0.1}}}, "a.yaml")
-    [told] = training_problems(paid)
-    assert told.startswith("objective.reward_kl.weight: got 0.1 with an advantage of your own, want 0")
+    [message] = training_problems(paid)
+    assert message.startswith("objective.reward_kl.weight: got 0.1 with a custom advantage, want 0")
     assert own_problems(validate({"objective": {"advantage": "own_parts:above"}}, "a.yaml")) == [
         'objective.advantage.function: got "own_parts:above", but "own_parts" has no "above". Perhaps you meant "above_mean"'
     ]
@@ -187,7 +189,7 @@ def test_as_a_config_says_it(preset):
 
 
 @pytest.mark.parametrize(
-    ("loss", "told"),
+    ("loss", "message"),
     [
         ({"kind": "own"}, "a.yaml: objective.loss.function: got nothing, want a value"),
         ({"function": 3}, "a.yaml: objective.loss.function: got 3, want text"),
@@ -202,14 +204,14 @@ def test_as_a_config_says_it(preset):
         ),
     ],
 )
-def test_a_wrong_section_is_told(loss, told):
+def test_a_wrong_section_is_an_error(loss, message):
     with pytest.raises(UserError) as error:
         read(loss)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("loss", "told"),
+    ("loss", "message"),
     [
         ("own_parts:pulled", ""),
         ({"function": "own_parts:Margin", "options": {"target": 1}}, ""),
@@ -231,9 +233,9 @@ def test_a_wrong_section_is_told(loss, told):
         ({"function": "own_parts:pulled", "options": {"power": 2}}, "got an unexpected keyword argument 'power'"),
     ],
 )
-def test_a_wrong_function_is_told(loss, told):
+def test_a_wrong_function_is_an_error(loss, message):
     found = own_problems(validate({"objective": {"loss": loss}}, "a.yaml"))
-    assert len(found) == bool(told) and (not told or told in found[0]), found
+    assert len(found) == bool(message) and (not message or message in found[0]), found
 
 
 def test_a_length_that_nothing_reads_is_refused():
@@ -244,8 +246,8 @@ def test_a_length_that_nothing_reads_is_refused():
 def test_of_what_it_teaches_nothing_is_known():
     """So no group is dropped by itself, and the user may."""
     own = read("own_parts:pulled")
-    assert filter_of("auto", ObjectiveConfig(), 1) == "has_signal"
-    assert filter_of("auto", own, 1) == "none" and filter_of("has_signal", own, 1) == "has_signal"
+    assert resolve_filter("auto", ObjectiveConfig(), 1) == "has_signal"
+    assert resolve_filter("auto", own, 1) == "none" and resolve_filter("has_signal", own, 1) == "has_signal"
 
 
 def test_a_wrong_name_is_told_before_jax_is_loaded(tmp_path):

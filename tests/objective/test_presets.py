@@ -110,8 +110,10 @@ WITHOUT_GROUP = {
 
 @pytest.mark.parametrize("name", sorted(set(PRESETS) - WITHOUT_GROUP))
 def test_equal_rewards_are_worth_exactly_nothing(name):
-    """Not 1e-17 over a tiny std: 0."""
-    case = CASES[0]._replace(reward=np.full_like(CASES[0].reward, 0.3), parts=np.full_like(CASES[0].parts, 0.2))
+    """Exactly 0, not 1e-17 over a tiny std."""
+    case = CASES[0]._replace(
+        reward=np.full_like(CASES[0].reward, 0.3), reward_components=np.full_like(CASES[0].reward_components, 0.2)
+    )
     beside = {} if name == "paper:dpo" else {"loss": {"kl": {"weight": 0.0}}}
     advantage, loss = package(objective_of(name, **beside), case)
     assert (advantage == 0).all()
@@ -128,11 +130,11 @@ def test_equal_rewards_over_the_batch_are_worth_exactly_nothing():
 def test_statistics_over_the_batch():
     """TRL's scale_rewards: batch; and both over the batch, sequences counting alike, groups that were dropped not at all."""
     case = CASES[2]
-    kept = case.reward[case.counts]
+    kept = case.reward[case.used]
     for over, mean in (("group", kept.mean(axis=1, keepdims=True)), ("batch", kept.mean())):
         cfg = objective_of("trl:grpo", advantage={"mean_over": over, "std_over": "batch"})
         want = np.zeros(case.reward.shape)
-        want[case.counts] = (kept - mean) / (kept.std(ddof=1) + 1e-4)
+        want[case.used] = (kept - mean) / (kept.std(ddof=1) + 1e-4)
         np.testing.assert_allclose(
             package(cfg, case)[0], np.where(case.mask, want.reshape(-1, 1), 0), rtol=1e-9, atol=1e-12
         )
@@ -157,7 +159,7 @@ def test_pass_at_k_may_stay_unscaled():
 
 @pytest.mark.parametrize("gamma", [0.5, 0.9])
 def test_returns_may_be_discounted(gamma):
-    """By the number of drawn tokens between, not of slots."""
+    """By the number of sampled tokens in between, not of slots."""
     case = CASES[1]
     returns = np.zeros(case.mask.shape)
     for b, row in enumerate(case.mask):

@@ -1,4 +1,4 @@
-"""What may not be combined, and the words that say why."""
+"""Incompatible parts of an objective, and the reasons in the messages."""
 
 import dataclasses
 
@@ -6,14 +6,14 @@ import pytest
 from pydantic import TypeAdapter
 
 from jaxrl_llm.objective.config import ObjectiveConfig
-from jaxrl_llm.objective.presets import PRESETS, filled
-from jaxrl_llm.objective.rules import filter_of, refusals
+from jaxrl_llm.objective.presets import PRESETS, with_preset
+from jaxrl_llm.objective.rules import refusals, resolve_filter
 
 CLIP = {"preset": "trl:grpo"}
 
 
 def objective(given):
-    return TypeAdapter(ObjectiveConfig).validate_python(filled(given, dataclasses.asdict(ObjectiveConfig())))
+    return TypeAdapter(ObjectiveConfig).validate_python(with_preset(given, dataclasses.asdict(ObjectiveConfig())))
 
 
 def of_loss(preset, **loss):
@@ -37,7 +37,7 @@ REFUSED = {
     "CISPO by PPO's bounds (T5)": (
         of_loss("trl:cispo", surrogate={"low": 0.2, "high": 0.2}), "want less than high (0.2): bounds of the ratio itself"),
     "the mismatch twice": (
-        of_loss("paper:decoupled_ppo", anchor="behavior"), "want proximal: the ratio to the sampler already holds the weight"),
+        of_loss("paper:decoupled_ppo", anchor="behavior"), "want proximal: the ratio to the sampler already contains the weight"),
     "IcePop's weight twice": (of_loss("paper:icepop", anchor="behavior"), "which would count twice"),
     "a floor above the cap": (
         of_loss("trl:grpo", correction={"kind": "truncated_importance", "floor": 3.0}), "want less than cap (2.0)"),
@@ -121,17 +121,17 @@ FILTERS = {
         {"reward_kl": {"weight": 0.01}},
         1,
         "none",
-        "objective.reward_kl gives each token a reward",
+        "objective.reward_kl gives each token",
     ),
     "grpo over the batch": ({"advantage": {"mean_over": "batch"}}, 1, "none", "compares groups with each other"),
     "grpo scaled over the batch": ({"advantage": {"std_over": "batch"}}, 1, "none", ""),
     "rloo": ({"advantage": {"kind": "rloo"}}, 1, "has_signal", ""),
     "raw": ({"advantage": {"kind": "raw"}}, 1, "none", "objective.advantage raw has no baseline"),
-    "gae": ({"advantage": {"kind": "gae"}}, 1, "none", "objective.advantage gae compares with what other groups"),
+    "gae": ({"advantage": {"kind": "gae"}}, 1, "none", "objective.advantage gae compares with other groups or states"),
     "reinforce++": ({"advantage": {"kind": "reinforce_pp"}}, 1, "none", "objective.advantage reinforce_pp compares"),
     "reinforce++ with a baseline": ({"advantage": {"kind": "reinforce_pp", "baseline": True}}, 1, "none", ""),
     "gdpo of one grader": ({"advantage": {"kind": "gdpo"}}, 1, "none", ""),
-    "gdpo of two": ({"advantage": {"kind": "gdpo"}}, 2, "none", "compares each grader's part by itself"),
+    "gdpo of two": ({"advantage": {"kind": "gdpo"}}, 2, "none", "normalizes each grader by itself"),
     "distillation": ({"loss": {"kind": "distillation"}}, 1, "none", "objective.loss distillation reads no reward"),
     "a source that does not filter": ({"preset": "verl:grpo"}, 1, "none", ""),
     "a source that does": ({"preset": "paper:dapo"}, 1, "has_signal", ""),
@@ -145,19 +145,22 @@ FILTERS = {
 
 
 @pytest.mark.parametrize("name", FILTERS)
-def test_the_filter_follows_from_what_teaches(name):
+def test_the_filter_follows_from_the_gradient_of_equal_rewards(name):
     given, graders, want, why = FILTERS[name]
     asked = objective(given)
-    assert filter_of("auto", asked, graders) == want
-    assert filter_of("none", asked, graders) == "none" and filter_of("has_signal", asked, graders) == "has_signal"
+    assert resolve_filter("auto", asked, graders) == want
+    assert (
+        resolve_filter("none", asked, graders) == "none"
+        and resolve_filter("has_signal", asked, graders) == "has_signal"
+    )
     found = refusals(asked, samples=4, packing="none", keep="has_signal", graders=graders)
-    told = [line for line in found if line.startswith("experience.filter: got has_signal, want auto or none: ")]
-    assert [why in line for line in told] == ([True] if why else [])
+    messages = [line for line in found if line.startswith("experience.filter: got has_signal, want auto or none: ")]
+    assert [why in line for line in messages] == ([True] if why else [])
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_no_presets_own_filter_is_refused(name):
     asked = objective({"preset": name})
-    keep = filter_of("auto", asked, 1)
+    keep = resolve_filter("auto", asked, 1)
     assert keep == ("has_signal" if name in ("paper:dapo", "verl:dapo", "prime:rl", "prime:dppo") else "none")
     assert refusals(asked, samples=4, packing="shared_prefix", keep=keep) == []

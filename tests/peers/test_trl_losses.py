@@ -21,10 +21,10 @@ from pydantic import TypeAdapter
 from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.objective.advantages import estimate
 from jaxrl_llm.objective.config import ObjectiveConfig
+from jaxrl_llm.objective.estimator import EstimatorInputs
 from jaxrl_llm.objective.loss_config import AutoCorrection, NoCorrection
 from jaxrl_llm.objective.losses import policy_terms
-from jaxrl_llm.objective.outcome import Outcome
-from jaxrl_llm.objective.presets import filled
+from jaxrl_llm.objective.presets import with_preset
 from jaxrl_llm.types import Batch
 from jaxrl_llm.update.batch import token_weights
 
@@ -48,8 +48,8 @@ class Case(NamedTuple):
     """Config keys beside the preset."""
     trainer: str = "grpo"
     sampler: bool = False
-    """Completions come from another program, with log-probs different from the trainer's."""
-    parts: bool = False
+    """Completions come from another program, whose log-probs differ from the trainer's."""
+    reward_components: bool = False
     """Two graders."""
 
 
@@ -87,7 +87,7 @@ CASES = {
     "gdpo": Case(
         "trl:gdpo",
         {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": [1.0, 0.3]},
-        parts=True,
+        reward_components=True,
     ),
     "truncated importance": Case(
         "trl:grpo",
@@ -151,17 +151,17 @@ def results(tmp_path_factory) -> dict[str, np.ndarray]:
 
 def ours(case: Case) -> dict[str, np.ndarray]:
     given = tensors()
-    settings = filled({"preset": case.preset, **case.over}, asdict(ObjectiveConfig()))
+    settings = with_preset({"preset": case.preset, **case.over}, asdict(ObjectiveConfig()))
     cfg = TypeAdapter(ObjectiveConfig).validate_python(settings)
     # RLOOTrainer uses all tokens of a completion.
     mask = np.arange(C) < given["length"][:, None] if case.trainer == "rloo" else given["sampled"]
     token_reward = np.zeros((B, C))
     if cfg.reward_kl.weight:
         token_reward = cfg.reward_kl(given["old"], given["reference"], mask)
-    parts = given["parts"] if case.parts else given["reward"][..., None]
+    parts = given["parts"] if case.reward_components else given["reward"][..., None]
     weights = np.array(case.arguments.get("reward_weights", [1.0]))
-    outcome = Outcome(parts @ weights, parts, weights, np.ones(P, bool), mask, token_reward)
-    advantage = estimate(cfg.advantage, outcome).advantage
+    inputs = EstimatorInputs(parts @ weights, parts, weights, np.ones(P, bool), mask, token_reward)
+    advantage = estimate(cfg.advantage, inputs).advantage
     found = loss_and_gradients(cfg, given, mask, advantage, case.sampler)
     return found | {"advantages": advantage[:, 0]}
 

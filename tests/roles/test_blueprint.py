@@ -23,7 +23,7 @@ from jaxrl_llm.roles.blueprint import (
 )
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.update.optimizer.config import AdamW
-from jaxrl_llm.update.packing import Shape
+from jaxrl_llm.update.packing import BatchShape
 
 
 def paths(specs):
@@ -57,11 +57,17 @@ def test_shapes_by_hand():
     found = shapes_of(config(update=update, warm_start={"rows": 24}), 5, 1)
     # 16 rows per minibatch in 4 parts; a step's 32 rows in the same parts of 4 rows; 8 prompts with one response each.
     assert found == Shapes(
-        Shape("none", 16, 11, 4), Shape("none", 32, 11, 8), Shape("none", 24, 11, 1), Shape("none", 8, 11, 1)
+        BatchShape("none", 16, 11, 4),
+        BatchShape("none", 32, 11, 8),
+        BatchShape("none", 24, 11, 1),
+        BatchShape("none", 8, 11, 1),
     )
     packed = shapes_of(config(update=update | {"packing": {"kind": "shared_prefix"}}), 5, 1)
     # A prompt and its four responses: 5 + 4 x 6 slots.
-    assert (packed.update, packed.experience) == (Shape("shared_prefix", 4, 29, 4), Shape("shared_prefix", 8, 29, 8))
+    assert (packed.update, packed.experience) == (
+        BatchShape("shared_prefix", 4, 29, 4),
+        BatchShape("shared_prefix", 8, 29, 8),
+    )
     # What is supervised is never packed.
     assert packed.held_out == found.held_out
     # Rows are a multiple of parts and devices.

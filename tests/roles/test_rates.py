@@ -9,7 +9,7 @@ from jaxrl_llm.roles import rates
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
-from jaxrl_llm.update.packing import Shape
+from jaxrl_llm.update.packing import BatchShape
 
 
 def test_the_sampler_is_compared_with_a_step_of_all_rows(monkeypatch):
@@ -24,6 +24,6 @@ def test_the_learner_is_compared_with_a_micro_batch(monkeypatch):
     """16 rows of 32 slots in 2 micro-batches on 4 shards of rows: 2 * 32 tokens per device."""
     monkeypatch.setattr(rates, "update_rates", lambda *shapes: shapes)
     train, _ = layouts((2, 2, 2))
-    shapes, cfg = SimpleNamespace(update=Shape("plain", 16, 32, 2)), SimpleNamespace(lora=LoraConfig(rank=2))
+    shapes, cfg = SimpleNamespace(update=BatchShape("plain", 16, 32, 2)), SimpleNamespace(lora=LoraConfig(rank=2))
     blueprint = SimpleNamespace(model=TINY, shapes=shapes, train=train, cfg=cfg)
     assert rates.learner_rates(blueprint) == (TINY, 64, train, True)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.types import Credit, Experience, Finish, Groups, Prompts, Rollouts, Scores, check
-from jaxrl_llm.update.batch import make_batch, minibatches, supervised, to_rows, token_weights
-from jaxrl_llm.update.packing import Shape
+from jaxrl_llm.update.batch import make_batch, minibatches, supervised, to_completions, token_weights
+from jaxrl_llm.update.packing import BatchShape
 
 PAD, EOS = 0, 9
 
@@ -53,7 +53,7 @@ def experience(groups: Groups, keep=(True, True, True, True), **scores) -> Exper
 def one_a_row(found: Experience):
     rollouts = found.groups.rollouts
     slots = rollouts.prompts.tokens.shape[1] + rollouts.tokens.shape[1]
-    return make_batch(found, Shape("none", len(rollouts.length), slots, 1), PAD)
+    return make_batch(found, BatchShape("none", len(rollouts.length), slots, 1), PAD)
 
 
 def test_one_sequence_a_row_by_hand():
@@ -79,7 +79,7 @@ def test_one_sequence_a_row_by_hand():
     np.testing.assert_array_equal(batch.temperature, temperature)
     assert batch.reference_logprobs is None
     np.testing.assert_array_equal(
-        to_rows(batch.behavior_logprobs, where, tiny().rollouts), tiny().rollouts.behavior_logprobs
+        to_completions(batch.behavior_logprobs, where, tiny().rollouts), tiny().rollouts.behavior_logprobs
     )
 
 
@@ -87,7 +87,7 @@ def test_a_prompt_that_is_shared_by_hand():
     """A group a row: its prompt once, its two completions behind it."""
     values = f32([[1, 2, 0], [3, 0, 0], [4, 5, 6], [7, 8, 9]])
     found = experience(tiny(), values=values)
-    batch, where = make_batch(found, Shape("shared_prefix", 2, 10, 1), PAD)
+    batch, where = make_batch(found, BatchShape("shared_prefix", 2, 10, 1), PAD)
     check(batch)
     # The longest first.
     np.testing.assert_array_equal(batch.tokens, [[5, 6, 7, 2, 3, 9, 1, 1, 2, 0], [4, 1, 9, 9, 0, 0, 0, 0, 0, 0]])
@@ -99,12 +99,12 @@ def test_a_prompt_that_is_shared_by_hand():
     np.testing.assert_array_equal(batch.loss_mask, batch.segment > 0)
     np.testing.assert_array_equal(batch.advantage[0], [0, 0, 0, 3, 3, 3, -3, -3, -3, 0])
     np.testing.assert_array_equal(batch.values, [[0, 0, 0, 4, 5, 6, 7, 8, 9, 0], [0, 1, 2, 3, 0, 0, 0, 0, 0, 0]])
-    np.testing.assert_array_equal(to_rows(batch.values, where, tiny().rollouts), values)
+    np.testing.assert_array_equal(to_completions(batch.values, where, tiny().rollouts), values)
 
 
 def test_sequences_one_behind_another_by_hand():
     """Rows of 8 slots: lengths 6 and 2, 6, 3; each has its own prompt."""
-    batch, _ = make_batch(experience(tiny()), Shape("plain", 3, 8, 1), PAD)
+    batch, _ = make_batch(experience(tiny()), BatchShape("plain", 3, 8, 1), PAD)
     check(batch)
     want = [[5, 6, 7, 2, 3, 9, 4, 9], [5, 6, 7, 1, 1, 2, 0, 0], [4, 1, 9, 0, 0, 0, 0, 0]]
     np.testing.assert_array_equal(batch.tokens, want)
@@ -115,17 +115,17 @@ def test_sequences_one_behind_another_by_hand():
     np.testing.assert_array_equal(batch.temperature[0], [1, 1, 1, 2, 2, 2, 1, 0.5])
 
 
-def test_parts_are_filled_one_after_another():
-    """Part i holds rows i, i + parts, ...: three sequences in four rows leave the last row of the last part empty."""
+def test_micro_batches_are_filled_one_after_another():
+    """Micro-batch i has rows i, i + M, ...: three sequences in four rows leave the last row of the last one empty."""
     found = experience(tiny(), (True, False, True, True))
-    batch, where = make_batch(found, Shape("none", 4, 6, 2), PAD)
+    batch, where = make_batch(found, BatchShape("none", 4, 6, 2), PAD)
     np.testing.assert_array_equal(where.row, [0, -1, 2, 1])
     np.testing.assert_array_equal(batch.tokens[:, :4], [[4, 1, 9, 0], [5, 6, 7, 1], [5, 6, 7, 2], [0, 0, 0, 0]])
     assert not batch.group[3].any() and (batch.tokens[3] == PAD).all()
 
 
 def test_support_and_bars_go_where_their_tokens_go():
-    """Two tokens kept at most; -1 in prompts and padding, where nothing was drawn."""
+    """At most two kept tokens; -1 in prompts and padding, where nothing was sampled."""
     kept_tokens = np.full((4, 3, 2), -1, np.int32)
     kept_tokens[0, :2], kept_tokens[1, 0], kept_tokens[3] = [[1, 5], [9, -1]], [9, 2], [[1, 3], [1, 4], [2, 8]]
     eos_masked = np.array([[1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 0, 0]], bool)
@@ -152,7 +152,7 @@ def test_a_dropped_group_is_left_out():
     assert not batch.loss_mask[2:].any() and batch.loss_mask[:2].sum() == 6
     np.testing.assert_allclose(batch.weight[:2, 3:], 1 / 6, rtol=1e-6)
     np.testing.assert_array_equal(
-        to_rows(np.ones((4, 6), np.float32), where, tiny().rollouts), [[0] * 3] * 2 + [[1] * 3] * 2
+        to_completions(np.ones((4, 6), np.float32), where, tiny().rollouts), [[0] * 3] * 2 + [[1] * 3] * 2
     )
 
 

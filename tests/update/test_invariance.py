@@ -42,11 +42,11 @@ from jaxrl_llm.objective.loss_config import (
 )
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import ArrayLike, Batch, TrainState
-from jaxrl_llm.update.batch import make_batch, to_rows
+from jaxrl_llm.update.batch import make_batch, to_completions
 from jaxrl_llm.update.optimizer.config import AdamW
 from jaxrl_llm.update.optimizer.state import state_shardings
 from jaxrl_llm.update.optimizer.transform import make_optimizer
-from jaxrl_llm.update.packing import shape_of
+from jaxrl_llm.update.packing import batch_shape
 from jaxrl_llm.update.step import make_update
 
 CFG = dataclasses.replace(SMALL, layers=1)
@@ -103,7 +103,7 @@ WEIGHTED = ("dpo/accuracy", "dpo/margin")
 
 
 class Chosen(Batch):
-    """A batch that says which of `LOSSES` it is for."""
+    """A batch with the name of its loss in `LOSSES`."""
 
     term: Int[ArrayLike, "R T"] | None = None
 
@@ -128,7 +128,7 @@ def one_of(scores, batch: Chosen, of: tuple[str, ...]) -> Terms:
 
 
 class Rows(NamedTuple):
-    """How a minibatch lies in memory."""
+    """Layout of a minibatch in memory."""
 
     mesh: tuple[int, ...] = (1, 1, 1)
     kind: str = "none"
@@ -161,7 +161,7 @@ CASES = {
 
 
 def sequences(seed: int, pairs: bool) -> Sequences:
-    """Ragged and off-policy, with tokens and a group that are not learned from. With `pairs` a best and a worst of each group."""
+    """Ragged and off-policy, with tokens and a group outside the loss. With `pairs` a best and a worst of each group."""
     rng, rows = np.random.default_rng(seed), GROUPS * SAMPLES
     length, prompt_length = rng.integers(1, C + 1, rows), np.repeat(rng.integers(1, S + 1, GROUPS), SAMPLES)
     there = np.arange(C) < length[:, None]
@@ -213,14 +213,14 @@ def aggregation_of(loss) -> str:
 def batch_of(rows: Rows, name: str, q: Sequences) -> Chosen:
     q = padded(q, rows.more)
     sizes = q.prompt.shape[1], q.tokens.shape[1]
-    shape = shape_of(rows.kind, GROUPS, SAMPLES, sizes, rows.slots, rows.parts, int(np.prod(rows.mesh[:2])))
+    shape = batch_shape(rows.kind, GROUPS, SAMPLES, sizes, rows.slots, rows.parts, int(np.prod(rows.mesh[:2])))
     batch, _ = make_batch(q.experience, shape, VOCAB.pad, aggregation_of(LOSSES[name][0]), C)
     return Chosen(**vars(batch), term=np.full_like(batch.tokens, rows.names.index(name)))
 
 
 @cache
 def state() -> TrainState:
-    """Nearly uniform, so that ratios to the behavior are those of its noise; a critic that says something."""
+    """Nearly uniform, so that ratios to the behavior are those of its noise; a critic with nonzero values."""
     params = jax.device_get(make_params(CFG, layouts()[0], sharpness=1.0, noise=0.02))
     rng = np.random.default_rng(1)
     params["value"] = {"kernel": rng.normal(size=CFG.d_model).astype(np.float32) / 8, "bias": np.float32(0.2)}
@@ -262,8 +262,8 @@ def difference(one, other) -> float:
     assert 1e-3 < largest < 100
     entries = [np.abs(x - y).max() / largest for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
     assert metrics.keys() == others.keys()
-    said = [abs(metrics[name] - others[name]) / max(abs(metrics[name]), 1.0) for name in metrics]
-    return float(max(*entries, *said))
+    differences = [abs(metrics[name] - others[name]) / max(abs(metrics[name]), 1.0) for name in metrics]
+    return float(max(*entries, *differences))
 
 
 @cache
@@ -296,16 +296,16 @@ def test_the_second_moment_drops_the_same_tokens():
     """Chosen over the whole minibatch, before it is cut."""
     q, dropped = sequences(2, False), []
     for rows in (BASE, SHARED):
-        shape = shape_of(rows.kind, GROUPS, SAMPLES, (S, C), 0, rows.parts, 1)
+        shape = batch_shape(rows.kind, GROUPS, SAMPLES, (S, C), 0, rows.parts, 1)
         batch, where = make_batch(q.experience, shape, VOCAB.pad)
         kept = np.asarray(losses.second_moment_mask(batch, 0.02))
-        dropped.append(to_rows((batch.loss_mask & ~kept).astype(np.float32), where, q))
+        dropped.append(to_completions((batch.loss_mask & ~kept).astype(np.float32), where, q))
     np.testing.assert_array_equal(*dropped)
     assert 0.05 < dropped[0].sum() / q.learn.sum() < 0.6
 
 
 def own_counts(batch: Chosen) -> Chosen:
-    """Each part divided by its own tokens, and the parts averaged."""
+    """Each micro-batch divided by its own tokens, and the micro-batches averaged."""
     parts = SHARED.parts
     counts = np.stack([batch.loss_mask[i::parts].sum() for i in range(parts)])
     each = counts[np.arange(len(batch.tokens)) % parts][:, None]

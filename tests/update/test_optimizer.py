@@ -1,4 +1,4 @@
-"""The optimizers: what optax says on trees that are not split, whatever the mesh; schedules, decay, groups and clips by hand."""
+"""The optimizers: equal to optax on unsharded trees, for every mesh; schedules, decay, groups and clipping by hand."""
 
 from functools import cache
 
@@ -17,8 +17,8 @@ from jaxrl_llm.model.config import LoraConfig
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import TrainState
 from jaxrl_llm.update.optimizer.config import Adafactor, AdamW, GroupConfig, Lion, Muon, OptimizerConfig
-from jaxrl_llm.update.optimizer.state import make_start, state_shardings, zero_gradients
-from jaxrl_llm.update.optimizer.transform import learning_rate, make_optimizer, names
+from jaxrl_llm.update.optimizer.state import make_init_state, state_shardings, zero_gradients
+from jaxrl_llm.update.optimizer.transform import learning_rate, make_optimizer, parameter_paths
 
 SPECS = model_params.specs(SMALL)
 LAYERS, D = SMALL.layers, SMALL.d_model
@@ -45,7 +45,9 @@ def sharded_steps(cfg, sizes=(1, 4, 2)):
     """Parameters after STEPS updates of `make_optimizer(cfg)` on a mesh, as NumPy."""
     train, _ = layouts(sizes)
     optimizer = make_optimizer(cfg)
-    state = make_start(SPECS, optimizer, train)(make_params(SMALL, train), hosts.put(np.int32(0), train.replicated))
+    state = make_init_state(SPECS, optimizer, train)(
+        make_params(SMALL, train), hosts.put(np.int32(0), train.replicated)
+    )
 
     def step(state, grads):
         changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -107,7 +109,7 @@ def test_three_steps_on_a_mesh_are_those_of_optax(kind):
 
 
 def as_matrices(layers):
-    """Every matrix that a token meets by itself, two-dimensional: [inputs, outputs]."""
+    """Every matrix by itself, two-dimensional: [inputs, outputs]."""
     found = {}
     for n in range(LAYERS):
         found[f"qkv {n}"] = layers["qkv"][n].reshape(D, -1)
@@ -144,7 +146,7 @@ def test_muon_steps_adapters_as_the_two_matrices_they_are():
         model_params.map_specs(lambda s: rng.standard_normal(s.shape).astype(np.float32), specs) for _ in range(2)
     )
     optimizer = make_optimizer(Muon(lr=1e-2, iterations=3, max_grad_norm=1e9))
-    assert set(names(params)) == {
+    assert set(parameter_paths(params)) == {
         f"layers/{leaf}/pairs/{name}/{x}" for leaf, name in (("qkv", "q"), ("out", "o")) for x in "ab"
     }
     ours = jax.device_get(jax.jit(lambda p, g: optimizer.update(g, optimizer.init(p), p)[0])(params, grads))
@@ -182,10 +184,10 @@ def placed(cfg, sizes=(1, 4, 2)):
 def test_a_device_holds_of_each_moment_what_it_holds_of_the_parameters(cfg, moments):
     train, _ = layouts((1, 4, 2))
     leaves = jax.tree.leaves(model_params.abstract(SPECS, train))
-    held = sum(int(np.prod(x.sharding.shard_shape(x.shape))) for x in leaves)
-    assert held < 0.2 * model_params.count(SPECS), "the mesh must split the parameters for this to mean anything"
+    per_device = sum(int(np.prod(x.sharding.shard_shape(x.shape))) for x in leaves)
+    assert per_device < 0.2 * model_params.count(SPECS), "the mesh must split the parameters for this to mean anything"
     numbers = [int(np.prod(own)) for shape, _, own in placed(cfg).values() if shape]
-    assert sum(numbers) == moments * held
+    assert sum(numbers) == moments * per_device
     assert [spec for shape, spec, _ in placed(cfg).values() if not shape] == [(), ()]
 
 
@@ -300,7 +302,9 @@ CRITIC = GroupConfig(match="value|critic", lr_scale=3.0, weight_decay=0.5)
 def test_weight_decay_by_hand(cfg, moved):
     """Without a gradient only decay moves a parameter, which is 1 everywhere: by lr * lr_scale * decay."""
     changes = first_step(cfg, SOME, jax.tree.map(np.zeros_like, SOME))
-    found = {name: np.unique(-np.asarray(x)) for name, x in zip(names(SOME), jax.tree.leaves(changes), strict=True)}
+    found = {
+        name: np.unique(-np.asarray(x)) for name, x in zip(parameter_paths(SOME), jax.tree.leaves(changes), strict=True)
+    }
     assert all(x.size == 1 for x in found.values())
     np.testing.assert_allclose([found[n][0] for n in found], [moved.get(n, 0.0) for n in found], atol=1e-6)
 
@@ -345,7 +349,7 @@ def test_a_parameter_without_any_gradient_is_seen():
     grads["layers"]["down"][1, 2, 0] = -1e-30
     grads["value"][:] = np.nan
     found = {name.removeprefix("zero_gradient/"): float(x) for name, x in zero_gradients(grads).items()}
-    assert tuple(found) == names(grads) and set(found.values()) == {0.0, 1.0}
+    assert tuple(found) == parameter_paths(grads) and set(found.values()) == {0.0, 1.0}
     assert [name for name, zero in found.items() if not zero] == [DOWN, "value"]
 
 

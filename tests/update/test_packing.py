@@ -1,4 +1,4 @@
-"""Where sequences lie: rows against a brute-force reading, token by token, and enough rows for whatever lengths come."""
+"""Packing: rows against a brute-force reading, token by token, and enough rows for any lengths."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from setups import Sequences
 
 from jaxrl_llm.types import Batch, check
-from jaxrl_llm.update.batch import make_batch, to_rows, token_weights
-from jaxrl_llm.update.packing import Shape, place, shape_of
+from jaxrl_llm.update.batch import make_batch, to_completions, token_weights
+from jaxrl_llm.update.packing import BatchShape, batch_shape, place_sequences
 
 KINDS = ("none", "plain", "shared_prefix")
 PAD = 0
@@ -18,7 +18,7 @@ few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 @st.composite
 def cases(draw):
-    """Ragged groups, some of whose sequences and tokens are not learned from, and the shape of a run that packs them."""
+    """Ragged groups, with some sequences and tokens outside the loss, and the shape of a run that packs them."""
     groups, samples, s, c = (draw(st.integers(1, most)) for most in (4, 4, 5, 4))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     kind, parts, shards = draw(st.sampled_from(KINDS)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
@@ -31,12 +31,12 @@ def cases(draw):
     learn = (np.arange(c) < length[:, None]) & (rng.random((rows, c)) < 0.9)
     if draw(st.booleans()):
         learn &= rng.random(rows)[:, None] < 0.7
-    shape = shape_of(kind, groups, samples, (s, c), slots, parts, shards)
+    shape = batch_shape(kind, groups, samples, (s, c), slots, parts, shards)
     return numbered(np.repeat(prompt_length, samples), length, samples, learn, (s, c)), shape
 
 
 def numbered(prompt_length, length, samples, learn, sizes) -> Sequences:
-    """Every token of a completion has a number of its own, from 1000 on; those of a prompt tell the group and the place."""
+    """Completion tokens are numbered uniquely from 1000 on; prompt tokens encode group and position."""
     (s, c), rows = sizes, len(length)
     group = np.arange(rows) // samples
     own = 1000 + np.arange(rows * c).reshape(rows, c)
@@ -90,7 +90,7 @@ def check_sequence(batch: Batch, q: Sequences, b: int, weights: np.ndarray) -> s
     return {(int(row), slot) for slot in line}
 
 
-def check_batch(q: Sequences, shape: Shape, aggregation: str = "token") -> Batch:
+def check_batch(q: Sequences, shape: BatchShape, aggregation: str = "token") -> Batch:
     batch, where = make_batch(q.experience, shape, PAD, aggregation, 7)
     check(batch)
     assert batch.tokens.shape == (shape.rows, shape.slots)
@@ -111,12 +111,12 @@ def check_batch(q: Sequences, shape: Shape, aggregation: str = "token") -> Batch
         assert not getattr(batch, name)[padding].any(), name
     scores = np.where(batch.tokens >= 1000, batch.tokens, -1).astype(np.float32)
     in_place = np.isin(np.arange(len(q.length)), kept)[:, None] & (q.tokens >= 1000)
-    np.testing.assert_array_equal(to_rows(scores, where, q), np.where(in_place, q.tokens, 0))
+    np.testing.assert_array_equal(to_completions(scores, where, q), np.where(in_place, q.tokens, 0))
     check_sharing(q, shape, where)
     return batch
 
 
-def check_sharing(q: Sequences, shape: Shape, where) -> None:
+def check_sharing(q: Sequences, shape: BatchShape, where) -> None:
     """A prompt stands once a row for all of its group there; without sharing each completion has its own."""
     kept = np.flatnonzero(where.row >= 0)
     units = {(int(where.row[b]), int(where.prompt[b])) for b in kept}
@@ -141,14 +141,14 @@ def test_every_token_sees_its_own_prompt_and_its_own_earlier_tokens(case, aggreg
 
 @few
 @given(cases())
-def test_the_first_parts_are_filled_first(case):
-    """An update's loop ends behind the last part that has a row: the parts before that one are full."""
+def test_the_first_micro_batches_are_filled_first(case):
+    """An update's loop ends after the last micro-batch with a row: those before it are full."""
     q, shape = case
     _, where = make_batch(q.experience, shape, PAD)
     used = {int(row) for row in where.row if row >= 0}
-    by_part = [sum(row % shape.parts == i for row in used) for i in range(shape.parts)]
-    each = shape.rows // shape.parts
-    assert by_part == [min(max(len(used) - i * each, 0), each) for i in range(shape.parts)]
+    by_part = [sum(row % shape.num_micro_batches == i for row in used) for i in range(shape.num_micro_batches)]
+    each = shape.rows // shape.num_micro_batches
+    assert by_part == [min(max(len(used) - i * each, 0), each) for i in range(shape.num_micro_batches)]
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
@@ -157,7 +157,7 @@ def test_there_are_rows_enough_whatever_the_lengths(data):
     groups, samples, s, c = (data.draw(st.integers(1, most)) for most in (6, 6, 9, 9))
     kind, parts, shards = data.draw(st.sampled_from(KINDS)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
     slots = data.draw(st.one_of(st.just(0), st.integers(s + c, 4 * (s + samples * c))))
-    shape = shape_of(kind, groups, samples, (s, c), slots, parts, shards)
+    shape = batch_shape(kind, groups, samples, (s, c), slots, parts, shards)
     assert shape.rows % (parts * shards) == 0
     rng, rows = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1))), groups * samples
     # Lengths at both ends are the worst for rows.
@@ -165,7 +165,7 @@ def test_there_are_rows_enough_whatever_the_lengths(data):
     length = np.where(rng.random(rows) < data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])), low, c)
     prompt_length = np.repeat(np.where(rng.random(groups) < 0.3, 1, s), samples)
     learn = rng.random(rows) < data.draw(st.sampled_from([0.5, 1.0]))
-    where = place(prompt_length, length, np.arange(rows) // samples, learn, shape)
+    where = place_sequences(prompt_length, length, np.arange(rows) // samples, learn, shape)
     assert (where.row < shape.rows).all() and ((where.row >= 0) == learn).all()
     assert where.end.max(initial=0) <= shape.slots
     assert (where.start + length <= where.end)[learn].all()
@@ -190,23 +190,23 @@ def test_there_are_rows_enough_whatever_the_lengths(data):
     ],
 )
 def test_shapes_by_hand(args, rows, slots):
-    shape = shape_of(*args)
+    shape = batch_shape(*args)
     assert (shape.rows, shape.slots) == (rows, slots)
 
 
 @pytest.mark.parametrize("kind", ["plain", "shared_prefix"])
 def test_slots_for_less_than_one_sequence_are_refused(kind):
     with pytest.raises(ValueError, match="got 7 slots, want at least the 8 of one sequence"):
-        shape_of(kind, 2, 2, (3, 5), 7, 1, 1)
+        batch_shape(kind, 2, 2, (3, 5), 7, 1, 1)
 
 
 def test_what_does_not_fit_is_refused():
     length, learn = np.array([5, 5]), np.ones(2, bool)
     with pytest.raises(ValueError, match="got a sequence of 8 tokens, want at most the 7 slots of a row"):
-        place(np.array([3, 2]), length, np.arange(2), learn, Shape("none", 2, 7, 1))
+        place_sequences(np.array([3, 2]), length, np.arange(2), learn, BatchShape("none", 2, 7, 1))
     for kind in KINDS:
         with pytest.raises(ValueError, match="got 2 rows, want at most 1"):
-            place(np.array([3, 3]), length, np.arange(2), learn, Shape(kind, 1, 8, 1))
+            place_sequences(np.array([3, 3]), length, np.arange(2), learn, BatchShape(kind, 1, 8, 1))
 
 
 def test_a_group_that_no_row_holds_is_split_and_each_part_has_the_prompt():
@@ -214,8 +214,8 @@ def test_a_group_that_no_row_holds_is_split_and_each_part_has_the_prompt():
     length = np.array([4, 2, 4, 1, 1, 3, 1, 1, 1, 1])
     learn = (np.arange(4) < length[:, None]) & (np.arange(10) < 6)[:, None]
     q = numbered(np.array([3] * 5 + [2] * 5), length, 5, learn, (3, 4))
-    shape = Shape("shared_prefix", 3, 9, 1)
-    where = place(q.prompt_length, length, q.group, learn.any(axis=1), shape)
+    shape = BatchShape("shared_prefix", 3, 9, 1)
+    where = place_sequences(q.prompt_length, length, q.group, learn.any(axis=1), shape)
     np.testing.assert_array_equal(where.row, [0, 0, 1, 1, 1, 2, -1, -1, -1, -1])
     np.testing.assert_array_equal(where.start[:6], [3, 7, 3, 7, 8, 2])
     np.testing.assert_array_equal(where.end[:6], [9, 9, 9, 9, 9, 5])
@@ -229,7 +229,7 @@ def test_a_sequence_left_out_of_a_group_leaves_no_room_behind():
     length = np.array([2, 3, 1])
     learn = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0]], bool)
     q = numbered(np.full(3, 2), length, 3, learn, (2, 3))
-    batch = check_batch(q, Shape("shared_prefix", 1, 11, 1))
+    batch = check_batch(q, BatchShape("shared_prefix", 1, 11, 1))
     np.testing.assert_array_equal(batch.tokens[0, :6], [1, 2, 1000, 1001, 1006, PAD])
     np.testing.assert_array_equal(batch.until[0, :6], [5, 5, 4, 4, 5, 5])
 
@@ -237,7 +237,7 @@ def test_a_sequence_left_out_of_a_group_leaves_no_room_behind():
 def test_nothing_to_learn_from_makes_a_batch_of_padding():
     q = numbered(np.full(4, 2), np.full(4, 3), 2, np.zeros((4, 3), bool), (2, 3))
     for kind in KINDS:
-        batch, where = make_batch(q.experience, shape_of(kind, 2, 2, (2, 3), 0, 2, 1), PAD)
+        batch, where = make_batch(q.experience, batch_shape(kind, 2, 2, (2, 3), 0, 2, 1), PAD)
         assert not batch.group.any() and (where.row == -1).all() and not where.first.any()
 
 
@@ -255,7 +255,7 @@ MUTANTS = {
 @pytest.mark.parametrize("mutate", MUTANTS.values(), ids=MUTANTS)
 def test_mutants_of_a_shared_prompt_are_read_wrong(mutate):
     q = numbered(np.full(2, 2), np.array([2, 2]), 2, np.ones((2, 2), bool), (2, 2))
-    batch, _ = make_batch(q.experience, Shape("shared_prefix", 1, 6, 1), PAD)
+    batch, _ = make_batch(q.experience, BatchShape("shared_prefix", 1, 6, 1), PAD)
     weights = token_weights(q.learn, q.group, "token", 1)
     check_sequence(batch, q, 1, weights)
     with pytest.raises(AssertionError):

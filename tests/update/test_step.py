@@ -29,7 +29,7 @@ from jaxrl_llm.objective.losses import UNCORRECTED, as_loss, make_loss
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import Rollouts, TrainState
 from jaxrl_llm.update.optimizer.config import AdamW
-from jaxrl_llm.update.optimizer.state import make_start
+from jaxrl_llm.update.optimizer.state import make_init_state
 from jaxrl_llm.update.optimizer.transform import make_optimizer
 from jaxrl_llm.update.step import make_update
 
@@ -57,7 +57,7 @@ def batch(temperature: float = 1.0, aggregation: str = "token"):
 
 @cache
 def starter(train):
-    return make_start(SPECS, make_optimizer(LR), train)
+    return make_init_state(SPECS, make_optimizer(LR), train)
 
 
 def begin(train) -> TrainState:
@@ -119,7 +119,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(aggregation, micro_batche
 
 @pytest.mark.slow
 def test_local_means_would_depend_on_micro_batches():
-    """The mutant: each part normalized by its own count and the parts averaged. With ragged lengths it must show."""
+    """The mutant: each micro-batch normalized by its own count and the micro-batches averaged. With ragged lengths it must show."""
     data, whole = batch(), gradient()
     own = data.loss_mask / np.stack([data.loss_mask[i::2].sum() for i in range(2)] * (P * G // 2))[:, None]
     mean = gradient(data.replace(weight=(own / 2).astype(np.float32)))
@@ -167,7 +167,7 @@ def test_lagged_data_has_ratios_from_the_first_update_on():
 
 
 def test_mutant_recomputed_logprobs_is_killed():
-    """behavior = what the trainer says now, before each update: the ratio never leaves 1 and no clip ever fires."""
+    """behavior = the trainer's current log-probs, before each update: the ratio never leaves 1 and no clip ever fires."""
     train, _ = layouts()
     update, state, data, metrics = updater(train), begin(train), batch(), []
     for _ in range(4):
@@ -259,7 +259,7 @@ def test_kl_pulls_back_to_the_reference_and_is_zero_on_it():
     placed = hosts.put(data, train.sharding(("rows", None)))
     data = data.replace(reference_logprobs=np.asarray(scorer(train)(params, placed)))
     _, metrics = run_updates(3, data, loss=PolicyGradient(kl=KlConfig(weight=0.5)))
-    # The update compiles the same sums anew, so the first is rounding, squared.
+    # The update recompiles the same sums, so the first is rounding, squared.
     assert metrics[0]["kl"] < 1e-9
     assert metrics[2]["kl"] > 1e-4
 
@@ -278,7 +278,7 @@ def test_optimizer_by_hand():
     # The first update is number 1: one of four steps down from 1e-2 to 2e-3.
     decay = AdamW(lr=1e-2, decay_steps=4, final_lr=2e-3)
     np.testing.assert_allclose(first_step(decay), [-8e-3, 8e-3], rtol=1e-5)
-    # Norm 0.5, held at 0.05: a tenth of the gradient arrives at Adam's first moment, times 1 - b1.
+    # Norm 0.5, clipped to 0.05: a tenth of the gradient arrives at Adam's first moment, times 1 - b1.
     optimizer = make_optimizer(AdamW(max_grad_norm=0.05))
     _, state = optimizer.update(grads, optimizer.init(weights), weights)
     np.testing.assert_allclose(state[1].mu["w"], [[0.003, -0.004]], rtol=1e-5)
@@ -295,12 +295,12 @@ def test_a_loss_of_ones_own_steps_as_the_built_in_one_does():
     loss = as_loss(mine, columns=("reference_logprobs",))
     update = make_update(SPECS, loss, make_optimizer(LR), Scoring(SMALL, train, 16), micro_batches=2)
     state, metrics = update(begin(train), hosts.put(batch(), train.sharding(("rows", None))))
-    want, (said,) = run_updates(1, batch(), loss=PolicyGradient(surrogate=Reinforce()), micro_batches=2)
+    want, (logged,) = run_updates(1, batch(), loss=PolicyGradient(surrogate=Reinforce()), micro_batches=2)
     for a, b in zip(jax.tree.leaves(jax.device_get(state)), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_allclose(metrics["mine"], 3, rtol=1e-6)
     for name in ("loss", "entropy", "ratio/max", "ratio/min", "mismatch/kl"):
-        assert float(metrics[name]) == said[name]
+        assert float(metrics[name]) == logged[name]
 
 
 @pytest.mark.slow

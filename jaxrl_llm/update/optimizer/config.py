@@ -1,4 +1,4 @@
-"""Which optimizer, and how its steps change over a run. A choice among optimizers is a type, tagged by `kind`."""
+"""Config of the optimizer and its learning-rate schedule. Each optimizer is a type, tagged by `kind`."""
 
 import re
 from dataclasses import dataclass
@@ -25,29 +25,29 @@ def _pattern(text: str) -> str:
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """Parameters with a rate, a decay and a gradient clip of their own."""
+    """Parameter group with its own learning rate, weight decay and gradient clip."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     match: Annotated[str, AfterValidator(_pattern)]
-    """Regular expression from the start of a parameter's path (`layers/qkv`, `critic/.*`); the first group that fits has it."""
+    """Regular expression from the start of a parameter's path (`layers/qkv`, `critic/.*`); the first matching group takes it."""
     lr_scale: NonNegative = 1.0
-    """Times the learning rate; 0 leaves them as they are."""
+    """Factor on the learning rate; 0 freezes the group."""
     weight_decay: NonNegative | None = None
-    """None: that of the optimizer."""
+    """None: the optimizer's."""
 
 
 @dataclass(frozen=True)
 class OwnSchedule(OwnPart):
-    """A function of the number of the update, 1, 2, ..., to its learning rate, in JAX."""
+    """A custom schedule: a JAX function from the update's number, 1, 2, ..., to its learning rate."""
 
     arguments: ClassVar[tuple[str, ...]] = ("update",)
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """What all optimizers share. The gradient's global norm is held at `max_grad_norm`, for each of `groups` and for the rest by
-    itself; weight decay is times the learning rate, and not that of norms and biases."""
+    """Fields shared by all optimizers. The gradient's global norm is clipped to `max_grad_norm`, separately for each of `groups`
+    and for the remaining parameters; weight decay is multiplied by the learning rate and skips norms and biases."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -55,22 +55,23 @@ class _Steps:
     warmup_steps: Annotated[int, Ge(0)] = 0
     """Updates over which the learning rate rises from 0."""
     hold_steps: Annotated[int, Ge(0)] = 0
-    """Updates after the warm-up before it falls: with both, warm-up - stable - decay (Hu et al. 2024)."""
+    """Updates at the full rate after the warm-up: with a decay, warmup-stable-decay (Hu et al. 2024)."""
     decay_steps: Annotated[int, Ge(0)] = 0
-    """Updates over which it falls to `final_lr`, to stay there; 0 = it does not fall."""
+    """Updates over which the learning rate decays to `final_lr`, its value thereafter; 0: no decay."""
     schedule: Literal["linear", "cosine", "sqrt"] | OwnSchedule = "linear"
-    """How it falls. sqrt: by the square root of the way (Haegele et al. 2024). "module:name": one of your own in its place."""
+    """Shape of the decay. sqrt: 1 - sqrt(progress) (Haegele et al. 2024). "module:name": a custom function for the whole
+    schedule."""
     final_lr: NonNegative = 0.0
     weight_decay: NonNegative = 0.0
     decay_embedding: bool = True
-    """Weight decay of the embedding, which is the head too where `model.tied_head` is."""
+    """Apply weight decay to the embedding (also the head with `model.tied_head`)."""
     max_grad_norm: Positive = 1.0
     groups: tuple[GroupConfig, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
     def written_out(cls, value: Any) -> Any:
-        """A bare "module:name" is a schedule of your own without options."""
+        """Expand a bare "module:name" to a custom schedule without options."""
         if not isinstance(value, dict) or "schedule" not in value:
             return value
         return value | {"schedule": OwnPart.written_out(value["schedule"])}
@@ -78,7 +79,7 @@ class _Steps:
 
 @dataclass(frozen=True)
 class AdamW(_Steps):
-    """Loshchilov & Hutter 2019. Two moments of every parameter."""
+    """Loshchilov & Hutter 2019. Two moments per parameter."""
 
     kind: Literal["adamw"] = "adamw"
     b1: Beta = 0.9
@@ -94,16 +95,16 @@ class Adafactor(_Steps):
     decay_exponent: Positive = 0.8
     """The second moment's decay is 1 - step^-decay_exponent."""
     clip_rms: Positive = 1.0
-    """Of a parameter's step, before the learning rate."""
+    """Largest root mean square of a parameter's step, before the learning rate."""
     factor_from: Count = 128
     """Axes shorter than this are not factored."""
     relative: bool = False
-    """The learning rate is times the root mean square of the parameter."""
+    """Multiply the learning rate by the root mean square of the parameter."""
 
 
 @dataclass(frozen=True)
 class Lion(_Steps):
-    """Chen et al. 2023: the sign of a momentum. Its learning rate wants to be 3 to 10 times smaller than AdamW's."""
+    """Chen et al. 2023: the sign of a momentum. Use a learning rate 3 to 10 times smaller than AdamW's."""
 
     kind: Literal["lion"] = "lion"
     b1: Beta = 0.9
@@ -112,16 +113,16 @@ class Lion(_Steps):
 
 @dataclass(frozen=True)
 class Muon(_Steps):
-    """Jordan et al. 2024: the momentum of the layers' matrices, made orthogonal; all else, the router too, by AdamW. Steps have
-    the root mean square `rms`, AdamW's, so that one learning rate fits both (Liu et al. 2025)."""
+    """Jordan et al. 2024: orthogonalized momentum for the layers' matrices, AdamW for all else, including the router. Steps have
+    the root mean square `rms`, as AdamW's, so that one learning rate fits both (Liu et al. 2025)."""
 
     kind: Literal["muon"] = "muon"
     momentum: Beta = 0.95
     iterations: Annotated[int, Ge(1), Le(100)] = 5
-    """Of Newton and Schulz."""
+    """Newton-Schulz iterations."""
     rms: Positive = 0.2
     b1: Beta = 0.9
-    """Of AdamW."""
+    """b1, b2 and eps are AdamW's."""
     b2: Beta = 0.95
     eps: Positive = 1e-8
 
@@ -138,4 +139,4 @@ OptimizerConfig = Annotated[
     | Annotated[Muon, Tag("muon")],
     Discriminator(_kind_of_optimizer),
 ]
-"""AdamW where no `kind` stands."""
+"""AdamW if no `kind` is given."""

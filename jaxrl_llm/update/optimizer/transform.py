@@ -1,6 +1,6 @@
-"""Gradients to changes of parameters: clip -> direction -> weight decay -> learning rate, of optax's parts.
+"""Optimizers as optax transformations: clip -> direction -> weight decay -> learning rate.
 
-A parameter is known by its path, `layers/qkv`; under `layers` the first axis holds the layers and counts as no axis of its own.
+A parameter is identified by its path, `layers/qkv`; under `layers` the first axis is that of the stacked layers.
 """
 
 import re
@@ -16,8 +16,8 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.types import PyTree
 from jaxrl_llm.update.optimizer.config import Adafactor, AdamW, GroupConfig, Lion, Muon, Optimizer, OwnSchedule
 
-# (inputs, outputs) of the matrices that Muon makes orthogonal, from the last axis; axes that are in neither are many matrices:
-# layers, experts, gate and up. The queries, keys and values of a layer are one matrix.
+# (inputs, outputs) of the matrices that Muon orthogonalizes, from the last axis; axes in neither are batches of matrices: layers,
+# experts, gate and up. The queries, keys and values of a layer are one matrix.
 MATRICES = {
     "qkv": MuonDimensionNumbers((-4,), (-3, -2, -1)),
     "out": MuonDimensionNumbers((-4, -3, -2), (-1,)),
@@ -27,36 +27,43 @@ MATRICES = {
 
 
 def path_of(keys: tuple) -> str:
-    """`layers/qkv`, of the keys of a leaf of nested dicts; `layers/qkv/pairs/q/a` of an adapter's."""
+    """Return the path of a leaf from its keys: `layers/qkv`, or `layers/qkv/pairs/q/a` for an adapter."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in keys)
 
 
-def names(params: PyTree) -> tuple[str, ...]:
-    """Paths of the leaves, in jax's order."""
+def parameter_paths(params: PyTree) -> tuple[str, ...]:
+    """Return the paths of the leaves, in jax's order."""
     return tuple(path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params))
 
 
 def make_optimizer(cfg: Optimizer) -> optax.GradientTransformation:
-    """Of any tree of parameters, stacked layers under `layers`. `init` raises UserError for a group that fits none of them."""
+    """Return the optimizer for any parameter tree with stacked layers under `layers`.
+
+    Its `init` raises UserError for a parameter group that matches nothing.
+    """
     return optax.chain(
         optax.GradientTransformation(
             partial(_refuse_idle_groups, cfg), lambda grads, state, _: (_clip(cfg, grads), state)
         ),
         DIRECTIONS[type(cfg)](cfg),
         optax.stateless(partial(_decay_and_scale, cfg)),
-        # optax counts from 0, and a first update of size 0 would be wasted.
+        # optax counts from 0, which would waste the first update of a warm-up.
         optax.scale_by_learning_rate(lambda count: learning_rate(cfg, count + 1)),
     )
 
 
 def learning_rate(cfg: Optimizer, update: Array) -> Array:
-    """Of update 1, 2, ...: up for `warmup_steps`, level for `hold_steps`, down for `decay_steps`, level; or your own function's."""
+    """Return the learning rate of update 1, 2, ...: warm-up, hold, decay, constant; or that of the custom schedule."""
     if isinstance(cfg.schedule, OwnSchedule):
         return _own_rate(cfg.schedule, update)
     rise = jnp.minimum(update / max(cfg.warmup_steps, 1), 1)
-    way = jnp.clip((update - cfg.warmup_steps - cfg.hold_steps) / cfg.decay_steps, 0, 1) if cfg.decay_steps else 0.0
-    left = {"linear": 1 - way, "cosine": (1 + jnp.cos(jnp.pi * way)) / 2, "sqrt": 1 - way**0.5}[cfg.schedule]
-    return rise * (cfg.final_lr + (cfg.lr - cfg.final_lr) * left)
+    progress = (
+        jnp.clip((update - cfg.warmup_steps - cfg.hold_steps) / cfg.decay_steps, 0, 1) if cfg.decay_steps else 0.0
+    )
+    remaining = {"linear": 1 - progress, "cosine": (1 + jnp.cos(jnp.pi * progress)) / 2, "sqrt": 1 - progress**0.5}[
+        cfg.schedule
+    ]
+    return rise * (cfg.final_lr + (cfg.lr - cfg.final_lr) * remaining)
 
 
 def _own_rate(schedule: OwnSchedule, update: Array) -> Array:
@@ -90,7 +97,7 @@ def _adafactor(cfg: Adafactor) -> optax.GradientTransformation:
 
 
 def _muon(cfg: Muon) -> optax.GradientTransformation:
-    # The rate of -1 undoes the sign: what follows has a rate, a decay and groups of its own.
+    # The rate of -1 undoes the sign: learning rate, decay and groups follow in the chain.
     return optax.contrib.muon(
         -1.0,
         ns_steps=cfg.iterations,
@@ -98,7 +105,7 @@ def _muon(cfg: Muon) -> optax.GradientTransformation:
         eps=cfg.eps,
         adam_b1=cfg.b1,
         adam_b2=cfg.b2,
-        muon_weight_dimension_numbers=_matrices,
+        muon_weight_dimension_numbers=_matrix_dimensions,
         consistent_rms=cfg.rms,
     )
 
@@ -106,12 +113,12 @@ def _muon(cfg: Muon) -> optax.GradientTransformation:
 DIRECTIONS = {AdamW: _adamw, Adafactor: _adafactor, Lion: _lion, Muon: _muon}
 
 
-def _matrices(params: PyTree) -> PyTree:
-    return jax.tree_util.tree_map_with_path(lambda keys, x: _matrix(path_of(keys).split("/"), x.ndim), params)
+def _matrix_dimensions(params: PyTree) -> PyTree:
+    return jax.tree_util.tree_map_with_path(lambda keys, x: _matrix_dimension(path_of(keys).split("/"), x.ndim), params)
 
 
-def _matrix(path: list[str], ndim: int) -> MuonDimensionNumbers | None:
-    """None: no matrix of a layer. Adapters, [L *inputs rank] and [L rank *outputs], are two."""
+def _matrix_dimension(path: list[str], ndim: int) -> MuonDimensionNumbers | None:
+    """Return Muon's dimensions; None if not a matrix of a layer. Adapters are two: [L *inputs rank] and [L rank *outputs]."""
     if "pairs" in path:
         cut = ndim - 1 if path[-1] == "a" else 2
         return MuonDimensionNumbers(tuple(range(1, cut)), tuple(range(cut, ndim)))
@@ -119,7 +126,7 @@ def _matrix(path: list[str], ndim: int) -> MuonDimensionNumbers | None:
 
 
 def _refuse_idle_groups(cfg: Optimizer, params: PyTree) -> optax.EmptyState:
-    paths = names(params)
+    paths = parameter_paths(params)
     for g in sorted(set(range(len(cfg.groups))) - set(_group_numbers(cfg, paths))):
         raise UserError(
             f"update.optimizer.groups.{g}.match: got {cfg.groups[g].match!r}, want a pattern that fits one of {', '.join(paths)} "
@@ -129,10 +136,10 @@ def _refuse_idle_groups(cfg: Optimizer, params: PyTree) -> optax.EmptyState:
 
 
 def _clip(cfg: Optimizer, grads: PyTree) -> PyTree:
-    """The global norm of each group, and that of the parameters in none, is held at `max_grad_norm`: the gradient of a critic does
-    not make the policy's smaller."""
+    """Clip the global norm of each group, and of the ungrouped parameters, to `max_grad_norm`: a critic's gradient does not shrink
+    the policy's."""
     leaves, treedef = jax.tree.flatten(grads)
-    of = _group_numbers(cfg, names(grads))
+    of = _group_numbers(cfg, parameter_paths(grads))
     norms = {g: optax.tree.norm([x for x, other in zip(leaves, of, strict=True) if other == g]) for g in set(of)}
 
     def clip(x: Array, norm: Array) -> Array:
@@ -142,14 +149,14 @@ def _clip(cfg: Optimizer, grads: PyTree) -> PyTree:
 
 
 def _group_numbers(cfg: Optimizer, paths: tuple[str, ...]) -> list[int]:
-    """Each parameter's place in `cfg.groups`; -1 where no pattern fits."""
+    """Return each parameter's index in `cfg.groups`; -1 if no pattern matches."""
     return [next((g for g, group in enumerate(cfg.groups) if re.match(group.match, path)), -1) for path in paths]
 
 
 def _decay_and_scale(cfg: Optimizer, changes: PyTree, params: PyTree) -> PyTree:
-    """scale * (change + decay * parameter), by the group's numbers."""
+    """Return lr_scale * (change + decay * parameter), with the group's values."""
     groups = (*cfg.groups, GroupConfig(match=""))
-    of = iter(_group_numbers(cfg, names(params)))
+    of = iter(_group_numbers(cfg, parameter_paths(params)))
 
     def apply(keys: tuple, change: Array, param: Array) -> Array:
         group, path = groups[next(of)], path_of(keys)
@@ -162,5 +169,5 @@ def _decay_and_scale(cfg: Optimizer, changes: PyTree, params: PyTree) -> PyTree:
 
 
 def _is_vector(path: str, param: Array) -> bool:
-    """A norm or a bias. That of queries, keys and values is as many-dimensional as the heads it lies beside."""
+    """Return whether a parameter is a norm or a bias; the bias of queries, keys and values has an axis for heads too."""
     return param.ndim - ("layers" in path.split("/")) < 2 or path.endswith("bias")

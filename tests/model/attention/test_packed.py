@@ -9,8 +9,8 @@ import pytest
 from setups import FAMILIES, SMALL, VOCAB, Sequences, layouts, make_params
 
 from jaxrl_llm.distribution.score import Scoring, score_tokens
-from jaxrl_llm.update.batch import make_batch, to_rows
-from jaxrl_llm.update.packing import Shape
+from jaxrl_llm.update.batch import make_batch, to_completions
+from jaxrl_llm.update.packing import BatchShape
 
 GROUPS, SAMPLES, S, C = 4, 3, 7, 6
 # Room for a whole group, or for 12 sequences of one each: the shape is the same for all, and so is the program.
@@ -56,9 +56,9 @@ def program(name: str):
 def found(name: str, kind: str, mutate=lambda batch: batch):
     """Gradients, and log-probs and entropies of the completions' tokens that are learned from."""
     q = sequences()
-    batch, where = make_batch(q.experience, Shape(kind, ROWS, SLOTS, 1), VOCAB.pad, "sequence")
+    batch, where = make_batch(q.experience, BatchShape(kind, ROWS, SLOTS, 1), VOCAB.pad, "sequence")
     gradient, scored = program(name)(mutate(batch))
-    return gradient, [to_rows(np.asarray(x), where, q)[q.learn] for x in (scored.logprobs, scored.entropy)]
+    return gradient, [to_completions(np.asarray(x), where, q)[q.learn] for x in (scored.logprobs, scored.entropy)]
 
 
 def assert_same(one, other):

@@ -1,26 +1,26 @@
-"""Outcomes and graded groups by hand."""
+"""Estimator inputs and graded groups, set by hand."""
 
 import numpy as np
 
-from jaxrl_llm.objective.outcome import Outcome
+from jaxrl_llm.objective.estimator import EstimatorInputs
 from jaxrl_llm.types import Groups, Prompts, Rollouts
 from jaxrl_llm.update.batch import ungraded
 
 
-def single_tokens(reward, **more) -> Outcome:
+def single_tokens(reward, **more) -> EstimatorInputs:
     """Groups [P G] of sequences of one token each."""
     reward = np.float32(reward)
     shape = (reward.size, 1)
     fields = {
         "reward": reward,
-        "parts": reward[..., None],
-        "part_weights": np.ones(1),
-        "counts": np.ones(len(reward), bool),
+        "reward_components": reward[..., None],
+        "component_weights": np.ones(1),
+        "used": np.ones(len(reward), bool),
         "mask": np.ones(shape, bool),
         "token_reward": np.zeros(shape),
         "values": np.zeros(shape, np.float32),
     }
-    return Outcome(**fields | more)
+    return EstimatorInputs(**fields | more)
 
 
 def to_groups(reward, components=None) -> Groups:
