@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxrl_llm.config import run_config
+from jaxrl_llm.config import loading
 from jaxrl_llm.metrics.config import MetricsConfig
 from jaxrl_llm.roles.initial_state import start_params, start_rl
 from jaxrl_llm.train import first_policy, open_run, step, summary
@@ -26,9 +26,7 @@ def measure(steps: int = 15, warm: int = 2) -> dict:
     """Return median seconds of each stage over `steps` steps, after `warm` steps that compile."""
     with tempfile.TemporaryDirectory() as directory:
         quiet = MetricsConfig(samples_every=0, rollouts_every=0, tensorboard=False)
-        cfg = dataclasses.replace(
-            run_config.load(CONFIG), run_dir=directory, warm_start=WarmStartConfig(), metrics=quiet
-        )
+        cfg = dataclasses.replace(loading.load(CONFIG), run_dir=directory, warm_start=WarmStartConfig(), metrics=quiet)
         with open_run(cfg, must_resume=False, given=None, ends_process=False) as run:
             params, seen = start_params(run.blueprint, run.keys.train), []
             state = start_rl(run.blueprint, run.learner, run.source.state, params, run.keys.train)

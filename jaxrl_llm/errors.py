@@ -1,6 +1,6 @@
-"""What ends a run on purpose: each error carries the exit code that the command line returns.
+"""Errors that end a command on purpose, each with its exit code.
 
-The message is written for the person who typed the command: name, got, want, what to do. `cli.main` prints it without a traceback.
+A message is for the user who typed the command: name, got, want, what to do. `cli.main` prints it without a traceback.
 """
 
 import errno
@@ -8,45 +8,44 @@ import os
 
 
 class UserError(Exception):
-    """Bad input: config, data, mesh, paths. Nothing was started, nothing was lost."""
+    """Bad input: config, data, mesh or paths."""
 
     exit_code = 2
 
 
 class CheckpointError(UserError):
-    """No checkpoint of the run directory can be used, the storage does not give them, or a save failed for good."""
+    """The run directory has no usable checkpoint, its storage cannot be read, or saving failed for good."""
 
     exit_code = 3
 
 
 class NonFiniteError(UserError):
-    """Too many updates in a row had a non-finite loss or gradient, or the state is not finite; the latest checkpoint is from before
-    that."""
+    """The loss or gradient of too many updates in a row was not finite, or the state is not finite. The newest checkpoint is older
+    than that."""
 
     exit_code = 4
 
 
 class GradingError(UserError):
-    """No group could be graded for too many steps in a row: nothing can be learned."""
+    """No group could be graded for too many steps in a row, so that there is nothing to learn from."""
 
     exit_code = 4
 
 
 class MismatchError(UserError):
-    """The sampler's probabilities are too far from the trainer's; the last good checkpoint is the latest one."""
+    """The log-probs of the sampler are too far from those of the trainer. The newest checkpoint is the last good one."""
 
     exit_code = 4
 
 
 class AdvantageError(UserError):
-    """An advantage that float32 cannot hold, or one above what its estimator's formula allows; the last good checkpoint is the
-    latest one."""
+    """An advantage is beyond float32, or beyond the bound of its estimator. The newest checkpoint is the last good one."""
 
     exit_code = 4
 
 
 class Preempted(Exception):
-    """SIGTERM or Ctrl-C arrived, the state is saved: start the same command again to go on."""
+    """SIGTERM or Ctrl-C arrived, and the state is saved: the same command resumes from it."""
 
     exit_code = 75
 
@@ -62,15 +61,15 @@ WHAT_TO_DO = {
     errno.EISDIR: "want a file",
     errno.ENAMETOOLONG: "want a shorter name",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
-    errno.EIO: "the disk, or what holds it, failed; start again when it is well",
-    errno.ESTALE: "the shared directory was unmounted or moved; start again when it is back",
+    errno.EIO: "the disk failed; start again when it works",
+    errno.ESTALE: "the shared directory was unmounted or moved; start again when it is mounted",
 }
 
 
-def in_words(error: OSError, path: os.PathLike | None = None) -> str:
-    """`path: what the system said; what to do`, on one line. `path`: where the error's own is not what the person knows."""
-    where = error.filename if path is None else path
-    named = f"{os.fsdecode(where)}: " if isinstance(where, str | bytes | os.PathLike) else ""
-    why = error.strerror or " ".join(str(error).split()) or type(error).__name__
+def describe_os_error(error: OSError, path: os.PathLike | None = None) -> str:
+    """Return `path: reason; what to do`, on one line. `path` replaces the error's own, if the user knows another one."""
+    path = error.filename if path is None else path
+    prefix = f"{os.fsdecode(path)}: " if isinstance(path, str | bytes | os.PathLike) else ""
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
     advice = f"; {WHAT_TO_DO[error.errno]}" if error.errno in WHAT_TO_DO else ""
-    return f"{named}{why}{advice}"
+    return f"{prefix}{reason}{advice}"

@@ -60,7 +60,7 @@ class RunContext(NamedTuple):
 @contextmanager
 def open_context(
     settings: RunSettings,
-    claim: Callable[[bool], None],
+    save_config: Callable[[bool], None],
     stopping: Callable[[int], str] = lambda step: "",
     about: Mapping[str, Any] = NOTHING,
 ) -> Iterator[RunContext]:
@@ -68,8 +68,8 @@ def open_context(
 
     Args:
         settings: of the run.
-        claim: writes config.yaml; its argument is True if the directory holds no checkpoint. Raises UserError if the directory
-            belongs to a run that computes something else.
+        save_config: writes config.yaml; its argument is True if the directory holds no checkpoint. Raises UserError if the
+            directory belongs to a run that computes something else.
         stopping, about: fields of `RunContext`.
 
     Raises:
@@ -85,7 +85,7 @@ def open_context(
                 # A dangling link to another disk would otherwise be found hours later, by the first save.
                 prepare_run_directory(checkpoints.directory)
                 checkpoints.refuse_other_formats()
-                claim(checkpoints.is_empty())
+                save_config(checkpoints.is_empty())
             recorder = stack.enter_context(
                 Recorder(run_dir, settings.metrics, settings.total_steps, is_leader, settings.evaluations_after)
             )

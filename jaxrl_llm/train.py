@@ -17,8 +17,8 @@ import numpy as np
 
 from jaxrl_llm.checkpoint.preemption import stop_signal
 from jaxrl_llm.config.run_config import RunConfig
-from jaxrl_llm.config.saved import claim
-from jaxrl_llm.config.unread import unread
+from jaxrl_llm.config.saved_config import save_config
+from jaxrl_llm.config.unused_settings import unused_settings
 from jaxrl_llm.errors import AdvantageError, CheckpointError, UserError
 from jaxrl_llm.metrics.guards import observe, observe_update
 from jaxrl_llm.model.config import ModelConfig
@@ -204,7 +204,7 @@ def open_run(
         given = given or sources.read(cfg, trains=True)
         blueprint = blueprint_of(cfg, given)
         memory.check(blueprint, len(given.task.held_out))
-        for line in unread(cfg):
+        for line in unused_settings(cfg):
             log.warning("%s", line)
         with context_of(cfg, full, stopping, {"task": given.task.fingerprint}) as context:
             yield assemble(blueprint, given.task, context)
@@ -214,7 +214,7 @@ def context_of(cfg: RunConfig, full: RunConfig | None = None, *args: Any) -> Abs
     """`open_context(..., *args)` for `cfg`; the run directory's config.yaml is that of `full`."""
     run_dir = Path(cfg.run_dir).resolve()
     settings = RunSettings(run_dir, cfg.checkpoint, cfg.metrics, cfg.reward, cfg.total_steps, cfg.evaluations_after)
-    return open_context(settings, partial(claim, run_dir, full or cfg), *args)
+    return open_context(settings, partial(save_config, run_dir, full or cfg), *args)
 
 
 def assemble(blueprint: Blueprint, task: Task, context: RunContext) -> Run:

@@ -1,4 +1,4 @@
-"""The command line: fast before anything is needed, and bad input ends with 2 and one clear message."""
+"""The command line: help and errors without delay, bad input with exit code 2 and one message."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ CONFIG = str(ROOT / "configs" / "arithmetic.yaml")
 
 
 def jaxrl(*args: str) -> tuple[subprocess.CompletedProcess, float]:
-    """What it said, and the seconds of CPU that it took: those on the clock depend on what else runs."""
+    """The finished process, and its CPU time in seconds: wall time depends on what else runs."""
     before = os.times()
     done = subprocess.run(
         [sys.executable, "-m", "jaxrl_llm.cli", *args], capture_output=True, text=True, cwd=ROOT, timeout=120
@@ -27,24 +27,24 @@ def jaxrl(*args: str) -> tuple[subprocess.CompletedProcess, float]:
     return done, after.children_user + after.children_system - before.children_user - before.children_system
 
 
-def best_of_three(*args: str) -> tuple[subprocess.CompletedProcess, float]:
-    runs = [jaxrl(*args) for _ in range(3)]
+def best_of_five(*args: str) -> tuple[subprocess.CompletedProcess, float]:
+    runs = [jaxrl(*args) for _ in range(5)]
     return runs[0][0], min(seconds for _, seconds in runs)
 
 
 def test_help_is_instant():
-    """Below 0.5 s is what is promised; twice that is asserted, since processors differ."""
-    done, seconds = best_of_three("--help")
+    """The promise is 0.3 s; 0.6 s is asserted, since processors differ."""
+    done, seconds = best_of_five("--help")
     print(f"jaxrl --help: {seconds:.2f} s")
     assert done.returncode == 0 and "jaxrl train configs/arithmetic.yaml" in done.stdout
-    assert seconds < 1.0
+    assert seconds < 0.6
 
 
 def test_a_bad_config_is_refused_at_once(tmp_path):
-    """Below 1 s is what is promised; twice that is asserted, since other tests run beside this one."""
+    """The promise is 1 s; 2 s is asserted, since other tests run beside this one."""
     path = tmp_path / "bad.yaml"
     path.write_text("stpes: 3\nmodel: {layers: 0}\n")
-    done, seconds = best_of_three("train", str(path))
+    done, seconds = best_of_five("train", str(path))
     print(f"jaxrl train with a bad config: {seconds:.2f} s")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.splitlines() == [
@@ -65,7 +65,7 @@ def test_config_and_command_line_import_no_jax():
 
 
 def run(capsys, *args: str) -> tuple[int, str]:
-    """Exit code and what stands on stderr, in this process."""
+    """Exit code and stderr of a command, run in this process."""
     try:
         code = cli.main(args)
     except SystemExit as stop:
@@ -109,8 +109,8 @@ def run(capsys, *args: str) -> tuple[int, str]:
         (["sample", CONFIG, "--prompt="], "jaxrl: --prompt: got nothing, want some text"),
         (["sample", CONFIG, "--prompt", "\udcff"], "jaxrl: --prompt: got \\udcff, want text in UTF-8"),
         (["sample", CONFIG, "--prompt", "-n=2", "-n", "x"], "jaxrl: -n: got x, want a whole number"),
-        (["sample", CONFIG, "--benchmark=no"], "jaxrl: --benchmark: got no, want no value: it is on where it stands"),
-        (["train", CONFIG, "--resume=yes"], "jaxrl: --resume: got yes, want no value: it is on where it stands"),
+        (["sample", CONFIG, "--benchmark=no"], "jaxrl: --benchmark: got no, want no value: it is a switch"),
+        (["train", CONFIG, "--resume=yes"], "jaxrl: --resume: got yes, want no value: it is a switch"),
         (["train", CONFIG, "--run_dir="], "jaxrl: --run_dir: got nothing, want a directory"),
         (["train", CONFIG, "--run-dir", ""], "jaxrl: --run_dir: got nothing, want a directory"),
         (["plan", CONFIG, "--chips", "0"], "jaxrl: --chips: got 0, want 1 or more"),
@@ -118,7 +118,7 @@ def run(capsys, *args: str) -> tuple[int, str]:
             ["plan", CONFIG, "--chips", "two", "--prompt_tokens", "-1"],
             "jaxrl: --chips: got two, want a whole number\n--prompt-tokens: got -1, want 0 or more",
         ),
-        (["plan", CONFIG, "--json=1"], "jaxrl: --json: got 1, want no value: it is on where it stands"),
+        (["plan", CONFIG, "--json=1"], "jaxrl: --json: got 1, want no value: it is a switch"),
         (["plan", CONFIG, "--topology="], "jaxrl: --topology: got nothing, want some text"),
         (
             ["export", "x", "--out", "y", "--dtype", "float64"],
@@ -156,13 +156,13 @@ def test_bad_input_is_one_message_and_exit_code_2(capsys, args, message):
         (["sample", CONFIG, "-n", "many"], ["-n", "many"]),
         (["eval", str(ROOT / "configs")], ["got a directory without config.yaml, want a run directory"]),
         (["report", str(ROOT / "nowhere")], ["nowhere: got no such file or directory, want a run directory"]),
-        (["report", str(ROOT), "--seed", "1"], ["--seed 1", "want a run directory and nothing else but --out FILE"]),
+        (["report", str(ROOT), "--seed", "1"], ["--seed 1", "want a run directory, and no option but --out FILE"]),
     ],
 )
 def test_typos_are_named_and_exit_with_2(capsys, args, words):
-    code, said = run(capsys, *args)
-    assert code == 2 and "Traceback" not in said
-    assert all(word in said for word in words), said
+    code, message = run(capsys, *args)
+    assert code == 2 and "Traceback" not in message
+    assert all(word in message for word in words), message
 
 
 def test_without_a_command_the_usage_is_shown(capsys):
@@ -175,7 +175,7 @@ def test_without_a_command_the_usage_is_shown(capsys):
     [["--help"], ["-h"], ["help"], ["train", "--help"], ["eval", "-h"], ["report", "--help"], ["report", "nowhere", "-h"],
      ["--help", "train"], ["--seed", "1", "--help"], ["export", "--help", "x"]],
 )  # fmt: skip
-def test_help_of_every_kind(capsys, args):
+def test_help_wherever_it_is_asked_for(capsys, args):
     assert cli.main(args) == 0
     assert "--section.field value" in capsys.readouterr().out
 
@@ -216,13 +216,13 @@ def test_exit_codes_are_the_errors_own(capsys, monkeypatch):
         ["export", str(ROOT / "configs")],
     ],
 )
-def test_help_behind_anything_lists_the_values(capsys, args):
+def test_help_after_any_target_lists_the_values(capsys, args):
     assert cli.main([*args, "--help"]) == 0
     assert "--update.optimizer.lr NUMBER = " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("word", ["--version", "-V", "version"])
-def test_version_tells_what_computes_and_starts_nothing(capsys, word):
+def test_version_lists_jax_and_the_accelerators(capsys, word):
     assert cli.main([word]) == 0
     first, second, third = capsys.readouterr().out.splitlines()
     assert first == f"jaxrl_llm {version('jaxrl_llm')}"
@@ -231,9 +231,9 @@ def test_version_tells_what_computes_and_starts_nothing(capsys, word):
 
 
 def test_version_is_instant():
-    """Below 0.5 s, as `--help`: jax is not imported. Twice that is asserted, since processors differ."""
-    done, seconds = best_of_three("--version")
-    assert done.returncode == 0 and seconds < 1.0
+    """As `--help`: jax is not imported."""
+    done, seconds = best_of_five("--version")
+    assert done.returncode == 0 and seconds < 0.6
 
 
 @pytest.mark.parametrize("command", ["train", "sample", "eval", "plan", "export", "report"])
@@ -249,23 +249,23 @@ def test_version_is_instant():
         (TimeoutError(), "TimeoutError"),
     ],
 )
-def test_what_the_system_refuses_is_one_line_in_every_command(capsys, monkeypatch, command, error, message):
-    def refused(*_):
+def test_an_os_error_is_one_line_in_every_command(capsys, monkeypatch, command, error, message):
+    def fail(*_):
         raise error
 
-    monkeypatch.setitem(cli.COMMANDS, command, refused)
+    monkeypatch.setitem(cli.COMMANDS, command, fail)
     assert run(capsys, command, "x") == (2, f"jaxrl: {message}\n")
 
 
 @pytest.mark.parametrize("command", ["train", "sample", "eval", "plan", "report"])
-def test_a_target_that_the_system_refuses(capsys, command):
+def test_a_target_with_too_long_a_name(capsys, command):
     name = "a" * 300
-    code, said = run(capsys, command, name)
-    assert (code, said.splitlines()) == (2, [f"jaxrl: {name}: File name too long; want a shorter name"])
+    code, message = run(capsys, command, name)
+    assert (code, message.splitlines()) == (2, [f"jaxrl: {name}: File name too long; want a shorter name"])
 
 
-def test_targets_that_are_something_else(tmp_path, capsys, monkeypatch):
-    """Each command with a file, an empty directory, a model, a run and a slip of the pen."""
+def test_targets_of_the_wrong_kind(tmp_path, capsys, monkeypatch):
+    """Each command with a file, an empty directory, a model, a run and a misspelled name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("seed: 1")
     for name, file in (("model", "config.json"), ("runs/add", "config.yaml"), ("runs/b", "config.yaml"), ("empty", "")):
@@ -274,7 +274,7 @@ def test_targets_that_are_something_else(tmp_path, capsys, monkeypatch):
             (tmp_path / name / file).write_text("{}")
     os.utime(tmp_path / "runs/b", (1, 1))
     below = "; a part of this path is a file, want directories"
-    taken = ", a place that is taken, want a new or an empty directory"
+    taken = ", which exists, want a new or an empty directory"
     run_or_model, config_or_run = "a run directory or a Hugging Face model", "a config file or a run directory"
     for args, message in (
         (["eval", "runs/ad"], f"runs/ad: got no such file or directory, want {run_or_model}; perhaps you meant runs/add"),
@@ -288,15 +288,15 @@ def test_targets_that_are_something_else(tmp_path, capsys, monkeypatch):
         (["report", "empty"], "run directory empty: got a directory without metrics.jsonl, want one that `jaxrl train` wrote"),
         (["export", "empty", "--out", "x"], "empty: got a directory without config.yaml, want a run directory"),
         (["export", "model", "--out", "x"], "model: got a Hugging Face model directory, want a run directory"),
-        (["train", "model"], f"model: got a Hugging Face model directory, want {config_or_run}; a model stands beside one: "
+        (["train", "model"], f"model: got a Hugging Face model directory, want {config_or_run}; a model is given as "
             "CONFIG --model.path model"),
         (["eval", "file"], f"file: got a file, want {run_or_model}"),
         (["export", "file", "--out", "x"], "file: got a file, want a run directory"),
         (["report", "file"], "file: got a file, want a run directory"),
         (["eval", "model"], "--task: got nothing, want what to evaluate model on: a config, or reasoning_gym:NAME"),
-        (["sample", "model"], "--prompt: model has no prompts of its own: want --prompt TEXT, or --task CONFIG, whose are taken"),
+        (["sample", "model"], "--prompt: got nothing, and model has no prompts, want --prompt TEXT or --task CONFIG"),
         (["sample", "model", "--prompt", "x", "--benchmark"],
-         "--benchmark: model has no prompts of its own: want --task CONFIG beside it"),
+         "--benchmark: got model, which has no prompts, want --task CONFIG"),
         (["export", "runs/b", "--out", "file"], f"--out: got {tmp_path}/file{taken}"),
         (["export", "runs/b", "--out", "runs"], f"--out: got {tmp_path}/runs{taken}"),
         (["export", "runs/b", "--out", "file/x/y"], f"{tmp_path}/file/x: Not a directory{below}"),
@@ -305,7 +305,7 @@ def test_targets_that_are_something_else(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("args", [["--version"], ["train", CONFIG, "--help"]], ids=["buffered", "long"])
-def test_a_reader_that_leaves_is_no_error(args):
+def test_a_closed_output_is_no_error(args):
     """`jaxrl ... | head`: nothing on stderr, and the exit code of a program that SIGPIPE ends."""
     command, env = [sys.executable, "-m", "jaxrl_llm.cli", *args], {**os.environ, "PYTHONUNBUFFERED": ""}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=env) as process:
@@ -314,8 +314,8 @@ def test_a_reader_that_leaves_is_no_error(args):
 
 
 @pytest.mark.parametrize("name", ["runs/a", "a run"])
-def test_at_its_end_train_names_the_next_command(tmp_path, capsys, monkeypatch, name):
-    """Which runs as it stands, from where it was printed."""
+def test_train_ends_with_the_next_command(tmp_path, capsys, monkeypatch, name):
+    """The printed command works in the directory where it was printed."""
     result = SimpleNamespace(measure="exact", before=0.25, after=0.5, run_dir=tmp_path / name)
     monkeypatch.setitem(sys.modules, "jaxrl_llm.train", SimpleNamespace(train=lambda *_, **__: result, sft=None))
     monkeypatch.setattr(cli, "start_jax", lambda *_: None)
@@ -333,8 +333,8 @@ def test_at_its_end_train_names_the_next_command(tmp_path, capsys, monkeypatch, 
     assert (done.returncode, done.stdout) == (0, f"{name}/report.html\n"), done.stderr
 
 
-def test_the_next_command_is_named_as_this_shell_knows_it(tmp_path, monkeypatch):
-    """After `make quickstart` the shell knows no `jaxrl`; in an activated environment it does; another's is not meant."""
+def test_the_next_command_has_a_name_that_this_shell_finds(tmp_path, monkeypatch):
+    """After `make quickstart` the shell finds no `jaxrl`; in an activated environment it does; another installation is not used."""
     for place in ("venv", "other"):
         (tmp_path / place).mkdir()
         (tmp_path / place / "jaxrl").touch(mode=0o755)
@@ -342,18 +342,18 @@ def test_the_next_command_is_named_as_this_shell_knows_it(tmp_path, monkeypatch)
     monkeypatch.setattr(sys, "argv", ["venv/jaxrl"])
     for path, name in (("", "venv/jaxrl"), ("venv", "jaxrl"), ("other", "venv/jaxrl"), ("venv:other", "jaxrl")):
         monkeypatch.setenv("PATH", ":".join(str(tmp_path / p) for p in path.split(":")) if path else "/nowhere")
-        assert cli.what_next(tmp_path / "runs/a").splitlines()[0].startswith(f"next: {name} report runs/a ")
+        assert cli.next_commands(tmp_path / "runs/a").splitlines()[0].startswith(f"next: {name} report runs/a ")
 
 
-def test_an_export_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path, capsys, monkeypatch):
+def test_an_export_that_cannot_be_written_is_refused_before_the_model_is_read(tmp_path, capsys, monkeypatch):
     (tmp_path / "config.yaml").write_text("{}")
     monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
     assert run(capsys, "export", str(tmp_path), "--out", str(tmp_path / "x")) == (
-        2, f"jaxrl: --out: got {tmp_path}/x, want a place that can be written, which {tmp_path} cannot\n"
+        2, f"jaxrl: --out: got {tmp_path}/x, want a writable directory, which {tmp_path} is not\n"
     )  # fmt: skip
 
 
-def test_what_is_evaluated_and_on_what(tmp_path):
+def test_the_model_and_the_task_of_an_evaluation(tmp_path):
     model, run_dir = tmp_path / "model", tmp_path / "run"
     for directory in (model, run_dir):
         directory.mkdir()
@@ -379,15 +379,17 @@ def test_what_is_evaluated_and_on_what(tmp_path):
 
 
 @pytest.mark.slow
-def test_sample_benchmark_counts_what_it_timed(tmp_path):
-    """8 prompts x 2 samples: tokens, steps, live rows and waste agree."""
+def test_numbers_of_the_benchmark_agree(tmp_path):
+    """8 prompts x 2 samples: tokens, steps, active rows and wasted row-steps."""
     shape = ["--rollout.prompts", "8", "--rollout.samples", "2", "--rollout.max_new_tokens", "4"]
     done, _ = jaxrl("sample", CONFIG, "--benchmark", *shape, "--run_dir", str(tmp_path / "none"), "--mesh.fsdp", "1")
     assert done.returncode == 0, done.stderr
-    told = {line[:15].strip(): line[15:] for line in done.stdout.splitlines()}
-    steps = int(told["call"].split("; ")[1].split()[0])
-    tokens = int(told["tokens"].split(", ")[1].split()[0])
-    assert told["rollouts"].startswith("8 prompts x 2 samples, up to 4 tokens")
+    printed = {line[:15].strip(): line[15:] for line in done.stdout.splitlines()}
+    steps = int(printed["call"].split("; ")[1].split()[0])
+    tokens = int(printed["tokens"].split(", ")[1].split()[0])
+    assert printed["rollouts"].startswith("8 prompts x 2 samples, up to 4 tokens")
     assert 1 <= steps <= 4 and 16 <= tokens <= 16 * steps
-    assert told["live rows"].startswith(f"{tokens / steps:.1f} a step; waste {1 - tokens / (16 * steps):.1%}")
-    assert 0 <= float(told["of the ceiling"].split("%")[0]) <= 100
+    assert printed["active rows"].startswith(
+        f"{tokens / steps:.1f} per step; {1 - tokens / (16 * steps):.1%} of row-steps"
+    )
+    assert 0 <= float(printed["of the ceiling"].split("%")[0]) <= 100

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from golden import golden_runs
 
-from jaxrl_llm.config import run_config
+from jaxrl_llm.config import loading, saved_config
 from jaxrl_llm.objective.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +69,7 @@ def written(name: str) -> str:
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.stem)
 def test_a_named_config_says_what_it_said(path):
     """`GOLDEN_CONFIGS=update` stores them again."""
-    found = "\n".join(flat(yaml.safe_load(run_config.dump(run_config.load(path))))) + "\n"
+    found = "\n".join(flat(yaml.safe_load(saved_config.to_yaml(loading.load(path))))) + "\n"
     if os.environ.get("GOLDEN_CONFIGS") == "update":
         (CONFIGS / f"{path.stem}.txt").write_text(found)
     assert found == written(path.stem)
@@ -77,7 +77,7 @@ def test_a_named_config_says_what_it_said(path):
 
 def test_a_preset_says_what_it_said():
     parts = {
-        name: yaml.safe_load(run_config.dump(run_config.validate({"objective": name}, name)))["objective"]
+        name: yaml.safe_load(saved_config.to_yaml(loading.validate({"objective": name}, name)))["objective"]
         for name in PRESETS
     }
     found = "\n".join(flat(parts)) + "\n"

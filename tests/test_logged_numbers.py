@@ -16,7 +16,7 @@ import pytest
 from setups import make_params
 
 from jaxrl_llm import train
-from jaxrl_llm.config import run_config
+from jaxrl_llm.config import loading
 from jaxrl_llm.metrics.json_lines import read_jsonl
 from jaxrl_llm.roles import blueprint, build, supervised
 
@@ -201,7 +201,7 @@ def recorded(tmp_path_factory):
             patched.setattr(blueprint, "make_blueprint", on_one)
             patched.setattr(train, "start_params", lambda of, key: make_params(of.model, of.train, sharpness=1.0))
             recording.install(patched)
-            train.train(run_config.validate(CONFIGS[name] | {"run_dir": str(directory / "run")}, name))
+            train.train(loading.validate(CONFIGS[name] | {"run_dir": str(directory / "run")}, name))
         logged = read_jsonl(directory / "run" / "metrics.jsonl")
         return list(zip(logged, recording.rows, expected(recording.rows, CONFIGS[name]), strict=True))
 

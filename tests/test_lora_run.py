@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxrl_llm.commands.inspect_run import export_run
-from jaxrl_llm.config import run_config
+from jaxrl_llm.commands.export import export_run
+from jaxrl_llm.config import loading
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model import lora
 from jaxrl_llm.model.lora import Adapted
@@ -38,7 +38,7 @@ def trained(tmp_path_factory):
     """The config, trained for two steps of RL. The reward is the length: no sum is right this early."""
     place = tmp_path_factory.mktemp("lora")
     (place / "lora.yaml").write_text(CONFIG)
-    cfg = dataclasses.replace(run_config.load(place / "lora.yaml"), run_dir=str(place / "run"))
+    cfg = dataclasses.replace(loading.load(place / "lora.yaml"), run_dir=str(place / "run"))
     train(cfg)
     return cfg
 

@@ -1,4 +1,4 @@
-"""What installing brings: nothing that nothing imports, and what is optional is said by name where it is missing."""
+"""Dependencies: each is imported, each is pinned, and a missing optional one is named with its extra."""
 
 import ast
 import importlib.util
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxrl_llm.config.run_config import validate
+from jaxrl_llm.config.loading import validate
 from jaxrl_llm.environments import grader
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.plan import command
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Packages whose module has another name.
 MODULES = {"orbax-checkpoint": "orbax", "pyyaml": "yaml", "tensorboardx": "tensorboardX"}
-# Packages that no line of Python imports, and what runs them.
+# Packages that no Python file imports, and what runs them.
 TOOLS = {
     "ruff": "make lint",
     "pytest-xdist": "pytest -n",
@@ -48,24 +48,24 @@ def imported() -> set[str]:
     return found
 
 
-def test_nothing_is_installed_that_nothing_imports():
-    """Extras and what is always installed. An extra of another package (`jax[tpu]`) is a plugin of that package."""
+def test_every_dependency_is_imported():
+    """Extras included. An extra of another package (`jax[tpu]`) is a plugin of that package."""
     extras = PROJECT["optional-dependencies"]
     wanted = names(PROJECT["dependencies"]).union(*map(names, extras.values()))
     modules = imported()
-    idle = {name for name in wanted if MODULES.get(name, name.replace("-", "_")) not in modules}
-    assert idle == set(TOOLS)
+    unused = {name for name in wanted if MODULES.get(name, name.replace("-", "_")) not in modules}
+    assert unused == set(TOOLS)
     assert {"wandb", "starlette", "uvicorn", "tokamax", "tyro"}.isdisjoint(wanted) and all(extras.values())
 
 
-def test_what_is_installed_is_pinned():
-    """Plugins of accelerators are not: their versions follow jax."""
+def test_every_dependency_is_pinned():
+    """Except plugins of accelerators, whose versions follow jax."""
     pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     wanted = names(PROJECT["dependencies"]).union(*map(names, PROJECT["optional-dependencies"].values()))
     assert wanted <= pinned
 
 
-def test_the_quickstart_installs_what_its_page_promises():
+def test_the_quickstart_installs_the_extras_of_its_page():
     makefile = (ROOT / "Makefile").read_text()
     stamp = re.search(r"^quickstart: (\S+)", makefile, re.M)[1]
     recipe = makefile[makefile.index(f"\n{stamp}: ") :].split("\n\n")[0]
@@ -109,7 +109,7 @@ def grade(name):
         ("libtpu", "tpu", plan),
     ],
 )
-def test_an_optional_package_that_is_missing_is_said_with_its_extra(tmp_path, monkeypatch, missing, extra, use):
+def test_a_missing_optional_package_is_named_with_its_extra(tmp_path, monkeypatch, missing, extra, use):
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *more: None if name == missing else found(name, *more)
@@ -117,5 +117,6 @@ def test_an_optional_package_that_is_missing_is_said_with_its_extra(tmp_path, mo
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(UserError) as error:
         use(tmp_path)
-    said = str(error.value)
-    assert missing.replace("_", "-") in said.replace("_", "-") and f"pip install 'jaxrl-llm[{extra}]'" in said
+    message = str(error.value)
+    assert missing.replace("_", "-") in message.replace("_", "-")
+    assert f"pip install 'jaxrl-llm[{extra}]'" in message

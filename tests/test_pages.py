@@ -1,4 +1,4 @@
-"""Commands that the pages show: each resolves in a fresh shell, and has no flag, file, target or extra that does not exist."""
+"""Commands on the pages of docs: each resolves in a fresh shell, and its flags, files, targets and extras exist."""
 
 import contextlib
 import io
@@ -13,15 +13,15 @@ from jaxrl_llm import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "launch/README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
-# A person reads these first, in a shell where nothing has been typed yet.
-FIRST_HOUR = [ROOT / name for name in ("README.md", "docs/quickstart.md", "docs/install.md", "docs/commands.md")]
+# Pages that are read first, in a fresh shell.
+FIRST_PAGES = [ROOT / name for name in ("README.md", "docs/quickstart.md", "docs/install.md", "docs/commands.md")]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 ACTIVATE = ["source", ".venv/bin/activate"]
 
 
 def commands(text: str) -> list[list[str]]:
-    """Words of each command: lines of `bash` blocks, and those behind `$ ` in others; without settings of the environment."""
+    """Words of each command: lines of `bash` blocks, and lines after `$ ` in others; without environment variables."""
     found = []
     for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
@@ -36,13 +36,13 @@ def commands(text: str) -> list[list[str]]:
 
 
 def inline(text: str) -> list[list[str]]:
-    """`jaxrl ...` within a sentence or a table."""
+    """Words of each `jaxrl ...` within a sentence or a table."""
     found = re.findall(r"(?<!`)`jaxrl (\w+ [^`\n]+)`", text)
     return [["jaxrl", *shlex.split(words)] for words in found if "..." not in words and "[" not in words]
 
 
 def problems(words: list[str]) -> list[str]:
-    """What a shell in a fresh clone would answer."""
+    """Errors that the command would have in a fresh clone."""
     program, *args = words
     if program in ("jaxrl", ".venv/bin/jaxrl"):
         return wrong_arguments(args)
@@ -59,14 +59,14 @@ def problems(words: list[str]) -> list[str]:
 
 
 def wrong_arguments(args: list[str]) -> list[str]:
-    """Lines of the command itself about everything but its target, which is replaced by none: so it does nothing else."""
+    """Error messages about everything but the target, which is replaced by a missing one, so that nothing runs."""
     if args == ["--version"] or "--help" in args:
         return []
     command, target, *rest = args
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
         assert cli.main([command, "no/such/target", *rest]) == 2
-    lines = [line for line in said.getvalue().splitlines() if "no/such/target: got no such" not in line]
+    lines = [line for line in stderr.getvalue().splitlines() if "no/such/target: got no such" not in line]
     return lines + ([f"no file {target}"] if target.startswith("configs/") and not (ROOT / target).is_file() else [])
 
 
@@ -77,15 +77,15 @@ def test_commands_on_the_pages_exist(page):
     assert {command: wrong for command, wrong in found.items() if wrong} == {}
 
 
-@pytest.mark.parametrize("page", FIRST_HOUR, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", FIRST_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_in_a_fresh_shell_jaxrl_is_found(page):
-    """Before `jaxrl`, `pip` or `python` the environment is activated on the page: none of them is on the PATH, or is another's."""
+    """The page activates the environment before `jaxrl`, `pip` or `python`, which a fresh shell lacks or has from elsewhere."""
     shown = commands(page.read_text(encoding="utf-8"))
     first = next((n for n, words in enumerate(shown) if words[0] in ("jaxrl", "pip", "python")), None)
     assert first is not None and ACTIVATE in shown[:first]
 
 
-def test_the_check_sees_what_is_wrong():
+def test_the_checker_finds_wrong_commands():
     text = "```bash\nX=1 jaxrl sample runs/a -n 3 --promt x   # a comment\nmake tset && conda activate\n```\n"
     text += "Or `jaxrl eval RUN -q 3`:\n```text\n$ jaxrl eval x\n```\n"
     assert commands(text) == [
@@ -116,9 +116,9 @@ def test_exit_codes_are_the_same_everywhere():
     assert set(re.findall(r"\b\d+\b", cli.__doc__.split("Exit codes:")[1])) == set(table)
 
 
-def test_the_pages_say_how_to_install_for_a_gpu_and_a_tpu():
-    """The extras are jax's own, for the jax that is installed: its plugin has the same version."""
-    typed = " ".join(word for page in FIRST_HOUR for words in commands(page.read_text()) for word in words)
+def test_the_pages_show_how_to_install_for_a_gpu_and_a_tpu():
+    """The extras are those of the installed jax, whose plugin has the same version."""
+    typed = " ".join(word for page in FIRST_PAGES for words in commands(page.read_text()) for word in words)
     asked = set(re.findall(r"\[(\w+)\]", typed))
     assert {"cuda13", "tpu"} <= asked
     text = (ROOT / "docs/install.md").read_text()

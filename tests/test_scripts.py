@@ -1,4 +1,4 @@
-"""Scripts outside the package, which no test runs: what they import from it, and from each other, is there. Nothing is imported."""
+"""Scripts outside the package, which no test runs: the names that they import exist. Nothing is imported here."""
 
 import ast
 from pathlib import Path
@@ -10,7 +10,7 @@ SCRIPTS = sorted([*ROOT.glob("docs/experiments/*.py"), *ROOT.glob("benchmarks/**
 
 
 def names_in(module: str) -> set[str]:
-    """What a module defines or imports at its top, and a package's own modules; of none: nothing."""
+    """Names that a module defines or imports at its top, and the modules of a package; empty if there is no such module."""
     path = ROOT.joinpath(*module.split("."))
     found = {p.stem for p in path.glob("*.py")} | {p.name for p in path.glob("*/")}
     source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
@@ -25,7 +25,7 @@ def names_in(module: str) -> set[str]:
 
 
 def missing(source: str) -> list[str]:
-    """Names imported from jaxrl_llm and benchmarks, at the top or in a function, that do not exist."""
+    """Missing names among the imports from jaxrl_llm and benchmarks, at the top or in a function."""
     return [
         f"{node.module}.{alias.name}"
         for node in ast.walk(ast.parse(source))
@@ -36,11 +36,11 @@ def missing(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: str(p.relative_to(ROOT)))
-def test_what_a_script_imports_is_there(path):
+def test_the_imports_of_a_script_exist(path):
     assert missing(path.read_text()) == []
 
 
-def test_the_check_tells_a_name_that_is_gone():
+def test_the_checker_finds_a_missing_name():
     assert missing("def f():\n    from jaxrl_llm.roles.build import make_learner, gone") == [
         "jaxrl_llm.roles.build.gone"
     ]

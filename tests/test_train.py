@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_llm.config import run_config
+from jaxrl_llm.config import loading
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.environments.config import GraderConfig, RewardConfig
 from jaxrl_llm.errors import Preempted, UserError
@@ -305,7 +305,7 @@ def test_sigterm_to_a_job_of_two_processes(environment, tmp_path):
 
 
 def tiny_run(tmp_path: Path, **changes) -> RunConfig:
-    cfg = run_config.load(write_config(tmp_path, steps=5))
+    cfg = loading.load(write_config(tmp_path, steps=5))
     # The model and the mesh of `test_lora_run.py`, so that what both run is compiled once.
     return dataclasses.replace(
         cfg, run_dir=str(tmp_path / "run"), mesh=dataclasses.replace(cfg.mesh, fsdp=4, tensor=2), **changes
@@ -413,8 +413,8 @@ def test_supervised_training_keeps_the_directory_for_the_whole_run(tmp_path):
     cfg = dataclasses.replace(tiny_run(tmp_path), steps=1)
     train.sft(cfg)
     saved = Path(cfg.run_dir, "config.yaml")
-    assert run_config.load(saved).steps == 1
-    train.train(run_config.load(saved))
+    assert loading.load(saved).steps == 1
+    train.train(loading.load(saved))
     assert rows(Path(cfg.run_dir))[-1]["phase"] == "rl"
     before = saved.read_bytes()
     with pytest.raises(UserError, match="got a run whose RL has begun"):

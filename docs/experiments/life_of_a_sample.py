@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxrl_llm import train
-from jaxrl_llm.config import run_config
+from jaxrl_llm.config import loading
 from jaxrl_llm.types import Batch, Experience, Finish, Groups, Rollouts
 from jaxrl_llm.update.batch import make_batch
 
@@ -140,7 +140,7 @@ def stations(run: train.Run) -> list[str]:
 def life() -> str:
     """All stations, as Markdown."""
     with tempfile.TemporaryDirectory() as directory:
-        cfg = run_config.validate(CONFIG | {"run_dir": f"{directory}/run"}, "life of a sample")
+        cfg = loading.validate(CONFIG | {"run_dir": f"{directory}/run"}, "life of a sample")
         with train.open_run(cfg, must_resume=False, given=None, ends_process=False) as run:
             return "\n".join(stations(run))
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm.config import run_config
+from jaxrl_llm.config import loading, run_config
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.metrics.config import MetricsConfig
 from jaxrl_llm.model.config import ModelConfig
@@ -61,7 +61,7 @@ SETUP = dataclasses.replace(
 def config(preset: str, updates: int, run_dir: str) -> RunConfig:
     update = SETUP.update if updates == 4 else dataclasses.replace(SETUP.update, epochs=1, minibatches=1)
     values = run_config.to_dict(dataclasses.replace(SETUP, run_dir=run_dir, update=update)) | {"objective": preset}
-    return run_config.validate(values, preset)
+    return loading.validate(values, preset)
 
 
 def warm_up() -> PyTree:

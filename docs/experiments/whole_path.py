@@ -113,8 +113,8 @@ def same_tokens(model: str) -> dict:
     import numpy as np
 
     from jaxrl_llm.cli import read_evaluation
-    from jaxrl_llm.commands.inspect_run import open_run, open_source
-    from jaxrl_llm.config import run_config
+    from jaxrl_llm.commands.loaded_policy import load_policy, prepare_sampling
+    from jaxrl_llm.config import loading, run_config
     from jaxrl_llm.roles.build import make_keys
     from jaxrl_llm.tasks.stream import make_prompts
 
@@ -122,12 +122,15 @@ def same_tokens(model: str) -> dict:
     values = run_config.to_dict(cfg)
     values["rollout"] |= {"prompts": PROMPTS, "samples": 2, "max_new_tokens": NEW_TOKENS}
     values["update"] |= {"minibatches": 1, "micro_batches": 1}
-    cfg = run_config.validate(values, "greedy")
-    run = open_run(cfg)
-    rows = run.task.held_out[:PROMPTS]
+    cfg = loading.validate(values, "greedy")
+    setup = prepare_sampling(cfg)
+    rows = setup.task.held_out[:PROMPTS]
     index = np.arange(PROMPTS)
-    prompts, controls = make_prompts(run.task, rows, index, index), run.engine.controls(PROMPTS, temperature=0.0)
-    rollouts = run.engine.generate(open_source(run).policy, prompts, make_keys(cfg).evaluation, controls)
+    prompts, controls = (
+        make_prompts(setup.task, rows, index, index),
+        setup.engine.controls(PROMPTS, temperature=0.0),
+    )
+    rollouts = setup.engine.generate(load_policy(setup).policy, prompts, make_keys(cfg).evaluation, controls)
     ours = [rollouts.tokens[2 * p, : rollouts.length[2 * p]].tolist() for p in index]
     command = [os.environ["JAXRL_TORCH_PYTHON"], "-c", GREEDY, str(HERE / model), json.dumps([r.prompt for r in rows])]
     done = subprocess.run([*command, str(NEW_TOKENS)], stdout=subprocess.PIPE, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The options of a command itself, beside the config's flags: `-n 4`, `--out DIR`, `--json`."""
+"""Options of a command itself, as `-n 4`, `--out DIR` and `--json`, apart from the flags of the config."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 from jaxrl_llm.errors import UserError
 
 Reader = Callable[[str], Any]
-"""What an option makes of its value. Raises ValueError that says what is wanted instead."""
-SHOWN = 60
+"""Parser of an option's value. Raises ValueError with a description of a right value."""
+MAX_SHOWN = 60
+"""Characters of a wrong value in a message."""
 
 
 def path(given: str) -> str:
@@ -51,17 +52,20 @@ def one_of(*words: str) -> Reader:
 
 
 def take(args: Sequence[str], options: Mapping[str, Reader | None]) -> tuple[dict[str, Any], list[str]]:
-    """Values of those `options` that are given, by name, and the arguments that are none of theirs.
+    """Return the given options by name, and the arguments that belong to none of them.
 
-    An option without a reader is a switch, True where it stands. Of two values of one option the last counts. Raises UserError
-    with everything that is wrong.
+    Args:
+        options: a reader per option; None for a switch, which is True if given. Of two values of one option the last counts.
+
+    Raises:
+        UserError: everything that is wrong with the options, one line each.
     """
-    found, others, wrong, rest = {}, [], [], list(args)
+    found, others, errors, rest = {}, [], [], list(args)
     while rest:
         name, value = _split(rest.pop(0), options)
         if name not in options:
             others.append(name if value is None else f"{name}={value}")
-            # The value of a flag of the config is not looked at: it may read as an option.
+            # The value of a flag of the config is passed on unread: it may look like an option.
             if value is None and name.startswith("--") and rest and not rest[0].startswith("--"):
                 others.append(rest.pop(0))
             continue
@@ -69,14 +73,14 @@ def take(args: Sequence[str], options: Mapping[str, Reader | None]) -> tuple[dic
         try:
             found[name] = _switch(value) if read is None else _value(name, value, rest, read)
         except ValueError as error:
-            wrong.append(f"{name}: {error}")
-    if wrong:
-        raise UserError("\n".join(wrong))
+            errors.append(f"{name}: {error}")
+    if errors:
+        raise UserError("\n".join(errors))
     return found, others
 
 
 def _split(arg: str, options: Mapping[str, Reader | None]) -> tuple[str, str | None]:
-    """`--out=x`, `-n=4` and `-n4` as name and value; dashes of a name may be underscores."""
+    """Split `--out=x`, `-n=4` and `-n4` into name and value; a name may have underscores for dashes."""
     name, equals, value = arg.partition("=")
     if name.startswith("--"):
         known = "--" + name[2:].replace("_", "-")
@@ -88,7 +92,7 @@ def _split(arg: str, options: Mapping[str, Reader | None]) -> tuple[str, str | N
 
 def _switch(value: str | None) -> bool:
     if value is not None:
-        raise ValueError(f"got {_shown(value)}, want no value: it is on where it stands")
+        raise ValueError(f"got {_shown(value)}, want no value: it is a switch")
     return True
 
 
@@ -106,4 +110,4 @@ def _value(name: str, value: str | None, rest: list[str], read: Reader) -> Any:
 def _shown(value: str) -> str:
     if not value:
         return "nothing"
-    return value if len(value) <= SHOWN else f"{value[:SHOWN]}..."
+    return value if len(value) <= MAX_SHOWN else f"{value[:MAX_SHOWN]}..."

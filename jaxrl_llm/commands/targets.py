@@ -1,4 +1,4 @@
-"""What a command is about: a config file, a run directory, a Hugging Face model. To the config that it makes; imports no jax.
+"""The target of a command (a config file, a run directory or a Hugging Face model), and the config that it makes. Imports no jax.
 
 What reads a config is imported when one is read: `jaxrl --help` needs none of it.
 """
@@ -15,16 +15,16 @@ from jaxrl_llm.errors import UserError
 if TYPE_CHECKING:
     from jaxrl_llm.config.run_config import RunConfig
 
-Kind = Literal["file", "run", "model", "directory", "name", "nothing"]
+TargetKind = Literal["file", "run", "model", "directory", "name", "nothing"]
 POLICY = "a run directory or a Hugging Face model"
 NEW_TOKENS = 256
-"""Tokens of a response where no config says how many."""
-LOOKED_AT, NAMED = 1000, 3
-"""Neighbors that are compared with a name that does not exist, and how many are named."""
+"""Maximum length of a response in tokens, if no config sets it."""
+MAX_NEIGHBORS, MAX_NAMED = 1000, 3
+"""Neighbors compared with the name of a missing target, and how many of them a message lists."""
 
 
-def kind_of(target: str) -> Kind:
-    """`name`: nothing here, and written as a model on the hub is."""
+def kind_of(target: str) -> TargetKind:
+    """`name`: no such path, but it has the form of a model's name on the hub."""
     path = Path(target)
     if target and path.is_dir():
         if (path / "config.json").is_file():
@@ -35,10 +35,16 @@ def kind_of(target: str) -> Kind:
     return "name" if target.count("/") == 1 and all(target.split("/")) and not path.parent.is_dir() else "nothing"
 
 
-def refusal(target: str, want: str, args: Sequence[str] = (), own: Sequence[str] = ()) -> UserError:
-    """For a target that the command cannot take: what it is, which neighbor may be meant, and what is wrong with the flags."""
+def target_error(target: str, want: str, args: Sequence[str] = (), command_options: Sequence[str] = ()) -> UserError:
+    """Return the error for a target that the command cannot take, with a hint at a similar neighbor.
+
+    Args:
+        want: description of a right target.
+        args: flags over the config, whose errors are added.
+        command_options: options of the command itself, suggested for misspelled flags.
+    """
+    from jaxrl_llm.config.flags import read_flags
     from jaxrl_llm.config.run_config import RunConfig
-    from jaxrl_llm.config.values import read_flags
 
     found = {
         "file": "a file",
@@ -49,77 +55,86 @@ def refusal(target: str, want: str, args: Sequence[str] = (), own: Sequence[str]
         "nothing": "no such file or directory",
     }
     line = f"{target or 'the target'}: got {found[kind_of(target)]}, want {want}{_neighbors(target)}"
-    return UserError("\n".join([line, *read_flags(args, RunConfig, own)[1]]))
+    return UserError("\n".join([line, *read_flags(args, RunConfig, command_options)[1]]))
 
 
 def _neighbors(target: str) -> str:
-    """Which run directory, or config, beside a target that does not exist was meant."""
+    """Hint at a similar run directory or config beside a target that does not exist, or at the newest run directories there."""
     path = Path(target)
     if not target or path.exists() or not path.parent.is_dir():
         return ""
-    found = {str(p): p for p in itertools.islice(path.parent.iterdir(), LOOKED_AT) if _can_be_named(p)}
+    found = {str(p): p for p in itertools.islice(path.parent.iterdir(), MAX_NEIGHBORS) if _is_target(p)}
     if near := difflib.get_close_matches(str(path), found, n=1, cutoff=0.75):
         return f"; perhaps you meant {near[0]}"
-    newest = sorted((p for p in found.values() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)[:NAMED]
-    return f"; there is {', '.join(map(str, newest))}" if newest else ""
+    runs = sorted((p for p in found.values() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
+    return f"; there is {', '.join(map(str, runs[:MAX_NAMED]))}" if runs else ""
 
 
-def _can_be_named(path: Path) -> bool:
+def _is_target(path: Path) -> bool:
     return path.suffix in (".yaml", ".yml") or kind_of(str(path)) == "run"
 
 
-def read_config(target: str, args: Sequence[str], own: Sequence[str] = ()) -> "RunConfig":
-    """The config of a YAML file or of a run directory, with flags over it; `own`: flags of the command itself."""
-    from jaxrl_llm.config import run_config
+def read_config(target: str, args: Sequence[str], command_options: Sequence[str] = ()) -> "RunConfig":
+    """Return the config of a YAML file or of a run directory, with the flags `args` over it.
+
+    `command_options`, here and below: options of the command itself, suggested for misspelled flags.
+    """
+    from jaxrl_llm.config import loading
 
     kind, path = kind_of(target), Path(target)
     if kind == "model":
-        want = f"a config file or a run directory; a model stands beside one: CONFIG --model.path {target}"
-        raise refusal(target, want, args, own)
+        want = f"a config file or a run directory; a model is given as CONFIG --model.path {target}"
+        raise target_error(target, want, args, command_options)
     if kind == "run":
-        return run_config.load(path / "config.yaml", [f"--run_dir={path}", *args], own)
+        return loading.load(path / "config.yaml", [f"--run_dir={path}", *args], command_options)
     if kind != "file":
-        raise refusal(target, "a config file or a run directory", args, own)
-    return run_config.load(path, args, own)
+        raise target_error(target, "a config file or a run directory", args, command_options)
+    return loading.load(path, args, command_options)
 
 
-def read_run(target: str, args: Sequence[str], own: Sequence[str]) -> "RunConfig":
-    """The config of a run directory alone."""
+def read_run(target: str, args: Sequence[str], command_options: Sequence[str]) -> "RunConfig":
+    """Return the config of a run directory; no other target is accepted."""
     if kind_of(target) != "run":
-        raise refusal(target, "a run directory", args, own)
-    return read_config(target, args, own)
+        raise target_error(target, "a run directory", args, command_options)
+    return read_config(target, args, command_options)
 
 
 def read_evaluation(
-    target: str, task: str | None, args: Sequence[str], own: Sequence[str] = ("--task",)
+    target: str, task: str | None, args: Sequence[str], command_options: Sequence[str] = ("--task",)
 ) -> "RunConfig":
-    """A run directory's config, or that of `task` around a run's or a pretrained model."""
-    from jaxrl_llm.config import run_config
+    """Return the config to evaluate a run's policy or a pretrained model with.
+
+    Args:
+        task: a config file or reasoning_gym:NAME, for task, reward, rollout and evaluation; None: those of the run.
+        args: flags over it.
+    """
+    from jaxrl_llm.config import loading, run_config
     from jaxrl_llm.model.config import PretrainedModel
 
     kind = kind_of(target)
     if kind in ("file", "nothing", "directory"):
-        raise refusal(target, POLICY, args, own)
+        raise target_error(target, POLICY, args, command_options)
     if kind == "name" and task is None:
         raise UserError(
             f"{target}: got no such directory, want {POLICY}; with a model on the hub, --task too: a config, or reasoning_gym:NAME"
         )
     if kind == "model" and task is None:
         raise UserError(f"--task: got nothing, want what to evaluate {target} on: a config, or reasoning_gym:NAME")
-    base = run_config.load(Path(target) / "config.yaml") if kind == "run" else run_config.RunConfig()
+    base = loading.load(Path(target) / "config.yaml") if kind == "run" else run_config.RunConfig()
     asked = base if task is None else _read_task(task, target)
     if kind != "run":
         compute = {"compute": asked.model.compute} if isinstance(asked.model, PretrainedModel) else {}
         base = dataclasses.replace(base, model=PretrainedModel(target, **compute))
-        base = dataclasses.replace(base, tokenizer=run_config.tokenizer_of(asked, target), mesh=asked.mesh)
+        base = dataclasses.replace(base, tokenizer=run_config.tokenizer_for(asked, target), mesh=asked.mesh)
     found = dataclasses.replace(
         base, run_dir=target, task=asked.task, reward=asked.reward, rollout=asked.rollout, evaluation=asked.evaluation
     )
-    return run_config.validate(run_config.to_dict(found), target, args, own)
+    return loading.validate(run_config.to_dict(found), target, args, command_options)
 
 
 def _read_task(task: str, target: str) -> "RunConfig":
-    from jaxrl_llm.config import run_config
+    """The config that `--task` names, for the model `target`."""
+    from jaxrl_llm.config import loading
 
     kind, colon, name = task.partition(":")
     if colon and kind == "reasoning_gym":
@@ -129,29 +144,36 @@ def _read_task(task: str, target: str) -> "RunConfig":
             "rollout": {"max_new_tokens": NEW_TOKENS},
             "model": {"path": target},
         }
-        return run_config.validate(values, "--task")
+        return loading.validate(values, "--task")
     if not Path(task).is_file():
         raise UserError(f"--task: got {task}, want a config file, or reasoning_gym:NAME")
-    return run_config.load(Path(task))
+    return loading.load(Path(task))
 
 
-def read_sampled(target: str, task: str | None, args: Sequence[str], own: Sequence[str]) -> "tuple[RunConfig, bool]":
-    """What `jaxrl sample` draws from, and whether it has a task: a model by itself has none."""
-    from jaxrl_llm.config import run_config
+def read_sampled(
+    target: str, task: str | None, args: Sequence[str], command_options: Sequence[str]
+) -> "tuple[RunConfig, bool]":
+    """Return the config for `jaxrl sample`, and whether it has a task: a model by itself has none.
+
+    Args:
+        task: as in `read_evaluation`.
+        args: flags over the config.
+    """
+    from jaxrl_llm.config import loading
 
     kind = kind_of(target)
     if task is not None:
-        return read_evaluation(target, task, args, own), True
+        return read_evaluation(target, task, args, command_options), True
     if kind not in ("model", "name"):
-        return read_config(target, args, own), True
+        return read_config(target, args, command_options), True
     values = {"run_dir": target, "model": {"path": target}, "rollout": {"max_new_tokens": NEW_TOKENS}}
-    return run_config.validate(values, target, args, own), False
+    return loading.validate(values, target, args, command_options), False
 
 
 def list_values(target: str) -> str:
-    """Every value of the config, with those of `target` where it has any."""
+    """Return every key of the config with its value in `target`, or its default if the target has no config."""
     from jaxrl_llm.config import run_config
-    from jaxrl_llm.config.options import listing
+    from jaxrl_llm.config.help_text import help_text
 
     cfg = read_config(target, []) if kind_of(target) in ("file", "run") else run_config.RunConfig()
-    return listing(run_config.to_dict(cfg), run_config.RunConfig)
+    return help_text(run_config.to_dict(cfg), run_config.RunConfig)

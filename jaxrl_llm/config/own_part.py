@@ -1,4 +1,4 @@
-"""A part of the config that is a function or a class of your own, named in it."""
+"""A section of the config that names a function or class of the user's own."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +15,7 @@ from jaxrl_llm.errors import UserError
 
 @dataclass(frozen=True)
 class OwnPart:
-    """A function, or a class that is made once with the options and then called."""
+    """A function, or a class that is instantiated once with the options and then called."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -26,15 +26,15 @@ class OwnPart:
     """Keyword arguments of the function, or of the class."""
 
     arguments: ClassVar[tuple[str, ...]] = ()
-    """What the function is called with, beside the options."""
-    named: ClassVar[tuple[str, ...]] = ()
-    """What it is called with by name, if it has such a parameter."""
+    """Names of the positional arguments that the function is called with."""
+    optional_arguments: ClassVar[tuple[str, ...]] = ()
+    """Keyword arguments passed if the function has such a parameter."""
     methods: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
-    """Where it must be a class: what its objects can do, and what each is called with."""
+    """Methods that instances must have, each with the names of its arguments. Empty: a function will do."""
 
     @staticmethod
     def written_out(value: Any) -> Any:
-        """A bare "module:name", or a section that names a function, is of kind own."""
+        """Return the section with `kind: own` added if it is a bare "module:name" or names a function."""
         if isinstance(value, str) and ":" in value:
             return {"kind": "own", "function": value}
         if isinstance(value, dict) and "function" in value and "kind" not in value:
@@ -42,11 +42,11 @@ class OwnPart:
         return value
 
     def made(self) -> Callable:
-        """What is called with the arguments. Raises UserError as `own.resolve` does."""
+        """Return the function with its options, or an instance of the class. Raises UserError as `user_code.resolve` does."""
         return user_code.made(self._found(), self.options)
 
-    def traced(self, place: str) -> Callable:
-        """As `made`, for what JAX traces: a UserError names the part that asks for a number while it compiles."""
+    def traced(self, section: str) -> Callable:
+        """Return `made()` for tracing by JAX: a UserError names the section if the function needs a concrete number."""
         function = self.made()
 
         def call(*args: Any) -> Any:
@@ -56,29 +56,30 @@ class OwnPart:
                 return function(*args)
             except ConcretizationTypeError as error:
                 raise UserError(
-                    f"{place} {self.function}: got an if, a loop or a float() that asks for a number, which JAX does not know "
+                    f"{section} {self.function}: got an if, a loop or a float() that asks for a number, which JAX does not know "
                     "while it compiles; want jnp.where, and jax.numpy throughout"
                 ) from error
 
         call.__name__ = getattr(function, "__name__", self.function)
         return call
 
-    def problems(self, place: str) -> list[str]:
-        """What is wrong with the function and its options, in words; `place`: of this part in the config. Imports its module."""
+    def problems(self, section: str) -> list[str]:
+        """Errors about the function and its options. Imports its module. `section`: path of this section in the config."""
         try:
             found = self._found()
         except UserError as error:
-            return [f"{place}.function: {error}"]
+            return [f"{section}.function: {error}"]
         if self.methods and not isinstance(found, type):
-            return [f'{place}.function: got "{self.function}", which is a {type(found).__name__}; want {self._want}']
+            return [f'{section}.function: got "{self.function}", which is a {type(found).__name__}; want {self._want}']
         if isinstance(found, type) and (
-            wrong := user_code.wrong_methods(self.function, found, self.methods_of(found), self.named)
+            wrong := user_code.wrong_methods(self.function, found, self.methods_of(found), self.optional_arguments)
         ):
-            return [f"{place}.function: {wrong}"]
-        wrong = user_code.wrong_arguments(self.function, found, self.options, self.arguments, self.named)
-        return [f"{place}.options{text}" for text in wrong]
+            return [f"{section}.function: {wrong}"]
+        wrong = user_code.wrong_arguments(self.function, found, self.options, self.arguments, self.optional_arguments)
+        return [f"{section}.options{text}" for text in wrong]
 
     def methods_of(self, found: type) -> Mapping[str, tuple[str, ...]]:
+        """Methods that instances of the class must have, each with the names of its arguments."""
         return self.methods or {"__call__": self.arguments}
 
     @property
@@ -92,14 +93,14 @@ class OwnPart:
 
 
 def own_problems(config: Any) -> list[str]:
-    """What is wrong with the parts of your own in a config, in words. Imports their modules."""
-    return [line for place, part in _parts(config) for line in part.problems(place)]
+    """Errors about every function and class of the user's own that a config names. Imports their modules."""
+    return [line for path, part in _own_parts(config) for line in part.problems(path)]
 
 
-def _parts(section: Any, place: str = "") -> Iterator[tuple[str, OwnPart]]:
+def _own_parts(section: Any, prefix: str = "") -> Iterator[tuple[str, OwnPart]]:
     for field_ in dataclasses.fields(section):
-        value, inner = getattr(section, field_.name), f"{place}{field_.name}"
+        value, path = getattr(section, field_.name), f"{prefix}{field_.name}"
         if isinstance(value, OwnPart):
-            yield inner, value
+            yield path, value
         elif dataclasses.is_dataclass(value):
-            yield from _parts(value, f"{inner}.")
+            yield from _own_parts(value, f"{path}.")

@@ -1,4 +1,4 @@
-"""Functions and classes of your own, by the names that a config gives them: "module:name". Imports no jax."""
+"""The user's functions and classes, named in a config as "module:name": import and checks of signatures. Imports no jax."""
 
 import difflib
 import functools
@@ -15,10 +15,15 @@ NOTHING: Mapping[str, Any] = {}
 
 
 def resolve(name: str, want: str, built_in: Mapping[str, str] = NOTHING) -> Callable:
-    """What `name` stands for: a function, or a class that makes one. `want`: what it should be, in words; `built_in`: short names.
+    """Return the function `name`, or the class that makes one.
+
+    Args:
+        name: "module:name", or a key of `built_in`.
+        want: description of what it should be, for error messages.
+        built_in: short names for "module:name".
 
     Raises:
-      UserError: nothing of that name was found, as in `find`, or it cannot be called.
+        UserError: nothing of that name was found (as in `find`), or it cannot be called.
     """
     found = find(name, built_in)
     if not callable(found):
@@ -27,10 +32,10 @@ def resolve(name: str, want: str, built_in: Mapping[str, str] = NOTHING) -> Call
 
 
 def find(name: str, built_in: Mapping[str, str] = NOTHING) -> Any:
-    """What `name` stands for.
+    """Return the object `name`, as in `resolve`.
 
     Raises:
-      UserError: no such built-in, no such module, its import failed, or there is nothing of that name in it.
+        UserError: no such short name, no such module, its import failed, or it has no object of that name.
     """
     module_name, colon, function_name = built_in.get(name, name).partition(":")
     if not colon:
@@ -57,27 +62,36 @@ def find(name: str, built_in: Mapping[str, str] = NOTHING) -> Any:
 
 
 def made(found: Callable, options: Mapping[str, Any]) -> Callable:
-    """A class made with the options; a function that has them as keyword arguments."""
+    """Return an instance of a class made with the options, or a function with the options as keyword arguments."""
     if isinstance(found, type):
         return found(**options)
     return functools.partial(found, **options) if options else found
 
 
 def has_method(found: type, name: str) -> bool:
-    """Objects of the class have it; `__call__` too, which every class has for itself."""
+    """True if instances of the class have the method. `__call__` counts only for instances: every class itself has one."""
     return any(name in vars(base) and callable(getattr(found, name)) for base in found.__mro__ if base is not object)
 
 
-def wrong_methods(name: str, found: type, methods: Mapping[str, tuple[str, ...]], named: tuple[str, ...] = ()) -> str:
-    """Why objects of the class cannot be called as `methods` say, each with what it is called with; "" if they can. `named`: what
-    is given by name too, to those that take it."""
+def wrong_methods(
+    name: str, found: type, methods: Mapping[str, tuple[str, ...]], optional_arguments: tuple[str, ...] = ()
+) -> str:
+    """Error message about a class whose instances lack a method or cannot be called as required; "" if there is none.
+
+    Args:
+        name: of the class, as the config has it.
+        methods: required methods, each with the names of its arguments.
+        optional_arguments: keyword arguments passed to the methods that have such a parameter.
+    """
     listed = ", ".join(f"{method}({', '.join(arguments)})" for method, arguments in methods.items())
     want = f"want a class whose objects have {listed}"
     if lacking := [method for method in methods if not has_method(found, method)]:
         return f'got "{name}", which has no {", ".join(lacking)}; {want}'
     for method, arguments in methods.items():
         bound = isinstance(inspect.getattr_static(found, method), staticmethod | classmethod)
-        if wrong := _cannot_take(getattr(found, method), arguments if bound else ("self", *arguments), {}, named):
+        if wrong := _call_error(
+            getattr(found, method), arguments if bound else ("self", *arguments), {}, optional_arguments
+        ):
             return f'got "{name}", whose {method} {wrong}; {want}'
     return ""
 
@@ -87,25 +101,33 @@ def wrong_arguments(
     found: Callable,
     options: Mapping[str, Any],
     arguments: tuple[Any, ...],
-    named: tuple[str, ...] = (),
+    optional_arguments: tuple[str, ...] = (),
 ) -> list[str]:
-    """What is wrong with the options, as ": why": a function takes `arguments` and the options, a class the options alone; `named`
-    as in `wrong_methods`."""
-    of_class = isinstance(found, type)
-    wrong = _cannot_take(found, () if of_class else arguments, options, () if of_class else named)
+    """Error messages `: why` about options that do not fit the signature.
+
+    Args:
+        name: of the function or class, as the config has it.
+        options: keyword arguments; a class takes nothing else.
+        arguments: positional arguments of a function.
+        optional_arguments: as in `wrong_methods`.
+    """
+    is_class = isinstance(found, type)
+    wrong = _call_error(found, () if is_class else arguments, options, () if is_class else optional_arguments)
     return [f': "{name}" {wrong}'] if wrong else []
 
 
-def _cannot_take(
-    function: Callable, arguments: tuple[Any, ...], options: Mapping[str, Any], named: tuple[str, ...]
+def _call_error(
+    function: Callable, arguments: tuple[Any, ...], options: Mapping[str, Any], optional_arguments: tuple[str, ...]
 ) -> str:
-    """ "takes ...: why" where the function cannot be called so; "" where it can, or says nothing of itself."""
+    """ "takes ...: why" if the function cannot be called with these; "" if it can, or has no known signature."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
         return ""
     try:
-        signature.bind(*arguments, **options, **{name: None for name in named if name in signature.parameters})
+        signature.bind(
+            *arguments, **options, **{name: None for name in optional_arguments if name in signature.parameters}
+        )
     except TypeError as error:
         return f"takes {signature}: {error}"
     return ""
@@ -117,6 +139,6 @@ def hint(name: str, known: Iterable[str]) -> str:
 
 
 def _make_importable(directory: str) -> None:
-    """Last on the path, so that a user's `numeric.py` hides nothing. Spawned workers inherit the path."""
+    """Append to sys.path: last, so that a user's `numeric.py` hides nothing. Spawned workers inherit the path."""
     if directory not in sys.path:
         sys.path.append(directory)

@@ -140,7 +140,7 @@ def _wrong_values(name: str, grader_class: type, options: dict[str, Any]) -> lis
     """Errors in values by type and range; if there are none, the error of the combination, if any."""
     from pydantic import TypeAdapter, ValidationError
 
-    from jaxrl_llm.config.messages import got_and_want
+    from jaxrl_llm.config.error_messages import got_and_want
 
     types, wrong = get_type_hints(grader_class, include_extras=True), []
     for field in dataclasses.fields(grader_class):

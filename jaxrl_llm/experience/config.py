@@ -33,7 +33,7 @@ class OwnFilter(OwnPart):
     `experience.filters.Filter`. A parameter named `texts` receives the responses as text."""
 
     arguments: ClassVar[tuple[str, ...]] = ("groups",)
-    named: ClassVar[tuple[str, ...]] = ("texts",)
+    optional_arguments: ClassVar[tuple[str, ...]] = ("texts",)
 
     def methods_of(self, found: type) -> Mapping[str, tuple[str, ...]]:
         if user_code.has_method(found, "__call__") and not user_code.has_method(found, "apply"):

@@ -8,7 +8,7 @@ with its defaults for that algorithm, `paper:name` the published equation; `SOUR
 import difflib
 from typing import Any
 
-from jaxrl_llm.config.values import merged
+from jaxrl_llm.config.flags import merged
 from jaxrl_llm.objective.config import ObjectiveConfig
 
 DUAL = {"kind": "clip", "low": 0.2, "high": 0.2, "dual": 3.0}

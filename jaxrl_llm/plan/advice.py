@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from jaxrl_llm.config import run_config
+from jaxrl_llm.config import loading, run_config
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.plan import memory
 from jaxrl_llm.plan.memory import TEMPORARIES
@@ -35,7 +35,7 @@ def changed(cfg: RunConfig, overrides: Overrides) -> RunConfig:
         for part in path:
             section = section[part]
         section[last] = value
-    return run_config.validate(values, "plan")
+    return loading.validate(values, "plan")
 
 
 def possible_changes(run: AbstractRun) -> list[Overrides]:
@@ -55,7 +55,7 @@ def possible_changes(run: AbstractRun) -> list[Overrides]:
     shards = run.decode.size("rows")
     concurrent = run.capacity[0]
     if concurrent // 2 >= shards:
-        found.append({"rollout.engine.in_flight": concurrent // 2})
+        found.append({"rollout.engine.max_concurrent_prompts": concurrent // 2})
     if engine.layout == "replicated" and mesh["fsdp"] > 1:
         found.append({"rollout.engine.layout": "wide"})
     found += [{"rollout.engine.cache": "int8"}] * (engine.cache == "compute")

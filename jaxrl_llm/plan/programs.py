@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxrl_llm.config import run_config
+from jaxrl_llm.config import consistency
 from jaxrl_llm.config.own_part import own_problems
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.distribution.head import ACCELERATOR
@@ -67,7 +67,7 @@ def problems(cfg: RunConfig, model: ModelConfig, prompt_slots: int, devices: Seq
     """
     whole = dataclasses.replace(cfg, model=model)
     return (
-        run_config.problems(whole, len(devices))
+        consistency.problems(whole, len(devices))
         + device_problems(cfg, model, prompt_slots, devices)
         + lora.problems(model, cfg.lora)
         + vocabulary_problems(model, vocabulary(cfg, model).size)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import optax
 
-from jaxrl_llm.config import run_config
+from jaxrl_llm.config import consistency
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.distribution.loss import Loss
 from jaxrl_llm.distribution.score import Scoring
@@ -185,7 +185,7 @@ def shapes_of(cfg: RunConfig, prompt_slots: int, shards: int) -> Shapes:
 
 def problems(given: Sources) -> list[str]:
     """Messages on what does not fit between inputs, config and the devices that JAX sees."""
-    cfg, found = given.cfg, [*given.problems, *run_config.problems(given.cfg, jax.device_count())]
+    cfg, found = given.cfg, [*given.problems, *consistency.problems(given.cfg, jax.device_count())]
     if isinstance(cfg.model, ModelConfig):
         found += lora.problems(cfg.model, cfg.lora)
         found += device_problems(cfg, cfg.model, given.task and given.task.prompt_slots, jax.devices())

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from math import prod
 from typing import NamedTuple, TypeVar
 
-from jaxrl_llm.config import run_config
+from jaxrl_llm.config import consistency
 from jaxrl_llm.config.own_part import own_problems
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.environments.grader import Sample, unreadable_rows
@@ -40,7 +40,7 @@ class Sources(NamedTuple):
         """Raise UserError if something is missing, with everything else that can be checked without devices."""
         if self.missing:
             least = prod(n for n in self.cfg.mesh.sizes() if n > 0)
-            raise UserError("\n".join([*self.problems, *run_config.problems(self.cfg, least)]))
+            raise UserError("\n".join([*self.problems, *consistency.problems(self.cfg, least)]))
 
 
 def read_task(cfg: RunConfig) -> Task:
@@ -65,7 +65,7 @@ def read(cfg: RunConfig, trains: bool = False, asked: Callable[[RunConfig], Task
     if task is not None and asked is None and not wrong_graders:
         found += unreadable_rows(cfg.reward, [(row.where, _ungraded(row)) for row in (*task.train, *task.held_out)])
     if trains:
-        found += run_config.training_problems(cfg)
+        found += consistency.training_problems(cfg)
         if cfg.warm_start.steps and task is not None and not task.has_targets:
             want = f"want the right response: warm_start.steps is {cfg.warm_start.steps}"
             found.append(f"task.response: got nothing, {want}")

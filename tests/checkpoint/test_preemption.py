@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jaxrl_llm import run_context, train
-from jaxrl_llm.config import run_config
+from jaxrl_llm.config import loading
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.errors import CheckpointError, GradingError, MismatchError, NonFiniteError, Preempted
 from jaxrl_llm.metrics.json_lines import read_jsonl
@@ -72,7 +72,7 @@ def cfg(made, tmp_path, monkeypatch) -> RunConfig:
         (Blueprint, "make_engine"),
     ):  # fmt: skip
         keep(owner, name)
-    return dataclasses.replace(run_config.validate(CONFIG, "test"), run_dir=str(tmp_path / "run"))
+    return dataclasses.replace(loading.validate(CONFIG, "test"), run_dir=str(tmp_path / "run"))
 
 
 def press(monkeypatch, owner: object, name: str, nth: int, times: int = 1) -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from jaxrl_llm.checkpoint.run_directory import RunLock
-from jaxrl_llm.config import run_config
+from jaxrl_llm.config import loading, run_config
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.train import context_of
@@ -22,7 +22,7 @@ VALUES = {
 
 
 def config_of(run_dir: Path, **changes) -> RunConfig:
-    return run_config.validate(VALUES | {"run_dir": str(run_dir)} | changes, "test")
+    return loading.validate(VALUES | {"run_dir": str(run_dir)} | changes, "test")
 
 
 def record(cfg: RunConfig, *, save: bool) -> None:
@@ -86,7 +86,7 @@ def test_a_start_without_a_checkpoint_may_be_changed(tmp_path, caplog):
     record(slower, save=True)
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["update"]["optimizer"]["lr"] == 1e-4
     assert caplog.messages == [
-        f"{run_dir}: holds no checkpoint, so this run begins anew; what the run before recorded is kept as metrics.jsonl.before"
+        f"{run_dir}: holds no checkpoint, so this run starts at step 0; earlier records are kept as metrics.jsonl.before"
     ]
     assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 1
     assert len((run_dir / "metrics.jsonl.before").read_text().splitlines()) == 1
@@ -109,14 +109,14 @@ def test_an_emptied_config_is_written_anew_and_a_torn_one_is_told(tmp_path, capl
     path.write_text("")
     record(cfg, save=False)
     assert path.read_text() == whole
-    assert caplog.messages == [f"{path}: got an empty file, so it is written anew as this command has it"]
+    assert caplog.messages == [f"{path}: got an empty file, so it is written from the config of this command"]
     path.write_text("run_dir: x\nmodel: {vocab_size: 16, lay")
     with pytest.raises(
-        UserError, match=rf"not YAML(.|\n)*put {path} right; or remove it, and start with the run's own CONFIG"
+        UserError, match=rf"not YAML(.|\n)*correct {path}; or remove it, and start with the run's own CONFIG"
     ):
         record(cfg, save=False)
     path.write_text("# mine\nnull\n")
-    with pytest.raises(UserError, match=rf"want section: values\nput {path} right"):
+    with pytest.raises(UserError, match=rf"want section: values\ncorrect {path}"):
         record(cfg, save=False)
     path.unlink()
     record(cfg, save=False)
@@ -171,7 +171,7 @@ def test_a_run_directory_holds_absolute_paths_and_equal_places_are_equal(tmp_pat
         record(config_of(tmp_path / "run", task=same | {"path": "other.jsonl"}, tokenizer={"path": "."}), save=False)
     # No directory here, so a name on the hub.
     other = config_of(tmp_path / "hub", model={"path": "org/model"})
-    assert run_config.with_places(other).model.path == "org/model"
+    assert run_config.with_absolute_paths(other).model.path == "org/model"
 
 
 def test_a_record_that_cannot_be_opened_is_told_in_a_line(tmp_path):

@@ -1,4 +1,5 @@
-"""`jaxrl sample` of a model by itself, and of prompts longer than the task's. What cannot be asked is refused before compiling."""
+"""`jaxrl sample` of a model by itself and of prompts longer than the task's. Prompts that cannot be sampled are refused before
+anything compiles."""
 
 import json
 import re
@@ -22,7 +23,7 @@ QUESTION = "What is 3 + 4?"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Whose blocks add nothing: the next token follows from the last one alone. It was made for 40 positions."""
+    """A model whose blocks add nothing, so that the next token depends on the last one alone; made for 40 positions."""
     place = tmp_path_factory.mktemp("model") / "theirs"
     params = make_params(THEIRS, layouts()[0])
     export(params, THEIRS, place, "float32", ConfigFiles(length=40), save_tokenizer=lambda to: save_tokenizer(to))
@@ -43,8 +44,8 @@ def prompt_of(model, text: str) -> list[int]:
     return read(model).apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
 
 
-def likeliest(model, last: int, most: int) -> list[int]:
-    """Each next token j has the largest e_j . (w e / rms(e)), e the embedding of the one before it. Ends behind an end token."""
+def greedy_tokens(model, last: int, most: int) -> list[int]:
+    """Greedy tokens: each maximizes e_j . (w e / rms(e)), e the embedding of the previous token. Ends after an end token."""
     embed = load_file(model / "model.safetensors")["model.embed_tokens.weight"]
     norm = load_file(model / "model.safetensors")["model.norm.weight"]
     size, eos, found = len(read(model)), read(model).eos_token_id, [last]
@@ -56,7 +57,7 @@ def likeliest(model, last: int, most: int) -> list[int]:
 
 @pytest.mark.slow
 def test_a_model_by_itself_answers_in_its_chat_template(model, capsys):
-    tokens = likeliest(model, prompt_of(model, QUESTION)[-1], 5)
+    tokens = greedy_tokens(model, prompt_of(model, QUESTION)[-1], 5)
     backend = read(model).backend_tokenizer
     text = "".join(printable(backend.decode([token], skip_special_tokens=False)) for token in tokens)
     flags = ["--rollout.temperature", "0", "--rollout.max-new-tokens", "5", "--model.compute", "float32"]
@@ -67,7 +68,7 @@ def test_a_model_by_itself_answers_in_its_chat_template(model, capsys):
 
 
 def refused(capsys, *args) -> str:
-    """What is said, and that nothing was compiled for it."""
+    """The error message; nothing may be compiled before it."""
     counter = CompileCounter()
     assert cli.main(["sample", *map(str, args)]) == 2
     assert counter.take()["compiles"] == 0
@@ -80,39 +81,40 @@ def test_a_prompt_beyond_the_models_positions_is_refused(model, capsys, chat):
     plain = len(read(model)(text, add_special_tokens=False)["input_ids"])
     tokens = len(prompt_of(model, text)) if chat == "true" else plain
     assert tokens > plain or chat == "false"
-    said = refused(capsys, model, "--prompt", text, "--tokenizer.chat", chat, "--rollout.max_new_tokens", "6")
-    assert said == (
+    message = refused(capsys, model, "--prompt", text, "--tokenizer.chat", chat, "--rollout.max_new_tokens", "6")
+    assert message == (
         f"jaxrl: --prompt: got {tokens} tokens, want 34 at most: the model was made for 40 positions, and rollout.max_new_tokens "
         "takes 6 of them\n"
     )
 
 
 def test_settings_and_prompts_of_a_task_for_a_model(model, capsys, tmp_path):
-    """And what its config asks of the model's place is checked: the right answer has 2 tokens, and 1 is not enough."""
+    """The config of the task is checked for the model: the right answer has 2 tokens, and 1 is not enough."""
     rows = [{"question": f"{n} + 1", "answer": str(n + 1)} for n in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "task.yaml").write_text(
         f"task: {{kind: file, path: {tmp_path}/rows.jsonl, held_out: 1, prompt: '{{question}}', response: '{{answer}}'}}\n"
         "rollout: {max_new_tokens: 1}\n"
     )
-    said = refused(capsys, model, "--task", tmp_path / "task.yaml", "--prompt", "1 + 1")
-    assert said == "jaxrl: rollout.max_new_tokens: got 1, want at least the 2 tokens of the longest right response\n"
+    message = refused(capsys, model, "--task", tmp_path / "task.yaml", "--prompt", "1 + 1")
+    assert message == "jaxrl: rollout.max_new_tokens: got 1, want at least the 2 tokens of the longest right response\n"
 
 
-def test_a_prompt_that_cannot_be_spelled_is_refused_before_anything_compiles(tmp_path, capsys):
+def test_a_prompt_that_cannot_be_encoded_is_refused_before_anything_compiles(tmp_path, capsys):
     (tmp_path / "own.yaml").write_text(OWN + f"run_dir: {tmp_path}/none\n")
-    said = refused(capsys, tmp_path / "own.yaml", "--prompt", "xy")
-    assert said == "jaxrl: --prompt: got characters 'x' 'y', want only those of tokenizer.alphabet\n"
+    message = refused(capsys, tmp_path / "own.yaml", "--prompt", "xy")
+    assert message == "jaxrl: --prompt: got characters 'x' 'y', want only those of tokenizer.alphabet\n"
 
 
 @pytest.mark.slow
 def test_a_prompt_may_be_longer_than_those_of_the_task(tmp_path, capsys):
-    """Three digits and two signs in brackets are 7 tokens; here are 25, and a model of our own knows no last position."""
+    """The task's prompts have 7 tokens, three digits and two signs in brackets; this one has 25. A model without config.json has no
+    maximum length."""
     (tmp_path / "own.yaml").write_text(OWN + f"run_dir: {tmp_path}/none\n")
     prompt = "<" + "+".join("123456789012") + ">"
     assert len(prompt) == 25
     assert cli.main(["sample", str(tmp_path / "own.yaml"), "--prompt", prompt, "-n", "3"]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
     assert head == f"{prompt}   from an untrained policy, temperature 1.0"
-    # Nobody knows the answer, so there is no reward; each token's log-probability and entropy follow.
+    # The answer is not known, so there is no reward.
     assert [re.match(r"  (\d)  .* reward \?  log-prob +-\d", row)[1] for row in rows] == ["0", "1", "2"]

@@ -1,4 +1,4 @@
-"""Flags: every value of a config, in every variant of every choice, can be set by its path, and arrives."""
+"""Flags: every key of the config, in every variant of every section, can be set by its path."""
 
 import dataclasses
 import typing
@@ -20,7 +20,7 @@ from jaxrl_llm.tasks.config import ArithmeticTask, CharacterTokenizer, FileTask,
 from jaxrl_llm.update.optimizer.config import AdamW, GroupConfig, Lion, Muon
 
 ROOT = Path(__file__).parents[2]
-# What the walk sets: the first that a type takes and that is not the default; also words that YAML reads as something else.
+# Values to set: the first that the type accepts and that is not the default. Some are text that YAML reads as something else.
 CANDIDATES = (
     3, 7, 2, 0, 0.5, 0.25, 1.5, True, False, "a: b, 007", "{question} [1]", "a.*", {"a": {"b": 1}},
     [{"match": "layers/.*", "lr_scale": 0.5}], [{"grader": "numeric", "weight": 2.0}], [True], ["q", "down"], ["x", "# y"],
@@ -29,7 +29,7 @@ CANDIDATES = (
 
 
 def members(annotation) -> list:
-    """Of a union, the annotations inside; none of them Annotated where they are dataclasses."""
+    """Members of a union; dataclasses without their Annotated."""
     inner = typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
     if typing.get_origin(inner) in (typing.Union, type(int | str)):
         return [m for part in typing.get_args(inner) for m in members(part)]
@@ -42,10 +42,10 @@ def reader(annotation) -> TypeAdapter:
 
 
 def value_for(section: type, field: dataclasses.Field) -> tuple:
-    """What is given, and what then stands in the config."""
+    """A value to give, and the value that the config then has."""
     words = [x for m in members(field.type) if typing.get_origin(m) is typing.Literal for x in typing.get_args(m)]
     presets = ["paper:cispo"] if field.name == "preset" else []
-    # Where a section may stand, "a: b" is one.
+    # In place of a section, "a: b" would be one.
     section_or_text = [x for x in ("a.*",) if any(dataclasses.is_dataclass(m) for m in members(field.type))]
     for value in (*presets, *words, *section_or_text, *CANDIDATES):
         try:
@@ -59,11 +59,11 @@ def value_for(section: type, field: dataclasses.Field) -> tuple:
 
 
 def leaves(section: type, path: tuple = (), needs: tuple = ()):
-    """(path, what is given there, what is read, what else must be given) for each field of each variant."""
+    """(path, value to give, value to read, other values required) for each field of each variant."""
     fields = dataclasses.fields(section)
     required = [f for f in fields if f.default is f.default_factory is dataclasses.MISSING]
     needs = (*needs, *(((*path, f.name), value_for(section, f)[0]) for f in required))
-    if section is PretrainedTokenizer:  # the directory that it is of: here, or model.path
+    if section is PretrainedTokenizer:  # its directory, which model.path would give as well
         needs = (*needs, ((*path, "path"), "t"))
     for field in fields:
         place, variants = (*path, field.name), [m for m in members(field.type) if dataclasses.is_dataclass(m)]
@@ -94,7 +94,7 @@ def empty(tmp_path_factory) -> str:
     return str(path)
 
 
-def test_the_walk_meets_every_kind_of_value():
+def test_the_walk_covers_all_kinds_of_values():
     paths = {".".join(path) for path, *_ in LEAVES}
     assert len(LEAVES) > 350 and len(paths) > 180
     assert paths >= {
@@ -111,7 +111,7 @@ def test_every_value_can_be_set_by_its_path(empty, part):
     for path, given, want, needs in LEAVES:
         if path[0] != part:
             continue
-        # What chooses the variant stands behind, so that the order is seen not to matter.
+        # The flag that chooses the variant comes last, to show that the order does not matter.
         args = ["--" + ".".join(path), text(given), *(f"--{'.'.join(p)}={text(v)}" for p, v in needs if p != path)]
         got = reduce(lambda x, n: x[int(n)] if n.isdigit() else getattr(x, n), path, read_config(empty, args))
         if (type(got), got) != (type(want), want):
@@ -136,11 +136,11 @@ def refused(tmp_path, yaml_text: str, *args: str) -> list[str]:
     return str(error.value).replace(f"{tmp_path}/c.yaml: ", "FILE ").splitlines()
 
 
-NUMBERS = "model: {layers: 3, heads: 8}\n"
+SIZES = "model: {layers: 3, heads: 8}\n"
 PRETRAINED = "model: {path: m, compute: float32}\n"
 
 
-def test_the_layout_is_a_word_or_axes(tmp_path):
+def test_the_layout_is_a_name_or_mesh_axes(tmp_path):
     def layout(text, *args):
         return read(tmp_path, text, *args).rollout.engine.layout
 
@@ -153,12 +153,12 @@ def test_the_layout_is_a_word_or_axes(tmp_path):
     assert read(tmp_path, axes, "--rollout.engine.layout=wide").rollout.engine.decode_chunk == 9
 
 
-def test_a_path_makes_a_model_of_numbers_a_pretrained_one(tmp_path):
-    cfg = read(tmp_path, NUMBERS, "--model.path", "m")
+def test_a_path_replaces_the_sizes_of_a_model(tmp_path):
+    cfg = read(tmp_path, SIZES, "--model.path", "m")
     assert cfg.model == PretrainedModel("m") and cfg.tokenizer == PretrainedTokenizer("m")
     cfg = read(
         tmp_path,
-        NUMBERS,
+        SIZES,
         "--model.compute",
         "float32",
         "--model.path",
@@ -168,17 +168,17 @@ def test_a_path_makes_a_model_of_numbers_a_pretrained_one(tmp_path):
     assert cfg.model == PretrainedModel("m", "float32")
     assert cfg.tokenizer == PretrainedTokenizer("m", template={"enable_thinking": False})
     assert read(tmp_path, PRETRAINED, "--model.path", "n").model == PretrainedModel("n", "float32")
-    assert read(tmp_path, NUMBERS, "--model.heads", "4").model == ModelConfig(layers=3, heads=4)
+    assert read(tmp_path, SIZES, "--model.heads", "4").model == ModelConfig(layers=3, heads=4)
 
 
-def test_numbers_beside_a_path_are_refused_but_a_whole_section_replaces_it(tmp_path):
-    """A flag for one number must not throw the checkpoint away."""
+def test_sizes_beside_a_path_are_refused_but_a_section_of_them_replaces_it(tmp_path):
+    """A flag for one number must not discard the checkpoint."""
     assert refused(tmp_path, PRETRAINED, "--model.layers", "2") == ["--model.layers: no such key beside path"]
     assert read(tmp_path, PRETRAINED, "--model", "{layers: 2}").model == ModelConfig(layers=2)
     assert read(tmp_path, PRETRAINED, "--model", "{compute: bfloat16}").model == PretrainedModel("m", "bfloat16")
 
 
-def test_a_tokenizer_is_chosen_by_what_only_it_has(tmp_path):
+def test_a_tokenizer_is_chosen_by_a_key_that_only_it_has(tmp_path):
     letters = "tokenizer: {alphabet: ab}"
     assert read(tmp_path, letters, "--tokenizer.path", "t").tokenizer == PretrainedTokenizer("t")
     assert read(tmp_path, "tokenizer: {path: t}", "--tokenizer.alphabet", "01").tokenizer == CharacterTokenizer("01")
@@ -196,13 +196,13 @@ def test_another_kind_starts_from_its_own_defaults(tmp_path):
     assert read(tmp_path, "seed: 0", "--task", "{kind: file, path: p}").task == FileTask("p")
     assert read(tmp_path, "task: {kind: file, path: p}", "--task.kind", "arithmetic").task == ArithmeticTask()
     scaled = ("--model.rope_scaling.factor", "8", "--model.rope_scaling.kind", "linear")
-    assert read(tmp_path, NUMBERS, *scaled).model == ModelConfig(layers=3, heads=8, rope_scaling=LinearRope(8.0))
+    assert read(tmp_path, SIZES, *scaled).model == ModelConfig(layers=3, heads=8, rope_scaling=LinearRope(8.0))
     turned = "model: {rope_scaling: {kind: linear, factor: 8}}"
     assert read(tmp_path, turned, "--model.rope_scaling", "null").model.rope_scaling is None
 
 
-def test_the_kind_of_a_term_is_no_choice_of_a_section(tmp_path):
-    """`kl` is one section whatever its kind: its weight, the file's or the preset's 0.04, stays."""
+def test_the_kind_of_a_loss_term_does_not_choose_a_section(tmp_path):
+    """`kl` is one section for all kinds: its weight, from the file or the preset's 0.04, stays."""
     assert read(
         tmp_path, "objective: {loss: {kl: {weight: 0.5}}}", "--objective.loss.kl.kind", "k2"
     ).objective.loss.kl == KlConfig("k2", 0.5)
@@ -251,7 +251,7 @@ def test_lists_and_mappings(tmp_path):
     assert groups == (GroupConfig("embed"),)
 
 
-def test_words_stay_words_and_numbers_become_numbers(tmp_path):
+def test_text_stays_text_and_numbers_become_numbers(tmp_path):
     args = [
         "--run-dir",
         "007",
@@ -270,7 +270,7 @@ def test_words_stay_words_and_numbers_become_numbers(tmp_path):
     assert read(tmp_path, "task: {kind: file, path: a}", "--task.answer", "").task.answer == ""
 
 
-def test_the_last_of_two_flags_wins_and_a_part_wins_over_its_section(tmp_path):
+def test_the_last_of_two_flags_counts_and_a_part_overrides_its_section(tmp_path):
     assert read(tmp_path, "seed: 0", "--seed", "1", "--seed=2").seed == 2
     args = [
         "--update.optimizer.lr",
@@ -303,7 +303,7 @@ def test_the_last_of_two_flags_wins_and_a_part_wins_over_its_section(tmp_path):
         (["--task.kind", "file"], ["--task.path: got nothing, want a value"]),
         (["--rollout.stop", "ab"], ["--rollout.stop: got 'ab', want a list, as [a, b]"]),
         (["--lora.targets.9", "q"], ["--lora.targets.9: got entry 9 of a list that has 7, want 7 at most: entries count from 0"]),
-        (["--mesh", "{data: 1, data: 2}"], ["--mesh: the key 'data' stands twice, want it once: line 1, column 11"]),
+        (["--mesh", "{data: 1, data: 2}"], ["--mesh: the key 'data' appears twice, want it once: line 1, column 11"]),
         (["--tokenizer.chat", "false"], ["--tokenizer.path: got nothing, want a directory, since model has no path either"]),
         (["--model.path", "a/b", "--model.layers", "2"], ["--model.layers: no such key beside path"]),
         (["--seed", "true"], ["--seed: got True, want a whole number"]),
@@ -318,20 +318,20 @@ def test_the_last_of_two_flags_wins_and_a_part_wins_over_its_section(tmp_path):
         (["--steps", "1.5"], ["--steps: got 1.5, want a whole number"]),
     ],
 )  # fmt: skip
-def test_a_flag_that_is_wrong_is_named(tmp_path, args, lines):
+def test_errors_about_flags(tmp_path, args, lines):
     (tmp_path / "c.yaml").write_text("seed: 0\n")
     with pytest.raises(UserError) as error:
         read_config(str(tmp_path / "c.yaml"), args, ["--resume"])
     assert str(error.value).replace(f"{tmp_path}/c.yaml: ", "FILE ").splitlines() == lines
 
 
-def test_what_is_wrong_in_the_file_and_on_the_command_line_comes_at_once(tmp_path):
+def test_errors_in_the_file_and_on_the_command_line_come_at_once(tmp_path):
     file = "seed: x\nstpes: 1\nsteps: 1\nsteps: -2\nobjective: {preset: verl:gropo, loss: {kl: {weight: -1}}}\nmesh: {data: 0}\n"
     lines = refused(
         tmp_path, file, "--mesh.fsdp", "0", "wide", "--rollout.prompts=0", "--mesh.data", "1", "--modle.path", "m"
     )
     assert [line.split(": ")[0] for line in lines] == [
-        "FILE the key 'steps' stands twice, want it once",
+        "FILE the key 'steps' appears twice, want it once",
         "wide",
         "--modle.path",
         "FILE seed",
@@ -348,7 +348,7 @@ def test_what_is_wrong_in_the_file_and_on_the_command_line_comes_at_once(tmp_pat
 @pytest.mark.parametrize(
     "file", ["model: 3", "model: [1]", "model: words", "reward: {graders: 3}", "rollout: {stop: a}"]
 )
-def test_a_flag_for_a_part_does_not_hide_that_the_files_section_is_none(tmp_path, file):
+def test_a_flag_for_a_part_does_not_hide_that_the_file_has_no_section_there(tmp_path, file):
     args = ["--model.layers=2", "--reward.graders.0.weight=2", "--rollout.stop.0=x"]
     (line,) = refused(tmp_path, file, *args)
     assert line.startswith(f"FILE {'.'.join(file.replace('{', '').split(': ')[:-1])}: got ")

@@ -1,4 +1,4 @@
-"""Configs and flags that attack the reader or the terminal: one line each, at once, and nothing that a terminal obeys."""
+"""Configs and flags that attack the YAML reader or the terminal: one message each, at once, without control characters."""
 
 import json
 import logging
@@ -19,9 +19,9 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{last}'] * 10)}]\n" for last, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
 TEXTS = {
-    "aliases of aliases": (BOMB + "rollout: {stop: *i}\n", "its aliases make more than 100,000 values of it"),
-    "an alias of itself": ("rollout: {stop: &a [*a]}\n", "an alias stands inside of what it names: line 1"),
-    "a mapping of itself": ("task: &a {kind: *a}\n", "an alias stands inside of what it names: line 1"),
+    "aliases of aliases": (BOMB + "rollout: {stop: *i}\n", "its aliases expand to more than 100,000 values"),
+    "an alias of itself": ("rollout: {stop: &a [*a]}\n", "an alias is inside the value that it names: line 1"),
+    "a mapping of itself": ("task: &a {kind: *a}\n", "an alias is inside the value that it names: line 1"),
     "deep lists": ("[" * 5000, "it is nested too deeply"),
     "deep mappings": ("a: " + "{a: " * 5000 + "}" * 5000, "it is nested too deeply"),
     "a long number": ("seed: " + "9" * 5000, "Exceeds the limit (4300 digits)"),
@@ -30,7 +30,7 @@ TEXTS = {
 }
 
 
-def said(directory, text, *args) -> str:
+def refused(directory, text, *args) -> str:
     path = directory / "c.yaml"
     path.write_text(text)
     start = time.monotonic()
@@ -41,16 +41,16 @@ def said(directory, text, *args) -> str:
 
 
 @pytest.mark.parametrize("kind", TEXTS)
-def test_yaml_that_is_bigger_than_it_looks(tmp_path, kind):
+def test_small_yaml_with_a_huge_value(tmp_path, kind):
     text, why = TEXTS[kind]
-    line = said(tmp_path, text)
+    line = refused(tmp_path, text)
     assert line.startswith(f"FILE not YAML: {why}") and "\n" not in line
-    if kind.startswith("deep"):  # what flags say is YAML too
-        assert said(tmp_path, "seed: 0\n", "--task", text[text.index("[") if "[" in text else 3 :]).endswith(why)
+    if kind.startswith("deep"):  # values of flags are YAML as well
+        assert refused(tmp_path, "seed: 0\n", "--task", text[text.index("[") if "[" in text else 3 :]).endswith(why)
 
 
-def test_a_file_that_is_no_config_for_its_size_alone(tmp_path):
-    assert said(tmp_path, "#" * 2_000_001) == "FILE got 2,000,001 bytes, want a config of 2,000,000 at most"
+def test_a_file_too_large_for_a_config(tmp_path):
+    assert refused(tmp_path, "#" * 2_000_001) == "FILE got 2,000,001 bytes, want a config of 2,000,000 at most"
 
 
 def test_an_anchor_and_a_merge_are_fine(tmp_path):
@@ -73,15 +73,15 @@ def test_an_anchor_and_a_merge_are_fine(tmp_path):
         ('model: {path: "a\\0b"}', "model.path"),
     ],
 )
-def test_half_a_character_is_refused_by_its_place(tmp_path, text, place):
-    (line,) = said(tmp_path, text).splitlines()
+def test_half_a_surrogate_pair_is_refused_by_its_key(tmp_path, text, place):
+    (line,) = refused(tmp_path, text).splitlines()
     wrong = "'\\x00'" if "\\0" in text else "'\\ud800'"
     assert line.startswith(f"FILE {place}: got ") and line.endswith(
         f", want text without {wrong}, which is no character"
     )
 
 
-def test_a_prompt_that_is_half_a_character(tmp_path):
+def test_a_prompt_with_half_a_surrogate_pair(tmp_path):
     tiny = "model: {vocab_size: 16, layers: 1, d_model: 8, heads: 2, kv_heads: 1, head_dim: 8, d_mlp: 8}"
     (tmp_path / "c.yaml").write_text(
         f"run_dir: {tmp_path}/run\ntask: {{kind: file, path: {tmp_path}/r.jsonl, held_out: 1}}\n{tiny}\n"
@@ -100,31 +100,31 @@ def test_a_prompt_that_is_half_a_character(tmp_path):
 RED = "\x1b[31m"
 
 
-def test_no_error_acts_on_the_terminal(tmp_path):
-    """Keys of a config, columns, file names, names of models, words that were meant for nobody."""
+def test_error_messages_hold_no_control_characters(tmp_path):
+    """Keys of a config, columns, file names, names of models, misspelled commands and flags."""
     (tmp_path / "rows.jsonl").write_text(json.dumps({f"{RED}q\u202e": 1}) + "\n")
     (tmp_path / "c.yaml").write_text(f"task: {{kind: file, path: {tmp_path}/rows.jsonl, held_out: 1}}\n")
     (tmp_path / "keys.yaml").write_text('"\\e[31mkey": 1\n')
-    named = tmp_path / f"{RED}dir"
-    named.mkdir()
-    (named / "config.json").write_text(json.dumps({"architectures": [f"{RED}\x07Llama"]}))
+    model = tmp_path / f"{RED}dir"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"architectures": [f"{RED}\x07Llama"]}))
     plain = "configs/arithmetic.yaml"
     commands = [
         ("train", tmp_path / "c.yaml", "--run-dir", tmp_path / "run"),
         ("train", tmp_path / "keys.yaml"),
-        ("train", plain, "--model.path", named, "--run-dir", tmp_path / "run"),
+        ("train", plain, "--model.path", model, "--run-dir", tmp_path / "run"),
         ("train", plain, f"--{RED}x", "1"),
         (f"{RED}train", plain),
         ("train", tmp_path / f"{RED}no.yaml"),
         ("report", tmp_path / f"{RED}no"),
     ]
     for command in commands:
-        words = jaxrl(*command)
-        assert words.startswith("jaxrl: ") and "\\x1b[31m" in words, command
-        assert not {"\x1b", "\x07", "\u202e"} & set(words), command
+        message = jaxrl(*command)
+        assert message.startswith("jaxrl: ") and "\\x1b[31m" in message, command
+        assert not {"\x1b", "\x07", "\u202e"} & set(message), command
 
 
-def test_the_record_the_page_and_the_console_take_any_text(tmp_path, capsys):
+def test_records_report_and_console_take_any_text(tmp_path, capsys):
     bad = f"\ud800{RED}\u202e"
     row = {
         "uid": 0,
@@ -148,6 +148,6 @@ def test_the_record_the_page_and_the_console_take_any_text(tmp_path, capsys):
         assert "\\ud800\\x1b[31m\\u202e" in text and not set(bad) & set(text) - set("[31m")
 
 
-def test_no_warning_acts_on_the_terminal():
+def test_warnings_hold_no_control_characters():
     record = logging.LogRecord("jaxrl_llm", logging.WARNING, "", 0, "column %s\nnext", (f"{RED}q",), None)
     assert cli.PrintableFormatter("%(message)s").format(record) == "column \\x1b[31mq\nnext"

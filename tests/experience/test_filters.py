@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from jaxrl_llm.config.run_config import training_problems, validate
+from jaxrl_llm.config.consistency import training_problems
+from jaxrl_llm.config.loading import validate
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience import filters
 from jaxrl_llm.experience.filters import make_filter, stateless_filter

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm.config.loading import validate
 from jaxrl_llm.config.own_part import own_problems
-from jaxrl_llm.config.run_config import validate
-from jaxrl_llm.config.unread import unread
+from jaxrl_llm.config.unused_settings import unused_settings
 from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.curriculum import own_curriculum
@@ -135,7 +135,7 @@ def test_a_schedule_gives_one_number_and_is_read(name, message):
     with pytest.raises(UserError) as error:
         jax.jit(lambda update: learning_rate(cfg.update.optimizer, update))(1)
     assert str(error.value).startswith(f"optimizer.schedule own_stages:{name}: {message}")
-    assert unread(cfg) == [
+    assert unused_settings(cfg) == [
         "update.optimizer.lr: nothing reads this, since update.optimizer.schedule is one of your own"
     ]
 

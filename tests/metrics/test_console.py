@@ -15,7 +15,7 @@ from contextlib import suppress
 import pytest
 from rich.cells import cell_len
 
-from jaxrl_llm.config.run_config import validate
+from jaxrl_llm.config.loading import validate
 from jaxrl_llm.metrics import console
 from jaxrl_llm.metrics.config import MetricsConfig
 from jaxrl_llm.metrics.console import Progress, status_line, wrapped

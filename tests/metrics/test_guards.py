@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import train
-from jaxrl_llm.config import run_config
+from jaxrl_llm.config import loading
 from jaxrl_llm.errors import AdvantageError, GradingError, MismatchError, NonFiniteError
 from jaxrl_llm.metrics.guards import Guards, RatioAlarm, observe
 from jaxrl_llm.objective.advantages import Published, estimate
@@ -257,7 +257,7 @@ def opened(tmp_path_factory):
     """(run, state at the start of RL): built once."""
     directory = tmp_path_factory.mktemp("guards")
     (directory / "parity_grader.py").write_text("def odd(sample): return float(sum(map(ord, sample.completion)) % 2)\n")
-    cfg = run_config.validate(CONFIG | {"run_dir": str(directory / "run")}, "test")
+    cfg = loading.validate(CONFIG | {"run_dir": str(directory / "run")}, "test")
     with pytest.MonkeyPatch.context() as patched:
         patched.syspath_prepend(str(directory))
         with train.open_run(cfg, must_resume=False, given=None, ends_process=False) as run:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from setups import FAMILIES, SMALL, engine, layouts, make_params, make_prompts, to_batch, to_experience
 
-from jaxrl_llm.config import run_config
+from jaxrl_llm.config import loading
 from jaxrl_llm.distribution.score import Scoring, score_tokens
 from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.model.params import unstack
@@ -81,7 +81,7 @@ def test_a_policy_is_written_into_the_one_before(weights):
 
 def test_publishing_without_an_older_policy_compiles_once_a_run():
     values = {"model": dataclasses.asdict(SMALL), "rollout": {"prompts": 8, "samples": 2}, "reward": "exact_match"}
-    cfg = run_config.validate(values, "test")
+    cfg = loading.validate(values, "test")
     of = blueprint_of(cfg, sources.read(cfg))
     publish = make_publisher(of)
     state = TrainState(make_params(of.model, of.train), (), hosts.put(np.int32(2), of.train.replicated))

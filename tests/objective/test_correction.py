@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_losses import batch_of
 
-from jaxrl_llm.config.run_config import validate
+from jaxrl_llm.config.loading import validate
 from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.objective.config import ObjectiveConfig

@@ -12,8 +12,10 @@ from estimator_inputs import to_groups
 from test_losses import batch_of
 
 from jaxrl_llm import cli
+from jaxrl_llm.config.consistency import training_problems
+from jaxrl_llm.config.loading import validate
 from jaxrl_llm.config.own_part import own_problems
-from jaxrl_llm.config.run_config import dump, training_problems, validate
+from jaxrl_llm.config.saved_config import to_yaml
 from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.errors import AdvantageError, UserError
 from jaxrl_llm.metrics.json_lines import read_jsonl
@@ -183,7 +185,7 @@ def test_as_a_config_says_it(preset):
     given = {"objective": {"preset": preset, "loss": PULLED | {"options": {"strength": 2}}}}
     cfg = validate(given, "a.yaml")
     assert cfg.objective.loss == OwnLoss("own_parts:pulled", options={"strength": 2}, columns=("reference_logprobs",))
-    assert validate(yaml.safe_load(dump(cfg)), "again") == cfg
+    assert validate(yaml.safe_load(to_yaml(cfg)), "again") == cfg
     flags = ("--objective.loss", "own_parts:pulled", "--objective.loss.options.strength", "0.5")
     assert validate({"objective": preset}, "a.yaml", flags).objective.loss.options == {"strength": 0.5}
 
@@ -254,8 +256,8 @@ def test_a_wrong_name_is_told_before_jax_is_loaded(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text(f"run_dir: {tmp_path}/run\nobjective: {{loss: 'own_parts:puled'}}\n")
     code = (
-        "import sys; from jaxrl_llm.roles import sources; from jaxrl_llm.config import run_config; from pathlib import Path\n"
-        "found = sources.read(run_config.load(Path(sys.argv[1])), trains=True)\n"
+        "import sys; from jaxrl_llm.roles import sources; from jaxrl_llm.config import loading; from pathlib import Path\n"
+        "found = sources.read(loading.load(Path(sys.argv[1])), trains=True)\n"
         "print(found.missing, 'jax' in sys.modules)"
     )
     done = subprocess.run(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import cli
-from jaxrl_llm.config.run_config import validate
+from jaxrl_llm.config.loading import validate
 from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.perf import chips

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 
-from jaxrl_llm.config.run_config import RunConfig, validate
+from jaxrl_llm.config.loading import validate
+from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.environments.grader_pool import Failure
 from jaxrl_llm.experience.replay import blank_groups
 from jaxrl_llm.metrics.guards import Guards

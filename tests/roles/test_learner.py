@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from fakes import groups_of, state_of
 
-from jaxrl_llm.config.run_config import validate
+from jaxrl_llm.config.loading import validate
 from jaxrl_llm.distribution.loss import Loss
 from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.errors import UserError

@@ -7,7 +7,7 @@ from tokenizer_setup import save_tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from jaxrl_llm.config import run_config
+from jaxrl_llm.config import loading
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.roles import sources
 from jaxrl_llm.roles.blueprint import blueprint_of
@@ -80,7 +80,7 @@ def test_the_character_tokenizer_is_exported_for_transformers(tmp_path):
 
 def test_a_stop_text_that_cannot_occur_is_refused_by_character():
     """Also an empty text, which would end every response."""
-    cfg = run_config.validate({"rollout": {"stop": ["12", "</answer>", "\n\n", ""]}}, "x")
+    cfg = loading.validate({"rollout": {"stop": ["12", "</answer>", "\n\n", ""]}}, "x")
     with pytest.raises(UserError) as caught:
         blueprint_of(cfg, sources.read(cfg))
     assert str(caught.value).splitlines() == [

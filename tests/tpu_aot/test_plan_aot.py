@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxrl_llm.config.run_config import validate
+from jaxrl_llm.config.loading import validate
 from jaxrl_llm.plan import sweep
 from jaxrl_llm.plan.command import Target
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.peers.serve import Step, serve_steps, versions
-from jaxrl_llm.config import run_config
+from jaxrl_llm.config import loading, run_config
 from jaxrl_llm.roles.initial_state import start_params, start_rl
 from jaxrl_llm.train import Run, open_run, step, summary
 
@@ -41,7 +41,7 @@ def config(directory: str, words: str, compute: str, variant: str, beta: float, 
         "update": {"packing": {"kind": PACKINGS[variant]}, "micro_batches": GROUPS, "optimizer": {"lr": 1e-6}},
         "metrics": {"samples_every": 0, "rollouts_every": 0, "tensorboard": False},
     }
-    return run_config.validate(values, "ours_step")
+    return loading.validate(values, "ours_step")
 
 
 def load(directory: str, words: str, compute: str, variant: str, beta: float) -> tuple[Step, dict]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from jaxrl_llm.errors import UserError, in_words
+from jaxrl_llm.errors import UserError, describe_os_error
 from jaxrl_llm.metrics.recorder import METRICS, ROLLOUTS
 from jaxrl_llm.metrics.report.records import Reader, metrics_row, rollouts_row
 from jaxrl_llm.metrics.terminal import printable, printable_lines
@@ -174,7 +174,7 @@ def _write(out: Path, text: str) -> None:
     except OSError as error:
         with suppress(OSError):
             half.unlink()
-        raise UserError(f"{in_words(error, out)}; --out FILE puts the page elsewhere") from None
+        raise UserError(f"{describe_os_error(error, out)}; --out FILE puts the page elsewhere") from None
 
 
 def _is_of_training(row: Row) -> bool:

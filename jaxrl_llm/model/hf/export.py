@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from jaxrl_llm.errors import UserError, in_words
+from jaxrl_llm.errors import UserError, describe_os_error
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.checkpoint import INDEX, SINGLE
 from jaxrl_llm.model.hf.config import read_config, read_json
@@ -107,7 +107,7 @@ def atomic_directory(directory: Path, texts: Mapping[str, Any]) -> Iterator[Path
         if first:
             os.replace(building, directory)
     except OSError as error:
-        raise UserError(in_words(error, directory)) from None
+        raise UserError(describe_os_error(error, directory)) from None
     except SafetensorError as error:
         raise UserError(f"{directory}: the tensors cannot be written: {error}") from None
     finally:

@@ -1,4 +1,4 @@
-"""A model, tokenizer, data set and grader that are not ours: from a Hugging Face directory through training and back to one."""
+"""A user's model, tokenizer, data set and grader: from a Hugging Face directory through training, export and evaluation."""
 
 import json
 import os
@@ -11,8 +11,10 @@ from setups import layouts, make_params
 from tokenizer_setup import save_tokenizer
 
 from jaxrl_llm import cli
-from jaxrl_llm.commands.inspect_run import evaluate_target, export_run, restore
-from jaxrl_llm.config import run_config
+from jaxrl_llm.commands.evaluate import evaluate_target
+from jaxrl_llm.commands.export import export_run
+from jaxrl_llm.commands.loaded_policy import restore_params
+from jaxrl_llm.config import loading, run_config
 from jaxrl_llm.metrics.json_lines import read_jsonl
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.export import export
@@ -43,7 +45,7 @@ metrics: {{tensorboard: false, samples_every: 0, rollouts_every: 1, rollout_grou
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A directory with `model/`, `train.jsonl` and `test.jsonl`."""
-    place = tmp_path_factory.mktemp("theirs")
+    place = tmp_path_factory.mktemp("user")
     cfg, (layout, _) = TINY, layouts()
     save = lambda directory: save_tokenizer(directory)  # noqa: E731
     export(make_params(cfg, layout, sharpness=1.0), cfg, place / "model", "float32", save_tokenizer=save)
@@ -59,9 +61,9 @@ def write(place, tmp_path, **changes) -> run_config.RunConfig:
         "run_dir": tmp_path / "run", "steps": 5, "model": place / "model", "data": place / "train.jsonl",
         "held_out": place / "test.jsonl", "fsdp": -1, "every": 100,
     }  # fmt: skip
-    path = tmp_path / "theirs.yaml"
+    path = tmp_path / "user.yaml"
     path.write_text(CONFIG.format(**values | changes))
-    return run_config.load(path)
+    return loading.load(path)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def trained(place, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_grader_that_misbehaves_trains_to_the_end_and_is_counted_by_name(trained):
+def test_failures_of_a_grader_are_counted_by_name_and_training_continues(trained):
     _cfg, result = trained
     before, *rows = read_jsonl(result.run_dir / "metrics.jsonl")
     assert before["step"] == 0 and [row["step"] for row in rows] == [1, 2, 3, 4, 5]
@@ -95,8 +97,8 @@ def test_the_prompt_is_the_chat_and_the_completion_ends_at_any_end_token(trained
 
 
 @pytest.mark.slow
-def test_a_stop_text_that_is_a_special_token_ends_every_row_that_draws_it(trained):
-    """Token 1, which no text for graders shows. It used to be drawn and passed over."""
+def test_a_stop_string_that_is_a_special_token_ends_every_row_that_samples_it(trained):
+    """Token 1, which the text for graders does not show."""
     rows = [row for row in read_jsonl(trained[1].run_dir / "rollouts.jsonl") if 1 in row["ids"]]
     assert len(rows) > 2
     assert all(row["ids"].index(1) == len(row["ids"]) - 1 and row["finish"] == "stop" for row in rows)
@@ -108,29 +110,29 @@ def test_the_export_is_the_run_bit_for_bit_and_can_be_trained_on(trained, place,
     cfg, _result = trained
     out = export_run(cfg, tmp_path / "out", "float32")
     blueprint = blueprint_of(cfg, sources.read(cfg))
-    masters = restore(blueprint).params
+    masters = restore_params(blueprint).params
     again = load(out, blueprint.specs, blueprint.train, np.float32)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), masters, again)
     ours, theirs = (json.loads((d / "config.json").read_text()) for d in (out, place / "model"))
     assert ours["eos_token_id"] == [2, 3] and ours["hidden_size"] == theirs["hidden_size"]
     onward = write(out.parent, tmp_path, model=out, data=place / "train.jsonl", held_out=place / "test.jsonl")
     assert blueprint_of(onward, sources.read(onward)).model == blueprint.model
-    by_run, by_export = (evaluate_target(c, 2) for c in (cfg, run_config.load(tmp_path / "theirs.yaml")))
+    by_run, by_export = (evaluate_target(c, 2) for c in (cfg, loading.load(tmp_path / "user.yaml")))
     assert by_run["avg@2"] == by_export["avg@2"] and by_run["step"] == 5 and by_export["step"] == 0
     assert set(by_run) == {"model", "step", "k", "temperature", "avg@2", "pass@1", "pass@2", "maj@2"}
 
 
 @pytest.mark.slow
-def test_other_prompts_are_told_at_resume(trained, place, tmp_path, capsys):
-    """The chat template's, and an answer; nothing is said where nothing changed."""
+def test_changed_prompts_are_reported_at_resume(trained, place, tmp_path, capsys):
+    """A changed chat template and a changed answer; no report if nothing changed."""
     kept = [place / "test.jsonl", place / "model" / "chat_template.jinja"]
     before = [path.read_text() for path in kept]
     shutil.copytree(trained[1].run_dir, tmp_path / "run")
     write(place, tmp_path, every=100)
-    again = lambda: (cli.main(["train", str(tmp_path / "theirs.yaml")]), capsys.readouterr().out)  # noqa: E731
+    again = lambda: (cli.main(["train", str(tmp_path / "user.yaml")]), capsys.readouterr().out)  # noqa: E731
     try:
-        code, said = again()
-        assert code == 0 and "resuming from step 5" in said and "at the checkpoint" not in said
+        code, output = again()
+        assert code == 0 and "resuming from step 5" in output and "at the checkpoint" not in output
         kept[0].write_text(before[0].replace('"answer": "102"', '"answer": "103"'))
         kept[1].write_text(before[1] + " ")
         assert "task: got other training rows, held-out rows than at the checkpoint" in again()[1]
@@ -140,7 +142,7 @@ def test_other_prompts_are_told_at_resume(trained, place, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_evaluating_in_between_changes_nothing(trained, place, tmp_path):
+def test_evaluation_does_not_change_training(trained, place, tmp_path):
     _, result = trained
     often = train(write(place, tmp_path, every=1, steps=3))
     a, b = (read_jsonl(r.run_dir / "metrics.jsonl")[1:4] for r in (often, result))
@@ -165,23 +167,23 @@ def test_a_run_without_a_checkpoint_is_not_evaluated(tmp_path, capsys):
 
 
 BAD = {
-    "a path that is not there": ({"model": "/nowhere/at/all"}, "/nowhere/at/all: got a path that does not exist"),
+    "a missing path": ({"model": "/nowhere/at/all"}, "/nowhere/at/all: got a path that does not exist"),
     "no config.json": ({"model": "{place}"}, "got a directory without config.json"),
-    "a column that is not there": ({"data": "{tmp}/other.jsonl"}, "other.jsonl:2:"),
+    "a missing column": ({"data": "{tmp}/other.jsonl"}, "other.jsonl:2:"),
 }
 
 
-@pytest.mark.parametrize("changes, said", BAD.values(), ids=BAD)
-def test_bad_input_is_one_message(place, tmp_path, capsys, changes, said):
+@pytest.mark.parametrize("changes, message", BAD.values(), ids=BAD)
+def test_bad_input_is_one_message(place, tmp_path, capsys, changes, message):
     (tmp_path / "other.jsonl").write_text('{"id": 1, "question": "a", "answer": "b"}\n{"id": 2, "answer": "b"}\n')
-    refused(place, tmp_path, capsys, said, **{k: v.format(place=place, tmp=tmp_path) for k, v in changes.items()})
+    refused(place, tmp_path, capsys, message, **{k: v.format(place=place, tmp=tmp_path) for k, v in changes.items()})
 
 
-def refused(place, tmp_path, capsys, said, **changes):
+def refused(place, tmp_path, capsys, message, **changes):
     write(place, tmp_path, **changes)
-    assert cli.main(["train", str(tmp_path / "theirs.yaml")]) == 2
+    assert cli.main(["train", str(tmp_path / "user.yaml")]) == 2
     printed = capsys.readouterr().err
-    assert said in printed and printed.startswith("jaxrl: ") and "Traceback" not in printed
+    assert message in printed and printed.startswith("jaxrl: ") and "Traceback" not in printed
 
 
 def test_a_tokenizer_larger_than_the_model(place, tmp_path, capsys):

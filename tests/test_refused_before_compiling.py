@@ -1,5 +1,5 @@
-"""What devices and memory cannot do is refused by `jaxrl` before anything compiles, every number has a range, and names and files
-are judged before jax is imported."""
+"""Errors before anything compiles: settings beyond the devices and their memory, numbers out of range, and, before jax is imported,
+wrong names and files."""
 
 import contextlib
 import dataclasses
@@ -16,8 +16,9 @@ import jax
 import pytest
 
 from jaxrl_llm import cli, train
-from jaxrl_llm.config import values
-from jaxrl_llm.config.run_config import RunConfig, load, validate
+from jaxrl_llm.config import schema
+from jaxrl_llm.config.loading import load, validate
+from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.model.hf.config import read_config as read_model
@@ -39,25 +40,25 @@ SHAPES = {
 
 
 class Passed(UserError):
-    """All checks are done; what comes now compiles."""
+    """All checks are done; the next step would compile."""
 
 
-def no_shell(*args: object) -> None:
+def stop_here(*args: object) -> None:
     raise Passed("passed")
 
 
 def jaxrl(*args: object) -> str:
-    """What the command says of bad input."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
-        assert cli.main([str(arg) for arg in args]) == 2, said.getvalue()
-    return said.getvalue()
+    """Stderr of a command with bad input."""
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
+        assert cli.main([str(arg) for arg in args]) == 2, stderr.getvalue()
+    return stderr.getvalue()
 
 
 @pytest.fixture
-def train_says(monkeypatch, tmp_path):
-    """`jaxrl train` up to its first compilation, on eight devices of one CPU with 24 GB together."""
-    monkeypatch.setattr(train, "open_context", no_shell)
+def train_error(monkeypatch, tmp_path):
+    """Stderr of `jaxrl train` up to its first compilation, on eight devices of one CPU with 24 GB together."""
+    monkeypatch.setattr(train, "open_context", stop_here)
     monkeypatch.setattr(chips, "host_memory", lambda: 24e9)
     return lambda *more: jaxrl("train", CONFIG, "--mesh.data=8", "--run-dir", tmp_path / "run", *more)
 
@@ -70,16 +71,16 @@ def train_says(monkeypatch, tmp_path):
         ("--rollout.engine.weights fp8", ["got fp8 on cpu, want a GPU"]),
     ],
 )
-def test_what_this_platform_cannot_do_is_refused_before_anything_compiles(train_says, tmp_path, flags, words):
-    """Beside all else that is wrong."""
+def test_settings_for_another_platform_are_refused_before_anything_compiles(train_error, tmp_path, flags, words):
+    """Beside all other errors."""
     compiles = CompileCounter()
-    said = train_says(*flags.split(), "--rollout.temperature", 0)
-    assert all(text in said for text in words) and "rollout.temperature: got 0" in said
+    message = train_error(*flags.split(), "--rollout.temperature", 0)
+    assert all(text in message for text in words) and "rollout.temperature: got 0" in message
     assert compiles.take()["compiles"] == 0 and not (tmp_path / "run").exists()
 
 
-def test_a_plan_is_judged_by_the_devices_that_it_is_for():
-    """Prompts of 120 slots and responses of 8: rows of 128."""
+def test_a_plan_is_checked_for_its_own_devices():
+    """Prompts of 120 slots and responses of 8 make rows of 128."""
     values = {"rollout": {"engine": {"weights": "fp8"}}, "model": {"compute": "bfloat16"}}
     of = lambda platform, kind, capability="": SimpleNamespace(  # noqa: E731
         platform=platform, device_kind=kind, compute_capability=capability
@@ -98,30 +99,31 @@ def test_a_plan_is_judged_by_the_devices_that_it_is_for():
     assert found("splash", a100) == [f"{fp8}NVIDIA A100", "update.attention: got splash on gpu"]
 
 
-def test_a_response_cap_that_memory_cannot_hold_is_refused_by_number(train_says):
-    """A row keeps 512 bytes a token (2 layers x 2 key/value heads x 16 numbers x keys and values x 4 bytes), 64 rows 32,768.
-    While the cache grows from 524,288 slots to 1,000,000 both are there: 49.95 GB; and of an evaluation's 128 x 8 rollouts, 17
-    bytes a token, an eighth: 2.18 GB.
+def test_the_largest_response_length_that_fits_is_named(train_error):
+    """A row keeps 512 bytes per token (2 layers x 2 key/value heads x 16 numbers x keys and values x 4 bytes), 64 rows 32,768.
+    While the cache grows from 524,288 slots to 1,000,000, both are allocated: 49.95 GB; and an eighth of an evaluation's 128 x 8
+    rollouts at 17 bytes per token: 2.18 GB.
 
-    The most: it grows from 32,768 slots, 32,768 (N + 32,768) + 2,176 N = 3e9 less 2 to 4 MB of the model: N = 55,010 to 55,067.
+    The largest: the cache grows from 32,768 slots, 32,768 (N + 32,768) + 2,176 N = 3e9 less 2 to 4 MB of the model, N = 55,010 to
+    55,067.
     """
     start = time.process_time()
-    said = train_says("--rollout.max-new-tokens", 1_000_000)
+    message = train_error("--rollout.max-new-tokens", 1_000_000)
     assert time.process_time() - start < 2
-    assert "grow needs at least 52.1 GB on each device, 49.9 GB of it KV cache of rows; there are 3.0 GB" in said
+    assert "grow needs at least 52.1 GB on each device, 49.9 GB of it KV cache of rows; there are 3.0 GB" in message
     found = re.search(
-        r"rollout.max_new_tokens: got 1,000,000 with 512 rows .*, want ([\d,]+) at most, or fewer rows", said
+        r"rollout.max_new_tokens: got 1,000,000 with 512 rows .*, want ([\d,]+) at most, or fewer rows", message
     )
     most = int(found[1].replace(",", ""))
     assert 55_010 * 63 // 64 <= most <= 55_067
-    assert train_says("--rollout.max-new-tokens", most) == "jaxrl: passed\n"
-    assert train_says("--rollout.max-new-tokens", 55_100) != "jaxrl: passed\n"
+    assert train_error("--rollout.max-new-tokens", most) == "jaxrl: passed\n"
+    assert train_error("--rollout.max-new-tokens", 55_100) != "jaxrl: passed\n"
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        # 2 layers x 3 x 64 x 10^7 numbers, and all else 25,920.
+        # 2 layers x 3 x 64 x 10^7 numbers, and 25,920 others.
         ("--model.d-mlp 10000000", "model: got 3,840,025,920 parameters"),
         ("--lora.rank 10000000", "lora.rank: got 10,000,000, want less"),
         ("--warm-start.rows 8000000", "warm_start.rows: got 8,000,000, want fewer"),
@@ -134,23 +136,23 @@ def test_a_response_cap_that_memory_cannot_hold_is_refused_by_number(train_says)
         ),
     ],
 )
-def test_what_fills_the_memory_is_named(train_says, flags, words):
-    assert words in train_says(*flags.split())
+def test_the_setting_that_fills_the_memory_is_named(train_error, flags, words):
+    assert words in train_error(*flags.split())
 
 
-def test_looking_at_a_policy_needs_no_memory_for_training(monkeypatch, tmp_path):
-    """8 bytes a parameter of a policy and its like are there, the 16 of training would not be; a million responses are too many."""
+def test_sampling_needs_no_memory_for_training(monkeypatch, tmp_path):
+    """There is memory for the 8 bytes per parameter of sampling, not for the 16 of training, nor for 100 million responses."""
     monkeypatch.setattr(chips, "host_memory", lambda: 24e9)
-    monkeypatch.setattr("jaxrl_llm.commands.inspect_run.open_source", no_shell)
+    monkeypatch.setattr("jaxrl_llm.commands.sample.load_policy", stop_here)
     sample = lambda *more: jaxrl("sample", CONFIG, "--mesh.data=8", "--run-dir", tmp_path, *more)  # noqa: E731
     assert sample("--model.d-mlp", 500_000) == "jaxrl: passed\n"
     assert "want fewer" in sample("-n", 100_000_000)
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_every_config_has_sizes_on_a_cpu_and_needs_no_more_than_its_plan(name):
-    """Where 2,048 rows x 8 heads x 128 numbers are more than a CPU's caches hold, too. What is refused is less than what is
-    planned for: nothing that fits is refused."""
+def test_no_config_needs_more_than_its_plan(name):
+    """What the check counts is below the estimate of `jaxrl plan`, so that nothing that fits is refused; also where 2,048 rows x 8
+    heads x 128 numbers exceed the caches of a CPU."""
     cfg = dataclasses.replace(
         load(ROOT / "configs" / f"{name}.yaml"), model=read_model(ROOT / "benchmarks/shapes" / SHAPES[name], "bfloat16")
     )
@@ -174,7 +176,7 @@ def test_memory_of_the_host_or_of_its_control_group(tmp_path):
         return chips.host_memory(tmp_path)
 
     assert host("0::/\n", {}) == 1024 * 1024
-    # Version 2: a parent's limit holds too, and `max` is none.
+    # Version 2: the limit of a parent counts too, and `max` is no limit.
     assert (
         host("0::/job/step\n", {"sys/fs/cgroup/job/memory.max": "5000\n", "sys/fs/cgroup/job/step/memory.max": "max\n"})
         == 5000
@@ -187,15 +189,15 @@ def test_memory_of_the_host_or_of_its_control_group(tmp_path):
 def numbers_of(
     section: type, path: tuple[str, ...] = (), kinds: tuple[str, ...] = ()
 ) -> list[tuple[str, type, tuple[str, ...]]]:
-    """Every number of the config: its name, its type, and flags that choose the variant that has it, with all that it needs."""
+    """Every number of the config: its path, its type, and flags for the variant that has it and the keys which that requires."""
     found = []
-    for variant in values.sections(section):
+    for variant in schema.sections(section):
         kind = variant.__dataclass_fields__.get("kind")
         chosen = (*kinds, f"--{'.'.join((*path, 'kind'))}={kind.default}") if kind else kinds
         needed = [f for f in dataclasses.fields(variant) if f.default is f.default_factory is dataclasses.MISSING]
         chosen += tuple(f"--{'.'.join((*path, f.name))}={'x' if f.type is str else 1}" for f in needed)
         for field in dataclasses.fields(variant):
-            types = [a for a in values.alternatives(field.type) if a in (int, float)]
+            types = [a for a in schema.alternatives(field.type) if a in (int, float)]
             found += [(".".join((*path, field.name)), a, chosen) for a in types]
             found += numbers_of(field.type, (*path, field.name), chosen)
     return found
@@ -211,7 +213,7 @@ def test_there_are_numbers():
 
 
 def test_every_number_has_a_range():
-    """What no array holds is refused by name, whatever the variant: 2^63, 10^12 and their like of integers, 10^39 of others."""
+    """Numbers that no array can hold are refused by name in every variant: integers as 2^63 and 10^12, floats as 10^39."""
     for name, kind, chosen in NUMBERS:
         for value in (
             ("9223372036854775808", "-9223372036854775808", "1000000000000") if kind is int else ("1e39", "-1e39")
@@ -224,20 +226,20 @@ def test_every_number_has_a_range():
     assert validate({"seed": 2**32 - 1}, "test").seed == 2**32 - 1
 
 
-def test_a_billion_of_anything_ends_in_words_or_is_possible(train_says):
-    """No traceback, no array of that size, and no loop over it."""
+def test_a_billion_of_anything_is_refused_or_possible(train_error):
+    """Without a traceback, an array of that size or a loop over it."""
     slowest, few = 0.0, ("--task.terms=2", "--task.held_out=16")
     for name, chosen in {name: chosen for name, kind, chosen in reversed(NUMBERS) if kind is int}.items():
         start = time.process_time()
-        said = train_says(*(() if name.startswith("task.") else few), *chosen, f"--{name}=1000000000")
+        message = train_error(*(() if name.startswith("task.") else few), *chosen, f"--{name}=1000000000")
         slowest = max(slowest, time.process_time() - start)
-        assert said == "jaxrl: passed\n" or name.partition(".")[0] in said, said
+        assert message == "jaxrl: passed\n" or name.partition(".")[0] in message, message
     # A loop over a billion takes minutes.
     assert slowest < 10
 
 
-def test_a_wrong_name_is_told_before_jax_is_imported(tmp_path):
-    """With all else that can be told without devices."""
+def test_a_wrong_name_is_reported_before_jax_is_imported(tmp_path):
+    """With all other errors that can be found without devices."""
     code = (
         "import sys; from jaxrl_llm import cli\n"
         "assert cli.main(sys.argv[1:]) == 2\n"
@@ -257,8 +259,8 @@ def test_a_wrong_name_is_told_before_jax_is_imported(tmp_path):
     assert done.returncode == 0 and 'reward.graders.0.grader: got "gsm9k"' in done.stderr, done.stderr
 
 
-def test_a_plan_of_a_billion_tokens_is_made_at_once(capsys):
-    """Nothing of that length is laid out, on the host either."""
+def test_a_plan_of_a_billion_tokens_is_made_without_delay(capsys):
+    """No array of that length is made, on the host either."""
     start = time.process_time()
     assert cli.main(["plan", CONFIG, "--chips", "1", "--prompt-tokens", "1000000000"]) == 0
     assert time.process_time() - start < 10 and "does not fit: needs about" in capsys.readouterr().out

@@ -1,0 +1,59 @@
+"""`jaxrl eval`: the score of a policy on a task, with confidence intervals."""
+
+from typing import Any
+
+import numpy as np
+
+from jaxrl_llm.commands.loaded_policy import load_policy, prepare_sampling, with_batch
+from jaxrl_llm.config.run_config import RunConfig
+from jaxrl_llm.environments.grader_pool import GraderPool
+from jaxrl_llm.errors import CheckpointError
+from jaxrl_llm.metrics.console import shown_on_stderr
+from jaxrl_llm.metrics.estimates import Estimate, avg_at_k, maj_at_k, pass_at_k
+from jaxrl_llm.model.config import PretrainedModel
+from jaxrl_llm.roles import memory
+from jaxrl_llm.roles.build import make_evaluator, make_keys, make_scorer
+from jaxrl_llm.roles.collector import Collector
+
+MAX_PROMPTS = 64
+"""Prompts per batch."""
+
+
+def evaluate_target(cfg: RunConfig, k: int) -> dict[str, Any]:
+    """Return avg@k, pass@1 ... pass@k and maj@k over the held-out prompts, each an `Estimate` as a mapping.
+
+    `exact` is the mean probability of the right response, if the task has one and the target is a run.
+
+    Args:
+        k: samples per prompt.
+
+    Raises:
+        CheckpointError: there is neither a checkpoint nor a pretrained model.
+    """
+    prompts = min(getattr(cfg.task, "held_out", 0) or MAX_PROMPTS, MAX_PROMPTS)
+    setup = prepare_sampling(with_batch(cfg, prompts, k))
+    blueprint, task = setup.blueprint, setup.task
+    memory.check(blueprint, len(task.held_out), trains=False)
+    with shown_on_stderr("reading the model"):
+        loaded = load_policy(setup)
+    if not loaded.step and not isinstance(cfg.model, PretrainedModel):
+        raise CheckpointError(f"{cfg.run_dir}: got no checkpoint, want a run directory that holds one")
+    found = {"model": loaded.name, "step": loaded.step, "k": k, "temperature": cfg.rollout.temperature}
+    with GraderPool(cfg.reward) as pool:
+        score = make_scorer(blueprint, blueprint.shapes.experience)
+        collect = Collector(setup.engine, pool, task)
+        evaluator = make_evaluator(blueprint, task, collect, score, make_keys(cfg).evaluation)
+        with shown_on_stderr(f"evaluating {len(task.held_out)} held-out prompts"):
+            if loaded.params is not None and task.has_targets:
+                found["exact"] = float(np.mean(evaluator.probabilities(loaded.params)))
+            (right, vote), _ = evaluator.answers(loaded.policy)
+    found[f"avg@{k}"] = _as_json(avg_at_k(right))
+    for n in sorted({*(2**i for i in range(k.bit_length())), k}):
+        found[f"pass@{n}"] = _as_json(pass_at_k(right, n))
+    found[f"maj@{k}"] = _as_json(maj_at_k(right, vote))
+    return found
+
+
+def _as_json(estimate: Estimate) -> dict[str, float | None]:
+    """The estimate as a mapping, with None for NaN, which JSON does not have."""
+    return {name: None if np.isnan(x) else x for name, x in estimate._asdict().items()}
