@@ -182,9 +182,9 @@ def _train(target: str, args: list[str], only_supervised: bool = False) -> int:
     cfg = read_config(target, flags, list(OPTIONS["train"]))
     if only_supervised and not cfg.warm_start.steps:
         raise UserError(f"{target}: warm_start.steps: got 0, want 1 or more: the steps of supervised training")
-    from jaxrl_llm.roles import sources
+    from jaxrl_llm.roles import inputs
 
-    read = sources.read(cfg, trains=True)
+    read = inputs.read(cfg, trains=True)
     read.refuse()
     start_jax(cfg)
     from jaxrl_llm.train import sft as supervised_training
@@ -239,9 +239,9 @@ def sample(target: str, args: list[str]) -> int:
 def evaluate(target: str, args: list[str]) -> int:
     given, flags = take(args, OPTIONS["eval"])
     cfg = read_evaluation(target, given.get("--task"), flags, list(OPTIONS["eval"]))
-    from jaxrl_llm.roles import sources
+    from jaxrl_llm.roles import inputs
 
-    sources.refuse_graders(cfg)
+    inputs.refuse_graders(cfg)
     with ending_at_once():
         start_jax(cfg)
         from jaxrl_llm.commands.evaluate import evaluate_target

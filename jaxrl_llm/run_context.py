@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 
+from jaxrl_llm.checkpoint.config import CheckpointConfig
 from jaxrl_llm.checkpoint.run_directory import RunLock, prepare_run_directory
 from jaxrl_llm.checkpoint.store import Checkpoints, Restored
-from jaxrl_llm.config.run_config import CheckpointConfig
 from jaxrl_llm.environments.config import RewardConfig
 from jaxrl_llm.environments.grader_pool import GraderPool
 from jaxrl_llm.errors import AdvantageError, CheckpointError, GradingError, NonFiniteError, Preempted, UserError

@@ -22,27 +22,17 @@ from jaxrl_llm.config.unused_settings import unused_settings
 from jaxrl_llm.errors import AdvantageError, CheckpointError, UserError
 from jaxrl_llm.metrics.guards import observe, observe_update
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.perf.rates import describe_updates
-from jaxrl_llm.roles import memory, sources
+from jaxrl_llm.roles import build, inputs, memory
 from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
-from jaxrl_llm.roles.build import (
-    Keys,
-    make_evaluator,
-    make_keys,
-    make_learner,
-    make_sampler,
-    make_scorer,
-    make_supervised,
-)
 from jaxrl_llm.roles.collector import Collected, Collector, GivenUp
 from jaxrl_llm.roles.evaluator import Evaluator
-from jaxrl_llm.roles.initial_state import rl_target, start_params, start_rl, start_supervised, supervised_target
+from jaxrl_llm.roles.initial_state import abstract_target, start_params, start_rl, start_supervised
+from jaxrl_llm.roles.inputs import Inputs
 from jaxrl_llm.roles.learner import Learner
-from jaxrl_llm.roles.rates import learner_rates, sampler_rates
+from jaxrl_llm.roles.rates import describe_rates
 from jaxrl_llm.roles.sampler import Sampler
-from jaxrl_llm.roles.sources import Sources
 from jaxrl_llm.roles.state import RunState, SupervisedState
-from jaxrl_llm.roles.summary import describe, describe_engine, responses
+from jaxrl_llm.roles.summary import describe, responses
 from jaxrl_llm.roles.updates import Learned
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.run_context import (
@@ -82,7 +72,7 @@ class Run(NamedTuple):
 
     blueprint: Blueprint
     task: Task
-    keys: Keys
+    keys: build.Keys
     engine: Engine
     evaluator: Evaluator
     learner: Learner
@@ -90,9 +80,7 @@ class Run(NamedTuple):
     context: RunContext
 
 
-def train(
-    cfg: RunConfig, must_resume: bool = False, given: Sources | None = None, ends_process: bool = False
-) -> Result:
+def train(cfg: RunConfig, must_resume: bool = False, given: Inputs | None = None, ends_process: bool = False) -> Result:
     """Train as `cfg` says, from the newest checkpoint in its run directory if there is one.
 
     Args:
@@ -136,14 +124,10 @@ class Step(NamedTuple):
 
 
 def step(learner: Learner, source: Sampler, state: RunState, policy: Policy, rng: np.random.Generator) -> Step:
-    """One RL step. If it raises before the update begins, `state` is unchanged.
+    """One RL step. If it raises before the update, `state` is unchanged; the update donates `state.train`, publish `policy`.
 
     Args:
-        learner: the stages from filter to publish.
-        source: of graded groups.
-        state: donated from the update on.
-        policy: what is sampled from; its buffers become the next policy's.
-        rng: of filter, replay and the order of minibatches; made from seed and step, so that a resumed run repeats it.
+        rng: for replay and the order of minibatches; made from seed and step, so that a resumed run repeats it.
     """
     source.use(policy)
     graded = source.take(int(state.step))
@@ -162,7 +146,7 @@ def step(learner: Learner, source: Sampler, state: RunState, policy: Policy, rng
     return Step(state, policy, fresh, credit, learned, dropped | reused)
 
 
-def sft(cfg: RunConfig, must_resume: bool = False, given: Sources | None = None, ends_process: bool = False) -> Result:
+def sft(cfg: RunConfig, must_resume: bool = False, given: Inputs | None = None, ends_process: bool = False) -> Result:
     """Supervised training alone, the config's `warm_start`; `train` may continue from it. Arguments, result and errors as in
     `train`."""
     with open_run(dataclasses.replace(cfg, steps=0), must_resume, given, ends_process, full=cfg) as run:
@@ -186,7 +170,7 @@ def sft(cfg: RunConfig, must_resume: bool = False, given: Sources | None = None,
 
 @contextmanager
 def open_run(
-    cfg: RunConfig, must_resume: bool, given: Sources | None, ends_process: bool, full: RunConfig | None = None
+    cfg: RunConfig, must_resume: bool, given: Inputs | None, ends_process: bool, full: RunConfig | None = None
 ) -> Iterator[Run]:
     """Open the run of `cfg`: check that everything fits, lock the run directory, build the roles.
 
@@ -201,7 +185,7 @@ def open_run(
     if must_resume and open_checkpoints(cfg.run_dir, cfg.checkpoint.keep).is_empty():
         raise CheckpointError(f"--resume: got {cfg.run_dir}, which holds no checkpoint; leave out --resume to start it")
     with stop_signal(ends_process, cfg.total_steps) as stopping:
-        given = given or sources.read(cfg, trains=True)
+        given = given or inputs.read(cfg, trains=True)
         blueprint = blueprint_of(cfg, given)
         memory.check(blueprint, len(given.task.held_out))
         for line in unused_settings(cfg):
@@ -219,11 +203,11 @@ def context_of(cfg: RunConfig, full: RunConfig | None = None, *args: Any) -> Abs
 
 def assemble(blueprint: Blueprint, task: Task, context: RunContext) -> Run:
     """Build the roles; their calls are timed, and shown on the screen while they last."""
-    keys, engine = make_keys(blueprint.cfg), blueprint.make_engine(task.tokenizer.spellings)
+    keys, engine = build.make_keys(blueprint.cfg), blueprint.make_engine(task.tokenizer.spellings)
     collect = Collector(engine, context.pool, task)
-    score = make_scorer(blueprint, blueprint.shapes.experience)
+    score = build.make_scorer(blueprint, blueprint.shapes.experience)
     texts_of = lambda groups: task.decode(groups.rollouts.tokens, groups.rollouts.length)  # noqa: E731
-    learner, timed = make_learner(blueprint, score, texts_of), context.timers.timed
+    learner, timed = build.make_learner(blueprint, score, texts_of), context.timers.timed
     during = context.recorder.during
 
     def collected(*args: Any) -> Collected:
@@ -245,14 +229,14 @@ def assemble(blueprint: Blueprint, task: Task, context: RunContext) -> Run:
         task=task,
         keys=keys,
         engine=engine,
-        evaluator=make_evaluator(blueprint, task, collect, score, keys.evaluation),
+        evaluator=build.make_evaluator(blueprint, task, collect, score, keys.evaluation),
         learner=learner._replace(
             score=timed("update", learner.score),
             advantage=timed("update", learner.advantage),
             update=timed("update", update),
             publish=timed("publish", publish),
         ),
-        source=make_sampler(blueprint.cfg, task, collected, keys.train),
+        source=build.make_sampler(blueprint.cfg, task, collected, keys.train),
         context=context,
     )
 
@@ -291,7 +275,7 @@ def supervise(run: Run, state: SupervisedState | None) -> tuple[SupervisedState,
     """Supervised training to its last step, from `state` or from new parameters. Returns the last step's metrics unrecorded, so
     that the evaluation can join them; {} if no step was left."""
     cfg, context, metrics = run.blueprint.cfg, run.context, {}
-    supervised = make_supervised(run.blueprint, run.task)
+    supervised = build.make_supervised(run.blueprint, run.task)
     if state is None:
         state = start_supervised(run.blueprint, new_params(run))
     while state.step < cfg.warm_start.steps:
@@ -310,10 +294,7 @@ def supervise(run: Run, state: SupervisedState | None) -> tuple[SupervisedState,
 
 def resume(run: Run) -> State | None:
     """The newest state in the run directory; None in a new one."""
-
-    def target(is_rl: bool) -> State:
-        return rl_target(run.blueprint, run.learner, run.source.state) if is_rl else supervised_target(run.blueprint)
-
+    target = partial(abstract_target, run.blueprint, run.learner, run.source.state)
     return restore(run.context, target, run.task)
 
 
@@ -366,9 +347,7 @@ def summary(run: Run, done: Step) -> dict[str, Any]:
     cfg, recorder, stats, learned = run.blueprint.cfg, run.context.recorder, run.source.last.stats, done.learned
     show(run, done)
     with recorder.during("measuring", first="measuring what this machine can do"):
-        rates = describe_engine(stats, *sampler_rates(run.engine))
-        if learned.seconds:
-            rates |= describe_updates(learned.flops, learned.seconds, learner_rates(run.blueprint), run.blueprint.train)
+        rates = describe_rates(run.engine, stats, run.blueprint, learned)
     return {
         "phase": "rl",
         **describe(done.fresh, [grader.label for grader in cfg.reward.graders]),

@@ -26,9 +26,9 @@ ALLOWED = {
     "perf": FOUNDATION | {"model"},
     "tasks": {"errors", "types"},
     "rollout": FOUNDATION | {"distribution", "model", "perf.work"},
-    "environments": {"errors", "config.messages", "config.user_code", "metrics.terminal"},
+    "environments": {"errors", "config.error_messages", "config.user_code", "metrics.terminal"},
     "experience": {"errors", "types", "config.own_part", "config.user_code", "metrics.estimates"},
-    "objective": {"errors", "types", "distribution", "config.own_part", "config.user_code", "config.values"},
+    "objective": {"errors", "types", "distribution", "config.own_part", "config.user_code", "config.flags"},
     "update": FOUNDATION | {"distribution", "model", "config.own_part"},
     "config": {"errors", "checkpoint.run_directory", "metrics.recorder", "objective.presets", "objective.rules"},
     "metrics": {"errors"},
@@ -36,8 +36,8 @@ ALLOWED = {
     "roles": FOUNDATION | STAGES | {"config", "distribution", "model", "perf", "metrics.estimates", "metrics.guards"},
     "run_context": {"types", "errors", "checkpoint", "environments", "metrics", "roles.state", "tasks"},
     "plan": FOUNDATION | STAGES | {"config", "distribution", "metrics.console", "model", "perf", "roles"},
-    "train": FOUNDATION | STAGES | {"checkpoint", "config", "metrics", "model", "perf", "roles", "run_context"},
-    "commands": FOUNDATION | STAGES | {"config", "metrics", "model", "perf", "roles", "run_context"},
+    "train": FOUNDATION | STAGES | {"checkpoint", "config", "metrics", "roles", "run_context"},
+    "commands": FOUNDATION | STAGES | {"config", "metrics", "model", "roles", "run_context"},
     "cli": {"checkpoint", "commands", "config", "errors", "metrics", "parallel", "plan", "roles", "train"},
 }
 # Who may see a whole run's config.
@@ -181,7 +181,7 @@ def heavy_at_import(package: Path, start: Path) -> list[str]:
 LIGHT = [
     PACKAGE / "cli.py",
     *sorted(PACKAGE.glob("config/*.py")),
-    PACKAGE / "roles" / "sources.py",
+    PACKAGE / "roles" / "inputs.py",
     *sorted(PACKAGE.glob("*/**/config.py")),
     *sorted(path for path in PACKAGE.glob("environments/**/*.py") if path.name != "config.py"),
 ]

@@ -110,7 +110,10 @@ def test_the_largest_response_length_that_fits_is_named(train_error):
     start = time.process_time()
     message = train_error("--rollout.max-new-tokens", 1_000_000)
     assert time.process_time() - start < 2
-    assert "grow needs at least 52.1 GB on each device, 49.9 GB of it KV cache of rows; there are 3.0 GB" in message
+    assert (
+        "widen_suffix needs at least 52.1 GB on each device, 49.9 GB of it KV cache of rows; there are 3.0 GB"
+        in message
+    )
     found = re.search(
         r"rollout.max_new_tokens: got 1,000,000 with 512 rows .*, want ([\d,]+) at most, or fewer rows", message
     )

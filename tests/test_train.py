@@ -401,7 +401,7 @@ def test_supervised_training_apart_from_rl_is_the_same_run(reference, environmen
     supervised("--resume")
     run(config, tmp_path / "run", environment)
     assert_same_run(whole, tmp_path / "run")
-    assert "got a run whose RL has begun, want another run_dir" in supervised(expect=2)
+    assert "got a run in which RL has started, want another run_dir" in supervised(expect=2)
     none = supervised("--warm_start.steps", "0", "--run_dir", str(tmp_path / "other"), expect=2)
     assert "warm_start.steps: got 0, want 1 or more" in none
 
@@ -417,7 +417,7 @@ def test_supervised_training_keeps_the_directory_for_the_whole_run(tmp_path):
     train.train(loading.load(saved))
     assert rows(Path(cfg.run_dir))[-1]["phase"] == "rl"
     before = saved.read_bytes()
-    with pytest.raises(UserError, match="got a run whose RL has begun"):
+    with pytest.raises(UserError, match="got a run in which RL has started"):
         train.sft(cfg)
     assert saved.read_bytes() == before
 
@@ -425,8 +425,9 @@ def test_supervised_training_keeps_the_directory_for_the_whole_run(tmp_path):
 def test_supervised_updates_that_are_not_finite_count_on_in_rl(tmp_path, monkeypatch):
     """The last of them saves nothing and pushes nothing sound out."""
     from jaxrl_llm import train
+    from jaxrl_llm.roles import build
 
-    makes, bad = train.make_supervised, []
+    makes, bad = build.make_supervised, []
 
     def spoiled(*args):
         supervised = makes(*args)
@@ -438,7 +439,7 @@ def test_supervised_updates_that_are_not_finite_count_on_in_rl(tmp_path, monkeyp
 
         return call
 
-    monkeypatch.setattr(train, "make_supervised", spoiled)
+    monkeypatch.setattr(build, "make_supervised", spoiled)
     with train.open_run(tiny_run(tmp_path), False, None, False) as run:
         state, *_ = train.start(run)
         run.context.checkpoints.wait()

@@ -36,7 +36,7 @@ from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.group_estimators import Rloo
 from jaxrl_llm.objective.loss_config import Clip, PolicyGradient
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.roles import sources
+from jaxrl_llm.roles import inputs
 from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
 from jaxrl_llm.roles.build import make_keys, make_scorer, make_supervised
 from jaxrl_llm.roles.initial_state import start_params, start_rl, start_supervised
@@ -118,7 +118,7 @@ def store(runs: list[dict]) -> None:
 
 def warm_up(cfg: RunConfig) -> PyTree:
     """The parameters that all arms of a seed start from."""
-    given = sources.read(cfg, trains=True)
+    given = inputs.read(cfg, trains=True)
     blueprint = blueprint_of(cfg, given)
     supervised = make_supervised(blueprint, given.task)
     state = start_supervised(blueprint, start_params(blueprint, make_keys(cfg).train))

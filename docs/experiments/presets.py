@@ -28,7 +28,7 @@ from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.metrics.config import MetricsConfig
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.objective.presets import PRESETS
-from jaxrl_llm.roles import sources
+from jaxrl_llm.roles import inputs
 from jaxrl_llm.roles.blueprint import blueprint_of
 from jaxrl_llm.roles.build import make_keys, make_supervised
 from jaxrl_llm.roles.initial_state import start_params, start_rl, start_supervised
@@ -67,7 +67,7 @@ def config(preset: str, updates: int, run_dir: str) -> RunConfig:
 def warm_up() -> PyTree:
     """The parameters that all presets start from."""
     cfg = config(BESIDE, 4, SETUP.run_dir)
-    given = sources.read(cfg, trains=True)
+    given = inputs.read(cfg, trains=True)
     blueprint = blueprint_of(cfg, given)
     supervised = make_supervised(blueprint, given.task)
     state = start_supervised(blueprint, start_params(blueprint, make_keys(cfg).train))

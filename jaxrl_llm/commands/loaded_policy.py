@@ -15,11 +15,11 @@ from jaxrl_llm.model.hf.source import resolve as resolve_model
 from jaxrl_llm.model.params import abstract, unstack
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import resolve
-from jaxrl_llm.roles import sources
+from jaxrl_llm.roles import inputs
 from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
 from jaxrl_llm.roles.build import make_keys, make_publisher
 from jaxrl_llm.roles.initial_state import start_params
-from jaxrl_llm.roles.sources import Sources
+from jaxrl_llm.roles.inputs import Inputs
 from jaxrl_llm.roles.state import RunState, SupervisedState
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.run_context import State, restore_read_only
@@ -54,13 +54,13 @@ class RestoredParams(NamedTuple):
     """True if the checkpoint is one of RL, False if of supervised training."""
 
 
-def prepare_sampling(cfg: RunConfig, given: Sources | None = None) -> SamplingSetup:
+def prepare_sampling(cfg: RunConfig, given: Inputs | None = None) -> SamplingSetup:
     """Return the setup of a config. Raises UserError with everything that does not fit.
 
     Args:
         given: what was read for `cfg`; None: it is read here.
     """
-    given = given or sources.read(cfg)
+    given = given or inputs.read(cfg)
     blueprint = blueprint_of(cfg, given)
     return SamplingSetup(blueprint, given.task, blueprint.make_engine(given.task.tokenizer.spellings))
 

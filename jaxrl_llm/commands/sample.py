@@ -13,7 +13,7 @@ from jaxrl_llm.metrics.terminal import printable
 from jaxrl_llm.model.config import PretrainedModel
 from jaxrl_llm.model.hf.config import read_json
 from jaxrl_llm.model.hf.source import resolve as resolve_model
-from jaxrl_llm.roles import memory, sources
+from jaxrl_llm.roles import inputs, memory
 from jaxrl_llm.roles.build import make_keys
 from jaxrl_llm.roles.collector import Collector
 from jaxrl_llm.tasks.stream import make_prompts
@@ -31,7 +31,7 @@ def sample_prompt(cfg: RunConfig, text: str | None, n: int, has_task: bool = Tru
         has_task: False if the target is a model by itself; then only the prompt is read.
     """
     shaped = with_batch(cfg, 1, n)
-    given = sources.read(shaped, asked=partial(_task_of_prompt, text=text, has_task=has_task))
+    given = inputs.read(shaped, asked=partial(_task_of_prompt, text=text, has_task=has_task))
     setup = prepare_sampling(shaped, given)
     engine, task = setup.engine, setup.task
     memory.check(setup.blueprint, len(task.held_out), trains=False)
@@ -53,10 +53,10 @@ def sample_prompt(cfg: RunConfig, text: str | None, n: int, has_task: bool = Tru
 
 def _task_of_prompt(cfg: RunConfig, text: str | None, has_task: bool) -> Task:
     """The task with the prompt `text` as its only held-out one, which may be longer than the task's own prompts."""
-    task = sources.read_task(cfg) if has_task else Task((), (), load_tokenizer(cfg.tokenizer))
+    task = inputs.read_task(cfg) if has_task else Task((), (), load_tokenizer(cfg.tokenizer))
     if text is None:
         return task
-    if unknown := task.tokenizer.unknown(text):
+    if unknown := task.tokenizer.unknown_characters(text):
         raise UserError(
             f"--prompt: got characters {' '.join(map(repr, unknown))}, want only those of tokenizer.alphabet"
         )

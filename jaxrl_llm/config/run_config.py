@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Lt
 from pydantic import ConfigDict, Discriminator, Tag
 
+from jaxrl_llm.checkpoint.config import CheckpointConfig
 from jaxrl_llm.environments.config import RewardConfig
 from jaxrl_llm.experience.config import ExperienceConfig
 from jaxrl_llm.metrics.config import MetricsConfig
@@ -22,19 +23,6 @@ from jaxrl_llm.update.config import UpdateConfig, WarmStartConfig
 
 Steps = Annotated[int, Ge(0)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When the whole state is saved. The last step, SIGTERM and Ctrl-C always save."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    every: Annotated[int, Ge(1)] = 50
-    """Steps between saves."""
-    keep: Annotated[int, Ge(2)] = 3
-    """Number of newest checkpoints kept, at least two, so that one remains to fall back on. A checkpoint with non-finite
-    updates does not count."""
 
 
 @dataclass(frozen=True)

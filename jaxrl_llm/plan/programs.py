@@ -25,7 +25,7 @@ from jaxrl_llm.perf.hlo import HloModule
 from jaxrl_llm.plan.traffic import ProgramCost, read_cost
 from jaxrl_llm.roles.abstract_run import AbstractRun, make_abstract_run
 from jaxrl_llm.roles.blueprint import device_problems, make_blueprint
-from jaxrl_llm.roles.sources import packing_problems, vocabulary_problems
+from jaxrl_llm.roles.inputs import packing_problems, vocabulary_problems
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.tasks.config import CharacterTokenizer
 from jaxrl_llm.tasks.tokenizer import load_tokenizer

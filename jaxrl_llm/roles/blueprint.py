@@ -25,7 +25,7 @@ from jaxrl_llm.objective.losses import make_loss
 from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.layout import TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
-from jaxrl_llm.roles.sources import Sources, packing_problems
+from jaxrl_llm.roles.inputs import Inputs, packing_problems
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.output import Detokenize
 from jaxrl_llm.rollout.sample import Vocabulary
@@ -124,7 +124,7 @@ def make_blueprint(
     return Blueprint(cfg, model, vocab, prompt_slots, train, train.for_decode(cfg.rollout.engine.layout))
 
 
-def blueprint_of(cfg: RunConfig, given: Sources) -> Blueprint:
+def blueprint_of(cfg: RunConfig, given: Inputs) -> Blueprint:
     """Blueprint of a config and its inputs. Raises UserError with everything that does not fit, before anything compiles."""
     if found := problems(given):
         raise UserError("\n".join(found))
@@ -183,7 +183,7 @@ def shapes_of(cfg: RunConfig, prompt_slots: int, shards: int) -> Shapes:
     )
 
 
-def problems(given: Sources) -> list[str]:
+def problems(given: Inputs) -> list[str]:
     """Messages on what does not fit between inputs, config and the devices that JAX sees."""
     cfg, found = given.cfg, [*given.problems, *consistency.problems(given.cfg, jax.device_count())]
     if isinstance(cfg.model, ModelConfig):

@@ -101,6 +101,11 @@ def rl_target(blueprint: Blueprint, learner: Learner, source: Any) -> RunState:
     return first_state(blueprint, learner, source, train, reference)
 
 
+def abstract_target(blueprint: Blueprint, learner: Learner, source: Any, is_rl: bool) -> RunState | SupervisedState:
+    """Abstract state of a checkpoint, of RL or of supervised training. Arguments as in `rl_target`."""
+    return rl_target(blueprint, learner, source) if is_rl else supervised_target(blueprint)
+
+
 def start_params(blueprint: Blueprint, key: Key[Array, ""]) -> PyTree:
     """Master parameters in the TRAIN layout, loaded from the pretrained model or initialized from `key`; f32, but in the compute
     dtype if they stay frozen."""

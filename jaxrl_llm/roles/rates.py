@@ -1,8 +1,10 @@
 """Hardware ceilings at the shapes of a run's roles: what the sampler's and the learner's speed is compared with."""
 
-from jaxrl_llm.perf.rates import DecodeRates, UpdateRates, decode_rates, update_rates
+from jaxrl_llm.perf.rates import DecodeRates, UpdateRates, decode_rates, describe_updates, update_rates
 from jaxrl_llm.roles.blueprint import Blueprint
-from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.roles.summary import describe_engine
+from jaxrl_llm.roles.updates import Learned
+from jaxrl_llm.rollout.engine import Engine, Stats
 
 
 def sampler_rates(engine: Engine) -> DecodeRates:
@@ -17,3 +19,18 @@ def learner_rates(blueprint: Blueprint) -> UpdateRates:
     shape, layout = blueprint.shapes.update, blueprint.train
     tokens = shape.rows // shape.num_micro_batches // layout.size("rows") * shape.slots
     return update_rates(blueprint.model, tokens, layout, blueprint.cfg.lora.rank > 0)
+
+
+def describe_rates(engine: Engine, stats: Stats, blueprint: Blueprint, learned: Learned) -> dict[str, float]:
+    """Metrics of a step's speed as fractions of the ceilings.
+
+    Args:
+        engine: of the sampler.
+        stats: of the step's rollouts.
+        blueprint: of the run.
+        learned: of the step's updates, which may be none.
+    """
+    metrics = describe_engine(stats, *sampler_rates(engine))
+    if learned.seconds:
+        metrics |= describe_updates(learned.flops, learned.seconds, learner_rates(blueprint), blueprint.train)
+    return metrics

@@ -168,7 +168,7 @@ def test_where_no_python_runs_ctrl_c_is_answered_at_once(where):
 IMPORTING = """
 import time
 from jaxrl_llm import cli
-from jaxrl_llm.roles import sources
+from jaxrl_llm.roles import inputs
 
 def read(*_, **__):
     # As a callback of JAX does with what is raised while it runs.
@@ -179,7 +179,7 @@ def read(*_, **__):
         except BaseException:
             pass
 
-sources.read = read
+inputs.read = read
 cli.main(["train", "configs/arithmetic.yaml"])
 """
 

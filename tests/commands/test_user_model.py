@@ -19,7 +19,7 @@ from jaxrl_llm.metrics.json_lines import read_jsonl
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.export import export
 from jaxrl_llm.model.hf.load import load
-from jaxrl_llm.roles import sources
+from jaxrl_llm.roles import inputs
 from jaxrl_llm.roles.blueprint import blueprint_of
 from jaxrl_llm.train import train
 
@@ -109,14 +109,14 @@ def test_a_stop_string_that_is_a_special_token_ends_every_row_that_samples_it(tr
 def test_the_export_is_the_run_bit_for_bit_and_can_be_trained_on(trained, place, tmp_path):
     cfg, _result = trained
     out = export_run(cfg, tmp_path / "out", "float32")
-    blueprint = blueprint_of(cfg, sources.read(cfg))
+    blueprint = blueprint_of(cfg, inputs.read(cfg))
     masters = restore_params(blueprint).params
     again = load(out, blueprint.specs, blueprint.train, np.float32)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), masters, again)
     ours, theirs = (json.loads((d / "config.json").read_text()) for d in (out, place / "model"))
     assert ours["eos_token_id"] == [2, 3] and ours["hidden_size"] == theirs["hidden_size"]
     onward = write(out.parent, tmp_path, model=out, data=place / "train.jsonl", held_out=place / "test.jsonl")
-    assert blueprint_of(onward, sources.read(onward)).model == blueprint.model
+    assert blueprint_of(onward, inputs.read(onward)).model == blueprint.model
     by_run, by_export = (evaluate_target(c, 2) for c in (cfg, loading.load(tmp_path / "user.yaml")))
     assert by_run["avg@2"] == by_export["avg@2"] and by_run["step"] == 5 and by_export["step"] == 0
     assert set(by_run) == {"model", "step", "k", "temperature", "avg@2", "pass@1", "pass@2", "maj@2"}

@@ -16,7 +16,7 @@ from jaxrl_llm.model.params import unstack
 from jaxrl_llm.model.publish import abstract_policy, make_blank, make_publish, policy_shardings
 from jaxrl_llm.model.quantized import Quantized, dequantize
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.roles import sources
+from jaxrl_llm.roles import inputs
 from jaxrl_llm.roles.blueprint import blueprint_of
 from jaxrl_llm.roles.build import make_publisher
 from jaxrl_llm.rollout.config import EngineConfig
@@ -82,7 +82,7 @@ def test_a_policy_is_written_into_the_one_before(weights):
 def test_publishing_without_an_older_policy_compiles_once_a_run():
     values = {"model": dataclasses.asdict(SMALL), "rollout": {"prompts": 8, "samples": 2}, "reward": "exact_match"}
     cfg = loading.validate(values, "test")
-    of = blueprint_of(cfg, sources.read(cfg))
+    of = blueprint_of(cfg, inputs.read(cfg))
     publish = make_publisher(of)
     state = TrainState(make_params(of.model, of.train), (), hosts.put(np.int32(2), of.train.replicated))
     counter = CompileCounter()

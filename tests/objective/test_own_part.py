@@ -256,8 +256,8 @@ def test_a_wrong_name_is_told_before_jax_is_loaded(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text(f"run_dir: {tmp_path}/run\nobjective: {{loss: 'own_parts:puled'}}\n")
     code = (
-        "import sys; from jaxrl_llm.roles import sources; from jaxrl_llm.config import loading; from pathlib import Path\n"
-        "found = sources.read(loading.load(Path(sys.argv[1])), trains=True)\n"
+        "import sys; from jaxrl_llm.roles import inputs; from jaxrl_llm.config import loading; from pathlib import Path\n"
+        "found = inputs.read(loading.load(Path(sys.argv[1])), trains=True)\n"
         "print(found.missing, 'jax' in sys.modules)"
     )
     done = subprocess.run(

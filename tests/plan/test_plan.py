@@ -19,8 +19,8 @@ from jaxrl_llm.plan import advice, command, memory, predict, show, sweep, traffi
 from jaxrl_llm.plan.command import Target
 from jaxrl_llm.plan.programs import CompiledProgram, make_checked_run
 from jaxrl_llm.plan.traffic import ProgramCost, Traffic
+from jaxrl_llm.roles import inputs
 from jaxrl_llm.roles import memory as least_memory
-from jaxrl_llm.roles import sources
 from jaxrl_llm.roles.abstract_run import AbstractRun, with_micro_batches
 from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
 from jaxrl_llm.roles.build import make_learner
@@ -248,7 +248,7 @@ def longest(of: Blueprint) -> Groups:
 def both(request) -> tuple[AbstractRun, Learner, Batch]:
     """The planned run, the learner, and the learner's first batch of a step; scores are 0, nothing compiles."""
     cfg = validate(VALUES | {"reward": "exact_match", "update": {}} | OBJECTIVES[request.param], "test")
-    of = blueprint_of(cfg, sources.read(cfg))
+    of = blueprint_of(cfg, inputs.read(cfg))
 
     def score(params: object, groups: Groups) -> TokenScores:
         nothing = np.zeros(groups.rollouts.tokens.shape, np.float32)

@@ -9,7 +9,7 @@ from fakes import MODEL, VALUES, blueprint, config, sums
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
-from jaxrl_llm.roles import sources
+from jaxrl_llm.roles import inputs
 from jaxrl_llm.roles.blueprint import (
     Shapes,
     blueprint_of,
@@ -140,7 +140,7 @@ def test_a_blueprint_uses_the_given_devices_and_is_frozen():
 
 def test_a_blueprint_takes_vocabulary_and_prompt_length_from_the_task():
     cfg = config()
-    given = sources.read(cfg)
+    given = inputs.read(cfg)
     of = blueprint_of(cfg, given)
     task = sums(held_out=8)
     assert of.vocab == Vocabulary(task.num_tokens, task.pad, task.eos) and of.prompt_slots == task.prompt_slots == 5
@@ -148,7 +148,7 @@ def test_a_blueprint_takes_vocabulary_and_prompt_length_from_the_task():
 
 def test_everything_that_does_not_fit_is_reported_at_once_before_anything_compiles():
     cfg = config(model=MODEL | {"vocab_size": 8}, rollout=VALUES["rollout"] | {"prompts": 7, "samples": 3})
-    given = sources.read(cfg)
+    given = inputs.read(cfg)
     found = problems(given)
     assert len(found) >= 2 and any("model.vocab_size: got 8" in line for line in found)
     with pytest.raises(UserError) as refused:
@@ -168,4 +168,4 @@ def test_limits_of_devices_are_checked_for_the_slots_of_the_batches():
     [line] = device_problems(cfg, cfg.model, None, jax.devices())
     assert line.startswith(device)
     assert device_problems(config(), cfg.model, 5, jax.devices()) == []
-    assert found == [line for line in problems(sources.read(cfg)) if line.startswith("update.attention")]
+    assert found == [line for line in problems(inputs.read(cfg)) if line.startswith("update.attention")]

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from jaxrl_llm.config.run_config import validate
+from jaxrl_llm.config.loading import validate
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.perf import chips
 from jaxrl_llm.roles import memory

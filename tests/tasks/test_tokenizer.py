@@ -9,7 +9,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from jaxrl_llm.config import loading
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.roles import sources
+from jaxrl_llm.roles import inputs
 from jaxrl_llm.roles.blueprint import blueprint_of
 from jaxrl_llm.tasks.config import CharacterTokenizer, PretrainedTokenizer
 from jaxrl_llm.tasks.tokenizer import BATCH, Tokenizer, load_tokenizer
@@ -82,7 +82,7 @@ def test_a_stop_text_that_cannot_occur_is_refused_by_character():
     """Also an empty text, which would end every response."""
     cfg = loading.validate({"rollout": {"stop": ["12", "</answer>", "\n\n", ""]}}, "x")
     with pytest.raises(UserError) as caught:
-        blueprint_of(cfg, sources.read(cfg))
+        blueprint_of(cfg, inputs.read(cfg))
     assert str(caught.value).splitlines() == [
         "rollout.stop: got '', want text: every response would end with its first token",
         "rollout.stop: got '</answer>', want text that tokens can spell: no token has '/' 'a' 'n' 's' 'w' 'e' 'r'",

@@ -23,7 +23,7 @@ from jaxrl_llm.tasks.tokenizer import load_tokenizer, stop_problems
 Read = TypeVar("Read")
 
 
-class Sources(NamedTuple):
+class Inputs(NamedTuple):
     cfg: RunConfig
     """With the config of a pretrained model in place of its path, if it can be read."""
     task: Task | None
@@ -47,7 +47,7 @@ def read_task(cfg: RunConfig) -> Task:
     return load_task(cfg.task, load_tokenizer(cfg.tokenizer), cfg.seed)
 
 
-def read(cfg: RunConfig, trains: bool = False, asked: Callable[[RunConfig], Task] | None = None) -> Sources:
+def read(cfg: RunConfig, trains: bool = False, asked: Callable[[RunConfig], Task] | None = None) -> Inputs:
     """Read the inputs of a run.
 
     Args:
@@ -69,7 +69,7 @@ def read(cfg: RunConfig, trains: bool = False, asked: Callable[[RunConfig], Task
         if cfg.warm_start.steps and task is not None and not task.has_targets:
             want = f"want the right response: warm_start.steps is {cfg.warm_start.steps}"
             found.append(f"task.response: got nothing, {want}")
-    return Sources(whole, task, tuple(missing), tuple(found))
+    return Inputs(whole, task, tuple(missing), tuple(found))
 
 
 def _ungraded(row: Row) -> Sample:
