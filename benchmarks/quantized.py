@@ -19,7 +19,7 @@ from benchmarks.generate import make_engine
 from benchmarks.models import NEW_TOKENS, Workload, layouts, make_params
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.linear import contract
-from jaxrl_llm.model.publish import make_blank, make_publish
+from jaxrl_llm.model.publish import make_empty_policy, make_publish
 from jaxrl_llm.model.transformer import logits
 from jaxrl_llm.types import Policy, PyTree
 
@@ -48,7 +48,10 @@ def calls(work: Workload, params: PyTree) -> dict[str, Callable[[], object]]:
     (train, decode), prompts, found = layouts(), work.make_prompts(), {}
     for name, (compute, weights) in VARIANTS.items():
         variant = dataclasses.replace(work, compute=compute)
-        publish, blank = make_publish(variant.cfg, train, decode, weights), make_blank(variant.cfg, decode, weights)
+        publish, blank = (
+            make_publish(variant.cfg, train, decode, weights),
+            make_empty_policy(variant.cfg, decode, weights),
+        )
         engine, policy = make_engine(variant, weights=weights), publish(params, np.int32(0), blank())
         found[f"generate {name}"] = lambda e=engine, p=policy: e.generate(p, prompts, jax.random.key(1))
         found[f"products {name}"] = products(policy, work.rows, variant.cfg)

@@ -1,17 +1,17 @@
-"""The values that travel between the rooms, complete at birth and never changed afterwards.
+"""The values passed between stages: immutable, and complete when they are created.
 
-Letters of the dimensions, the same everywhere:
+Dimensions, the same everywhere:
 
     P prompts            G samples per prompt      B = P * G rows, prompt-major: row b belongs to prompt b // G
     S prompt slots       C completion slots        R rows and T slots of a training batch
     V vocabulary         L layers                  D model                   n graders
-    N query heads        K key/value heads; of a support, its tokens        H head dim
+    N query heads        K key/value heads; in `kept_tokens`, their number per slot        H head dim
 
-An array `[B C]` or `[R T]` speaks about the token in that very slot: `logprobs[b, c] = log p(tokens[b, c] | all before it)`.
+An array `[B C]` or `[R T]` describes the token in the same slot: `logprobs[b, c] = log p(tokens[b, c] | all tokens before it)`.
 Log-probabilities are in nats, f32. A mask is True where its name holds.
 
-Carriers are not checked when they are made (`jax.tree.map` rebuilds them around things that are no arrays);
-`check(value)` checks dtypes and shapes at a stage's border.
+Values are not checked when they are created (`jax.tree.map` rebuilds them with leaves that are no arrays);
+`check(value)` checks their dtypes and shapes.
 """
 
 import enum
@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, jaxtyped
 
 PyTree = Any
-Carrier = TypeVar("Carrier")
+Value = TypeVar("Value")
 ArrayLike = Array | np.ndarray
 
 
@@ -32,107 +32,107 @@ class Finish(enum.IntEnum):
     """Why a row ended."""
 
     EOS = 0
-    """The policy drew the end token."""
+    """The policy sampled an end-of-sequence token."""
     LENGTH = 1
-    """All C completion slots were used without an end token."""
+    """All C completion slots were used without an end-of-sequence token."""
     STOP = 2
-    """A control ended the row."""
+    """A stop string ended the row."""
 
 
 class Prompts(flax.struct.PyTreeNode):
-    """What a step samples from. Right-padded: slots `length[p]` and beyond hold the pad token."""
+    """Prompts of one step. Right-padded: slots `length[p]` and beyond hold the pad token."""
 
     tokens: Int[ArrayLike, "P S"]
     length: Int[ArrayLike, " P"]
     """Number of prompt tokens, at least 1."""
     uid: Int[ArrayLike, " P"]
-    """Identity for randomness: the place in the endless stream of prompts, so each visit of a row has its own."""
+    """Seed of the prompt's sampling noise: its index in the endless stream of prompts, so every visit of a row differs."""
     row: Int[ArrayLike, " P"]
-    """Index into the task's rows: joins to the answer on the host."""
+    """Index into the task's rows, to join with the answer on the host."""
 
 
 class Rollouts(flax.struct.PyTreeNode):
-    """What `generate` produced from prompts, G samples each."""
+    """Completions of prompts, G samples per prompt."""
 
     prompts: Prompts
     tokens: Int[ArrayLike, "B C"]
     """Completion tokens; the pad token from slot `length[b]` on."""
     length: Int[ArrayLike, " B"]
-    """Number of completion tokens, the end token included."""
+    """Number of completion tokens, end-of-sequence token included."""
     sampled: Bool[ArrayLike, "B C"]
-    """The policy drew this token: not forced, not padding. The end token is inside."""
+    """True where the policy sampled the token (end-of-sequence included): not forced, not padding."""
     behavior_logprobs: Float[ArrayLike, "B C"]
-    """Under exactly the distribution the token was drawn from; 0.0 where not sampled. Captured once, never rewritten."""
+    """Log-prob under exactly the distribution the token was sampled from; 0.0 where not sampled. Captured once, never rewritten."""
     entropy: Float[ArrayLike, "B C"]
-    """Of the distribution the token was drawn from, nats; 0.0 where not sampled."""
+    """Entropy of the distribution the token was sampled from, nats; 0.0 where not sampled."""
     temperature: Float[ArrayLike, " B"]
-    """What the logits were divided by: a part of the distribution, so the scorer needs it too."""
+    """Divisor of the logits: part of the sampling distribution, so scoring needs it too."""
     version: Int[ArrayLike, "B C"]
-    """Optimizer steps behind the policy that drew each token."""
+    """Version (number of optimizer steps) of the policy that sampled each token."""
     finish: Int[ArrayLike, " B"]
-    """A `Finish` each."""
+    """Why each row ended: a `Finish`."""
     kept_tokens: Int[ArrayLike, "B C K"] | None = None
-    """Tokens that a truncated draw chose among, the likeliest first, -1 where they are fewer; all -1 where not sampled."""
+    """Tokens that top-k, top-p or min-p kept, most probable first, padded with -1; all -1 where not sampled."""
     raw_logprobs: Float[ArrayLike, "B C"] | None = None
-    """Under the distribution before truncation; 0.0 where not sampled. For the eye alone: no loss reads it."""
+    """Log-prob before truncation; 0.0 where not sampled. Diagnostic only; no loss uses it."""
     eos_masked: Bool[ArrayLike, "B C"] | None = None
-    """No end token could be drawn in this slot; False where not sampled."""
+    """True where end-of-sequence tokens were masked out (minimum length); False where not sampled."""
 
 
 class Groups(flax.struct.PyTreeNode):
-    """Rollouts with their grades: the G rows of a prompt are a group."""
+    """Rollouts with their rewards: the G rows of a prompt are a group."""
 
     rollouts: Rollouts
     reward: Float[ArrayLike, " B"]
-    """Weighted sum of the components; NaN where the group was not graded."""
+    """Weighted sum of the components; NaN if grading the group failed."""
     components: Float[ArrayLike, "B n"]
-    """What each of the n graders gave, before its weight."""
+    """Reward of each of the n graders, before weighting."""
     failure: Int[ArrayLike, " P"]
-    """Why the group was not graded: a `Failure` of the graders' workers; 0 where it was."""
+    """Why grading the group failed: a `Failure` of the grader workers; 0 if it did not."""
     failed_by: Int[ArrayLike, " P"]
-    """Index of the grader that failed; -1 where none did."""
+    """Index of the grader that failed; -1 if none did."""
     vote: Int[ArrayLike, " B"]
-    """A number for each final answer, equal for equal answers; 0 where there is none."""
+    """Id of the final answer, equal for equal answers; 0 if there is no answer."""
     keep: Bool[ArrayLike, " B"]
-    """The row may teach. Filters only lower it: no row leaves its group."""
+    """True if the row may be trained on. Filters only set it to False; no row is removed from its group."""
 
     @property
     def kept(self) -> Bool[np.ndarray, " P"]:
-        """A row of the group may teach."""
+        """True for groups with at least one row to train on."""
         return self.keep.reshape(len(self.failure), -1).any(axis=1)
 
     @property
-    def teaching(self) -> Bool[np.ndarray, "B C"]:
-        """Tokens that may teach: those that the policy drew, in rows that are kept. The prompt never, the end token always."""
+    def trainable_tokens(self) -> Bool[np.ndarray, "B C"]:
+        """Tokens to train on: those the policy sampled, end-of-sequence included, in rows that are kept. Never the prompt."""
         return self.rollouts.sampled & self.keep[:, None]
 
 
 class Scores(flax.struct.PyTreeNode):
-    """Log-probs and values of the completions under other parameters, each there where the objective reads it."""
+    """Log-probs and values of the completions under other parameters; each is present if the objective uses it."""
 
     reference_logprobs: Float[ArrayLike, "B C"] | None = None
     """Under the reference policy."""
     proximal_logprobs: Float[ArrayLike, "B C"] | None = None
     """Under the trainer's parameters before the first update on these groups."""
     values: Float[ArrayLike, "B C"] | None = None
-    """The critic's, of the tokens before this one, before the first update on these groups."""
+    """The critic's value of the tokens before this one, before the first update on these groups."""
     own: dict[str, ArrayLike] = flax.struct.field(default_factory=dict)
-    """Columns that a loss brought along: `OwnColumn`."""
+    """Additional columns of a loss: `OwnColumn`."""
 
 
 class Credit(flax.struct.PyTreeNode):
-    """What each token was worth."""
+    """Credit assignment: advantages and returns per token."""
 
     advantage: Float[ArrayLike, "B C"]
-    """0 outside the tokens that teach."""
+    """0 outside the tokens to train on."""
     returns: Float[ArrayLike, "B C"] | None = None
-    """What a critic is to predict."""
+    """Regression target of the critic."""
     keep: Bool[ArrayLike, " B"] | None = None
-    """Of the rows that groups keep, those that take part in the loss; None: all."""
+    """Kept rows that enter the loss; None: all of them."""
 
 
 class Experience(NamedTuple):
-    """All that updates are made from."""
+    """Everything an update is computed from."""
 
     groups: Groups
     scores: Scores
@@ -140,66 +140,66 @@ class Experience(NamedTuple):
 
     @property
     def loss_mask(self) -> Bool[np.ndarray, "B C"]:
-        """Tokens to learn from."""
-        teaching, keep = self.groups.teaching, self.credit.keep
-        return teaching if keep is None else teaching & keep[:, None]
+        """Tokens in the loss."""
+        trainable_tokens, keep = self.groups.trainable_tokens, self.credit.keep
+        return trainable_tokens if keep is None else trainable_tokens & keep[:, None]
 
 
 class Batch(flax.struct.PyTreeNode):
-    """What one update consumes; the same shape all run long. A row holds one sequence, several (packing), or trees: one prompt and
-    behind it all that was sampled for it, depth first, so the prompt is there once."""
+    """Input of one update; its shape is constant during a run. A row holds one sequence, several (packing), or trees: one prompt
+    followed by all its samples, depth first, so that the prompt is stored once."""
 
     tokens: Int[ArrayLike, "R T"]
     position: Int[ArrayLike, "R T"]
-    """Place of the token in its own sequence, from 0."""
+    """Position of the token in its own sequence, from 0."""
     until: Int[ArrayLike, "R T"]
-    """Slot t is seen by slots t to until[t] - 1, and by no other: to the end of its sequence, or of its tree where the sequences of
-    a tree share it. t itself at padding, which nobody sees."""
+    """Slots t to until[t] - 1, and no others, attend to slot t: until[t] is the end of its sequence, or of its tree if the tree's
+    sequences share it. At padding it is t: no slot attends to it."""
     before: Int[ArrayLike, "R T"]
-    """Slot of the token before this one in its sequence; the slot itself at a sequence's first."""
+    """Slot of the previous token of the sequence; the slot itself for the first token."""
     segment: Int[ArrayLike, "R T"]
-    """Which sequence of its row a token belongs to: 1, 2, ...; 0 where it belongs to several, or is padding."""
+    """Index of the token's sequence in the row: 1, 2, ...; 0 if several sequences share it, and at padding."""
     group: Int[ArrayLike, "R T"]
-    """Which group (one prompt's samples) of its row a token belongs to: 1, 2, ...; 0 is padding."""
+    """Index of the token's group (one prompt's samples) in the row: 1, 2, ...; 0 at padding."""
     loss_mask: Bool[ArrayLike, "R T"]
-    """The token takes part in the loss: sampled by the policy, and its group was kept."""
+    """True for tokens in the loss: sampled by the policy, in a row that was kept."""
     weight: Float[ArrayLike, "R T"]
-    """Of the token's term in the loss: what makes sums means, by counts over the whole minibatch. 0 outside the loss mask."""
+    """Weight of the token's loss term, normalized over the whole minibatch (sums become means). 0 outside the loss mask."""
     behavior_logprobs: Float[ArrayLike, "R T"]
     advantage: Float[ArrayLike, "R T"]
     temperature: Float[ArrayLike, "R T"]
     reference_logprobs: Float[ArrayLike, "R T"] | None = None
-    """Under the reference policy; only where the objective has a KL term that reads them."""
+    """Under the reference policy; present if the objective has a KL term that uses them."""
     proximal_logprobs: Float[ArrayLike, "R T"] | None = None
-    """Under the trainer's parameters before the first update on this batch; only where the objective is anchored there."""
+    """Under the trainer's parameters before the first update on this batch; present if the objective uses them."""
     values: Float[ArrayLike, "R T"] | None = None
-    """The critic's, of the tokens before this one, before the first update on this batch."""
+    """The critic's value of the tokens before this one, before the first update on this batch."""
     returns: Float[ArrayLike, "R T"] | None = None
-    """What the critic is to predict there."""
+    """Regression target of the critic."""
     kept_tokens: Int[ArrayLike, "R T K"] | None = None
-    """As in `Rollouts`: what the scorer's distribution is over. All -1 outside completions."""
+    """As in `Rollouts`: the support of the scored distribution. All -1 outside completions."""
     eos_masked: Bool[ArrayLike, "R T"] | None = None
-    """As in `Rollouts`: end tokens have no mass in these slots."""
+    """As in `Rollouts`: end-of-sequence tokens have probability 0 in these slots."""
     own: dict[str, ArrayLike] = flax.struct.field(default_factory=dict)
     """As in `Scores`, `[R T]`."""
 
 
 class Column(NamedTuple):
-    """What is known of one number per token before any array of it exists."""
+    """Description of a per-token column: one value per token."""
 
     name: str
-    """Of the field that holds it."""
+    """Name of the field that holds it."""
     dtype: type
     fill: float = 0
-    """Where no completion token stands."""
+    """Value in slots without a completion token."""
     dims: tuple[str, ...] = ()
-    """Letters of the dimensions behind [B C] or [R T]."""
+    """Dimensions after [B C] or [R T]."""
     rollouts: bool = False
-    """A field of `Rollouts`."""
+    """True if it is a field of `Rollouts`."""
     batch: bool = False
-    """A field of `Batch`."""
+    """True if it is a field of `Batch`."""
     when: str = ""
-    """What a run must use for the column to be there; "": it always is."""
+    """Feature that a run must use for the column to be present; "": always present."""
 
 
 COLUMNS = (
@@ -225,40 +225,41 @@ COLUMNS = (
     Column("values", np.float32, batch=True, when="critic"),
     Column("returns", np.float32, batch=True, when="critic"),
 )
-"""The one table of per-token columns. Output buffers, replay, batches, checkpoints and `plan` are maps over it: a new column is a
-line here, and a field of the values that hold it. The fill of `tokens` is the pad token, which the tokenizer names."""
+"""The one table of per-token columns. Output buffers, replay, batches, checkpoints and `plan` are maps over it: a new column is one
+line here, and a field of the values that hold it. The fill of `tokens` is the tokenizer's pad token."""
 
 
 class OwnColumn(NamedTuple):
-    """A column that a loss brings along, as `Batch.own[name]`."""
+    """An additional column of a loss, passed as `Batch.own[name]`."""
 
     name: str
     make: Callable[[Groups, Scores], ArrayLike]
-    """Its numbers `[B C]`, from groups and scores."""
+    """Computes the column `[B C]` from groups and scores."""
     dtype: type = np.float32
     fill: float = 0
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """The trainer's own: f32 master parameters and optimizer state, TRAIN layout. Donated to each update."""
+    """State of the trainer: f32 master parameters and optimizer state, TRAIN layout. Donated to each update."""
 
     params: PyTree
     opt_state: PyTree
     step: Int[ArrayLike, ""]
-    """Updates of the optimizer so far: the policy's version."""
+    """Number of optimizer steps so far: the version of the policy."""
 
 
 class Policy(flax.struct.PyTreeNode):
-    """What `generate` reads: compute-dtype parameters in the DECODE layout, one entry a layer."""
+    """Parameters for sampling, in the compute dtype and the DECODE layout, one entry per layer."""
 
     params: PyTree
     version: Int[ArrayLike, ""]
 
 
-def check(value: Carrier) -> Carrier:
-    """Return `value` if every field has the annotated dtype kind and shape, with each letter bound to one size.
+def check(value: Value) -> Value:
+    """Return `value` if every field has the annotated dtype kind and shape, with one size per dimension name.
 
-    Raises ValueError that names the first field that does not fit, what came and what was wanted.
+    Raises:
+        ValueError: names the first field that does not match, with what it is and what was expected.
     """
     with jaxtyped("context"):
         _check_fields(value)

@@ -1,6 +1,6 @@
-"""The oracle: an engine without cache, without batch and without jit. It reads the whole sequence again for each token.
+"""Reference engine without cache, batching or jit: it runs the whole sequence again for each token.
 
-(Padded to one length, since each new shape costs seconds: nobody reads what stands behind the sequence.)
+(Padded to one length, since each new shape costs seconds: no token attends to the padding.)
 """
 
 import jax
@@ -20,7 +20,7 @@ def generate(
     params: PyTree, version: int, prompts: Prompts, key: jax.Array, temperature: np.ndarray,
     samples: int, max_new_tokens: int, vocab: Vocabulary, cfg: ModelConfig, layout: Layout,
 ) -> Rollouts:  # fmt: skip
-    """`params` in the trainer's form. Same contract as `rollout.engine.Engine.generate`."""
+    """Same contract as `rollout.engine.Engine.generate`, with the trainer's parameters (layers stacked)."""
     rows, c = len(prompts.length) * samples, max_new_tokens
     slots = prompts.tokens.shape[1] + c
     keys = row_keys(key, jnp.asarray(prompts.uid), jnp.zeros(len(prompts.uid), jnp.int32), samples)

@@ -1,4 +1,4 @@
-"""Small models, layouts and prompts that many tests share."""
+"""Small models, layouts and prompts shared by many tests."""
 
 from dataclasses import replace
 from functools import cache
@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import LinearRope, Llama3Rope, ModelConfig, YarnRope
-from jaxrl_llm.model.publish import make_blank, make_publish
+from jaxrl_llm.model.publish import make_empty_policy, make_publish
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
@@ -23,7 +23,7 @@ from jaxrl_llm.update.packing import batch_shape
 # Eight heads over eight key/value heads, so that every mesh below divides them; sharp logits, so that an error shows.
 SMALL = ModelConfig(vocab_size=16, layers=2, d_model=32, heads=16, kv_heads=8, head_dim=8, d_mlp=64, qk_norm=True)
 TINY = ModelConfig(vocab_size=16, layers=2, d_model=16, heads=4, kv_heads=2, head_dim=8, d_mlp=16)
-# One config a family (SMALL is Qwen3's), every feature at a strength that shows; made for prompts of 7 slots and completions of 6.
+# One config per family (SMALL is Qwen3's), every feature strong enough to matter; for prompts of 7 slots and completions of 6.
 FAMILIES = {
     "llama3": replace(TINY, layers=1, rope_theta=100.0, rope_scaling=Llama3Rope(factor=8.0, original_length=8)),
     "mistral, window 3": replace(TINY, window=3, sliding=(True, True), tied_head=False),
@@ -50,26 +50,26 @@ def layouts(sizes: tuple[int, ...] = (1, 1, 1)) -> tuple[Layout, Layout]:
 
 
 def make_params(cfg: ModelConfig, train: Layout, seed: int = 0, sharpness: float = 1.5, noise: float = 0.0) -> PyTree:
-    """Random parameters; the embedding, which is the head too, scaled up so that the logits are far from uniform.
+    """Random parameters, with the embedding (also the head) scaled up so that the logits are far from uniform.
 
-    `noise` is added everywhere, so that norms and biases, which start at 1 and 0, do something too.
-    NumPy's numbers: compiling `model_params.init` takes seconds, and its own test does it once.
+    `noise` is added everywhere, so that norms and biases, initially 1 and 0, matter too.
+    From NumPy: compiling `model_params.init` takes seconds, and its own test does it once.
     """
     rng, specs = np.random.default_rng(seed), model_params.specs(cfg)
-    drawn = model_params.map_specs(
+    params = model_params.map_specs(
         lambda s: (
             np.ones(s.shape, np.float32) if s.std is None else (s.std * rng.standard_normal(s.shape)).astype(np.float32)
         ),
         specs,
     )
-    drawn["embed"] *= sharpness
-    drawn = jax.tree.map(lambda x: x + noise * rng.standard_normal(x.shape).astype(np.float32), drawn)
-    return hosts.put(drawn, model_params.shardings(specs, train))
+    params["embed"] *= sharpness
+    params = jax.tree.map(lambda x: x + noise * rng.standard_normal(x.shape).astype(np.float32), params)
+    return hosts.put(params, model_params.shardings(specs, train))
 
 
 @cache
 def publisher(cfg: ModelConfig, train: Layout, decode: Layout):
-    return make_publish(cfg, train, decode), make_blank(cfg, decode)
+    return make_publish(cfg, train, decode), make_empty_policy(cfg, decode)
 
 
 def make_policy(cfg: ModelConfig, params: PyTree, train: Layout, decode: Layout, version: int = 3) -> Policy:
@@ -79,7 +79,7 @@ def make_policy(cfg: ModelConfig, params: PyTree, train: Layout, decode: Layout,
 
 @cache
 def engine(cfg: ModelConfig, decode: Layout, vocab: Vocabulary = VOCAB, slots: int = 7, **rollout) -> Engine:
-    """One for all tests that ask for the same. `slots`: of a prompt."""
+    """An engine, shared by all tests with the same arguments. `slots`: slots per prompt."""
     shards = decode.size("rows")
     rollout = {"prompts": shards, "engine": EngineConfig(), **rollout}
     return Engine(RolloutConfig(**rollout), slots, vocab, cfg, decode)
@@ -87,13 +87,13 @@ def engine(cfg: ModelConfig, decode: Layout, vocab: Vocabulary = VOCAB, slots: i
 
 @cache
 def generator(samples: int, slots: int, cfg: ModelConfig, decode: Layout, vocab: Vocabulary = VOCAB, prompts: int = 8):
-    """`generate(policy, prompts, key, temperature) -> Rollouts` for that many prompts."""
-    of = engine(cfg, decode, vocab, prompts=prompts, samples=samples, max_new_tokens=slots)
+    """Return `generate(policy, prompts, key, temperature) -> Rollouts` for batches of `prompts` prompts."""
+    sampler = engine(cfg, decode, vocab, prompts=prompts, samples=samples, max_new_tokens=slots)
 
     def generate(policy: Policy, prompts: Prompts, key: jax.Array, temperature: float | np.ndarray) -> Rollouts:
-        controls = of.controls(len(prompts.length))
+        controls = sampler.controls(len(prompts.length))
         each = np.broadcast_to(np.asarray(temperature, np.float32), controls.temperature.shape)
-        return of.generate(policy, prompts, key, controls.replace(temperature=each))
+        return sampler.generate(policy, prompts, key, controls.replace(temperature=each))
 
     return generate
 
@@ -111,20 +111,20 @@ def make_prompts(num: int, slots: int = 7, seed: int = 0, vocab: int = 15) -> Pr
 
 
 def until_of(length: np.ndarray, slots: int) -> np.ndarray:
-    """`Batch.until` of rows that hold one sequence each, from slot 0 on."""
+    """`Batch.until` for rows of one sequence each, from slot 0 on."""
     slot = np.arange(slots)
     return np.where(slot < np.asarray(length)[:, None], np.asarray(length)[:, None], slot).astype(np.int32)
 
 
 class Sequences(NamedTuple):
-    """Prompts and completions row by row, with all that the loss reads: an experience as tests write and read it."""
+    """Prompts and completions row by row, with everything the loss uses: an `Experience` in a form convenient for tests."""
 
     prompt: np.ndarray
     prompt_length: np.ndarray
     tokens: np.ndarray
     length: np.ndarray
     group: np.ndarray
-    learn: np.ndarray
+    loss_mask: np.ndarray
     temperature: np.ndarray
     behavior_logprobs: np.ndarray
     advantage: np.ndarray
@@ -139,7 +139,7 @@ class Sequences(NamedTuple):
         number = np.arange(len(first), dtype=np.int32)
         rollouts = Rollouts(
             prompts=Prompts(q.prompt[first], q.prompt_length[first], number, number),
-            tokens=q.tokens, length=q.length, sampled=q.learn, behavior_logprobs=q.behavior_logprobs,
+            tokens=q.tokens, length=q.length, sampled=q.loss_mask, behavior_logprobs=q.behavior_logprobs,
             entropy=np.zeros(q.tokens.shape, np.float32), temperature=q.temperature,
             version=np.zeros(q.tokens.shape, np.int32), finish=np.zeros(len(q.length), np.int32),
         )  # fmt: skip
@@ -158,7 +158,7 @@ def to_batch(
     experience: Experience, kind: str = "none", slots: int = 0, parts: int = 1, shards: int = 1, aggregation: str = "token",
     length: int = 1,
 ) -> Batch:  # fmt: skip
-    """Of all of them, in the least rows that hold the longest there could be."""
+    """A batch of all rows, of the smallest shape that holds the longest possible sequences."""
     rollouts, groups = experience.groups.rollouts, len(experience.groups.failure)
     sizes = rollouts.prompts.tokens.shape[1], rollouts.tokens.shape[1]
     shape = batch_shape(kind, groups, len(rollouts.length) // groups, sizes, slots, parts, shards)

@@ -1,5 +1,5 @@
-"""What was sampled is what is scored, by transitivity: a row does not depend on its batch; prefill is the training forward;
-decode is prefill; so the captured log-probs are the trainer's, in either layout."""
+"""Sampling and scoring agree, step by step: a row does not depend on its batch; prefill and decode equal the training forward pass;
+so the captured log-probs equal the trainer's, in either layout."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ from setups import (
 from jaxrl_llm.distribution.score import Scoring, score_tokens
 from jaxrl_llm.model import transformer
 from jaxrl_llm.model.cache import Caching, empty_suffix
-from jaxrl_llm.model.transformer import Place
+from jaxrl_llm.model.transformer import DecodePosition
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import check
 
@@ -67,7 +67,7 @@ def test_forward_does_not_depend_on_the_batch_around_a_row(cfg):
     for p in (0, 3, P - 1):
         n = prompts.length[p]
         alone = hidden(params, prompts.tokens[p : p + 1, :n], position[p : p + 1, :n], until[p : p + 1, :n], cfg, train)
-        # Other shapes, other kernels: a few rounding errors of values of order 1.
+        # Different shapes use different kernels: a few rounding errors of values of order 1.
         np.testing.assert_allclose(alone[0], together[p, :n], atol=2e-5)
 
 
@@ -84,7 +84,7 @@ def test_a_token_changes_only_what_comes_after_it(cfg):
     assert np.abs(a[0, 4:] - b[0, 4:]).max(axis=-1).min() > 1e-3
 
 
-def test_packed_sequences_do_not_see_each_other():
+def test_packed_sequences_do_not_attend_to_each_other():
     train, _ = layouts()
     params = make_params(SMALL, train)
     tokens = np.array([[1, 2, 3, 4, 5, 6, 7]])
@@ -100,7 +100,7 @@ def test_prefill_and_decode_equal_the_training_forward(cfg):
 
 
 def check_prefill_and_decode(cfg, trained=None):
-    """Feed a known text: the first part by prefill, the rest by decode; compare logits with one pass over the whole."""
+    """Feed a known text, the first part to prefill, the rest to decode; compare logits with one pass over the whole text."""
     train, dec = layouts()
     params, prompts = make_params(cfg, train), make_prompts(P)
     policy = make_policy(cfg, params, train, dec)
@@ -116,7 +116,7 @@ def check_prefill_and_decode(cfg, trained=None):
     fed = prompts.tokens[np.arange(P), prompts.length - 1]
     for t in range(C):
         got, suffix = decode(
-            policy.params, fed, Place(np.int32(t), length, np.full(P, t, np.int32)), cache, suffix, cfg, dec
+            policy.params, fed, DecodePosition(np.int32(t), length, np.full(P, t, np.int32)), cache, suffix, cfg, dec
         )
         fed = text[:, t]
         np.testing.assert_allclose(got, want[np.arange(P), prompts.length - 1 + t], atol=2e-4)
@@ -150,7 +150,7 @@ def test_captured_logprobs_in_bfloat16():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cfg", VARIANTS.values(), ids=VARIANTS)
-def test_the_naive_engine_says_the_same(cfg):
+def test_the_naive_engine_samples_the_same(cfg):
     prompts = make_prompts(4)
     fast, params, train = sample(cfg, prompts=prompts)
     slow = naive.generate(params, 3, prompts, KEY, np.ones(4, np.float32), G, C, VOCAB, cfg, train)
@@ -170,7 +170,7 @@ def test_same_tokens_on_every_mesh(sizes):
     np.testing.assert_allclose(one.behavior_logprobs, other.behavior_logprobs, atol=1e-4)
 
 
-def test_same_tokens_for_permuted_prompts_and_for_some_of_them():
+def test_same_tokens_for_permuted_prompts_and_for_a_subset():
     prompts = make_prompts(P)
     whole, _, _ = sample(SMALL, prompts=prompts)
     by_prompt = whole.tokens.reshape(P, G, C)
@@ -192,7 +192,7 @@ def test_samples_of_a_prompt_differ_and_so_do_visits():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_is_scored_as_it_was_sampled_and_samples_the_same_on_every_mesh(name):
+def test_every_family_is_scored_as_sampled_and_samples_the_same_on_every_mesh(name):
     """Caches, rings and experts in decode; whole sequences under a scan in training."""
     cfg, by_mesh = FAMILIES[name], []
     meshes = [(1, 1, 1), (2, 2, 2), *([(1, 2, 2, 2)] if cfg.experts else [])]
@@ -214,7 +214,7 @@ def test_every_family_is_scored_as_it_was_sampled_and_samples_the_same_on_every_
 
 @pytest.mark.slow
 def test_gradients_through_experts_do_not_depend_on_the_mesh():
-    """Rows, parameters, widths and experts split over 1 x 2 x 2 x 2 devices, recomputed under the scan, as one device has them."""
+    """Rows, parameters, widths and experts sharded over 1 x 2 x 2 x 2 devices, rematerialized in the scan, against one device."""
     cfg, gradients = FAMILIES["qwen3-moe"], []
     rollouts, _, _ = sample(cfg, params=make_params(cfg, layouts()[0], noise=0.2))
     batch = to_batch(to_experience(rollouts))
@@ -235,13 +235,13 @@ def test_gradients_through_experts_do_not_depend_on_the_mesh():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [1, C, 7, 20])
-def test_a_sliding_layer_keeps_its_window_and_decodes_as_the_trainer_reads(window):
-    """Of its own token alone, as long as the completion, as long as the prompt, longer than both; 3, 5 and 9 are above."""
+def test_a_sliding_layer_caches_its_window_and_decodes_like_the_trainer(window):
+    """Windows of one token, of the completion, of the prompt, and longer than both; 3, 5 and 9 are tested above."""
     cfg = dataclasses.replace(TINY, layers=1, window=window, sliding=(True,))
     cache, suffix = check_prefill_and_decode(cfg)
     assert cache.k[0].shape[2] == cache.v[0].shape[2] == min(window, 7)
     assert suffix.k[0].shape[2] == suffix.v[0].shape[2] == min(window, C)
     if window == C:
-        # The check sees one key too many.
+        # Mutant: a window of one key too many fails the check.
         with pytest.raises(AssertionError):
             check_prefill_and_decode(cfg, trained=dataclasses.replace(cfg, window=window + 1))

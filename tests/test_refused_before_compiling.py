@@ -111,7 +111,7 @@ def test_the_largest_response_length_that_fits_is_named(train_error):
     message = train_error("--rollout.max-new-tokens", 1_000_000)
     assert time.process_time() - start < 2
     assert (
-        "widen_suffix needs at least 52.1 GB on each device, 49.9 GB of it KV cache of rows; there are 3.0 GB"
+        "extend_suffix needs at least 52.1 GB on each device, 49.9 GB of it KV cache of rows; there are 3.0 GB"
         in message
     )
     found = re.search(

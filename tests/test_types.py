@@ -1,4 +1,4 @@
-"""`check`: every field of the annotated kind and shape, each letter one size."""
+"""`check`: every field has the annotated dtype kind and shape, with one size per dimension."""
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ def batch(r=2, t=3, **changes) -> Batch:
     return Batch(i32, i32, i32, i32, i32, i32, np.ones((r, t), bool), f32, f32, f32, f32).replace(**changes)
 
 
-def test_a_good_value_comes_back_itself():
+def test_a_valid_value_is_returned():
     for value in (prompts(), rollouts(), batch(), batch(reference_logprobs=np.zeros((2, 3), np.float32))):
         assert check(value) is value
     on_device = jax.device_put(rollouts())
@@ -50,13 +50,13 @@ def test_a_good_value_comes_back_itself():
         (batch(reference_logprobs=np.zeros((2, 4), np.float32)), ["Batch.reference_logprobs", "float32[2, 4]"]),
     ],
 )
-def test_the_first_field_that_does_not_fit_is_named(value, words):
+def test_the_first_mismatched_field_is_named(value, words):
     with pytest.raises(ValueError) as error:
         check(value)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_letters_are_bound_anew_for_each_value():
+def test_dimensions_are_bound_per_value():
     check(prompts(2))
     check(prompts(5))
 
@@ -67,5 +67,5 @@ def test_values_are_frozen():
 
 
 def test_finish_reasons_keep_their_numbers():
-    """They stand in checkpoints and in rollouts.jsonl."""
+    """They are stored in checkpoints and in rollouts.jsonl."""
     assert [(f.name, f.value) for f in Finish] == [("EOS", 0), ("LENGTH", 1), ("STOP", 2)]

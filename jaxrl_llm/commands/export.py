@@ -13,7 +13,7 @@ from jaxrl_llm.model.config import PretrainedModel
 from jaxrl_llm.model.hf.export import ConfigFiles, export
 from jaxrl_llm.model.hf.peft import export_adapter
 from jaxrl_llm.model.hf.source import resolve as resolve_model
-from jaxrl_llm.model.params import policy_part, shardings
+from jaxrl_llm.model.params import policy_params, shardings
 from jaxrl_llm.types import PyTree
 
 
@@ -35,7 +35,7 @@ def export_run(cfg: RunConfig, out: Path, dtype: str | None, adapter: bool = Fal
         raise CheckpointError(f"{cfg.run_dir}: got no checkpoint, want a run directory that holds one")
     source = resolve_model(cfg.model.path) if isinstance(cfg.model, PretrainedModel) else None
     files = ConfigFiles(source, eos=task.eos, pad=task.pad)
-    params, dtype = policy_part(restored.params, blueprint.model), dtype or blueprint.model.compute
+    params, dtype = policy_params(restored.params, blueprint.model), dtype or blueprint.model.compute
 
     def write(params: PyTree, directory: Path) -> None:
         export(params, blueprint.model, directory, dtype, files, save_tokenizer=task.tokenizer.save)

@@ -18,7 +18,7 @@ from jaxrl_llm.distribution.logits import (
     tempered,
 )
 from jaxrl_llm.model.config import ForwardOptions, ModelConfig
-from jaxrl_llm.model.critic import values_of
+from jaxrl_llm.model.critic import critic_values
 from jaxrl_llm.model.transformer import hidden
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import Batch, PyTree
@@ -194,7 +194,7 @@ def score_tokens(params: PyTree, batch: Batch, scoring: Scoring, reference: PyTr
     of = over_logits(rule, Head.of(cfg, layout), policy, other, read, order.count)
     back = lambda x: None if x is None else order.put_back(x)  # noqa: E731
     critic = params.get("critic", params)
-    values = values_of(critic, policy.h if critic is params else activations(critic))
+    values = critic_values(critic, policy.h if critic is params else activations(critic))
     return TokenScores(back(of.logprob), back(of.entropy), back(values), back(of.kl))
 
 

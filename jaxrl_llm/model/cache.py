@@ -1,10 +1,10 @@
-"""What decode remembers: keys and values of prompts, and of what was decoded behind them, one array a layer.
+"""KV caches for decoding: keys and values of prompts and of the tokens decoded after them, one array per layer.
 
-Letters: U units, each one prompt with F rows that read its one copy; B = U * F rows; S prompt slots; W window, the slots of the
-rows' own keys. Arrays are `[units or rows, K, slots, H]`; keys of a form that is `across`, `[rows, K, H, slots]`.
+Dimensions: U sequence groups, each one prompt with F rows that share its one cached copy; B = U * F rows; S prompt slots;
+W slots of the rows' own keys. Arrays are `[groups or rows, K, slots, H]`; transposed keys are `[rows, K, H, slots]`.
 
-The rows' own cache is a ring with one write index for all of them: key number `count` lies at slot `count` modulo the ring's
-size, and a row of age a sees the last a + 1 keys written. So a row that joins late needs nothing but an age of its own.
+The rows' own cache is a ring buffer with one write index for all rows: key number `count` is stored in slot `count` modulo the
+ring's size, and a row of age a attends to the last a + 1 keys written. So a row that joins late needs only its own age.
 """
 
 from collections.abc import Callable
@@ -19,257 +19,351 @@ from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import PyTree
 
-# The reach of a layer that does not slide: more keys than there are.
-WHOLE = 2**31 - 1
+# Attention window of a layer without a sliding window: more keys than there are.
+UNLIMITED = 2**31 - 1
 AXES = ("rows", "heads", None, None)
 
 
-class Form(NamedTuple):
-    """How keys and values are held and written: speed, and in int8 rounding, alone. Chosen once, when programs are built."""
+class CacheFormat(NamedTuple):
+    """How keys and values are stored and written, chosen once when programs are built. Affects speed and, with int8, rounding."""
 
     int8: bool = False
-    """As `Scaled`; else in the compute dtype."""
-    across: bool = False
-    """The rows' own keys lie `[B K H W]`: XLA:CPU sums over H twice as fast with the slots side by side."""
+    """Store `QuantizedKV`; otherwise arrays in the compute dtype."""
+    transposed: bool = False
+    """Store the rows' own keys as `[B K H W]`: XLA:CPU sums over H twice as fast when slots are contiguous."""
     in_place: bool = True
-    """A write touches its slot alone. XLA:CPU has no such write of bfloat16: it casts the ring to f32 and back. There the ring is
-    written anew, in a third of the time."""
+    """Write only the new slot. XLA:CPU cannot do this in bfloat16: it casts the ring to f32 and back. There the whole ring is
+    rewritten, in a third of the time."""
 
     def number_bytes(self, cfg: ModelConfig) -> float:
-        """Of one cached number, with its share of a scale."""
+        """Bytes per cached number, including its share of a scale."""
         return 1 + 4 / cfg.head_dim if self.int8 else jnp.dtype(cfg.compute).itemsize
 
 
-PLAIN = Form()
+DEFAULT_FORMAT = CacheFormat()
 
 
 class Caching(NamedTuple):
-    """How prompts are read, and how prompts and rows are remembered."""
+    """Options of prefill and of the caches."""
 
     prompt_slots: int
-    """S: of a layer that does not slide."""
-    chunk: int = WHOLE
-    """Prompt tokens read at a time: that bounds activations, and scores to chunk * S per head."""
-    form: Form = PLAIN
+    """S, for a layer without a sliding window."""
+    chunk: int = UNLIMITED
+    """Prompt tokens per prefill chunk: bounds activations, and attention scores to chunk * S per head."""
+    format: CacheFormat = DEFAULT_FORMAT
 
 
-def choose_form(
+def choose_cache_format(
     attention: Literal["auto", "dot", "across"], cache: Literal["compute", "int8"], cfg: ModelConfig, layout: Layout
-) -> Form:
-    """What was measured fastest where `layout` lies, or the form asked for."""
+) -> CacheFormat:
+    """Return the cache format of `rollout.engine`.
+
+    Args:
+        attention: key layout: `dot` is `[B K W H]`, `across` is `[B K H W]`, `auto` the one measured faster on this backend.
+        cache: dtype of cached keys and values.
+        cfg: the model.
+        layout: decode layout; its devices determine the backend.
+    """
     cpu = layout.on_cpu
     int8 = cache == "int8"
-    return Form(
+    return CacheFormat(
         int8=int8,
-        across=cpu if attention == "auto" else attention == "across",
+        transposed=cpu if attention == "auto" else attention == "across",
         in_place=int8 or not cpu or cfg.compute != "bfloat16",
     )
 
 
-class Scaled(flax.struct.PyTreeNode):
-    """Keys or values as q scale, with one scale a head and slot: each entry is off by at most half a scale."""
+class QuantizedKV(flax.struct.PyTreeNode):
+    """Keys or values as q * scale, with one scale per head and slot: each entry is off by at most half a scale."""
 
     q: Int[Array, "*dims"]
-    """int8, in the order of the array it stands for."""
+    """int8, in the dimension order of the array it replaces."""
     scale: Float[Array, "B K W"]
-    """f32: the largest magnitude over H, through 127."""
+    """f32: the largest magnitude over H, divided by 127."""
 
 
-Entries = Array | Scaled
+KVArray = Array | QuantizedKV
 
 
 class PromptCache(flax.struct.PyTreeNode):
-    """Keys and values of prompts, once a unit.
+    """Keys and values of prompts, once per sequence group.
 
-    A sliding layer keeps min(window, S) slots: the last keys that count, from position max(length - size, 0) on.
+    A layer with a sliding window has min(window, S) slots: the prompt's last keys, from position max(length - size, 0) on.
     """
 
-    k: tuple[Float[Array, "U K S H"] | Scaled, ...]
-    v: tuple[Float[Array, "U K S H"] | Scaled, ...]
+    k: tuple[Float[Array, "U K S H"] | QuantizedKV, ...]
+    v: tuple[Float[Array, "U K S H"] | QuantizedKV, ...]
 
 
 class SuffixCache(flax.struct.PyTreeNode):
-    """Keys and values of what each row decoded, all rows written at the same slot.
+    """Keys and values of the tokens each row decoded; all rows are written at the same slot.
 
-    A sliding layer's ring has min(window, W) slots.
+    The ring of a layer with a sliding window has min(window, W) slots.
     """
 
-    k: tuple[Float[Array, "B K W H"] | Float[Array, "B K H W"] | Scaled, ...]
-    v: tuple[Float[Array, "B K W H"] | Scaled, ...]
-    form: Form = flax.struct.field(pytree_node=False, default=PLAIN)
+    k: tuple[Float[Array, "B K W H"] | Float[Array, "B K H W"] | QuantizedKV, ...]
+    v: tuple[Float[Array, "B K W H"] | QuantizedKV, ...]
+    format: CacheFormat = flax.struct.field(pytree_node=False, default=DEFAULT_FORMAT)
 
 
-def reaches(cfg: ModelConfig) -> tuple[int, ...]:
-    """Keys that a query sees, one entry a layer."""
-    return tuple(cfg.window if cfg.slides(i) else WHOLE for i in range(cfg.layers))
+def attention_windows(cfg: ModelConfig) -> tuple[int, ...]:
+    """Number of keys each query attends to, its own included; one entry per layer."""
+    return tuple(cfg.window if cfg.slides(i) else UNLIMITED for i in range(cfg.layers))
 
 
-def empty_suffix(cfg: ModelConfig, rows: int, slots: int, layout: Layout, form: Form = PLAIN) -> SuffixCache:
-    keys, values = (_zeros(cfg, rows, slots, layout, form._replace(across=a)) for a in (form.across, False))
-    return SuffixCache(keys, values, form)
+def empty_suffix(
+    cfg: ModelConfig, rows: int, slots: int, layout: Layout, format: CacheFormat = DEFAULT_FORMAT
+) -> SuffixCache:
+    """Return a suffix cache of zeros.
+
+    Args:
+        cfg: the model.
+        rows: B.
+        slots: W.
+        layout: decode layout.
+        format: how entries are stored.
+    """
+    keys, values = (_zeros(cfg, rows, slots, layout, format._replace(transposed=a)) for a in (format.transposed, False))
+    return SuffixCache(keys, values, format)
 
 
-def empty_prompt(cfg: ModelConfig, units: int, slots: int, layout: Layout, form: Form = PLAIN) -> PromptCache:
-    return PromptCache(*(_zeros(cfg, units, slots, layout, form._replace(across=False)) for _ in "kv"))
+def empty_prompt(
+    cfg: ModelConfig, num_prompts: int, slots: int, layout: Layout, format: CacheFormat = DEFAULT_FORMAT
+) -> PromptCache:
+    """Return a prompt cache of zeros.
+
+    Args:
+        cfg: the model.
+        num_prompts: U.
+        slots: S.
+        layout: decode layout.
+        format: how entries are stored; prompt keys are never transposed.
+    """
+    return PromptCache(*(_zeros(cfg, num_prompts, slots, layout, format._replace(transposed=False)) for _ in "kv"))
 
 
-def _zeros(cfg: ModelConfig, num: int, slots: int, layout: Layout, form: Form) -> tuple[Entries, ...]:
-    def make(size: int) -> Entries:
-        last = (cfg.head_dim, size) if form.across else (size, cfg.head_dim)
-        x = jnp.zeros((num, cfg.kv_heads, *last), jnp.int8 if form.int8 else cfg.compute)
-        return Scaled(x, jnp.zeros((num, cfg.kv_heads, size), jnp.float32)) if form.int8 else x
+def _zeros(cfg: ModelConfig, num: int, slots: int, layout: Layout, format: CacheFormat) -> tuple[KVArray, ...]:
+    def make(size: int) -> KVArray:
+        last = (cfg.head_dim, size) if format.transposed else (size, cfg.head_dim)
+        x = jnp.zeros((num, cfg.kv_heads, *last), jnp.int8 if format.int8 else cfg.compute)
+        return QuantizedKV(x, jnp.zeros((num, cfg.kv_heads, size), jnp.float32)) if format.int8 else x
 
-    return tuple(constrain(make(min(slots, reach)), layout) for reach in reaches(cfg))
+    return tuple(constrain(make(min(slots, window)), layout) for window in attention_windows(cfg))
 
 
 def constrain(x: PyTree, layout: Layout) -> PyTree:
-    """Hold arrays of caches to their places inside a jit."""
+    """Constrain the shardings of cache arrays inside a jit."""
     return jax.tree.map(lambda x: layout.constrain(x, *AXES[: x.ndim]), x)
 
 
 def shardings(tree: PyTree, layout: Layout) -> PyTree:
-    """Where caches, and integers with an entry a unit or row, lie."""
+    """Shardings of caches, and of integer arrays with one entry per sequence group or row."""
     return jax.tree.map(lambda x: layout.sharding(AXES[: x.ndim]), tree)
 
 
-def first_slot(length: Int[Array, "..."], size: int) -> Int[Array, "..."]:
-    """Position of the first of `size` slots that hold the last of `length` keys, or all of them."""
+def first_position(length: Int[Array, "..."], size: int) -> Int[Array, "..."]:
+    """Position of the key in slot 0 when `size` slots hold the last `size` of `length` keys (all of them if they fit)."""
     return jnp.maximum(length - size, 0)
 
 
-def latest(x: Float[Array, "U S K H"], length: Int[Array, " U"], size: int) -> Float[Array, "U W K H"]:
-    """W = `size` slots of each prompt, from `first_slot` on."""
+def last_slots(x: Float[Array, "U S K H"], length: Int[Array, " U"], size: int) -> Float[Array, "U W K H"]:
+    """W = `size` slots of each prompt, from `first_position` on."""
     if size == x.shape[1]:
         return x
-    return jax.vmap(lambda x, first: jax.lax.dynamic_slice_in_dim(x, first, size))(x, first_slot(length, size))
+    return jax.vmap(lambda x, first: jax.lax.dynamic_slice_in_dim(x, first, size))(x, first_position(length, size))
 
 
-class Past(flax.struct.PyTreeNode):
-    """Keys and values of one layer, of the chunks of prompts read so far."""
+class PrefillState(flax.struct.PyTreeNode):
+    """Keys and values of one layer, for the prompt chunks prefilled so far."""
 
     k: Float[Array, "U W K H"]
-    """Of a layer that sees all, all slots from position 0 on; of one that slides, the last W before the next chunk."""
+    """Without a sliding window: all slots from position 0 on. With one: the last W slots before the next chunk."""
     v: Float[Array, "U W K H"]
-    kept: tuple[Float[Array, "U W K H"], Float[Array, "U W K H"]] | None = None
-    """Of a layer that slides: those that decode sees, each prompt's own last W, once they are read."""
+    last_window: tuple[Float[Array, "U W K H"], Float[Array, "U W K H"]] | None = None
+    """With a sliding window: the keys and values for decoding, each prompt's own last W, once they have been read."""
 
-    def joined(self, k: Array, v: Array, start: Array) -> tuple[Array, Array, Array]:
-        """The position of the first key, keys and values: those before and a chunk's, which begins at `start`."""
-        if self.kept is None:
+    def join(self, k: Array, v: Array, start: Array) -> tuple[Array, Array, Array]:
+        """Earlier keys and values joined with a chunk's, which begins at `start`: (position of the first key, keys, values)."""
+        if self.last_window is None:
             write = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, start, 1)  # noqa: E731
             return jnp.zeros((), jnp.int32), write(self.k, k), write(self.v, v)
-        join = lambda *parts: jnp.concatenate(parts, axis=1)  # noqa: E731
-        return start - self.k.shape[1], join(self.k, k), join(self.v, v)
+        concat = lambda *parts: jnp.concatenate(parts, axis=1)  # noqa: E731
+        return start - self.k.shape[1], concat(self.k, k), concat(self.v, v)
 
-    def with_chunk(self, k: Array, v: Array, start: Array, length: Int[Array, " U"]) -> "Past":
-        first, keys, values = self.joined(k, v, start)
-        if self.kept is None:
-            return Past(keys, values)
+    def with_chunk(self, k: Array, v: Array, start: Array, length: Int[Array, " U"]) -> "PrefillState":
+        """The state after one more chunk.
+
+        Args:
+            k: the chunk's keys [U T K H].
+            v: its values.
+            start: position of its first token.
+            length: tokens per prompt.
+        """
+        first, keys, values = self.join(k, v, start)
+        if self.last_window is None:
+            return PrefillState(keys, values)
         size, chunk = self.k.shape[1], k.shape[1]
-        # A prompt's last W are whole once the chunk with the last of them is read.
-        begin = first_slot(length, size)
-        whole = ((begin + size > start) & (begin + size <= start + chunk))[:, None, None, None]
+        # A prompt's last W keys are complete once the chunk with the last of them has been read.
+        begin = first_position(length, size)
+        complete = ((begin + size > start) & (begin + size <= start + chunk))[:, None, None, None]
         take = jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, size))
-        kept = (jnp.where(whole, take(x, begin - first), old) for x, old in zip((keys, values), self.kept, strict=True))
-        return Past(keys[:, -size:], values[:, -size:], tuple(kept))
+        last_window = (
+            jnp.where(complete, take(x, begin - first), old)
+            for x, old in zip((keys, values), self.last_window, strict=True)
+        )
+        return PrefillState(keys[:, -size:], values[:, -size:], tuple(last_window))
 
-    def held(self, length: Int[Array, " U"], size: int, slots: int, form: Form, layout: Layout) -> tuple[Entries, ...]:
-        """Keys and values as a `PromptCache` has them: the `size` slots that count, in an array of `slots`."""
+    def to_cache(
+        self, length: Int[Array, " U"], size: int, slots: int, format: CacheFormat, layout: Layout
+    ) -> tuple[KVArray, ...]:
+        """Keys and values in the layout of `PromptCache`.
 
-        def one(x: Array) -> Entries:
-            x = (x if self.kept else latest(x, length, size)).swapaxes(1, 2)
+        Args:
+            length: tokens per prompt.
+            size: slots in use.
+            slots: slots of the returned arrays.
+            format: how they are stored.
+            layout: decode layout.
+        """
+
+        def one(x: Array) -> KVArray:
+            x = (x if self.last_window else last_slots(x, length, size)).swapaxes(1, 2)
             x = jnp.pad(x, ((0, 0), (0, 0), (0, slots - size), (0, 0)))
-            return constrain(rounded(x) if form.int8 else x, layout)
+            return constrain(quantize_kv(x) if format.int8 else x, layout)
 
-        return tuple(one(x) for x in self.kept or (self.k, self.v))
-
-
-def nothing_read(cfg: ModelConfig, num: int, total: int, chunk: int, layout: Layout) -> tuple[Past, ...]:
-    """Before the first chunk of `num` prompts of `total` tokens; one entry a layer."""
-
-    def layer(reach: int) -> Past:
-        size = reach if reach < total else total + -total % chunk
-        blank = jnp.zeros((num, size, cfg.kv_heads, cfg.head_dim), cfg.compute)
-        blank = layout.constrain(blank, "rows", None, "heads", None)
-        return Past(blank, blank, (blank, blank) if reach < total else None)
-
-    return tuple(layer(reach) for reach in reaches(cfg))
+        return tuple(one(x) for x in self.last_window or (self.k, self.v))
 
 
-def rounded(x: Float[Array, "*slots H"]) -> Scaled:
-    """In int8. Zeros have scale 0."""
+def empty_prefill_state(cfg: ModelConfig, num: int, total: int, chunk: int, layout: Layout) -> tuple[PrefillState, ...]:
+    """State before the first chunk, one entry per layer.
+
+    Args:
+        cfg: the model.
+        num: number of prompts (U).
+        total: prompt slots to read.
+        chunk: prompt tokens per chunk.
+        layout: decode layout.
+    """
+
+    def layer(window: int) -> PrefillState:
+        size = window if window < total else total + -total % chunk
+        zeros = jnp.zeros((num, size, cfg.kv_heads, cfg.head_dim), cfg.compute)
+        zeros = layout.constrain(zeros, "rows", None, "heads", None)
+        return PrefillState(zeros, zeros, (zeros, zeros) if window < total else None)
+
+    return tuple(layer(window) for window in attention_windows(cfg))
+
+
+def quantize_kv(x: Float[Array, "*slots H"]) -> QuantizedKV:
+    """Quantize to int8 over the last dimension. Vectors of zeros have scale 0."""
     wide = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(wide), axis=-1) / 127
-    return Scaled(jnp.round(wide / jnp.where(scale > 0, scale, 1.0)[..., None]).astype(jnp.int8), scale)
+    return QuantizedKV(jnp.round(wide / jnp.where(scale > 0, scale, 1.0)[..., None]).astype(jnp.int8), scale)
 
 
-def over_slots(f: Callable[..., Array], x: Entries, *others: Entries, across: bool = False) -> Entries:
-    """`f(array, *arrays, axis)` of an entry's arrays, `axis` the one along which slots lie."""
-    axis = 3 if across else 2
-    if isinstance(x, Scaled):
-        return Scaled(f(x.q, *(o.q for o in others), axis), f(x.scale, *(o.scale for o in others), 2))
+def map_arrays(f: Callable[..., Array], x: KVArray, *others: KVArray, transposed: bool = False) -> KVArray:
+    """Apply `f(array, *arrays, axis)` to each array of a cache entry; `axis` is its slot axis."""
+    axis = 3 if transposed else 2
+    if isinstance(x, QuantizedKV):
+        return QuantizedKV(f(x.q, *(o.q for o in others), axis), f(x.scale, *(o.scale for o in others), 2))
     return f(x, *others, axis)
 
 
-def num_slots(x: Entries, across: bool = False) -> int:
-    return x.scale.shape[2] if isinstance(x, Scaled) else x.shape[3 if across else 2]
+def num_slots(x: KVArray, transposed: bool = False) -> int:
+    """Number of slots of a cache entry."""
+    return x.scale.shape[2] if isinstance(x, QuantizedKV) else x.shape[3 if transposed else 2]
 
 
-def write(x: Entries, new: Float[Array, "B 1 K H"], count: Int[Array, ""], form: Form, across: bool = False) -> Entries:
-    """Key (`across` as the form has it) or value number `count` of every row."""
-    slot = jax.lax.rem(count, num_slots(x, across))
+def write(
+    x: KVArray, new: Float[Array, "B 1 K H"], count: Int[Array, ""], format: CacheFormat, transposed: bool = False
+) -> KVArray:
+    """Write key or value number `count` of every row.
+
+    Args:
+        x: the ring of one layer.
+        new: one key or value per row.
+        count: keys written before.
+        format: how entries are stored.
+        transposed: `x` holds transposed keys.
+    """
+    slot = jax.lax.rem(count, num_slots(x, transposed))
 
     def put(x: Array, new: Array, axis: int) -> Array:
-        if form.in_place:
+        if format.in_place:
             return jax.lax.dynamic_update_slice_in_dim(x, new, slot, axis)
         return jnp.where(jax.lax.broadcasted_iota(jnp.int32, (1,) * axis + x.shape[axis:], axis) == slot, new, x)
 
     new = new.swapaxes(1, 2)
-    one = rounded(new) if form.int8 else new
-    if across:
-        one = one.replace(q=one.q.swapaxes(2, 3)) if form.int8 else one.swapaxes(2, 3)
-    return over_slots(put, x, one, across=across)
+    one = quantize_kv(new) if format.int8 else new
+    if transposed:
+        one = one.replace(q=one.q.swapaxes(2, 3)) if format.int8 else one.swapaxes(2, 3)
+    return map_arrays(put, x, one, transposed=transposed)
 
 
-def seen(size: int, count: Int[Array, ""], age: Int[Array, " U"]) -> Bool[Array, "U size"]:
-    """Slots of a ring that rows of this age see once number `count` is written: the newest age + 1."""
+def suffix_mask(size: int, count: Int[Array, ""], age: Int[Array, " U"]) -> Bool[Array, "U size"]:
+    """Ring slots that rows of this age attend to once key number `count` is written: the newest age + 1."""
     return jnp.mod(count - jnp.arange(size), size) <= age[:, None]
 
 
-def seen_of_prompt(size: int, length: Int[Array, " U"], age: Int[Array, " U"], reach: int) -> Bool[Array, "U size"]:
-    """Slots of the prompts that a layer keeps and that rows of this age see."""
-    if reach == WHOLE:
+def prompt_mask(size: int, length: Int[Array, " U"], age: Int[Array, " U"], window: int) -> Bool[Array, "U size"]:
+    """Prompt slots that rows attend to in one layer.
+
+    Args:
+        size: slots of the layer's prompt cache.
+        length: cached keys per prompt.
+        age: tokens decoded before by the rows of each group.
+        window: attention window of the layer.
+    """
+    if window == UNLIMITED:
         return jnp.arange(size) < length[:, None]
-    key = first_slot(length[:, None], size) + jnp.arange(size)
-    return (key < length[:, None]) & (length[:, None] + age[:, None] - key < reach)
+    key = first_position(length[:, None], size) + jnp.arange(size)
+    return (key < length[:, None]) & (length[:, None] + age[:, None] - key < window)
 
 
-def grow(suffix: SuffixCache, slots: int, count: Int[Array, ""], cfg: ModelConfig, layout: Layout) -> SuffixCache:
-    """Rings of a window of `slots`, after `count` keys were written; the next key is number W, the old window."""
-    window = max(num_slots(x) for x in suffix.v)
+def extend_suffix(
+    suffix: SuffixCache, slots: int, count: Int[Array, ""], cfg: ModelConfig, layout: Layout
+) -> SuffixCache:
+    """Copy the rings into larger ones.
 
-    def wider(x: Entries, reach: int, across: bool) -> Entries:
-        more = min(slots, reach) - num_slots(x, across)
+    Args:
+        suffix: the rings, W slots each (fewer in layers with a shorter attention window).
+        slots: slots of the new rings.
+        count: keys written so far. In the new rings the next key is number W.
+        cfg: the model.
+        layout: decode layout.
+    """
+    old_slots = max(num_slots(x) for x in suffix.v)
+
+    def extend(x: KVArray, window: int, transposed: bool) -> KVArray:
+        more = min(slots, window) - num_slots(x, transposed)
 
         def one(x: Array, axis: int) -> Array:
             pad = [(0, more if i == axis else 0) for i in range(x.ndim)]
-            return jnp.pad(jnp.roll(x, window - count, axis=axis), pad)
+            return jnp.pad(jnp.roll(x, old_slots - count, axis=axis), pad)
 
-        return constrain(over_slots(one, x, across=across), layout)
+        return constrain(map_arrays(one, x, transposed=transposed), layout)
 
-    def all_wider(entries: tuple[Entries, ...], across: bool) -> tuple[Entries, ...]:
-        return tuple(wider(x, reach, across) for x, reach in zip(entries, reaches(cfg), strict=True))
+    def extend_all(entries: tuple[KVArray, ...], transposed: bool) -> tuple[KVArray, ...]:
+        return tuple(extend(x, window, transposed) for x, window in zip(entries, attention_windows(cfg), strict=True))
 
-    return suffix.replace(k=all_wider(suffix.k, suffix.form.across), v=all_wider(suffix.v, False))
+    return suffix.replace(k=extend_all(suffix.k, suffix.format.transposed), v=extend_all(suffix.v, False))
 
 
 def take(cache: PyTree, index: Int[Array, " n"], layout: Layout) -> PyTree:
-    """Entries `index` along the first axis; indices count within each shard of the rows, so nothing moves between devices."""
+    """Entries `index` along the first axis. Indices are local to each row shard, so nothing moves between devices."""
     return _by_shard(lambda cache, index: jax.tree.map(lambda x: x[index], cache), layout)(cache, index)
 
 
 def insert(cache: PyTree, new: PyTree, where: Int[Array, " n"], source: Int[Array, " n"], layout: Layout) -> PyTree:
-    """`cache` with entry where[i] replaced by new[source[i]], counted within each shard of the rows; out of range: left out."""
+    """Replace entry where[i] of `cache` by new[source[i]].
+
+    Args:
+        cache: entries along the first axis.
+        new: entries of the same shape.
+        where: indices into `cache`, local to each row shard; indices out of range are ignored.
+        source: indices into `new`, local to each row shard.
+        layout: decode layout.
+    """
 
     def put(cache: PyTree, new: PyTree, where: Array, source: Array) -> PyTree:
         return jax.tree.map(lambda x, n: x.at[where].set(n[source], mode="drop"), cache, new)
@@ -278,7 +372,7 @@ def insert(cache: PyTree, new: PyTree, where: Int[Array, " n"], source: Int[Arra
 
 
 def _by_shard(f: Callable[..., PyTree], layout: Layout) -> Callable[..., PyTree]:
-    """`f` on each device's own part of its arguments; it returns something like the first."""
+    """Run `f` on each device's shard of its arguments; the result is sharded like the first."""
 
     def call(*args: PyTree) -> PyTree:
         spec = jax.tree.map(lambda where: where.spec, shardings(args, layout))

@@ -1,4 +1,4 @@
-"""The numbers that make a decoder-only transformer: enough fields to spell every family in `model/hf`."""
+"""Model configs: the hyperparameters of a decoder-only transformer, enough for every family in `model/hf`."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -14,7 +14,7 @@ Positive = Annotated[float, Gt(0)]
 
 @dataclass(frozen=True)
 class LinearRope:
-    """Positions divided by `factor` (Chen et al. 2023)."""
+    """Position interpolation: positions divided by `factor` (Chen et al. 2023)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -24,13 +24,13 @@ class LinearRope:
 
 @dataclass(frozen=True)
 class Llama3Rope:
-    """Slow pairs divided by `factor`, fast ones kept, a ramp between (Llama 3.1)."""
+    """Low frequencies divided by `factor`, high ones kept, interpolated in between (Llama 3.1)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     factor: Positive
     original_length: Count
-    """Positions the model was trained on before it was stretched."""
+    """Context length of the original training, in tokens."""
     low_freq_factor: Positive = 1.0
     high_freq_factor: Positive = 4.0
     kind: Literal["llama3"] = "llama3"
@@ -38,7 +38,7 @@ class Llama3Rope:
 
 @dataclass(frozen=True)
 class YarnRope:
-    """NTK by parts, with the softmax sharpened (Peng et al. 2023)."""
+    """YaRN: NTK-by-parts frequencies and a sharper softmax (Peng et al. 2023)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -47,9 +47,9 @@ class YarnRope:
     beta_fast: Positive = 32.0
     beta_slow: Positive = 1.0
     attention_factor: Positive | None = None
-    """Multiplies cosine and sine. None: 0.1 ln(factor) + 1."""
+    """Factor of cosine and sine. None: 0.1 ln(factor) + 1."""
     truncate: bool = True
-    """The ramp's ends are whole pairs."""
+    """Round the ends of the interpolation to whole pairs."""
     kind: Literal["yarn"] = "yarn"
 
 
@@ -58,18 +58,18 @@ RopeScaling = Annotated[LinearRope | Llama3Rope | YarnRope, Field(discriminator=
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """RMSNorm, RoPE, grouped-query attention, gated MLP or experts; residual blocks. The defaults are Llama's."""
+    """Pre-norm transformer: RMSNorm, RoPE, grouped-query attention, gated MLP or experts. The default variant is Llama's."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     vocab_size: Count = 16
-    """V, rows of the embedding. At least the tokenizer's size; the surplus is never drawn."""
+    """V, rows of the embedding. At least the tokenizer's size; surplus ids are never sampled."""
     layers: Annotated[int, Gt(0), Le(1000)] = 2
     d_model: Count = 64
     heads: Count = 4
     """N, query heads."""
     kv_heads: Count = 2
-    """K; each serves N / K query heads."""
+    """K, key/value heads; each is shared by N / K query heads."""
     head_dim: Count = 16
     d_mlp: Count = 256
     """Width of the MLP, or of each expert."""
@@ -77,36 +77,37 @@ class ModelConfig:
     rope_theta: Positive = 10_000.0
     rope_scaling: RopeScaling | None = None
     window: Annotated[int, Ge(0)] = 0
-    """Keys that a sliding layer's query sees, its own among them."""
+    """Attention window of sliding layers: number of keys a query attends to, its own included."""
     sliding: tuple[bool, ...] = ()
-    """Which layers slide, one entry a layer; empty: none."""
+    """True for layers with a sliding attention window, one entry per layer; empty: no layer."""
     sliding_rope_theta: Positive | None = None
-    """Sliding layers' own base, never scaled (Gemma 3). None: they turn as the others do."""
+    """RoPE base of sliding layers, never scaled (Gemma 3). None: the same RoPE as the other layers."""
     attention_scale: Positive | None = None
-    """What scores are multiplied by. None: head_dim^-0.5."""
+    """Factor of the attention scores. None: head_dim^-0.5."""
     attention_softcap: Positive | None = None
     """c: scores become c tanh(scores / c) (Gemma 2)."""
     logit_softcap: Positive | None = None
+    """The same for the output logits (Gemma 2)."""
     norm_eps: Positive = 1e-6
     norm_plus_one: bool = False
-    """Norms multiply by 1 + w (Gemma)."""
+    """RMSNorm multiplies by 1 + w (Gemma)."""
     sandwich_norms: bool = False
-    """Norms behind attention and MLP too, before they join the residual stream (Gemma 2 and 3)."""
+    """RMSNorm also after attention and MLP, before the residual addition (Gemma 2 and 3)."""
     scale_embedding: bool = False
     """Embeddings are multiplied by sqrt(D), rounded to the compute dtype (Gemma)."""
     qk_norm: bool = False
-    """RMSNorm over the head dim of queries and keys (Qwen3, Gemma 3)."""
+    """RMSNorm over the head dimension of queries and keys (Qwen3, Gemma 3)."""
     qkv_bias: bool = False
     """Bias on queries, keys and values (Qwen2)."""
     tied_head: bool = True
     """The output head is the embedding."""
     experts: Annotated[int, Ge(0)] = 0
-    """E, experts a layer; 0: one MLP."""
+    """E, experts per layer; 0: a dense MLP."""
     experts_per_token: Annotated[int, Ge(0)] = 0
     norm_top_k: bool = True
-    """A token's expert weights are made to add up to 1 (Qwen3-MoE's norm_topk_prob)."""
+    """Normalize each token's expert weights to sum to 1 (Qwen3-MoE's norm_topk_prob)."""
     compute: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of activations and of the policy's parameters. Masters, norms, softmax, head and log-probs are f32 always."""
+    """Dtype of activations and policy parameters. Master parameters, norms, softmax, logits and log-probs are always f32."""
 
     @property
     def group(self) -> int:
@@ -114,19 +115,20 @@ class ModelConfig:
         return self.heads // self.kv_heads
 
     def slides(self, layer: int) -> bool:
+        """True if the layer has a sliding attention window."""
         return bool(self.sliding) and self.sliding[layer]
 
     def problems(self, tensor: int, expert: int = 1) -> list[str]:
-        """What does not fit or divide, in words; `tensor` and `expert` are the sizes of those mesh axes."""
+        """Error messages for inconsistent or indivisible sizes; `tensor` and `expert` are the sizes of those mesh axes."""
         found = []
         if self.heads % self.kv_heads:
             found.append(f"model.heads: got {self.heads}, want a multiple of model.kv_heads ({self.kv_heads})")
         if self.head_dim % 2:
-            found.append(f"model.head_dim: got {self.head_dim}, want an even number (RoPE turns pairs)")
+            found.append(f"model.head_dim: got {self.head_dim}, want an even number (RoPE rotates pairs)")
         if self.sliding and len(self.sliding) != self.layers:
-            found.append(f"model.sliding: got {len(self.sliding)} entries, want one for each of {self.layers} layers")
+            found.append(f"model.sliding: got {len(self.sliding)} entries, want one per layer ({self.layers})")
         if any(self.sliding) and not self.window:
-            found.append("model.window: got 0, want the keys that a sliding layer sees")
+            found.append("model.window: got 0, want the number of keys that a sliding layer attends to")
         if bool(self.experts) != bool(self.experts_per_token) or self.experts_per_token > self.experts:
             found.append(
                 f"model.experts_per_token: got {self.experts_per_token}, want 1 to model.experts ({self.experts}), or 0 for both"
@@ -144,7 +146,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ForwardOptions:
-    """How whole rows go through the model in training and scoring: `update.attention`, `update.remat`."""
+    """Options of the forward pass over whole rows in training and scoring: `update.attention`, `update.remat`."""
 
     attention: str = "auto"
     remat: str = "layer"
@@ -164,7 +166,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """A Hugging Face directory, or a hub name where there is internet: all numbers but `compute` come from its config.json."""
+    """A Hugging Face directory, or a hub name (needs internet access). All fields but `compute` come from its config.json."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 

@@ -1,4 +1,4 @@
-"""Values of what is before each token: a linear head, on the policy's last activations or on those of a transformer of its own."""
+"""Critic: a linear value head on the policy's last activations or on those of a separate transformer."""
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +8,13 @@ from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.params import ParamSpec, specs
 from jaxrl_llm.types import PyTree
 
-# What a critic adds to a parameter tree: its groups of the optimizer begin with these.
+# Keys that a critic adds to a parameter tree; the names of its optimizer groups begin with these.
 NAMES = ("value", "critic")
 TRUNK = ("embed", "layers", "final_norm")
 
 
 def critic_specs(cfg: ModelConfig, kind: str) -> PyTree:
-    """Beside the policy's specs. `kind`: head or separate."""
+    """Specs that a critic adds to the policy's. `kind`: head or separate."""
     head = {"value": {"kernel": ParamSpec((cfg.d_model,), (None,), 0.0), "bias": ParamSpec((), (), 0.0)}}
     if kind == "head":
         return head
@@ -22,8 +22,8 @@ def critic_specs(cfg: ModelConfig, kind: str) -> PyTree:
     return {"critic": {name: whole[name] for name in TRUNK} | head}
 
 
-def critic_start(params: PyTree, cfg: ModelConfig, kind: str) -> PyTree:
-    """Values 0 everywhere; a transformer of its own starts as the policy's."""
+def init_critic(params: PyTree, cfg: ModelConfig, kind: str) -> PyTree:
+    """Initial critic: its values are 0; a separate transformer is a copy of the policy's."""
     head = {"value": {"kernel": jnp.zeros((cfg.d_model,), jnp.float32), "bias": jnp.zeros((), jnp.float32)}}
     if kind == "head":
         return head
@@ -32,10 +32,10 @@ def critic_start(params: PyTree, cfg: ModelConfig, kind: str) -> PyTree:
     }
 
 
-def values_of(params: PyTree, h: Float[Array, "s N D"]) -> Float[Array, "s N"] | None:
-    """kernel . h + bias, f32; None for a tree without a critic's head."""
+def critic_values(params: PyTree, h: Float[Array, "s N D"]) -> Float[Array, "s N"] | None:
+    """Values kernel . h + bias, f32; None if `params` has no value head."""
     if "value" not in params:
         return None
     kernel, bias = (params["value"][name].astype(jnp.float32) for name in ("kernel", "bias"))
-    # Not a matrix product: that rounds f32 to bf16 on a TPU.
+    # No matrix product: on a TPU it would round f32 to bf16.
     return jnp.sum(h.astype(jnp.float32) * kernel, axis=-1) + bias

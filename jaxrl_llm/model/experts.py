@@ -1,8 +1,10 @@
-"""A mixture of experts in the place of the MLP: each token goes to the k experts that its router likes best; none is dropped.
+"""Mixture of experts in place of the MLP: each token is routed to its k most probable experts; no token is dropped.
 
-Rows are sorted by expert and multiplied group by group. The block is written for one device of the mesh: experts are split over
-`expert`, their width over `tensor`. Each shard of experts sees the rows of all of them, works on those that chose its own, and
-gives back sums. Letters: N rows, E experts of this device, k experts a token, M = N k assignments of a row to an expert.
+Rows are sorted by expert and multiplied group by group. The block is written for one device of the mesh: experts are sharded over
+`expert`, their width over `tensor`. Each expert shard gathers the rows of all shards, computes those routed to its own experts, and
+scatters the sums.
+
+Dimensions: N rows, E experts of this device, k experts per token, M = N k assignments of a row to an expert.
 """
 
 from typing import NamedTuple
@@ -14,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.grouped import contract_groups
+from jaxrl_llm.model.grouped_matmul import contract_groups
 from jaxrl_llm.model.linear import contract
 from jaxrl_llm.model.mlp import gated
 from jaxrl_llm.parallel.layout import Layout
@@ -23,7 +25,14 @@ from jaxrl_llm.parallel.layout import Layout
 def mixture(
     layer: dict[str, Array], h: Float[Array, "B T D"], cfg: ModelConfig, layout: Layout
 ) -> Float[Array, "B T D"]:
-    """Each token's experts, weighted and added up."""
+    """Weighted sum of each token's experts.
+
+    Args:
+        layer: the layer's parameters.
+        h: normalized activations.
+        cfg: the model.
+        layout: how activations and experts are sharded.
+    """
     axes = {"h": ("rows", None, None), "scores": ("rows", None, None)}
     axes |= {"gate_up": (None, "expert", "embed", "mlp"), "down": ("expert", "mlp", "embed")}
     specs = {name: layout.sharding(a).spec for name, a in axes.items()}
@@ -37,28 +46,28 @@ def mixture(
 
 
 def _vary(x: Array, spec: PartitionSpec, layout: Layout) -> Array:
-    """A shard as what may differ along all axes of the mesh: its gradient is summed here, over those that it is not split by."""
+    """Mark a shard as varying over all mesh axes: its gradient is summed here over the axes it is not split by."""
     split = {axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)}
     return lax.pcast(x, tuple(axis for axis in layout.mesh.axis_names if axis not in split), to="varying")
 
 
 class Routing(NamedTuple):
-    """Which experts each row goes to, the likeliest first."""
+    """The experts of each row, most probable first."""
 
     weight: Float[Array, "N k"]
     """f32."""
     expert: Int[Array, "N k"]
-    """Its number among all experts."""
+    """Index among all experts."""
 
 
 def route(scores: Float[Array, "N all"], cfg: ModelConfig) -> Routing:
-    """To the k likeliest of all experts; of equals to the lower number."""
+    """Route each row to its k most probable experts; ties go to the lower index."""
     weight, expert = lax.top_k(jax.nn.softmax(scores.astype(jnp.float32), axis=-1), cfg.experts_per_token)
     return Routing(weight / jnp.sum(weight, axis=-1, keepdims=True) if cfg.norm_top_k else weight, expert)
 
 
 def _on_device(h: Array, scores: Array, gate_up: Array, down: Array, *, cfg: ModelConfig, layout: Layout) -> Array:
-    """[b T D] of this device to [b T D], f32."""
+    """The block on one device: [b T D] to [b T D], f32."""
     rows = h.reshape(-1, h.shape[-1]), route(scores.reshape(-1, cfg.experts), cfg)
     embed = layout.rules["embed"] if layout.size("embed") > 1 else None
     if layout.size("expert") == 1:
@@ -80,54 +89,57 @@ def _own_experts(
     embed: str | None,
     cfg: ModelConfig,
 ) -> Float[Array, "N D"]:
-    """The sum over this device's experts, with the part of their width that it has, of weight * expert(row). f32."""
-    to = assign(routing.expert, down.shape[0], shard)
-    gate, up = contract_groups(_spread(h, to), gate_up, to.counts, embed, 2)
-    (out,) = contract_groups(gated(gate, up, cfg).astype(h.dtype), down[None], to.counts, embed, 3)
-    choices = _unsort(out, to).reshape(*routing.weight.shape, -1)
+    """Sum of weight * expert(row) over this device's experts and its shard of their width, f32."""
+    assignment = assign(routing.expert, down.shape[0], shard)
+    gate, up = contract_groups(_gather_rows(h, assignment), gate_up, assignment.counts, embed, 2)
+    (out,) = contract_groups(gated(gate, up, cfg).astype(h.dtype), down[None], assignment.counts, embed, 3)
+    choices = _unsort(out, assignment).reshape(*routing.weight.shape, -1)
     return jnp.sum(choices * routing.weight[..., None], axis=1)
 
 
 class Assignment(NamedTuple):
-    """Assignments sorted by expert; number a is the choice a % k of row a // k."""
+    """Assignments sorted by expert; assignment a is choice a % k of row a // k."""
 
     order: Int[Array, " M"]
-    """Which assignment stands at each place. Those to experts of other shards come last."""
-    place: Int[Array, " M"]
-    """At which place each assignment stands."""
+    """Assignment at each sorted position. Those to experts of other shards come last."""
+    position: Int[Array, " M"]
+    """Sorted position of each assignment."""
     counts: Int[Array, " E"]
-    """Assignments to each expert of this shard."""
+    """Number of assignments per expert of this shard."""
 
 
 def assign(expert: Int[Array, "N k"], count: int, shard: int | Int[Array, ""]) -> Assignment:
-    """Sort by expert, for the shard that has experts shard * count and on."""
+    """Sort assignments by expert, for the shard of experts shard * count to (shard + 1) * count - 1."""
     own = expert.reshape(-1) - shard * count
     own = jnp.where((own >= 0) & (own < count), own, count)
     order = jnp.argsort(own, stable=True)
     return Assignment(order, jnp.argsort(order), jnp.sum(own[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32))
 
 
-# A gather's gradient is a scatter, which adds in any order and is slow on a TPU. Of a permutation it is the inverse gather.
+# The gradient of a gather is a scatter, which adds in any order and is slow on a TPU; of a permutation it is the inverse gather.
 
 
 @jax.custom_vjp
-def _spread(h: Float[Array, "N D"], to: Assignment) -> Float[Array, "M D"]:
-    """Rows at the places of their assignments."""
-    return h[to.order // (len(to.order) // len(h))]
+def _gather_rows(h: Float[Array, "N D"], assignment: Assignment) -> Float[Array, "M D"]:
+    """Rows in the order of sorted assignments."""
+    return h[assignment.order // (len(assignment.order) // len(h))]
 
 
-def _spread_backward(saved: tuple[Assignment, int], g: Array) -> tuple[Array, None]:
-    to, rows = saved
-    return jnp.sum(g[to.place].reshape(rows, -1, g.shape[-1]), axis=1, dtype=jnp.float32).astype(g.dtype), None
+def _gather_rows_backward(saved: tuple[Assignment, int], g: Array) -> tuple[Array, None]:
+    assignment, rows = saved
+    total = jnp.sum(g[assignment.position].reshape(rows, -1, g.shape[-1]), axis=1, dtype=jnp.float32)
+    return total.astype(g.dtype), None
 
 
-_spread.defvjp(lambda h, to: (_spread(h, to), (to, len(h))), _spread_backward)
+_gather_rows.defvjp(lambda h, assignment: (_gather_rows(h, assignment), (assignment, len(h))), _gather_rows_backward)
 
 
 @jax.custom_vjp
-def _unsort(x: Float[Array, "M D"], to: Assignment) -> Float[Array, "M D"]:
-    """Back in the order of rows."""
-    return x[to.place]
+def _unsort(x: Float[Array, "M D"], assignment: Assignment) -> Float[Array, "M D"]:
+    """Undo the sorting: assignments in the order of rows."""
+    return x[assignment.position]
 
 
-_unsort.defvjp(lambda x, to: (_unsort(x, to), to), lambda to, g: (g[to.order], None))
+_unsort.defvjp(
+    lambda x, assignment: (_unsort(x, assignment), assignment), lambda assignment, g: (g[assignment.order], None)
+)

@@ -1,4 +1,4 @@
-"""The matrix product of the model, with the gradient that keeps it fast in bfloat16."""
+"""Matrix product of activations and parameters, with a gradient that is fast in bfloat16."""
 
 from functools import partial
 
@@ -12,9 +12,9 @@ from jaxrl_llm.model.quantized import Quantized
 
 
 def contract(x: jax.Array, w: jax.Array | Adapted | Quantized, inner: int = 1) -> jax.Array:
-    """Sum over the last `inner` dims of `x` and the first `inner` of `w`: `[..., *I] x [*I, *O] -> [..., *O]`, in f32.
+    """Sum over the last `inner` dimensions of `x` and the first `inner` of `w`: `[..., *I] x [*I, *O] -> [..., *O]`, in f32.
 
-    Of a `w` with adapters only these have a gradient. A quantized one multiplies in its own 8 bits and has none.
+    If `w` has adapters, only they have a gradient. If `w` is quantized, the product is in 8 bits and has no gradient.
     """
     if isinstance(w, Adapted):
         return lora.product(x, w, inner)
@@ -27,8 +27,8 @@ def contract(x: jax.Array, w: jax.Array | Adapted | Quantized, inner: int = 1) -
 def _contract(x: jax.Array, w: jax.Array, inner: int) -> jax.Array:
     """`w` is cast to the dtype of `x`, so f32 masters multiply in the compute dtype; sums are f32.
 
-    The gradient casts its cotangent to the dtype of `x`: left f32 it would make both products of the backward pass mixed,
-    off the fast path of every backend (jax issue 24047). dw comes out f32 before it takes the dtype of `w`.
+    The gradient casts its cotangent to the dtype of `x`: in f32 both products of the backward pass would be mixed-precision,
+    off the fast path of every backend (jax issue 24047). dw is computed in f32, then cast to the dtype of `w`.
     """
     return _dot(x, w.astype(x.dtype), _tail(x, inner), tuple(range(inner)))
 
@@ -51,9 +51,9 @@ _contract.defvjp(_forward, _backward)
 
 @jax.custom_vjp
 def contract_each(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
-    """`contract` with each of the `[D, F]` in `w`, `[n, D, F]`: n times `[..., F]`.
+    """`contract` with each matrix `[D, F]` of `w` `[n, D, F]`: n results `[..., F]`.
 
-    One product with all of them would lay them beside each other first, and its results apart afterwards.
+    A single product would first concatenate the matrices and then split the result, both copies.
     """
     return tuple(_contract(x, part, 1) for part in w)
 

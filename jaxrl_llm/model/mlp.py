@@ -14,14 +14,21 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximat
 
 
 def gated(gate: Float[Array, "*rows F"], up: Float[Array, "*rows F"], cfg: ModelConfig) -> Float[Array, "*rows F"]:
-    """activation(gate) * up."""
+    """Return activation(gate) * up."""
     return ACTIVATIONS[cfg.activation](gate) * up
 
 
 def dense(layer: dict[str, Array], h: Float[Array, "B T D"], cfg: ModelConfig, layout: Layout) -> Float[Array, "B T D"]:
-    """One MLP for every token: a layer of a policy, or of masters.
+    """Dense gated MLP.
 
-    Of masters gate and up are one product, with one collective each way; on a CPU two, whose results need not be laid apart.
+    With stacked `gate_up` (master parameters) gate and up are one product, with one collective in each direction; on a CPU two
+    products, which saves splitting the result.
+
+    Args:
+        layer: the layer's parameters, of a policy or of the trainer.
+        h: normalized activations.
+        cfg: the model.
+        layout: how activations are sharded.
     """
     if "gate" in layer:
         gate, up = contract(h, layer["gate"]), contract(h, layer["up"])

@@ -1,7 +1,7 @@
-"""Parameters described before they exist: a tree of `ParamSpec`. Making, sharding, counting and re-laying are maps over it.
+"""Parameter descriptions: a tree of `ParamSpec`. Initialization, sharding and counting are maps over it.
 
-For training the layers are stacked on a leading L, for a scan; a policy holds one entry a layer, because decode is unrolled
-and a slice of a stacked array would be copied there.
+For training the layers are stacked on a leading dimension L, for a scan; a policy has one entry per layer, because decoding is
+unrolled and would copy each slice of a stacked array.
 """
 
 import math
@@ -14,31 +14,32 @@ from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.parallel.layout import Axes, Layout
 from jaxrl_llm.types import PyTree
 
-# What lies in a `gate_up`, in this order.
+# Order of the matrices in a `gate_up`.
 GATE_UP = ("gate", "up")
 
 
 class ParamSpec(NamedTuple):
-    """One parameter of the trainer: `std` None means ones, 0.0 zeros, else a normal with that standard deviation."""
+    """One parameter of the trainer. Initially ones if `std` is None, zeros if 0.0, else normal with that standard deviation."""
 
     shape: tuple[int, ...]
     axes: Axes
     std: float | None
     dtype: str = "float32"
-    """f32 of what is trained; what is frozen may be held in fewer bits."""
+    """float32 for trained parameters; frozen ones may use fewer bits."""
 
 
 def is_spec(x: object) -> bool:
+    """True for a leaf of a tree of specs."""
     return isinstance(x, ParamSpec)
 
 
 def specs(cfg: ModelConfig) -> PyTree:
-    """The tree of descriptions, layers stacked.
+    """Specs of all parameters, layers stacked.
 
-    Queries, keys and values of a key/value head lie together, `[D, K, G + 2, H]`, and gate before up, `[2, D, F]`: so a
-    `tensor` shard holds whole heads, and splitting them costs no collective. (Columns joined end to end cost three times as many.)
-    With the 2 in the middle a TPU re-lays the whole of it at the start of every rollout, and holds both. Policies have two apart.
-    Norms that multiply by 1 + w start at w = 0.
+    Queries, keys and values of a key/value head are stored together, `[D, K, G + 2, H]`, and gate before up, `[2, D, F]`: so a
+    `tensor` shard holds whole heads, and splitting them costs no collective. (Concatenated columns cost three times as many.)
+    With the 2 in the middle a TPU would re-layout all of it at the start of every rollout, and hold both copies. Policies
+    store gate and up separately. Norms that multiply by 1 + w start at w = 0.
     """
     norm = 0.0 if cfg.norm_plus_one else None
     d, h, k, g, f, n = cfg.d_model, cfg.head_dim, cfg.kv_heads, cfg.group, cfg.d_mlp, cfg.layers
@@ -69,21 +70,23 @@ def specs(cfg: ModelConfig) -> PyTree:
         "final_norm": ParamSpec((d,), (None,), norm),
     }
     if not cfg.tied_head:
-        # Like the embedding: with the vocabulary last a TPU re-lays the whole of it at the start of every rollout, and holds both.
+        # Like the embedding: with the vocabulary last a TPU would re-layout it at the start of every rollout, and hold both.
         tree["head"] = ParamSpec((cfg.vocab_size, d), ("vocab", "embed"), inward)
     return tree
 
 
-def policy_part(params: PyTree, cfg: ModelConfig) -> PyTree:
-    """Without what only training has beside the policy: a critic."""
+def policy_params(params: PyTree, cfg: ModelConfig) -> PyTree:
+    """The policy's parameters, without the critic's."""
     return {name: params[name] for name in specs(cfg)}
 
 
 def map_specs(f, tree: PyTree) -> PyTree:
+    """`jax.tree.map` with specs as leaves."""
     return jax.tree.map(f, tree, is_leaf=is_spec)
 
 
 def shardings(tree: PyTree, layout: Layout) -> PyTree:
+    """Sharding of each spec."""
     return map_specs(lambda s: layout.sharding(s.axes), tree)
 
 
@@ -93,33 +96,33 @@ def count(tree: PyTree) -> int:
 
 
 def abstract(tree: PyTree, layout: Layout, dtype: jnp.dtype | None = None) -> PyTree:
-    """Shapes and shardings without arrays: what lowering and restoring need. `dtype` None: that of each."""
+    """Shapes, dtypes and shardings without arrays, for lowering and restoring. `dtype` None: that of each spec."""
     return map_specs(
         lambda s: jax.ShapeDtypeStruct(s.shape, dtype or jnp.dtype(s.dtype), sharding=layout.sharding(s.axes)), tree
     )
 
 
 def init(tree: PyTree, key: jax.Array, layout: Layout) -> PyTree:
-    """Parameters, made where they lie: no device or host ever holds them whole."""
+    """Initialize parameters sharded: no device or host ever holds all of them."""
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_spec)
 
     def make(key: jax.Array) -> PyTree:
         keys = jax.random.split(key, len(leaves))
-        return treedef.unflatten([_make(s, k) for s, k in zip(leaves, keys, strict=True)])
+        return treedef.unflatten([_init(s, k) for s, k in zip(leaves, keys, strict=True)])
 
     return jax.jit(make, out_shardings=shardings(tree, layout))(key)
 
 
-def _make(spec: ParamSpec, key: jax.Array) -> jax.Array:
+def _init(spec: ParamSpec, key: jax.Array) -> jax.Array:
     if spec.std is None:
         return jnp.ones(spec.shape, spec.dtype)
     return (spec.std * jax.random.normal(key, spec.shape, jnp.float32)).astype(spec.dtype)
 
 
 def unstack(tree: PyTree, num_layers: int) -> PyTree:
-    """The tree of a policy, for arrays and for specs alike: a tuple of layers, and in each an MLP's `gate_up` as `gate` and `up`.
+    """Tree of a policy, for arrays and specs: a tuple of layers, each with an MLP's `gate_up` split into `gate` and `up`.
 
-    Joined, one of the two ways to multiply by them re-lays both: for a handful of rows that costs as much as the product.
+    Stacked, one of the two products copies both to another layout: for a few rows that costs as much as the product.
     """
 
     def take(x: jax.Array | ParamSpec, i: int) -> jax.Array | ParamSpec:
@@ -129,10 +132,10 @@ def unstack(tree: PyTree, num_layers: int) -> PyTree:
         return map_specs(lambda x: take(x, i), tree)
 
     def layer(i: int) -> PyTree:
-        found = entry(tree["layers"], i)
-        if "router" in found:
-            return found
-        joined = found.pop("gate_up")
-        return found | {name: entry(joined, side) for side, name in enumerate(GATE_UP)}
+        params = entry(tree["layers"], i)
+        if "router" in params:
+            return params
+        stacked = params.pop("gate_up")
+        return params | {name: entry(stacked, side) for side, name in enumerate(GATE_UP)}
 
     return {**tree, "layers": tuple(layer(i) for i in range(num_layers))}

@@ -1,8 +1,8 @@
-"""Matrices in 8 bits, for policies: what is quantized, how, and the product with one. There is no gradient: the trainer's stay f32.
+"""8-bit weight matrices of policies: quantization, and the product with quantized activations. No gradient: the trainer uses f32.
 
-    q = round(w / scale)     scale = max |w| / largest     one scale an output channel, symmetric: w is q scale, within scale / 2
+    q = round(w / scale)     scale = max |w| / largest     one scale per output channel, symmetric: |w - q scale| <= scale / 2
 
-`largest` is 127 in int8 and 448 in float8_e4m3fn. fp8 rounds relatively instead: w within 2^-4 |w|, or scale 2^-10 near 0.
+`largest` is 127 in int8 and 448 in float8_e4m3fn. fp8 has a relative error instead: at most 2^-4 |w|, or scale 2^-10 near 0.
 """
 
 import math
@@ -22,48 +22,61 @@ from jaxrl_llm.types import PyTree
 
 DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
-# Of each matrix that is quantized: the dims that a product sums over, in one layer's array. Norms, biases and the router stay:
-# they are small, and a router that errs sends a token elsewhere.
+# Quantized matrices, with the dimensions that a product sums over (in one layer's array). Norms, biases and the router are not
+# quantized: they are small, and rounding the router would change the experts of tokens.
 INNER = {"qkv": (0,), "out": (0, 1, 2), "gate_up": (1,), "down": (0,)}
 
 
 class Quantized(flax.struct.PyTreeNode):
-    """A matrix as q scale. The scale keeps the dims that a product sums over, as 1: so both are transposed alike."""
+    """A matrix as q * scale. The summed dimensions have size 1 in `scale`, so both are transposed in the same way."""
 
     q: Array
     """int8 or float8_e4m3fn."""
     scale: Array
     """f32."""
     groups: int = flax.struct.field(pytree_node=False, default=1)
-    """Equal parts of the summed dims; a row of activations has a scale in each. See `product`."""
+    """Number of equal parts of the summed dimensions; activations have one scale per row and part. See `product`."""
 
 
 def quantize(w: Float[Array, "..."], inner: tuple[int, ...], dtype: jnp.dtype, groups: int = 1) -> Quantized:
-    """Scales are the largest |w| over the dims `inner`; a channel of zeros has scale 1."""
+    """Quantize `w`.
+
+    Args:
+        w: the matrix.
+        inner: dimensions that a product sums over; scales come from the largest |w| over them. Channels of zeros have scale 1.
+        dtype: int8 or float8_e4m3fn.
+        groups: as in `Quantized`.
+    """
     q, scale = _round(w.astype(jnp.float32), inner, dtype)
     return Quantized(q, scale, groups)
 
 
 def dequantize(w: Quantized) -> Float[Array, "..."]:
-    """f32."""
+    """The matrix q * scale, f32."""
     return w.q.astype(jnp.float32) * w.scale
 
 
 def look_up(table: Array | Quantized, index: Int[Array, "B ..."], dtype: jnp.dtype, layout: Layout) -> Array:
     """Rows of an embedding.
 
-    Of a quantized one each shard of the vocabulary dequantizes those that it has, and one sum brings them together: left to the
-    compiler, numbers and scales are fetched apart.
+    If it is quantized, each vocabulary shard dequantizes its own rows, and one sum combines them; the compiler alone would gather
+    numbers and scales separately.
+
+    Args:
+        table: the embedding [V D].
+        index: token ids.
+        dtype: dtype of the result.
+        layout: decode layout.
     """
     if not isinstance(table, Quantized):
         return jnp.take(table, index, axis=0).astype(dtype)
     axis = layout.rules["vocab"]
 
     def own(q: Array, scale: Array, index: Array) -> Array:
-        place = index - lax.axis_index(axis) * len(q)
-        mine = (place >= 0) & (place < len(q))
-        place = jnp.where(mine, place, 0)
-        rows = dequantize(Quantized(q[place], scale[place]))
+        position = index - lax.axis_index(axis) * len(q)
+        mine = (position >= 0) & (position < len(q))
+        position = jnp.where(mine, position, 0)
+        rows = dequantize(Quantized(q[position], scale[position]))
         return lax.psum(jnp.where(mine[..., None], rows, 0.0).astype(dtype), axis)
 
     vocab, rows = layout.sharding(("vocab", None)).spec, layout.sharding(("rows",)).spec
@@ -72,11 +85,11 @@ def look_up(table: Array | Quantized, index: Int[Array, "B ..."], dtype: jnp.dty
 
 
 def product(x: Float[Array, "..."], w: Quantized, inner: int) -> Float[Array, "..."]:
-    """Sum over the last `inner` dims of `x` and the first `inner` of `w`, f32, multiplied in the 8 bits of `w`.
+    """Sum over the last `inner` dimensions of `x` and the first `inner` of `w`, multiplied in the 8-bit dtype of `w`; returns f32.
 
-    Activations are rounded as the weights are, one scale a row and group; int8 adds up in int32, exactly. Where a mesh splits the
-    summed dims, a shard holds whole groups: it finds their scales alone and dequantizes before it adds, so one all-reduce is all
-    that crosses. Groups do not depend on the mesh, nor do the numbers.
+    Activations are quantized like weights, with one scale per row and group; int8 products are summed exactly, in int32. If the
+    mesh splits the summed dimensions, each shard has whole groups: it computes their scales locally and dequantizes before the
+    sum, so one all-reduce suffices. Groups do not depend on the mesh, and neither do the results.
     """
     rows, outputs = x.shape[: x.ndim - inner], w.q.shape[inner:]
     x = x.astype(jnp.float32).reshape(*rows, w.groups, -1)
@@ -90,7 +103,7 @@ def product(x: Float[Array, "..."], w: Quantized, inner: int) -> Float[Array, ".
     dims = (((len(rows) + 1,), (1,)), ((len(rows),), (0,)))
     parts = lax.dot_general(q, matrices, dims, preferred_element_type=sums).astype(jnp.float32)
     scale = jnp.moveaxis(scale[..., 0], -1, 0)
-    # All scaling ahead of the sum: what follows it is the caller's cast alone, which a TPU does before it reduces over the mesh.
+    # Scale before the sum: only the caller's cast follows it, which a TPU moves before the reduction over the mesh.
     return jnp.sum(parts * scale.reshape(*scale.shape, *(1,) * len(outputs)) * w_scale, axis=0)
 
 
@@ -98,7 +111,7 @@ def _round(w: Array, inner: tuple[int, ...], dtype: jnp.dtype) -> tuple[Array, A
     largest = LARGEST[jnp.dtype(dtype)]
     most = jnp.max(jnp.abs(w), axis=inner, keepdims=True)
     scale = jnp.where(most > 0, most / largest, 1.0)
-    # w / scale may round to just above `largest`, which float8 would make NaN of.
+    # w / scale may round to just above `largest`, which becomes NaN in float8.
     scaled = jnp.clip(w / scale, -largest, largest)
     return (jnp.round(scaled) if jnp.issubdtype(dtype, jnp.integer) else scaled).astype(dtype), scale
 
@@ -106,10 +119,16 @@ def _round(w: Array, inner: tuple[int, ...], dtype: jnp.dtype) -> tuple[Array, A
 def map_matrices(
     matrix: Callable[[Any, tuple[int, ...], int], Any], other: Callable[[Any], Any], tree: PyTree, cfg: ModelConfig
 ) -> PyTree:
-    """`matrix(leaf, inner, groups)` of what is quantized, `other(leaf)` elsewhere; a tree like `specs(cfg)`, layers stacked.
+    """Map over a parameter tree, with separate functions for quantized matrices and other leaves.
 
-    The head is quantized: it is a quarter and more of what a small model reads in a step. Where it is tied it is the embedding,
-    with a scale a token, which serves the look-up as well. An embedding of its own is not: a step reads a few rows of it.
+    The head is quantized: it is a quarter or more of the bytes a small model reads per decode step. If it is tied, it is the
+    embedding, with one scale per token, which also fits the look-up. An untied embedding is not quantized: a step reads few rows.
+
+    Args:
+        matrix: function of (leaf, summed dimensions, groups) for quantized matrices.
+        other: function of all other leaves.
+        tree: a tree like `specs(cfg)`, layers stacked.
+        cfg: the model.
     """
     head = "embed" if cfg.tied_head else "head"
     top = {key: matrix(leaf, (1,), 1) if key == head else other(leaf) for key, leaf in tree.items() if key != "layers"}
@@ -117,7 +136,7 @@ def map_matrices(
     def of_layer(key: str, leaf: Any) -> Any:
         if key not in INNER:
             return other(leaf)
-        # What `tensor` splits in a summed dim it splits in kv heads too: so a shard holds whole groups.
+        # Summed dimensions that `tensor` splits are split by kv heads, so each shard has whole groups.
         groups = math.gcd(leaf.shape[1], cfg.kv_heads) if key in ("out", "down") else 1
         return matrix(leaf, tuple(axis + 1 for axis in INNER[key]), groups)
 
@@ -125,7 +144,7 @@ def map_matrices(
 
 
 def quantized_specs(tree: PyTree, cfg: ModelConfig) -> PyTree:
-    """`specs(cfg)` of a policy in 8 bits: two a matrix, the scale split like its outputs."""
+    """Specs of an 8-bit policy: two per matrix, with the scale sharded like the outputs."""
 
     def matrix(spec: ParamSpec, inner: tuple[int, ...], groups: int) -> Quantized:
         keep = [i not in inner for i in range(len(spec.shape))]
@@ -137,7 +156,7 @@ def quantized_specs(tree: PyTree, cfg: ModelConfig) -> PyTree:
 
 
 def problems(cfg: ModelConfig, weights: str, device: jax.Device) -> list[str]:
-    """What stands against a policy with such weights on such a device, in words."""
+    """Error messages for a weight dtype that the model or the device does not support."""
     if weights == "compute":
         return []
     found = []

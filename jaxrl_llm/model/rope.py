@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, in the half-split form of Llama), and the ways to stretch it."""
+"""Rotary position embedding (Su et al. 2021, half-split as in Llama) and its context-length scalings."""
 
 import math
 from typing import NamedTuple
@@ -12,57 +12,59 @@ from jaxrl_llm.model.config import LinearRope, Llama3Rope, ModelConfig, YarnRope
 
 
 class Rotation(NamedTuple):
-    """How queries and keys turn: constants of a config, known before anything is traced."""
+    """Rotation of queries and keys: constants of a config, known before tracing."""
 
     frequency: Float[np.ndarray | Array, " H/2"]
-    """f32, radians a position, one a pair."""
+    """f32, radians per position, one per pair."""
     scale: float | Float[Array, ""] = 1.0
     """Multiplies cosine and sine."""
 
 
 class Angles(NamedTuple):
-    """Of positions, f32: the same for all heads, and for all layers that turn alike."""
+    """Sine and cosine per position, f32; shared by all heads, and by all layers with the same rotation."""
 
     sin: Float[Array, "B T H/2"]
     cos: Float[Array, "B T H/2"]
 
 
-def angles(position: Int[Array, "B T"], turn: Rotation) -> Angles:
+def angles(position: Int[Array, "B T"], rotation: Rotation) -> Angles:
     """Sine and cosine of position * frequency[i], times the scale.
 
-    The angle is f32: bfloat16 rounds 257 to 256, which is another angle altogether.
+    The angle is f32: bfloat16 rounds 257 to 256, an entirely different angle.
     """
-    angle = position.astype(jnp.float32)[..., None] * turn.frequency
+    angle = position.astype(jnp.float32)[..., None] * rotation.frequency
     sin, cos = jnp.sin(angle), jnp.cos(angle)
-    if not (isinstance(turn.scale, float) and turn.scale == 1.0):
-        sin, cos = sin * turn.scale, cos * turn.scale
+    if not (isinstance(rotation.scale, float) and rotation.scale == 1.0):
+        sin, cos = sin * rotation.scale, cos * rotation.scale
     return Angles(sin, cos)
 
 
-def shared_angles(position: Int[Array, "B T"], turn: Rotation, count: Int[Array, ""]) -> Angles:
-    """`angles` as arrays that all layers of a decode step read; `count` is any number from 0 on that the compiler does not know.
+def shared_angles(position: Int[Array, "B T"], rotation: Rotation, count: Int[Array, ""]) -> Angles:
+    """`angles`, computed once per decode step for all layers. `count` is any traced number >= 0.
 
-    XLA:CPU would work them out anew in each product of each layer, for every head; what a conditional gives it keeps. On a TPU a
+    XLA:CPU would recompute them in each product of each layer, for every head, but keeps the result of a conditional. On a TPU a
     conditional in the loop makes the compiler move caches, so only the CPU gets one.
     """
 
-    def kept(position: Array, count: Array) -> Angles:
-        blank = jnp.zeros((*position.shape, turn.frequency.shape[-1]), jnp.float32)
-        return jax.lax.cond(count >= 0, lambda: angles(position, turn), lambda: Angles(blank, blank))
+    def computed_once(position: Array, count: Array) -> Angles:
+        zeros = jnp.zeros((*position.shape, rotation.frequency.shape[-1]), jnp.float32)
+        return jax.lax.cond(count >= 0, lambda: angles(position, rotation), lambda: Angles(zeros, zeros))
 
-    return jax.lax.platform_dependent(position, count, cpu=kept, default=lambda position, _: angles(position, turn))
+    return jax.lax.platform_dependent(
+        position, count, cpu=computed_once, default=lambda position, _: angles(position, rotation)
+    )
 
 
-def rope(x: Float[Array, "B T *heads H"], by: Angles) -> Float[Array, "B T *heads H"]:
-    """Turn the pairs (i, i + H/2)."""
+def rope(x: Float[Array, "B T *heads H"], angles: Angles) -> Float[Array, "B T *heads H"]:
+    """Rotate the pairs (i, i + H/2)."""
     half = x.shape[-1] // 2
-    sin, cos = (a.reshape(*x.shape[:2], *(1,) * (x.ndim - 3), half) for a in by)
+    sin, cos = (a.reshape(*x.shape[:2], *(1,) * (x.ndim - 3), half) for a in angles)
     a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 def rotation(cfg: ModelConfig, slides: bool) -> Rotation:
-    """The rotation of a layer. Sliding layers with a base of their own are never stretched."""
+    """The rotation of a layer. Sliding layers with a separate base are never scaled."""
     if slides and cfg.sliding_rope_theta is not None:
         return Rotation(_plain(cfg.sliding_rope_theta, cfg.head_dim).astype(np.float32))
     plain, scale = _plain(cfg.rope_theta, cfg.head_dim), 1.0
@@ -83,7 +85,7 @@ def _plain(theta: float, head_dim: int) -> np.ndarray:
 
 
 def _llama3(frequency: np.ndarray, scaling: Llama3Rope) -> np.ndarray:
-    """By the turns that a pair makes within the original length: few are stretched, many are kept (Llama 3.1)."""
+    """Scale pairs that make few turns within the original length, keep those that make many (Llama 3.1)."""
     turns = scaling.original_length * frequency / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = np.clip((turns - low) / max(high - low, 1e-9), 0.0, 1.0)
@@ -91,9 +93,9 @@ def _llama3(frequency: np.ndarray, scaling: Llama3Rope) -> np.ndarray:
 
 
 def _yarn(frequency: np.ndarray, theta: float, scaling: YarnRope) -> np.ndarray:
-    """A ramp over the pairs, from those of `beta_fast` turns within the original length to those of `beta_slow`.
+    """Interpolate from pairs that make `beta_fast` turns within the original length (kept) to `beta_slow` (divided by the factor).
 
-    Peng et al. 2023, section 3.2, with the ends clipped as published checkpoints were trained: to 0 and H - 1.
+    Peng et al. 2023, section 3.2, with the ends clipped to 0 and H - 1, as published checkpoints were trained.
     """
     head_dim = 2 * len(frequency)
 
@@ -104,6 +106,6 @@ def _yarn(frequency: np.ndarray, theta: float, scaling: YarnRope) -> np.ndarray:
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    # A thousandth where both ends are one pair: the ramp is then a step.
+    # 1e-3 if both ends are the same pair: the ramp is then a step.
     stretched = np.clip((np.arange(len(frequency)) - low) / ((high - low) or 1e-3), 0.0, 1.0)
     return frequency * (stretched / scaling.factor + 1 - stretched)

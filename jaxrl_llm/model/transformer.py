@@ -1,8 +1,8 @@
-"""The decoder-only transformer: one block, three ways through it.
+"""The decoder-only transformer: one block, used by three forward passes.
 
-`hidden` runs whole sequences, layers scanned (training, scoring). `prefill` runs prompts and keeps only keys and values.
-`decode` runs one token a row against the caches, layers unrolled. All three share the block's arithmetic line by line,
-so that what was sampled is what is scored.
+`hidden` runs whole sequences, layers scanned (training, scoring). `prefill` runs prompts and returns only keys and values.
+`decode` runs one token per row against the caches, layers unrolled. All three share the block's arithmetic line by line,
+so sampling and scoring compute the same distribution.
 """
 
 from collections.abc import Callable
@@ -14,18 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.model.attention.plain import Rows, attend, attend_part, merge
-from jaxrl_llm.model.attention.selection import choose, mixer
+from jaxrl_llm.model.attention.plain import PackedRows, attend, attend_part, merge
+from jaxrl_llm.model.attention.selection import attention_for, choose_attention
 from jaxrl_llm.model.cache import (
     Caching,
-    Past,
+    PrefillState,
     PromptCache,
     SuffixCache,
-    nothing_read,
+    attention_windows,
+    empty_prefill_state,
     num_slots,
-    reaches,
-    seen,
-    seen_of_prompt,
+    prompt_mask,
+    suffix_mask,
     write,
 )
 from jaxrl_llm.model.config import ForwardOptions, ModelConfig
@@ -33,7 +33,7 @@ from jaxrl_llm.model.experts import mixture
 from jaxrl_llm.model.linear import contract
 from jaxrl_llm.model.mlp import dense
 from jaxrl_llm.model.quantized import look_up
-from jaxrl_llm.model.remat import checkpointed, keeping, named_input
+from jaxrl_llm.model.remat import checkpointed, choose_remat, named_input
 from jaxrl_llm.model.rope import Angles, Rotation, angles, rope, rotation, shared_angles
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import PyTree
@@ -42,41 +42,44 @@ Layer = dict[str, jax.Array]
 KV = tuple[jax.Array, jax.Array]
 
 
-class Kind(NamedTuple):
-    """What tells one layer's attention from another's."""
+class LayerAttention(NamedTuple):
+    """The attention parameters that differ between layers."""
 
     frequency: np.ndarray | Array
     scale: float | Array
-    reach: int | Array
-    """Keys that a query sees, its own the last of them."""
+    window: int | Array
+    """Attention window: the number of keys a query attends to, its own included."""
 
     @property
-    def turn(self) -> Rotation:
+    def rotation(self) -> Rotation:
+        """The layer's rotary embedding."""
         return Rotation(self.frequency, self.scale)
 
 
-def kinds(cfg: ModelConfig) -> tuple[Kind, ...]:
-    """One a layer."""
-    turns = {slides: rotation(cfg, slides) for slides in (False, True)}
-    return tuple(Kind(*turns[cfg.slides(i)], reach) for i, reach in enumerate(reaches(cfg)))
+def layer_attentions(cfg: ModelConfig) -> tuple[LayerAttention, ...]:
+    """One entry per layer."""
+    rotations = {slides: rotation(cfg, slides) for slides in (False, True)}
+    return tuple(LayerAttention(*rotations[cfg.slides(i)], window) for i, window in enumerate(attention_windows(cfg)))
 
 
-def scanned_kinds(cfg: ModelConfig) -> tuple[Kind, dict[str, np.ndarray]]:
-    """The first layer's kind, and one entry a layer of each number in which the layers differ: nothing where all are alike."""
-    columns = {name: [getattr(kind, name) for kind in kinds(cfg)] for name in Kind._fields}
+def scanned_attentions(cfg: ModelConfig) -> tuple[LayerAttention, dict[str, np.ndarray]]:
+    """The first layer's attention, and per-layer arrays of the fields in which the layers differ (none if all are equal)."""
+    columns = {
+        name: [getattr(attention, name) for attention in layer_attentions(cfg)] for name in LayerAttention._fields
+    }
     differ = {name: column for name, column in columns.items() if any(np.any(x != column[0]) for x in column)}
-    dtypes = {"frequency": np.float32, "scale": np.float32, "reach": np.int32}
-    return kinds(cfg)[0], {name: np.asarray(column, dtypes[name]) for name, column in differ.items()}
+    dtypes = {"frequency": np.float32, "scale": np.float32, "window": np.int32}
+    return layer_attentions(cfg)[0], {name: np.asarray(column, dtypes[name]) for name, column in differ.items()}
 
 
 def rms_norm(x: Array, weight: Array, cfg: ModelConfig) -> Array:
-    """x / rms(x) * weight over the last dim, in f32 (Zhang & Sennrich 2019); * (1 + weight) in Gemma."""
+    """x / rms(x) * weight over the last dimension, in f32 (Zhang & Sennrich 2019); * (1 + weight) in Gemma."""
     wide, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + cfg.norm_eps)
     return (wide * (1 + weight if cfg.norm_plus_one else weight)).astype(x.dtype)
 
 
-def _qkv(layer: Layer, x: Array, by: Angles, cfg: ModelConfig) -> tuple[Array, Array, Array]:
+def _qkv(layer: Layer, x: Array, rotary: Angles, cfg: ModelConfig) -> tuple[Array, Array, Array]:
     """Queries [B T K G H], keys and values [B T K H], rotated."""
     packed = contract(rms_norm(x, layer["attn_norm"], cfg), layer["qkv"])
     if cfg.qkv_bias:
@@ -85,11 +88,11 @@ def _qkv(layer: Layer, x: Array, by: Angles, cfg: ModelConfig) -> tuple[Array, A
     q, k, v = packed[..., : cfg.group, :], packed[..., cfg.group, :], packed[..., cfg.group + 1, :]
     if cfg.qk_norm:
         q, k = rms_norm(q, layer["q_norm"], cfg), rms_norm(k, layer["k_norm"], cfg)
-    return rope(q, by), rope(k, by), v
+    return rope(q, rotary), rope(k, rotary), v
 
 
-def _attention_out(layer: Layer, x: Array, mixed: Array, cfg: ModelConfig) -> Array:
-    out = contract(mixed.astype(x.dtype), layer["out"], 3).astype(x.dtype)
+def _attention_out(layer: Layer, x: Array, attended: Array, cfg: ModelConfig) -> Array:
+    out = contract(attended.astype(x.dtype), layer["out"], 3).astype(x.dtype)
     return x + (rms_norm(out, layer["attn_out_norm"], cfg) if cfg.sandwich_norms else out)
 
 
@@ -103,22 +106,34 @@ def _embed(params: PyTree, tokens: Array, cfg: ModelConfig, layout: Layout) -> A
     x = look_up(params["embed"], tokens, cfg.compute, layout)
     if cfg.scale_embedding:
         x = x * jnp.asarray(cfg.d_model**0.5, cfg.compute)
-    # First as the table lies, then as rows: in training one all-to-all in the compute dtype, and one back for the gradient.
+    # First sharded like the table, then by rows: in training one all-to-all in the compute dtype, and one back for the gradient.
     return layout.constrain(layout.constrain(x, "rows_beside_embed", None, "embed"), "rows", None, None)
 
 
 def _block(
     layer: Layer,
     x: Array,
-    by: Angles,
+    rotary: Angles,
     cfg: ModelConfig,
     layout: Layout,
-    mix: Callable[[Array, Array, Array], Array],
+    attention: Callable[[Array, Array, Array], Array],
 ) -> tuple[Array, KV]:
-    """One layer; `mix(q, k, v)` is the attention. Returns the residual stream and this layer's keys and values."""
+    """One transformer layer.
+
+    Args:
+        layer: the layer's parameters.
+        x: the residual stream [B T D].
+        rotary: rotary angles of the positions.
+        cfg: the model.
+        layout: how activations are sharded.
+        attention: attention as a function of queries, keys and values.
+
+    Returns:
+        The residual stream after the layer, and the layer's keys and values.
+    """
     with jax.named_scope("attention"):
-        q, k, v = _qkv(layer, x, by, cfg)
-        x = layout.constrain(_attention_out(layer, x, mix(q, k, v), cfg), "rows", None, None)
+        q, k, v = _qkv(layer, x, rotary, cfg)
+        x = layout.constrain(_attention_out(layer, x, attention(q, k, v), cfg), "rows", None, None)
     with jax.named_scope("mlp"):
         x = layout.constrain(_mlp(layer, x, cfg, layout), "rows", None, None)
     return x, (k, v)
@@ -133,34 +148,42 @@ def hidden(
     layout: Layout,
     forward: ForwardOptions = ForwardOptions(),  # noqa: B008
 ) -> Float[Array, "R T D"]:
-    """Normed activations after the last layer, for whole rows; slot t is seen by slots t to until[t] - 1. `params` has its layers
-    stacked.
+    """Activations of whole rows after the final norm.
 
-    `how`: form of attention (`selection.choose`) and what the backward pass makes again (`remat.checkpointed`). A layer's weights
-    are gathered inside the loop over layers: one layer's at a time are whole.
+    A layer's weights are gathered inside the loop over layers, so only one layer is gathered at a time.
+
+    Args:
+        params: the parameters, layers stacked.
+        tokens: token ids.
+        position: position of each token in its own sequence.
+        until: slots t to until[t] - 1 attend to slot t.
+        cfg: the model.
+        layout: how activations are sharded.
+        forward: attention implementation (`selection.choose_attention`) and rematerialization (`remat.choose_remat`).
     """
-    first, differ = scanned_kinds(cfg)
-    form = choose(forward.attention, tokens.shape[1], cfg, layout)
-    kept = keeping(forward.remat, tokens.shape, cfg, layout)
-    mix_of = mixer(form, Rows(until, position), cfg, layout)
-    if "reach" not in differ:
-        mix_of(first.reach)
+    first, differ = scanned_attentions(cfg)
+    implementation = choose_attention(forward.attention, tokens.shape[1], cfg, layout)
+    remat = choose_remat(forward.remat, tokens.shape, cfg, layout)
+    attention_of = attention_for(implementation, PackedRows(until, position), cfg, layout)
+    if "window" not in differ:
+        attention_of(first.window)
 
     def step(x: Array, scanned: tuple[Layer, dict[str, Array]]) -> tuple[Array, None]:
         layer, own = scanned
-        kind = first._replace(**own)
-        mix = mix_of(kind.reach)
-        mix = jax.checkpoint(mix) if kept == "attention" and form == "plain" else mix
-        x, _ = _block(layer, named_input(x), angles(position, kind.turn), cfg, layout, mix)
+        attention = first._replace(**own)
+        attend_rows = attention_of(attention.window)
+        if remat == "attention" and implementation == "plain":
+            attend_rows = jax.checkpoint(attend_rows)
+        x, _ = _block(layer, named_input(x), angles(position, attention.rotation), cfg, layout, attend_rows)
         return x, None
 
     x = _embed(params, tokens, cfg, layout)
-    x, _ = jax.lax.scan(checkpointed(step, kept), x, (params["layers"], differ))
+    x, _ = jax.lax.scan(checkpointed(step, remat), x, (params["layers"], differ))
     return rms_norm(x, params["final_norm"], cfg)
 
 
 def logits(params: PyTree, h: Float[Array, "... D"], cfg: ModelConfig) -> Float[Array, "... V"]:
-    """Next-token logits of normed activations, f32."""
+    """Next-token logits of normalized activations, f32."""
     head = jax.tree.map(jnp.transpose, params["embed" if cfg.tied_head else "head"])
     return _capped(contract(h, head), cfg)
 
@@ -177,35 +200,37 @@ def prefill(
     cfg: ModelConfig,
     layout: Layout,
 ) -> PromptCache:
-    """Keys and values of the first `length` tokens of right-padded prompts. No logits: the first decode step, which reads each
-    prompt's last token, makes them.
+    """Keys and values of the first `length` tokens of right-padded prompts. No logits: the first decode step reads each prompt's
+    last token and computes them.
 
     Args:
-        params: one entry per layer.
+        params: the policy's parameters, one entry per layer.
         tokens: the prompts; their S may be less than the cache's.
-        length: tokens to read of each.
-        caching: slots of the cache, how many tokens are read at a time, and the form that keys and values are held in.
+        length: tokens to read per prompt.
+        caching: slots of the cache, tokens per chunk, and the cache format.
         cfg: the model.
-        layout: where the cache lies.
+        layout: decode layout.
 
     Returns:
-        The cache of the prompts, one entry per prompt.
+        The prompts' cache, one entry per prompt.
     """
-    slots, chunk, form = caching
+    slots, chunk, format = caching
     num, total = tokens.shape
-    turns = -(-total // chunk)
-    if turns == 1:
+    chunks = -(-total // chunk)
+    if chunks == 1:
         past = _read_chunk(params, tokens, length, 0, (None,) * cfg.layers, cfg, layout)
     else:
         tokens = jnp.pad(tokens, ((0, 0), (0, -total % chunk)))
 
-        def read(n: Array, past: tuple[Past, ...]) -> tuple[Past, ...]:
+        def read(n: Array, past: tuple[PrefillState, ...]) -> tuple[PrefillState, ...]:
             part = jax.lax.dynamic_slice_in_dim(tokens, n * chunk, chunk, axis=1)
             return _read_chunk(params, part, length, n * chunk, past, cfg, layout)
 
-        past = jax.lax.fori_loop(0, turns, read, nothing_read(cfg, num, total, chunk, layout))
-    sizes = [(min(reach, total), min(reach, slots)) for reach in reaches(cfg)]
-    keys, values = zip(*(p.held(length, *size, form, layout) for p, size in zip(past, sizes, strict=True)), strict=True)
+        past = jax.lax.fori_loop(0, chunks, read, empty_prefill_state(cfg, num, total, chunk, layout))
+    sizes = [(min(window, total), min(window, slots)) for window in attention_windows(cfg)]
+    keys, values = zip(
+        *(p.to_cache(length, *size, format, layout) for p, size in zip(past, sizes, strict=True)), strict=True
+    )
     return PromptCache(k=keys, v=values)
 
 
@@ -214,78 +239,92 @@ def _read_chunk(
     tokens: Int[Array, "U T"],
     length: Int[Array, " U"],
     start: int | Int[Array, ""],
-    past: tuple[Past | None, ...],
+    past: tuple[PrefillState | None, ...],
     cfg: ModelConfig,
     layout: Layout,
-) -> tuple[Past, ...]:
-    """What was read once the tokens from position `start` on are; None: nothing was before them."""
+) -> tuple[PrefillState, ...]:
+    """State of each layer after the chunk of tokens that begins at position `start`; `past` is None before the first chunk."""
     position = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
-    after: list[Past] = []
+    after: list[PrefillState] = []
 
-    def mix(reach: int, before: Past | None, q: Array, k: Array, v: Array) -> Array:
-        after.append(Past(k, v) if before is None else before.with_chunk(k, v, start, length))
-        first, keys, values = (0, k, v) if before is None else before.joined(k, v, start)
+    def attend_chunk(window: int, before: PrefillState | None, q: Array, k: Array, v: Array) -> Array:
+        after.append(PrefillState(k, v) if before is None else before.with_chunk(k, v, start, length))
+        first, keys, values = (0, k, v) if before is None else before.join(k, v, start)
         behind = position[:, :, None] - (first + jnp.arange(keys.shape[1]))
-        # Of keys before the first token there is room, but there are none.
-        mask = (behind >= 0) & (behind < reach) & (behind <= position[:, :, None])
+        # Slots before the first token hold no keys.
+        mask = (behind >= 0) & (behind < window) & (behind <= position[:, :, None])
         return attend(q, keys, values, mask, cfg.attention_scale, cfg.attention_softcap)
 
     x = _embed(params, tokens, cfg, layout)
-    for kind, layer, before in zip(kinds(cfg), params["layers"], past, strict=True):
-        x, _ = _block(layer, x, angles(position, kind.turn), cfg, layout, partial(mix, kind.reach, before))
+    for attention, layer, before in zip(layer_attentions(cfg), params["layers"], past, strict=True):
+        x, _ = _block(
+            layer, x, angles(position, attention.rotation), cfg, layout, partial(attend_chunk, attention.window, before)
+        )
     return tuple(after)
 
 
-class Place(NamedTuple):
-    """Where a decode step stands."""
+class DecodePosition(NamedTuple):
+    """Position of a decode step."""
 
     count: Int[Array, ""]
-    """Keys written to the rows' rings before."""
+    """Keys written to the rows' rings so far."""
     length: Int[Array, " U"]
-    """Keys of each unit's prompt that count: all but its last token's, which the unit's first step reads."""
+    """Valid keys of each group's prompt: all but the last token's, which the group's first step reads."""
     age: Int[Array, " U"]
-    """Steps that the unit has made before."""
+    """Decode steps the group has made so far."""
 
 
 def decode(
     params: PyTree,
     token: Int[Array, " B"],
-    place: Place,
+    at: DecodePosition,
     prompt: PromptCache,
     suffix: SuffixCache,
     cfg: ModelConfig,
     layout: Layout,
 ) -> tuple[Float[Array, "B V"], SuffixCache]:
-    """Logits after one more token a row, and the cache with that token's keys and values written.
+    """Decode one token per row.
 
-    The token of a row of unit u stands at position length[u] + age[u].
-    The F rows of a unit are folded into query rows against its one copy of the prompt.
+    A token of sequence group u has position length[u] + age[u]. The F rows of a group are folded into query rows against its one
+    copy of the prompt.
+
+    Args:
+        params: the policy's parameters, one entry per layer.
+        token: the last token of each row, not yet in the cache.
+        at: the position of the step.
+        prompt: prompt cache, one entry per group.
+        suffix: the rows' own keys and values.
+        cfg: the model.
+        layout: decode layout.
+
+    Returns:
+        The next token's logits, and the suffix cache with this token's keys and values written.
     """
-    rows, units = token.shape[0], place.age.shape[0]
-    each = rows // units
-    position = jnp.repeat(place.length + place.age, each)[:, None]
-    keys, values, form = list(suffix.k), list(suffix.v), suffix.form
+    rows, groups = token.shape[0], at.age.shape[0]
+    each = rows // groups
+    position = jnp.repeat(at.length + at.age, each)[:, None]
+    keys, values, format = list(suffix.k), list(suffix.v), suffix.format
     x = _embed(params, token[:, None], cfg, layout)
     attend_to = partial(attend_part, scale=cfg.attention_scale, softcap=cfg.attention_softcap)
-    # Masks once for all layers with rings of a size: a ring that has gone round holds the last `size` <= reach tokens.
+    # One mask for all layers with rings of equal size: a ring that has wrapped around holds the last `size` <= window tokens.
     sizes = {num_slots(x) for x in values}
-    own_masks = {n: jnp.repeat(seen(n, place.count, place.age), each, axis=0) for n in sizes}
+    own_masks = {n: jnp.repeat(suffix_mask(n, at.count, at.age), each, axis=0) for n in sizes}
 
-    def mix(i: int, reach: int, q: Array, k: Array, v: Array) -> Array:
-        # Written first, then read back from the written cache: the other order makes XLA copy the cache.
-        keys[i] = write(keys[i], k, place.count, form, form.across)
-        values[i] = write(values[i], v, place.count, form)
-        own = attend_to(q[:, 0], keys[i], values[i], own_masks[num_slots(values[i])], across=form.across)
-        folded = q[:, 0].reshape(units, each, *q.shape[2:]).swapaxes(1, 2)
-        folded = folded.reshape(units, cfg.kv_heads, each * cfg.group, cfg.head_dim)
-        mask = seen_of_prompt(num_slots(prompt.v[i]), place.length, place.age, reach)
+    def attend_caches(i: int, window: int, q: Array, k: Array, v: Array) -> Array:
+        # Write first, then read from the written cache: the other order makes XLA copy the cache.
+        keys[i] = write(keys[i], k, at.count, format, format.transposed)
+        values[i] = write(values[i], v, at.count, format)
+        own = attend_to(q[:, 0], keys[i], values[i], own_masks[num_slots(values[i])], transposed=format.transposed)
+        folded = q[:, 0].reshape(groups, each, *q.shape[2:]).swapaxes(1, 2)
+        folded = folded.reshape(groups, cfg.kv_heads, each * cfg.group, cfg.head_dim)
+        mask = prompt_mask(num_slots(prompt.v[i]), at.length, at.age, window)
         shared = attend_to(folded, prompt.k[i], prompt.v[i], mask)
         return merge(tuple(_unfold(part, each) for part in shared), own)[:, None]
 
-    turns = {cfg.slides(i): kind.turn for i, kind in enumerate(kinds(cfg))}
-    by = {slides: shared_angles(position, turn, place.count) for slides, turn in turns.items()}
-    for i, (kind, layer) in enumerate(zip(kinds(cfg), params["layers"], strict=True)):
-        x, _ = _block(layer, x, by[cfg.slides(i)], cfg, layout, partial(mix, i, kind.reach))
+    rotations = {cfg.slides(i): attention.rotation for i, attention in enumerate(layer_attentions(cfg))}
+    rotary = {slides: shared_angles(position, rotation, at.count) for slides, rotation in rotations.items()}
+    for i, (attention, layer) in enumerate(zip(layer_attentions(cfg), params["layers"], strict=True)):
+        x, _ = _block(layer, x, rotary[cfg.slides(i)], cfg, layout, partial(attend_caches, i, attention.window))
     h = rms_norm(x[:, 0], params["final_norm"], cfg)
     return logits(params, h, cfg), suffix.replace(k=tuple(keys), v=tuple(values))
 

@@ -44,7 +44,9 @@ def estimator_credit(
     rollouts, prompts, graders = groups.rollouts, len(groups.failure), groups.components.shape[-1]
     zeros = np.zeros(rollouts.sampled.shape)
     penalty = (
-        reward_kl(rollouts.behavior_logprobs, scores.reference_logprobs, groups.teaching) if reward_kl.weight else zeros
+        reward_kl(rollouts.behavior_logprobs, scores.reference_logprobs, groups.trainable_tokens)
+        if reward_kl.weight
+        else zeros
     )
     late = reward_kl.to == "advantage"
     found = estimate(
@@ -82,7 +84,7 @@ def custom_credit(
     """
     found = function(groups, scores)
     credit = found if isinstance(found, Credit) else Credit(np.asarray(found))
-    advantage, mask = np.asarray(credit.advantage), groups.teaching
+    advantage, mask = np.asarray(credit.advantage), groups.trainable_tokens
     if advantage.shape not in (mask.shape, mask.shape[:1]):
         raise UserError(
             f"objective.advantage {name}: got {advantage.dtype}{list(advantage.shape)}, want one number per row, "
@@ -103,7 +105,7 @@ def custom_credit(
 
 def reward_kl_metrics(reward_kl: RewardKl, groups: Groups, scores: Scores) -> dict[str, float]:
     """Return the metric `reward_kl`, the mean KL estimate over the trained tokens in nats; empty without a KL in the reward."""
-    mask = groups.teaching
+    mask = groups.trainable_tokens
     if reward_kl.weight == 0 or not mask.any():
         return {}
     penalty = reward_kl(groups.rollouts.behavior_logprobs, scores.reference_logprobs, mask)

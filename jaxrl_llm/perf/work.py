@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 
 from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
-from jaxrl_llm.model.cache import reaches
+from jaxrl_llm.model.cache import attention_windows
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.types import Batch, PyTree
 
@@ -58,7 +58,7 @@ def decode_step(
         bytes_per_number: bytes per cached number, scales included.
     """
     prompt, own = 0.0, 0.0
-    for window in reaches(cfg):
+    for window in attention_windows(cfg):
         prompt += np.minimum(length, np.maximum(window - age - 1, 0)).sum()
         own += rows_per_unit * np.minimum(age + 1, window).sum()
     rows = rows_per_unit * len(age)
@@ -70,12 +70,12 @@ def attention_pairs(cfg: ModelConfig, position: Int[np.ndarray, "R T"], real: Bo
     """Return the number of (query, key) pairs that attend, over all layers: a token at position p attends to itself and the p
     before it, in a sliding layer to at most its window. The same in packed rows and in trees: other slots are masked."""
     keys = position[real].astype(np.int64) + 1
-    return sum(int(np.minimum(keys, window).sum()) for window in reaches(cfg))
+    return sum(int(np.minimum(keys, window).sum()) for window in attention_windows(cfg))
 
 
 def causal_pairs(cfg: ModelConfig, length: int) -> int:
     """Return `attention_pairs` of a sequence of `length` tokens: 1 + 2 + ... up to a layer's window, then the window per token."""
-    short = [min(length, window) for window in reaches(cfg)]
+    short = [min(length, window) for window in attention_windows(cfg)]
     return sum(n * (n + 1) // 2 + (length - n) * n for n in short)
 
 
@@ -145,7 +145,7 @@ def train_flops(cfg: ModelConfig, pairs: int, tokens: int, scored: int, adapters
 
 def count_adapter_params(specs: PyTree, cfg: ModelConfig) -> int | None:
     """Return the number of LoRA parameters of the policy for `train_flops`; None without adapters."""
-    trained, frozen = lora.split(model_params.policy_part(specs, cfg))
+    trained, frozen = lora.split(model_params.policy_params(specs, cfg))
     return model_params.count(trained) if jax.tree.leaves(frozen) else None
 
 

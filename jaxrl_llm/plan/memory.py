@@ -72,7 +72,7 @@ def _phase(run: AbstractRun, name: str, resident: ResidentBytes, temporaries: in
 
 def estimated_temporaries(run: AbstractRun, name: str) -> int:
     """Estimate the temporaries of a program, in bytes per chip, within a factor of two of the TPU compiler's."""
-    if name == "widen_suffix":
+    if name == "extend_suffix":
         return 0
     if name == "publish":
         # The compiler gathers into a separate buffer, and copies.

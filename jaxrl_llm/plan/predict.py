@@ -82,7 +82,7 @@ def rollout_time(run: AbstractRun, chip: Chip, programs: dict[str, CompiledProgr
     shards = layout.size("rows") * layout.size("heads")
     size = np.dtype(model.compute).itemsize
     full, middle = np.array([run.prompt_slots - 1]), np.array([steps // 2])
-    of_group = decode_step(model, full, middle, rows_per_group, run.engine.programs.caching.form.number_bytes(model))
+    of_group = decode_step(model, full, middle, rows_per_group, run.engine.programs.caching.format.number_bytes(model))
     work = Work(groups * of_group.bytes, groups * of_group.flops)
     weights = weight_bytes(run.policy.params, model)
     prefill = (

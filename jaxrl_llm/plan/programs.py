@@ -104,10 +104,10 @@ def lowerings(run: AbstractRun) -> dict[str, Lower]:
     """Functions that lower the programs with the largest memory, by name."""
     cfg, model = run.cfg, run.model
     prompts, groups, window = run.capacity
-    policy, masters = run.policy, model_params.policy_part(run.state.params, model)
+    policy, masters = run.policy, model_params.policy_params(run.state.params, model)
     sizes_of = {"prefill": (prompts, run.prompt_slots), "decode": (groups, window)}
     if len(run.engine.sizes.windows) > 1:
-        sizes_of["widen_suffix"] = (groups, *run.engine.sizes.windows[-2:])
+        sizes_of["extend_suffix"] = (groups, *run.engine.sizes.windows[-2:])
     lower = {name: partial(run.engine.programs.lower, policy.params, name, *sizes) for name, sizes in sizes_of.items()}
     publish = make_publish(model, run.train, run.decode, cfg.rollout.engine.weights)
     update = make_update(
@@ -124,7 +124,7 @@ def compile_all(run: AbstractRun) -> dict[str, CompiledProgram]:
     """Compile all programs of a step, in parallel threads."""
     lowered = {name: lower() for name, lower in lowerings(run).items()}
     # Longest compilations first.
-    order = sorted(lowered, key=("decode", "update", "prefill", "publish", "widen_suffix").index)
+    order = sorted(lowered, key=("decode", "update", "prefill", "publish", "extend_suffix").index)
     with shown_on_stderr(f"compiling {', '.join(order)}"), ThreadPoolExecutor(os.cpu_count()) as threads:
         found = threads.map(lambda name: compile_program(lowered[name], trip_counts(run, name)), order)
         return dict(zip(order, found, strict=True))

@@ -78,7 +78,7 @@ class Blueprint:
 
     def changed(self, params: PyTree) -> PyTree:
         """The part of the policy that RL trains, for arrays and specs alike: all of it, or its adapters."""
-        return lora.split(model_params.policy_part(params, self.model))[0]
+        return lora.split(model_params.policy_params(params, self.model))[0]
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:

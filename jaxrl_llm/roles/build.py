@@ -12,7 +12,7 @@ from jaxrl_llm.experience.config import OwnFilter
 from jaxrl_llm.experience.curriculum import in_order, own_curriculum
 from jaxrl_llm.experience.filters import Filter, make_filter, own_filter
 from jaxrl_llm.experience.replay import make_replay
-from jaxrl_llm.model.publish import make_blank, make_publish
+from jaxrl_llm.model.publish import make_empty_policy, make_publish
 from jaxrl_llm.objective.credit import make_advantage
 from jaxrl_llm.objective.loss_config import anchored_on_proximal
 from jaxrl_llm.objective.losses import CROSS_ENTROPY
@@ -107,7 +107,7 @@ def make_publisher(blueprint: Blueprint) -> Callable[[TrainState, Policy | None]
     """Function from a TrainState to its policy; the buffers of the old policy are donated."""
     weights = blueprint.cfg.rollout.engine.weights
     publish = make_publish(blueprint.model, blueprint.train, blueprint.decode, weights)
-    blank = make_blank(blueprint.model, blueprint.decode, weights)
+    blank = make_empty_policy(blueprint.model, blueprint.decode, weights)
     return lambda train, old: publish(train.params, train.step, old or blank())
 
 

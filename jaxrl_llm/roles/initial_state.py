@@ -13,7 +13,7 @@ from jaxrl_llm.metrics.guards import Guards
 from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.critic import critic_start
+from jaxrl_llm.model.critic import init_critic
 from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.load import load
 from jaxrl_llm.model.hf.source import resolve as resolve_model
@@ -50,8 +50,8 @@ def start_rl(blueprint: Blueprint, learner: Learner, source: Any, params: PyTree
 
     def with_adapters_and_critic(params: PyTree) -> PyTree:
         of_adapters = jax.random.fold_in(key, 2**31 - 2)
-        policy = lora.adapt(params, model_params.policy_part(specs, model), of_adapters, blueprint.train)
-        return policy | (critic_start(params, model, cfg.objective.critic.kind) if cfg.objective.has_critic else {})
+        policy = lora.adapt(params, model_params.policy_params(specs, model), of_adapters, blueprint.train)
+        return policy | (init_critic(params, model, cfg.objective.critic.kind) if cfg.objective.has_critic else {})
 
     start = make_init_state(specs, blueprint.optimizer, blueprint.train, with_adapters_and_critic)
     train = start(params, _updates(blueprint, cfg.warm_start.steps))

@@ -108,7 +108,7 @@ def minimum(run: AbstractRun, held_out: int, trains: bool, num_sharing: int) -> 
             rows, slots = run.batch.tokens.shape
             inputs = layer_inputs(run, rows // run.cfg.update.micro_batches * slots)
             parts |= {GRADIENTS: gradients(run), LAYER_INPUTS: inputs}
-        if trains or name in ("prefill", "decode", "widen_suffix"):
+        if trains or name in ("prefill", "decode", "extend_suffix"):
             found.append(Phase(name, parts))
     if trains and run.cfg.warm_start.steps:
         shape = run.shapes.supervised
@@ -136,7 +136,7 @@ def resident_bytes(run: AbstractRun) -> dict[str, ResidentBytes]:
     windows = run.engine.sizes.windows
     if len(windows) > 1:
         before = bytes_per_device(caches(groups, windows[-2])[1])
-        found["widen_suffix"] = ResidentBytes({ROWS: before + rows}, state | {POLICY: policy, PROMPTS: prompts})
+        found["extend_suffix"] = ResidentBytes({ROWS: before + rows}, state | {POLICY: policy, PROMPTS: prompts})
     return found
 
 

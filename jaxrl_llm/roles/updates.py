@@ -142,4 +142,4 @@ def as_floats(metrics: dict) -> dict[str, float]:
 def is_old(experience: Experience, version: int) -> bool:
     """True if some token of a kept row was sampled by an earlier policy."""
     groups = experience.groups
-    return bool((groups.rollouts.version[groups.teaching] < version).any())
+    return bool((groups.rollouts.version[groups.trainable_tokens] < version).any())

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxrl_llm.model.cache import PromptCache, SuffixCache
-from jaxrl_llm.model.transformer import Place, decode
+from jaxrl_llm.model.transformer import DecodePosition, decode
 from jaxrl_llm.rollout.sample import Controls, Decoding, row_keys, sample_token
 from jaxrl_llm.types import COLUMNS, ArrayLike, Column, PyTree
 
@@ -102,7 +102,7 @@ def step(
     """
     rows = state.last.shape[0] // groups.age.shape[0]
     age = groups.age + state.steps
-    place = Place(count=count + state.steps, length=groups.length, age=age)
+    place = DecodePosition(count=count + state.steps, length=groups.length, age=age)
     raw, suffix = decode(params, state.last, place, prompt, state.suffix, decoding.model, decoding.layout)
     per_row = lambda x: jnp.repeat(x, rows)  # noqa: E731
     with jax.named_scope("sample"):

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from jaxrl_llm.model.cache import Caching, PromptCache, choose_form, reaches
+from jaxrl_llm.model.cache import Caching, PromptCache, attention_windows, choose_cache_format
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.config import divisors
@@ -62,12 +62,12 @@ class Engine:
         self.cfg, self.detokenize = cfg, detokenize
         steps = min(cfg.engine.decode_chunk, cfg.max_new_tokens)
         window = cfg.engine.window or first_window(cfg, model, layout)
-        self.sizes = Sizes.of(cfg, window, prompt_slots, max(reaches(model)), layout.size("rows"))
+        self.sizes = Sizes.of(cfg, window, prompt_slots, max(attention_windows(model)), layout.size("rows"))
         most = min(cfg.engine.eos_interval, steps, self.sizes.windows[0])
         interval = max(n for n in divisors(steps) if n <= most)
         max_kept_tokens = cfg.max_kept_of(vocab.size)
         self.decoding = Decoding(model, layout, vocab, steps, interval, max_kept_tokens, cfg.raw_logprobs)
-        form = choose_form(cfg.engine.attention, cfg.engine.cache, model, layout)
+        form = choose_cache_format(cfg.engine.attention, cfg.engine.cache, model, layout)
         caching = Caching(prompt_slots, cfg.engine.prefill_chunk, form)
         self.programs = Programs(self.decoding, caching, self.sizes.rows_per_group)
 
@@ -144,7 +144,7 @@ class Engine:
             found += [("insert_prefix", groups[0], n) for n in admitted]
         found.append(("empty_suffix", groups[0], sizes.windows[0]))
         found += [("decode", u, w) for u in groups for w in sizes.windows]
-        found += [("widen_suffix", u, w, wider) for u in groups for w, wider in pairwise(sizes.windows)]
+        found += [("extend_suffix", u, w, wider) for u in groups for w, wider in pairwise(sizes.windows)]
         found += [("compact", u, v, w) for u in groups for v in groups if v < u for w in sizes.windows]
         return found
 
@@ -282,7 +282,7 @@ class Generation:
         steps = min(self.engine.decoding.steps, -(-need // interval) * interval)
         if min(age + interval, most) > self.window:
             wider = smallest(windows, min(age + interval, most))
-            widen = self._program("widen_suffix", self.batch, self.window, wider)
+            widen = self._program("extend_suffix", self.batch, self.window, wider)
             self.suffix = widen(self.suffix, self._scalar(self.count))
             self.window, self.count = wider, self.window
         return steps if self.window == most else min(steps, (self.window - age) // interval * interval)
@@ -330,7 +330,7 @@ class Generation:
         decoding, s, rows_per_group = self.engine.decoding, self.stats, self.engine.sizes.rows_per_group
         there = self.row >= 0
         length = np.where(there, self.prompts.length[np.maximum(self.row, 0) // self.engine.cfg.samples] - 1, 0)
-        entry = self.engine.programs.caching.form.number_bytes(decoding.model)
+        entry = self.engine.programs.caching.format.number_bytes(decoding.model)
         work = decode_step(decoding.model, length, np.where(there, self.age + ran // 2, 0), rows_per_group, entry)
         shards = decoding.layout.size("rows") * decoding.layout.size("heads")
         work = Work(self.weights + work.bytes / shards, work.flops / shards)

@@ -25,7 +25,7 @@ class Programs:
     ("broadcast_prefix", prompts, groups)       prompt cache, index -> prompt cache of each sequence group
     ("insert_prefix", groups, prompts)          prompt cache (donated), new, where, source -> prompt cache
     ("empty_suffix", groups, window)            -> empty suffix cache
-    ("widen_suffix", groups, window, wider)     suffix cache, count -> suffix cache
+    ("extend_suffix", groups, window, wider)     suffix cache, count -> suffix cache
     ("compact", groups, fewer, window)          both caches, index of groups, index of rows -> both caches
     ("decode", groups, window)                  see `decode.make_decode_chunk`
     """
@@ -63,14 +63,14 @@ class Programs:
 
     def _prompt(self, groups: int) -> PyTree:
         model, layout, caching = self.decoding.model, self.decoding.layout, self.caching
-        return self._placed(lambda: cache.empty_prompt(model, groups, caching.prompt_slots, layout, caching.form))
+        return self._placed(lambda: cache.empty_prompt(model, groups, caching.prompt_slots, layout, caching.format))
 
     def _suffix(self, groups: int, window: int) -> PyTree:
         return self._placed(self._make_suffix(groups, window))
 
     def _make_suffix(self, groups: int, window: int) -> Callable[[], cache.SuffixCache]:
         model, layout = self.decoding.model, self.decoding.layout
-        return lambda: cache.empty_suffix(model, groups * self.rows_per_group, window, layout, self.caching.form)
+        return lambda: cache.empty_suffix(model, groups * self.rows_per_group, window, layout, self.caching.format)
 
     def caches(self, groups: int, window: int) -> tuple[PyTree, PyTree]:
         """Prompt and suffix cache as shapes, dtypes and shardings."""
@@ -102,9 +102,9 @@ class Programs:
         out = self._shardings(self._suffix(groups, window))
         return jax.jit(self._make_suffix(groups, window), out_shardings=out).lower()
 
-    def _widen_suffix(self, params: PyTree, groups: int, window: int, wider: int) -> Lowered:
+    def _extend_suffix(self, params: PyTree, groups: int, window: int, wider: int) -> Lowered:
         def grow(suffix, count):
-            return cache.grow(suffix, wider, count, self.decoding.model, self.decoding.layout)
+            return cache.extend_suffix(suffix, wider, count, self.decoding.model, self.decoding.layout)
 
         out = self._shardings(self._suffix(groups, wider))
         return jax.jit(grow, out_shardings=out).lower(self._suffix(groups, window), self._array((), jnp.int32))

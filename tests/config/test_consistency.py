@@ -61,7 +61,7 @@ def test_all_errors_of_an_impossible_mesh_are_listed():
         "mesh: asked for data 3, fsdp 2, tensor 5, expert 1 (a product of 30), found 8 devices; "
         "the product must be 8, sizes that work on an axis: 1, 2, 4, 8",
         "model.heads: got 3, want a multiple of model.kv_heads (2)",
-        "model.head_dim: got 7, want an even number (RoPE turns pairs)",
+        "model.head_dim: got 7, want an even number (RoPE rotates pairs)",
         "mesh.tensor: got 5, want a divisor of model.kv_heads (2): 1, 2",
         "mesh.tensor: got 5, want a divisor of model.d_mlp (9): 1, 3, 9",
         "mesh.tensor: got 5, want a divisor of model.vocab_size (16): 1, 2, 4, 8, 16",

@@ -15,7 +15,7 @@ CFG = dataclasses.replace(TINY, experts=4, experts_per_token=2)
 AXES = {"router": ("embed", None), "gate_up": (None, "expert", "embed", "mlp"), "down": ("expert", "mlp", "embed")}
 
 
-def draw(dtype=np.float32):
+def random_layer(dtype=np.float32):
     rng = np.random.default_rng(0)
     d, e, f = CFG.d_model, CFG.experts, CFG.d_mlp
     shapes = {"router": (d, e), "gate_up": (2, e, d, f), "down": (e, f, d)}
@@ -24,7 +24,7 @@ def draw(dtype=np.float32):
 
 
 def loop(layer, h, cfg=CFG):
-    """Every expert works on every token; NumPy's argsort and a mask choose."""
+    """Every expert computes every token; a mask from argsort selects."""
     probability = jax.nn.softmax(h @ layer["router"], axis=-1)
     rank = jnp.argsort(jnp.argsort(-probability, axis=-1, stable=True), axis=-1)
     weight = jnp.where(rank < cfg.experts_per_token, probability, 0.0)
@@ -38,7 +38,7 @@ def loop(layer, h, cfg=CFG):
 
 
 def value_and_gradients(f):
-    """Of a sum that weighs every output differently, recomputed in the backward pass as in training."""
+    """Value and gradients of a sum that weights every output differently, with rematerialization as in training."""
     return jax.jit(
         jax.value_and_grad(lambda layer, h: jnp.sum(jnp.sin(3 * jax.checkpoint(f)(layer, h))), argnums=(0, 1))
     )
@@ -50,7 +50,7 @@ def close(got, want):
 
 
 def test_route_by_hand():
-    """exp(scores) = 1, 2, 4, 1 of 8: the likeliest are 2 and 1, with 1/2 and 1/4, made 2/3 and 1/3."""
+    """exp(scores) = 1, 2, 4, 1 of 8: the most probable are 2 and 1, with 1/2 and 1/4, normalized to 2/3 and 1/3."""
     scores = jnp.log(jnp.array([[1.0, 2.0, 4.0, 1.0]]))
     weight, expert = route(scores, CFG)
     np.testing.assert_array_equal(expert, [[2, 1]])
@@ -59,27 +59,27 @@ def test_route_by_hand():
     np.testing.assert_allclose(bare, [[1 / 2, 1 / 4]], rtol=1e-6)
 
 
-def test_of_equals_the_lower_number_is_chosen():
+def test_ties_go_to_the_lower_index():
     weight, expert = route(jnp.array([[0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0]]), CFG)
     np.testing.assert_array_equal(expert, [[0, 1], [1, 3], [1, 0]])
     np.testing.assert_allclose(weight[:2], 0.5, rtol=1e-6)
 
 
 def test_assign_by_hand():
-    """Three rows, two choices each. Shard 1 has experts 2 and 3: assignments 0 and 3 go to 2, 4 goes to 3, the others elsewhere."""
+    """Three rows, two choices per row. Shard 1 has experts 2 and 3: assignments 0 and 3 go to 2, 4 to 3, the others elsewhere."""
     expert = jnp.array([[2, 0], [1, 2], [3, 0]])
     whole, part = assign(expert, 4, 0), assign(expert, 2, 1)
     np.testing.assert_array_equal(whole.order, [1, 5, 2, 0, 3, 4])
     np.testing.assert_array_equal(whole.counts, [2, 1, 2, 1])
     np.testing.assert_array_equal(part.order, [0, 3, 4, 1, 2, 5])
     np.testing.assert_array_equal(part.counts, [2, 1])
-    np.testing.assert_array_equal(part.order[part.place], np.arange(6))
+    np.testing.assert_array_equal(part.order[part.position], np.arange(6))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 2, 2, 1), (1, 1, 2, 4), (2, 2, 1, 2)])
-def test_value_and_gradients_are_those_of_a_loop_over_experts(sizes):
-    layer, h = draw()
+def test_value_and_gradients_equal_a_loop_over_experts(sizes):
+    layer, h = random_layer()
     want = value_and_gradients(loop)(layer, h)
     train, _ = layouts(sizes)
     placed = {name: hosts.put(x, train.sharding(AXES[name])) for name, x in layer.items()}
@@ -87,13 +87,13 @@ def test_value_and_gradients_are_those_of_a_loop_over_experts(sizes):
     got = ours(placed, hosts.put(h, train.sharding(("rows", None, None))))
     close(got, want)
     if sizes == (1, 1, 1, 1):
-        # A gradient of the router comes through the weights alone, and each expert of four has tokens of its own.
+        # The router has a gradient through the weights only, and each of the four experts has tokens.
         assert all(np.abs(x).max(axis=-1).min() > 1e-4 for x in jax.tree.leaves(want[1]))
 
 
-def test_weights_as_they_come_and_ties():
-    """Not normalized; two pairs of experts with equal routers, so that every choice is between equals."""
-    cfg, (layer, h) = dataclasses.replace(CFG, norm_top_k=False, experts_per_token=1), draw()
+def test_unnormalized_weights_and_ties():
+    """Two pairs of experts with equal routers, so that every choice is a tie."""
+    cfg, (layer, h) = dataclasses.replace(CFG, norm_top_k=False, experts_per_token=1), random_layer()
     layer["router"][:, 1], layer["router"][:, 3] = layer["router"][:, 0], layer["router"][:, 2]
     got = jax.jit(lambda layer, h: mixture(layer, h, cfg, layouts()[0]))(layer, h)
     np.testing.assert_allclose(got, loop(layer, h, cfg), atol=1e-5)
@@ -101,8 +101,8 @@ def test_weights_as_they_come_and_ties():
     np.testing.assert_allclose(got, loop(without, h, cfg), atol=1e-5)
 
 
-def test_in_bfloat16_no_product_is_mixed_and_gradients_of_masters_are_f32():
-    layer, h = draw()
+def test_in_bfloat16_no_product_is_mixed_and_master_gradients_are_f32():
+    layer, h = random_layer()
     half = jnp.asarray(h, jnp.bfloat16)
     ours = jax.value_and_grad(
         lambda layer, h: jnp.sum(mixture(layer, h, CFG, layouts()[0]).astype(jnp.float32) ** 2), (0, 1)

@@ -1,4 +1,4 @@
-"""The matrix product and its gradient: equal to einsum's, and in one dtype throughout."""
+"""The matrix product and its gradient: equal to einsum's, without mixed-precision products."""
 
 import re
 
@@ -30,7 +30,7 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize("x_shape, w_shape, inner, formula", SHAPES)
-def test_value_and_gradient_are_those_of_einsum(x_shape, w_shape, inner, formula):
+def test_value_and_gradient_equal_einsum(x_shape, w_shape, inner, formula):
     x, w = arrays(x_shape, w_shape)
 
     def loss(product):
@@ -69,7 +69,7 @@ def test_gradients_have_the_dtypes_of_their_arguments_and_no_product_is_mixed():
 
 
 @pytest.mark.parametrize("width", [2, 6], ids=["narrower", "wider"])
-def test_each_of_several_is_a_product_of_its_own(width):
+def test_contract_each_equals_separate_products(width):
     x, w = arrays((2, 5, 4), (3, 4, width))
 
     def loss(product):
@@ -81,8 +81,8 @@ def test_each_of_several_is_a_product_of_its_own(width):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def test_each_of_several_in_bfloat16():
-    """Compiled: on a CPU not every form of a product of bfloat16 with sums in f32 exists."""
+def test_contract_each_in_bfloat16():
+    """Compiled: outside jit a CPU does not support every bfloat16 product with f32 sums."""
     x, w = arrays((2, 30, 16), (3, 16, 8))
     half = x.astype(jnp.bfloat16)
     gradient = jax.jit(jax.grad(lambda x, w: sum(jnp.sum(part**2) for part in contract_each(x, w)), (0, 1)))

@@ -16,7 +16,7 @@ from jaxrl_llm.model.config import LoraConfig
 from jaxrl_llm.model.critic import critic_specs
 from jaxrl_llm.model.linear import contract
 from jaxrl_llm.model.lora import Adapted, Adapter
-from jaxrl_llm.model.publish import make_blank, make_publish
+from jaxrl_llm.model.publish import make_empty_policy, make_publish
 from jaxrl_llm.objective.losses import CROSS_ENTROPY
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import Batch, TrainState
@@ -207,7 +207,7 @@ def test_fresh_adapters_change_nothing():
 def test_publish_merges(weights):
     """As for merged parameters; in int8 a number halfway between two may round to either."""
     train, decode = layouts()
-    publish, blank = make_publish(SMALL, train, decode, weights), make_blank(SMALL, decode, weights)
+    publish, blank = make_publish(SMALL, train, decode, weights), make_empty_policy(SMALL, decode, weights)
     whole = hosts.put(jax.device_get(jax.jit(dense)(adapted())), model_params.shardings(SPECS, train))
     policy, want = publish(adapted(), np.int32(3), blank()), publish(whole, np.int32(3), blank())
     assert jax.tree.structure(policy) == jax.tree.structure(want)

@@ -1,4 +1,4 @@
-"""The parameter descriptions: what there is, how it starts, where it lies."""
+"""Parameter descriptions: shapes, initial values, shardings."""
 
 import dataclasses
 
@@ -38,25 +38,25 @@ def params():
 
 
 @pytest.mark.slow
-def test_init_draws_what_the_description_says(params):
+def test_init_follows_the_specs(params):
     cfg, values = params
-    described = jax.tree.leaves(specs(cfg), is_leaf=is_spec)
-    for spec, x in zip(described, jax.tree.leaves(values), strict=True):
+    spec_leaves = jax.tree.leaves(specs(cfg), is_leaf=is_spec)
+    for spec, x in zip(spec_leaves, jax.tree.leaves(values), strict=True):
         assert x.shape == spec.shape and x.dtype == jnp.float32
         if spec.std is None:
             np.testing.assert_array_equal(x, 1.0)
         elif spec.std == 0:
             np.testing.assert_array_equal(x, 0.0)
         else:
-            # The standard deviation of n numbers is known to 1 / sqrt(2 n); five times that.
+            # The sample standard deviation of n numbers has relative error 1 / sqrt(2 n); five times that.
             np.testing.assert_allclose(np.std(x), spec.std, rtol=5 / np.sqrt(2 * x.size))
     assert specs(cfg)["embed"].std == 64**-0.5
     # Outputs into the residual stream shrink with the number of layers: (2 L)^-1/2.
     assert specs(cfg)["layers"]["down"].std == pytest.approx(0.5 * 256**-0.5)
-    drawn = [
-        np.asarray(x).ravel()[:8] / s.std for s, x in zip(described, jax.tree.leaves(values), strict=True) if s.std
+    samples = [
+        np.asarray(x).ravel()[:8] / s.std for s, x in zip(spec_leaves, jax.tree.leaves(values), strict=True) if s.std
     ]
-    assert len(np.unique(np.round(drawn, 6), axis=0)) == len(drawn)
+    assert len(np.unique(np.round(samples, 6), axis=0)) == len(samples)
 
 
 @pytest.mark.slow
@@ -70,7 +70,7 @@ def test_init_is_the_same_on_every_mesh(params):
     )
 
 
-def test_where_parameters_lie():
+def test_shardings_of_parameters():
     train, decode = layouts((2, 2, 2))
     tree = specs(dataclasses.replace(CFG, tied_head=False))
     found = jax.tree.map(lambda s: s.spec, shardings(tree, train))
@@ -81,12 +81,12 @@ def test_where_parameters_lie():
         assert "fsdp" not in s.spec and "data" not in s.spec
 
 
-def test_unstack_takes_layers_apart_for_arrays_and_for_specs(params):
+def test_unstack_splits_layers_of_arrays_and_of_specs(params):
     cfg, values = params
-    apart, described = unstack(values, cfg.layers), unstack(specs(cfg), cfg.layers)
-    assert isinstance(apart["layers"], tuple) and len(apart["layers"]) == len(described["layers"]) == 2
+    layered, described = unstack(values, cfg.layers), unstack(specs(cfg), cfg.layers)
+    assert isinstance(layered["layers"], tuple) and len(layered["layers"]) == len(described["layers"]) == 2
     for i in range(2):
-        layer, spec = dict(apart["layers"][i]), dict(described["layers"][i])
+        layer, spec = dict(layered["layers"][i]), dict(described["layers"][i])
         for side, name in enumerate(("gate", "up")):
             np.testing.assert_array_equal(layer.pop(name), values["layers"]["gate_up"][i, side])
             assert spec.pop(name) == ParamSpec((cfg.d_model, cfg.d_mlp), ("embed", "mlp"), cfg.d_model**-0.5)
@@ -95,11 +95,11 @@ def test_unstack_takes_layers_apart_for_arrays_and_for_specs(params):
             np.testing.assert_array_equal(x, values["layers"][name][i])
             assert spec[name].shape == x.shape
             assert spec[name].axes == specs(cfg)["layers"][name].axes[1:]
-    assert apart["embed"] is values["embed"]
+    assert layered["embed"] is values["embed"]
     assert count(described) == count(specs(cfg))
 
 
-def test_abstract_has_shapes_and_places_but_no_arrays():
+def test_abstract_has_shapes_and_shardings_but_no_arrays():
     train, _ = layouts((1, 4, 2))
     leaves = jax.tree.leaves(abstract(specs(SMALL), train, jnp.bfloat16))
     assert all(isinstance(x, jax.ShapeDtypeStruct) and x.dtype == jnp.bfloat16 for x in leaves)
@@ -107,5 +107,5 @@ def test_abstract_has_shapes_and_places_but_no_arrays():
     assert abstract(specs(SMALL), train)["embed"].sharding == train.sharding(("vocab", "embed"))
 
 
-def test_map_specs_gives_whole_descriptions():
+def test_map_specs_passes_whole_specs():
     assert map_specs(lambda s: s.std, {"a": ParamSpec((2,), (None,), 0.5)}) == {"a": 0.5}

@@ -1,4 +1,4 @@
-"""`publish` in 8 bits: the same numbers on every mesh, where they belong, in the buffers of the one before, and its cost."""
+"""`publish` in 8 bits: equal numbers on every mesh, shardings, reuse of the old policy's buffers, and the sampling error."""
 
 import dataclasses
 from functools import cache
@@ -13,7 +13,7 @@ from jaxrl_llm.config import loading
 from jaxrl_llm.distribution.score import Scoring, score_tokens
 from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.model.params import unstack
-from jaxrl_llm.model.publish import abstract_policy, make_blank, make_publish, policy_shardings
+from jaxrl_llm.model.publish import abstract_policy, make_empty_policy, make_publish, policy_shardings
 from jaxrl_llm.model.quantized import Quantized, dequantize
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.roles import inputs
@@ -29,7 +29,9 @@ P, G, C = 16, 4, 6
 def published(sizes=(1, 1, 1), weights="int8", cfg=SMALL):
     train, decode = layouts(sizes)
     params = make_params(cfg, train)
-    return params, make_publish(cfg, train, decode, weights)(params, np.int32(3), make_blank(cfg, decode, weights)())
+    return params, make_publish(cfg, train, decode, weights)(
+        params, np.int32(3), make_empty_policy(cfg, decode, weights)()
+    )
 
 
 def is_quantized(leaf) -> bool:
@@ -38,7 +40,7 @@ def is_quantized(leaf) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cfg", [SMALL, FAMILIES["mistral, window 3"]], ids=["tied", "untied"])
-def test_every_matrix_is_its_master_within_half_a_scale(cfg):
+def test_every_matrix_equals_its_master_within_half_a_scale(cfg):
     params, policy = published(cfg=cfg)
     masters = unstack(params, cfg.layers)
     leaves, treedef = jax.tree.flatten(policy.params, is_leaf=is_quantized)
@@ -52,7 +54,7 @@ def test_every_matrix_is_its_master_within_half_a_scale(cfg):
     assert int(policy.version) == 3
 
 
-def test_numbers_do_not_depend_on_the_mesh_and_shards_lie_where_they_are_multiplied():
+def test_numbers_do_not_depend_on_the_mesh_and_shardings_are_those_of_the_products():
     (_, one), (_, other) = published(), published((2, 2, 2))
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
@@ -68,18 +70,18 @@ def test_numbers_do_not_depend_on_the_mesh_and_shards_lie_where_they_are_multipl
 
 
 @pytest.mark.parametrize("weights", ["compute", "int8"])
-def test_a_policy_is_written_into_the_one_before(weights):
+def test_a_policy_is_written_into_the_old_one(weights):
     train, decode = layouts()
-    publish, old = make_publish(SMALL, train, decode, weights), make_blank(SMALL, decode, weights)()
+    publish, old = make_publish(SMALL, train, decode, weights), make_empty_policy(SMALL, decode, weights)()
     shapes = abstract_policy(SMALL, decode, weights)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), old) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
-    at = sorted(x.unsafe_buffer_pointer() for x in jax.tree.leaves(old))
+    buffers = sorted(x.unsafe_buffer_pointer() for x in jax.tree.leaves(old))
     new = publish(make_params(SMALL, train), np.int32(1), old)
     assert all(x.is_deleted() for x in jax.tree.leaves(old))
-    assert sorted(x.unsafe_buffer_pointer() for x in jax.tree.leaves(new)) == at
+    assert sorted(x.unsafe_buffer_pointer() for x in jax.tree.leaves(new)) == buffers
 
 
-def test_publishing_without_an_older_policy_compiles_once_a_run():
+def test_publishing_without_an_old_policy_compiles_once_per_run():
     values = {"model": dataclasses.asdict(SMALL), "rollout": {"prompts": 8, "samples": 2}, "reward": "exact_match"}
     cfg = loading.validate(values, "test")
     of = blueprint_of(cfg, inputs.read(cfg))
@@ -87,10 +89,10 @@ def test_publishing_without_an_older_policy_compiles_once_a_run():
     state = TrainState(make_params(of.model, of.train), (), hosts.put(np.int32(2), of.train.replicated))
     counter = CompileCounter()
     first = publish(state, None)
-    assert counter.take()["compiles"] == 2  # the blank and the policy
+    assert counter.take()["compiles"] == 2  # the empty policy and the policy
     others = [publish(state, None) for _ in range(3)]
     assert counter.take()["compiles"] == 0
-    # Each has buffers of its own.
+    # Each policy has its own buffers.
     assert not any(x.is_deleted() for policy in (first, *others) for x in jax.tree.leaves(policy))
     for policy in others:
         jax.tree.map(np.testing.assert_array_equal, policy, first)
@@ -98,11 +100,11 @@ def test_publishing_without_an_older_policy_compiles_once_a_run():
 
 @cache
 def mismatch(sizes, weights):
-    """Trainer's log-prob less sampler's, of each token that the sampler drew."""
+    """Trainer's minus sampler's log-prob of each sampled token."""
     train, decode = layouts(sizes)
     params, policy = published(sizes, weights)
-    of = engine(SMALL, decode, prompts=P, samples=G, max_new_tokens=C, engine=EngineConfig(weights=weights))
-    rollouts = of.generate(policy, make_prompts(P), jax.random.key(3))
+    sampler = engine(SMALL, decode, prompts=P, samples=G, max_new_tokens=C, engine=EngineConfig(weights=weights))
+    rollouts = sampler.generate(policy, make_prompts(P), jax.random.key(3))
     batch = to_batch(to_experience(rollouts), shards=train.size("rows"))
     placed = hosts.put(batch, train.sharding(("rows", None)))
     scored = hosts.gather(jax.jit(lambda p, b: score_tokens(p, b, Scoring(SMALL, train, 16)).logprobs)(params, placed))
@@ -114,14 +116,14 @@ def k3(d):
 
 
 @pytest.mark.slow
-def test_int8_decodes_nearly_what_the_trainer_would():
-    """Sharp logits of a random model. KL as measured here: 2.8e-4 in int8, on a mesh too; below 1e-12 in f32."""
+def test_int8_sampling_is_close_to_the_trainer():
+    """Sharp logits of a random model. KL measured here: 2.8e-4 in int8, also on a mesh; below 1e-12 in f32."""
     d = mismatch((1, 1, 1), "int8")
     assert 1e-6 < k3(d) < 2e-3
     assert np.abs(mismatch((1, 1, 1), "compute")).max() < 1e-4
 
 
 @pytest.mark.slow
-def test_int8_decodes_alike_on_a_mesh():
-    """A shard finds its own scales. A wrong one (of the whole row, of another shard) is off by whole nats."""
+def test_int8_sampling_on_a_mesh():
+    """Each shard computes its own scales. A wrong one (of the whole row, of another shard) gives errors of whole nats."""
     assert k3(mismatch((2, 2, 2), "int8")) < 2e-3

@@ -1,4 +1,4 @@
-"""What tells families apart, each number by hand; the whole of each family is in `test_parity`."""
+"""Features in which model families differ, each by hand; whole families are tested in `test_parity`."""
 
 import dataclasses
 
@@ -8,10 +8,10 @@ import numpy as np
 from setups import FAMILIES, TINY, layouts
 
 from jaxrl_llm.model import transformer
-from jaxrl_llm.model.attention.plain import WHOLE
+from jaxrl_llm.model.attention.plain import UNLIMITED
 from jaxrl_llm.model.cache import empty_suffix
 from jaxrl_llm.model.mlp import gated
-from jaxrl_llm.model.transformer import kinds, rms_norm, scanned_kinds
+from jaxrl_llm.model.transformer import layer_attentions, rms_norm, scanned_attentions
 
 
 def test_norms_by_hand():
@@ -48,17 +48,17 @@ def test_logits_are_capped():
     np.testing.assert_allclose(transformer.logits(params, h, cfg)[0, 0], want, rtol=1e-6)
 
 
-def test_only_what_differs_between_layers_is_scanned():
-    """So the program of a model without sliding layers, or with nothing else, is that of one kind of layer."""
-    assert all(scanned_kinds(FAMILIES[name])[1] == {} for name in ("llama3", "mistral, window 3", "qwen3-moe"))
-    assert [kind.reach for kind in kinds(FAMILIES["mistral, window 3"])] == [3, 3]
-    first, differ = scanned_kinds(FAMILIES["gemma2, window 5"])
-    assert set(differ) == {"reach"} and differ["reach"].tolist() == [5, WHOLE] and first.reach == 5
-    _, differ = scanned_kinds(FAMILIES["gemma3, window 9"])
-    assert set(differ) == {"reach", "frequency"} and differ["frequency"].shape == (2, 4)
+def test_only_fields_that_differ_between_layers_are_scanned():
+    """So a model with only sliding layers, or with none, has the program of one kind of layer."""
+    assert all(scanned_attentions(FAMILIES[name])[1] == {} for name in ("llama3", "mistral, window 3", "qwen3-moe"))
+    assert [kind.window for kind in layer_attentions(FAMILIES["mistral, window 3"])] == [3, 3]
+    first, differ = scanned_attentions(FAMILIES["gemma2, window 5"])
+    assert set(differ) == {"window"} and differ["window"].tolist() == [5, UNLIMITED] and first.window == 5
+    _, differ = scanned_attentions(FAMILIES["gemma3, window 9"])
+    assert set(differ) == {"window", "frequency"} and differ["frequency"].shape == (2, 4)
 
 
-def test_suffix_caches_are_rings_where_layers_slide():
+def test_suffix_caches_of_sliding_layers_are_rings():
     cache = jax.eval_shape(lambda: empty_suffix(FAMILIES["gemma2, window 5"], 3, 6, layouts()[1]))
     assert [x.shape for x in cache.k] == [x.shape for x in cache.v] == [(3, 2, 5, 8), (3, 2, 6, 8)]
     short = jax.eval_shape(lambda: empty_suffix(FAMILIES["gemma2, window 5"], 3, 4, layouts()[1]))

@@ -25,7 +25,7 @@ def test_a_group_that_is_not_kept_is_worth_nothing_and_one_of_which_a_row_is_kep
     groups = to_groups([[1, 0], [np.nan, 0], [4, 0]])
     groups = groups.replace(keep=np.array([True, True, False, False, True, False]))
     np.testing.assert_array_equal(Rloo()(groups).advantage[:, 0], [1, -1, 0, 0, 4, -4])
-    np.testing.assert_array_equal(groups.teaching[:, 0], groups.keep)
+    np.testing.assert_array_equal(groups.trainable_tokens[:, 0], groups.keep)
 
 
 def test_pairs_leave_out_what_is_neither_best_nor_worst():

@@ -8,7 +8,7 @@ import pytest
 from setups import TINY, Sequences, layouts
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.model.cache import Form, empty_suffix
+from jaxrl_llm.model.cache import CacheFormat, empty_suffix
 from jaxrl_llm.perf import chips
 from jaxrl_llm.perf.rates import UpdateRates, min_seconds
 from jaxrl_llm.perf.work import TokenCounts, TrainFlops, attention_pairs, forward_flops, matmul_params, train_flops
@@ -62,7 +62,7 @@ def test_training_is_three_forward_passes():
     assert sum(train_flops(TINY, *counts)) == 3 * forward_flops(TINY, *counts)
 
 
-@pytest.mark.parametrize(("form", "each"), [(Form(), 4), (Form(int8=True), 1 + 4 / 8)])
+@pytest.mark.parametrize(("form", "each"), [(CacheFormat(), 4), (CacheFormat(int8=True), 1 + 4 / 8)])
 def test_bytes_per_cached_number_are_those_of_the_cache(form, each):
     """4 in f32; in int8 one scale of 4 bytes for the 8 numbers of a head."""
     layout = layouts()[1]

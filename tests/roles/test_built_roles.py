@@ -161,7 +161,9 @@ def test_an_evaluators_mismatch_is_measured_where_old_rollouts_may_come_back():
 
 def test_publishing_writes_into_the_old_policy_and_without_one_into_new_buffers(monkeypatch):
     made = []
-    monkeypatch.setattr(build, "make_blank", lambda *args: made.append(("blank", args)) or (lambda: "new buffers"))
+    monkeypatch.setattr(
+        build, "make_empty_policy", lambda *args: made.append(("blank", args)) or (lambda: "new buffers")
+    )
     monkeypatch.setattr(
         build, "make_publish", lambda *args: made.append(("publish", args)) or (lambda *given: ("policy", *given))
     )

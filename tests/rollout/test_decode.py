@@ -13,7 +13,7 @@ from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.model import transformer
 from jaxrl_llm.model.cache import Caching, empty_suffix
 from jaxrl_llm.model.params import unstack
-from jaxrl_llm.model.transformer import Place
+from jaxrl_llm.model.transformer import DecodePosition
 from jaxrl_llm.rollout import sample
 from jaxrl_llm.rollout.decode import ChunkRecord
 from jaxrl_llm.rollout.output import OutputBuffer
@@ -198,7 +198,7 @@ def test_in_a_step_the_stored_logprob_is_the_distributions_to_the_bit(jit, compu
 
     def advance(t, last, suffix):
         """A step of the loop, with the distribution that it draws from."""
-        place = Place(t, length, jnp.full(3, t))
+        place = DecodePosition(t, length, jnp.full(3, t))
         raw, suffix = transformer.decode(params, last, place, prompt, suffix, cfg, dec)
         shown = sample.distribution(none + t, raw, controls, t < slots, Decoding(cfg, dec, vocab))
         return sample.sample_from(keys, none + t, shown, False), shown.logp, suffix

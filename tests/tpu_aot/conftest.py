@@ -1,4 +1,4 @@
-"""Each program is compiled once for a v5e:4x4 slice of a pod, by the real TPU compiler. No TPU is needed."""
+"""Fixtures: programs compiled once for a v5e:4x4 slice by the real TPU compiler. No TPU is needed."""
 
 import dataclasses
 import fcntl
@@ -6,7 +6,7 @@ import os
 import pickle
 from collections.abc import Callable
 
-# Before libtpu loads: no questions to a metadata server, and several processes (pytest -n) may compile at a time.
+# Before libtpu loads: skip metadata queries, and let several processes (pytest -n) compile at a time.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5e-16")
@@ -44,7 +44,7 @@ from jaxrl_llm.model.config import ModelConfig
 
 @pytest.fixture(scope="package", autouse=True)
 def no_cache():
-    """A program for a topology can be written to jax's persistent cache and not be read from it: that warns and compiles again."""
+    """Programs for a topology can be written to jax's persistent cache but not read from it: jax then warns and compiles again."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
         jax.config.update("jax_enable_compilation_cache", False)
@@ -65,7 +65,7 @@ def topology():
 
 @pytest.fixture(scope="session")
 def compile_once(tmp_path_factory):
-    """Compile under a name; the workers of pytest-xdist share the result through a file."""
+    """Compile a named program; workers of pytest-xdist share the result through a file."""
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
@@ -77,9 +77,9 @@ def compile_once(tmp_path_factory):
                 path.write_bytes(pickle.dumps(compile_program(cfg, lower)))
             program = pickle.loads(path.read_bytes())
         print(
-            f"{name}: {program.seconds:.0f} s to compile; MB a chip: argument {program.argument / 1e6:.0f}, "
+            f"{name}: {program.seconds:.0f} s to compile; MB per chip: argument {program.argument / 1e6:.0f}, "
             f"output {program.output / 1e6:.0f}, temp {program.temp / 1e6:.0f}, alias {program.alias / 1e6:.0f}, "
-            f"together {program.chip / 1e6:.0f}"
+            f"total {program.chip / 1e6:.0f}"
         )
         return program
 
@@ -117,7 +117,7 @@ def update(topology, compile_once) -> Program:
 
 @pytest.fixture(scope="session")
 def sliding(topology, compile_once) -> Program:
-    """In one segment of 2,000 steps."""
+    """One decode program of 2,000 steps."""
     layout = layouts(topology)[1]
     return compile_once(
         "sliding", SLIDING, lambda: lower_rollout(SLIDING, layout, "decode", P, LONG_WINDOW, steps=LONG)

@@ -239,7 +239,7 @@ def test_rows_and_prompts_change_places_on_their_own_chip(topology, name):
 
 def test_growing_moves_nothing_between_chips_and_copies_each_cache_once(topology):
     cfg = dataclasses.replace(ONE_BILLION, layers=2)
-    program = compile_program(cfg, lambda: lower_rollout(cfg, layouts(topology)[1], "widen_suffix", P, C // 2, C))
+    program = compile_program(cfg, lambda: lower_rollout(cfg, layouts(topology)[1], "extend_suffix", P, C // 2, C))
     assert not collectives(program.hlo.all)
     assert program.argument * 2 == pytest.approx(program.output, rel=0.01)
     assert program.temp < program.argument / 100, f"temp: got {program.temp / 1e6:.1f} MB, want next to nothing"

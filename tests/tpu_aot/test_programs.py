@@ -1,6 +1,6 @@
-"""What the TPU compiler must make of publish and update. Each check is a function, so that a mutant can show that it fails.
+"""Bounds on publish and update as compiled for TPUs. Each check is a function, so that a mutant test can show that it fails.
 
-Bounds are on the optimized HLO of one chip of v5e:4x4; `docs/tpu.md` has the numbers as measured.
+Bounds apply to the optimized HLO of one chip of v5e:4x4; `docs/tpu.md` has the measured numbers.
 """
 
 import dataclasses
@@ -55,12 +55,10 @@ def check_publish_writes_into_the_old_policy(program: Program) -> None:
 def check_publish_gathers_each_matrix_once(program: Program) -> None:
     got = collectives(program.hlo.all)
     kinds = {(i.kind, i.arrays[0].dtype) for i in got}
-    assert kinds == {("all-gather", "bf16")}, (
-        f"collectives of publish: got {kinds}, want all-gather of bf16 and nothing else"
-    )
+    assert kinds == {("all-gather", "bf16")}, f"collectives of publish: got {kinds}, want only all-gather of bf16"
     names = policy_matrices(program.cfg, {})
     want = (len(names) - 1) * program.cfg.layers + 1
-    assert len(got) == want, f"collectives of publish: got {len(got)}, want {want}, one a matrix"
+    assert len(got) == want, f"collectives of publish: got {len(got)}, want {want}, one per matrix"
     moved = sum(i.arrays[0].bytes for i in got)
     assert moved <= program.output, (
         f"gathered: got {moved / 1e6:.0f} MB, want at most the policy's {program.output / 1e6:.0f}"
@@ -76,11 +74,11 @@ def test_publish_gathers_each_matrix_once_in_bfloat16(publish):
 
 
 def test_memory_of_publish(publish):
-    """The compiler gathers into memory of its own and then copies into `old`, with donation and without: a second policy.
+    """The compiler gathers into temporary memory and then copies into `old`, with or without donation: a second policy.
 
-    On top of that, masters already cast but not yet gathered: at most the largest, all its layers.
+    In addition, master parameters already cast but not yet gathered: at most all layers of the largest.
     """
-    split = SPLIT | {"embed": 2}  # Of the two meshes the one with larger shards.
+    split = SPLIT | {"embed": 2}  # The mesh with larger shards.
     cast = max(2 * publish.cfg.layers * math.prod(d) for n, d in matrices(publish.cfg, split).items() if n != "embed")
     most = publish.output + cast
     assert publish.temp <= most, f"temp: got {publish.temp / 1e6:.0f} MB, want at most {most / 1e6:.0f} MB"
@@ -93,13 +91,13 @@ def check_gathers_are_bfloat16(program: Program) -> None:
 
 
 def check_head_stays_out_of_the_chunk_loop(program: Program) -> None:
-    """Loops: micro-batches, and in each of them layers or chunks of the logits."""
+    """Loops: micro-batches, and inside them layers or chunks of the logits."""
     vocab = program.cfg.vocab_size // TENSOR
     for i in collectives(program.hlo.all):
         depth = program.hlo.loops.get(i.computation, 0)
-        of_head = [a for a in i.arrays if vocab in a.dims]
-        assert depth < 2 or not of_head, (
-            f"{i}: got it in {depth} loops, want the head gathered and reduced once a micro-batch"
+        head_arrays = [a for a in i.arrays if vocab in a.dims]
+        assert depth < 2 or not head_arrays, (
+            f"{i}: got it in {depth} loops, want the head gathered and reduced once per micro-batch"
         )
 
 
@@ -111,30 +109,34 @@ def test_update_writes_into_the_old_state(update):
     )
 
 
-def test_update_fits_a_chip(update):
-    assert update.chip < V5E_BYTES, f"a chip: got {update.chip / 1e9:.1f} GB, want below {V5E_BYTES / 1e9:.0f} GB"
+def test_update_fits_on_a_chip(update):
+    assert update.chip < V5E_BYTES, (
+        f"bytes per chip: got {update.chip / 1e9:.1f} GB, want below {V5E_BYTES / 1e9:.0f} GB"
+    )
 
 
 def test_update_never_holds_the_logits_of_all_slots(update):
-    """The largest arrays with a vocabulary in them are one tile of logits, and the head."""
+    """The largest arrays with a vocabulary dimension are one tile of logits, and the head."""
     cfg = update.cfg
     vocab = cfg.vocab_size // TENSOR
     most = max(ACCELERATOR.logits, vocab * cfg.d_model)
     arrays = {a for i in update.hlo.all for a in i.arrays if {vocab, cfg.vocab_size} & set(a.dims)}
     largest = max(arrays, key=lambda a: a.size)
-    assert largest.size <= most, f"largest array with a vocabulary: got {largest}, want at most {most} elements"
+    assert largest.size <= most, (
+        f"largest array with a vocabulary dimension: got {largest}, want at most {most} elements"
+    )
 
 
 def test_update_gathers_weights_in_bfloat16(update):
     check_gathers_are_bfloat16(update)
 
 
-def test_update_gathers_the_head_once_a_micro_batch(update):
+def test_update_gathers_the_head_once_per_micro_batch(update):
     check_head_stays_out_of_the_chunk_loop(update)
 
 
 def test_update_reduces_gradients_in_float32(update):
-    """Each matrix's gradient crosses `fsdp` as f32: reduced whole, or scattered, or passed on shard by shard."""
+    """Each matrix's gradient is reduced over `fsdp` in f32: whole, scattered, or passed on shard by shard."""
     moved = {a.size for i in collectives(update.hlo.all) for a in i.arrays if a.dtype == "f32"}
     for name, dims in matrices(update.cfg, SPLIT | {"embed": FSDP}).items():
         shard = math.prod(dims)
@@ -153,8 +155,8 @@ def test_mutant_publish_that_drops_the_old_policy(topology, monkeypatch):
         check_publish_writes_into_the_old_policy(program)
 
 
-def test_an_axis_may_be_a_part_of_one_of_the_slices_own(topology):
-    """On every kind of chip: 2 of v6e's 4, and 8 out of 4 times 4 times 4."""
+def test_a_mesh_axis_may_be_part_of_a_topology_axis(topology):
+    """On several kinds of chip: 2 of v6e's 4, and 8 out of 4 x 4 x 4."""
     for name, sizes in (("v6e:4x4", (2, 2, 4)), ("v5p:4x4x4", (1, 4, 2, 8))):
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
         assert make_mesh(sizes, devices).devices.shape == (*sizes, 1)[:4]

@@ -181,7 +181,7 @@ def sequences(seed: int, pairs: bool) -> Sequences:
         tokens=np.where(there, rng.integers(1, 16, (rows, C)), VOCAB.pad).astype(np.int32),
         length=length.astype(np.int32),
         group=np.repeat(np.arange(GROUPS), SAMPLES).astype(np.int32),
-        learn=learn,
+        loss_mask=learn,
         temperature=np.repeat(rng.uniform(0.7, 1.3, GROUPS), SAMPLES).astype(np.float32),
         behavior_logprobs=behavior,
         advantage=np.where(learn, advantage, 0).astype(np.float32),
@@ -301,7 +301,7 @@ def test_the_second_moment_drops_the_same_tokens():
         kept = np.asarray(losses.second_moment_mask(batch, 0.02))
         dropped.append(to_completions((batch.loss_mask & ~kept).astype(np.float32), where, q))
     np.testing.assert_array_equal(*dropped)
-    assert 0.05 < dropped[0].sum() / q.learn.sum() < 0.6
+    assert 0.05 < dropped[0].sum() / q.loss_mask.sum() < 0.6
 
 
 def own_counts(batch: Chosen) -> Chosen:

@@ -49,7 +49,7 @@ def numbered(prompt_length, length, samples, learn, sizes) -> Sequences:
         tokens=np.where(there, own, PAD).astype(np.int32),
         length=length.astype(np.int32),
         group=group.astype(np.int32),
-        learn=learn,
+        loss_mask=learn,
         temperature=(1 + np.arange(rows) / 8).astype(np.float32),
         behavior_logprobs=np.where(there, -own, 0).astype(np.float32),
         advantage=np.where(learn, own / 2, 0).astype(np.float32),
@@ -79,7 +79,7 @@ def check_sequence(batch: Batch, q: Sequences, b: int, weights: np.ndarray) -> s
     assert len(set(batch.segment[row, own])) == 1 and batch.segment[row, at] > 0
     assert (np.isin(np.nonzero(batch.segment[row] == batch.segment[row, at])[0], own)).all()
     assert len(set(batch.group[row, line])) == 1 and batch.group[row, at] > 0
-    np.testing.assert_array_equal(batch.loss_mask[row, own], q.learn[b, :m])
+    np.testing.assert_array_equal(batch.loss_mask[row, own], q.loss_mask[b, :m])
     np.testing.assert_array_equal(batch.weight[row, own], weights[b, :m])
     np.testing.assert_array_equal(batch.temperature[row, own], q.temperature[b])
     np.testing.assert_array_equal(batch.behavior_logprobs[row, own], q.behavior_logprobs[b, :m])
@@ -94,8 +94,8 @@ def check_batch(q: Sequences, shape: BatchShape, aggregation: str = "token") -> 
     batch, where = make_batch(q.experience, shape, PAD, aggregation, 7)
     check(batch)
     assert batch.tokens.shape == (shape.rows, shape.slots)
-    weights = token_weights(q.learn, q.group, aggregation, 7)
-    kept = np.flatnonzero(q.learn.any(axis=1))
+    weights = token_weights(q.loss_mask, q.group, aggregation, 7)
+    kept = np.flatnonzero(q.loss_mask.any(axis=1))
     np.testing.assert_array_equal(np.flatnonzero(where.row >= 0), kept)
     # Nothing twice: of a completion never, of a prompt once a unit.
     completions = batch.tokens[batch.tokens >= 1000]
@@ -256,7 +256,7 @@ MUTANTS = {
 def test_mutants_of_a_shared_prompt_are_read_wrong(mutate):
     q = numbered(np.full(2, 2), np.array([2, 2]), 2, np.ones((2, 2), bool), (2, 2))
     batch, _ = make_batch(q.experience, BatchShape("shared_prefix", 1, 6, 1), PAD)
-    weights = token_weights(q.learn, q.group, "token", 1)
+    weights = token_weights(q.loss_mask, q.group, "token", 1)
     check_sequence(batch, q, 1, weights)
     with pytest.raises(AssertionError):
         for b in range(2):

@@ -1,11 +1,11 @@
-"""The forms of attention over whole rows, behind one switch. All compute what `attend` does under `tree_mask`.
+"""Selection among the attention implementations for whole rows. All compute `attend` under `tree_mask`.
 
     plain    one product and one [T, T] mask; the reference that the others are tested against
-    blocks   `model/attention/blockwise.py`, on every backend: no [T, T] array, blocks that no query sees are left out
-    splash   JAX's kernel for TPUs, which leaves such blocks out too; T a multiple of 128. Its mask is [T, T] booleans a row
-    cudnn    NVIDIA's fused kernel; bfloat16, no soft cap. Its mask is [T, T] a row
+    blocks   `model/attention/blockwise.py`, on every backend: no [T, T] array, fully masked blocks are skipped
+    splash   JAX's TPU kernel, which skips such blocks too; T a multiple of 128. Its mask is [T, T] booleans per row
+    cudnn    NVIDIA's fused kernel; bfloat16, no soft cap. Its mask is [T, T] per row
 
-A query that sees no key, which padding alone is, gives numbers that mean nothing and differ from form to form.
+The output of a query without keys (padding) is meaningless and differs between implementations.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,46 +17,63 @@ from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, make_sp
 from jaxtyping import Array, Int
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.model.attention.blockwise import Blocks, attend_blocks
-from jaxrl_llm.model.attention.plain import Rows, attend, tree_mask
+from jaxrl_llm.model.attention.blockwise import BlockOptions, attend_blocks
+from jaxrl_llm.model.attention.plain import PackedRows, attend, tree_mask
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import PyTree
 
-Mix = Callable[[Array, Array, Array], Array]
+Attention = Callable[[Array, Array, Array], Array]
 """Queries [B T K G H], keys and values [B T K H] to [B T K G H]."""
 
 LANES = 128
-# Rows shorter than this are faster whole on a CPU (measured); elsewhere blocks pay when the scores no longer stay on the chip.
+# Shorter rows are faster without blocks on a CPU (measured); elsewhere blocks pay off once the scores no longer fit on the chip.
 BLOCKS_FROM = {"cpu": 128, "other": 1024}
-# Slots of a block. Small ones waste least on masks, and a CPU multiplies them as fast.
+# Slots per block. Small blocks waste least on masked scores, and a CPU multiplies them as fast.
 SIZES = {"cpu": 64, "other": 128}
 
 
-def choose(name: str, slots: int, cfg: ModelConfig, layout: Layout) -> str:
-    """The form for rows of `slots`. `auto` is, by the devices of `layout`:
+def choose_attention(name: str, slots: int, cfg: ModelConfig, layout: Layout) -> str:
+    """Resolve `update.attention`. `auto` depends on the devices of `layout`:
 
     - TPU: splash for multiples of 128 from 1,024 slots on;
     - elsewhere blocks, from 128 slots on a CPU and from 1,024 on a GPU;
-    - plain for what is shorter, and for what splash does not take.
+    - plain for shorter rows, and for lengths that splash does not support.
 
-    UserError where a form that is asked for by name cannot be had.
+    Args:
+        name: auto, plain, blocks, splash or cudnn.
+        slots: slots per row (T).
+        cfg: the model.
+        layout: how rows and heads are sharded.
+
+    Returns:
+        The implementation, never `auto`.
+
+    Raises:
+        UserError: the implementation does not support this model, device or row length.
     """
     platform = _platform(layout)
     if name == "auto":
         if platform == "tpu":
             return "splash" if slots >= BLOCKS_FROM["other"] and slots % LANES == 0 else "plain"
         return "blocks" if slots >= BLOCKS_FROM.get(platform, BLOCKS_FROM["other"]) else "plain"
-    if found := _misfits(name, slots, platform, cfg):
+    if found := _mismatches(name, slots, platform, cfg):
         raise UserError("\n".join(found))
     return name
 
 
 def problems(name: str, slots: Iterable[int], platform: str, cfg: ModelConfig) -> list[str]:
-    """What stands against this form in runs, for rows of these sizes on such devices, in words."""
-    found = {text: None for n in sorted(set(slots)) for text in _misfits(name, n, platform, cfg)}
+    """Error messages for an attention implementation that cannot run.
+
+    Args:
+        name: the implementation.
+        slots: row lengths (T) of the run.
+        platform: cpu, gpu, cuda or tpu.
+        cfg: the model.
+    """
+    found = {text: None for n in sorted(set(slots)) for text in _mismatches(name, n, platform, cfg)}
     if name == "splash" and platform != "tpu":
-        # Interpreted it gives the same numbers, a thousand times slower: for tests.
+        # Interpreted, it gives the same numbers a thousand times slower: for tests.
         return [f"update.attention: got splash on {platform}, want a TPU; blocks runs everywhere", *found]
     return list(found)
 
@@ -65,7 +82,7 @@ def _platform(layout: Layout) -> str:
     return layout.mesh.devices.flat[0].platform
 
 
-def _misfits(name: str, slots: int, platform: str, cfg: ModelConfig) -> list[str]:
+def _mismatches(name: str, slots: int, platform: str, cfg: ModelConfig) -> list[str]:
     found = []
     if name == "splash" and slots % LANES:
         found.append(f"update.attention: got splash for rows of {slots} slots, want a multiple of {LANES}, or blocks")
@@ -84,54 +101,63 @@ def _misfits(name: str, slots: int, platform: str, cfg: ModelConfig) -> list[str
     return found
 
 
-def mixer(name: str, rows: Rows, cfg: ModelConfig, layout: Layout) -> Callable[[int | Int[Array, ""]], Mix]:
-    """For a layer's reach, its attention over these rows, in the form `name`, which is not `auto`."""
-    masked = {"plain": _plain, "splash": _splash, "cudnn": _cudnn}
-    if name == "blocks":
-        blocks = Blocks(SIZES["cpu" if layout.on_cpu else "other"], cfg.attention_scale, cfg.attention_softcap)
-        return lambda reach: _on_mesh(partial(attend_blocks, blocks=blocks), layout, rows, reach=reach)
+def attention_for(
+    name: str, rows: PackedRows, cfg: ModelConfig, layout: Layout
+) -> Callable[[int | Int[Array, ""]], Attention]:
+    """Attention over these rows, as a function of the layer's attention window.
 
-    @_remember
-    def of(reach: int | Array) -> Mix:
-        mask = tree_mask(rows, reach)
+    Args:
+        name: implementation, not `auto`.
+        rows: structure of the rows.
+        cfg: the model.
+        layout: how rows and heads are sharded.
+    """
+    implementations = {"plain": _plain, "splash": _splash, "cudnn": _cudnn}
+    if name == "blocks":
+        options = BlockOptions(SIZES["cpu" if layout.on_cpu else "other"], cfg.attention_scale, cfg.attention_softcap)
+        return lambda window: _on_mesh(partial(attend_blocks, options=options), layout, rows, window=window)
+
+    @_cache_by_window
+    def attention(window: int | Array) -> Attention:
+        mask = tree_mask(rows, window)
         if name == "plain":
             return partial(_plain, mask=mask, cfg=cfg)
-        return _on_mesh(partial(masked[name], cfg=cfg, layout=layout), layout, mask)
+        return _on_mesh(partial(implementations[name], cfg=cfg, layout=layout), layout, mask)
 
-    return of
+    return attention
 
 
-def _remember(of: Callable[[int | Array], Mix]) -> Callable[[int | Array], Mix]:
-    """One mask for all layers that reach equally far, made where the first is asked for."""
-    made: dict[int, Mix] = {}
+def _cache_by_window(make: Callable[[int | Array], Attention]) -> Callable[[int | Array], Attention]:
+    """Cache by window, so that layers with equal windows share one mask."""
+    made: dict[int, Attention] = {}
 
-    def get(reach: int | Array) -> Mix:
-        if not isinstance(reach, int):
-            return of(reach)
-        return made.setdefault(reach, made.get(reach) or of(reach))
+    def get(window: int | Array) -> Attention:
+        if not isinstance(window, int):
+            return make(window)
+        return made.setdefault(window, made.get(window) or make(window))
 
     return get
 
 
-def _on_mesh(form: Callable, layout: Layout, of_rows: PyTree, **rest: object) -> Mix:
-    """`form(q, k, v, of_rows, **rest)` on each device for its own rows and heads: nothing there moves between devices."""
+def _on_mesh(attend_shard: Callable, layout: Layout, per_row: PyTree, **rest: object) -> Attention:
+    """`attend_shard(q, k, v, per_row, **rest)` on each device's rows and heads; nothing moves between devices."""
     spec = lambda *axes: layout.sharding(axes).spec  # noqa: E731
     heads = (
         spec("rows", None, "heads", None, None),
         spec("rows", None, "heads", None),
         spec("rows", None, "heads", None),
     )
-    rows = jax.tree.map(lambda x: spec("rows", *(None,) * (x.ndim - 1)), of_rows)
+    rows = jax.tree.map(lambda x: spec("rows", *(None,) * (x.ndim - 1)), per_row)
     static = {name: x for name, x in rest.items() if isinstance(x, int)}
     traced = {name: x for name, x in rest.items() if name not in static}
 
-    def block(q: Array, k: Array, v: Array, of_rows: PyTree, traced: dict[str, Array]) -> Array:
-        return form(q, k, v, of_rows, **static, **traced)
+    def block(q: Array, k: Array, v: Array, per_row: PyTree, traced: dict[str, Array]) -> Array:
+        return attend_shard(q, k, v, per_row, **static, **traced)
 
     specs = (*heads, rows, {name: spec() for name in traced})
-    # Its outputs vary as the inputs do; loops that start from zeros would have to say so one by one.
+    # Outputs vary over the mesh as the inputs do; with check_vma each loop that starts from zeros would have to declare it.
     run = jax.shard_map(block, mesh=layout.mesh, in_specs=specs, out_specs=heads[0], check_vma=False)
-    return lambda q, k, v: run(q, k, v, of_rows, traced)
+    return lambda q, k, v: run(q, k, v, per_row, traced)
 
 
 def _plain(q: Array, k: Array, v: Array, mask: Array, cfg: ModelConfig) -> Array:
@@ -143,14 +169,14 @@ def _scale(cfg: ModelConfig) -> float:
 
 
 def _splash(q: Array, k: Array, v: Array, mask: Array, cfg: ModelConfig, layout: Layout) -> Array:
-    """Row by row: each has a mask of its own, and with it its own list of blocks. Off a TPU the kernel is interpreted."""
+    """Row by row, since each row has its own mask and list of blocks. The kernel is interpreted on other devices than TPUs."""
     slots = q.shape[1]
     edge = next(n for n in (512, 256, LANES) if slots % n == 0)
     sizes = BlockSizes(
         block_q=edge, block_kv=edge, block_kv_compute=edge, block_q_dkv=edge, block_kv_dkv=edge,
         block_kv_dkv_compute=edge, block_q_dq=edge, block_kv_dq=edge,
     )  # fmt: skip
-    # The kernel divides by a sum over keys: a query without any sees itself.
+    # The kernel divides by a sum over keys: a query without keys attends to itself.
     own = jnp.eye(slots, dtype=bool) & ~jnp.any(mask, axis=2, keepdims=True)
     scaled = (q.astype(jnp.float32) * _scale(cfg)).astype(q.dtype)
 
@@ -160,7 +186,7 @@ def _splash(q: Array, k: Array, v: Array, mask: Array, cfg: ModelConfig, layout:
             mask[None], block_sizes=sizes, attn_logits_soft_cap=cfg.attention_softcap,
             interpret=_platform(layout) != "tpu",
         )  # fmt: skip
-        # Made inside a jit, the kernel's own mark of such a mask is traced, and then it asks for its value.
+        # Inside jit the kernel's `is_dynamic_mask` is traced, and the kernel then needs its value.
         for name in ("fwd_mask_info", "dq_mask_info", "dkv_mask_info"):
             setattr(kernel, name, getattr(kernel, name)._replace(is_dynamic_mask=True))
         heads = q.reshape(slots, -1, q.shape[-1]).swapaxes(0, 1)

@@ -1,4 +1,4 @@
-"""cuDNN's fused attention against the plain form, on an NVIDIA GPU."""
+"""cuDNN's fused attention against plain attention, on an NVIDIA GPU."""
 
 import dataclasses
 
@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from setups import SMALL, layouts
 
-from jaxrl_llm.model.attention.plain import Rows
-from jaxrl_llm.model.attention.selection import mixer
+from jaxrl_llm.model.attention.plain import PackedRows
+from jaxrl_llm.model.attention.selection import attention_for
 
 CFG = dataclasses.replace(SMALL, compute="bfloat16", head_dim=64)
 
 
 @pytest.mark.gpu
 def test_cudnn_is_attention_under_the_tree_mask():
-    """A prompt of 40 with completions of 50 and 38, outputs and gradients, in bfloat16: to its rounding."""
+    """A prompt of 40 with completions of 50 and 38, outputs and gradients, in bfloat16, to its rounding."""
     if jax.devices()[0].platform not in ("gpu", "cuda"):
         pytest.skip("no NVIDIA GPU")
     slots = np.arange(128)
@@ -30,7 +30,7 @@ def test_cudnn_is_attention_under_the_tree_mask():
     q, k, v, g = (jax.random.normal(jax.random.key(i), s, jnp.bfloat16) for i, s in enumerate(shapes))
 
     def outputs(name: str) -> tuple:
-        attend = mixer(name, Rows(jnp.asarray(until), jnp.asarray(position)), CFG, layouts()[0])(128)
+        attend = attention_for(name, PackedRows(jnp.asarray(until), jnp.asarray(position)), CFG, layouts()[0])(128)
         out, back = jax.jit(lambda *x: jax.vjp(attend, *x))(q, k, v)
         return out, *back(g)
 

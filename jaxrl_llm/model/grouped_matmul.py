@@ -1,4 +1,4 @@
-"""The matrix product of rows sorted into groups, a matrix for each group, with the gradient that keeps it fast in bfloat16."""
+"""Grouped matrix product: rows sorted into groups, one matrix per group, with a gradient that is fast in bfloat16."""
 
 from functools import partial
 
@@ -20,12 +20,21 @@ def contract_groups(
 ) -> tuple[Float[Array, "M O"], ...]:
     """For each part of `w`: the first counts[0] rows times its matrix 0, the next counts[1] times its matrix 1, and so on.
 
-    Products are in the dtype of `x`, sums and results f32; rows behind the last group give 0. As in `linear.contract` the
-    cotangent is cast to the dtype of `x`. Inside `shard_map`, with `w` split along its dimension `dim` over the mesh axis `axis`:
-    what is gathered has the dtype of `x`, and the gradient is reduced in f32.
+    Products are in the dtype of `x`, sums and results in f32. As in `linear.contract` the cotangent is cast to the dtype of `x`.
+    Inside `shard_map` weights are gathered in the dtype of `x`, and their gradient is reduced in f32.
+
+    Args:
+        x: rows, sorted by group.
+        w: the matrices of each part.
+        counts: rows per group; rows after the last group give 0.
+        axis: mesh axis that `w` is sharded over, or None.
+        dim: dimension of `w` that is sharded.
+
+    Returns:
+        One product per part, f32.
     """
-    whole = _whole(w, x, axis, dim)
-    return tuple(_seen(_dot(x, whole, _of_part(counts, w, p), _FORWARD), counts) for p in range(len(w)))
+    matrices = _unsharded(w, x, axis, dim)
+    return tuple(_zero_rest(_dot(x, matrices, _of_part(counts, w, p), _FORWARD), counts) for p in range(len(w)))
 
 
 def _forward(x: Array, w: Array, counts: Array, axis: str | None, dim: int) -> tuple[tuple[Array, ...], tuple]:
@@ -34,19 +43,19 @@ def _forward(x: Array, w: Array, counts: Array, axis: str | None, dim: int) -> t
 
 def _backward(axis: str | None, dim: int, saved: tuple[Array, ...], gs: tuple[Array, ...]) -> tuple:
     x, w, counts = saved
-    gs, whole = [g.astype(x.dtype) for g in gs], _whole(w, x, axis, dim)
-    dx = sum(_dot(g, whole, _of_part(counts, w, p), _TO_ROWS) for p, g in enumerate(gs))
+    gs, matrices = [g.astype(x.dtype) for g in gs], _unsharded(w, x, axis, dim)
+    dx = sum(_dot(g, matrices, _of_part(counts, w, p), _TO_ROWS) for p, g in enumerate(gs))
     dw = jnp.stack([_dot(x, g, counts, _TO_WEIGHTS) for g in gs])
     if axis is not None:
         dw = lax.psum_scatter(dw, axis, scatter_dimension=dim, tiled=True)
-    return _seen(dx, counts).astype(x.dtype), dw.astype(w.dtype), None
+    return _zero_rest(dx, counts).astype(x.dtype), dw.astype(w.dtype), None
 
 
 contract_groups.defvjp(_forward, _backward)
 
 
-def _whole(w: Array, x: Array, axis: str | None, dim: int) -> Float[Array, "groups I O"]:
-    """The matrices of all parts, one after another."""
+def _unsharded(w: Array, x: Array, axis: str | None, dim: int) -> Float[Array, "groups I O"]:
+    """The matrices of all parts, unsharded, concatenated."""
     w = w.astype(x.dtype)
     if axis is not None:
         w = lax.all_gather(w, axis, axis=dim, tiled=True)
@@ -54,13 +63,13 @@ def _whole(w: Array, x: Array, axis: str | None, dim: int) -> Float[Array, "grou
 
 
 def _of_part(counts: Array, w: Array, part: int) -> Int[Array, " groups"]:
-    """Sizes of all parts' groups, of which one part's have rows. A slice of the weights instead would be copied on a TPU."""
+    """Group sizes over all parts, nonzero for one part only. Slicing the weights instead would copy them on a TPU."""
     empty = jnp.zeros_like(counts)
     return jnp.concatenate([counts if p == part else empty for p in range(len(w))])
 
 
-def _seen(x: Array, counts: Array) -> Array:
-    """0 behind the last group, where a TPU leaves what was in memory."""
+def _zero_rest(x: Array, counts: Array) -> Array:
+    """Zero the rows after the last group, which a TPU leaves uninitialized."""
     return jnp.where(jnp.arange(len(x))[:, None] < jnp.sum(counts), x, 0.0)
 
 
