@@ -1,12 +1,12 @@
-"""`python -m benchmarks.aot --shape DIR --topology v5e:4x4 --mesh 2,2,4 [--layout wide]`: decoding as the TPU compiler makes it.
+"""`python -m benchmarks.aot --shape DIR --topology v5e:4x4 --mesh 2,2,4 [--layout wide]`: decoding under the TPU compiler.
 
 One program of the engine, compiled ahead of time from shapes alone with the real TPU compiler; no TPU is needed. Adds one JSON
-object to --out: bytes a chip (as compiled, and as `rollout.memory` adds them up), collectives by where they stand (`step`, in the
-inner loop; `interval`, between two looks at whether any row lives; `segment`, once), with the bytes of what they make on a chip,
-and arrays of a cache's or a weight's size that are copied.
+object to --out: bytes per chip (as compiled, and as `plan.decode_memory` predicts), collectives by location (`step`, in the inner
+loop; `interval`, between two checks for active rows; `chunk`, once), with the bytes of their results per chip, and copied arrays of
+a cache's or a weight's size.
 
---layout   of the policy: replicated, wide, or the sizes of its own axes, as 8,1,2
---program  segment (default), prefill or publish
+--layout   of the policy: replicated, wide, or the sizes of separate axes, as 8,1,2
+--program  decode_chunk (default), prefill or publish
 --options  compiler options as JSON
 --layers   instead of all of the model's
 """
@@ -44,7 +44,7 @@ from jaxrl_llm.rollout.programs import Programs
 from jaxrl_llm.rollout.sample import Vocabulary
 
 VMEM = "S(1)"
-PLACES = ("segment", "interval", "step")
+PLACES = ("chunk", "interval", "step")
 
 
 def lowered(args: argparse.Namespace, cfg: ModelConfig, train: Layout, decode: Layout) -> Lowered:
@@ -58,7 +58,7 @@ def lowered(args: argparse.Namespace, cfg: ModelConfig, train: Layout, decode: L
 
 def programs_of(args: argparse.Namespace, cfg: ModelConfig, decode: Layout) -> Programs:
     vocab = Vocabulary(size=cfg.vocab_size, pad=0, eos=(1,))
-    engine = EngineConfig(decode_chunk=args.segment)
+    engine = EngineConfig(decode_chunk=args.chunk)
     rollout = RolloutConfig(prompts=args.prompts, samples=args.samples, max_new_tokens=args.window, engine=engine)
     return Engine(rollout, args.slots, vocab, cfg, decode).programs
 
@@ -75,7 +75,7 @@ def bytes_of(compiled: Compiled) -> dict[str, int]:
 
 
 def moved(module: HloModule) -> dict[str, dict[str, dict[str, int]]]:
-    """Collectives by place and kind: how many, and bytes of what they make on a chip."""
+    """Collectives by location and kind: count, and bytes of their results per chip."""
     found: dict = {place: defaultdict(lambda: {"count": 0, "bytes": 0}) for place in PLACES}
     for i in collectives(module.all):
         entry = found[PLACES[module.loops[i.computation]]][i.kind]
@@ -85,9 +85,9 @@ def moved(module: HloModule) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def copied(module: HloModule, sizes: set[int]) -> dict[str, int]:
-    """Arrays of these sizes in bytes that are copied within a chip's main memory, or moved back into it from on-chip memory.
+    """Count, by location, arrays of these sizes in bytes that are copied within main memory, or back into it from on-chip memory.
 
-    By place. Instructions inside a fusion make no array of their own.
+    Instructions inside a fusion allocate no array.
     """
     found: dict[str, int] = defaultdict(int)
 
@@ -115,16 +115,16 @@ def report(args: argparse.Namespace, cfg: ModelConfig, train: Layout, decode: La
         "program": args.program, "options": json.loads(args.options), "jax": jax.__version__,
         "date": datetime.date.today().isoformat(),
     }  # fmt: skip
-    sizes = {name: getattr(args, name) for name in ("prompts", "samples", "slots", "window", "segment")}
+    sizes = {name: getattr(args, name) for name in ("prompts", "samples", "slots", "window", "chunk")}
     found = {**given, "sizes": sizes, "seconds": took, "bytes": bytes_of(compiled), "collectives": moved(module)}
-    if args.program == "segment":
+    if args.program == "decode_chunk":
         params = abstract_policy(cfg, decode).params
-        decoding = memory.decode_memory(programs_of(args, cfg, decode), params, args.prompts, args.window)
-        layer = {memory.held(x) for x in params["layers"][0].values() if x.ndim > 1}
-        caches = {n // (2 * cfg.layers) for n in (decoding.prompt, decoding.suffix)}
-        tables = {memory.held(params[name]) for name in ("embed", "head") if name in params}
-        found["predicted"] = {"chip": decoding.total, **decoding._asdict()}
-        found["off"] = round(decoding.total / found["bytes"]["chip"] - 1, 4)
+        predicted = memory.decode_memory(programs_of(args, cfg, decode), params, args.prompts, args.window)
+        layer = {memory.bytes_per_device(x) for x in params["layers"][0].values() if x.ndim > 1}
+        caches = {n // (2 * cfg.layers) for n in (predicted.prompt, predicted.suffix)}
+        tables = {memory.bytes_per_device(params[name]) for name in ("embed", "head") if name in params}
+        found["predicted"] = {"chip": predicted.total, **predicted._asdict()}
+        found["off"] = round(predicted.total / found["bytes"]["chip"] - 1, 4)
         found["copied"] = {"caches": copied(module, caches), "weights": copied(module, (layer | tables) - caches)}
     return found
 
@@ -135,10 +135,10 @@ def main() -> None:
     parser.add_argument("--topology", default="v5e:4x4")
     parser.add_argument("--mesh", default="2,2,4")
     parser.add_argument("--layout", default="replicated")
-    parser.add_argument("--program", default="segment", choices=("segment", "prefill", "publish"))
+    parser.add_argument("--program", default="decode_chunk", choices=("decode_chunk", "prefill", "publish"))
     parser.add_argument("--options", default="{}")
     parser.add_argument("--layers", type=int)
-    for name, default in (("prompts", 64), ("samples", 8), ("slots", 1024), ("window", 1024), ("segment", 128)):
+    for name, default in (("prompts", 64), ("samples", 8), ("slots", 1024), ("window", 1024), ("chunk", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -1,15 +1,15 @@
-"""`python -m benchmarks.draw [--rows 8,64] [--vocab 151936] [--seconds 60] [--step 8=0.1,64=0.4] [--out FILE.json]`: one draw.
+"""`python -m benchmarks.draw [--rows 8,64] [--vocab 151936] [--seconds 60] [--step 8=0.1,64=0.4] [--out FILE.json]`: sampling.
 
     plain      from the whole vocabulary
-    top_p 0.9, top_k 50, min_p 0.05, and all three together: truncated, with the default support, which is recorded
+    top_p 0.9, top_k 50, min_p 0.05, and all three together: truncated, with the default `max_kept_tokens`, which are recorded
 
-Each is a loop of `TURNS` draws on the device, on logits that change from turn to turn, as a decode step's do. All in one process,
-taken in turns (`clock.alternate`), medians. The four truncated draws are one executable with other arrays.
+Each is a loop of `STEPS` samplings on the device, on logits that change between steps, as in decoding. All in one process,
+alternating (`clock.alternate`), medians. The four truncated variants are one executable with other arrays.
 
 --rows     numbers of rows
 --vocab    of Qwen2.5 by default
 --seconds  for repetitions, shared by the rows
---step     seconds of a decode step, by rows, from `benchmarks.generate`: then what truncation adds to it is printed too
+--step     seconds per decode step, by rows, from `benchmarks.generate`: also prints the relative cost of truncation
 --out      a JSON file for the numbers
 """
 
@@ -26,9 +26,9 @@ from benchmarks.machine import machine
 from benchmarks.models import layouts
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.rollout.config import RolloutConfig
-from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary, row_keys, sample_token
+from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary, row_keys, sample_tokens
 
-TURNS = 8
+STEPS = 8
 NOTHING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
 VARIANTS = {
     "plain": {},
@@ -51,28 +51,28 @@ def controls(rows: int, top_p: float, top_k: int, min_p: float) -> Controls:
 
 
 def make_loop(vocab: int, max_kept_tokens: int) -> Callable:
-    """`loop(keys, logits, controls)`: TURNS draws, each from logits that the last one changed at its tokens."""
+    """`loop(keys, logits, controls)`: STEPS samplings, each from logits that the previous one changed at its tokens."""
     vocabulary = Vocabulary(size=vocab, pad=0, eos=(vocab - 1,))
     decoding = Decoding(ModelConfig(vocab_size=vocab), layouts()[1], vocabulary, max_kept_tokens=max_kept_tokens)
 
     def loop(keys: jax.Array, logits: jax.Array, of: Controls) -> tuple:
-        def turn(t: jax.Array, carry: tuple) -> tuple:
+        def body(t: jax.Array, carry: tuple) -> tuple:
             logits, _ = carry
             slot = jnp.full(keys.shape, t, jnp.int32)
-            drawn = sample_token(keys, slot, logits, of, t < TURNS, decoding)
-            return logits.at[jnp.arange(len(logits)), drawn.token].add(-1e-3), drawn
+            sampled = sample_tokens(keys, slot, logits, of, t < STEPS, decoding)
+            return logits.at[jnp.arange(len(logits)), sampled.token].add(-1e-3), sampled
 
-        start = jax.eval_shape(lambda t: turn(t, (logits, None))[1], jnp.int32(0))
+        start = jax.eval_shape(lambda t: body(t, (logits, None))[1], jnp.int32(0))
         blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), start)
-        return jax.lax.fori_loop(0, TURNS, turn, (logits, blank))[1]
+        return jax.lax.fori_loop(0, STEPS, body, (logits, blank))[1]
 
     return jax.jit(loop)
 
 
 def measure(rows: int, vocab: int, seconds: float) -> dict[str, float]:
-    """Seconds of one draw of all rows, by variant."""
+    """Seconds per sampling of all rows, by variant."""
     keys = row_keys(jax.random.key(0), jnp.arange(rows), jnp.zeros(rows, jnp.int32), 1)
-    # As a language model's: p falls with the rank to the power 1.5, and half of all mass is on the first three.
+    # As in a language model: p falls with the rank to the power 1.5, and half of the probability is on the first three.
     rng = np.random.default_rng(0)
     ranks = np.stack([rng.permutation(vocab) for _ in range(rows)])
     logits = jnp.asarray(-1.5 * np.log1p(ranks) + 0.1 * rng.normal(size=ranks.shape), jnp.float32)
@@ -83,7 +83,7 @@ def measure(rows: int, vocab: int, seconds: float) -> dict[str, float]:
         return lambda: loop(keys, logits, of)
 
     times = alternate({name: call(changes) for name, changes in VARIANTS.items()}, seconds)
-    return {name: time.median / TURNS for name, time in times.items()}
+    return {name: time.median / STEPS for name, time in times.items()}
 
 
 def main() -> None:
@@ -105,7 +105,7 @@ def main() -> None:
     if args.out:
         with open(args.out, "w") as file:
             json.dump(
-                {"machine": found, "vocab": args.vocab, "turns": TURNS, "draw_s": result, "step_s": step},
+                {"machine": found, "vocab": args.vocab, "turns": STEPS, "draw_s": result, "step_s": step},
                 file,
                 indent=1,
             )

@@ -1,11 +1,11 @@
 """`python -m benchmarks.engine [--parts forms,skew,prompt,soak] [--work M,64,float32 ...] [--seconds N] [--out FILE.json]`
 
-What each part of the rollout engine is worth, variants timed in turns in one process:
+Gain of each part of the rollout engine, variants timed alternately in one process:
 
-forms   128 new tokens for 8 prompts x 8 samples, no row ends early: the engine as it is, and with one thing changed at a time
-skew    useful tokens a second where lengths are geometric with a mean of a quarter of the cap: batch after batch to its end,
-        against compaction and refill, with units of whole groups and of pairs; and as 64 different prompts. Tokens must be the same
-prompt  64 rows of one prompt of 1,024 tokens: one copy of its keys and values, against one a row
+forms   128 new tokens for 8 prompts x 8 samples, no row ends early: the default engine, and with one change at a time
+skew    useful tokens per second with geometric lengths of mean a quarter of the cap: batch after batch, compaction, and refill,
+        with prompt caches shared by whole groups and by pairs; and with 64 different prompts. Tokens must be equal
+prompt  64 rows of one prompt of 1,024 tokens: one copy of its keys and values, against one per row
 soak    300 calls of random numbers of prompts, lengths and limits: compilations and resident memory after the warm-up
 """
 
@@ -39,10 +39,10 @@ FORMS = {
     "chunks of 32": {"decode_chunk": 32},
     "window of 64, doubled": {"window": 64},
     "no growth": {"window": NEW_TOKENS},
-    "looks every step": {"eos_interval": 1},
-    "looks every 4": {"eos_interval": 4},
-    "looks every 16": {"eos_interval": 16},
-    "a copy of the prompt a row": {"rows_per_prompt_cache": 1},
+    "checks every step": {"eos_interval": 1},
+    "checks every 4": {"eos_interval": 4},
+    "checks every 16": {"eos_interval": 16},
+    "a copy of the prompt per row": {"rows_per_prompt_cache": 1},
     "keys by slot": {"attention": "dot"},
     "int8 cache": {"cache": "int8"},
 }
@@ -62,7 +62,7 @@ def forms(work: Workload, seconds: float) -> dict:
     sample.BLOCKS = work.cfg.vocab_size
     plain.warm(policy, work.prompts)
     sample.BLOCKS = blocks
-    return rates({**calls, "draw in one level": one_level}, work.rows * NEW_TOKENS, seconds)
+    return rates({**calls, "sample in one level": one_level}, work.rows * NEW_TOKENS, seconds)
 
 
 def rates(calls: dict[str, Callable[[], object]], tokens: int, seconds: float) -> dict:
@@ -74,7 +74,7 @@ def rates(calls: dict[str, Callable[[], object]], tokens: int, seconds: float) -
 
 
 def skew(work: Workload, seconds: float) -> dict:
-    """Rows end at one of V / 32 tokens: under random weights about every 32nd step."""
+    """Rows end at any of V / 32 tokens: with random weights about every 32nd step."""
     policy = make_policy(work, make_params(work.size))
     return {
         "8 groups of 8": skewed(work, policy, 8, 32, 8, seconds / 2),
@@ -82,11 +82,11 @@ def skew(work: Workload, seconds: float) -> dict:
     }
 
 
-def skewed(work: Workload, policy: Policy, samples: int, num: int, flight: int, seconds: float) -> dict:
+def skewed(work: Workload, policy: Policy, samples: int, num: int, batch: int, seconds: float) -> dict:
     cfg = work.cfg
     vocab = Vocabulary(cfg.vocab_size, 0, tuple(range(0, cfg.vocab_size, NEW_TOKENS // 4)))
     prompts = many_prompts(work, num)
-    parts = [jax.tree.map(lambda x, i=i: x[i : i + flight], prompts) for i in range(0, num, flight)]
+    parts = [jax.tree.map(lambda x, i=i: x[i : i + batch], prompts) for i in range(0, num, batch)]
 
     def engine(prompts: int, **changes: object) -> Engine:
         form = EngineConfig(decode_chunk=16, **changes)
@@ -97,12 +97,12 @@ def skewed(work: Workload, policy: Policy, samples: int, num: int, flight: int, 
         return [engine.generate(policy, part, KEY) for part in parts]
 
     calls = {
-        "batch after batch": partial(by_parts, engine(flight, compact=False)),
-        "compaction": partial(by_parts, engine(flight)),
-        "compaction and refill": partial(engine(num, max_concurrent_prompts=flight).generate, policy, prompts, KEY),
+        "batch after batch": partial(by_parts, engine(batch, compact=False)),
+        "compaction": partial(by_parts, engine(batch)),
+        "compaction and refill": partial(engine(num, max_concurrent_prompts=batch).generate, policy, prompts, KEY),
     }
     if samples > 1:
-        pairs = engine(num, max_concurrent_prompts=flight, rows_per_prompt_cache=2)
+        pairs = engine(num, max_concurrent_prompts=batch, rows_per_prompt_cache=2)
         calls["compaction and refill, pairs"] = partial(pairs.generate, policy, prompts, KEY)
     tokens = {form: joined(call()) for form, call in calls.items()}
     for form, got in tokens.items():
@@ -112,7 +112,7 @@ def skewed(work: Workload, policy: Policy, samples: int, num: int, flight: int, 
 
 
 def joined(rollouts: Rollouts | list[Rollouts]) -> np.ndarray:
-    """Tokens drawn, -1 elsewhere."""
+    """Sampled tokens, -1 elsewhere."""
     parts = rollouts if isinstance(rollouts, list) else [rollouts]
     return np.concatenate([np.where(r.sampled, r.tokens, -1) for r in parts])
 
@@ -135,7 +135,7 @@ def long_prompt(work: Workload, seconds: float) -> dict:
         )
         return Engine(rollout, 1024, work.vocabulary, work.cfg, layouts()[1])
 
-    engines = {"one copy": engine(64), "a copy a row": engine(1)}
+    engines = {"one copy": engine(64), "a copy per row": engine(1)}
     calls = {name: partial(e.generate, policy, prompts, KEY) for name, e in engines.items()}
     found = rates(calls, 64 * NEW_TOKENS, seconds)
     for name, e in engines.items():
@@ -146,7 +146,7 @@ def long_prompt(work: Workload, seconds: float) -> dict:
 
 
 def soak(work: Workload, num_calls: int = 300) -> dict:
-    """Eight prompts in flight, up to sixteen a call, prompts of 1 to 64 tokens, limits of 1 to 48, segments of 16."""
+    """Eight concurrent prompts, up to sixteen per call, prompts of 1 to 64 tokens, limits of 1 to 48, chunks of 16."""
     cfg = dataclasses.replace(work.cfg, layers=2)
     policy = Policy({**(p := make_policy(work, make_params(work.size)).params), "layers": p["layers"][:2]}, np.int32(0))
     rollout = RolloutConfig(

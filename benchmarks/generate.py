@@ -1,20 +1,20 @@
-"""`generate`: new tokens a second, and a decode step beside the least time it can take.
+"""`generate`: new tokens per second, and a decode step compared with its least possible time.
 
-    tokens a second   B C / t of one whole call: prefill and C = 128 steps; nothing compiles in it, no row ends early
-    step              (t_call - t_prefill) / C, prefill timed as a program of its own, in turns with the call
+    tokens per second B C / t of one whole call: prefill and C = 128 steps; nothing compiles in it, no row ends early
+    step              (t_call - t_prefill) / C, prefill timed as a separate program, alternating with the call
 
-The least a decode step must do, on the average over the C steps, b bytes an entry of the compute dtype:
+Minimum work of a decode step, averaged over the C steps, with b bytes per number of the compute dtype:
 
     bytes   b N                            every parameter once (tied head: the embedding, read as head)
-          + 2 b L K H P S                  the prompts' keys and values, once a prompt, not once a sample
-          + 2 b L K H B (C + 1) / 2        the rows' own keys and values so far
-          + 2 b L K H B                    those written
+          + 2 b L K H P S                  the prompts' keys and values, once per prompt, not per sample
+          + 2 b L K H B (C + 1) / 2        the completions' keys and values so far
+          + 2 b L K H B                    keys and values written
     FLOPs   2 N_mat B + 4 L N_heads H B (S + (C + 1) / 2)      weight products, head included; q k' and weights v
 
     ceiling of a step = max(bytes / bandwidth, FLOPs / rate)
 
-`bandwidth` is a copy's over an array of as many bytes as the step moves (so a model that fits the caches is held to the caches),
-`rate` the products' at the step's own shapes, [B k] x [k n]. Sampling is in no ceiling: what it costs shows as the gap.
+`bandwidth` is that of copying an array of as many bytes as the step moves (so a model that fits the caches is compared with them),
+`rate` that of matrix products at the step's shapes, [B k] x [k n]. Sampling is not in the ceiling: its cost is part of the gap.
 """
 
 import dataclasses
@@ -34,14 +34,14 @@ from jaxrl_llm.types import Policy, PyTree
 
 
 def step_work(work: Workload) -> Work:
-    """Of a step in the middle of the call."""
+    """Bytes and FLOPs of a step in the middle of the call."""
     length, age = np.full(work.prompts, PROMPT_SLOTS - 1), np.full(work.prompts, NEW_TOKENS // 2)
     step = decode_step(work.cfg, length, age, SAMPLES, work.itemsize)
     return Work(step.bytes + work.itemsize * work.num_params(), step.flops)
 
 
 def ceiling(work: Workload, seconds: float) -> dict[str, float]:
-    """Of one decode step: what it moves and computes, at which measured rates, and the seconds that follow."""
+    """Ceiling of one decode step: its bytes and FLOPs, the measured rates, and the resulting seconds."""
     moved, flops = step_work(work)
     bandwidth = copy_bandwidth(int(moved), seconds)
     shapes = [("forward", work.rows, k, n) for k, n, often in weight_products(work.cfg) for _ in range(min(often, 2))]
@@ -57,7 +57,7 @@ def ceiling(work: Workload, seconds: float) -> dict[str, float]:
 
 
 def make_engine(work: Workload, prompts: int = 0, **changes: object) -> Engine:
-    """For calls of `prompts` prompts (by default the workload's); `changes` to the engine's config."""
+    """Engine for calls of `prompts` prompts (by default the workload's), with `changes` to its config."""
     rollout = RolloutConfig(
         prompts=prompts or work.prompts, samples=SAMPLES, max_new_tokens=NEW_TOKENS,
         engine=dataclasses.replace(EngineConfig(), **changes),
@@ -71,7 +71,7 @@ def make_policy(work: Workload, params: PyTree) -> Policy:
 
 
 def calls(work: Workload, params: PyTree) -> dict[str, Callable[[], object]]:
-    """The programs to time: the whole call, and its prefill alone."""
+    """Programs to time: the whole call, and its prefill alone."""
     engine, policy, prompts = make_engine(work), make_policy(work, params), work.make_prompts()
     length = prompts.length - 1
     return {

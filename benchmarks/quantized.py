@@ -1,7 +1,7 @@
 """`python -m benchmarks.quantized [--sizes S,M] [--rows 8,64] ...`: decode with int8 weights beside bf16 and f32.
 
-All variants of one model and number of rows are timed in turns. Two numbers each: new tokens a second of whole `generate` calls,
-and seconds of the products of a decode step alone, each matrix once, every layer its own.
+All variants of one model and number of rows are timed alternately. Two numbers each: new tokens per second of whole
+`generate` calls, and seconds of the matrix products of a decode step alone, each matrix of each layer once.
 """
 
 import argparse
@@ -28,7 +28,7 @@ VARIANTS = {"f32": ("float32", "compute"), "bf16": ("bfloat16", "compute"), "int
 
 
 def products(policy: Policy, rows: int, cfg: ModelConfig) -> Callable[[], object]:
-    """The matrices of one decode step, and nothing between them: each layer's on the same activations."""
+    """The matrix products of one decode step only, each layer on the same activations."""
 
     def step(params: PyTree, h: jax.Array, heads: jax.Array, mlp: jax.Array) -> list[jax.Array]:
         found = []

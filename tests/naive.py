@@ -1,6 +1,6 @@
-"""Reference engine without cache, batching or jit: it runs the whole sequence again for each token.
+"""The oracle: an engine without cache, without batch and without jit. It reads the whole sequence again for each token.
 
-(Padded to one length, since each new shape costs seconds: no token attends to the padding.)
+(Padded to one length, since each new shape costs seconds: nobody reads what stands behind the sequence.)
 """
 
 import jax
@@ -12,7 +12,7 @@ from jaxrl_llm.distribution.logits import process_logits
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.transformer import hidden, logits
 from jaxrl_llm.parallel.layout import Layout
-from jaxrl_llm.rollout.sample import Plain, Vocabulary, row_keys, sample_from
+from jaxrl_llm.rollout.sample import FullDistribution, Vocabulary, row_keys, sample_from
 from jaxrl_llm.types import Finish, Prompts, PyTree, Rollouts
 
 
@@ -20,7 +20,7 @@ def generate(
     params: PyTree, version: int, prompts: Prompts, key: jax.Array, temperature: np.ndarray,
     samples: int, max_new_tokens: int, vocab: Vocabulary, cfg: ModelConfig, layout: Layout,
 ) -> Rollouts:  # fmt: skip
-    """Same contract as `rollout.engine.Engine.generate`, with the trainer's parameters (layers stacked)."""
+    """`params` in the trainer's form. Same contract as `rollout.engine.Engine.generate`."""
     rows, c = len(prompts.length) * samples, max_new_tokens
     slots = prompts.tokens.shape[1] + c
     keys = row_keys(key, jnp.asarray(prompts.uid), jnp.zeros(len(prompts.uid), jnp.int32), samples)
@@ -41,7 +41,7 @@ def generate(
             with jax.disable_jit():
                 h = np.asarray(hidden(params, ids, np.arange(slots)[None], until, cfg, layout))[:, len(sequence) - 1]
                 logp = process_logits(logits(params, h, cfg), jnp.asarray(temperature[p : p + 1]), vocab.size)
-            drawn = sample_from(keys[b : b + 1], jnp.array([t]), Plain(logp), raw_logprobs=False)
+            drawn = sample_from(keys[b : b + 1], jnp.array([t]), FullDistribution(logp), raw_logprobs=False)
             (token,), (logprobs[b, t],), (entropies[b, t],) = drawn.token, drawn.logprob, drawn.entropy
             tokens[b, t], sampled[b, t] = token, True
             sequence.append(int(token))

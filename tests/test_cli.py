@@ -184,7 +184,7 @@ def test_help_of_a_config_shows_its_values(capsys):
     assert cli.main(["train", CONFIG, "--help"]) == cli.main(["eval", "some/model", "--task", CONFIG, "-h"]) == 0
     out = capsys.readouterr().out
     assert "--update.optimizer.lr NUMBER = 0.0003\n" in out and "--metrics.tensorboard true|false = true\n" in out
-    assert "--rollout.stop [TEXT, ...] = []\n    Stop texts: a response ends at" in out
+    assert "--rollout.stop [TEXT, ...] = []\n    Stop strings: a completion ends with" in out
 
 
 def test_interrupted(capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""On the first update the ratio is 1, whatever the draw was truncated to: sampled by the engine, scored by the update."""
+"""On the first update the ratio is 1 with any truncation: sampled by the engine, scored by the update."""
 
 from dataclasses import replace
 from functools import cache
@@ -28,9 +28,9 @@ TRUNCATIONS = {
     "top-p 0.9": {"top_p": 0.9},
     "top-k 5": {"top_k": 5},
     "min-p 0.05": {"min_p": 0.05},
-    "all three, and a least length": {"top_p": 0.9, "top_k": 9, "min_p": 0.02, "min_new_tokens": 3},
-    # More than fits: the support is what was drawn from all the same.
-    "the support alone": {},
+    "all three, and a minimum length": {"top_p": 0.9, "top_k": 9, "min_p": 0.02, "min_new_tokens": 3},
+    # More tokens qualify than fit: the kept tokens are the sampled distribution all the same.
+    "max_kept_tokens only": {},
 }
 
 
@@ -41,7 +41,7 @@ def params():
 
 @cache
 def rollouts(top_p: float, /, **changes: float):
-    """From the engine of a config with that `top_p`, which truncates below 1, under other controls."""
+    """Rollouts of an engine configured with `top_p` (truncating if below 1), with the controls `changes`."""
     train, decode = layouts()
     of = engine(
         CFG, decode, VOCAB, prompts=P, samples=G, max_new_tokens=C, temperature=1.3, top_p=top_p, max_kept_tokens=K
@@ -70,7 +70,7 @@ def first_update(batch) -> dict[str, float]:
 
 
 def batch_of(of):
-    """Bars always there, so that one program takes all that have no support."""
+    """Always with `eos_masked`, so that one program serves all batches without kept tokens."""
     advantage = np.random.default_rng(0).normal(size=P * G).astype(np.float32)
     batch = check(to_batch(to_experience(of, advantage)))
     return batch if of.eos_masked is not None else batch.replace(eos_masked=np.zeros(batch.tokens.shape, bool))
@@ -92,7 +92,7 @@ def test_the_ratio_is_1(truncation):
     assert kept[of.sampled].min() >= 1 and kept.max() <= K and not kept[~of.sampled].any()
 
 
-def test_without_the_recorded_support_it_is_not():
+def test_without_the_recorded_kept_tokens_it_is_not():
     """The mutant: the scorer takes the whole vocabulary."""
     metrics = first_update(batch_of(rollouts(0.5, top_p=0.9)).replace(kept_tokens=None))
     assert metrics["ratio/min"] < 1 - 1e-2
@@ -100,13 +100,13 @@ def test_without_the_recorded_support_it_is_not():
         check_ratios(metrics)
 
 
-def test_a_least_length_is_a_part_of_the_distribution():
-    """Plain draws without end tokens in the first three slots; the mutant forgets the bars."""
+def test_a_minimum_length_is_part_of_the_distribution():
+    """Untruncated sampling without end tokens in the first three slots; the mutant ignores the mask."""
     of = rollouts(1.0, min_new_tokens=3)
     assert of.kept_tokens is None and of.length.min() >= 3
     np.testing.assert_array_equal(of.eos_masked, of.sampled & (np.arange(C) < 3))
     batch = batch_of(of)
     check_ratios(first_update(batch))
     assert first_update(batch.replace(eos_masked=np.zeros_like(batch.eos_masked)))["ratio/min"] < 1 - 1e-2
-    truncated = rollouts(0.5, **TRUNCATIONS["all three, and a least length"])
+    truncated = rollouts(0.5, **TRUNCATIONS["all three, and a minimum length"])
     assert truncated.length.min() >= 3 and not np.isin(truncated.kept_tokens[:, :3], VOCAB.eos).any()

@@ -1,6 +1,6 @@
-"""The one distribution: from logits and temperature to log-probabilities. Sampling and scoring both use it, and nothing else.
+"""The token distribution: logits and temperature to log-probabilities. Sampling and scoring both use this one implementation.
 
-Truncated sampling uses `process_logits` over the logits of the kept tokens; the scorer reads the same logits.
+A truncated distribution is `process_logits` of the logits at the kept tokens; the scorer evaluates the same logits.
 """
 
 import operator
@@ -15,25 +15,30 @@ from jaxtyping import Array, Bool, Float, Int
 def is_allowed(
     token: Int[Array, "*rows n"], num_tokens: int, ends: tuple[int, ...], eos_masked: Bool[Array, "*rows n"]
 ) -> Bool[Array, "*rows n"]:
-    """False for padding of the vocabulary (entries from `num_tokens` on), and for the end tokens `ends` if `eos_masked`.
+    """Return True for tokens that may be sampled. The arguments broadcast against each other.
 
-    The arguments broadcast against each other."""
+    Args:
+        token: token ids.
+        num_tokens: tokens of the tokenizer; larger ids are padding of the vocabulary, and not allowed.
+        ends: end-of-sequence tokens.
+        eos_masked: where the tokens `ends` are not allowed.
+    """
     return (token < num_tokens) & ~(eos_masked & reduce(operator.or_, (token == end for end in ends), False))
 
 
-def tempered(
+def scale_by_temperature(
     x: Float[Array, "*rows n"], largest: Float[Array, "*rows 1"], temperature: Float[Array, "*rows"]
 ) -> Float[Array, "*rows n"]:
-    """(x - largest) / temperature; at temperature 0 its limit, 0 at the largest and -inf elsewhere, without a gradient."""
-    # The largest is subtracted before the division, so that one pass serves the softmax and the limit.
+    """Return (x - largest) / temperature; at temperature 0 its limit, 0 at the largest and -inf elsewhere, without gradient."""
+    # The largest is subtracted before the division: one pass finds it for the softmax and for the limit.
     x = x - largest
     greedy = (temperature == 0)[..., None]
     limit = jnp.where(x == 0, 0.0, -jnp.inf)
     return jnp.where(greedy, limit, x / jnp.where(greedy, 1.0, temperature[..., None]))
 
 
-class Normalized(NamedTuple):
-    """Log-probs and their normalization: log p = `tempered`(x, largest, temperature) - log_sum."""
+class LogSoftmax(NamedTuple):
+    """Log-probs and their normalizer: log p = scale_by_temperature(x, largest, temperature) - log_sum."""
 
     logp: Float[Array, "*rows V"]
     largest: Float[Array, "*rows"]
@@ -47,34 +52,36 @@ def process_logits(
     ends: tuple[int, ...] = (),
     eos_masked: Bool[Array, "*rows"] | None = None,
 ) -> Float[Array, "*rows V"]:
-    """log softmax(logits / temperature) in nats, f32, over the allowed tokens; -inf elsewhere.
+    """Return log softmax(logits / temperature) in nats, f32, over the allowed tokens; -inf elsewhere.
 
-    At temperature 0 its limit: uniform over the tokens with the largest logit, without a gradient.
+    At temperature 0 it is the limit: uniform over the tokens with the largest logit, without gradient.
 
     Args:
-        x: logits.
-        temperature: 0 or more.
-        num_tokens: of the tokenizer; later entries are padding.
-        ends: end tokens.
-        eos_masked: True in rows where end tokens have no mass.
+        x: raw logits.
+        temperature: per row.
+        num_tokens: tokens of the tokenizer; larger ids are padding of the vocabulary.
+        ends: end-of-sequence tokens.
+        eos_masked: rows in which the tokens `ends` are not allowed.
     """
     limit = num_tokens if num_tokens < x.shape[-1] else None
-    return normalize(mask_logits(x, jnp.arange(x.shape[-1]), limit, ends, eos_masked), temperature).logp
+    return normalize(mask_disallowed(x, jnp.arange(x.shape[-1]), limit, ends, eos_masked), temperature).logp
 
 
-def mask_logits(
+def mask_disallowed(
     x: Float[Array, "*rows n"],
     ids: Int[Array, " n"],
     num_tokens: int | None,
     ends: tuple[int, ...],
     eos_masked: Bool[Array, "*rows"] | None,
 ) -> Float[Array, "*rows n"]:
-    """Logits of the tokens `ids`, f32; -inf for those that are not allowed.
+    """Return logits of the tokens `ids`, f32, with -inf where not `is_allowed`.
 
     Args:
-        x: logits.
-        ids: their tokens.
-        num_tokens, ends, eos_masked: as in `process_logits`; `num_tokens` None: no entry is padding.
+        x: raw logits.
+        ids: token ids of the last dimension.
+        num_tokens: tokens of the tokenizer; None: the vocabulary has no padding.
+        ends: end-of-sequence tokens.
+        eos_masked: rows in which the tokens `ends` are not allowed; None: none.
     """
     x = x.astype(jnp.float32)
     if num_tokens is None and eos_masked is None:
@@ -84,39 +91,38 @@ def mask_logits(
     return jnp.where(is_allowed(ids, num_tokens, ends, eos_masked[..., None]), x, -jnp.inf)
 
 
-def normalize(x: Float[Array, "*rows n"], temperature: Float[Array, "*rows"]) -> Normalized:
-    """Normalize the distribution over all of `x`; -inf has no mass."""
+def normalize(x: Float[Array, "*rows n"], temperature: Float[Array, "*rows"]) -> LogSoftmax:
+    """Return the softmax over all of `x`; -inf has probability 0."""
     largest = jax.lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True))
-    x = tempered(x, largest, temperature)
+    x = scale_by_temperature(x, largest, temperature)
     log_sum = jnp.log(jnp.sum(jnp.exp(x), axis=-1, keepdims=True))
-    return Normalized(x - log_sum, largest[..., 0], log_sum[..., 0])
+    return LogSoftmax(x - log_sum, largest[..., 0], log_sum[..., 0])
 
 
-def kept_token_logprobs(
+def kept_logprobs(
     x: Float[Array, "*rows V"], temperature: Float[Array, "*rows"], kept_tokens: Int[Array, "*rows K"]
 ) -> Float[Array, "*rows K"]:
-    """`process_logits` over the kept tokens (-1 after the last one, -inf there), nats.
+    """Return `process_logits` of the logits at the kept tokens (padded with -1, where the result is -inf), in nats.
 
-    In a row without kept tokens nothing was sampled: its numbers are finite and meaningless.
+    Rows without kept tokens were not sampled; their values are finite and meaningless.
     """
-    return normalize(at_kept_tokens(x, kept_tokens), temperature).logp
+    return normalize(gather_kept(x, kept_tokens), temperature).logp
 
 
-def at_kept_tokens(x: Float[Array, "*rows V"], kept_tokens: Int[Array, "*rows K"]) -> Float[Array, "*rows K"]:
+def gather_kept(x: Float[Array, "*rows V"], kept_tokens: Int[Array, "*rows K"]) -> Float[Array, "*rows K"]:
+    """Return the logits of the kept tokens, f32, with -inf in place of padding; finite in rows without kept tokens."""
     kept = kept_tokens >= 0
-    at_kept = jnp.take_along_axis(x.astype(jnp.float32), jnp.maximum(kept_tokens, 0), axis=-1)
-    return jnp.where(kept | ~jnp.any(kept, axis=-1, keepdims=True), at_kept, -jnp.inf)
+    gathered = jnp.take_along_axis(x.astype(jnp.float32), jnp.maximum(kept_tokens, 0), axis=-1)
+    return jnp.where(kept | ~jnp.any(kept, axis=-1, keepdims=True), gathered, -jnp.inf)
 
 
 def entropy(logp: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
-    """-sum p log p, nats."""
+    """Return -sum p log p, in nats."""
     return -expectation(logp, logp)
 
 
 def expectation(logp: Float[Array, "*rows V"], of: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
-    """sum p `of`, with 0 for p = 0."""
-    # Another value where p is 0: the gradient of 0 * -inf would be NaN there, masked or not.
-    positive = logp > -jnp.inf
-    return jnp.sum(
-        jnp.where(positive, jnp.exp(jnp.where(positive, logp, 0.0)) * jnp.where(positive, of, 0.0), 0.0), axis=-1
-    )
+    """Return sum p * `of`, where terms with p = 0 count as 0."""
+    # Replace values where p is 0: the gradient of 0 * -inf would be NaN, masked or not.
+    seen = logp > -jnp.inf
+    return jnp.sum(jnp.where(seen, jnp.exp(jnp.where(seen, logp, 0.0)) * jnp.where(seen, of, 0.0), 0.0), axis=-1)

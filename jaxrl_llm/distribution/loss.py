@@ -1,4 +1,4 @@
-"""A loss as a value: what an update minimizes, whatever objective made it."""
+"""The loss that an update minimizes: per-token terms and their aggregation, independent of the objective that made it."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -15,28 +15,28 @@ NOTHING: Mapping[str, Tokens] = MappingProxyType({})
 
 
 class Terms(NamedTuple):
-    """A loss's terms per token, inside and outside the loss mask; they are summed later, by global counts."""
+    """Per-token terms of a loss, inside and outside the loss mask; the update sums them, with global counts."""
 
     loss: Tokens
     means: Mapping[str, Tokens] = NOTHING
-    """Named values to average over the tokens of the loss mask."""
+    """Named values, averaged over the tokens in the loss mask."""
     maxima: Mapping[str, Tokens] = NOTHING
-    """Named values to maximize over the loss mask; a minimum is the maximum of the negative."""
+    """Named values, maximized over the loss mask; a minimum is the maximum of the negative."""
     weighted: Mapping[str, Tokens] = NOTHING
-    """Named values to sum with the weights of the loss, which makes a mean over sequences of one number per sequence."""
+    """Named values, summed with the weights of the loss; gives the mean over sequences of one number per sequence."""
 
 
 class Loss(NamedTuple):
-    """Terms per token, and how they become one number."""
+    """Per-token terms and their aggregation."""
 
     terms: Callable[[TokenScores, Batch], Terms]
     aggregation: str = "token"
-    """What the terms are averaged over: one of the aggregations of `token_weights`."""
+    """Unit of the average, one of the aggregations of `token_weights`."""
     length: int = 1
-    """Divisor of the aggregation `constant`."""
+    """Divisor of the aggregation `constant`, in tokens."""
     columns: tuple[str, ...] = ()
-    """Optional columns of `Batch` that it reads."""
+    """Optional columns of `Batch` that the loss uses."""
     own: tuple[OwnColumn, ...] = ()
-    """Columns that it adds, as `Batch.own`."""
+    """Additional columns that the loss defines, in `Batch.own`."""
     keep: Callable[[Batch], Mask] | None = None
-    """Tokens that keep their weight, chosen over a whole minibatch before it is cut into micro-batches; None: all."""
+    """Selects the tokens that keep their weight, over a whole minibatch before it is split into micro-batches; None: all."""

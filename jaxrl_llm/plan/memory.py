@@ -79,9 +79,9 @@ def estimated_temporaries(run: AbstractRun, name: str) -> int:
         return bytes_per_device(run.policy.params) if run.train.mesh.shape["fsdp"] > 1 else 0
     if name == "update":
         return gradients(run) + _activations(run)
-    if name == "decode":
+    if name == "decode_chunk":
         decode = decode_memory.decode_memory(run.engine.programs, run.policy.params, *run.capacity[1:])
-        return decode.record + decode.working
+        return decode.chunk + decode.working
     tokens = run.capacity[0] // run.decode.size("rows") * min(run.prompt_slots, run.cfg.rollout.engine.prefill_chunk)
     return 2 * 2 * tokens * _widths(run, run.decode)
 

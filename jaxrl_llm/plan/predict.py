@@ -97,8 +97,8 @@ def rollout_time(run: AbstractRun, chip: Chip, programs: dict[str, CompiledProgr
         wire, cycles = steps * through * model.layers * rows * model.d_model * size / chip.wire, 0.0
     else:
         chunks = steps / run.engine.decoding.steps
-        wire = (chunks * programs["decode"].cost.received + programs["prefill"].cost.received) / chip.wire
-        counted = chunks * programs["decode"].cost.cycles + programs["prefill"].cost.cycles
+        wire = (chunks * programs["decode_chunk"].cost.received + programs["prefill"].cost.received) / chip.wire
+        counted = chunks * programs["decode_chunk"].cost.cycles + programs["prefill"].cost.cycles
         cycles = counted / chip.clock if chip.clock else 0.0
     one = PredictedTime(steps * decode.compute + prefill, steps * decode.memory, wire, cycles)
     return one.times(-(-cfg.prompts // prompts))

@@ -105,7 +105,7 @@ def lowerings(run: AbstractRun) -> dict[str, Lower]:
     cfg, model = run.cfg, run.model
     prompts, groups, window = run.capacity
     policy, masters = run.policy, model_params.policy_params(run.state.params, model)
-    sizes_of = {"prefill": (prompts, run.prompt_slots), "decode": (groups, window)}
+    sizes_of = {"prefill": (prompts, run.prompt_slots), "decode_chunk": (groups, window)}
     if len(run.engine.sizes.windows) > 1:
         sizes_of["extend_suffix"] = (groups, *run.engine.sizes.windows[-2:])
     lower = {name: partial(run.engine.programs.lower, policy.params, name, *sizes) for name, sizes in sizes_of.items()}
@@ -124,7 +124,7 @@ def compile_all(run: AbstractRun) -> dict[str, CompiledProgram]:
     """Compile all programs of a step, in parallel threads."""
     lowered = {name: lower() for name, lower in lowerings(run).items()}
     # Longest compilations first.
-    order = sorted(lowered, key=("decode", "update", "prefill", "publish", "extend_suffix").index)
+    order = sorted(lowered, key=("decode_chunk", "update", "prefill", "publish", "extend_suffix").index)
     with shown_on_stderr(f"compiling {', '.join(order)}"), ThreadPoolExecutor(os.cpu_count()) as threads:
         found = threads.map(lambda name: compile_program(lowered[name], trip_counts(run, name)), order)
         return dict(zip(order, found, strict=True))
@@ -137,7 +137,7 @@ def trip_counts(run: AbstractRun, name: str) -> tuple[int, int]:
         Maximum of the outermost loop (checks for unfinished rows, or micro-batches), and of inner loops that depend on the batch
         (chunks of tokens in the head, if the loss uses all tokens).
     """
-    if name == "decode":
+    if name == "decode_chunk":
         return run.engine.decoding.steps // run.engine.decoding.interval, 1
     if name != "update":
         return 1, 1

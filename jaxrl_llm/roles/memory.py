@@ -108,7 +108,7 @@ def minimum(run: AbstractRun, held_out: int, trains: bool, num_sharing: int) -> 
             rows, slots = run.batch.tokens.shape
             inputs = layer_inputs(run, rows // run.cfg.update.micro_batches * slots)
             parts |= {GRADIENTS: gradients(run), LAYER_INPUTS: inputs}
-        if trains or name in ("prefill", "decode", "extend_suffix"):
+        if trains or name in ("prefill", "decode_chunk", "extend_suffix"):
             found.append(Phase(name, parts))
     if trains and run.cfg.warm_start.steps:
         shape = run.shapes.supervised
@@ -129,7 +129,7 @@ def resident_bytes(run: AbstractRun) -> dict[str, ResidentBytes]:
     without_masters = {name: size for name, size in state.items() if name != MASTERS}
     found = {
         "prefill": ResidentBytes({POLICY: policy, PROMPTS: read}, state | decoding),
-        "decode": ResidentBytes({POLICY: policy, PROMPTS: prompts, ROWS: rows}, state),
+        "decode_chunk": ResidentBytes({POLICY: policy, PROMPTS: prompts, ROWS: rows}, state),
         "publish": ResidentBytes({POLICY: policy, MASTERS: state[MASTERS]}, without_masters),
         "update": resident_bytes_of_update(run),
     }

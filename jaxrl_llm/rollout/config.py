@@ -1,4 +1,4 @@
-"""Config of the rollouts: the distribution that tokens are sampled from, and how the engine schedules the work."""
+"""Config of rollouts: the sampling distribution, and the engine's trade-offs of speed and memory."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -14,42 +14,42 @@ Natural = Annotated[int, Ge(0)]
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Speed and memory of the engine. No field changes a token, except by the rounding of quantized weights and caches."""
+    """Speed and memory of generation. Only quantized `weights` and `cache` change sampled tokens, by rounding."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     max_concurrent_prompts: Natural = 0
-    """Maximum number of prompts decoded concurrently, rounded up to a multiple of the row shards. Further prompts queue, and are
+    """Maximum number of prompts decoded concurrently, rounded up to a multiple of the row shards. Further prompts queue and are
     admitted as slots free up. 0: all prompts of a step."""
     rows_per_prompt_cache: Natural = 0
-    """Rows that share one copy of a prompt's keys and values, and are admitted and released together: a divisor of `samples`; 0:
-    all of them. Fewer take more memory, and waste fewer steps if lengths differ much within a group."""
+    """Rows that share one prompt KV cache, and are admitted and removed together (a sequence group): a divisor of `samples`; 0: all
+    samples. Smaller values take more memory, and waste less where lengths vary within a group."""
     decode_chunk: Count = 128
-    """Decode steps per chunk. Between chunks the host releases finished rows, admits waiting ones and widens the cache."""
+    """Decode steps per chunk. Between chunks the host removes finished rows, admits queued prompts and grows the cache."""
     eos_interval: Count = 8
-    """Decode steps between two checks on the device whether any row is active."""
+    """Decode steps between two checks on the device that some row is still active."""
     window: Natural = 0
-    """Initial slots of the cache of the rows' own keys, which doubles as rows get longer. 0: 128, or what fits into a CPU's caches;
-    `max_new_tokens` or more: all slots at once."""
+    """Initial slots of the KV cache of completions, which doubles as needed. 0: 128, or what fits a CPU's caches;
+    `max_new_tokens` or more: full size from the start."""
     compact: bool = True
-    """Compact the batch once at most half of its rows are active."""
+    """Compact the batch once at most half of its rows are still active."""
     prefill_chunk: Count = 1024
-    """Prompt tokens per prefill chunk, which bounds the memory of activations."""
+    """Prompt tokens per prefill chunk; bounds the memory of activations."""
     weights: Literal["compute", "int8", "fp8"] = "compute"
-    """Dtype of the sampling policy's matrices: the model's compute dtype, or 8 bits with one scale per output channel."""
+    """Format of the sampling policy's matrices: the model's compute dtype, or 8 bits with one scale per output channel."""
     cache: Literal["compute", "int8"] = "compute"
-    """Dtype of cached keys and values: the compute dtype, or int8 with one scale per head and slot."""
+    """Format of the KV cache: the compute dtype, or int8 with one scale per head and slot."""
     attention: Literal["auto", "dot", "across"] = "auto"
-    """Memory order of the cached keys: dot, the H numbers of a slot together; across, those of all slots together; auto: the order
-    measured fastest on the backend."""
+    """Memory layout of keys in the cache: dot, the H numbers of one slot are adjacent; across, the slots are adjacent; auto: the
+    layout measured fastest on the backend."""
     layout: Literal["replicated", "wide"] | MeshConfig = "replicated"
-    """Layout of the policy: replicated over `fsdp`; `wide`, with heads, mlp and vocabulary split over `fsdp` too; or mesh axes of
-    its own over the same devices."""
+    """Sharding of the sampling policy: replicated over `fsdp`; `wide`, heads, mlp and vocabulary split over `fsdp` as well; or
+    separate mesh axes over the same devices."""
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """G samples per prompt for P prompts."""
+    """Sampling of G completions for each of P prompts."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -58,23 +58,23 @@ class RolloutConfig:
     samples: Count = 8
     """G, samples per prompt: the group within which rewards are compared."""
     max_new_tokens: Count = 8
-    """C, maximum length of a response in tokens."""
+    """C, maximum completion tokens per row."""
     temperature: Annotated[float, Ge(0)] = 1.0
-    """Divisor of the logits, in sampling and in scoring. Changing it compiles nothing. 0, always the likeliest token, is for
-    `jaxrl sample` and `jaxrl eval` only."""
+    """Divides the logits, both in sampling and in scoring. May change without recompiling. 0 (greedy) is only for `jaxrl sample`
+    and `jaxrl eval`."""
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
-    """Sample from the smallest set of likeliest tokens that holds this mass (Holtzman et al. 2020)."""
+    """Sample from the smallest set of most likely tokens with at least this total probability (Holtzman et al. 2020)."""
     top_k: Natural = 0
-    """Sample from the k likeliest tokens; 0: from all."""
+    """Sample from the k most likely tokens; 0: from all."""
     min_p: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """Sample from tokens with at least this fraction of the likeliest one's probability (Nguyen et al. 2024)."""
+    """Sample from tokens with at least this fraction of the most likely token's probability (Nguyen et al. 2024)."""
     max_kept_tokens: Count = 128
-    """K, maximum number of tokens that truncated sampling keeps, and records for the scorer. If more qualify, the K likeliest are
-    kept and `sampling/support_overflow` counts it."""
+    """K, maximum tokens kept by top-p, top-k or min-p and recorded for the scorer. Where more qualify, the K most likely are kept
+    and `sampling/support_overflow` counts the event."""
     min_new_tokens: Natural = 0
-    """Minimum length: end tokens have probability 0 before this many tokens."""
+    """End-of-sequence tokens are masked out in the first `min_new_tokens` slots."""
     stop: tuple[str, ...] = ()
-    """Stop texts: a response ends at the token that completes one. They may contain special tokens."""
+    """Stop strings: a completion ends with the token that completes one of them. They may contain special tokens."""
     raw_logprobs: bool = False
     """Also record each token's log-probability under the untruncated distribution."""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -84,5 +84,5 @@ class RolloutConfig:
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
     def max_kept_of(self, num_tokens: int) -> int:
-        """Tokens kept and recorded per sampled one, of a vocabulary of `num_tokens`; 0 without truncation."""
+        """Return the maximum tokens kept per sampled token, for a vocabulary of `num_tokens`; 0 without truncation."""
         return min(self.max_kept_tokens, num_tokens) if self.truncates else 0

@@ -1,9 +1,8 @@
-"""The decode loop: a compiled chunk of decode steps, one token per row and step, against static KV caches.
+"""The compiled decode loop: one token per row and step, on the device, against statically shaped KV caches.
 
-Dimensions: U sequence groups in the active batch, each one prompt with F rows that share its keys and values; B = U * F rows,
-group by group; n steps. The sampled token, its log-probability under the distribution it was sampled from, and the entropy of that
-distribution are recorded when they are computed, one line per step.
-"""
+Dimensions: U sequence groups in the active batch, each one prompt with F rows that share its prompt KV cache; B = U * F rows,
+ordered by sequence group; n steps. Sampled tokens, their log-probs under the sampling distribution, and its entropy are recorded
+per step."""
 
 from collections.abc import Callable
 
@@ -14,62 +13,62 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxrl_llm.model.cache import PromptCache, SuffixCache
 from jaxrl_llm.model.transformer import DecodePosition, decode
-from jaxrl_llm.rollout.sample import Controls, Decoding, row_keys, sample_token
+from jaxrl_llm.rollout.sample import Controls, Decoding, row_keys, sample_tokens
 from jaxrl_llm.types import COLUMNS, ArrayLike, Column, PyTree
 
 
 class SequenceGroups(flax.struct.PyTreeNode):
-    """The active batch without its caches: small arrays that the host sees between chunks."""
+    """The active batch without its KV caches: small arrays that the host knows between chunks."""
 
     uid: Int[ArrayLike, " U"]
     first: Int[ArrayLike, " U"]
     """Sample number of the group's first row."""
     length: Int[ArrayLike, " U"]
-    """Prompt tokens without the last one, which the first step reads."""
+    """Prompt tokens excluding the last one, which the first step reads."""
     age: Int[ArrayLike, " U"]
-    """Decode steps done: the completion slot that the next token fills."""
+    """Decode steps completed: the completion slot that the next token fills."""
     limit: Int[ArrayLike, " U"]
-    """Maximum number of completion tokens per row."""
+    """Maximum completion tokens per row."""
     controls: Controls
-    """One entry per group."""
+    """Sampling parameters per sequence group."""
     last: Int[ArrayLike, "U F"]
-    """Token that the next step reads."""
+    """The token that the next step reads."""
     done: Bool[ArrayLike, "U F"]
 
 
-class ChunkRecord(flax.struct.PyTreeNode):
-    """Record of a chunk: columns of `Rollouts`, one line per step. Lines after the last step that ran are undefined."""
+class DecodedChunk(flax.struct.PyTreeNode):
+    """Columns of `Rollouts` recorded in one chunk, one line per step. Lines beyond the steps that ran are undefined."""
 
     tokens: Int[ArrayLike, "n B"]
     sampled: Bool[ArrayLike, "n B"]
-    """The row was active."""
+    """True where the row was still active."""
     behavior_logprobs: Float[ArrayLike, "n B"]
     entropy: Float[ArrayLike, "n B"]
     raw_logprobs: Float[ArrayLike, "n B"] | None = None
     kept_tokens: Int[ArrayLike, "n B K"] | None = None
     overflow: Bool[ArrayLike, "n B"] | None = None
-    """More than K tokens would have been kept."""
+    """True where more than K tokens qualified."""
 
 
 class ChunkResult(flax.struct.PyTreeNode):
-    """Result of a chunk: state of the rows, and the record. Replicated on every device."""
+    """State of the rows after a chunk, and what it recorded. Replicated on every device."""
 
     steps: Int[ArrayLike, ""]
     last: Int[ArrayLike, "U F"]
     done: Bool[ArrayLike, "U F"]
-    record: ChunkRecord
+    chunk: DecodedChunk
 
 
 class DecodeState(flax.struct.PyTreeNode):
-    """Carry of the loop."""
+    """Carry of the decode loop."""
 
     steps: Int[Array, ""]
-    live: Bool[Array, ""]
-    """Some row was active at the last check."""
+    any_active: Bool[Array, ""]
+    """True if some row was unfinished at the last check."""
     last: Int[Array, " B"]
     done: Bool[Array, " B"]
     suffix: SuffixCache
-    record: ChunkRecord
+    chunk: DecodedChunk
 
 
 DecodeChunk = Callable[
@@ -86,86 +85,87 @@ def step(
     state: DecodeState,
     decoding: Decoding,
 ) -> DecodeState:
-    """Decode one token per row. A finished row is computed as well, and its results are not recorded.
+    """Decode one token for every row. Finished rows are computed as well, and their results ignored.
 
     Args:
-        params: the policy's, one entry per layer.
+        params: parameters of the policy, one entry per layer.
         keys: one per row (`row_keys`).
-        groups: the active batch at the beginning of the chunk.
-        prompt: keys and values of each group's prompt.
-        count: keys written to the rows' ring caches before the chunk.
+        groups: the active batch at the start of the chunk.
+        prompt: KV cache of each sequence group's prompt.
+        count: keys written to the rows' ring buffers before the chunk.
         state: carry of the loop.
-        decoding: what was fixed at compile time.
+        decoding: static settings.
 
     Returns:
-        The carry after one step.
+        The carry after the step.
     """
-    rows = state.last.shape[0] // groups.age.shape[0]
+    rows_per_group = state.last.shape[0] // groups.age.shape[0]
     age = groups.age + state.steps
-    place = DecodePosition(count=count + state.steps, length=groups.length, age=age)
-    raw, suffix = decode(params, state.last, place, prompt, state.suffix, decoding.model, decoding.layout)
-    per_row = lambda x: jnp.repeat(x, rows)  # noqa: E731
-    with jax.named_scope("sample"):
-        controls = jax.tree.map(per_row, groups.controls)
-        sampled = sample_token(keys, per_row(age), raw, controls, state.live, decoding)
+    position = DecodePosition(count=count + state.steps, length=groups.length, age=age)
+    raw, suffix = decode(params, state.last, position, prompt, state.suffix, decoding.model, decoding.layout)
+    of_rows = lambda x: jnp.repeat(x, rows_per_group)  # noqa: E731
+    with jax.named_scope("draw"):
+        controls = jax.tree.map(of_rows, groups.controls)
+        sampled = sample_tokens(keys, of_rows(age), raw, controls, state.any_active, decoding)
     active = ~state.done
-    line = ChunkRecord(
+    line = DecodedChunk(
         sampled.token, active, sampled.logprob, sampled.entropy, sampled.raw_logprob, sampled.kept_tokens, sampled.overflow
     )  # fmt: skip
     return DecodeState(
         steps=state.steps + 1,
-        live=state.live,
+        any_active=state.any_active,
         last=jnp.where(active, sampled.token, decoding.vocab.pad),
-        done=state.done | decoding.vocab.ends(sampled.token) | per_row(age + 1 >= groups.limit),
+        done=state.done | decoding.vocab.ends(sampled.token) | of_rows(age + 1 >= groups.limit),
         suffix=suffix,
-        record=jax.tree.map(lambda x, new: x.at[state.steps].set(new), state.record, line),
+        chunk=jax.tree.map(lambda x, new: x.at[state.steps].set(new), state.chunk, line),
     )
 
 
 def make_decode_chunk(decoding: Decoding) -> DecodeChunk:
-    """The program `decode_chunk(params, suffix, prompt, groups, key, count, steps) -> (suffix, ChunkResult)`; `suffix` is donated.
+    """Return `decode_chunk(params, suffix, prompt, groups, key, count, steps) -> (suffix, ChunkResult)`; `suffix` is donated.
 
-    It makes at most `steps` <= n steps, a multiple of `decoding.interval`; fewer if every row has finished. `count` as in
-    `model.cache`. A row's tokens depend on the weights, its prompt, `key` (key data), its uid and its sample number alone.
+    It runs at most `steps` <= n steps, a multiple of `decoding.interval`, and stops early once all rows have finished. `count` as
+    in `model.cache`. A row's tokens depend only on the weights, its prompt, `key` (key data), its uid and its sample number.
     """
 
     def decode_chunk(params, suffix, prompt, groups, key, count, steps):
-        rows = groups.last.shape[1]
-        keys = row_keys(jax.random.wrap_key_data(key), groups.uid, groups.first, rows)
+        keys = row_keys(jax.random.wrap_key_data(key), groups.uid, groups.first, groups.last.shape[1])
 
-        def advance(state: DecodeState) -> DecodeState:
+        def one_step(state: DecodeState) -> DecodeState:
             return step(params, keys, groups, prompt, count, state, decoding)
 
-        def interval(state: DecodeState) -> DecodeState:
-            state = jax.lax.fori_loop(0, decoding.interval, lambda _, state: advance(state), state)
-            return state.replace(live=~jnp.all(state.done))
+        def one_interval(state: DecodeState) -> DecodeState:
+            state = jax.lax.fori_loop(0, decoding.interval, lambda _, state: one_step(state), state)
+            return state.replace(any_active=~jnp.all(state.done))
 
         done = groups.done.reshape(-1)
         start = DecodeState(
-            steps=jnp.zeros((), jnp.int32), live=~jnp.all(done), last=groups.last.reshape(-1), done=done, suffix=suffix,
-            record=empty_record(decoding, len(done)),
+            steps=jnp.zeros((), jnp.int32), any_active=~jnp.all(done), last=groups.last.reshape(-1), done=done,
+            suffix=suffix, chunk=empty_chunk(decoding, len(done)),
         )  # fmt: skip
-        end = jax.lax.while_loop(lambda state: (state.steps < steps) & state.live, interval, start)
+        end = jax.lax.while_loop(lambda state: (state.steps < steps) & state.any_active, one_interval, start)
         last, done = (x.reshape(groups.last.shape) for x in (end.last, end.done))
-        return end.suffix, ChunkResult(end.steps, last, done, end.record)
+        return end.suffix, ChunkResult(end.steps, last, done, end.chunk)
 
     return decode_chunk
 
 
-def empty_record(decoding: Decoding, rows: int) -> ChunkRecord:
-    def lines(dtype: type, *more: int) -> Array:
-        zeros = jnp.zeros((decoding.steps, rows, *more), dtype)
-        return decoding.layout.constrain(zeros, None, "rows", *(None for _ in more))
+def empty_chunk(decoding: Decoding, rows: int) -> DecodedChunk:
+    """Return a zero-filled chunk of `decoding.steps` steps for `rows` rows."""
+
+    def zeros(dtype: type, *more: int) -> Array:
+        x = jnp.zeros((decoding.steps, rows, *more), dtype)
+        return decoding.layout.constrain(x, None, "rows", *(None for _ in more))
 
     columns = {
-        column.name: lines(column.dtype, *(decoding.max_kept_tokens for _ in column.dims))
-        for column in recorded(decoding)
+        column.name: zeros(column.dtype, *(decoding.max_kept_tokens for _ in column.dims))
+        for column in recorded_columns(decoding)
     }
-    return ChunkRecord(**columns, overflow=lines(bool) if decoding.max_kept_tokens else None)
+    return DecodedChunk(**columns, overflow=zeros(bool) if decoding.max_kept_tokens else None)
 
 
-def recorded(decoding: Decoding) -> list[Column]:
-    """Columns of `Rollouts` that the loop records."""
+def recorded_columns(decoding: Decoding) -> list[Column]:
+    """Return the columns of `Rollouts` that the decode loop records."""
     uses = {"truncation": decoding.max_kept_tokens > 0, "raw_logprobs": decoding.raw_logprobs, "": True}
-    fields = ChunkRecord.__dataclass_fields__
+    fields = DecodedChunk.__dataclass_fields__
     return [column for column in COLUMNS if column.rollouts and column.name in fields and uses[column.when]]

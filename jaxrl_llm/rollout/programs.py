@@ -1,4 +1,4 @@
-"""Compiled programs of an engine, each for a few fixed sizes, compiled at first use."""
+"""The compiled programs of the engine, each for a few fixed sizes, compiled once and cached."""
 
 import os
 from collections.abc import Callable
@@ -15,39 +15,39 @@ from jaxrl_llm.rollout.decode import SequenceGroups, make_decode_chunk
 from jaxrl_llm.rollout.sample import Controls, Decoding
 from jaxrl_llm.types import PyTree
 
-Name = tuple[str | int, ...]
+ProgramName = tuple[str | int, ...]
 
 
 class Programs:
-    """Programs by name and sizes. Sequence groups and prompts are counted over all shards; slots and windows are sizes of caches.
+    """Programs by name and sizes. Sequence groups and prompts are counted over all shards; windows in slots.
 
-    ("prefill", prompts, slots)                 tokens, lengths -> prompt cache
-    ("broadcast_prefix", prompts, groups)       prompt cache, index -> prompt cache of each sequence group
-    ("insert_prefix", groups, prompts)          prompt cache (donated), new, where, source -> prompt cache
-    ("empty_suffix", groups, window)            -> empty suffix cache
-    ("extend_suffix", groups, window, wider)     suffix cache, count -> suffix cache
-    ("compact", groups, fewer, window)          both caches, index of groups, index of rows -> both caches
-    ("decode", groups, window)                  see `decode.make_decode_chunk`
+    ("prefill", prompts, slots)               tokens, lengths -> prompt cache
+    ("broadcast_prefix", prompts, groups)     prompt cache, index -> prompt cache of each sequence group
+    ("insert_prefix", groups, prompts)        prompt cache (donated), new, destination, source -> prompt cache
+    ("empty_suffix", groups, window)          -> empty suffix cache
+    ("extend_suffix", groups, window, wider)    suffix cache, count -> suffix cache
+    ("compact", groups, fewer, window)        both caches, index of groups, index of rows -> both caches
+    ("decode_chunk", groups, window)          see `decode.make_decode_chunk`
     """
 
     def __init__(self, decoding: Decoding, caching: Caching, rows_per_group: int):
-        """`rows_per_group`: F, rows per sequence group."""
         self.decoding, self.caching, self.rows_per_group = decoding, caching, rows_per_group
-        self._compiled: dict[Name, Compiled] = {}
+        self._compiled: dict[ProgramName, Compiled] = {}
 
     def __call__(self, params: PyTree, *name: str | int) -> Compiled:
-        """The program, compiled at the first call. Only "prefill" and "decode" use `params`."""
+        """Return the program, compiled on first use. Only "prefill" and "decode_chunk" use `params`."""
         if name not in self._compiled:
             self._compiled[name] = self.lower(params, *name).compile()
         return self._compiled[name]
 
-    def warm(self, params: PyTree, names: list[Name]) -> None:
-        """Compile the programs, several at a time, since the compiler runs without Python."""
+    def warm(self, params: PyTree, names: list[ProgramName]) -> None:
+        """Compile the programs `names` in parallel; the compiler releases the GIL."""
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             lowered = {name: self.lower(params, *name) for name in names if name not in self._compiled}
             self._compiled |= dict(zip(lowered, threads.map(Lowered.compile, lowered.values()), strict=True))
 
     def lower(self, params: PyTree, *name: str | int) -> Lowered:
+        """Lower the program for parameters of the shapes and shardings of `params`."""
         return getattr(self, f"_{name[0]}")(params, *name[1:])
 
     def _array(self, shape: tuple[int, ...], dtype: jnp.dtype, *axes: str | None) -> jax.ShapeDtypeStruct:
@@ -56,24 +56,26 @@ class Programs:
     def _ints(self, *shape: int) -> jax.ShapeDtypeStruct:
         return self._array(shape, jnp.int32, "rows", *(None,) * (len(shape) - 1))
 
-    def _placed(self, make: Callable[[], PyTree]) -> PyTree:
+    def _with_shardings(self, make: Callable[[], PyTree]) -> PyTree:
         shapes = jax.eval_shape(make)
-        where = cache.shardings(shapes, self.decoding.layout)
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+        shardings = cache.shardings(shapes, self.decoding.layout)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
     def _prompt(self, groups: int) -> PyTree:
         model, layout, caching = self.decoding.model, self.decoding.layout, self.caching
-        return self._placed(lambda: cache.empty_prompt(model, groups, caching.prompt_slots, layout, caching.format))
+        return self._with_shardings(
+            lambda: cache.empty_prompt(model, groups, caching.prompt_slots, layout, caching.format)
+        )
 
     def _suffix(self, groups: int, window: int) -> PyTree:
-        return self._placed(self._make_suffix(groups, window))
+        return self._with_shardings(self._make_empty_suffix(groups, window))
 
-    def _make_suffix(self, groups: int, window: int) -> Callable[[], cache.SuffixCache]:
+    def _make_empty_suffix(self, groups: int, window: int) -> Callable[[], cache.SuffixCache]:
         model, layout = self.decoding.model, self.decoding.layout
         return lambda: cache.empty_suffix(model, groups * self.rows_per_group, window, layout, self.caching.format)
 
     def caches(self, groups: int, window: int) -> tuple[PyTree, PyTree]:
-        """Prompt and suffix cache as shapes, dtypes and shardings."""
+        """Return shapes, dtypes and shardings of the prompt and suffix caches."""
         return self._prompt(groups), self._suffix(groups, window)
 
     def _shardings(self, tree: PyTree) -> PyTree:
@@ -91,8 +93,8 @@ class Programs:
         return broadcast.lower(self._prompt(prompts), self._ints(groups))
 
     def _insert_prefix(self, params: PyTree, groups: int, prompts: int) -> Lowered:
-        def insert(old, new, where, source):
-            return cache.insert(old, new, where, source, self.decoding.layout)
+        def insert(old, new, destination, source):
+            return cache.insert(old, new, destination, source, self.decoding.layout)
 
         old, indices = self._prompt(groups), self._ints(groups)
         insert = jax.jit(insert, donate_argnums=0, out_shardings=self._shardings(old))
@@ -100,7 +102,7 @@ class Programs:
 
     def _empty_suffix(self, params: PyTree, groups: int, window: int) -> Lowered:
         out = self._shardings(self._suffix(groups, window))
-        return jax.jit(self._make_suffix(groups, window), out_shardings=out).lower()
+        return jax.jit(self._make_empty_suffix(groups, window), out_shardings=out).lower()
 
     def _extend_suffix(self, params: PyTree, groups: int, window: int, wider: int) -> Lowered:
         def grow(suffix, count):
@@ -110,35 +112,35 @@ class Programs:
         return jax.jit(grow, out_shardings=out).lower(self._suffix(groups, window), self._array((), jnp.int32))
 
     def _compact(self, params: PyTree, groups: int, fewer: int, window: int) -> Lowered:
-        def take(prompt, suffix, index, row_index):
+        def compact(prompt, suffix, index, row_index):
             return cache.take(prompt, index, self.decoding.layout), cache.take(suffix, row_index, self.decoding.layout)
 
         out = self._shardings((self._prompt(fewer), self._suffix(fewer, window)))
-        return jax.jit(take, out_shardings=out).lower(
+        return jax.jit(compact, out_shardings=out).lower(
             self._prompt(groups),
             self._suffix(groups, window),
             self._ints(fewer),
             self._ints(fewer * self.rows_per_group),
         )
 
-    def _decode(self, params: PyTree, groups: int, window: int) -> Lowered:
+    def _decode_chunk(self, params: PyTree, groups: int, window: int) -> Lowered:
         suffix, number = self._suffix(groups, window), self._array((), jnp.int32)
         f32 = lambda: self._array((groups,), jnp.float32, "rows")  # noqa: E731
         i32, rows = self._ints(groups), self._ints(groups, self.rows_per_group)
-        where = SequenceGroups(
+        batch = SequenceGroups(
             uid=i32, first=i32, length=i32, age=i32, limit=i32, last=rows,
             done=self._array(rows.shape, bool, "rows", None),
             controls=Controls(temperature=f32(), top_p=f32(), top_k=i32, min_p=f32(), min_new_tokens=i32),
         )  # fmt: skip
-        decode = jax.jit(
+        decode_chunk = jax.jit(
             make_decode_chunk(self.decoding),
             donate_argnums=1,
             out_shardings=(self._shardings(suffix), self.decoding.layout.replicated),
         )
         key = self._array((2,), jnp.uint32)
-        return decode.lower(abstract(params), suffix, self._prompt(groups), where, key, number, number)
+        return decode_chunk.lower(abstract(params), suffix, self._prompt(groups), batch, key, number, number)
 
 
 def abstract(tree: PyTree) -> PyTree:
-    """Shapes, dtypes and shardings of arrays, concrete or abstract."""
+    """Return shapes, dtypes and shardings of a tree of arrays or of `jax.ShapeDtypeStruct`s."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -1,7 +1,7 @@
-"""Sampling of a token from logits: Gumbel-max with one key per row, in two levels, or over the K kept tokens if truncated.
+"""Sampling of tokens from logits by Gumbel-max, one key per row: in two levels, or among K kept tokens where truncated.
 
-Never by the inverse of a cumulative sum: noise of 1e-2 in the logits changes 0.6 % of the tokens under Gumbel-max and half of
-them under the inverse, and sums in another order, as on another mesh, are such noise.
+Inverse-CDF sampling is avoided: noise of 1e-2 in the logits changes 0.6 % of the tokens under Gumbel-max and half of them under
+inverse CDF, and summing over another mesh introduces such noise.
 """
 
 import operator
@@ -15,108 +15,109 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxrl_llm.distribution.logits import entropy, process_logits, tempered
-from jaxrl_llm.distribution.top_k import AllowedTokens, mass, top_k_tokens
+from jaxrl_llm.distribution.logits import entropy, process_logits, scale_by_temperature
+from jaxrl_llm.distribution.top_k import AllowedTokens, most_likely, total_weight
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.parallel.layout import Layout
 
-# Maximum number of blocks of the vocabulary. Fixed for every mesh: a row's noise must not depend on how the vocabulary is split.
-# Their number, not their size, is a power of two, so that a `tensor` shard holds whole blocks and no logits move.
+# Maximum number of blocks of the vocabulary. Independent of the mesh, because a row's noise must not depend on how the vocabulary
+# is sharded. A power of two, so that a `tensor` shard holds whole blocks and no logits move.
 BLOCKS = 128
 
 
 class Vocabulary(flax.struct.PyTreeNode):
-    """The tokenizer's part in sampling; static."""
+    """The tokenizer properties that sampling needs; static."""
 
     size: int = flax.struct.field(pytree_node=False)
     pad: int = flax.struct.field(pytree_node=False)
     eos: tuple[int, ...] = flax.struct.field(pytree_node=False)
-    """End tokens: a row ends at any of them."""
+    """End-of-sequence tokens; a row ends at any of them."""
 
     def ends(self, token: Int[Array, "*rows"]) -> Bool[Array, "*rows"]:
+        """Return True for end-of-sequence tokens."""
         return reduce(operator.or_, (token == eos for eos in self.eos))
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """What is fixed when the decode loop is compiled, apart from sizes and caches. Hashable, so it may be static in a jit."""
+    """Static settings of the decode loop, apart from its sizes and caches. Hashable, so it may be a static argument of jit."""
 
     model: ModelConfig
     layout: Layout
-    """Layout of policy, caches and rows."""
+    """Sharding of policy, caches and rows."""
     vocab: Vocabulary
     steps: int = 1
-    """Maximum number of decode steps per chunk, and number of lines of its record. A multiple of `interval`."""
+    """Maximum decode steps per chunk. A multiple of `interval`."""
     interval: int = 1
-    """Steps between two checks whether any row is active."""
+    """Decode steps between two checks that some row is still active."""
     max_kept_tokens: int = 0
-    """K, maximum number of tokens that truncated sampling keeps and records. 0: sampling is not truncated, and `top_p`, `top_k`
-    and `min_p` are not read."""
+    """K, the maximum number of tokens kept by truncation and recorded. 0: no truncation, and `top_p`, `top_k` and `min_p` are
+    ignored."""
     raw_logprobs: bool = False
-    """Record each token's log-prob before truncation too."""
+    """Also record each token's log-prob before truncation."""
 
 
 class Controls(flax.struct.PyTreeNode):
-    """Parameters of each row's distribution. They are arrays, so other values compile nothing.
+    """Sampling parameters per row. Arrays: other values compile nothing.
 
-    A row keeps its `top_k` likeliest tokens; of these the smallest set of likeliest ones that holds `top_p` of their mass; of these
-    the ones with at least `min_p` of the likeliest one's probability. This is the order of Hugging Face's generate (vLLM asks
-    for `min_p` first). All three look at probabilities after the temperature. No set is empty: the likeliest token is in each.
-    """
+    Filters apply in this order: the `top_k` most likely tokens; the smallest set of most likely tokens with `top_p` of the
+    remaining probability; tokens with at least `min_p` times the probability of the most likely one. This is the order of Hugging
+    Face's generate (vLLM applies `min_p` first). All three use probabilities after the temperature and always keep the most likely
+    token."""
 
     temperature: Float[Array, " B"]
     top_p: Float[Array, " B"]
     """In (0, 1]; 1: all (Holtzman et al. 2020)."""
     top_k: Int[Array, " B"]
-    """0, or more than `max_kept_tokens`: all."""
+    """0, or more than K: all."""
     min_p: Float[Array, " B"]
     """In [0, 1); 0: all (Nguyen et al. 2024)."""
     min_new_tokens: Int[Array, " B"]
-    """In slots below it end tokens have probability 0, before anything is truncated."""
+    """In slots below it end-of-sequence tokens have probability 0, before truncation."""
 
 
-class SampledToken(NamedTuple):
+class SampledTokens(NamedTuple):
+    """One sampled token per row and what is recorded of it; log-probs and entropies in nats."""
+
     token: Int[Array, " B"]
     logprob: Float[Array, " B"]
-    """Log-prob of the token in the distribution it was sampled from, equal to the bit; nats."""
+    """Log-prob of the token under the distribution it was sampled from, to the bit."""
     entropy: Float[Array, " B"]
-    """Entropy of that distribution, nats."""
+    """Entropy of that distribution."""
     raw_logprob: Float[Array, " B"] | None
-    """Log-prob of the token before truncation: with temperature and masked end tokens alone."""
+    """Log-prob of the token before truncation, with temperature and masked end-of-sequence tokens."""
     kept_tokens: Int[Array, "B K"] | None
-    """Kept tokens, the likeliest first; -1 after the last."""
+    """The kept tokens, most likely first, padded with -1."""
     overflow: Bool[Array, " B"] | None
-    """K tokens were kept, and the next one would have been."""
+    """True if K tokens were kept and another one qualified."""
 
 
-def row_keys(key: Key[Array, ""], uid: Int[Array, " U"], first: Int[Array, " U"], rows: int) -> Key[Array, " B"]:
-    """One key per row from (run, prompt uid, sample number): samples first, first + 1, ... of each sequence group.
-
-    A row's key does not depend on the other rows.
+def row_keys(key: Key[Array, ""], uid: Int[Array, " U"], first: Int[Array, " U"], num_rows: int) -> Key[Array, " B"]:
+    """Return one key per row, derived from (key, prompt uid, sample number) and independent of the other rows.
 
     Args:
-        key: of the run.
-        uid: of each group's prompt.
-        first: sample number of each group's first row.
-        rows: F, rows per group.
+        key: the key of the step.
+        uid: prompt uid of each sequence group.
+        first: sample number of the first row of each sequence group.
+        num_rows: rows per sequence group.
     """
     fold = jax.vmap(jax.random.fold_in)
     per_group = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, uid)
-    number = first[:, None] + jnp.arange(rows)
-    return fold(jnp.repeat(per_group, rows), number.reshape(-1))
+    number = first[:, None] + jnp.arange(num_rows)
+    return fold(jnp.repeat(per_group, num_rows), number.reshape(-1))
 
 
-class Plain(NamedTuple):
+class FullDistribution(NamedTuple):
     """Distribution over the whole vocabulary."""
 
     logp: Float[Array, "B V"]
 
 
-class Truncated(NamedTuple):
-    """Distribution over the kept tokens."""
+class TruncatedDistribution(NamedTuple):
+    """Distribution over the tokens kept by top-k, top-p and min-p."""
 
     ids: Int[Array, "B K"]
-    """Kept tokens, the likeliest first; -1 after the last."""
+    """Kept tokens, most likely first, padded with -1."""
     logp: Float[Array, "B K"]
     """`process_logits` over the kept tokens; -inf elsewhere."""
     raw: Float[Array, "B K"]
@@ -124,98 +125,103 @@ class Truncated(NamedTuple):
     overflow: Bool[Array, " B"]
 
 
-def sample_token(
+def sample_tokens(
     keys: Key[Array, " B"],
     slot: Int[Array, " B"],
     raw_logits: Float[Array, "B V"],
     controls: Controls,
-    live: Bool[Array, ""],
+    any_active: Bool[Array, ""],
     decoding: Decoding,
-) -> SampledToken:
-    """Sample one token per row from its `distribution`, with what is recorded of it.
+) -> SampledTokens:
+    """Sample one token per row from its `distribution`.
 
     Args:
-        keys: one per row (`row_keys`), which with `slot` determines the noise.
+        keys: one per row (`row_keys`); folded with `slot` for the noise.
         slot: the completion slot that each row fills.
-        raw_logits: the model's, not divided by the temperature.
-        controls: parameters of each row's distribution.
-        live: some row is active; otherwise results may be wrong.
-        decoding: its layout, vocabulary, `max_kept_tokens` and `raw_logprobs` are read.
+        raw_logits: logits of the model, before the temperature.
+        controls: sampling parameters per row.
+        any_active: False if all rows have finished, in which case the result is unused.
+        decoding: `layout`, `vocab`, `max_kept_tokens` and `raw_logprobs` are used.
     """
-    return sample_from(keys, slot, distribution(slot, raw_logits, controls, live, decoding), decoding.raw_logprobs)
+    of = distribution(slot, raw_logits, controls, any_active, decoding)
+    return sample_from(keys, slot, of, decoding.raw_logprobs)
 
 
 def distribution(
     slot: Int[Array, " B"],
     raw_logits: Float[Array, "B V"],
     controls: Controls,
-    live: Bool[Array, ""],
+    any_active: Bool[Array, ""],
     decoding: Decoding,
-) -> Plain | Truncated:
-    """Distribution of completion slot `slot[b]` of row b. Arguments as in `sample_token`.
+) -> FullDistribution | TruncatedDistribution:
+    """Return the distribution of completion slot `slot[b]` of each row b; arguments as in `sample_tokens`.
 
-    If the controls would keep more than `decoding.max_kept_tokens` tokens, only the likeliest are kept, so that the distribution
-    sampled from is always the recorded one.
+    Where more than `decoding.max_kept_tokens` tokens qualify, the most likely are kept, so the distribution sampled from is always
+    the recorded one.
     """
     vocab, eos_masked = decoding.vocab, slot < controls.min_new_tokens
 
-    def plain(x: Array) -> Plain:
-        return Plain(process_logits(x, controls.temperature, vocab.size, vocab.eos, eos_masked))
+    def full(x: Array) -> FullDistribution:
+        return FullDistribution(process_logits(x, controls.temperature, vocab.size, vocab.eos, eos_masked))
 
-    def truncated(x: Array) -> Truncated:
+    def truncated(x: Array) -> TruncatedDistribution:
         return truncate(
             x, AllowedTokens(eos_masked, vocab.size, vocab.eos), controls, decoding.max_kept_tokens, decoding.layout
         )
 
-    return _shared(truncated if decoding.max_kept_tokens else plain, raw_logits, live)
+    return _materialize(truncated if decoding.max_kept_tokens else full, raw_logits, any_active)
 
 
 def sample_from(
-    keys: Key[Array, " B"], slot: Int[Array, " B"], of: Plain | Truncated, raw_logprobs: bool
-) -> SampledToken:
-    """Sample one token per row from a given distribution. Arguments as in `sample_token`."""
+    keys: Key[Array, " B"],
+    slot: Int[Array, " B"],
+    of: FullDistribution | TruncatedDistribution,
+    raw_logprobs: bool,
+) -> SampledTokens:
+    """Sample one token per row from the distribution `of`; `raw_logprobs`: also return log-probs before truncation."""
     keys = jax.vmap(jax.random.fold_in)(keys, slot)
-    if isinstance(of, Truncated):
+    if isinstance(of, TruncatedDistribution):
         rank = _rank(keys, of)[:, None]
         token, logprob, raw = (jnp.take_along_axis(x, rank, axis=-1)[:, 0] for x in (of.ids, of.logp, of.raw))
-        return SampledToken(token, logprob, entropy(of.logp), raw if raw_logprobs else None, of.ids, of.overflow)
+        return SampledTokens(token, logprob, entropy(of.logp), raw if raw_logprobs else None, of.ids, of.overflow)
     token = _two_level(keys, of.logp)
     logprob = jnp.take_along_axis(of.logp, token[:, None], axis=-1)[:, 0]
-    return SampledToken(token, logprob, entropy(of.logp), logprob if raw_logprobs else None, None, None)
+    return SampledTokens(token, logprob, entropy(of.logp), logprob if raw_logprobs else None, None, None)
 
 
-def _shared(make: Callable, raw: Float[Array, "B V"], live: Bool[Array, ""]):
-    """`make(raw)` as arrays that all uses share, so that the stored log-prob equals the one sampled from to the bit.
+def _materialize(make: Callable, raw: Float[Array, "B V"], any_active: Bool[Array, ""]):
+    """Return `make(raw)`, computed once for all consumers, so that the recorded log-prob equals the sampled one to the bit.
 
-    XLA:CPU would recompute it inside the gather that stores it, and round it differently (7e-7 nats); it keeps the result of a
-    conditional. On a TPU a conditional in the loop makes the compiler move caches, so only the CPU gets one.
+    XLA:CPU would recompute it inside the gather of the log-prob, with other rounding (7e-7 nats); it does not recompute the result
+    of a conditional. On TPU a conditional in the loop makes the compiler move caches, so only the CPU gets one.
     """
 
-    def computed_once(raw: Array):
-        zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(make, raw))  # noqa: E731
-        return jax.lax.cond(live, lambda: make(raw), zeros)
+    def kept(raw: Array):
+        blank = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(make, raw))  # noqa: E731
+        return jax.lax.cond(any_active, lambda: make(raw), blank)
 
-    return jax.lax.platform_dependent(raw, cpu=computed_once, default=make)
+    return jax.lax.platform_dependent(raw, cpu=kept, default=make)
 
 
 def _two_level(keys: Key[Array, " B"], logp: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """Sample a block of the vocabulary by its total mass, then a token of the block: exact, with noise for BLOCKS + V / BLOCKS
-    entries instead of V."""
+    """Sample a block of the vocabulary by its total probability, then a token inside it: exact, with BLOCKS + V / BLOCKS random
+    numbers per row instead of V."""
     rows, vocab = logp.shape
     count = min(BLOCKS, vocab)
     blocks = jnp.pad(logp, ((0, 0), (0, -vocab % count)), constant_values=-jnp.inf).reshape(rows, count, -1)
     size = blocks.shape[2]
-    # Two keys, not two slices of one noise array: the compiler splits the noise over the mesh, and a slice would move it.
+    # Two arrays of noise, not slices of one: the compiler shards the noise over the mesh, and slicing would move it.
     pair = jax.vmap(jax.random.split)(keys)
     across, within = _gumbel(pair[:, 0], count), _gumbel(pair[:, 1], size)
     block = jnp.argmax(jax.nn.logsumexp(blocks, axis=-1) + across, axis=-1)
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    place = jnp.argmax(inside + within, axis=-1)
-    return (block * size + place).astype(jnp.int32)
+    offset = jnp.argmax(inside + within, axis=-1)
+    return (block * size + offset).astype(jnp.int32)
 
 
-def _rank(keys: Key[Array, " B"], of: Truncated) -> Int[Array, " B"]:
-    """Rank of the sampled token. Noise depends on a token's id, not on its rank: small errors in logits change many ranks."""
+def _rank(keys: Key[Array, " B"], of: TruncatedDistribution) -> Int[Array, " B"]:
+    """Return the rank of the sampled token. Noise is keyed by token id, not by rank: small errors of the logits change many ranks
+    and few tokens."""
     noise = jax.vmap(lambda key, ids: jax.vmap(lambda i: jax.random.gumbel(jax.random.fold_in(key, i)))(ids))
     return jnp.argmax(of.logp + noise(keys, of.ids), axis=-1)
 
@@ -226,24 +232,27 @@ def _gumbel(keys: Key[Array, " B"], num: int) -> Float[Array, "B num"]:
 
 def truncate(
     x: Float[Array, "B V"], allowed: AllowedTokens, controls: Controls, max_kept_tokens: int, layout: Layout
-) -> Truncated:
-    """Apply the controls to the allowed tokens, of which at most `max_kept_tokens` are kept.
+) -> TruncatedDistribution:
+    """Apply top-k, top-p and min-p, and keep at most `max_kept_tokens` tokens per row.
 
-    Equal logits are ordered as by `top_k_tokens`: top-k keeps exactly k, and top-p stops as soon as it has its mass. A row with a
-    NaN logit keeps nothing, and its log-probs are NaN.
+    Ties are broken by the order of `most_likely`: top-k keeps exactly k, and top-p stops as soon as it has its probability. A row
+    with a NaN logit keeps no token, and its log-probs are NaN.
 
     Args:
-        x: logits, not divided by the temperature.
+        x: raw logits.
         allowed: tokens that may be sampled.
-        controls: parameters of each row's distribution.
+        controls: sampling parameters per row.
         max_kept_tokens: K.
-        layout: of the logits.
+        layout: sharding of rows and vocabulary.
     """
     x = x.astype(jnp.float32)
-    # One more than may be kept shows whether the controls would have kept it too.
-    values, ids = top_k_tokens(x, allowed, max_kept_tokens + 1, layout)
+    # One token more than may be kept, to detect overflow.
+    values, ids = most_likely(x, allowed, max_kept_tokens + 1, layout)
     largest, rank = jnp.max(values, axis=-1, keepdims=True), jnp.arange(max_kept_tokens + 1)
-    z, total = tempered(values, largest, controls.temperature), mass(x, allowed, largest, controls.temperature)
+    z, total = (
+        scale_by_temperature(values, largest, controls.temperature),
+        total_weight(x, allowed, largest, controls.temperature),
+    )
     top_p, top_k, min_p = (c[:, None] for c in (controls.top_p, controls.top_k, controls.min_p))
     unbounded = (top_k == 0) | (top_k > max_kept_tokens)
     in_k = unbounded | (rank < top_k)
@@ -251,12 +260,12 @@ def truncate(
     of_k = jnp.where(unbounded, total, jnp.sum(share, axis=-1, keepdims=True))
     in_p = (top_p >= 1) | (jnp.cumsum(share, axis=-1) - share < top_p * of_k)
     keep = jnp.isfinite(total) & (z > -jnp.inf) & in_k & in_p & (z >= jnp.log(min_p))
-    # By their number: sums in f32 need not grow from rank to rank, and the kept tokens must be the likeliest.
+    # By count, because f32 cumulative sums need not be monotonic, and the kept tokens must be the most likely ones.
     keep = rank < jnp.sum(keep, axis=-1, keepdims=True)
-    # The last one is cut off at the end: XLA:CPU uses its top-k only if the whole result is read, and otherwise sorts.
+    # The overflow column is cut off only here: XLA:CPU uses top-k only if its whole result is used, and sorts otherwise.
     first = lambda x: x[:, :max_kept_tokens]  # noqa: E731
     kept = first(jnp.where(keep, values, -jnp.inf))
-    return Truncated(
+    return TruncatedDistribution(
         ids=first(jnp.where(keep, ids, -1)),
         logp=process_logits(kept, controls.temperature, max_kept_tokens),
         raw=first(z - jnp.log(total)),

@@ -145,13 +145,13 @@ def test_a_topology_is_a_known_kind_and_sizes():
 def test_parts_of_memory_by_hand(run):
     """f32 masters and policy (compute float32), two moments and two counters; caches of 8 prompts of 7 slots and 32 rows of 6."""
     found = {phase.name: phase.parts for phase in memory.estimated(run)}
-    assert set(found) == {"prefill", "decode", "publish", "update"}
+    assert set(found) == {"prefill", "decode_chunk", "publish", "update"}
     numbers = 2 * 2 * 2 * 8  # keys and values, 2 layers, 2 heads of 8
     for parts in found.values():
         assert parts[memory.MASTERS] == parts[memory.POLICY] == 4 * PARAMS
         assert 8 * PARAMS <= parts[memory.OPTIMIZER] <= 8 * PARAMS + 16
-    assert found["decode"][memory.PROMPTS] == 4 * numbers * 8 * 7
-    assert found["decode"][memory.ROWS] == 4 * numbers * 32 * 6
+    assert found["decode_chunk"][memory.PROMPTS] == 4 * numbers * 8 * 7
+    assert found["decode_chunk"][memory.ROWS] == 4 * numbers * 32 * 6
     assert found["update"][memory.ROWS] == 0 and found["prefill"][memory.ROWS] == 0
     # 16 rows of 13 slots: ten fields of 4 bytes and a mask of 1.
     assert found["update"][memory.BATCH] == 16 * 13 * 41
@@ -166,7 +166,7 @@ def compiled(**sizes: int) -> CompiledProgram:
 
 
 def test_phases_add_temporaries_to_resident_arrays(run):
-    programs = dict.fromkeys(("prefill", "decode", "publish"), compiled())
+    programs = dict.fromkeys(("prefill", "decode_chunk", "publish"), compiled())
     expected = least_memory.resident_bytes(run)["update"]
     given = sum(expected.program.values())
     usual = compiled(arguments=given + 100, outputs=1000, aliased=900, temporaries=5 * PARAMS)
@@ -188,7 +188,7 @@ def test_predictions_by_hand(run):
     chip = chips.Chip("test", 1e9, flops=1e6, hbm=1e9, wire=1e3, clock=1e3)
     received = Traffic("all-gather", "f32", (), 1, 500, 500)
     one = compiled()._replace(cost=ProgramCost((received,), 2000, 0))
-    found = predict.predict(run, chip, dict.fromkeys(("prefill", "decode", "publish", "update"), one))
+    found = predict.predict(run, chip, dict.fromkeys(("prefill", "decode_chunk", "publish", "update"), one))
     # With remat the forward pass is computed twice, that of the head always; two updates per step.
     assert found.update.compute == pytest.approx(2 * flops * 4 / 3 / 1e6)
     assert (found.update.wire, found.update.compiler) == (1.0, 4.0)
@@ -417,7 +417,7 @@ def test_plan_for_this_machine(capsys, tmp_path):
     assert cli.main(["plan", str(path), "--chips", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] and found["compiled"] and found["parameters"] == PARAMS
-    assert set(found["programs"]) == {"prefill", "decode", "publish", "update"}
+    assert set(found["programs"]) == {"prefill", "decode_chunk", "publish", "update"}
     for phase in found["phases"]:
         assert sum(phase["parts"].values()) == phase["total"]
     assert found["peak"]["bytes"] == max(phase["total"] for phase in found["phases"]) > 16 * PARAMS

@@ -36,9 +36,9 @@ def test_resident_bytes_by_hand(run):
     slot = 4 * 2 * 2 * 2 * 8
     policy, prompts, rows = 4 * PARAMS, 8 * 7 * slot, 32 * 6 * slot
     found = memory.resident_bytes(run)
-    assert found["decode"].program == {memory.POLICY: policy, memory.PROMPTS: prompts, memory.ROWS: rows}
+    assert found["decode_chunk"].program == {memory.POLICY: policy, memory.PROMPTS: prompts, memory.ROWS: rows}
     assert found["publish"].program == {memory.POLICY: policy, memory.MASTERS: 4 * PARAMS}
-    assert 8 * PARAMS <= found["decode"].other[memory.OPTIMIZER] <= 8 * PARAMS + 16
+    assert 8 * PARAMS <= found["decode_chunk"].other[memory.OPTIMIZER] <= 8 * PARAMS + 16
     assert run.capacity == (8, 8, 6) and not run.queues_prompts
     assert memory.gradients(run) == 4 * PARAMS
 
@@ -52,7 +52,7 @@ def test_fewer_rows_at_a_time_keep_fewer_layer_inputs(run):
 
 def test_a_run_that_only_samples_needs_no_training_state(run):
     phases = memory.minimum(run, 1, False, 0)
-    assert {phase.name for phase in phases} == {"host", "prefill", "decode"}
+    assert {phase.name for phase in phases} == {"host", "prefill", "decode_chunk"}
     assert all(memory.OPTIMIZER not in phase.parts for phase in phases)
 
 

@@ -1,4 +1,4 @@
-"""`generate`: what it promises about every row, the numbers it captures, and that it compiles once."""
+"""`generate`: invariants of every row, the recorded numbers, and that it compiles once."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from jaxrl_llm.model.cache import Caching, empty_suffix
 from jaxrl_llm.model.params import unstack
 from jaxrl_llm.model.transformer import DecodePosition
 from jaxrl_llm.rollout import sample
-from jaxrl_llm.rollout.decode import ChunkRecord
+from jaxrl_llm.rollout.decode import DecodedChunk
 from jaxrl_llm.rollout.output import OutputBuffer
 from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary, row_keys
 from jaxrl_llm.types import Finish, Prompts, Rollouts, check
@@ -24,7 +24,7 @@ KEY = jax.random.key(2)
 P, G, C = 8, 3, 6
 VERSION = 3
 ONE_LAYER = dataclasses.replace(SMALL, layers=1)
-# 300 tokens in 304 rows of embedding: several blocks of the draw, and logits that must never be drawn.
+# 300 tokens in 304 rows of embedding: several blocks of the sampler, and ids that must never be sampled.
 WIDE = dataclasses.replace(SMALL, vocab_size=304, layers=1, d_model=16, heads=4, kv_heads=2, head_dim=4, d_mlp=16)
 WIDE_VOCAB = Vocabulary(size=300, pad=0, eos=(299,))
 
@@ -40,7 +40,7 @@ def sampler():
 
 
 def check_contract(rollouts: Rollouts, slots: int, vocab: Vocabulary, temperature: np.ndarray, version: int) -> None:
-    """What holds for every row of every engine."""
+    """Check the invariants of every row of every engine."""
     check(rollouts)
     samples = len(rollouts.length) // len(rollouts.prompts.length)
     np.testing.assert_array_equal(rollouts.temperature, np.repeat(np.asarray(temperature, np.float32), samples))
@@ -68,7 +68,7 @@ def test_contract(sampler):
 
 @pytest.mark.slow
 def test_the_naive_engine_keeps_the_same_contract():
-    """One prompt of one token, since each length of a sequence compiles all its operations anew."""
+    """One prompt of one token, because each sequence length recompiles all operations."""
     train, _ = layouts()
     prompts = jax.tree.map(lambda x: x[:1], make_prompts(2, vocab=299))
     params, temperature = make_params(WIDE, train), np.full(1, 1.5, np.float32)
@@ -76,7 +76,7 @@ def test_the_naive_engine_keeps_the_same_contract():
     check_contract(rollouts, 2, WIDE_VOCAB, temperature, VERSION)
 
 
-def test_the_contract_tells_a_lost_end_token():
+def test_the_contract_detects_a_lost_end_token():
     """The mutant that leaves the end token out of `sampled`."""
     sampled = np.array([[True, False]])
     zeros = np.zeros((1, 2), np.float32)
@@ -91,7 +91,7 @@ def test_the_contract_tells_a_lost_end_token():
         check_contract(rollouts.replace(sampled=sampled), 2, VOCAB, [1.0], VERSION)
 
 
-def test_temperature_is_each_prompts_own_and_compiles_nothing(sampler):
+def test_temperature_is_per_prompt_and_compiles_nothing(sampler):
     sample, _ = sampler
     sample(1.0)
     compiles = CompileCounter()
@@ -108,7 +108,7 @@ def test_temperature_is_each_prompts_own_and_compiles_nothing(sampler):
 
 
 def test_entropy_of_the_first_token_rises_with_temperature(sampler):
-    """All G samples of a prompt draw their first token from the same logits."""
+    """All G samples of a prompt sample their first token from the same logits."""
     entropy = np.stack([sampler[0](t).entropy[:, 0] for t in (0.3, 0.6, 1.0, 1.5, 1000.0)])
     assert (np.diff(entropy, axis=0) > 0).all()
     np.testing.assert_allclose(entropy[-1], np.log(16), atol=1e-3)
@@ -141,7 +141,7 @@ def test_cold_sampling_is_the_chain_of_argmaxes(sampler):
 
 
 def test_temperature_zero_is_greedy_and_certain(sampler):
-    """The limit of cold sampling, in the same program: tokens of log-prob 0 from distributions of entropy 0."""
+    """The limit of cold sampling, in the same program: log-prob 0 and entropy 0."""
     greedy, cold = sampler[0](0.0), sampler[0](1e-4)
     np.testing.assert_array_equal(greedy.tokens, cold.tokens)
     np.testing.assert_array_equal(greedy.behavior_logprobs, 0.0)
@@ -154,16 +154,16 @@ def test_temperature_zero_is_greedy_and_certain(sampler):
 def test_a_row_ends_at_any_of_several_end_tokens():
     vocab = Vocabulary(size=9, pad=0, eos=(7, 5))
     np.testing.assert_array_equal(vocab.ends(jnp.array([5, 6, 7, 0])), [True, False, True, False])
-    harvest = OutputBuffer(make_prompts(2), 2, 3, Decoding(SMALL, layouts()[1], vocab, steps=3))
-    blank = harvest.rollouts(np.arange(2), Controls(*(np.zeros(2) for _ in range(5))), 1)
+    buffer = OutputBuffer(make_prompts(2), 2, 3, Decoding(SMALL, layouts()[1], vocab, steps=3))
+    blank = buffer.rollouts(np.arange(2), Controls(*(np.zeros(2) for _ in range(5))), 1)
     assert not blank.length.any() and not blank.behavior_logprobs.any()
     token = np.array([[3, 7, 3, 9], [5, 0, 4, 9], [0, 0, 6, 9]])
     sampled = np.array([[True] * 4, [True, False, True, False], [False, False, True, False]])
     zeros = np.zeros((3, 4), np.float32)
-    # Four columns, of rows 2, 1 and 0; the last belongs to nobody.
-    harvest.add(np.array([2, 1, 0, -1]), np.zeros(4, int), ChunkRecord(token, sampled, zeros, zeros), 3)
+    # Four columns: rows 2, 1 and 0; the last is ignored.
+    buffer.add(np.array([2, 1, 0, -1]), np.zeros(4, int), DecodedChunk(token, sampled, zeros, zeros), 3)
     controls = Controls(*(np.zeros(2) for _ in range(5)))
-    rollouts = harvest.rollouts(np.arange(2), controls, 1)
+    rollouts = buffer.rollouts(np.arange(2), controls, 1)
     np.testing.assert_array_equal(rollouts.finish, [Finish.LENGTH, Finish.EOS, Finish.EOS, Finish.LENGTH])
     np.testing.assert_array_equal(rollouts.length, [3, 1, 2, 0])
     np.testing.assert_array_equal(rollouts.tokens, [[3, 4, 6], [7, 0, 0], [3, 5, 0], [0, 0, 0]])
@@ -181,7 +181,7 @@ def test_a_row_ends_at_any_of_several_end_tokens():
     ],
 )
 def test_in_a_step_the_stored_logprob_is_the_distributions_to_the_bit(jit, compute, rows_of_embedding, num_tokens):
-    """Model and draw in one program, as in the loop. Rows at T = 0.6, 1 and 1.5."""
+    """Model and sampling in one program, as in the loop. Rows at T = 0.6, 1 and 1.5."""
     cfg, vocab, slots = (
         dataclasses.replace(WIDE, compute=compute, vocab_size=rows_of_embedding),
         Vocabulary(num_tokens, 0, (12, 3)),
@@ -197,9 +197,9 @@ def test_in_a_step_the_stored_logprob_is_the_distributions_to_the_bit(jit, compu
     prompt = jax.jit(lambda: transformer.prefill(params, prompts.tokens, length, Caching(7), cfg, dec))()
 
     def advance(t, last, suffix):
-        """A step of the loop, with the distribution that it draws from."""
-        place = DecodePosition(t, length, jnp.full(3, t))
-        raw, suffix = transformer.decode(params, last, place, prompt, suffix, cfg, dec)
+        """One step of the loop, with the distribution that it samples from."""
+        position = DecodePosition(t, length, jnp.full(3, t))
+        raw, suffix = transformer.decode(params, last, position, prompt, suffix, cfg, dec)
         shown = sample.distribution(none + t, raw, controls, t < slots, Decoding(cfg, dec, vocab))
         return sample.sample_from(keys, none + t, shown, False), shown.logp, suffix
 
@@ -207,17 +207,17 @@ def test_in_a_step_the_stored_logprob_is_the_distributions_to_the_bit(jit, compu
         advance = jax.jit(advance)
     last, suffix = jnp.repeat(prompts.tokens[np.arange(3), length], G), empty_suffix(cfg, 3 * G, slots, dec)
     for t in range(slots):
-        drawn, logp, suffix = advance(jnp.int32(t), last, suffix)
-        last, logp = drawn.token, np.asarray(logp)
+        sampled, logp, suffix = advance(jnp.int32(t), last, suffix)
+        last, logp = sampled.token, np.asarray(logp)
         gathered = np.take_along_axis(logp, np.asarray(last)[:, None], axis=1)[:, 0]
-        np.testing.assert_array_equal(np.asarray(drawn.logprob).view(np.uint32), gathered.view(np.uint32))
+        np.testing.assert_array_equal(np.asarray(sampled.logprob).view(np.uint32), gathered.view(np.uint32))
         assert np.isneginf(logp[:, num_tokens:]).all()
         # Sums of 300 f32 exponentials.
         np.testing.assert_allclose(np.exp(logp.astype(np.float64)).sum(axis=1), 1, atol=1e-5)
 
 
-def test_a_row_that_ended_leaves_the_others_alone(sampler):
-    """Each row equals the one that is drawn with an end token that nobody draws, up to its end."""
+def test_a_finished_row_does_not_affect_the_others(sampler):
+    """Up to its end, each row equals the one sampled with an end token that is never sampled."""
     sample, params = sampler
     train, dec = layouts()
     rollouts = sample(1.0)

@@ -1,4 +1,4 @@
-"""The engine: segments, growth, compaction, refill and stops change when a row is computed, and never what it says."""
+"""The engine: chunks, growth, compaction, refill and stop strings change when a row is computed, and never its tokens."""
 
 import dataclasses
 from collections import Counter
@@ -10,10 +10,10 @@ from setups import FAMILIES, SMALL, engine, layouts, make_params, make_policy, m
 
 from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.parallel.config import MeshConfig
+from jaxrl_llm.rollout.batch_sizes import BatchSizes, doubled, first_window
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Vocabulary
-from jaxrl_llm.rollout.sizes import Sizes, doubled, first_window
 from jaxrl_llm.types import Finish, check
 
 KEY = jax.random.key(4)
@@ -22,9 +22,9 @@ ONE_LAYER = dataclasses.replace(SMALL, layers=1)
 # Several end tokens, so that most rows end early.
 VOCAB = Vocabulary(size=16, pad=0, eos=(15, 11, 4))
 WHOLE = EngineConfig(decode_chunk=C, compact=False, window=C)
-# Three segments of four steps; windows of 4, 8 and 12 slots.
+# Three chunks of four steps; windows of 4, 8 and 12 slots.
 FORMS = {
-    "segments": EngineConfig(decode_chunk=4, compact=False, window=C),
+    "chunks": EngineConfig(decode_chunk=4, compact=False, window=C),
     "growth": EngineConfig(decode_chunk=8, compact=False, window=4),
     "compaction": EngineConfig(decode_chunk=4, window=4),
     "refill": EngineConfig(decode_chunk=4, max_concurrent_prompts=4, window=4),
@@ -60,7 +60,7 @@ def same(a, b) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_the_form_changes_no_token(form):
+def test_engine_config_changes_no_token(form):
     want, all_at_once, _ = run(WHOLE)
     got, stats, _ = run(form)
     same(got, want)
@@ -70,16 +70,16 @@ def test_the_form_changes_no_token(form):
 
 
 @pytest.mark.slow
-def test_nor_on_another_mesh():
-    """Each shard admits, drops and reads its own."""
+def test_another_mesh_changes_no_token():
+    """Each shard admits, removes and prefills its own prompts."""
     form = dataclasses.replace(FORMS["refill, pairs"], max_concurrent_prompts=4)
     same(run(form, sizes=(2, 2, 2))[0], run(WHOLE)[0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("choice", ["wide", MeshConfig(data=1, fsdp=2, tensor=4)], ids=["wide", "own axes"])
-def test_nor_where_the_policy_lies_otherwise(choice):
-    """Published from FSDP 2 x 2 x 2 in one jit, to one tensor shard a pair of devices, or to a mesh of other axes."""
+def test_another_policy_layout_changes_no_token(choice):
+    """Published from FSDP 2 x 2 x 2 in one jit, to one tensor shard per pair of devices, or to a mesh with other axes."""
     train = layouts((2, 2, 2))[0]
     decode = train.for_decode(choice)
     policy = make_policy(ONE_LAYER, make_params(ONE_LAYER, train), train, decode)
@@ -88,8 +88,8 @@ def test_nor_where_the_policy_lies_otherwise(choice):
 
 
 @pytest.mark.slow
-def test_nor_where_layers_slide_and_rings_are_shorter_than_the_window():
-    """Gemma 2's kind: a ring of 5 slots beside one that grows past it, both re-laid while rows of several ages are in flight."""
+def test_sliding_windows_shorter_than_the_cache_change_no_token():
+    """As in Gemma 2: a ring buffer of 5 slots beside one that grows past it, both moved while rows of several ages are active."""
     cfg = FAMILIES["gemma2, window 5"]
     same(run(FORMS["refill, pairs"], cfg)[0], run(WHOLE, cfg)[0])
 
@@ -101,8 +101,8 @@ def test_compaction_and_refill_save_work():
     assert compact.row_steps < plain.row_steps and refill.row_steps < plain.row_steps
 
 
-def test_groups_come_as_they_finish():
-    """Two in flight: a later prompt whose rows end early comes before the longest of all."""
+def test_groups_are_yielded_as_they_finish():
+    """Four concurrent prompts: a later prompt with short completions is yielded before the longest one."""
     rollouts, _, order = run(FORMS["refill"])
     longest = rollouts.length.reshape(P, G).max(axis=1)
     assert order != sorted(order)
@@ -113,14 +113,14 @@ def test_groups_come_as_they_finish():
     np.testing.assert_array_equal(early.tokens, rollouts.tokens.reshape(P, G, C)[first].reshape(-1, C))
 
 
-def test_a_generation_given_up_between_segments_leaves_nothing_behind():
-    """As a run that is stopped there and begun again."""
+def test_an_abandoned_generation_does_not_affect_the_next():
+    """As in a run that is stopped between chunks and restarted."""
     abandoned = of(FORMS["refill"]).start(policy_of(), make_prompts(P), KEY)
     next(iter(abandoned))
     same(run(FORMS["refill"])[0], run(WHOLE)[0])
 
 
-def test_each_prompt_may_have_a_limit_of_its_own():
+def test_limits_per_prompt():
     whole, _, _ = run(WHOLE)
     limit = np.array([1, 2, 3, 4, 5, 6, 7, 12], np.int32)
     got = of(FORMS["refill"]).generate(policy_of(), make_prompts(P), KEY, limit=limit)
@@ -132,8 +132,8 @@ def test_each_prompt_may_have_a_limit_of_its_own():
 
 
 @pytest.mark.slow
-def test_fewer_prompts_take_smaller_programs_and_say_the_same():
-    """Three prompts in a flight of four, of an engine for eight."""
+def test_fewer_prompts_run_smaller_programs_with_equal_tokens():
+    """Three prompts in an active batch of four, in an engine for eight."""
     whole, _, _ = run(WHOLE)
     some = jax.tree.map(lambda x: x[2:5], make_prompts(P))
     generation = of(FORMS["compaction"]).start(policy_of(), some, KEY)
@@ -144,7 +144,7 @@ def test_fewer_prompts_take_smaller_programs_and_say_the_same():
 
 @pytest.mark.slow
 def test_nothing_compiles_after_the_warm_up():
-    """Random numbers of prompts, lengths and limits, in one engine; the soak of `benchmarks.soak` is the long form of it."""
+    """Random numbers of prompts, lengths and limits in one engine; part `soak` of `benchmarks.engine` is the longer version."""
     soaked, policy, rng = of(FORMS["refill"], max_new_tokens=8), policy_of(), np.random.default_rng(0)
     soaked.warm(policy)
     soaked.generate(policy, make_prompts(P), KEY)
@@ -159,8 +159,8 @@ def test_nothing_compiles_after_the_warm_up():
 
 
 @pytest.mark.parametrize("limit", [0, C + 1, -1])
-def test_a_limit_that_no_row_can_keep_is_refused(limit):
-    """0 used to loop for ever, where all of a flight had it; C + 1 to write behind the last slot."""
+def test_a_limit_out_of_range_is_refused(limit):
+    """0 for all rows would loop forever; C + 1 would write beyond the last slot."""
     each = np.full(P, 3, np.int32)
     each[-1] = limit
     with pytest.raises(ValueError, match=rf"^limit: got \[3, .*, {limit}\], want {P} numbers from 1 to {C}$"):
@@ -171,14 +171,14 @@ def test_a_limit_that_no_row_can_keep_is_refused(limit):
 
 @pytest.mark.parametrize("length", [0, 8])
 def test_a_prompt_without_tokens_or_with_too_many_is_refused(length):
-    """Without tokens it began with whatever stood in the last slot."""
+    """An empty prompt would start from the last slot's content."""
     prompts = make_prompts(2, slots=9)
     prompts = prompts.replace(length=np.array([3, length], np.int32))
     with pytest.raises(ValueError, match=rf"^prompts.length: got \[3, {length}\], want 2 numbers from 1 to 7$"):
         of(WHOLE).generate(policy_of(), prompts, KEY)
 
 
-def test_no_prompts_at_all_are_refused():
+def test_no_prompts_are_refused():
     none = jax.tree.map(lambda x: x[:0], make_prompts(P))
     with pytest.raises(ValueError, match=r"^prompts: got none, want one or more$"):
         of(WHOLE).generate(policy_of(), none, KEY)
@@ -191,43 +191,43 @@ def text_of(tokens: list[int]) -> str:
     return "".join(TEXT[t] for t in tokens)
 
 
-def stopping(stop: tuple[str, ...], detokenize, form: EngineConfig) -> Engine:
-    """An engine of its own, for stop texts are no part of the shared ones; it borrows their programs."""
+def stopping(stop: tuple[str, ...], texts_of, form: EngineConfig) -> Engine:
+    """A new engine with stop strings, which the shared ones lack; it reuses their programs."""
     shared = of(form)
-    made = Engine(dataclasses.replace(shared.cfg, stop=stop), 7, VOCAB, ONE_LAYER, layouts()[1], detokenize)
+    made = Engine(dataclasses.replace(shared.cfg, stop=stop), 7, VOCAB, ONE_LAYER, layouts()[1], texts_of)
     made.programs = shared.programs
     return made
 
 
-def check_stops(stop: tuple[str, ...], detokenize, form: EngineConfig) -> int:
-    """Each row ends with the first token after which its text holds a stop text, found by looking after every token. Returns how
-    many rows do."""
+def check_stops(stop: tuple[str, ...], texts_of, form: EngineConfig) -> int:
+    """Check that each row ends with the first token after which its text contains a stop string, by testing every prefix. Returns
+    the number of such rows."""
     whole, found = run(WHOLE)[0], 0
-    got = stopping(stop, detokenize, form).generate(policy_of(), make_prompts(P), KEY)
+    got = stopping(stop, texts_of, form).generate(policy_of(), make_prompts(P), KEY)
     for b, tokens in enumerate(whole.tokens.tolist()):
         length = int(whole.length[b])
-        held = [n for n in range(1, length + 1) if any(s in text for text in detokenize(tokens[:n]) for s in stop)]
-        n = min(held, default=length)
-        found += bool(held)
+        ends = [n for n in range(1, length + 1) if any(s in text for text in texts_of(tokens[:n]) for s in stop)]
+        n = min(ends, default=length)
+        found += bool(ends)
         assert got.tokens[b].tolist() == [*tokens[:n], *[VOCAB.pad] * (C - n)]
-        assert got.finish[b] == (Finish.STOP if held else whole.finish[b])
+        assert got.finish[b] == (Finish.STOP if ends else whole.finish[b])
         np.testing.assert_array_equal(got.sampled[b], np.arange(C) < n)
         np.testing.assert_array_equal(got.behavior_logprobs[b, n:], 0.0)
     return found
 
 
-def test_a_stop_text_ends_a_row_with_the_token_that_completes_it():
-    """Of two tokens at least, so that it may lie across a look of the host."""
+def test_a_stop_string_ends_a_row_with_the_token_that_completes_it():
+    """Two tokens long, so that it may span two chunks."""
     whole, _, _ = run(WHOLE)
     texts = [text_of(t[:n]) for t, n in zip(whole.tokens.tolist(), whole.length, strict=True)]
     pairs = Counter(pair for text in texts for pair in {text[i : i + 2] for i in range(len(text) - 1)})
     stop = tuple(pair for pair, _ in pairs.most_common(2))
-    assert 2 < check_stops(stop, lambda tokens: (text_of(tokens),), FORMS["segments"]) < P * G
+    assert 2 < check_stops(stop, lambda tokens: (text_of(tokens),), FORMS["chunks"]) < P * G
 
 
 @pytest.mark.parametrize("stop", [("\ufffd",), ("\ufffd\ufffd",), ("a\ufffd",)])
-def test_a_stop_text_of_half_characters_ends_a_row_at_once(stop):
-    """After half of an e with acute the text holds U+FFFD, and after the other half it no longer does: a bisection went past it."""
+def test_a_stop_string_of_half_characters_ends_a_row_at_once(stop):
+    """After half of an e with acute the text contains U+FFFD, and after the other half it does not: plain bisection misses it."""
     halves = [b"\xc3", b"\xa9", b"a"]
     text = lambda tokens: b"".join(halves[t % 3] for t in tokens).decode(errors="replace")  # noqa: E731
     assert 8 < check_stops(stop, lambda tokens: (text(tokens),), WHOLE) < P * G
@@ -237,26 +237,24 @@ def test_sizes_are_few():
     assert doubled(128, 1024, 2) == (128, 256, 512, 1024)
     assert doubled(128, 300, 2) == (128, 256, 300)
     assert doubled(5, 5, 2) == (5,)
-    cfg = of(FORMS["refill, pairs"]).cfg
-    cfg = dataclasses.replace(
-        cfg, prompts=64, max_new_tokens=1024, engine=EngineConfig(max_concurrent_prompts=24, rows_per_prompt_cache=2)
-    )
-    sizes = Sizes.of(cfg, 128, 512, 700, 4)
-    # 24 over 4 shards is 6 each; 6, 3 and 2 prompts of 4 rows; no fewer than 8 rows a shard.
-    assert sizes == Sizes(4, (24, 12, 8), 2, 2, (128, 256, 512, 700), (128, 512))
+    form = EngineConfig(max_concurrent_prompts=24, rows_per_prompt_cache=2)
+    cfg = dataclasses.replace(of(form).cfg, prompts=64, max_new_tokens=1024)
+    sizes = BatchSizes.of(cfg, 128, 512, 700, 4)
+    # 24 over 4 shards is 6 each; 6, 3 and 2 prompts of 4 rows; at least 8 rows per shard.
+    assert sizes == BatchSizes(4, (24, 12, 8), 2, 2, (128, 256, 512, 700), (128, 512))
 
 
 @pytest.mark.parametrize(
-    "segment, interval, want", [(128, 8, (128, 8)), (100, 8, (100, 5)), (5, 8, (5, 5)), (7, 2, (7, 1))]
+    "chunk, interval, want", [(128, 8, (128, 8)), (100, 8, (100, 5)), (5, 8, (5, 5)), (7, 2, (7, 1))]
 )
-def test_looks_come_at_whole_intervals(segment, interval, want):
-    made = of(EngineConfig(decode_chunk=segment, eos_interval=interval), max_new_tokens=200)
+def test_chunks_are_whole_intervals(chunk, interval, want):
+    made = of(EngineConfig(decode_chunk=chunk, eos_interval=interval), max_new_tokens=200)
     assert (made.decoding.steps, made.decoding.interval) == want
 
 
-def test_the_first_window_of_a_cpu_fits_its_caches():
-    """M of the benchmarks: 64 rows x 4 heads x 64 numbers, keys and values in f32, are 128 KiB a slot; 4 MiB hold 32. From 2,048
-    rows on a slot alone fills them, and then no longer fits."""
+def test_the_initial_window_fits_the_caches_of_a_cpu():
+    """M of the benchmarks: 64 rows x 4 heads x 64 numbers, keys and values in f32, are 128 KiB per slot; 32 slots fit into 4 MiB.
+    From 2,048 rows on a single slot fills the caches."""
     m = dataclasses.replace(SMALL, heads=8, kv_heads=4, head_dim=64)
     at = lambda rows: first_window(RolloutConfig(prompts=rows // 8, samples=8), m, layouts()[1])  # noqa: E731
     assert (at(64), at(8), at(512), at(2048), at(2056)) == (32, 256, 32, 32, 32)

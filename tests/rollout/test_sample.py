@@ -1,4 +1,4 @@
-"""The draw: log-probs equal the distribution's to the bit, frequencies follow it, and the noise is the row's own."""
+"""Sampling: recorded log-probs equal the distribution's to the bit, frequencies match it, and each row has its own noise."""
 
 from functools import partial
 
@@ -14,23 +14,23 @@ from jaxrl_llm.model.linear import contract
 from jaxrl_llm.parallel.layout import DECODE, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.rollout import sample
-from jaxrl_llm.rollout.sample import Decoding, Plain, Vocabulary
+from jaxrl_llm.rollout.sample import Decoding, FullDistribution, Vocabulary
 
-DRAWS, CHUNK = 200_000, 10_000
+NUM_SAMPLES, CHUNK = 200_000, 10_000
 KEY = jax.random.key(5)
 TEMPERATURES = (0.0, 0.6, 1.0, 1.5)
 
 
-def keys_of(uid, each):
-    return sample.row_keys(KEY, uid, jnp.zeros(len(uid), jnp.int32), each)
+def keys_of(uid, num_rows):
+    return sample.row_keys(KEY, uid, jnp.zeros(len(uid), jnp.int32), num_rows)
 
 
-def draw(keys, slot, logp):
+def sample_logp(keys, slot, logp):
     slot = jnp.broadcast_to(slot, keys.shape)
-    return sample.sample_from(keys, slot, Plain(logp), raw_logprobs=False)[:2]
+    return sample.sample_from(keys, slot, FullDistribution(logp), raw_logprobs=False)[:2]
 
 
-drawn = jax.jit(draw)
+jitted = jax.jit(sample_logp)
 
 
 def logits_of(dtype: str, rows: int, vocab: int) -> jax.Array:
@@ -42,24 +42,24 @@ def logits_of(dtype: str, rows: int, vocab: int) -> jax.Array:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "drawing, vocab, num_tokens",
+    "sampler, vocab, num_tokens",
     [
-        (drawn, 16, 16),
-        (drawn, 17, 13),
-        (drawn, 300, 211),
-        (drawn, 1000, 997),
-        (draw, 300, 211),
+        (jitted, 16, 16),
+        (jitted, 17, 13),
+        (jitted, 300, 211),
+        (jitted, 1000, 997),
+        (sample_logp, 300, 211),
     ],
     ids=["jit-16-16", "jit-17-13", "jit-300-211", "jit-1000-997", "no jit-300-211"],
 )
-def test_the_stored_logprob_is_the_distributions_to_the_bit(drawing, dtype, vocab, num_tokens):
-    """`test_decode` asks the same of the whole step in one program."""
+def test_the_stored_logprob_is_the_distributions_to_the_bit(sampler, dtype, vocab, num_tokens):
+    """`test_decode` checks the same for a whole decode step in one program."""
     rows = 96
     keys = keys_of(jnp.arange(rows), 1)
     temperature = jnp.asarray(np.resize(TEMPERATURES, rows), jnp.float32)
     for logits in (logits_of(dtype, rows, vocab), logits_of(dtype, rows, vocab).astype(dtype)):
         logp = process_logits(logits, temperature, num_tokens)
-        token, stored = drawing(keys, jnp.int32(4), logp)
+        token, stored = sampler(keys, jnp.int32(4), logp)
         gathered = np.take_along_axis(np.asarray(logp), np.asarray(token)[:, None], axis=1)[:, 0]
         assert logp.dtype == stored.dtype == jnp.float32 and token.dtype == jnp.int32
         np.testing.assert_array_equal(np.asarray(stored).view(np.uint32), gathered.view(np.uint32))
@@ -68,23 +68,23 @@ def test_the_stored_logprob_is_the_distributions_to_the_bit(drawing, dtype, voca
 
 
 def distribution(vocab: int) -> np.ndarray:
-    """Log-probs spread over two orders of magnitude: each of 2e5 draws' expected counts is above 5."""
+    """Log-probs spread over two orders of magnitude: every expected count of 2e5 samples is above 5."""
     logits = jnp.asarray(np.random.default_rng(vocab).uniform(-2.5, 2.5, (1, vocab)), jnp.float32)
     return np.asarray(process_logits(logits, jnp.ones(1), vocab))[0]
 
 
 def counts_of(logp: np.ndarray) -> np.ndarray:
-    """How often each token comes in DRAWS draws, each with a key of its own."""
+    """Count each token in NUM_SAMPLES samples, each with its own key."""
     rows = jnp.broadcast_to(jnp.asarray(logp), (CHUNK, len(logp)))
-    # A new function each time, so that a patched `sample` is traced anew.
-    many = jax.jit(lambda uid, rows: draw(keys_of(uid, 1), jnp.int32(0), rows)[0])
-    tokens = [np.asarray(many(jnp.arange(start, start + CHUNK), rows)) for start in range(0, DRAWS, CHUNK)]
+    # A new function each time, so that a patched `sample` is retraced.
+    many = jax.jit(lambda uid, rows: sample_logp(keys_of(uid, 1), jnp.int32(0), rows)[0])
+    tokens = [np.asarray(many(jnp.arange(start, start + CHUNK), rows)) for start in range(0, NUM_SAMPLES, CHUNK)]
     return np.bincount(np.concatenate(tokens), minlength=len(logp))
 
 
 def check_frequencies(logp: np.ndarray) -> None:
     probability = np.exp(logp.astype(np.float64))
-    expected = DRAWS * probability / probability.sum()
+    expected = NUM_SAMPLES * probability / probability.sum()
     assert expected.min() > 5
     p_value = stats.chisquare(counts_of(logp), expected).pvalue
     print(f"V {len(logp)}: chi-square p = {p_value:.4f}")
@@ -93,11 +93,11 @@ def check_frequencies(logp: np.ndarray) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("vocab", [16, 300])
-def test_frequencies_are_the_distributions(vocab):
+def test_frequencies_match_the_distribution(vocab):
     check_frequencies(distribution(vocab))
 
 
-def ignore_the_mass_of_blocks(monkeypatch):
+def ignore_the_probability_of_blocks(monkeypatch):
     monkeypatch.setattr(jax.nn, "logsumexp", lambda x, axis: jnp.where(jnp.max(x, axis) > -jnp.inf, 0.0, -jnp.inf))
 
 
@@ -106,26 +106,26 @@ def use_the_noise_of_blocks_inside_them(monkeypatch):
     monkeypatch.setattr(jax.random, "split", lambda key: jnp.stack([key, key]))
 
 
-@pytest.mark.parametrize("mutant", [ignore_the_mass_of_blocks, use_the_noise_of_blocks_inside_them])
-def test_a_wrong_two_level_draw_does_not_pass(mutant, monkeypatch):
+@pytest.mark.parametrize("mutant", [ignore_the_probability_of_blocks, use_the_noise_of_blocks_inside_them])
+def test_a_wrong_two_level_sampler_does_not_pass(mutant, monkeypatch):
     logp = distribution(300)
     mutant(monkeypatch)
     with pytest.raises(AssertionError):
         check_frequencies(logp)
 
 
-def check_rows_have_noise_of_their_own() -> None:
+def check_each_row_has_its_own_noise() -> None:
     """Six prompts, eight samples each, all with the same uniform logits over 300 tokens."""
     keys = keys_of(jnp.arange(6) * 1000, 8)
-    tokens = np.asarray(drawn(keys, jnp.int32(0), jnp.full((48, 300), -np.log(300.0)))[0]).reshape(6, 8)
-    # 48 draws of 300 give about 44 different tokens.
+    tokens = np.asarray(jitted(keys, jnp.int32(0), jnp.full((48, 300), -np.log(300.0)))[0]).reshape(6, 8)
+    # 48 samples of 300 tokens give about 44 different ones.
     assert len(np.unique(tokens)) > 30
     assert all(len(np.unique(group)) > 4 for group in tokens)
     assert len(np.unique(tokens, axis=0)) == 6
 
 
-def test_rows_with_equal_logits_draw_different_tokens():
-    check_rows_have_noise_of_their_own()
+def test_rows_with_equal_logits_sample_different_tokens():
+    check_each_row_has_its_own_noise()
 
 
 @pytest.mark.parametrize("shared", ["by the batch", "by the group", "by the sample number"])
@@ -140,10 +140,10 @@ def test_a_key_for_several_rows_does_not_pass(shared, monkeypatch):
 
     monkeypatch.setattr(sample, "row_keys", keys)
     with pytest.raises(AssertionError):
-        check_rows_have_noise_of_their_own()
+        check_each_row_has_its_own_noise()
 
 
-def test_a_rows_key_is_made_of_run_prompt_and_sample_alone():
+def test_a_rows_key_depends_on_key_prompt_and_sample_only():
     keys = jax.random.key_data(keys_of(jnp.array([7, 3]), 2))
     by_hand = [
         jax.random.fold_in(jax.random.fold_in(KEY, uid), number) for uid, number in ((7, 0), (7, 1), (3, 0), (3, 1))
@@ -156,36 +156,36 @@ def test_a_rows_key_is_made_of_run_prompt_and_sample_alone():
     np.testing.assert_array_equal(later, more[0, 1:])
 
 
-def test_each_position_has_noise_of_its_own():
+def test_each_position_has_its_own_noise():
     keys, logp = keys_of(jnp.arange(40), 1), jnp.full((40, 300), -np.log(300.0))
-    first, second, again = (drawn(keys, jnp.int32(t), logp)[0] for t in (0, 1, 0))
+    first, second, again = (jitted(keys, jnp.int32(t), logp)[0] for t in (0, 1, 0))
     np.testing.assert_array_equal(first, again)
     assert (first != second).mean() > 0.9
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 128, 129, 300])
-def test_a_certain_token_is_always_drawn(vocab):
+def test_a_certain_token_is_always_sampled(vocab):
     keys = keys_of(jnp.arange(64), 1)
     certain = np.arange(64) % vocab
     logp = np.full((64, vocab), -np.inf, np.float32)
     logp[np.arange(64), certain] = 0.0
-    token, logprob = drawn(keys, jnp.int32(0), jnp.asarray(logp))
+    token, logprob = jitted(keys, jnp.int32(0), jnp.asarray(logp))
     np.testing.assert_array_equal(token, certain)
     np.testing.assert_array_equal(logprob, 0.0)
 
 
 def test_small_errors_of_the_logits_change_few_tokens():
-    """What the module says of Gumbel-max: noise of 1e-2 changes 0.6 % of the tokens (half of them under inverse CDF)."""
+    """As in the module docstring: noise of 1e-2 changes 0.6 % of the tokens (half of them under inverse CDF)."""
     rows = 4000
     keys = keys_of(jnp.arange(rows), 1)
     logits = np.broadcast_to(distribution(300), (rows, 300))
     noisy = logits + 1e-2 * np.random.default_rng(1).normal(size=logits.shape).astype(np.float32)
-    changed = drawn(keys, jnp.int32(0), logits)[0] != drawn(keys, jnp.int32(0), noisy)[0]
+    changed = jitted(keys, jnp.int32(0), logits)[0] != jitted(keys, jnp.int32(0), noisy)[0]
     assert 0 < changed.mean() < 0.03
 
 
 def test_equal_decodings_are_one_program():
-    """Static in a jit: traced anew for another value alone, not for another object."""
+    """As a static argument of jit: retraced for another value, not for another object."""
     traced = []
 
     @partial(jax.jit, static_argnums=0)

@@ -1,4 +1,4 @@
-"""Fixtures: programs compiled once for a v5e:4x4 slice by the real TPU compiler. No TPU is needed."""
+"""Each program is compiled once for a v5e:4x4 slice of a pod, by the real TPU compiler. No TPU is needed."""
 
 import dataclasses
 import fcntl
@@ -6,7 +6,7 @@ import os
 import pickle
 from collections.abc import Callable
 
-# Before libtpu loads: skip metadata queries, and let several processes (pytest -n) compile at a time.
+# Before libtpu loads: no questions to a metadata server, and several processes (pytest -n) may compile at a time.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5e-16")
@@ -44,7 +44,7 @@ from jaxrl_llm.model.config import ModelConfig
 
 @pytest.fixture(scope="package", autouse=True)
 def no_cache():
-    """Programs for a topology can be written to jax's persistent cache but not read from it: jax then warns and compiles again."""
+    """A program for a topology can be written to jax's persistent cache and not be read from it: that warns and compiles again."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
         jax.config.update("jax_enable_compilation_cache", False)
@@ -65,7 +65,7 @@ def topology():
 
 @pytest.fixture(scope="session")
 def compile_once(tmp_path_factory):
-    """Compile a named program; workers of pytest-xdist share the result through a file."""
+    """Compile under a name; the workers of pytest-xdist share the result through a file."""
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
@@ -77,9 +77,9 @@ def compile_once(tmp_path_factory):
                 path.write_bytes(pickle.dumps(compile_program(cfg, lower)))
             program = pickle.loads(path.read_bytes())
         print(
-            f"{name}: {program.seconds:.0f} s to compile; MB per chip: argument {program.argument / 1e6:.0f}, "
+            f"{name}: {program.seconds:.0f} s to compile; MB a chip: argument {program.argument / 1e6:.0f}, "
             f"output {program.output / 1e6:.0f}, temp {program.temp / 1e6:.0f}, alias {program.alias / 1e6:.0f}, "
-            f"total {program.chip / 1e6:.0f}"
+            f"together {program.chip / 1e6:.0f}"
         )
         return program
 
@@ -87,9 +87,9 @@ def compile_once(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def segment(topology, compile_once) -> Program:
+def decode_chunk(topology, compile_once) -> Program:
     cfg = dataclasses.replace(ONE_BILLION, layers=DECODE_LAYERS)
-    return compile_once("decode", cfg, lambda: lower_rollout(cfg, layouts(topology)[1], "decode", P, C))
+    return compile_once("decode_chunk", cfg, lambda: lower_rollout(cfg, layouts(topology)[1], "decode_chunk", P, C))
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +101,9 @@ def prefill(topology, compile_once) -> Program:
 @pytest.fixture(scope="session")
 def eight_billion(topology, compile_once) -> Program:
     layout = layouts(topology)[1]
-    return compile_once("eight-billion", EIGHT_BILLION, lambda: lower_rollout(EIGHT_BILLION, layout, "decode", P, C))
+    return compile_once(
+        "eight-billion", EIGHT_BILLION, lambda: lower_rollout(EIGHT_BILLION, layout, "decode_chunk", P, C)
+    )
 
 
 @pytest.fixture(scope="session", params=[MESH, (2, 2, 4)], ids=str)
@@ -117,17 +119,17 @@ def update(topology, compile_once) -> Program:
 
 @pytest.fixture(scope="session")
 def sliding(topology, compile_once) -> Program:
-    """One decode program of 2,000 steps."""
+    """In one chunk of 2,000 steps."""
     layout = layouts(topology)[1]
     return compile_once(
-        "sliding", SLIDING, lambda: lower_rollout(SLIDING, layout, "decode", P, LONG_WINDOW, steps=LONG)
+        "sliding", SLIDING, lambda: lower_rollout(SLIDING, layout, "decode_chunk", P, LONG_WINDOW, steps=LONG)
     )
 
 
 @pytest.fixture(scope="session")
-def experts_segment(topology, compile_once) -> Program:
+def experts_chunk(topology, compile_once) -> Program:
     layout = layouts(topology, EXPERT_MESH)[1]
-    return compile_once("experts-decode", EXPERTS, lambda: lower_rollout(EXPERTS, layout, "decode", P, C))
+    return compile_once("experts-chunk", EXPERTS, lambda: lower_rollout(EXPERTS, layout, "decode_chunk", P, C))
 
 
 @pytest.fixture(scope="session")

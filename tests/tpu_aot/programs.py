@@ -1,4 +1,4 @@
-"""The programs of runs on 16 chips, lowered from shapes alone, and what the TPU compiler makes of them."""
+"""Programs of runs on 16 chips, lowered from shapes alone and compiled by the TPU compiler."""
 
 import dataclasses
 import os
@@ -36,19 +36,19 @@ ONE_BILLION = ModelConfig(
     vocab_size=128256, layers=16, d_model=2048, heads=32, kv_heads=8, head_dim=64, d_mlp=8192,
     rope_theta=5e5, norm_eps=1e-5, compute="bfloat16",
 )  # fmt: skip
-# Qwen3-8B, but for its 36 layers.
+# Qwen3-8B with 2 of its 36 layers.
 EIGHT_BILLION = ModelConfig(
     vocab_size=151936, layers=2, d_model=4096, heads=32, kv_heads=8, head_dim=128, d_mlp=12288,
     rope_theta=1e6, norm_eps=1e-6, qk_norm=True, tied_head=False, compute="bfloat16",
 )  # fmt: skip
-# Decode is unrolled, and 16 layers compile for minutes; what is asserted is said per layer. Training scans: all 16.
+# Decode is unrolled, and 16 layers compile for minutes; assertions are per layer. Training scans over layers: all 16.
 DECODE_LAYERS = int(os.environ.get("AOT_DECODE_LAYERS", "4"))
 MESH = (1, 4, 4)
 _, FSDP, TENSOR = MESH
 SPLIT = {"heads": TENSOR, "mlp": TENSOR, "vocab": TENSOR}
 P, S, G, C = 32, 512, 8, 256
 STEPS = 128
-# Of a segment that decodes all that a reasoning model may write, and its window: whole tiles of a chip.
+# Steps of a chunk as long as the output of a reasoning model, and its window, in whole tiles.
 LONG, LONG_WINDOW = 2000, 2048
 ROWS, SLOTS, PARTS = 64, 1024, 4
 # Narrow, to compile in seconds. Layers of both kinds.
@@ -65,7 +65,7 @@ V5E_BYTES = 16e9
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What the compiler made of a program: text, and sizes in bytes per chip."""
+    """A compiled program: HLO text, and sizes in bytes per chip."""
 
     cfg: ModelConfig
     text: str = dataclasses.field(repr=False)
@@ -81,7 +81,7 @@ class Program:
 
     @property
     def chip(self) -> int:
-        """Bytes a chip holds while the program runs."""
+        """Bytes per chip while the program runs."""
         return self.argument + self.temp + self.output - self.alias
 
 
@@ -91,14 +91,14 @@ def local(spec: ParamSpec, axes: dict[str, int]) -> tuple[int, ...]:
 
 
 def matrices(cfg: ModelConfig, axes: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    """Shard shapes of one layer's matrices, as they train, and of the tables."""
+    """Shard shapes of one layer's matrices in training, and of the tables."""
     specs = model_params.specs(cfg)
     layer = {name: ParamSpec(s.shape[1:], s.axes[1:], s.std) for name, s in specs["layers"].items()}
     return _matrices(layer, specs, axes)
 
 
 def policy_matrices(cfg: ModelConfig, axes: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    """The same as a policy holds them."""
+    """Shard shapes of one layer's matrices in a policy, and of the tables."""
     specs = model_params.unstack(model_params.specs(cfg), cfg.layers)
     return _matrices(specs["layers"][0], specs, axes)
 
@@ -109,7 +109,7 @@ def _matrices(layer: dict[str, ParamSpec], specs: dict, axes: dict[str, int]) ->
 
 
 def same_dims(array: hlo.ArrayShape, dims: tuple[int, ...]) -> bool:
-    """Equal up to order and dims of size 1."""
+    """True if equal up to order and dimensions of size 1."""
     return sorted(n for n in array.dims if n > 1) == sorted(n for n in dims if n > 1)
 
 
@@ -138,7 +138,7 @@ def array(layout: Layout, shape: tuple[int, ...], dtype, *axes: str | None) -> j
 
 
 def rollout_programs(cfg: ModelConfig, decode: Layout, steps: int = STEPS, window: int = C) -> Programs:
-    """Of an engine for P prompts of S slots, G samples each, in segments of so many steps."""
+    """Programs of an engine for P prompts of S slots, G samples each, in chunks of `steps` steps."""
     rollout = RolloutConfig(prompts=P, samples=G, max_new_tokens=window, engine=EngineConfig(decode_chunk=steps))
     return Engine(rollout, S, Vocabulary(size=cfg.vocab_size, pad=0, eos=(1,)), cfg, decode).programs
 
@@ -146,8 +146,8 @@ def rollout_programs(cfg: ModelConfig, decode: Layout, steps: int = STEPS, windo
 def lower_rollout(
     cfg: ModelConfig, decode: Layout, *name: str | int, steps: int = STEPS, weights: str = "compute"
 ) -> jax.stages.Lowered:
-    """One of them by the name that `Programs` knows it under."""
-    window = name[2] if name[0] == "decode" else C
+    """Lower one of these programs by its name in `Programs`."""
+    window = name[2] if name[0] == "decode_chunk" else C
     return rollout_programs(cfg, decode, steps, window).lower(abstract_policy(cfg, decode, weights).params, *name)
 
 
@@ -176,7 +176,7 @@ def lower_update(cfg: ModelConfig, train: Layout) -> jax.stages.Lowered:
 
 
 def lower_experts(cfg: ModelConfig, train: Layout) -> jax.stages.Lowered:
-    """Gradients of one layer's experts alone: masters and rows."""
+    """Lower the gradients of one layer's experts: of masters and rows."""
     layer = model_params.abstract(model_params.unstack(model_params.specs(cfg), cfg.layers)["layers"][0], train)
     layer = {name: layer[name] for name in ("router", "gate_up", "down")}
     h = array(train, (ROWS // PARTS, SLOTS, cfg.d_model), cfg.compute, "rows", None, None)

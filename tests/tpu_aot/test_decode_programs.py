@@ -1,6 +1,6 @@
-"""What the TPU compiler must make of the engine's programs. Each check is a function, so that a mutant can show that it fails.
+"""Required properties of the engine's programs under the TPU compiler. Each check is a function, so mutants can fail it.
 
-Bounds are on the optimized HLO of one chip of v5e:4x4; `docs/tpu.md` has the numbers as measured.
+Bounds are on the optimized HLO of one chip of v5e:4x4; `docs/tpu.md` has the actual numbers.
 """
 
 import dataclasses
@@ -39,16 +39,16 @@ from jaxrl_llm.rollout import sample
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.timeout(1200)]
 
-# Collectives of a decode step that have nothing to do with layers: the embedding's rows; maximum and sum of the softmax; value
-# and place of the winning block; that block's logits; log-prob and entropy together.
+# Collectives per decode step that do not depend on layers: the embedding's rows; maximum and sum of the softmax; value
+# and index of the sampled block; that block's logits; log-prob and entropy together.
 STEP_CONSTANT = 7
 VMEM = "S(1)"
-RECORD = 4
-"""Arrays of a line a step: token, whether it was sampled, log-prob, entropy."""
+RECORDED = 4
+"""Arrays recorded per step: token, sampled, log-prob, entropy."""
 
 
 def caches(program: Program, window: int = C) -> dict[str, tuple[int, ...]]:
-    """Shapes on a chip of the arrays that hold a layer's keys (and another its values)."""
+    """Shapes per chip of a layer's key caches; value caches are equal."""
     cfg = program.cfg
     heads = cfg.kv_heads // TENSOR
     slots = {"suffix": (P * G, window), "prompt": (P, S)}
@@ -58,30 +58,30 @@ def caches(program: Program, window: int = C) -> dict[str, tuple[int, ...]]:
 
 
 def layers_with(program: Program, cache: str) -> int:
-    """Layers that keep a cache of that name."""
+    """Number of layers with a cache of that name."""
     sliding = sum(program.cfg.sliding)
     return sliding if "ring" in cache or "window" in cache else program.cfg.layers - sliding
 
 
 def loops(program: Program) -> list[Instruction]:
-    """The loop over stretches of steps, and in it the loop over the steps of one."""
+    """The loop over intervals, and inside it the loop over the steps of one."""
     found = [i for i in program.hlo.all if i.opcode == "while" and i.computation in program.hlo.loops]
     found.sort(key=lambda i: program.hlo.loops[i.computation])
     depths = [program.hlo.loops[i.computation] for i in found]
-    assert depths == [0, 1], f"loops of a segment, by how deep they stand: got {depths}, want [0, 1]"
+    assert depths == [0, 1], f"nesting depth of the loops of a chunk: got {depths}, want [0, 1]"
     return found
 
 
 def steps_of(program: Program) -> list[Instruction]:
-    """What a step runs, fused instructions too."""
+    """Instructions of one step, fused ones included."""
     return program.hlo.inside(*loops(program)[1].calls)
 
 
 def check_caches_are_written_in_place(program: Program, window: int = C) -> None:
-    """In the loop a cache-shaped array comes from the loop's state, a write into it, or from on-chip memory or out of it.
+    """In the loop a cache-shaped array comes from the loop's state, from a write into it, or from a copy to or from on-chip memory.
 
-    Where its own estimate says that it pays, the compiler reads a cache ahead into on-chip memory, writes the new keys there, and
-    moves it back to where it came from. No second array in main memory: `check_no_cache_is_held_twice`.
+    Where it estimates a gain, the compiler prefetches a cache into on-chip memory, writes the new keys there, and copies it back.
+    That needs no second array in main memory: `check_no_cache_is_held_twice`.
     """
     passes = {"parameter", "get-tuple-element", "tuple", "bitcast", "dynamic-update-slice", "slice-start", "slice-done"}
 
@@ -103,11 +103,11 @@ def check_caches_are_written_in_place(program: Program, window: int = C) -> None
     for name, dims in caches(program, window).items():
         got = sum(any(same_dims(a, dims) for a in i.arrays) for i in writes)
         want = 2 * layers_with(program, name) if "suffix" in name else 0
-        assert got == want, f"writes into the {name} a step: got {got}, want {want}"
+        assert got == want, f"writes into the {name} per step: got {got}, want {want}"
 
 
 def check_no_cache_is_held_twice(program: Program, window: int = C) -> None:
-    """The rows' caches go in, through the loop and out in one piece of memory."""
+    """The completions' caches are updated in place: input and output are aliased."""
     shapes = caches(program, window)
     suffix = sum(2 * 2 * layers_with(program, name) * math.prod(shapes[name]) for name in shapes if "suffix" in name)
     assert program.alias == suffix, f"alias: got {program.alias / 1e6:.1f} MB, want {suffix / 1e6:.1f} MB, both caches"
@@ -116,22 +116,24 @@ def check_no_cache_is_held_twice(program: Program, window: int = C) -> None:
 def check_collectives_of_a_step(program: Program) -> None:
     got = collectives(steps_of(program))
     want = 2 * program.cfg.layers + STEP_CONSTANT
-    assert len(got) <= want, f"collectives a decode step: got {len(got)}, want at most {want}: {[str(i) for i in got]}"
+    assert len(got) <= want, (
+        f"collectives per decode step: got {len(got)}, want at most {want}: {[str(i) for i in got]}"
+    )
     kinds = {i.kind for i in got}
-    assert kinds <= {"all-reduce", "all-gather"}, f"kinds a decode step: got {kinds}, want all-reduce and all-gather"
+    assert kinds <= {"all-reduce", "all-gather"}, f"kinds per decode step: got {kinds}, want all-reduce and all-gather"
 
 
-def check_rows_are_looked_at_between_stretches(program: Program) -> None:
-    """Whether any row lives is asked once in `eos_interval` steps, and the record crosses the mesh once a segment."""
+def check_activity_is_tested_once_per_interval(program: Program) -> None:
+    """Active rows are checked once per `eos_interval` steps, and recorded columns cross the mesh once per chunk."""
     outer = {i.name: i for i in program.hlo.inside(*loops(program)[0].calls)}
     inner = {i.name for i in steps_of(program)}
     between = collectives([i for name, i in outer.items() if name not in inner])
     found = [(i.kind, i.arrays[0].size) for i in between]
-    assert found == [("all-reduce", 1)], f"collectives of a stretch: got {found}, want one all-reduce of one number"
+    assert found == [("all-reduce", 1)], f"collectives per interval: got {found}, want one all-reduce of one number"
 
 
 def check_logits_stay(program: Program) -> None:
-    """Nothing larger than the residual stream crosses the mesh in a step; a shard of the logits is 9 to 16 times as large."""
+    """No array larger than the residual stream crosses the mesh in a step; a shard of the logits is 9 to 16 times as large."""
     most = P * G // FSDP * program.cfg.d_model
     for i in collectives(steps_of(program)):
         size = max(a.size for a in i.arrays)
@@ -146,31 +148,31 @@ def check_weights_are_not_copied(program: Program, split: dict[str, int] = SPLIT
             assert not bad, f"{i}: got a copy of {bad}, want weights used where they lie"
 
 
-def test_a_segment_writes_its_caches_in_place(segment):
-    check_caches_are_written_in_place(segment)
-    check_no_cache_is_held_twice(segment)
+def test_a_chunk_writes_its_caches_in_place(decode_chunk):
+    check_caches_are_written_in_place(decode_chunk)
+    check_no_cache_is_held_twice(decode_chunk)
 
 
-def test_a_segment_has_two_collectives_a_layer(segment):
-    check_collectives_of_a_step(segment)
+def test_a_chunk_has_two_collectives_per_layer(decode_chunk):
+    check_collectives_of_a_step(decode_chunk)
 
 
-def test_a_segment_looks_at_the_rows_between_stretches(segment):
-    check_rows_are_looked_at_between_stretches(segment)
+def test_a_chunk_tests_activity_once_per_interval(decode_chunk):
+    check_activity_is_tested_once_per_interval(decode_chunk)
 
 
-def test_a_segment_keeps_the_logits_where_they_are(segment):
-    check_logits_stay(segment)
+def test_a_chunk_keeps_the_logits_where_they_are(decode_chunk):
+    check_logits_stay(decode_chunk)
 
 
-def test_a_segment_uses_the_weights_where_they_lie(segment):
-    check_weights_are_not_copied(segment)
+def test_a_chunk_uses_the_weights_where_they_lie(decode_chunk):
+    check_weights_are_not_copied(decode_chunk)
 
 
-def test_memory_of_a_segment(segment, eight_billion, topology):
-    """As `rollout.memory` adds it up, within 5 %."""
+def test_memory_of_a_chunk(decode_chunk, eight_billion, topology):
+    """Equal to `decode_memory` within 5 %."""
     layout = layouts(topology)[1]
-    for program in (segment, eight_billion):
+    for program in (decode_chunk, eight_billion):
         memory = decode_memory.decode_memory(
             rollout_programs(program.cfg, layout), abstract_policy(program.cfg, layout).params, P, C
         )
@@ -179,44 +181,44 @@ def test_memory_of_a_segment(segment, eight_billion, topology):
         assert memory.total == pytest.approx(program.chip, rel=0.05), memory
 
 
-def test_a_segment_of_an_untied_model_of_8_billion(eight_billion):
-    """The head is used where it lies. `qkv` is not: its [4096, 2, 6, 128] is put in the loop's order once a segment."""
+def test_a_chunk_of_an_untied_model_of_8_billion(eight_billion):
+    """The head is used where it lies. `qkv` is not: its [4096, 2, 6, 128] is transposed once per chunk."""
     check_collectives_of_a_step(eight_billion)
     check_logits_stay(eight_billion)
     check_no_cache_is_held_twice(eight_billion)
     check_weights_are_not_copied(eight_billion, but=("qkv",))
 
 
-def test_a_segment_of_2000_steps_is_one_program_with_one_body(sliding):
-    """A sliding layer decodes from its window in place: the loop's state has keys and values of each layer in their own size."""
+def test_a_chunk_of_2000_steps_is_one_program_with_one_body(sliding):
+    """A sliding layer decodes from its window in place: the loop's state has each layer's keys and values at their own size."""
     check_caches_are_written_in_place(sliding, LONG_WINDOW)
     check_no_cache_is_held_twice(sliding, LONG_WINDOW)
     check_collectives_of_a_step(sliding)
-    check_rows_are_looked_at_between_stretches(sliding)
+    check_activity_is_tested_once_per_interval(sliding)
     loop = loops(sliding)[1]
     shapes = caches(sliding, LONG_WINDOW)
     for name, dims in shapes.items():
         got = sum(same_dims(a, dims) for a in loop.arrays)
         assert got == 2 * layers_with(sliding, name), f"{name}: got {got} arrays of {dims} in the loop's state"
     lines = (LONG, P * G // FSDP)
-    assert sum(a.dims == lines for a in loop.arrays) == RECORD
+    assert sum(a.dims == lines for a in loop.arrays) == RECORDED
     written = [i for i in steps_of(sliding) if i.opcode == "dynamic-update-slice" and i.arrays[0].dims == lines]
-    assert len(written) == RECORD, "want each line of the record written into its place"
+    assert len(written) == RECORDED, "want each recorded line written in place"
     whole = 2 * 2 * math.prod(shapes["suffix"])
     assert sliding.temp < whole, (
         f"temp: got {sliding.temp / 1e6:.1f} MB, want less than one cache, {whole / 1e6:.1f} MB"
     )
 
 
-def test_prefill_makes_keys_and_values_and_no_logits(prefill):
-    """Two collectives a layer and the embedding's; of the last layer its keys and values alone. One layer's work at a time."""
+def test_prefill_computes_keys_and_values_and_no_logits(prefill):
+    """Two collectives per layer and the embedding's; only keys and values of the last layer. One layer's work at a time."""
     cfg = prefill.cfg
     moved = collectives(prefill.hlo.all)
     assert len(moved) == 2 * (cfg.layers - 1) + 1 and {i.kind for i in moved} == {"all-reduce"}
     assert {a for i in moved for a in i.arrays} == {ArrayShape("bf16", (P // FSDP, S, cfg.d_model))}
     vocab = {cfg.vocab_size // TENSOR, cfg.vocab_size}
     made = [i for i in prefill.hlo.all if i.opcode != "parameter" and any(vocab & set(a.dims) for a in i.arrays)]
-    assert not made, f"arrays with a vocabulary in them: got {[str(i) for i in made]}, want none beside the embedding"
+    assert not made, f"arrays with a vocabulary in them: got {[str(i) for i in made]}, want none besides the embedding"
     scores = 4 * (P // FSDP) * (cfg.heads // TENSOR) * S * S
     gate_up = 4 * (P // FSDP) * S * 2 * cfg.d_mlp // TENSOR
     assert prefill.temp <= scores + gate_up, (
@@ -228,12 +230,12 @@ def test_prefill_makes_keys_and_values_and_no_logits(prefill):
 @pytest.mark.parametrize(
     "name", [("compact", P, P // 2, C), ("insert_prefix", P, P // 2), ("broadcast_prefix", P // 2, P)], ids=str
 )
-def test_rows_and_prompts_change_places_on_their_own_chip(topology, name):
+def test_rows_and_prompts_move_within_their_chip(topology, name):
     layout = layouts(topology)[1]
     program = compile_program(SLIDING, lambda: lower_rollout(SLIDING, layout, *name))
     assert not collectives(program.hlo.all)
     if name[0] == "insert_prefix":
-        # The active batch's prompt cache is donated. The rest of the output is a table of its arrays.
+        # The prompt cache is donated. The rest of the output is a table of its arrays.
         assert program.output - program.alias < 1024
 
 
@@ -245,19 +247,19 @@ def test_growing_moves_nothing_between_chips_and_copies_each_cache_once(topology
     assert program.temp < program.argument / 100, f"temp: got {program.temp / 1e6:.1f} MB, want next to nothing"
 
 
-def test_experts_in_decode_move_rows_and_no_weights(experts_segment):
+def test_experts_in_decode_move_rows_and_no_weights(experts_chunk):
     """At most the rows of all expert shards, gathered, with their experts' numbers and weights; the experts stay."""
-    cfg, rows = experts_segment.cfg, P * G // EXPERT_SPLIT["embed"] // EXPERT_SPLIT["data"]
-    moved = collectives(steps_of(experts_segment))
+    cfg, rows = experts_chunk.cfg, P * G // EXPERT_SPLIT["embed"] // EXPERT_SPLIT["data"]
+    moved = collectives(steps_of(experts_chunk))
     assert {i.kind for i in moved} == {"all-gather", "all-reduce", "reduce-scatter"}
     assert max(a.size for i in moved for a in i.arrays) == rows * cfg.d_model
     gathered = {(a.dtype, a.size) for i in moved for a in i.arrays if i.kind == "all-gather"}
     choices = rows * cfg.experts_per_token
     assert gathered >= {("bf16", rows * cfg.d_model), ("f32", choices), ("s32", choices)}
-    check_weights_are_not_copied(experts_segment, EXPERT_SPLIT | {"embed": 1})
+    check_weights_are_not_copied(experts_chunk, EXPERT_SPLIT | {"embed": 1})
 
 
-def test_mutant_segment_that_rewrites_caches_and_moves_logits(topology, monkeypatch):
+def test_mutant_chunk_that_rewrites_caches_and_moves_logits(topology, monkeypatch):
     """A write by mask instead of by slice; 1002 blocks of the vocabulary, which four shards cannot have whole."""
 
     def write_by_mask(x: jax.Array, new: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
@@ -266,7 +268,7 @@ def test_mutant_segment_that_rewrites_caches_and_moves_logits(topology, monkeypa
     monkeypatch.setattr(jax.lax, "dynamic_update_slice_in_dim", write_by_mask)
     monkeypatch.setattr(sample, "BLOCKS", 1002)
     cfg = dataclasses.replace(ONE_BILLION, layers=1)
-    program = compile_program(cfg, lambda: lower_rollout(cfg, layouts(topology)[1], "decode", P, C))
+    program = compile_program(cfg, lambda: lower_rollout(cfg, layouts(topology)[1], "decode_chunk", P, C))
     with pytest.raises(AssertionError, match="written in place"):
         check_caches_are_written_in_place(program)
     with pytest.raises(AssertionError, match="residual stream"):

@@ -45,7 +45,7 @@ def test_a_small_model_fits(topology, tmp_path):
     text = jaxrl_plan(tmp_path, SMALL)
     rows = tables(text)
     header = next(row for row in rows if row[0] == "MB per chip")
-    assert set(header[1:]) == {"prefill", "decode", "publish", "update"}
+    assert set(header[1:]) == {"prefill", "decode_chunk", "publish", "update"}
     masters = next(row for row in rows if row[0] == "master parameters")
     layer = 256 * 2 * 4 * 64 + 4 * 64 * 256 + 3 * 256 * 512
     matrices = 256 * 256 + 2 * layer
@@ -54,7 +54,7 @@ def test_a_small_model_fits(topology, tmp_path):
     assert {float(x) for x in policy[1:]} == {round((2 * matrices / 2 + 5 * 256 * 2) / 1e6, 1)}
     total = next(row for row in rows if row[0] == "total")
     assert all(0 < float(x) < 1000 for x in total[1:])
-    traffic = [row for row in rows if len(row) == 7 and row[0] in ("decode", "publish", "update")]
+    traffic = [row for row in rows if len(row) == 7 and row[0] in ("decode_chunk", "publish", "update")]
     assert {row[2] for row in traffic if row[0] == "publish" and row[1] == "all-gather"} == {"bf16"}
     # Weights are gathered in the loop over layers, inside the loop over micro-batches.
     assert any(row[0] == "update" and row[1] == "all-gather" and row[2:4] == ["bf16", "2 x 2"] for row in traffic)

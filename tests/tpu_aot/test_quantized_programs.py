@@ -1,4 +1,4 @@
-"""What the TPU compiler must make of a policy in int8: products of 8 bits, weights that cross as 8 bits, no more collectives."""
+"""An int8 policy under the TPU compiler: 8-bit products, weights moved as 8 bits, no additional collectives."""
 
 import dataclasses
 import math
@@ -28,9 +28,9 @@ CFG = dataclasses.replace(ONE_BILLION, layers=1)
 
 
 @pytest.fixture(scope="module")
-def int8_segment(topology, compile_once) -> Program:
+def int8_chunk(topology, compile_once) -> Program:
     return compile_once(
-        "int8-decode", CFG, lambda: lower_rollout(CFG, layouts(topology)[1], "decode", P, C, weights="int8")
+        "int8-chunk", CFG, lambda: lower_rollout(CFG, layouts(topology)[1], "decode_chunk", P, C, weights="int8")
     )
 
 
@@ -40,34 +40,36 @@ def int8_publish(topology) -> Program:
 
 
 def check_products_are_of_int8(program: Program) -> None:
-    """Five matrices a layer and the head, each multiplied once a step into s32; none is wider than 8 bits in the loop."""
+    """Five matrices per layer and the head, each multiplied once per step into s32; none is wider than 8 bits in the loop."""
     steps = steps_of(program)
     products = [i for i in steps if i.opcode in ("convolution", "dot") and i.arrays[0].dtype == "s32"]
-    assert len(products) == 5 * program.cfg.layers + 1, f"int8 products a step: got {len(products)}"
+    assert len(products) == 5 * program.cfg.layers + 1, f"int8 products per step: got {len(products)}"
     for name, dims in policy_matrices(program.cfg, SPLIT).items():
         wide = [str(i) for i in steps if any(same_dims(a, dims) and a.dtype in ("bf16", "f32") for a in i.arrays)]
         assert not wide, f"{name} {dims}: got {wide}, want it in 8 bits only"
 
 
-def test_decode_multiplies_in_int8(int8_segment):
-    check_products_are_of_int8(int8_segment)
-    check_weights_are_not_copied(int8_segment)
+def test_decode_multiplies_in_int8(int8_chunk):
+    check_products_are_of_int8(int8_chunk)
+    check_weights_are_not_copied(int8_chunk)
 
 
-def test_scales_of_activations_cost_no_collective(int8_segment):
-    check_collectives_of_a_step(int8_segment)
-    moved = collectives(steps_of(int8_segment))
+def test_scales_of_activations_cost_no_collective(int8_chunk):
+    check_collectives_of_a_step(int8_chunk)
+    moved = collectives(steps_of(int8_chunk))
     sums = [a for i in moved for a in i.arrays if i.kind == "all-reduce" and a.dtype == "bf16"]
     assert len(sums) == 2 * CFG.layers + 1, (
-        f"sums of bf16: got {sums}, want those of out and down a layer, and the embedding"
+        f"sums of bf16: got {sums}, want those of out and down per layer, and the embedding"
     )
 
 
-def test_mutant_with_one_scale_a_row_pays_for_it(topology, monkeypatch):
-    """The largest of a row that is split over the mesh: one more all-reduce for `out` and for `down`."""
+def test_mutant_with_one_scale_per_row_needs_more_collectives(topology, monkeypatch):
+    """The maximum of a row that is split over the mesh: one more all-reduce for `out` and for `down`."""
     monkeypatch.setattr(quantized.math, "gcd", lambda *_: 1)
-    program = compile_program(CFG, lambda: lower_rollout(CFG, layouts(topology)[1], "decode", P, C, weights="int8"))
-    with pytest.raises(AssertionError, match="collectives a decode step"):
+    program = compile_program(
+        CFG, lambda: lower_rollout(CFG, layouts(topology)[1], "decode_chunk", P, C, weights="int8")
+    )
+    with pytest.raises(AssertionError, match="collectives per decode step"):
         check_collectives_of_a_step(program)
 
 
@@ -81,4 +83,4 @@ def test_publish_moves_8_bits_into_the_old_policy(int8_publish):
     share = sum(a.bytes for a in scales) / sum(a.bytes for a in gathered)
     assert share < 0.02, f"bytes of scales to bytes of matrices: got {share:.3f}, want below 0.02"
     per_chip = sum(math.prod(dims) for dims in policy_matrices(int8_publish.cfg, SPLIT).values())
-    assert int8_publish.output < 1.05 * per_chip, "the policy: want a byte a parameter"
+    assert int8_publish.output < 1.05 * per_chip, "the policy: want one byte per parameter"

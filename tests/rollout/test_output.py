@@ -1,4 +1,4 @@
-"""Where a response ends by its text: the first token after which the text holds a stop text, whatever tokenizer wrote it."""
+"""Stop strings: a completion ends at the first token after which its text contains one, for any tokenizer."""
 
 from functools import cache
 
@@ -28,7 +28,7 @@ def byte_level() -> Tokenizer:
 
 @cache
 def byte_fallback() -> Tokenizer:
-    """As Llama 2's and Gemma's: a run of bytes is text as a whole, or not at all. Bytes: line break 1, euro 2-4."""
+    """As Llama 2's and Gemma's: a run of bytes is text only as a whole. Bytes: line break 1, euro 2-4."""
     names = ["▁a", "<0x0A>", "<0xE2>", "<0x82>", "<0xAC>", "a", "b", "▁", "ab"]
     backend = Backend(models.WordLevel({t: i for i, t in enumerate(names)}, unk_token="a"))
     backend.decoder = decoders.Sequence(
@@ -41,8 +41,8 @@ TOKENIZERS = {"byte level": byte_level, "byte fallback": byte_fallback}
 STOP = st.lists(st.text("ab\nàé€😀\ufffd<>/ t|", min_size=1, max_size=4), min_size=1, max_size=2).map(tuple)
 
 
-def by_looking(tokenizer: Tokenizer, tokens: list[int], stop: tuple[str, ...]) -> int | None:
-    """After every token."""
+def by_searching_every_prefix(tokenizer: Tokenizer, tokens: list[int], stop: tuple[str, ...]) -> int | None:
+    """Expected end: search the text after every token."""
     for n in range(1, len(tokens) + 1):
         whole = tokenizer.backend.decode(tokens[:n], skip_special_tokens=False)
         read = tokenizer.decode(tokens[:n])
@@ -53,44 +53,44 @@ def by_looking(tokenizer: Tokenizer, tokens: list[int], stop: tuple[str, ...]) -
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=100, deadline=None)
-@given(tokens=st.lists(st.integers(0, 12), min_size=1, max_size=90), stop=STOP, look=st.integers(1, 9))
-@example(tokens=[1, 2, 3, 4], stop=("\n",), look=4)  # the line break is gone while the bytes behind it are no character
-@example(tokens=[7, 1, 2, 7, 1, 7], stop=("\ufffd",), look=6)
-@example(tokens=[5, *[9] * 60, 6], stop=("ab",), look=3)  # special tokens in between, which no reader sees
+@given(tokens=st.lists(st.integers(0, 12), min_size=1, max_size=90), stop=STOP, chunk=st.integers(1, 9))
+@example(tokens=[1, 2, 3, 4], stop=("\n",), chunk=4)  # no line break while the bytes after it are incomplete
+@example(tokens=[7, 1, 2, 7, 1, 7], stop=("\ufffd",), chunk=6)
+@example(tokens=[5, *[9] * 60, 6], stop=("ab",), chunk=3)  # special tokens in between, which graders do not see
 @example(
-    tokens=[*[8] * 5, *[2, 3, 4] * 30, 5], stop=("€a",), look=1
-)  # from the middle of a character none of its run is one
-@example(tokens=[7, *[9] * 12, 7], stop=("ab" * 8,), look=1)  # more than a token before the last look
-def test_a_row_ends_where_looking_after_every_token_ends_it(name, tokens, stop, look):
+    tokens=[*[8] * 5, *[2, 3, 4] * 30, 5], stop=("€a",), chunk=1
+)  # decoded from inside a character, the whole run is broken
+@example(tokens=[7, *[9] * 12, 7], stop=("ab" * 8,), chunk=1)  # longer than the last chunk
+def test_a_row_ends_where_searching_every_prefix_ends_it(name, tokens, stop, chunk):
     tokenizer, seen, found = TOKENIZERS[name](), 0, None
     while seen < len(tokens) and found is None:
-        now = min(seen + look, len(tokens))
+        now = min(seen + chunk, len(tokens))
         found = first_end(tokens[:now], seen, stop, tokenizer.spellings)
         seen = now
-    assert found == by_looking(tokenizer, tokens, stop)
+    assert found == by_searching_every_prefix(tokenizer, tokens, stop)
 
 
 def test_special_tokens_alone_within_and_in_pieces():
-    detokenize = byte_level().spellings
+    texts_of = byte_level().spellings
     special = byte_level().backend.token_to_id("</a>")
-    assert first_end([7, special, 8], 0, ("</a>",), detokenize) == 2
-    assert first_end([7, special, 8, 8], 0, ("a</a>bb",), detokenize) == 4
-    assert first_end([7, special, 8], 0, ("ab",), detokenize) == 3  # as graders read it
-    assert first_end([7, 8], 0, ("</a>",), detokenize) is None
+    assert first_end([7, special, 8], 0, ("</a>",), texts_of) == 2
+    assert first_end([7, special, 8, 8], 0, ("a</a>bb",), texts_of) == 4
+    assert first_end([7, special, 8], 0, ("ab",), texts_of) == 3  # as graders read it
+    assert first_end([7, 8], 0, ("</a>",), texts_of) is None
 
 
-def test_ordinary_rows_are_not_read_anew():
-    """A look at a row of 4,000 tokens reads its end alone, one that it ends few times more, and half characters in it as often as
-    there are tokens."""
+def test_ordinary_rows_are_not_decoded_again():
+    """In a row of 4,000 tokens only the end is decoded; a few times more if a stop string is found, and once per token with half
+    characters."""
     read = []
 
-    def detokenize(tokens: list[int]) -> tuple[str, ...]:
+    def texts_of(tokens: list[int]) -> tuple[str, ...]:
         read.append(len(tokens))
         return byte_level().spellings(tokens)
 
     def tokens_read(end: list[int], want: int | None) -> int:
         read.clear()
-        assert first_end([9] * 3900 + end, 3900, ("</answer>", "aab"), detokenize) == want
+        assert first_end([9] * 3900 + end, 3900, ("</answer>", "aab"), texts_of) == want
         return sum(read)
 
     assert tokens_read([9] * 100, None) < 300

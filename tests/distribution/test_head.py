@@ -1,4 +1,4 @@
-"""The head in tiles of logits: equal to the dense form, gradients too, on every mesh; and what is not asked for costs nothing."""
+"""The head in tiles of logits: values and gradients equal the dense form on every mesh, and unneeded work is skipped."""
 
 from dataclasses import replace
 from functools import cache
@@ -10,7 +10,7 @@ import pytest
 from setups import MESHES, TINY, layouts
 
 from jaxrl_llm.distribution import head, score
-from jaxrl_llm.distribution.logits import entropy, kept_token_logprobs, process_logits
+from jaxrl_llm.distribution.logits import entropy, kept_logprobs, process_logits
 from jaxrl_llm.distribution.score import Scoring, score_tokens
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import Batch
@@ -18,39 +18,39 @@ from jaxrl_llm.types import Batch
 R, T, D, V, K = 8, 11, 16, 40, 5
 ENDS = (3, 7)
 CFG = replace(TINY, d_model=D, vocab_size=V)
-# Forward chunks of 8 tokens; backward of 10, against blocks of 15 of the vocabulary: of the 88 tokens and 40 entries of one
-# device, and of the 22 or 11 and 40 or 20 of a shard, the last chunk and the last block overlap the ones before.
-SMALL = head.Tile(logits=4 * V, tokens=10)
+# Forward chunks of 8 tokens; backward chunks of 10 against blocks of 15 vocabulary entries. The last chunk and the last block
+# overlap the ones before, both with one device (88 tokens, 40 entries) and with shards (22 or 11 tokens, 40 or 20 entries).
+SMALL = head.TileSize(logits=4 * V, tokens=10)
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Activations are a parameter here: what is above the head has its own tests."""
+    """Activations are a parameter here; the layers below the head have their own tests."""
     monkeypatch.setattr(score, "hidden", lambda params, *_: params["h"])
     monkeypatch.setattr(head, "CPU", SMALL)
-    monkeypatch.setattr(head, "FEWEST", 8)
-    monkeypatch.setattr(head, "LANES", 3)
+    monkeypatch.setattr(head, "MIN_TOKENS", 8)
+    monkeypatch.setattr(head, "BLOCK_MULTIPLE", 3)
 
 
 def make_params(seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
-    value = {"kernel": draw(D), "bias": np.float32(0.5)}
-    return {"embed": 0.5 * draw(V, D), "h": draw(R, T, D), "value": value}
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    value = {"kernel": normal(D), "bias": np.float32(0.5)}
+    return {"embed": 0.5 * normal(V, D), "h": normal(R, T, D), "value": value}
 
 
 def make_batch(
     num_tokens: int, kept_tokens: bool = False, eos_masked: bool = False, temperature: float | None = 1.0
 ) -> Batch:
-    """Ragged masks, one row without any; `temperature` None: other ones in every slot, and 0 here and there outside the mask."""
+    """Ragged loss masks, one row empty; `temperature` None: varies per slot, and 0 outside the mask."""
     rng = np.random.default_rng(1)
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     tokens = rng.integers(8, num_tokens, (R, T)).astype(np.int32)
     mask = rng.random((R, T)) < 0.6
     mask[2] = False
     mask[:, 0] = False
     slots = np.broadcast_to(np.arange(T, dtype=np.int32), (R, T))
-    # As in a tree: some tokens come after one further back, several after the same one.
+    # As in a tree: some tokens follow an earlier token than the previous one, several follow the same one.
     before = np.maximum(np.where(rng.random((R, T)) < 0.3, 1, slots - 1), 0).astype(np.int32)
     if temperature is None:
         temps = np.where(mask, rng.choice(np.float32([0.6, 1.0, 1.7]), (R, T)), np.float32(0))
@@ -65,39 +65,39 @@ def make_batch(
         kept = np.where(mask[..., None], kept, -1).astype(np.int32)
     return Batch(
         tokens=tokens, position=slots, until=slots, before=before, segment=slots, group=slots, loss_mask=mask,
-        weight=np.where(mask, draw(R, T), 0), behavior_logprobs=draw(R, T), advantage=draw(R, T), temperature=temps,
+        weight=np.where(mask, normal(R, T), 0), behavior_logprobs=normal(R, T), advantage=normal(R, T), temperature=temps,
         kept_tokens=kept, eos_masked=rng.random((R, T)) < 0.5 if eos_masked else None,
     )  # fmt: skip
 
 
 def dense(params, batch, cfg, num_tokens, reference):
-    """Every logit at once, and what jax.grad makes of it."""
+    """All logits at once, differentiated by jax.grad."""
 
     def logp(params):
         h = jnp.take_along_axis(params["h"], batch.before[:, :, None], axis=1)
         x = jnp.einsum("rtd,vd->rtv", h, params["embed"], precision="highest")
         x = x if cfg.logit_softcap is None else cfg.logit_softcap * jnp.tanh(x / cfg.logit_softcap)
         if batch.kept_tokens is not None:
-            return kept_token_logprobs(x, batch.temperature, batch.kept_tokens)
+            return kept_logprobs(x, batch.temperature, batch.kept_tokens)
         return process_logits(x, batch.temperature, num_tokens, ENDS, batch.eos_masked)
 
     p, q = logp(params), jax.lax.stop_gradient(logp(reference))
     if batch.kept_tokens is None:
-        drawn = jnp.take_along_axis(p, batch.tokens[..., None], axis=-1)[..., 0]
+        logprob = jnp.take_along_axis(p, batch.tokens[..., None], axis=-1)[..., 0]
     else:
-        drawn = jnp.sum(jnp.where(batch.kept_tokens == batch.tokens[..., None], p, 0.0), axis=-1)
+        logprob = jnp.sum(jnp.where(batch.kept_tokens == batch.tokens[..., None], p, 0.0), axis=-1)
     seen = p > -jnp.inf
     kl = jnp.sum(jnp.where(seen, jnp.exp(p) * (jnp.where(seen, p, 0) - jnp.where(seen, q, 0)), 0.0), axis=-1)
     h = jnp.take_along_axis(params["h"], batch.before[:, :, None], axis=1)
     values = h @ params["value"]["kernel"] + params["value"]["bias"]
-    return tuple(jnp.where(batch.loss_mask, x, 0.0) for x in (drawn, entropy(p), values, kl))
+    return tuple(jnp.where(batch.loss_mask, x, 0.0) for x in (logprob, entropy(p), values, kl))
 
 
 WEIGHTS = np.random.default_rng(2).normal(size=(4, R, T)).astype(np.float32)
 
 
 def gradients(scores, batch):
-    """Of a sum in which every token has its own weight in each of the four numbers."""
+    """Gradients of a sum in which every token has its own weight for each of the four scores."""
 
     def loss(params, reference):
         of = scores(params, reference)
@@ -109,10 +109,10 @@ def gradients(scores, batch):
 CASES = {
     "plain": ({}, V, None),
     "temperatures": ({"temperature": None}, V, None),
-    "padding and bars": ({"eos_masked": True, "temperature": 0.7}, V - 5, None),
+    "padding and masked end tokens": ({"eos_masked": True, "temperature": 0.7}, V - 5, None),
     "kept_tokens": ({"kept_tokens": True, "temperature": 0.7}, V, None),
     "soft cap": ({"temperature": 0.7}, V, 1.5),
-    "soft cap, support": ({"kept_tokens": True, "temperature": None}, V, 1.5),
+    "soft cap, kept tokens": ({"kept_tokens": True, "temperature": None}, V, 1.5),
     "all": ({"eos_masked": True, "temperature": None}, V - 3, 2.0),
 }
 
@@ -123,7 +123,7 @@ def check_close(got, want):
 
 
 @cache
-def one(case: str, sizes: tuple[int, ...]):
+def tiled_result(case: str, sizes: tuple[int, ...]):
     changes, num_tokens, cap = CASES[case]
     cfg, train, batch = replace(CFG, logit_softcap=cap), layouts(sizes)[0], make_batch(num_tokens, **changes)
 
@@ -135,7 +135,7 @@ def one(case: str, sizes: tuple[int, ...]):
 
 
 @cache
-def other(case: str):
+def dense_result(case: str):
     changes, num_tokens, cap = CASES[case]
     cfg, batch = replace(CFG, logit_softcap=cap), make_batch(num_tokens, **changes)
     program = jax.jit(gradients(lambda p, q: dense(p, batch, cfg, num_tokens, q), batch))
@@ -145,13 +145,16 @@ def other(case: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_equal_to_the_dense_form(case):
-    ((loss, of), (got, of_reference)), ((want_loss, want_of), (want, _)) = one(case, MESHES[0]), other(case)
+    ((loss, of), (got, reference_gradients)), ((want_loss, want_of), (want, _)) = (
+        tiled_result(case, MESHES[0]),
+        dense_result(case),
+    )
     mask = make_batch(V).loss_mask
     check_close([np.where(mask, x, 0) for x in of], list(want_of))
     np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
     check_close(got, want)
     assert min(np.abs(x).max() for x in jax.tree.leaves(got)) > 1e-2
-    assert max(np.abs(x).max() for x in jax.tree.leaves(of_reference)) == 0
+    assert max(np.abs(x).max() for x in jax.tree.leaves(reference_gradients)) == 0
 
 
 @pytest.mark.slow
@@ -162,13 +165,13 @@ def test_equal_to_the_dense_form(case):
 def test_does_not_depend_on_the_mesh(case, sizes):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6 * max(1, np.abs(b).max())),
-        one(case, sizes),
-        one(case, MESHES[0]),
+        tiled_result(case, sizes),
+        tiled_result(case, MESHES[0]),
     )
 
 
 def test_no_gradient_flows_at_temperature_0():
-    """Of the likeliest token alone: log p = 0, entropy 0; the other tokens have their gradient."""
+    """Greedy tokens have log-prob and entropy 0 and no gradient; the other tokens keep theirs."""
     params, batch = make_params(), make_batch(V)
     cold = batch.loss_mask & (np.arange(T) % 2 == 0)
     best = (np.take_along_axis(params["h"], batch.before[..., None], axis=1) @ params["embed"].T).argmax(axis=-1)
@@ -188,14 +191,14 @@ def test_no_gradient_flows_at_temperature_0():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, warm)
 
 
-def test_what_is_behind_the_mask_costs_nothing():
-    """The rule is asked once a chunk: of 8 tokens, for the shard with the most; never where no token is in the loss mask."""
+def test_tokens_outside_the_mask_cost_nothing():
+    """The rule is evaluated once per chunk of 8 tokens of the largest shard, and never with an empty loss mask."""
     seen = []
 
     class Sum:
-        whole = False
+        needs_full_vocabulary = False
 
-        def value(self, x, y, read):
+        def value(self, x, y, inputs):
             jax.debug.callback(lambda _: seen.append(1), x[0, 0, 0])
             return jnp.sum(x, axis=-1)
 

@@ -1,11 +1,11 @@
-"""What the TPU compiler makes of the head at 2,048 tokens, D 1,024 and V 151,936: memory of a chip, and what moves."""
+"""The head under the TPU compiler, at 2,048 tokens, D 1,024 and V 151,936: memory per chip, and collectives."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 from programs import Program, array, compile_program, layouts
 
-from jaxrl_llm.distribution import score
+from jaxrl_llm.distribution import logits, score
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.perf.hlo import collectives
 from jaxrl_llm.types import Batch
@@ -20,9 +20,9 @@ def dense(params, batch, layout):
     """Log-prob and entropy from all logits at once."""
     h = jnp.take_along_axis(params["h"], batch.before[:, :, None], axis=1)
     x = jnp.einsum("rtd,vd->rtv", h, params["embed"].astype(h.dtype), preferred_element_type=jnp.float32)
-    logp = score.process_logits(x, batch.temperature, V)
-    drawn = jnp.take_along_axis(logp, batch.tokens[..., None], axis=-1)[..., 0]
-    return score.TokenScores(drawn, score.entropy(logp))
+    logp = logits.process_logits(x, batch.temperature, V)
+    logprob = jnp.take_along_axis(logp, batch.tokens[..., None], axis=-1)[..., 0]
+    return score.TokenScores(logprob, logits.entropy(logp))
 
 
 def tiled(params, batch, layout):
@@ -30,7 +30,7 @@ def tiled(params, batch, layout):
 
 
 def gradient(scores, topology, sizes: tuple[int, ...]) -> Program:
-    """Of the head alone: activations are an argument."""
+    """Compile the gradient of the head alone: activations are an argument."""
     layout = layouts(topology, sizes)[0]
     numbers = lambda dtype: array(layout, (R, T), dtype, "rows", None)  # noqa: E731
     i32, f32 = numbers(jnp.int32), numbers(jnp.float32)
@@ -53,16 +53,16 @@ def activations(monkeypatch):
     monkeypatch.setattr(score, "hidden", lambda params, *_: params["h"])
 
 
-def test_temporaries_of_a_chip(topology):
+def test_temporary_memory_per_chip(topology):
     """The table in bf16 and one tile of logits; the dense form has every logit in f32, 1.25 GB."""
-    got, every = gradient(tiled, topology, (1, 1, 1)).temp, gradient(dense, topology, (1, 1, 1)).temp
-    print(f"temp: {got / 1e6:.0f} MB in tiles, {every / 1e6:.0f} MB dense")
+    got, full = gradient(tiled, topology, (1, 1, 1)).temp, gradient(dense, topology, (1, 1, 1)).temp
+    print(f"temp: {got / 1e6:.0f} MB in tiles, {full / 1e6:.0f} MB dense")
     assert got < 0.5e9, f"temp: got {got / 1e9:.2f} GB, want less than 0.5"
-    assert every >= 4 * R * T * V, f"temp of the dense form: got {every / 1e9:.2f} GB: is it still dense?"
+    assert full >= 4 * R * T * V, f"temp of the dense form: got {full / 1e9:.2f} GB: is it still dense?"
 
 
 def test_neither_logits_nor_activations_move(topology):
-    """Over `fsdp` the table and its gradient, once each; over `tensor` the activations' cotangent, once, and numbers a token."""
+    """Over `fsdp` the table and its gradient cross once each; over `tensor` the activations' cotangent, and numbers per token."""
     program = gradient(tiled, topology, (1, 2, 2))
     tokens, width = R * T // 2, V // 2
     moved = [(program.hlo.loops[i.computation], i.kind, a) for i in collectives(program.hlo.all) for a in i.arrays]

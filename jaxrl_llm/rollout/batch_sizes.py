@@ -1,0 +1,79 @@
+"""The fixed sizes of the active batch, its KV cache and prompts, for which the engine's programs are compiled."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.parallel.layout import Layout
+from jaxrl_llm.rollout.config import RolloutConfig
+
+# Minimum rows after compaction: with fewer, matrix products round differently, and reading the weights dominates anyway.
+MIN_ROWS = 8
+# Maximum halvings of the active batch: each size needs another program per window.
+HALVINGS = 2
+# Bytes of a layer's KV cache that fit into a CPU's caches: attention over 4 times as many took 8 times as long.
+CPU_CACHE = 2**22
+# Shortest bucket of prompt lengths; the others are this times 4, 16, ...
+MIN_PROMPT = 128
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """The fixed sizes for which programs are compiled, over all shards."""
+
+    shards: int
+    prompts: tuple[int, ...]
+    """Possible numbers of prompts in the active batch or in one prefill, largest first."""
+    rows_per_group: int
+    """F, rows per sequence group."""
+    groups_per_prompt: int
+    windows: tuple[int, ...]
+    prompt_slots: tuple[int, ...]
+
+    def groups(self, prompts: int) -> int:
+        """Return the number of sequence groups of `prompts` prompts."""
+        return prompts * self.groups_per_prompt
+
+    @staticmethod
+    def of(cfg: RolloutConfig, window: int, prompt_slots: int, max_window: int, shards: int) -> "BatchSizes":
+        """Derive the sizes from the config.
+
+        Args:
+            cfg: the rollouts.
+            window: initial slots of the completions' KV cache.
+            prompt_slots: maximum prompt length.
+            max_window: largest attention window of the model's layers.
+            shards: row shards.
+        """
+        engine, rows_per_group = cfg.engine, cfg.engine.rows_per_prompt_cache or cfg.samples
+        halves = [-(-min(engine.max_concurrent_prompts or cfg.prompts, cfg.prompts) // shards)]
+        while len(halves) <= HALVINGS and halves[-1] > 1 and -(-halves[-1] // 2) * cfg.samples >= MIN_ROWS:
+            halves.append(-(-halves[-1] // 2))
+        most = min(cfg.max_new_tokens, max_window)
+        windows = doubled(min(window, most), most, 2)
+        slots = doubled(min(MIN_PROMPT, prompt_slots), prompt_slots, 4)
+        batches, per_prompt = tuple(n * shards for n in halves), cfg.samples // rows_per_group
+        return BatchSizes(shards, batches, rows_per_group, per_prompt, windows, slots)
+
+
+def doubled(least: int, most: int, factor: int) -> tuple[int, ...]:
+    """Return least, least * factor, ..., ending with `most`."""
+    found = [least]
+    while found[-1] < most:
+        found.append(min(found[-1] * factor, most))
+    return tuple(found)
+
+
+def smallest(sizes: tuple[int, ...], want: int) -> int:
+    """Return the smallest of `sizes` that is at least `want`."""
+    return min(size for size in sizes if size >= want)
+
+
+def first_window(cfg: RolloutConfig, model: ModelConfig, layout: Layout) -> int:
+    """Return the initial window: 128 slots; on a CPU, what keeps a layer's KV cache within the CPU's caches, at least 32."""
+    if not layout.on_cpu:
+        return 128
+    rows = min(cfg.engine.max_concurrent_prompts or cfg.prompts, cfg.prompts) * cfg.samples
+    slot = 2 * rows * model.kv_heads * model.head_dim * np.dtype(np.float32).itemsize
+    return 1 << max(CPU_CACHE // slot, 32).bit_length() - 1
