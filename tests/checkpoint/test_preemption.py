@@ -68,7 +68,7 @@ def cfg(made, tmp_path, monkeypatch) -> RunConfig:
         monkeypatch.setattr(owner, name, once)
 
     for owner, name in (
-        (train, "make_learner"), (train, "make_supervised"), (train, "make_scorer"), (build, "make_scorer"),
+        (build, "make_learner"), (build, "make_supervised"), (build, "make_scorer"),
         (Blueprint, "make_engine"),
     ):  # fmt: skip
         keep(owner, name)
