@@ -333,8 +333,8 @@ def test_the_checker_sees_who_may_not_see_the_whole_config(tmp_path):
         (package / where).mkdir(parents=True)
         (package / where / "a.py").write_text("from jaxrl_llm.config.run_config import RunConfig\n")
     (package / "rollout").mkdir()
-    (package / "rollout" / "a.py").write_text('def f(cfg: RunConfig):\n    """Of a RunConfig."""\n')
-    (package / "rollout" / "b.py").write_text('"""Of a RunConfig."""\n')
+    (package / "rollout" / "a.py").write_text('def f(cfg: RunConfig):\n    """A RunConfig."""\n')
+    (package / "rollout" / "b.py").write_text('"""A RunConfig."""\n')
     assert who_sees_run_config(package) == ["rollout/a.py", "update/a.py"]
 
 

@@ -185,7 +185,7 @@ def as_numpy(params):
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """Of a config's name: the rows of metrics.jsonl, what the run read and drew for each, and what they have to hold. Run once."""
+    """By a config's name: the rows of metrics.jsonl, what the run read and drew for each, and what they have to hold. Run once."""
     # What a number means does not depend on how well its program was compiled, and this halves the time.
     jax.config.update("jax_disable_most_optimizations", True)
 

@@ -67,7 +67,7 @@ def test_masked_end_tokens_have_probability_0():
 
 
 def test_distribution_over_kept_tokens_by_hand():
-    """Of exp = 1, 2, 0, 1 the tokens 1 and 3: two thirds and one third, at temperature 1/2 four fifths and one fifth."""
+    """Tokens 1 and 3 of exp = 1, 2, 0, 1: two thirds and one third, at temperature 1/2 four fifths and one fifth."""
     row, kept_tokens = jnp.stack([LOGITS[1]] * 2), jnp.array([[1, 3, -1]] * 2)
     with np.errstate(divide="ignore"):
         want = np.log([[2 / 3, 1 / 3, 0], [4 / 5, 1 / 5, 0]])

@@ -77,7 +77,7 @@ def compile_once(tmp_path_factory):
                 path.write_bytes(pickle.dumps(compile_program(cfg, lower)))
             program = pickle.loads(path.read_bytes())
         print(
-            f"{name}: {program.seconds:.0f} s to compile; MB a chip: argument {program.argument / 1e6:.0f}, "
+            f"{name}: {program.seconds:.0f} s to compile; MB per chip: argument {program.argument / 1e6:.0f}, "
             f"output {program.output / 1e6:.0f}, temp {program.temp / 1e6:.0f}, alias {program.alias / 1e6:.0f}, "
             f"together {program.chip / 1e6:.0f}"
         )

@@ -143,7 +143,7 @@ class Rows(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the losses that its program holds; a pair needs a row that it shares."""
+        """Losses that its program holds; a pair needs a shared row."""
         names = ALL if self.holds_all else SOME
         return tuple(name for name in names if name != "dpo" or self.kind == "shared_prefix")
 
