@@ -8,7 +8,7 @@ a cache's or a weight's size.
 --layout   of the policy: replicated, wide, or the sizes of separate axes, as 8,1,2
 --program  decode_chunk (default), prefill or publish
 --options  compiler options as JSON
---layers   instead of all of the model's
+--layers   number of layers, by default all of the model's
 """
 
 import argparse
@@ -20,7 +20,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-# Before libtpu loads: no questions to a metadata server, and no lock against other compilations.
+# Before libtpu loads: no requests to a metadata server, and no lock against other compilations.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -37,7 +37,8 @@ from jaxrl_llm.parallel.config import MeshConfig
 from jaxrl_llm.parallel.layout import TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.perf.hlo import HloModule, Instruction, collectives
-from jaxrl_llm.plan import decode_memory as memory
+from jaxrl_llm.perf.work import bytes_per_device
+from jaxrl_llm.plan.decode_memory import decode_memory
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.programs import Programs
@@ -119,10 +120,10 @@ def report(args: argparse.Namespace, cfg: ModelConfig, train: Layout, decode: La
     found = {**given, "sizes": sizes, "seconds": took, "bytes": bytes_of(compiled), "collectives": moved(module)}
     if args.program == "decode_chunk":
         params = abstract_policy(cfg, decode).params
-        predicted = memory.decode_memory(programs_of(args, cfg, decode), params, args.prompts, args.window)
-        layer = {memory.bytes_per_device(x) for x in params["layers"][0].values() if x.ndim > 1}
+        predicted = decode_memory(programs_of(args, cfg, decode), params, args.prompts, args.window)
+        layer = {bytes_per_device(x) for x in params["layers"][0].values() if x.ndim > 1}
         caches = {n // (2 * cfg.layers) for n in (predicted.prompt, predicted.suffix)}
-        tables = {memory.bytes_per_device(params[name]) for name in ("embed", "head") if name in params}
+        tables = {bytes_per_device(params[name]) for name in ("embed", "head") if name in params}
         found["predicted"] = {"chip": predicted.total, **predicted._asdict()}
         found["off"] = round(predicted.total / found["bytes"]["chip"] - 1, 4)
         found["copied"] = {"caches": copied(module, caches), "weights": copied(module, (layer | tables) - caches)}

@@ -35,7 +35,7 @@ from jaxrl_llm.types import Policy, Prompts, Rollouts
 
 KEY = jax.random.key(1)
 FORMS = {
-    "as it is": {},
+    "default": {},
     "chunks of 32": {"decode_chunk": 32},
     "window of 64, doubled": {"window": 64},
     "no growth": {"window": NEW_TOKENS},
@@ -188,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="forms,skew,prompt,soak")
     parser.add_argument("--work", nargs="+", default=["S,64,float32", "M,64,float32"])
-    parser.add_argument("--seconds", type=float, default=60.0, help="of repetitions, for each part and work")
+    parser.add_argument("--seconds", type=float, default=60.0, help="seconds of repetitions for each part and work")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     result = {"command": " ".join(["python -m benchmarks.engine", *sys.argv[1:]]), "machine": machine(), "results": []}

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.quantized [--sizes S,M] [--rows 8,64] ...`: decode with int8 weights beside bf16 and f32.
+"""`python -m benchmarks.quantized [--sizes S,M] [--rows 8,64] ...`: decoding with int8 weights, compared with bf16 and f32.
 
 All variants of one model and number of rows are timed alternately. Two numbers each: new tokens per second of whole
 `generate` calls, and seconds of the matrix products of a decode step alone, each matrix of each layer once.
@@ -24,7 +24,7 @@ from jaxrl_llm.model.transformer import logits
 from jaxrl_llm.types import Policy, PyTree
 
 VARIANTS = {"f32": ("float32", "compute"), "bf16": ("bfloat16", "compute"), "int8": ("bfloat16", "int8")}
-"""Compute dtype and weights."""
+"""Compute dtype, and dtype of the weights, by name."""
 
 
 def products(policy: Policy, rows: int, cfg: ModelConfig) -> Callable[[], object]:
@@ -48,11 +48,11 @@ def calls(work: Workload, params: PyTree) -> dict[str, Callable[[], object]]:
     (train, decode), prompts, found = layouts(), work.make_prompts(), {}
     for name, (compute, weights) in VARIANTS.items():
         variant = dataclasses.replace(work, compute=compute)
-        publish, blank = (
+        publish, empty = (
             make_publish(variant.cfg, train, decode, weights),
             make_empty_policy(variant.cfg, decode, weights),
         )
-        engine, policy = make_engine(variant, weights=weights), publish(params, np.int32(0), blank())
+        engine, policy = make_engine(variant, weights=weights), publish(params, np.int32(0), empty())
         found[f"generate {name}"] = lambda e=engine, p=policy: e.generate(p, prompts, jax.random.key(1))
         found[f"products {name}"] = products(policy, work.rows, variant.cfg)
     return found

@@ -7,10 +7,10 @@ from pathlib import Path
 
 PAGE = """# Benchmarks
 
-Each program beside what the same machine reached, minutes before, with a plain copy or a plain matrix product. Times are medians
-(lowest to highest) of calls taken in turns; compilation is in none. Formulas stand at the head of `benchmarks/generate.py`,
-`update.py` and `publish.py`. What follows, as far as the next
-heading, is written by `python -m benchmarks.table` from `{path}`.
+Each program is compared with a plain copy or a plain matrix product on the same machine, timed minutes before. Times are medians
+(lowest to highest) of calls in turns, without compilation. The formulas are in the docstrings of `benchmarks/generate.py`,
+`update.py` and `publish.py`. `python -m benchmarks.table` writes what follows, up to the next heading, from
+`{path}`.
 """
 
 
@@ -27,13 +27,13 @@ def rows_of(lines: Iterable[list[str]]) -> list[str]:
 
 
 def median_range(time: dict) -> str:
-    """Median (lowest to highest) in ms, and the number of repetitions."""
+    """Return the median (lowest to highest) in ms, and the number of repetitions."""
     low, high = milliseconds(time["low_s"]), milliseconds(time["high_s"])
     return f"{milliseconds(time['median_s'])} ({low} to {high}, n = {time['repetitions']})"
 
 
 def heading(result: dict) -> list[str]:
-    """The machine and its ceilings."""
+    """Description of the machine, and its ceilings."""
     ceilings, machine = result["ceilings"], result["machine"]
     square = ceilings["matmul"]
     return [

@@ -33,15 +33,15 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 class Seen(NamedTuple):
     before: list[str]
-    """Until Ctrl-C: what stayed in the terminal and, of the line that is redrawn, the last of each kind."""
+    """Before Ctrl-C: complete lines, and the last progress line of each kind."""
     after: list[str]
     code: int
     seconds: float
-    """From Ctrl-C to the end, or else from the start."""
+    """From Ctrl-C to the end; from the start if there is no Ctrl-C."""
 
 
 def watch(arguments: str, columns: int, stop_at: str = "") -> Seen:
-    """Run `jaxrl train configs/arithmetic.yaml` in its own terminal; Ctrl-C when what is new matches `stop_at`."""
+    """Run `jaxrl train configs/arithmetic.yaml` in a terminal of its own; press Ctrl-C when new output matches `stop_at`."""
     pid, terminal = pty.fork()
     if not pid:
         command = ["jaxrl", "train", str(CONFIG), *arguments.split()]
@@ -66,15 +66,15 @@ def watch(arguments: str, columns: int, stop_at: str = "") -> Seen:
 
 
 def condensed(shown: str, columns: int) -> list[str]:
-    """Lines that were ended stay; of the line that is redrawn, the last of each kind."""
+    """Complete lines, and the last progress line of each kind."""
     kept: list[tuple[str, str]] = []
-    drawn = ""
+    progress = ""
     for line, end in re.findall(r"([^\r\n]*)([\r\n]+|$)", ESCAPES.sub("", shown)):
         line, is_ended = line.rstrip(), "\n" in end
         kind = "" if is_ended else " ".join(re.findall(r"[a-z]+", line))
-        if not line or (line == drawn and not is_ended):
+        if not line or (line == progress and not is_ended):
             continue
-        drawn = drawn if is_ended else line
+        progress = progress if is_ended else line
         if kept and (kept[-1][1] == line or (kind and kept[-1][0] == kind)):
             kept.pop()
         kept += [(kind, line[n : n + columns]) for n in range(0, len(line), columns)]

@@ -1,9 +1,9 @@
-"""The life of a sample: one response from the data set to the gradient, with its real values at each station.
+"""The life of a sample: one response from the data set to the gradient, with its real values at each stage.
 
     python docs/experiments/life_of_a_sample.py            # half a minute; writes the tables into docs/architecture.md
 
-A tiny model is trained on a few supervised steps, so that some of its responses are right; then one RL step is made by hand with
-the functions that `train.step` calls. `tests/test_architecture_page.py` compares the page with what this script prints.
+A tiny model takes a few supervised steps, so that some of its responses are right; then the script takes one RL step with the
+functions that `train.step` calls. `tests/test_architecture_page.py` compares the page with what this script prints.
 """
 
 import tempfile
@@ -37,7 +37,7 @@ CONFIG = {
 
 
 def shown(value: Any) -> str:
-    """A value as a cell of a table: four digits, flags as 0 and 1."""
+    """Cell of a table for a value: four decimal places, flags as 0 and 1."""
     array = np.asarray(value)
     if array.ndim:
         return " ".join(shown(x) for x in array)
@@ -76,7 +76,7 @@ def in_batch(batch: Batch, r: int) -> dict[str, Any]:
 
 
 def teaching_row(groups: Groups) -> int:
-    """The first right response of a group that has wrong ones too."""
+    """Row of the first right response in a group that also has wrong ones."""
     reward = groups.reward.reshape(len(groups.failure), -1)
     mixed = np.flatnonzero((reward.max(axis=1) > 0) & (reward.min(axis=1) < reward.max(axis=1)))
     p = int(mixed[0])
@@ -138,7 +138,7 @@ def stations(run: train.Run) -> list[str]:
 
 
 def life() -> str:
-    """All stations, as Markdown."""
+    """All stages, as Markdown."""
     with tempfile.TemporaryDirectory() as directory:
         cfg = loading.validate(CONFIG | {"run_dir": f"{directory}/run"}, "life of a sample")
         with train.open_run(cfg, must_resume=False, given=None, ends_process=False) as run:

@@ -1,16 +1,16 @@
-"""Captured against recomputed old log-probs: what the ratio is for, measured by taking it away.
+"""Captured against recomputed old log-probs: the effect of the ratio, measured by removing it.
 
     python docs/experiments/old_logprobs.py              # the runs that the JSON lacks, then the plot and the tables
     python docs/experiments/old_logprobs.py --report     # the plot and the tables alone
 
-Arms, equal but for:
+The arms differ in the old log-probs and the clip only:
 
-    captured     `batch.behavior_logprobs` stays as it was captured while sampling
+    captured     `batch.behavior_logprobs` as captured while sampling
     recomputed   rescored under the current parameters before each update: the famous bug
-    once         rescored once per batch, before its first update: the ratio sees nothing of the lag
-    unclipped    as captured, with bounds beyond every ratio: a ratio, but no clip
+    once         rescored once per batch, before its first update: the ratio does not reflect the lag
+    unclipped    as captured, with bounds that no ratio exceeds: a ratio, but no clip
 
-Each samples with the newest policy (lag 0) or with the one published 4 steps earlier (lag 4). The arms of a seed share the
+Each arm samples with the newest policy (lag 0) or with the one published 4 steps earlier (lag 4). The arms of a seed share the
 held-out prompts, the warm start, the stream of prompts and every random key. Results: docs/old_logprobs.md.
 """
 
@@ -74,7 +74,7 @@ SETUP = dataclasses.replace(
     objective=ObjectiveConfig(advantage=Rloo()),
     update=UpdateConfig(epochs=2, minibatches=2),
 )
-"""All but the seed and the learning rate."""
+"""Everything except the seed and the learning rate."""
 
 
 def config(arm: str, rate: float, seed: int, run_dir: str) -> RunConfig:
@@ -84,7 +84,7 @@ def config(arm: str, rate: float, seed: int, run_dir: str) -> RunConfig:
 
 
 def experiment(cases: list[tuple[str, int, float, int]]) -> None:
-    """Run the cases that the JSON does not hold, each into it when it is done."""
+    """Run the cases that the JSON lacks; each is added to it when it ends."""
     warm: dict[int, PyTree] = {}
     for case in cases:
         if case in {key(r) for r in stored()}:
@@ -117,7 +117,7 @@ def store(runs: list[dict]) -> None:
 
 
 def warm_up(cfg: RunConfig) -> PyTree:
-    """The parameters that all arms of a seed start from."""
+    """Parameters from which all arms of a seed start."""
     given = inputs.read(cfg, trains=True)
     blueprint = blueprint_of(cfg, given)
     supervised = make_supervised(blueprint, given.task)
@@ -136,7 +136,7 @@ class Programs(NamedTuple):
 
 
 def learn(run: Run, warm: PyTree, arm: str, lag: int) -> dict:
-    """One run of RL: the sentence of `train.step`, with a queue of policies and, in one arm, the bug."""
+    """One run of RL: the stages of `train.step`, with a queue of policies and, in one arm, the bug."""
     blueprint, source, learner, cfg = run.blueprint, run.source, run.learner, run.blueprint.cfg
     programs = Programs(
         make_update(blueprint.learner_specs, blueprint.loss, blueprint.optimizer, blueprint.scoring),
@@ -174,7 +174,7 @@ def update(
     arm: str,
     rng: np.random.Generator,
 ) -> tuple[TrainState, list[dict[str, float]]]:
-    """Epochs x minibatches of updates, and the metrics of each that had a token to learn from."""
+    """Epochs x minibatches of updates, and the metrics of those with at least one token in the loss."""
     cfg, loss, found = blueprint.cfg.update, blueprint.loss, []
     if arm == "once":
         experience = rescored(programs.score_step, train.params, experience)
@@ -197,9 +197,9 @@ def rescored(score: Scorer, params: PyTree, part: Experience) -> Experience:
 
 
 def describe(groups: Groups, updates: list[dict[str, float]]) -> dict[str, float]:
-    """One step of RL in numbers. Clip fractions and ratios are over the tokens of the groups that have a signal.
+    """Metrics of one step of RL. Clip fractions and ratios are over the tokens of the groups that have a signal.
 
-    `off_one`, max |r - 1|, is -inf where no minibatch holds such a group, and null in the JSON.
+    `off_one`, max |r - 1|, is -inf if no minibatch has such a group, and null in the JSON.
     """
     tokens = [m["tokens"] for m in updates]
     clipped = [m["clip_ratio/low"] + m["clip_ratio/high"] for m in updates]
@@ -219,7 +219,7 @@ def describe(groups: Groups, updates: list[dict[str, float]]) -> dict[str, float
 
 
 def line(run: dict) -> str:
-    """One run, on one line."""
+    """One-line summary of a run."""
     name = f"lr {run['lr']:g}, {run['arm']}, lag {run['lag']}, seed {run['seed']}"
     path = " ".join(f"{v:.3f}" for v in run["exact"].values())
     steps = {name: np.array(values, float) for name, values in run["steps"].items()}
@@ -231,7 +231,7 @@ def line(run: dict) -> str:
 
 
 def table(runs: list[dict]) -> str:
-    """Markdown, a row for each arm, lag and learning rate. "late" is the mean over the evaluations of steps 60, 80 and 100."""
+    """Markdown table with a row per arm, lag and learning rate. "late" is the mean over the evaluations of steps 60, 80 and 100."""
     rows = [
         "| lr | lag | old log-probs | exact accuracy, each seed | mean | late | clip fraction | max \\|r - 1\\|, first update "
         "| later updates | median step, later updates |",
@@ -251,7 +251,7 @@ def table(runs: list[dict]) -> str:
 
 
 def plot(runs: list[dict]) -> None:
-    """Accuracy, clip fraction and the ratio's distance from 1, a row for each lag; thin lines are seeds, thick their mean."""
+    """Plot accuracy, clip fraction and the ratio's distance from 1, a row per lag; thin lines are seeds, thick lines their mean."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -274,7 +274,7 @@ def plot(runs: list[dict]) -> None:
                 middle = np.median(lines, axis=0) if axis is row[2] else np.mean(lines, axis=0)
                 axis.plot(where, middle, color=color, lw=2, label=arm)
         row[0].set_ylabel(f"lag {lag}")
-        # Logarithmic, but for what lies below 0.01: exactly 0 must show as 0.
+        # Logarithmic, but linear below 0.01: exactly 0 must show as 0.
         row[2].set_yscale("symlog", linthresh=1e-2)
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title)

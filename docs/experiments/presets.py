@@ -1,12 +1,12 @@
-"""Every preset on the arithmetic task, from one warm start: does it learn, and how far beside GRPO?
+"""Every preset on the arithmetic task, from one warm start: final accuracy, also relative to GRPO.
 
     python docs/experiments/presets.py                       # the runs that the JSON lacks, then the table
     python docs/experiments/presets.py --presets verl:grpo   # only these
-    python docs/experiments/presets.py --once                # the runs with one update a batch: is what lags behind off policy?
+    python docs/experiments/presets.py --once                # one update per batch: is off-policy data the cause?
     python docs/experiments/presets.py --report              # the tables alone
 
-All share the warm start, the stream of prompts, the random keys, the optimizer and its rate; only the objective differs. Each batch
-takes four updates; with --once one, of all that it holds.
+All share the warm start, the stream of prompts, the random keys, the optimizer and its learning rate; only the objective differs.
+There are four updates per batch; with --once a single one on the whole batch.
 Results: docs/objectives.md.
 """
 
@@ -41,7 +41,7 @@ from jaxrl_llm.update.optimizer.config import AdamW
 
 STEPS, EVERY, BESIDE = 100, 20, "trl:grpo"
 ONCE = ("trl:grpo", "paper:rloo", "paper:max_rl", "paper:dpo", "verl:gpg", "verl:cispo", "verl:pass_at_k", "skyrl:dppo")
-"""What was below 0.9 of GRPO's accuracy with four updates a batch, and GRPO."""
+"""The presets below 0.9 of GRPO's accuracy with four updates per batch, and GRPO."""
 RESULTS = Path(__file__).parent / "presets.json"
 SETUP = dataclasses.replace(
     RunConfig(),
@@ -65,7 +65,7 @@ def config(preset: str, updates: int, run_dir: str) -> RunConfig:
 
 
 def warm_up() -> PyTree:
-    """The parameters that all presets start from."""
+    """Parameters from which all presets start."""
     cfg = config(BESIDE, 4, SETUP.run_dir)
     given = inputs.read(cfg, trains=True)
     blueprint = blueprint_of(cfg, given)
@@ -103,7 +103,7 @@ def learn(preset: str, updates: int, warm: PyTree) -> dict:
 
 
 def stored() -> dict[tuple[int, str], dict]:
-    """By updates a batch and preset."""
+    """Runs by updates per batch and preset."""
     return {(r["updates"], r["preset"]): r for r in json.loads(RESULTS.read_text())["runs"]} if RESULTS.exists() else {}
 
 
@@ -123,10 +123,13 @@ def late(run: dict) -> float:
 
 
 def table(updates: int) -> str:
-    """Markdown, a row for each preset."""
+    """Markdown table with a row per preset."""
     runs = {name: run for (n, name), run in stored().items() if n == updates}
     own = late(runs[BESIDE])
-    rows = ["| preset | exact accuracy after 20, 40, 60, 80, 100 steps | late | of GRPO's |", "|---|---|---|---|"]
+    rows = [
+        "| preset | exact accuracy after 20, 40, 60, 80, 100 steps | late | relative to GRPO |",
+        "|---|---|---|---|",
+    ]
     for name, run in runs.items():
         path = ", ".join(f"{value:.3f}" for step, value in run["exact"].items() if step != "0")
         rows.append(f"| `{name}` | {path} | {late(run):.3f} | {late(run) / own:.2f} |")
@@ -135,9 +138,9 @@ def table(updates: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--report", action="store_true", help="no runs: the table from the JSON")
+    parser.add_argument("--report", action="store_true", help="no runs; print the table from the JSON")
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), choices=list(PRESETS), help="only these")
-    parser.add_argument("--once", action="store_true", help="one update a batch, of the presets in ONCE")
+    parser.add_argument("--once", action="store_true", help="one update per batch, for the presets in ONCE")
     options = parser.parse_args()
     updates, names = (1, ONCE) if options.once else (4, options.presets)
     missing = [] if options.report else [name for name in names if (updates, name) not in stored()]

@@ -1,14 +1,14 @@
-"""RL from rollouts in 8 bits, with and without truncated importance sampling, beside rollouts in the trainer's own arithmetic.
+"""RL with rollouts in 8 bits, with and without truncated importance sampling, compared with rollouts in the trainer's dtype.
 
     python docs/experiments/quantized.py                 # the runs that the JSON lacks, then the plot and the table
     python docs/experiments/quantized.py --report        # the plot and the table alone
 
-Arms, with the same seed, warm start, stream of prompts, random keys.
+The arms share seed, warm start, stream of prompts and random keys.
 
-    compute            the policy that samples holds f32 weights, as the trainer does; no correction
-    int8               weights in int8, corrected by truncated importance sampling, which is the default then
-    int8 uncorrected   weights in int8; PPO's ratio is to the sampler's log-probs; nothing else corrects the difference
-    int8 kv ...        both, keys and values in int8 too
+    compute            the sampling policy has f32 weights, as the trainer; no correction
+    int8               weights in int8, corrected by truncated importance sampling, the default for quantized sampling
+    int8 uncorrected   weights in int8; PPO's ratio is relative to the sampler's log-probs, and nothing else corrects the difference
+    int8 kv ...        either of the two, with keys and values in int8 too
 
 Results: docs/quantized.md.
 """
@@ -63,7 +63,7 @@ SETUP = dataclasses.replace(
     evaluation=EvaluationConfig(every=EVERY),
     checkpoint=CheckpointConfig(every=1000),
 )
-"""All but the arm and the seed."""
+"""Everything except the arm and the seed."""
 SERIES = (
     "mismatch/kl",
     "mismatch/mean_abs_dlogp",
@@ -82,7 +82,7 @@ def config(arm: str, seed: int, run_dir: str) -> RunConfig:
 
 
 def experiment(cases: list[tuple[str, int]]) -> None:
-    """Run the cases that the JSON does not hold, each into it when it is done."""
+    """Run the cases that the JSON lacks; each is added to it when it ends."""
     for arm, seed in cases:
         if (arm, seed) in {(r["arm"], r["seed"]) for r in stored()}:
             continue
@@ -95,7 +95,7 @@ def experiment(cases: list[tuple[str, int]]) -> None:
 
 
 def describe(rows: list[dict]) -> dict:
-    """A run's curves: exact accuracy where it was evaluated, and each of `SERIES` that it has, a number a step."""
+    """Curves of a run: exact accuracy at each evaluation, and each of `SERIES` that the run has, one number per step."""
     steps = [row for row in rows if row.get("phase") == "rl"]
     exact = {str(i): round(row["eval/exact"], 4) for i, row in enumerate(steps, 1) if "eval/exact" in row}
     number = lambda x: None if x is None or not np.isfinite(x) else float(f"{x:.4g}")  # noqa: E731
@@ -117,10 +117,10 @@ def place(run: dict) -> tuple[int, int]:
 
 
 def table(runs: list[dict]) -> str:
-    """Markdown, a row for each arm. "late" is the mean over the evaluations of steps 60, 80 and 100; mismatch is over all steps."""
+    """Markdown table, a row per arm. "late" is the mean of the evaluations at steps 60, 80 and 100; mismatch is over all steps."""
     rows = [
-        "| sampler | exact accuracy, each seed | mean | late | mismatch KL, nats a token | mean \\|Δ log p\\| | largest "
-        "| share truncated |",
+        "| sampler | exact accuracy, each seed | mean | late | mismatch KL, nats per token | mean \\|Δ log p\\| | largest "
+        "| fraction truncated |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for arm in ARMS:
@@ -140,7 +140,7 @@ def table(runs: list[dict]) -> str:
 
 
 def plot(runs: list[dict]) -> None:
-    """Accuracy and mismatch over the steps; thin lines are seeds, thick their mean."""
+    """Plot accuracy and mismatch over the steps; thin lines are seeds, thick lines their mean."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -171,7 +171,7 @@ def plot(runs: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--report", action="store_true", help="no runs: the plot and the table from the JSON")
+    parser.add_argument("--report", action="store_true", help="no runs; make the plot and the table from the JSON")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="only the runs of these arms")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="only the runs of these seeds")
     options = parser.parse_args()

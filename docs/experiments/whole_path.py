@@ -1,16 +1,16 @@
-"""The whole path on two CPU cores: a tokenizer and a model of our own, saved as anyone's checkpoint, then trained by GRPO as one.
+"""The whole path on two CPU cores: train a tokenizer and a model, export them, then train the exported checkpoint by GRPO.
 
     python docs/experiments/whole_path.py            # about half an hour; resumes where it was stopped
 
 1. tokenizer   a byte-level BPE with a chat template, trained on generated problems
 2. pretrain    `jaxrl train configs/chain_sum_pretrain.yaml`: 5 M parameters of Qwen3's architecture, from scratch, supervised, on
-               answers of which 40 % are wrong; then `jaxrl export`: from here on the directory is anyone's checkpoint
+               answers of which 40 % are wrong; then `jaxrl export`: from here on the directory is used like any other checkpoint
 3. before      `jaxrl eval` of that directory
-4. train       `jaxrl train configs/chain_sum.yaml`: GRPO with reasoning-gym's own scorer
-5. after       `jaxrl export`, and `jaxrl eval` of what it wrote
-6. same        transformers generates greedily from both directories, and so do we: the tokens are equal. Needs an interpreter with
-               torch and transformers in JAXRL_TORCH_PYTHON; left out without one.
-7. report      the numbers, as JSON, into docs/experiments/whole_path.json
+4. train       `jaxrl train configs/chain_sum.yaml`: GRPO with the scorer of reasoning-gym
+5. after       `jaxrl export`, and `jaxrl eval` of the exported directory
+6. same        transformers and our engine generate greedily from both directories: the tokens are equal. Needs an interpreter with
+               torch and transformers in JAXRL_TORCH_PYTHON; skipped without one.
+7. report      writes the numbers into docs/experiments/whole_path.json
 """
 
 import argparse
@@ -32,7 +32,7 @@ NEW_TOKENS = 8
 
 
 def make_tokenizer(out: Path) -> None:
-    """Bytes, merged on generated problems; digits stay single, as in Qwen's."""
+    """Byte-level BPE trained on generated problems; each digit is one token, as in Qwen's tokenizer."""
     import reasoning_gym
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -65,7 +65,7 @@ def make_tokenizer(out: Path) -> None:
 
 
 def jaxrl(*args: object) -> str:
-    """One command line; its standard output. Stops the script where the command fails."""
+    """Run one command and return its standard output. The script ends if the command fails."""
     command = [sys.executable, "-m", "jaxrl_llm.cli", *map(str, args)]
     print("$ jaxrl", *args, flush=True)
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
