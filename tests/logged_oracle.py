@@ -23,7 +23,7 @@ NEVER = -1e30
 
 
 @dataclass
-class Draw:
+class SampledGroups:
     """Rollouts of one sampler call, with their grades and their policy."""
 
     params: dict
@@ -50,7 +50,7 @@ class Draw:
 
 @dataclass
 class Rows:
-    """Prompts and what follows them; one sequence a row."""
+    """Prompts with their completions; one sequence per row."""
 
     full: np.ndarray  # [B T], the completion right behind its prompt
     start: np.ndarray  # [B], prompt tokens
@@ -59,7 +59,7 @@ class Rows:
 
 
 def rows_of(prompts, completions, slots: int) -> Rows:
-    """From lists of tokens."""
+    """Rows from lists of tokens."""
     longest = max(map(len, prompts))
     full = np.full((len(prompts), longest + slots), PAD)
     tokens = np.full((len(prompts), slots), PAD)
@@ -70,11 +70,13 @@ def rows_of(prompts, completions, slots: int) -> Rows:
     return Rows(full, np.array([len(prompt) for prompt in prompts]), tokens, learn)
 
 
-def rows_of_draw(draw: Draw) -> Rows:
-    samples = len(draw.tokens) // len(draw.prompts)
-    prompts = [prompt[:n] for prompt, n in zip(draw.prompts, draw.prompt_length, strict=True) for _ in range(samples)]
-    completions = [tokens[:n] for tokens, n in zip(draw.tokens, draw.length, strict=True)]
-    return rows_of(prompts, completions, draw.tokens.shape[1])
+def rows_of_rollouts(rollouts: SampledGroups) -> Rows:
+    samples = len(rollouts.tokens) // len(rollouts.prompts)
+    prompts = [
+        prompt[:n] for prompt, n in zip(rollouts.prompts, rollouts.prompt_length, strict=True) for _ in range(samples)
+    ]
+    completions = [tokens[:n] for tokens, n in zip(rollouts.tokens, rollouts.length, strict=True)]
+    return rows_of(prompts, completions, rollouts.tokens.shape[1])
 
 
 # --- the model -------------------------------------------------------------------------------------------------------------
@@ -140,13 +142,13 @@ def score(params, rows: Rows, cfg, allowed=None):
         return [np.asarray(x) for x in _scores(wide(params), *inputs(rows, cfg, allowed))]
 
 
-def nucleus(draw: Draw, cfg) -> tuple[np.ndarray | None, np.ndarray]:
+def nucleus(rollouts: SampledGroups, cfg) -> tuple[np.ndarray | None, np.ndarray]:
     """Tokens that each token was sampled from, bool[B C V], by the policy that sampled it (Holtzman et al. 2020: the fewest
-    likeliest tokens that hold `top_p`, of these `support`), and where more would have been in it, bool[B C]."""
-    rows, top_p = rows_of_draw(draw), cfg["rollout"].get("top_p", 1.0)
+    likeliest tokens that hold `top_p`, of these `max_kept_tokens`), and where more would have been in it, bool[B C]."""
+    rows, top_p = rows_of_rollouts(rollouts), cfg["rollout"].get("top_p", 1.0)
     if top_p == 1:
         return None, np.zeros(rows.tokens.shape, bool)
-    p = np.exp(score(draw.params, rows, cfg)[3])
+    p = np.exp(score(rollouts.params, rows, cfg)[3])
     allowed, over = np.zeros(p.shape, bool), np.zeros(rows.tokens.shape, bool)
     for b, c in np.argwhere(rows.learn):
         order, held, count = np.argsort(-p[b, c], kind="stable"), 0.0, 0
@@ -160,72 +162,74 @@ def nucleus(draw: Draw, cfg) -> tuple[np.ndarray | None, np.ndarray]:
 # --- metrics of rollouts ---------------------------------------------------------------------------------------------------
 
 
-def of_rollouts(draw: Draw, cfg) -> dict[str, float]:
-    rows = rows_of_draw(draw)
-    allowed, over = nucleus(draw, cfg)
-    logp, entropy, *_ = score(draw.params, rows, cfg, allowed)
-    last = draw.tokens[np.arange(len(draw.tokens)), draw.length - 1]
-    longest, tokens = int(draw.length.max()), int(draw.length.sum())
-    # All rows start together and the device looks every `interval` steps at whether one is active; the host every `segment` steps.
-    engine, slots = cfg["rollout"]["engine"], draw.tokens.shape[1]
-    segment = min(engine["decode_chunk"], slots)
-    interval = min(engine["eos_interval"], segment)
+def of_rollouts(rollouts: SampledGroups, cfg) -> dict[str, float]:
+    rows = rows_of_rollouts(rollouts)
+    allowed, over = nucleus(rollouts, cfg)
+    logp, entropy, *_ = score(rollouts.params, rows, cfg, allowed)
+    last = rollouts.tokens[np.arange(len(rollouts.tokens)), rollouts.length - 1]
+    longest, tokens = int(rollouts.length.max()), int(rollouts.length.sum())
+    # All rows start together and the device looks every `interval` steps at whether one is active; the host every `chunk` steps.
+    engine, slots = cfg["rollout"]["engine"], rollouts.tokens.shape[1]
+    chunk = min(engine["decode_chunk"], slots)
+    interval = min(engine["eos_interval"], chunk)
     steps = -(-longest // interval) * interval
     found = {
-        "completions/mean_length": np.mean(draw.length),
-        "completions/min_length": min(draw.length),
+        "completions/mean_length": np.mean(rollouts.length),
+        "completions/min_length": min(rollouts.length),
         "completions/max_length": longest,
-        "completions/clipped_ratio": np.mean((draw.length == slots) & (last != END)),
+        "completions/clipped_ratio": np.mean((rollouts.length == slots) & (last != END)),
         "completions/tokens": tokens,
-        "completions/crc32": zlib.crc32(draw.tokens.astype("<i4").tobytes()),
-        "sampling/mean_logprob": np.mean((logp + draw.noise)[rows.learn]),
+        "completions/crc32": zlib.crc32(rollouts.tokens.astype("<i4").tobytes()),
+        "sampling/mean_logprob": np.mean((logp + rollouts.noise)[rows.learn]),
         "sampling/entropy": np.mean(entropy[rows.learn]),
         "sampling/support_overflow": np.mean(over[rows.learn]),
         "rollout/steps": steps,
-        "rollout/segments": -(-steps // segment),
+        "rollout/segments": -(-steps // chunk),
         "rollout/live_rows": tokens / steps,
-        "rollout/waste": 1 - tokens / (steps * len(draw.tokens)),
-        "groups/graded": np.sum(draw.graded),
+        "rollout/waste": 1 - tokens / (steps * len(rollouts.tokens)),
+        "groups/graded": np.sum(rollouts.graded),
     }
-    reward = draw.reward(cfg)[draw.graded]
+    reward = rollouts.reward(cfg)[rollouts.graded]
     if len(reward):
         found["reward"] = reward.mean()
         found["reward_std"] = np.mean([np.sqrt(sum((r - g.mean()) ** 2 for r in g) / (len(g) - 1)) for g in reward])
         found["frac_reward_zero_std"] = np.mean([len(set(g)) == 1 for g in reward])
     for n, grader in enumerate(cfg["reward"]["graders"]):
         if len(reward):
-            found[f"rewards/{grader['name']}/mean"] = draw.parts[n, draw.graded].astype(np.float64).mean()
-        lost = Counter(draw.failure[draw.failed_by == n].tolist())
+            found[f"rewards/{grader['name']}/mean"] = rollouts.parts[n, rollouts.graded].astype(np.float64).mean()
+        lost = Counter(rollouts.failure[rollouts.failed_by == n].tolist())
         found |= {f"rewards/{grader['name']}/{FAILURES[kind]}": lost[kind] for kind in range(1, len(FAILURES))}
     return found
 
 
 def majority(votes, right) -> float:
-    """The chance that the most frequent answer is right, ties broken at random; 0 is no answer."""
+    """Probability that the most frequent answer is right, ties broken at random; 0 is no answer."""
     counts = Counter(vote for vote in votes if vote)
     most = [answer for answer, n in counts.items() if n == max(counts.values())]
     return float(np.mean([right[votes == answer].mean() for answer in most])) if most else 0.0
 
 
-def of_evaluation(params, draw: Draw, cfg) -> dict[str, float]:
+def of_evaluation(params, rollouts: SampledGroups, cfg) -> dict[str, float]:
     """`params` of the trainer; the policy was made of them."""
     k, found = cfg["rollout"]["samples"], {}
-    prompts = [prompt[:n] for prompt, n in zip(draw.prompts, draw.prompt_length, strict=True)]
+    prompts = [prompt[:n] for prompt, n in zip(rollouts.prompts, rollouts.prompt_length, strict=True)]
     texts = ["".join(ALPHABET[t - 1] for t in prompt) for prompt in prompts]
     sums = [str(sum(map(int, text.strip("<>").split("+")))) + "#" for text in texts]
-    rows = rows_of(prompts, [[1 + ALPHABET.index(c) for c in text] for text in sums], draw.tokens.shape[1])
+    rows = rows_of(prompts, [[1 + ALPHABET.index(c) for c in text] for text in sums], rollouts.tokens.shape[1])
     logp = score(params, rows, cfg)[0]
     found["eval/exact"] = np.mean([np.exp(x[here].sum()) for x, here in zip(logp, rows.learn, strict=True)])
-    right = (draw.parts[0] >= 1.0)[draw.graded]
-    if not draw.graded.all():
-        found["eval/left_out"] = np.sum(~draw.graded)
+    right = (rollouts.parts[0] >= 1.0)[rollouts.graded]
+    if not rollouts.graded.all():
+        found["eval/left_out"] = np.sum(~rollouts.graded)
     if len(right):
         found["eval/pass@1"] = right.mean()
         found[f"eval/pass@{k}"] = right.any(axis=1).mean()
-        found[f"eval/maj@{k}"] = np.mean([majority(*both) for both in zip(draw.vote[draw.graded], right, strict=True)])
+        found[f"eval/maj@{k}"] = np.mean(
+            [majority(*both) for both in zip(rollouts.vote[rollouts.graded], right, strict=True)]
+        )
     if cfg["experience"].get("replay"):
-        rows = rows_of_draw(draw)
-        d = score(params, rows, cfg, nucleus(draw, cfg)[0])[0] - draw.behavior
+        rows = rows_of_rollouts(rollouts)
+        d = score(params, rows, cfg, nucleus(rollouts, cfg)[0])[0] - rollouts.behavior
         rows.learn[cfg["rollout"]["prompts"] * k :] = False
         found["eval/mismatch_kl"] = np.mean((np.exp(d) - 1 - d)[rows.learn])
     return found

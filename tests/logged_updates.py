@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from logged_oracle import Draw, Rows, inputs, nucleus, rows_of, rows_of_draw, score, scores_of, wide
+from logged_oracle import Rows, SampledGroups, inputs, nucleus, rows_of, rows_of_rollouts, score, scores_of, wide
 
 # --- losses ----------------------------------------------------------------------------------------------------------------
 
@@ -79,7 +79,7 @@ class Update:
 
 @dataclass
 class Step:
-    draw: Draw
+    rollouts: SampledGroups
     updates: list[Update]
 
 
@@ -94,24 +94,24 @@ class Numbers:
     """Metrics per pair."""
 
 
-def kept_groups(draw: Draw, cfg) -> list[int]:
-    reward = draw.reward(cfg)
+def kept_groups(rollouts: SampledGroups, cfg) -> list[int]:
+    reward = rollouts.reward(cfg)
     all_equal = [len(set(group)) == 1 for group in reward]
     return [
         p
         for p in range(len(reward))
-        if draw.graded[p] and not (cfg["experience"]["filter"] == "has_signal" and all_equal[p])
+        if rollouts.graded[p] and not (cfg["experience"]["filter"] == "has_signal" and all_equal[p])
     ]
 
 
 def learned_groups(step: Step, earlier: list[Step], cfg) -> list[set[tuple[int, int]]]:
-    """(step, group) of each update's tokens; a log-prob that no draw gave is a KeyError."""
+    """(step, group) of each update's tokens. Raises KeyError for a log-prob that was not sampled."""
     steps, samples = [*earlier, step], cfg["rollout"]["samples"]
     where = {}
     for i, one in enumerate(steps):
-        tokens = np.argwhere(rows_of_draw(one.draw).learn)
-        where |= {one.draw.behavior[b, c].item(): (i, int(b) // samples) for b, c in tokens}
-    assert len(where) == sum(one.draw.length.sum() for one in steps)
+        tokens = np.argwhere(rows_of_rollouts(one.rollouts).learn)
+        where |= {one.rollouts.behavior[b, c].item(): (i, int(b) // samples) for b, c in tokens}
+    assert len(where) == sum(one.rollouts.length.sum() for one in steps)
     return [{where[x] for x in update.learned.tolist()} for update in step.updates]
 
 
@@ -119,9 +119,9 @@ def places_of(step: Step, earlier: list[Step], cfg) -> tuple[list[tuple[int, int
     """The group (step, number) in each place of the batch, and whether it counts. Each epoch goes once over all that count: the
     kept groups, and in places of dropped ones older groups, as many as there are."""
     now, update = len(earlier), cfg["update"]
-    kept = {(now, p) for p in kept_groups(step.draw, cfg)}
-    older = {(i, p) for i, one in enumerate(earlier) for p in kept_groups(one.draw, cfg)}
-    groups, dropped = learned_groups(step, earlier, cfg), len(step.draw.prompts) - len(kept)
+    kept = {(now, p) for p in kept_groups(step.rollouts, cfg)}
+    older = {(i, p) for i, one in enumerate(earlier) for p in kept_groups(one.rollouts, cfg)}
+    groups, dropped = learned_groups(step, earlier, cfg), len(step.rollouts.prompts) - len(kept)
     counted = set().union(*groups)
     replayed = counted - kept
     assert replayed <= older
@@ -131,7 +131,7 @@ def places_of(step: Step, earlier: list[Step], cfg) -> tuple[list[tuple[int, int
         epoch = groups[n : n + update["minibatches"]]
         assert kept <= set().union(*epoch) == counted and sum(map(len, epoch)) == len(counted)
     waiting = sorted(replayed)
-    places = [(now, p) if (now, p) in kept or not waiting else waiting.pop() for p in range(len(step.draw.prompts))]
+    places = [(now, p) if (now, p) in kept or not waiting else waiting.pop() for p in range(len(step.rollouts.prompts))]
     return places, np.array([place in counted for place in places])
 
 
@@ -180,7 +180,7 @@ def of_step(step: Step, earlier: list[Step], reference, cfg) -> tuple[dict[str, 
     each = [of_update(update, x, rows, cfg) for update in step.updates]
     some = [numbers for numbers in each if numbers]
     fresh = found["groups/replayed"] == 0
-    found |= {"updates": len(some), "alarm/ratio": 0.0, "groups/kept": len(kept_groups(step.draw, cfg))}
+    found |= {"updates": len(some), "alarm/ratio": 0.0, "groups/kept": len(kept_groups(step.rollouts, cfg))}
     assert all(np.ptp(n.tokens["ratio"]) > 1e-6 for n in some[1:]), "ratios that differ ring no alarm"
     if some:
         found |= {name: np.mean([n.whole[name] for n in some]) for name in some[0].whole}
@@ -194,10 +194,14 @@ def of_step(step: Step, earlier: list[Step], reference, cfg) -> tuple[dict[str, 
 
 
 def batch_of(step: Step, earlier: list[Step], reference, cfg):
-    """What all updates of a step share: arrays of the loss, its rows, and their metrics."""
-    draws, samples, objective = [one.draw for one in [*earlier, step]], cfg["rollout"]["samples"], cfg["objective"]
+    """Shared by all updates of a step: arrays of the loss, its rows, and their metrics."""
+    sampled, samples, objective = (
+        [one.rollouts for one in [*earlier, step]],
+        cfg["rollout"]["samples"],
+        cfg["objective"],
+    )
     places, counts = places_of(step, earlier, cfg)
-    before, allowed = [rows_of_draw(draw) for draw in draws], [nucleus(draw, cfg)[0] for draw in draws]
+    before, allowed = [rows_of_rollouts(one) for one in sampled], [nucleus(one, cfg)[0] for one in sampled]
 
     def lay(arrays):
         return np.concatenate([arrays[i][p * samples : (p + 1) * samples] for i, p in places])
@@ -205,8 +209,8 @@ def batch_of(step: Step, earlier: list[Step], reference, cfg):
     rows = Rows(*(lay([getattr(one, name) for one in before]) for name in ("full", "start", "tokens", "learn")))
     rows.learn = rows.learn & np.repeat(counts, samples)[:, None]
     allowed = None if allowed[0] is None else lay(allowed)
-    behavior = lay([draw.behavior for draw in draws]).astype(np.float64)
-    reward = np.stack([draws[i].reward(cfg)[p] for i, p in places])
+    behavior = lay([one.behavior for one in sampled]).astype(np.float64)
+    reward = np.stack([sampled[i].reward(cfg)[p] for i, p in places])
     start = score(step.updates[0].params, rows, cfg, allowed)
     x = {"inputs": inputs(rows, cfg, allowed), "behavior": behavior, "proximal": start[0], "reference": behavior}
     x |= {"reference": score(reference, rows, cfg, allowed)[0]}

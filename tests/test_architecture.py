@@ -216,7 +216,7 @@ def test_config_command_line_and_graders_load_without_jax(path):
     assert path.exists() and heavy_at_import(PACKAGE, path) == []
 
 
-def test_and_so_they_do():
+def test_light_modules_load_without_jax_when_imported():
     modules = ", ".join(module_of(PACKAGE, path) for path in [*LIGHT, *PACKAGE.glob("*/__init__.py")])
     code = f"import sys, {modules}; print(sorted({{m.split('.')[0] for m in sys.modules}} & {HEAVY}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
@@ -228,7 +228,7 @@ def test_every_rule_is_about_a_package_that_exists():
     assert {path.name.removesuffix(".py") for path in there} == set(ALLOWED)
 
 
-def test_no_rule_allows_what_nobody_does():
+def test_no_rule_allows_an_unused_import():
     """A right that no file uses would let a wrong import pass unseen. Foundations and stages are open to those above them."""
     used: dict[str, set[str]] = {}
     for path in files(PACKAGE):
@@ -246,7 +246,7 @@ def test_every_package_holds_code():
     ] == []
 
 
-def test_the_table_says_what_the_design_says():
+def test_the_table_follows_the_design():
     for stage in STAGES:
         assert not {name.split(".")[0] for name in ALLOWED[stage]} & (STAGES - {stage})
         assert ("distribution" in ALLOWED[stage]) == (stage in {"rollout", "objective", "update"})

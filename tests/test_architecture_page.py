@@ -15,7 +15,7 @@ CODE = "import life_of_a_sample as it; print(it.BEGIN, it.life(), it.END, sep='\
 
 
 def printed() -> str:
-    """What the script makes, on one device."""
+    """Output of the script, on one device."""
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "1",

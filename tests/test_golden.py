@@ -67,7 +67,7 @@ def written(name: str) -> str:
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.stem)
-def test_a_named_config_says_what_it_said(path):
+def test_a_named_config_equals_its_golden_file(path):
     """`GOLDEN_CONFIGS=update` stores them again."""
     found = "\n".join(flat(yaml.safe_load(saved_config.to_yaml(loading.load(path))))) + "\n"
     if os.environ.get("GOLDEN_CONFIGS") == "update":
@@ -75,7 +75,7 @@ def test_a_named_config_says_what_it_said(path):
     assert found == written(path.stem)
 
 
-def test_a_preset_says_what_it_said():
+def test_the_presets_equal_their_golden_file():
     parts = {
         name: yaml.safe_load(saved_config.to_yaml(loading.validate({"objective": name}, name)))["objective"]
         for name in PRESETS

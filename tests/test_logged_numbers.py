@@ -1,7 +1,7 @@
 """Every number that a run logs, against `logged_oracle`, which recomputes it from the run's arrays.
 
-Of a run this takes what it reads and what it draws, nothing that it computes of these: parameters before each update, rollouts and
-grades, the rows of the warm start, and which tokens were in an update's loss.
+Taken from a run are its inputs and its samples, nothing computed from them: parameters before each update, rollouts and grades, the
+rows of the warm start, and the tokens in each update's loss.
 """
 
 import re
@@ -55,7 +55,7 @@ BASE = {
     "experience": {"filter": "none"},
 }
 ROLLOUT = {"prompts": 8, "samples": 4, "max_new_tokens": 4, "temperature": 1.0}
-# What each of them is there for: `test_the_runs_hold_what_they_are_there_for`.
+# Cases that each of them is meant for: `test_the_runs_contain_the_cases_they_are_meant_for`.
 GRPO = BASE | {
     "warm_start": {"steps": 1, "rows": 16, "noise": 0.5, "optimizer": {"lr": 3e-3}},
     "rollout": ROLLOUT | {"engine": {"decode_chunk": 2, "eos_interval": 1, "compact": False}},
@@ -153,15 +153,15 @@ class Recording:
             noise = np.where(rollouts.sampled, self.rng.normal(0, 0.05, rollouts.tokens.shape), 0).astype(np.float32)
             rollouts = rollouts.replace(behavior_logprobs=rollouts.behavior_logprobs + noise)
             of_group = len(groups.failure), len(groups.vote) // len(groups.failure)
-            draw = oracle.Draw(
+            sampled_groups = oracle.SampledGroups(
                 None, prompts.tokens, prompts.length, rollouts.tokens, rollouts.length, noise, rollouts.behavior_logprobs,
                 np.moveaxis(groups.components.reshape(*of_group, -1), -1, 0), groups.failure, groups.failed_by,
                 groups.vote.reshape(of_group),
             )  # fmt: skip
             if rows is collect.task.held_out:
-                self.rows[-1]["answers"] = draw
+                self.rows[-1]["answers"] = sampled_groups
             else:
-                self.rows.append({"phase": "rl", "draw": draw, "updates": []})
+                self.rows.append({"phase": "rl", "rollouts": sampled_groups, "updates": []})
             return got._replace(groups=groups.replace(rollouts=rollouts))
 
         return collected
@@ -185,7 +185,7 @@ def as_numpy(params):
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """By a config's name: the rows of metrics.jsonl, what the run read and drew for each, and what they have to hold. Run once."""
+    """Runs by the name of their config: rows of metrics.jsonl, each with its inputs, samples and expected numbers. Run once."""
     # What a number means does not depend on how well its program was compiled, and this halves the time.
     jax.config.update("jax_disable_most_optimizations", True)
 
@@ -213,16 +213,16 @@ def expected(rows: list[dict], cfg) -> list[tuple[dict, list]]:
     """For each row of metrics.jsonl: its numbers, and those of each of its updates."""
     found, earlier, num_tokens = [], [], 0
     first = next(row["updates"][0].params for row in rows if row.get("updates"))
-    step = 0 if "draw" not in rows[0] and rows[0]["phase"] == "rl" else 1
+    step = 0 if "rollouts" not in rows[0] and rows[0]["phase"] == "rl" else 1
     for row in rows:
         numbers, each = {"step": step, "phase": row["phase"]}, []
         if row["phase"] == "warm_start":
             numbers |= updates.of_warm_start(row["params"], *zip(*row["learned"], strict=True), cfg)
-        if "draw" in row:
-            row["draw"].params = row["updates"][0].params
-            taken = updates.Step(row["draw"], row["updates"])
+        if "rollouts" in row:
+            row["rollouts"].params = row["updates"][0].params
+            taken = updates.Step(row["rollouts"], row["updates"])
             of_updates, each = updates.of_step(taken, earlier, first, cfg)
-            numbers |= oracle.of_rollouts(row["draw"], cfg) | of_updates
+            numbers |= oracle.of_rollouts(row["rollouts"], cfg) | of_updates
             num_tokens += numbers["completions/tokens"]
             numbers |= {"num_tokens": num_tokens, "prompts/first_uid": len(earlier) * cfg["rollout"]["prompts"]}
             earlier.append(taken)
@@ -236,7 +236,7 @@ def expected(rows: list[dict], cfg) -> list[tuple[dict, list]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_logged_number_is_what_its_definition_says(recorded, name):
+def test_every_logged_number_follows_its_definition(recorded, name):
     for row, _, (want, _) in recorded(name):
         got = {key: value for key, value in row.items() if not MEASURED.fullmatch(key) and key != "warnings"}
         # Nothing else goes wrong in these runs.
@@ -254,8 +254,8 @@ def agrees(name: str, got, want) -> bool:
 
 
 @pytest.mark.slow
-def test_the_runs_hold_what_they_are_there_for(recorded):
-    """Else the test above would say nothing of it."""
+def test_the_runs_contain_the_cases_they_are_meant_for(recorded):
+    """Otherwise the test above would not cover them."""
     warm, *steps = recorded("grpo")
     assert warm[0]["phase"] == "warm_start" and {"eval/exact", "eval/pass@1"} <= warm[0].keys()
     for row, _, (_, each) in steps:
@@ -284,8 +284,8 @@ def test_a_minibatch_without_a_token_changes_no_parameter(recorded):
 
 
 @pytest.mark.slow
-def test_mutants_means_over_what_is_not_there(recorded):
-    """The faults of before, put into the numbers of the same runs, differ from what was logged."""
+def test_mutants_with_means_over_empty_updates(recorded):
+    """Earlier bugs, applied to the numbers of the same runs, differ from the logged values."""
     for row, _, (_, each) in recorded("grpo")[1:]:
         some = [numbers for numbers in each if numbers]
         for name in ("loss", "grad_norm"):
@@ -299,7 +299,7 @@ def test_mutants_means_over_what_is_not_there(recorded):
     row, read, _ = recorded("ppo")[-1]
     answers, k = read["answers"], PPO["rollout"]["samples"]
     allowed, _ = oracle.nucleus(answers, PPO)
-    d = oracle.score(read["evaluated"], oracle.rows_of_draw(answers), PPO, allowed)[0] - answers.behavior
+    d = oracle.score(read["evaluated"], oracle.rows_of_rollouts(answers), PPO, allowed)[0] - answers.behavior
     # Five held-out prompts in a batch of eight: three were counted twice.
     twice = [(np.exp(x) - 1 - x)[: answers.length[b]] for b, x in enumerate(d) for _ in range(1 + (b < 3 * k))]
     assert not agrees("eval/mismatch_kl", row["eval/mismatch_kl"], np.concatenate(twice).mean())
@@ -313,7 +313,7 @@ def defined() -> list[str]:
 
 
 @pytest.mark.slow
-def test_every_logged_number_is_defined_in_the_docs_and_the_other_way_round(recorded):
+def test_the_logged_numbers_are_those_defined_in_the_docs(recorded):
     logged = {key for name in CONFIGS for row, *_ in recorded(name) for key in row}
     assert {key for key in logged if not any(re.fullmatch(pattern, key) for pattern in defined())} == set()
     # The maker of this chip states no peak.

@@ -50,7 +50,7 @@ def responses(run_dir) -> list[list[dict]]:
 def test_each_custom_stage_takes_effect(undisturbed):
     steps, metrics = responses(undisturbed[0]), [row for row in rows(undisturbed[0]) if row["step"]]
     visits = Counter(row["prompt"] for step in steps for row in step if row["sample"] == 0)
-    # 40 rows, 8 a step: the curriculum takes each once before any comes twice.
+    # 40 rows, 8 per step: the curriculum takes each once before any comes twice.
     assert len(visits) == 40 and sorted(visits.values()) == [1] * 32 + [2] * 8
     for row_metrics, step in zip(metrics, steps, strict=True):
         reward = np.array([0.1 * max([int(c) for c in row["completion"] if c.isdigit()], default=0) for row in step])
@@ -64,7 +64,7 @@ def test_each_custom_stage_takes_effect(undisturbed):
 
 @pytest.mark.slow
 def test_the_script_of_the_page_runs(undisturbed, environment, tmp_path):  # noqa: F811
-    """With the small config of this test in place of the page's."""
+    """The page's script, with the small config of this test."""
     page = (ROOT / "docs" / "extending.md").read_text()
     script = page.rpartition("```python\n")[2].partition("```")[0]
     assert 'Path("configs/arithmetic.yaml")' in script

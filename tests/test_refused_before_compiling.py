@@ -154,7 +154,7 @@ def test_sampling_needs_no_memory_for_training(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_no_config_needs_more_than_its_plan(name):
-    """What the check counts is below the estimate of `jaxrl plan`, so that nothing that fits is refused; also where 2,048 rows x 8
+    """The check counts less than the estimate of `jaxrl plan`, so that nothing that fits is refused; also where 2,048 rows x 8
     heads x 128 numbers exceed the caches of a CPU."""
     cfg = dataclasses.replace(
         load(ROOT / "configs" / f"{name}.yaml"), model=read_model(ROOT / "benchmarks/shapes" / SHAPES[name], "bfloat16")

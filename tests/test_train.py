@@ -1,4 +1,4 @@
-"""Whole runs: what they record, that they compile once, and that nothing which stops them changes what they compute."""
+"""Whole runs: their records, a single compilation, and equal results after any interruption."""
 
 import dataclasses
 import json
@@ -38,13 +38,13 @@ evaluation: {{every: 5}}
 checkpoint: {{every: {every}}}
 metrics: {{rollout_groups: -1, tensorboard: false, samples_every: 0}}
 """
-# What a clock or a compiler says; everything else must come out the same.
+# Measured by a clock or the compiler; everything else must be equal.
 CLOCKED = ("time/", "tokens_per_s", "compiles", "rollout/ceiling_fraction", "update/")
 
 
 @pytest.fixture(scope="session")
 def environment():
-    """For runs as processes of their own, of one device; the cache of compiled programs is the suite's."""
+    """Environment of runs in their own process with one device; the cache of compiled programs is the suite's."""
     mine = ("JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("JAX", "XLA")) or k.startswith(mine)}
     return clean | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT / "tests")}
@@ -89,7 +89,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory, environment):
-    """A run that nobody disturbed: 3 steps of warm start, 24 of RL."""
+    """Undisturbed run: 3 steps of warm start, 24 of RL."""
     directory = tmp_path_factory.mktemp("reference")
     config = write_config(directory, steps=24)
     run(config, directory / "run", environment)
@@ -184,7 +184,7 @@ def test_sigterm_saves_and_the_resumed_run_is_the_same(reference, environment, t
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("kills", "apart"), [(1, 9), pytest.param(8, 2, marks=pytest.mark.soak)])
 def test_sigkill_at_random_instants_and_the_resumed_run_is_the_same(reference, environment, tmp_path, kills, apart):
-    """A save is under way most of the time: every step is due. Killed again and again, the run must not notice."""
+    """A save is under way most of the time: every step is due. Killed again and again, the run must have the same result."""
     undisturbed, config = reference
     rng = random.Random(1)
     run_dir, done = tmp_path / "run", 0
@@ -222,7 +222,7 @@ def test_a_changed_checkpoint_is_named_and_the_one_before_is_used(reference, env
 
 
 @pytest.mark.slow
-def test_when_no_checkpoint_can_be_read_the_run_does_not_start_afresh(reference, environment, tmp_path):
+def test_when_no_checkpoint_can_be_read_the_run_does_not_start_again(reference, environment, tmp_path):
     undisturbed, config = reference
     run_dir = copy(undisturbed, tmp_path / "run")
     for path in (run_dir / "checkpoints").rglob("*"):
@@ -234,7 +234,7 @@ def test_when_no_checkpoint_can_be_read_the_run_does_not_start_afresh(reference,
 
 
 @pytest.mark.slow
-def test_another_mesh_goes_on_with_the_same_losses(reference, environment, tmp_path):
+def test_another_mesh_resumes_with_the_same_losses(reference, environment, tmp_path):
     undisturbed, config = reference
     run_dir = copy(undisturbed, tmp_path / "run")
     for step in (26, 27):
@@ -313,7 +313,7 @@ def tiny_run(tmp_path: Path, **changes) -> RunConfig:
 
 
 @pytest.mark.slow
-def test_a_step_that_sigterm_gives_up_between_segments_is_done_again(tmp_path, monkeypatch):
+def test_a_step_that_sigterm_abandons_between_chunks_is_repeated(tmp_path, monkeypatch):
     """Asked to stop while step 6 samples, in chunks of two tokens: step 5 is saved, and the resumed run is the same."""
     from jaxrl_llm import train
 
@@ -354,7 +354,7 @@ def test_nothing_compiles_after_warm_up(tmp_path):
                 done = train.step(run.learner, run.source, state, policy, np.random.default_rng((0, int(state.step))))
                 state, policy, metrics = done.state, done.policy, train.summary(run, done)
                 run.context.recorder.log(int(state.step), metrics)
-                # Fresh data, first update: what is left is the sampler's own error against the trainer.
+                # Fresh data, first update: the remaining difference is the sampler's error against the trainer.
                 away.append(metrics["mismatch/max_abs_dlogp"])
             train.evaluate(run, state.train.params, policy)
             run_context.save(run.context, state)
@@ -423,7 +423,7 @@ def test_supervised_training_keeps_the_directory_for_the_whole_run(tmp_path):
 
 
 def test_supervised_updates_that_are_not_finite_count_on_in_rl(tmp_path, monkeypatch):
-    """The last of them saves nothing and pushes nothing sound out."""
+    """The last of them saves nothing and replaces no finite checkpoint."""
     from jaxrl_llm import train
     from jaxrl_llm.roles import build
 

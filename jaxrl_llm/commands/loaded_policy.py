@@ -40,7 +40,7 @@ class LoadedPolicy(NamedTuple):
     params: PyTree | None
     """The trainer's parameters; None for a pretrained model, which is loaded for sampling only."""
     name: str
-    """Where the policy comes from, for output."""
+    """Source of the policy, for output."""
     step: int
 
 

@@ -9,7 +9,7 @@ from pydantic import ConfigDict
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """What is written and shown, and how often."""
+    """Metrics written and shown, and their intervals."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 

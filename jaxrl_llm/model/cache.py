@@ -25,7 +25,7 @@ AXES = ("rows", "heads", None, None)
 
 
 class CacheFormat(NamedTuple):
-    """How keys and values are stored and written, chosen once when programs are built. Affects speed and, with int8, rounding."""
+    """Storage format of keys and values, chosen once when programs are built. Affects speed and, with int8, rounding."""
 
     int8: bool = False
     """Store `QuantizedKV`; otherwise arrays in the compute dtype."""

@@ -44,26 +44,26 @@ def decode_step(
     cfg: ModelConfig,
     length: Int[np.ndarray, " U"],
     age: Int[np.ndarray, " U"],
-    rows_per_unit: int,
+    rows_per_group: int,
     bytes_per_number: float,
 ) -> Work:
     """Return the minimum work of one decode step over the whole mesh, without reading the weights: the prompt's keys and values
-    read once per unit, a row's own once per row, new ones written; products with weights, scores and values.
+    read once per sequence group, a row's own once per row, new ones written; products with weights, scores and values.
 
     Args:
         cfg: the model.
-        length: prompt tokens of each unit (U), a prompt and the rows that share its KV cache.
-        age: tokens that the rows of each unit have sampled so far.
-        rows_per_unit: rows that share one prompt.
+        length: prompt tokens of each sequence group (U): a prompt and the rows that share its KV cache.
+        age: tokens that the rows of each sequence group have sampled so far.
+        rows_per_group: rows that share one prompt.
         bytes_per_number: bytes per cached number, scales included.
     """
     prompt, own = 0.0, 0.0
     for window in attention_windows(cfg):
         prompt += np.minimum(length, np.maximum(window - age - 1, 0)).sum()
-        own += rows_per_unit * np.minimum(age + 1, window).sum()
-    rows = rows_per_unit * len(age)
+        own += rows_per_group * np.minimum(age + 1, window).sum()
+    rows = rows_per_group * len(age)
     numbers = 2 * cfg.kv_heads * cfg.head_dim * (prompt + own + rows * cfg.layers)
-    return Work(bytes_per_number * numbers, forward_flops(cfg, rows_per_unit * prompt + own, rows, rows))
+    return Work(bytes_per_number * numbers, forward_flops(cfg, rows_per_group * prompt + own, rows, rows))
 
 
 def attention_pairs(cfg: ModelConfig, position: Int[np.ndarray, "R T"], real: Bool[np.ndarray, "R T"]) -> int:

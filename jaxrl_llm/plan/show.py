@@ -84,7 +84,7 @@ def predicted_table(report: Report) -> str:
 
 
 def verdict(report: Report) -> str:
-    """Whether the run fits, or what to change."""
+    """Verdict on whether the run fits, or the changes needed."""
     peak, limit = report["peak"], report["chip"]["memory"]
     if report["fits"]:
         return f"fits: {_gb(peak['bytes'])} GB of {limit / GB:.0f}, largest in {peak['phase']}"

@@ -61,7 +61,7 @@ class UpdateConfig:
     attention: Literal["auto", "plain", "blocks", "splash", "cudnn"] = "auto"
     """Attention implementation for whole rows: docs/update.md."""
     remat: Literal["auto", "none", "attention", "layer", "offload"] = "auto"
-    """What the backward pass recomputes instead of storing it: docs/update.md."""
+    """Activations that the backward pass recomputes instead of storing: docs/update.md."""
     optimizer: OptimizerConfig = field(default_factory=AdamW)
     guards: GuardConfig = field(default_factory=GuardConfig)
 

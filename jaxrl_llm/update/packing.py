@@ -127,13 +127,13 @@ def _within(begins: Bool[np.ndarray, " n"], total: Int[np.ndarray, " n"], own: n
 
 
 def _rows(sizes: Int[np.ndarray, " S"], shape: BatchShape) -> tuple[np.ndarray, np.ndarray]:
-    """Return the turn and the row of each sequence group: one per row, or largest first into the first row with room."""
+    """Return the turn and the row of each sequence group: one per row, or largest first into the first row with enough slots."""
     if shape.kind == "none":
         return np.arange(len(sizes)), np.arange(len(sizes))
-    turn, row_of, room = np.zeros(len(sizes), int), np.zeros(len(sizes), int), np.full(len(sizes), shape.slots)
+    turn, row_of, free = np.zeros(len(sizes), int), np.zeros(len(sizes), int), np.full(len(sizes), shape.slots)
     for n, u in enumerate(np.argsort(-sizes, kind="stable")):
-        turn[u], row_of[u] = n, np.argmax(room >= sizes[u])
-        room[row_of[u]] -= sizes[u]
+        turn[u], row_of[u] = n, np.argmax(free >= sizes[u])
+        free[row_of[u]] -= sizes[u]
     return turn, row_of
 
 

@@ -268,7 +268,7 @@ def test_a_disk_too_full_for_the_record_costs_saves_and_then_the_run(cfg, monkey
 
 
 @pytest.mark.slow
-def test_after_a_blow_up_the_last_good_steps_are_there_and_the_next_start_goes_on_from_them(cfg, capsys):
+def test_after_divergence_the_last_good_steps_are_kept_and_the_next_start_resumes_from_them(cfg, capsys):
     saving = dataclasses.replace(cfg.checkpoint, every=1, keep=3)
     cfg = dataclasses.replace(cfg, steps=20, checkpoint=saving)
     for _ in range(2):

@@ -124,7 +124,7 @@ def test_an_emptied_config_is_written_anew_and_a_torn_one_is_told(tmp_path, capl
 
 
 @pytest.mark.parametrize("what", ["a file", "a link to nothing"])
-def test_checkpoints_that_can_be_no_directory_are_told_before_the_first_step(tmp_path, what):
+def test_checkpoints_that_can_be_no_directory_are_reported_before_the_first_step(tmp_path, what):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     if what == "a file":
@@ -174,7 +174,7 @@ def test_a_run_directory_holds_absolute_paths_and_equal_places_are_equal(tmp_pat
     assert run_config.with_absolute_paths(other).model.path == "org/model"
 
 
-def test_a_record_that_cannot_be_opened_is_told_in_a_line(tmp_path):
+def test_a_record_that_cannot_be_opened_is_reported_in_one_line(tmp_path):
     record(config_of(tmp_path / "run"), save=True)
     (tmp_path / "run" / "metrics.jsonl").unlink()
     (tmp_path / "run" / "metrics.jsonl").mkdir()

@@ -28,11 +28,11 @@ def test_by_hand():
 
 
 def test_going_on_from_the_place_equals_never_having_stopped():
-    curriculum, steady = in_order(make_order(ROWS, 1)), []
+    curriculum, expected = in_order(make_order(ROWS, 1)), []
     place = curriculum.init(ROWS)
     for _ in range(7):
         place, rows = curriculum.choose(place, RNG, 6)
-        steady.append(rows)
+        expected.append(rows)
     place, again = in_order(make_order(ROWS, 1)).choose(np.array(4 * 6), np.random.default_rng(1), 6)
-    np.testing.assert_array_equal(again, steady[4])
+    np.testing.assert_array_equal(again, expected[4])
     assert place == 5 * 6

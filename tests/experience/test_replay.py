@@ -14,7 +14,7 @@ P, G, S, C = 3, 2, 2, 4
 
 
 def experience(version: int, first: int, keep=(True, True, True)) -> Groups:
-    """Groups first, first + 1, ...: every number in a group tells which it is, and the row and slot."""
+    """Groups first, first + 1, ...: every number in a group encodes the group, the row and the slot."""
     group = np.arange(first, first + P)
     row = np.arange(P * G) + first * G
     token = (row[:, None] * C + np.arange(C)).astype(np.int32)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 
-def draw(name: str, shape: tuple[int, ...], seed: int, gemma: bool) -> np.ndarray:
+def random_weight(name: str, shape: tuple[int, ...], seed: int, gemma: bool) -> np.ndarray:
     """Return f32: norms around 1 (Gemma: around 0, since 1 is added), biases around 0, matrices with rows of length about 1.
 
     Experts 0 and 1 are equal, and so are their rows in the router: every token's routing has a tie, which cannot change a result.
@@ -28,4 +28,4 @@ def draw(name: str, shape: tuple[int, ...], seed: int, gemma: bool) -> np.ndarra
 
 
 def draw_all(shapes: Mapping[str, list[int]], seed: int, gemma: bool) -> dict[str, np.ndarray]:
-    return {name: draw(name, tuple(shape), seed, gemma) for name, shape in shapes.items()}
+    return {name: random_weight(name, tuple(shape), seed, gemma) for name, shape in shapes.items()}

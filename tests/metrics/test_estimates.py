@@ -69,7 +69,7 @@ def test_pass_at_k_of_many_samples_neither_overflows_nor_rounds_to_one():
 
 
 def majority_by_enumeration(votes, grades):
-    """The mean, over all orders of the samples, of the grade of the first answer that reaches the highest count."""
+    """Mean, over all orders of the samples, of the grade of the first answer that reaches the highest count."""
     found = []
     for order in itertools.permutations(range(len(votes))):
         said = [votes[i] for i in order if votes[i]]
@@ -177,6 +177,6 @@ def test_an_interval_that_took_samples_for_independent_would_fail_that_test():
         (lambda: maj_at_k(np.ones((2, 2)), [["a", "b"]]), "2 rows of 2"),
     ],
 )
-def test_wrong_use_says_so(call, words):
+def test_wrong_arguments_are_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()

@@ -43,7 +43,7 @@ def look(steps, cfg=GuardConfig(), guards=Guards()):  # noqa: B008
     return found
 
 
-def test_a_sound_step_says_nothing():
+def test_a_finite_step_warns_about_nothing():
     (report,) = look([({}, SOME)])
     guards = report.guards._replace(zero_gradient=report.guards.zero_gradient.tolist())
     assert (guards, *report[1:]) == (Guards(seen=1, zero_gradient=[0, 0]), (), None)
@@ -123,7 +123,7 @@ def test_no_gradient_anywhere_is_one_warning_about_rewards():
     assert "layers/qkv" in found[6].warnings[0]
 
 
-def test_steps_without_signal_are_told_at_3_6_12_and_24_of_them_in_a_row_or_not():
+def test_steps_without_signal_are_warned_about_at_3_6_12_and_24_consecutive_or_not():
     idle, fine = (NO_SIGNAL, {}), ({}, SOME)
     found = look([idle, fine] * 26)
     warned = {n: v.warnings[0] for n, v in enumerate(found, 1) if v.warnings}
@@ -145,7 +145,7 @@ def test_a_guard_may_say_why_a_step_learned_nothing():
         assert report.warnings[0].startswith(f"1 of 1 RL steps so far learned nothing; this one: {reason}")
 
 
-def test_groups_that_nobody_can_grade_end_the_run_with_the_first_failure():
+def test_groups_that_cannot_be_graded_end_the_run_with_the_first_failure():
     found = look([(UNGRADED, {}), (UNGRADED, {}), (NO_SIGNAL, {}), *[(UNGRADED, {})] * 3], GuardConfig(max_ungraded=3))
     assert [v.guards.ungraded for v in found] == [1, 2, 0, 1, 2, 3]
     assert [v.error is None for v in found] == [True] * 5 + [False]
@@ -156,7 +156,7 @@ def test_groups_that_nobody_can_grade_end_the_run_with_the_first_failure():
     )
 
 
-def test_a_support_that_cuts_off_most_draws_is_told_once():
+def test_too_few_kept_tokens_are_warned_about_once():
     cut, whole = ({"sampling/support_overflow": 1.0}, SOME), ({"sampling/support_overflow": 0.1}, SOME)
     found = look([cut, cut, whole, cut, cut, cut, cut])
     assert [len(v.warnings) for v in found] == [0, 0, 0, 0, 0, 1, 0]

@@ -26,7 +26,8 @@ PER_TOKEN = ("now", "behavior", "proximal", "reference", "entropy", "values", "o
 
 def random_case(seed: int) -> Case:
     """Probabilities anywhere in (0.02, 0.98), so ratios and KL terms pass every bound. Ragged, with tokens inside sequences that
-    the policy did not draw. Seed 1 has a group of equal rewards, seed 2 one that was not graded. Rubbish where `mask` is False."""
+    the policy did not sample. Seed 1 has a group of equal rewards, seed 2 one that was not graded. Garbage where `mask` is
+    False."""
     rng = np.random.default_rng(seed)
     full = (GROUPS * SAMPLES, SLOTS)
     parts = rng.integers(0, 3, (GROUPS, SAMPLES, GRADERS)) / 2.0 if seed % 2 else rng.random((GROUPS, SAMPLES, GRADERS))

@@ -40,7 +40,7 @@ class Case(NamedTuple):
 def over_groups(
     formula: Callable[..., list[float]], case: Case, reward: np.ndarray | None = None, **more
 ) -> np.ndarray:
-    """A formula of one group, for every group that counts."""
+    """Values of one group's formula, for every group in use."""
     reward = case.reward if reward is None else reward
     out = np.zeros(reward.shape)
     for p in range(len(reward)):

@@ -91,8 +91,8 @@ REWARDS = {
 
 @st.composite
 def estimator_inputs(draw) -> EstimatorInputs:
-    """One to three groups of two to six ragged sequences, with tokens that the policy did not draw between the others, rewards per
-    token or none, one or two graders, and groups that do not count."""
+    """One to three groups of two to six ragged sequences, with tokens that the policy did not sample between the others, rewards
+    per token or none, one or two graders, and groups that do not count."""
     groups, samples, slots = draw(st.integers(1, 3)), draw(st.integers(2, 6)), 4
     graders, size = draw(st.integers(1, 2)), groups * samples
     element = REWARDS[draw(st.sampled_from(sorted(REWARDS)))]

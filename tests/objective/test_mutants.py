@@ -1,4 +1,4 @@
-"""Famous bugs of RL trainers, put into the package one at a time: the comparison with the oracle must tell each.
+"""Famous bugs of RL trainers, put into the package one at a time: the comparison with the oracle must detect each.
 
 T numbers: traps of the reference, section 3; # numbers: threads of its section 4.
 """
@@ -289,7 +289,7 @@ STOPPING = ("trl:cispo", "gspo token by token", "verl:dppo_tv", "k3_plus to refe
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_bug_is_told(name, monkeypatch):
     (where, attribute, mutant), part = MUTANTS[name]
-    # The comparison with the oracle is to tell, not the guard before it.
+    # To be detected by the comparison with the oracle, not by the guard before it.
     monkeypatch.setattr(advantages, "bound", lambda cfg, inputs: np.inf)
     if isinstance(where, str):
         monkeypatch.setattr(f"{where}.{attribute}", mutant)

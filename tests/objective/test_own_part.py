@@ -179,7 +179,7 @@ def test_what_an_advantage_reads_and_what_does_not_go_with_it():
 
 
 @pytest.mark.parametrize("preset", ["", "verl:dapo"])
-def test_as_a_config_says_it(preset):
+def test_own_loss_in_a_config(preset):
     plain = OwnLoss("own_parts:pulled")
     assert read("own_parts:pulled").loss == read({"function": "own_parts:pulled"}).loss == plain
     given = {"objective": {"preset": preset, "loss": PULLED | {"options": {"strength": 2}}}}
@@ -252,7 +252,7 @@ def test_of_what_it_teaches_nothing_is_known():
     assert resolve_filter("auto", own, 1) == "none" and resolve_filter("has_signal", own, 1) == "has_signal"
 
 
-def test_a_wrong_name_is_told_before_jax_is_loaded(tmp_path):
+def test_a_wrong_name_is_reported_before_jax_is_loaded(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text(f"run_dir: {tmp_path}/run\nobjective: {{loss: 'own_parts:puled'}}\n")
     code = (

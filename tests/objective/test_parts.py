@@ -25,8 +25,8 @@ def test_loss_and_gradient(name):
         assert np.abs(gradient).max() > 1e-3, "nothing to see"
 
 
-def test_before_the_first_update_the_proximal_policy_is_the_one_of_now():
-    """Then nobody scores it apart, and the weight that stands in its place has no gradient either."""
+def test_before_the_first_update_the_proximal_policy_is_the_current_one():
+    """It is then not scored separately, and the weight in its place has no gradient either."""
     preset, cfg = PARTS["everything"]
     case = CASES[0]._replace(proximal=CASES[0].now)
     found = assess(cfg, case)

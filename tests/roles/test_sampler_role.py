@@ -93,7 +93,7 @@ def test_a_curriculum_sees_the_groups_and_chooses_by_them():
     sampler.observe(sampler.take(0))
     assert sampler.state.curriculum[:3].tolist() == [3, -1.5, 0] and len(sampler.state.curriculum) == len(TASK.train)
     sampler.take(1)
-    # The row that was worst, then the first that nobody has seen.
+    # The row that was worst, then the first unseen one.
     assert [prompts.row.tolist() for _, prompts, *_ in collect.asked] == [[0, 1], [1, 2]]
     assert int(sampler.state.visits) == 4
 

@@ -19,7 +19,7 @@ ONES = QUIET | {"ratio/min": 1.0, "ratio/max": 1.0}
 
 
 class Program:
-    """Returns the given metrics in turn, the last ones for ever; each call is one optimizer step."""
+    """Returns the given metrics in turn, the last ones forever; each call is one optimizer step."""
 
     def __init__(self, *says: dict[str, float]):
         self.says, self.seen, self.references = says, [], []

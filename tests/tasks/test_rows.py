@@ -90,7 +90,7 @@ def test_an_invalid_template_is_refused_with_the_config(template):
         TypeAdapter(TaskConfig).validate_python({"kind": "file", "path": "x", "prompt": template})
 
 
-def test_tokenizer_configs_are_told_apart():
+def test_tokenizer_configs_are_distinguished():
     tokenizer, task = TypeAdapter(TokenizerConfig), TypeAdapter(TaskConfig)
     assert tokenizer.validate_python({"alphabet": "ab"}) == CharacterTokenizer("ab")
     values = {"path": "x", "template": {"enable_thinking": False}, "stop": ["a"]}

@@ -103,7 +103,7 @@ def test_noise_keeps_prompts_and_replaces_the_given_fraction_of_responses():
     # A random row has the right answer by chance: sum over answers of their share squared, 0.058 for three digits.
     chance = np.mean([np.mean(answers == a) for a in answers])
     wrong = np.mean([a.answer != b.answer for a, b in zip(rows, true, strict=True)])
-    # Four standard deviations of a share in 3000 draws.
+    # Four standard deviations of a share in 3000 samples.
     assert abs(wrong - 0.5 * (1 - chance)) < 4 * np.sqrt(0.25 / 3000)
 
 

@@ -1,4 +1,4 @@
-"""The update of a minibatch is the same however its rows are packed, ordered, padded, cut into parts and spread over a mesh.
+"""The update of a minibatch does not depend on how its rows are packed, ordered, padded, split into micro-batches and sharded.
 
 For every term of every loss where prompts are shared, and for one of each sort in the other layouts. The terms are the branches of
 one switch, so that each layout of the rows compiles one program.
@@ -143,7 +143,7 @@ class Rows(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Losses that its program holds; a pair needs a shared row."""
+        """Losses of a program; a pair needs a row that it shares."""
         names = ALL if self.holds_all else SOME
         return tuple(name for name in names if name != "dpo" or self.kind == "shared_prefix")
 

@@ -223,7 +223,7 @@ def test_factored_moments_lie_on_the_axes_that_are_left():
 
 
 def test_a_square_parameter_keeps_the_axis_that_is_left():
-    """Equal lengths tell nothing: [8 8] on (fsdp, tensor). optax's row drops the last of them, its column the one before."""
+    """Equal lengths are ambiguous: [8 8] on (fsdp, tensor). optax's row drops the last of them, its column the one before."""
     train, _ = layouts((1, 4, 2))
     specs = {"w": model_params.ParamSpec((8, 8), ("embed", "mlp"), 1.0)}
     state = state_shardings(specs, make_optimizer(Adafactor(factor_from=8)), train).opt_state[1][0]

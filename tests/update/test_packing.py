@@ -97,7 +97,7 @@ def check_batch(q: Sequences, shape: BatchShape, aggregation: str = "token") -> 
     weights = token_weights(q.loss_mask, q.group, aggregation, 7)
     kept = np.flatnonzero(q.loss_mask.any(axis=1))
     np.testing.assert_array_equal(np.flatnonzero(where.row >= 0), kept)
-    # Nothing twice: of a completion never, of a prompt once a unit.
+    # No token twice: completions once, prompts once per sequence group.
     completions = batch.tokens[batch.tokens >= 1000]
     np.testing.assert_array_equal(np.sort(completions), np.sort(q.tokens[kept][q.tokens[kept] >= 1000]))
     assert (batch.tokens > 0).sum() == q.length[kept].sum() + q.prompt_length[where.first].sum()
@@ -117,19 +117,21 @@ def check_batch(q: Sequences, shape: BatchShape, aggregation: str = "token") -> 
 
 
 def check_sharing(q: Sequences, shape: BatchShape, where) -> None:
-    """A prompt stands once a row for all of its group there; without sharing each completion has its own."""
+    """A prompt occurs once per row for all of its group there; without sharing each completion has its own."""
     kept = np.flatnonzero(where.row >= 0)
-    units = {(int(where.row[b]), int(where.prompt[b])) for b in kept}
-    assert where.first.sum() == len(units)
+    sequence_groups = {(int(where.row[b]), int(where.prompt[b])) for b in kept}
+    assert where.first.sum() == len(sequence_groups)
     if shape.kind == "shared_prefix":
-        assert all(q.group[b] == q.group[a] for a in kept for b in kept if unit_of(where, a) == unit_of(where, b))
+        assert all(
+            q.group[b] == q.group[a] for a in kept for b in kept if placed_prompt(where, a) == placed_prompt(where, b)
+        )
     else:
-        assert len(units) == len(kept)
+        assert len(sequence_groups) == len(kept)
     if shape.kind == "none":
-        assert len({row for row, _ in units}) == len(kept)
+        assert len({row for row, _ in sequence_groups}) == len(kept)
 
 
-def unit_of(where, b: int) -> tuple[int, int]:
+def placed_prompt(where, b: int) -> tuple[int, int]:
     return where.row[b], where.prompt[b]
 
 
@@ -184,7 +186,7 @@ def test_there_are_rows_enough_whatever_the_lengths(data):
         (("shared_prefix", 6, 4, (3, 5), 0, 1, 1), 6, 23),
         (("shared_prefix", 6, 4, (3, 5), 0, 2, 2), 8, 23),
         (("shared_prefix", 6, 4, (3, 5), 46, 1, 1), 3, 46),
-        # Two a unit, so two units a group; one a unit.
+        # Two per sequence group, so two sequence groups per prompt; one per sequence group.
         (("shared_prefix", 6, 4, (3, 5), 13, 1, 1), 12, 13),
         (("shared_prefix", 6, 4, (3, 5), 8, 1, 1), 24, 8),
     ],

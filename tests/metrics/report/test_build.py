@@ -146,7 +146,7 @@ def test_errors_name_got_and_want(tmp_path):
 def test_a_line_is_drawn_where_the_numbers_are():
     charts = {chart.title: chart for chart in draw_charts(METRICS[1:])}
     reward = charts["reward"]
-    # y reaches from 0 to 1.05 over 142 units, x from step 1 to 3 over 286.
+    # y extends from 0 to 1.05 over 142 units, x from step 1 to 3 over 286.
     assert reward.lines[0].path == "M46.0 150.0h0L189.0 82.4L332.0 14.8"
     assert reward.x_ticks == [(46.0, "1"), (189.0, "2"), (332.0, "3")]
     assert reward.bands[1] == (189.0, 143.0, "step 2\nreward 0.5")
