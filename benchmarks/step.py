@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxrl_llm.config import loading
 from jaxrl_llm.metrics.config import MetricsConfig
-from jaxrl_llm.roles.initial_state import start_params, start_rl
+from jaxrl_llm.roles.start_or_restore import start_params, start_rl
 from jaxrl_llm.train import first_policy, open_run, step, summary
 from jaxrl_llm.update.config import WarmStartConfig
 

@@ -33,7 +33,7 @@ from jaxrl_llm.model.config import ForwardOptions
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.losses import make_loss
 from jaxrl_llm.perf.ceilings import matmul_rate
-from jaxrl_llm.perf.rates import UpdateRates, measure_update, min_seconds
+from jaxrl_llm.perf.utilization import UpdateRates, measure_update, min_seconds
 from jaxrl_llm.perf.work import TrainFlops, count_tokens, train_flops
 from jaxrl_llm.types import Batch, Credit, Experience, Prompts, PyTree, Scores
 from jaxrl_llm.update.batch import make_batch, supervised

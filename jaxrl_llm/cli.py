@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxrl_llm.checkpoint.preemption import ending_at_once
+from jaxrl_llm.checkpoint.stopping import ending_at_once
 from jaxrl_llm.commands.arguments import Reader, one_of, path, take, text, whole_number
 from jaxrl_llm.commands.targets import list_values, read_config, read_evaluation, read_run, read_sampled, target_error
 from jaxrl_llm.errors import Preempted, UserError, describe_os_error

@@ -15,22 +15,22 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxrl_llm.checkpoint.preemption import stop_signal
+from jaxrl_llm.checkpoint.stopping import stop_signal
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.config.saved_config import save_config
 from jaxrl_llm.config.unused_settings import unused_settings
 from jaxrl_llm.errors import AdvantageError, CheckpointError, UserError
 from jaxrl_llm.metrics.guards import observe, observe_update
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.roles import build, inputs, memory
+from jaxrl_llm.roles import build, inputs, memory_check
 from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
 from jaxrl_llm.roles.collector import Collected, Collector, GivenUp
 from jaxrl_llm.roles.evaluator import Evaluator
-from jaxrl_llm.roles.initial_state import abstract_target, start_params, start_rl, start_supervised
 from jaxrl_llm.roles.inputs import Inputs
 from jaxrl_llm.roles.learner import Learner
 from jaxrl_llm.roles.rates import describe_rates
 from jaxrl_llm.roles.sampler import Sampler
+from jaxrl_llm.roles.start_or_restore import abstract_target, start_params, start_rl, start_supervised
 from jaxrl_llm.roles.state import RunState, SupervisedState
 from jaxrl_llm.roles.summary import describe, responses
 from jaxrl_llm.roles.updates import Learned
@@ -187,7 +187,7 @@ def open_run(
     with stop_signal(ends_process, cfg.total_steps) as stopping:
         given = given or inputs.read(cfg, trains=True)
         blueprint = blueprint_of(cfg, given)
-        memory.check(blueprint, len(given.task.held_out))
+        memory_check.check(blueprint, len(given.task.held_out))
         for line in unused_settings(cfg):
             log.warning("%s", line)
         with context_of(cfg, full, stopping, {"task": given.task.fingerprint}) as context:

@@ -25,7 +25,7 @@ from jaxrl_llm.model.hf.config import read_config as read_model
 from jaxrl_llm.perf import chips
 from jaxrl_llm.plan import memory
 from jaxrl_llm.plan.programs import make_checked_run, problems
-from jaxrl_llm.roles.memory import minimum
+from jaxrl_llm.roles.memory_check import minimum
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs/arithmetic.yaml")

@@ -26,7 +26,7 @@ REASONS = {
         "checkpoints.wait": "the same",
         "context.checkpoints.poll": "our own method, which does not wait",
     },
-    "jaxrl_llm/checkpoint/preemption.py": {
+    "jaxrl_llm/checkpoint/stopping.py": {
         "os.read": "from a pipe that is ready",
         "os.write": "to a pipe that does not block, or an error's last line",
     },
@@ -45,7 +45,7 @@ REASONS = {
         "os.read": "from pipes that are ready or do not block",
         "os.write": "to a pipe that does not block",
     },
-    "jaxrl_llm/environments/worker_process.py": {
+    "jaxrl_llm/environments/worker_handle.py": {
         "self._connection.recv": "a socket that does not block",
         "self._connection.send": "a socket that does not block",
     },

@@ -39,8 +39,8 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.roles import inputs
 from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
 from jaxrl_llm.roles.build import make_keys, make_scorer, make_supervised
-from jaxrl_llm.roles.initial_state import start_params, start_rl, start_supervised
 from jaxrl_llm.roles.scorer import Scorer
+from jaxrl_llm.roles.start_or_restore import start_params, start_rl, start_supervised
 from jaxrl_llm.roles.updates import as_floats, without_zero_gradients
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.tasks.config import ArithmeticTask

@@ -31,7 +31,7 @@ from jaxrl_llm.objective.presets import PRESETS
 from jaxrl_llm.roles import inputs
 from jaxrl_llm.roles.blueprint import blueprint_of
 from jaxrl_llm.roles.build import make_keys, make_supervised
-from jaxrl_llm.roles.initial_state import start_params, start_rl, start_supervised
+from jaxrl_llm.roles.start_or_restore import start_params, start_rl, start_supervised
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.tasks.config import ArithmeticTask
 from jaxrl_llm.train import first_policy, open_run, step, summary

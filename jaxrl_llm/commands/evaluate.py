@@ -11,7 +11,7 @@ from jaxrl_llm.errors import CheckpointError
 from jaxrl_llm.metrics.console import shown_on_stderr
 from jaxrl_llm.metrics.estimates import Estimate, avg_at_k, maj_at_k, pass_at_k
 from jaxrl_llm.model.config import PretrainedModel
-from jaxrl_llm.roles import memory
+from jaxrl_llm.roles import memory_check
 from jaxrl_llm.roles.build import make_evaluator, make_keys, make_scorer
 from jaxrl_llm.roles.collector import Collector
 
@@ -33,7 +33,7 @@ def evaluate_target(cfg: RunConfig, k: int) -> dict[str, Any]:
     prompts = min(getattr(cfg.task, "held_out", 0) or MAX_PROMPTS, MAX_PROMPTS)
     setup = prepare_sampling(with_batch(cfg, prompts, k))
     blueprint, task = setup.blueprint, setup.task
-    memory.check(blueprint, len(task.held_out), trains=False)
+    memory_check.check(blueprint, len(task.held_out), trains=False)
     with shown_on_stderr("reading the model"):
         loaded = load_policy(setup)
     if not loaded.step and not isinstance(cfg.model, PretrainedModel):

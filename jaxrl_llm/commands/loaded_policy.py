@@ -18,8 +18,8 @@ from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.roles import inputs
 from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
 from jaxrl_llm.roles.build import make_keys, make_publisher
-from jaxrl_llm.roles.initial_state import start_params
 from jaxrl_llm.roles.inputs import Inputs
+from jaxrl_llm.roles.start_or_restore import start_params
 from jaxrl_llm.roles.state import RunState, SupervisedState
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.run_context import State, restore_read_only

@@ -13,7 +13,7 @@ from jaxrl_llm.metrics.terminal import printable
 from jaxrl_llm.model.config import PretrainedModel
 from jaxrl_llm.model.hf.config import read_json
 from jaxrl_llm.model.hf.source import resolve as resolve_model
-from jaxrl_llm.roles import inputs, memory
+from jaxrl_llm.roles import inputs, memory_check
 from jaxrl_llm.roles.build import make_keys
 from jaxrl_llm.roles.collector import Collector
 from jaxrl_llm.tasks.stream import make_prompts
@@ -34,7 +34,7 @@ def sample_prompt(cfg: RunConfig, text: str | None, n: int, has_task: bool = Tru
     given = inputs.read(shaped, asked=partial(_task_of_prompt, text=text, has_task=has_task))
     setup = prepare_sampling(shaped, given)
     engine, task = setup.engine, setup.task
-    memory.check(setup.blueprint, len(task.held_out), trains=False)
+    memory_check.check(setup.blueprint, len(task.held_out), trains=False)
     loaded = load_policy(setup)
     row = task.held_out[0]
     num_prompts, key = setup.blueprint.cfg.rollout.prompts, make_keys(cfg).evaluation

@@ -3,27 +3,13 @@
 A truncated distribution is `process_logits` of the logits at the kept tokens; the scorer evaluates the same logits.
 """
 
-import operator
-from functools import reduce
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-
-def is_allowed(
-    token: Int[Array, "*rows n"], num_tokens: int, ends: tuple[int, ...], eos_masked: Bool[Array, "*rows n"]
-) -> Bool[Array, "*rows n"]:
-    """Return True for tokens that may be sampled. The arguments broadcast against each other.
-
-    Args:
-        token: token ids.
-        num_tokens: tokens of the tokenizer; larger ids are padding of the vocabulary, and not allowed.
-        ends: end-of-sequence tokens.
-        eos_masked: where the tokens `ends` are not allowed.
-    """
-    return (token < num_tokens) & ~(eos_masked & reduce(operator.or_, (token == end for end in ends), False))
+from jaxrl_llm.distribution.allowed_tokens import mask_disallowed
 
 
 def scale_by_temperature(
@@ -65,30 +51,6 @@ def process_logits(
     """
     limit = num_tokens if num_tokens < x.shape[-1] else None
     return normalize(mask_disallowed(x, jnp.arange(x.shape[-1]), limit, ends, eos_masked), temperature).logp
-
-
-def mask_disallowed(
-    x: Float[Array, "*rows n"],
-    ids: Int[Array, " n"],
-    num_tokens: int | None,
-    ends: tuple[int, ...],
-    eos_masked: Bool[Array, "*rows"] | None,
-) -> Float[Array, "*rows n"]:
-    """Return logits of the tokens `ids`, f32, with -inf where not `is_allowed`.
-
-    Args:
-        x: raw logits.
-        ids: token ids of the last dimension.
-        num_tokens: tokens of the tokenizer; None: the vocabulary has no padding.
-        ends: end-of-sequence tokens.
-        eos_masked: rows in which the tokens `ends` are not allowed; None: none.
-    """
-    x = x.astype(jnp.float32)
-    if num_tokens is None and eos_masked is None:
-        return x
-    num_tokens = jnp.iinfo(jnp.int32).max if num_tokens is None else num_tokens
-    eos_masked = jnp.zeros(x.shape[:-1], bool) if eos_masked is None else eos_masked
-    return jnp.where(is_allowed(ids, num_tokens, ends, eos_masked[..., None]), x, -jnp.inf)
 
 
 def normalize(x: Float[Array, "*rows n"], temperature: Float[Array, "*rows"]) -> LogSoftmax:

@@ -9,39 +9,18 @@ from collections.abc import Iterator
 from functools import reduce
 from types import ModuleType
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.distribution.logits import is_allowed
+from jaxrl_llm.distribution.allowed_tokens import AllowedTokens
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import ArrayLike
 
 # Fixed numbers, independent of the mesh, so that the result does not depend on the sharding. Powers of two: a `tensor` shard holds
 # whole blocks.
 BLOCKS, COLUMNS = 64, 64
-
-
-class AllowedTokens(flax.struct.PyTreeNode):
-    """Predicate: which token ids a row may sample."""
-
-    eos_masked: Bool[Array, " B"]
-    """Rows in which the tokens `ends` are not allowed."""
-    size: int = flax.struct.field(pytree_node=False)
-    ends: tuple[int, ...] = flax.struct.field(pytree_node=False)
-
-    def __call__(self, token: Int[Array, "B ..."]) -> Bool[Array, "B ..."]:
-        """Return True for allowed ids, given per row or once for all rows (B = 1). The id -1 is never allowed."""
-        return (token >= 0) & is_allowed(
-            token, self.size, self.ends, self.eos_masked[(..., *(None,) * (token.ndim - 1))]
-        )
-
-    def keep(self, x: Float[Array, "B ..."], token: Int[np.ndarray, "..."], other: float) -> Float[Array, "B ..."]:
-        """Return `x`, whose entries belong to `token`, with `other` where a token is not allowed. Free if all tokens always are."""
-        always = (token >= 0) & (token < self.size) & ~np.isin(token, self.ends)
-        return x if always.all() else jnp.where(self(jnp.asarray(token)[None]), x, other)
 
 
 def most_likely(

@@ -28,7 +28,7 @@ import numpy as np
 from jaxrl_llm.environments.config import RewardConfig
 from jaxrl_llm.environments.grader import Sample, problems
 from jaxrl_llm.environments.worker import FLOAT32_MAX, Failure, Verdict, WorkerSetup, encodable, failed_verdict
-from jaxrl_llm.environments.worker_process import END_LIMIT_S, WorkerProcess, pack_group
+from jaxrl_llm.environments.worker_handle import END_LIMIT_S, WorkerProcess, pack_group
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.metrics.terminal import printable
 

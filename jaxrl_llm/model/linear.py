@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrl_llm.model import lora, quantized
+from jaxrl_llm.model import lora, quantized_weights
 from jaxrl_llm.model.lora import Adapted
-from jaxrl_llm.model.quantized import Quantized
+from jaxrl_llm.model.quantized_weights import Quantized
 
 
 def contract(x: jax.Array, w: jax.Array | Adapted | Quantized, inner: int = 1) -> jax.Array:
@@ -19,7 +19,7 @@ def contract(x: jax.Array, w: jax.Array | Adapted | Quantized, inner: int = 1) -
     if isinstance(w, Adapted):
         return lora.product(x, w, inner)
     if isinstance(w, Quantized):
-        return quantized.product(x, w, inner)
+        return quantized_weights.product(x, w, inner)
     return _contract(x, w, inner)
 
 

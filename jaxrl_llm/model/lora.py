@@ -23,7 +23,7 @@ from jaxtyping import Array
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import LoraConfig, ModelConfig
 from jaxrl_llm.model.params import ParamSpec, is_spec
-from jaxrl_llm.model.quantized import INNER
+from jaxrl_llm.model.quantized_weights import INNER
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import PyTree
 

@@ -10,7 +10,7 @@ from jaxtyping import Array
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.lora import Adapted, by_layer, is_adapted
 from jaxrl_llm.model.params import abstract, policy_params, shardings, specs, unstack
-from jaxrl_llm.model.quantized import DTYPES, Quantized, map_matrices, quantize, quantized_specs
+from jaxrl_llm.model.quantized_weights import DTYPES, Quantized, map_matrices, quantize, quantized_specs
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import Policy, PyTree
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm.distribution.loss import Loss, Mask, Terms, Tokens
+from jaxrl_llm.distribution.loss_terms import Loss, Mask, Terms, Tokens
 from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.objective.config import ObjectiveConfig

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jaxrl_llm.distribution.loss import Mask, Tokens
+from jaxrl_llm.distribution.loss_terms import Mask, Tokens
 from jaxrl_llm.objective.loss_config import Cispo, Clip, Dppo, Gmpo, Ipo, Reinforce, Sapo
 from jaxrl_llm.types import Batch
 

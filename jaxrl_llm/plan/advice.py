@@ -9,7 +9,7 @@ from jaxrl_llm.plan import memory
 from jaxrl_llm.plan.memory import TEMPORARIES
 from jaxrl_llm.plan.programs import make_checked_run, problems
 from jaxrl_llm.roles.abstract_run import AbstractRun
-from jaxrl_llm.roles.memory import Phase
+from jaxrl_llm.roles.memory_check import Phase
 
 Overrides = dict[str, Any]
 # Maximum number of combined changes, and the fraction of memory that each must save.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jaxrl_llm.plan.predict import Prediction
     from jaxrl_llm.plan.programs import CompiledProgram
     from jaxrl_llm.roles.abstract_run import AbstractRun
-    from jaxrl_llm.roles.memory import Phase
+    from jaxrl_llm.roles.memory_check import Phase
 
 Report = dict[str, Any]
 # No query to a metadata server, no lock against other compilations, no search for workers, no cache.
@@ -109,7 +109,7 @@ def plan(cfg: RunConfig, target: Target) -> Report:
     slots = prompt_slots(cfg, target)
     devices, chip = devices_of(target)
     from jaxrl_llm.plan import memory, predict, programs
-    from jaxrl_llm.roles.memory import resident_bytes
+    from jaxrl_llm.roles.memory_check import resident_bytes
 
     run = programs.make_checked_run(cfg, read_model(cfg), slots, devices)
     least = max(sum(r.program.values()) + sum(r.other.values()) for r in resident_bytes(run).values())

@@ -13,7 +13,7 @@ from jaxrl_llm.perf.work import bytes_per_device
 from jaxrl_llm.plan import decode_memory
 from jaxrl_llm.plan.programs import CompiledProgram
 from jaxrl_llm.roles.abstract_run import AbstractRun
-from jaxrl_llm.roles.memory import (
+from jaxrl_llm.roles.memory_check import (
     BATCH,
     GRADIENTS,
     MASTERS,

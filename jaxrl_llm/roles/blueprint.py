@@ -11,10 +11,10 @@ import optax
 
 from jaxrl_llm.config import consistency
 from jaxrl_llm.config.run_config import RunConfig
-from jaxrl_llm.distribution.loss import Loss
+from jaxrl_llm.distribution.loss_terms import Loss
 from jaxrl_llm.distribution.score import Scoring
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.model import lora, quantized
+from jaxrl_llm.model import lora, quantized_weights
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.attention import selection
 from jaxrl_llm.model.config import ForwardOptions, ModelConfig
@@ -202,7 +202,7 @@ def device_problems(
         prompt_slots: S; None if it is not known.
         devices: of the mesh.
     """
-    found = quantized.problems(model, cfg.rollout.engine.weights, devices[0])
+    found = quantized_weights.problems(model, cfg.rollout.engine.weights, devices[0])
     slots: set[int] = set()
     if prompt_slots is not None and not packing_problems(cfg, prompt_slots):
         slots = {shape.slots for shape in shapes_of(cfg, prompt_slots, 1)}

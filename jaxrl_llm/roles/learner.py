@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxrl_llm.distribution.loss import Loss
+from jaxrl_llm.distribution.loss_terms import Loss
 from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.experience.filters import Filter
 from jaxrl_llm.experience.replay import Replay

@@ -1,6 +1,6 @@
 """Hardware ceilings at the shapes of a run's roles: what the sampler's and the learner's speed is compared with."""
 
-from jaxrl_llm.perf.rates import DecodeRates, UpdateRates, decode_rates, describe_updates, update_rates
+from jaxrl_llm.perf.utilization import DecodeRates, UpdateRates, decode_rates, describe_updates, update_rates
 from jaxrl_llm.roles.blueprint import Blueprint
 from jaxrl_llm.roles.summary import describe_engine
 from jaxrl_llm.roles.updates import Learned

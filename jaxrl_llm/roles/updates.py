@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from jaxrl_llm.distribution.loss import Loss
+from jaxrl_llm.distribution.loss_terms import Loss
 from jaxrl_llm.metrics.guards import RatioAlarm
 from jaxrl_llm.objective.credit import reward_kl_metrics
 from jaxrl_llm.objective.reward_kl import RewardKl

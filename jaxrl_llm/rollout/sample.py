@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxrl_llm.distribution.allowed_tokens import AllowedTokens
 from jaxrl_llm.distribution.logits import entropy, process_logits, scale_by_temperature
-from jaxrl_llm.distribution.top_k import AllowedTokens, most_likely, total_weight
+from jaxrl_llm.distribution.top_k import most_likely, total_weight
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.parallel.layout import Layout
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jaxrl_llm.distribution.loss import Loss, Terms
+from jaxrl_llm.distribution.loss_terms import Loss, Terms
 from jaxrl_llm.distribution.score import Scoring, TokenScores, score_tokens
 from jaxrl_llm.model import lora
 from jaxrl_llm.parallel.layout import Layout

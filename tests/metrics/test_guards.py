@@ -17,7 +17,7 @@ from jaxrl_llm.objective.estimator import AdvantageEstimate, EstimatorInputs
 from jaxrl_llm.objective.group_estimators import Grpo, PassAtK, Raw, Rloo
 from jaxrl_llm.objective.token_estimators import Gae, ReinforcePlusPlus
 from jaxrl_llm.roles import updates
-from jaxrl_llm.roles.initial_state import rl_target
+from jaxrl_llm.roles.start_or_restore import rl_target
 from jaxrl_llm.update.config import GuardConfig
 
 FINE = {

@@ -14,7 +14,7 @@ from jaxrl_llm.distribution.score import Scoring, score_tokens
 from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.model.params import unstack
 from jaxrl_llm.model.publish import abstract_policy, make_empty_policy, make_publish, policy_shardings
-from jaxrl_llm.model.quantized import Quantized, dequantize
+from jaxrl_llm.model.quantized_weights import Quantized, dequantize
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.roles import inputs
 from jaxrl_llm.roles.blueprint import blueprint_of

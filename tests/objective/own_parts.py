@@ -17,7 +17,7 @@ class Margin:
     def __call__(self, scores, batch):
         import jax.numpy as jnp
 
-        from jaxrl_llm.distribution.loss import Terms
+        from jaxrl_llm.distribution.loss_terms import Terms
 
         off = jnp.exp(scores.logprobs) - self.target
         return Terms(off**2 / 2, {"off": off}, {"ratio/max": 7 + 0 * off})

@@ -10,7 +10,7 @@ from setups import TINY, Sequences, layouts
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.cache import CacheFormat, empty_suffix
 from jaxrl_llm.perf import chips
-from jaxrl_llm.perf.rates import UpdateRates, min_seconds
+from jaxrl_llm.perf.utilization import UpdateRates, min_seconds
 from jaxrl_llm.perf.work import TokenCounts, TrainFlops, attention_pairs, forward_flops, matmul_params, train_flops
 from jaxrl_llm.update.batch import make_batch
 from jaxrl_llm.update.packing import batch_shape

@@ -20,12 +20,12 @@ from jaxrl_llm.plan.command import Target
 from jaxrl_llm.plan.programs import CompiledProgram, make_checked_run
 from jaxrl_llm.plan.traffic import ProgramCost, Traffic
 from jaxrl_llm.roles import inputs
-from jaxrl_llm.roles import memory as least_memory
+from jaxrl_llm.roles import memory_check as least_memory
 from jaxrl_llm.roles.abstract_run import AbstractRun, with_micro_batches
 from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
 from jaxrl_llm.roles.build import make_learner
 from jaxrl_llm.roles.learner import Learner
-from jaxrl_llm.roles.memory import Phase
+from jaxrl_llm.roles.memory_check import Phase
 from jaxrl_llm.types import Batch, Experience, Groups, Prompts, Rollouts
 from jaxrl_llm.update.batch import make_batch, minibatches, ungraded
 

@@ -5,7 +5,7 @@ import pytest
 from fakes import groups_of, state_of
 
 from jaxrl_llm.config.loading import validate
-from jaxrl_llm.distribution.loss import Loss
+from jaxrl_llm.distribution.loss_terms import Loss
 from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.lora import Adapted, split

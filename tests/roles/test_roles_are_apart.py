@@ -14,7 +14,7 @@ CONFIGS = {"RunConfig", "ReferenceConfig", "ObjectiveConfig", "WarmStartConfig",
 # Plain values and arrays, which say nothing of who is meant.
 PLAIN = {"int", "float", "str", "bool", "list", "tuple", "dict", "object", "Any", "Callable", "Sequence", "None"}
 PLAIN |= {"Array", "Key", "Float", "Int", "Bool", "np", "jax", "PyTree"}
-OF_UPDATES = ("optax", "jaxrl_llm.update", "jaxrl_llm.objective", "jaxrl_llm.distribution.loss")
+OF_UPDATES = ("optax", "jaxrl_llm.update", "jaxrl_llm.objective", "jaxrl_llm.distribution.loss_terms")
 
 
 def functions(source: str) -> list[ast.FunctionDef]:

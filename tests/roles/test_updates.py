@@ -5,7 +5,7 @@ import pytest
 from fakes import PROMPT_SLOTS, SLOTS, groups_of, state_of
 from setups import layouts
 
-from jaxrl_llm.distribution.loss import Loss
+from jaxrl_llm.distribution.loss_terms import Loss
 from jaxrl_llm.metrics.guards import Guards
 from jaxrl_llm.objective.reward_kl import RewardKl
 from jaxrl_llm.perf.work import TrainFlops

@@ -20,7 +20,7 @@ from programs import (
 from test_decode_programs import check_collectives_of_a_step, check_weights_are_not_copied, steps_of
 from test_programs import check_publish_writes_into_the_old_policy
 
-from jaxrl_llm.model import quantized
+from jaxrl_llm.model import quantized_weights
 from jaxrl_llm.perf.hlo import collectives
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.timeout(1200)]
@@ -65,7 +65,7 @@ def test_scales_of_activations_cost_no_collective(int8_chunk):
 
 def test_mutant_with_one_scale_per_row_needs_more_collectives(topology, monkeypatch):
     """The maximum of a row that is split over the mesh: one more all-reduce for `out` and for `down`."""
-    monkeypatch.setattr(quantized.math, "gcd", lambda *_: 1)
+    monkeypatch.setattr(quantized_weights.math, "gcd", lambda *_: 1)
     program = compile_program(
         CFG, lambda: lower_rollout(CFG, layouts(topology)[1], "decode_chunk", P, C, weights="int8")
     )

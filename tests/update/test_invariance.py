@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jaxtyping import Int
 from setups import SMALL, VOCAB, Sequences, layouts, make_params
 
-from jaxrl_llm.distribution.loss import Loss, Terms
+from jaxrl_llm.distribution.loss_terms import Loss, Terms
 from jaxrl_llm.distribution.score import Scoring
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.critic import critic_specs

@@ -20,7 +20,7 @@ from setups import (
     to_experience,
 )
 
-from jaxrl_llm.distribution.loss import Terms
+from jaxrl_llm.distribution.loss_terms import Terms
 from jaxrl_llm.distribution.score import Scoring, score_tokens
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.objective.config import ObjectiveConfig

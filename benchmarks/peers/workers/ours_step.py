@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.peers.serve import Step, serve_steps, versions
 from jaxrl_llm.config import loading, run_config
-from jaxrl_llm.roles.initial_state import start_params, start_rl
+from jaxrl_llm.roles.start_or_restore import start_params, start_rl
 from jaxrl_llm.train import Run, open_run, step, summary
 
 GROUPS, SAMPLES, NEW_TOKENS = 8, 8, 128

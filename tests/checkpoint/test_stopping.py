@@ -135,7 +135,7 @@ def test_before_the_first_step_and_the_second_time_ctrl_c_stops_at_once(cfg, mon
 CPU = os.environ | {"JAX_PLATFORMS": "cpu"}
 STUCK = """
 import hashlib, sys
-from jaxrl_llm.checkpoint.preemption import stop_signal
+from jaxrl_llm.checkpoint.stopping import stop_signal
 with stop_signal(ends_process=True) as stop:
     if sys.argv[1] == "in a step":
         stop(6)
@@ -200,7 +200,7 @@ def test_an_import_that_swallows_exceptions_swallows_no_ctrl_c():
 
 SHORT = """
 import os, signal, sys, time
-from jaxrl_llm.checkpoint.preemption import stop_signal
+from jaxrl_llm.checkpoint.stopping import stop_signal
 with stop_signal(ends_process=True, last=2) as stop:
     stop(int(sys.argv[1]))
     os.kill(os.getpid(), signal.SIGINT)

@@ -6,7 +6,7 @@ import pytest
 from jaxrl_llm.config.loading import validate
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.perf import chips
-from jaxrl_llm.roles import memory
+from jaxrl_llm.roles import memory_check
 from jaxrl_llm.roles.abstract_run import AbstractRun, make_abstract_run, with_micro_batches
 from jaxrl_llm.roles.blueprint import Blueprint, make_blueprint
 from jaxrl_llm.rollout.sample import Vocabulary
@@ -35,31 +35,35 @@ def test_resident_bytes_by_hand(run):
     """f32 policy and state; caches of 8 prompts of 7 slots and 32 rows of 6; keys and values, 2 layers, 2 heads of 8 numbers."""
     slot = 4 * 2 * 2 * 2 * 8
     policy, prompts, rows = 4 * PARAMS, 8 * 7 * slot, 32 * 6 * slot
-    found = memory.resident_bytes(run)
-    assert found["decode_chunk"].program == {memory.POLICY: policy, memory.PROMPTS: prompts, memory.ROWS: rows}
-    assert found["publish"].program == {memory.POLICY: policy, memory.MASTERS: 4 * PARAMS}
-    assert 8 * PARAMS <= found["decode_chunk"].other[memory.OPTIMIZER] <= 8 * PARAMS + 16
+    found = memory_check.resident_bytes(run)
+    assert found["decode_chunk"].program == {
+        memory_check.POLICY: policy,
+        memory_check.PROMPTS: prompts,
+        memory_check.ROWS: rows,
+    }
+    assert found["publish"].program == {memory_check.POLICY: policy, memory_check.MASTERS: 4 * PARAMS}
+    assert 8 * PARAMS <= found["decode_chunk"].other[memory_check.OPTIMIZER] <= 8 * PARAMS + 16
     assert run.capacity == (8, 8, 6) and not run.queues_prompts
-    assert memory.gradients(run) == 4 * PARAMS
+    assert memory_check.gradients(run) == 4 * PARAMS
 
 
 def test_fewer_rows_at_a_time_keep_fewer_layer_inputs(run):
     """16 rows of 13 slots in 2 micro-batches, 2 layers of 16 f32 numbers; then in 4."""
-    of = lambda run: next(p for p in memory.minimum(run, 1, True, 0) if p.name == "update").parts  # noqa: E731
-    assert of(run)[memory.LAYER_INPUTS] == 8 * 13 * 2 * 16 * 4
-    assert of(with_micro_batches(run, 4))[memory.LAYER_INPUTS] == 4 * 13 * 2 * 16 * 4
+    of = lambda run: next(p for p in memory_check.minimum(run, 1, True, 0) if p.name == "update").parts  # noqa: E731
+    assert of(run)[memory_check.LAYER_INPUTS] == 8 * 13 * 2 * 16 * 4
+    assert of(with_micro_batches(run, 4))[memory_check.LAYER_INPUTS] == 4 * 13 * 2 * 16 * 4
 
 
 def test_a_run_that_only_samples_needs_no_training_state(run):
-    phases = memory.minimum(run, 1, False, 0)
+    phases = memory_check.minimum(run, 1, False, 0)
     assert {phase.name for phase in phases} == {"host", "prefill", "decode_chunk"}
-    assert all(memory.OPTIMIZER not in phase.parts for phase in phases)
+    assert all(memory_check.OPTIMIZER not in phase.parts for phase in phases)
 
 
 def test_a_run_that_does_not_fit_is_refused(blueprint, monkeypatch):
-    memory.check(blueprint, held_out=1)
+    memory_check.check(blueprint, held_out=1)
     monkeypatch.setattr(chips, "host_memory", lambda: 8 * 3.0 * 4 * PARAMS)
     with pytest.raises(
         UserError, match=r"^model: got 9,808 parameters, want fewer, .* needs at least 0.0 GB on each device"
     ):
-        memory.check(blueprint, held_out=1)
+        memory_check.check(blueprint, held_out=1)

@@ -10,8 +10,8 @@ from jaxrl_llm.experience.replay import Ring, make_replay
 from jaxrl_llm.metrics.guards import Guards
 from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
-from jaxrl_llm.roles.initial_state import first_state, first_supervised, rl_target, supervised_target
 from jaxrl_llm.roles.learner import Learner
+from jaxrl_llm.roles.start_or_restore import first_state, first_supervised, rl_target, supervised_target
 from jaxrl_llm.roles.state import RunState, SupervisedState
 from jaxrl_llm.types import TrainState
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from setups import FAMILIES, SMALL, layouts
 
-from jaxrl_llm.model import quantized
+from jaxrl_llm.model import quantized_weights
 from jaxrl_llm.model.linear import contract
 from jaxrl_llm.model.params import ParamSpec, specs
-from jaxrl_llm.model.quantized import Quantized, dequantize, look_up, quantize, quantized_specs
+from jaxrl_llm.model.quantized_weights import Quantized, dequantize, look_up, quantize, quantized_specs
 
 FP8 = jnp.float8_e4m3fn
 
@@ -149,11 +149,15 @@ def test_unsupported_quantization_is_refused_by_name(monkeypatch):
         platform, device_kind, compute_capability = "gpu", "H200", "9.0"
 
     here = jax.devices()[0]
-    assert quantized.problems(SMALL, "int8", here) == quantized.problems(FAMILIES["qwen3-moe"], "compute", here) == []
-    (experts,) = quantized.problems(FAMILIES["qwen3-moe"], "int8", here)
+    assert (
+        quantized_weights.problems(SMALL, "int8", here)
+        == quantized_weights.problems(FAMILIES["qwen3-moe"], "compute", here)
+        == []
+    )
+    (experts,) = quantized_weights.problems(FAMILIES["qwen3-moe"], "int8", here)
     assert experts == "rollout.engine.weights: got int8, want compute for a model with experts (4)"
-    (cpu,) = quantized.problems(SMALL, "fp8", here)
+    (cpu,) = quantized_weights.problems(SMALL, "fp8", here)
     assert cpu.startswith("rollout.engine.weights: got fp8 on cpu, want a GPU")
-    assert quantized.problems(SMALL, "fp8", Device()) == []
+    assert quantized_weights.problems(SMALL, "fp8", Device()) == []
     monkeypatch.setattr(Device, "compute_capability", "8.0")
-    assert len(quantized.problems(SMALL, "fp8", Device())) == 1
+    assert len(quantized_weights.problems(SMALL, "fp8", Device())) == 1
