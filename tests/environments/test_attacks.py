@@ -140,7 +140,8 @@ def test_nothing_is_left_of_an_attack(attack, pools, caplog):
     assert settles(lambda: len(marked()) == NUM_IDLE and not sleepers()), [
         Path(f"/proc/{pid}/cmdline").read_bytes() for pid in marked()
     ]
-    assert settles(lambda: open_here() == before), (open_here(), before)
+    # Fewer is right too: threads that earlier tests left may end meanwhile.
+    assert settles(lambda: np.less_equal(open_here(), before).all()), (open_here(), before)
 
 
 def test_a_worker_that_stops_reading_is_a_missed_deadline(pools):
