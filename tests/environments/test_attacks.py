@@ -1,5 +1,6 @@
 """Whatever a grader does, only its group is lost, within the deadline, and no process that it started is left."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -56,9 +57,20 @@ def sleepers():
     return found
 
 
+def descriptors_and_threads():
+    """Return the open file descriptors, each with what it names, and the threads of this process."""
+    opened = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the descriptor that lists the others
+            opened.add((fd, os.readlink(f"/proc/self/fd/{fd}")))
+    return opened, set(os.listdir("/proc/self/task"))
+
+
+@pytest.fixture(scope="module")
 def open_here():
-    """Number of file descriptors and threads of this process."""
-    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+    """Count the descriptors and threads opened since; what earlier tests left may end at any time."""
+    inherited = descriptors_and_threads()
+    return lambda: [len(now - earlier) for now, earlier in zip(descriptors_and_threads(), inherited, strict=True)]
 
 
 def settles(condition, seconds=5.0):
@@ -76,7 +88,7 @@ class Pools(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def pools():
+def pools(open_here):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(HERE)
         patch.setenv(*MARK.split("="))
@@ -124,7 +136,7 @@ WANTED = {
 
 
 @pytest.mark.parametrize("attack", WANTED)
-def test_nothing_is_left_of_an_attack(attack, pools, caplog):
+def test_nothing_is_left_of_an_attack(attack, pools, open_here, caplog):
     caplog.set_level(logging.WARNING, "jaxrl_llm.environments")
     wanted, words = WANTED[attack] if isinstance(WANTED[attack], tuple) else (WANTED[attack], "")
     pool = pools.short if wanted == Failure.TIMED_OUT else pools.patient
@@ -140,8 +152,7 @@ def test_nothing_is_left_of_an_attack(attack, pools, caplog):
     assert settles(lambda: len(marked()) == NUM_IDLE and not sleepers()), [
         Path(f"/proc/{pid}/cmdline").read_bytes() for pid in marked()
     ]
-    # Fewer is right too: threads that earlier tests left may end meanwhile.
-    assert settles(lambda: np.less_equal(open_here(), before).all()), (open_here(), before)
+    assert settles(lambda: open_here() == before), (open_here(), before)
 
 
 def test_a_worker_that_stops_reading_is_a_missed_deadline(pools):
