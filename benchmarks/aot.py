@@ -40,7 +40,7 @@ from jaxrl_llm.perf.hlo import HloModule, Instruction, collectives
 from jaxrl_llm.perf.work import bytes_per_device
 from jaxrl_llm.plan.decode_memory import decode_memory
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
-from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.engine import Engine, EngineModel
 from jaxrl_llm.rollout.programs import Programs
 from jaxrl_llm.rollout.sample import Vocabulary
 
@@ -61,7 +61,7 @@ def programs_of(args: argparse.Namespace, cfg: ModelConfig, decode: Layout) -> P
     vocab = Vocabulary(size=cfg.vocab_size, pad=0, eos=(1,))
     engine = EngineConfig(decode_chunk=args.chunk)
     rollout = RolloutConfig(prompts=args.prompts, samples=args.samples, max_new_tokens=args.window, engine=engine)
-    return Engine(rollout, args.slots, vocab, cfg, decode).programs
+    return Engine(EngineModel(cfg, decode, vocab), rollout, args.slots).programs
 
 
 def bytes_of(compiled: Compiled) -> dict[str, int]:

@@ -29,7 +29,7 @@ from benchmarks.models import NEW_TOKENS, SAMPLES, Workload, layouts, make_param
 from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.rollout import sample
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
-from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.engine import Engine, EngineModel
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Policy, Prompts, Rollouts
 
@@ -91,7 +91,7 @@ def skewed(work: Workload, policy: Policy, samples: int, num: int, batch: int, s
     def engine(prompts: int, **changes: object) -> Engine:
         form = EngineConfig(decode_chunk=16, **changes)
         rollout = RolloutConfig(prompts=prompts, samples=samples, max_new_tokens=NEW_TOKENS, engine=form)
-        return Engine(rollout, 64, vocab, cfg, layouts()[1])
+        return Engine(EngineModel(cfg, layouts()[1], vocab), rollout, 64)
 
     def by_parts(engine: Engine) -> list[Rollouts]:
         return [engine.generate(policy, part, KEY) for part in parts]
@@ -133,7 +133,7 @@ def long_prompt(work: Workload, seconds: float) -> dict:
             max_new_tokens=NEW_TOKENS,
             engine=EngineConfig(rows_per_prompt_cache=rows_per_prompt_cache),
         )
-        return Engine(rollout, 1024, work.vocabulary, work.cfg, layouts()[1])
+        return Engine(EngineModel(work.cfg, layouts()[1], work.vocabulary), rollout, 1024)
 
     engines = {"one copy": engine(64), "a copy per row": engine(1)}
     calls = {name: partial(e.generate, policy, prompts, KEY) for name, e in engines.items()}
@@ -153,7 +153,7 @@ def soak(work: Workload, num_calls: int = 300) -> dict:
         prompts=16, samples=SAMPLES, max_new_tokens=48, engine=EngineConfig(decode_chunk=16, max_concurrent_prompts=8)
     )
     vocab = Vocabulary(cfg.vocab_size, 0, tuple(range(0, cfg.vocab_size, 24)))
-    engine = Engine(rollout, 64, vocab, cfg, layouts()[1])
+    engine = Engine(EngineModel(cfg, layouts()[1], vocab), rollout, 64)
     engine.warm(policy)
     rng, resident, counter = np.random.default_rng(0), [], CompileCounter()
     for i in range(num_calls + 20):

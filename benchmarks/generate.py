@@ -29,7 +29,7 @@ from jaxrl_llm.model.publish import make_empty_policy, make_publish
 from jaxrl_llm.perf.ceilings import copy_bandwidth, matmul_rate
 from jaxrl_llm.perf.work import Work, decode_step, weight_products
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
-from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.engine import Engine, EngineModel
 from jaxrl_llm.types import Policy, PyTree
 
 
@@ -62,7 +62,7 @@ def make_engine(work: Workload, prompts: int = 0, **changes: object) -> Engine:
         prompts=prompts or work.prompts, samples=SAMPLES, max_new_tokens=NEW_TOKENS,
         engine=dataclasses.replace(EngineConfig(), **changes),
     )  # fmt: skip
-    return Engine(rollout, PROMPT_SLOTS, work.vocabulary, work.cfg, layouts()[1])
+    return Engine(EngineModel(work.cfg, layouts()[1], work.vocabulary), rollout, PROMPT_SLOTS)
 
 
 def make_policy(work: Workload, params: PyTree) -> Policy:

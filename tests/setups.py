@@ -14,7 +14,7 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
-from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.engine import Engine, EngineModel
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Batch, Credit, Experience, Policy, Prompts, PyTree, Rollouts, Scores
 from jaxrl_llm.update.batch import make_batch, ungraded
@@ -82,7 +82,7 @@ def engine(cfg: ModelConfig, decode: Layout, vocab: Vocabulary = VOCAB, slots: i
     """An engine, shared by all tests with the same arguments. `slots`: slots per prompt."""
     shards = decode.size("rows")
     rollout = {"prompts": shards, "engine": EngineConfig(), **rollout}
-    return Engine(RolloutConfig(**rollout), slots, vocab, cfg, decode)
+    return Engine(EngineModel(cfg, decode, vocab), RolloutConfig(**rollout), slots)
 
 
 @cache

@@ -25,7 +25,7 @@ ALLOWED = {
     "distribution": FOUNDATION | {"model"},
     "perf": FOUNDATION | {"model"},
     "tasks": {"errors", "types"},
-    "rollout": FOUNDATION | {"distribution", "model", "perf.work"},
+    "rollout": FOUNDATION | {"config.options", "distribution", "model", "perf.work"},
     "environments": {"errors", "config.error_messages", "config.user_code", "metrics.terminal"},
     "experience": {"errors", "types", "config.own_part", "config.user_code", "metrics.estimates"},
     "objective": {"errors", "types", "distribution", "config.own_part", "config.user_code", "config.flags"},

@@ -62,7 +62,7 @@ def prepare_sampling(cfg: RunConfig, given: Inputs | None = None) -> SamplingSet
     """
     given = given or inputs.read(cfg)
     blueprint = blueprint_of(cfg, given)
-    return SamplingSetup(blueprint, given.task, blueprint.make_engine(given.task.tokenizer.spellings))
+    return SamplingSetup(blueprint, given.task, blueprint.make_engine(given.task.tokenizer))
 
 
 def restore_params(blueprint: Blueprint) -> RestoredParams | None:

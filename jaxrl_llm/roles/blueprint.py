@@ -26,8 +26,7 @@ from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.layout import TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.roles.inputs import Inputs, packing_problems
-from jaxrl_llm.rollout.engine import Engine
-from jaxrl_llm.rollout.output import TextDecoder
+from jaxrl_llm.rollout.engine import Engine, EngineModel, PromptTokenizer
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import PyTree
 from jaxrl_llm.update.config import OptimizerConfig
@@ -98,9 +97,10 @@ class Blueprint:
     def shapes(self) -> Shapes:
         return shapes_of(self.cfg, self.prompt_slots, self.train.size("rows"))
 
-    def make_engine(self, texts_of: TextDecoder | None = None) -> Engine:
-        """The rollout engine. `spell` turns token ids into text; only stop texts need it."""
-        return Engine(self.cfg.rollout, self.prompt_slots, self.vocab, self.model, self.decode, texts_of)
+    def make_engine(self, tokenizer: PromptTokenizer | None = None) -> Engine:
+        """The rollout engine. `tokenizer`: needed for stop strings only."""
+        model = EngineModel(self.model, self.decode, self.vocab, tokenizer)
+        return Engine(model, self.cfg.rollout, self.prompt_slots)
 
 
 def make_blueprint(

@@ -9,14 +9,15 @@ All hosts make the same decisions, because they see equal numbers.
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from jaxtyping import Array, Int, Key
 
+from jaxrl_llm.config.options import with_options
 from jaxrl_llm.model.cache import Caching, PromptCache, attention_windows, choose_cache_format
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.parallel import hosts
@@ -26,7 +27,7 @@ from jaxrl_llm.perf.work import Work, decode_step, weight_bytes
 from jaxrl_llm.rollout.batch_sizes import BatchSizes, first_window, smallest
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.rollout.decode import ChunkResult, DecodedChunk, SequenceGroups
-from jaxrl_llm.rollout.output import OutputBuffer, TextDecoder
+from jaxrl_llm.rollout.output import OutputBuffer
 from jaxrl_llm.rollout.programs import ProgramName, Programs
 from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary
 from jaxrl_llm.types import Policy, Prompts, PyTree, Rollouts
@@ -52,32 +53,52 @@ class Stats(NamedTuple):
         return sum(n * max(work.bytes / bytes_per_s, work.flops / flops_per_s) for n, work in self.chunks)
 
 
+class PromptTokenizer(Protocol):
+    """The part of a tokenizer that the engine uses."""
+
+    def prompt_batch(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of prompts, chat template included."""
+
+    def spellings(self, ids: Sequence[int]) -> Sequence[str]:
+        """Texts of token ids in which stop strings are searched."""
+
+
+class EngineModel(NamedTuple):
+    """What the engine knows about a model, apart from its parameters."""
+
+    config: ModelConfig
+    decode: Layout
+    """Sharding of policy, caches and rows."""
+    vocab: Vocabulary
+    tokenizer: PromptTokenizer | None = None
+    """Needed for stop strings only."""
+
+
 class Engine:
     """Samples G completions per prompt with one config and one set of compiled programs."""
 
-    def __init__(
-        self, cfg: RolloutConfig, prompt_slots: int, vocab: Vocabulary, model: ModelConfig, layout: Layout,
-        texts_of: TextDecoder | None = None,
-    ):  # fmt: skip
+    def __init__(self, model: EngineModel, cfg: RolloutConfig | None = None, prompt_slots: int = 0, **options: Any):
         """Fix sizes and static settings; nothing compiles yet.
 
         Args:
-            cfg: the rollouts.
+            model: an `EngineModel`, or any value with its attributes.
+            cfg: the rollouts; None: the defaults.
             prompt_slots: maximum prompt length.
-            vocab: the tokenizer's vocabulary.
-            model: architecture of the policy.
-            layout: sharding of policy, caches and rows.
-            texts_of: decodes token ids; needed for stop strings only.
+            options: fields of `RolloutConfig` that replace those of `cfg`.
+
+        Raises:
+            UserError: an option is unknown or its value is out of range.
         """
-        self.cfg, self.texts_of = cfg, texts_of
+        self.model, self.cfg = model, with_options(cfg or RolloutConfig(), options)
+        cfg, config, layout = self.cfg, model.config, model.decode
         steps = min(cfg.engine.decode_chunk, cfg.max_new_tokens)
-        window = cfg.engine.window or first_window(cfg, model, layout)
-        self.sizes = BatchSizes.of(cfg, window, prompt_slots, max(attention_windows(model)), layout.size("rows"))
+        window = cfg.engine.window or first_window(cfg, config, layout)
+        self.sizes = BatchSizes.of(cfg, window, prompt_slots, max(attention_windows(config)), layout.size("rows"))
         most = min(cfg.engine.eos_interval, steps, self.sizes.windows[0])
         interval = max(n for n in divisors(steps) if n <= most)
-        max_kept_tokens = cfg.max_kept_of(vocab.size)
-        self.decoding = Decoding(model, layout, vocab, steps, interval, max_kept_tokens, cfg.raw_logprobs)
-        form = choose_cache_format(cfg.engine.attention, cfg.engine.cache, model, layout)
+        max_kept_tokens = cfg.max_kept_of(model.vocab.size)
+        self.decoding = Decoding(config, layout, model.vocab, steps, interval, max_kept_tokens, cfg.raw_logprobs)
+        form = choose_cache_format(cfg.engine.attention, cfg.engine.cache, config, layout)
         caching = Caching(prompt_slots, cfg.engine.prefill_chunk, form)
         self.programs = Programs(self.decoding, caching, self.sizes.rows_per_group)
 
@@ -334,7 +355,7 @@ class Generation:
         self.output.add(rows, age, result.chunk, ran)
         self.last, self.done = result.last, result.done
         if self.engine.cfg.stop:
-            stopped = self.output.stop(rows, age, self.engine.cfg.stop, self.engine.texts_of)
+            stopped = self.output.stop(rows, age, self.engine.cfg.stop, self.engine.model.tokenizer.spellings)
             self.done |= stopped.reshape(self.done.shape)
         self._count(ran, result.chunk)
         self.age = self.age + np.int32(ran)

@@ -11,7 +11,7 @@ from jaxrl_llm.parallel.layout import DECODE, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.plan import decode_memory
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
-from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.engine import Engine, EngineModel
 from jaxrl_llm.rollout.sample import Vocabulary
 
 CFG = ModelConfig(
@@ -24,7 +24,7 @@ P, G, S, C = 4, 3, 16, 32
 def estimate(sizes: tuple[int, ...], cfg: ModelConfig = CFG) -> decode_memory.DecodeMemory:
     layout = Layout(make_mesh(sizes, jax.devices()[: sizes[0] * sizes[1] * sizes[2]]), DECODE)
     rollout = RolloutConfig(prompts=P, samples=G, max_new_tokens=C, engine=EngineConfig(decode_chunk=8))
-    programs = Engine(rollout, S, Vocabulary(size=64, pad=0, eos=(1,)), cfg, layout).programs
+    programs = Engine(EngineModel(cfg, layout, Vocabulary(size=64, pad=0, eos=(1,))), rollout, S).programs
     policy = params.abstract(params.unstack(params.specs(cfg), cfg.layers), layout, jnp.float32)
     return decode_memory.decode_memory(programs, policy, P, C)
 

@@ -7,7 +7,7 @@ from setups import TINY, layouts
 from jaxrl_llm.model.config import LoraConfig
 from jaxrl_llm.roles import rates
 from jaxrl_llm.rollout.config import RolloutConfig
-from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.engine import Engine, EngineModel
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.update.packing import BatchShape
 
@@ -16,7 +16,7 @@ def test_the_sampler_is_compared_with_a_step_of_all_rows(monkeypatch):
     """8 prompts of 3 samples on 4 shards of rows: 2 * 3 rows per device; matrices split in 2."""
     monkeypatch.setattr(rates, "decode_rates", lambda *shapes: shapes)
     cfg, vocab = RolloutConfig(prompts=8, samples=3, max_new_tokens=4), Vocabulary(size=16, pad=0, eos=(1,))
-    engine = Engine(cfg, 8, vocab, TINY, layouts((2, 2, 2))[1])
+    engine = Engine(EngineModel(TINY, layouts((2, 2, 2))[1], vocab), cfg, 8)
     assert rates.sampler_rates(engine) == (TINY, 6, 2)
 
 

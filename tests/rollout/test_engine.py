@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.parallel.config import MeshConfig
 from jaxrl_llm.rollout.batch_sizes import BatchSizes, doubled, first_window
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
-from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.engine import Engine, EngineModel
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Finish, check
 
@@ -83,7 +84,7 @@ def test_another_policy_layout_changes_no_token(choice):
     train = layouts((2, 2, 2))[0]
     decode = train.for_decode(choice)
     policy = make_policy(ONE_LAYER, make_params(ONE_LAYER, train), train, decode)
-    made = Engine(of(WHOLE).cfg, 7, VOCAB, ONE_LAYER, decode)
+    made = Engine(EngineModel(ONE_LAYER, decode, VOCAB), of(WHOLE).cfg, 7)
     same(made.generate(policy, make_prompts(P), KEY), run(WHOLE)[0])
 
 
@@ -194,7 +195,8 @@ def text_of(tokens: list[int]) -> str:
 def stopping(stop: tuple[str, ...], texts_of, form: EngineConfig) -> Engine:
     """A new engine with stop strings, which the shared ones lack; it reuses their programs."""
     shared = of(form)
-    made = Engine(dataclasses.replace(shared.cfg, stop=stop), 7, VOCAB, ONE_LAYER, layouts()[1], texts_of)
+    model = EngineModel(ONE_LAYER, layouts()[1], VOCAB, SimpleNamespace(spellings=texts_of))
+    made = Engine(model, shared.cfg, 7, stop=stop)
     made.programs = shared.programs
     return made
 

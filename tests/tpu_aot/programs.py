@@ -22,7 +22,7 @@ from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.perf import hlo
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
-from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.engine import Engine, EngineModel
 from jaxrl_llm.rollout.programs import Programs
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Batch, TrainState
@@ -140,7 +140,7 @@ def array(layout: Layout, shape: tuple[int, ...], dtype, *axes: str | None) -> j
 def rollout_programs(cfg: ModelConfig, decode: Layout, steps: int = STEPS, window: int = C) -> Programs:
     """Programs of an engine for P prompts of S slots, G samples each, in chunks of `steps` steps."""
     rollout = RolloutConfig(prompts=P, samples=G, max_new_tokens=window, engine=EngineConfig(decode_chunk=steps))
-    return Engine(rollout, S, Vocabulary(size=cfg.vocab_size, pad=0, eos=(1,)), cfg, decode).programs
+    return Engine(EngineModel(cfg, decode, Vocabulary(size=cfg.vocab_size, pad=0, eos=(1,))), rollout, S).programs
 
 
 def lower_rollout(

@@ -10,7 +10,7 @@ from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.load import load as load_params
 from jaxrl_llm.model.params import specs, unstack
 from jaxrl_llm.rollout.config import RolloutConfig
-from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.engine import Engine, EngineModel
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Policy, Prompts
 
@@ -29,7 +29,7 @@ def load(directory: str, compute: str, variant: str) -> tuple[Generate, dict]:
         shape = (len(call.prompts), call.samples, call.new_tokens, call.top_p)
         if shape not in made:
             rollout = RolloutConfig(shape[0], call.samples, call.new_tokens, top_p=call.top_p)
-            made[shape] = Engine(rollout, len(call.prompts[0]), vocabulary, cfg, decode)
+            made[shape] = Engine(EngineModel(cfg, decode, vocabulary), rollout, len(call.prompts[0]))
         return made[shape]
 
     def generate(call: Call) -> np.ndarray:

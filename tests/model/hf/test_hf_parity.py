@@ -8,7 +8,7 @@ from setups import layouts
 
 from jaxrl_llm.model.transformer import hidden, logits
 from jaxrl_llm.rollout.config import RolloutConfig
-from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.engine import Engine, EngineModel
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Policy, Prompts
 
@@ -52,5 +52,7 @@ def test_greedy_tokens_match_transformers(family, mesh, tmp_path):
     rollout = RolloutConfig(prompts=4, samples=1, max_new_tokens=want.shape[1], temperature=0.0)
     prompts = Prompts(tokens=tokens, length=lengths, uid=rows, row=rows)
     policy = Policy(params=params, version=np.int32(0))
-    rollouts = Engine(rollout, lengths.max(), vocab, cfg, layout).generate(policy, prompts, jax.random.key(0))
+    rollouts = Engine(EngineModel(cfg, layout, vocab), rollout, lengths.max()).generate(
+        policy, prompts, jax.random.key(0)
+    )
     assert rollouts.tokens.tolist() == want.tolist()

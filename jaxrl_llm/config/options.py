@@ -1,0 +1,41 @@
+"""Configs made in a script: values of single fields as keyword arguments, checked like those of a YAML file."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from jaxrl_llm.config.error_messages import got_and_want
+from jaxrl_llm.config.user_code import hint
+from jaxrl_llm.errors import UserError
+
+Config = TypeVar("Config")
+
+
+def with_options(cfg: Config, options: Mapping[str, Any]) -> Config:
+    """Return the config, a frozen dataclass, with other values of some fields.
+
+        with_options(RolloutConfig(), {"samples": 4})
+
+    Raises:
+        UserError: names every unknown field and every wrong value.
+    """
+    if not options:
+        return cfg
+    known = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
+    wrong = [
+        f"{name}: got an unknown option, want one of: {', '.join(known)}.{hint(name, known)}"
+        for name in options
+        if name not in known
+    ]
+    try:
+        made = TypeAdapter(type(cfg)).validate_python(known | {k: v for k, v in options.items() if k in known})
+    except ValidationError as error:
+        by_path: dict[str, list] = {}
+        for one in error.errors():
+            by_path.setdefault(".".join(map(str, one["loc"])), []).append(one)
+        wrong += [f"{path}: {got_and_want(errors)}" for path, errors in by_path.items()]
+    if wrong:
+        raise UserError("\n".join(wrong))
+    return made

@@ -1,0 +1,23 @@
+"""Configs made in a script."""
+
+import pytest
+
+from jaxrl_llm.config.options import with_options
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
+
+
+def test_options_replace_fields_and_leave_the_rest():
+    engine = EngineConfig(window=64)
+    got = with_options(RolloutConfig(prompts=3, engine=engine), {"samples": 2, "stop": ["a"], "top_p": 0.5})
+    assert got == RolloutConfig(prompts=3, samples=2, stop=("a",), top_p=0.5, engine=engine)
+    assert with_options(RolloutConfig(), {"engine": {"window": 64}}).engine == engine
+
+
+def test_every_wrong_option_is_named():
+    with pytest.raises(UserError) as error:
+        with_options(RolloutConfig(), {"sample": 4, "prompts": 0, "engine": {"window": "wide"}})
+    lines = str(error.value).splitlines()
+    assert lines[0].startswith("sample: got an unknown option, want one of: prompts, samples, ")
+    assert lines[0].endswith('Perhaps you meant "samples"')
+    assert lines[1].startswith("prompts: got 0, want") and lines[2].startswith("engine.window: got 'wide', want")
