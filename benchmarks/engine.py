@@ -139,9 +139,10 @@ def long_prompt(work: Workload, seconds: float) -> dict:
     calls = {name: partial(e.generate, policy, prompts, KEY) for name, e in engines.items()}
     found = rates(calls, 64 * NEW_TOKENS, seconds)
     for name, e in engines.items():
-        generation = e.start(policy, prompts, KEY)
-        list(generation)
-        found[name]["prompt_cache_bytes"] = sum(x.nbytes for x in jax.tree.leaves(generation.prompt))
+        session = e.session(policy, KEY)
+        session.add(prompts)
+        session.advance()
+        found[name]["prompt_cache_bytes"] = sum(x.nbytes for x in jax.tree.leaves(session.batch.prompt))
     return found
 
 

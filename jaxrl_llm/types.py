@@ -37,6 +37,8 @@ class Finish(enum.IntEnum):
     """All C completion slots were used without an end-of-sequence token."""
     STOP = 2
     """A stop string ended the row."""
+    UNFINISHED = 3
+    """The row has not ended: it was stopped by the caller, and may be resumed."""
 
 
 class Prompts(flax.struct.PyTreeNode):
@@ -58,7 +60,7 @@ class Rollouts(flax.struct.PyTreeNode):
     tokens: Int[ArrayLike, "B C"]
     """Completion tokens; the pad token from slot `length[b]` on."""
     length: Int[ArrayLike, " B"]
-    """Number of completion tokens, end-of-sequence token included."""
+    """Number of completion tokens, end-of-sequence token and forced tokens included."""
     sampled: Bool[ArrayLike, "B C"]
     """True where the policy sampled the token (end-of-sequence included): not forced, not padding."""
     behavior_logprobs: Float[ArrayLike, "B C"]

@@ -68,4 +68,4 @@ def test_values_are_frozen():
 
 def test_finish_reasons_keep_their_numbers():
     """They are stored in checkpoints and in rollouts.jsonl."""
-    assert [(f.name, f.value) for f in Finish] == [("EOS", 0), ("LENGTH", 1), ("STOP", 2)]
+    assert [(f.name, f.value) for f in Finish] == [("EOS", 0), ("LENGTH", 1), ("STOP", 2), ("UNFINISHED", 3)]

@@ -30,20 +30,21 @@ def benchmark_rollouts(cfg: RunConfig, calls: int = 5) -> None:
     engine.generate(loaded.policy, prompts, key)
     first, rates, measured = time.perf_counter() - start, sampler_rates(engine), []
     for _ in range(calls):
-        generation = engine.start(loaded.policy, prompts, key)
-        for _ in generation:
-            pass
-        measured.append(generation.stats)
+        session = engine.session(loaded.policy, key)
+        session.add(prompts)
+        while session.pending:
+            session.advance()
+        measured.append(session.stats)
     stats = sorted(measured, key=lambda stats: stats.seconds)[calls // 2]
-    (_, work), least = stats.chunks[0], stats.least_seconds(*rates)
+    gb, gflop, least = stats.work.bytes / 1e9, stats.work.flops / 1e9, stats.least_seconds(*rates)
     lines = [
         ("policy", f"{loaded.name}, {count(blueprint.specs):,} parameters, {blueprint.model.compute}"),
         ("rollouts", f"{cfg.rollout.prompts} prompts x {cfg.rollout.samples} samples, up to {cfg.rollout.max_new_tokens} tokens"),
         ("first call", f"{first:.2f} s, compiling included"),
-        ("call", f"{stats.seconds:.3f} s, the median of {calls}; {stats.steps} steps in {len(stats.chunks)} chunks"),
+        ("call", f"{stats.seconds:.3f} s, the median of {calls}; {stats.steps} steps in {stats.chunks} chunks"),
         ("tokens", f"{stats.tokens / stats.seconds:,.0f} per second, {stats.tokens:,} in all"),
         ("active rows", f"{stats.tokens / stats.steps:.1f} per step; {1 - stats.tokens / stats.row_steps:.1%} of row-steps wasted"),
-        ("one step", f"moves {work.bytes / 1e6:,.1f} MB, computes {work.flops / 1e9:,.2f} GFLOP per device, in the first chunk"),
+        ("one step", f"moves {gb / stats.steps * 1e3:,.1f} MB, computes {gflop / stats.steps:,.2f} GFLOP per device, on average"),
         ("this machine", f"{rates.bytes_per_s / 1e9:,.1f} GB/s and {rates.flops_per_s / 1e9:,.1f} GFLOP/s per device"),
         ("of the ceiling", f"{least / stats.seconds:.0%}: {least:.3f} s at those rates, of {stats.seconds:.3f} s"),
     ]  # fmt: skip

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int, Key
 from jaxrl_llm.environments.grader import Sample
 from jaxrl_llm.environments.grader_pool import Graded, GraderPool
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.rollout.engine import Engine, Stats
+from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.session import Stats
 from jaxrl_llm.tasks.rows import Row
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Finish, Groups, Policy, Prompts, Rollouts
@@ -63,12 +64,14 @@ class Collector:
         Raises:
             GivenUp: `give_up` returned True; no state has changed.
         """
-        generation = self.engine.start(policy, prompts, key)
+        session = self.engine.session(policy, key)
+        ids = session.add(prompts)
         graded, num, me = [], jax.process_count(), jax.process_index()
-        for finished in generation:
+        while session.pending:
+            finished = session.advance()
             mine = finished[finished % num == me]
             if len(mine):
-                graded.append((mine, self.pool.submit(self._samples(rows, generation.rollouts(mine)))))
+                graded.append((mine, self.pool.submit(self._samples(rows, session.rollouts(mine)))))
             if give_up():
                 raise GivenUp
         start = time.perf_counter()
@@ -78,7 +81,7 @@ class Collector:
                 kept[mine] = new
         grades = hosts.each_from(found, np.arange(len(prompts.length)) % num)
         groups = Groups(
-            rollouts=generation.rollouts(),
+            rollouts=session.take(ids),
             reward=grades.reward.reshape(-1),
             components=grades.components.reshape(-1, grades.components.shape[2]),
             failure=grades.failure,
@@ -86,7 +89,7 @@ class Collector:
             vote=grades.vote.reshape(-1),
             keep=~np.isnan(grades.reward).reshape(-1),
         )
-        return Collected(groups, generation.stats, time.perf_counter() - start)
+        return Collected(groups, session.stats, time.perf_counter() - start)
 
     def _samples(self, rows: Sequence[Row], rollouts: Rollouts) -> list[list[Sample]]:
         """Samples of each group, as the graders read them."""

@@ -4,7 +4,8 @@ from jaxrl_llm.perf.utilization import DecodeRates, UpdateRates, decode_rates, d
 from jaxrl_llm.roles.blueprint import Blueprint
 from jaxrl_llm.roles.summary import describe_engine
 from jaxrl_llm.roles.updates import Learned
-from jaxrl_llm.rollout.engine import Engine, Stats
+from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.session import Stats
 
 
 def sampler_rates(engine: Engine) -> DecodeRates:

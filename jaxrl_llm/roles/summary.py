@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxrl_llm.environments.grader_pool import Failure, component_metrics
 from jaxrl_llm.roles.updates import as_floats
-from jaxrl_llm.rollout.engine import Stats
+from jaxrl_llm.rollout.session import Stats
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Finish, Groups
 
@@ -51,7 +51,7 @@ def describe_engine(stats: Stats, bytes_per_s: float, flops_per_s: float) -> dic
     """
     return {
         "rollout/steps": float(stats.steps),
-        "rollout/segments": float(len(stats.chunks)),
+        "rollout/segments": float(stats.chunks),
         "rollout/live_rows": stats.tokens / max(stats.steps, 1),
         "rollout/waste": 1 - stats.tokens / max(stats.row_steps, 1),
         "sampling/support_overflow": stats.overflow / max(stats.tokens, 1),

@@ -30,10 +30,17 @@ class BatchSizes:
     groups_per_prompt: int
     windows: tuple[int, ...]
     prompt_slots: tuple[int, ...]
+    row_slots: tuple[int, ...]
+    """Possible lengths of prompt and known tokens of a row that is read again."""
 
     def groups(self, prompts: int) -> int:
         """Return the number of sequence groups of `prompts` prompts."""
         return prompts * self.groups_per_prompt
+
+    @property
+    def group_counts(self) -> tuple[int, ...]:
+        """Possible numbers of sequence groups in the active batch, largest first."""
+        return tuple(map(self.groups, self.prompts))
 
     @staticmethod
     def of(cfg: RolloutConfig, window: int, prompt_slots: int, max_window: int, shards: int) -> "BatchSizes":
@@ -52,9 +59,9 @@ class BatchSizes:
             halves.append(-(-halves[-1] // 2))
         most = min(cfg.max_new_tokens, max_window)
         windows = doubled(min(window, most), most, 2)
-        slots = doubled(min(MIN_PROMPT, prompt_slots), prompt_slots, 4)
-        batches, per_prompt = tuple(n * shards for n in halves), cfg.samples // rows_per_group
-        return BatchSizes(shards, batches, rows_per_group, per_prompt, windows, slots)
+        prompts, rows = (doubled(min(MIN_PROMPT, n), n, 4) for n in (prompt_slots, prompt_slots + cfg.max_new_tokens))
+        batches, per_prompt = tuple(n * shards for n in halves), -(-cfg.samples // rows_per_group)
+        return BatchSizes(shards, batches, rows_per_group, per_prompt, windows, prompts, rows)
 
 
 def doubled(least: int, most: int, factor: int) -> tuple[int, ...]:

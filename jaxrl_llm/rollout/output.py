@@ -1,14 +1,13 @@
-"""Output buffer of a generation: NumPy arrays with one row per sample of each prompt, filled chunk by chunk."""
+"""Output buffer of a session: NumPy arrays with one row per sample, filled chunk by chunk and reused once a row is taken."""
 
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxrl_llm.rollout.decode import DecodedChunk, recorded_columns
-from jaxrl_llm.rollout.sample import Controls, Decoding
-from jaxrl_llm.types import Finish, Prompts, Rollouts
+from jaxrl_llm.rollout.sample import Decoding
+from jaxrl_llm.types import Finish, Rollouts
 
 TextDecoder = Callable[[list[int]], Sequence[str]]
 """Token ids to the texts searched for stop strings: with and without special tokens."""
@@ -21,81 +20,111 @@ NEAR = 16
 
 
 class OutputBuffer:
-    """Rollouts being generated."""
+    """Rows being generated. Slots 0 to length - 1 of a row are filled: sampled by the policy, or forced."""
 
-    def __init__(self, prompts: Prompts, samples: int, slots: int, decoding: Decoding):
-        rows = len(prompts.length) * samples
-        self.prompts, self.samples, self.vocab = prompts, samples, decoding.vocab
-        self.finish = np.full(rows, int(Finish.LENGTH), np.int32)
-        self.fill = {column.name: column.fill for column in recorded_columns(decoding)} | {"tokens": decoding.vocab.pad}
+    def __init__(self, slots: int, decoding: Decoding):
+        self.vocab = decoding.vocab
+        recorded = recorded_columns(decoding)
+        self.fill = {column.name: column.fill for column in recorded} | {"tokens": decoding.vocab.pad, "version": 0}
         self.columns = {
-            column.name: np.full(
-                (rows, slots, *(decoding.max_kept_tokens for _ in column.dims)), self.fill[column.name], column.dtype
-            )
-            for column in recorded_columns(decoding)
+            column.name: np.zeros((0, slots, *(decoding.max_kept_tokens for _ in column.dims)), column.dtype)
+            for column in recorded
         }
+        self.columns["version"] = np.zeros((0, slots), np.int32)
+        self.length, self.limit, self.finish = (np.zeros(0, np.int32) for _ in range(3))
+        self.free: list[int] = []
 
-    def add(self, rows: Int[np.ndarray, " B"], slot: Int[np.ndarray, " B"], chunk: DecodedChunk, steps: int) -> None:
-        """Store the first `steps` lines of a chunk.
+    @property
+    def ended(self) -> Bool[np.ndarray, " rows"]:
+        return self.finish != Finish.UNFINISHED
+
+    def allocate(self, limit: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """Return empty rows. `limit`: maximum completion tokens of each."""
+        if (more := len(limit) - len(self.free)) > 0:
+            self._enlarge(max(more, len(self.length)))
+        rows = np.array([self.free.pop() for _ in limit], int)
+        for name, column in self.columns.items():
+            column[rows] = self.fill[name]
+        self.length[rows], self.limit[rows], self.finish[rows] = 0, limit, int(Finish.UNFINISHED)
+        return rows
+
+    def _enlarge(self, more: int) -> None:
+        old = len(self.length)
+        longer = lambda x: np.concatenate([x, np.zeros((more, *x.shape[1:]), x.dtype)])  # noqa: E731
+        self.columns = {name: longer(column) for name, column in self.columns.items()}
+        self.length, self.limit, self.finish = map(longer, (self.length, self.limit, self.finish))
+        self.free += range(old + more - 1, old - 1, -1)
+
+    def release(self, rows: Int[np.ndarray, " n"]) -> None:
+        """Give rows back."""
+        self.free += rows[::-1].tolist()
+
+    def force(self, row: int, tokens: Sequence[int]) -> None:
+        """Append tokens that the policy did not sample. The row goes on behind them, whatever it ended with."""
+        start, end = self.length[row], self.length[row] + len(tokens)
+        self.columns["tokens"][row, start:end] = tokens
+        self.length[row], self.finish[row] = end, int(Finish.UNFINISHED)
+        self.end_at_limit(np.array([row]))
+
+    def restore(self, rows: Int[np.ndarray, " n"], known: Rollouts) -> None:
+        """Fill empty rows with the tokens, log-probs and versions of earlier rollouts, one row each."""
+        slots = known.tokens.shape[1]
+        for name, column in self.columns.items():
+            if (earlier := getattr(known, name)) is not None:
+                column[rows, :slots] = earlier
+        self.length[rows] = known.length
+        complete = np.isin(known.finish, (Finish.EOS, Finish.STOP))
+        self.finish[rows] = np.where(complete, known.finish, int(Finish.UNFINISHED))
+        self.end_at_limit(rows)
+
+    def end_at_limit(self, rows: Int[np.ndarray, " n"]) -> None:
+        """End rows that are at their limit; rows that a lower limit ended go on."""
+        finish, is_full = self.finish[rows], self.length[rows] >= self.limit[rows]
+        open_ended = (finish == Finish.UNFINISHED) | (finish == Finish.LENGTH)
+        self.finish[rows] = np.where(open_ended, np.where(is_full, Finish.LENGTH, Finish.UNFINISHED), finish)
+
+    def add(
+        self, rows: Int[np.ndarray, " B"], slot: Int[np.ndarray, " B"], chunk: DecodedChunk, steps: int, version: int
+    ) -> int:
+        """Store the first `steps` lines of a chunk, each row's up to its limit. Returns the number of tokens stored.
 
         Args:
             rows: row of the buffer of each row of the chunk; negative: ignored.
             slot: completion slot of the chunk's first line.
             chunk: recorded columns.
             steps: lines that ran.
+            version: of the policy.
         """
-        line, b = np.nonzero(chunk.sampled[:steps] & (rows >= 0))
+        room = np.where(rows >= 0, self.limit[rows] - slot, 0)
+        line, b = np.nonzero(chunk.sampled[:steps] & (np.arange(steps)[:, None] < room))
         row, position = rows[b], slot[b] + line
         for name, column in self.columns.items():
-            column[row, position] = getattr(chunk, name)[line, b]
+            column[row, position] = version if name == "version" else getattr(chunk, name)[line, b]
+        np.maximum.at(self.length, row, position + 1)
         ends = np.isin(chunk.tokens[line, b], self.vocab.eos)
         self.finish[row[ends]] = int(Finish.EOS)
+        self.end_at_limit(rows[rows >= 0])
+        return len(row)
 
-    def stop(
-        self, rows: Int[np.ndarray, " B"], seen: Int[np.ndarray, " B"], stop: tuple[str, ...], texts_of: TextDecoder
-    ) -> Bool[np.ndarray, " B"]:
-        """End each row at the token that completes a stop string.
+    def stop(self, rows: Int[np.ndarray, " B"], seen: int, stop: tuple[str, ...], texts_of: TextDecoder) -> None:
+        """End each row at the token that completes a stop string, among the tokens after the last forced one.
 
         Args:
-            rows: rows of the buffer; negative: ignored.
-            seen: number of leading tokens per row already searched without a match.
+            rows: rows of the buffer.
+            seen: number of leading tokens already searched without a match.
             stop: stop strings.
             texts_of: decodes token ids.
-
-        Returns:
-            True for the rows that were ended.
         """
-        return np.array(
-            [r >= 0 and self._stop(int(r), int(n), stop, texts_of) for r, n in zip(rows, seen, strict=True)]
-        )
-
-    def _stop(self, row: int, seen: int, stop: tuple[str, ...], texts_of: TextDecoder) -> bool:
-        tokens = self.columns["tokens"][row, : self.columns["sampled"][row].sum()].tolist()
-        end = first_end(tokens, seen, stop, texts_of)
-        if end is None:
-            return False
-        for name, column in self.columns.items():
-            column[row, end:] = self.fill[name]
-        self.finish[row] = int(Finish.STOP)
-        return True
-
-    def rollouts(self, index: Int[np.ndarray, " p"], controls: Controls, version: int) -> Rollouts:
-        """Return the rollouts of the prompts `index`; `controls` are those of all prompts."""
-        rows = (index[:, None] * self.samples + np.arange(self.samples)).reshape(-1)
-        of = {name: column[rows] for name, column in self.columns.items()}
-        sampled, min_new_tokens = of["sampled"], np.repeat(controls.min_new_tokens[index], self.samples)[:, None]
-        return Rollouts(
-            prompts=jax.tree.map(lambda x: x[index], self.prompts),
-            length=sampled.sum(axis=1, dtype=np.int32),
-            temperature=np.repeat(controls.temperature[index], self.samples).astype(np.float32),
-            version=np.where(sampled, np.int32(version), np.int32(0)),
-            finish=self.finish[rows],
-            # Decided over all prompts, so that the columns of a batch do not depend on its rows.
-            eos_masked=sampled & (np.arange(sampled.shape[1]) < min_new_tokens)
-            if np.any(controls.min_new_tokens)
-            else None,
-            **of,
-        )
+        for row in rows.tolist():
+            length = self.length[row]
+            forced = np.flatnonzero(~self.columns["sampled"][row, :length])
+            start = int(forced[-1]) + 1 if len(forced) else 0
+            tokens = self.columns["tokens"][row, start:length].tolist()
+            end = first_end(tokens, seen - start, stop, texts_of)
+            if end is not None:
+                for name, column in self.columns.items():
+                    column[row, start + end :] = self.fill[name]
+                self.length[row], self.finish[row] = start + end, int(Finish.STOP)
 
 
 def first_end(tokens: list[int], seen: int, stop: tuple[str, ...], texts_of: TextDecoder) -> int | None:

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.stages import Compiled, Lowered
 
-from jaxrl_llm.model import cache
+from jaxrl_llm.model import cache, cache_moves
 from jaxrl_llm.model.cache import Caching
 from jaxrl_llm.model.transformer import prefill
+from jaxrl_llm.rollout.batch_sizes import BatchSizes
 from jaxrl_llm.rollout.decode import SequenceGroups, make_decode_chunk
 from jaxrl_llm.rollout.sample import Controls, Decoding
 from jaxrl_llm.types import PyTree
@@ -27,11 +28,15 @@ class Programs:
     ("empty_suffix", groups, window)          -> empty suffix cache
     ("extend_suffix", groups, window, wider)    suffix cache, count -> suffix cache
     ("compact", groups, fewer, window)        both caches, index of groups, index of rows -> both caches
+    ("expand", groups, more, window)          the same
+    ("read_rows", rows, slots)                tokens, lengths -> keys and values of rows: prompts and known tokens
+    ("join_suffix", groups, window, rows)     suffix cache (donated), rows' keys, rows, positions, numbers, count -> suffix cache
     ("decode_chunk", groups, window)          see `decode.make_decode_chunk`
     """
 
-    def __init__(self, decoding: Decoding, caching: Caching, rows_per_group: int):
-        self.decoding, self.caching, self.rows_per_group = decoding, caching, rows_per_group
+    def __init__(self, decoding: Decoding, caching: Caching, sizes: BatchSizes):
+        self.decoding, self.caching, self.rows_per_group = decoding, caching, sizes.rows_per_group
+        self.of_rows = caching._replace(prompt_slots=sizes.row_slots[-1])
         self._compiled: dict[ProgramName, Compiled] = {}
 
     def __call__(self, params: PyTree, *name: str | int) -> Compiled:
@@ -61,8 +66,8 @@ class Programs:
         shardings = cache.shardings(shapes, self.decoding.layout)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
-    def _prompt(self, groups: int) -> PyTree:
-        model, layout, caching = self.decoding.model, self.decoding.layout, self.caching
+    def _prompt(self, groups: int, caching: Caching | None = None) -> PyTree:
+        model, layout, caching = self.decoding.model, self.decoding.layout, caching or self.caching
         return self._with_shardings(
             lambda: cache.empty_prompt(model, groups, caching.prompt_slots, layout, caching.format)
         )
@@ -82,19 +87,25 @@ class Programs:
         return jax.tree.map(lambda x: x.sharding, tree)
 
     def _prefill(self, params: PyTree, prompts: int, slots: int) -> Lowered:
-        def read(params, tokens, length):
-            return prefill(params, tokens, length, self.caching, self.decoding.model, self.decoding.layout)
+        return self._read(params, prompts, slots, self.caching)
 
-        out = self._shardings(self._prompt(prompts))
+    def _read_rows(self, params: PyTree, rows: int, slots: int) -> Lowered:
+        return self._read(params, rows, slots, self.of_rows)
+
+    def _read(self, params: PyTree, prompts: int, slots: int, caching: Caching) -> Lowered:
+        def read(params, tokens, length):
+            return prefill(params, tokens, length, caching, self.decoding.model, self.decoding.layout)
+
+        out = self._shardings(self._prompt(prompts, caching))
         return jax.jit(read, out_shardings=out).lower(abstract(params), self._ints(prompts, slots), self._ints(prompts))
 
     def _broadcast_prefix(self, params: PyTree, prompts: int, groups: int) -> Lowered:
-        broadcast = jax.jit(lambda new, index: cache.take(new, index, self.decoding.layout))
+        broadcast = jax.jit(lambda new, index: cache_moves.take(new, index, self.decoding.layout))
         return broadcast.lower(self._prompt(prompts), self._ints(groups))
 
     def _insert_prefix(self, params: PyTree, groups: int, prompts: int) -> Lowered:
         def insert(old, new, destination, source):
-            return cache.insert(old, new, destination, source, self.decoding.layout)
+            return cache_moves.insert(old, new, destination, source, self.decoding.layout)
 
         old, indices = self._prompt(groups), self._ints(groups)
         insert = jax.jit(insert, donate_argnums=0, out_shardings=self._shardings(old))
@@ -106,14 +117,25 @@ class Programs:
 
     def _extend_suffix(self, params: PyTree, groups: int, window: int, wider: int) -> Lowered:
         def grow(suffix, count):
-            return cache.extend_suffix(suffix, wider, count, self.decoding.model, self.decoding.layout)
+            return cache_moves.extend_suffix(suffix, wider, count, self.decoding.model, self.decoding.layout)
 
         out = self._shardings(self._suffix(groups, wider))
         return jax.jit(grow, out_shardings=out).lower(self._suffix(groups, window), self._array((), jnp.int32))
 
+    def _join_suffix(self, params: PyTree, groups: int, window: int, rows: int) -> Lowered:
+        def join(suffix, new, row, first, number, count):
+            return cache_moves.join_suffix(suffix, new, (row, first, number), count, self.decoding.layout)
+
+        suffix = self._suffix(groups, window)
+        join = jax.jit(join, donate_argnums=0, out_shardings=self._shardings(suffix))
+        each = (self._ints(rows),) * 3
+        return join.lower(suffix, self._prompt(rows, self.of_rows), *each, self._array((), jnp.int32))
+
     def _compact(self, params: PyTree, groups: int, fewer: int, window: int) -> Lowered:
         def compact(prompt, suffix, index, row_index):
-            return cache.take(prompt, index, self.decoding.layout), cache.take(suffix, row_index, self.decoding.layout)
+            return cache_moves.take(prompt, index, self.decoding.layout), cache_moves.take(
+                suffix, row_index, self.decoding.layout
+            )
 
         out = self._shardings((self._prompt(fewer), self._suffix(fewer, window)))
         return jax.jit(compact, out_shardings=out).lower(
@@ -122,6 +144,8 @@ class Programs:
             self._ints(fewer),
             self._ints(fewer * self.rows_per_group),
         )
+
+    _expand = _compact
 
     def _decode_chunk(self, params: PyTree, groups: int, window: int) -> Lowered:
         suffix, number = self._suffix(groups, window), self._array((), jnp.int32)

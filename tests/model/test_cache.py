@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from setups import FAMILIES, SMALL, TINY, layouts, make_params, make_policy, make_prompts
 
-from jaxrl_llm.model import cache, transformer
+from jaxrl_llm.model import cache, cache_moves, transformer
 from jaxrl_llm.model.attention.plain import attend_part, merge
 from jaxrl_llm.model.cache import CacheFormat, Caching, QuantizedKV, choose_cache_format, empty_prompt, empty_suffix
 from jaxrl_llm.model.transformer import DecodePosition
@@ -69,7 +69,7 @@ def test_a_row_attends_to_the_keys_of_its_age(format, dtype, scale, softcap):
             ring = write(ring, i, keys[i], values[i])
         before = read(ring, COUNT - 1, AGES)
         # After extending, the next key has the number of the old size.
-        ring = write(cache.extend_suffix(ring, WIDER, COUNT, cfg, layout), WINDOW, keys[COUNT], values[COUNT])
+        ring = write(cache_moves.extend_suffix(ring, WIDER, COUNT, cfg, layout), WINDOW, keys[COUNT], values[COUNT])
         return before, read(ring, WINDOW, LATER)
 
     got = run(*(jnp.asarray(x, dtype) for x in (keys, values, q)))

@@ -10,7 +10,7 @@ from fakes import groups_of, sums
 
 from jaxrl_llm.environments.grader_pool import Failure, Graded
 from jaxrl_llm.roles.collector import Collected, Collector, GivenUp, never
-from jaxrl_llm.rollout.engine import Stats
+from jaxrl_llm.rollout.session import Stats
 from jaxrl_llm.tasks.stream import make_prompts
 from jaxrl_llm.types import Finish, check
 
@@ -36,21 +36,31 @@ def rollouts_of(prompts):
     )  # fmt: skip
 
 
-class Generation:
+class Session:
     """Finishes groups in a given order, and logs each request for the next."""
 
-    def __init__(self, prompts, order, log):
-        self.prompts, self.order, self.log, self.stats = prompts, order, log, STATS
+    def __init__(self, order, log):
+        self.order, self.log, self.stats = list(order), log, STATS
 
-    def __iter__(self):
-        for finished in self.order:
-            self.log.append(f"decoded {finished}")
-            yield np.array(finished, int)
+    @property
+    def pending(self):
+        return bool(self.order)
 
-    def rollouts(self, groups=None):
+    def add(self, prompts):
+        self.log.append(("add", prompts))
+        self.prompts = prompts
+        return np.arange(len(prompts.length))
+
+    def advance(self):
+        self.log.append(f"decoded {self.order[0]}")
+        return np.array(self.order.pop(0), int)
+
+    def take(self, ids):
+        assert ids.tolist() == list(range(len(self.prompts.length)))
+        return rollouts_of(self.prompts)
+
+    def rollouts(self, groups):
         whole = rollouts_of(self.prompts)
-        if groups is None:
-            return whole
         rows = (np.array(groups)[:, None] * G + np.arange(G)).reshape(-1)
         cut = {name: x[rows] for name, x in vars(whole).items() if isinstance(x, np.ndarray)}
         return whole.replace(prompts=jax.tree.map(lambda x: x[groups], self.prompts), **cut)
@@ -96,11 +106,11 @@ def collect(order, give_up=never, index=(5, 0, 8)):
     log = []
     prompts = make_prompts(TASK, TASK.train, np.array(index), np.arange(3))
 
-    def start(*given):
-        log.append(("start", *given))
-        return Generation(prompts, order, log)
+    def session(*given):
+        log.append(("session", *given))
+        return Session(order, log)
 
-    engine = SimpleNamespace(start=start, cfg=SimpleNamespace(samples=G))
+    engine = SimpleNamespace(session=session, cfg=SimpleNamespace(samples=G))
     pool = Pool(log)
     try:
         return Collector(engine, pool, TASK)("policy", prompts, TASK.train, "key", give_up), log, pool, prompts
@@ -112,7 +122,7 @@ def test_groups_are_submitted_as_they_finish_while_the_rest_decodes():
     _, log, _, prompts = collect([[2], [], [0, 1]])
     answers = [TASK.train[row].answer for row in (5, 0, 8)]
     assert log == [
-        ("start", "policy", prompts, "key"), "decoded [2]", f"submitted {answers[2:]}", "decoded []", "decoded [0, 1]",
+        ("session", "policy", "key"), ("add", prompts), "decoded [2]", f"submitted {answers[2:]}", "decoded []", "decoded [0, 1]",
         f"submitted {answers[:2]}", "waited", "waited",
     ]  # fmt: skip
 

@@ -12,7 +12,7 @@ from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.roles.collector import Collected
 from jaxrl_llm.roles.evaluator import Evaluator
 from jaxrl_llm.roles.supervised import right_responses
-from jaxrl_llm.rollout.engine import Stats
+from jaxrl_llm.rollout.session import Stats
 
 TASK, KEY, NAN = sums(held_out=5), jax.random.key(4), np.nan
 PARTS = np.float32([[1, 1, 0, 0], [0, 0, 0, 0], [1, 0.5, 1, 1], [NAN] * 4, [0, 1, 0, 0]])

@@ -9,7 +9,7 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.curriculum import Curriculum, in_order
 from jaxrl_llm.roles.collector import Collected, GivenUp, never
 from jaxrl_llm.roles.sampler import CURRICULUM, Sampler
-from jaxrl_llm.rollout.engine import Stats
+from jaxrl_llm.rollout.session import Stats
 
 TASK, KEY = sums(), jax.random.key(1)
 ORDER = (4, 1, 7, 0, 2, 9)

@@ -9,7 +9,7 @@ from fakes import groups_of, sums
 from jaxrl_llm.environments.grader_pool import Failure
 from jaxrl_llm.perf.work import Work
 from jaxrl_llm.roles.summary import describe, describe_engine, responses
-from jaxrl_llm.rollout.engine import Stats
+from jaxrl_llm.rollout.session import Stats
 from jaxrl_llm.types import Finish
 
 TASK, NAN = sums(), np.nan
@@ -76,10 +76,8 @@ def test_equal_rewards_have_a_deviation_of_exactly_0(value):
 
 
 def test_metrics_of_the_engine():
-    """By hand: 10 steps of 4 bytes and 6 of 2, at 2 bytes per second: 20 + 6 s of 52; FLOPs are the cheaper part."""
-    stats = Stats(
-        seconds=52.0, steps=16, row_steps=80, tokens=60, overflow=6, chunks=((10, Work(4, 1)), (6, Work(2, 1)))
-    )
+    """By hand: 52 bytes at 2 bytes per second are 26 s of 52; FLOPs are the cheaper part."""
+    stats = Stats(seconds=52.0, chunks=2, steps=16, row_steps=80, tokens=60, overflow=6, work=Work(52, 16))
     assert describe_engine(stats, 2.0, 10.0) == {
         "rollout/steps": 16.0,
         "rollout/segments": 2.0,
@@ -88,7 +86,7 @@ def test_metrics_of_the_engine():
         "sampling/support_overflow": 0.1,
         "rollout/ceiling_fraction": 0.5,
     }
-    # Here products are what takes long: 16 steps of 1 FLOP at 0.5 a second.
+    # Here products are what takes long: 16 FLOPs at 0.5 a second.
     assert describe_engine(stats, 1e9, 0.5)["rollout/ceiling_fraction"] == 32 / 52
 
 

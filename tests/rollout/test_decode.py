@@ -154,19 +154,21 @@ def test_temperature_zero_is_greedy_and_certain(sampler):
 def test_a_row_ends_at_any_of_several_end_tokens():
     vocab = Vocabulary(size=9, pad=0, eos=(7, 5))
     np.testing.assert_array_equal(vocab.ends(jnp.array([5, 6, 7, 0])), [True, False, True, False])
-    buffer = OutputBuffer(make_prompts(2), 2, 3, Decoding(SMALL, layouts()[1], vocab, steps=3))
-    blank = buffer.rollouts(np.arange(2), Controls(*(np.zeros(2) for _ in range(5))), 1)
-    assert not blank.length.any() and not blank.behavior_logprobs.any()
+    buffer = OutputBuffer(3, Decoding(SMALL, layouts()[1], vocab, steps=3))
+    rows = buffer.allocate(np.full(4, 3))
+    assert not buffer.length.any() and not buffer.columns["behavior_logprobs"].any()
     token = np.array([[3, 7, 3, 9], [5, 0, 4, 9], [0, 0, 6, 9]])
     sampled = np.array([[True] * 4, [True, False, True, False], [False, False, True, False]])
     zeros = np.zeros((3, 4), np.float32)
     # Four columns: rows 2, 1 and 0; the last is ignored.
-    buffer.add(np.array([2, 1, 0, -1]), np.zeros(4, int), DecodedChunk(token, sampled, zeros, zeros), 3)
-    controls = Controls(*(np.zeros(2) for _ in range(5)))
-    rollouts = buffer.rollouts(np.arange(2), controls, 1)
-    np.testing.assert_array_equal(rollouts.finish, [Finish.LENGTH, Finish.EOS, Finish.EOS, Finish.LENGTH])
-    np.testing.assert_array_equal(rollouts.length, [3, 1, 2, 0])
-    np.testing.assert_array_equal(rollouts.tokens, [[3, 4, 6], [7, 0, 0], [3, 5, 0], [0, 0, 0]])
+    stored = buffer.add(
+        np.array([*rows[[2, 1, 0]], -1]), np.zeros(4, int), DecodedChunk(token, sampled, zeros, zeros), 3, 1
+    )
+    assert stored == 6
+    np.testing.assert_array_equal(buffer.finish[rows], [Finish.LENGTH, Finish.EOS, Finish.EOS, Finish.UNFINISHED])
+    np.testing.assert_array_equal(buffer.length[rows], [3, 1, 2, 0])
+    np.testing.assert_array_equal(buffer.columns["tokens"][rows], [[3, 4, 6], [7, 0, 0], [3, 5, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(buffer.columns["version"][rows], [[1, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
 
 
 @pytest.mark.slow

@@ -45,10 +45,12 @@ def policy_of(cfg=ONE_LAYER, sizes=(1, 1, 1)):
 
 
 def run(form: EngineConfig, cfg=ONE_LAYER, sizes=(1, 1, 1), **more):
-    generation = of(form, cfg, sizes, **more).start(policy_of(cfg, sizes), make_prompts(P), KEY)
-    order = [p for finished in generation for p in finished.tolist()]
-    assert sorted(order) == list(range(P))
-    return check(generation.rollouts()), generation.stats, order
+    session = of(form, cfg, sizes, **more).session(policy_of(cfg, sizes), KEY)
+    ids, order = session.add(make_prompts(P)), []
+    while session.pending:
+        order += session.advance().tolist()
+    assert sorted(order) == ids.tolist() == list(range(P))
+    return check(session.take(ids)), session.stats, order
 
 
 def same(a, b) -> None:
@@ -67,7 +69,7 @@ def test_engine_config_changes_no_token(form):
     same(got, want)
     assert set(want.finish) == {Finish.EOS, Finish.LENGTH} and len(set(want.length)) > 5
     assert stats.tokens == all_at_once.tokens == want.sampled.sum()
-    assert len(all_at_once.chunks) == 1 and len(stats.chunks) >= 3
+    assert all_at_once.chunks == 1 and stats.chunks >= 3
 
 
 @pytest.mark.slow
@@ -102,22 +104,25 @@ def test_compaction_and_refill_save_work():
     assert compact.row_steps < plain.row_steps and refill.row_steps < plain.row_steps
 
 
-def test_groups_are_yielded_as_they_finish():
-    """Four concurrent prompts: a later prompt with short completions is yielded before the longest one."""
+def test_groups_are_reported_as_they_finish():
+    """Four concurrent prompts: a later prompt with short completions is reported before the longest one."""
     rollouts, _, order = run(FORMS["refill"])
     longest = rollouts.length.reshape(P, G).max(axis=1)
     assert order != sorted(order)
-    generation = of(FORMS["refill"]).start(policy_of(), make_prompts(P), KEY)
-    first = next(finished for finished in generation if len(finished))
-    early = generation.rollouts(first)
+    session = of(FORMS["refill"]).session(policy_of(), KEY)
+    session.add(make_prompts(P))
+    while not len(first := session.advance()):
+        pass
+    early = session.rollouts(first)
     assert len(first) < P and (longest[first] <= 4).all()
     np.testing.assert_array_equal(early.tokens, rollouts.tokens.reshape(P, G, C)[first].reshape(-1, C))
 
 
-def test_an_abandoned_generation_does_not_affect_the_next():
+def test_an_abandoned_session_does_not_affect_the_next():
     """As in a run that is stopped between chunks and restarted."""
-    abandoned = of(FORMS["refill"]).start(policy_of(), make_prompts(P), KEY)
-    next(iter(abandoned))
+    abandoned = of(FORMS["refill"]).session(policy_of(), KEY)
+    abandoned.add(make_prompts(P))
+    abandoned.advance()
     same(run(FORMS["refill"])[0], run(WHOLE)[0])
 
 
@@ -137,10 +142,12 @@ def test_fewer_prompts_run_smaller_programs_with_equal_tokens():
     """Three prompts in an active batch of four, in an engine for eight."""
     whole, _, _ = run(WHOLE)
     some = jax.tree.map(lambda x: x[2:5], make_prompts(P))
-    generation = of(FORMS["compaction"]).start(policy_of(), some, KEY)
-    list(generation)
-    np.testing.assert_array_equal(generation.rollouts().tokens, whole.tokens.reshape(P, G, C)[2:5].reshape(-1, C))
-    assert generation.stats.row_steps <= generation.stats.steps * 4 * G
+    session = of(FORMS["compaction"]).session(policy_of(), KEY)
+    ids = session.add(some)
+    while session.pending:
+        session.advance()
+    np.testing.assert_array_equal(session.take(ids).tokens, whole.tokens.reshape(P, G, C)[2:5].reshape(-1, C))
+    assert session.stats.row_steps <= session.stats.steps * 4 * G
 
 
 @pytest.mark.slow
@@ -165,9 +172,9 @@ def test_a_limit_out_of_range_is_refused(limit):
     each = np.full(P, 3, np.int32)
     each[-1] = limit
     with pytest.raises(ValueError, match=rf"^limit: got \[3, .*, {limit}\], want {P} numbers from 1 to {C}$"):
-        of(WHOLE).start(policy_of(), make_prompts(P), KEY, limit=each)
+        of(WHOLE).generate(policy_of(), make_prompts(P), KEY, limit=each)
     with pytest.raises(ValueError, match=rf"^limit: got \[3, 3\], want {P} numbers from 1 to {C}$"):
-        of(WHOLE).start(policy_of(), make_prompts(P), KEY, limit=np.full(2, 3, np.int32))
+        of(WHOLE).generate(policy_of(), make_prompts(P), KEY, limit=np.full(2, 3, np.int32))
 
 
 @pytest.mark.parametrize("length", [0, 8])
@@ -243,7 +250,7 @@ def test_sizes_are_few():
     cfg = dataclasses.replace(of(form).cfg, prompts=64, max_new_tokens=1024)
     sizes = BatchSizes.of(cfg, 128, 512, 700, 4)
     # 24 over 4 shards is 6 each; 6, 3 and 2 prompts of 4 rows; at least 8 rows per shard.
-    assert sizes == BatchSizes(4, (24, 12, 8), 2, 2, (128, 256, 512, 700), (128, 512))
+    assert sizes == BatchSizes(4, (24, 12, 8), 2, 2, (128, 256, 512, 700), (128, 512), (128, 512, 1536))
 
 
 @pytest.mark.parametrize(

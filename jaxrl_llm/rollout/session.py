@@ -1,0 +1,348 @@
+"""A session: requests join, stop, go on and leave while others decode.
+
+    session = engine.session(policy, key)
+    ids = session.add(["What is 3 + 4?"], samples=2)
+    while session.pending:
+        finished = session.advance()
+    rollouts = session.take(ids)
+
+A row's tokens depend on the weights, its prompt and known tokens, the session's key, its uid and its sample number, and on nothing
+else: not on when it joined, was stopped or went on. The random number of a token is named by its completion slot.
+"""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int, Key
+
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.parallel import hosts
+from jaxrl_llm.perf.work import Work, decode_step, weight_bytes
+from jaxrl_llm.rollout.active_batch import ActiveBatch
+from jaxrl_llm.rollout.batch_sizes import BatchSizes
+from jaxrl_llm.rollout.config import RolloutConfig
+from jaxrl_llm.rollout.decode import ChunkResult
+from jaxrl_llm.rollout.output import OutputBuffer
+from jaxrl_llm.rollout.programs import Programs
+from jaxrl_llm.rollout.requests import (
+    PromptsLike,
+    PromptTokenizer,
+    QueuedGroup,
+    Request,
+    as_prompts,
+    check_forced,
+    check_known,
+    check_prompts,
+    limits_of,
+    split,
+    stack_prompts,
+)
+from jaxrl_llm.rollout.sample import Controls
+from jaxrl_llm.types import Policy, Rollouts
+
+Ids = Int[np.ndarray, " n"]
+
+
+class Stats(NamedTuple):
+    """Counters of a session so far."""
+
+    seconds: float = 0.0
+    chunks: int = 0
+    steps: int = 0
+    """Decode steps."""
+    row_steps: int = 0
+    """Rows decoded, summed over all steps, finished rows included."""
+    tokens: int = 0
+    """Tokens sampled: row steps excluding those of finished rows."""
+    overflow: int = 0
+    """Tokens sampled where more than K tokens qualified."""
+    work: Work = Work(0.0, 0.0)
+    """Bytes and FLOPs of all steps on one device."""
+
+    def least_seconds(self, bytes_per_s: float, flops_per_s: float) -> float:
+        """Return the least time of all steps in seconds, at these hardware ceilings of one device."""
+        return max(self.work.bytes / bytes_per_s, self.work.flops / flops_per_s)
+
+
+class Session:
+    """Open requests of one policy. All hosts of a job must make the same calls in the same order."""
+
+    def __init__(
+        self, cfg: RolloutConfig, sizes: BatchSizes, programs: Programs, tokenizer: PromptTokenizer | None,
+        policy: Policy, key: Key[Array, ""],
+    ):  # fmt: skip
+        """Made by `Engine.session`.
+
+        Args:
+            cfg: defaults of each request.
+            sizes, programs: of the engine.
+            tokenizer: for prompts given as text, and for stop strings.
+            policy: samples the tokens.
+            key: random key of the session.
+        """
+        self.cfg, self.programs, self.tokenizer = cfg, programs, tokenizer
+        self.decoding = programs.decoding
+        self.prompt_slots, self.lanes = sizes.prompt_slots[-1], sizes.rows_per_group
+        self.output = OutputBuffer(cfg.max_new_tokens, self.decoding)
+        self.batch = ActiveBatch(sizes, programs, self.output)
+        self.key = hosts.put(np.asarray(jax.random.key_data(key)), self.decoding.layout.replicated)
+        self.requests: dict[int, Request] = {}
+        self.queue: deque[QueuedGroup] = deque()
+        self.num_added, self.masks_eos, self.stats = 0, False, Stats()
+        self.finished_early: list[int] = []
+        """Requests to report by the next `advance`, of which nothing was left to decode."""
+        self.params, self.version = policy.params, int(policy.version)
+        self.weights = weight_bytes(policy.params, self.decoding.model)
+
+    @property
+    def pending(self) -> bool:
+        """True while `advance` has something to decode or to report."""
+        return bool(self.queue or self.finished_early or self.batch.active.any())
+
+    def add(
+        self, prompts: PromptsLike, samples: int | None = None, controls: Controls | None = None,
+        limit: Int[np.ndarray, " P"] | Int[np.ndarray, "P G"] | None = None,
+        known: Rollouts | Sequence[Sequence[int]] | None = None, stop: Sequence[str] | None = None,
+        first_sample: int = 0,
+    ) -> Ids:  # fmt: skip
+        """Add one request per prompt. They join the next chunk in which there is room.
+
+        Args:
+            prompts: `Prompts`, equal on every host; or texts, or lists of token ids, whose uids count up in the session.
+            samples: G, samples per prompt; the configured number by default.
+            controls: sampling parameters per prompt; the configured ones by default.
+            limit: maximum completion tokens, per prompt or per row, known ones included; `max_new_tokens` by default.
+            known: first tokens of each of the P * G rows, from which it goes on: token ids, which count as forced, or earlier
+                rollouts, which keep their log-probs and versions.
+            stop: stop strings; the configured ones by default.
+            first_sample: sample number of each prompt's first row.
+
+        Returns:
+            Ids of the requests: 0, 1, 2, ... in the order in which they were added.
+
+        Raises:
+            UserError: prompts of another type, or stop strings without a tokenizer.
+            ValueError: no prompts, or a length, limit or token out of range.
+        """
+        vocab = self.decoding.vocab
+        prompts = as_prompts(prompts, self.tokenizer, vocab.pad, self.num_added)
+        check_prompts(prompts, self.prompt_slots, vocab)
+        num, samples = len(prompts.length), self.cfg.samples if samples is None else samples
+        if samples < 1:
+            raise ValueError(f"samples: got {samples}, want 1 or more")
+        most = self.cfg.max_new_tokens
+        limits = limits_of("limit", np.full(num, most) if limit is None else limit, (num, samples), most)
+        if known is not None:
+            check_known(known, limits, vocab)
+        stop = self.cfg.stop if stop is None else tuple(stop)
+        if stop and self.tokenizer is None:
+            raise UserError(f"stop: got {stop} for a model without a tokenizer, want no stop strings")
+        controls = controls_for(self.cfg, num) if controls is None else controls
+        self.masks_eos |= bool(np.any(controls.min_new_tokens))
+        ids = self.num_added + np.arange(num)
+        self.num_added += num
+        rows = self.output.allocate(limits.reshape(-1))
+        if isinstance(known, Rollouts):
+            self.output.restore(rows, known)
+        elif known is not None:
+            self._force(rows, known)
+        for p, id in enumerate(ids.tolist()):
+            prompt, own = jax.tree.map(lambda x, p=p: x[p], (prompts, controls))
+            self.requests[id] = Request(id, prompt, own, first_sample, rows[p * samples : (p + 1) * samples], stop)
+            self._enqueue(id)
+        return ids
+
+    def _force(self, rows: Int[np.ndarray, " n"], tokens: Sequence[Sequence[int]]) -> None:
+        for row, ids in zip(rows.tolist(), tokens, strict=True):
+            if len(ids):
+                self.output.force(row, ids)
+
+    def _enqueue(self, id: int) -> None:
+        """Queue what is left to decode of a request."""
+        request, output = self.requests[id], self.output
+        groups = list(split(request, self.lanes, ~output.ended[request.rows], output.length[request.rows]))
+        request.groups = len(groups)
+        self.queue.extend(groups)
+        if not groups:
+            self.finished_early.append(id)
+
+    def advance(self) -> Ids:
+        """Decode one chunk. Returns the requests that finished, possibly none: all their rows ended."""
+        begun, finished = time.perf_counter(), self.finished_early
+        self.finished_early = []
+        if self.queue or self.batch.active.any():
+            self._check_policy()
+            self.batch.admit(self.params, self.queue)
+            if self.cfg.engine.compact and not self.queue:
+                self.batch.compact()
+            finished = [*finished, *self._decode()]
+        self.stats = self.stats._replace(seconds=self.stats.seconds + time.perf_counter() - begun)
+        return np.array(sorted(finished), int)
+
+    def _check_policy(self) -> None:
+        if any(x.is_deleted() for x in jax.tree.leaves(self.params)):
+            raise UserError(
+                "the policy's buffers were donated, as `publish` does: call session.use(policy) with the new one"
+            )
+
+    def _decode(self) -> list[int]:
+        """Decode one chunk and store it. Returns the requests that it finished."""
+        batch, age, before = self.batch, self.batch.groups.age, ~self.batch.groups.done
+        result = batch.decode(self.params, self.key)
+        ran, rows = int(result.steps), np.where(before, batch.rows, -1)
+        stored = self.output.add(rows.reshape(-1), np.repeat(age, self.lanes), result.chunk, ran, self.version)
+        for slot in np.flatnonzero(batch.active):
+            if stop := batch.requests[slot].stop:
+                own = rows[slot][rows[slot] >= 0]
+                self.output.stop(own, int(age[slot]), stop, self.tokenizer.spellings)
+        self._count(result, stored, age)
+        finished = []
+        for request in batch.release():
+            request.groups -= 1
+            if not request.groups:
+                finished.append(request.id)
+        return finished
+
+    def _count(self, result: ChunkResult, stored: int, age: Int[np.ndarray, " U"]) -> None:
+        """Add a chunk to the stats. `stored`: its tokens; `age`: of each slot when it began."""
+        decoding, batch, s, ran = self.decoding, self.batch, self.stats, int(result.steps)
+        length, middle = (np.where(batch.active, x, 0) for x in (batch.groups.length, age + ran // 2))
+        number_bytes = self.programs.caching.format.number_bytes(decoding.model)
+        step = decode_step(decoding.model, length, middle, self.lanes, number_bytes)
+        shards, chunk = decoding.layout.size("rows") * decoding.layout.size("heads"), result.chunk
+        over = 0 if chunk.overflow is None else int((chunk.overflow[:ran] & chunk.sampled[:ran]).sum())
+        work = Work(s.work.bytes + ran * (self.weights + step.bytes / shards), s.work.flops + ran * step.flops / shards)
+        rows = ran * batch.rows.size
+        self.stats = Stats(
+            s.seconds, s.chunks + 1, s.steps + ran, s.row_steps + rows, s.tokens + stored, s.overflow + over, work
+        )
+
+    def stop(self, ids: Ids) -> None:
+        """Stop decoding requests. Their unfinished rows keep their tokens, and go on with `resume`."""
+        stopped = self._requests(ids)
+        self.batch.remove(stopped)
+        self.queue = deque(group for group in self.queue if group.request not in stopped)
+        for request in stopped:
+            request.groups = 0
+        self.finished_early = [id for id in self.finished_early if self.requests[id] not in stopped]
+
+    def resume(
+        self, ids: Ids, tokens: Sequence[Sequence[int]] | None = None, limit: Int[np.ndarray, "..."] | None = None
+    ) -> None:
+        """Go on with requests that were stopped or have finished. Their known tokens are read again.
+
+        Args:
+            ids: the requests.
+            tokens: token ids to append to each of their rows, as a user's next turn, or []. A row with new tokens goes on even
+                if it had ended; one without goes on if it was stopped, or ended at a limit that is raised.
+            limit: new maximum completion tokens, per request or per row; as before by default.
+
+        Raises:
+            ValueError: a request is still being decoded, or tokens do not fit its limit.
+        """
+        requests, vocab, most = self._waiting("resume", ids), self.decoding.vocab, self.cfg.max_new_tokens
+        rows = np.concatenate([request.rows for request in requests])
+        limits = self.output.limit[rows]
+        if limit is not None:
+            samples = self._samples("resume", requests)
+            limits = limits_of("limit", limit, (len(requests), samples), most).reshape(-1)
+        length = self.output.length[rows]
+        if tokens is not None:
+            if len(tokens) != len(rows):
+                raise ValueError(f"tokens: got {len(tokens)} rows, want {len(rows)}, one per row of the requests")
+            check_forced("tokens", tokens, vocab)
+            length = length + [len(ids) for ids in tokens]
+        if (over := np.flatnonzero(length > limits)).size:
+            raise ValueError(f"limit: got {limits[over[0]]}, want at least the {length[over[0]]} tokens that are known")
+        self.output.limit[rows] = limits
+        self.output.end_at_limit(rows)
+        if tokens is not None:
+            self._force(rows, tokens)
+        for request in requests:
+            self._enqueue(request.id)
+
+    def use(self, policy: Policy) -> None:
+        """Sample from another policy from now on. Keys of known tokens are read again, so that log-probs are the new policy's."""
+        if policy.params is self.params:
+            return
+        self.params, self.version = policy.params, int(policy.version)
+        self.queue.extendleft(reversed(self.batch.remove()))
+
+    def rollouts(self, ids: Ids) -> Rollouts:
+        """Return the rollouts of requests so far; those of unfinished rows have the finish `UNFINISHED`.
+
+        Raises:
+            ValueError: the requests differ in their number of samples, or an id is unknown.
+        """
+        requests = self._requests(ids)
+        samples, output = self._samples("rollouts", requests), self.output
+        rows = np.concatenate([request.rows for request in requests])
+        of = {name: column[rows] for name, column in output.columns.items()}
+        control = lambda name: np.repeat([getattr(r.controls, name) for r in requests], samples)  # noqa: E731
+        in_minimum = np.arange(of["tokens"].shape[1]) < control("min_new_tokens")[:, None]
+        return Rollouts(
+            prompts=stack_prompts([request.prompt for request in requests], self.decoding.vocab.pad),
+            length=output.length[rows],
+            temperature=control("temperature").astype(np.float32),
+            finish=output.finish[rows],
+            # Decided for the session, so that the columns of a batch do not depend on its rows.
+            eos_masked=of["sampled"] & in_minimum if self.masks_eos else None,
+            **of,
+        )
+
+    def take(self, ids: Ids) -> Rollouts:
+        """Return the rollouts of requests that have finished or were stopped, and forget the requests.
+
+        Raises:
+            ValueError: a request is still being decoded, or as in `rollouts`.
+        """
+        self._waiting("take", ids)
+        found = self.rollouts(ids)
+        self.cancel(ids)
+        return found
+
+    def cancel(self, ids: Ids) -> None:
+        """Stop requests and forget them."""
+        self.stop(ids)
+        for request in self._requests(ids):
+            self.output.release(request.rows)
+            del self.requests[request.id]
+
+    def _requests(self, ids: Ids) -> list[Request]:
+        """Raises ValueError if an id is unknown or given twice."""
+        ids = np.atleast_1d(ids).tolist()
+        if unknown := [id for id in ids if id not in self.requests]:
+            raise ValueError(f"ids: got {unknown[0]}, want a request that was added and not taken")
+        if not ids or len(set(ids)) < len(ids):
+            raise ValueError(f"ids: got {ids}, want one or more requests, each once")
+        return [self.requests[id] for id in ids]
+
+    def _waiting(self, what: str, ids: Ids) -> list[Request]:
+        found = self._requests(ids)
+        if decoding := [request.id for request in found if request.groups]:
+            raise ValueError(
+                f"{what}: got request {decoding[0]}, which is being decoded; want one that finished or was stopped"
+            )
+        return found
+
+    def _samples(self, what: str, requests: list[Request]) -> int:
+        sizes = sorted({len(request.rows) for request in requests})
+        if len(sizes) > 1:
+            raise ValueError(f"{what}: got requests of {' and '.join(map(str, sizes))} samples, want equally many")
+        return sizes[0]
+
+
+def controls_for(cfg: RolloutConfig, prompts: int, temperature: float | None = None) -> Controls:
+    """Return the configured sampling parameters for `prompts` prompts, optionally with another temperature."""
+    full = lambda value, dtype: np.full(prompts, value, dtype)  # noqa: E731
+    return Controls(
+        temperature=full(cfg.temperature if temperature is None else temperature, np.float32),
+        top_p=full(cfg.top_p, np.float32),
+        top_k=full(cfg.top_k, np.int32),
+        min_p=full(cfg.min_p, np.float32),
+        min_new_tokens=full(cfg.min_new_tokens, np.int32),
+    )
