@@ -60,7 +60,7 @@ class OutputBuffer:
         self.free += rows[::-1].tolist()
 
     def force(self, row: int, tokens: Sequence[int]) -> None:
-        """Append tokens that the policy did not sample. The row goes on behind them, whatever it ended with."""
+        """Append tokens that the policy did not sample. The row continues behind them, whatever it ended with."""
         start, end = self.length[row], self.length[row] + len(tokens)
         self.columns["tokens"][row, start:end] = tokens
         self.length[row], self.finish[row] = end, int(Finish.UNFINISHED)
@@ -78,7 +78,7 @@ class OutputBuffer:
         self.end_at_limit(rows)
 
     def end_at_limit(self, rows: Int[np.ndarray, " n"]) -> None:
-        """End rows that are at their limit; rows that a lower limit ended go on."""
+        """End rows that are at their limit; rows that a lower limit ended continue."""
         finish, is_full = self.finish[rows], self.length[rows] >= self.limit[rows]
         open_ended = (finish == Finish.UNFINISHED) | (finish == Finish.LENGTH)
         self.finish[rows] = np.where(open_ended, np.where(is_full, Finish.LENGTH, Finish.UNFINISHED), finish)

@@ -1,4 +1,4 @@
-"""A session: requests join, stop, go on and leave while others decode.
+"""A session: requests join, stop, resume and leave while others decode.
 
     session = engine.session(policy, key)
     ids = session.add(["What is 3 + 4?"], samples=2)
@@ -7,7 +7,7 @@
     rollouts = session.take(ids)
 
 A row's tokens depend on the weights, its prompt and known tokens, the session's key, its uid and its sample number, and on nothing
-else: not on when it joined, was stopped or went on. The random number of a token is named by its completion slot.
+else: not on when it joined, was stopped or resumed. The random number of a token is named by its completion slot.
 """
 
 import time
@@ -116,7 +116,7 @@ class Session:
             samples: G, samples per prompt; the configured number by default.
             controls: sampling parameters per prompt; the configured ones by default.
             limit: maximum completion tokens, per prompt or per row, known ones included; `max_new_tokens` by default.
-            known: first tokens of each of the P * G rows, from which it goes on: token ids, which count as forced, or earlier
+            known: first tokens of each of the P * G rows, from which it continues: token ids, which count as forced, or earlier
                 rollouts, which keep their log-probs and versions.
             stop: stop strings; the configured ones by default.
             first_sample: sample number of each prompt's first row.
@@ -222,7 +222,7 @@ class Session:
         )
 
     def stop(self, ids: Ids) -> None:
-        """Stop decoding requests. Their unfinished rows keep their tokens, and go on with `resume`."""
+        """Stop decoding requests. Their unfinished rows keep their tokens, and continue with `resume`."""
         stopped = self._requests(ids)
         self.batch.remove(stopped)
         self.queue = deque(group for group in self.queue if group.request not in stopped)
@@ -237,8 +237,8 @@ class Session:
 
         Args:
             ids: the requests.
-            tokens: token ids to append to each of their rows, as a user's next turn, or []. A row with new tokens goes on even
-                if it had ended; one without goes on if it was stopped, or ended at a limit that is raised.
+            tokens: token ids to append to each of their rows, as a user's next turn, or []. A row with new tokens continues
+                even if it had ended; one without continues if it was stopped, or ended at a limit that is raised.
             limit: new maximum completion tokens, per request or per row; as before by default.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Sessions: requests that join late, stop, go on, change their policy or are canceled have the tokens of an uninterrupted call."""
+"""Sessions: requests that join late, stop, resume, change their policy or are canceled have the tokens of an uninterrupted call."""
 
 import dataclasses
 from functools import cache
@@ -102,7 +102,7 @@ def schedules(draw):
 
 
 class Play:
-    """Plays a schedule in a session; at the end all stopped requests go on, and each has the tokens of `whole`."""
+    """Plays a schedule in a session; at the end all stopped requests resume, and each has the tokens of `whole`."""
 
     def __init__(self, cfg, sizes):
         self.cfg, self.sizes, self.engine = cfg, sizes, of(cfg, sizes)
@@ -178,7 +178,7 @@ def known_part(want: Rollouts, n: np.ndarray) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("cfg", [ONE_LAYER, SLIDING], ids=["whole attention", "sliding"])
-def test_rows_go_on_from_given_tokens(cfg):
+def test_rows_continue_from_given_tokens(cfg):
     """Each row from another number of them, in a new session whose rings are still small."""
     want, rng = whole(cfg=cfg), np.random.default_rng(0)
     n = np.minimum(rng.integers(0, C + 1, P * G), want.length - 1)
@@ -205,7 +205,7 @@ def stopped_after(session, chunks: int, **more):
     return ids
 
 
-def test_stopped_rollouts_go_on_in_another_session():
+def test_stopped_rollouts_continue_in_another_session():
     """As after a restart: what was sampled keeps its log-probs and versions; rows that had ended stay as they are."""
     want = whole()
     ids = stopped_after(first := of().session(policy_of(), KEY), 3)
@@ -226,7 +226,7 @@ def test_a_row_that_ended_is_not_decoded_again():
     same_rows(session.take(ids), want, np.arange(P * G))
 
 
-@pytest.mark.parametrize("when", ["resumed", "in flight"])
+@pytest.mark.parametrize("when", ["resumed", "active"])
 def test_log_probs_are_the_scores_of_the_policy_that_sampled(when):
     """A newer policy after a chunk of four: each token has the version of its policy, and its score under that policy."""
     session = of(form=dataclasses.replace(FORM, max_concurrent_prompts=8)).session(policy_of(), KEY)
@@ -275,9 +275,11 @@ def test_a_turn_is_appended_behind_what_was_sampled():
     session.resume(ids, turns, limit=np.full(P, C))
     finish(session)
     got = check(session.take(ids))
-    told = [[*tokens[:n], *turn] for tokens, n, turn in zip(before.tokens.tolist(), before.length, turns, strict=True)]
+    given_tokens = [
+        [*tokens[:n], *turn] for tokens, n, turn in zip(before.tokens.tolist(), before.length, turns, strict=True)
+    ]
     new = of().session(policy_of(), KEY)
-    ids = new.add(make_prompts(P), known=told)
+    ids = new.add(make_prompts(P), known=given_tokens)
     finish(new)
     want = new.take(ids)
     goes_on = np.array([bool(turn) for turn in turns]) | (before.finish == Finish.LENGTH)
@@ -342,7 +344,7 @@ def test_the_number_of_written_keys_stays_small():
     same_rows(session.take(ids), whole(cfg=SLIDING), np.arange(P * G))
 
 
-def test_truncation_and_minimum_length_go_on_with_a_row():
+def test_truncation_and_minimum_length_continue_with_a_row():
     """The kept tokens of a row that was stopped twice are those of one that was not."""
     sampler = of(top_p=0.9, max_kept_tokens=6, min_new_tokens=5, raw_logprobs=True)
     want = sampler.generate(policy_of(), make_prompts(P), KEY)

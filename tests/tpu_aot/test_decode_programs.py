@@ -228,14 +228,22 @@ def test_prefill_computes_keys_and_values_and_no_logits(prefill):
 
 
 @pytest.mark.parametrize(
-    "name", [("compact", P, P // 2, C), ("insert_prefix", P, P // 2), ("broadcast_prefix", P // 2, P)], ids=str
+    "name",
+    [
+        ("compact", P, P // 2, C),
+        ("expand", P // 2, P, C),
+        ("insert_prefix", P, P // 2),
+        ("broadcast_prefix", P // 2, P),
+        ("join_suffix", P, C, P // 2),
+    ],
+    ids=str,
 )
 def test_rows_and_prompts_move_within_their_chip(topology, name):
     layout = layouts(topology)[1]
     program = compile_program(SLIDING, lambda: lower_rollout(SLIDING, layout, *name))
     assert not collectives(program.hlo.all)
-    if name[0] == "insert_prefix":
-        # The prompt cache is donated. The rest of the output is a table of its arrays.
+    if name[0] in ("insert_prefix", "join_suffix"):
+        # The cache is donated. The rest of the output is a table of its arrays.
         assert program.output - program.alias < 1024
 
 
