@@ -40,6 +40,8 @@ class RunSettings(NamedTuple):
     """Supervised and RL steps together."""
     evaluations_after: Callable[[int], int]
     """Number of evaluations still to come after a step."""
+    config: Mapping[str, Any]
+    """The whole config, for the records."""
 
 
 class RunContext(NamedTuple):
@@ -86,9 +88,10 @@ def open_context(
                 prepare_run_directory(checkpoints.directory)
                 checkpoints.refuse_other_formats()
                 save_config(checkpoints.is_empty())
-            recorder = stack.enter_context(
-                Recorder(run_dir, settings.metrics, settings.total_steps, is_leader, settings.evaluations_after)
+            recorder = Recorder(
+                run_dir, settings.metrics, settings.total_steps, is_leader, settings.evaluations_after, settings.config
             )
+            stack.enter_context(recorder)
         except OSError as error:
             raise UserError(
                 f"run_dir: {error.filename or run_dir} cannot be read or written: {error.strerror}"

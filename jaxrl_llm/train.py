@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxrl_llm.checkpoint.stopping import stop_signal
-from jaxrl_llm.config.run_config import RunConfig
+from jaxrl_llm.config.run_config import RunConfig, to_dict, with_absolute_paths
 from jaxrl_llm.config.saved_config import save_config
 from jaxrl_llm.config.unused_settings import unused_settings
 from jaxrl_llm.errors import AdvantageError, CheckpointError, UserError
@@ -197,7 +197,10 @@ def open_run(
 def context_of(cfg: RunConfig, full: RunConfig | None = None, *args: Any) -> AbstractContextManager[RunContext]:
     """`open_context(..., *args)` for `cfg`; the run directory's config.yaml is that of `full`."""
     run_dir = Path(cfg.run_dir).resolve()
-    settings = RunSettings(run_dir, cfg.checkpoint, cfg.metrics, cfg.reward, cfg.total_steps, cfg.evaluations_after)
+    whole = to_dict(with_absolute_paths(full or cfg))
+    settings = RunSettings(
+        run_dir, cfg.checkpoint, cfg.metrics, cfg.reward, cfg.total_steps, cfg.evaluations_after, whole
+    )
     return open_context(settings, partial(save_config, run_dir, full or cfg), *args)
 
 

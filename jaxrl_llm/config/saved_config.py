@@ -11,7 +11,7 @@ from jaxrl_llm.checkpoint.run_directory import write_atomically
 from jaxrl_llm.config.loading import load
 from jaxrl_llm.config.run_config import MAY_CHANGE, RunConfig, to_dict, with_absolute_paths
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.metrics.recorder import METRICS, ROLLOUTS
+from jaxrl_llm.metrics.recorder import RECORDS
 
 log = logging.getLogger("jaxrl_llm.config.saved_config")
 
@@ -74,7 +74,7 @@ def changes(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list
 
 def move_old_records(run_dir: Path, warn: bool) -> None:
     """Rename the metrics and rollouts of a run that ended before its first checkpoint. `warn` even if there are none."""
-    records = [path for path in (run_dir / METRICS, run_dir / ROLLOUTS) if path.exists() and path.stat().st_size]
+    records = [path for path in (run_dir / name for name in RECORDS) if path.exists() and path.stat().st_size]
     for path in records:
         os.replace(path, path.with_name(f"{path.name}.before"))
     if warn or records:

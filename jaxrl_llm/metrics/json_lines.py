@@ -1,4 +1,4 @@
-"""Append-only files of JSON rows that survive kills and full disks, and their reader."""
+"""Append-only files of JSON rows that survive kills and full disks, their reader, and the two that a run writes."""
 
 import json
 import math
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxrl_llm.errors import UserError
+
+METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -80,3 +82,34 @@ class JsonLines:
     def close(self) -> None:
         self.append([])
         self._file.close()
+
+
+class JsonRecords:
+    """metrics.jsonl and rollouts.jsonl of a run, the only records that a checkpoint can cut back."""
+
+    def __init__(self, run_dir: Path):
+        self._files = {name: JsonLines(run_dir / name) for name in (METRICS, ROLLOUTS)}
+
+    def scalars(self, step: int, phase: str, row: Mapping[str, Any]) -> None:
+        self._files[METRICS].append([{"step": step, **row}])
+
+    def rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """One line per row, floats to 6 digits."""
+        self._files[ROLLOUTS].append([{"step": step, **jsonable(row, digits=6)} for row in rows])
+
+    def offsets(self) -> dict[str, int]:
+        return {name: file.sync() for name, file in self._files.items()}
+
+    def truncate(self, offsets: Mapping[str, int]) -> list[str]:
+        """Cut the files to `offsets`; messages about those that are shorter."""
+        missing = []
+        for name in self._files.keys() & offsets.keys():
+            if (size := self._files[name].size()) < offsets[name]:
+                missing.append(f"{name}: got {size} bytes, want the checkpoint's {offsets[name]}; rows are missing")
+            self._files[name].truncate(offsets[name])
+        return missing
+
+    def close(self, failed: bool) -> None:
+        for file in self._files.values():
+            with suppress(OSError):
+                file.close()

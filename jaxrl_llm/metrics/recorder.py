@@ -1,4 +1,4 @@
-"""Records of a run: scalars and sampled text -> metrics.jsonl, rollouts.jsonl, TensorBoard, the console.
+"""Records of a run: scalars and sampled text -> metrics.jsonl, rollouts.jsonl, TensorBoard, Weights & Biases, the console.
 
 Input: flat "package/name" scalars once per step, rows of sampled responses, the file sizes that a checkpoint stores. Output: files
 with exactly one row per step, whatever was killed or resumed in between. Independent of models, batches and algorithms; imports no
@@ -8,18 +8,22 @@ jax.
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
+from jaxrl_llm.metrics import tensorboard, weights_and_biases
 from jaxrl_llm.metrics.config import MetricsConfig
 from jaxrl_llm.metrics.console import Console, Progress
-from jaxrl_llm.metrics.json_lines import JsonLines, jsonable
+from jaxrl_llm.metrics.json_lines import METRICS, ROLLOUTS, JsonRecords, jsonable
 from jaxrl_llm.metrics.pace import Pace
-from jaxrl_llm.metrics.tensorboard import TensorBoard, why_unavailable
 from jaxrl_llm.metrics.terminal import printable, printable_lines
+from jaxrl_llm.metrics.writer import Writer
 
-METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
+# Files that belong to one run, and not to the next one in the same directory.
+RECORDS = METRICS, ROLLOUTS, weights_and_biases.RUN_FILE
 SHOWN = (  # metric, word on the console, format
     ("loss", "loss", ".4f"),
     ("reward", "reward", ".3f"),
@@ -50,7 +54,7 @@ class Recorder:
 
     def __init__(
         self, run_dir: Path, config: MetricsConfig, total_steps: int, active: bool,
-        evaluations: Callable[[int], int] = lambda step: 0,
+        evaluations: Callable[[int], int] = lambda step: 0, run_config: Mapping[str, Any] = MappingProxyType({}),
     ):  # fmt: skip
         """
         Args:
@@ -59,32 +63,40 @@ class Recorder:
             total_steps: number of the last step.
             active: write and show; False in all processes of a job but one.
             evaluations: number of evaluations still to come after a step.
+            run_config: config of the whole run, as W&B shows it.
         """
         self.run_dir, self.config, self.total_steps, self.active = Path(run_dir), config, total_steps, active
-        self._files: dict[str, JsonLines] = {}
-        self._tensorboard: TensorBoard | None = None
+        self._records: JsonRecords | None = None
+        self._writers: list[Writer] = []
         self._console, self._pace, self._evaluations = Console(None), Pace(), evaluations
+        self._run_config = run_config
 
     def __enter__(self) -> Self:
         if not self.active:
             return self
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._files = {name: JsonLines(self.run_dir / name) for name in (METRICS, ROLLOUTS)}
+        self._records = JsonRecords(self.run_dir)
+        self._writers = [self._records]
         self._console = Console(sys.stdout)
-        if self.config.tensorboard:
-            missing = why_unavailable()
-            self._tensorboard = None if missing else TensorBoard(self.run_dir / "tensorboard")
-            if missing:
-                self.message(missing)
+        config, run_dir = self.config, self.run_dir
+        if config.tensorboard:
+            self._add(tensorboard.why_unavailable(), partial(tensorboard.TensorBoard, run_dir / "tensorboard"))
+        if config.wandb:
+            given = run_dir, config.wandb, self._run_config, self.message
+            self._add(weights_and_biases.why_unavailable(), partial(weights_and_biases.WeightsAndBiases, *given))
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def _add(self, missing: str, open_writer: Callable[[], Writer]) -> None:
+        if missing:
+            self.message(missing)
+        else:
+            self._writers.append(open_writer())
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        with self.during("finishing the records"):
+            for writer in self._writers:
+                writer.close(failed=error_type is not None)
         self._console.close()
-        if self._tensorboard:
-            self._tensorboard.close()
-        for file in self._files.values():
-            with suppress(OSError):
-                file.close()
 
     def during(self, words: str, first: str = "") -> AbstractContextManager[None]:
         """Show `words` while the body runs: `Console.during`."""
@@ -103,11 +115,9 @@ class Recorder:
         if not self.active:
             return
         row = {name: jsonable(value) for name, value in metrics.items()}
-        self._files[METRICS].append([{"step": int(step), **row}])
         phase = str(row.get("phase", ""))
-        if self._tensorboard:
-            with suppress(OSError):
-                self._tensorboard.write(phase, int(step), row)
+        for writer in self._writers:
+            writer.scalars(int(step), phase, row)
         self._pace.stepped(phase, step)
         is_evaluated = any(name.startswith("eval/") for name in row)
         is_due = step % self.config.console_every == 0 or step == self.total_steps or is_evaluated
@@ -126,26 +136,24 @@ class Recorder:
 
     def offsets(self) -> dict[str, int]:
         """Sizes {file name: bytes} after an fsync, for the checkpoint; {} if not active. Raises OSError on a full disk."""
-        return {name: file.sync() for name, file in self._files.items()}
+        return self._records.offsets() if self._records else {}
 
     def truncate(self, offsets: Mapping[str, int]) -> None:
         """Cut the files to `offsets`: rows written after that checkpoint will be written again."""
-        for name in self._files.keys() & offsets.keys():
-            if (size := self._files[name].size()) < offsets[name]:
-                self.message(f"{name}: got {size} bytes, want the checkpoint's {offsets[name]}; rows are missing")
-            self._files[name].truncate(offsets[name])
+        for missing in self._records.truncate(offsets) if self._records else ():
+            self.message(missing)
 
     def wants(self, step: int, every: int) -> bool:
         """True if this process records at `step` what is due every `every` steps (0: never); check before building rows."""
         return self.active and every > 0 and step % every == 0
 
     def rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append one line per row to rollouts.jsonl, floats to 6 digits.
+        """Record sampled responses.
 
         Keys: uid, sample, prompt, completion, tokens (text pieces), logprobs, entropy (nats), reward, advantage, finish.
         """
-        if self.active:
-            self._files[ROLLOUTS].append([{"step": int(step), **jsonable(row, digits=6)} for row in rows])
+        for writer in self._writers:
+            writer.rollouts(int(step), rows)
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Print a table of responses; rows as in `rollouts`, missing keys allowed."""

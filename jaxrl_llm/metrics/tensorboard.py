@@ -2,10 +2,12 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from jaxrl_llm.metrics.writer import numbers
 
 
 def why_unavailable() -> str:
@@ -22,13 +24,20 @@ def why_unavailable() -> str:
 
 
 class TensorBoard:
-    """Event files of a run. `write` raises OSError on a full disk."""
+    """Event files of a run."""
 
     def __init__(self, directory: Path):
         self._directory = directory
         self._writers: dict[str, Any] = {}
 
-    def write(self, phase: str, step: int, row: Mapping[str, Any]) -> None:
+    def scalars(self, step: int, phase: str, row: Mapping[str, Any]) -> None:
+        with suppress(OSError):  # a full disk
+            self._write(step, phase, row)
+
+    def rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Event files hold no responses."""
+
+    def _write(self, step: int, phase: str, row: Mapping[str, Any]) -> None:
         # Not SummaryWriter: after its thread died on a full disk, its next call waits for ever.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -39,12 +48,11 @@ class TensorBoard:
             self._writers[phase] = EventsWriter(str(self._directory / phase / "events"), f".{os.getpid()}")
             hide_later = SessionLog(status=SessionLog.START)  # what a killed process wrote from this step on
             self._writers[phase].write_event(Event(wall_time=time.time(), step=step, session_log=hide_later))
-        numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers(row).items()]
         self._writers[phase].write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
         self._writers[phase].flush()
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         for writer in self._writers.values():
             with suppress(OSError):
                 writer.close()

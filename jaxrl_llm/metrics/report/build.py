@@ -19,7 +19,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from jaxrl_llm.errors import UserError, describe_os_error
-from jaxrl_llm.metrics.recorder import METRICS, ROLLOUTS
+from jaxrl_llm.metrics.json_lines import METRICS, ROLLOUTS
 from jaxrl_llm.metrics.report.records import Reader, metrics_row, rollouts_row
 from jaxrl_llm.metrics.terminal import printable, printable_lines
 
