@@ -55,7 +55,7 @@ def test_every_dependency_is_imported():
     modules = imported()
     unused = {name for name in wanted if MODULES.get(name, name.replace("-", "_")) not in modules}
     assert unused == set(TOOLS)
-    assert {"wandb", "starlette", "uvicorn", "tokamax", "tyro"}.isdisjoint(wanted) and all(extras.values())
+    assert {"starlette", "uvicorn", "tokamax", "tyro"}.isdisjoint(wanted) and all(extras.values())
 
 
 def test_every_dependency_is_pinned():
@@ -69,7 +69,7 @@ def test_the_quickstart_installs_the_extras_of_its_page():
     makefile = (ROOT / "Makefile").read_text()
     stamp = re.search(r"^quickstart: (\S+)", makefile, re.M)[1]
     recipe = makefile[makefile.index(f"\n{stamp}: ") :].split("\n\n")[0]
-    assert "-e '.[track]'" in recipe and names(PROJECT["optional-dependencies"]["track"]) == {"tensorboardx"}
+    assert "-e '.[track]'" in recipe and names(PROJECT["optional-dependencies"]["track"]) == {"tensorboardx", "wandb"}
     assert "`tensorboard/`" in (ROOT / "docs/quickstart.md").read_text()
 
 

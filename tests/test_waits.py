@@ -30,6 +30,14 @@ REASONS = {
         "os.read": "from a pipe that is ready",
         "os.write": "to a pipe that does not block, or an error's last line",
     },
+    "jaxrl_llm/metrics/wandb_process.py": {
+        "trainer.sendall": "a few lines, less than a socket holds; and the trainer kills this process in the end"
+    },
+    "jaxrl_llm/metrics/weights_and_biases.py": {
+        "self._socket.recv": "a socket that does not block",
+        "self._socket.send": "a socket that does not block",
+        "self._socket.shutdown": "does not wait",
+    },
     "jaxrl_llm/model/hf/export.py": {"multihost_utils.sync_global_devices": HEARTBEAT},
     "jaxrl_llm/model/hf/load.py": {"with ThreadPoolExecutor": COMPUTES},
     "jaxrl_llm/parallel/hosts.py": {"multihost_utils.process_allgather": HEARTBEAT},

@@ -187,7 +187,7 @@ def test_wants_every_nth_step_and_never_at_zero(tmp_path):
 
 
 def test_console_lines(tmp_path, capsys, monkeypatch):
-    clock = iter([100.0, 100.5, 200.0, 200.62])
+    clock = iter([100.0, 100.5, 200.0, 200.62, 201.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     with Recorder(tmp_path, QUIET, 150, active=True) as recorder:
         recorder.log(1, {"phase": "warm_start", "loss": 2.5, "lr": 1e-3})
