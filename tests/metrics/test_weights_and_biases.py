@@ -135,7 +135,7 @@ def sessions(tmp_path_factory):
         assert not cores(started)
         with Recorder(run_dir, online, 9, active=True, **given) as recorder:
             recorder.truncate(offsets)
-            for step in (2, 3, 4):
+            for step in (2, 3, 4, 1):  # 1: a step that goes back within one session, as W&B sees a resumed online run
                 recorder.log(step, {"phase": "rl", "reward": step / 8})
     files = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
     return run_dir, [stored(path) for path in files]
@@ -148,8 +148,8 @@ def test_scalars_are_exact_and_have_their_own_step(sessions):
         {"step": 2, "reward": 1 / 3, "groups/kept": 4},
         {"step": 3, "reward": 0.25},
     ]
-    # Steps 2 and 3 went back behind what W&B had seen; it keeps them, as they are no steps of its own.
-    assert again == [{"step": step, "reward": step / 8} for step in (2, 3, 4)]
+    # W&B keeps steps that go back, as they are none of its own.
+    assert again == [{"step": step, "reward": step / 8} for step in (2, 3, 4, 1)]
     for records in sessions[1]:
         metrics = [r.metric for r in records if r.HasField("metric")]
         assert ["*", "step"] in [[m.glob_name, m.step_metric] for m in metrics]
@@ -163,7 +163,7 @@ def test_a_resumed_run_is_the_same_run(sessions):
     assert list(runs[0].tags) == ["a", "b"]
     config = {item.key: json.loads(item.value_json) for item in runs[0].config.update}
     assert config["seed"] == 3 and config["update"] == {"optimizer": {"lr": 0.25}}
-    assert [row["step"] for row in read_jsonl(run_dir / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [row["step"] for row in read_jsonl(run_dir / "metrics.jsonl")] == [1, 2, 3, 4, 1]
 
 
 def test_a_table_of_samples_is_bounded(sessions):
@@ -227,6 +227,7 @@ def test_without_a_network_the_run_is_recorded_offline(tmp_path, fake, capsys):
     (line,) = said(capsys)
     assert "unreachable" in line and f"wandb sync {tmp_path}/run/wandb" in line
     assert calls("init") == [[None], ["offline"]] and calls("log") == [[{"step": 1, "reward": 0.1}]]
+    assert len(calls("teardown")) == 2  # the first attempt has to give the run's id back
 
 
 def test_a_start_that_fails_is_said_once(tmp_path, fake, capsys):
@@ -237,6 +238,13 @@ def test_a_start_that_fails_is_said_once(tmp_path, fake, capsys):
     assert (
         time.monotonic() - start < 10
     )  # not CLOSE_S: the process does not wait for the trainer, nor it for the process
+
+
+def test_an_upload_that_takes_too_long_is_said(tmp_path, fake, capsys):
+    calls = fake("def finish(self, exit_code): raise TimeoutError\nRun.finish = finish")
+    record(tmp_path / "run", [1])
+    (line,) = said(capsys)
+    assert "upload was not finished" in line and f"wandb sync {tmp_path}/run/wandb" in line and calls("teardown")
 
 
 def test_a_failed_run_is_marked(tmp_path, fake):
@@ -253,6 +261,7 @@ def test_neither_a_step_nor_the_end_waits_for_it(tmp_path, fake, capsys, monkeyp
     start = time.monotonic()
     with Recorder(tmp_path / "run", OFFLINE, 10, active=True) as recorder:
         process = recorder._writers[-1]._process
+        assert os.getsid(process.pid) == process.pid  # out of reach of Ctrl-C on the terminal
         for step in range(400):  # 8 MB: more than the socket holds
             recorder.log(step, {f"metric_{n}": 0.1 for n in range(1000)})
         assert process.poll() is None
@@ -310,6 +319,7 @@ def test_the_config_of_the_whole_run_is_passed_on(tmp_path, fake):
     ((options,),) = calls("init")
     assert options["config"] == json.loads(json.dumps(to_dict(with_absolute_paths(cfg))))
     assert {name: options[name] for name in given} == given and options["dir"] == str(tmp_path / "run")
+    assert options["resume"] == "allow"
 
 
 def test_a_copy_of_a_run_is_a_run_of_its_own(tmp_path):
