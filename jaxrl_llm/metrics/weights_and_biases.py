@@ -87,7 +87,8 @@ class WeightsAndBiases:
             OSError: the run's id cannot be stored, or no process can be started.
         """
         self._table_every, self._say = config.table_every, say
-        self._waiting, self._heard, self._is_full = bytearray(), bytearray(), False
+        self._waiting, self._heard = bytearray(), bytearray()
+        self._is_full = self._is_closing = False
         options = {
             "id": run_id(run_dir), "resume": "allow", "dir": str(run_dir.resolve()), "project": config.project,
             "name": config.name or run_dir.resolve().name, "entity": config.entity or None,
@@ -118,6 +119,7 @@ class WeightsAndBiases:
             self._send("table", {"step": step, "columns": COLUMNS, "rows": cells})
 
     def close(self, failed: bool) -> None:
+        self._is_closing = True  # the process may end as soon as it has this line
         self._send("close", failed)
         deadline = time.monotonic() + CLOSE_S
         try:
@@ -128,7 +130,7 @@ class WeightsAndBiases:
                 ready = select.poll()
                 ready.register(self._socket, select.POLLIN | (select.POLLOUT if self._waiting else 0))
                 ready.poll(1000 * left)
-                self._exchange(is_closing=True)
+                self._exchange()
             if self._socket.fileno() >= 0:
                 self._say(f"metrics.wandb: not finished after {CLOSE_S} s, the rest is not sent to W&B")
         finally:
@@ -148,7 +150,7 @@ class WeightsAndBiases:
             self._say("metrics.wandb: W&B takes nothing for a long time, so rows for it are dropped")
         self._exchange()
 
-    def _exchange(self, is_closing: bool = False) -> None:
+    def _exchange(self) -> None:
         """Send what waits and show what was said, as far as that needs no waiting; the socket is closed at its end."""
         is_open = True
         try:
@@ -167,7 +169,7 @@ class WeightsAndBiases:
             self._say(f"metrics.wandb: {line.decode('utf-8', 'replace')}")
         if not is_open:
             self._socket.close()
-            if not is_closing:
+            if not self._is_closing:
                 self._say("metrics.wandb: its process ended, nothing more is sent to W&B")
 
 
