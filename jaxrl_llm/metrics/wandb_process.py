@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -69,7 +70,7 @@ def record(wandb: Any, run: Any, messages: Iterator[tuple[str, Any]], say: Calla
         messages: from the trainer.
         say: shows the user a message.
     """
-    has_complained = False
+    has_complained, number = False, 0
     for kind, content in messages:
         if kind == "close":
             return content
@@ -77,7 +78,9 @@ def record(wandb: Any, run: Any, messages: Iterator[tuple[str, Any]], say: Calla
             if kind == "table":
                 table = wandb.Table(columns=content["columns"], data=content["rows"], allow_mixed_types=True)
                 content = {"step": content["step"], "samples": table}
-            run.log(content)
+            # wandb numbers the rows of every offline session from 0, so a resumed run would be uploaded with several of each.
+            number = max(number + 1, int(10 * time.time()))
+            run.log(content, step=number if run.offline else None, commit=True)
         except Exception as error:
             if not has_complained:
                 say(f"step {content['step']} was not recorded: {first_line(error)}; later failures are not shown")

@@ -4,7 +4,7 @@ wandb waits for the network, asks for keys on a terminal, replaces sys.exit and 
 separate process none of that reaches the trainer, which only writes to a socket without waiting, and can end it at any time.
 
 A resumed run continues the same W&B run, whose id is in wandb.json of the run directory. W&B refuses steps of its own that go
-back, as they do after a resume from an older checkpoint. So rows are logged without one, and the metric `step` is the x-axis of all
+back, as they do after a resume from an older checkpoint. So it numbers the rows itself, and the metric `step` is the x-axis of all
 charts (`define_metric`). The steps since that checkpoint are logged twice; a resumed run computes the same numbers again, so the
 second point covers the first. Skipping them instead would lose what a killed process had not sent.
 """

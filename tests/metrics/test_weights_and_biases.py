@@ -34,8 +34,11 @@ def note(*what):
 class Settings:
     def __init__(self, **options): pass
 class Run:
+    offline = False
     def define_metric(self, *names, **options): pass
-    def log(self, row): note("log", row)
+    def log(self, row, step, commit):
+        assert step is None and commit
+        note("log", row)
     def finish(self, exit_code): note("finish", exit_code)
 def init(settings, **options):
     note("init", options)
@@ -105,12 +108,14 @@ def stored(path):
     return found
 
 
+def logged(records):
+    """Logged rows, with what wandb adds."""
+    rows = [record.history.item for record in records if record.HasField("history")]
+    return [{".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items} for items in rows]
+
+
 def history(records):
-    """Logged rows, without what wandb adds."""
-    rows = [r.history.item for r in records if r.HasField("history")]
-    rows += [r.request.partial_history.item for r in records if r.request.HasField("partial_history")]
-    named = [{".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items} for items in rows]
-    return [{name: value for name, value in row.items() if not name.startswith("_")} for row in named]
+    return [{name: value for name, value in row.items() if not name.startswith("_")} for row in logged(records)]
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +155,8 @@ def test_scalars_are_exact_and_have_their_own_step(sessions):
     ]
     # W&B keeps steps that go back, as they are none of its own.
     assert again == [{"step": step, "reward": step / 8} for step in (2, 3, 4, 1)]
+    numbers = [row["_step"] for records in sessions[1] for row in logged(records)]
+    assert numbers == sorted(set(numbers)) and len(numbers) == 8  # one number per row, over both sessions
     for records in sessions[1]:
         metrics = [r.metric for r in records if r.HasField("metric")]
         assert ["*", "step"] in [[m.glob_name, m.step_metric] for m in metrics]
@@ -204,7 +211,7 @@ def test_a_folder_of_that_name_is_no_package(tmp_path, monkeypatch):
 
 def test_an_error_while_logging_is_said_once(tmp_path, fake, capsys):
     calls = fake(
-        "def log(self, row):\n"
+        "def log(self, row, **options):\n"
         "    if row['step'] < 4: raise RuntimeError('no\\nroute')\n"
         "    note('log', row)\n"
         "Run.log = log"
