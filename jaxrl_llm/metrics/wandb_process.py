@@ -6,6 +6,7 @@ Writes what the user should know, one line each. If the trainer dies, there is n
 
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -24,26 +25,21 @@ def serve(lines: Iterator[bytes], say: Callable[[str], None]) -> None:
     messages = whole(lines)
     try:
         _, options = next(messages)
-        upload = f"`WANDB_RESUME=allow wandb sync {options['dir']}/wandb` uploads it"
-        run = start(wandb, options, say, upload)
+        run = start(wandb, options, say)
         failed = record(wandb, run, messages, say)
         try:
             run.finish(exit_code=int(failed))
         except TimeoutError:
-            say(f"the upload was not finished {FINISH_S} s after the end of the run; {upload}")
+            say(
+                f"the upload was not finished {FINISH_S} s after the end of the run; "
+                f"`wandb sync --include-online {options['dir']}/wandb` uploads the rest"
+            )
     finally:
         wandb.teardown()
 
 
-def start(wandb: Any, options: dict[str, Any], say: Callable[[str], None], upload: str) -> Any:
-    """The run; offline where W&B cannot be reached.
-
-    Args:
-        wandb: the package.
-        options: arguments of `wandb.init`.
-        say: shows the user a message.
-        upload: the command for an offline run.
-    """
+def start(wandb: Any, options: dict[str, Any], say: Callable[[str], None]) -> Any:
+    """The run; offline where W&B cannot be reached."""
     settings = wandb.Settings(
         silent=True, console="off", disable_code=True, x_stats_pid=os.getppid(),
         init_timeout=INIT_S, finish_timeout=FINISH_S, finish_timeout_raises=True,
@@ -53,6 +49,7 @@ def start(wandb: Any, options: dict[str, Any], say: Callable[[str], None], uploa
     except Exception as error:
         if options["mode"] == "offline":
             raise
+        upload = f"`WANDB_RESUME=allow wandb sync {options['dir']}/wandb` uploads it"
         say(f"no upload: {first_line(error)}; the run is recorded offline, {upload}")
         wandb.teardown()  # the first attempt still holds the run's id
         run = wandb.init(**options | {"mode": "offline"}, settings=settings)
@@ -100,6 +97,7 @@ def first_line(error: Exception) -> str:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # how wandb passes on the button "Stop run" of its page
     with socket.socket(fileno=int(sys.argv[1])) as trainer, trainer.makefile("rb") as lines:
 
         def say(text: str) -> None:

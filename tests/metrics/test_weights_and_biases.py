@@ -251,7 +251,11 @@ def test_an_upload_that_takes_too_long_is_said(tmp_path, fake, capsys):
     calls = fake("def finish(self, exit_code): raise TimeoutError\nRun.finish = finish")
     record(tmp_path / "run", [1])
     (line,) = said(capsys)
-    assert "upload was not finished" in line and f"wandb sync {tmp_path}/run/wandb" in line and calls("teardown")
+    assert (
+        "upload was not finished" in line
+        and f"sync --include-online {tmp_path}/run/wandb" in line
+        and calls("teardown")
+    )
 
 
 def test_a_failed_run_is_marked(tmp_path, fake):
@@ -285,6 +289,15 @@ def test_a_process_that_ends_is_said_once(tmp_path, fake, capsys):
         for step in range(5):
             recorder.log(step, {"reward": 1.0})
     assert said(capsys) == ["metrics.wandb: its process ended, nothing more is sent to W&B"]
+
+
+def test_an_interrupt_does_not_end_it(tmp_path, fake, capsys):
+    calls = fake()
+    with Recorder(tmp_path / "run", OFFLINE, 10, active=True) as recorder:
+        assert within(20, lambda: calls("init"))
+        os.kill(recorder._writers[-1]._process.pid, signal.SIGINT)
+        recorder.log(1, {"reward": 1.0})
+    assert calls("log") == [[{"step": 1, "reward": 1.0}]] and said(capsys) == []
 
 
 def test_a_killed_trainer_leaves_no_process(tmp_path, fake):
