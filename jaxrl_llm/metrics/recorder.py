@@ -86,11 +86,14 @@ class Recorder:
             self._add(weights_and_biases.why_unavailable(), partial(weights_and_biases.WeightsAndBiases, *given))
         return self
 
-    def _add(self, missing: str, open_writer: Callable[[], Writer]) -> None:
+    def _add(self, missing: str, open_writer: partial[Writer]) -> None:
         if missing:
             self.message(missing)
-        else:
+            return
+        try:
             self._writers.append(open_writer())
+        except OSError as error:  # a full disk, or no more processes
+            self.message(f"{open_writer.func.__name__} is left out: {error}")
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         with self.during("finishing the records"):

@@ -247,6 +247,15 @@ def test_a_start_that_fails_is_said_once(tmp_path, fake, capsys):
     )  # not CLOSE_S: the process does not wait for the trainer, nor it for the process
 
 
+def test_an_id_that_cannot_be_stored_is_said(tmp_path, fake, capsys):
+    calls = fake()
+    (tmp_path / "run/wandb.json.partial").mkdir(parents=True)
+    record(tmp_path / "run", [1, 2])
+    (line,) = said(capsys)
+    assert line.startswith("WeightsAndBiases is left out: ") and calls("init") == []
+    assert len(read_jsonl(tmp_path / "run/metrics.jsonl")) == 2
+
+
 def test_an_upload_that_takes_too_long_is_said(tmp_path, fake, capsys):
     calls = fake("def finish(self, exit_code): raise TimeoutError\nRun.finish = finish")
     record(tmp_path / "run", [1])
