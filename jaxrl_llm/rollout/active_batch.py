@@ -266,7 +266,7 @@ class ActiveBatch:
             self._free(slot)
         return left
 
-    def remove(self, requests: list[Request] | None = None) -> list[QueuedGroup]:
+    def remove(self, requests: set[Request] | None = None) -> list[QueuedGroup]:
         """Free the slots of these requests, or all slots. Returns their groups as they would be queued again."""
         found = []
         for slot in np.flatnonzero(self.active):

@@ -25,12 +25,14 @@ class OutputBuffer:
     def __init__(self, slots: int, decoding: Decoding):
         self.vocab = decoding.vocab
         recorded = recorded_columns(decoding)
-        self.fill = {column.name: column.fill for column in recorded} | {"tokens": decoding.vocab.pad, "version": 0}
+        self.fill = {column.name: column.fill for column in recorded} | {
+            "tokens": decoding.vocab.pad, "version": 0, "eos_masked": False,
+        }  # fmt: skip
         self.columns = {
             column.name: np.zeros((0, slots, *(decoding.max_kept_tokens for _ in column.dims)), column.dtype)
             for column in recorded
         }
-        self.columns["version"] = np.zeros((0, slots), np.int32)
+        self.columns |= {"version": np.zeros((0, slots), np.int32), "eos_masked": np.zeros((0, slots), bool)}
         self.length, self.limit, self.finish = (np.zeros(0, np.int32) for _ in range(3))
         self.free: list[int] = []
 
@@ -68,10 +70,10 @@ class OutputBuffer:
 
     def restore(self, rows: Int[np.ndarray, " n"], known: Rollouts) -> None:
         """Fill empty rows with the tokens, log-probs and versions of earlier rollouts, one row each."""
-        slots = known.tokens.shape[1]
+        slots = known.length.max(initial=0)
         for name, column in self.columns.items():
             if (earlier := getattr(known, name)) is not None:
-                column[rows, :slots] = earlier
+                column[rows, :slots] = earlier[:, :slots]
         self.length[rows] = known.length
         complete = np.isin(known.finish, (Finish.EOS, Finish.STOP))
         self.finish[rows] = np.where(complete, known.finish, int(Finish.UNFINISHED))
@@ -83,9 +85,17 @@ class OutputBuffer:
         open_ended = (finish == Finish.UNFINISHED) | (finish == Finish.LENGTH)
         self.finish[rows] = np.where(open_ended, np.where(is_full, Finish.LENGTH, Finish.UNFINISHED), finish)
 
+    def cut(self, rows: Int[np.ndarray, " n"], length: Int[np.ndarray, " n"], finish: Int[np.ndarray, " n"]) -> None:
+        """Return rows to an earlier length and finish."""
+        for name, column in self.columns.items():
+            for row, n in zip(rows.tolist(), length.tolist(), strict=True):
+                column[row, n:] = self.fill[name]
+        self.length[rows], self.finish[rows] = length, finish
+
     def add(
-        self, rows: Int[np.ndarray, " B"], slot: Int[np.ndarray, " B"], chunk: DecodedChunk, steps: int, version: int
-    ) -> int:
+        self, rows: Int[np.ndarray, " B"], slot: Int[np.ndarray, " B"], chunk: DecodedChunk, steps: int, version: int,
+        min_new_tokens: Int[np.ndarray, " B"],
+    ) -> int:  # fmt: skip
         """Store the first `steps` lines of a chunk, each row's up to its limit. Returns the number of tokens stored.
 
         Args:
@@ -94,12 +104,14 @@ class OutputBuffer:
             chunk: recorded columns.
             steps: lines that ran.
             version: of the policy.
+            min_new_tokens: slots in which end-of-sequence tokens are masked out.
         """
         room = np.where(rows >= 0, self.limit[rows] - slot, 0)
         line, b = np.nonzero(chunk.sampled[:steps] & (np.arange(steps)[:, None] < room))
         row, position = rows[b], slot[b] + line
+        own = {"version": version, "eos_masked": position < min_new_tokens[b]}
         for name, column in self.columns.items():
-            column[row, position] = version if name == "version" else getattr(chunk, name)[line, b]
+            column[row, position] = own[name] if name in own else getattr(chunk, name)[line, b]
         np.maximum.at(self.length, row, position + 1)
         ends = np.isin(chunk.tokens[line, b], self.vocab.eos)
         self.finish[row[ends]] = int(Finish.EOS)
@@ -122,9 +134,7 @@ class OutputBuffer:
             tokens = self.columns["tokens"][row, start:length].tolist()
             end = first_end(tokens, seen - start, stop, texts_of)
             if end is not None:
-                for name, column in self.columns.items():
-                    column[row, start + end :] = self.fill[name]
-                self.length[row], self.finish[row] = start + end, int(Finish.STOP)
+                self.cut(np.array([row]), np.array([start + end]), np.array([int(Finish.STOP)]))
 
 
 def first_end(tokens: list[int], seen: int, stop: tuple[str, ...], texts_of: TextDecoder) -> int | None:

@@ -1,11 +1,11 @@
 """Requests of a session: a prompt and the samples asked for, checked at the border and split into sequence groups."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rollout.sample import Controls, Vocabulary
@@ -145,25 +145,48 @@ def limits_of(name: str, given: Int[np.ndarray, "..."], shape: tuple[int, int], 
     return np.broadcast_to(given[:, None] if given.ndim == 1 else given, shape)
 
 
-def check_known(known: Rollouts | Sequence[Sequence[int]], limit: Int[np.ndarray, "P G"], vocab: Vocabulary) -> None:
-    """Raise ValueError unless there are known tokens for each row, no more than its limit."""
-    rows, given = limit.size, len(known.length) if isinstance(known, Rollouts) else len(known)
-    if given != rows:
-        raise ValueError(f"known: got {given} rows, want {rows}, one per sample of each prompt")
-    length = known.length if isinstance(known, Rollouts) else np.array([len(tokens) for tokens in known])
-    if (over := np.flatnonzero(length > limit.reshape(-1))).size:
-        b = over[0]
-        raise ValueError(f"known[{b}]: got {length[b]} tokens, want at most the row's limit of {limit.reshape(-1)[b]}")
-    if not isinstance(known, Rollouts):
-        check_forced("known", known, vocab)
+def check_rollouts(
+    known: Rollouts,
+    limit: Int[np.ndarray, "P G"],
+    temperature: Float[np.ndarray, " B"],
+    columns: Mapping[str, np.ndarray],
+) -> None:
+    """Raise ValueError unless rows can continue these rollouts: their log-probs must be those of the distribution that is recorded.
+
+    Args:
+        known: one row per sample of each prompt.
+        limit: maximum completion tokens.
+        temperature: at which the rows continue.
+        columns: of the output buffer.
+    """
+    if len(known.length) != limit.size:
+        raise ValueError(f"known: got {len(known.length)} rows, want {limit.size}, one per sample of each prompt")
+    for b in np.flatnonzero(known.length > limit.reshape(-1))[:1]:
+        raise ValueError(f"known[{b}]: got {known.length[b]} tokens, want at most the row's limit of {limit.flat[b]}")
+    for name in ("kept_tokens", "raw_logprobs"):
+        got, want = (None if x is None else x.shape[2:] for x in (getattr(known, name), columns.get(name)))
+        if got != want:
+            describe = lambda dims: "none" if dims is None else f"[B C{''.join(f' {n}' for n in dims)}]"  # noqa: E731
+            raise ValueError(f"known.{name}: got {describe(got)}, want {describe(want)}, as this engine records")
+    for b in np.flatnonzero(known.sampled.any(axis=1) & (known.temperature != temperature))[:1]:
+        raise ValueError(
+            f"controls.temperature: got {temperature[b]} for row {b} of known, want its own of {known.temperature[b]}: a row is "
+            "scored at one temperature"
+        )
 
 
-def check_forced(name: str, rows: Sequence[Sequence[int]], vocab: Vocabulary) -> None:
-    """Raise ValueError unless each row is a list of token ids of the vocabulary."""
+def check_forced(name: str, rows: Sequence[Sequence[int]], room: Int[np.ndarray, " B"], vocab: Vocabulary) -> None:
+    """Raise ValueError unless there is a list of token ids of the vocabulary for each row, none longer than its `room`."""
+    if len(rows) != len(room):
+        raise ValueError(f"{name}: got {len(rows)} rows, want {len(room)}, one per sample of each prompt")
     for b, tokens in enumerate(rows):
         ids = np.asarray(tokens)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise ValueError(f"{name}[{b}]: got {ids.dtype}{list(ids.shape)}, want a list of token ids")
+        if len(ids) > room[b]:
+            raise ValueError(
+                f"{name}[{b}]: got {len(ids)} tokens, want at most the {max(room[b], 0)} up to the row's limit"
+            )
         _check_ids(f"{name}[{b}]", ids, vocab)
 
 

@@ -35,8 +35,8 @@ from jaxrl_llm.rollout.requests import (
     Request,
     as_prompts,
     check_forced,
-    check_known,
     check_prompts,
+    check_rollouts,
     limits_of,
     split,
     stack_prompts,
@@ -136,12 +136,15 @@ class Session:
             raise ValueError(f"samples: got {samples}, want 1 or more")
         most = self.cfg.max_new_tokens
         limits = limits_of("limit", np.full(num, most) if limit is None else limit, (num, samples), most)
-        if known is not None:
-            check_known(known, limits, vocab)
         stop = self.cfg.stop if stop is None else tuple(stop)
         if stop and self.tokenizer is None:
             raise UserError(f"stop: got {stop} for a model without a tokenizer, want no stop strings")
         controls = controls_for(self.cfg, num) if controls is None else controls
+        if isinstance(known, Rollouts):
+            check_rollouts(known, limits, np.repeat(controls.temperature, samples), self.output.columns)
+            self.masks_eos |= known.eos_masked is not None
+        elif known is not None:
+            check_forced("known", known, limits.reshape(-1), vocab)
         self.masks_eos |= bool(np.any(controls.min_new_tokens))
         ids = self.num_added + np.arange(num)
         self.num_added += num
@@ -151,7 +154,7 @@ class Session:
         elif known is not None:
             self._force(rows, known)
         for p, id in enumerate(ids.tolist()):
-            prompt, own = jax.tree.map(lambda x, p=p: x[p], (prompts, controls))
+            prompt, own = jax.tree.map(lambda x, p=p: np.array(x[p]), (prompts, controls))
             self.requests[id] = Request(id, prompt, own, first_sample, rows[p * samples : (p + 1) * samples], stop)
             self._enqueue(id)
         return ids
@@ -171,17 +174,36 @@ class Session:
             self.finished_early.append(id)
 
     def advance(self) -> Ids:
-        """Decode one chunk. Returns the requests that finished, possibly none: all their rows ended."""
-        begun, finished = time.perf_counter(), self.finished_early
-        self.finished_early = []
+        """Decode one chunk. Returns the requests that finished, possibly none: all their rows ended.
+
+        If it is interrupted, by Ctrl-C for example, the session is as it was before, and reads all keys again.
+        """
+        begun, finished = time.perf_counter(), []
         if self.queue or self.batch.active.any():
             self._check_policy()
-            self.batch.admit(self.params, self.queue)
-            if self.cfg.engine.compact and not self.queue:
-                self.batch.compact()
-            finished = [*finished, *self._decode()]
+            decoding = [request for request in self.requests.values() if request.groups]
+            length, finish = self.output.length.copy(), self.output.finish.copy()
+            try:
+                self.batch.admit(self.params, self.queue)
+                if self.cfg.engine.compact and not self.queue:
+                    self.batch.compact()
+                finished = self._decode()
+            except BaseException:
+                self._restart(decoding, length, finish)
+                raise
         self.stats = self.stats._replace(seconds=self.stats.seconds + time.perf_counter() - begun)
+        finished, self.finished_early = [*self.finished_early, *finished], []
         return np.array(sorted(finished), int)
+
+    def _restart(
+        self, requests: list[Request], length: Int[np.ndarray, " rows"], finish: Int[np.ndarray, " rows"]
+    ) -> None:
+        """Give up the caches, which a program may have taken, and queue the requests with these lengths of all rows."""
+        self.batch = ActiveBatch(self.batch.sizes, self.programs, self.output)
+        self.queue.clear()
+        for request in requests:
+            self.output.cut(request.rows, length[request.rows], finish[request.rows])
+            self._enqueue(request.id)
 
     def _check_policy(self) -> None:
         if any(x.is_deleted() for x in jax.tree.leaves(self.params)):
@@ -194,7 +216,8 @@ class Session:
         batch, age, before = self.batch, self.batch.groups.age, ~self.batch.groups.done
         result = batch.decode(self.params, self.key)
         ran, rows = int(result.steps), np.where(before, batch.rows, -1)
-        stored = self.output.add(rows.reshape(-1), np.repeat(age, self.lanes), result.chunk, ran, self.version)
+        age_of_rows, minimum = (np.repeat(x, self.lanes) for x in (age, batch.groups.controls.min_new_tokens))
+        stored = self.output.add(rows.reshape(-1), age_of_rows, result.chunk, ran, self.version, minimum)
         for slot in np.flatnonzero(batch.active):
             if stop := batch.requests[slot].stop:
                 own = rows[slot][rows[slot] >= 0]
@@ -223,7 +246,7 @@ class Session:
 
     def stop(self, ids: Ids) -> None:
         """Stop decoding requests. Their unfinished rows keep their tokens, and continue with `resume`."""
-        stopped = self._requests(ids)
+        stopped = set(self._requests(ids))
         self.batch.remove(stopped)
         self.queue = deque(group for group in self.queue if group.request not in stopped)
         for request in stopped:
@@ -252,11 +275,8 @@ class Session:
             limits = limits_of("limit", limit, (len(requests), samples), most).reshape(-1)
         length = self.output.length[rows]
         if tokens is not None:
-            if len(tokens) != len(rows):
-                raise ValueError(f"tokens: got {len(tokens)} rows, want {len(rows)}, one per row of the requests")
-            check_forced("tokens", tokens, vocab)
-            length = length + [len(ids) for ids in tokens]
-        if (over := np.flatnonzero(length > limits)).size:
+            check_forced("tokens", tokens, limits - length, vocab)
+        elif (over := np.flatnonzero(length > limits)).size:
             raise ValueError(f"limit: got {limits[over[0]]}, want at least the {length[over[0]]} tokens that are known")
         self.output.limit[rows] = limits
         self.output.end_at_limit(rows)
@@ -282,15 +302,14 @@ class Session:
         samples, output = self._samples("rollouts", requests), self.output
         rows = np.concatenate([request.rows for request in requests])
         of = {name: column[rows] for name, column in output.columns.items()}
-        control = lambda name: np.repeat([getattr(r.controls, name) for r in requests], samples)  # noqa: E731
-        in_minimum = np.arange(of["tokens"].shape[1]) < control("min_new_tokens")[:, None]
+        eos_masked = of.pop("eos_masked")
         return Rollouts(
             prompts=stack_prompts([request.prompt for request in requests], self.decoding.vocab.pad),
             length=output.length[rows],
-            temperature=control("temperature").astype(np.float32),
+            temperature=np.repeat([request.controls.temperature for request in requests], samples).astype(np.float32),
             finish=output.finish[rows],
             # Decided for the session, so that the columns of a batch do not depend on its rows.
-            eos_masked=of["sampled"] & in_minimum if self.masks_eos else None,
+            eos_masked=eos_masked if self.masks_eos else None,
             **of,
         )
 

@@ -162,13 +162,20 @@ def test_a_row_ends_at_any_of_several_end_tokens():
     zeros = np.zeros((3, 4), np.float32)
     # Four columns: rows 2, 1 and 0; the last is ignored.
     stored = buffer.add(
-        np.array([*rows[[2, 1, 0]], -1]), np.zeros(4, int), DecodedChunk(token, sampled, zeros, zeros), 3, 1
+        np.array([*rows[[2, 1, 0]], -1]),
+        np.zeros(4, int),
+        DecodedChunk(token, sampled, zeros, zeros),
+        3,
+        1,
+        np.array([0, 2, 0, 0]),
     )
     assert stored == 6
     np.testing.assert_array_equal(buffer.finish[rows], [Finish.LENGTH, Finish.EOS, Finish.EOS, Finish.UNFINISHED])
     np.testing.assert_array_equal(buffer.length[rows], [3, 1, 2, 0])
     np.testing.assert_array_equal(buffer.columns["tokens"][rows], [[3, 4, 6], [7, 0, 0], [3, 5, 0], [0, 0, 0]])
     np.testing.assert_array_equal(buffer.columns["version"][rows], [[1, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
+    masked = [[False] * 3, [True, False, False], [False] * 3, [False] * 3]
+    np.testing.assert_array_equal(buffer.columns["eos_masked"][rows], masked)
 
 
 @pytest.mark.slow

@@ -512,10 +512,33 @@ def test_a_donated_policy_is_named():
             r"limit: got \[\[3, 13\]\], want 1 numbers from 1 to 12",
         ),
         (lambda s: s.add([[1]], 2, known=[[1]]), r"known: got 1 rows, want 2, one per sample of each prompt"),
-        (lambda s: s.add([[1]], 1, known=[[1] * 13]), r"known\[0\]: got 13 tokens, want at most the row's limit of 12"),
+        (
+            lambda s: s.add([[1]], 1, known=[[1] * 13]),
+            r"known\[0\]: got 13 tokens, want at most the 12 up to the row's limit",
+        ),
         (lambda s: s.add([[1]], 1, known=[[99]]), r"known\[0\]: got 99, want token ids from 0 to 15"),
-        (lambda s: s.resume(2, [[1]]), r"tokens: got 1 rows, want 4, one per row of the requests"),
-        (lambda s: s.resume(2, [[1] * 13] * 4), r"limit: got 12, want at least the 1\d tokens that are known"),
+        (lambda s: s.resume(2, [[1]]), r"tokens: got 1 rows, want 4, one per sample of each prompt"),
+        (
+            lambda s: s.resume(2, [[1] * 13] * 4),
+            r"tokens\[0\]: got 13 tokens, want at most the \d+ up to the row's limit",
+        ),
+        (lambda s: s.resume(2, limit=np.array([1])), r"limit: got 1, want at least the \d tokens that are known"),
+        (
+            lambda s: s.add([[1]], 1, known=jax.tree.map(lambda x: x[:3], whole())),
+            r"known: got 3 rows, want 1, one per",
+        ),
+        (
+            lambda s: s.add(whole().prompts, limit=np.full(P, 2), known=whole()),
+            r"known\[\d+\]: got \d+ tokens, want at most the row's limit of 2",
+        ),
+        (
+            lambda s: s.add(whole().prompts, known=whole(), controls=of().controls(P, 1.5)),
+            r"controls.temperature: got 1.5 for row 0 of known, want its own of 3.0",
+        ),
+        (
+            lambda s: s.add(whole().prompts, known=whole().replace(kept_tokens=np.zeros((P * G, C, 6), np.int32))),
+            r"known.kept_tokens: got \[B C 6\], want none, as this engine records",
+        ),
         (lambda s: s.resume(2, limit=np.array([99])), r"limit: got \[99\], want 1 numbers from 1 to 12"),
     ],
 )
@@ -532,6 +555,49 @@ def test_wrong_calls_are_named_and_change_nothing(call, message):
     finish(session)
     same_rows(session.take([1, 2]), whole(), G + np.arange(2 * G))
     same_rows(session.take(0), whole(), np.arange(2))
+
+
+@pytest.mark.parametrize("program", ["prefill", "insert_prefix", "read_rows", "join_suffix", "decode_chunk", "compact"])
+def test_an_interrupted_session_continues(program, monkeypatch):
+    """Ctrl-C in a notebook, after a program has taken the caches: all is decoded again from the last whole chunk."""
+    sampler = of()
+    session, calls = sampler.session(policy_of(), KEY), 0
+    ids = session.add(make_prompts(P))
+    session.advance()
+    session.use(policy_of())
+    real = type(session.programs).__call__
+
+    def interrupted(programs, params, *name):
+        nonlocal calls
+        compiled = real(programs, params, *name)
+        if name[0] != program:
+            return compiled
+        calls += 1
+
+        def run(*args):
+            found = compiled(*args)
+            if calls == 1:
+                raise KeyboardInterrupt
+            return found
+
+        return run
+
+    monkeypatch.setattr(type(session.programs), "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finish(session)
+    assert session.pending and calls == 1
+    finish(session)
+    same_rows(session.take(ids), whole(), np.arange(P * G))
+
+
+def test_what_the_caller_changes_later_does_not_matter():
+    prompts = make_prompts(P)
+    session = of().session(policy_of(), KEY)
+    ids = session.add(prompts)
+    prompts.tokens[:] = 0
+    session.rollouts(ids).tokens[:] = 7
+    finish(session)
+    same_rows(session.take(ids), whole(), np.arange(P * G))
 
 
 def test_stop_strings_need_a_tokenizer():
