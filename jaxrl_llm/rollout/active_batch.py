@@ -62,9 +62,6 @@ class ActiveBatch:
             self._resize_arrays(size)
         elif size > self.num_slots:
             self._resize("expand", size)
-        if not self.active.any():
-            # No ring holds a key that is still needed.
-            self.count = 0
         while self._admit_some(params, queue):
             pass
 
@@ -215,7 +212,8 @@ class ActiveBatch:
         blank = _empty(1, self.sizes.rows_per_group)
         self.groups = jax.tree.map(lambda x, more: np.concatenate([x, more])[kept], self.groups, blank)
         self.rows = np.concatenate([self.rows, np.full((1, self.sizes.rows_per_group), -1)])[kept]
-        self.requests = [[*self.requests, None][i] for i in kept]
+        requests = [*self.requests, None]
+        self.requests = [requests[i] for i in kept]
 
     def decode(self, params: PyTree, key: jax.Array) -> ChunkResult:
         """Decode one chunk. `key`: random key of the session, its data on the device."""

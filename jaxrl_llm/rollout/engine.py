@@ -111,7 +111,7 @@ class Engine:
             UserError: prompts of another type.
             ValueError: no prompts, or a prompt length or limit out of range.
         """
-        prompts = as_prompts(prompts, self.model.tokenizer, self.model.vocab.pad, 0)
+        prompts = as_prompts(prompts, self.model.tokenizer, self.model.vocab, 0)
         self._make_room(prompts.tokens.shape[1])
         session = self.session(policy, key)
         ids = session.add(prompts, controls=controls, limit=limit)
@@ -133,7 +133,8 @@ class Engine:
         fewer = [n for n in sizes.prompts if n <= batch]
         # With a single chunk all rows end together, and all slots become free at once.
         admitted = fewer if several and prompts > batch else {batch, smallest(sizes.prompts, prompts % batch or batch)}
-        groups = [sizes.groups(n) for n in (fewer if several and self.cfg.engine.compact else [batch])]
+        compacts = self.cfg.engine.compact and (several or prompts > batch)
+        groups = [sizes.groups(n) for n in (fewer if compacts else [batch])]
         found: list[ProgramName] = [("prefill", n, s) for n in admitted for s in sizes.prompt_slots]
         found += [
             ("broadcast_prefix", n, groups[0]) for n in admitted if sizes.groups(n) != groups[0] or sizes.groups_per_prompt > 1

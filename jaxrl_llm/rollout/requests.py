@@ -1,15 +1,16 @@
-"""Requests of a session: a prompt and the samples asked for, checked at the border and split into sequence groups."""
+"""Requests of a session: a prompt and the samples asked for, split into sequence groups."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.rollout.request_checks import check_ids
 from jaxrl_llm.rollout.sample import Controls, Vocabulary
-from jaxrl_llm.types import Prompts, Rollouts
+from jaxrl_llm.types import Prompts
 
 PromptsLike = Prompts | Sequence[str] | Sequence[Sequence[int]]
 """Prompts, their texts, or their token ids."""
@@ -76,17 +77,18 @@ def split(
             yield QueuedGroup(request, first, rows, int(age))
 
 
-def as_prompts(given: PromptsLike, tokenizer: PromptTokenizer | None, pad: int, first_uid: int) -> Prompts:
+def as_prompts(given: PromptsLike, tokenizer: PromptTokenizer | None, vocab: Vocabulary, first_uid: int) -> Prompts:
     """Return prompts given as texts or token ids as `Prompts`, whose uids count from `first_uid`.
 
     Args:
         given: prompts in any form; `Prompts` are returned as they are.
         tokenizer: encodes texts, with its chat template.
-        pad: the pad token.
+        vocab: the tokenizer's vocabulary.
         first_uid: uid of the first prompt.
 
     Raises:
         UserError: not prompts, or texts without a tokenizer.
+        ValueError: an id is no token.
     """
     if isinstance(given, Prompts):
         return given
@@ -103,8 +105,9 @@ def as_prompts(given: PromptsLike, tokenizer: PromptTokenizer | None, pad: int, 
     for i, prompt in enumerate(ids):
         if prompt.ndim != 1 or (prompt.size and prompt.dtype.kind not in "iu"):
             raise UserError(f"prompts[{i}]: got {prompt.dtype}{list(prompt.shape)}, want a text or a list of token ids")
+        check_ids(f"prompts[{i}]", prompt, vocab)
     length = np.array([len(prompt) for prompt in ids], np.int32)
-    tokens = np.full((len(ids), length.max(initial=1)), pad, np.int32)
+    tokens = np.full((len(ids), length.max(initial=1)), vocab.pad, np.int32)
     for i, prompt in enumerate(ids):
         tokens[i, : len(prompt)] = prompt
     uid = first_uid + np.arange(len(ids), dtype=np.int32)
@@ -118,79 +121,3 @@ def stack_prompts(prompts: Sequence[Prompts], pad: int) -> Prompts:
         tokens[p, : len(prompt.tokens)] = prompt.tokens
     numbers = ([getattr(prompt, name) for prompt in prompts] for name in ("length", "uid", "row"))
     return Prompts(tokens, *(np.array(x, np.int32) for x in numbers))
-
-
-def check_prompts(prompts: Prompts, most: int, vocab: Vocabulary) -> None:
-    """Raise ValueError unless there are prompts of 1 to `most` tokens of the vocabulary."""
-    if not len(prompts.length):
-        raise ValueError("prompts: got none, want one or more")
-    limits_of("prompts.length", prompts.length, (len(prompts.length), 1), most)
-    known = np.arange(prompts.tokens.shape[1]) < prompts.length[:, None]
-    _check_ids("prompts.tokens", prompts.tokens[known], vocab)
-
-
-def limits_of(name: str, given: Int[np.ndarray, "..."], shape: tuple[int, int], most: int) -> Int[np.ndarray, "P G"]:
-    """Return numbers from 1 to `most` per row, given per prompt or per row. `shape`: P prompts, G samples.
-
-    Raises:
-        ValueError: names the field if a number is out of range, or if there are not as many as there should be.
-    """
-    given = np.asarray(given)
-    if (
-        given.shape not in (shape[:1], shape)
-        or given.dtype.kind not in "iu"
-        or not ((given >= 1) & (given <= most)).all()
-    ):
-        raise ValueError(f"{name}: got {given.tolist()}, want {shape[0]} numbers from 1 to {most}")
-    return np.broadcast_to(given[:, None] if given.ndim == 1 else given, shape)
-
-
-def check_rollouts(
-    known: Rollouts,
-    limit: Int[np.ndarray, "P G"],
-    temperature: Float[np.ndarray, " B"],
-    columns: Mapping[str, np.ndarray],
-) -> None:
-    """Raise ValueError unless rows can continue these rollouts: their log-probs must be those of the distribution that is recorded.
-
-    Args:
-        known: one row per sample of each prompt.
-        limit: maximum completion tokens.
-        temperature: at which the rows continue.
-        columns: of the output buffer.
-    """
-    if len(known.length) != limit.size:
-        raise ValueError(f"known: got {len(known.length)} rows, want {limit.size}, one per sample of each prompt")
-    for b in np.flatnonzero(known.length > limit.reshape(-1))[:1]:
-        raise ValueError(f"known[{b}]: got {known.length[b]} tokens, want at most the row's limit of {limit.flat[b]}")
-    for name in ("kept_tokens", "raw_logprobs"):
-        got, want = (None if x is None else x.shape[2:] for x in (getattr(known, name), columns.get(name)))
-        if got != want:
-            describe = lambda dims: "none" if dims is None else f"[B C{''.join(f' {n}' for n in dims)}]"  # noqa: E731
-            raise ValueError(f"known.{name}: got {describe(got)}, want {describe(want)}, as this engine records")
-    for b in np.flatnonzero(known.sampled.any(axis=1) & (known.temperature != temperature))[:1]:
-        raise ValueError(
-            f"controls.temperature: got {temperature[b]} for row {b} of known, want its own of {known.temperature[b]}: a row is "
-            "scored at one temperature"
-        )
-
-
-def check_forced(name: str, rows: Sequence[Sequence[int]], room: Int[np.ndarray, " B"], vocab: Vocabulary) -> None:
-    """Raise ValueError unless there is a list of token ids of the vocabulary for each row, none longer than its `room`."""
-    if len(rows) != len(room):
-        raise ValueError(f"{name}: got {len(rows)} rows, want {len(room)}, one per sample of each prompt")
-    for b, tokens in enumerate(rows):
-        ids = np.asarray(tokens)
-        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-            raise ValueError(f"{name}[{b}]: got {ids.dtype}{list(ids.shape)}, want a list of token ids")
-        if len(ids) > room[b]:
-            raise ValueError(
-                f"{name}[{b}]: got {len(ids)} tokens, want at most the {max(room[b], 0)} up to the row's limit"
-            )
-        _check_ids(f"{name}[{b}]", ids, vocab)
-
-
-def _check_ids(name: str, ids: Int[np.ndarray, " n"], vocab: Vocabulary) -> None:
-    """Raise ValueError unless all ids are tokens: the embedding would take others for its last row."""
-    if wrong := ids[(ids < 0) | (ids >= vocab.size)].tolist():
-        raise ValueError(f"{name}: got {wrong[0]}, want token ids from 0 to {vocab.size - 1}")

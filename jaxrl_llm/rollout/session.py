@@ -28,16 +28,22 @@ from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.rollout.decode import ChunkResult
 from jaxrl_llm.rollout.output import OutputBuffer
 from jaxrl_llm.rollout.programs import Programs
+from jaxrl_llm.rollout.request_checks import (
+    MAX_INT,
+    check_controls,
+    check_forced,
+    check_prompts,
+    check_rollouts,
+    check_stop,
+    limits_of,
+    whole_number,
+)
 from jaxrl_llm.rollout.requests import (
     PromptsLike,
     PromptTokenizer,
     QueuedGroup,
     Request,
     as_prompts,
-    check_forced,
-    check_prompts,
-    check_rollouts,
-    limits_of,
     split,
     stack_prompts,
 )
@@ -125,23 +131,21 @@ class Session:
             Ids of the requests: 0, 1, 2, ... in the order in which they were added.
 
         Raises:
-            UserError: prompts of another type, or stop strings without a tokenizer.
-            ValueError: no prompts, or a length, limit or token out of range.
+            UserError: prompts of another type.
+            ValueError: anything else that is wrong; it names the field, what it is and what is wanted. Nothing has changed.
         """
-        vocab = self.decoding.vocab
-        prompts = as_prompts(prompts, self.tokenizer, vocab.pad, self.num_added)
+        vocab, most = self.decoding.vocab, self.cfg.max_new_tokens
+        prompts = as_prompts(prompts, self.tokenizer, vocab, self.num_added)
         check_prompts(prompts, self.prompt_slots, vocab)
-        num, samples = len(prompts.length), self.cfg.samples if samples is None else samples
-        if samples < 1:
-            raise ValueError(f"samples: got {samples}, want 1 or more")
-        most = self.cfg.max_new_tokens
+        num, samples = len(prompts.length), whole_number("samples", self.cfg.samples if samples is None else samples, 1)
+        first_sample = whole_number("first_sample", first_sample, 0, MAX_INT - samples)
         limits = limits_of("limit", np.full(num, most) if limit is None else limit, (num, samples), most)
-        stop = self.cfg.stop if stop is None else tuple(stop)
-        if stop and self.tokenizer is None:
-            raise UserError(f"stop: got {stop} for a model without a tokenizer, want no stop strings")
+        stop = check_stop(self.cfg.stop if stop is None else stop, self.tokenizer is not None)
         controls = controls_for(self.cfg, num) if controls is None else controls
+        check_controls(controls, num, self.decoding.max_kept_tokens > 0)
         if isinstance(known, Rollouts):
-            check_rollouts(known, limits, np.repeat(controls.temperature, samples), self.output.columns)
+            temperature = np.repeat(controls.temperature, samples)
+            check_rollouts(known, limits, temperature, self.output.columns, vocab)
             self.masks_eos |= known.eos_masked is not None
         elif known is not None:
             check_forced("known", known, limits.reshape(-1), vocab)
@@ -167,6 +171,7 @@ class Session:
     def _enqueue(self, id: int) -> None:
         """Queue what is left to decode of a request."""
         request, output = self.requests[id], self.output
+        self.finished_early = [other for other in self.finished_early if other != id]
         groups = list(split(request, self.lanes, ~output.ended[request.rows], output.length[request.rows]))
         request.groups = len(groups)
         self.queue.extend(groups)
@@ -247,8 +252,9 @@ class Session:
     def stop(self, ids: Ids) -> None:
         """Stop decoding requests. Their unfinished rows keep their tokens, and continue with `resume`."""
         stopped = set(self._requests(ids))
-        self.batch.remove(stopped)
-        self.queue = deque(group for group in self.queue if group.request not in stopped)
+        if any(request.groups for request in stopped):
+            self.batch.remove(stopped)
+            self.queue = deque(group for group in self.queue if group.request not in stopped)
         for request in stopped:
             request.groups = 0
         self.finished_early = [id for id in self.finished_early if self.requests[id] not in stopped]
@@ -287,9 +293,10 @@ class Session:
 
     def use(self, policy: Policy) -> None:
         """Sample from another policy from now on. Keys of known tokens are read again, so that log-probs are the new policy's."""
-        if policy.params is self.params:
+        same, self.version = policy.params is self.params, int(policy.version)
+        if same:
             return
-        self.params, self.version = policy.params, int(policy.version)
+        self.params = policy.params
         self.queue.extendleft(reversed(self.batch.remove()))
 
     def rollouts(self, ids: Ids) -> Rollouts:
@@ -333,6 +340,8 @@ class Session:
 
     def _requests(self, ids: Ids) -> list[Request]:
         """Raises ValueError if an id is unknown or given twice."""
+        if np.ndim(ids) > 1 or np.asarray(ids).dtype.kind not in "iu":
+            raise ValueError(f"ids: got {ids!r}, want an id, or a list of ids")
         ids = np.atleast_1d(ids).tolist()
         if unknown := [id for id in ids if id not in self.requests]:
             raise ValueError(f"ids: got {unknown[0]}, want a request that was added and not taken")

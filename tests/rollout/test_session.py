@@ -468,7 +468,7 @@ def test_prompts_may_be_texts_or_token_ids():
             sampler.generate(policy_of(), wrong, KEY)
     with pytest.raises(UserError, match="prompts: got texts for a model without a tokenizer, want token ids"):
         of().generate(policy_of(), texts, KEY)
-    with pytest.raises(ValueError, match=r"prompts\.tokens: got 16, want token ids from 0 to 15"):
+    with pytest.raises(ValueError, match=r"prompts\[0\]: got 16, want token ids from 0 to 15"):
         sampler.generate(policy_of(), [[16]], KEY)
 
 
@@ -506,7 +506,7 @@ def test_a_donated_policy_is_named():
         (lambda s: s.take(0), r"take: got request 0, which is being decoded; want one that finished or was stopped"),
         (lambda s: s.resume(0), r"resume: got request 0, which is being decoded"),
         (lambda s: s.rollouts([0, 1]), r"rollouts: got requests of 2 and 4 samples, want equally many"),
-        (lambda s: s.add([[1]], 0), r"samples: got 0, want 1 or more"),
+        (lambda s: s.add([[1]], 0), r"samples: got 0, want a whole number from 1 to 2147483647"),
         (
             lambda s: s.add([[1]], 2, limit=np.array([[3, 13]])),
             r"limit: got \[\[3, 13\]\], want 1 numbers from 1 to 12",
@@ -529,11 +529,11 @@ def test_a_donated_policy_is_named():
         ),
         (
             lambda s: s.add(whole().prompts, limit=np.full(P, 2), known=whole()),
-            r"known\[\d+\]: got \d+ tokens, want at most the row's limit of 2",
+            r"known.length\[\d+\]: got \d+ tokens, want 0 to 2, the row's limit",
         ),
         (
             lambda s: s.add(whole().prompts, known=whole(), controls=of().controls(P, 1.5)),
-            r"controls.temperature: got 1.5 for row 0 of known, want its own of 3.0",
+            r"known.temperature\[0\]: got 3.0, want 1.5, that of the request: a row is scored at one temperature",
         ),
         (
             lambda s: s.add(whole().prompts, known=whole().replace(kept_tokens=np.zeros((P * G, C, 6), np.int32))),
@@ -557,39 +557,6 @@ def test_wrong_calls_are_named_and_change_nothing(call, message):
     same_rows(session.take(0), whole(), np.arange(2))
 
 
-@pytest.mark.parametrize("program", ["prefill", "insert_prefix", "read_rows", "join_suffix", "decode_chunk", "compact"])
-def test_an_interrupted_session_continues(program, monkeypatch):
-    """Ctrl-C in a notebook, after a program has taken the caches: all is decoded again from the last whole chunk."""
-    sampler = of()
-    session, calls = sampler.session(policy_of(), KEY), 0
-    ids = session.add(make_prompts(P))
-    session.advance()
-    session.use(policy_of())
-    real = type(session.programs).__call__
-
-    def interrupted(programs, params, *name):
-        nonlocal calls
-        compiled = real(programs, params, *name)
-        if name[0] != program:
-            return compiled
-        calls += 1
-
-        def run(*args):
-            found = compiled(*args)
-            if calls == 1:
-                raise KeyboardInterrupt
-            return found
-
-        return run
-
-    monkeypatch.setattr(type(session.programs), "__call__", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        finish(session)
-    assert session.pending and calls == 1
-    finish(session)
-    same_rows(session.take(ids), whole(), np.arange(P * G))
-
-
 def test_what_the_caller_changes_later_does_not_matter():
     prompts = make_prompts(P)
     session = of().session(policy_of(), KEY)
@@ -601,5 +568,5 @@ def test_what_the_caller_changes_later_does_not_matter():
 
 
 def test_stop_strings_need_a_tokenizer():
-    with pytest.raises(UserError, match=r"stop: got \('a',\) for a model without a tokenizer, want no stop strings"):
+    with pytest.raises(ValueError, match=r"stop: got \('a',\) for a model without a tokenizer, want no stop strings"):
         of().session(policy_of(), KEY).add([[1]], stop=["a"])
