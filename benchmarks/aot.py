@@ -32,7 +32,7 @@ from jax.stages import Compiled, Lowered
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.config import read_config
-from jaxrl_llm.model.publish import abstract_policy, make_publish
+from jaxrl_llm.model.publish import abstract_policy, jit_publish
 from jaxrl_llm.parallel.config import MeshConfig
 from jaxrl_llm.parallel.layout import TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
@@ -52,7 +52,7 @@ def lowered(args: argparse.Namespace, cfg: ModelConfig, train: Layout, decode: L
     policy = abstract_policy(cfg, decode)
     if args.program == "publish":
         masters = model_params.abstract(model_params.specs(cfg), train)
-        return make_publish(cfg, train, decode).lower(masters, policy.version, policy)
+        return jit_publish(cfg, train, decode).lower(masters, policy.version, policy)
     sizes = (args.prompts, args.slots if args.program == "prefill" else args.window)
     return programs_of(args, cfg, decode).lower(policy.params, args.program, *sizes)
 
@@ -146,7 +146,7 @@ def main() -> None:
     cfg = read_config(args.shape, "bfloat16")
     cfg = dataclasses.replace(cfg, layers=args.layers or cfg.layers)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
-    train = Layout(make_mesh(tuple(map(int, args.mesh.split(","))), devices), TRAIN)
+    train = Layout(make_mesh(*map(int, args.mesh.split(",")), devices=devices), TRAIN)
     choice = args.layout if args.layout.isalpha() else MeshConfig(*map(int, args.layout.split(",")))
     found = report(args, cfg, train, train.for_decode(choice))
     print(json.dumps(found))

@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.clock import Timing
 from benchmarks.models import NEW_TOKENS, PROMPT_SLOTS, SAMPLES, Workload, layouts
-from jaxrl_llm.model.publish import make_empty_policy, make_publish
+from jaxrl_llm.model.publish import jit_publish, make_empty_policy
 from jaxrl_llm.perf.ceilings import copy_bandwidth, matmul_rate
 from jaxrl_llm.perf.work import Work, decode_step, weight_products
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
@@ -67,7 +67,7 @@ def make_engine(work: Workload, prompts: int = 0, **changes: object) -> Engine:
 
 def make_policy(work: Workload, params: PyTree) -> Policy:
     cfg, (train, decode) = work.cfg, layouts()
-    return make_publish(cfg, train, decode)(params, np.int32(0), make_empty_policy(cfg, decode)())
+    return jit_publish(cfg, train, decode)(params, np.int32(0), make_empty_policy(cfg, decode)())
 
 
 def calls(work: Workload, params: PyTree) -> dict[str, Callable[[], object]]:

@@ -119,7 +119,7 @@ def load(directory: Path, dtype: str) -> dict:
     from jaxrl_llm.parallel.layout import TRAIN, Layout
     from jaxrl_llm.parallel.mesh import make_mesh
 
-    layout = Layout(make_mesh((1, 4, 2), jax.devices()), TRAIN)
+    layout = Layout(make_mesh(1, 4, 2), TRAIN)
     specs = params.specs(read_config(directory))
     jax.block_until_ready(jax.device_put(np.zeros(8), layout.replicated))
     with Peak() as peak:

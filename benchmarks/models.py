@@ -75,5 +75,5 @@ def make_params(size: str) -> PyTree:
 
 def layouts() -> tuple[Layout, Layout]:
     """Return the TRAIN and DECODE layouts of one device: these benchmarks measure a single chip."""
-    mesh = make_mesh((1, 1, 1), jax.devices()[:1])
+    mesh = make_mesh(devices=jax.devices()[:1])
     return Layout(mesh, TRAIN), Layout(mesh, DECODE)

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.clock import Timing
 from benchmarks.models import Workload, layouts
-from jaxrl_llm.model.publish import make_empty_policy, make_publish
+from jaxrl_llm.model.publish import jit_publish, make_empty_policy
 from jaxrl_llm.perf.ceilings import copy_bandwidth
 from jaxrl_llm.types import PyTree
 
@@ -23,7 +23,7 @@ def moved_bytes(work: Workload) -> int:
 def calls(work: Workload, params: PyTree) -> dict[str, Callable[[], object]]:
     """Return the program to time. Each call reuses the buffers of the previous policy, as in training."""
     cfg, (train, decode) = work.cfg, layouts()
-    publish, policy = make_publish(cfg, train, decode), make_empty_policy(cfg, decode)()
+    publish, policy = jit_publish(cfg, train, decode), make_empty_policy(cfg, decode)()
 
     def call() -> object:
         nonlocal policy

@@ -19,7 +19,7 @@ from benchmarks.generate import make_engine
 from benchmarks.models import NEW_TOKENS, Workload, layouts, make_params
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.linear import contract
-from jaxrl_llm.model.publish import make_empty_policy, make_publish
+from jaxrl_llm.model.publish import jit_publish, make_empty_policy
 from jaxrl_llm.model.transformer import logits
 from jaxrl_llm.types import Policy, PyTree
 
@@ -49,7 +49,7 @@ def calls(work: Workload, params: PyTree) -> dict[str, Callable[[], object]]:
     for name, (compute, weights) in VARIANTS.items():
         variant = dataclasses.replace(work, compute=compute)
         publish, empty = (
-            make_publish(variant.cfg, train, decode, weights),
+            jit_publish(variant.cfg, train, decode, weights),
             make_empty_policy(variant.cfg, decode, weights),
         )
         engine, policy = make_engine(variant, weights=weights), publish(params, np.int32(0), empty())

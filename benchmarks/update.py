@@ -36,12 +36,12 @@ from jaxrl_llm.perf.ceilings import matmul_rate
 from jaxrl_llm.perf.utilization import UpdateRates, measure_update, min_seconds
 from jaxrl_llm.perf.work import TrainFlops, count_tokens, train_flops
 from jaxrl_llm.types import Batch, Credit, Experience, Prompts, PyTree, Scores
-from jaxrl_llm.update.batch import make_batch, supervised
+from jaxrl_llm.update.batch import fill_batch, supervised
 from jaxrl_llm.update.optimizer.config import AdamW
 from jaxrl_llm.update.optimizer.state import make_init_state
 from jaxrl_llm.update.optimizer.transform import make_optimizer
 from jaxrl_llm.update.packing import BatchShape, batch_shape
-from jaxrl_llm.update.step import make_update
+from jaxrl_llm.update.step import jit_update
 
 # Maximum number of tokens at which the ceiling is measured.
 CEILING_TOKENS = 4096
@@ -84,7 +84,7 @@ class Case:
         rollouts = groups.rollouts.replace(behavior_logprobs=np.full(tokens.shape, -np.log(vocab), np.float32))
         advantage = np.broadcast_to(rng.standard_normal((rows, 1)), tokens.shape).astype(np.float32)
         experience = Experience(groups.replace(rollouts=rollouts), Scores(), Credit(advantage))
-        return make_batch(experience, self.shape, 0)[0]
+        return fill_batch(experience, self.shape, 0)[0]
 
     def flops(self) -> TrainFlops:
         return train_flops(self.work.cfg, *count_tokens(self.work.cfg, self.batch()))
@@ -93,7 +93,7 @@ class Case:
         """Return the program to time. Its state is donated, so each call continues from the previous one."""
         cfg, (train, _) = self.work.cfg, layouts()
         specs, optimizer = model_params.specs(cfg), make_optimizer(AdamW(lr=1e-6))
-        update = make_update(
+        update = jit_update(
             specs,
             make_loss(ObjectiveConfig()),
             optimizer,

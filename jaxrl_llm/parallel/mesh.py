@@ -1,21 +1,40 @@
 """The device mesh that generation and training share."""
 
-import math
+from collections.abc import Sequence
 
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from jaxrl_llm.parallel.config import AXES
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.parallel.config import AXES, MeshConfig, resolve
 
 
-def make_mesh(sizes: tuple[int, ...], devices: list | None = None) -> Mesh:
-    """Return a (data, fsdp, tensor, expert) mesh over `devices` (by default all of the job); missing sizes are 1.
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, expert: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Return a mesh with the axes data, fsdp, tensor and expert; -1, on one of them, takes the devices that are left.
+
+        mesh = make_mesh(fsdp=-1)               # parameters sharded over all devices
+        mesh = make_mesh(fsdp=4, tensor=2)      # eight devices
 
     The axes are Auto: one model function serves both layouts, and the compiler inserts the collectives, which `tests/tpu_aot`
     counts. An axis may be part of a physical axis of a TPU slice, e.g. 2 of 4; `jax.make_mesh` refuses that except on v5e.
+
+    Args:
+        data, fsdp, tensor, expert: devices per axis, as in `MeshConfig`.
+        devices: to be used, all of them; None: all of the job.
+
+    Raises:
+        UserError: a size is out of range, or the sizes do not fit the number of devices.
     """
-    sizes = (*sizes, *(1,) * (len(AXES) - len(sizes)))
-    devices = (jax.devices() if devices is None else devices)[: math.prod(sizes)]
+    devices = jax.devices() if devices is None else list(devices)
+    asked = MeshConfig(data, fsdp, tensor, expert)
+    for axis, size in zip(AXES, asked.sizes(), strict=True):
+        if size != -1 and size < 1:
+            raise UserError(f"mesh.{axis}: got {size}, want 1 or more, or -1 for what is left")
+    sizes, wrong = resolve(asked, len(devices))
+    if wrong:
+        raise UserError("\n".join(wrong))
     placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -56,7 +56,7 @@ def test_layouts_are_static_arguments():
         return layout.constrain(x, "rows", None)
 
     jitted = jax.jit(f, static_argnums=1)
-    one, same = (Layout(make_mesh((2, 2, 2)), TRAIN) for _ in range(2))
+    one, same = (Layout(make_mesh(2, 2, 2), TRAIN) for _ in range(2))
     assert one == same and hash(one) == hash(same) and one != Layout(one.mesh, DECODE)
     x = jnp.arange(8.0).reshape(4, 2)
     for layout in (one, same, Layout(one.mesh, DECODE)):

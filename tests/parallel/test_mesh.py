@@ -4,6 +4,7 @@ import jax
 import pytest
 from jax.sharding import AxisType
 
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.parallel.config import MeshConfig, divisors, resolve
 from jaxrl_llm.parallel.mesh import make_mesh
 
@@ -55,7 +56,32 @@ def test_divisors():
 
 
 def test_the_mesh_has_four_auto_axes():
-    mesh = make_mesh((2, 1, 4))
+    mesh = make_mesh(2, 1, 4)
     assert mesh.axis_names == ("data", "fsdp", "tensor", "expert") and mesh.devices.shape == (2, 1, 4, 1)
     assert mesh.axis_types == (AxisType.Auto,) * 4
-    assert make_mesh((1, 2, 1), jax.devices()[3:5]).devices.ravel().tolist() == jax.devices()[3:5]
+    assert make_mesh(devices=jax.devices()[3:5]).devices.ravel().tolist() == jax.devices()[3:5]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"tensor": 3}, "mesh: asked for data 1, fsdp -1, tensor 3, expert 1 (a product of 3), found 8 devices"),
+        (
+            {"data": 2, "fsdp": 2},
+            "mesh: asked for data 2, fsdp 2, tensor 1, expert 1 (a product of 4), found 8 devices",
+        ),
+        ({"data": -1}, "want -1 on one axis at most"),
+        ({"data": 0}, "mesh.data: got 0, want 1 or more, or -1 for what is left"),
+        ({"expert": -2}, "mesh.expert: got -2, want 1 or more"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(sizes, message):
+    with pytest.raises(UserError) as error:
+        make_mesh(**sizes)
+    assert message in str(error.value)
+
+
+def test_one_axis_takes_the_devices_that_are_left():
+    assert make_mesh().devices.shape == make_mesh(fsdp=-1).devices.shape == (1, 8, 1, 1)
+    assert make_mesh(tensor=2).devices.shape == (1, 4, 2, 1)
+    assert make_mesh(fsdp=2, expert=-1).devices.shape == (1, 2, 1, 4)

@@ -194,7 +194,7 @@ def test_equal_decodings_are_one_program():
         return x + decoding.max_kept_tokens
 
     def made(max_kept_tokens):
-        layout = Layout(make_mesh((1, 1, 1), jax.devices()[:1]), DECODE)
+        layout = Layout(make_mesh(devices=jax.devices()[:1]), DECODE)
         return Decoding(
             TINY, layout, Vocabulary(size=16, pad=0, eos=(15,)), steps=8, interval=4, max_kept_tokens=max_kept_tokens
         )

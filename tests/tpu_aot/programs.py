@@ -1,6 +1,7 @@
 """Programs of runs on 16 chips, lowered from shapes alone and compiled by the TPU compiler."""
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.experts import mixture
 from jaxrl_llm.model.params import ParamSpec
-from jaxrl_llm.model.publish import abstract_policy, make_publish
+from jaxrl_llm.model.publish import abstract_policy, jit_publish
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.losses import make_loss
 from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
@@ -29,7 +30,7 @@ from jaxrl_llm.types import Batch, TrainState
 from jaxrl_llm.update.optimizer.config import AdamW
 from jaxrl_llm.update.optimizer.state import state_shardings
 from jaxrl_llm.update.optimizer.transform import make_optimizer
-from jaxrl_llm.update.step import make_update
+from jaxrl_llm.update.step import jit_update
 
 # Llama-3.2-1B.
 ONE_BILLION = ModelConfig(
@@ -129,7 +130,7 @@ def compile_program(cfg: ModelConfig, lower: Callable[[], jax.stages.Lowered]) -
 
 
 def layouts(topology, sizes: tuple[int, ...] = MESH) -> tuple[Layout, Layout]:
-    mesh = make_mesh(sizes, topology.devices)
+    mesh = make_mesh(*sizes, devices=topology.devices[: math.prod(sizes)])
     return Layout(mesh, TRAIN), Layout(mesh, DECODE)
 
 
@@ -153,7 +154,7 @@ def lower_rollout(
 
 def lower_publish(cfg: ModelConfig, train: Layout, decode: Layout, weights: str = "compute") -> jax.stages.Lowered:
     params = model_params.abstract(model_params.specs(cfg), train)
-    publish, old = make_publish(cfg, train, decode, weights), abstract_policy(cfg, decode, weights)
+    publish, old = jit_publish(cfg, train, decode, weights), abstract_policy(cfg, decode, weights)
     return publish.lower(params, array(decode, (), jnp.int32), old)
 
 
@@ -169,7 +170,7 @@ def lower_update(cfg: ModelConfig, train: Layout) -> jax.stages.Lowered:
         loss_mask=of(bool),
         **dict.fromkeys(("weight", "behavior_logprobs", "advantage", "temperature"), of(jnp.float32)),
     )
-    update = make_update(
+    update = jit_update(
         specs, make_loss(ObjectiveConfig()), optimizer, Scoring(cfg, train, cfg.vocab_size), micro_batches=PARTS
     )
     return update.lower(state, batch)

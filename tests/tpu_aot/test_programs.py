@@ -159,4 +159,4 @@ def test_a_mesh_axis_may_be_part_of_a_topology_axis(topology):
     """On several kinds of chip: 2 of v6e's 4, and 8 out of 4 x 4 x 4."""
     for name, sizes in (("v6e:4x4", (2, 2, 4)), ("v5p:4x4x4", (1, 4, 2, 8))):
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-        assert make_mesh(sizes, devices).devices.shape == (*sizes, 1)[:4]
+        assert make_mesh(*sizes, devices=devices).devices.shape == (*sizes, 1)[:4]
