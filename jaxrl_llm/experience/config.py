@@ -52,7 +52,7 @@ class OwnReplay(OwnPart):
 
 @dataclass(frozen=True)
 class OwnCurriculum(OwnPart):
-    """A custom curriculum: a class with the methods `init`, `choose` and `observe` of `experience.curriculum.Curriculum`."""
+    """A custom curriculum: a class with the methods `init`, `choose` and `observe` of `experience.curricula.Curriculum`."""
 
     methods: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         {"init": ("num_rows",), "choose": ("state", "rng", "n"), "observe": ("state", "groups")}

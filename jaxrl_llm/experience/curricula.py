@@ -1,6 +1,7 @@
 """Curricula: which rows of the task are sampled next."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +10,9 @@ from jaxtyping import Int
 from jaxrl_llm.experience.config import OwnCurriculum
 from jaxrl_llm.experience.stage_checks import checked_init, checked_state, checked_tuple
 from jaxrl_llm.types import Groups
+
+Order = Callable[[int], int]
+"""Row index at a position of the endless stream of rows."""
 
 
 class Curriculum(NamedTuple):
@@ -21,6 +25,54 @@ class Curriculum(NamedTuple):
     observe: Callable[[Any, Groups], Any]
     """observe(state, groups): the state after a step's graded groups, including those that the filter dropped.
     `rollouts.prompts.row` has their row indices."""
+
+
+class VisitCount(NamedTuple):
+    """State of a curriculum that counts its visits."""
+
+    visits: Int[np.ndarray, ""]
+    """Prompts chosen so far: the `uid` of the next one, on which its random numbers depend."""
+    curriculum: Any
+    """State of what chooses."""
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Every row once per epoch, in an order that is shuffled each epoch: that of `jaxrl train` with the same seed.
+
+        curriculum = rl.curricula.Uniform()
+        choice = curriculum.init(len(task.train))
+
+    Its state is a `VisitCount` around the number of rows.
+    """
+
+    seed: int = 0
+
+    def init(self, num_rows: int) -> VisitCount:
+        return VisitCount(np.zeros((), np.int64), np.array(num_rows))
+
+    def choose(self, state: VisitCount, rng: np.random.Generator, n: int) -> tuple[VisitCount, Int[np.ndarray, " n"]]:
+        visits, rows = in_order(make_order(int(state.curriculum), self.seed)).choose(state.visits, rng, n)
+        return state._replace(visits=visits), rows
+
+    def observe(self, state: VisitCount, groups: Groups) -> VisitCount:
+        return state
+
+
+def counted(curriculum: Any) -> Curriculum:
+    """Return the curriculum with a count of its visits in the state, from which each visit of a prompt gets its own noise.
+
+    curriculum = rl.curricula.counted(Hardest(memory=0.25))       # a class of your own: init, choose, observe
+    """
+
+    def choose(state: VisitCount, rng: np.random.Generator, n: int) -> tuple[VisitCount, Int[np.ndarray, " n"]]:
+        after, rows = curriculum.choose(state.curriculum, rng, n)
+        return VisitCount(state.visits + n, after), rows
+
+    def observe(state: VisitCount, groups: Groups) -> VisitCount:
+        return state._replace(curriculum=curriculum.observe(state.curriculum, groups))
+
+    return Curriculum(lambda num_rows: VisitCount(np.zeros((), np.int64), curriculum.init(num_rows)), choose, observe)
 
 
 def own_curriculum(cfg: OwnCurriculum) -> Curriculum:
@@ -37,7 +89,7 @@ def own_curriculum(cfg: OwnCurriculum) -> Curriculum:
     return Curriculum(checked_init(name, own.init), choose, observe)
 
 
-def in_order(order: Callable[[int], int]) -> Curriculum:
+def in_order(order: Order) -> Curriculum:
     """Return the curriculum that takes the rows of an endless stream in order. `order`: maps a position in the stream to its
     row."""
 
@@ -45,3 +97,11 @@ def in_order(order: Callable[[int], int]) -> Curriculum:
         return position + n, np.array([order(int(position) + i) for i in range(n)])
 
     return Curriculum(lambda num_rows: np.zeros((), np.int64), choose, lambda position, groups: position)
+
+
+def make_order(num_rows: int, seed: int) -> Order:
+    """Return the order of the stream: every row once per epoch, reshuffled each epoch; a pure function of the seed."""
+    import grain
+
+    stream = grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat()
+    return lambda position: int(stream[position])

@@ -2,8 +2,10 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
@@ -17,12 +19,71 @@ Metrics = dict[str, float]
 
 
 class Filter(NamedTuple):
-    """Pure functions over a state: a tree of NumPy arrays that is saved in checkpoints."""
+    """Pure functions over a state: a tree of NumPy arrays that is saved in checkpoints. A filter without state may be called."""
 
     init: Callable[[], Any]
     """init(): the state before the first step."""
     apply: Callable[[Any, Groups], tuple[Any, Groups, Metrics]]
     """apply(state, groups): the next state, the groups with fewer rows kept, and metrics."""
+
+    def __call__(self, groups: Groups) -> Groups:
+        """Return the groups with fewer rows kept. Raises UserError if the filter has a state."""
+        state = self.init()
+        if jax.tree.leaves(state):
+            raise UserError(
+                f"the filter: got a state, {state}, which a call would lose; want state = keep.init() before the first step, and "
+                "state, groups, metrics = keep.apply(state, groups) in each"
+            )
+        return self.apply(state, groups)[1]
+
+
+def chain(*filters: Any) -> Filter:
+    """Return the filter that applies each in turn: a row is kept if all of them keep it.
+
+        keep = rl.filters.chain(rl.filters.has_signal, lambda groups: groups.rollouts.length >= 5)
+        groups = keep(groups)
+
+    Each is a function Groups -> bool[B], a `Filter`, or an object with `init` and `apply`. The state is the tuple of theirs, the
+    metrics are theirs together.
+    """
+    parts = [as_filter(part, _name_of(part)) for part in filters]
+
+    def apply(state: tuple, groups: Groups) -> tuple[tuple, Groups, Metrics]:
+        after, metrics = [], {}
+        for part, of_part in zip(parts, state, strict=True):
+            new, groups, more = part.apply(of_part, groups)
+            after.append(new)
+            metrics |= more
+        return tuple(after), groups, metrics
+
+    return Filter(lambda: tuple(part.init() for part in parts), apply)
+
+
+def as_filter(found: Any, name: str) -> Filter:
+    """Return a function Groups -> bool[B], or an object with `init` and `apply`, as a filter whose results are checked.
+
+    `name`: its name in error messages.
+    """
+    if isinstance(found, Filter):
+        return found
+    if not callable(getattr(found, "apply", found)):
+        raise UserError(
+            f"{name}: got a {type(found).__name__}, want a function of groups, or an object with init and apply"
+        )
+    if not hasattr(found, "apply"):
+        return stateless_filter(found, name)
+
+    def apply(state: Any, groups: Groups) -> tuple[Any, Groups, Metrics]:
+        after, kept, metrics = checked_tuple(name, found.apply(state, groups), ("state", "groups", "metrics"))
+        if not isinstance(kept, Groups):
+            raise UserError(f"{name}: got {type(kept).__name__}, want Groups with another keep")
+        return checked_state(name, state, after), _lowered(name, groups, kept.keep), checked_metrics(name, metrics)
+
+    return Filter(checked_init(name, found.init), apply)
+
+
+def _name_of(found: Any) -> str:
+    return f"the filter {getattr(found, '__name__', type(found).__name__)}"
 
 
 def stateless_filter(keep: Callable[[Groups], Bool[np.ndarray, " B"]], name: str = "a filter") -> Filter:
@@ -48,17 +109,9 @@ def _lowered(name: str, groups: Groups, keep: Bool[np.ndarray, " B"]) -> Groups:
 def own_filter(cfg: OwnFilter, texts_of: Callable[[Groups], list[str]]) -> Filter:
     """Return a custom filter, its results checked. `texts_of`: returns the responses as text, for a filter that takes `texts`."""
     found, name = cfg.made(), f"experience.filter {cfg.function}"
-    if not hasattr(found, "apply"):
-        return stateless_filter(_with_texts(found, texts_of), name)
-    own = _with_texts(found.apply, texts_of)
-
-    def apply(state: Any, groups: Groups) -> tuple[Any, Groups, Metrics]:
-        after, kept, metrics = checked_tuple(name, own(state, groups), ("state", "groups", "metrics"))
-        if not isinstance(kept, Groups):
-            raise UserError(f"{name}: got {type(kept).__name__}, want Groups with another keep")
-        return checked_state(name, state, after), _lowered(name, groups, kept.keep), checked_metrics(name, metrics)
-
-    return Filter(checked_init(name, found.init), apply)
+    if hasattr(found, "apply"):
+        return as_filter(SimpleNamespace(init=found.init, apply=_with_texts(found.apply, texts_of)), name)
+    return as_filter(_with_texts(found, texts_of), name)
 
 
 def _with_texts(function: Callable, texts_of: Callable[[Groups], list[str]]) -> Callable:

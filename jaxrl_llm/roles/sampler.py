@@ -1,13 +1,12 @@
 """The sampler: prompts -> generate -> reward. It needs no optimizer and no loss."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Key
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience.curriculum import Curriculum
+from jaxrl_llm.experience.curricula import Curriculum, Uniform, VisitCount, counted
 from jaxrl_llm.roles.collector import Collected, never
 from jaxrl_llm.tasks.stream import make_prompts
 from jaxrl_llm.tasks.task import Task
@@ -17,12 +16,38 @@ from jaxrl_llm.types import Groups, Policy, Prompts
 CURRICULUM = 1
 
 
-class SamplerState(NamedTuple):
-    """Resumable state of the sampler; part of `RunState`."""
+def next_prompts(
+    task: Task, curriculum: Curriculum | Uniform, choice: VisitCount, rng: np.random.Generator, n: int
+) -> tuple[VisitCount, Prompts]:
+    """Return the curriculum's next state, and the prompts of the n training rows that it chooses.
 
-    visits: Int[np.ndarray, ""]
-    """Prompts sampled so far: the `uid` of the next one, on which its random numbers depend."""
-    curriculum: Any
+        choice = curriculum.init(len(task.train))
+        choice, prompts = rl.next_prompts(task, curriculum, choice, rng, 64)
+
+    Args:
+        task: its `train` rows are chosen from.
+        curriculum: one that counts visits: `rl.curricula.Uniform()`, or `rl.curricula.counted` of your own.
+        choice: its state.
+        rng: for its random numbers.
+        n: number of prompts.
+
+    Raises:
+        UserError: the curriculum counts no visits, or its rows are not n indices of the task's rows.
+    """
+    if not isinstance(choice, VisitCount):
+        raise UserError(
+            f"choice: got {type(choice).__name__}, the state of a curriculum that counts no visits, from which each visit of a "
+            "prompt gets its noise; want curriculum = rl.curricula.counted(yours), and choice = curriculum.init(len(task.train))"
+        )
+    after, chosen = curriculum.choose(choice, rng, n)
+    num = len(task.train)
+    try:
+        row = np.asarray(chosen)
+    except ValueError:
+        row = np.asarray(chosen, object)
+    if row.shape != (n,) or row.dtype.kind not in "iu" or not ((row >= 0) & (row < num)).all():
+        raise UserError(f"curriculum: got rows {row.tolist()}, want {n} indices of the task's {num} rows")
+    return after, make_prompts(task, task.train, row, choice.visits + np.arange(n))
 
 
 class Sampler:
@@ -46,9 +71,10 @@ class Sampler:
             prompts: P, prompts per step.
             seed: of the curriculum's random numbers.
         """
-        self.task, self.curriculum, self.collect = task, curriculum, collect
+        self.task, self.curriculum, self.collect = task, counted(curriculum), collect
         self.key, self.prompts, self.seed = key, prompts, seed
-        self.state = SamplerState(np.zeros((), np.int64), curriculum.init(len(task.train)))
+        self.state: VisitCount = self.curriculum.init(len(task.train))
+        """Resumable state; part of `RunState`."""
         self.policy: Policy | None = None
         self.give_up: Callable[[], bool] = never
         self.last: Collected | None = None
@@ -60,27 +86,12 @@ class Sampler:
 
     def take(self, step: int) -> Groups:
         """Graded groups of a step. Raises GivenUp, with the state unchanged, if `give_up` returns True meanwhile."""
-        prompts, state = self._next(step)
+        rng = np.random.default_rng((self.seed, step, CURRICULUM))
+        state, prompts = next_prompts(self.task, self.curriculum, self.state, rng, self.prompts)
         self.last = self.collect(self.policy, prompts, self.task.train, self.key, self.give_up)
         self.state = state
         return self.last.groups
 
     def observe(self, groups: Groups) -> None:
         """Update the curriculum with the groups of a step."""
-        self.state = self.state._replace(curriculum=self.curriculum.observe(self.state.curriculum, groups))
-
-    def _next(self, step: int) -> tuple[Prompts, SamplerState]:
-        rng = np.random.default_rng((self.seed, step, CURRICULUM))
-        curriculum, chosen = self.curriculum.choose(self.state.curriculum, rng, self.prompts)
-        num = len(self.task.train)
-        try:
-            row = np.asarray(chosen)
-        except ValueError:
-            row = np.asarray(chosen, object)
-        if row.shape != (self.prompts,) or row.dtype.kind not in "iu" or not ((row >= 0) & (row < num)).all():
-            raise UserError(
-                f"curriculum: got rows {row.tolist()}, want {self.prompts} indices of the task's {num} rows"
-            )
-        uid = self.state.visits + np.arange(self.prompts)
-        prompts = make_prompts(self.task, self.task.train, row, uid)
-        return prompts, SamplerState(self.state.visits + self.prompts, curriculum)
+        self.state = self.curriculum.observe(self.state, groups)

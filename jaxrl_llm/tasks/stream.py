@@ -1,23 +1,13 @@
-"""The endless stream of training prompts: its order is a pure function of the seed, equal on every host."""
+"""Rows of a task to batches of prompts, and to the noisy responses of a warm start."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
-import grain
 import numpy as np
 
 from jaxrl_llm.tasks.rows import Row
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Prompts
-
-Order = Callable[[int], int]
-"""Row index at a position of the stream."""
-
-
-def make_order(num_rows: int, seed: int) -> Order:
-    """Return the order of the stream: every row once per epoch, reshuffled each epoch."""
-    stream = grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat()
-    return lambda position: int(stream[position])
 
 
 def pad_rows(rows: Sequence[np.ndarray], slots: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
@@ -41,7 +31,7 @@ def make_prompts(task: Task, rows: tuple[Row, ...], index: np.ndarray, uid: np.n
     return Prompts(tokens=tokens, length=length, uid=np.asarray(uid, np.int32), row=np.asarray(index, np.int32))
 
 
-def noisy_rows(task: Task, order: Order, positions: Iterable[int], noise: float, seed: int) -> list[Row]:
+def noisy_rows(task: Task, order: Callable[[int], int], positions: Iterable[int], noise: float, seed: int) -> list[Row]:
     """Return training rows for a deliberately imperfect warm start, a fraction of them with a wrong response.
 
     Each visit of a row redraws the noise: a policy trained on this gives the right response about (1 - noise) of the time, to
@@ -49,7 +39,7 @@ def noisy_rows(task: Task, order: Order, positions: Iterable[int], noise: float,
 
     Args:
         task: Source of the rows and of the replacing responses.
-        order: Row index at each position of the stream.
+        order: Row index at each position of the stream of rows.
         positions: Positions of the stream to return.
         noise: Probability of replacing a row's response by that of a random row.
         seed: With the position, determines the noise.

@@ -1,9 +1,10 @@
 """Curricula: the rows in the order of the stream, and resuming from the state."""
 
 import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from jaxrl_llm.experience.curriculum import in_order
-from jaxrl_llm.tasks.stream import make_order
+from jaxrl_llm.experience.curricula import Uniform, VisitCount, counted, in_order, make_order
 
 ROWS = 20
 RNG = np.random.default_rng(0)
@@ -36,3 +37,77 @@ def test_going_on_from_the_place_equals_never_having_stopped():
     place, again = in_order(make_order(ROWS, 1)).choose(np.array(4 * 6), np.random.default_rng(1), 6)
     np.testing.assert_array_equal(again, expected[4])
     assert place == 5 * 6
+
+
+def epochs(seed: int, number: int = 3) -> list[list[int]]:
+    order = make_order(ROWS, seed)
+    return [[order(e * ROWS + i) for i in range(ROWS)] for e in range(number)]
+
+
+def test_every_row_comes_once_per_epoch_in_a_new_order():
+    found = epochs(0)
+    assert all(sorted(epoch) == list(range(ROWS)) for epoch in found)
+    assert len({tuple(epoch) for epoch in found}) == 3 and list(range(ROWS)) not in found
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.integers(0, 2**31 - 1), st.integers(0, 1000))
+def test_every_epoch_of_every_length_is_a_permutation(rows, seed, epoch):
+    order = make_order(rows, seed)
+    assert sorted(order(epoch * rows + i) for i in range(rows)) == list(range(rows))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.integers(0, 2**31 - 1), st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 8))
+def test_a_position_has_the_same_row_on_any_number_of_hosts(rows, seed, cursor, batches, hosts):
+    """Each host builds the order itself and reads its own share of what one host reads in order."""
+    one = make_order(rows, seed)
+    positions = range(cursor, cursor + batches * hosts)
+    shares = [
+        [make_order(rows, seed)(position) for position in reversed(positions[host::hosts])][::-1]
+        for host in range(hosts)
+    ]
+    together = [shares[i % hosts][i // hosts] for i in range(len(positions))]
+    assert together == [one(position) for position in positions]
+
+
+def test_the_order_is_a_function_of_the_seed():
+    assert epochs(7) == epochs(7) != epochs(8)
+
+
+def test_a_single_row_repeats():
+    assert [make_order(1, 0)(i) for i in range(4)] == [0] * 4
+
+
+def test_uniform_takes_the_order_of_its_seed_and_counts_visits():
+    order, curriculum = make_order(ROWS, 3), Uniform(seed=3)
+    state, found = curriculum.init(ROWS), []
+    for n in (8, 16):
+        state, rows = curriculum.choose(state, RNG, n)
+        found += rows.tolist()
+    assert found == [order(place) for place in range(24)] and state == (24, ROWS)
+    assert curriculum.observe(state, None) is state
+
+
+class Backwards:
+    """Rows from the last to the first; its state is the next one."""
+
+    def init(self, num_rows):
+        return {"next": np.array(num_rows - 1)}
+
+    def choose(self, state, rng, n):
+        return {"next": state["next"] - n}, state["next"] - np.arange(n)
+
+    def observe(self, state, groups):
+        return {"next": state["next"] + groups}
+
+
+def test_counting_leaves_what_chooses_as_it_is():
+    """By hand: rows 9, 8, 7, then, after 5 were given back, 11."""
+    curriculum = counted(Backwards())
+    state = curriculum.init(10)
+    state, rows = curriculum.choose(state, RNG, 3)
+    assert rows.tolist() == [9, 8, 7] and state == VisitCount(3, {"next": 6})
+    state = curriculum.observe(state, 5)
+    assert state == VisitCount(3, {"next": 11})
+    assert curriculum.choose(state, RNG, 1)[0].visits == 4

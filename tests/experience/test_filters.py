@@ -158,3 +158,59 @@ def test_a_filter_by_name_is_refused_where_equal_rewards_teach(name):
 
 def config_problems(values):
     return [line for line in training_problems(validate(values, "a test")) if line.startswith("experience.filter")]
+
+
+def lengths(groups: Groups) -> np.ndarray:
+    return groups.rollouts.length >= 5
+
+
+class Alternate:
+    """Keeps every second row; its state, the number of calls, shifts which."""
+
+    def init(self):
+        return 0
+
+    def apply(self, state, groups):
+        mine = np.arange(len(groups.keep)) % 2 == state % 2
+        return state + 1, groups.replace(keep=groups.keep & mine), {"calls": state + 1}
+
+
+REWARD = np.float32([[1, 0], [1, 1], [0, 1]])
+
+
+def of_lengths(length: list[int]) -> Groups:
+    groups = groups_of(REWARD)
+    return groups.replace(rollouts=groups.rollouts.replace(length=np.array(length, np.int32)))
+
+
+def test_a_chain_keeps_what_all_of_them_keep():
+    """By hand: rows 0, 1, 4, 5 are of groups whose rewards differ; of these 1 and 4 have five tokens."""
+    keep = filters.chain(filters.has_signal, lengths)
+    found = keep(of_lengths([4, 5, 9, 9, 6, 1]))
+    assert found.keep.tolist() == [False, True, False, False, True, False]
+    assert filters.chain()(of_lengths([1] * 6)).keep.all()
+    # A chain is a filter like any other.
+    assert filters.chain(keep, lambda groups: groups.reward == 1)(of_lengths([9] * 6)).keep.tolist() == [
+        True, False, False, False, False, True,
+    ]  # fmt: skip
+
+
+def test_a_chain_keeps_the_state_of_each():
+    keep = filters.chain(lengths, Alternate(), stateless_filter(filters.has_signal))
+    state, found = keep.init(), []
+    for _ in range(2):
+        state, groups, metrics = keep.apply(state, of_lengths([9] * 6))
+        found.append(groups.keep.tolist())
+    assert found == [[True, False, False, False, True, False], [False, True, False, False, False, True]]
+    assert (state, metrics) == (((), 2, ()), {"calls": 2.0})
+    with pytest.raises(UserError, match=r"got a state, .* want state = keep.init\(\)"):
+        keep(of_lengths([9] * 6))
+
+
+def test_a_filter_that_returns_no_row_per_truth_is_named():
+    with pytest.raises(UserError, match=r"the filter lengths: got int64\[2\], want bool\[6\], one truth per row"):
+        bad = lambda groups: np.arange(2)  # noqa: E731
+        bad.__name__ = "lengths"
+        filters.chain(bad)(groups_of(REWARD))
+    with pytest.raises(UserError, match="the filter str: got a str, want a function of groups"):
+        filters.chain("has_signal")

@@ -10,7 +10,7 @@ from jaxrl_llm.config.own_part import own_problems
 from jaxrl_llm.config.unused_settings import unused_settings
 from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience.curriculum import own_curriculum
+from jaxrl_llm.experience.curricula import own_curriculum
 from jaxrl_llm.experience.filters import Filter, own_filter
 from jaxrl_llm.experience.replay import blank_groups, make_replay
 from jaxrl_llm.objective.losses import make_loss

@@ -5,10 +5,9 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 
-from jaxrl_llm.experience.curriculum import in_order
-from jaxrl_llm.roles.sampler import Sampler, SamplerState
+from jaxrl_llm.experience.curricula import VisitCount, in_order, make_order
+from jaxrl_llm.roles.sampler import Sampler
 from jaxrl_llm.tasks.config import ArithmeticTask, CharacterTokenizer
-from jaxrl_llm.tasks.stream import make_order
 from jaxrl_llm.tasks.task import load_task
 from jaxrl_llm.tasks.tokenizer import load_tokenizer
 from jaxrl_llm.types import check
@@ -32,7 +31,7 @@ def sampler(prompts: int) -> Sampler:
 
 def test_prompts_of_a_step_by_hand():
     order, source = make_order(ROWS, 1), sampler(8)
-    source.state = SamplerState(np.array(16), np.array(16))  # over the end of the first epoch
+    source.state = VisitCount(np.array(16), np.array(16))  # over the end of the first epoch
     source.use("policy")
     prompts = check(source.take(3))
     assert source.state == (24, 24)

@@ -6,7 +6,7 @@ import pytest
 from fakes import groups_of, sums
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience.curriculum import Curriculum, in_order
+from jaxrl_llm.experience.curricula import Curriculum, in_order
 from jaxrl_llm.roles.collector import Collected, GivenUp, never
 from jaxrl_llm.roles.sampler import CURRICULUM, Sampler
 from jaxrl_llm.rollout.session import Stats

@@ -4,12 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizer_setup import save_tokenizer
 
+from jaxrl_llm.experience.curricula import make_order
 from jaxrl_llm.tasks.config import ArithmeticTask, CharacterTokenizer, FileTask, PretrainedTokenizer
-from jaxrl_llm.tasks.stream import make_order, make_prompts, noisy_rows
+from jaxrl_llm.tasks.stream import make_prompts, noisy_rows
 from jaxrl_llm.tasks.task import load_task
 from jaxrl_llm.tasks.tokenizer import load_tokenizer
 from jaxrl_llm.types import check
@@ -21,46 +20,6 @@ TASK = load_task(ArithmeticTask(terms=2, held_out=100 - ROWS), load_tokenizer(Ch
 ALL_SUMS = load_task(ArithmeticTask(), load_tokenizer(CharacterTokenizer()), seed=0)
 EPOCH = len(ALL_SUMS.train)
 ROW_AT = make_order(EPOCH, 1)
-
-
-def epochs(seed: int, number: int = 3) -> list[list[int]]:
-    order = make_order(ROWS, seed)
-    return [[order(e * ROWS + i) for i in range(ROWS)] for e in range(number)]
-
-
-def test_every_row_comes_once_per_epoch_in_a_new_order():
-    found = epochs(0)
-    assert all(sorted(epoch) == list(range(ROWS)) for epoch in found)
-    assert len({tuple(epoch) for epoch in found}) == 3 and list(range(ROWS)) not in found
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 40), st.integers(0, 2**31 - 1), st.integers(0, 1000))
-def test_every_epoch_of_every_length_is_a_permutation(rows, seed, epoch):
-    order = make_order(rows, seed)
-    assert sorted(order(epoch * rows + i) for i in range(rows)) == list(range(rows))
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 40), st.integers(0, 2**31 - 1), st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 8))
-def test_a_position_has_the_same_row_on_any_number_of_hosts(rows, seed, cursor, batches, hosts):
-    """Each host builds the order itself and reads its own share of what one host reads in order."""
-    one = make_order(rows, seed)
-    positions = range(cursor, cursor + batches * hosts)
-    shares = [
-        [make_order(rows, seed)(position) for position in reversed(positions[host::hosts])][::-1]
-        for host in range(hosts)
-    ]
-    together = [shares[i % hosts][i // hosts] for i in range(len(positions))]
-    assert together == [one(position) for position in positions]
-
-
-def test_the_order_is_a_function_of_the_seed():
-    assert epochs(7) == epochs(7) != epochs(8)
-
-
-def test_a_single_row_repeats():
-    assert [make_order(1, 0)(i) for i in range(4)] == [0] * 4
 
 
 def test_make_prompts_takes_training_and_held_out_rows():
