@@ -61,6 +61,21 @@ def find(name: str, built_in: Mapping[str, str] = NOTHING) -> Any:
     return found
 
 
+def importable_name(function: Callable, setting: str) -> str:
+    """Return "module:name", by which another process finds the function. `setting`: its name in the error message.
+
+    Raises:
+        UserError: no other process can: it is defined in a notebook, a script or another function.
+    """
+    module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", type(function).__name__)
+    if module == "__main__" or getattr(sys.modules.get(module), name, None) is not function:
+        raise UserError(
+            f"{setting}: got {name} of {module}, which other processes cannot import; want a function at the top of a module of "
+            'its own, or its name, "module:function"'
+        )
+    return f"{module}:{name}"
+
+
 def made(found: Callable, options: Mapping[str, Any]) -> Callable:
     """Return an instance of a class made with the options, or a function with the options as keyword arguments."""
     if isinstance(found, type):

@@ -19,14 +19,17 @@ import math
 import select
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from jaxrl_llm.environments.config import RewardConfig
-from jaxrl_llm.environments.grader import Sample, problems
+from jaxrl_llm.config.options import with_options
+from jaxrl_llm.config.user_code import importable_name
+from jaxrl_llm.environments.config import GraderConfig, RewardConfig
+from jaxrl_llm.environments.grader import Grader, Sample, problems
 from jaxrl_llm.environments.worker import FLOAT32_MAX, Failure, Verdict, WorkerSetup, encodable, failed_verdict
 from jaxrl_llm.environments.worker_handle import END_LIMIT_S, WorkerProcess, pack_group
 from jaxrl_llm.errors import UserError
@@ -78,8 +81,16 @@ def component_metrics(
     return found
 
 
+def stripped_completions(group: Sequence[Sample]) -> list[str]:
+    """Return the votes of samples without a grader that extracts answers."""
+    return [encodable(sample.completion.strip()) for sample in group]
+
+
 class GraderPool:
-    """Worker processes for the graders of a config: a context manager. Do not call `grade` and `submit` concurrently.
+    """Worker processes that grade: a context manager. Do not call `grade` and `submit` concurrently.
+
+        with rl.GraderPool(rewards.reward, workers=4, deadline_s=2.0) as pool:      # rewards.py is a file of your own
+            groups = rl.grade(rollouts, task, pool)
 
     Workers start in the background. They die with the pool, and with the process that owns it, however that ends; on Linux all
     processes that a grader started die with them.
@@ -88,7 +99,13 @@ class GraderPool:
         UserError: every error in the config's graders, or (from `grade`) a worker cannot start.
     """
 
-    def __init__(self, config: RewardConfig):
+    def __init__(self, reward: RewardConfig | Grader | str, **limits: Any):
+        """
+        Args:
+            reward: a config; or one grader, by name ("gsm8k", "my_module:my_function") or as a function of a module of its own.
+            limits: other fields of `RewardConfig`: workers, deadline_s, memory_gib.
+        """
+        config = _reward_config(reward, limits)
         if found := problems(config):
             raise UserError("\n".join(found))
         self._config = config
@@ -193,7 +210,7 @@ class GraderPool:
     def _votes(self, verdict: Verdict, group: Sequence[Sample]) -> list[str]:
         if verdict.failure:
             return [""] * len(group)
-        return verdict.votes or [encodable(sample.completion.strip()) for sample in group]
+        return verdict.votes or stripped_completions(group)
 
     def _verdicts(self, groups: Sequence[Sequence[Sample]]) -> Iterator[tuple[int, Verdict]]:
         """Yield one (index, verdict) per group, in the order of completion."""
@@ -281,3 +298,10 @@ class GraderPool:
             last = " (further ones are counted, not logged)" if count == NUM_LOGGED else ""
             grader, name, prompt = self.names[verdict.grader], verdict.failure.name, group[0].prompt[:200]
             log.warning("grader %s: %s: %r; prompt %r%s", grader, name, verdict.text, prompt, last)
+
+
+def _reward_config(reward: RewardConfig | Grader | str, limits: Mapping[str, Any]) -> RewardConfig:
+    if not isinstance(reward, RewardConfig):
+        name = reward if isinstance(reward, str) else importable_name(reward, "reward")
+        reward = RewardConfig((GraderConfig(name),))
+    return with_options(reward, limits)

@@ -182,10 +182,10 @@ def grade_group(
         if index:
             send(index)
         try:
-            components.append([_reward(grader(sample)) for sample in group])
+            components.append([reward_of(grader(sample)) for sample in group])
             if index == voter:
-                votes = _votes(grader, group)
-        except _InvalidResult as error:
+                votes = votes_of(grader, group)
+        except InvalidResult as error:
             return failed_verdict(error.failure, index, error.text)
         except BaseException as error:
             return _exception_verdict(error, index, memory_gib)
@@ -199,7 +199,7 @@ def _exception_verdict(error: BaseException, index: int, memory_gib: float) -> V
     return failed_verdict(Failure.RAISED, index, _one_line(error))
 
 
-class _InvalidResult(Exception):
+class InvalidResult(Exception):
     """A grader returned an unusable value."""
 
     def __init__(self, failure: Failure, text: str):
@@ -213,23 +213,25 @@ def _start(name: str, options: Mapping[str, Any]) -> Grader:
     return grader
 
 
-def _reward(value: object) -> float:
+def reward_of(value: object) -> float:
+    """Return what a grader returned as a number that float32 holds. Raises InvalidResult if it is none."""
     if not _is_real(value):
-        raise _InvalidResult(Failure.WRONG_TYPE, f"returned a {type(value).__name__}, want a real number")
+        raise InvalidResult(Failure.WRONG_TYPE, f"returned a {type(value).__name__}, want a real number")
     reward = _to_float(value)
     if not abs(reward) <= FLOAT32_MAX:
-        raise _InvalidResult(Failure.NOT_FINITE, f"returned {reward}")
+        raise InvalidResult(Failure.NOT_FINITE, f"returned {reward}")
     return reward
 
 
-def _votes(grader: Grader, group: Sequence[Sample]) -> list[str]:
+def votes_of(grader: Grader, group: Sequence[Sample]) -> list[str]:
+    """Return the final answers that a grader extracts. Raises InvalidResult if one is not text, or if they are too long."""
     votes = [grader.extract(sample) for sample in group]
     for vote in votes:
         if not isinstance(vote, str):
-            raise _InvalidResult(Failure.WRONG_TYPE, f"extract returned a {type(vote).__name__}, want a str")
+            raise InvalidResult(Failure.WRONG_TYPE, f"extract returned a {type(vote).__name__}, want a str")
     if (total := sum(map(len, votes))) > MAX_VOTES_CHARACTERS:
         want = f"want at most {MAX_VOTES_CHARACTERS:,} per group"
-        raise _InvalidResult(Failure.WRONG_TYPE, f"extract returned {total:,} characters, {want}")
+        raise InvalidResult(Failure.WRONG_TYPE, f"extract returned {total:,} characters, {want}")
     # Plain str, where the grader returned a subclass.
     return [str.__str__(vote) for vote in votes]
 

@@ -63,3 +63,20 @@ def test_errors_about_options(module):
     assert error_of("scaled", {}) == error_of("scaled", {"by": 1}) == error_of("Plus", {"what": 1}) == []
     assert error_of("scaled", {"of": 1}) == [": \"scaled\" takes (x, by=2): got an unexpected keyword argument 'of'"]
     assert error_of("Plus", {}) == [": \"Plus\" takes (what): missing a required argument: 'what'"]
+
+
+def test_a_function_of_a_module_has_a_name_for_other_processes(module):
+    scaled = user_code.resolve(f"{module}:scaled", "a function")
+    assert user_code.importable_name(scaled, "reward") == f"{module}:scaled"
+
+
+def test_a_function_that_no_other_process_finds_is_refused():
+    def inner():
+        return 0
+
+    script = type(inner)(inner.__code__, {"__name__": "__main__"})
+    for function, name in ((inner, "inner"), (lambda: 0, "<lambda>"), (script, "inner"), (object(), "object")):
+        with pytest.raises(UserError) as error:
+            user_code.importable_name(function, "reward")
+        assert "reward: got" in str(error.value) and name in str(error.value)
+        assert 'want a function at the top of a module of its own, or its name, "module:function"' in str(error.value)

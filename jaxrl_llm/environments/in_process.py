@@ -1,0 +1,46 @@
+"""Grading by a function in this process, for a notebook: without a deadline, and an exception is the function's own."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxrl_llm.environments.grader import Grader, Sample
+from jaxrl_llm.environments.grader_pool import Graded, stripped_completions
+from jaxrl_llm.environments.worker import Failure, InvalidResult, reward_of, votes_of
+from jaxrl_llm.errors import UserError
+
+
+def grade_in_process(grader: Grader, groups: Sequence[Sequence[Sample]]) -> Graded:
+    """Grade P groups of G samples each.
+
+    Raises:
+        UserError: the grader is no function, or a result is no number that float32 holds.
+        Exception: whatever the grader raises.
+    """
+    if not callable(grader):
+        raise UserError(
+            f"reward: got {grader!r}, want a function of one Sample, rl.make_grader of a name, or a GraderPool"
+        )
+    if hasattr(grader, "start"):
+        grader.start()
+    reward = [[_reward(grader, sample) for sample in group] for group in groups]
+    extracts = hasattr(grader, "extract")
+    rows = np.array(reward, np.float32).reshape(len(groups), len(groups[0]) if groups else 0)
+    return Graded(
+        reward=rows,
+        components=rows[None],
+        failure=np.full(len(groups), Failure.NONE, np.int32),
+        failed_by=np.full(len(groups), -1, np.int32),
+        votes=[votes_of(grader, group) if extracts else stripped_completions(group) for group in groups],
+    )
+
+
+def _reward(grader: Grader, sample: Sample) -> float:
+    try:
+        return reward_of(grader(sample))
+    except InvalidResult as error:
+        name = getattr(grader, "__name__", type(grader).__name__)
+        raise UserError(
+            f"the reward {name}: {error.text}, for the response {sample.completion[:200]!r} to the prompt {sample.prompt[:200]!r}; "
+            "want one finite number"
+        ) from None

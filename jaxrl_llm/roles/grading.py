@@ -1,0 +1,112 @@
+"""Grading: samples from rollouts, and groups from grades."""
+
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxrl_llm.environments.grader import Grader, Sample
+from jaxrl_llm.environments.grader_pool import Graded, GraderPool
+from jaxrl_llm.environments.in_process import grade_in_process
+from jaxrl_llm.parallel import hosts
+from jaxrl_llm.tasks.rows import Row
+from jaxrl_llm.tasks.task import Task
+from jaxrl_llm.types import Finish, Groups, Rollouts
+
+
+def grade(rollouts: Rollouts, task: Task, reward: Grader | GraderPool, rows: Sequence[Row] | None = None) -> Groups:
+    """Return the graded groups, NumPy, equal on every host; each host grades its share.
+
+        groups = rl.grade(rollouts, task, lambda sample: float(sample.completion == sample.answer))
+
+    Args:
+        rollouts: of prompts whose `row` is an index into `rows`.
+        task: decodes the responses.
+        reward: function of one `Sample` that returns a number, called in this process; or a `GraderPool`.
+        rows: with the answers; None: `task.train`.
+
+    Raises:
+        UserError: the function returned no number that float32 holds.
+        Exception: whatever the function raises. (A pool counts it as a failure of the group.)
+    """
+    num = len(rollouts.prompts.length)
+    mine = np.arange(jax.process_index(), num, jax.process_count())
+    samples = samples_of(task, task.train if rows is None else rows, rollouts)
+    samples = [samples[p] for p in mine]
+    graded = reward.grade(samples) if isinstance(reward, GraderPool) else grade_in_process(reward, samples)
+    grades = blank_grades(num, len(rollouts.length) // num, len(graded.components))
+    if len(mine):
+        grades.set(mine, graded)
+    return make_groups(rollouts, grades)
+
+
+class Grades(NamedTuple):
+    """Grades of P groups of G rows."""
+
+    reward: Float[np.ndarray, "P G"]
+    components: Float[np.ndarray, "P G n"]
+    failure: Int[np.ndarray, " P"]
+    failed_by: Int[np.ndarray, " P"]
+    vote: Int[np.ndarray, "P G"]
+
+    def set(self, index: Int[np.ndarray, " p"], graded: Graded) -> None:
+        """Set the grades of the groups `index`."""
+        vote = [[(zlib.crc32(answer.encode()) >> 1 or 1) if answer else 0 for answer in each] for each in graded.votes]
+        new = (
+            graded.reward,
+            np.moveaxis(graded.components, 0, -1),
+            graded.failure,
+            graded.failed_by,
+            np.array(vote, np.int32),
+        )
+        for kept, values in zip(self, new, strict=True):
+            kept[index] = values
+
+
+def blank_grades(prompts: int, samples: int, graders: int) -> Grades:
+    """Return the grades of groups that nobody has graded."""
+    return Grades(
+        reward=np.full((prompts, samples), np.nan, np.float32),
+        components=np.full((prompts, samples, graders), np.nan, np.float32),
+        failure=np.zeros(prompts, np.int32),
+        failed_by=np.full(prompts, -1, np.int32),
+        vote=np.zeros((prompts, samples), np.int32),
+    )
+
+
+def samples_of(task: Task, rows: Sequence[Row], rollouts: Rollouts) -> list[list[Sample]]:
+    """Return the samples of each group, as the graders read them.
+
+    Args:
+        task: decodes the responses.
+        rows: with the answers; `rollouts.prompts.row` is an index into them.
+        rollouts: of the groups.
+    """
+    size, texts = len(rollouts.length) // len(rollouts.prompts.length), task.decode(rollouts.tokens, rollouts.length)
+
+    def sample_of(row: Row, b: int) -> Sample:
+        finish = Finish(rollouts.finish[b]).name.lower()
+        return Sample(row.prompt, texts[b], row.answer, finish, row.columns, int(rollouts.length[b]))
+
+    return [
+        [sample_of(rows[index], b) for b in range(p * size, (p + 1) * size)]
+        for p, index in enumerate(rollouts.prompts.row)
+    ]
+
+
+def make_groups(rollouts: Rollouts, grades: Grades) -> Groups:
+    """Return the groups, equal on every host; graded ones are kept. `grades`: host i has those of the groups i, i + hosts, ..."""
+    num = len(grades.failure)
+    grades = hosts.each_from(grades, np.arange(num) % jax.process_count())
+    return Groups(
+        rollouts=rollouts,
+        reward=grades.reward.reshape(-1),
+        components=grades.components.reshape(-1, grades.components.shape[2]),
+        failure=grades.failure,
+        failed_by=grades.failed_by,
+        vote=grades.vote.reshape(-1),
+        keep=~np.isnan(grades.reward).reshape(-1),
+    )

@@ -1,0 +1,107 @@
+"""Grading in this process and by a pool: groups with the grades of each row."""
+
+import numpy as np
+import pytest
+from fakes import groups_of, sums
+from row_graders import odd
+
+from jaxrl_llm.environments.grader_pool import GraderPool
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.roles.grading import grade
+from jaxrl_llm.types import check
+
+TASK = sums()
+SAYS = ["12#", "3", "12#", ""]
+ROWS = (5, 8)
+
+
+def rollouts():
+    """Two prompts with two samples each, whose texts are SAYS."""
+    made = groups_of(np.zeros((2, 2))).rollouts
+    tokens = np.zeros((4, 3), np.int32)
+    for b, text in enumerate(SAYS):
+        ids = TASK.tokenizer.encode(text)
+        tokens[b, : len(ids)] = ids
+    wide, length = np.zeros(tokens.shape, np.float32), np.array([len(text) for text in SAYS], np.int32)
+    return made.replace(
+        prompts=made.prompts.replace(row=np.array(ROWS, np.int32)), tokens=tokens, length=length, behavior_logprobs=wide,
+        sampled=np.arange(3) < length[:, None], entropy=wide, version=np.zeros(tokens.shape, np.int32),
+    )  # fmt: skip
+
+
+def test_a_function_grades_each_sample_of_each_row():
+    seen = []
+
+    def reward(sample):
+        seen.append((sample.prompt, sample.completion, sample.answer))
+        return len(sample.completion) / 2
+
+    groups = check(grade(rollouts(), TASK, reward))
+    rows = [TASK.train[row] for row in (5, 5, 8, 8)]
+    assert seen == [(row.prompt, text, row.answer) for row, text in zip(rows, SAYS, strict=True)]
+    assert groups.reward.tolist() == [1.5, 0.5, 1.5, 0.0] == groups.components[:, 0].tolist()
+    assert groups.keep.all() and not groups.failure.any() and groups.failed_by.tolist() == [-1, -1]
+    # Equal answers have one vote, none has 0; without a grader that extracts, the answer is the response.
+    vote = groups.vote.tolist()
+    assert vote[0] == vote[2] != vote[1] and vote[3] == 0 and all(vote[:3])
+
+
+def test_a_grader_that_extracts_gives_the_votes_and_is_started():
+    class Started:
+        started = False
+
+        def start(self):
+            self.started = True
+
+        def __call__(self, sample):
+            return self.started
+
+        def extract(self, sample):
+            return sample.completion[:1]
+
+    groups = grade(rollouts(), TASK, Started())
+    assert groups.reward.tolist() == [1.0] * 4
+    assert groups.vote[0] == groups.vote[2] and groups.vote[1] != groups.vote[0]
+
+
+def test_rows_may_be_others_than_the_training_rows():
+    answers = []
+    grade(rollouts(), TASK, lambda sample: answers.append(sample.answer) or 0, rows=[TASK.held_out[0]] * 9)
+    assert set(answers) == {TASK.held_out[0].answer}
+
+
+def test_an_exception_is_the_functions_own():
+    with pytest.raises(ZeroDivisionError):
+        grade(rollouts(), TASK, lambda sample: 1 / (len(sample.completion) - 1))
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        ("1", "returned a str, want a real number"),
+        (None, "returned a NoneType, want a real number"),
+        (float("nan"), "returned nan"),
+        (1e39, "returned 1e+39"),
+    ],
+)
+def test_what_is_no_number_is_an_error_with_the_response(result, words):
+    def score(sample):
+        return result
+
+    with pytest.raises(UserError) as error:
+        grade(rollouts(), TASK, score)
+    for part in ("the reward score", words, "the response '12#'", repr(TASK.train[5].prompt)):
+        assert part in str(error.value)
+
+
+def test_a_name_is_no_function():
+    with pytest.raises(UserError, match=r"reward: got 'gsm8k', want a function of one Sample, rl\.make_grader of a name"):
+        grade(rollouts(), TASK, "gsm8k")
+
+
+def test_a_pool_gives_the_grades_of_its_workers():
+    with GraderPool(odd, workers=1, deadline_s=60.0) as pool:
+        assert pool.names == ["odd"]
+        groups = grade(rollouts(), TASK, pool)
+    alone = grade(rollouts(), TASK, odd)
+    assert groups.reward.tolist() == alone.reward.tolist() and groups.vote.tolist() == alone.vote.tolist()
