@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import LinearRope, Llama3Rope, ModelConfig, YarnRope
-from jaxrl_llm.model.publish import make_empty_policy, make_publish
+from jaxrl_llm.model.publish import jit_publish, make_empty_policy
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.layout import DECODE, TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
@@ -17,7 +17,7 @@ from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
 from jaxrl_llm.rollout.engine import Engine, EngineModel
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Batch, Credit, Experience, Policy, Prompts, PyTree, Rollouts, Scores
-from jaxrl_llm.update.batch import make_batch, ungraded
+from jaxrl_llm.update.batch import fill_batch, ungraded
 from jaxrl_llm.update.packing import batch_shape
 
 # Eight heads over eight key/value heads, so that every mesh below divides them; sharp logits, so that an error shows.
@@ -45,7 +45,7 @@ VOCAB = Vocabulary(size=16, pad=0, eos=(15,))
 
 @cache
 def layouts(sizes: tuple[int, ...] = (1, 1, 1)) -> tuple[Layout, Layout]:
-    mesh = make_mesh(sizes, jax.devices()[: int(np.prod(sizes))])
+    mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     return Layout(mesh, TRAIN), Layout(mesh, DECODE)
 
 
@@ -69,7 +69,7 @@ def make_params(cfg: ModelConfig, train: Layout, seed: int = 0, sharpness: float
 
 @cache
 def publisher(cfg: ModelConfig, train: Layout, decode: Layout):
-    return make_publish(cfg, train, decode), make_empty_policy(cfg, decode)
+    return jit_publish(cfg, train, decode), make_empty_policy(cfg, decode)
 
 
 def make_policy(cfg: ModelConfig, params: PyTree, train: Layout, decode: Layout, version: int = 3) -> Policy:
@@ -162,4 +162,4 @@ def to_batch(
     rollouts, groups = experience.groups.rollouts, len(experience.groups.failure)
     sizes = rollouts.prompts.tokens.shape[1], rollouts.tokens.shape[1]
     shape = batch_shape(kind, groups, len(rollouts.length) // groups, sizes, slots, parts, shards)
-    return make_batch(experience, shape, VOCAB.pad, aggregation, length)[0]
+    return fill_batch(experience, shape, VOCAB.pad, aggregation, length)[0]

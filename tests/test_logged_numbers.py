@@ -123,10 +123,10 @@ class Recording:
         self.rng = np.random.default_rng(seed)
 
     def install(self, patched):
-        collector, make_update, evaluate = train.Collector, build.make_update, train.evaluate
+        collector, jit_update, evaluate = train.Collector, build.jit_update, train.evaluate
         patched.setattr(train, "Collector", lambda *args: self.noisy(collector(*args)))
         patched.setattr(supervised, "noisy_rows", self.kept_rows(supervised.noisy_rows))
-        patched.setattr(build, "make_update", lambda *args, **how: self.watched(make_update(*args, **how)))
+        patched.setattr(build, "jit_update", lambda *args, **how: self.watched(jit_update(*args, **how)))
 
         def evaluated(run, params, *rest):
             if not self.rows:

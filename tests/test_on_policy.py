@@ -18,7 +18,7 @@ from jaxrl_llm.types import check
 from jaxrl_llm.update.optimizer.config import AdamW
 from jaxrl_llm.update.optimizer.state import make_init_state
 from jaxrl_llm.update.optimizer.transform import make_optimizer
-from jaxrl_llm.update.step import make_update
+from jaxrl_llm.update.step import jit_update
 
 CFG = replace(TINY, layers=1, vocab_size=64)
 VOCAB = Vocabulary(size=60, pad=0, eos=(59, 7, 20, 33, 41, 52))
@@ -55,9 +55,7 @@ def rollouts(top_p: float, /, **changes: float):
 @cache
 def programs():
     specs, optimizer, train = model_params.specs(CFG), make_optimizer(AdamW()), layouts()[0]
-    update = make_update(
-        specs, make_loss(ObjectiveConfig()), optimizer, Scoring(CFG, train, VOCAB.size, ends=VOCAB.eos)
-    )
+    update = jit_update(specs, make_loss(ObjectiveConfig()), optimizer, Scoring(CFG, train, VOCAB.size, ends=VOCAB.eos))
     return make_init_state(specs, optimizer, train), update
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxrl_llm import train
 from jaxrl_llm.config import loading
 from jaxrl_llm.types import Batch, Experience, Finish, Groups, Rollouts
-from jaxrl_llm.update.batch import make_batch
+from jaxrl_llm.update.batch import fill_batch
 
 PAGE = Path(__file__).parents[1] / "architecture.md"
 BEGIN, END = "<!-- life of a sample: begin -->", "<!-- life of a sample: end -->"
@@ -96,7 +96,7 @@ def stations(run: train.Run) -> list[str]:
     scores = learner.score(state, groups)
     credit = learner.advantage(groups, scores)
     experience, loss = Experience(groups, scores, credit), run.blueprint.loss
-    batch, places = make_batch(
+    batch, places = fill_batch(
         experience, run.blueprint.shapes.update, task.pad, loss.aggregation, loss.length, loss.own
     )
     version = int(policy.version)

@@ -46,10 +46,10 @@ from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.tasks.config import ArithmeticTask
 from jaxrl_llm.train import Run, open_run
 from jaxrl_llm.types import Experience, Groups, PyTree, TrainState
-from jaxrl_llm.update.batch import make_batch, minibatches
+from jaxrl_llm.update.batch import fill_batch, minibatches
 from jaxrl_llm.update.config import UpdateConfig, WarmStartConfig
 from jaxrl_llm.update.optimizer.config import AdamW
-from jaxrl_llm.update.step import Update, make_update
+from jaxrl_llm.update.step import Update, jit_update
 
 ARMS, LAGS, SEEDS, RATE = ("captured", "recomputed"), (0, 4), (0, 1, 2), 3e-4
 CASES = [(arm, lag, RATE, seed) for seed in SEEDS for lag in LAGS for arm in ARMS]
@@ -121,7 +121,7 @@ def warm_up(cfg: RunConfig) -> PyTree:
     given = inputs.read(cfg, trains=True)
     blueprint = blueprint_of(cfg, given)
     supervised = make_supervised(blueprint, given.task)
-    state = start_supervised(blueprint, start_params(blueprint, make_keys(cfg).train))
+    state = start_supervised(blueprint, start_params(blueprint, make_keys(cfg.seed).train))
     while state.step < cfg.warm_start.steps:
         state, metrics = supervised(state)
         if state.step % 100 == 0:
@@ -139,7 +139,7 @@ def learn(run: Run, warm: PyTree, arm: str, lag: int) -> dict:
     """One run of RL: the stages of `train.step`, with a queue of policies and, in one arm, the bug."""
     blueprint, source, learner, cfg = run.blueprint, run.source, run.learner, run.blueprint.cfg
     programs = Programs(
-        make_update(blueprint.learner_specs, blueprint.loss, blueprint.optimizer, blueprint.scoring),
+        jit_update(blueprint.learner_specs, blueprint.loss, blueprint.optimizer, blueprint.scoring),
         *(make_scorer(blueprint, shape) for shape in (blueprint.shapes.experience, blueprint.shapes.update)),
     )
     state = start_rl(blueprint, learner, source.state, jax.tree.map(jnp.copy, warm), run.keys.train)
@@ -182,7 +182,7 @@ def update(
         for part in minibatches(experience, cfg.minibatches, rng):
             if arm == "recomputed":
                 part = rescored(programs.score_minibatch, train.params, part)
-            batch, _ = make_batch(part, blueprint.shapes.update, blueprint.vocab.pad, loss.aggregation, loss.length)
+            batch, _ = fill_batch(part, blueprint.shapes.update, blueprint.vocab.pad, loss.aggregation, loss.length)
             train, metrics = programs.update(train, hosts.put(batch, blueprint.train.sharding(("rows", None))))
             metrics, _ = without_zero_gradients(as_floats(jax.device_get(metrics)))
             if tokens := batch.loss_mask.sum():

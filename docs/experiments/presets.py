@@ -70,7 +70,7 @@ def warm_up() -> PyTree:
     given = inputs.read(cfg, trains=True)
     blueprint = blueprint_of(cfg, given)
     supervised = make_supervised(blueprint, given.task)
-    state = start_supervised(blueprint, start_params(blueprint, make_keys(cfg).train))
+    state = start_supervised(blueprint, start_params(blueprint, make_keys(cfg.seed).train))
     while state.step < cfg.warm_start.steps:
         state, _ = supervised(state)
     return state.train.params

@@ -130,7 +130,7 @@ def same_tokens(model: str) -> dict:
         make_prompts(setup.task, rows, index, index),
         setup.engine.controls(PROMPTS, temperature=0.0),
     )
-    rollouts = setup.engine.generate(load_policy(setup).policy, prompts, make_keys(cfg).evaluation, controls)
+    rollouts = setup.engine.generate(load_policy(setup).policy, prompts, make_keys(cfg.seed).evaluation, controls)
     ours = [rollouts.tokens[2 * p, : rollouts.length[2 * p]].tolist() for p in index]
     command = [os.environ["JAXRL_TORCH_PYTHON"], "-c", GREEDY, str(HERE / model), json.dumps([r.prompt for r in rows])]
     done = subprocess.run([*command, str(NEW_TOKENS)], stdout=subprocess.PIPE, text=True, check=True)

@@ -6,11 +6,12 @@ import numpy as np
 
 from jaxrl_llm.commands.loaded_policy import load_policy, prepare_sampling
 from jaxrl_llm.config.run_config import RunConfig
+from jaxrl_llm.experience.curricula import make_order
 from jaxrl_llm.model.params import count
 from jaxrl_llm.roles import memory_check
 from jaxrl_llm.roles.build import make_keys
 from jaxrl_llm.roles.rates import sampler_rates
-from jaxrl_llm.tasks.stream import make_order, make_prompts
+from jaxrl_llm.tasks.stream import make_prompts
 
 
 def benchmark_rollouts(cfg: RunConfig, calls: int = 5) -> None:
@@ -22,7 +23,7 @@ def benchmark_rollouts(cfg: RunConfig, calls: int = 5) -> None:
     setup = prepare_sampling(cfg)
     blueprint, engine, train_rows = setup.blueprint, setup.engine, setup.task.train
     memory_check.check(blueprint, len(setup.task.held_out), trains=False)
-    loaded, key = load_policy(setup), make_keys(cfg).train
+    loaded, key = load_policy(setup), make_keys(cfg.seed).train
     order, places = make_order(len(train_rows), cfg.seed), np.arange(cfg.rollout.prompts)
     prompts = make_prompts(setup.task, train_rows, np.array([order(p) for p in places]), places)
     start = time.perf_counter()

@@ -42,7 +42,7 @@ def evaluate_target(cfg: RunConfig, k: int) -> dict[str, Any]:
     with GraderPool(cfg.reward) as pool:
         score = make_scorer(blueprint, blueprint.shapes.experience)
         collect = Collector(setup.engine, pool, task)
-        evaluator = make_evaluator(blueprint, task, collect, score, make_keys(cfg).evaluation)
+        evaluator = make_evaluator(blueprint, task, collect, score, make_keys(cfg.seed).evaluation)
         with shown_on_stderr(f"evaluating {len(task.held_out)} held-out prompts"):
             if loaded.params is not None and task.has_targets:
                 found["exact"] = float(np.mean(evaluator.probabilities(loaded.params)))

@@ -94,7 +94,7 @@ def load_policy(setup: SamplingSetup) -> LoadedPolicy:
         return LoadedPolicy(Policy(params, version), None, str(directory), 0)
     name = f"step {restored.step} of {cfg.run_dir}" if restored else "an untrained policy"
     if restored is None:
-        params = start_params(blueprint, make_keys(cfg).train)
+        params = start_params(blueprint, make_keys(cfg.seed).train)
         restored = RestoredParams(params, hosts.put(np.int32(0), blueprint.train.replicated), 0, False)
     policy = make_publisher(blueprint)(TrainState(restored.params, (), restored.version), None)
     return LoadedPolicy(policy, restored.params, name, restored.step)

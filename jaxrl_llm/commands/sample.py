@@ -37,7 +37,7 @@ def sample_prompt(cfg: RunConfig, text: str | None, n: int, has_task: bool = Tru
     memory_check.check(setup.blueprint, len(task.held_out), trains=False)
     loaded = load_policy(setup)
     row = task.held_out[0]
-    num_prompts, key = setup.blueprint.cfg.rollout.prompts, make_keys(cfg).evaluation
+    num_prompts, key = setup.blueprint.cfg.rollout.prompts, make_keys(cfg.seed).evaluation
     prompts = make_prompts(task, (row,), np.zeros(num_prompts, int), np.arange(num_prompts))
     reward = np.full(n, np.nan)
     if row.answer:

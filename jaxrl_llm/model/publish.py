@@ -5,12 +5,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.lora import Adapted, by_layer, is_adapted
 from jaxrl_llm.model.params import abstract, policy_params, shardings, specs, unstack
 from jaxrl_llm.model.quantized_weights import DTYPES, Quantized, map_matrices, quantize, quantized_specs
+from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import Policy, PyTree
 
@@ -35,7 +37,7 @@ def abstract_policy(cfg: ModelConfig, decode: Layout, weights: str = "compute") 
     )
 
 
-def make_publish(cfg: ModelConfig, train: Layout, decode: Layout, weights: str = "compute") -> Publish:
+def jit_publish(cfg: ModelConfig, train: Layout, decode: Layout, weights: str = "compute") -> Publish:
     """The program `publish(params, version, old) -> Policy`.
 
     `old`, the previous policy, is donated and only provides the output buffers, so there is one copy for decoding, not two.
@@ -65,6 +67,24 @@ def make_empty_policy(cfg: ModelConfig, decode: Layout, weights: str = "compute"
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_policy(cfg, decode, weights))
 
     return jax.jit(empty, out_shardings=policy_shardings(cfg, decode, weights))
+
+
+def publisher(cfg: ModelConfig, train: Layout, decode: Layout, weights: str = "compute") -> Callable[..., Policy]:
+    """Return `publish(params, version=0, old=None) -> Policy`; without an old policy it writes into new buffers.
+
+    Args:
+        cfg: the model.
+        train: layout of the parameters.
+        decode: layout of the policy.
+        weights: `rollout.engine.weights`.
+    """
+    program, blank = jit_publish(cfg, train, decode, weights), make_empty_policy(cfg, decode, weights)
+
+    def publish(params: PyTree, version: int | Array = 0, old: Policy | None = None) -> Policy:
+        version = version if isinstance(version, jax.Array) else hosts.put(np.int32(version), train.replicated)
+        return program(params, version, blank() if old is None else old)
+
+    return publish
 
 
 def _to_policy_dtypes(params: PyTree, cfg: ModelConfig, weights: str) -> PyTree:

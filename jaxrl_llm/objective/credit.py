@@ -82,23 +82,29 @@ def custom_credit(
         UserError: it returned another shape, or returns, which only a critic reads.
         AdvantageError: a number does not fit float32.
     """
-    found = function(groups, scores)
+    return as_credit(function(groups, scores), groups, f"objective.advantage {name}")
+
+
+def as_credit(found: Credit | Float[np.ndarray, "B ..."], groups: Groups, name: str) -> Credit:
+    """Return what a custom advantage computed for the groups as their credit: 0 outside the tokens to train on.
+
+    `name`: its name in error messages; errors as in `custom_credit`.
+    """
     credit = found if isinstance(found, Credit) else Credit(np.asarray(found))
     advantage, mask = np.asarray(credit.advantage), groups.trainable_tokens
     if advantage.shape not in (mask.shape, mask.shape[:1]):
         raise UserError(
-            f"objective.advantage {name}: got {advantage.dtype}{list(advantage.shape)}, want one number per row, "
+            f"{name}: got {advantage.dtype}{list(advantage.shape)}, want one number per row, "
             f"[{len(mask)}], or per token, {list(mask.shape)}"
         )
     if credit.returns is not None:
-        raise UserError(f"objective.advantage {name}: got returns, want None: only the advantage gae has a critic")
+        raise UserError(f"{name}: got returns, want None: only the advantage gae has a critic")
     masked = np.where(mask, advantage if advantage.ndim == 2 else advantage[:, None], 0.0)
     with np.errstate(over="ignore"):
         rounded = masked.astype(np.float32)
     if not np.isfinite(rounded).all():
         raise AdvantageError(
-            f"objective.advantage {name}: got an advantage of {masked[~np.isfinite(rounded)][0]:g}, "
-            "want a number that float32 holds"
+            f"{name}: got an advantage of {masked[~np.isfinite(rounded)][0]:g}, want a number that float32 holds"
         )
     return Credit(rounded, None, credit.keep)
 

@@ -20,7 +20,7 @@ from jaxrl_llm.metrics.console import shown_on_stderr
 from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.publish import make_publish
+from jaxrl_llm.model.publish import jit_publish
 from jaxrl_llm.perf.hlo import HloModule
 from jaxrl_llm.plan.traffic import ProgramCost, read_cost
 from jaxrl_llm.roles.abstract_run import AbstractRun, make_abstract_run
@@ -29,7 +29,7 @@ from jaxrl_llm.roles.inputs import packing_problems, vocabulary_problems
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.tasks.config import CharacterTokenizer
 from jaxrl_llm.tasks.tokenizer import load_tokenizer
-from jaxrl_llm.update.step import make_update
+from jaxrl_llm.update.step import jit_update
 
 Lower = Callable[[], jax.stages.Lowered]
 # Messages of libtpu for programs that do not fit.
@@ -109,10 +109,8 @@ def lowerings(run: AbstractRun) -> dict[str, Lower]:
     if len(run.engine.sizes.windows) > 1:
         sizes_of["extend_suffix"] = (groups, *run.engine.sizes.windows[-2:])
     lower = {name: partial(run.engine.programs.lower, policy.params, name, *sizes) for name, sizes in sizes_of.items()}
-    publish = make_publish(model, run.train, run.decode, cfg.rollout.engine.weights)
-    update = make_update(
-        run.learner_specs, run.loss, run.optimizer, run.scoring, micro_batches=cfg.update.micro_batches
-    )
+    publish = jit_publish(model, run.train, run.decode, cfg.rollout.engine.weights)
+    update = jit_update(run.learner_specs, run.loss, run.optimizer, run.scoring, micro_batches=cfg.update.micro_batches)
     reference = run.reference if cfg.objective.reads_reference_distribution else None
     return lower | {
         "publish": lambda: publish.lower(masters, policy.version, policy),

@@ -22,7 +22,6 @@ from jaxrl_llm.model.critic import NAMES as CRITIC
 from jaxrl_llm.model.critic import critic_specs
 from jaxrl_llm.objective.loss_config import Correction, resolve_correction
 from jaxrl_llm.objective.losses import make_loss
-from jaxrl_llm.parallel.config import resolve
 from jaxrl_llm.parallel.layout import TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.roles.inputs import Inputs, packing_problems
@@ -120,7 +119,7 @@ def make_blueprint(
         devices: of the mesh; None: all that JAX sees.
     """
     devices = jax.devices() if devices is None else list(devices)
-    train = Layout(make_mesh(resolve(cfg.mesh, len(devices))[0], devices), TRAIN)
+    train = Layout(make_mesh(*cfg.mesh.sizes(), devices=devices), TRAIN)
     return Blueprint(cfg, model, vocab, prompt_slots, train, train.for_decode(cfg.rollout.engine.layout))
 
 

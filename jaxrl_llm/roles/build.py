@@ -9,10 +9,10 @@ from jaxtyping import Array, Key
 
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.experience.config import OwnFilter
-from jaxrl_llm.experience.curriculum import in_order, own_curriculum
+from jaxrl_llm.experience.curricula import in_order, make_order, own_curriculum
 from jaxrl_llm.experience.filters import Filter, make_filter, own_filter
 from jaxrl_llm.experience.replay import make_replay
-from jaxrl_llm.model.publish import make_empty_policy, make_publish
+from jaxrl_llm.model.publish import publisher
 from jaxrl_llm.objective.credit import make_advantage
 from jaxrl_llm.objective.loss_config import anchored_on_proximal
 from jaxrl_llm.objective.losses import CROSS_ENTROPY
@@ -28,12 +28,11 @@ from jaxrl_llm.roles.scorer import Scorer
 from jaxrl_llm.roles.state import RunState
 from jaxrl_llm.roles.supervised import Supervised, right_responses
 from jaxrl_llm.roles.updates import Updates
-from jaxrl_llm.tasks.stream import make_order
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Batch, Groups, Policy, PyTree, TrainState
 from jaxrl_llm.update.optimizer.transform import make_optimizer
 from jaxrl_llm.update.packing import BatchShape
-from jaxrl_llm.update.step import make_score, make_update
+from jaxrl_llm.update.step import jit_score, jit_update
 
 
 class Keys(NamedTuple):
@@ -42,8 +41,9 @@ class Keys(NamedTuple):
     evaluation: Key[Array, ""]
 
 
-def make_keys(cfg: RunConfig) -> Keys:
-    return Keys(*jax.random.split(jax.random.key(cfg.seed)))
+def make_keys(seed: int) -> Keys:
+    """Keys of a run with this seed."""
+    return Keys(*jax.random.split(jax.random.key(seed)))
 
 
 def make_sampler(cfg: RunConfig, task: Task, collect: Callable[..., Collected], key: Key[Array, ""]) -> Sampler:
@@ -78,7 +78,7 @@ def make_learner(blueprint: Blueprint, score: Scorer, texts_of: Callable[[Groups
         done = int(state.step) + 1 - cfg.warm_start.steps
         return refresh(objective.reference, state.reference, blueprint.changed(train.params), done)
 
-    update = make_update(
+    update = jit_update(
         blueprint.learner_specs, loss, blueprint.optimizer, blueprint.scoring, micro_batches=cfg.update.micro_batches
     )
     return Learner(
@@ -106,9 +106,8 @@ def make_learner(blueprint: Blueprint, score: Scorer, texts_of: Callable[[Groups
 def make_publisher(blueprint: Blueprint) -> Callable[[TrainState, Policy | None], Policy]:
     """Function from a TrainState to its policy; the buffers of the old policy are donated."""
     weights = blueprint.cfg.rollout.engine.weights
-    publish = make_publish(blueprint.model, blueprint.train, blueprint.decode, weights)
-    blank = make_empty_policy(blueprint.model, blueprint.decode, weights)
-    return lambda train, old: publish(train.params, train.step, old or blank())
+    publish = publisher(blueprint.model, blueprint.train, blueprint.decode, weights)
+    return lambda train, old: publish(train.params, train.step, old)
 
 
 def make_evaluator(
@@ -146,7 +145,7 @@ def make_supervised(blueprint: Blueprint, task: Task) -> Supervised:
         order=make_order(len(task.train), cfg.seed + 1),
         seed=cfg.seed,
         right=partial(right_responses, task, cfg.rollout.max_new_tokens, cfg.rollout.temperature),
-        update=make_update(blueprint.specs, CROSS_ENTROPY, optimizer, blueprint.scoring),
+        update=jit_update(blueprint.specs, CROSS_ENTROPY, optimizer, blueprint.scoring),
         shape=shape,
         rows=blueprint.train.sharding(("rows", None)),
     )
@@ -155,7 +154,7 @@ def make_supervised(blueprint: Blueprint, task: Task) -> Supervised:
 def make_scorer(blueprint: Blueprint, shape: BatchShape) -> Scorer:
     """Scorer of groups that fill batches of the given shape."""
     rows = blueprint.train.sharding(("rows", None))
-    return Scorer(make_score(blueprint.scoring, shape.num_micro_batches), shape, blueprint.vocab.pad, rows)
+    return Scorer(jit_score(blueprint.scoring, shape.num_micro_batches), shape, blueprint.vocab.pad, rows)
 
 
 def filter_for(cfg: RunConfig, texts_of: Callable[[Groups], list[str]]) -> Filter:

@@ -9,7 +9,7 @@ from jax.sharding import Sharding
 from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import Batch, Groups, PyTree
-from jaxrl_llm.update.batch import make_batch, to_completions, unscored
+from jaxrl_llm.update.batch import fill_batch, to_completions, unscored
 from jaxrl_llm.update.packing import BatchShape
 
 
@@ -23,6 +23,6 @@ class Scorer:
 
     def __call__(self, params: PyTree, groups: Groups) -> TokenScores:
         """Scores `[B C]` of the completion tokens under `params`, 0 in rows that are not kept; NumPy, equal on every host."""
-        batch, where = make_batch(unscored(groups), self.shape, self.pad)
+        batch, where = fill_batch(unscored(groups), self.shape, self.pad)
         scores = hosts.gather(self.program(params, hosts.put(batch, self.rows)))
         return jax.tree.map(lambda x: to_completions(x, where, groups.rollouts), scores)

@@ -20,6 +20,7 @@ from jaxrl_llm.model.hf.source import resolve as resolve_model
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.roles.blueprint import Blueprint, uses_of
 from jaxrl_llm.roles.learner import Learner
+from jaxrl_llm.roles.loaded_model import load_params
 from jaxrl_llm.roles.state import RunState, SupervisedState
 from jaxrl_llm.types import PyTree, TrainState
 from jaxrl_llm.update.optimizer.state import abstract_state, make_init_state
@@ -110,11 +111,10 @@ def start_params(blueprint: Blueprint, key: Key[Array, ""]) -> PyTree:
     """Master parameters in the TRAIN layout, loaded from the pretrained model or initialized from `key`; f32, but in the compute
     dtype if they stay frozen."""
     cfg = blueprint.cfg
-    if isinstance(cfg.model, ModelConfig):
-        return model_params.init(blueprint.specs, jax.random.fold_in(key, 2**31 - 1), blueprint.train)
+    source = cfg.model if isinstance(cfg.model, ModelConfig) else cfg.model.path
     frozen = cfg.lora.rank and not cfg.warm_start.steps
-    dtype = jnp.dtype(blueprint.model.compute if frozen else "float32")
-    return load(resolve_model(cfg.model.path), blueprint.specs, blueprint.train, dtype)
+    dtype = blueprint.model.compute if frozen else "float32"
+    return load_params(source, blueprint.specs, blueprint.train, key, dtype)
 
 
 def _start_reference(blueprint: Blueprint, params: PyTree) -> PyTree | None:

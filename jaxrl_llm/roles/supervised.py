@@ -7,14 +7,15 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
+from jaxrl_llm.experience.curricula import Order
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.roles.state import SupervisedState
 from jaxrl_llm.roles.updates import as_floats, without_zero_gradients
 from jaxrl_llm.tasks.rows import Row
-from jaxrl_llm.tasks.stream import Order, make_prompts, noisy_rows, pad_rows
+from jaxrl_llm.tasks.stream import make_prompts, noisy_rows, pad_rows
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Experience
-from jaxrl_llm.update.batch import make_batch, supervised
+from jaxrl_llm.update.batch import fill_batch, supervised
 from jaxrl_llm.update.config import WarmStartConfig
 from jaxrl_llm.update.packing import BatchShape
 from jaxrl_llm.update.step import Update
@@ -40,7 +41,7 @@ class Supervised:
         step = int(state.step)
         places = range(step * self.cfg.rows, (step + 1) * self.cfg.rows)
         rows = noisy_rows(self.task, self.order, places, self.cfg.noise, self.seed)
-        batch, _ = make_batch(self.right(rows), self.shape, self.task.pad)
+        batch, _ = fill_batch(self.right(rows), self.shape, self.task.pad)
         train, metrics = self.update(state.train, hosts.put(batch, self.rows))
         metrics, _ = without_zero_gradients(as_floats(jax.device_get(metrics)))
         return state._replace(step=np.array(step + 1), train=train), metrics

@@ -17,7 +17,7 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.perf.work import TrainFlops
 from jaxrl_llm.roles.state import RunState
 from jaxrl_llm.types import Batch, Experience, TrainState
-from jaxrl_llm.update.batch import make_batch, minibatches
+from jaxrl_llm.update.batch import fill_batch, minibatches
 from jaxrl_llm.update.config import UpdateConfig
 from jaxrl_llm.update.optimizer.state import ZERO_GRADIENT
 from jaxrl_llm.update.packing import BatchShape
@@ -106,7 +106,7 @@ class Updates:
 
     def _batch(self, part: Experience) -> Batch:
         loss = self.loss
-        return make_batch(part, self.shape, self.pad, loss.aggregation, loss.length, loss.own)[0]
+        return fill_batch(part, self.shape, self.pad, loss.aggregation, loss.length, loss.own)[0]
 
 
 def over_updates(each: list[UpdateMetrics], old: bool) -> dict[str, float]:

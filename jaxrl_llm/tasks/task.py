@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
+from jaxrl_llm.config.options import with_options
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks import reasoning_gym, records
 from jaxrl_llm.tasks.config import ArithmeticTask, FileTask, ReasoningGymTask
@@ -93,14 +95,31 @@ class Task:
         return row
 
 
-def load_task(cfg: ArithmeticTask | FileTask | ReasoningGymTask, tokenizer: Tokenizer, seed: int) -> Task:
-    """Load the rows of a task. Raises UserError naming file, line and reason.
+def load_task(
+    source: str | Path | ArithmeticTask | FileTask | ReasoningGymTask,
+    tokenizer: Tokenizer,
+    seed: int = 0,
+    **fields: Any,
+) -> Task:
+    """Load the rows of a task.
+
+        task = rl.load_task("problems.jsonl", model.tokenizer, prompt="{question}", answer="{solution}", held_out=200)
 
     Args:
-        cfg: The task.
-        tokenizer: Encodes prompts and responses.
-        seed: Chooses the held-out rows; also seeds generated tasks.
+        source: a .jsonl, .json or .parquet file or a saved dataset; or the config of a task.
+        tokenizer: encodes prompts and responses.
+        seed: chooses the held-out rows; also seeds generated tasks.
+        fields: with a path, the other fields of `FileTask`.
+
+    Raises:
+        UserError: names file, line and reason, or every wrong field.
     """
+    if isinstance(source, str | Path):
+        cfg = with_options(FileTask(str(source)), fields)
+    elif fields:
+        raise UserError(f"load_task: got {', '.join(fields)} beside {type(source).__name__}, want them in it")
+    else:
+        cfg = source
     if isinstance(cfg, ArithmeticTask):
         return _arithmetic(cfg, tokenizer, seed)
     return _file(cfg, tokenizer, seed) if isinstance(cfg, FileTask) else _reasoning_gym(cfg, tokenizer, seed)

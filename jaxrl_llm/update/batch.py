@@ -88,7 +88,7 @@ def token_weights(
     return (mask / divisor).astype(np.float32)
 
 
-def make_batch(
+def fill_batch(
     experience: Experience,
     shape: BatchShape,
     pad: int,
@@ -153,7 +153,7 @@ def make_batch(
 def abstract_batch(
     shape: BatchShape, uses: Sequence[str], max_kept_tokens: int, own: Sequence[OwnColumn], layout: Layout
 ) -> Batch:
-    """Return shapes, dtypes and shardings of the batches of `make_batch`.
+    """Return shapes, dtypes and shardings of the batches of `fill_batch`.
 
     Args:
         shape: of the batch.
@@ -170,6 +170,28 @@ def abstract_batch(
     there = [c for c in COLUMNS if c.batch and (not c.when or c.when in uses)]
     columns = {c.name: array(c.dtype, *(max_kept_tokens for _ in c.dims)) for c in there}
     return Batch(**columns, own={c.name: array(c.dtype) for c in own})
+
+
+def spread_rows(batch: Batch, num_micro_batches: int, shards: int) -> Batch:
+    """Return a batch of one micro-batch as one of several: empty rows are added, and rows are ordered as `BatchShape` says, so
+    that the first micro-batches are full.
+
+    Args:
+        batch: NumPy.
+        num_micro_batches: M.
+        shards: row shards of the mesh; the rows become a multiple of M * shards.
+    """
+    rows, slots = batch.tokens.shape
+    more = -rows % (num_micro_batches * shards)
+    empty = {c.name: c.fill for c in COLUMNS} | dict.fromkeys(("until", "before"), np.arange(slots))
+
+    def spread(x: np.ndarray, fill: float | np.ndarray) -> np.ndarray:
+        added = np.broadcast_to(np.asarray(fill, x.dtype), (more, *x.shape[1:]))
+        whole = np.concatenate([x, added])
+        return whole.reshape(num_micro_batches, -1, *x.shape[1:]).swapaxes(0, 1).reshape(whole.shape)
+
+    columns = {name: spread(x, empty[name]) for name, x in vars(batch).items() if name != "own" and x is not None}
+    return batch.replace(**columns, own={name: spread(x, 0) for name, x in batch.own.items()})
 
 
 def to_completions(scores: Float[np.ndarray, "R T"], where: Placement, rollouts: Rollouts) -> Completion:

@@ -18,7 +18,7 @@ Metrics = dict[str, Float[Array, ""]]
 Update = Callable[..., tuple[TrainState, Metrics]]
 
 
-def make_update(
+def jit_update(
     specs: PyTree,
     loss: Loss,
     optimizer: optax.GradientTransformation,
@@ -144,7 +144,7 @@ def _split_micro_batches(tree: PyTree, num_micro_batches: int, layout: Layout) -
     return jax.tree.map(split, tree)
 
 
-def make_score(scoring: Scoring, num_micro_batches: int = 1) -> Callable[[PyTree, Batch], TokenScores]:
+def jit_score(scoring: Scoring, num_micro_batches: int = 1) -> Callable[[PyTree, Batch], TokenScores]:
     """Return the program `score(params, batch) -> TokenScores`, in `num_micro_batches` sequential micro-batches.
 
     It serves the reference, the proximal policy, the critic and exact evaluation.

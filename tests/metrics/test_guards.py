@@ -298,7 +298,7 @@ def as_numpy(state):
 
 def test_a_poisoned_batch_changes_nothing_and_ends_the_run(start, monkeypatch):
     run, state, policy, _ = start
-    whole = updates.make_batch
+    whole = updates.fill_batch
     state, policy, _ = step(run, state, policy)
 
     def poisoned(*args):
@@ -306,7 +306,7 @@ def test_a_poisoned_batch_changes_nothing_and_ends_the_run(start, monkeypatch):
         batch.advantage[batch.loss_mask] = np.nan
         return batch, where
 
-    monkeypatch.setattr(updates, "make_batch", poisoned)
+    monkeypatch.setattr(updates, "fill_batch", poisoned)
     before = as_numpy(state)
     for streak in (1, 2):
         state, policy, metrics = step(run, state, policy)

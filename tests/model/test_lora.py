@@ -16,14 +16,14 @@ from jaxrl_llm.model.config import LoraConfig
 from jaxrl_llm.model.critic import critic_specs
 from jaxrl_llm.model.linear import contract
 from jaxrl_llm.model.lora import Adapted, Adapter
-from jaxrl_llm.model.publish import make_empty_policy, make_publish
+from jaxrl_llm.model.publish import jit_publish, make_empty_policy
 from jaxrl_llm.objective.losses import CROSS_ENTROPY
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import Batch, TrainState
 from jaxrl_llm.update.optimizer.config import AdamW
 from jaxrl_llm.update.optimizer.state import make_init_state, state_shardings
 from jaxrl_llm.update.optimizer.transform import make_optimizer
-from jaxrl_llm.update.step import make_update
+from jaxrl_llm.update.step import jit_update
 
 ALL = LoraConfig(rank=3, alpha=6.0)
 SPECS = model_params.specs(SMALL)
@@ -170,7 +170,7 @@ def test_only_adapters_change_and_have_optimizer_state():
     wanted = state_shardings(ADAPTED, make_optimizer(optimizer), train)
     for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
         assert got.sharding.is_equivalent_to(want, got.ndim)
-    update = make_update(ADAPTED, CROSS_ENTROPY, make_optimizer(optimizer), Scoring(SMALL, train, 16))
+    update = jit_update(ADAPTED, CROSS_ENTROPY, make_optimizer(optimizer), Scoring(SMALL, train, 16))
     new, metrics = update(state, hosts.put(batch(), train.sharding(("rows", None))))
     assert isinstance(new, TrainState) and metrics["nonfinite"] == 0
     (old_trained, old_frozen), (new_trained, new_frozen) = lora.split(before), lora.split(new.params)
@@ -207,7 +207,7 @@ def test_fresh_adapters_change_nothing():
 def test_publish_merges(weights):
     """As for merged parameters; in int8 a number halfway between two may round to either."""
     train, decode = layouts()
-    publish, blank = make_publish(SMALL, train, decode, weights), make_empty_policy(SMALL, decode, weights)
+    publish, blank = jit_publish(SMALL, train, decode, weights), make_empty_policy(SMALL, decode, weights)
     whole = hosts.put(jax.device_get(jax.jit(dense)(adapted())), model_params.shardings(SPECS, train))
     policy, want = publish(adapted(), np.int32(3), blank()), publish(whole, np.int32(3), blank())
     assert jax.tree.structure(policy) == jax.tree.structure(want)

@@ -13,7 +13,7 @@ from jaxrl_llm.config import loading
 from jaxrl_llm.distribution.score import Scoring, score_tokens
 from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.model.params import unstack
-from jaxrl_llm.model.publish import abstract_policy, make_empty_policy, make_publish, policy_shardings
+from jaxrl_llm.model.publish import abstract_policy, jit_publish, make_empty_policy, policy_shardings
 from jaxrl_llm.model.quantized_weights import Quantized, dequantize
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.roles import inputs
@@ -29,7 +29,7 @@ P, G, C = 16, 4, 6
 def published(sizes=(1, 1, 1), weights="int8", cfg=SMALL):
     train, decode = layouts(sizes)
     params = make_params(cfg, train)
-    return params, make_publish(cfg, train, decode, weights)(
+    return params, jit_publish(cfg, train, decode, weights)(
         params, np.int32(3), make_empty_policy(cfg, decode, weights)()
     )
 
@@ -72,7 +72,7 @@ def test_numbers_do_not_depend_on_the_mesh_and_shardings_are_those_of_the_produc
 @pytest.mark.parametrize("weights", ["compute", "int8"])
 def test_a_policy_is_written_into_the_old_one(weights):
     train, decode = layouts()
-    publish, old = make_publish(SMALL, train, decode, weights), make_empty_policy(SMALL, decode, weights)()
+    publish, old = jit_publish(SMALL, train, decode, weights), make_empty_policy(SMALL, decode, weights)()
     shapes = abstract_policy(SMALL, decode, weights)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), old) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
     buffers = sorted(x.unsafe_buffer_pointer() for x in jax.tree.leaves(old))

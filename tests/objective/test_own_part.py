@@ -26,7 +26,7 @@ from jaxrl_llm.objective.loss_config import NoCorrection, OwnLoss, resolve_corre
 from jaxrl_llm.objective.losses import as_loss, make_loss, with_own_columns
 from jaxrl_llm.objective.rules import resolve_filter
 from jaxrl_llm.types import Credit, Experience, OwnColumn, Scores
-from jaxrl_llm.update.batch import make_batch
+from jaxrl_llm.update.batch import fill_batch
 from jaxrl_llm.update.packing import BatchShape
 
 HERE = Path(__file__).parent
@@ -110,7 +110,7 @@ def test_a_column_of_its_own():
     scores = with_own_columns(Scores(), groups, loss.own)
     np.testing.assert_array_equal(scores.own["odd"], groups.rollouts.tokens % 2)
     experience = Experience(groups, scores, Credit(np.zeros((2, 3), np.float32)))
-    batch, _ = make_batch(experience, BatchShape("none", 2, 5, 1), 0, own=loss.own)
+    batch, _ = fill_batch(experience, BatchShape("none", 2, 5, 1), 0, own=loss.own)
     # The prompt has one token, the completions three.
     np.testing.assert_array_equal(batch.own["odd"], [[-1, 0, 1, 0, -1], [-1, 1, 0, 1, -1]])
     assert batch.own["odd"].dtype == np.int32 and batch.own["once"].tolist() == [[0, 1, 1, 1, 0]] * 2

@@ -22,7 +22,7 @@ P, G, S, C = 4, 3, 16, 32
 
 
 def estimate(sizes: tuple[int, ...], cfg: ModelConfig = CFG) -> decode_memory.DecodeMemory:
-    layout = Layout(make_mesh(sizes, jax.devices()[: sizes[0] * sizes[1] * sizes[2]]), DECODE)
+    layout = Layout(make_mesh(*sizes, devices=jax.devices()[: sizes[0] * sizes[1] * sizes[2]]), DECODE)
     rollout = RolloutConfig(prompts=P, samples=G, max_new_tokens=C, engine=EngineConfig(decode_chunk=8))
     programs = Engine(EngineModel(cfg, layout, Vocabulary(size=64, pad=0, eos=(1,))), rollout, S).programs
     policy = params.abstract(params.unstack(params.specs(cfg), cfg.layers), layout, jnp.float32)

@@ -27,7 +27,7 @@ from jaxrl_llm.roles.build import make_learner
 from jaxrl_llm.roles.learner import Learner
 from jaxrl_llm.roles.memory_check import Phase
 from jaxrl_llm.types import Batch, Experience, Groups, Prompts, Rollouts
-from jaxrl_llm.update.batch import make_batch, minibatches, ungraded
+from jaxrl_llm.update.batch import fill_batch, minibatches, ungraded
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "arithmetic.yaml")
@@ -259,7 +259,7 @@ def both(request) -> tuple[AbstractRun, Learner, Batch]:
     scores = learner.score(SimpleNamespace(train=train, reference=of.changed(of.learner_specs)), groups)
     experience = Experience(groups, scores, learner.advantage(groups, scores))
     part = next(minibatches(experience, cfg.update.minibatches, np.random.default_rng(0)))
-    batch, _ = make_batch(part, of.shapes.update, 0, of.loss.aggregation, of.loss.length, of.loss.own)
+    batch, _ = fill_batch(part, of.shapes.update, 0, of.loss.aggregation, of.loss.length, of.loss.own)
     return make_checked_run(cfg, cfg.model, of.prompt_slots, list(of.train.mesh.devices.flat)), learner, batch
 
 

@@ -8,6 +8,7 @@ import pytest
 from fakes import blueprint, config, groups_of, state_of, sums
 
 from jaxrl_llm.distribution.score import TokenScores
+from jaxrl_llm.experience.curricula import make_order
 from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.objective.credit import make_advantage
 from jaxrl_llm.perf.work import count_adapter_params, count_tokens, train_flops
@@ -22,9 +23,8 @@ from jaxrl_llm.roles.build import (
     make_supervised,
 )
 from jaxrl_llm.roles.updates import Updates
-from jaxrl_llm.tasks.stream import make_order
-from jaxrl_llm.types import Credit, Experience, Policy, Scores, TrainState
-from jaxrl_llm.update.batch import make_batch
+from jaxrl_llm.types import Credit, Experience, Scores, TrainState
+from jaxrl_llm.update.batch import fill_batch
 
 TASK = sums()
 REWARD = {"graders": ["exact_match", {"grader": "length", "name": "short", "weight": 0.5, "options": {"limit": 1}}]}
@@ -36,7 +36,7 @@ def learner_of(score=None, **changes):
 
 
 def test_keys_are_those_of_the_seed_and_evaluation_has_its_own():
-    keys, again, other = make_keys(config(seed=3)), make_keys(config(seed=3)), make_keys(config(seed=4))
+    keys, again, other = make_keys(3), make_keys(3), make_keys(4)
     data = [jax.random.key_data(key).tolist() for key in (*keys, *again, *other)]
     assert data[:2] == data[2:4] and len({tuple(x) for x in data}) == 4
     want = [jax.random.key_data(key).tolist() for key in jax.random.split(jax.random.key(3))]
@@ -44,7 +44,7 @@ def test_keys_are_those_of_the_seed_and_evaluation_has_its_own():
 
 
 def test_the_sampler_takes_rows_in_the_seeds_order_and_supervised_training_in_another():
-    asked, key = [], make_keys(config()).train
+    asked, key = [], make_keys(0).train
 
     def collect(policy, prompts, rows, key, give_up):
         asked.append((prompts.row.tolist(), key))
@@ -126,7 +126,7 @@ def test_the_given_scorer_computes_the_scores():
 def test_flops_are_those_of_the_trained_parameters(changes):
     of, learner = learner_of(**changes)
     experience = Experience(groups_of(np.zeros((8, 4))), Scores(), Credit(np.zeros((32, 2), np.float32)))
-    batch, _ = make_batch(experience, of.shapes.update, 0)
+    batch, _ = fill_batch(experience, of.shapes.update, 0)
     adapters = count_adapter_params(of.learner_specs, of.model)
     assert (adapters is None) == (not changes)
     assert learner.update.flops(batch) == train_flops(of.model, *count_tokens(of.model, batch), adapters)
@@ -159,23 +159,13 @@ def test_an_evaluators_mismatch_is_measured_where_old_rollouts_may_come_back():
     assert right.groups.rollouts.tokens.shape == (3, 6) and right.groups.rollouts.temperature.tolist() == [1.0] * 3
 
 
-def test_publishing_writes_into_the_old_policy_and_without_one_into_new_buffers(monkeypatch):
+def test_publishing_takes_the_configs_format_and_the_states_version(monkeypatch):
     made = []
-    monkeypatch.setattr(
-        build, "make_empty_policy", lambda *args: made.append(("blank", args)) or (lambda: "new buffers")
-    )
-    monkeypatch.setattr(
-        build, "make_publish", lambda *args: made.append(("publish", args)) or (lambda *given: ("policy", *given))
-    )
+    monkeypatch.setattr(build, "publisher", lambda *args: made.append(args) or (lambda *given: ("policy", *given)))
     of = blueprint(rollout={"prompts": 8, "samples": 4, "engine": {"weights": "int8"}})
     publish = make_publisher(of)
-    assert made == [
-        ("publish", (of.model, of.train, of.decode, "int8")),
-        ("blank", (of.model, of.decode, "int8")),
-    ]
-    train, old = TrainState("params", "moments", "version"), Policy("old", 0)
-    assert publish(train, old) == ("policy", "params", "version", old)
-    assert publish(train, None) == ("policy", "params", "version", "new buffers")
+    assert made == [(of.model, of.train, of.decode, "int8")]
+    assert publish(TrainState("params", "moments", "version"), None) == ("policy", "params", "version", None)
 
 
 def test_nothing_is_compiled_by_making_roles():

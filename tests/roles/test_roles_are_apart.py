@@ -135,13 +135,13 @@ def beneath(names: set[str], places: tuple[str, ...]) -> set[str]:
     return {name for name in names if any(name == place or name.startswith(f"{place}.") for place in places)}
 
 
-@pytest.mark.parametrize("name", ["sampler", "collector"])
+@pytest.mark.parametrize("name", ["sampler", "collector", "grading"])
 def test_who_samples_imports_no_optimizer_no_loss_and_no_learner(name):
     """Nor another role, by which these would come in."""
     found = imported((ROLES / f"{name}.py").read_text())
     assert beneath(found, OF_UPDATES) == set()
     others = {x.split(".")[2] for x in beneath(found, ("jaxrl_llm.roles",))}
-    assert others <= {"collector"}
+    assert others <= {"collector", "grading"}
 
 
 @pytest.mark.parametrize("name", ["learner", "updates", "state", "reference"])
@@ -165,8 +165,8 @@ def test_no_role_imports_the_loop_or_the_context_around_it():
 
 
 def test_the_reader_sees_an_import_that_is_hidden():
-    source = "def f():\n    from jaxrl_llm.update.step import make_update\n    import optax.tree\n"
-    assert beneath(imported(source), OF_UPDATES) == {"jaxrl_llm.update.step.make_update", "optax.tree"}
+    source = "def f():\n    from jaxrl_llm.update.step import jit_update\n    import optax.tree\n"
+    assert beneath(imported(source), OF_UPDATES) == {"jaxrl_llm.update.step.jit_update", "optax.tree"}
     assert beneath(imported("import optaxes\nfrom jaxrl_llm.updated import x"), OF_UPDATES) == set()
 
 

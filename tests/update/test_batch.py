@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.types import Credit, Experience, Finish, Groups, Prompts, Rollouts, Scores, check
-from jaxrl_llm.update.batch import make_batch, minibatches, supervised, to_completions, token_weights
+from jaxrl_llm.update.batch import fill_batch, minibatches, supervised, to_completions, token_weights
 from jaxrl_llm.update.packing import BatchShape
 
 PAD, EOS = 0, 9
@@ -53,7 +53,7 @@ def experience(groups: Groups, keep=(True, True, True, True), **scores) -> Exper
 def one_a_row(found: Experience):
     rollouts = found.groups.rollouts
     slots = rollouts.prompts.tokens.shape[1] + rollouts.tokens.shape[1]
-    return make_batch(found, BatchShape("none", len(rollouts.length), slots, 1), PAD)
+    return fill_batch(found, BatchShape("none", len(rollouts.length), slots, 1), PAD)
 
 
 def test_one_sequence_a_row_by_hand():
@@ -87,7 +87,7 @@ def test_a_prompt_that_is_shared_by_hand():
     """A group a row: its prompt once, its two completions behind it."""
     values = f32([[1, 2, 0], [3, 0, 0], [4, 5, 6], [7, 8, 9]])
     found = experience(tiny(), values=values)
-    batch, where = make_batch(found, BatchShape("shared_prefix", 2, 10, 1), PAD)
+    batch, where = fill_batch(found, BatchShape("shared_prefix", 2, 10, 1), PAD)
     check(batch)
     # The longest first.
     np.testing.assert_array_equal(batch.tokens, [[5, 6, 7, 2, 3, 9, 1, 1, 2, 0], [4, 1, 9, 9, 0, 0, 0, 0, 0, 0]])
@@ -104,7 +104,7 @@ def test_a_prompt_that_is_shared_by_hand():
 
 def test_sequences_one_behind_another_by_hand():
     """Rows of 8 slots: lengths 6 and 2, 6, 3; each has its own prompt."""
-    batch, _ = make_batch(experience(tiny()), BatchShape("plain", 3, 8, 1), PAD)
+    batch, _ = fill_batch(experience(tiny()), BatchShape("plain", 3, 8, 1), PAD)
     check(batch)
     want = [[5, 6, 7, 2, 3, 9, 4, 9], [5, 6, 7, 1, 1, 2, 0, 0], [4, 1, 9, 0, 0, 0, 0, 0]]
     np.testing.assert_array_equal(batch.tokens, want)
@@ -118,7 +118,7 @@ def test_sequences_one_behind_another_by_hand():
 def test_micro_batches_are_filled_one_after_another():
     """Micro-batch i has rows i, i + M, ...: three sequences in four rows leave the last row of the last one empty."""
     found = experience(tiny(), (True, False, True, True))
-    batch, where = make_batch(found, BatchShape("none", 4, 6, 2), PAD)
+    batch, where = fill_batch(found, BatchShape("none", 4, 6, 2), PAD)
     np.testing.assert_array_equal(where.row, [0, -1, 2, 1])
     np.testing.assert_array_equal(batch.tokens[:, :4], [[4, 1, 9, 0], [5, 6, 7, 1], [5, 6, 7, 2], [0, 0, 0, 0]])
     assert not batch.group[3].any() and (batch.tokens[3] == PAD).all()

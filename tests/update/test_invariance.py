@@ -42,12 +42,12 @@ from jaxrl_llm.objective.loss_config import (
 )
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import ArrayLike, Batch, TrainState
-from jaxrl_llm.update.batch import make_batch, to_completions
+from jaxrl_llm.update.batch import fill_batch, to_completions
 from jaxrl_llm.update.optimizer.config import AdamW
 from jaxrl_llm.update.optimizer.state import state_shardings
 from jaxrl_llm.update.optimizer.transform import make_optimizer
 from jaxrl_llm.update.packing import batch_shape
-from jaxrl_llm.update.step import make_update
+from jaxrl_llm.update.step import jit_update
 
 CFG = dataclasses.replace(SMALL, layers=1)
 SPECS = model_params.specs(CFG) | critic_specs(CFG, "head")
@@ -214,7 +214,7 @@ def batch_of(rows: Rows, name: str, q: Sequences) -> Chosen:
     q = padded(q, rows.more)
     sizes = q.prompt.shape[1], q.tokens.shape[1]
     shape = batch_shape(rows.kind, GROUPS, SAMPLES, sizes, rows.slots, rows.parts, int(np.prod(rows.mesh[:2])))
-    batch, _ = make_batch(q.experience, shape, VOCAB.pad, aggregation_of(LOSSES[name][0]), C)
+    batch, _ = fill_batch(q.experience, shape, VOCAB.pad, aggregation_of(LOSSES[name][0]), C)
     return Chosen(**vars(batch), term=np.full_like(batch.tokens, rows.names.index(name)))
 
 
@@ -236,7 +236,7 @@ def reference():
 @cache
 def program(rows: Rows):
     train, _ = layouts(rows.mesh)
-    update = make_update(
+    update = jit_update(
         SPECS,
         Loss(partial(one_of, of=rows.names)),
         make_optimizer(READ_OFF),
@@ -297,7 +297,7 @@ def test_the_second_moment_drops_the_same_tokens():
     q, dropped = sequences(2, False), []
     for rows in (BASE, SHARED):
         shape = batch_shape(rows.kind, GROUPS, SAMPLES, (S, C), 0, rows.parts, 1)
-        batch, where = make_batch(q.experience, shape, VOCAB.pad)
+        batch, where = fill_batch(q.experience, shape, VOCAB.pad)
         kept = np.asarray(losses.second_moment_mask(batch, 0.02))
         dropped.append(to_completions((batch.loss_mask & ~kept).astype(np.float32), where, q))
     np.testing.assert_array_equal(*dropped)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from setups import Sequences
 
 from jaxrl_llm.types import Batch, check
-from jaxrl_llm.update.batch import make_batch, to_completions, token_weights
+from jaxrl_llm.update.batch import fill_batch, spread_rows, to_completions, token_weights
 from jaxrl_llm.update.packing import BatchShape, batch_shape, place_sequences
 
 KINDS = ("none", "plain", "shared_prefix")
@@ -91,7 +91,7 @@ def check_sequence(batch: Batch, q: Sequences, b: int, weights: np.ndarray) -> s
 
 
 def check_batch(q: Sequences, shape: BatchShape, aggregation: str = "token") -> Batch:
-    batch, where = make_batch(q.experience, shape, PAD, aggregation, 7)
+    batch, where = fill_batch(q.experience, shape, PAD, aggregation, 7)
     check(batch)
     assert batch.tokens.shape == (shape.rows, shape.slots)
     weights = token_weights(q.loss_mask, q.group, aggregation, 7)
@@ -146,7 +146,7 @@ def test_every_token_sees_its_own_prompt_and_its_own_earlier_tokens(case, aggreg
 def test_the_first_micro_batches_are_filled_first(case):
     """An update's loop ends after the last micro-batch with a row: those before it are full."""
     q, shape = case
-    _, where = make_batch(q.experience, shape, PAD)
+    _, where = fill_batch(q.experience, shape, PAD)
     used = {int(row) for row in where.row if row >= 0}
     by_part = [sum(row % shape.num_micro_batches == i for row in used) for i in range(shape.num_micro_batches)]
     each = shape.rows // shape.num_micro_batches
@@ -239,7 +239,7 @@ def test_a_sequence_left_out_of_a_group_leaves_no_room_behind():
 def test_nothing_to_learn_from_makes_a_batch_of_padding():
     q = numbered(np.full(4, 2), np.full(4, 3), 2, np.zeros((4, 3), bool), (2, 3))
     for kind in KINDS:
-        batch, where = make_batch(q.experience, batch_shape(kind, 2, 2, (2, 3), 0, 2, 1), PAD)
+        batch, where = fill_batch(q.experience, batch_shape(kind, 2, 2, (2, 3), 0, 2, 1), PAD)
         assert not batch.group.any() and (where.row == -1).all() and not where.first.any()
 
 
@@ -257,9 +257,24 @@ MUTANTS = {
 @pytest.mark.parametrize("mutate", MUTANTS.values(), ids=MUTANTS)
 def test_mutants_of_a_shared_prompt_are_read_wrong(mutate):
     q = numbered(np.full(2, 2), np.array([2, 2]), 2, np.ones((2, 2), bool), (2, 2))
-    batch, _ = make_batch(q.experience, BatchShape("shared_prefix", 1, 6, 1), PAD)
+    batch, _ = fill_batch(q.experience, BatchShape("shared_prefix", 1, 6, 1), PAD)
     weights = token_weights(q.loss_mask, q.group, "token", 1)
     check_sequence(batch, q, 1, weights)
     with pytest.raises(AssertionError):
         for b in range(2):
             check_sequence(mutate(batch), q, b, weights)
+
+
+@few
+@given(cases())
+def test_a_batch_made_for_one_micro_batch_is_spread_over_several(case):
+    """As if it had been made for them: the same rows at the same places, and empty ones as many."""
+    q, whole = case
+    one = whole._replace(rows=max(len(q.length), 1), num_micro_batches=1)
+    rows = place_sequences(q.prompt_length, q.length, q.group, q.loss_mask.any(axis=1), one).row.max() + 1
+    batch, _ = fill_batch(q.experience, one._replace(rows=max(rows, 1)), PAD)
+    found = check(spread_rows(batch, whole.num_micro_batches, 2))
+    least = -(-max(rows, 1) // (2 * whole.num_micro_batches)) * 2 * whole.num_micro_batches
+    want, _ = fill_batch(q.experience, whole._replace(rows=least), PAD)
+    for name, x in vars(want).items():
+        np.testing.assert_array_equal(getattr(found, name), x, err_msg=name)

@@ -31,7 +31,7 @@ from jaxrl_llm.types import Rollouts, TrainState
 from jaxrl_llm.update.optimizer.config import AdamW
 from jaxrl_llm.update.optimizer.state import make_init_state
 from jaxrl_llm.update.optimizer.transform import make_optimizer
-from jaxrl_llm.update.step import make_update
+from jaxrl_llm.update.step import jit_update
 
 P, G, C = 16, 4, 6
 SPECS = model_params.specs(SMALL)
@@ -71,7 +71,7 @@ def scorer(train):
 
 @cache
 def updater(train, loss=CLIPPED, micro_batches=1, optimizer=LR, correction=UNCORRECTED):
-    return make_update(
+    return jit_update(
         SPECS,
         make_loss(ObjectiveConfig(loss=loss), correction),
         make_optimizer(optimizer),
@@ -293,7 +293,7 @@ def test_a_loss_of_ones_own_steps_as_the_built_in_one_does():
 
     train, _ = layouts()
     loss = as_loss(mine, columns=("reference_logprobs",))
-    update = make_update(SPECS, loss, make_optimizer(LR), Scoring(SMALL, train, 16), micro_batches=2)
+    update = jit_update(SPECS, loss, make_optimizer(LR), Scoring(SMALL, train, 16), micro_batches=2)
     state, metrics = update(begin(train), hosts.put(batch(), train.sharding(("rows", None))))
     want, (logged,) = run_updates(1, batch(), loss=PolicyGradient(surrogate=Reinforce()), micro_batches=2)
     for a, b in zip(jax.tree.leaves(jax.device_get(state)), jax.tree.leaves(want), strict=True):
@@ -308,7 +308,7 @@ def test_bfloat16_trains_float32_masters():
     cfg = dataclasses.replace(SMALL, compute="bfloat16")
     train, _ = layouts()
     loss, optimizer = make_loss(ObjectiveConfig()), make_optimizer(LR)
-    update = make_update(SPECS, loss, optimizer, Scoring(cfg, train, 16))
+    update = jit_update(SPECS, loss, optimizer, Scoring(cfg, train, 16))
     state, metrics = update(begin(train), hosts.put(batch(), train.sharding(("rows", None))))
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     assert np.isfinite(metrics["grad_norm"]) and metrics["mismatch/max_abs_dlogp"] < 0.3

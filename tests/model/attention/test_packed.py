@@ -9,7 +9,7 @@ import pytest
 from setups import FAMILIES, SMALL, VOCAB, Sequences, layouts, make_params
 
 from jaxrl_llm.distribution.score import Scoring, score_tokens
-from jaxrl_llm.update.batch import make_batch, to_completions
+from jaxrl_llm.update.batch import fill_batch, to_completions
 from jaxrl_llm.update.packing import BatchShape
 
 GROUPS, SAMPLES, S, C = 4, 3, 7, 6
@@ -56,7 +56,7 @@ def program(name: str):
 def results(name: str, kind: str, mutate=lambda batch: batch):
     """Gradients, and log-probs and entropies of the completion tokens in the loss."""
     q = sequences()
-    batch, where = make_batch(q.experience, BatchShape(kind, ROWS, SLOTS, 1), VOCAB.pad, "sequence")
+    batch, where = fill_batch(q.experience, BatchShape(kind, ROWS, SLOTS, 1), VOCAB.pad, "sequence")
     gradient, scored = program(name)(mutate(batch))
     return gradient, [to_completions(np.asarray(x), where, q)[q.loss_mask] for x in (scored.logprobs, scored.entropy)]
 
