@@ -30,10 +30,15 @@ from jaxrl_llm.tasks.config import PretrainedTokenizer
 MAX_BYTES = 2_000_000
 
 
-def load(path: Path, args: Sequence[str] = (), command_options: Sequence[str] = ()) -> RunConfig:
+def load(path: str | Path, args: Sequence[str] = (), command_options: Sequence[str] = ()) -> RunConfig:
     """Return the config of a YAML file with the flags `args` over it.
 
+        cfg = rl.load_config("configs/arithmetic.yaml", ["--steps", "20"])
+        result = rl.train.train(cfg)
+
     Args:
+        path: of the file.
+        args: flags, as on the command line.
         command_options: options of the command itself, as `--resume`, suggested for misspelled flags.
 
     Raises:
@@ -41,7 +46,7 @@ def load(path: Path, args: Sequence[str] = (), command_options: Sequence[str] = 
     """
     flags, errors = read_flags(args, RunConfig, command_options)
     try:
-        values, repeated_keys = _read(path)
+        values, repeated_keys = _read(Path(path))
     except UserError as error:
         raise UserError("\n".join([str(error), *errors])) from None
     return _checked(values, str(path), flags, [*repeated_keys, *errors])

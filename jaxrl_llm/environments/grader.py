@@ -62,6 +62,8 @@ BUILT_IN = {
 def make_grader(name: str, options: Mapping[str, Any] = {}) -> Grader:
     """Return the grader `name`, a built-in or "module:function", with its options.
 
+        reward = rl.make_grader("numeric")
+
     Raises:
         UserError: `name` cannot be found, imported or called.
     """

@@ -17,8 +17,14 @@ Advantage = Callable[[Groups, Scores], Credit]
 NO_SCORES, NO_REWARD_KL = Scores(), RewardKl()
 
 
-def make_advantage(objective: ObjectiveConfig, weights: Sequence[float]) -> Advantage:
-    """Return the advantage function of an objective. `weights`: one per grader."""
+def make_advantage(objective: ObjectiveConfig, weights: Sequence[float] | None = None) -> Advantage:
+    """Return the advantage function of an objective, a KL in the reward included.
+
+        advantage = rl.make_advantage(rl.preset("trl:grpo"))
+        credit = advantage(groups, rl.Scores())
+
+    `weights`: one per grader; None: 1 each.
+    """
     advantage = objective.advantage
     if isinstance(advantage, OwnAdvantage):
         return partial(custom_credit, advantage.made(), advantage.function)

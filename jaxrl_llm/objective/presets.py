@@ -5,10 +5,13 @@ Each entry holds the differences from `ObjectiveConfig`'s defaults. `framework:n
 with its defaults for that algorithm, `paper:name` the published equation; `SOURCES` gives version and date.
 """
 
+import dataclasses
 import difflib
 from typing import Any
 
 from jaxrl_llm.config.flags import merged
+from jaxrl_llm.config.options import with_options
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.objective.config import ObjectiveConfig
 
 DUAL = {"kind": "clip", "low": 0.2, "high": 0.2, "dual": 3.0}
@@ -140,6 +143,22 @@ SOURCES = {
     "prime:dppo": "v0.8.1.dev67 (559b4477), 2026-08-21",
     "tinker": "tinker-cookbook 9dfcc3a2, 2026-08-19",
 }
+
+
+def preset(name: str, **parts: Any) -> ObjectiveConfig:
+    """Return the objective of a preset, `parts` merged over it: a `kind` need not be repeated.
+
+        objective = rl.preset("verl:dapo", loss={"surrogate": {"high": 0.3}})
+        advantage, loss = rl.make_advantage(objective), rl.losses.make_loss(objective)
+
+    Raises:
+        UserError: no such preset, or a part is wrong.
+    """
+    if name not in PRESETS:
+        hint = f"; perhaps you meant {nearest_preset(name)}" if nearest_preset(name) else ""
+        raise UserError(f"preset: got {name!r}, want one of {', '.join(PRESETS)}{hint}")
+    default = ObjectiveConfig()
+    return with_options(default, with_preset({"preset": name, **parts}, dataclasses.asdict(default)))
 
 
 def source(preset: str) -> str:

@@ -15,8 +15,8 @@ def make_mesh(
 ) -> Mesh:
     """Return a mesh with the axes data, fsdp, tensor and expert; -1, on one of them, takes the devices that are left.
 
-        mesh = make_mesh(fsdp=-1)               # parameters sharded over all devices
-        mesh = make_mesh(fsdp=4, tensor=2)      # eight devices
+        mesh = rl.make_mesh(fsdp=-1)               # parameters sharded over all devices
+        mesh = rl.make_mesh(fsdp=4, tensor=2)      # eight devices
 
     The axes are Auto: one model function serves both layouts, and the compiler inserts the collectives, which `tests/tpu_aot`
     counts. An axis may be part of a physical axis of a TPU slice, e.g. 2 of 4; `jax.make_mesh` refuses that except on v5e.

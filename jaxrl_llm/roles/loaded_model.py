@@ -13,6 +13,7 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import ForwardOptions, ModelConfig, PretrainedModel
 from jaxrl_llm.model.hf.config import read_config
+from jaxrl_llm.model.hf.export import ConfigFiles, export
 from jaxrl_llm.model.hf.load import load
 from jaxrl_llm.model.hf.source import resolve
 from jaxrl_llm.parallel.layout import TRAIN, Layout
@@ -36,6 +37,8 @@ class Model:
     train: Layout
     decode: Layout
     """Layout of the policy, for sampling."""
+    directory: Path | None = None
+    """Hugging Face directory that it was loaded from."""
 
     @property
     def vocab(self) -> Vocabulary:
@@ -73,6 +76,7 @@ def load_model(
     Raises:
         UserError: everything that does not fit: files, sizes and mesh, vocabulary and tokenizer.
     """
+    directory = None
     if isinstance(source, ModelConfig):
         config, default = source, CharacterTokenizer()
     else:
@@ -90,7 +94,18 @@ def load_model(
     if wrong := [*wrong, *vocabulary_problems(config, tokenizer.size)]:
         raise UserError("\n".join(wrong))
     params = load_params(source, model_params.specs(config), train, make_keys(seed).train)
-    return Model(config, params, tokenizer, train, train.for_decode("replicated"))
+    return Model(config, params, tokenizer, train, train.for_decode("replicated"), directory)
+
+
+def save_model(model: Model, params: PyTree, directory: str | Path) -> None:
+    """Write a Hugging Face directory in the model's compute dtype, which `load_model` and transformers read.
+
+        rl.save_model(model, state.params, "mine-trained")
+
+    `directory`: new or empty. Raises UserError if it is neither, or the model belongs to no family of Hugging Face.
+    """
+    files = ConfigFiles(model.directory, eos=model.vocab.eos, pad=model.vocab.pad)
+    export(params, model.config, directory, model.config.compute, files, save_tokenizer=model.tokenizer.save)
 
 
 def load_params(

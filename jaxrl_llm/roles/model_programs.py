@@ -208,6 +208,7 @@ def make_score(
 def make_publish(model: Model, weights: str = "compute") -> Callable[..., Policy]:
     """Return `publish(params, version=0, old=None) -> Policy`, the parameters for sampling in the compute dtype and DECODE layout.
 
+        publish = rl.make_publish(model)
         policy = publish(model.params)
         policy = publish(state.params, state.step, policy)      # the old policy's buffers are donated
 

@@ -95,7 +95,9 @@ def test_what_is_no_number_is_an_error_with_the_response(result, words):
 
 
 def test_a_name_is_no_function():
-    with pytest.raises(UserError, match=r"reward: got 'gsm8k', want a function of one Sample, rl\.make_grader of a name"):
+    with pytest.raises(
+        UserError, match=r"reward: got 'gsm8k', want a function of one Sample, rl\.make_grader of a name"
+    ):
         grade(rollouts(), TASK, "gsm8k")
 
 
