@@ -1,12 +1,9 @@
 """Sphinx: `make docs` builds these pages into docs/_build/html, warnings being errors."""
 
-import tomllib
-from pathlib import Path
-
-with (Path(__file__).parent.parent / "pyproject.toml").open("rb") as file:
-    release = tomllib.load(file)["project"]["version"]
+import jaxrl_llm
 
 project = "jaxrl_llm"
+release = jaxrl_llm.__version__
 extensions = ["myst_parser"]
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
