@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxrl_llm import errors as errors
     from jaxrl_llm import train as train
-    from jaxrl_llm.config.loading import load as load_config
+    from jaxrl_llm.config.loading import load as load_config  # noqa: F401
     from jaxrl_llm.config.run_config import RunConfig as RunConfig
     from jaxrl_llm.distribution.loss_terms import Loss as Loss
     from jaxrl_llm.distribution.loss_terms import Terms as Terms
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from jaxrl_llm.rollout.config import RolloutConfig as RolloutConfig
     from jaxrl_llm.rollout.engine import Engine as Engine
     from jaxrl_llm.rollout.sample import Controls as Controls
+    from jaxrl_llm.rollout.session import Session as Session
     from jaxrl_llm.tasks.config import ArithmeticTask as ArithmeticTask
     from jaxrl_llm.tasks.config import CharacterTokenizer as CharacterTokenizer
     from jaxrl_llm.tasks.config import PretrainedTokenizer as PretrainedTokenizer
@@ -78,6 +79,7 @@ _PLACES = {
     "load_task": "tasks.task:load_task",
     "next_prompts": "roles.sampler:next_prompts",
     "Engine": "rollout.engine:Engine",
+    "Session": "rollout.session:Session",
     "grade": "roles.grading:grade",
     "GraderPool": "environments.grader_pool:GraderPool",
     "make_grader": "environments.grader:make_grader",

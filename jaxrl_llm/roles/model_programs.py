@@ -3,6 +3,7 @@
 `build.py` makes the same programs for a whole config; here each is made of a `Model`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -59,7 +60,8 @@ class ModelUpdate:
     ) -> tuple[TrainState, dict[str, float]]:
         """Return the next state and the metrics of the step: `loss`, `grad_norm`, `ratio/max`, `entropy`, ...
 
-        After a batch without a token in the loss, and after a non-finite gradient (`nonfinite` 1), only the step differs.
+        After a batch without a token in the loss, whose metrics are NaN, and after a non-finite gradient (`nonfinite` 1), only the
+        step differs.
 
         Args:
             state: donated: its arrays cannot be read any more.
@@ -72,8 +74,10 @@ class ModelUpdate:
         check_batch(batch, self.loss)
         layout = self.model.train
         rows = spread_rows(batch, self.micro_batches, layout.size("rows"))
-        state, metrics = self.program(state, hosts.put(rows, layout.sharding(("rows", None))), reference)
-        return state, without_zero_gradients(as_floats(jax.device_get(metrics)))[0]
+        state, found = self.program(state, hosts.put(rows, layout.sharding(("rows", None))), reference)
+        metrics, _ = without_zero_gradients(as_floats(jax.device_get(found)))
+        # Means and extremes of no tokens.
+        return state, metrics if batch.loss_mask.any() else dict.fromkeys(metrics, math.nan)
 
 
 def make_update(

@@ -157,3 +157,10 @@ def test_scores_are_those_that_the_update_sees():
     dropped = make_score(MODEL_, "none", 3)(MODEL_.params, GROUPS.replace(keep=np.arange(6) > 0))
     np.testing.assert_allclose(dropped.logprobs[1:], scores.logprobs[1:], atol=1e-5)
     assert not dropped.logprobs[0].any()
+
+
+def test_a_batch_without_a_row_to_learn_from_changes_the_step_alone():
+    none = GROUPS.replace(keep=np.zeros(6, bool))
+    state, metrics = UPDATE(UPDATE.start(MODEL_.params), make_batch(none, Grpo()(none)))
+    assert equal(state.params, MODEL_.params) and int(state.step) == 1
+    assert np.isnan(list(metrics.values())).all() and "ratio/max" in metrics

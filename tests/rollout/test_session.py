@@ -18,7 +18,7 @@ from jaxrl_llm.rollout.config import EngineConfig
 from jaxrl_llm.rollout.engine import Engine, EngineModel
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Finish, Rollouts, check
-from jaxrl_llm.update.step import make_score
+from jaxrl_llm.update.step import jit_score
 
 KEY = jax.random.key(4)
 P, G, C = 8, 4, 12
@@ -247,7 +247,7 @@ def test_log_probs_are_the_scores_of_the_policy_that_sampled(when):
     assert (got.length > border).sum() > 5
     layout = layouts()[0]
     batch = to_batch(to_experience(got))
-    score = make_score(Scoring(ONE_LAYER, layout, VOCAB.size, VOCAB.eos))
+    score = jit_score(Scoring(ONE_LAYER, layout, VOCAB.size, VOCAB.eos))
     for version, seed in ((3, 0), (5, 1)):
         scores = score(params_of(seed=seed), hosts.put(batch, layout.sharding(("rows", None))))
         at = np.asarray(batch.loss_mask) & (of_batch(got.version, batch) == version)
