@@ -48,7 +48,7 @@ ALLOWED = {
 }
 # Who may see a whole run's config.
 SEE_RUN_CONFIG = {"roles", "train", "commands", "plan", "config", "cli", "__init__"}
-NEVER = {"configs", "tests", "benchmarks", "launch", "docs"}
+NEVER = {"configs", "tests", "benchmarks", "examples", "launch", "docs"}
 VAGUE = {"utils", "util", "common", "core", "helpers", "helper", "manager", "misc"}
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "chex"}
 MAX_FILE, MAX_FUNCTION, MAX_TRAIN, MAX_PARAMETERS, MAX_TOP = 400, 60, 30, 7, 6
