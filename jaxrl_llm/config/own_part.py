@@ -47,21 +47,7 @@ class OwnPart:
 
     def traced(self, section: str) -> Callable:
         """Return `made()` for tracing by JAX: a UserError names the section if the function needs a concrete number."""
-        function = self.made()
-
-        def call(*args: Any) -> Any:
-            from jax.errors import ConcretizationTypeError
-
-            try:
-                return function(*args)
-            except ConcretizationTypeError as error:
-                raise UserError(
-                    f"{section} {self.function}: got an if, a loop or a float() that asks for a number, which JAX does not know "
-                    "while it compiles; want jnp.where, and jax.numpy throughout"
-                ) from error
-
-        call.__name__ = getattr(function, "__name__", self.function)
-        return call
+        return user_code.traced(self.made(), self.function, f"{section} {self.function}")
 
     def problems(self, section: str) -> list[str]:
         """Errors about the function and its options. Imports its module. `section`: path of this section in the config."""

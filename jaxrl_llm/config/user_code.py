@@ -83,6 +83,30 @@ def made(found: Callable, options: Mapping[str, Any]) -> Callable:
     return functools.partial(found, **options) if options else found
 
 
+def traced(function: Callable, name: str, where: str) -> Callable:
+    """Return the function for tracing by JAX: a UserError says what to do if it needs a concrete number.
+
+    Args:
+        function: of traced arrays.
+        name: of a function that has none.
+        where: its name in the error message.
+    """
+
+    def call(*args: Any) -> Any:
+        from jax.errors import ConcretizationTypeError
+
+        try:
+            return function(*args)
+        except ConcretizationTypeError as error:
+            raise UserError(
+                f"{where}: got an if, a loop or a float() that asks for a number, which JAX does not know while it compiles; "
+                "want jnp.where, and jax.numpy throughout"
+            ) from error
+
+    call.__name__ = getattr(function, "__name__", name)
+    return call
+
+
 def has_method(found: type, name: str) -> bool:
     """True if instances of the class have the method. `__call__` counts only for instances: every class itself has one."""
     return any(name in vars(base) and callable(getattr(found, name)) for base in found.__mro__ if base is not object)

@@ -11,10 +11,11 @@ from jaxtyping import Float, Int
 from jaxrl_llm.environments.grader import Grader, Sample
 from jaxrl_llm.environments.grader_pool import Graded, GraderPool
 from jaxrl_llm.environments.in_process import grade_in_process
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.tasks.rows import Row
 from jaxrl_llm.tasks.task import Task
-from jaxrl_llm.types import Finish, Groups, Rollouts
+from jaxrl_llm.types import Finish, Groups, Prompts, Rollouts
 
 
 def grade(rollouts: Rollouts, task: Task, reward: Grader | GraderPool, rows: Sequence[Row] | None = None) -> Groups:
@@ -23,24 +24,37 @@ def grade(rollouts: Rollouts, task: Task, reward: Grader | GraderPool, rows: Seq
         groups = rl.grade(rollouts, task, lambda sample: float(sample.completion == sample.answer))
 
     Args:
-        rollouts: of prompts whose `row` is an index into `rows`.
+        rollouts: of prompts whose `row` is an index into `rows`; of texts or ids, in the order of `rows`.
         task: decodes the responses.
         reward: function of one `Sample` that returns a number, called in this process; or a `GraderPool`.
         rows: with the answers; None: `task.train`.
 
     Raises:
-        UserError: the function returned no number that float32 holds.
+        UserError: the prompts are not those of `rows`, or the function returned no number that float32 holds.
         Exception: whatever the function raises. (A pool counts it as a failure of the group.)
     """
-    num = len(rollouts.prompts.length)
+    rows, num = task.train if rows is None else rows, len(rollouts.prompts.length)
+    in_order = rollouts.prompts.replace(row=np.arange(num))
+    asked = in_order if (rollouts.prompts.row < 0).all() else rollouts.prompts
+    _check_rows(rows, asked)
     mine = np.arange(jax.process_index(), num, jax.process_count())
-    samples = samples_of(task, task.train if rows is None else rows, rollouts)
+    samples = samples_of(task, rows, rollouts.replace(prompts=asked))
     samples = [samples[p] for p in mine]
     graded = reward.grade(samples) if isinstance(reward, GraderPool) else grade_in_process(reward, samples)
     grades = blank_grades(num, len(rollouts.length) // num, len(graded.components))
     if len(mine):
         grades.set(mine, graded)
     return make_groups(rollouts, grades)
+
+
+def _check_rows(rows: Sequence[Row], prompts: Prompts) -> None:
+    for p, index in enumerate(prompts.row):
+        tokens = prompts.tokens[p, : prompts.length[p]]
+        if index >= len(rows) or not np.array_equal(rows[index].tokens, tokens):
+            raise UserError(
+                f"rollouts: got a prompt {p} other than that of row {index}, which has its answer; want prompts of rl.next_prompts, "
+                "or rows=... in the order of the prompts that engine.generate got"
+            )
 
 
 class Grades(NamedTuple):

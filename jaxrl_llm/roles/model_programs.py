@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Float
 
+from jaxrl_llm.config.user_code import traced
 from jaxrl_llm.distribution.loss_terms import Loss, Terms, Tokens
 from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.errors import UserError
@@ -69,8 +70,10 @@ class ModelUpdate:
             reference: parameters of the reference, for a loss that reads its whole distribution.
 
         Raises:
-            UserError: the batch was not made for the loss.
+            UserError: the state was used up, or the batch was not made for the loss.
         """
+        if state.step.is_deleted():
+            raise UserError("state: got one that an earlier update has used up, want the state that it returned")
         check_batch(batch, self.loss)
         layout = self.model.train
         rows = spread_rows(batch, self.micro_batches, layout.size("rows"))
@@ -101,7 +104,9 @@ def make_update(
     """
     if micro_batches < 1:
         raise UserError(f"micro_batches: got {micro_batches}, want 1 or more")
-    loss = loss if isinstance(loss, Loss) else as_loss(loss)
+    if not isinstance(loss, Loss):
+        name = getattr(loss, "__name__", type(loss).__name__)
+        loss = as_loss(traced(loss, name, f"the loss {name}"))
     if "values" in loss.columns:
         raise UserError(
             "loss: got one that reads the values of a critic, want another: only jaxrl train trains a critic"

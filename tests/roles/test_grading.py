@@ -8,6 +8,7 @@ from row_graders import odd
 from jaxrl_llm.environments.grader_pool import GraderPool
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.roles.grading import grade
+from jaxrl_llm.tasks.stream import make_prompts
 from jaxrl_llm.types import check
 
 TASK = sums()
@@ -15,7 +16,7 @@ SAYS = ["12#", "3", "12#", ""]
 ROWS = (5, 8)
 
 
-def rollouts():
+def rollouts(rows=TASK.train, index=ROWS):
     """Two prompts with two samples each, whose texts are SAYS."""
     made = groups_of(np.zeros((2, 2))).rollouts
     tokens = np.zeros((4, 3), np.int32)
@@ -24,7 +25,7 @@ def rollouts():
         tokens[b, : len(ids)] = ids
     wide, length = np.zeros(tokens.shape, np.float32), np.array([len(text) for text in SAYS], np.int32)
     return made.replace(
-        prompts=made.prompts.replace(row=np.array(ROWS, np.int32)), tokens=tokens, length=length, behavior_logprobs=wide,
+        prompts=make_prompts(TASK, rows, np.array(index), np.arange(2)), tokens=tokens, length=length, behavior_logprobs=wide,
         sampled=np.arange(3) < length[:, None], entropy=wide, version=np.zeros(tokens.shape, np.int32),
     )  # fmt: skip
 
@@ -65,9 +66,24 @@ def test_a_grader_that_extracts_gives_the_votes_and_is_started():
 
 
 def test_rows_may_be_others_than_the_training_rows():
-    answers = []
-    grade(rollouts(), TASK, lambda sample: answers.append(sample.answer) or 0, rows=[TASK.held_out[0]] * 9)
-    assert set(answers) == {TASK.held_out[0].answer}
+    answers, held_out = [], TASK.held_out
+    grade(rollouts(held_out, (2, 0)), TASK, lambda sample: answers.append(sample.answer) or 0, rows=held_out)
+    assert answers == [held_out[row].answer for row in (2, 2, 0, 0)]
+    # Prompts that engine.generate got as texts or ids have no row.
+    asked = rollouts(held_out, (2, 0))
+    asked = asked.replace(prompts=asked.prompts.replace(row=np.full(2, -1, np.int32)))
+    grade(asked, TASK, lambda sample: answers.append(sample.answer) or 0, rows=[held_out[2], held_out[0]])
+    assert answers[4:] == answers[:4]
+    with pytest.raises(UserError, match="rollouts: got a prompt 0 other than that of row 0"):
+        grade(asked, TASK, lambda sample: 0)
+
+
+@pytest.mark.parametrize(
+    "rows", [None, TASK.held_out[::-1], TASK.held_out[:1]], ids=["training rows", "order", "too few"]
+)
+def test_prompts_of_other_rows_are_not_graded_by_their_answers(rows):
+    with pytest.raises(UserError, match=r"rollouts: got a prompt 0 other than that of row 2, .* want .* rows=..."):
+        grade(rollouts(TASK.held_out, (2, 0)), TASK, lambda sample: 0, rows=rows)
 
 
 def test_an_exception_is_the_functions_own():

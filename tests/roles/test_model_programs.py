@@ -31,6 +31,7 @@ def loss(scores, batch):
 
 
 UPDATE = make_update(MODEL_, loss, optax.sgd(0.5), micro_batches=2)
+STATE = UPDATE.start(MODEL_.params)
 
 
 def batch_of(**options):
@@ -120,20 +121,20 @@ def ones(groups, scores):
 def test_a_batch_that_was_not_made_for_the_loss_is_refused(of, batch, words):
     update = make_update(MODEL_, of, optax.sgd(1.0))
     with pytest.raises(UserError, match=words):
-        update(None, batch_of())
+        update(STATE, batch_of())
     update = update.__class__(MODEL_, of, update.optimizer, 1, lambda state, batch, reference: (state, {"loss": 1}))
     zeros = np.zeros(GROUPS.rollouts.tokens.shape, np.float32)
-    assert update(None, batch_of(loss=of, scores=Scores(reference_logprobs=zeros)))[1] == {"loss": 1.0}
+    assert update(STATE, batch_of(loss=of, scores=Scores(reference_logprobs=zeros)))[1] == {"loss": 1.0}
 
 
 def test_weights_of_ones_own_and_equal_lengths_are_not_refused():
     update = make_update(MODEL_, as_loss(loss, "sequence"), optax.sgd(1.0), 1)
     update = update.__class__(MODEL_, update.loss, update.optimizer, 1, lambda state, batch, reference: (state, {}))
     batch = batch_of()
-    update(None, batch.replace(weight=batch.weight * 2))
+    update(STATE, batch.replace(weight=batch.weight * 2))
     alike = groups_of(REWARD)
-    update(None, make_batch(alike, Grpo()(alike)))
-    update(None, make_batch(GROUPS, Credit(np.zeros((6, 2), np.float32), keep=np.zeros(6, bool))))
+    update(STATE, make_batch(alike, Grpo()(alike)))
+    update(STATE, make_batch(GROUPS, Credit(np.zeros((6, 2), np.float32), keep=np.zeros(6, bool))))
 
 
 def test_what_an_update_cannot_train_is_refused():
@@ -164,3 +165,21 @@ def test_a_batch_without_a_row_to_learn_from_changes_the_step_alone():
     state, metrics = UPDATE(UPDATE.start(MODEL_.params), make_batch(none, Grpo()(none)))
     assert equal(state.params, MODEL_.params) and int(state.step) == 1
     assert np.isnan(list(metrics.values())).all() and "ratio/max" in metrics
+
+
+def test_a_state_is_used_once():
+    """As when a cell of a notebook is run twice."""
+    state = UPDATE.start(MODEL_.params)
+    UPDATE(state, batch_of())
+    with pytest.raises(
+        UserError, match="state: got one that an earlier update has used up, want the state that it returned"
+    ):
+        UPDATE(state, batch_of())
+
+
+def test_a_loss_that_asks_for_a_number_is_named():
+    def branching(scores, batch):
+        return -scores.logprobs if scores.logprobs[0, 0] > 0 else scores.logprobs
+
+    with pytest.raises(UserError, match=r"the loss branching: got an if, .* want jnp.where"):
+        make_update(MODEL_, branching, optax.sgd(1.0), 1)(STATE, batch_of())
