@@ -52,7 +52,7 @@ def _check_rows(rows: Sequence[Row], prompts: Prompts) -> None:
         tokens = prompts.tokens[p, : prompts.length[p]]
         if index >= len(rows) or not np.array_equal(rows[index].tokens, tokens):
             raise UserError(
-                f"rollouts: got a prompt {p} other than that of row {index}, which has its answer; want prompts of rl.next_prompts, "
+                f"rollouts: got a prompt {p} other than that of row {index}, with its answer; want prompts of rl.next_prompts, "
                 "or rows=... in the order of the prompts that engine.generate got"
             )
 
