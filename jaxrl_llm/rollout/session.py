@@ -48,7 +48,7 @@ from jaxrl_llm.rollout.requests import (
     stack_prompts,
 )
 from jaxrl_llm.rollout.sample import Controls
-from jaxrl_llm.types import Policy, Rollouts
+from jaxrl_llm.types import Policy, PyTree, Rollouts
 
 Ids = Int[np.ndarray, " n"]
 
@@ -101,6 +101,7 @@ class Session:
         self.num_added, self.masks_eos, self.stats = 0, False, Stats()
         self.finished_early: list[int] = []
         """Requests to report by the next `advance`, of which nothing was left to decode."""
+        check_alive(policy.params)
         self.params, self.version = policy.params, int(policy.version)
         self.weights = weight_bytes(policy.params, self.decoding.model)
 
@@ -185,7 +186,7 @@ class Session:
         """
         begun, finished = time.perf_counter(), []
         if self.queue or self.batch.active.any():
-            self._check_policy()
+            check_alive(self.params)
             decoding = [request for request in self.requests.values() if request.groups]
             length, finish = self.output.length.copy(), self.output.finish.copy()
             try:
@@ -209,12 +210,6 @@ class Session:
         for request in requests:
             self.output.cut(request.rows, length[request.rows], finish[request.rows])
             self._enqueue(request.id)
-
-    def _check_policy(self) -> None:
-        if any(x.is_deleted() for x in jax.tree.leaves(self.params)):
-            raise UserError(
-                "the policy's buffers were donated, as `publish` does: call session.use(policy) with the new one"
-            )
 
     def _decode(self) -> list[int]:
         """Decode one chunk and store it. Returns the requests that it finished."""
@@ -293,6 +288,7 @@ class Session:
 
     def use(self, policy: Policy) -> None:
         """Sample from another policy from now on. Keys of known tokens are read again, so that log-probs are the new policy's."""
+        check_alive(policy.params)
         same, self.version = policy.params is self.params, int(policy.version)
         if same:
             return
@@ -362,6 +358,15 @@ class Session:
         if len(sizes) > 1:
             raise ValueError(f"{what}: got requests of {' and '.join(map(str, sizes))} samples, want equally many")
         return sizes[0]
+
+
+def check_alive(params: PyTree) -> None:
+    """Raise UserError if a program has taken the parameters' buffers, as `publish` takes those of the old policy."""
+    if any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(params)):
+        raise UserError(
+            "policy: got one whose buffers `publish` has taken for the next policy, want that one; a session gets it by "
+            "session.use(policy)"
+        )
 
 
 def controls_for(cfg: RolloutConfig, prompts: int, temperature: float | None = None) -> Controls:

@@ -491,8 +491,11 @@ def test_a_donated_policy_is_named():
     session.add(make_prompts(P))
     session.advance()
     jax.tree.map(lambda x: x.delete(), old)
-    with pytest.raises(UserError, match=r"the policy's buffers were donated.*session.use\(policy\)"):
-        session.advance()
+    for call in (session.advance, lambda: session.use(old), lambda: of().generate(old, make_prompts(P), KEY)):
+        with pytest.raises(
+            UserError, match=r"policy: got one whose buffers `publish` has taken .*session.use\(policy\)"
+        ):
+            call()
     session.use(policy_of())
     finish(session)
     same_rows(session.take(np.arange(P)), whole(), np.arange(P * G))
