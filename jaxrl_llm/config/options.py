@@ -21,11 +21,9 @@ def with_options(cfg: Config, options: Mapping[str, Any]) -> Config:
     Raises:
         UserError: names every unknown field and every wrong value.
     """
-    if not options:
-        return cfg
     known = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
     wrong = [
-        f"{name}: got an unknown option, want one of: {', '.join(known)}.{hint(name, known)}"
+        f"{name}: got an unknown option, want one of: {', '.join(known)}.{_nested(name, known) or hint(name, known)}"
         for name in options
         if name not in known
     ]
@@ -35,7 +33,18 @@ def with_options(cfg: Config, options: Mapping[str, Any]) -> Config:
         by_path: dict[str, list] = {}
         for one in error.errors():
             by_path.setdefault(".".join(map(str, one["loc"])), []).append(one)
-        wrong += [f"{path}: {got_and_want(errors)}" for path, errors in by_path.items()]
+        wrong += [f"{path}: {_described(errors)}" for path, errors in by_path.items()]
     if wrong:
         raise UserError("\n".join(wrong))
     return made
+
+
+def _nested(name: str, known: Mapping[str, Any]) -> str:
+    """Where an option belongs, if it is one of a part of the config."""
+    parts = (part for part, value in known.items() if name in getattr(value, "__dataclass_fields__", ()))
+    return next((f" It belongs into {part}={{...}}" for part in parts), "")
+
+
+def _described(errors: list) -> str:
+    unknown = errors[0]["type"] == "unexpected_keyword_argument"
+    return "got an unknown option" if unknown else got_and_want(errors)

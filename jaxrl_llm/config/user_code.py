@@ -68,6 +68,11 @@ def importable_name(function: Callable, setting: str) -> str:
         UserError: no other process can: it is defined in a notebook, a script or another function.
     """
     module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", type(function).__name__)
+    if not hasattr(function, "__qualname__"):
+        raise UserError(
+            f"{setting}: got an instance of {name}, which other processes cannot import; want its class, or a function, and "
+            "its arguments as options={...}"
+        )
     if module == "__main__" or getattr(sys.modules.get(module), name, None) is not function:
         raise UserError(
             f"{setting}: got {name} of {module}, which other processes cannot import; want a function at the top of a module of "

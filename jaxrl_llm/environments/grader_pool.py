@@ -103,7 +103,7 @@ class GraderPool:
         """
         Args:
             reward: a config; or one grader, by name ("gsm8k", "my_module:my_function") or as a function of a module of its own.
-            limits: other fields of `RewardConfig`: workers, deadline_s, memory_gib.
+            limits: other fields of `RewardConfig`: workers, deadline_s, memory_gib; and `options`, those of the one grader.
         """
         config = _reward_config(reward, limits)
         if found := problems(config):
@@ -303,5 +303,6 @@ class GraderPool:
 def _reward_config(reward: RewardConfig | Grader | str, limits: Mapping[str, Any]) -> RewardConfig:
     if not isinstance(reward, RewardConfig):
         name = reward if isinstance(reward, str) else importable_name(reward, "reward")
-        reward = RewardConfig((GraderConfig(name),))
+        limits = dict(limits)
+        reward = RewardConfig((GraderConfig(name, options=limits.pop("options", {})),))
     return with_options(reward, limits)

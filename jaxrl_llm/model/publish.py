@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.lora import Adapted, by_layer, is_adapted
 from jaxrl_llm.model.params import abstract, policy_params, shardings, specs, unstack
@@ -81,6 +82,9 @@ def publisher(cfg: ModelConfig, train: Layout, decode: Layout, weights: str = "c
     program, blank = jit_publish(cfg, train, decode, weights), make_empty_policy(cfg, decode, weights)
 
     def publish(params: PyTree, version: int | Array = 0, old: Policy | None = None) -> Policy:
+        if not isinstance(params, dict):
+            raise UserError(f"params: got {type(params).__name__}, want model.params or state.params")
+        hosts.check_alive("params", params)
         version = version if isinstance(version, jax.Array) else hosts.put(np.int32(version), train.replicated)
         return program(params, version, blank() if old is None else old)
 

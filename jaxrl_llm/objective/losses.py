@@ -9,7 +9,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.loss_config import (
+    Aggregation,
     Correction,
     CriticLoss,
     CrossEntropy,
@@ -38,6 +39,8 @@ from jaxrl_llm.objective.surrogates import SURROGATES, log_ratio, sum_by_id, zer
 from jaxrl_llm.types import ArrayLike, Batch, Groups, OwnColumn, Scores
 
 UNCORRECTED = NoCorrection()
+# Columns of a batch that are there if a loss reads them.
+OPTIONAL = ("reference_logprobs", "proximal_logprobs", "values", "returns")
 
 
 class ImportanceWeight(NamedTuple):
@@ -260,6 +263,11 @@ def as_loss(
         columns: optional columns of `Batch` that it reads.
         own: columns that it defines; a function `f` becomes `batch.own["f"]`.
     """
+
+    if aggregation not in get_args(Aggregation):
+        raise UserError(f"aggregation: got {aggregation!r}, want one of {', '.join(get_args(Aggregation))}")
+    if unknown := [name for name in columns if name not in OPTIONAL]:
+        raise UserError(f"columns: got {unknown[0]!r}, want some of {', '.join(OPTIONAL)}")
 
     def terms(scores: TokenScores, batch: Batch) -> Terms:
         found = function(scores, batch)

@@ -40,6 +40,15 @@ def start_distributed() -> None:
         raise UserError(f"distributed start: got {', '.join(given)}, want {missing} as well")
 
 
+def check_alive(name: str, tree: PyTree) -> None:
+    """Raise UserError if a program has taken the buffers of `tree` for its result. `name`: in the message."""
+    if any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(tree)):
+        raise UserError(
+            f"{name}: got arrays whose buffers update or publish has taken for its result, want that result: they donate the state "
+            "and the policy that they get; a session gets its next policy by session.use(policy)"
+        )
+
+
 def put(tree: PyTree, sharding: Sharding | PyTree) -> PyTree:
     """Put NumPy arrays, equal on every host, onto the mesh; each host copies only the bytes of its devices."""
     if jax.process_count() == 1:

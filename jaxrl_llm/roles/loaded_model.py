@@ -1,5 +1,6 @@
 """A model for a notebook: config, parameters, tokenizer and layouts in one value."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
+from jaxrl_llm.config.options import with_options
 from jaxrl_llm.distribution.score import Scoring
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model import params as model_params
@@ -16,13 +18,14 @@ from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.export import ConfigFiles, export
 from jaxrl_llm.model.hf.load import load
 from jaxrl_llm.model.hf.source import resolve
+from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.layout import TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.roles.build import make_keys
 from jaxrl_llm.roles.inputs import vocabulary_problems
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.tasks.config import CharacterTokenizer, PretrainedTokenizer
-from jaxrl_llm.tasks.tokenizer import Tokenizer, load_tokenizer
+from jaxrl_llm.tasks.tokenizer import Tokenizer, load_tokenizer, saved_characters
 from jaxrl_llm.types import PyTree
 
 
@@ -69,7 +72,9 @@ def load_model(
     Args:
         source: a Hugging Face directory, a hub name (needs internet access), or the config of a model with random parameters.
         mesh: from `make_mesh`; None: all devices on the axis fsdp.
-        tokenizer: None: the model's own, with its chat template; for a config, the characters of the arithmetic task.
+        tokenizer: None: the model's own, with its chat template; for a config, the characters of the arithmetic task. A
+            `PretrainedTokenizer` without path changes how the model's own is used, `CharacterTokenizer("abc#")` has an alphabet of
+            yours, whose last character ends a response.
         compute: dtype of activations and of the policy, "float32" or "bfloat16"; "": bfloat16, or what the config says.
         seed: of random parameters, those of `jaxrl train` with this seed.
 
@@ -78,16 +83,16 @@ def load_model(
     """
     directory = None
     if isinstance(source, ModelConfig):
-        config, default = source, CharacterTokenizer()
+        config, default = with_options(source, {}), CharacterTokenizer()
     else:
         directory = resolve(source)
-        config, default = (
-            read_config(directory, compute or PretrainedModel.compute),
-            PretrainedTokenizer(str(directory)),
-        )
+        config = read_config(directory, compute or PretrainedModel.compute)
+        default = saved_characters(directory) or PretrainedTokenizer(str(directory))
     if compute not in ("", config.compute):
         raise UserError(f"compute: got {compute!r}, want {config.compute!r}, that of the config, or nothing")
     tokenizer = default if tokenizer is None else tokenizer
+    if isinstance(tokenizer, PretrainedTokenizer) and not tokenizer.path and directory:
+        tokenizer = dataclasses.replace(tokenizer, path=str(directory))
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
     train = Layout(make_mesh() if mesh is None else mesh, TRAIN)
     wrong = config.problems(train.mesh.shape["tensor"], train.mesh.shape["expert"])
@@ -104,6 +109,7 @@ def save_model(model: Model, params: PyTree, directory: str | Path) -> None:
 
     `directory`: new or empty. Raises UserError if it is neither, or the model belongs to no family of Hugging Face.
     """
+    hosts.check_alive("params", params)
     files = ConfigFiles(model.directory, eos=model.vocab.eos, pad=model.vocab.pad)
     export(params, model.config, directory, model.config.compute, files, save_tokenizer=model.tokenizer.save)
 

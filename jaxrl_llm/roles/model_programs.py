@@ -6,7 +6,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -72,8 +72,9 @@ class ModelUpdate:
         Raises:
             UserError: the state was used up, or the batch was not made for the loss.
         """
-        if state.step.is_deleted():
-            raise UserError("state: got one that an earlier update has used up, want the state that it returned")
+        check_kind("state", state, TrainState, "update.start(model.params)")
+        check_kind("batch", batch, Batch, "rl.make_batch(groups, credit)")
+        hosts.check_alive("state", state)
         check_batch(batch, self.loss)
         layout = self.model.train
         rows = spread_rows(batch, self.micro_batches, layout.size("rows"))
@@ -102,6 +103,8 @@ def make_update(
     Raises:
         UserError: the loss reads a critic, which only `rl.train` trains.
     """
+    if not hasattr(optimizer, "update"):
+        raise UserError(f"optimizer: got {optimizer!r}, want a transformation of optax, such as optax.adamw(1e-6)")
     if micro_batches < 1:
         raise UserError(f"micro_batches: got {micro_batches}, want 1 or more")
     if not isinstance(loss, Loss):
@@ -113,6 +116,12 @@ def make_update(
         )
     program = jit_update(model_params.specs(model.config), loss, optimizer, model.scoring, micro_batches=micro_batches)
     return ModelUpdate(model, loss, optimizer, micro_batches, program)
+
+
+def check_kind(name: str, found: Any, kind: Any, want: str) -> None:
+    """Raise UserError unless `found` is of this kind. `want`: what makes one."""
+    if not isinstance(found, kind):
+        raise UserError(f"{name}: got {type(found).__name__}, want what {want} returns")
 
 
 def check_batch(batch: Batch, loss: Loss) -> None:
@@ -127,6 +136,8 @@ def check_batch(batch: Batch, loss: Loss) -> None:
             f"batch.own: got no {missing[0]}, a column of the loss: want rl.make_batch(groups, credit, loss=loss)"
         )
     row, slot = np.nonzero(batch.loss_mask)
+    if loss.aggregation == "token" and len(row) and np.ptp(batch.weight[row, slot]):
+        raise UserError("batch.weight: got those of another mean, want that over tokens: rl.make_batch(groups, credit)")
     # A group's rows may be apart, so the weights of the mean over prompts cannot be made again.
     if loss.aggregation in ("token", "prompt") or not len(row):
         return
@@ -165,6 +176,8 @@ def make_batch(
     Raises:
         UserError: `packing` or `slots` is out of range, or the credit has another shape than the groups.
     """
+    check_kind("groups", groups, Groups, "rl.grade(...), or keep(groups) of a filter made by rl.filters.chain")
+    check_kind("scores", scores, Scores | None, "rl.Scores(reference_logprobs=...)")
     shape = shape_of(groups, packing, slots)
     credit = credit if isinstance(credit, Credit) else as_credit(credit, groups, "credit")
     aggregation, length, own = (loss.aggregation, loss.length, loss.own) if isinstance(loss, Loss) else ("token", 1, ())
@@ -208,6 +221,8 @@ def make_score(
     program, layout = jit_score(model.scoring, micro_batches), model.train
 
     def score(params: PyTree, groups: Groups) -> TokenScores:
+        check_kind("groups", groups, Groups, "rl.grade(...)")
+        hosts.check_alive("params", params)
         shape = shape_of(groups, packing, 0, micro_batches, layout.size("rows"))
         return Scorer(program, shape, 0, layout.sharding(("rows", None)))(params, groups)
 

@@ -32,7 +32,9 @@ def check_prompts(prompts: Prompts, most: int, vocab: Vocabulary) -> None:
     """Check that there are prompts of 1 to `most` tokens of the vocabulary."""
     if not len(prompts.length):
         raise ValueError("prompts: got none, want one or more")
-    limits_of("prompts.length", prompts.length, (len(prompts.length), 1), most)
+    limits_of(
+        "prompts.length", prompts.length, (len(prompts.length), 1), most, "; the most is the engine's prompt_slots"
+    )
     for name in ("uid", "row"):
         _check_array(f"prompts.{name}", getattr(prompts, name), "iu", prompts.length.shape)
     if (large := np.flatnonzero((prompts.uid < 0) | (prompts.uid > MAX_INT))).size:
@@ -42,12 +44,22 @@ def check_prompts(prompts: Prompts, most: int, vocab: Vocabulary) -> None:
     check_ids("prompts.tokens", prompts.tokens[np.arange(slots) < prompts.length[:, None]], vocab)
 
 
-def limits_of(name: str, given: Int[np.ndarray, "..."], shape: tuple[int, int], most: int) -> Int[np.ndarray, "P G"]:
-    """Return numbers from 1 to `most` per row, given per prompt or per row. `shape`: P prompts, G samples."""
+def limits_of(
+    name: str, given: Int[np.ndarray, "..."], shape: tuple[int, int], most: int, why: str = ""
+) -> Int[np.ndarray, "P G"]:
+    """Return numbers from 1 to `most` per row.
+
+    Args:
+        name: in the error message.
+        given: per prompt or per row.
+        shape: P prompts, G samples.
+        most: largest number.
+        why: end of the error message.
+    """
     given = np.asarray(given)
     fits = given.shape in (shape[:1], shape) and given.dtype.kind in "iu"
     if not fits or not ((given >= 1) & (given <= most)).all():
-        raise ValueError(f"{name}: got {given.tolist()}, want {shape[0]} numbers from 1 to {most}")
+        raise ValueError(f"{name}: got {given.tolist()}, want {shape[0]} numbers from 1 to {most}{why}")
     return np.broadcast_to(given[:, None] if given.ndim == 1 else given, shape)
 
 
@@ -124,7 +136,7 @@ def check_forced(name: str, rows: Sequence[Sequence[int]], room: Int[np.ndarray,
             raise ValueError(f"{name}[{b}]: got {ids.dtype}{list(ids.shape)}, want a list of token ids")
         if len(ids) > room[b]:
             raise ValueError(
-                f"{name}[{b}]: got {len(ids)} tokens, want at most the {max(room[b], 0)} up to the row's limit"
+                f"{name}[{b}]: got {len(ids)} tokens, want at most the {max(room[b], 0)} that limit= leaves"
             )
         check_ids(f"{name}[{b}]", ids, vocab)
 

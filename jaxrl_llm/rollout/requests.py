@@ -96,6 +96,8 @@ def as_prompts(given: PromptsLike, tokenizer: PromptTokenizer | None, vocab: Voc
         raise UserError(
             f"prompts: got {type(given).__name__}, want Prompts, a list of texts, or a list of lists of ids"
         )
+    if not len(given):
+        raise ValueError("prompts: got none, want one or more")
     texts = [isinstance(prompt, str) for prompt in given]
     if any(texts) != all(texts):
         raise UserError("prompts: got texts and token ids in one list, want one kind")

@@ -48,7 +48,7 @@ from jaxrl_llm.rollout.requests import (
     stack_prompts,
 )
 from jaxrl_llm.rollout.sample import Controls
-from jaxrl_llm.types import Policy, PyTree, Rollouts
+from jaxrl_llm.types import Policy, Rollouts
 
 Ids = Int[np.ndarray, " n"]
 
@@ -101,7 +101,7 @@ class Session:
         self.num_added, self.masks_eos, self.stats = 0, False, Stats()
         self.finished_early: list[int] = []
         """Requests to report by the next `advance`, of which nothing was left to decode."""
-        check_alive(policy.params)
+        check_policy(policy)
         self.params, self.version = policy.params, int(policy.version)
         self.weights = weight_bytes(policy.params, self.decoding.model)
 
@@ -186,7 +186,7 @@ class Session:
         """
         begun, finished = time.perf_counter(), []
         if self.queue or self.batch.active.any():
-            check_alive(self.params)
+            hosts.check_alive("policy", self.params)
             decoding = [request for request in self.requests.values() if request.groups]
             length, finish = self.output.length.copy(), self.output.finish.copy()
             try:
@@ -288,7 +288,7 @@ class Session:
 
     def use(self, policy: Policy) -> None:
         """Sample from another policy from now on. Keys of known tokens are read again, so that log-probs are the new policy's."""
-        check_alive(policy.params)
+        check_policy(policy)
         same, self.version = policy.params is self.params, int(policy.version)
         if same:
             return
@@ -360,13 +360,11 @@ class Session:
         return sizes[0]
 
 
-def check_alive(params: PyTree) -> None:
-    """Raise UserError if a program has taken the parameters' buffers, as `publish` takes those of the old policy."""
-    if any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(params)):
-        raise UserError(
-            "policy: got one whose buffers `publish` has taken for the next policy, want that one; a session gets it by "
-            "session.use(policy)"
-        )
+def check_policy(policy: Policy) -> None:
+    """Raise UserError unless it is a policy with its buffers."""
+    if not isinstance(policy, Policy):
+        raise UserError(f"policy: got {type(policy).__name__}, want a Policy, as publish(params) returns it")
+    hosts.check_alive("policy", policy)
 
 
 def controls_for(cfg: RolloutConfig, prompts: int, temperature: float | None = None) -> Controls:

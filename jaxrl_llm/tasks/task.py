@@ -14,9 +14,9 @@ from jaxtyping import Int32
 from jaxrl_llm.config.options import with_options
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks import reasoning_gym, records
-from jaxrl_llm.tasks.config import ArithmeticTask, FileTask, ReasoningGymTask
+from jaxrl_llm.tasks.config import ArithmeticTask, CharacterTokenizer, FileTask, PretrainedTokenizer, ReasoningGymTask
 from jaxrl_llm.tasks.rows import Row, UntokenizedRow, exclude_prompts, fill_rows, hash_rows, limit_prompts, make_rows
-from jaxrl_llm.tasks.tokenizer import Tokenizer
+from jaxrl_llm.tasks.tokenizer import Tokenizer, load_tokenizer
 from jaxrl_llm.tasks.turns import as_turns, from_data
 
 log = logging.getLogger("jaxrl_llm.tasks")
@@ -97,7 +97,7 @@ class Task:
 
 def load_task(
     source: str | Path | ArithmeticTask | FileTask | ReasoningGymTask,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | CharacterTokenizer | PretrainedTokenizer,
     seed: int = 0,
     **fields: Any,
 ) -> Task:
@@ -107,17 +107,20 @@ def load_task(
 
     Args:
         source: a .jsonl, .json or .parquet file or a saved dataset; or the config of a task.
-        tokenizer: encodes prompts and responses.
+        tokenizer: encodes prompts and responses; or its config.
         seed: chooses the held-out rows; also seeds generated tasks.
         fields: with a path, the other fields of `FileTask`.
 
     Raises:
         UserError: names file, line and reason, or every wrong field.
     """
+    tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
     if isinstance(source, str | Path):
         cfg = with_options(FileTask(str(source)), fields)
     elif fields:
-        raise UserError(f"load_task: got {', '.join(fields)} beside {type(source).__name__}, want them in it")
+        raise UserError(
+            f"load_task: got {type(source).__name__} with {', '.join(fields)}, want a path with these, or the config of a task"
+        )
     else:
         cfg = source
     if isinstance(cfg, ArithmeticTask):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 PAD = "<pad>"
+# File of a model directory that says that its tokenizer is one of characters.
+CHARACTERS = "character_tokenizer.json"
 # An encoding has offsets and the text of each token, about 100 bytes per token: allocating them for all texts at once takes
 # longer than the encoding itself.
 BATCH = 1024
@@ -184,6 +186,10 @@ def load_tokenizer(cfg: CharacterTokenizer | PretrainedTokenizer) -> Tokenizer:
     """Load a tokenizer. Raises UserError for anything wrong with the directory, its files or its chat template."""
     if isinstance(cfg, CharacterTokenizer):
         return character_tokenizer(cfg.alphabet)
+    if not isinstance(cfg, PretrainedTokenizer):
+        raise UserError(
+            f"tokenizer: got {type(cfg).__name__}, want model.tokenizer, a CharacterTokenizer or a PretrainedTokenizer"
+        )
     from jaxrl_llm.tasks import pretrained_tokenizer
 
     return pretrained_tokenizer.load(cfg)
@@ -203,6 +209,12 @@ def stop_problems(stop: Sequence[str], tokenizer: Tokenizer, most: int) -> list[
     return found
 
 
+def saved_characters(directory: Path) -> CharacterTokenizer | None:
+    """Return the character tokenizer that was saved in a directory; None if another was."""
+    path = directory / CHARACTERS
+    return CharacterTokenizer(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
 def character_tokenizer(alphabet: str) -> Tokenizer:
     """Make a tokenizer with padding as token 0 and one token per character. No token is special, so graders see the end token."""
     if len(set(alphabet)) != len(alphabet) or len(alphabet) < 2:
@@ -219,5 +231,7 @@ def character_tokenizer(alphabet: str) -> Tokenizer:
 
         wrapped = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, eos_token=alphabet[-1])
         wrapped.save_pretrained(directory)
+        # transformers makes the end token special, so that it is left out of texts.
+        (directory / CHARACTERS).write_text(json.dumps({"alphabet": alphabet}), encoding="utf-8")
 
     return Tokenizer(backend, pad=0, eos=(len(alphabet),), write=write, alphabet=frozenset(alphabet))

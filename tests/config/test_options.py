@@ -20,4 +20,10 @@ def test_every_wrong_option_is_named():
     lines = str(error.value).splitlines()
     assert lines[0].startswith("sample: got an unknown option, want one of: prompts, samples, ")
     assert lines[0].endswith('Perhaps you meant "samples"')
+    with pytest.raises(UserError, match=r"decode_chunk: got an unknown option, .* It belongs into engine=\{...\}"):
+        with_options(RolloutConfig(), {"decode_chunk": 4})
+    with pytest.raises(UserError, match=r"^engine.decode_chunck: got an unknown option$"):
+        with_options(RolloutConfig(), {"engine": {"decode_chunck": 4}})
+    with pytest.raises(UserError, match=r"^prompts: got -8, want"):
+        with_options(RolloutConfig(prompts=-8), {})
     assert lines[1].startswith("prompts: got 0, want") and lines[2].startswith("engine.window: got 'wide', want")

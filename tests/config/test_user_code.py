@@ -75,8 +75,12 @@ def test_a_function_that_no_other_process_finds_is_refused():
         return 0
 
     script = type(inner)(inner.__code__, {"__name__": "__main__"})
-    for function, name in ((inner, "inner"), (lambda: 0, "<lambda>"), (script, "inner"), (object(), "object")):
+    for function, name in ((inner, "inner"), (lambda: 0, "<lambda>"), (script, "inner")):
         with pytest.raises(UserError) as error:
             user_code.importable_name(function, "reward")
         assert "reward: got" in str(error.value) and name in str(error.value)
         assert 'want a function at the top of a module of its own, or its name, "module:function"' in str(error.value)
+    with pytest.raises(
+        UserError, match=r"reward: got an instance of object, .* want its class, or a function, and its arg"
+    ):
+        user_code.importable_name(object(), "reward")

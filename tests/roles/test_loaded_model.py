@@ -14,7 +14,7 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.roles.build import make_keys
-from jaxrl_llm.roles.loaded_model import load_model
+from jaxrl_llm.roles.loaded_model import load_model, save_model
 from jaxrl_llm.roles.start_or_restore import start_params
 from jaxrl_llm.tasks.config import CharacterTokenizer
 
@@ -33,7 +33,7 @@ def test_a_config_and_a_seed_give_what_a_run_starts_from():
     model = load_model(CFG, ONE, seed=3)
     assert equal(model.params, start_params(blueprint(), make_keys(3).train))
     assert (model.vocab.size, model.vocab.pad, model.vocab.eos) == (16, 0, (15,))
-    assert model.config is CFG and model.decode.rules["embed"] is None and model.train.rules["embed"] == "fsdp"
+    assert model.config == CFG and model.decode.rules["embed"] is None and model.train.rules["embed"] == "fsdp"
     num = sum(x.size for x in jax.tree.leaves(model.params))
     assert repr(model).startswith(f"Model({num:,} parameters, 2 layers, 16 tokens, mesh")
 
@@ -65,3 +65,12 @@ def test_what_does_not_fit_is_refused(changes, words):
     with pytest.raises(UserError) as error:
         load_model(**({"source": CFG, "mesh": ONE} | changes))
     assert words in str(error.value)
+
+
+def test_a_model_of_characters_is_saved_with_them(tmp_path):
+    """transformers would make the end character special, and leave it out of every completion."""
+    model = load_model(dataclasses.replace(CFG, qk_norm=True), ONE, tokenizer=CharacterTokenizer("<>abcd#"))
+    save_model(model, model.params, tmp_path / "saved")
+    again = load_model(tmp_path / "saved", ONE, compute="float32")
+    assert again.tokenizer.encode("<ab>#") == model.tokenizer.encode("<ab>#")
+    assert again.tokenizer.decode([3, 4, 7]) == "ab#"

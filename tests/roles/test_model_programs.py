@@ -172,7 +172,7 @@ def test_a_state_is_used_once():
     state = UPDATE.start(MODEL_.params)
     UPDATE(state, batch_of())
     with pytest.raises(
-        UserError, match="state: got one that an earlier update has used up, want the state that it returned"
+        UserError, match="state: got arrays whose buffers update or publish has taken for its result, want that result"
     ):
         UPDATE(state, batch_of())
 
@@ -183,3 +183,35 @@ def test_a_loss_that_asks_for_a_number_is_named():
 
     with pytest.raises(UserError, match=r"the loss branching: got an if, .* want jnp.where"):
         make_update(MODEL_, branching, optax.sgd(1.0), 1)(STATE, batch_of())
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda state: UPDATE(MODEL_.params, batch_of()),
+            r"state: got dict, want what update.start\(model.params\) returns",
+        ),
+        (lambda state: UPDATE(state, "batch"), r"batch: got str, want what rl.make_batch\(groups, credit\) returns"),
+        (lambda state: make_publish(MODEL_)(state), r"params: got TrainState, want model.params or state.params"),
+        (
+            lambda state: make_batch(np.ones(3), None),
+            r"groups: got ndarray, want what rl.grade\(...\), or keep\(groups\) of",
+        ),
+        (
+            lambda state: make_update(MODEL_, lambda s, b: s.logprobs, 1e-3),
+            r"optimizer: got 0.001, want a transformation of optax",
+        ),
+        (
+            lambda state: as_loss(len, aggregation="sequences"),
+            r"aggregation: got 'sequences', want one of token, sequence",
+        ),
+        (
+            lambda state: as_loss(len, columns=("ref",)),
+            r"columns: got 'ref', want some of reference_logprobs, ",
+        ),
+    ],
+)
+def test_a_wrong_object_is_named(call, message):
+    with pytest.raises(UserError, match=message):
+        call(UPDATE.start(MODEL_.params))

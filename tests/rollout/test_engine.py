@@ -182,7 +182,10 @@ def test_a_prompt_without_tokens_or_with_too_many_is_refused(length):
     """An empty prompt would start from the last slot's content."""
     prompts = make_prompts(2, slots=9)
     prompts = prompts.replace(length=np.array([3, length], np.int32))
-    with pytest.raises(ValueError, match=rf"^prompts.length: got \[3, {length}\], want 2 numbers from 1 to 7$"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^prompts.length: got \[3, {length}\], want 2 numbers from 1 to 7; the most is the engine's prompt_slots$",
+    ):
         of(WHOLE).generate(policy_of(), prompts, KEY)
 
 

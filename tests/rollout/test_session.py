@@ -492,9 +492,7 @@ def test_a_donated_policy_is_named():
     session.advance()
     jax.tree.map(lambda x: x.delete(), old)
     for call in (session.advance, lambda: session.use(old), lambda: of().generate(old, make_prompts(P), KEY)):
-        with pytest.raises(
-            UserError, match=r"policy: got one whose buffers `publish` has taken .*session.use\(policy\)"
-        ):
+        with pytest.raises(UserError, match=r"policy: got arrays whose buffers .*session.use\(policy\)"):
             call()
     session.use(policy_of())
     finish(session)
@@ -517,13 +515,13 @@ def test_a_donated_policy_is_named():
         (lambda s: s.add([[1]], 2, known=[[1]]), r"known: got 1 rows, want 2, one per sample of each prompt"),
         (
             lambda s: s.add([[1]], 1, known=[[1] * 13]),
-            r"known\[0\]: got 13 tokens, want at most the 12 up to the row's limit",
+            r"known\[0\]: got 13 tokens, want at most the 12 that limit= leaves",
         ),
         (lambda s: s.add([[1]], 1, known=[[99]]), r"known\[0\]: got 99, want token ids from 0 to 15"),
         (lambda s: s.resume(2, [[1]]), r"tokens: got 1 rows, want 4, one per sample of each prompt"),
         (
             lambda s: s.resume(2, [[1] * 13] * 4),
-            r"tokens\[0\]: got 13 tokens, want at most the \d+ up to the row's limit",
+            r"tokens\[0\]: got 13 tokens, want at most the \d+ that limit= leaves",
         ),
         (lambda s: s.resume(2, limit=np.array([1])), r"limit: got 1, want at least the \d tokens that are known"),
         (
