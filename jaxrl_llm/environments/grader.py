@@ -31,7 +31,7 @@ class Sample(NamedTuple):
     answer: str
     """The reference answer of the task row."""
     finish: str
-    """Why the response ended: "eos", "length" (cut off) or "stop" (a stop text)."""
+    """Why the response ended: "eos", "length" (cut off), "stop" (a stop text) or "unfinished" (stopped by a session)."""
     columns: Mapping[str, object] = {}
     """All columns of the data set row."""
     num_tokens: int | None = None

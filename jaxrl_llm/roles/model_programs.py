@@ -53,6 +53,7 @@ class ModelUpdate:
             raise UserError(
                 "params: got a tree of another structure, want model.params, or state.params of an earlier update"
             )
+        hosts.check_alive("params", params)
         init_state = make_init_state(specs, self.optimizer, self.model.train)
         return init_state(jax.tree.map(jnp.copy, params), hosts.put(np.int32(0), where))
 

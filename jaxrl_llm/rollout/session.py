@@ -99,7 +99,7 @@ class Session:
         self.requests: dict[int, Request] = {}
         self.queue: deque[QueuedGroup] = deque()
         self.num_added, self.masks_eos, self.stats = 0, False, Stats()
-        self.finished_early: list[int] = []
+        self.finished_early: set[int] = set()
         """Requests to report by the next `advance`, of which nothing was left to decode."""
         check_policy(policy)
         self.params, self.version = policy.params, int(policy.version)
@@ -172,12 +172,12 @@ class Session:
     def _enqueue(self, id: int) -> None:
         """Queue what is left to decode of a request."""
         request, output = self.requests[id], self.output
-        self.finished_early = [other for other in self.finished_early if other != id]
+        self.finished_early.discard(id)
         groups = list(split(request, self.lanes, ~output.ended[request.rows], output.length[request.rows]))
         request.groups = len(groups)
         self.queue.extend(groups)
         if not groups:
-            self.finished_early.append(id)
+            self.finished_early.add(id)
 
     def advance(self) -> Ids:
         """Decode one chunk. Returns the requests that finished, possibly none: all their rows ended.
@@ -198,7 +198,7 @@ class Session:
                 self._restart(decoding, length, finish)
                 raise
         self.stats = self.stats._replace(seconds=self.stats.seconds + time.perf_counter() - begun)
-        finished, self.finished_early = [*self.finished_early, *finished], []
+        finished, self.finished_early = [*self.finished_early, *finished], set()
         return np.array(sorted(finished), int)
 
     def _restart(
@@ -252,7 +252,7 @@ class Session:
             self.queue = deque(group for group in self.queue if group.request not in stopped)
         for request in stopped:
             request.groups = 0
-        self.finished_early = [id for id in self.finished_early if self.requests[id] not in stopped]
+            self.finished_early.discard(request.id)
 
     def resume(
         self, ids: Ids, tokens: Sequence[Sequence[int]] | None = None, limit: Int[np.ndarray, "..."] | None = None

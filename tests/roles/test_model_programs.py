@@ -185,6 +185,13 @@ def test_a_loss_that_asks_for_a_number_is_named():
         make_update(MODEL_, branching, optax.sgd(1.0), 1)(STATE, batch_of())
 
 
+def test_an_update_starts_from_parameters_that_are_there():
+    used_up = UPDATE.start(MODEL_.params)
+    UPDATE(used_up, batch_of())
+    with pytest.raises(UserError, match="params: got arrays whose buffers update or publish has taken"):
+        UPDATE.start(used_up.params)
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
