@@ -2,7 +2,7 @@
 
 Dimensions, the same everywhere:
 
-    P prompts            G samples per prompt      B = P * G rows, prompt-major: row b belongs to prompt b // G
+    P prompts            G samples per prompt      B rows: the samples of all prompts, those of a prompt in a row
     S prompt slots       C completion slots        R rows and T slots of a training batch
     V vocabulary         L layers                  D model                   n graders
     N query heads        K key/value heads; in `kept_tokens`, their number per slot        H head dim
@@ -54,9 +54,13 @@ class Prompts(flax.struct.PyTreeNode):
 
 
 class Rollouts(flax.struct.PyTreeNode):
-    """Completions of prompts, G samples per prompt."""
+    """Completions of prompts. A prompt may have any number of rows, also none; often it is G for all of them."""
 
     prompts: Prompts
+    prompt: Int[ArrayLike, " B"]
+    """Index of each row's prompt, ascending. -1 in filler rows: they are the last, without a token, and belong to nobody."""
+    sample: Int[ArrayLike, " B"]
+    """Number of the row among its prompt's samples, which names its sampling noise; -1 in filler rows."""
     tokens: Int[ArrayLike, "B C"]
     """Completion tokens; the pad token from slot `length[b]` on."""
     length: Int[ArrayLike, " B"]
@@ -80,13 +84,32 @@ class Rollouts(flax.struct.PyTreeNode):
     eos_masked: Bool[ArrayLike, "B C"] | None = None
     """True where end-of-sequence tokens were masked out (minimum length); False where not sampled."""
 
+    @property
+    def size(self) -> Int[np.ndarray, " P"]:
+        """Rows per prompt."""
+        return np.bincount(self.prompt[self.prompt >= 0], minlength=len(self.prompts.length))
+
+
+def number_rows(size: Int[np.ndarray, " P"], rows: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return `prompt` and `sample` of rollouts, i32[B].
+
+    Args:
+        size: rows per prompt.
+        rows: B; filler rows make up the difference. None: as many as the prompts have.
+    """
+    size = np.asarray(size)
+    prompt = np.repeat(np.arange(len(size), dtype=np.int32), size)
+    sample = np.arange(len(prompt), dtype=np.int32) - np.repeat(np.cumsum(size) - size, size).astype(np.int32)
+    fill = (0, (len(prompt) if rows is None else rows) - len(prompt))
+    return np.pad(prompt, fill, constant_values=-1), np.pad(sample, fill, constant_values=-1)
+
 
 class Groups(flax.struct.PyTreeNode):
-    """Rollouts with their rewards: the G rows of a prompt are a group."""
+    """Rollouts with their rewards: the rows of a prompt are a group."""
 
     rollouts: Rollouts
     reward: Float[ArrayLike, " B"]
-    """Weighted sum of the components; NaN if grading the group failed."""
+    """Weighted sum of the components; NaN if grading the group failed, and in filler rows."""
     components: Float[ArrayLike, "B n"]
     """Reward of each of the n graders, before weighting."""
     failure: Int[ArrayLike, " P"]
@@ -101,7 +124,7 @@ class Groups(flax.struct.PyTreeNode):
     @property
     def kept(self) -> Bool[np.ndarray, " P"]:
         """True for groups with at least one row to train on."""
-        return self.keep.reshape(len(self.failure), -1).any(axis=1)
+        return np.bincount(self.rollouts.prompt[self.keep], minlength=len(self.failure)) > 0
 
     @property
     def trainable_tokens(self) -> Bool[np.ndarray, "B C"]:

@@ -13,7 +13,7 @@ from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.transformer import hidden, logits
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.rollout.sample import FullDistribution, Vocabulary, row_keys, sample_from
-from jaxrl_llm.types import Finish, Prompts, PyTree, Rollouts
+from jaxrl_llm.types import Finish, Prompts, PyTree, Rollouts, number_rows
 
 
 def generate(
@@ -48,8 +48,9 @@ def generate(
             if int(token) in vocab.eos:
                 finish[b] = int(Finish.EOS)
                 break
+    prompt, sample = number_rows(np.full(len(prompts.length), samples))
     return Rollouts(
-        prompts=prompts, tokens=tokens, length=sampled.sum(1).astype(np.int32), sampled=sampled,
+        prompts=prompts, prompt=prompt, sample=sample, tokens=tokens, length=sampled.sum(1).astype(np.int32), sampled=sampled,
         behavior_logprobs=logprobs, entropy=entropies, temperature=np.repeat(temperature, samples).astype(np.float32),
         version=np.where(sampled, version, 0).astype(np.int32), finish=finish,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
 from jaxrl_llm.rollout.engine import Engine, EngineModel
 from jaxrl_llm.rollout.sample import Vocabulary
-from jaxrl_llm.types import Batch, Credit, Experience, Policy, Prompts, PyTree, Rollouts, Scores
+from jaxrl_llm.types import Batch, Credit, Experience, Policy, Prompts, PyTree, Rollouts, Scores, number_rows
 from jaxrl_llm.update.batch import fill_batch, ungraded
 from jaxrl_llm.update.packing import batch_shape
 
@@ -137,8 +137,10 @@ class Sequences(NamedTuple):
     def experience(self) -> Experience:
         q, first = self, np.flatnonzero(np.diff(self.group, prepend=-1))
         number = np.arange(len(first), dtype=np.int32)
+        prompt, sample = number_rows(np.diff(np.append(first, len(q.group))))
         rollouts = Rollouts(
             prompts=Prompts(q.prompt[first], q.prompt_length[first], number, number),
+            prompt=prompt, sample=sample,
             tokens=q.tokens, length=q.length, sampled=q.loss_mask, behavior_logprobs=q.behavior_logprobs,
             entropy=np.zeros(q.tokens.shape, np.float32), temperature=q.temperature,
             version=np.zeros(q.tokens.shape, np.int32), finish=np.zeros(len(q.length), np.int32),

@@ -14,7 +14,8 @@ def prompts(p=2, s=3) -> Prompts:
 def rollouts(p=2, g=2, c=4) -> Rollouts:
     b = p * g
     return Rollouts(
-        prompts=prompts(p), tokens=np.zeros((b, c), np.int32), length=np.ones(b, np.int32), sampled=np.ones((b, c), bool),
+        prompts=prompts(p), prompt=np.repeat(np.arange(p, dtype=np.int32), g), sample=np.tile(np.arange(g, dtype=np.int32), p),
+        tokens=np.zeros((b, c), np.int32), length=np.ones(b, np.int32), sampled=np.ones((b, c), bool),
         behavior_logprobs=np.zeros((b, c), np.float32), entropy=np.zeros((b, c), np.float32), temperature=np.ones(b, np.float32),
         version=np.zeros((b, c), np.int32), finish=np.zeros(b, np.int32),
     )  # fmt: skip

@@ -21,7 +21,7 @@ from jaxrl_llm.experience.stage_checks import (
     checked_state,
     checked_tuple,
 )
-from jaxrl_llm.types import COLUMNS, Groups, Prompts, Rollouts
+from jaxrl_llm.types import COLUMNS, Groups, Prompts, Rollouts, number_rows
 
 Metrics = dict[str, float]
 
@@ -79,10 +79,13 @@ def blank_groups(
         max_kept_tokens: K, the largest number of tokens kept by truncation.
     """
     (s, c), b = slots, prompts * samples
+    prompt, sample = number_rows(np.full(prompts, samples))
     i32, f32 = np.int32, np.float32
     there = [column for column in COLUMNS if column.rollouts and (not column.when or column.when in uses)]
     rollouts = Rollouts(
         prompts=Prompts(np.zeros((prompts, s), i32), *(np.zeros(prompts, i32) for _ in range(3))),
+        prompt=prompt,
+        sample=sample,
         length=np.zeros(b, i32),
         temperature=np.zeros(b, f32),
         finish=np.zeros(b, i32),

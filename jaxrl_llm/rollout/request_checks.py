@@ -28,13 +28,21 @@ def whole_number(name: str, given: Any, least: int, most: int = MAX_INT) -> int:
     return int(given)
 
 
+def sizes_of(name: str, given: Any, prompts: int) -> Int[np.ndarray, " P"]:
+    """Return the rows per prompt. `given`: one number, or one per prompt."""
+    size = np.asarray(given)
+    fits = size.shape in ((), (prompts,)) and size.dtype.kind in "iu"
+    if not fits or not ((size >= 1) & (size <= MAX_INT)).all():
+        raise ValueError(f"{name}: got {given!r}, want a whole number from 1 to {MAX_INT}, or one for each prompt")
+    return np.broadcast_to(size, prompts)
+
+
 def check_prompts(prompts: Prompts, most: int, vocab: Vocabulary) -> None:
     """Check that there are prompts of 1 to `most` tokens of the vocabulary."""
     if not len(prompts.length):
         raise ValueError("prompts: got none, want one or more")
-    limits_of(
-        "prompts.length", prompts.length, (len(prompts.length), 1), most, "; the most is the engine's prompt_slots"
-    )
+    one_each, why = np.ones(len(prompts.length), int), "; the most is the engine's prompt_slots"
+    limits_of("prompts.length", prompts.length, one_each, most, why)
     for name in ("uid", "row"):
         _check_array(f"prompts.{name}", getattr(prompts, name), "iu", prompts.length.shape)
     if (large := np.flatnonzero((prompts.uid < 0) | (prompts.uid > MAX_INT))).size:
@@ -45,22 +53,22 @@ def check_prompts(prompts: Prompts, most: int, vocab: Vocabulary) -> None:
 
 
 def limits_of(
-    name: str, given: Int[np.ndarray, "..."], shape: tuple[int, int], most: int, why: str = ""
-) -> Int[np.ndarray, "P G"]:
+    name: str, given: Int[np.ndarray, "..."], size: Int[np.ndarray, " P"], most: int, why: str = ""
+) -> Int[np.ndarray, " B"]:
     """Return numbers from 1 to `most` per row.
 
     Args:
         name: in the error message.
-        given: per prompt or per row.
-        shape: P prompts, G samples.
+        given: per prompt, or per row.
+        size: rows per prompt.
         most: largest number.
         why: end of the error message.
     """
     given = np.asarray(given)
-    fits = given.shape in (shape[:1], shape) and given.dtype.kind in "iu"
+    fits = given.shape in (size.shape, (len(size), size[0])) and given.dtype.kind in "iu"
     if not fits or not ((given >= 1) & (given <= most)).all():
-        raise ValueError(f"{name}: got {given.tolist()}, want {shape[0]} numbers from 1 to {most}{why}")
-    return np.broadcast_to(given[:, None] if given.ndim == 1 else given, shape)
+        raise ValueError(f"{name}: got {given.tolist()}, want {len(size)} numbers from 1 to {most}{why}")
+    return np.repeat(given, size) if given.ndim == 1 else given.reshape(-1)
 
 
 def check_controls(controls: Controls, prompts: int, truncates: bool) -> None:
@@ -90,7 +98,7 @@ def check_stop(stop: Sequence[str], has_tokenizer: bool) -> tuple[str, ...]:
 
 def check_rollouts(
     known: Rollouts,
-    limit: Int[np.ndarray, "P G"],
+    limit: Int[np.ndarray, " B"],
     temperature: Float[np.ndarray, " B"],
     columns: Mapping[str, np.ndarray],
     vocab: Vocabulary,
@@ -108,9 +116,9 @@ def check_rollouts(
         check(known)
     except ValueError as error:
         raise ValueError(str(error).replace("Rollouts.", "known.", 1)) from None
-    if len(known.length) != limit.size:
-        raise ValueError(f"known: got {len(known.length)} rows, want {limit.size}, one per sample of each prompt")
-    most = np.minimum(limit.reshape(-1), known.tokens.shape[1])
+    if len(known.length) != len(limit):
+        raise ValueError(f"known: got {len(known.length)} rows, want {len(limit)}, one per sample of each prompt")
+    most = np.minimum(limit, known.tokens.shape[1])
     for b in np.flatnonzero((known.length < 0) | (known.length > most))[:1]:
         raise ValueError(f"known.length[{b}]: got {known.length[b]} tokens, want 0 to {most[b]}, the row's limit")
     check_ids("known.tokens", known.tokens[np.arange(known.tokens.shape[1]) < known.length[:, None]], vocab)

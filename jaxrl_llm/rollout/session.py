@@ -36,6 +36,7 @@ from jaxrl_llm.rollout.request_checks import (
     check_rollouts,
     check_stop,
     limits_of,
+    sizes_of,
     whole_number,
 )
 from jaxrl_llm.rollout.requests import (
@@ -48,7 +49,7 @@ from jaxrl_llm.rollout.requests import (
     stack_prompts,
 )
 from jaxrl_llm.rollout.sample import Controls
-from jaxrl_llm.types import Policy, Rollouts
+from jaxrl_llm.types import Policy, Rollouts, number_rows
 
 Ids = Int[np.ndarray, " n"]
 
@@ -111,7 +112,7 @@ class Session:
         return bool(self.queue or self.finished_early or self.batch.active.any())
 
     def add(
-        self, prompts: PromptsLike, samples: int | None = None, controls: Controls | None = None,
+        self, prompts: PromptsLike, samples: int | Int[np.ndarray, " P"] | None = None, controls: Controls | None = None,
         limit: Int[np.ndarray, " P"] | Int[np.ndarray, "P G"] | None = None,
         known: Rollouts | Sequence[Sequence[int]] | None = None, stop: Sequence[str] | None = None,
         first_sample: int = 0,
@@ -120,10 +121,10 @@ class Session:
 
         Args:
             prompts: `Prompts`, equal on every host; or texts, or lists of token ids, whose uids count up in the session.
-            samples: G, samples per prompt; the configured number by default.
+            samples: G, samples per prompt, or a number for each prompt; the configured number by default.
             controls: sampling parameters per prompt; the configured ones by default.
             limit: maximum completion tokens, per prompt or per row, known ones included; `max_new_tokens` by default.
-            known: first tokens of each of the P * G rows, from which it continues: token ids, which count as forced, or earlier
+            known: first tokens of each of the B rows, from which it continues: token ids, which count as forced, or earlier
                 rollouts, which keep their log-probs and versions.
             stop: stop strings; the configured ones by default.
             first_sample: sample number of each prompt's first row.
@@ -138,29 +139,30 @@ class Session:
         vocab, most = self.decoding.vocab, self.cfg.max_new_tokens
         prompts = as_prompts(prompts, self.tokenizer, vocab, self.num_added)
         check_prompts(prompts, self.prompt_slots, vocab)
-        num, samples = len(prompts.length), whole_number("samples", self.cfg.samples if samples is None else samples, 1)
-        first_sample = whole_number("first_sample", first_sample, 0, MAX_INT - samples)
-        limits = limits_of("limit", np.full(num, most) if limit is None else limit, (num, samples), most)
+        num = len(prompts.length)
+        size = sizes_of("samples", self.cfg.samples if samples is None else samples, num)
+        first_sample = whole_number("first_sample", first_sample, 0, MAX_INT - int(size.max()))
+        limits = limits_of("limit", np.full(num, most) if limit is None else limit, size, most)
         stop = check_stop(self.cfg.stop if stop is None else stop, self.tokenizer is not None)
         controls = controls_for(self.cfg, num) if controls is None else controls
         check_controls(controls, num, self.decoding.max_kept_tokens > 0)
         if isinstance(known, Rollouts):
-            temperature = np.repeat(controls.temperature, samples)
+            temperature = np.repeat(controls.temperature, size)
             check_rollouts(known, limits, temperature, self.output.columns, vocab)
             self.masks_eos |= known.eos_masked is not None
         elif known is not None:
-            check_forced("known", known, limits.reshape(-1), vocab)
+            check_forced("known", known, limits, vocab)
         self.masks_eos |= bool(np.any(controls.min_new_tokens))
         ids = self.num_added + np.arange(num)
         self.num_added += num
-        rows = self.output.allocate(limits.reshape(-1))
+        rows = self.output.allocate(limits)
         if isinstance(known, Rollouts):
             self.output.restore(rows, known)
         elif known is not None:
             self._force(rows, known)
-        for p, id in enumerate(ids.tolist()):
+        for p, (id, mine) in enumerate(zip(ids.tolist(), np.split(rows, np.cumsum(size)[:-1]), strict=True)):
             prompt, own = jax.tree.map(lambda x, p=p: np.array(x[p]), (prompts, controls))
-            self.requests[id] = Request(id, prompt, own, first_sample, rows[p * samples : (p + 1) * samples], stop)
+            self.requests[id] = Request(id, prompt, own, first_sample, mine, stop)
             self._enqueue(id)
         return ids
 
@@ -272,8 +274,7 @@ class Session:
         rows = np.concatenate([request.rows for request in requests])
         limits = self.output.limit[rows]
         if limit is not None:
-            samples = self._samples("resume", requests)
-            limits = limits_of("limit", limit, (len(requests), samples), most).reshape(-1)
+            limits = limits_of("limit", limit, np.array([len(request.rows) for request in requests]), most)
         length = self.output.length[rows]
         if tokens is not None:
             check_forced("tokens", tokens, limits - length, vocab)
@@ -299,17 +300,20 @@ class Session:
         """Return the rollouts of requests so far; those of unfinished rows have the finish `UNFINISHED`.
 
         Raises:
-            ValueError: the requests differ in their number of samples, or an id is unknown.
+            ValueError: an id is unknown.
         """
-        requests = self._requests(ids)
-        samples, output = self._samples("rollouts", requests), self.output
+        requests, output = self._requests(ids), self.output
         rows = np.concatenate([request.rows for request in requests])
+        size = np.array([len(request.rows) for request in requests])
+        prompt, sample = number_rows(size)
         of = {name: column[rows] for name, column in output.columns.items()}
         eos_masked = of.pop("eos_masked")
         return Rollouts(
             prompts=stack_prompts([request.prompt for request in requests], self.decoding.vocab.pad),
+            prompt=prompt,
+            sample=sample + np.repeat([request.first_sample for request in requests], size).astype(np.int32),
             length=output.length[rows],
-            temperature=np.repeat([request.controls.temperature for request in requests], samples).astype(np.float32),
+            temperature=np.repeat([request.controls.temperature for request in requests], size).astype(np.float32),
             finish=output.finish[rows],
             # Decided for the session, so that the columns of a batch do not depend on its rows.
             eos_masked=eos_masked if self.masks_eos else None,
@@ -352,12 +356,6 @@ class Session:
                 f"{what}: got request {decoding[0]}, which is being decoded; want one that finished or was stopped"
             )
         return found
-
-    def _samples(self, what: str, requests: list[Request]) -> int:
-        sizes = sorted({len(request.rows) for request in requests})
-        if len(sizes) > 1:
-            raise ValueError(f"{what}: got requests of {' and '.join(map(str, sizes))} samples, want equally many")
-        return sizes[0]
 
 
 def check_policy(policy: Policy) -> None:

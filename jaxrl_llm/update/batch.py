@@ -8,7 +8,18 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxrl_llm.parallel.layout import Layout
-from jaxrl_llm.types import COLUMNS, Batch, Credit, Experience, Groups, OwnColumn, Prompts, Rollouts, Scores
+from jaxrl_llm.types import (
+    COLUMNS,
+    Batch,
+    Credit,
+    Experience,
+    Groups,
+    OwnColumn,
+    Prompts,
+    Rollouts,
+    Scores,
+    number_rows,
+)
 from jaxrl_llm.update.packing import BatchShape, Placement, place_sequences
 
 Completion = Float[np.ndarray, "B C"]
@@ -25,9 +36,12 @@ def supervised(
         length: tokens per completion.
         temperature: for scoring.
     """
+    prompt, sample = number_rows(np.ones(len(length), np.int32))
     rows, zeros = len(length), np.zeros(tokens.shape, np.float32)
     rollouts = Rollouts(
         prompts=prompts,
+        prompt=prompt,
+        sample=sample,
         tokens=tokens,
         length=length,
         sampled=np.arange(tokens.shape[1]) < length[:, None],

@@ -21,7 +21,8 @@ def experience(version: int, first: int, keep=(True, True, True)) -> Groups:
     sampled = np.arange(C) < 1 + row[:, None] % C
     prompts = Prompts(*(x.astype(np.int32) for x in (group[:, None] * S + np.arange(S), group % S + 1, group, group)))
     rollouts = Rollouts(
-        prompts=prompts, tokens=token, length=sampled.sum(axis=1).astype(np.int32), sampled=sampled,
+        prompts=prompts, prompt=np.repeat(np.arange(P, dtype=np.int32), G), sample=np.tile(np.arange(G, dtype=np.int32), P),
+        tokens=token, length=sampled.sum(axis=1).astype(np.int32), sampled=sampled,
         # Third parts have no short binary form: a copy through another dtype would change them.
         behavior_logprobs=np.where(sampled, -token / 3, 0).astype(np.float32), entropy=(token / 7).astype(np.float32),
         temperature=(row / 11).astype(np.float32),

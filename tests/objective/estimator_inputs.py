@@ -30,6 +30,7 @@ def to_groups(reward, components=None) -> Groups:
     number, each = np.arange(prompts, dtype=np.int32), np.zeros((rows, 3), np.float32)
     rollouts = Rollouts(
         prompts=Prompts(np.ones((prompts, 1), np.int32), np.ones(prompts, np.int32), number, number),
+        prompt=np.repeat(number, rows // prompts), sample=np.tile(np.arange(rows // prompts, dtype=np.int32), prompts),
         tokens=np.arange(rows * 3, dtype=np.int32).reshape(rows, 3), length=np.full(rows, 3, np.int32),
         sampled=np.ones((rows, 3), bool), behavior_logprobs=each, entropy=each, temperature=np.ones(rows, np.float32),
         version=np.zeros((rows, 3), np.int32), finish=np.zeros(rows, np.int32),

@@ -26,7 +26,7 @@ from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
 from jaxrl_llm.roles.build import make_learner
 from jaxrl_llm.roles.learner import Learner
 from jaxrl_llm.roles.memory_check import Phase
-from jaxrl_llm.types import Batch, Experience, Groups, Prompts, Rollouts
+from jaxrl_llm.types import Batch, Experience, Groups, Prompts, Rollouts, number_rows
 from jaxrl_llm.update.batch import fill_batch, minibatches, ungraded
 
 ROOT = Path(__file__).parents[2]
@@ -232,8 +232,10 @@ def longest(of: Blueprint) -> Groups:
     integers, numbers = np.ones(rows, np.int32), np.zeros(full, np.float32)
     slots, max_kept_tokens = of.prompt_slots, of.make_engine().decoding.max_kept_tokens
     tokens = np.zeros((prompts, slots), np.int32)
+    prompt, sample = number_rows(np.full(prompts, cfg.samples))
     rollouts = Rollouts(
         prompts=Prompts(tokens, np.full(prompts, slots, np.int32), integers[:prompts], integers[:prompts]),
+        prompt=prompt, sample=sample,
         tokens=np.zeros(full, np.int32), length=cfg.max_new_tokens * integers, sampled=np.ones(full, bool),
         behavior_logprobs=numbers, entropy=numbers, temperature=np.ones(rows, np.float32),
         version=np.zeros(full, np.int32), finish=integers,

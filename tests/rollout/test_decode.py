@@ -82,7 +82,9 @@ def test_the_contract_detects_a_lost_end_token():
     zeros = np.zeros((1, 2), np.float32)
     prompts = Prompts(*(np.ones(shape, np.int32) for shape in ((1, 1), 1, 1, 1)))
     rollouts = Rollouts(
-        prompts=prompts, tokens=np.array([[3, 15]], np.int32), length=np.array([2], np.int32), sampled=sampled | [[False, True]],
+        prompts=prompts, prompt=np.zeros(1, np.int32), sample=np.zeros(1, np.int32),
+        tokens=np.array([[3, 15]], np.int32), length=np.array([2], np.int32),
+        sampled=sampled | [[False, True]],
         behavior_logprobs=zeros - 1, entropy=zeros + 1, temperature=np.ones(1, np.float32),
         version=np.full((1, 2), VERSION, np.int32), finish=np.zeros(1, np.int32),
     )  # fmt: skip

@@ -499,6 +499,20 @@ def test_a_donated_policy_is_named():
     same_rows(session.take(np.arange(P)), whole(), np.arange(P * G))
 
 
+def test_prompts_may_have_different_numbers_of_samples():
+    """Each prompt's rows are the first of what it has with all of them; a request joins others of another size."""
+    size = np.array([3, 1, G, 2][:P])
+    session = of().session(policy_of(), KEY)
+    ids = session.add(some(make_prompts(P), np.arange(len(size))), size)
+    finish(session)
+    taken = session.take(ids)
+    rows = np.flatnonzero((np.arange(G) < size[:, None]).reshape(-1))
+    same_rows(taken, whole(), rows)
+    np.testing.assert_array_equal(taken.prompt, rows // G)
+    np.testing.assert_array_equal(taken.sample, rows % G)
+    np.testing.assert_array_equal(taken.size, size)
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -506,7 +520,10 @@ def test_a_donated_policy_is_named():
         (lambda s: s.stop([0, 0]), r"ids: got \[0, 0\], want one or more requests, each once"),
         (lambda s: s.take(0), r"take: got request 0, which is being decoded; want one that finished or was stopped"),
         (lambda s: s.resume(0), r"resume: got request 0, which is being decoded"),
-        (lambda s: s.rollouts([0, 1]), r"rollouts: got requests of 2 and 4 samples, want equally many"),
+        (
+            lambda s: s.add([[1], [2]], [1, 2, 3]),
+            r"samples: got \[1, 2, 3\], want a whole number from 1 to 2147483647, or one",
+        ),
         (lambda s: s.add([[1]], 0), r"samples: got 0, want a whole number from 1 to 2147483647"),
         (
             lambda s: s.add([[1]], 2, limit=np.array([[3, 13]])),

@@ -23,6 +23,8 @@ def tiny(**changes) -> Groups:
     """Prompts 4 and 5 6 7, two samples each, S = 3 and C = 3; the last row was not ended."""
     rollouts = Rollouts(
         prompts=Prompts(tokens=i32([[4, 0, 0], [5, 6, 7]]), length=i32([1, 3]), uid=i32([0, 1]), row=i32([0, 1])),
+        prompt=i32([0, 0, 1, 1]),
+        sample=i32([0, 1, 0, 1]),
         tokens=i32([[1, EOS, 0], [EOS, 0, 0], [2, 3, EOS], [1, 1, 2]]),
         length=i32([2, 1, 3, 3]),
         sampled=np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 1]], bool),
