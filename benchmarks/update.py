@@ -40,7 +40,7 @@ from jaxrl_llm.update.batch import fill_batch, supervised
 from jaxrl_llm.update.optimizer.config import AdamW
 from jaxrl_llm.update.optimizer.state import make_init_state
 from jaxrl_llm.update.optimizer.transform import make_optimizer
-from jaxrl_llm.update.packing import BatchShape, batch_shape
+from jaxrl_llm.update.packing import BatchShape, batch_shape, equal_groups
 from jaxrl_llm.update.step import jit_update
 
 # Maximum number of tokens at which the ceiling is measured.
@@ -70,7 +70,7 @@ class Case:
     def shape(self) -> BatchShape:
         slots = 4 * self.slots if self.packing == "plain" else 0
         return batch_shape(
-            self.packing, self.work.prompts, SAMPLES, (self.prompt, self.new), slots, self.work.prompts, 1
+            self.packing, equal_groups(self.work.prompts, SAMPLES), (self.prompt, self.new), slots, self.work.prompts, 1
         )
 
     def batch(self) -> Batch:

@@ -132,6 +132,10 @@ class Groups(flax.struct.PyTreeNode):
         return self.rollouts.sampled & self.keep[:, None]
 
 
+# Fields with one entry per prompt. All others of `Groups`, `Scores` and `Credit` have one per row.
+PER_PROMPT = {"prompts", "failure", "failed_by"}
+
+
 class Scores(flax.struct.PyTreeNode):
     """Log-probs and values of the completions under other parameters; each is present if the objective uses it."""
 
@@ -252,6 +256,75 @@ COLUMNS = (
 )
 """The one table of per-token columns. Output buffers, replay, batches, checkpoints and `plan` are maps over it: a new column is one
 line here, and a field of the values that hold it. The fill of `tokens` is the tokenizer's pad token."""
+
+
+# Values in a filler row, and in its tokens; 0 in all others.
+FILLER = {"prompt": -1, "sample": -1, "reward": np.nan, "components": np.nan} | {
+    column.name: column.fill for column in COLUMNS if column.rollouts
+}
+
+
+def select_groups(value: Value, index: Int[np.ndarray, " n"], rows: int | None = None) -> Value:
+    """Return the groups at `index`, in that order.
+
+    Args:
+        value: `Groups` or an `Experience`, NumPy.
+        index: of the prompts.
+        rows: B of the result, of which filler rows make up what is missing; None: as many rows as the groups have.
+    """
+    rollouts = _groups(value).rollouts
+    size = rollouts.size
+    start = np.cumsum(size) - size
+    taken = size[index]
+    prompt, sample = number_rows(taken, rows)
+    own, fillers = np.flatnonzero(prompt >= 0), np.count_nonzero(prompt < 0)
+    source = np.repeat(start[index], taken) + sample[own]
+
+    def of_rows(x: np.ndarray, fill: float) -> np.ndarray:
+        return np.concatenate([x[source], np.full((fillers, *x.shape[1:]), fill, x.dtype)]) if fillers else x[source]
+
+    return _renumbered(map_groups(value, lambda x: x[index], of_rows), prompt)
+
+
+def map_groups(
+    value: Value,
+    of_prompts: Callable[[np.ndarray], np.ndarray],
+    of_rows: Callable[[np.ndarray, float], np.ndarray],
+) -> Value:
+    """Return the value with one function applied to the arrays per prompt, and another to those per row.
+
+    Args:
+        value: `Groups` or an `Experience`.
+        of_prompts: of an array.
+        of_rows: of an array and its value in filler rows.
+    """
+
+    def apply(path: tuple, x: np.ndarray) -> np.ndarray:
+        names = {getattr(key, "name", None) for key in path}
+        if names & PER_PROMPT:
+            return of_prompts(x)
+        return of_rows(x, next((FILLER[name] for name in names if name in FILLER), 0))
+
+    return jax.tree_util.tree_map_with_path(apply, value)
+
+
+def join_groups(*parts: Groups) -> Groups:
+    """Return the groups of all parts, NumPy, without filler rows."""
+    first = np.cumsum([0, *(len(part.failure) for part in parts)])
+    whole = [select_groups(part, np.arange(len(part.failure))) for part in parts]
+    prompt = np.concatenate([part.rollouts.prompt + first[i] for i, part in enumerate(whole)])
+    return _renumbered(jax.tree.map(lambda *x: np.concatenate(x), *whole), prompt.astype(np.int32))
+
+
+def _groups(value: Any) -> Groups:
+    return value if isinstance(value, Groups) else value.groups
+
+
+def _renumbered(value: Value, prompt: Int[np.ndarray, " B"]) -> Value:
+    """Return the value with another `Rollouts.prompt`."""
+    groups = _groups(value)
+    groups = groups.replace(rollouts=groups.rollouts.replace(prompt=prompt))
+    return groups if isinstance(value, Groups) else value._replace(groups=groups)
 
 
 class OwnColumn(NamedTuple):

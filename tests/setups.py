@@ -18,7 +18,7 @@ from jaxrl_llm.rollout.engine import Engine, EngineModel
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Batch, Credit, Experience, Policy, Prompts, PyTree, Rollouts, Scores, number_rows
 from jaxrl_llm.update.batch import fill_batch, ungraded
-from jaxrl_llm.update.packing import batch_shape
+from jaxrl_llm.update.packing import batch_shape, equal_groups
 
 # Eight heads over eight key/value heads, so that every mesh below divides them; sharp logits, so that an error shows.
 SMALL = ModelConfig(vocab_size=16, layers=2, d_model=32, heads=16, kv_heads=8, head_dim=8, d_mlp=64, qk_norm=True)
@@ -163,5 +163,5 @@ def to_batch(
     """A batch of all rows, of the smallest shape that holds the longest possible sequences."""
     rollouts, groups = experience.groups.rollouts, len(experience.groups.failure)
     sizes = rollouts.prompts.tokens.shape[1], rollouts.tokens.shape[1]
-    shape = batch_shape(kind, groups, len(rollouts.length) // groups, sizes, slots, parts, shards)
+    shape = batch_shape(kind, equal_groups(groups, len(rollouts.length) // groups), sizes, slots, parts, shards)
     return fill_batch(experience, shape, VOCAB.pad, aggregation, length)[0]

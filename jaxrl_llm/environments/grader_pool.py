@@ -46,9 +46,10 @@ class Graded:
     """P groups of G samples, graded by n graders."""
 
     reward: np.ndarray
-    """f32[P G], the weighted sum of the components; NaN in all of a group that failed."""
+    """f32[P G], the weighted sum of the components; NaN in all of a group that failed, and beyond the end of one that is smaller
+    than G, the largest group."""
     components: np.ndarray
-    """f32[n P G], reward per grader, before weights; NaN in all of a group that failed, by whichever grader."""
+    """f32[n P G], reward per grader, before weights; NaN where `reward` is."""
     failure: np.ndarray
     """i32[P], one `Failure` per group."""
     failed_by: np.ndarray
@@ -59,21 +60,21 @@ class Graded:
 
 
 def component_metrics(
-    components: np.ndarray, failure: np.ndarray, failed_by: np.ndarray, names: Sequence[str]
+    components: np.ndarray, graded: np.ndarray, failure: np.ndarray, failed_by: np.ndarray, names: Sequence[str]
 ) -> dict[str, float]:
-    """Return `rewards/<name>/mean` over the groups that did not fail, absent if all did, and the number of groups lost to each
+    """Return `rewards/<name>/mean` over the rows that were graded, absent if none was, and the number of groups lost to each
     failure, `rewards/<name>/<failure>`.
 
     Args:
-        components: as in `Graded`.
+        components: f32[B n], reward per row and grader.
+        graded: bool[B].
         failure: as in `Graded`.
         failed_by: as in `Graded`.
         names: names of the graders.
     """
-    good = failure == Failure.NONE
     found = {}
     for index, name in enumerate(names):
-        rewards = components[index, good]
+        rewards = components[graded, index]
         if rewards.size:
             found[f"rewards/{name}/mean"] = float(rewards.mean(dtype=np.float64))
         lost = failure[failed_by == index]
@@ -150,16 +151,13 @@ class GraderPool:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def grade(self, groups: Sequence[Sequence[Sample]]) -> Graded:
-        """Grade P groups of G samples each, in about ceil(P / workers) * deadline_s seconds at most, whatever the graders do.
+        """Grade P groups of up to G samples, in about ceil(P / workers) * deadline_s seconds at most, whatever the graders do.
 
         Raises:
             UserError: a worker could not start. This and every other exception, KeyboardInterrupt too, closes the pool.
-            ValueError: the groups differ in size, or the pool is closed.
+            ValueError: the pool is closed.
         """
         self._require_open()
-        sizes = {len(group) for group in groups}
-        if len(sizes) > 1:
-            raise ValueError(f"groups: got sizes {sorted(sizes)}, want one size")
         verdicts: list[Verdict] = [Verdict([], [])] * len(groups)
         with self._workers_lock:
             try:
@@ -194,11 +192,11 @@ class GraderPool:
         return failed_verdict(Failure.NOT_FINITE, worst, "the weighted sum is beyond float32")
 
     def _graded(self, verdicts: Sequence[Verdict], groups: Sequence[Sequence[Sample]]) -> Graded:
-        size = len(groups[0]) if groups else 0
+        size = max(map(len, groups), default=0)
         components = np.full((len(self.names), len(verdicts), size), np.nan, np.float64)
         for index, verdict in enumerate(verdicts):
             if not verdict.failure:
-                components[:, index] = verdict.components
+                components[:, index, : len(groups[index])] = verdict.components
         return Graded(
             reward=np.einsum("n,npg->pg", self._weights(), components).astype(np.float32),
             components=components.astype(np.float32),

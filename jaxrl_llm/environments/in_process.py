@@ -11,7 +11,7 @@ from jaxrl_llm.errors import UserError
 
 
 def grade_in_process(grader: Grader, groups: Sequence[Sequence[Sample]]) -> Graded:
-    """Grade P groups of G samples each.
+    """Grade P groups of up to G samples.
 
     Raises:
         UserError: the grader is no function, or a result is no number that float32 holds.
@@ -23,9 +23,10 @@ def grade_in_process(grader: Grader, groups: Sequence[Sequence[Sample]]) -> Grad
         )
     if hasattr(grader, "start"):
         grader.start()
-    reward = [[_reward(grader, sample) for sample in group] for group in groups]
+    rows = np.full((len(groups), max(map(len, groups), default=0)), np.nan, np.float32)
+    for index, group in enumerate(groups):
+        rows[index, : len(group)] = [_reward(grader, sample) for sample in group]
     extracts = hasattr(grader, "extract")
-    rows = np.array(reward, np.float32).reshape(len(groups), len(groups[0]) if groups else 0)
     return Graded(
         reward=rows,
         components=rows[None],

@@ -21,7 +21,7 @@ from jaxrl_llm.experience.stage_checks import (
     checked_state,
     checked_tuple,
 )
-from jaxrl_llm.types import COLUMNS, Groups, Prompts, Rollouts, number_rows
+from jaxrl_llm.types import COLUMNS, Groups, Prompts, Rollouts, join_groups, map_groups, number_rows, select_groups
 
 Metrics = dict[str, float]
 
@@ -39,7 +39,7 @@ class Ring(NamedTuple):
     """State of the replay; fixed shapes, as checkpoints need."""
 
     groups: Groups
-    """Leaves [capacity, ...] or [capacity, G, ...]: groups, then the rows of a group."""
+    """As many groups as the capacity, each with room for the rows of the largest one: filler rows make up the rest."""
     version: Int[np.ndarray, " capacity"]
     """Version of the newest policy that sampled a token of the group; -1 for an empty entry."""
     next: Int[np.ndarray, ""]
@@ -102,25 +102,39 @@ def blank_groups(
     )
 
 
-def by_group(groups: Groups) -> Groups:
-    """Return leaves [P, ...] or [P, G, ...] from prompt-major rows."""
-    num_prompts = len(groups.failure)
-    return jax.tree.map(lambda x: np.asarray(x).reshape(num_prompts, -1, *x.shape[1:]), groups)
+def by_group(groups: Groups, most: int) -> Groups:
+    """Return leaves [P ...] and [P G ...], with filler rows behind those of a group that has less than G, `most`."""
+    size, place = groups.rollouts.size, np.arange(most)
+    inside = place < size[:, None]
+    source = np.where(inside, (np.cumsum(size) - size)[:, None] + place, 0)
+
+    def of_rows(x: np.ndarray, fill: float) -> np.ndarray:
+        found = np.full((*source.shape, *x.shape[1:]), fill, x.dtype)
+        found[inside] = x[source[inside]]
+        return found
+
+    return map_groups(groups, np.asarray, of_rows)
 
 
 def by_row(groups: Groups) -> Groups:
-    """Return prompt-major rows; the inverse of `by_group`."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), groups)
+    """Return the groups without filler rows; the inverse of `by_group`."""
+    inside = groups.rollouts.prompt >= 0
+    found = map_groups(groups, np.asarray, lambda x, fill: x[inside])
+    return found.replace(rollouts=found.rollouts.replace(prompt=np.nonzero(inside)[0].astype(np.int32)))
 
 
 def empty_ring(blank: Groups, capacity: int) -> Ring:
-    """Return an empty ring for groups of these shapes."""
-    groups = jax.tree.map(lambda x: np.zeros((capacity, *x.shape[1:]), x.dtype), by_group(blank))
+    """Return an empty ring for groups of these shapes, of up to as many rows as the largest of them."""
+    groups = jax.tree.map(
+        lambda x: np.zeros((capacity, *x.shape[1:]), x.dtype), by_group(blank, blank.rollouts.size.max())
+    )
     return Ring(groups, np.full(capacity, -1, np.int32), np.zeros((), np.int32))
 
 
 def exchange(ring: Ring, fresh: Groups, rng: np.random.Generator, max_age: int) -> tuple[Ring, Groups, Metrics]:
     """Return the ring with the kept fresh groups added, the groups to train on, and metrics.
+
+    The result has as many rows as `fresh`: an old group for which there is no room is left in the ring.
 
     Args:
         ring: the replay's state.
@@ -128,33 +142,37 @@ def exchange(ring: Ring, fresh: Groups, rng: np.random.Generator, max_age: int) 
         rng: selects the replayed groups.
         max_age: largest age in updates: the newest policy version in `fresh` minus the group's.
     """
-    keep, version = fresh.kept, fresh.rollouts.version.max()
-    groups = by_group(fresh)
+    keep, size, version = fresh.kept, fresh.rollouts.size, fresh.rollouts.version.max()
     young = np.flatnonzero((ring.version >= 0) & (version - ring.version <= max_age))
     dropped = np.flatnonzero(~keep)[: len(young)]
     old = rng.choice(young, size=len(dropped), replace=False)
-    mixed = jax.tree.map(np.copy, groups)
-    jax.tree.map(lambda to, stored: to.__setitem__(dropped, stored[old]), mixed, ring.groups)
+    room = len(fresh.keep) - size.sum()
+    order = np.arange(len(size))
+    chosen: list[int] = []
+    for place, entry in zip(dropped, old, strict=True):
+        more = np.count_nonzero(ring.groups.rollouts.prompt[entry] >= 0) - size[place]
+        if more <= room:
+            room, order[place] = room - more, len(size) + len(chosen)
+            chosen.append(entry)
+    stored = by_row(jax.tree.map(lambda x: x[chosen], ring.groups))
+    mixed = select_groups(join_groups(fresh, stored), order, len(fresh.keep)) if chosen else fresh
     capacity = len(ring.version)
-    return (
-        _push(ring, groups, np.flatnonzero(keep)[-capacity:]),
-        by_row(mixed),
-        {"groups/replayed": float(len(dropped))},
-    )
+    ring = _push(ring, fresh, np.flatnonzero(keep)[-capacity:])
+    return ring, mixed, {"groups/replayed": float(len(chosen))}
 
 
 def _push(ring: Ring, fresh: Groups, kept: Int[np.ndarray, " n"]) -> Ring:
-    capacity = len(ring.version)
+    capacity, most = ring.groups.rollouts.prompt.shape
     entries = (ring.next + np.arange(len(kept))) % capacity
+    groups = by_group(select_groups(fresh, kept), most)
 
     def write(stored: np.ndarray, new: np.ndarray) -> np.ndarray:
         stored = stored.copy()
-        stored[entries] = new[kept]
+        stored[entries] = new
         return stored
 
-    version = fresh.rollouts.version.max(axis=(1, 2))
     return Ring(
-        groups=jax.tree.map(write, ring.groups, fresh),
-        version=write(ring.version, version.astype(np.int32)),
+        groups=jax.tree.map(write, ring.groups, groups),
+        version=write(ring.version, groups.rollouts.version.max(axis=(1, 2)).astype(np.int32)),
         next=np.asarray((ring.next + len(kept)) % capacity, np.int32),
     )

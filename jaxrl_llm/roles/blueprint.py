@@ -31,7 +31,7 @@ from jaxrl_llm.types import PyTree
 from jaxrl_llm.update.config import OptimizerConfig
 from jaxrl_llm.update.optimizer.config import GroupConfig
 from jaxrl_llm.update.optimizer.transform import make_optimizer
-from jaxrl_llm.update.packing import BatchShape, batch_shape
+from jaxrl_llm.update.packing import BatchShape, batch_shape, equal_groups
 
 
 class Shapes(NamedTuple):
@@ -169,10 +169,10 @@ def shapes_of(cfg: RunConfig, prompt_slots: int, shards: int) -> Shapes:
     sizes = prompt_slots, cfg.rollout.max_new_tokens
 
     def of_rollouts(prompts: int, parts: int) -> BatchShape:
-        return batch_shape(packing.kind, prompts, samples, sizes, packing.slots, parts, shards)
+        return batch_shape(packing.kind, equal_groups(prompts, samples), sizes, packing.slots, parts, shards)
 
     def supervised(rows: int) -> BatchShape:
-        return batch_shape("none", rows, 1, sizes, 0, 1, shards)
+        return batch_shape("none", equal_groups(rows, 1), sizes, 0, 1, shards)
 
     return Shapes(
         of_rollouts(prompts // update.minibatches, update.micro_batches),

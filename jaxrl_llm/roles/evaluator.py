@@ -14,8 +14,8 @@ from jaxrl_llm.roles.scorer import Scorer
 from jaxrl_llm.tasks.rows import Row
 from jaxrl_llm.tasks.stream import make_prompts
 from jaxrl_llm.tasks.task import Task
-from jaxrl_llm.types import Experience, Policy, PyTree, Rollouts
-from jaxrl_llm.update.batch import select_groups, ungraded, unscored
+from jaxrl_llm.types import Experience, Policy, PyTree, Rollouts, select_groups
+from jaxrl_llm.update.batch import ungraded
 
 
 class Answers(NamedTuple):
@@ -98,9 +98,9 @@ class Evaluator:
         `at_once` prompts."""
         num = len(rollouts.prompts.length)
         part = _parts(num, self.at_once)[0]
-        groups = select_groups(unscored(ungraded(rollouts)), part).groups
+        groups = select_groups(ungraded(rollouts), part)
         # With fewer prompts the batch is filled up with repetitions; each prompt counts once.
-        once = np.repeat(np.arange(len(part)) < num, len(groups.keep) // len(part))
+        once = groups.rollouts.prompt < num
         d = (self.score(params, groups).logprobs - groups.rollouts.behavior_logprobs).astype(np.float64)
         return float(np.mean(KL["k3"](-d[groups.rollouts.sampled & once[:, None]])))
 

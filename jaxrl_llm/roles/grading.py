@@ -41,7 +41,7 @@ def grade(rollouts: Rollouts, task: Task, reward: Grader | GraderPool, rows: Seq
     samples = samples_of(task, rows, rollouts.replace(prompts=asked))
     samples = [samples[p] for p in mine]
     graded = reward.grade(samples) if isinstance(reward, GraderPool) else grade_in_process(reward, samples)
-    grades = blank_grades(num, len(rollouts.length) // num, len(graded.components))
+    grades = blank_grades(num, int(rollouts.size.max()), len(graded.components))
     if len(mine):
         grades.set(mine, graded)
     return make_groups(rollouts, grades)
@@ -58,7 +58,7 @@ def _check_rows(rows: Sequence[Row], prompts: Prompts) -> None:
 
 
 class Grades(NamedTuple):
-    """Grades of P groups of G rows."""
+    """Grades of P groups of up to G rows."""
 
     reward: Float[np.ndarray, "P G"]
     components: Float[np.ndarray, "P G n"]
@@ -68,16 +68,12 @@ class Grades(NamedTuple):
 
     def set(self, index: Int[np.ndarray, " p"], graded: Graded) -> None:
         """Set the grades of the groups `index`."""
-        vote = [[(zlib.crc32(answer.encode()) >> 1 or 1) if answer else 0 for answer in each] for each in graded.votes]
-        new = (
-            graded.reward,
-            np.moveaxis(graded.components, 0, -1),
-            graded.failure,
-            graded.failed_by,
-            np.array(vote, np.int32),
-        )
-        for kept, values in zip(self, new, strict=True):
-            kept[index] = values
+        at = np.asarray(index), slice(graded.reward.shape[1])
+        self.reward[at], self.components[at] = graded.reward, np.moveaxis(graded.components, 0, -1)
+        self.failure[index], self.failed_by[index] = graded.failure, graded.failed_by
+        for p, answers in zip(index, graded.votes, strict=True):
+            vote = [(zlib.crc32(answer.encode()) >> 1 or 1) if answer else 0 for answer in answers]
+            self.vote[p, : len(answers)] = vote
 
 
 def blank_grades(prompts: int, samples: int, graders: int) -> Grades:
@@ -99,28 +95,34 @@ def samples_of(task: Task, rows: Sequence[Row], rollouts: Rollouts) -> list[list
         rows: with the answers; `rollouts.prompts.row` is an index into them.
         rollouts: of the groups.
     """
-    size, texts = len(rollouts.length) // len(rollouts.prompts.length), task.decode(rollouts.tokens, rollouts.length)
-
-    def sample_of(row: Row, b: int) -> Sample:
-        finish = Finish(rollouts.finish[b]).name.lower()
-        return Sample(row.prompt, texts[b], row.answer, finish, row.columns, int(rollouts.length[b]))
-
-    return [
-        [sample_of(rows[index], b) for b in range(p * size, (p + 1) * size)]
-        for p, index in enumerate(rollouts.prompts.row)
-    ]
+    texts = task.decode(rollouts.tokens, rollouts.length)
+    found: list[list[Sample]] = [[] for _ in rollouts.prompts.row]
+    for b, p in enumerate(rollouts.prompt.tolist()):
+        if p >= 0:
+            row, finish = rows[rollouts.prompts.row[p]], Finish(rollouts.finish[b]).name.lower()
+            found[p].append(Sample(row.prompt, texts[b], row.answer, finish, row.columns, int(rollouts.length[b])))
+    return found
 
 
 def make_groups(rollouts: Rollouts, grades: Grades) -> Groups:
     """Return the groups, equal on every host; graded ones are kept. `grades`: host i has those of the groups i, i + hosts, ..."""
-    num = len(grades.failure)
+    num, prompt = len(grades.failure), rollouts.prompt
     grades = hosts.each_from(grades, np.arange(num) % jax.process_count())
+    own = np.flatnonzero(prompt >= 0)
+    place = own - (np.cumsum(rollouts.size) - rollouts.size)[prompt[own]]
+
+    def of_rows(grades: np.ndarray, filler: float) -> np.ndarray:
+        found = np.full((len(prompt), *grades.shape[2:]), filler, grades.dtype)
+        found[own] = grades[prompt[own], place]
+        return found
+
+    reward = of_rows(grades.reward, np.nan)
     return Groups(
         rollouts=rollouts,
-        reward=grades.reward.reshape(-1),
-        components=grades.components.reshape(-1, grades.components.shape[2]),
+        reward=reward,
+        components=of_rows(grades.components, np.nan),
         failure=grades.failure,
         failed_by=grades.failed_by,
-        vote=grades.vote.reshape(-1),
-        keep=~np.isnan(grades.reward).reshape(-1),
+        vote=of_rows(grades.vote, 0),
+        keep=~np.isnan(reward),
     )

@@ -29,7 +29,7 @@ from jaxrl_llm.roles.updates import as_floats, without_zero_gradients
 from jaxrl_llm.types import Batch, Credit, Experience, Groups, Policy, PyTree, Scores, TrainState
 from jaxrl_llm.update.batch import fill_batch, spread_rows, token_weights
 from jaxrl_llm.update.optimizer.state import make_init_state
-from jaxrl_llm.update.packing import BatchShape, batch_shape
+from jaxrl_llm.update.packing import BatchShape, GroupSizes, batch_shape
 from jaxrl_llm.update.step import Update, jit_score, jit_update
 
 Packing = Literal["none", "plain", "shared_prefix"]
@@ -196,10 +196,11 @@ def shape_of(groups: Groups, packing: Packing, slots: int = 0, micro_batches: in
     """
     if packing not in get_args(Packing):
         raise UserError(f"packing: got {packing!r}, want one of {', '.join(get_args(Packing))}")
-    rollouts, prompts = groups.rollouts, len(groups.failure)
-    sizes = rollouts.prompts.tokens.shape[1], rollouts.tokens.shape[1]
+    rollouts, size = groups.rollouts, groups.rollouts.size
+    longest = rollouts.prompts.tokens.shape[1], rollouts.tokens.shape[1]
     try:
-        return batch_shape(packing, prompts, len(rollouts.length) // prompts, sizes, slots, micro_batches, shards)
+        sizes = GroupSizes(len(size), len(rollouts.length), int(size.max()))
+        return batch_shape(packing, sizes, longest, slots, micro_batches, shards)
     except ValueError as error:
         raise UserError(f"slots: {error}") from None
 

@@ -14,31 +14,35 @@ from jaxrl_llm.types import Finish, Groups
 
 def describe(groups: Groups, graders: Sequence[str]) -> dict[str, float]:
     """Metrics of a step's fresh groups after the filter, under TRL's names; a mean over nothing is absent."""
-    rollouts, num = groups.rollouts, len(groups.failure)
-    reward = groups.reward.reshape(num, -1)[groups.failure == Failure.NONE].astype(np.float64)
-    length = rollouts.length
+    rollouts, own = groups.rollouts, groups.rollouts.prompt >= 0
+    graded = own & (groups.failure == Failure.NONE)[rollouts.prompt]
+    reward, length = groups.reward[graded].astype(np.float64), rollouts.length[own]
     metrics = {
         "completions/mean_length": length.mean(),
         "completions/min_length": length.min(),
         "completions/max_length": length.max(),
-        "completions/clipped_ratio": np.mean(rollouts.finish == Finish.LENGTH),
+        "completions/clipped_ratio": np.mean(rollouts.finish[own] == Finish.LENGTH),
         "completions/tokens": length.sum(),
         "completions/crc32": zlib.crc32(rollouts.tokens.tobytes()),
         "prompts/first_uid": rollouts.prompts.uid[0],
-        "groups/graded": len(reward),
+        "groups/graded": len(np.unique(rollouts.prompt[graded])),
         "groups/kept": groups.kept.sum(),
         "sampling/mean_logprob": rollouts.behavior_logprobs.sum() / rollouts.sampled.sum(),
         "sampling/entropy": rollouts.entropy.sum() / rollouts.sampled.sum(),
     }
     if reward.size:
         metrics["reward"] = reward.mean()
-    if reward.size and reward.shape[1] > 1:
-        # Relative to the first of each group, so that equal rewards have a deviation of exactly 0.
-        metrics["reward_std"] = (reward - reward[:, :1]).std(axis=1, ddof=1).mean()
-        metrics["frac_reward_zero_std"] = np.mean(reward.max(axis=1) == reward.min(axis=1))
-    parts = np.moveaxis(groups.components.reshape(num, -1, groups.components.shape[1]), -1, 0)
-    metrics |= component_metrics(parts, groups.failure, groups.failed_by, graders)
+    # Relative to the first of each group, so that equal rewards have a deviation of exactly 0.
+    std = [(group - group[0]).std(ddof=1) for group in _groups_of(reward, rollouts.prompt[graded]) if len(group) > 1]
+    if std:
+        metrics |= {"reward_std": np.mean(std), "frac_reward_zero_std": np.mean(np.equal(std, 0))}
+    metrics |= component_metrics(groups.components, graded, groups.failure, groups.failed_by, graders)
     return as_floats(metrics)
+
+
+def _groups_of(x: np.ndarray, prompt: np.ndarray) -> list[np.ndarray]:
+    """Return the numbers of each prompt that has some. `prompt`: of each, ascending."""
+    return np.split(x, np.flatnonzero(np.diff(prompt)) + 1) if len(x) else []
 
 
 def describe_engine(stats: Stats, bytes_per_s: float, flops_per_s: float) -> dict[str, float]:
@@ -69,14 +73,13 @@ def responses(task: Task, groups: Groups, advantage: np.ndarray, num_groups: int
         num_groups: number of groups.
     """
     rollouts, found = groups.rollouts, []
-    samples = len(rollouts.length) // len(groups.failure)
-    for b in range(min(num_groups, len(groups.failure)) * samples):
-        p, n = b // samples, int(rollouts.length[b])
+    for b in np.flatnonzero((rollouts.prompt >= 0) & (rollouts.prompt < num_groups)):
+        p, n = rollouts.prompt[b], int(rollouts.length[b])
         ids = rollouts.tokens[b, :n].tolist()
         found.append(
             {
                 "uid": int(rollouts.prompts.uid[p]),
-                "sample": b % samples,
+                "sample": int(rollouts.sample[b]),
                 "prompt": task.decode(rollouts.prompts.tokens[p : p + 1], rollouts.prompts.length[p : p + 1])[0],
                 "completion": task.decode(rollouts.tokens[b : b + 1], rollouts.length[b : b + 1])[0],
                 "ids": ids,

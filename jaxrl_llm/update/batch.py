@@ -19,6 +19,7 @@ from jaxrl_llm.types import (
     Rollouts,
     Scores,
     number_rows,
+    select_groups,
 )
 from jaxrl_llm.update.packing import BatchShape, Placement, place_sequences
 
@@ -31,12 +32,12 @@ def supervised(
     """Return completions for supervised training: every token is in the loss, none was sampled.
 
     Args:
-        prompts: one per row.
+        prompts: each with equally many of the rows, usually one.
         tokens: of the completions.
         length: tokens per completion.
         temperature: for scoring.
     """
-    prompt, sample = number_rows(np.ones(len(length), np.int32))
+    prompt, sample = number_rows(np.full(len(prompts.length), len(length) // len(prompts.length)))
     rows, zeros = len(length), np.zeros(tokens.shape, np.float32)
     rollouts = Rollouts(
         prompts=prompts,
@@ -90,6 +91,8 @@ def token_weights(
     mask = loss_mask.astype(np.float64)
     each = mask.sum(axis=1, keepdims=True)
     sequences = max(np.count_nonzero(each), 1)
+    # A filler row's group is -1, and it has no token in the mask.
+    group = np.maximum(group, 0)
     of_group = np.bincount(group, weights=each[:, 0])
     divisor = {
         "token": max(mask.sum(), 1),
@@ -121,7 +124,7 @@ def fill_batch(
         own: columns that the loss defines.
     """
     rollouts, prompts, mask = experience.groups.rollouts, experience.groups.rollouts.prompts, experience.loss_mask
-    prompt = prompt_of_rows(rollouts)
+    prompt = rollouts.prompt
     prompt_length = prompts.length[prompt]
     where = place_sequences(prompt_length, rollouts.length, prompt, mask.any(axis=1), shape)
     full = (shape.rows, shape.slots)
@@ -223,24 +226,12 @@ def _slots(where: Placement, length: np.ndarray, completion_slots: int) -> tuple
 
 
 def minibatches(experience: Experience, num: int, rng: np.random.Generator) -> Iterator[Experience]:
-    """Yield one epoch: whole groups, shuffled, in `num` equal minibatches. A single minibatch keeps its order."""
-    groups = len(experience.groups.failure)
-    order = rng.permutation(groups) if num > 1 else np.arange(groups)
-    for index in np.split(order, num):
+    """Yield one epoch: whole groups, shuffled, in `num` minibatches of equally many rows; if groups differ in size, of up to one
+    group more. A single minibatch keeps its order."""
+    size = experience.groups.rollouts.size
+    order = rng.permutation(len(size)) if num > 1 else np.arange(len(size))
+    ends = np.cumsum(size[order])
+    # A minibatch takes groups until it has its share of all rows.
+    cuts = 1 + np.searchsorted(ends * num, ends[-1] * np.arange(1, num))
+    for index in np.split(order, cuts):
         yield select_groups(experience, index)
-
-
-def select_groups(experience: Experience, index: Int[np.ndarray, " n"]) -> Experience:
-    """Return the experience of the groups at `index`, in that order."""
-    groups = len(experience.groups.failure)
-
-    def take(x: np.ndarray) -> np.ndarray:
-        return x.reshape(groups, -1, *x.shape[1:])[index].reshape(-1, *x.shape[1:])
-
-    return jax.tree.map(take, experience)
-
-
-def prompt_of_rows(rollouts: Rollouts) -> Int[np.ndarray, " B"]:
-    """Return the prompt index of each row."""
-    prompts = len(rollouts.prompts.length)
-    return np.repeat(np.arange(prompts, dtype=np.int32), len(rollouts.length) // prompts)

@@ -20,6 +20,20 @@ class BatchShape(NamedTuple):
     """Micro-batch i has the rows i, i + num_micro_batches, ..."""
 
 
+class GroupSizes(NamedTuple):
+    """What is known about the sizes of groups before they exist."""
+
+    prompts: int
+    rows: int
+    """B, of all groups together, at most."""
+    most: int
+    """Rows of the largest group, at most."""
+
+
+def equal_groups(prompts: int, samples: int) -> GroupSizes:
+    return GroupSizes(prompts, prompts * samples, samples)
+
+
 class Placement(NamedTuple):
     """Placement of B sequences in `shape.rows` rows of `shape.slots` slots."""
 
@@ -39,37 +53,62 @@ class Placement(NamedTuple):
 
 
 def batch_shape(
-    kind: str, prompts: int, samples: int, sizes: tuple[int, int], slots: int, num_micro_batches: int, shards: int
+    kind: str, groups: GroupSizes, longest: tuple[int, int], slots: int, num_micro_batches: int, shards: int
 ) -> BatchShape:
-    """Return the shape that fits `prompts` groups of `samples` sequences at their longest.
+    """Return the shape that fits all sequences of such groups at their longest.
 
     Args:
         kind: `update.packing.kind`.
-        prompts: number of groups.
-        samples: sequences per group.
-        sizes: longest (prompt, completion) in tokens.
-        slots: tokens per row T; 0: the least that fits.
+        groups: of how many sequences.
+        longest: (prompt, completion) in tokens.
+        slots: tokens per row T; 0: the least that fits, with shared_prefix a group of average size.
         num_micro_batches: micro-batches; rows are a multiple of num_micro_batches * shards.
         shards: row shards of the mesh.
 
     Raises:
         ValueError: one sequence does not fit into a row.
     """
-    s, c = sizes
-    least = s + c
+    s, c = longest
+    least, samples = s + c, -(-groups.rows // groups.prompts)
     slots = least if kind == "none" else slots or (s + samples * c if kind == "shared_prefix" else least)
     if slots < least:
         raise ValueError(f"got {slots} slots, want at least the {least} of one sequence")
-    if kind == "shared_prefix":
-        together = min(samples, (slots - s) // c)
-        num_groups, size = prompts * -(-samples // together), s + together * c
+    if kind == "none":
+        rows = groups.rows
+    elif kind == "plain":
+        rows = _rows_of_equal(groups.rows, least, slots)
+    elif groups.rows == groups.prompts * groups.most:
+        together = min(groups.most, (slots - s) // c)
+        rows = _rows_of_equal(groups.prompts * -(-groups.most // together), s + together * c, slots)
     else:
-        num_groups, size = prompts * samples, least
-    # With first fit, every row but the last has at least as many sequence groups as fit at their longest.
-    rows = -(-num_groups // (slots // size)) if kind != "none" else num_groups
+        rows = _rows_of_unequal(groups, longest, slots)
     return BatchShape(
         kind, -(-rows // (num_micro_batches * shards)) * num_micro_batches * shards, slots, num_micro_batches
     )
+
+
+def _rows_of_equal(num: int, size: int, slots: int) -> int:
+    """Return rows for `num` sequence groups of at most `size` tokens."""
+    # With first fit, every row but the last has at least as many as fit at their longest.
+    return -(-num // (slots // size))
+
+
+def _rows_of_unequal(groups: GroupSizes, longest: tuple[int, int], slots: int) -> int:
+    """Return rows for the sequence groups of prompts with different numbers of sequences.
+
+    First fit takes the largest first. When a sequence group of at most k sequences, s + k c tokens, opens the last row, every
+    other row holds one or more that are as large, so of k sequences or more, and leaves less room than that. Their number and
+    their tokens bound the rows; the bound is the largest over k.
+    """
+    (s, c), (prompts, total, most) = longest, groups
+    together, bounds = min(most, (slots - s) // c), []
+    for k in range(1, together + 1):
+        of_k = min(prompts, total // k)
+        # A prompt's sequences fill sequence groups of `together` or more, and one of the rest.
+        num = of_k + (total - k * of_k) // together
+        room = slots - s - k * c
+        bounds.append(min(num - 1, (num * s + total * c) // room if room else num - 1))
+    return 1 + max(bounds)
 
 
 def place_sequences(

@@ -108,9 +108,9 @@ def test_failures_of_a_flaky_grader_are_counted_exactly_under_its_name(caplog):
     want[1, Failure.RAISED] = 8
     want[1, Failure.TIMED_OUT] = 2
     want[1, Failure.WRONG_TYPE] = 1
-    metrics = component_metrics(
-        graded.components, graded.failure, graded.failed_by, [grader.label for grader in graders]
-    )
+    rows = np.moveaxis(graded.components, 0, -1).reshape(-1, 3)
+    names = [grader.label for grader in graders]
+    metrics = component_metrics(rows, ~np.isnan(rows[:, 0]), graded.failure, graded.failed_by, names)
     for index, name in enumerate(["numeric", "style", "exact_match"]):
         assert [metrics[f"rewards/{name}/{kind.name.lower()}"] for kind in KINDS] == want[index, 1:].tolist()
     good = graded.failure == Failure.NONE
@@ -122,8 +122,10 @@ def test_failures_of_a_flaky_grader_are_counted_exactly_under_its_name(caplog):
 
 
 def test_metrics_of_groups_that_all_failed():
-    nan = np.full((1, 2, 3), np.nan, np.float32)
-    metrics = component_metrics(nan, np.int32([Failure.RAISED, Failure.DIED]), np.int32([0, 0]), ["a"])
+    nan = np.full((6, 1), np.nan, np.float32)
+    metrics = component_metrics(
+        nan, np.zeros(6, bool), np.int32([Failure.RAISED, Failure.DIED]), np.int32([0, 0]), ["a"]
+    )
     assert "rewards/a/mean" not in metrics
     assert metrics == {
         f"rewards/a/{kind.name.lower()}": float(kind in (Failure.RAISED, Failure.DIED)) for kind in KINDS

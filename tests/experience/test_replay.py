@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jaxrl_llm.experience.config import ReplayConfig
 from jaxrl_llm.experience.replay import blank_groups, by_group, by_row, empty_ring, exchange, make_replay
-from jaxrl_llm.types import Groups, Prompts, Rollouts, check
+from jaxrl_llm.types import Groups, Prompts, Rollouts, check, map_groups, number_rows, select_groups
 
 P, G, S, C = 3, 2, 2, 4
 
@@ -39,7 +39,7 @@ def experience(version: int, first: int, keep=(True, True, True)) -> Groups:
 
 
 def group_of(whole: Groups, place: int) -> list[bytes]:
-    return [x[place].tobytes() for x in jax.tree.leaves(by_group(whole))]
+    return [x.tobytes() for x in jax.tree.leaves(select_groups(whole, np.array([place])))]
 
 
 def ring(capacity: int):
@@ -82,8 +82,8 @@ def test_a_row_that_was_dropped_stays_dropped_in_the_ring():
 
 def test_rows_and_groups_are_two_views_of_the_same():
     whole = experience(0, 5)
-    groups = by_group(whole)
-    assert groups.rollouts.tokens.shape == (P, G, C) and groups.rollouts.prompts.tokens.shape == (P, 1, S)
+    groups = by_group(whole, G)
+    assert groups.rollouts.tokens.shape == (P, G, C) and groups.rollouts.prompts.tokens.shape == (P, S)
     np.testing.assert_array_equal(groups.rollouts.tokens[1], whole.rollouts.tokens[2:4])
     jax.tree.map(np.testing.assert_array_equal, by_row(groups), whole)
 
@@ -120,14 +120,14 @@ def test_the_ring_wraps_and_the_oldest_goes_first():
     for version, first in ((0, 0), (1, 10)):
         replay, _, _ = step(replay, version, first, [True, True, True])
     # 0 1 2 -, then 10 in the last place and 11, 12 over 0 and 1.
-    np.testing.assert_array_equal(replay.groups.rollouts.prompts.uid[:, 0], [11, 12, 2, 10])
+    np.testing.assert_array_equal(replay.groups.rollouts.prompts.uid, [11, 12, 2, 10])
     np.testing.assert_array_equal(replay.version, [1, 1, 0, 1])
     assert replay.next == 2
 
 
 def test_more_fresh_groups_than_places_leave_the_last():
     replay, _, _ = step(ring(2), 0, 0, [True, True, True])
-    np.testing.assert_array_equal(np.sort(replay.groups.rollouts.prompts.uid[:, 0]), [1, 2])
+    np.testing.assert_array_equal(np.sort(replay.groups.rollouts.prompts.uid), [1, 2])
 
 
 @pytest.mark.parametrize("age, taken", [(1, True), (3, True), (4, False)])
@@ -184,3 +184,56 @@ def test_every_group_that_counts_is_fresh_or_young_and_remembered(steps, capacit
         kept += [(first + p, version, group_of(fresh, p)) for p in range(P) if keep[p]]
         assert (replay.version >= 0).sum() == min(len(kept), capacity)
         version += updates
+
+
+B, MOST = 9, 4
+"""Rows of a step of groups of any size, and of the largest group."""
+
+
+def ragged(first: int, size, version: int, keep) -> Groups:
+    """Groups first, first + 1, ... of these sizes, and fillers up to B rows."""
+    whole = select_groups(experience(version, first), np.arange(P).repeat([3, 3, 3]))
+    prompt, sample = number_rows(size)
+    rows = np.arange(len(prompt))
+    cut = map_groups(whole, lambda x: x[:P], lambda x, fill: x[rows])
+    prompts = cut.rollouts.prompts.replace(uid=np.arange(first, first + P, dtype=np.int32))
+    rollouts = cut.rollouts.replace(
+        prompts=prompts, prompt=prompt, sample=sample, tokens=cut.rollouts.tokens + 1000 * (first + prompt)[:, None]
+    )
+    of = np.repeat(np.asarray(keep, bool), size)
+    return check(select_groups(cut.replace(rollouts=rollouts, keep=of), np.arange(P), B))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.data())
+def test_groups_of_any_size_come_back_whole_and_never_exceed_the_steps_rows(data):
+    """Against a list. A group that does not fit stays away; none is cut, none is there twice."""
+    sizes = st.lists(st.integers(0, MOST), min_size=P, max_size=P).filter(lambda size: 0 < sum(size) <= B)
+    blank = select_groups(ragged(0, [MOST, MOST, 1], 0, [True] * P), np.arange(P), B)
+    replay, remembered = empty_ring(blank, 5), {}
+    for number in range(data.draw(st.integers(1, 6))):
+        size, first = np.array(data.draw(sizes)), 100 * number
+        keep = np.array(data.draw(st.lists(st.booleans(), min_size=P, max_size=P))) & (size > 0)
+        fresh = ragged(first, size, number, keep)
+        replay, out, metrics = exchange(replay, fresh, np.random.default_rng(number), 100)
+        assert len(out.keep) == B and check(out).rollouts.size.sum() <= B
+        uids = out.rollouts.prompts.uid
+        assert len(set(uids.tolist())) == P
+        old = [place for place in range(P) if uids[place] < first]
+        for place in range(P):
+            want = remembered[uids[place]] if place in old else group_of(fresh, place)
+            assert group_of(out, place) == want and not (place in old and keep[place])
+        assert metrics == {"groups/replayed": len(old)}
+        remembered |= {first + p: group_of(fresh, p) for p in np.flatnonzero(keep)}
+        there = replay.version >= 0
+        stored = by_row(jax.tree.map(lambda x, there=there: x[there], replay.groups))
+        for place, uid in enumerate(stored.rollouts.prompts.uid):
+            assert group_of(stored, place) == remembered[uid]
+
+
+def test_an_old_group_that_is_larger_than_the_room_left_is_not_taken():
+    replay, _, _ = exchange(empty_ring(ragged(0, [4, 4, 1], 0, [True] * 3), 3), ragged(0, [4, 1, 4], 0, [1, 0, 0]),
+                            np.random.default_rng(0), 100)  # fmt: skip
+    for size, taken in (([1, 4, 4], 0), ([1, 4, 3], 0), ([1, 4, 1], 1), ([4, 4, 1], 1)):
+        _, out, _ = exchange(replay, ragged(10, size, 1, [0, 1, 1]), np.random.default_rng(0), 100)
+        assert (out.rollouts.prompts.uid[0] == 0) == bool(taken)

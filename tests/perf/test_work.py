@@ -13,7 +13,7 @@ from jaxrl_llm.perf import chips
 from jaxrl_llm.perf.utilization import UpdateRates, min_seconds
 from jaxrl_llm.perf.work import TokenCounts, TrainFlops, attention_pairs, forward_flops, matmul_params, train_flops
 from jaxrl_llm.update.batch import fill_batch
-from jaxrl_llm.update.packing import batch_shape
+from jaxrl_llm.update.packing import batch_shape, equal_groups
 
 SLIDING = dataclasses.replace(TINY, window=3, sliding=(True, False))
 PROMPT, COMPLETION = np.array([3, 3, 2, 2]), np.array([4, 2, 1, 3])
@@ -27,7 +27,7 @@ def batch(kind):
     sequences = Sequences(
         tokens[:, :3], PROMPT, tokens, COMPLETION, np.array([0, 0, 1, 1]), learn, np.ones(4, np.float32), zeros, zeros
     )
-    return fill_batch(sequences.experience, batch_shape(kind, 2, 2, (3, 4), 11, 1, 1), 0)[0]
+    return fill_batch(sequences.experience, batch_shape(kind, equal_groups(2, 2), (3, 4), 11, 1, 1), 0)[0]
 
 
 def pairs_of_the_mask(batch, window):

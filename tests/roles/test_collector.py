@@ -63,6 +63,7 @@ class Session:
         whole = rollouts_of(self.prompts)
         rows = (np.array(groups)[:, None] * G + np.arange(G)).reshape(-1)
         cut = {name: x[rows] for name, x in vars(whole).items() if isinstance(x, np.ndarray)}
+        cut["prompt"] = np.repeat(np.arange(len(groups), dtype=np.int32), G)
         return whole.replace(prompts=jax.tree.map(lambda x: x[groups], self.prompts), **cut)
 
 

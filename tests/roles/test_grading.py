@@ -1,5 +1,6 @@
 """Grading in this process and by a pool: groups with the grades of each row."""
 
+import jax
 import numpy as np
 import pytest
 from fakes import groups_of, sums
@@ -9,7 +10,7 @@ from jaxrl_llm.environments.grader_pool import GraderPool
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.roles.grading import grade
 from jaxrl_llm.tasks.stream import make_prompts
-from jaxrl_llm.types import check
+from jaxrl_llm.types import check, number_rows
 
 TASK = sums()
 SAYS = ["12#", "3", "12#", ""]
@@ -45,6 +46,20 @@ def test_a_function_grades_each_sample_of_each_row():
     # Equal answers have one vote, none has 0; without a grader that extracts, the answer is the response.
     vote = groups.vote.tolist()
     assert vote[0] == vote[2] != vote[1] and vote[3] == 0 and all(vote[:3])
+
+
+def test_groups_of_any_size_are_graded_row_by_row():
+    """The first prompt has three rows, the second one, and a filler row has no grade."""
+    prompt, sample = number_rows([3, 1], 5)
+    made = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:1])]) if len(x) == 4 else x, rollouts())
+    groups = check(
+        grade(made.replace(prompt=prompt, sample=sample), TASK, lambda s: len(s.completion) + ord(s.prompt[1]) / 99)
+    )
+    answers = [TASK.train[row] for row in (5, 5, 5, 8)]
+    want = [len(text) + ord(row.prompt[1]) / 99 for text, row in zip(SAYS, answers, strict=True)]
+    np.testing.assert_array_equal(groups.reward, np.float32([*want, np.nan]))
+    assert groups.keep.tolist() == [True] * 4 + [False] and groups.vote[4] == 0 and groups.failure.tolist() == [0, 0]
+    assert groups.kept.tolist() == [True, True]
 
 
 def test_a_grader_that_extracts_gives_the_votes_and_is_started():

@@ -7,7 +7,7 @@ from setups import layouts
 
 from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.roles.scorer import Scorer
-from jaxrl_llm.update.packing import batch_shape
+from jaxrl_llm.update.packing import batch_shape, equal_groups
 
 
 @pytest.mark.parametrize("kind", ["none", "plain", "shared_prefix"])
@@ -20,7 +20,7 @@ def test_each_token_of_a_kept_row_gets_its_own_score_and_all_others_0(kind):
         return TokenScores(params * batch.tokens, 0.5 * batch.tokens, 1.0 * batch.position)
 
     groups = groups_of(np.array([[1.0, 0.0], [np.nan, np.nan], [0.0, 1.0]]), length=[2, 1, 2, 2, 2, 2])
-    shape = batch_shape(kind, 3, 2, (PROMPT_SLOTS, SLOTS), 0, 1, 1)
+    shape = batch_shape(kind, equal_groups(3, 2), (PROMPT_SLOTS, SLOTS), 0, 1, 1)
     score = Scorer(program, shape, 0, layouts()[0].sharding(("rows", None)))
     found = score(10.0, groups)
     said = np.float32([[1, 1], [2, 0], [0, 0], [0, 0], [5, 5], [6, 6]])
@@ -36,7 +36,7 @@ def test_each_token_of_a_kept_row_gets_its_own_score_and_all_others_0(kind):
 
 def test_a_program_without_a_critic_gives_no_values():
     groups = groups_of(np.array([[1.0, 0.0]]))
-    shape = batch_shape("none", 1, 2, (PROMPT_SLOTS, SLOTS), 0, 1, 1)
+    shape = batch_shape("none", equal_groups(1, 2), (PROMPT_SLOTS, SLOTS), 0, 1, 1)
     score = Scorer(
         lambda params, batch: TokenScores(1.0 * batch.tokens, 1.0 * batch.tokens),
         shape, 0, layouts()[0].sharding(("rows", None)),

@@ -91,7 +91,7 @@ def test_a_ring_is_as_wide_as_what_the_run_samples():
     ring = state.replay
     assert isinstance(ring, Ring) and ring.version.tolist() == [-1] * 5
     # Groups of 4 rows, 5 prompt slots and 6 of a completion; 4 tokens are kept per sampled one.
-    assert ring.groups.rollouts.tokens.shape == (5, 4, 6) and ring.groups.rollouts.prompts.tokens.shape == (5, 1, 5)
+    assert ring.groups.rollouts.tokens.shape == (5, 4, 6) and ring.groups.rollouts.prompts.tokens.shape == (5, 5)
     assert ring.groups.rollouts.kept_tokens.shape == (5, 4, 6, 4) and ring.groups.rollouts.eos_masked is None
     assert ring.groups.components.shape == (5, 4, 1)
 

@@ -10,7 +10,7 @@ from jaxrl_llm.environments.grader_pool import Failure
 from jaxrl_llm.perf.work import Work
 from jaxrl_llm.roles.summary import describe, describe_engine, responses
 from jaxrl_llm.rollout.session import Stats
-from jaxrl_llm.types import Finish
+from jaxrl_llm.types import Finish, number_rows
 
 TASK, NAN = sums(), np.nan
 
@@ -58,6 +58,25 @@ def test_a_step_in_numbers():
     }
     zeros = {f"rewards/{grader}/{kind.name.lower()}": 0.0 for grader in ("right", "short") for kind in Failure if kind}
     assert found == pytest.approx(zeros | want) and all(type(x) is float for x in found.values())
+
+
+def test_a_step_of_groups_of_any_size_in_numbers():
+    """Sizes 3, 1, 2 and 0, and two fillers: a group of one has no deviation, and fillers are nobody's."""
+    prompt, sample = number_rows([3, 1, 2, 0], 8)
+    groups = groups_of(np.array([[1.0, 3.0], [5.0, 7.0], [2.0, 2.0], [NAN, NAN]]))
+    groups = groups.replace(
+        rollouts=groups.rollouts.replace(prompt=prompt, sample=sample, length=np.int32([2, 1, 2, 2, 2, 1, 0, 0])),
+        reward=np.float32([1, 1, 4, 9, 2, 2, NAN, NAN]), components=np.float32([[1], [1], [4], [9], [2], [2], [NAN], [NAN]]),
+        failure=np.zeros(4, np.int32), failed_by=np.full(4, -1, np.int32), keep=prompt == 0,
+    )  # fmt: skip
+    found = describe(groups, ["right"])
+    assert found["completions/mean_length"] == 10 / 6 and found["completions/min_length"] == 1
+    assert found["groups/graded"] == 3 and found["groups/kept"] == 1
+    assert found["reward"] == pytest.approx(19 / 6) == found["rewards/right/mean"]
+    # 1, 1, 4 lie 1, 1, 2 from their mean: sqrt(6 / 2).
+    assert found["reward_std"] == pytest.approx(3**0.5 / 2) and found["frac_reward_zero_std"] == 0.5
+    records = responses(sums(), groups, np.zeros((8, 2)), 3)
+    assert [(x["uid"], x["sample"]) for x in records] == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (2, 1)]
 
 
 def test_a_mean_over_nothing_is_absent():

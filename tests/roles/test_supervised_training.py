@@ -12,7 +12,7 @@ from jaxrl_llm.roles.supervised import Supervised, right_responses
 from jaxrl_llm.tasks.stream import noisy_rows
 from jaxrl_llm.types import TrainState
 from jaxrl_llm.update.config import WarmStartConfig
-from jaxrl_llm.update.packing import batch_shape
+from jaxrl_llm.update.packing import batch_shape, equal_groups
 
 TASK = sums()
 SLOTS = TASK.target_slots
@@ -26,7 +26,8 @@ def make(update, noise=0.0):
     return Supervised(
         cfg=WarmStartConfig(steps=9, rows=2, noise=noise), task=TASK, order=order, seed=5,
         right=partial(right_responses, TASK, SLOTS, 1.0), update=update,
-        shape=batch_shape("none", 2, 1, (TASK.prompt_slots, SLOTS), 0, 1, 1), rows=layouts()[0].sharding(("rows", None)),
+        shape=batch_shape("none", equal_groups(2, 1), (TASK.prompt_slots, SLOTS), 0, 1, 1),
+        rows=layouts()[0].sharding(("rows", None)),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from jaxrl_llm.perf.work import TrainFlops
 from jaxrl_llm.roles.updates import UpdateMetrics, Updates, as_floats, is_old, over_updates, without_zero_gradients
 from jaxrl_llm.types import Credit, Experience, OwnColumn, Scores
 from jaxrl_llm.update.config import UpdateConfig
-from jaxrl_llm.update.packing import batch_shape
+from jaxrl_llm.update.packing import batch_shape, equal_groups
 
 QUIET = {"loss": 0.0, "grad_norm": 1.0, "nonfinite": 0.0, "ratio/min": 0.5, "ratio/max": 2.0}
 ONES = QUIET | {"ratio/min": 1.0, "ratio/max": 1.0}
@@ -32,7 +32,7 @@ class Program:
 
 
 def updates_of(program, epochs=1, minibatches=1, groups=4, **changes):
-    shape = batch_shape("none", groups // minibatches, 2, (PROMPT_SLOTS, SLOTS), 0, 1, 1)
+    shape = batch_shape("none", equal_groups(groups // minibatches, 2), (PROMPT_SLOTS, SLOTS), 0, 1, 1)
     base = {
         "program": program, "loss": Loss(terms=None), "cfg": UpdateConfig(epochs=epochs, minibatches=minibatches),
         "shape": shape, "pad": 0, "rows": layouts()[0].sharding(("rows", None)), "anchored_on_proximal": False,

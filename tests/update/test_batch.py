@@ -4,7 +4,19 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_llm.types import Credit, Experience, Finish, Groups, Prompts, Rollouts, Scores, check
+from jaxrl_llm.types import (
+    Credit,
+    Experience,
+    Finish,
+    Groups,
+    Prompts,
+    Rollouts,
+    Scores,
+    check,
+    join_groups,
+    number_rows,
+    select_groups,
+)
 from jaxrl_llm.update.batch import fill_batch, minibatches, supervised, to_completions, token_weights
 from jaxrl_llm.update.packing import BatchShape
 
@@ -221,12 +233,8 @@ def test_sequences_without_a_token_do_not_count_and_nothing_at_all_weighs_nothin
 def numbered(groups: int, samples: int) -> Experience:
     """Rows whose every entry holds its number, in groups that hold theirs."""
     number, group = np.arange(groups * samples, dtype=np.int32), np.arange(groups, dtype=np.int32)
-    prompts = Prompts(np.ones((groups * samples, 1), np.int32), number * 0 + 1, number, number)
-    found = supervised(prompts, number[:, None], number * 0 + 1)
-    rollouts = found.groups.rollouts.replace(
-        prompts=Prompts(group[:, None], group * 0 + 1, group, group),
-        behavior_logprobs=-number.astype(np.float32)[:, None],
-    )
+    found = supervised(Prompts(group[:, None], group * 0 + 1, group, group), number[:, None], number * 0 + 1)
+    rollouts = found.groups.rollouts.replace(behavior_logprobs=-number.astype(np.float32)[:, None])
     of = found.groups.replace(rollouts=rollouts, failure=group, failed_by=group)
     return found._replace(groups=of, credit=Credit(2 * number.astype(np.float32)[:, None]))
 
@@ -250,6 +258,56 @@ def test_minibatches_keep_groups_whole_and_cover_each_row_once(num):
         np.testing.assert_array_equal(part.credit.advantage[:, 0], 2 * numbers(part))
         np.testing.assert_array_equal(part.groups.failure, numbers(part)[::samples] // samples)
         np.testing.assert_array_equal(part.groups.rollouts.prompts.uid, numbers(part)[::samples] // samples)
+
+
+def resized(whole: Experience, size, rows: int | None = None) -> Experience:
+    """The experience with other groups' sizes, and fillers up to `rows`."""
+    prompt, sample = number_rows(size, rows)
+    groups = whole.groups
+    return whole._replace(groups=groups.replace(rollouts=groups.rollouts.replace(prompt=prompt, sample=sample)))
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 4])
+def test_minibatches_of_groups_of_any_size(num):
+    """Whole groups, each row once, no filler; a minibatch has its share of the rows, and up to a group more."""
+    size, rows = np.array([3, 1, 0, 7, 2, 1, 5, 1]), 24
+    whole = resized(numbered(8, 3), size, rows)
+    first = np.cumsum(size) - size
+    parts = list(minibatches(whole, num, np.random.default_rng(0)))
+    np.testing.assert_array_equal(np.sort(np.concatenate([numbers(part) for part in parts])), np.arange(size.sum()))
+    assert sorted(np.concatenate([part.groups.failure for part in parts])) == list(range(8))
+    for part in parts:
+        taken = part.groups.failure
+        want = [first[p] + i for p in taken for i in range(size[p])]
+        assert (
+            numbers(part).tolist() == want
+            and part.groups.rollouts.prompt.tolist() == np.repeat(np.arange(len(taken)), size[taken]).tolist()
+        )
+        assert len(want) < size.sum() / num + size.max()
+
+
+def test_groups_are_selected_in_any_order_and_filled_up():
+    whole = resized(numbered(3, 2), [1, 3, 2])
+    part = select_groups(whole, np.array([2, 1]), rows=7)
+    rollouts = part.groups.rollouts
+    assert numbers(part).tolist() == [4, 5, 1, 2, 3, 0, 0] and part.groups.failure.tolist() == [2, 1]
+    assert rollouts.prompt.tolist() == [0, 0, 1, 1, 1, -1, -1] and rollouts.sample.tolist() == [0, 1, 0, 1, 2, -1, -1]
+    assert rollouts.length.tolist() == [1] * 5 + [0] * 2 and not rollouts.sampled[5:].any()
+    assert np.isnan(part.groups.reward[5:]).all() and np.isnan(part.groups.components[5:]).all()
+    assert not part.groups.keep[5:].any() and part.groups.keep[:5].all() and rollouts.size.tolist() == [2, 3]
+    again = join_groups(part.groups, select_groups(whole, np.array([0])).groups)
+    assert again.rollouts.prompt.tolist() == [0, 0, 1, 1, 1, 2] and again.failure.tolist() == [2, 1, 0]
+    assert again.rollouts.tokens[:, 0].tolist() == [4, 5, 1, 2, 3, 0]
+
+
+def test_a_group_of_any_size_weighs_as_much_as_another_in_a_mean_over_prompts():
+    mask = np.array([[1, 1], [1, 0], [1, 1], [0, 0], [1, 1]], bool)
+    weights = token_weights(mask, i32([0, 0, 0, 1, 2]), "prompt", 1)
+    np.testing.assert_allclose([weights[:3].sum(), weights[4:].sum()], 0.5, rtol=1e-6)
+    # Filler rows are nobody's.
+    more = token_weights(np.concatenate([mask, mask[:1] & False]), i32([0, 0, 0, 1, 2, -1]), "prompt", 1)
+    np.testing.assert_array_equal(more[:5], weights)
+    assert not more[5].any()
 
 
 def test_minibatches_have_a_new_order_each_epoch_and_the_same_for_the_same_seed():

@@ -46,7 +46,7 @@ from jaxrl_llm.update.batch import fill_batch, to_completions
 from jaxrl_llm.update.optimizer.config import AdamW
 from jaxrl_llm.update.optimizer.state import state_shardings
 from jaxrl_llm.update.optimizer.transform import make_optimizer
-from jaxrl_llm.update.packing import batch_shape
+from jaxrl_llm.update.packing import batch_shape, equal_groups
 from jaxrl_llm.update.step import jit_update
 
 CFG = dataclasses.replace(SMALL, layers=1)
@@ -213,7 +213,9 @@ def aggregation_of(loss) -> str:
 def batch_of(rows: Rows, name: str, q: Sequences) -> Chosen:
     q = padded(q, rows.more)
     sizes = q.prompt.shape[1], q.tokens.shape[1]
-    shape = batch_shape(rows.kind, GROUPS, SAMPLES, sizes, rows.slots, rows.parts, int(np.prod(rows.mesh[:2])))
+    shape = batch_shape(
+        rows.kind, equal_groups(GROUPS, SAMPLES), sizes, rows.slots, rows.parts, int(np.prod(rows.mesh[:2]))
+    )
     batch, _ = fill_batch(q.experience, shape, VOCAB.pad, aggregation_of(LOSSES[name][0]), C)
     return Chosen(**vars(batch), term=np.full_like(batch.tokens, rows.names.index(name)))
 
@@ -296,7 +298,7 @@ def test_the_second_moment_drops_the_same_tokens():
     """Chosen over the whole minibatch, before it is cut."""
     q, dropped = sequences(2, False), []
     for rows in (BASE, SHARED):
-        shape = batch_shape(rows.kind, GROUPS, SAMPLES, (S, C), 0, rows.parts, 1)
+        shape = batch_shape(rows.kind, equal_groups(GROUPS, SAMPLES), (S, C), 0, rows.parts, 1)
         batch, where = fill_batch(q.experience, shape, VOCAB.pad)
         kept = np.asarray(losses.second_moment_mask(batch, 0.02))
         dropped.append(to_completions((batch.loss_mask & ~kept).astype(np.float32), where, q))

@@ -8,7 +8,7 @@ from setups import Sequences
 
 from jaxrl_llm.types import Batch, check
 from jaxrl_llm.update.batch import fill_batch, spread_rows, to_completions, token_weights
-from jaxrl_llm.update.packing import BatchShape, batch_shape, place_sequences
+from jaxrl_llm.update.packing import BatchShape, GroupSizes, batch_shape, equal_groups, place_sequences
 
 KINDS = ("none", "plain", "shared_prefix")
 PAD = 0
@@ -19,26 +19,27 @@ few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @st.composite
 def cases(draw):
     """Ragged groups, with some sequences and tokens outside the loss, and the shape of a run that packs them."""
-    groups, samples, s, c = (draw(st.integers(1, most)) for most in (4, 4, 5, 4))
+    groups, most, s, c = (draw(st.integers(1, most)) for most in (4, 4, 5, 4))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     kind, parts, shards = draw(st.sampled_from(KINDS)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
     slots = draw(st.one_of(st.just(0), st.integers(s + c, s + c + 12)))
     longest = draw(st.sampled_from(["ragged", "longest", "shortest"]))
-    rows = groups * samples
+    size = rng.integers(1, most + 1, groups) if draw(st.booleans()) else np.full(groups, most)
+    rows = int(size.sum())
     prompt_length, length = rng.integers(1, s + 1, groups), rng.integers(1, c + 1, rows)
     if longest != "ragged":
         prompt_length[:], length[:] = (s, c) if longest == "longest" else (1, 1)
     learn = (np.arange(c) < length[:, None]) & (rng.random((rows, c)) < 0.9)
     if draw(st.booleans()):
         learn &= rng.random(rows)[:, None] < 0.7
-    shape = batch_shape(kind, groups, samples, (s, c), slots, parts, shards)
-    return numbered(np.repeat(prompt_length, samples), length, samples, learn, (s, c)), shape
+    shape = batch_shape(kind, GroupSizes(groups, rows, size.max()), (s, c), slots, parts, shards)
+    return numbered(np.repeat(prompt_length, size), length, size, learn, (s, c)), shape
 
 
-def numbered(prompt_length, length, samples, learn, sizes) -> Sequences:
+def numbered(prompt_length, length, size, learn, sizes) -> Sequences:
     """Completion tokens are numbered uniquely from 1000 on; prompt tokens encode group and position."""
     (s, c), rows = sizes, len(length)
-    group = np.arange(rows) // samples
+    group = np.arange(rows) // size if np.ndim(size) == 0 else np.repeat(np.arange(len(size)), size)
     own = 1000 + np.arange(rows * c).reshape(rows, c)
     there = np.arange(c) < length[:, None]
     return Sequences(
@@ -157,38 +158,60 @@ def test_the_first_micro_batches_are_filled_first(case):
 @given(st.data())
 def test_there_are_rows_enough_whatever_the_lengths(data):
     groups, samples, s, c = (data.draw(st.integers(1, most)) for most in (6, 6, 9, 9))
+    size = data.draw(st.lists(st.integers(0, samples), min_size=groups, max_size=groups).filter(any))
+    size = np.array(size if data.draw(st.booleans()) else [samples] * groups)
     kind, parts, shards = data.draw(st.sampled_from(KINDS)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
     slots = data.draw(st.one_of(st.just(0), st.integers(s + c, 4 * (s + samples * c))))
-    shape = batch_shape(kind, groups, samples, (s, c), slots, parts, shards)
+    shape = batch_shape(kind, GroupSizes(groups, int(size.sum()), int(size.max())), (s, c), slots, parts, shards)
     assert shape.rows % (parts * shards) == 0
-    rng, rows = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1))), groups * samples
+    rng, rows = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1))), size.sum()
     # Lengths at both ends are the worst for rows.
     low = data.draw(st.integers(1, c))
     length = np.where(rng.random(rows) < data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])), low, c)
-    prompt_length = np.repeat(np.where(rng.random(groups) < 0.3, 1, s), samples)
+    prompt_length = np.repeat(np.where(rng.random(groups) < 0.3, 1, s), size)
     learn = rng.random(rows) < data.draw(st.sampled_from([0.5, 1.0]))
-    where = place_sequences(prompt_length, length, np.arange(rows) // samples, learn, shape)
+    where = place_sequences(prompt_length, length, np.repeat(np.arange(groups), size), learn, shape)
     assert (where.row < shape.rows).all() and ((where.row >= 0) == learn).all()
     assert where.end.max(initial=0) <= shape.slots
     assert (where.start + length <= where.end)[learn].all()
 
 
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 9), st.integers(1, 9), st.data())
+def test_there_are_rows_enough_for_the_worst_sizes(groups, most, s, c, data):
+    """Many groups of one size at their longest, and the rest in groups as large as allowed: the worst for first fit."""
+    alike = data.draw(st.integers(1, most))
+    large = data.draw(st.integers(0, groups))
+    size = np.array([most] * large + [alike] * (groups - large))
+    slots = data.draw(st.integers(s + c, 3 * (s + most * c)))
+    # The shape knows no more than the number of rows and the largest group.
+    sizes = GroupSizes(groups, int(size.sum()), most)
+    shape = batch_shape("shared_prefix", sizes, (s, c), slots, 1, 1)
+    short = data.draw(st.integers(0, c - 1))
+    length = np.where(np.arange(size.sum()) % data.draw(st.integers(1, 5)) == 0, c - short, c)
+    group = np.repeat(np.arange(groups), size)
+    where = place_sequences(np.full(len(group), s), length, group, np.ones(len(group), bool), shape)
+    assert (where.row < shape.rows).all() and (where.row >= 0).all()
+
+
 @pytest.mark.parametrize(
     ("args", "rows", "slots"),
     [
+        # Six groups of 24 sequences in all, in rows of 4: 6 sequence groups of one, and 18 / 4 = 4 full ones, at most.
+        (("shared_prefix", GroupSizes(6, 24, 8), (3, 5), 0, 1, 1), 10, 23),
         # 6 groups of 4 at 3 + 5 slots.
-        (("none", 6, 4, (3, 5), 0, 1, 1), 24, 8),
-        (("none", 6, 4, (3, 5), 99, 5, 1), 25, 8),
-        (("plain", 6, 4, (3, 5), 0, 1, 1), 24, 8),
-        (("plain", 6, 4, (3, 5), 17, 1, 1), 12, 17),
-        (("plain", 6, 4, (3, 5), 33, 1, 4), 8, 33),
+        (("none", equal_groups(6, 4), (3, 5), 0, 1, 1), 24, 8),
+        (("none", equal_groups(6, 4), (3, 5), 99, 5, 1), 25, 8),
+        (("plain", equal_groups(6, 4), (3, 5), 0, 1, 1), 24, 8),
+        (("plain", equal_groups(6, 4), (3, 5), 17, 1, 1), 12, 17),
+        (("plain", equal_groups(6, 4), (3, 5), 33, 1, 4), 8, 33),
         # A whole group: 3 + 4 * 5.
-        (("shared_prefix", 6, 4, (3, 5), 0, 1, 1), 6, 23),
-        (("shared_prefix", 6, 4, (3, 5), 0, 2, 2), 8, 23),
-        (("shared_prefix", 6, 4, (3, 5), 46, 1, 1), 3, 46),
+        (("shared_prefix", equal_groups(6, 4), (3, 5), 0, 1, 1), 6, 23),
+        (("shared_prefix", equal_groups(6, 4), (3, 5), 0, 2, 2), 8, 23),
+        (("shared_prefix", equal_groups(6, 4), (3, 5), 46, 1, 1), 3, 46),
         # Two per sequence group, so two sequence groups per prompt; one per sequence group.
-        (("shared_prefix", 6, 4, (3, 5), 13, 1, 1), 12, 13),
-        (("shared_prefix", 6, 4, (3, 5), 8, 1, 1), 24, 8),
+        (("shared_prefix", equal_groups(6, 4), (3, 5), 13, 1, 1), 12, 13),
+        (("shared_prefix", equal_groups(6, 4), (3, 5), 8, 1, 1), 24, 8),
     ],
 )
 def test_shapes_by_hand(args, rows, slots):
@@ -199,7 +222,7 @@ def test_shapes_by_hand(args, rows, slots):
 @pytest.mark.parametrize("kind", ["plain", "shared_prefix"])
 def test_slots_for_less_than_one_sequence_are_refused(kind):
     with pytest.raises(ValueError, match="got 7 slots, want at least the 8 of one sequence"):
-        batch_shape(kind, 2, 2, (3, 5), 7, 1, 1)
+        batch_shape(kind, equal_groups(2, 2), (3, 5), 7, 1, 1)
 
 
 def test_what_does_not_fit_is_refused():
@@ -239,7 +262,7 @@ def test_a_sequence_left_out_of_a_group_leaves_no_room_behind():
 def test_nothing_to_learn_from_makes_a_batch_of_padding():
     q = numbered(np.full(4, 2), np.full(4, 3), 2, np.zeros((4, 3), bool), (2, 3))
     for kind in KINDS:
-        batch, where = fill_batch(q.experience, batch_shape(kind, 2, 2, (2, 3), 0, 2, 1), PAD)
+        batch, where = fill_batch(q.experience, batch_shape(kind, equal_groups(2, 2), (2, 3), 0, 2, 1), PAD)
         assert not batch.group.any() and (where.row == -1).all() and not where.first.any()
 
 
