@@ -140,8 +140,8 @@ def step(learner: Learner, source: Sampler, state: RunState, policy: Policy, rng
     reference = learner.refresh(state, train)
     source.observe(fresh)
     state = RunState(
-        state.step + 1, state.num_tokens + fresh.rollouts.length.sum(), state.eval_before, train, reference,
-        source.state, filters, replay, state.guards._replace(alarm=learned.alarm),
+        state.step + 1, state.eval_before, train, reference, source.state, filters, replay,
+        state.guards._replace(alarm=learned.alarm),
     )  # fmt: skip
     return Step(state, policy, fresh, credit, learned, dropped | reused)
 
@@ -357,7 +357,7 @@ def summary(run: Run, done: Step) -> dict[str, Any]:
         **done.metrics,
         **learned.metrics,
         **rates,
-        "num_tokens": int(done.state.num_tokens),
+        "num_tokens": int(done.state.source.num_tokens),
     }
 
 

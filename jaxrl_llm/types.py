@@ -15,7 +15,7 @@ Values are not checked when they are created (`jax.tree.map` rebuilds them with 
 """
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar, get_args
 
 import flax.struct
@@ -284,6 +284,14 @@ def select_groups(value: Value, index: Int[np.ndarray, " n"], rows: int | None =
         return np.concatenate([x[source], np.full((fillers, *x.shape[1:]), fill, x.dtype)]) if fillers else x[source]
 
     return _renumbered(map_groups(value, lambda x: x[index], of_rows), prompt)
+
+
+def select_prompts(prompts: Prompts, index: np.ndarray) -> Prompts:
+    return jax.tree.map(lambda x: x[index], prompts)
+
+
+def join_prompts(parts: Iterable[Prompts]) -> Prompts:
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
 def map_groups(

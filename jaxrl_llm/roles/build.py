@@ -8,9 +8,11 @@ import jax
 from jaxtyping import Array, Key
 
 from jaxrl_llm.config.run_config import RunConfig
+from jaxrl_llm.experience.budgets import UniformBudget
 from jaxrl_llm.experience.config import OwnFilter
-from jaxrl_llm.experience.curricula import in_order, make_order, own_curriculum
+from jaxrl_llm.experience.curricula import counted, in_order, make_order, own_curriculum
 from jaxrl_llm.experience.filters import Filter, make_filter, own_filter
+from jaxrl_llm.experience.gates import AdmitAll
 from jaxrl_llm.experience.replay import make_replay
 from jaxrl_llm.model.publish import publisher
 from jaxrl_llm.objective.credit import make_advantage
@@ -18,12 +20,13 @@ from jaxrl_llm.objective.loss_config import anchored_on_proximal
 from jaxrl_llm.objective.losses import CROSS_ENTROPY
 from jaxrl_llm.objective.rules import resolve_filter
 from jaxrl_llm.perf.work import TrainFlops, count_adapter_params, count_tokens, train_flops
+from jaxrl_llm.roles.asking import ByBudget
 from jaxrl_llm.roles.blueprint import Blueprint, correction_for
 from jaxrl_llm.roles.collector import Collected
 from jaxrl_llm.roles.evaluator import Evaluator
 from jaxrl_llm.roles.learner import Learner, score_groups
 from jaxrl_llm.roles.reference import refresh
-from jaxrl_llm.roles.sampler import Sampler
+from jaxrl_llm.roles.sampler import Sampler, Stages
 from jaxrl_llm.roles.scorer import Scorer
 from jaxrl_llm.roles.state import RunState
 from jaxrl_llm.roles.supervised import Supervised, right_responses
@@ -55,9 +58,10 @@ def make_sampler(cfg: RunConfig, task: Task, collect: Callable[..., Collected], 
         collect: a `Collector`.
         key: random key of all sampled tokens.
     """
-    own = cfg.experience.curriculum
+    own, rollout = cfg.experience.curriculum, cfg.rollout
     curriculum = own_curriculum(own) if own else in_order(make_order(len(task.train), cfg.seed))
-    return Sampler(task, curriculum, collect, key, cfg.rollout.prompts, cfg.seed)
+    asking = ByBudget(UniformBudget(), rollout.prompts, rollout.prompts * rollout.samples)
+    return Sampler(task, Stages(counted(curriculum), AdmitAll(), asking), collect, key, cfg.seed)
 
 
 def make_learner(blueprint: Blueprint, score: Scorer, texts_of: Callable[[Groups], list[str]]) -> Learner:

@@ -1,28 +1,46 @@
-"""Rollouts with their grades: groups are graded as they finish, while the others are still being decoded."""
+"""Rollouts with their grades: requests are graded as they finish, while others are still being decoded."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, Key
+import numpy as np
+from jaxtyping import Array, Int, Key
 
-from jaxrl_llm.environments.grader_pool import GraderPool
-from jaxrl_llm.roles.grading import blank_grades, make_groups, samples_of
+from jaxrl_llm.environments.grader_pool import Graded, GraderPool
+from jaxrl_llm.roles.grading import blank_grades, make_groups, merge_requests, samples_of
 from jaxrl_llm.rollout.engine import Engine
-from jaxrl_llm.rollout.session import Stats
+from jaxrl_llm.rollout.session import Session, Stats
 from jaxrl_llm.tasks.rows import Row
 from jaxrl_llm.tasks.task import Task
-from jaxrl_llm.types import Groups, Policy, Prompts
+from jaxrl_llm.types import Groups, Policy, Prompts, Rollouts
+
+
+class Asked(NamedTuple):
+    """Requests: prompts, and how many samples of each."""
+
+    prompts: Prompts
+    group: Int[np.ndarray, " n"]
+    """Number of the group that a request belongs to, from 0: a group may be asked for in several requests."""
+    samples: Int[np.ndarray, " n"]
+    first_sample: Int[np.ndarray, " n"]
+    """Sample number of the first row."""
+
+
+More = Callable[[Groups, Int[np.ndarray, " n"]], Asked | None]
+"""more(groups, group): requests that follow from these graded ones, each with the number of its group."""
 
 
 class Collected(NamedTuple):
     groups: Groups
-    """NumPy, equal on every host; graded groups are kept."""
+    """In the order of their numbers, NumPy, equal on every host; graded groups are kept."""
     stats: Stats
     waited: float
-    """Seconds spent waiting for graders after the last token."""
+    """Seconds in which nothing was decoded because grades were missing."""
 
 
 class GivenUp(Exception):
@@ -33,9 +51,15 @@ def never() -> bool:
     return False
 
 
+def ask(prompts: Prompts, samples: int) -> Asked:
+    """Return the requests of as many groups as prompts, of equally many samples."""
+    num = len(prompts.length)
+    return Asked(prompts, np.arange(num), np.full(num, samples), np.zeros(num, int))
+
+
 @dataclass(frozen=True)
 class Collector:
-    """Samples responses from a policy and has them graded. Each host grades its share of the groups."""
+    """Samples responses from a policy and has them graded. Each host grades its share of the requests."""
 
     engine: Engine
     pool: GraderPool
@@ -44,36 +68,85 @@ class Collector:
     def __call__(
         self,
         policy: Policy,
-        prompts: Prompts,
+        asked: Asked | Prompts,
         rows: Sequence[Row],
         key: Key[Array, ""],
         give_up: Callable[[], bool] = never,
+        more: More | None = None,
     ) -> Collected:
-        """Graded groups, one per prompt.
+        """Graded groups.
+
+        With `more`, the grades of what a chunk finished are waited for once the next chunk is decoded, and what they lead to joins
+        the chunk after it: which chunk that is depends on no grader's speed, so a run can be repeated.
 
         Args:
             policy: samples the responses.
-            prompts: their `row` is an index into `rows`.
+            asked: the first requests; or prompts, each with the configured number of samples. Their prompts'
+                `row` is an index into `rows`.
             rows: of the task, with the answers.
             key: random key of the sampled tokens.
             give_up: called between decode chunks; True stops the sampling.
+            more: called with graded requests, in an order that depends on no grader.
 
         Raises:
             GivenUp: `give_up` returned True; no state has changed.
         """
         session = self.engine.session(policy, key)
-        ids = session.add(prompts)
-        graded, num, me = [], jax.process_count(), jax.process_index()
-        while session.pending:
-            finished = session.advance()
-            mine = finished[finished % num == me]
-            if len(mine):
-                graded.append((mine, self.pool.submit(samples_of(self.task, rows, session.rollouts(mine)))))
+        grading, none = _Grading(self, session, rows), np.zeros(0, int)
+        group: list[int] = []
+        last = none
+
+        def add(asked: Asked) -> None:
+            group.extend(asked.group.tolist())
+            session.add(asked.prompts, asked.samples, first_sample=asked.first_sample)
+
+        add(ask(asked, self.engine.cfg.samples) if isinstance(asked, Prompts) else asked)
+        while session.pending or len(last):
+            finished = session.advance() if session.pending else none
+            grading.submit(finished)
+            if more and len(last):
+                following = more(grading.groups(last, session.rollouts(last)), np.array(group)[last])
+                if following:
+                    add(following)
+            last = finished if more else none
             if give_up():
                 raise GivenUp
-        start = time.perf_counter()
-        grades = blank_grades(len(prompts.length), self.engine.cfg.samples, len(self.pool.names))
-        for mine, job in graded:
-            grades.set(mine, job.result())
-        groups = make_groups(session.take(ids), grades)
-        return Collected(groups, session.stats, time.perf_counter() - start)
+        ids = np.argsort(group, kind="stable")
+        found = merge_requests(grading.groups(ids, session.take(ids)), np.sort(group))
+        return Collected(found, session.stats, grading.waited)
+
+
+class _Grading:
+    """Grades of a session's requests."""
+
+    def __init__(self, collector: Collector, session: Session, rows: Sequence[Row]):
+        self.collector, self.session, self.rows = collector, session, rows
+        self.jobs: deque[tuple[Int[np.ndarray, " n"], Future[Graded]]] = deque()
+        self.done: list[tuple[Int[np.ndarray, " n"], Graded]] = []
+        """Requests of this host, and their grades."""
+        self.waited = 0.0
+
+    def submit(self, ids: Int[np.ndarray, " n"]) -> None:
+        """Have this host's share of the requests graded in the background."""
+        mine = ids[ids % jax.process_count() == jax.process_index()]
+        if len(mine):
+            samples = samples_of(self.collector.task, self.rows, self.session.rollouts(mine))
+            self.jobs.append((mine, self.collector.pool.submit(samples)))
+
+    def groups(self, ids: Int[np.ndarray, " n"], rollouts: Rollouts) -> Groups:
+        """Wait for the grades of these requests. Returns a group for each, equal on every host.
+
+        Args:
+            ids: the requests that were submitted together before all others whose grades are not known, or all of them.
+            rollouts: theirs.
+        """
+        begun, place = time.perf_counter(), {id: i for i, id in enumerate(ids.tolist())}
+        while self.jobs and self.jobs[0][0][0] in place:
+            mine, job = self.jobs.popleft()
+            self.done.append((mine, job.result()))
+        self.waited += time.perf_counter() - begun
+        grades = blank_grades(len(ids), int(rollouts.size.max()), len(self.collector.pool.names))
+        for mine, graded in self.done:
+            if mine[0] in place:
+                grades.set(np.array([place[id] for id in mine.tolist()]), graded)
+        return make_groups(rollouts, grades, ids % jax.process_count())

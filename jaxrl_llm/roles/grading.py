@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from jaxrl_llm.environments.grader import Grader, Sample
 from jaxrl_llm.environments.grader_pool import Graded, GraderPool
 from jaxrl_llm.environments.in_process import grade_in_process
+from jaxrl_llm.environments.worker import Failure
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.tasks.rows import Row
@@ -44,7 +45,7 @@ def grade(rollouts: Rollouts, task: Task, reward: Grader | GraderPool, rows: Seq
     grades = blank_grades(num, int(rollouts.size.max()), len(graded.components))
     if len(mine):
         grades.set(mine, graded)
-    return make_groups(rollouts, grades)
+    return make_groups(rollouts, grades, np.arange(num) % jax.process_count())
 
 
 def _check_rows(rows: Sequence[Row], prompts: Prompts) -> None:
@@ -104,10 +105,10 @@ def samples_of(task: Task, rows: Sequence[Row], rollouts: Rollouts) -> list[list
     return found
 
 
-def make_groups(rollouts: Rollouts, grades: Grades) -> Groups:
-    """Return the groups, equal on every host; graded ones are kept. `grades`: host i has those of the groups i, i + hosts, ..."""
-    num, prompt = len(grades.failure), rollouts.prompt
-    grades = hosts.each_from(grades, np.arange(num) % jax.process_count())
+def make_groups(rollouts: Rollouts, grades: Grades, host: Int[np.ndarray, " P"]) -> Groups:
+    """Return the groups, equal on every host; graded ones are kept. `host`: the one that has the grades of each."""
+    prompt = rollouts.prompt
+    grades = hosts.each_from(grades, host)
     own = np.flatnonzero(prompt >= 0)
     place = own - (np.cumsum(rollouts.size) - rollouts.size)[prompt[own]]
 
@@ -125,4 +126,33 @@ def make_groups(rollouts: Rollouts, grades: Grades) -> Groups:
         failed_by=grades.failed_by,
         vote=of_rows(grades.vote, 0),
         keep=~np.isnan(reward),
+    )
+
+
+def merge_requests(groups: Groups, group: Int[np.ndarray, " P"]) -> Groups:
+    """Return the groups of which some were asked for in several requests. If grading one of them failed, all of the group failed.
+
+    Args:
+        groups: one per request.
+        group: number of the group of each request, ascending.
+    """
+    begins = np.diff(group, prepend=-1) != 0
+    if begins.all():
+        return groups
+    first, of_request = np.flatnonzero(begins), np.cumsum(begins) - 1
+    # The request that failed first, or the first one.
+    speaks = [part[np.argmax(groups.failure[part] > 0)] for part in np.split(np.arange(len(group)), first[1:])]
+    failure, prompt = groups.failure[speaks], groups.rollouts.prompt
+    prompt = np.where(prompt >= 0, of_request[prompt], -1).astype(np.int32)
+    graded = (prompt >= 0) & (failure == Failure.NONE)[prompt]
+    return groups.replace(
+        rollouts=groups.rollouts.replace(
+            prompts=jax.tree.map(lambda x: x[first], groups.rollouts.prompts), prompt=prompt
+        ),
+        reward=np.where(graded, groups.reward, np.float32(np.nan)),
+        components=np.where(graded[:, None], groups.components, np.float32(np.nan)),
+        failure=failure,
+        failed_by=groups.failed_by[speaks],
+        vote=np.where(graded, groups.vote, 0).astype(np.int32),
+        keep=groups.keep & graded,
     )

@@ -1,19 +1,24 @@
 """The sampler: prompts -> generate -> reward. It needs no optimizer and no loss."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Int, Key
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience.curricula import Curriculum, Uniform, VisitCount, counted
+from jaxrl_llm.experience.curricula import Curriculum, Uniform, VisitCount
+from jaxrl_llm.experience.gates import Gate
+from jaxrl_llm.roles.asking import Asking
 from jaxrl_llm.roles.collector import Collected, never
 from jaxrl_llm.tasks.stream import make_prompts
 from jaxrl_llm.tasks.task import Task
-from jaxrl_llm.types import Groups, Policy, Prompts
+from jaxrl_llm.types import Groups, Policy, Prompts, join_groups, join_prompts, select_prompts
 
-# Third number of the curriculum's seed, which makes its generator another than that of filter and replay.
-CURRICULUM = 1
+# Third number of the seed of curriculum and gate, which makes their generators others than that of filter and replay.
+CURRICULUM, GATE = 1, 2
+# Rows that the curriculum chooses for each one that is wanted, at most, while the gate skips them.
+MOST_CHOICES = 50
 
 
 def next_prompts(
@@ -50,35 +55,86 @@ def next_prompts(
     return after, make_prompts(task, task.train, row, choice.visits + np.arange(n))
 
 
+class SourceState(NamedTuple):
+    """State of a `Sampler`."""
+
+    choice: VisitCount
+    gate: Any
+    asking: Any
+    visits: Int[np.ndarray, " rows"]
+    """Times that each row of the task was sampled."""
+    num_tokens: np.ndarray
+    """Completion tokens sampled so far."""
+
+
+class Stages(NamedTuple):
+    """What decides which prompts are sampled, and how often."""
+
+    curriculum: Curriculum
+    """One that counts visits."""
+    gate: Gate
+    asking: Asking
+
+
+class Draws:
+    """Prompts of one step: chosen by the curriculum, admitted by the gate."""
+
+    def __init__(self, task: Task, stages: Stages, state: SourceState, rng: tuple[int, ...]):
+        self.task, self.stages, self.state = task, stages, state
+        self.choosing, self.admitting = (np.random.default_rng((*rng, stage)) for stage in (CURRICULUM, GATE))
+        self.skipped = self.forced = 0
+
+    def __call__(self, n: int) -> Prompts:
+        """The next n prompts. If the gate skips too many, the last ones are taken although it would skip them."""
+        found: list[Prompts] = []
+        missing, left = n, MOST_CHOICES * n
+        while missing:
+            choice, prompts = next_prompts(self.task, self.stages.curriculum, self.state.choice, self.choosing, missing)
+            gate, admitted = self.stages.gate.admit(self.state.gate, self.admitting, prompts.row)
+            self.state, left = self.state._replace(choice=choice, gate=gate), left - missing
+            if left <= 0:
+                self.forced += np.count_nonzero(~admitted)
+                admitted = np.ones_like(admitted)
+            self.skipped += np.count_nonzero(~admitted)
+            found.append(select_prompts(prompts, admitted))
+            missing -= np.count_nonzero(admitted)
+        return join_prompts(found)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {"gate/skipped": float(self.skipped), "gate/forced": float(self.forced)}
+
+
 class Sampler:
     """A source of graded groups: `use` a policy, `take` a step's groups, `observe` them."""
 
-    def __init__(
-        self,
-        task: Task,
-        curriculum: Curriculum,
-        collect: Callable[..., Collected],
-        key: Key[Array, ""],
-        prompts: int,
-        seed: int,
-    ):
+    def __init__(self, task: Task, stages: Stages, collect: Callable[..., Collected], key: Key[Array, ""], seed: int):
         """
         Args:
             task: its `train` rows are sampled.
-            curriculum: chooses the rows.
+            stages: choose the rows and the number of samples.
             collect: a `Collector`.
             key: random key of all sampled tokens.
-            prompts: P, prompts per step.
-            seed: of the curriculum's random numbers.
+            seed: of the stages' random numbers.
         """
-        self.task, self.curriculum, self.collect = task, counted(curriculum), collect
-        self.key, self.prompts, self.seed = key, prompts, seed
-        self.state: VisitCount = self.curriculum.init(len(task.train))
+        self.task, self.stages, self.collect, self.key, self.seed = task, stages, collect, key, seed
+        num = len(task.train)
+        self.state = SourceState(
+            stages.curriculum.init(num),
+            stages.gate.init(num),
+            stages.asking.init(num),
+            np.zeros(num, np.int32),
+            np.array(0),
+        )
         """Resumable state; part of `RunState`."""
         self.policy: Policy | None = None
         self.give_up: Callable[[], bool] = never
         self.last: Collected | None = None
-        """Result of the last `take`, with its statistics."""
+        """All that the last `take` sampled, with its statistics."""
+        self.metrics: dict[str, float] = {}
+        """Metrics of the last `take`."""
+        self.rejected: Groups | None = None
+        """Groups of the last `take` beside those that it returned."""
 
     def use(self, policy: Policy) -> None:
         """Sample from `policy` in later calls of `take`."""
@@ -86,12 +142,30 @@ class Sampler:
 
     def take(self, step: int) -> Groups:
         """Graded groups of a step. Raises GivenUp, with the state unchanged, if `give_up` returns True meanwhile."""
-        rng = np.random.default_rng((self.seed, step, CURRICULUM))
-        state, prompts = next_prompts(self.task, self.curriculum, self.state, rng, self.prompts)
-        self.last = self.collect(self.policy, prompts, self.task.train, self.key, self.give_up)
-        self.state = state
-        return self.last.groups
+        draws, asking = Draws(self.task, self.stages, self.state, (self.seed, step)), self.stages.asking
+        requests = asking.start(self.state.asking)
+        found = self.collect(
+            self.policy, requests.first(draws), self.task.train, self.key, self.give_up,
+            requests.more if asking.follows_up else None,
+        )  # fmt: skip
+        taken = requests.finish(found.groups)
+        visits = self.state.visits + np.bincount(found.groups.rollouts.prompts.row, minlength=len(self.task.train))
+        self.last, self.rejected = found, taken.rejected
+        self.state = draws.state._replace(
+            asking=requests.state,
+            visits=visits.astype(np.int32),
+            num_tokens=self.state.num_tokens + found.groups.rollouts.length.sum(),
+        )
+        self.metrics = taken.metrics | draws.metrics | {"prompts/never_seen": np.mean(visits == 0)}
+        return taken.fresh
 
     def observe(self, groups: Groups) -> None:
-        """Update the curriculum with the groups of a step."""
-        self.state = self.curriculum.observe(self.state, groups)
+        """Update curriculum, gate and budget with the groups of a step, and with those that `take` left out."""
+        if self.rejected is not None:
+            groups = join_groups(groups, self.rejected)
+        state, stages = self.state, self.stages
+        self.state = state._replace(
+            choice=stages.curriculum.observe(state.choice, groups),
+            gate=stages.gate.observe(state.gate, groups),
+            asking=stages.asking.observe(state.asking, groups),
+        )

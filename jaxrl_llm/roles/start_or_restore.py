@@ -77,7 +77,6 @@ def first_state(
     )
     return RunState(
         step=np.array(cfg.warm_start.steps),
-        num_tokens=np.array(0),
         eval_before=np.array(np.nan),
         train=train,
         reference=reference,

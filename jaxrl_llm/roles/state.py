@@ -13,8 +13,6 @@ class RunState(NamedTuple):
 
     step: np.ndarray
     """Steps done, supervised ones included."""
-    num_tokens: np.ndarray
-    """Completion tokens sampled so far."""
     eval_before: np.ndarray
     """Held-out accuracy before RL, the metric `Evaluator.headline`."""
     train: TrainState

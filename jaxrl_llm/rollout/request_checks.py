@@ -21,20 +21,13 @@ RANGES = {
 }
 
 
-def whole_number(name: str, given: Any, least: int, most: int = MAX_INT) -> int:
-    """Return the number. Raises ValueError unless it is whole and in range."""
-    if not isinstance(given, int | np.integer) or not least <= given <= most:
-        raise ValueError(f"{name}: got {given!r}, want a whole number from {least} to {most}")
-    return int(given)
-
-
-def sizes_of(name: str, given: Any, prompts: int) -> Int[np.ndarray, " P"]:
-    """Return the rows per prompt. `given`: one number, or one per prompt."""
-    size = np.asarray(given)
-    fits = size.shape in ((), (prompts,)) and size.dtype.kind in "iu"
-    if not fits or not ((size >= 1) & (size <= MAX_INT)).all():
-        raise ValueError(f"{name}: got {given!r}, want a whole number from 1 to {MAX_INT}, or one for each prompt")
-    return np.broadcast_to(size, prompts)
+def per_prompt(name: str, given: Any, prompts: int, least: int, most: int = MAX_INT) -> Int[np.ndarray, " P"]:
+    """Return one number per prompt. Raises ValueError unless all are whole and in range. `given`: one number, or one per prompt."""
+    found = np.asarray(given)
+    fits = found.shape in ((), (prompts,)) and found.dtype.kind in "iu"
+    if not fits or not ((found >= least) & (found <= most)).all():
+        raise ValueError(f"{name}: got {given!r}, want a whole number from {least} to {most}, or one for each prompt")
+    return np.broadcast_to(found, prompts)
 
 
 def check_prompts(prompts: Prompts, most: int, vocab: Vocabulary) -> None:

@@ -36,8 +36,7 @@ from jaxrl_llm.rollout.request_checks import (
     check_rollouts,
     check_stop,
     limits_of,
-    sizes_of,
-    whole_number,
+    per_prompt,
 )
 from jaxrl_llm.rollout.requests import (
     PromptsLike,
@@ -115,7 +114,7 @@ class Session:
         self, prompts: PromptsLike, samples: int | Int[np.ndarray, " P"] | None = None, controls: Controls | None = None,
         limit: Int[np.ndarray, " P"] | Int[np.ndarray, "P G"] | None = None,
         known: Rollouts | Sequence[Sequence[int]] | None = None, stop: Sequence[str] | None = None,
-        first_sample: int = 0,
+        first_sample: int | Int[np.ndarray, " P"] = 0,
     ) -> Ids:  # fmt: skip
         """Add one request per prompt. They join the next chunk in which there is room.
 
@@ -127,7 +126,7 @@ class Session:
             known: first tokens of each of the B rows, from which it continues: token ids, which count as forced, or earlier
                 rollouts, which keep their log-probs and versions.
             stop: stop strings; the configured ones by default.
-            first_sample: sample number of each prompt's first row.
+            first_sample: sample number of each prompt's first row, one number or one for each prompt.
 
         Returns:
             Ids of the requests: 0, 1, 2, ... in the order in which they were added.
@@ -140,8 +139,8 @@ class Session:
         prompts = as_prompts(prompts, self.tokenizer, vocab, self.num_added)
         check_prompts(prompts, self.prompt_slots, vocab)
         num = len(prompts.length)
-        size = sizes_of("samples", self.cfg.samples if samples is None else samples, num)
-        first_sample = whole_number("first_sample", first_sample, 0, MAX_INT - int(size.max()))
+        size = per_prompt("samples", self.cfg.samples if samples is None else samples, num, 1)
+        first = per_prompt("first_sample", first_sample, num, 0, MAX_INT - int(size.max()))
         limits = limits_of("limit", np.full(num, most) if limit is None else limit, size, most)
         stop = check_stop(self.cfg.stop if stop is None else stop, self.tokenizer is not None)
         controls = controls_for(self.cfg, num) if controls is None else controls
@@ -162,7 +161,7 @@ class Session:
             self._force(rows, known)
         for p, (id, mine) in enumerate(zip(ids.tolist(), np.split(rows, np.cumsum(size)[:-1]), strict=True)):
             prompt, own = jax.tree.map(lambda x, p=p: np.array(x[p]), (prompts, controls))
-            self.requests[id] = Request(id, prompt, own, first_sample, mine, stop)
+            self.requests[id] = Request(id, prompt, own, int(first[p]), mine, stop)
             self._enqueue(id)
         return ids
 

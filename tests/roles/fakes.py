@@ -77,7 +77,7 @@ def state_of(**changes: object) -> RunState:
     """State of a run after five steps with seven updates."""
     train = TrainState({"w": np.float32(1)}, (), np.int32(7))
     base = RunState(
-        step=np.array(5), num_tokens=np.array(100), eval_before=np.array(0.25), train=train, reference=None,
+        step=np.array(5), eval_before=np.array(0.25), train=train, reference=None,
         source=(), filters=(), replay=(), guards=Guards(),
     )  # fmt: skip
     return base._replace(**changes)

@@ -46,16 +46,18 @@ def test_keys_are_those_of_the_seed_and_evaluation_has_its_own():
 def test_the_sampler_takes_rows_in_the_seeds_order_and_supervised_training_in_another():
     asked, key = [], make_keys(0).train
 
-    def collect(policy, prompts, rows, key, give_up):
-        asked.append((prompts.row.tolist(), key))
-        return SimpleNamespace(groups=None)
+    def collect(policy, requests, rows, key, give_up, more):
+        asked.append((requests.prompts.row.tolist(), key))
+        assert requests.samples.tolist() == [4] * 8 and more is None
+        groups = groups_of(np.zeros((8, 4)))
+        return SimpleNamespace(groups=groups.replace(rollouts=groups.rollouts.replace(prompts=requests.prompts)))
 
     sampler = make_sampler(config(seed=3), TASK, collect, key)
     for step in range(2):
         sampler.take(step)
     order = make_order(len(TASK.train), 3)
     assert [row for rows, _ in asked for row in rows] == [order(place) for place in range(16)]
-    assert all(given is key for _, given in asked) and sampler.prompts == 8 and sampler.seed == 3
+    assert all(given is key for _, given in asked) and sampler.seed == 3
     supervised = make_supervised(blueprint(seed=3), TASK)
     other = make_order(len(TASK.train), 4)
     assert [supervised.order(place) for place in range(16)] == [other(place) for place in range(16)]

@@ -46,7 +46,8 @@ class Session:
     def pending(self):
         return bool(self.order)
 
-    def add(self, prompts):
+    def add(self, prompts, samples, first_sample):
+        assert samples.tolist() == [G] * 3 and not first_sample.any()
         self.log.append(("add", prompts))
         self.prompts = prompts
         return np.arange(len(prompts.length))

@@ -6,9 +6,12 @@ import pytest
 from fakes import groups_of, sums
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience.curricula import Curriculum, in_order
+from jaxrl_llm.experience.budgets import UniformBudget
+from jaxrl_llm.experience.curricula import Curriculum, counted, in_order
+from jaxrl_llm.experience.gates import AdmitAll
+from jaxrl_llm.roles.asking import ByBudget
 from jaxrl_llm.roles.collector import Collected, GivenUp, never
-from jaxrl_llm.roles.sampler import CURRICULUM, Sampler
+from jaxrl_llm.roles.sampler import CURRICULUM, Sampler, Stages
 from jaxrl_llm.rollout.session import Stats
 
 TASK, KEY = sums(), jax.random.key(1)
@@ -21,7 +24,8 @@ class Collect:
     def __init__(self, reward=((1.0, 0.0), (np.nan, np.nan))):
         self.reward, self.asked, self.gives_up = np.array(reward), [], False
 
-    def __call__(self, policy, prompts, rows, key, give_up):
+    def __call__(self, policy, asked, rows, key, give_up, more):
+        prompts = asked.prompts
         self.asked.append((policy, prompts, rows, key, give_up))
         if self.gives_up or give_up():
             raise GivenUp
@@ -30,7 +34,10 @@ class Collect:
 
 
 def make(collect, curriculum=None, prompts=2, seed=3):
-    return Sampler(TASK, curriculum or in_order(ORDER.__getitem__), collect, KEY, prompts, seed)
+    stages = Stages(
+        counted(curriculum or in_order(ORDER.__getitem__)), AdmitAll(), ByBudget(UniformBudget(), prompts, 2 * prompts)
+    )
+    return Sampler(TASK, stages, collect, KEY, seed)
 
 
 def test_rows_come_in_the_curriculums_order_and_each_visit_has_a_number_of_its_own():
@@ -44,7 +51,7 @@ def test_rows_come_in_the_curriculums_order_and_each_visit_has_a_number_of_its_o
     for prompts in asked:
         for tokens, length, row in zip(prompts.tokens, prompts.length, prompts.row, strict=True):
             np.testing.assert_array_equal(tokens[:length], TASK.train[row].tokens)
-    assert int(sampler.state.visits) == 6 and int(sampler.state.curriculum) == 6
+    assert int(sampler.state.choice.visits) == 6 and int(sampler.state.choice.curriculum) == 6
     assert sampler.last.groups is groups[-1]
 
 
@@ -56,6 +63,8 @@ def test_the_policy_is_the_last_one_named_and_all_rows_and_the_key_go_along():
         if policy != "second":
             sampler.take(0)
     assert [policy for policy, *_ in collect.asked] == ["first", "third"]
+    # Four rows of two tokens, twice.
+    assert int(sampler.state.num_tokens) == 16
     for _, _, rows, key, give_up in collect.asked:
         assert rows is TASK.train and key is KEY and give_up is never
 
@@ -91,11 +100,13 @@ def test_a_curriculum_sees_the_groups_and_chooses_by_them():
     collect = Collect(((2.0, 4.0), (-1.0, -2.0)))
     sampler = make(collect, by_reward())
     sampler.observe(sampler.take(0))
-    assert sampler.state.curriculum[:3].tolist() == [3, -1.5, 0] and len(sampler.state.curriculum) == len(TASK.train)
+    assert sampler.state.choice.curriculum[:3].tolist() == [3, -1.5, 0] and len(sampler.state.choice.curriculum) == len(
+        TASK.train
+    )
     sampler.take(1)
     # The row that was worst, then the first unseen one.
     assert [prompts.row.tolist() for _, prompts, *_ in collect.asked] == [[0, 1], [1, 2]]
-    assert int(sampler.state.visits) == 4
+    assert int(sampler.state.choice.visits) == 4
 
 
 def test_observed_groups_are_all_of_the_step_the_dropped_ones_too():
@@ -111,7 +122,7 @@ def test_observed_groups_are_all_of_the_step_the_dropped_ones_too():
         and observed.rollouts.prompts.row.tolist() == [4, 1]
         and np.isnan(observed.reward[2:]).all()
     )
-    assert sampler.state.curriculum == "seen" and int(sampler.state.visits) == 2
+    assert sampler.state.choice.curriculum == "seen" and int(sampler.state.choice.visits) == 2
 
 
 def test_a_curriculums_generator_depends_on_seed_and_step_alone():

@@ -16,7 +16,7 @@ def paths(state):
 def test_everything_that_resuming_needs_is_a_leaf():
     state = state_of(source={"visits": np.int64(3)}, filters=(np.float32(1),), replay={"version": np.zeros(4)})
     found = paths(state)
-    assert {".step", ".num_tokens", ".eval_before", ".train.params['w']", ".train.step"} <= found
+    assert {".step", ".eval_before", ".train.params['w']", ".train.step"} <= found
     assert {".source['visits']", ".filters[0]", ".replay['version']"} <= found
     assert {path for path in found if path.startswith(".guards")} == {f".guards.{name}" for name in Guards._fields}
     # Nothing where no reference is read, and a leaf for each of its parameters where one is.

@@ -75,8 +75,6 @@ def test_the_next_state_holds_what_every_stage_made():
     state = before()
     after = step(learner, source, state, "policy", np.random.default_rng(0)).state
     assert int(after.step) == 6
-    # Four rows of two tokens, those that were sampled now.
-    assert int(after.num_tokens) == 108
     assert (after.train, after.reference) == ("train after", "reference after")
     assert (after.source, after.filters, after.replay) == ("source after", "filters after", "replay after")
     assert after.guards == state.guards._replace(alarm=2) and float(after.eval_before) == 0.25

@@ -501,12 +501,13 @@ def test_a_donated_policy_is_named():
 
 def test_prompts_may_have_different_numbers_of_samples():
     """Each prompt's rows are the first of what it has with all of them; a request joins others of another size."""
-    size = np.array([3, 1, G, 2][:P])
+    size, first = np.array([3, 1, G, 2][:P]), np.array([1, 2, 0, 0][:P])
     session = of().session(policy_of(), KEY)
-    ids = session.add(some(make_prompts(P), np.arange(len(size))), size)
+    ids = session.add(some(make_prompts(P), np.arange(len(size))), size, first_sample=first)
     finish(session)
     taken = session.take(ids)
-    rows = np.flatnonzero((np.arange(G) < size[:, None]).reshape(-1))
+    place = np.arange(G) - first[:, None]
+    rows = np.flatnonzero(((place >= 0) & (place < size[:, None])).reshape(-1))
     same_rows(taken, whole(), rows)
     np.testing.assert_array_equal(taken.prompt, rows // G)
     np.testing.assert_array_equal(taken.sample, rows % G)
