@@ -39,7 +39,8 @@ class Sample(NamedTuple):
 
 
 Grader = Callable[[Sample], float]
-"""A grader may have three optional methods.
+"""A grader may have four optional methods.
+`grade_group(samples) -> list of numbers` is called with all samples of a prompt that are graded together, in place of a call each.
 `extract(sample) -> str` returns the final answer in canonical form ("" if there is none): the vote in maj@k.
 `start()` is called once per worker, before any deadline: the place for slow imports.
 `problem(row) -> str` is called with each row (a sample without a response) before the run starts, and returns why the row cannot
@@ -50,6 +51,10 @@ BUILT_IN = {
     "regex": "jaxrl_llm.environments.graders.text:Regex",
     "format": "jaxrl_llm.environments.graders.text:Format",
     "length": "jaxrl_llm.environments.graders.text:Length",
+    "length_target": "jaxrl_llm.environments.graders.length_rewards:LengthTarget",
+    "relative_length": "jaxrl_llm.environments.graders.length_rewards:RelativeLength",
+    "cut_off": "jaxrl_llm.environments.graders.length_rewards:CutOff",
+    "instructions": "jaxrl_llm.environments.graders.instructions:Instructions",
     "multiple_choice": "jaxrl_llm.environments.graders.multiple_choice:MultipleChoice",
     "numeric": "jaxrl_llm.environments.graders.numeric:Numeric",
     "gsm8k": "jaxrl_llm.environments.graders.numeric:Gsm8k",

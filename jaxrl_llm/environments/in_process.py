@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxrl_llm.environments.grader import Grader, Sample
 from jaxrl_llm.environments.grader_pool import Graded, stripped_completions
-from jaxrl_llm.environments.worker import Failure, InvalidResult, reward_of, votes_of
+from jaxrl_llm.environments.worker import Failure, InvalidResult, rewards_of, votes_of
 from jaxrl_llm.errors import UserError
 
 
@@ -25,7 +25,7 @@ def grade_in_process(grader: Grader, groups: Sequence[Sequence[Sample]]) -> Grad
         grader.start()
     rows = np.full((len(groups), max(map(len, groups), default=0)), np.nan, np.float32)
     for index, group in enumerate(groups):
-        rows[index, : len(group)] = [_reward(grader, sample) for sample in group]
+        rows[index, : len(group)] = _rewards(grader, group)
     extracts = hasattr(grader, "extract")
     return Graded(
         reward=rows,
@@ -36,12 +36,19 @@ def grade_in_process(grader: Grader, groups: Sequence[Sequence[Sample]]) -> Grad
     )
 
 
-def _reward(grader: Grader, sample: Sample) -> float:
-    try:
-        return reward_of(grader(sample))
-    except InvalidResult as error:
-        name = getattr(grader, "__name__", type(grader).__name__)
-        raise UserError(
-            f"the reward {name}: {error.text}, for the response {sample.completion[:200]!r} to the prompt {sample.prompt[:200]!r}; "
-            "want one finite number"
-        ) from None
+def _rewards(grader: Grader, group: Sequence[Sample]) -> list[float]:
+    if hasattr(grader, "grade_group"):
+        parts = [group]
+    else:
+        parts = [[sample] for sample in group]
+    found: list[float] = []
+    for part in parts:
+        try:
+            found += rewards_of(grader, part)
+        except InvalidResult as error:
+            name, sample = getattr(grader, "__name__", type(grader).__name__), part[0]
+            raise UserError(
+                f"the reward {name}: {error.text}, for the response {sample.completion[:200]!r} to the prompt "
+                f"{sample.prompt[:200]!r}; want one finite number"
+            ) from None
+    return found

@@ -182,7 +182,7 @@ def grade_group(
         if index:
             send(index)
         try:
-            components.append([reward_of(grader(sample)) for sample in group])
+            components.append(rewards_of(grader, group))
             if index == voter:
                 votes = votes_of(grader, group)
         except InvalidResult as error:
@@ -221,6 +221,18 @@ def reward_of(value: object) -> float:
     if not abs(reward) <= FLOAT32_MAX:
         raise InvalidResult(Failure.NOT_FINITE, f"returned {reward}")
     return reward
+
+
+def rewards_of(grader: Grader, group: Sequence[Sample]) -> list[float]:
+    """Return the rewards of a group. Raises InvalidResult unless there is a number that float32 holds for each sample."""
+    if not hasattr(grader, "grade_group"):
+        return [reward_of(grader(sample)) for sample in group]
+    rewards = [reward_of(value) for value in grader.grade_group(group)]
+    if len(rewards) != len(group):
+        raise InvalidResult(
+            Failure.WRONG_TYPE, f"grade_group returned {len(rewards)} numbers, want {len(group)}, one per sample"
+        )
+    return rewards
 
 
 def votes_of(grader: Grader, group: Sequence[Sample]) -> list[str]:

@@ -125,27 +125,11 @@ def fill_batch(
     """
     rollouts, prompts, mask = experience.groups.rollouts, experience.groups.rollouts.prompts, experience.loss_mask
     prompt = rollouts.prompt
-    prompt_length = prompts.length[prompt]
-    where = place_sequences(prompt_length, rollouts.length, prompt, mask.any(axis=1), shape)
+    where = place_sequences(prompts.length[prompt], rollouts.length, prompt, mask.any(axis=1), shape)
     runs = [(b, row, slice(start, start + n)) for b, row, start, n in _runs(where, rollouts.length)]
-    full, slot = (shape.rows, shape.slots), np.arange(shape.slots, dtype=np.int32)
-    tokens, position = np.full(full, pad, np.int32), np.zeros(full, np.int32)
-    until, before = np.tile(slot, (shape.rows, 1)), np.tile(slot, (shape.rows, 1))
-    segment, group = np.zeros(full, np.int32), np.zeros(full, np.int32)
-    for b in np.flatnonzero(where.first):
-        row, s, n = where.row[b], where.prompt[b], prompt_length[b]
-        at = slice(s, s + n)
-        tokens[row, at], position[row, at], until[row, at] = prompts.tokens[prompt[b], :n], np.arange(n), where.end[b]
-        before[row, at], group[row, at] = np.maximum(slot[at] - 1, s), where.group[b]
-    for b, row, at in runs:
-        length_of_prompt, n = prompt_length[b], at.stop - at.start
-        tokens[row, at], position[row, at] = rollouts.tokens[b, :n], slot[length_of_prompt : length_of_prompt + n]
-        until[row, at], segment[row, at], group[row, at] = at.stop, where.segment[b], where.group[b]
-        before[row, at.start] = where.prompt[b] + length_of_prompt - 1
-        before[row, at.start + 1 : at.stop] = slot[at.start : at.stop - 1]
 
     def lay(values: np.ndarray, dtype: type, fill: float) -> np.ndarray:
-        out = np.full((*full, *values.shape[2:]), fill, dtype)
+        out = np.full((shape.rows, shape.slots, *values.shape[2:]), fill, dtype)
         for b, row, at in runs:
             out[row, at] = values[b, : at.stop - at.start]
         return out
@@ -162,11 +146,49 @@ def fill_batch(
     }
     there = [c for c in COLUMNS if c.batch and given.get(c.name) is not None]
     batch = Batch(
-        tokens=tokens, position=position, until=until, before=before, segment=segment, group=group,
+        **_laid_out(rollouts, where, runs, pad),
         **{c.name: lay(given[c.name], c.dtype, c.fill) for c in there},
         own={c.name: lay(experience.scores.own[c.name], c.dtype, c.fill) for c in own},
     )  # fmt: skip
     return batch, where
+
+
+def _laid_out(
+    rollouts: Rollouts, where: Placement, runs: list[tuple[int, int, slice]], pad: int
+) -> dict[str, Int[np.ndarray, "R T"]]:
+    """Return the columns of a batch that say where tokens lie, by name; and the tokens.
+
+    Args:
+        rollouts: NumPy.
+        where: the placement of their rows.
+        runs: rollout row, batch row and slots of each completion.
+        pad: the pad token.
+    """
+    shape, prompts, prompt = where.shape, rollouts.prompts, rollouts.prompt
+    prompt_length = prompts.length[prompt]
+    full, slot = (shape.rows, shape.slots), np.arange(shape.slots, dtype=np.int32)
+    tokens, position = np.full(full, pad, np.int32), np.zeros(full, np.int32)
+    until, before = np.tile(slot, (shape.rows, 1)), np.tile(slot, (shape.rows, 1))
+    segment, group = np.zeros(full, np.int32), np.zeros(full, np.int32)
+    for b in np.flatnonzero(where.first):
+        row, s, n = where.row[b], where.prompt[b], prompt_length[b]
+        at = slice(s, s + n)
+        tokens[row, at], position[row, at], until[row, at] = prompts.tokens[prompt[b], :n], np.arange(n), where.end[b]
+        before[row, at], group[row, at] = np.maximum(slot[at] - 1, s), where.group[b]
+    for b, row, at in runs:
+        length_of_prompt, n = prompt_length[b], at.stop - at.start
+        tokens[row, at], position[row, at] = rollouts.tokens[b, :n], slot[length_of_prompt : length_of_prompt + n]
+        until[row, at], segment[row, at], group[row, at] = at.stop, where.segment[b], where.group[b]
+        before[row, at.start] = where.prompt[b] + length_of_prompt - 1
+        before[row, at.start + 1 : at.stop] = slot[at.start : at.stop - 1]
+    return {
+        "tokens": tokens,
+        "position": position,
+        "until": until,
+        "before": before,
+        "segment": segment,
+        "group": group,
+    }
 
 
 def abstract_batch(

@@ -11,6 +11,8 @@ from annotated_types import Ge, MinLen
 
 from jaxrl_llm.environments.grader import Sample
 
+LengthUnit = Literal["tokens", "words", "characters"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExactMatch:
@@ -111,7 +113,7 @@ class Length:
     """L_cache in eq. 13: number of units below the limit over which the penalty grows."""
     target: Annotated[int, Ge(1)] | None = None
     """Length without penalty. Either this or `limit`."""
-    unit: Literal["tokens", "words", "characters"] = "tokens"
+    unit: LengthUnit = "tokens"
 
     def __post_init__(self) -> None:
         if (self.limit is None) == (self.target is None):
@@ -120,7 +122,7 @@ class Length:
             raise ValueError(f"soft: got {self.soft}, want at most {self.limit or 0} (the limit)")
 
     def __call__(self, sample: Sample) -> float:
-        n = self._length(sample)
+        n = length_of(sample, self.unit)
         if self.target is not None:
             return -min(1.0, abs(n - self.target) / self.target)
         if n > self.limit:
@@ -128,14 +130,16 @@ class Length:
         start = self.limit - self.soft
         return 0.0 if n <= start else (start - n) / self.soft
 
-    def _length(self, sample: Sample) -> int:
-        if self.unit == "words":
-            return len(sample.completion.split())
-        if self.unit == "characters":
-            return len(sample.completion)
-        if sample.num_tokens is None:
-            raise ValueError("length: got a sample without its number of tokens; set unit to words or characters")
-        return sample.num_tokens
+
+def length_of(sample: Sample, unit: LengthUnit) -> int:
+    """Return the length of the response in this unit."""
+    if unit == "words":
+        return len(sample.completion.split())
+    if unit == "characters":
+        return len(sample.completion)
+    if sample.num_tokens is None:
+        raise ValueError("length: got a sample without its number of tokens; set unit to words or characters")
+    return sample.num_tokens
 
 
 def compile_pattern(pattern: str) -> re.Pattern:
