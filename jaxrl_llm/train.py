@@ -16,9 +16,9 @@ import jax
 import numpy as np
 
 from jaxrl_llm.checkpoint.stopping import stop_signal
+from jaxrl_llm.config.consistency import cautions
 from jaxrl_llm.config.run_config import RunConfig, to_dict, with_absolute_paths
 from jaxrl_llm.config.saved_config import save_config
-from jaxrl_llm.config.unused_settings import unused_settings
 from jaxrl_llm.errors import AdvantageError, CheckpointError, UserError
 from jaxrl_llm.metrics.guards import observe, observe_update
 from jaxrl_llm.model.config import ModelConfig
@@ -188,7 +188,7 @@ def open_run(
         given = given or inputs.read(cfg, trains=True)
         blueprint = blueprint_of(cfg, given)
         memory_check.check(blueprint, len(given.task.held_out))
-        for line in unused_settings(cfg):
+        for line in cautions(cfg):
             log.warning("%s", line)
         with context_of(cfg, full, stopping, {"task": given.task.fingerprint}) as context:
             yield assemble(blueprint, given.task, context)
@@ -207,7 +207,7 @@ def context_of(cfg: RunConfig, full: RunConfig | None = None, *args: Any) -> Abs
 def assemble(blueprint: Blueprint, task: Task, context: RunContext) -> Run:
     """Build the roles; their calls are timed, and shown on the screen while they last."""
     keys, engine = build.make_keys(blueprint.cfg.seed), blueprint.make_engine(task.tokenizer)
-    collect = Collector(engine, context.pool, task)
+    collect = Collector(engine, context.pool, task, blueprint.cfg.evaluation.threshold)
     score = build.make_scorer(blueprint, blueprint.shapes.experience)
     texts_of = lambda groups: task.decode(groups.rollouts.tokens, groups.rollouts.length)  # noqa: E731
     learner, timed = build.make_learner(blueprint, score, texts_of), context.timers.timed
@@ -311,7 +311,7 @@ def first_policy(run: Run, state: TrainState) -> Policy:
     """Publish the first policy, and compile every program that sampling and evaluation can need, at all lengths."""
     with run.context.recorder.during("compiling what samples"):
         policy = run.learner.publish(state, None)
-        for num in {run.blueprint.cfg.rollout.prompts, len(run.task.held_out)}:
+        for num in {run.source.asks_at_once, len(run.task.held_out)}:
             run.engine.warm(policy, num)
     return policy
 

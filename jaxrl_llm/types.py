@@ -15,13 +15,15 @@ Values are not checked when they are created (`jax.tree.map` rebuilds them with 
 """
 
 import enum
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, get_args
 
 import flax.struct
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, jaxtyped
+
+from jaxrl_llm.errors import UserError
 
 PyTree = Any
 Value = TypeVar("Value")
@@ -120,6 +122,28 @@ class Groups(flax.struct.PyTreeNode):
     """Id of the final answer, equal for equal answers; 0 if there is no answer."""
     keep: Bool[ArrayLike, " B"]
     """True if the row may be trained on. Filters only set it to False; no row is removed from its group."""
+    graders: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
+    """Names of the graders, in the order of `components`."""
+    threshold: float = flax.struct.field(pytree_node=False, default=1.0)
+    """Lowest reward by the first grader of a right response, as the evaluation counts them."""
+
+    def measure(self, by: str) -> Float[np.ndarray, " B"]:
+        """Return one number per row, f64, NaN where it could not be graded.
+
+        Args:
+            by: success, 1 for a right response and 0 for a wrong one; the name of a grader; or reward, the weighted sum of all.
+
+        Raises:
+            UserError: there is no grader of this name.
+        """
+        if by == "reward":
+            return np.asarray(self.reward, np.float64)
+        if by == "success":
+            first = np.asarray(self.components[:, 0], np.float64)
+            return np.where(np.isnan(first), np.nan, first >= self.threshold)
+        if by not in self.graders:
+            raise UserError(f"by: got {by!r}, want success, reward, or the name of a grader: {', '.join(self.graders)}")
+        return np.asarray(self.components[:, self.graders.index(by)], np.float64)
 
     @property
     def kept(self) -> Bool[np.ndarray, " P"]:
@@ -272,8 +296,7 @@ def select_groups(value: Value, index: Int[np.ndarray, " n"], rows: int | None =
         index: of the prompts.
         rows: B of the result, of which filler rows make up what is missing; None: as many rows as the groups have.
     """
-    rollouts = _groups(value).rollouts
-    size = rollouts.size
+    size = (value if isinstance(value, Groups) else value.groups).rollouts.size
     start = np.cumsum(size) - size
     taken = size[index]
     prompt, sample = number_rows(taken, rows)
@@ -284,14 +307,6 @@ def select_groups(value: Value, index: Int[np.ndarray, " n"], rows: int | None =
         return np.concatenate([x[source], np.full((fillers, *x.shape[1:]), fill, x.dtype)]) if fillers else x[source]
 
     return _renumbered(map_groups(value, lambda x: x[index], of_rows), prompt)
-
-
-def select_prompts(prompts: Prompts, index: np.ndarray) -> Prompts:
-    return jax.tree.map(lambda x: x[index], prompts)
-
-
-def join_prompts(parts: Iterable[Prompts]) -> Prompts:
-    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
 def map_groups(
@@ -324,15 +339,11 @@ def join_groups(*parts: Groups) -> Groups:
     return _renumbered(jax.tree.map(lambda *x: np.concatenate(x), *whole), prompt.astype(np.int32))
 
 
-def _groups(value: Any) -> Groups:
-    return value if isinstance(value, Groups) else value.groups
-
-
 def _renumbered(value: Value, prompt: Int[np.ndarray, " B"]) -> Value:
     """Return the value with another `Rollouts.prompt`."""
-    groups = _groups(value)
-    groups = groups.replace(rollouts=groups.rollouts.replace(prompt=prompt))
-    return groups if isinstance(value, Groups) else value._replace(groups=groups)
+    if not isinstance(value, Groups):
+        return value._replace(groups=_renumbered(value.groups, prompt))
+    return value.replace(rollouts=value.rollouts.replace(prompt=prompt))
 
 
 class OwnColumn(NamedTuple):
@@ -375,6 +386,8 @@ def check(value: Value) -> Value:
 def _check_fields(value: Any) -> None:
     for name, field in type(value).__dataclass_fields__.items():
         got = getattr(value, name)
+        if not field.metadata.get("pytree_node", True):
+            continue
         if hasattr(type(got), "__dataclass_fields__"):
             _check_fields(got)
         elif field.type not in (PyTree, dict[str, ArrayLike]) and not any(

@@ -20,7 +20,7 @@ ALLOWED = {
     # Nothing is imported there but for type checkers: the public names are resolved when they are first used.
     "__init__": FOUNDATION | STAGES | {"config", "distribution", "metrics.estimates", "roles", "train"},
     "errors": set(),
-    "types": set(),
+    "types": {"errors"},
     "parallel": {"errors", "types"},
     "model": FOUNDATION,
     "distribution": FOUNDATION | {"model"},
@@ -28,7 +28,7 @@ ALLOWED = {
     "tasks": {"errors", "types", "config.options"},
     "rollout": FOUNDATION | {"config.options", "distribution", "model", "perf.work"},
     "environments": {"errors", "config.error_messages", "config.options", "config.user_code", "metrics.terminal"},
-    "experience": {"errors", "types", "config.own_part", "config.user_code", "metrics.estimates"},
+    "experience": {"errors", "types", "config.own_part", "config.user_code"},
     "objective": {
         "errors",
         "types",

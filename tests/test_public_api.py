@@ -153,7 +153,8 @@ MEMBERS = {
     "advantages": "Grpo MeanOnly Rloo LeaveOneOut MaxRl PassAtK Opo Gpg Gdpo Raw BestWorst ReinforcePlusPlus",
     "curricula": "Uniform counted Curriculum",
     "estimates": "correct avg_at_k pass_at_k maj_at_k",
-    "filters": "chain has_signal Filter",
+    "filters": "chain all_of any_of of has_signal Filter Signal DifficultyBand MaxVariance FirstSamples BestBy NotCutOff "
+    "RewardBetween NoDuplicates NoRepetition NotStale",
     "losses": "make_loss as_loss",
     "train": "train sft open_run start step",
 }

@@ -11,7 +11,7 @@ from etils import epath
 from jaxrl_llm.checkpoint.fingerprint import digests
 from jaxrl_llm.errors import NonFiniteError, UserError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 SHOWN_PATHS = 5
 
 

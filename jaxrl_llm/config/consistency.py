@@ -1,7 +1,11 @@
 """Settings that are valid by themselves but do not fit together, or not on a number of devices. Imports no jax."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from jaxrl_llm.config.run_config import RunConfig
-from jaxrl_llm.experience.config import FILTERS
+from jaxrl_llm.config.unused_settings import unused_settings
+from jaxrl_llm.experience.config import AutoFilter, ExperienceConfig, FromPassRates, KeepAll, Signal, UniformBudget
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.objective.rules import refusals
 from jaxrl_llm.parallel.config import MeshConfig, divisors, resolve
@@ -74,10 +78,74 @@ def training_problems(cfg: RunConfig) -> list[str]:
     if cfg.rollout.temperature == 0:
         found.append("rollout.temperature: got 0, want more: a policy that never explores learns nothing")
     graders = [grader.label for grader in cfg.reward.graders]
-    chosen = cfg.experience.filter
-    if isinstance(chosen, str) and chosen not in (*FILTERS, *graders):
-        known = f"{', '.join(FILTERS)}; or a grader's name: {', '.join(graders)}"
-        found.append(f"experience.filter: got {chosen!r}, want one of: {known}")
+    found += experience_problems(cfg.experience, graders, cfg.rollout.prompts, cfg.rollout.samples)
     # Filters of the user's own are not checked against the objective.
-    keep = chosen if isinstance(chosen, str) else "none"
-    return found + refusals(cfg.objective, cfg.rollout.samples, cfg.update.packing.kind, keep, len(graders))
+    judged_by = cfg.experience.filter.by if isinstance(cfg.experience.filter, Signal) else ""
+    return found + refusals(cfg.objective, cfg.rollout.samples, cfg.update.packing.kind, judged_by, len(graders))
+
+
+def experience_problems(cfg: ExperienceConfig, graders: Sequence[str], prompts: int, samples: int) -> list[str]:
+    """Errors about the stages between sampling and learning.
+
+    Args:
+        cfg: the stages.
+        graders: names of the graders.
+        prompts, samples: P and G.
+    """
+    found, known = [], f"success, reward, or a grader's name: {', '.join(graders)}"
+    for where, part in _measuring(cfg):
+        if part.by not in ("success", "reward", *graders):
+            found.append(f"experience.{where}.by: got {part.by!r}, want one of: {known}")
+    for where, part in _parts(cfg):
+        for low, high in (("low", "high"), ("at_least", "at_most")):
+            least, most = getattr(part, low, None), getattr(part, high, None)
+            if None not in (least, most) and least > most:
+                found.append(f"experience.{where}.{low}: got {least}, want at most {high} ({most})")
+    if cfg.refill and not isinstance(cfg.budget, UniformBudget):
+        found.append(
+            f"experience.refill: got one beside the budget {cfg.budget.kind}, want one of the two: both say how many samples a "
+            "step draws"
+        )
+    if cfg.refill and isinstance(cfg.refill.filter, KeepAll | AutoFilter):
+        found.append(f"experience.refill.filter: got {cfg.refill.filter.kind}, want one that may reject a group")
+    return found + budget_problems(cfg.budget, prompts, samples)
+
+
+def budget_problems(budget: Any, prompts: int, samples: int) -> list[str]:
+    """Errors about samples that a budget cannot allocate to P prompts of G samples on average."""
+    found, where = [], f"experience.budget {budget.kind}"
+    if isinstance(budget, FromPassRates) and not budget.low <= samples <= budget.high:
+        found.append(
+            f"{where}: got low {budget.low} and high {budget.high}, want rollout.samples ({samples}) between them"
+        )
+    first = getattr(budget, "per_round", getattr(budget, "initial", 1))
+    if first > samples:
+        found.append(
+            f"{where}: got {first} samples of each prompt in the first round, want at most rollout.samples ({samples}): "
+            f"a step has rollout.prompts ({prompts}) times as many"
+        )
+    return found
+
+
+def cautions(cfg: RunConfig) -> list[str]:
+    """Warnings: settings that nothing reads, and filters by a sum."""
+    graders = len(cfg.reward.graders)
+    return unused_settings(cfg) + [
+        f"experience.{where}: judges groups by the weighted sum of {graders} graders, so that groups stay in which every answer is "
+        "wrong but the format or the length differs; by: success, or a grader's name, looks at the task alone"
+        for where, part in _measuring(cfg.experience)
+        if graders > 1 and isinstance(part, Signal) and part.by == "reward"
+    ]
+
+
+def _measuring(cfg: ExperienceConfig) -> list[tuple[str, Any]]:
+    """Stages that measure responses by something, each with its place in the section `experience`."""
+    return [(where, part) for where, part in _parts(cfg) if hasattr(part, "by")]
+
+
+def _parts(cfg: ExperienceConfig) -> list[tuple[str, Any]]:
+    """Gate, budget and single filters, each with its place in the section `experience`."""
+    filters = [("filter", cfg.filter)] + ([("refill.filter", cfg.refill.filter)] if cfg.refill else [])
+    for where, part in list(filters):
+        filters += [(f"{where}.filters.{i}", single) for i, single in enumerate(getattr(part, "filters", ()))]
+    return [("gate", cfg.gate), ("budget", cfg.budget), *filters]

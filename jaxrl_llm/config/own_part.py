@@ -86,7 +86,9 @@ def own_problems(config: Any) -> list[str]:
 def _own_parts(section: Any, prefix: str = "") -> Iterator[tuple[str, OwnPart]]:
     for field_ in dataclasses.fields(section):
         value, path = getattr(section, field_.name), f"{prefix}{field_.name}"
-        if isinstance(value, OwnPart):
-            yield path, value
-        elif dataclasses.is_dataclass(value):
-            yield from _own_parts(value, f"{path}.")
+        several = value if isinstance(value, tuple) else ()
+        for part, where in [(value, path), *((item, f"{path}.{i}") for i, item in enumerate(several))]:
+            if isinstance(part, OwnPart):
+                yield where, part
+            elif dataclasses.is_dataclass(part):
+                yield from _own_parts(part, f"{where}.")

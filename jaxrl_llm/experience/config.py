@@ -1,18 +1,29 @@
-"""Config of curriculum, filter and replay."""
+"""Config of curriculum, gate, budget, refill, filter and replay."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge
-from pydantic import ConfigDict, model_validator
+from annotated_types import Ge, MinLen
+from pydantic import ConfigDict, Field, model_validator
 
 from jaxrl_llm.config import user_code
 from jaxrl_llm.config.own_part import OwnPart
-
-FILTERS = ("auto", "has_signal", "success", "none")
-"""Built-in filters; any other name is that of a grader."""
+from jaxrl_llm.experience.budgets import FromPassRates as FromPassRates
+from jaxrl_llm.experience.budgets import Knapsack, ReinforceAda, Rounds, Screening, UniformBudget, Vip
+from jaxrl_llm.experience.gates import AdmitAll, ExcludeSolved, Greso
+from jaxrl_llm.experience.group_filters import DifficultyBand, KeepAll, Signal
+from jaxrl_llm.experience.row_filters import (
+    BestBy,
+    FirstSamples,
+    MaxVariance,
+    NoDuplicates,
+    NoRepetition,
+    NotCutOff,
+    NotStale,
+    RewardBetween,
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,24 @@ class OwnFilter(OwnPart):
 
 
 @dataclass(frozen=True)
+class OwnGate(OwnPart):
+    """A custom gate: a class with the methods `init`, `admit` and `observe` of `experience.gates.Gate`."""
+
+    methods: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+        {"init": ("num_rows",), "admit": ("state", "rng", "row"), "observe": ("state", "groups")}
+    )
+
+
+@dataclass(frozen=True)
+class OwnBudget(OwnPart):
+    """A custom budget: a class with the methods `init`, `allocate` and `observe` of `experience.budgets.Budget`."""
+
+    methods: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+        {"init": ("num_rows",), "allocate": ("state", "row", "seen", "left"), "observe": ("state", "groups")}
+    )
+
+
+@dataclass(frozen=True)
 class OwnReplay(OwnPart):
     """A custom replay: a class with the methods `init` and `exchange` of `experience.replay.Replay`."""
 
@@ -59,31 +88,133 @@ class OwnCurriculum(OwnPart):
     )
 
 
+Rule = (
+    KeepAll
+    | Signal
+    | DifficultyBand
+    | NotStale
+    | MaxVariance
+    | FirstSamples
+    | BestBy
+    | NotCutOff
+    | RewardBetween
+    | NoDuplicates
+    | NoRepetition
+    | OwnFilter
+)
+Rules = Annotated[tuple[Annotated[Rule, Field(discriminator="kind")], ...], MinLen(1)]
+# Names of filters other than `{kind: signal, by: NAME}`.
+SHORT = {"auto": {"kind": "auto"}, "none": {"kind": "none"}, "has_signal": {"kind": "signal", "by": "reward"}}
+
+
+def filter_written_out(value: Any) -> Any:
+    """Expand the short forms of a filter: a list is a chain; a name is `none`, that of a measure, or "module:name"."""
+    if isinstance(value, list | tuple):
+        return {"kind": "chain", "filters": [filter_written_out(part) for part in value]}
+    if isinstance(value, str) and ":" not in value:
+        return SHORT.get(value, {"kind": "signal", "by": value})
+    for kind in ("chain", "all_of", "any_of"):
+        if isinstance(value, dict) and kind in value and "kind" not in value:
+            return {"kind": kind, "filters": [filter_written_out(part) for part in value[kind]]}
+    return OwnPart.written_out(value)
+
+
+@dataclass(frozen=True)
+class ChainConfig:
+    """Each filter applied to what the one before left."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    filters: Rules
+    kind: Literal["chain"] = "chain"
+
+
+@dataclass(frozen=True)
+class AllOfConfig:
+    """Rows that all filters keep, each applied to all rows."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    filters: Rules
+    kind: Literal["all_of"] = "all_of"
+
+
+@dataclass(frozen=True)
+class AnyOfConfig:
+    """Rows that at least one filter keeps, each applied to all rows."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    filters: Rules
+    kind: Literal["any_of"] = "any_of"
+
+
+@dataclass(frozen=True)
+class AutoFilter:
+    """The filter of the preset's source; without a preset, groups that differ if one of equal rewards has no gradient, else all.
+
+    By the reward with one grader; with several by the first one, which the evaluation counts, never by their sum.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    kind: Literal["auto"] = "auto"
+
+
+FilterConfig = Annotated[AutoFilter | Rule | ChainConfig | AllOfConfig | AnyOfConfig, Field(discriminator="kind")]
+GateConfig = Annotated[AdmitAll | Greso | ExcludeSolved | OwnGate, Field(discriminator="kind")]
+BudgetConfig = Annotated[
+    UniformBudget | Vip | Knapsack | Rounds | ReinforceAda | Screening | OwnBudget, Field(discriminator="kind")
+]
+
+
+@dataclass(frozen=True)
+class RefillConfig:
+    """Dynamic sampling (Yu et al. 2025, DAPO, arXiv 2503.14476, 3.2): a group that the filter rejects is replaced by one of another
+    prompt, while the others are decoded, until the step has all its groups."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    filter: FilterConfig = field(default_factory=Signal)
+    """Rejects a group of which it keeps no row. Filters that keep a state cannot be used here."""
+    attempts: Annotated[int, Ge(1)] = 10
+    """Prompts sampled in a step, at most, per prompt of the step. When they run out, the step trains on the groups that were
+    accepted; `update.guards.max_dropped` ends a run in which that is none, again and again."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def written_out(cls, value: Any) -> Any:
+        return (
+            value | {"filter": filter_written_out(value["filter"])}
+            if isinstance(value, dict) and "filter" in value
+            else value
+        )
+
+
 @dataclass(frozen=True)
 class ExperienceConfig:
-    """Which prompts are sampled, which responses are trained on, and for how long. Each part may be a custom one,
+    """Which prompts are sampled and how often, which responses are trained on, and for how long. Each part may be a custom one,
     "module:name": docs/extending.md."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     curriculum: OwnCurriculum | None = None
     """Which rows of the task are sampled next. None: every row once per epoch, in an order that the seed shuffles each epoch."""
-    filter: str | OwnFilter = "auto"
-    """has_signal: keeps a group whose rewards differ. success: keeps a group with both right and wrong responses, as the
-    evaluation counts them. The name of a grader: keeps a group whose rewards by that grader differ. none: keeps every graded
-    group. auto: the filter of the preset's source; without a preset, has_signal if a group of equal rewards has no gradient, else
-    none."""
+    gate: GateConfig = field(default_factory=AdmitAll)
+    """Which of these prompts are skipped."""
+    budget: BudgetConfig = field(default_factory=UniformBudget)
+    """How many of the step's rollout.prompts * rollout.samples samples each prompt gets."""
+    refill: RefillConfig | None = None
+    """Replaces groups before they are trained on. None: what is dropped stays empty."""
+    filter: FilterConfig = AutoFilter()
+    """Which responses are trained on. Short forms: the name of a measure (success, reward or a grader) keeps groups whose numbers
+    differ, as {kind: signal, by: NAME}; a list is a chain, {all_of: [...]} and {any_of: [...]} combine."""
     replay: ReplayConfig | OwnReplay = ReplayConfig()
 
     @model_validator(mode="before")
     @classmethod
     def written_out(cls, value: Any) -> Any:
-        """Expand a bare "module:name" to a custom part without options."""
+        """Expand the short forms."""
         if not isinstance(value, dict):
             return value
-        return value | {
-            name: OwnPart.written_out(value[name]) for name in ("curriculum", "filter", "replay") if name in value
-        }
+        own = ("curriculum", "gate", "budget", "replay")
+        found = value | {name: OwnPart.written_out(value[name]) for name in own if name in value}
+        return found | {"filter": filter_written_out(value["filter"])} if "filter" in value else found
 
     @property
     def replays(self) -> bool:

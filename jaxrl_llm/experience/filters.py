@@ -7,12 +7,21 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience.config import OwnFilter
+from jaxrl_llm.experience.config import AllOfConfig, AnyOfConfig, ChainConfig, FilterConfig, OwnFilter
+from jaxrl_llm.experience.group_filters import DifficultyBand as DifficultyBand
+from jaxrl_llm.experience.group_filters import Signal as Signal
+from jaxrl_llm.experience.row_filters import BestBy as BestBy
+from jaxrl_llm.experience.row_filters import FirstSamples as FirstSamples
+from jaxrl_llm.experience.row_filters import MaxVariance as MaxVariance
+from jaxrl_llm.experience.row_filters import NoDuplicates as NoDuplicates
+from jaxrl_llm.experience.row_filters import NoRepetition as NoRepetition
+from jaxrl_llm.experience.row_filters import NotCutOff as NotCutOff
+from jaxrl_llm.experience.row_filters import NotStale as NotStale
+from jaxrl_llm.experience.row_filters import RewardBetween as RewardBetween
 from jaxrl_llm.experience.stage_checks import checked_init, checked_metrics, checked_state, checked_tuple
-from jaxrl_llm.metrics.estimates import correct
 from jaxrl_llm.types import Groups
 
 Metrics = dict[str, float]
@@ -38,15 +47,15 @@ class Filter(NamedTuple):
 
 
 def chain(*filters: Any) -> Filter:
-    """Return the filter that applies each in turn: a row is kept if all of them keep it.
+    """Return the filter that applies each to what the one before left: a row is kept if all of them keep it.
 
-        keep = rl.filters.chain(rl.filters.has_signal, lambda groups: groups.rollouts.length >= 5)
+        keep = rl.filters.chain(rl.filters.Signal(by="success"), lambda groups: groups.rollouts.length >= 5)
         groups = keep(groups)
 
     Each is a function Groups -> bool[B], a `Filter`, or an object with `init` and `apply`. The state is the tuple of theirs, the
     metrics are theirs together.
     """
-    parts = [as_filter(part, _name_of(part)) for part in filters]
+    parts = [of(part) for part in filters]
 
     def apply(state: tuple, groups: Groups) -> tuple[tuple, Groups, Metrics]:
         after, metrics = [], {}
@@ -59,10 +68,45 @@ def chain(*filters: Any) -> Filter:
     return Filter(lambda: tuple(part.init() for part in parts), apply)
 
 
-def as_filter(found: Any, name: str) -> Filter:
+def all_of(*filters: Any) -> Filter:
+    """Return the filter that keeps the rows that all of these keep, each applied to the same groups. Arguments as in `chain`."""
+    return _side_by_side(filters, np.logical_and)
+
+
+def any_of(*filters: Any) -> Filter:
+    """Return the filter that keeps the rows that at least one of these keeps, each applied to the same groups. Arguments as in
+    `chain`."""
+    return _side_by_side(filters, np.logical_or)
+
+
+def _side_by_side(filters: Sequence[Any], join: np.ufunc) -> Filter:
+    if not filters:
+        raise UserError("a filter of filters: got none, want one or more")
+    parts = [of(part) for part in filters]
+
+    def apply(state: tuple, groups: Groups) -> tuple[tuple, Groups, Metrics]:
+        found = [part.apply(of_part, groups) for part, of_part in zip(parts, state, strict=True)]
+        keep = join.reduce([kept.keep for _, kept, _ in found])
+        metrics = {name: value for *_, more in found for name, value in more.items()}
+        return tuple(after for after, *_ in found), groups.replace(keep=keep), metrics
+
+    return Filter(lambda: tuple(part.init() for part in parts), apply)
+
+
+def of(found: Any) -> Filter:
+    """Return a function Groups -> bool[B], or an object with `init` and `apply`, as a filter. Its metric `filter/NAME/dropped` is
+    the number of rows that it dropped."""
+    label = _label_of(found)
+    return as_filter(found, f"the filter {label}", label)
+
+
+def as_filter(found: Any, name: str, label: str = "") -> Filter:
     """Return a function Groups -> bool[B], or an object with `init` and `apply`, as a filter whose results are checked.
 
-    `name`: its name in error messages.
+    Args:
+        found: function or object; a `Filter` is returned as it is.
+        name: in error messages.
+        label: in metrics, as `filter/LABEL/dropped`, the number of rows dropped; "": there are none.
     """
     if isinstance(found, Filter):
         return found
@@ -71,31 +115,42 @@ def as_filter(found: Any, name: str) -> Filter:
             f"{name}: got a {type(found).__name__}, want a function of groups, or an object with init and apply"
         )
     if not hasattr(found, "apply"):
-        return stateless_filter(found, name)
+        return stateless_filter(found, name, label)
 
     def apply(state: Any, groups: Groups) -> tuple[Any, Groups, Metrics]:
         after, kept, metrics = checked_tuple(name, found.apply(state, groups), ("state", "groups", "metrics"))
         if not isinstance(kept, Groups):
             raise UserError(f"{name}: got {type(kept).__name__}, want Groups with another keep")
-        return checked_state(name, state, after), _lowered(name, groups, kept.keep), checked_metrics(name, metrics)
+        lowered, metrics = _lowered(name, groups, kept.keep), checked_metrics(name, metrics)
+        return checked_state(name, state, after), lowered, _dropped(label, groups, lowered) | metrics
 
     return Filter(checked_init(name, found.init), apply)
 
 
-def _name_of(found: Any) -> str:
-    return f"the filter {getattr(found, '__name__', type(found).__name__)}"
+def _label_of(found: Any) -> str:
+    """Name in metrics: a built-in's kind and what it measures by, or that of the function or class."""
+    kind = getattr(found, "kind", None)
+    own = getattr(found, "__name__", type(found).__name__)
+    return own if kind is None else "_".join([kind, *([found.by] if hasattr(found, "by") else [])])
 
 
-def stateless_filter(keep: Callable[[Groups], Bool[np.ndarray, " B"]], name: str = "a filter") -> Filter:
+def stateless_filter(
+    keep: Callable[[Groups], Bool[np.ndarray, " B"]], name: str = "a filter", label: str = ""
+) -> Filter:
     """Return the filter that keeps rows for which `keep` is True, among those kept so far.
 
-    When applied, it raises UserError if `keep` returns anything but bool[B]. `name`: its name in that message.
+    When applied, it raises UserError if `keep` returns anything but bool[B]. `name`, `label`: as in `as_filter`.
     """
 
     def apply(state: tuple, groups: Groups) -> tuple[tuple, Groups, Metrics]:
-        return state, _lowered(name, groups, keep(groups)), {}
+        lowered = _lowered(name, groups, keep(groups))
+        return state, lowered, _dropped(label, groups, lowered)
 
     return Filter(tuple, apply)
+
+
+def _dropped(label: str, before: Groups, after: Groups) -> Metrics:
+    return {f"filter/{label}/dropped": float(before.keep.sum() - after.keep.sum())} if label else {}
 
 
 def _lowered(name: str, groups: Groups, keep: Bool[np.ndarray, " B"]) -> Groups:
@@ -106,12 +161,23 @@ def _lowered(name: str, groups: Groups, keep: Bool[np.ndarray, " B"]) -> Groups:
     return groups.replace(keep=groups.keep & rows)
 
 
-def own_filter(cfg: OwnFilter, texts_of: Callable[[Groups], list[str]]) -> Filter:
-    """Return a custom filter, its results checked. `texts_of`: returns the responses as text, for a filter that takes `texts`."""
-    found, name = cfg.made(), f"experience.filter {cfg.function}"
+def make_filter(cfg: FilterConfig, texts_of: Callable[[Groups], list[str]]) -> Filter:
+    """Return the filter of a config other than `auto`. `texts_of`: returns the responses, for a filter that takes `texts`."""
+    if isinstance(cfg, OwnFilter):
+        return _own_filter(cfg, texts_of)
+    if type(cfg) in COMPOSED:
+        return COMPOSED[type(cfg)](*(make_filter(part, texts_of) for part in cfg.filters))
+    return of(cfg)
+
+
+COMPOSED = {ChainConfig: chain, AllOfConfig: all_of, AnyOfConfig: any_of}
+
+
+def _own_filter(cfg: OwnFilter, texts_of: Callable[[Groups], list[str]]) -> Filter:
+    found, name, label = cfg.made(), f"experience.filter {cfg.function}", cfg.function.rpartition(":")[2]
     if hasattr(found, "apply"):
-        return as_filter(SimpleNamespace(init=found.init, apply=_with_texts(found.apply, texts_of)), name)
-    return as_filter(_with_texts(found, texts_of), name)
+        return as_filter(SimpleNamespace(init=found.init, apply=_with_texts(found.apply, texts_of)), name, label)
+    return as_filter(_with_texts(found, texts_of), name, label)
 
 
 def _with_texts(function: Callable, texts_of: Callable[[Groups], list[str]]) -> Callable:
@@ -125,32 +191,10 @@ def _with_texts(function: Callable, texts_of: Callable[[Groups], list[str]]) -> 
 
 
 def has_signal(groups: Groups) -> Bool[np.ndarray, " B"]:
-    """Return True for the rows of groups whose rewards differ.
-
-    Advantages cannot decide this: six equal rewards of 0.3 have a float32 mean one ulp off, and an "advantage" of 0.75.
-    """
-    return _differs(groups.reward, groups)
-
-
-def _differs(number: Float[np.ndarray, " B"], groups: Groups) -> Bool[np.ndarray, " B"]:
-    """Return max > min per group, at each row; False if a number is NaN (ungraded group)."""
-    of_group = number.reshape(len(groups.failure), -1)
-    return np.repeat(of_group.max(axis=1) > of_group.min(axis=1), of_group.shape[1])
-
-
-def make_filter(name: str, graders: Sequence[str], threshold: float) -> Filter:
-    """Return a built-in filter.
-
-    Args:
-        name: has_signal, success, none or one of `graders`.
-        graders: names of the graders, in the order of `Groups.components`.
-        threshold: lowest reward by the first grader of a right response, as in the evaluation.
-    """
-    if name == "none":
-        return stateless_filter(lambda groups: groups.keep)
-    if name == "has_signal":
-        return stateless_filter(has_signal)
-    if name == "success":
-        return stateless_filter(lambda groups: _differs(correct(groups.components[:, 0], threshold), groups))
-    index = graders.index(name)
-    return stateless_filter(lambda groups: _differs(groups.components[:, index], groups))
+    """Return True for the rows of groups whose rewards differ. Raises UserError for a sum of several graders: see `Signal`."""
+    if groups.components.shape[1] > 1:
+        raise UserError(
+            f"has_signal: got rewards that are the sum of {groups.components.shape[1]} graders, want Signal(by=...) with the "
+            'grader that decides, "success", or "reward" for the sum: by it, groups stay in which every answer is wrong'
+        )
+    return Signal(by="reward")(groups)

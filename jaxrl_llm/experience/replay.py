@@ -66,20 +66,28 @@ def _own_replay(cfg: OwnReplay) -> Replay:
 
 
 def blank_groups(
-    prompts: int, samples: int, slots: tuple[int, int], graders: int, uses: Sequence[str], max_kept_tokens: int
+    prompts: int,
+    samples: int,
+    slots: tuple[int, int],
+    graders: int,
+    uses: Sequence[str],
+    max_kept_tokens: int,
+    most: int = 0,
 ) -> Groups:
     """Return groups of zeros in the shapes of a run.
 
     Args:
         prompts: number of groups.
-        samples: rows per group.
+        samples: rows per group, on average.
         slots: (prompt, completion) tokens.
         graders: number of reward components.
         uses: features of the run that add columns, as in `COLUMNS`.
         max_kept_tokens: K, the largest number of tokens kept by truncation.
+        most: rows of the largest group; 0: all have equally many.
     """
     (s, c), b = slots, prompts * samples
-    prompt, sample = number_rows(np.full(prompts, samples))
+    most = most or samples
+    prompt, sample = number_rows(np.clip(b - most * np.arange(prompts), 0, most))
     i32, f32 = np.int32, np.float32
     there = [column for column in COLUMNS if column.rollouts and (not column.when or column.when in uses)]
     rollouts = Rollouts(

@@ -30,37 +30,36 @@ def teaches_without_signal(objective: ObjectiveConfig, graders: int) -> str:
     return f"objective.advantage {objective.advantage.kind} {why}" if why else ""
 
 
-def resolve_filter(choice: str, objective: ObjectiveConfig, graders: int) -> str:
-    """Return the filter of `experience.filter`. `auto` is that of the preset's source, unless it would drop groups that teach;
-    without a preset, has_signal if equal rewards have no gradient (by advantage, KL or entropy) and change no batch statistic."""
-    if choice != "auto":
-        return choice
+def drops_equal_rewards(objective: ObjectiveConfig, graders: int) -> bool:
+    """Return whether `experience.filter: auto` drops groups of equal rewards: as the preset's source does, unless they teach;
+    without a preset, if they have no gradient (by advantage, KL or entropy) and change no batch statistic. `graders`: their
+    number."""
     if teaches_without_signal(objective, graders):
-        return "none"
+        return False
     if objective.preset:
-        return "has_signal" if objective.preset in FILTERED else "none"
+        return objective.preset in FILTERED
     advantage, loss = objective.advantage, objective.loss
     # A custom function may do anything.
     pulls = isinstance(loss, OwnLoss) or (isinstance(loss, PolicyGradient) and (loss.kl.weight > 0 or loss.entropy > 0))
-    return "none" if advantage.uses_batch_statistics or pulls else "has_signal"
+    return not (advantage.uses_batch_statistics or pulls)
 
 
-def refusals(objective: ObjectiveConfig, samples: int, packing: str, keep: str = "auto", graders: int = 1) -> list[str]:
+def refusals(
+    objective: ObjectiveConfig, samples: int, packing: str, judged_by: str = "", graders: int = 1
+) -> list[str]:
     """Return an error message per pair of incompatible parts.
 
     Args:
         objective: the objective.
         samples: completions per prompt.
         packing: `update.packing.kind`.
-        keep: `experience.filter`.
+        judged_by: what the filter keeps groups by if their numbers differ: success, reward or a grader; "": it is no such filter.
         graders: number of graders.
     """
     found, advantage, loss = [], objective.advantage, objective.loss
     # A filter by one grader knows whether that grader's rewards differ, as a per-grader advantage needs.
-    if keep not in ("auto", "none") and (
-        why := teaches_without_signal(objective, graders if keep == "has_signal" else 1)
-    ):
-        found.append(f"experience.filter: got {keep}, want auto or none: {why}")
+    if judged_by and (why := teaches_without_signal(objective, graders if judged_by == "reward" else 1)):
+        found.append(f"experience.filter: got signal by {judged_by}, want auto or none: {why}")
     if objective.advantage.compares_within_group and samples < 2:
         found.append(
             f"objective.advantage.kind: got {objective.advantage.kind} with rollout.samples {samples}, want 2 or more samples: "

@@ -1,9 +1,10 @@
 """What a step asks for: samples of each prompt as a budget allocates them, or prompts until enough groups are accepted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -12,10 +13,18 @@ from jaxrl_llm.experience.budgets import Budget
 from jaxrl_llm.experience.filters import Filter
 from jaxrl_llm.roles.collector import Asked
 from jaxrl_llm.roles.grading import merge_requests
-from jaxrl_llm.types import Groups, Prompts, join_groups, join_prompts, select_groups, select_prompts
+from jaxrl_llm.types import Groups, Prompts, join_groups, select_groups
 
 Draw = Callable[[int], Prompts]
 """draw(n): the next n prompts."""
+
+
+def select_prompts(prompts: Prompts, index: np.ndarray) -> Prompts:
+    return jax.tree.map(lambda x: x[index], prompts)
+
+
+def join_prompts(parts: Iterable[Prompts]) -> Prompts:
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
 class Taken(NamedTuple):
@@ -49,6 +58,8 @@ class Asking(Protocol):
 
     follows_up: bool
     """True if grades may lead to further requests within a step."""
+    prompts: int
+    """P."""
 
     def init(self, num_rows: int) -> Any:
         """Return the state before the first step."""

@@ -14,6 +14,7 @@ from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.distribution.loss_terms import Loss
 from jaxrl_llm.distribution.score import Scoring
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.experience.config import OwnBudget
 from jaxrl_llm.model import lora, quantized_weights
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.attention import selection
@@ -31,7 +32,7 @@ from jaxrl_llm.types import PyTree
 from jaxrl_llm.update.config import OptimizerConfig
 from jaxrl_llm.update.optimizer.config import GroupConfig
 from jaxrl_llm.update.optimizer.transform import make_optimizer
-from jaxrl_llm.update.packing import BatchShape, batch_shape, equal_groups
+from jaxrl_llm.update.packing import BatchShape, GroupSizes, batch_shape, equal_groups, share
 
 
 class Shapes(NamedTuple):
@@ -165,21 +166,29 @@ def optimizer_of(cfg: RunConfig) -> OptimizerConfig:
 
 
 def shapes_of(cfg: RunConfig, prompt_slots: int, shards: int) -> Shapes:
-    prompts, samples, packing, update = cfg.rollout.prompts, cfg.rollout.samples, cfg.update.packing, cfg.update
+    packing, update, whole = cfg.update.packing, cfg.update, group_sizes(cfg)
     sizes = prompt_slots, cfg.rollout.max_new_tokens
 
-    def of_rollouts(prompts: int, parts: int) -> BatchShape:
-        return batch_shape(packing.kind, equal_groups(prompts, samples), sizes, packing.slots, parts, shards)
+    def of_rollouts(groups: GroupSizes, parts: int) -> BatchShape:
+        return batch_shape(packing.kind, groups, sizes, packing.slots, parts, shards)
 
     def supervised(rows: int) -> BatchShape:
         return batch_shape("none", equal_groups(rows, 1), sizes, 0, 1, shards)
 
     return Shapes(
-        of_rollouts(prompts // update.minibatches, update.micro_batches),
-        of_rollouts(prompts, update.micro_batches * update.minibatches),
+        of_rollouts(share(whole, update.minibatches), update.micro_batches),
+        of_rollouts(whole, update.micro_batches * update.minibatches),
         supervised(cfg.warm_start.rows),
-        supervised(prompts),
+        supervised(cfg.rollout.prompts),
     )
+
+
+def group_sizes(cfg: RunConfig) -> GroupSizes:
+    """Sizes of a step's groups, as far as the budget fixes them."""
+    prompts, rows = cfg.rollout.prompts, cfg.rollout.prompts * cfg.rollout.samples
+    budget = cfg.experience.budget
+    most = rows - prompts + 1 if isinstance(budget, OwnBudget) else budget.most(prompts, rows)
+    return GroupSizes(prompts, rows, most)
 
 
 def problems(given: Inputs) -> list[str]:

@@ -8,19 +8,20 @@ import jax
 from jaxtyping import Array, Key
 
 from jaxrl_llm.config.run_config import RunConfig
-from jaxrl_llm.experience.budgets import UniformBudget
-from jaxrl_llm.experience.config import OwnFilter
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.experience.config import AutoFilter, OwnBudget, OwnGate
 from jaxrl_llm.experience.curricula import counted, in_order, make_order, own_curriculum
-from jaxrl_llm.experience.filters import Filter, make_filter, own_filter
-from jaxrl_llm.experience.gates import AdmitAll
+from jaxrl_llm.experience.filters import Filter, make_filter
+from jaxrl_llm.experience.group_filters import KeepAll, Signal
+from jaxrl_llm.experience.own_stages import own_budget, own_gate
 from jaxrl_llm.experience.replay import make_replay
 from jaxrl_llm.model.publish import publisher
 from jaxrl_llm.objective.credit import make_advantage
 from jaxrl_llm.objective.loss_config import anchored_on_proximal
 from jaxrl_llm.objective.losses import CROSS_ENTROPY
-from jaxrl_llm.objective.rules import resolve_filter
+from jaxrl_llm.objective.rules import drops_equal_rewards
 from jaxrl_llm.perf.work import TrainFlops, count_adapter_params, count_tokens, train_flops
-from jaxrl_llm.roles.asking import ByBudget
+from jaxrl_llm.roles.asking import Asking, ByBudget, UntilAccepted
 from jaxrl_llm.roles.blueprint import Blueprint, correction_for
 from jaxrl_llm.roles.collector import Collected
 from jaxrl_llm.roles.evaluator import Evaluator
@@ -58,10 +59,27 @@ def make_sampler(cfg: RunConfig, task: Task, collect: Callable[..., Collected], 
         collect: a `Collector`.
         key: random key of all sampled tokens.
     """
-    own, rollout = cfg.experience.curriculum, cfg.rollout
+    own = cfg.experience.curriculum
     curriculum = own_curriculum(own) if own else in_order(make_order(len(task.train), cfg.seed))
-    asking = ByBudget(UniformBudget(), rollout.prompts, rollout.prompts * rollout.samples)
-    return Sampler(task, Stages(counted(curriculum), AdmitAll(), asking), collect, key, cfg.seed)
+    texts_of = lambda groups: task.decode(groups.rollouts.tokens, groups.rollouts.length)  # noqa: E731
+    gate = cfg.experience.gate
+    gate = own_gate(gate) if isinstance(gate, OwnGate) else gate
+    stages = Stages(counted(curriculum), gate, asking_for(cfg, texts_of))
+    return Sampler(task, stages, collect, key, cfg.seed)
+
+
+def asking_for(cfg: RunConfig, texts_of: Callable[[Groups], list[str]]) -> Asking:
+    """What a step asks for; `texts_of` as in `make_learner`."""
+    rollout, refill, budget = cfg.rollout, cfg.experience.refill, cfg.experience.budget
+    if refill is None:
+        budget = own_budget(budget) if isinstance(budget, OwnBudget) else budget
+        return ByBudget(budget, rollout.prompts, rollout.prompts * rollout.samples)
+    judge = make_filter(refill.filter, texts_of)
+    if jax.tree.leaves(judge.init()):
+        raise UserError(
+            "experience.refill.filter: got a filter with a state, want one without: groups are judged as they finish, in any order"
+        )
+    return UntilAccepted(judge, rollout.prompts, rollout.samples, refill.attempts)
 
 
 def make_learner(blueprint: Blueprint, score: Scorer, texts_of: Callable[[Groups], list[str]]) -> Learner:
@@ -163,9 +181,8 @@ def make_scorer(blueprint: Blueprint, shape: BatchShape) -> Scorer:
 
 def filter_for(cfg: RunConfig, texts_of: Callable[[Groups], list[str]]) -> Filter:
     """Filter that `experience.filter` names, `auto` resolved; `texts_of` as in `make_learner`."""
-    chosen = cfg.experience.filter
-    if isinstance(chosen, OwnFilter):
-        return own_filter(chosen, texts_of)
-    graders = [grader.label for grader in cfg.reward.graders]
-    name = resolve_filter(chosen, cfg.objective, len(graders))
-    return make_filter(name, graders, cfg.evaluation.threshold)
+    chosen, graders = cfg.experience.filter, cfg.reward.graders
+    if isinstance(chosen, AutoFilter):
+        by = "reward" if len(graders) == 1 else graders[0].label
+        chosen = Signal(by=by) if drops_equal_rewards(cfg.objective, len(graders)) else KeepAll()
+    return make_filter(chosen, texts_of)

@@ -64,6 +64,8 @@ class Collector:
     engine: Engine
     pool: GraderPool
     task: Task
+    threshold: float = 1.0
+    """Lowest reward by the first grader of a right response."""
 
     def __call__(
         self,
@@ -149,4 +151,5 @@ class _Grading:
         for mine, graded in self.done:
             if mine[0] in place:
                 grades.set(np.array([place[id] for id in mine.tolist()]), graded)
-        return make_groups(rollouts, grades, ids % jax.process_count())
+        names, threshold = self.collector.pool.names, self.collector.threshold
+        return make_groups(rollouts, grades, ids % jax.process_count(), names, threshold)

@@ -45,7 +45,8 @@ def grade(rollouts: Rollouts, task: Task, reward: Grader | GraderPool, rows: Seq
     grades = blank_grades(num, int(rollouts.size.max()), len(graded.components))
     if len(mine):
         grades.set(mine, graded)
-    return make_groups(rollouts, grades, np.arange(num) % jax.process_count())
+    names = reward.names if isinstance(reward, GraderPool) else [getattr(reward, "__name__", type(reward).__name__)]
+    return make_groups(rollouts, grades, np.arange(num) % jax.process_count(), names)
 
 
 def _check_rows(rows: Sequence[Row], prompts: Prompts) -> None:
@@ -105,8 +106,17 @@ def samples_of(task: Task, rows: Sequence[Row], rollouts: Rollouts) -> list[list
     return found
 
 
-def make_groups(rollouts: Rollouts, grades: Grades, host: Int[np.ndarray, " P"]) -> Groups:
-    """Return the groups, equal on every host; graded ones are kept. `host`: the one that has the grades of each."""
+def make_groups(
+    rollouts: Rollouts, grades: Grades, host: Int[np.ndarray, " P"], graders: Sequence[str] = (), threshold: float = 1.0
+) -> Groups:
+    """Return the groups, equal on every host; graded ones are kept.
+
+    Args:
+        rollouts: of the groups.
+        grades: of each group, on one host.
+        host: the one that has them.
+        graders, threshold: as in `Groups`.
+    """
     prompt = rollouts.prompt
     grades = hosts.each_from(grades, host)
     own = np.flatnonzero(prompt >= 0)
@@ -126,6 +136,8 @@ def make_groups(rollouts: Rollouts, grades: Grades, host: Int[np.ndarray, " P"])
         failed_by=grades.failed_by,
         vote=of_rows(grades.vote, 0),
         keep=~np.isnan(reward),
+        graders=tuple(graders),
+        threshold=threshold,
     )
 
 

@@ -9,11 +9,11 @@ from jaxtyping import Array, Int, Key
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.curricula import Curriculum, Uniform, VisitCount
 from jaxrl_llm.experience.gates import Gate
-from jaxrl_llm.roles.asking import Asking
+from jaxrl_llm.roles.asking import Asking, join_prompts, select_prompts
 from jaxrl_llm.roles.collector import Collected, never
 from jaxrl_llm.tasks.stream import make_prompts
 from jaxrl_llm.tasks.task import Task
-from jaxrl_llm.types import Groups, Policy, Prompts, join_groups, join_prompts, select_prompts
+from jaxrl_llm.types import Groups, Policy, Prompts, join_groups
 
 # Third number of the seed of curriculum and gate, which makes their generators others than that of filter and replay.
 CURRICULUM, GATE = 1, 2
@@ -135,6 +135,11 @@ class Sampler:
         """Metrics of the last `take`."""
         self.rejected: Groups | None = None
         """Groups of the last `take` beside those that it returned."""
+
+    @property
+    def asks_at_once(self) -> int | None:
+        """Number of prompts that are asked for at once; None: any number."""
+        return None if self.stages.asking.follows_up else self.stages.asking.prompts
 
     def use(self, policy: Policy) -> None:
         """Sample from `policy` in later calls of `take`."""

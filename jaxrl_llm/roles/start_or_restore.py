@@ -18,7 +18,7 @@ from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.load import load
 from jaxrl_llm.model.hf.source import resolve as resolve_model
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.roles.blueprint import Blueprint, uses_of
+from jaxrl_llm.roles.blueprint import Blueprint, group_sizes, uses_of
 from jaxrl_llm.roles.learner import Learner
 from jaxrl_llm.roles.loaded_model import load_params
 from jaxrl_llm.roles.state import RunState, SupervisedState
@@ -72,9 +72,11 @@ def first_state(
     cfg, trained = blueprint.cfg, lora.split(blueprint.learner_specs)[0]
     rollout, slots = cfg.rollout, (blueprint.prompt_slots, cfg.rollout.max_new_tokens)
     max_kept_tokens = rollout.max_kept_of(blueprint.vocab.size)
+    names = tuple(grader.label for grader in cfg.reward.graders)
     blank = blank_groups(
-        rollout.prompts, rollout.samples, slots, len(cfg.reward.graders), uses_of(cfg), max_kept_tokens
+        rollout.prompts, rollout.samples, slots, len(names), uses_of(cfg), max_kept_tokens, group_sizes(cfg).most
     )
+    blank = blank.replace(graders=names, threshold=cfg.evaluation.threshold)
     return RunState(
         step=np.array(cfg.warm_start.steps),
         eval_before=np.array(np.nan),

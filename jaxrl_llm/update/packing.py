@@ -34,6 +34,15 @@ def equal_groups(prompts: int, samples: int) -> GroupSizes:
     return GroupSizes(prompts, prompts * samples, samples)
 
 
+def share(groups: GroupSizes, minibatches: int) -> GroupSizes:
+    """Return the sizes of one of several minibatches: equally many rows, and up to a group more if groups differ in size."""
+    prompts, rows, most = groups
+    if rows == prompts * most:
+        return equal_groups(prompts // minibatches, most)
+    rows = min(-(-rows // minibatches) + (most - 1) * (minibatches > 1), rows)
+    return GroupSizes(min(prompts, rows), rows, min(most, rows))
+
+
 class Placement(NamedTuple):
     """Placement of B sequences in `shape.rows` rows of `shape.slots` slots."""
 
@@ -69,7 +78,8 @@ def batch_shape(
         ValueError: one sequence does not fit into a row.
     """
     s, c = longest
-    least, samples = s + c, -(-groups.rows // groups.prompts)
+    least, equal = s + c, groups.rows == groups.prompts * groups.most
+    samples = groups.most if equal else -(-groups.rows // groups.prompts)
     slots = least if kind == "none" else slots or (s + samples * c if kind == "shared_prefix" else least)
     if slots < least:
         raise ValueError(f"got {slots} slots, want at least the {least} of one sequence")
@@ -77,7 +87,7 @@ def batch_shape(
         rows = groups.rows
     elif kind == "plain":
         rows = _rows_of_equal(groups.rows, least, slots)
-    elif groups.rows == groups.prompts * groups.most:
+    elif equal:
         together = min(groups.most, (slots - s) // c)
         rows = _rows_of_equal(groups.prompts * -(-groups.most // together), s + together * c, slots)
     else:

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 # Values to set: the first that the type accepts and that is not the default. Some are text that YAML reads as something else.
 CANDIDATES = (
     3, 7, 2, 0, 0.5, 0.25, 1.5, True, False, "a: b, 007", "{question} [1]", "a.*", {"a": {"b": 1}},
+    [{"kind": "first_samples", "keep": 2}],
     [{"match": "layers/.*", "lr_scale": 0.5}], [{"grader": "numeric", "weight": 2.0}], [True], ["q", "down"], ["x", "# y"],
     ["reference_logprobs"], None,
 )  # fmt: skip

@@ -69,7 +69,7 @@ def refuse(read, tmp_path):
         ("model: 3", ["model: got 3, want a section, as {key: value}"]),
         (
             "experience: {filter: 3}",
-            ["experience.filter: got 3, want text, or a section, as {key: value}"],
+            ["experience.filter: got 3, want a section, as {key: value}"],
         ),
         ("task: {kind: file}", ["task.path: got nothing, want a value"]),
         ("update: {optimizer: {lr: .nan}}", ["update.optimizer.lr: got nan, want a finite number"]),

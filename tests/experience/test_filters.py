@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from jaxrl_llm.config.consistency import training_problems
+from jaxrl_llm.config.consistency import cautions, training_problems
 from jaxrl_llm.config.loading import validate
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience import filters
+from jaxrl_llm.experience import filters, row_filters
 from jaxrl_llm.experience.filters import make_filter, stateless_filter
+from jaxrl_llm.experience.group_filters import KeepAll, Signal
 from jaxrl_llm.experience.replay import blank_groups
 from jaxrl_llm.roles.build import filter_for
 from jaxrl_llm.types import Groups
@@ -15,19 +16,21 @@ from jaxrl_llm.types import Groups
 NAN = np.nan
 
 
-def groups_of(reward: np.ndarray, parts: np.ndarray | None = None) -> Groups:
+def groups_of(reward: np.ndarray, parts: np.ndarray | None = None, names=("numeric", "length", "short")) -> Groups:
     """Graded groups; of one grader unless `parts` [n P G] are given."""
     parts = reward[None] if parts is None else parts
     blank = blank_groups(*reward.shape, (1, 1), len(parts), (), 0)
     keep = np.repeat(~np.isnan(reward).any(axis=1), reward.shape[1])
-    return blank.replace(reward=reward.reshape(-1), components=parts.reshape(len(parts), -1).T, keep=keep)
+    return blank.replace(
+        reward=reward.reshape(-1), components=parts.reshape(len(parts), -1).T, keep=keep, graders=names
+    )
 
 
 def kept(filter: filters.Filter, *graded: np.ndarray) -> np.ndarray:
     """Kept groups; a group has all rows kept, or none."""
     before = groups_of(*graded)
     state, groups, metrics = filter.apply(filter.init(), before)
-    assert (state, metrics) == ((), {})
+    assert state == () and all(n == before.keep.sum() - groups.keep.sum() for n in metrics.values())
     rows = groups.keep.reshape(len(groups.failure), -1)
     assert (rows.all(axis=1) == rows.any(axis=1)).all()
     return rows[:, 0]
@@ -69,13 +72,13 @@ def test_has_signal():
 
 def test_a_group_that_was_not_graded_is_dropped_by_every_filter():
     reward = np.array([[NAN, NAN], [NAN, 1], [0, NAN], [0, 1]], np.float32)
-    for name in ("has_signal", "none", "success", "numeric"):
-        np.testing.assert_array_equal(kept(make_filter(name, ["numeric"], 1.0), reward), [False, False, False, True])
+    for rule in (KeepAll(), *(Signal(by=by) for by in ("reward", "success", "numeric"))):
+        np.testing.assert_array_equal(kept(filters.of(rule), reward), [False, False, False, True])
 
 
 def test_none_keeps_every_graded_group():
     reward = np.array([[1, 1], [0, 1], [NAN, NAN]], np.float32)
-    np.testing.assert_array_equal(kept(make_filter("none", [], 1.0), reward), [True, True, False])
+    np.testing.assert_array_equal(kept(filters.of(KeepAll()), reward), [True, True, False])
 
 
 def test_a_filter_may_keep_single_rows_and_never_brings_one_back():
@@ -129,7 +132,8 @@ def test_success_is_what_the_evaluation_counts():
     """The first grader's threshold: 0.4 and 0.6 differ in success at 0.5 alone."""
     parts = np.float32([[[0.4, 0.6], [0.1, 0.2]]])
     for threshold, want in ((0.5, [True, False]), (1.0, [False, False]), (0.15, [False, True])):
-        np.testing.assert_array_equal(kept(make_filter("success", ["a"], threshold), parts[0], parts), want)
+        groups = groups_of(parts[0], parts).replace(threshold=threshold)
+        np.testing.assert_array_equal(filters.of(Signal())(groups).kept, want)
 
 
 GRADERS = {"graders": ["numeric", {"grader": "length", "name": "short", "weight": 0.01, "options": {"limit": 9}}]}
@@ -143,15 +147,19 @@ def test_a_config_may_name_them(name):
 def test_another_name_is_refused_with_those_that_there_are():
     [line] = config_problems({"reward": GRADERS, "experience": {"filter": "length"}})
     assert line == (
-        "experience.filter: got 'length', want one of: auto, has_signal, success, none; or a grader's name: numeric, short"
+        "experience.filter.by: got 'length', want one of: success, reward, or a grader's name: numeric, short"
     )
+    [line] = config_problems({"reward": GRADERS, "experience": {"filter": ["success", "length"]}})
+    assert line.startswith("experience.filter.filters.1.by: got 'length', want one of: success")
 
 
 @pytest.mark.parametrize("name", ["success", "numeric"])
 def test_a_filter_by_name_is_refused_where_equal_rewards_teach(name):
     asked = {"reward": GRADERS, "experience": {"filter": name}, "objective": {"advantage": {"kind": "raw"}}}
     [line] = config_problems(asked)
-    assert line.startswith(f"experience.filter: got {name}, want auto or none: objective.advantage raw has no baseline")
+    assert line.startswith(
+        f"experience.filter: got signal by {name}, want auto or none: objective.advantage raw has no baseline"
+    )
     # One that compares each grader by itself has nothing to give where this grader's parts are equal.
     assert not config_problems(asked | {"objective": {"advantage": {"kind": "gdpo"}}})
 
@@ -196,13 +204,19 @@ def test_a_chain_keeps_what_all_of_them_keep():
 
 
 def test_a_chain_keeps_the_state_of_each():
-    keep = filters.chain(lengths, Alternate(), stateless_filter(filters.has_signal))
+    keep = filters.chain(lengths, Alternate(), filters.has_signal)
     state, found = keep.init(), []
     for _ in range(2):
         state, groups, metrics = keep.apply(state, of_lengths([9] * 6))
         found.append(groups.keep.tolist())
     assert found == [[True, False, False, False, True, False], [False, True, False, False, False, True]]
-    assert (state, metrics) == (((), 2, ()), {"calls": 2.0})
+    assert state == ((), 2, ())
+    assert metrics == {
+        "filter/lengths/dropped": 0,
+        "filter/Alternate/dropped": 3,
+        "calls": 2,
+        "filter/has_signal/dropped": 1,
+    }
     with pytest.raises(UserError, match=r"got a state, .* want state = keep.init\(\)"):
         keep(of_lengths([9] * 6))
 
@@ -214,3 +228,48 @@ def test_a_filter_that_returns_no_row_per_truth_is_named():
         filters.chain(bad)(groups_of(REWARD))
     with pytest.raises(UserError, match="the filter str: got a str, want a function of groups"):
         filters.chain("has_signal")
+
+
+def test_side_by_side_each_sees_all_rows():
+    """Two of a group of three by number of tokens, from all of them; in a chain from those that the rewards left."""
+    first = {"kind": "first_samples", "keep": 2}
+    groups = groups_of(np.float32([[0, 0, 1, 1]]))
+    late = lambda groups: np.array([False, True, True, True])  # noqa: E731
+    of = row_filters.FirstSamples(keep=2)
+    assert filters.all_of(late, of)(groups).keep.tolist() == [False, True, False, False]
+    assert filters.any_of(late, of)(groups).keep.tolist() == [True] * 4
+    made = make_filter(
+        validate(
+            {"experience": {"filter": {"any_of": [first, {"kind": "between", "at_least": 1}]}}}, "x"
+        ).experience.filter,
+        None,
+    )
+    assert made(groups).keep.tolist() == [True] * 4
+    # A row that was dropped before comes back in none of them.
+    lost = groups.replace(keep=np.array([False, True, True, True]))
+    assert not filters.any_of(late, of)(lost).keep[0]
+    with pytest.raises(UserError, match="a filter of filters: got none, want one or more"):
+        filters.any_of()
+
+
+def test_the_states_of_filters_side_by_side_stay_apart():
+    keep = filters.any_of(Alternate(), filters.chain(Alternate()))
+    state = keep.init()
+    state, groups, _ = keep.apply(state, of_lengths([9] * 6))
+    assert state == (1, (1,)) and groups.keep.tolist() == [True, False] * 3
+
+
+def test_a_sum_of_several_graders_is_never_judged_silently():
+    """By the sum, groups stay whose answers are all wrong (arXiv 2609.13866): asked for by name, or refused, or a warning."""
+    with pytest.raises(
+        UserError, match=r"has_signal: got rewards that are the sum of 2 graders, want Signal\(by=...\)"
+    ):
+        filters.has_signal(groups_of(RIGHT, np.stack([RIGHT, LENGTH])))
+    for name, warns in (("has_signal", 1), ({"kind": "signal", "by": "reward"}, 1), ("success", 0), ("auto", 0)):
+        cfg = validate({"reward": GRADERS, "experience": {"filter": name}}, "x")
+        assert len(cautions(cfg)) == warns and training_problems(cfg) == []
+    assert cautions(validate({"experience": {"filter": "has_signal"}}, "x")) == []
+    # The default, with several graders, is the first one's word.
+    keep = filter_for(validate({"reward": GRADERS}, "x"), None)
+    sums = RIGHT + np.float32(0.01) * LENGTH
+    np.testing.assert_array_equal(kept(keep, sums, np.stack([RIGHT, LENGTH])), [False, False, True, False, False, True])

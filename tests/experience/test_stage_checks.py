@@ -11,7 +11,7 @@ from jaxrl_llm.config.unused_settings import unused_settings
 from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.curricula import own_curriculum
-from jaxrl_llm.experience.filters import Filter, own_filter
+from jaxrl_llm.experience.filters import Filter, make_filter
 from jaxrl_llm.experience.replay import blank_groups, make_replay
 from jaxrl_llm.objective.losses import make_loss
 from jaxrl_llm.types import Groups
@@ -23,7 +23,7 @@ def experience(**parts):
 
 
 def filter_of(name: str) -> Filter:
-    return own_filter(experience(filter=name).filter, lambda groups: ["a", "b", "c", "d"])
+    return make_filter(experience(filter=name).filter, lambda groups: ["a", "b", "c", "d"])
 
 
 def groups() -> Groups:
@@ -39,7 +39,7 @@ def test_a_state_keeps_its_dtypes_from_step_to_step():
     assert {name: x.dtype for name, x in first.items()} == {"seen": np.int64, "mean": np.float64}
     state, found, metrics = mine.apply(first, groups())
     np.testing.assert_array_equal(found.keep, [False, True, False, True])
-    assert (state["seen"], state["mean"], metrics) == (1, 0.375, {"mine/mean": 0.375})
+    assert (state["seen"], state["mean"], metrics) == (1, 0.375, {"filter/Mean/dropped": 1, "mine/mean": 0.375})
     state, *_ = mine.apply(state, groups())
     assert (state["seen"], state["mean"], state["mean"].dtype) == (2, 0.5625, np.float64)
 

@@ -24,7 +24,7 @@ from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.credit import NO_SCORES, make_advantage
 from jaxrl_llm.objective.loss_config import NoCorrection, OwnLoss, resolve_correction, scores_proximal
 from jaxrl_llm.objective.losses import as_loss, make_loss, with_own_columns
-from jaxrl_llm.objective.rules import resolve_filter
+from jaxrl_llm.objective.rules import drops_equal_rewards
 from jaxrl_llm.types import Credit, Experience, OwnColumn, Scores
 from jaxrl_llm.update.batch import fill_batch
 from jaxrl_llm.update.packing import BatchShape
@@ -167,7 +167,7 @@ def test_a_wrong_advantage_ends_the_run_by_name(name, error, message):
 def test_what_an_advantage_reads_and_what_does_not_go_with_it():
     cfg = validate({"objective": {"advantage": "own_parts:above_mean"}, "rollout": {"samples": 1}}, "a.yaml")
     assert cfg.objective.advantage == OwnAdvantage("own_parts:above_mean") and not cfg.objective.has_reference
-    assert training_problems(cfg) == [] and resolve_filter("auto", cfg.objective, 1) == "none"
+    assert training_problems(cfg) == [] and not drops_equal_rewards(cfg.objective, 1)
     reads = {"function": "own_parts:above_mean", "columns": ["reference_logprobs"]}
     assert validate({"objective": {"advantage": reads}}, "a.yaml").objective.reads_reference_logprobs
     paid = validate({"objective": {"advantage": reads, "reward_kl": {"weight": 0.1}}}, "a.yaml")
@@ -248,8 +248,7 @@ def test_a_length_that_nothing_reads_is_refused():
 def test_of_what_it_teaches_nothing_is_known():
     """So no group is dropped by itself, and the user may."""
     own = read("own_parts:pulled")
-    assert resolve_filter("auto", ObjectiveConfig(), 1) == "has_signal"
-    assert resolve_filter("auto", own, 1) == "none" and resolve_filter("has_signal", own, 1) == "has_signal"
+    assert drops_equal_rewards(ObjectiveConfig(), 1) and not drops_equal_rewards(own, 1)
 
 
 def test_a_wrong_name_is_reported_before_jax_is_loaded(tmp_path):

@@ -7,7 +7,7 @@ from pydantic import TypeAdapter
 
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.presets import PRESETS, with_preset
-from jaxrl_llm.objective.rules import refusals, resolve_filter
+from jaxrl_llm.objective.rules import drops_equal_rewards, refusals
 
 CLIP = {"preset": "trl:grpo"}
 
@@ -112,33 +112,33 @@ def test_every_fault_is_named_at_once():
     ]
 
 
-# objective, graders -> what `experience.filter: auto` stands for, and what has_signal is refused for ("" where it may stand).
+# objective, graders -> whether `experience.filter: auto` drops groups of equal rewards, and why that is refused ("": it may).
 FILTERS = {
-    "grpo": ({}, 1, "has_signal", ""),
-    "grpo with KL in the loss": ({"loss": {"kl": {"weight": 0.01}}}, 1, "none", ""),
-    "grpo with an entropy bonus": ({"loss": {"entropy": 0.01}}, 1, "none", ""),
+    "grpo": ({}, 1, True, ""),
+    "grpo with KL in the loss": ({"loss": {"kl": {"weight": 0.01}}}, 1, False, ""),
+    "grpo with an entropy bonus": ({"loss": {"entropy": 0.01}}, 1, False, ""),
     "grpo with KL in the reward": (
         {"reward_kl": {"weight": 0.01}},
         1,
-        "none",
+        False,
         "objective.reward_kl gives each token",
     ),
-    "grpo over the batch": ({"advantage": {"mean_over": "batch"}}, 1, "none", "compares groups with each other"),
-    "grpo scaled over the batch": ({"advantage": {"std_over": "batch"}}, 1, "none", ""),
-    "rloo": ({"advantage": {"kind": "rloo"}}, 1, "has_signal", ""),
-    "raw": ({"advantage": {"kind": "raw"}}, 1, "none", "objective.advantage raw has no baseline"),
-    "gae": ({"advantage": {"kind": "gae"}}, 1, "none", "objective.advantage gae compares with other groups or states"),
-    "reinforce++": ({"advantage": {"kind": "reinforce_pp"}}, 1, "none", "objective.advantage reinforce_pp compares"),
-    "reinforce++ with a baseline": ({"advantage": {"kind": "reinforce_pp", "baseline": True}}, 1, "none", ""),
-    "gdpo of one grader": ({"advantage": {"kind": "gdpo"}}, 1, "none", ""),
-    "gdpo of two": ({"advantage": {"kind": "gdpo"}}, 2, "none", "normalizes each grader by itself"),
-    "distillation": ({"loss": {"kind": "distillation"}}, 1, "none", "objective.loss distillation reads no reward"),
-    "a source that does not filter": ({"preset": "verl:grpo"}, 1, "none", ""),
-    "a source that does": ({"preset": "paper:dapo"}, 1, "has_signal", ""),
+    "grpo over the batch": ({"advantage": {"mean_over": "batch"}}, 1, False, "compares groups with each other"),
+    "grpo scaled over the batch": ({"advantage": {"std_over": "batch"}}, 1, False, ""),
+    "rloo": ({"advantage": {"kind": "rloo"}}, 1, True, ""),
+    "raw": ({"advantage": {"kind": "raw"}}, 1, False, "objective.advantage raw has no baseline"),
+    "gae": ({"advantage": {"kind": "gae"}}, 1, False, "objective.advantage gae compares with other groups or states"),
+    "reinforce++": ({"advantage": {"kind": "reinforce_pp"}}, 1, False, "objective.advantage reinforce_pp compares"),
+    "reinforce++ with a baseline": ({"advantage": {"kind": "reinforce_pp", "baseline": True}}, 1, False, ""),
+    "gdpo of one grader": ({"advantage": {"kind": "gdpo"}}, 1, False, ""),
+    "gdpo of two": ({"advantage": {"kind": "gdpo"}}, 2, False, "normalizes each grader by itself"),
+    "distillation": ({"loss": {"kind": "distillation"}}, 1, False, "objective.loss distillation reads no reward"),
+    "a source that does not filter": ({"preset": "verl:grpo"}, 1, False, ""),
+    "a source that does": ({"preset": "paper:dapo"}, 1, True, ""),
     "a part in its place that needs all": (
         {"preset": "paper:dapo", "advantage": {"kind": "raw"}},
         1,
-        "none",
+        False,
         "no baseline",
     ),
 }
@@ -148,19 +148,16 @@ FILTERS = {
 def test_the_filter_follows_from_the_gradient_of_equal_rewards(name):
     given, graders, want, why = FILTERS[name]
     asked = objective(given)
-    assert resolve_filter("auto", asked, graders) == want
-    assert (
-        resolve_filter("none", asked, graders) == "none"
-        and resolve_filter("has_signal", asked, graders) == "has_signal"
-    )
-    found = refusals(asked, samples=4, packing="none", keep="has_signal", graders=graders)
-    messages = [line for line in found if line.startswith("experience.filter: got has_signal, want auto or none: ")]
+    assert drops_equal_rewards(asked, graders) == want
+    found = refusals(asked, samples=4, packing="none", judged_by="reward", graders=graders)
+    start = "experience.filter: got signal by reward, want auto or none: "
+    messages = [line for line in found if line.startswith(start)]
     assert [why in line for line in messages] == ([True] if why else [])
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_no_presets_own_filter_is_refused(name):
     asked = objective({"preset": name})
-    keep = resolve_filter("auto", asked, 1)
-    assert keep == ("has_signal" if name in ("paper:dapo", "verl:dapo", "prime:rl", "prime:dppo") else "none")
-    assert refusals(asked, samples=4, packing="shared_prefix", keep=keep) == []
+    drops = drops_equal_rewards(asked, 1)
+    assert drops == (name in ("paper:dapo", "verl:dapo", "prime:rl", "prime:dppo"))
+    assert refusals(asked, samples=4, packing="shared_prefix", judged_by="reward" if drops else "") == []

@@ -71,7 +71,7 @@ def test_a_learners_stages_are_the_configs():
     )
     groups = groups_of(np.array([[1.0, 0.0], [1.0, 0.0]]))
     parts = np.float32([[1, 0], [0, 0], [1, 0], [0, -1]])
-    groups = groups.replace(components=parts, reward=parts[:, 0] + 0.5 * parts[:, 1])
+    groups = groups.replace(components=parts, reward=parts[:, 0] + 0.5 * parts[:, 1], graders=("right", "short"))
     _, kept, _ = learner.filter.apply(learner.filter.init(), groups)
     assert kept.keep.tolist() == [False, False, True, True]
     # RLOO: less the mean of the others, of the weighted sum.
