@@ -347,13 +347,14 @@ def saved_on_failure(run: Run, state: RunState) -> Iterator[None]:
 
 def summary(run: Run, done: Step) -> dict[str, Any]:
     """A step's metrics. Its rollouts are recorded and shown if that is due."""
-    cfg, recorder, stats, learned = run.blueprint.cfg, run.context.recorder, run.source.last.stats, done.learned
+    cfg, recorder, source, learned = run.blueprint.cfg, run.context.recorder, run.source, done.learned
     show(run, done)
     with recorder.during("measuring", first="measuring what this machine can do"):
-        rates = describe_rates(run.engine, stats, run.blueprint, learned)
+        rates = describe_rates(run.engine, source.last.stats, run.blueprint, learned)
     return {
         "phase": "rl",
-        **describe(done.fresh, [grader.label for grader in cfg.reward.graders]),
+        **describe(source.with_rejected(done.fresh), [grader.label for grader in cfg.reward.graders]),
+        **source.metrics,
         **done.metrics,
         **learned.metrics,
         **rates,

@@ -161,13 +161,16 @@ class Sampler:
             visits=visits.astype(np.int32),
             num_tokens=self.state.num_tokens + found.groups.rollouts.length.sum(),
         )
-        self.metrics = taken.metrics | draws.metrics | {"prompts/never_seen": np.mean(visits == 0)}
+        self.metrics = taken.metrics | draws.metrics | {"prompts/never_seen": float(np.mean(visits == 0))}
         return taken.fresh
+
+    def with_rejected(self, groups: Groups) -> Groups:
+        """Return the groups of the last `take` and those that it left out."""
+        return groups if self.rejected is None else join_groups(groups, self.rejected)
 
     def observe(self, groups: Groups) -> None:
         """Update curriculum, gate and budget with the groups of a step, and with those that `take` left out."""
-        if self.rejected is not None:
-            groups = join_groups(groups, self.rejected)
+        groups = self.with_rejected(groups)
         state, stages = self.state, self.stages
         self.state = state._replace(
             choice=stages.curriculum.observe(state.choice, groups),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxrl_llm.environments.grader_pool import Failure, component_metrics
+from jaxrl_llm.roles.stage_metrics import describe_stages
 from jaxrl_llm.roles.updates import as_floats
 from jaxrl_llm.rollout.session import Stats
 from jaxrl_llm.tasks.task import Task
@@ -13,7 +14,7 @@ from jaxrl_llm.types import Finish, Groups
 
 
 def describe(groups: Groups, graders: Sequence[str]) -> dict[str, float]:
-    """Metrics of a step's fresh groups after the filter, under TRL's names; a mean over nothing is absent."""
+    """Metrics of all groups that a step sampled, after the filter, most under TRL's names; a mean over nothing is absent."""
     rollouts, own = groups.rollouts, groups.rollouts.prompt >= 0
     graded = own & (groups.failure == Failure.NONE)[rollouts.prompt]
     reward, length = groups.reward[graded].astype(np.float64), rollouts.length[own]
@@ -36,6 +37,7 @@ def describe(groups: Groups, graders: Sequence[str]) -> dict[str, float]:
     std = [(group - group[0]).std(ddof=1) for group in _groups_of(reward, rollouts.prompt[graded]) if len(group) > 1]
     if std:
         metrics |= {"reward_std": np.mean(std), "frac_reward_zero_std": np.mean(np.equal(std, 0))}
+    metrics |= describe_stages(groups)
     metrics |= component_metrics(groups.components, graded, groups.failure, groups.failed_by, graders)
     return as_floats(metrics)
 

@@ -8,6 +8,7 @@ from fakes import groups_of, sums
 
 from jaxrl_llm.environments.grader_pool import Failure
 from jaxrl_llm.perf.work import Work
+from jaxrl_llm.roles.stage_metrics import describe_stages
 from jaxrl_llm.roles.summary import describe, describe_engine, responses
 from jaxrl_llm.rollout.session import Stats
 from jaxrl_llm.types import Finish, number_rows
@@ -57,7 +58,8 @@ def test_a_step_in_numbers():
         "rewards/short/raised": 1.0,
     }
     zeros = {f"rewards/{grader}/{kind.name.lower()}": 0.0 for grader in ("right", "short") for kind in Failure if kind}
-    assert found == pytest.approx(zeros | want) and all(type(x) is float for x in found.values())
+    stages = describe_stages(groups)
+    assert found == pytest.approx(zeros | want | stages) and all(type(x) is float for x in found.values())
 
 
 def test_a_step_of_groups_of_any_size_in_numbers():
