@@ -31,7 +31,7 @@ class MaxVariance:
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     kind: Literal["max_variance"] = "max_variance"
-    keep: Number = 4
+    keep: Annotated[int, Ge(2)] = 4
     """Rows per group."""
     by: str = "reward"
     """reward: the weighted sum; success, or the name of a grader."""
