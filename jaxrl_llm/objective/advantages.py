@@ -10,11 +10,12 @@ from jaxrl_llm.config.own_part import OwnPart
 from jaxrl_llm.errors import AdvantageError
 from jaxrl_llm.objective.estimator import (
     AdvantageEstimate,
-    Completion,
     Estimator,
     EstimatorInputs,
+    Tokens,
+    at_tokens,
+    in_float64,
     sequence_rewards,
-    without_unused_groups,
 )
 from jaxrl_llm.objective.group_estimators import (
     BestWorst,
@@ -29,6 +30,7 @@ from jaxrl_llm.objective.group_estimators import (
     Raw,
     Rloo,
 )
+from jaxrl_llm.objective.statistics import Numbers
 from jaxrl_llm.objective.token_estimators import Gae, ReinforcePlusPlus, to_go
 
 if TYPE_CHECKING:
@@ -78,29 +80,34 @@ AdvantageConfig = Annotated[Published | OwnAdvantage, Field(discriminator="kind"
 
 
 def estimate(advantage: Estimator, inputs: EstimatorInputs) -> AdvantageEstimate:
-    """Return advantages for the tokens in `mask` of the used groups, 0 elsewhere.
+    """Return advantages of the rows, or of their tokens in `mask`; 0 for other tokens, and for rows without one.
 
     Raises:
         AdvantageError: an input or a result does not fit float32, or an advantage exceeds the `bound` of its formula.
     """
-    inputs = without_unused_groups(inputs)
+    inputs = in_float64(inputs)
     _check_float32(advantage.kind, inputs, {name: read(inputs) for name, (read, _) in READ.items()})
-    within = lambda x: None if x is None else np.where(inputs.mask, x, 0.0)  # noqa: E731
     # Overflow is reported by the checks below, so NumPy need not warn.
     with np.errstate(over="ignore", invalid="ignore"):
-        found = AdvantageEstimate(*map(within, advantage.estimate(inputs)))
+        found = AdvantageEstimate(*(_within(x, inputs.mask) for x in advantage.estimate(inputs)))
         _check_bound(advantage, inputs, found.advantage)
         if inputs.late_reward is not None:
-            late = within(to_go(inputs.late_reward, inputs.mask, 1.0))
-            found = found._replace(advantage=found.advantage + late)
+            late = _within(to_go(inputs.late_reward, inputs.mask, 1.0), inputs.mask)
+            found = found._replace(advantage=at_tokens(found.advantage, inputs.mask) + late)
     _check_float32(advantage.kind, inputs, {"advantages": found.advantage, "returns": found.returns})
     return found
 
 
-def bound(advantage: Estimator, inputs: EstimatorInputs) -> float:
-    """Return the largest |advantage| that the formula allows for the rewards of the used groups; inf if unbounded.
+def _within(x: Numbers | None, mask: Tokens) -> Numbers | None:
+    """Return x, 0 outside the mask."""
+    return None if x is None else np.where(mask if x.ndim == 2 else mask.any(axis=1), x, 0.0)
 
-    n rows per group, or N in the batch (tokens, where these are whitened); range is the largest max - min of a group.
+
+def bound(advantage: Estimator, inputs: EstimatorInputs) -> float:
+    """Return the largest |advantage| that the formula allows for these rewards; inf if unbounded.
+
+    n rows in the group, or N in the batch (tokens, where these are whitened); range is the group's max - min. Of several groups,
+    the largest bound.
 
     - Of n numbers, d from their mean: the others sum to -d, their squares to d^2 / (n - 1) or more, all squares to
       d^2 n / (n - 1) or more. So |d| <= std * sqrt((n - ddof)(n - 1) / n): (n - 1) / sqrt(n) sample stds, sqrt(n - 1) population
@@ -111,15 +118,15 @@ def bound(advantage: Estimator, inputs: EstimatorInputs) -> float:
     - The best, a gap ahead of all others: squares of gap^2 (n - 1) / n or more, so gap <= sqrt(n) sample stds.
     - An eps only lowers these; a quotient with divisor 0 is 0.
     """
-    inputs = without_unused_groups(inputs)
-    score = sequence_rewards(inputs)[inputs.used]
+    inputs = in_float64(inputs)
+    score = sequence_rewards(inputs)
     return float(advantage.bound(score, inputs)) if score.size else 0.0
 
 
 LOWER_REWARDS = "bound what the graders return, or lower their reward.graders.weight"
 LOWER_KL = "k1 and k2 of objective.reward_kl.kind stay smaller than k3; or lower its weight"
 READ = {
-    "rewards": (lambda o: o.reward.reshape(-1, 1), LOWER_REWARDS),
+    "rewards": (lambda o: o.reward, LOWER_REWARDS),
     "rewards per token": (lambda o: o.token_reward, LOWER_KL),
     "late rewards per token": (lambda o: o.late_reward, LOWER_KL),
     "values of the critic": (lambda o: o.values, "the critic has diverged: lower its learning rate"),
@@ -133,7 +140,7 @@ def _check_float32(kind: str, inputs: EstimatorInputs, columns: dict[str, np.nda
         # Fast path: usually all numbers are small, masked ones included.
         if x is None or np.abs(x).max(initial=0.0) <= most:
             continue
-        largest = np.abs(np.where(inputs.mask, x, 0.0)).max(initial=0.0)
+        largest = np.abs(_within(x, inputs.mask)).max(initial=0.0)
         if not largest <= most:
             todo = READ[name][1] if name in READ else f"rewards reach {np.abs(inputs.reward).max():g}; {LOWER_REWARDS}"
             raise AdvantageError(
@@ -142,7 +149,7 @@ def _check_float32(kind: str, inputs: EstimatorInputs, columns: dict[str, np.nda
             )
 
 
-def _check_bound(advantage: Estimator, inputs: EstimatorInputs, found: Completion) -> None:
+def _check_bound(advantage: Estimator, inputs: EstimatorInputs, found: Numbers) -> None:
     largest, most = np.abs(found).max(initial=0.0), bound(advantage, inputs)
     # Float64 rounding errors are far below this, and float32 hardly resolves it.
     if largest > most * (1 + 1e-7):

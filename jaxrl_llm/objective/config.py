@@ -18,6 +18,8 @@ from jaxrl_llm.objective.loss_config import LossConfig, PolicyGradient
 from jaxrl_llm.objective.reward_kl import RewardKl
 from jaxrl_llm.objective.token_estimators import Gae
 
+BaselineOver = Literal["sampled", "kept"]
+
 
 @dataclass(frozen=True)
 class ReferenceConfig:
@@ -59,6 +61,10 @@ class ObjectiveConfig:
     preset: str = ""
     """Source of the defaults of the parts below; keys written beside it override the preset's."""
     advantage: AdvantageConfig = field(default_factory=Grpo)
+    baseline_over: BaselineOver = "sampled"
+    """Rows whose rewards enter the statistics of the advantage (means, stds, ranks), in each group with a kept row. sampled: all
+    its graded rows, also those that a filter dropped. kept: the kept ones only, as PODS (Xu et al. 2025, arXiv 2504.13818) has it
+    on its subset; the others then have advantage 0."""
     reward_kl: RewardKl = field(default_factory=RewardKl)
     loss: LossConfig = field(default_factory=PolicyGradient)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)

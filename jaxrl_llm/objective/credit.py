@@ -4,13 +4,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from jaxrl_llm.errors import AdvantageError, UserError
 from jaxrl_llm.objective.advantages import OwnAdvantage, estimate
-from jaxrl_llm.objective.config import ObjectiveConfig
-from jaxrl_llm.objective.estimator import Estimator, EstimatorInputs
+from jaxrl_llm.objective.config import BaselineOver, ObjectiveConfig
+from jaxrl_llm.objective.estimator import Estimator, EstimatorInputs, at_tokens
 from jaxrl_llm.objective.reward_kl import RewardKl
+from jaxrl_llm.objective.statistics import Grouping
 from jaxrl_llm.types import Credit, Groups, Scores
 
 Advantage = Callable[[Groups, Scores], Credit]
@@ -18,7 +19,8 @@ NO_SCORES, NO_REWARD_KL = Scores(), RewardKl()
 
 
 def make_advantage(objective: ObjectiveConfig, weights: Sequence[float] | None = None) -> Advantage:
-    """Return the advantage function of an objective, a KL in the reward included.
+    """Return the advantage function of an objective, a KL in the reward included. Its statistics (means, stds, ranks) are over the
+    rows that `objective.baseline_over` names.
 
         advantage = rl.make_advantage(rl.preset("trl:grpo"))
         credit = advantage(groups, rl.Scores())
@@ -28,7 +30,13 @@ def make_advantage(objective: ObjectiveConfig, weights: Sequence[float] | None =
     advantage = objective.advantage
     if isinstance(advantage, OwnAdvantage):
         return partial(custom_credit, advantage.made(), advantage.function)
-    return partial(estimator_credit, advantage, reward_kl=objective.reward_kl, weights=weights)
+    return partial(
+        estimator_credit,
+        advantage,
+        reward_kl=objective.reward_kl,
+        weights=weights,
+        baseline_over=objective.baseline_over,
+    )
 
 
 def estimator_credit(
@@ -37,8 +45,9 @@ def estimator_credit(
     scores: Scores = NO_SCORES,
     reward_kl: RewardKl = NO_REWARD_KL,
     weights: Sequence[float] | None = None,
+    baseline_over: BaselineOver = "sampled",
 ) -> Credit:
-    """Return the credit by a published estimator.
+    """Return the credit by a published estimator, which sees the rows that count and no others: the rest is 0.
 
     Args:
         estimator: the published estimator.
@@ -46,31 +55,51 @@ def estimator_credit(
         scores: includes values and reference log-probs if the estimator or the KL reads them.
         reward_kl: KL penalty subtracted from each token's reward.
         weights: one per grader; None: 1 each.
+        baseline_over: rows that count, as in `ObjectiveConfig`.
     """
-    rollouts, prompts, graders = groups.rollouts, len(groups.failure), groups.components.shape[-1]
-    zeros = np.zeros(rollouts.sampled.shape)
-    penalty = (
-        reward_kl(rollouts.behavior_logprobs, scores.reference_logprobs, groups.trainable_tokens)
-        if reward_kl.weight
-        else zeros
-    )
-    late = reward_kl.to == "advantage"
+    rollouts, counts = groups.rollouts, rows_that_count(groups, baseline_over)
+    # A copy of all tokens costs more than the estimator.
+    take = (lambda x: x) if counts.all() else (lambda x: None if x is None else x[counts])
+    penalty, late = None, reward_kl.to == "advantage"
+    if reward_kl.weight:
+        of = rollouts.behavior_logprobs, scores.reference_logprobs, groups.trainable_tokens
+        penalty = reward_kl(*map(take, of))
+    graders = groups.components.shape[-1]
     found = estimate(
         estimator,
         EstimatorInputs(
-            reward=groups.reward.reshape(prompts, -1),
-            reward_components=groups.components.reshape(prompts, -1, graders),
+            reward=take(groups.reward),
+            reward_components=take(groups.components),
             component_weights=np.ones(graders) if weights is None else np.array(weights),
-            used=groups.kept,
-            mask=rollouts.sampled,
-            token_reward=zeros if late else penalty,
+            groups=Grouping.of(take(rollouts.prompt)),
+            mask=take(rollouts.sampled),
+            token_reward=None if late else penalty,
+            values=take(scores.values),
             late_reward=penalty if late else None,
-            values=scores.values,
         ),
     )
-    advantage = found.advantage.astype(np.float32)
-    returns = None if found.returns is None else found.returns.astype(np.float32)
+    advantage, returns = (None if x is None else _put_back(x.astype(np.float32), counts) for x in found)
+    advantage = at_tokens(advantage, rollouts.sampled)
     return Credit(advantage, returns, (advantage != 0).any(axis=1) if estimator.drops_zero_advantages else None)
+
+
+def rows_that_count(groups: Groups, baseline_over: BaselineOver) -> Bool[np.ndarray, " B"]:
+    """Return the rows whose rewards enter the statistics, `baseline_over` as in `ObjectiveConfig`. Never filler rows, nor groups
+    that could not be graded or have no kept row: no number stands for them."""
+    prompt = groups.rollouts.prompt
+    if baseline_over == "kept":
+        return groups.keep & (prompt >= 0)
+    # Of kept rows a reward of NaN is a mistake, which the estimator reports.
+    return (prompt >= 0) & groups.kept[prompt] & (groups.keep | ~np.isnan(groups.reward))
+
+
+def _put_back(x: np.ndarray, rows: Bool[np.ndarray, " B"]) -> np.ndarray:
+    """Return x, which has these rows only, with 0 in the others."""
+    if rows.all():
+        return x
+    full = np.zeros((len(rows), *x.shape[1:]), x.dtype)
+    full[rows] = x
+    return full
 
 
 def custom_credit(

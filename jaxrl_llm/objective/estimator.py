@@ -5,27 +5,27 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
+from jaxrl_llm.objective.statistics import Grouping, Numbers, Rows
+
 if TYPE_CHECKING:
     from jaxrl_llm.types import Credit, Groups, Scores
 
-Group = Float[np.ndarray, "P G"]
 Completion = Float[np.ndarray, "B C"]
 Tokens = Bool[np.ndarray, "B C"]
 
 
 class EstimatorInputs(NamedTuple):
-    """Inputs of an estimator: P groups of G sequences, B = P * G rows of C tokens."""
+    """Inputs of an estimator: the B rows that count, of C tokens each. A group is one prompt's rows, one or more."""
 
-    reward: Group
-    reward_components: Float[np.ndarray, "P G n"]
+    reward: Rows
+    reward_components: Float[np.ndarray, "B n"]
     """One reward per grader, before weights."""
     component_weights: Float[np.ndarray, " n"]
-    used: Bool[np.ndarray, " P"]
-    """Groups to train on; the numbers of the others may be NaN, and their advantages are 0."""
+    groups: Grouping
     mask: Tokens
     """Tokens sampled by the policy."""
-    token_reward: Completion
-    """Reward per token, added to the sequence's: minus weight * KL, or 0."""
+    token_reward: Completion | None = None
+    """Reward per token, added to the sequence's: minus weight * KL. None: 0 throughout."""
     values: Completion | None = None
     """The critic's value of the state before each token."""
     late_reward: Completion | None = None
@@ -33,13 +33,18 @@ class EstimatorInputs(NamedTuple):
 
 
 class AdvantageEstimate(NamedTuple):
-    advantage: Completion
+    advantage: Numbers
+    """One per row, the same at all its tokens, or one per token."""
     returns: Completion | None = None
     """Targets of the critic."""
 
 
 class Estimator:
-    """Base class: each published estimator is a frozen dataclass with its constants as fields."""
+    """Base class: each published estimator is a frozen dataclass with its constants as fields.
+
+    A group of one row has nothing to compare with: estimators that compare within the group take its reward for the baseline, so it
+    is 0 from it. In batch statistics it counts like any other row. Estimators without such a comparison treat it like any row.
+    """
 
     kind: str
     compares_within_group: ClassVar[bool] = True
@@ -53,18 +58,19 @@ class Estimator:
     reads_reference_logprobs: ClassVar[bool] = False
 
     def __call__(self, groups: "Groups", scores: "Scores | None" = None) -> "Credit":
-        """Return the credit with grader weights of 1 and no KL in the reward."""
+        """Return the credit with grader weights of 1 and no KL in the reward. The baseline is over all graded rows of the groups
+        with a kept row, also those that are not kept: `ObjectiveConfig.baseline_over` sampled."""
         # Configs contain estimators, and are read before JAX is imported.
         from jaxrl_llm.objective.credit import NO_SCORES, estimator_credit
 
         return estimator_credit(self, groups, NO_SCORES if scores is None else scores)
 
     def estimate(self, inputs: EstimatorInputs) -> AdvantageEstimate:
-        """Return the advantages of the used groups, and returns if there is a critic."""
+        """Return the advantages, and returns if there is a critic."""
         raise NotImplementedError
 
-    def bound(self, score: Group, inputs: EstimatorInputs) -> float:
-        """Return the largest |advantage| that the formula allows. `score`: rewards of the used groups, at least one group."""
+    def bound(self, score: Rows, inputs: EstimatorInputs) -> float:
+        """Return the largest |advantage| that the formula allows. `score`: `sequence_rewards`, at least one."""
         raise NotImplementedError
 
     def why_equal_rewards_teach(self, graders: int) -> str:
@@ -72,21 +78,25 @@ class Estimator:
         return ""
 
 
-def without_unused_groups(inputs: EstimatorInputs) -> EstimatorInputs:
-    """Return the inputs in float64, with rewards 0 and no tokens in the mask for unused groups."""
-    used = inputs.used[:, None]
+def in_float64(inputs: EstimatorInputs) -> EstimatorInputs:
+    """Return the inputs with rewards in float64."""
     return inputs._replace(
-        reward=np.where(used, inputs.reward, 0.0).astype(np.float64),
-        reward_components=np.where(used[..., None], inputs.reward_components, 0.0).astype(np.float64),
-        mask=inputs.mask & np.repeat(inputs.used, inputs.reward.shape[1])[:, None],
+        reward=np.asarray(inputs.reward, np.float64), reward_components=np.asarray(inputs.reward_components, np.float64)
     )
 
 
-def sequence_rewards(inputs: EstimatorInputs) -> Group:
+def at_tokens(x: Numbers, mask: Tokens) -> Completion:
+    """Return one number per row at all its tokens in `mask`, 0 elsewhere; one per token as it is."""
+    return x if x.ndim == 2 else np.where(mask, x[:, None], x.dtype.type(0))
+
+
+def sequence_rewards(inputs: EstimatorInputs) -> Rows:
     """Return the reward of each sequence, token rewards included."""
     return inputs.reward + token_reward_sums(inputs)
 
 
-def token_reward_sums(inputs: EstimatorInputs) -> Group:
+def token_reward_sums(inputs: EstimatorInputs) -> Rows:
     """Return the sum of token rewards of each sequence."""
-    return np.where(inputs.mask, inputs.token_reward, 0.0).sum(axis=1).reshape(inputs.reward.shape)
+    if inputs.token_reward is None:
+        return np.zeros(len(inputs.reward))
+    return np.where(inputs.mask, inputs.token_reward, 0.0).sum(axis=1)

@@ -1,36 +1,41 @@
 """Estimators with one advantage per sequence, the same at all its tokens. Each is a dataclass of its constants with `estimate` and
 `bound`, the largest advantage its formula allows. In float64.
 
-A sequence's reward is the graders' plus the sum of its token rewards. With a baseline, equal rewards give exactly 0, and row order
-changes no bit.
+A sequence's reward is the graders' plus the sum of its token rewards. With a baseline, equal rewards give exactly 0, and so does a
+group of one row (verl keeps its reward as it is, as if the baseline were 0). Row order changes no bit.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from annotated_types import Ge
+from jaxtyping import Bool
 from pydantic import ConfigDict
 
 from jaxrl_llm.objective.estimator import (
     AdvantageEstimate,
-    Completion,
     Estimator,
     EstimatorInputs,
-    Group,
-    Tokens,
     sequence_rewards,
     token_reward_sums,
 )
 from jaxrl_llm.objective.statistics import (
+    Grouping,
+    Rows,
     batch_centered,
     batch_deviation,
     centered,
     deviation,
-    leave_one_out,
+    first_with,
+    least,
+    most,
+    of_others,
     ratio,
     total,
+    value_range,
     whiten,
 )
 
@@ -52,18 +57,16 @@ class Grpo(Estimator):
     std_over: Over = "group"
 
     def estimate(self, inputs: EstimatorInputs) -> AdvantageEstimate:
-        score = sequence_rewards(inputs)
-        rows, kept = one_token_per_sequence(score, inputs)
-        several = np.count_nonzero(kept) > 1
-        away, std = centered(score), deviation(score, self._ddof)
+        score, several = sequence_rewards(inputs), len(inputs.reward) > 1
+        away, std = centered(score, inputs.groups), deviation(score, inputs.groups, self._ddof)
         if self.mean_over == "batch" and several:
-            away = batch_centered(rows, kept).reshape(score.shape)
+            away = batch_centered(score, every(score))
         if self.std_over == "batch" and several:
-            std = batch_deviation(rows, kept, self._ddof)
-        return broadcast_to_tokens(ratio(away, std + self.eps), inputs)
+            std = batch_deviation(score, every(score), self._ddof)
+        return AdvantageEstimate(ratio(away, std + self.eps))
 
-    def bound(self, score: Group, inputs: EstimatorInputs) -> float:
-        n = score.shape[1]
+    def bound(self, score: Rows, inputs: EstimatorInputs) -> float:
+        n = inputs.groups.largest
         if self.std_over == "batch":
             return largest_z_score(n if self.mean_over == "group" else score.size, self._ddof, score.size)
         if self.mean_over == "group":
@@ -97,10 +100,10 @@ class MeanOnly(Estimator):
 
     def estimate(self, inputs: EstimatorInputs) -> AdvantageEstimate:
         """E[gradient] is (1 - 1/G) of the true one, since the mean includes the sample itself."""
-        return broadcast_to_tokens(centered(sequence_rewards(inputs)), inputs)
+        return AdvantageEstimate(centered(sequence_rewards(inputs), inputs.groups))
 
-    def bound(self, score: Group, inputs: EstimatorInputs) -> float:
-        return largest_distance_from_mean(score)
+    def bound(self, score: Rows, inputs: EstimatorInputs) -> float:
+        return largest_distance_from_mean(score, inputs.groups)
 
 
 @dataclass(frozen=True)
@@ -114,13 +117,13 @@ class Rloo(Estimator):
 
     def estimate(self, inputs: EstimatorInputs) -> AdvantageEstimate:
         """Unbiased."""
-        advantage = minus_mean_of_others(sequence_rewards(inputs))
+        advantage = minus_mean_of_others(sequence_rewards(inputs), inputs.groups)
         if self.whiten:
-            advantage = whiten(*one_token_per_sequence(advantage, inputs), 1, 0.0, 1e-4)
-        return broadcast_to_tokens(advantage, inputs)
+            advantage = whiten(advantage, every(advantage), 1, 0.0, 1e-4)
+        return AdvantageEstimate(advantage)
 
-    def bound(self, score: Group, inputs: EstimatorInputs) -> float:
-        return largest_z_score(score.size, 1) if self.whiten else largest_range(score)
+    def bound(self, score: Rows, inputs: EstimatorInputs) -> float:
+        return largest_z_score(score.size, 1) if self.whiten else largest_range(score, inputs.groups)
 
 
 @dataclass(frozen=True)
@@ -134,13 +137,13 @@ class LeaveOneOut(Estimator):
     def estimate(self, inputs: EstimatorInputs) -> AdvantageEstimate:
         """The std of the others divides by G - 2; with G = 2 nothing is scaled."""
         score = sequence_rewards(inputs)
-        std = deviation(leave_one_out(score), 1)[..., 0]
-        return broadcast_to_tokens(minus_mean_of_others(score) / np.where(std > 0, std + self.eps, 1.0), inputs)
+        std = of_others(score, inputs.groups, partial(deviation, ddof=1))
+        return AdvantageEstimate(minus_mean_of_others(score, inputs.groups) / np.where(std > 0, std + self.eps, 1.0))
 
-    def bound(self, score: Group, inputs: EstimatorInputs) -> float:
-        apart = np.ptp(leave_one_out(score), axis=-1)
-        std = apart / math.sqrt(2 * max(score.shape[1] - 2, 1))
-        return (np.ptp(score, axis=1, keepdims=True) / np.where(apart > 0, std + self.eps, 1.0)).max()
+    def bound(self, score: Rows, inputs: EstimatorInputs) -> float:
+        apart = of_others(score, inputs.groups, value_range)
+        std = apart / np.sqrt(2 * np.maximum(inputs.groups.rows - 2, 1))
+        return (value_range(score, inputs.groups) / np.where(apart > 0, std + self.eps, 1.0)).max()
 
 
 @dataclass(frozen=True)
@@ -154,14 +157,14 @@ class MaxRl(Estimator):
 
     def estimate(self, inputs: EstimatorInputs) -> AdvantageEstimate:
         score = sequence_rewards(inputs)
-        mean = total(score) / score.shape[1]
-        return broadcast_to_tokens(np.where(mean > 0, ratio(centered(score), mean + self.eps), 0.0), inputs)
+        mean = total(score, inputs.groups) / inputs.groups.rows
+        return AdvantageEstimate(np.where(mean > 0, ratio(centered(score, inputs.groups), mean + self.eps), 0.0))
 
-    def bound(self, score: Group, inputs: EstimatorInputs) -> float:
+    def bound(self, score: Rows, inputs: EstimatorInputs) -> float:
         """n - 1 if no reward is negative: the range is then at most n means."""
-        n, ranges = score.shape[1], np.ptp(score, axis=1, keepdims=True)
-        mean = total(score) / n
-        return (ranges / np.where(mean > 0, mean + self.eps, np.inf)).max() * (n - 1) / n
+        n = inputs.groups.rows
+        mean = total(score, inputs.groups) / n
+        return (value_range(score, inputs.groups) / np.where(mean > 0, mean + self.eps, np.inf) * (n - 1) / n).max()
 
 
 @dataclass(frozen=True)
@@ -175,17 +178,19 @@ class PassAtK(Estimator):
     eps: NonNegative = 1e-6
 
     def estimate(self, inputs: EstimatorInputs) -> AdvantageEstimate:
-        score = sequence_rewards(inputs)
-        ranked = np.sort(score, axis=1)
-        ahead = ranked[:, -1] - ranked[:, -2]
-        advantage = np.zeros_like(score)
-        advantage[np.arange(len(score)), score.argmax(axis=1)] = ahead
+        score, groups = sequence_rewards(inputs), inputs.groups
+        best = first_with(score == most(score, groups), groups)
+        # The best of a group of one is its own second.
+        best = best[groups.size > 1]
+        others, advantage = score.copy(), np.zeros_like(score)
+        others[best] = -np.inf
+        advantage[best] = score[best] - most(others, groups)[best]
         if self.scale:
-            advantage = ratio(advantage, deviation(score, 1) + self.eps)
-        return broadcast_to_tokens(advantage, inputs)
+            advantage = ratio(advantage, deviation(score, groups, 1) + self.eps)
+        return AdvantageEstimate(advantage)
 
-    def bound(self, score: Group, inputs: EstimatorInputs) -> float:
-        return math.sqrt(score.shape[1]) if self.scale else largest_range(score)
+    def bound(self, score: Rows, inputs: EstimatorInputs) -> float:
+        return math.sqrt(inputs.groups.largest) if self.scale else largest_range(score, inputs.groups)
 
 
 @dataclass(frozen=True)
@@ -196,13 +201,12 @@ class Opo(Estimator):
     kind: Literal["opo"] = "opo"
 
     def estimate(self, inputs: EstimatorInputs) -> AdvantageEstimate:
-        score = sequence_rewards(inputs)
-        length = inputs.mask.sum(axis=1).reshape(score.shape)
-        above = score - score.min(axis=1, keepdims=True)
-        return broadcast_to_tokens(above - ratio(total(length * above), total(length)), inputs)
+        score, groups, length = sequence_rewards(inputs), inputs.groups, inputs.mask.sum(axis=1)
+        above = score - least(score, groups)
+        return AdvantageEstimate(above - ratio(total(length * above, groups), total(length, groups)))
 
-    def bound(self, score: Group, inputs: EstimatorInputs) -> float:
-        return largest_range(score)
+    def bound(self, score: Rows, inputs: EstimatorInputs) -> float:
+        return largest_range(score, inputs.groups)
 
 
 @dataclass(frozen=True)
@@ -214,12 +218,12 @@ class Gpg(Estimator):
 
     def estimate(self, inputs: EstimatorInputs) -> AdvantageEstimate:
         score = sequence_rewards(inputs)
-        return broadcast_to_tokens(centered(score) * self._alpha(score[inputs.used]), inputs)
+        return AdvantageEstimate(centered(score, inputs.groups) * self._alpha(score))
 
-    def bound(self, score: Group, inputs: EstimatorInputs) -> float:
-        return largest_distance_from_mean(score) * self._alpha(score)
+    def bound(self, score: Rows, inputs: EstimatorInputs) -> float:
+        return largest_distance_from_mean(score, inputs.groups) * self._alpha(score)
 
-    def _alpha(self, score: Group) -> float:
+    def _alpha(self, score: Rows) -> float:
         return score.size / max(np.count_nonzero(score), 1)
 
 
@@ -234,12 +238,13 @@ class Gdpo(Estimator):
 
     def estimate(self, inputs: EstimatorInputs) -> AdvantageEstimate:
         """Whitened with (A - mean) / (std + eps), std with n - 1."""
-        summed = centered(token_reward_sums(inputs))
-        for weight, reward in zip(inputs.component_weights, np.moveaxis(inputs.reward_components, -1, 0), strict=True):
-            summed += weight * ratio(centered(reward), deviation(reward, 1) + self.eps)
-        return broadcast_to_tokens(whiten(*one_token_per_sequence(summed, inputs), 1, 0.0, self.eps), inputs)
+        groups = inputs.groups
+        summed = centered(token_reward_sums(inputs), groups)
+        for weight, reward in zip(inputs.component_weights, inputs.reward_components.T, strict=True):
+            summed += weight * ratio(centered(reward, groups), deviation(reward, groups, 1) + self.eps)
+        return AdvantageEstimate(whiten(summed, every(summed), 1, 0.0, self.eps))
 
-    def bound(self, score: Group, inputs: EstimatorInputs) -> float:
+    def bound(self, score: Rows, inputs: EstimatorInputs) -> float:
         return largest_z_score(score.size, 1)
 
     def why_equal_rewards_teach(self, graders: int) -> str:
@@ -255,9 +260,9 @@ class Raw(Estimator):
     compares_within_group: ClassVar[bool] = False
 
     def estimate(self, inputs: EstimatorInputs) -> AdvantageEstimate:
-        return broadcast_to_tokens(sequence_rewards(inputs), inputs)
+        return AdvantageEstimate(sequence_rewards(inputs))
 
-    def bound(self, score: Group, inputs: EstimatorInputs) -> float:
+    def bound(self, score: Rows, inputs: EstimatorInputs) -> float:
         return np.abs(score).max()
 
     def why_equal_rewards_teach(self, graders: int) -> str:
@@ -274,39 +279,36 @@ class BestWorst(Estimator):
 
     def estimate(self, inputs: EstimatorInputs) -> AdvantageEstimate:
         """A group of equal rewards gets 0 throughout."""
-        score = sequence_rewards(inputs)
-        advantage, rows = np.zeros_like(score), np.flatnonzero(np.ptp(score, axis=1) > 0)
-        advantage[rows, score.argmax(axis=1)[rows]] = 1
-        advantage[rows, score.argmin(axis=1)[rows]] = -1
-        return broadcast_to_tokens(advantage, inputs)
+        score, groups = sequence_rewards(inputs), inputs.groups
+        high, low, advantage = most(score, groups), least(score, groups), np.zeros_like(score)
+        advantage[first_with(score == high, groups)] = 1
+        advantage[first_with(score == low, groups)] = -1
+        return AdvantageEstimate(np.where(high > low, advantage, 0.0))
 
-    def bound(self, score: Group, inputs: EstimatorInputs) -> float:
+    def bound(self, score: Rows, inputs: EstimatorInputs) -> float:
         return 1.0
 
 
-def one_token_per_sequence(x: Group, inputs: EstimatorInputs) -> tuple[Completion, Tokens]:
-    """Return x as one token per sequence, and the mask of the used ones."""
-    return x.reshape(-1, 1), np.repeat(inputs.used, x.shape[1])[:, None]
+def every(x: Rows) -> Bool[np.ndarray, " B"]:
+    """Return the mask of all rows: batch statistics are over each."""
+    return np.ones(len(x), bool)
 
 
-def broadcast_to_tokens(advantage: Group, inputs: EstimatorInputs) -> AdvantageEstimate:
-    return AdvantageEstimate(np.broadcast_to(advantage.reshape(-1, 1), inputs.mask.shape))
-
-
-def minus_mean_of_others(score: Group) -> Group:
-    """Return r - mean of the G - 1 others, which is G / (G - 1) times r - mean of all."""
-    return centered(score) * (score.shape[1] / (score.shape[1] - 1))
+def minus_mean_of_others(score: Rows, groups: Grouping) -> Rows:
+    """Return r - mean of the n - 1 others, which is n / (n - 1) times r - mean of all; 0 in a group of one."""
+    return centered(score, groups) * (groups.rows / np.maximum(groups.rows - 1, 1))
 
 
 def largest_z_score(n: int, ddof: int, batch: int | None = None) -> float:
-    """Return the largest distance of one of n numbers from their mean, in their stds, or in those of a batch that contains them."""
+    """Return the largest distance of one of n numbers from their mean, in their stds, or in those of a batch that contains them. It
+    grows with n, so that of several groups is the largest group's."""
     return math.sqrt(max(((batch or n) - ddof) * (n - 1) / n, 0.0))
 
 
-def largest_range(score: Group) -> float:
-    return np.ptp(score, axis=-1).max()
+def largest_range(score: Rows, groups: Grouping) -> float:
+    return value_range(score, groups).max()
 
 
-def largest_distance_from_mean(score: Group) -> float:
+def largest_distance_from_mean(score: Rows, groups: Grouping) -> float:
     """Return the largest possible distance of a reward from its group's mean."""
-    return largest_range(score) * (score.shape[1] - 1) / score.shape[1]
+    return (value_range(score, groups) * (groups.rows - 1) / groups.rows).max()

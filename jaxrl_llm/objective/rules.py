@@ -91,11 +91,8 @@ def refusals(
             found.append(
                 "objective.advantage.kind: got best_worst, which is for the loss dpo; want an advantage of every sample"
             )
-    if isinstance(advantage, OwnAdvantage) and objective.reward_kl.weight > 0:
-        found.append(
-            f"objective.reward_kl.weight: got {objective.reward_kl.weight} with a custom advantage, want 0: name "
-            "reference_logprobs in objective.advantage.columns, and take the KL there"
-        )
+    if isinstance(advantage, OwnAdvantage):
+        found += _own_advantage_refusals(objective)
     if objective.reward_kl.to == "advantage" and objective.advantage.uses_returns_to_go:
         found.append(
             f"objective.reward_kl.to: got advantage with the advantage {objective.advantage.kind}, want reward: it already "
@@ -103,6 +100,21 @@ def refusals(
         )
     if objective.reference.kind == "pretrained" and not objective.reference.path:
         found.append("objective.reference.path: got nothing, want the model that reference.kind pretrained reads")
+    return found
+
+
+def _own_advantage_refusals(objective: ObjectiveConfig) -> list[str]:
+    found = []
+    if objective.reward_kl.weight > 0:
+        found.append(
+            f"objective.reward_kl.weight: got {objective.reward_kl.weight} with a custom advantage, want 0: name "
+            "reference_logprobs in objective.advantage.columns, and take the KL there"
+        )
+    if objective.baseline_over != "sampled":
+        found.append(
+            f"objective.baseline_over: got {objective.baseline_over} with a custom advantage, want sampled: the function itself "
+            "chooses the rows of its statistics"
+        )
     return found
 
 

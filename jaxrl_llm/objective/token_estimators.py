@@ -14,12 +14,11 @@ from jaxrl_llm.objective.estimator import (
     Completion,
     Estimator,
     EstimatorInputs,
-    Group,
     Tokens,
     sequence_rewards,
 )
-from jaxrl_llm.objective.group_estimators import broadcast_to_tokens, largest_distance_from_mean, largest_z_score
-from jaxrl_llm.objective.statistics import centered, whiten
+from jaxrl_llm.objective.group_estimators import largest_distance_from_mean, largest_z_score
+from jaxrl_llm.objective.statistics import Rows, centered, whiten
 
 Fraction = Annotated[float, Ge(0), Le(1)]
 OTHERS = "compares with other groups or states: equal rewards teach too"
@@ -44,7 +43,8 @@ class ReinforcePlusPlus(Estimator):
 
     def estimate(self, inputs: EstimatorInputs) -> AdvantageEstimate:
         if self.baseline:
-            returns = broadcast_to_tokens(centered(sequence_rewards(inputs)), inputs).advantage
+            away = centered(sequence_rewards(inputs), inputs.groups)
+            returns = np.broadcast_to(away[:, None], inputs.mask.shape)
         else:
             # As in verl, credit passes over unsampled tokens.
             returns = to_go(token_rewards(inputs), inputs.mask, self.gamma)
@@ -52,10 +52,10 @@ class ReinforcePlusPlus(Estimator):
             return AdvantageEstimate(whiten(returns, inputs.mask, self._ddof, 0.0, self.eps))
         return AdvantageEstimate(whiten(returns, inputs.mask, self._ddof, self.eps))
 
-    def bound(self, score: Group, inputs: EstimatorInputs) -> float:
+    def bound(self, score: Rows, inputs: EstimatorInputs) -> float:
         tokens = np.count_nonzero(inputs.mask)
         if tokens < 2:
-            return largest_distance_from_mean(score) if self.baseline else np.abs(score).max()
+            return largest_distance_from_mean(score, inputs.groups) if self.baseline else np.abs(score).max()
         return largest_z_score(tokens, self._ddof)
 
     def why_equal_rewards_teach(self, graders: int) -> str:
@@ -96,7 +96,7 @@ class Gae(Estimator):
         returns = advantage + values
         return AdvantageEstimate(whiten(advantage, mask) if self.whiten else advantage, returns)
 
-    def bound(self, score: Group, inputs: EstimatorInputs) -> float:
+    def bound(self, score: Rows, inputs: EstimatorInputs) -> float:
         tokens = np.count_nonzero(inputs.mask)
         return largest_z_score(tokens, 1) if self.whiten and tokens > 1 else math.inf
 
@@ -108,8 +108,11 @@ def token_rewards(inputs: EstimatorInputs) -> Completion:
     """Return the token rewards, with the sequence's reward added at its last sampled token."""
     mask = inputs.mask
     last: Int[np.ndarray, " B"] = mask.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)
-    rewards = np.where(mask, inputs.token_reward, 0.0).astype(np.float64)
-    rewards[np.arange(len(last)), last] += np.where(mask.any(axis=1), inputs.reward.reshape(-1), 0.0)
+    if inputs.token_reward is None:
+        rewards = np.zeros(mask.shape)
+    else:
+        rewards = np.where(mask, inputs.token_reward, 0.0).astype(np.float64)
+    rewards[np.arange(len(last)), last] += np.where(mask.any(axis=1), inputs.reward, 0.0)
     return rewards
 
 

@@ -15,6 +15,7 @@ from jaxrl_llm.metrics.guards import Guards, RatioAlarm, observe
 from jaxrl_llm.objective.advantages import Published, estimate
 from jaxrl_llm.objective.estimator import AdvantageEstimate, EstimatorInputs
 from jaxrl_llm.objective.group_estimators import Grpo, PassAtK, Raw, Rloo
+from jaxrl_llm.objective.statistics import Grouping
 from jaxrl_llm.objective.token_estimators import Gae, ReinforcePlusPlus
 from jaxrl_llm.roles import updates
 from jaxrl_llm.roles.start_or_restore import rl_target
@@ -206,14 +207,13 @@ COMPARING = [
 @pytest.mark.parametrize("reward", [0.0, 0.1, -1 / 3, 1e6 + 0.1])
 @pytest.mark.parametrize("cfg", COMPARING, ids=repr)
 def test_equal_rewards_have_an_advantage_of_exactly_zero(cfg, reward):
-    """All groups equal, one of them left out, sequences of one length; numbers whose mean is not themselves in floating point."""
+    """All groups equal, one with a row more, sequences of one length; numbers whose mean is not themselves in floating point."""
     inputs = EstimatorInputs(
-        reward=np.full((5, 7), reward),
-        reward_components=np.full((5, 7, 2), [reward, 0.3]),
+        reward=np.full(29, reward),
+        reward_components=np.full((29, 2), [reward, 0.3]),
         component_weights=np.array([1.0, 0.7]),
-        used=np.array([True, True, False, True, True]),
-        mask=np.arange(6)[None] < np.full((35, 1), 5),
-        token_reward=np.zeros((35, 6)),
+        groups=Grouping.of(np.repeat([0, 1, 3, 4], [7, 7, 7, 8])),
+        mask=np.arange(6)[None] < np.full((29, 1), 5),
     )
     assert not estimate(cfg, inputs).advantage.any()
 

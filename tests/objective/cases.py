@@ -13,40 +13,45 @@ from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.objective import losses
 from jaxrl_llm.objective.advantages import estimate
 from jaxrl_llm.objective.config import ObjectiveConfig
-from jaxrl_llm.objective.estimator import EstimatorInputs
+from jaxrl_llm.objective.estimator import EstimatorInputs, at_tokens
 from jaxrl_llm.objective.loss_config import Dpo, resolve_correction
 from jaxrl_llm.objective.presets import with_preset
+from jaxrl_llm.objective.statistics import Grouping
 from jaxrl_llm.types import Batch
 from jaxrl_llm.update.batch import token_weights
 
 GROUPS, SAMPLES, SLOTS, GRADERS, CONSTANT = 3, 4, 7, 2, 9
-SEEDS = range(8)
+SIZES = {8: (6, 1, 5), 9: (1, 9, 2)}
+"""Rows per group where they differ."""
+SEEDS = range(10)
 PER_TOKEN = ("now", "behavior", "proximal", "reference", "entropy", "values", "old_values")
 
 
 def random_case(seed: int) -> Case:
     """Probabilities anywhere in (0.02, 0.98), so ratios and KL terms pass every bound. Ragged, with tokens inside sequences that
-    the policy did not sample. Seed 1 has a group of equal rewards, seed 2 one that was not graded. Garbage where `mask` is
-    False."""
+    the policy did not sample. Seed 1 has a group of equal rewards, seed 2 one that was not graded, seeds 8 and 9 have groups of
+    different sizes. Garbage where `mask` is False."""
     rng = np.random.default_rng(seed)
     full = (GROUPS * SAMPLES, SLOTS)
-    parts = rng.integers(0, 3, (GROUPS, SAMPLES, GRADERS)) / 2.0 if seed % 2 else rng.random((GROUPS, SAMPLES, GRADERS))
+    prompt = np.repeat(np.arange(GROUPS), SIZES.get(seed, SAMPLES))
+    parts = rng.integers(0, 3, (full[0], GRADERS)) / 2.0 if seed % 2 else rng.random((full[0], GRADERS))
     counts = np.ones(GROUPS, bool)
     if seed == 1:
-        parts[1] = 0.3
+        parts[prompt == 1] = 0.3
     if seed == 2:
-        counts[0], parts[0] = False, np.nan
+        counts[0], parts[prompt == 0] = False, np.nan
     length = rng.integers(1, SLOTS + 1, full[0])
     length[0], length[-1] = SLOTS, 1
     mask = np.arange(SLOTS) < length[:, None]
     mask &= (rng.random(full) > 0.15) | (np.arange(SLOTS) == length[:, None] - 1)
-    mask &= np.repeat(counts, SAMPLES)[:, None]
+    mask &= counts[prompt][:, None]
     log_p = {name: np.log(rng.uniform(0.02, 0.98, full)) for name in ("now", "behavior", "reference")}
     log_p["proximal"] = np.minimum(log_p["behavior"] + rng.normal(0, 0.9, full), -1e-3)
     log_p = {name: np.where(mask, x, rng.uniform(-900, 0, full)) for name, x in log_p.items()}
     component_weights = np.array([1.0, 0.5])
     return Case(
         reward=parts @ component_weights,
+        prompt=prompt,
         reward_components=parts,
         component_weights=component_weights,
         used=counts,
@@ -74,29 +79,36 @@ class Found(NamedTuple):
 def assess(cfg: ObjectiveConfig, case: Case) -> Found:
     """Advantages and returns by the package."""
     own, late = cfg.reward_kl(case.behavior, case.reference, case.mask), cfg.reward_kl.to == "advantage"
+    counts = case.used[case.prompt]
     inputs = EstimatorInputs(
-        reward=case.reward,
-        reward_components=case.reward_components,
+        reward=case.reward[counts],
+        reward_components=case.reward_components[counts],
         component_weights=case.component_weights,
-        used=case.used,
-        mask=case.mask,
-        token_reward=np.zeros(case.mask.shape) if late else own,
-        values=case.old_values,
-        late_reward=own if late else None,
+        groups=Grouping.of(case.prompt[counts]),
+        mask=case.mask[counts],
+        token_reward=None if late else own[counts],
+        values=case.old_values[counts],
+        late_reward=own[counts] if late else None,
     )
-    return Found(*estimate(cfg.advantage, inputs))
+    found = []
+    for x in estimate(cfg.advantage, inputs):
+        found.append(None if x is None else np.zeros(case.mask.shape))
+        if x is not None:
+            found[-1][counts] = at_tokens(x, inputs.mask)
+    return Found(*found)
 
 
 def batch_of(case: Case, found: Found, learn: np.ndarray, aggregation: str, packed: bool) -> Batch:
     """[B, C], or [1, B * C]: all sequences in one row."""
     rows, slots = learn.shape
     member = np.arange(rows)[:, None] + np.zeros((1, slots), int)
-    segment, group = (member + 1, member // SAMPLES + 1) if packed else (np.ones_like(member), np.ones_like(member))
+    ones = np.ones_like(member)
+    segment, group = (member + 1, case.prompt[member] + 1) if packed else (ones, ones)
     tokens = {
         "segment": segment,
         "group": group,
         "loss_mask": learn,
-        "weight": token_weights(learn, np.arange(rows) // SAMPLES, aggregation, case.length),
+        "weight": token_weights(learn, case.prompt, aggregation, case.length),
         "behavior_logprobs": case.behavior,
         "proximal_logprobs": case.proximal,
         "reference_logprobs": case.reference,

@@ -3,7 +3,7 @@
 Sections are those of the reading of twelve frameworks that docs/objectives.md retells: 2.1 GRPO, 2.2 aggregation, 2.3 PPO's clip,
 2.6 RLOO, 2.7 REINFORCE++, 2.8 other estimators, 2.9 GSPO, 2.10 CISPO, 2.11 GMPO, 2.12 SAPO and DPPO, 2.13 GAE and values, 2.14 KL,
 2.15 corrections, 2.17 golden vectors; T1-T27 are its traps. A sequence is a row of [B, C], prompt-major; a token counts where
-`mask` is True.
+`mask` is True. Sequences of a group follow one another.
 """
 
 from collections.abc import Callable
@@ -45,13 +45,12 @@ class Preset:
 def aggregate(case: Case, losses: np.ndarray, how: str) -> float:
     """2.2, with counts of the whole minibatch."""
     lengths = case.mask.sum(axis=1)
-    samples = case.reward.shape[1]
     rows = [b for b, n in enumerate(lengths) if n > 0]
     total = 0.0
     for b in rows:
         each = sum(losses[b, t] for t in np.flatnonzero(case.mask[b]))
-        of_group = sum(lengths[b - b % samples : b - b % samples + samples])
-        groups = len({b // samples for b in rows})
+        of_group = sum(lengths[a] for a in advantages.rows_of(case, case.prompt[b]))
+        groups = len({case.prompt[b] for b in rows})
         total += {
             "token": each / sum(lengths),
             "sequence": each / lengths[b] / len(rows),
@@ -98,13 +97,15 @@ def loss(preset: Preset, case: Case, advantage, returns, still=None) -> float:
 
 def dpo_loss(case: Case, beta: float = 0.1) -> float:
     """Rafailov et al. 2023, eq. 7: the mean over the groups that have a best and a worst."""
-    samples, out = case.reward.shape[1], []
+    out = []
     above = [
         float(sum((case.now - case.reference)[b, t] for t in np.flatnonzero(row))) for b, row in enumerate(case.mask)
     ]
-    for p, rs in enumerate(case.reward):
-        if case.used[p] and advantages.deviation([float(r) for r in rs], 0) > 0:
-            best, worst = p * samples + int(np.argmax(rs)), p * samples + int(np.argmin(rs))
+    for p in np.flatnonzero(case.used):
+        rows = advantages.rows_of(case, p)
+        rs = [float(case.reward[b]) for b in rows]
+        if advantages.deviation(rs, 0) > 0:
+            best, worst = rows[rs.index(max(rs))], rows[rs.index(min(rs))]
             out.append(log1p(exp(-beta * (above[best] - above[worst]))))
     return sum(out) / len(out)
 

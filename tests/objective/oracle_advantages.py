@@ -1,6 +1,6 @@
 """Advantages of every preset in float64 NumPy, loop by loop, from the published formulas and the frameworks' code.
 
-Shares nothing with the package. Sections (2.1, ...): see oracle.py. A sequence is a row of [B, C], prompt-major.
+Shares nothing with the package. Sections (2.1, ...): see oracle.py. A sequence is a row of [B, C]; a group has any number of them.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,11 @@ class Case(NamedTuple):
     """All inputs of an objective."""
 
     reward: np.ndarray
-    """[P, G]"""
+    """[B]"""
+    prompt: np.ndarray
+    """[B]: which group a sequence is of, from 0."""
     reward_components: np.ndarray
-    """[P, G, n]: what each grader gave."""
+    """[B, n]: what each grader gave."""
     component_weights: np.ndarray
     """[n]"""
     used: np.ndarray
@@ -34,7 +36,16 @@ class Case(NamedTuple):
     """Dr. GRPO's divisor of a sequence."""
 
 
-# One number a sequence: [P, G].
+# One number a sequence: [B].
+
+
+def rows_of(case: Case, p: int) -> list[int]:
+    """Sequences of a group."""
+    return [b for b, own in enumerate(case.prompt) if own == p]
+
+
+def rows_in_use(case: Case) -> list[int]:
+    return [b for p in np.flatnonzero(case.used) for b in rows_of(case, p)]
 
 
 def over_groups(
@@ -43,9 +54,9 @@ def over_groups(
     """Values of one group's formula, for every group in use."""
     reward = case.reward if reward is None else reward
     out = np.zeros(reward.shape)
-    for p in range(len(reward)):
-        if case.used[p]:
-            out[p] = formula([float(r) for r in reward[p]], **more)
+    for p in np.flatnonzero(case.used):
+        if rows := rows_of(case, p):
+            out[rows] = formula([float(reward[b]) for b in rows], **more)
     return out
 
 
@@ -93,36 +104,38 @@ def over_mean(rs: list[float], eps: float) -> list[float]:
     return [c / (mean + eps) if mean > 0 else 0.0 for c in centered(rs)]
 
 
-def best_only(rs: list[float], eps: float = 1e-6) -> list[float]:
+def best_only(rs: list[float], eps: float = 1e-6, scale: bool = True) -> list[float]:
     """2.8, Pass@k in verl."""
     if deviation(rs, 0) == 0:
         return [0.0] * len(rs)
     order = sorted(range(len(rs)), key=lambda i: -rs[i])
     out = [0.0] * len(rs)
-    out[order[0]] = (rs[order[0]] - rs[order[1]]) / (deviation(rs, 1) + eps)
+    out[order[0]] = (rs[order[0]] - rs[order[1]]) / (deviation(rs, 1) + eps if scale else 1)
     return out
 
 
 def best_and_worst(rs: list[float]) -> list[float]:
     if deviation(rs, 0) == 0:
         return [0.0] * len(rs)
-    return [float(r == max(rs)) - float(r == min(rs)) for r in rs]
+    best, worst = rs.index(max(rs)), rs.index(min(rs))
+    return [float(i == best) - float(i == worst) for i in range(len(rs))]
 
 
 def opo(case: Case) -> np.ndarray:
     """2.8: the baseline weighs rewards by length."""
-    lengths = case.mask.sum(axis=1).reshape(case.reward.shape)
+    lengths = case.mask.sum(axis=1)
     out = np.zeros(case.reward.shape)
     for p in np.flatnonzero(case.used):
-        baseline = sum(n * r for n, r in zip(lengths[p], case.reward[p], strict=True)) / sum(lengths[p])
-        out[p] = [r - baseline for r in case.reward[p]]
+        if rows := rows_of(case, p):
+            baseline = sum(lengths[b] * case.reward[b] for b in rows) / sum(lengths[b] for b in rows)
+            out[rows] = [case.reward[b] - baseline for b in rows]
     return out
 
 
 def gpg(case: Case) -> np.ndarray:
     """2.8."""
-    kept = case.reward[case.used]
-    alpha = kept.size / max(np.count_nonzero(kept), 1)
+    kept = [case.reward[b] for b in rows_in_use(case)]
+    alpha = len(kept) / max(sum(r != 0 for r in kept), 1)
     return over_groups(lambda rs: [alpha * c for c in centered(rs)], case)
 
 
@@ -130,10 +143,21 @@ def gdpo(case: Case, eps: float = 1e-4) -> np.ndarray:
     """2.8 and TRL's normalize_then_sum: each part in its group, the weighted sum over the batch."""
     total = np.zeros(case.reward.shape)
     for k, weight in enumerate(case.component_weights):
-        total += weight * over_groups(group_norm, case, case.reward_components[:, :, k], eps=eps)
-    kept = [float(a) for a in total[case.used].ravel()]
-    mean, std = sum(kept) / len(kept), deviation(kept, 1)
-    return np.where(case.used[:, None], (total - mean) / (std + eps), 0.0)
+        total += weight * over_groups(group_norm, case, case.reward_components[:, k], eps=eps)
+    return over_batch(case, total, eps)
+
+
+def over_batch(
+    case: Case, x: np.ndarray, eps: float, less: int = 1, away: np.ndarray | None = None, std: np.ndarray | None = None
+) -> np.ndarray:
+    """Sequences less the batch's mean over the batch's std, both of all sequences in use; or `away` from another mean, another
+    `std`. A lone one is 0 from the mean of its group, and is left as it is by a whitening."""
+    rows, out = rows_in_use(case), np.zeros(x.shape)
+    kept = [float(x[b]) for b in rows]
+    for b, own in zip(rows, centered(kept) if kept else [], strict=True):
+        divisor = (deviation(kept, less) if std is None else std[b]) + eps
+        out[b] = (own if away is None else away[b]) / divisor if divisor > 0 else 0.0
+    return out
 
 
 def rloo_with_kl(case: Case, weight: float) -> np.ndarray:
@@ -141,7 +165,7 @@ def rloo_with_kl(case: Case, weight: float) -> np.ndarray:
     reward = case.reward.copy()
     for b, row in enumerate(case.mask):
         for t in np.flatnonzero(row):
-            reward.flat[b] -= weight * (case.behavior[b, t] - case.reference[b, t])
+            reward[b] -= weight * (case.behavior[b, t] - case.reference[b, t])
     return over_groups(leave_one_out_baseline, case, reward)
 
 
@@ -149,7 +173,7 @@ def rloo_with_kl(case: Case, weight: float) -> np.ndarray:
 
 
 def on_every_token(each: Callable[[Case], np.ndarray]) -> Callable[[Case], tuple[np.ndarray, None]]:
-    return lambda case: (np.where(case.mask, each(case).reshape(-1, 1), 0.0), None)
+    return lambda case: (np.where(case.mask, each(case)[:, None], 0.0), None)
 
 
 def group(formula: Callable[..., list[float]], **more) -> Callable[[Case], tuple[np.ndarray, None]]:
@@ -165,7 +189,7 @@ def token_rewards(case: Case, kl_weight: float, reward: np.ndarray | None = None
         for t in tokens:
             out[b, t] = -kl_weight * (case.behavior[b, t] - case.reference[b, t])
         if len(tokens):
-            out[b, tokens[-1]] += reward.flat[b]
+            out[b, tokens[-1]] += reward[b]
     return out
 
 
@@ -181,8 +205,10 @@ def returns_to_go(case: Case, rewards: np.ndarray, gamma: float = 1.0) -> np.nda
 
 
 def whiten(case: Case, x: np.ndarray, scale: Callable[[float, int], float]) -> np.ndarray:
-    """Over the batch's tokens; `scale(sum of squares, n)` is what is divided by (T16)."""
+    """Over the batch's tokens; `scale(sum of squares, n)` is what is divided by (T16). A lone token stays as it is."""
     kept = [float(v) for v in x[case.mask]]
+    if len(kept) < 2:
+        return np.where(case.mask, x, 0.0)
     mean = sum(kept) / len(kept)
     by = scale(sum((v - mean) ** 2 for v in kept), len(kept))
     return np.where(case.mask, (x - mean) / by, 0.0)
@@ -200,14 +226,14 @@ def areal_scale(squares: float, n: int) -> float:
     return sqrt(squares / (n - 1)) + 1e-5
 
 
-def whitened_returns(case: Case, scale, kl_weight: float = 0.0) -> tuple[np.ndarray, None]:
+def whitened_returns(case: Case, scale, kl_weight: float = 0.0, gamma: float = 1.0) -> tuple[np.ndarray, None]:
     """2.7, REINFORCE++; 2.1, AReaL."""
-    return whiten(case, returns_to_go(case, token_rewards(case, kl_weight)), scale), None
+    return whiten(case, returns_to_go(case, token_rewards(case, kl_weight), gamma), scale), None
 
 
-def whitened_baseline(case: Case) -> tuple[np.ndarray, None]:
+def whitened_baseline(case: Case, scale=verl_scale) -> tuple[np.ndarray, None]:
     """2.7, verl's REINFORCE++-baseline: the group's mean first."""
-    return whiten(case, np.where(case.mask, over_groups(centered, case).reshape(-1, 1), 0.0), verl_scale), None
+    return whiten(case, np.where(case.mask, over_groups(centered, case)[:, None], 0.0), scale), None
 
 
 def openrlhf_group_norm(case: Case, kl_weight: float) -> tuple[np.ndarray, None]:

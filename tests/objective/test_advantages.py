@@ -50,6 +50,18 @@ ATTAINED = [
     (ReinforcePlusPlus(variance="population"), ONE, 3**0.5),
     (ReinforcePlusPlus(baseline=True), ONE, 1.5),
     (Gae(), ONE, 1.5),
+    # Of several groups, that of the largest, or of the largest range; a group of one has neither.
+    (Grpo(eps=0), [[1, 0], [1, 0, 0, 0], [9]], 1.5),
+    (Grpo(eps=0, std_over="batch"), [[1, 0, 0, 0], [0.25] * 3, [0.25]], (7 * 3 / 4) ** 0.5),
+    (MeanOnly(), [[3, 2], [1, 0, 0, 0], [9]], 0.75),
+    (Rloo(), [[0.5, 0, 0, 0], [2, 1], [9]], 1.0),
+    (LeaveOneOut(eps=0), [[1, 0], [9]], 1.0),
+    (MaxRl(), [[1, 0], [1, 0, 0, 0], [9]], 3.0),
+    (PassAtK(eps=0), [[1, 0], [1, 0, 0, 0], [9]], 2.0),
+    (PassAtK(scale=False), [[0.5, 0, 0], [2, 1], [9]], 1.0),
+    (Gpg(), [[1, 0, 0, 0], [0]], 3.75),  # 0.75 * 5 / 1
+    (Raw(), [[1, 0], [9]], 9.0),
+    (MeanOnly(), [[9]], 0.0),
 ]
 
 
@@ -63,11 +75,9 @@ def test_bounds_by_hand_are_reached(cfg, reward, want):
 
 def test_the_bound_of_opo_is_the_range():
     """Reached as the lengths of the others grow: r - sum(length r) / sum(length) = 1 - 1 / 13 with lengths 1, 4, 4, 4."""
-    inputs = single_tokens(ONE)._replace(
-        mask=np.arange(4) < np.array([1, 4, 4, 4])[:, None], token_reward=np.zeros((4, 4))
-    )
+    inputs = single_tokens(ONE)._replace(mask=np.arange(4) < np.array([1, 4, 4, 4])[:, None])
     assert bound(Opo(), inputs) == 1
-    np.testing.assert_allclose(estimate(Opo(), inputs).advantage[0, 0], 12 / 13, rtol=1e-15)
+    np.testing.assert_allclose(estimate(Opo(), inputs).advantage[0], 12 / 13, rtol=1e-15)
 
 
 def test_the_bound_of_leave_one_out_scales_where_the_others_differ():
@@ -78,13 +88,13 @@ def test_the_bound_of_leave_one_out_scales_where_the_others_differ():
 def by_differences_of_sums(cfg, inputs):
     """`LeaveOneOut.estimate` as it was."""
     score = sequence_rewards(inputs)
-    n = score.shape[1] - 1
-    shifted = score - score[:, :1]
-    mean = (shifted.sum(axis=1, keepdims=True) - shifted) / n
-    square = ((shifted**2).sum(axis=1, keepdims=True) - shifted**2) / n
+    n = len(score) - 1
+    shifted = score - score[0]
+    mean = (shifted.sum() - shifted) / n
+    square = ((shifted**2).sum() - shifted**2) / n
     std = np.sqrt(np.maximum(square - mean**2, 0.0) * (n / (n - 1)))
-    away = (shifted - mean).reshape(score.shape)
-    return AdvantageEstimate(np.where(std > 0, away / (std + cfg.eps), away).reshape(-1, 1))
+    away = shifted - mean
+    return AdvantageEstimate(np.where(std > 0, away / (std + cfg.eps), away))
 
 
 def test_the_guard_names_an_estimator_that_leaves_its_bound(monkeypatch):

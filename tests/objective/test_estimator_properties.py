@@ -1,68 +1,23 @@
 """Properties of every advantage estimator, for any rewards, without NumPy warnings."""
 
-import itertools
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-from estimator_inputs import single_tokens
+from estimator_inputs import grouping, single_tokens
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
+from variants import VARIANTS
 
 from jaxrl_llm.errors import AdvantageError
-from jaxrl_llm.objective.advantages import Published, bound, estimate
-from jaxrl_llm.objective.estimator import EstimatorInputs, sequence_rewards
-from jaxrl_llm.objective.group_estimators import (
-    BestWorst,
-    Gdpo,
-    Gpg,
-    Grpo,
-    LeaveOneOut,
-    MaxRl,
-    MeanOnly,
-    Opo,
-    PassAtK,
-    Raw,
-    Rloo,
-)
+from jaxrl_llm.objective.advantages import bound, estimate
+from jaxrl_llm.objective.estimator import EstimatorInputs, at_tokens, sequence_rewards
+from jaxrl_llm.objective.group_estimators import BestWorst, Gpg, Grpo, MaxRl, Raw
 from jaxrl_llm.objective.token_estimators import Gae, ReinforcePlusPlus
 
 pytestmark = pytest.mark.filterwarnings("error")
 
 MAX = float(np.finfo(np.float32).max)
-OVER = "group", "batch"
-VARIANTS = [
-    *(
-        Grpo(std=std, eps=eps, mean_over=mean_over, std_over=std_over)
-        for std, eps, mean_over, std_over in itertools.product(("sample", "population"), (1e-4, 0.0), OVER, OVER)
-    ),
-    MeanOnly(),
-    Rloo(),
-    Rloo(whiten=True),
-    LeaveOneOut(),
-    LeaveOneOut(eps=0),
-    MaxRl(),
-    MaxRl(eps=1e-6),
-    PassAtK(),
-    PassAtK(eps=0),
-    PassAtK(scale=False),
-    Opo(),
-    Gpg(),
-    Gdpo(),
-    Gdpo(eps=0),
-    Raw(),
-    BestWorst(),
-    *(
-        ReinforcePlusPlus(baseline=baseline, variance=variance, eps_beside=beside)
-        for baseline, variance, beside in itertools.product(
-            (False, True), ("sample", "population"), ("variance", "std")
-        )
-    ),
-    ReinforcePlusPlus(gamma=0.9),
-    Gae(),
-    Gae(gamma=0.9, whiten=False),
-]
-assert {type(cfg) for cfg in VARIANTS} == set(get_args(Published))
 PER_BATCH = [cfg for cfg in VARIANTS if isinstance(cfg, ReinforcePlusPlus) and not cfg.baseline and cfg.gamma == 1] + [
     cfg for cfg in VARIANTS if isinstance(cfg, Grpo) and cfg.mean_over == "batch"
 ]
@@ -71,6 +26,10 @@ PER_GROUP = [
     for cfg in VARIANTS
     if cfg not in PER_BATCH and not isinstance(cfg, Raw | Gae) and cfg != ReinforcePlusPlus(gamma=0.9)
 ]
+# Of a group alone: no statistic of the batch.
+ALONE = [cfg for cfg in VARIANTS if not cfg.uses_batch_statistics and not isinstance(cfg, Gpg)]
+ALONE = [cfg for cfg in ALONE if cfg not in PER_BATCH and not getattr(cfg, "whiten", False)]
+COMPARING = [cfg for cfg in PER_GROUP if cfg.compares_within_group]
 # How often a reward is 0, and the mean reward, are parts of the formula.
 SHIFTING = [cfg for cfg in PER_GROUP + PER_BATCH if not isinstance(cfg, Gpg | MaxRl)]
 for_each = lambda variants: pytest.mark.parametrize("cfg", variants, ids=repr)  # noqa: E731
@@ -91,24 +50,28 @@ REWARDS = {
 
 @st.composite
 def estimator_inputs(draw) -> EstimatorInputs:
-    """One to three groups of two to six ragged sequences, with tokens that the policy did not sample between the others, rewards
-    per token or none, one or two graders, and groups that do not count."""
-    groups, samples, slots = draw(st.integers(1, 3)), draw(st.integers(2, 6)), 4
-    graders, size = draw(st.integers(1, 2)), groups * samples
+    """One to three groups of one to six ragged sequences, often equally many, with tokens that the policy did not sample between
+    the others, rewards per token or none, one or two graders."""
+    groups, slots = draw(st.integers(1, 3)), 4
+    unequal = st.lists(st.integers(1, 6), min_size=groups, max_size=groups).filter(lambda sizes: sum(sizes) > 1)
+    sizes = draw(st.integers(2, 6).map(lambda n: [n] * groups) | unequal)
+    graders = draw(st.integers(1, 2))
+    size = sum(sizes)
     element = REWARDS[draw(st.sampled_from(sorted(REWARDS)))]
     parts = np.float32(draw(st.lists(element, min_size=size * graders, max_size=size * graders)))
-    parts = parts.reshape(groups, samples, graders)
+    parts = parts.reshape(size, graders)
     rng = np.random.default_rng(draw(st.integers(0, 999)))
     mask = np.arange(slots) < rng.integers(1, slots + 1, (size, 1))
     mask[:, 1] &= rng.random(size) < 0.5
     weights = np.array([1.0, 0.5])[:graders]
+    scale = draw(st.sampled_from([None, 0.01, 1e-8]))
     return EstimatorInputs(
         reward=(parts.astype(np.float64) @ weights).astype(np.float32),
         reward_components=parts,
         component_weights=weights,
-        used=rng.random(groups) < 0.8,
+        groups=grouping(*sizes),
         mask=mask,
-        token_reward=rng.normal(0, 1, mask.shape) * draw(st.sampled_from([0, 0.01, 1e-8])),
+        token_reward=None if scale is None else rng.normal(0, scale, mask.shape),
         values=rng.normal(0, 1, mask.shape).astype(np.float32),
     )
 
@@ -125,32 +88,33 @@ def few(examples):
 
 class Found(NamedTuple):
     advantage: np.ndarray
-    """[P G C]"""
+    """[B C]"""
     returns: np.ndarray | None
 
 
 def found(cfg, inputs: EstimatorInputs) -> Found:
-    """By group. Skipped where the formula itself overflows float32: that error has another test."""
+    """Skipped where the formula itself overflows float32: that error has another test."""
     try:
         result = estimate(cfg, inputs)
     except AdvantageError as error:
         if "float32 holds" in str(error) and bound(cfg, inputs) > MAX:
             reject()
         raise
-    shape = (*inputs.reward.shape, -1)
-    return Found(*(None if x is None else x.reshape(shape) for x in result))
+    return Found(at_tokens(result.advantage, inputs.mask), result.returns)
 
 
-def taken(inputs: EstimatorInputs, groups: np.ndarray, order: np.ndarray) -> EstimatorInputs:
-    """The groups, each with its rows in an order."""
-    shape = (*inputs.reward.shape, -1)
-    per_row = {name: getattr(inputs, name) for name in ("mask", "token_reward", "values")}
-    rows = {name: x.reshape(shape)[groups][:, order] for name, x in per_row.items()}
+def rows_of(inputs: EstimatorInputs) -> list[np.ndarray]:
+    """Rows of each group."""
+    return np.split(np.arange(len(inputs.reward)), inputs.groups.start[1:])
+
+
+def taken(inputs: EstimatorInputs, groups: list[np.ndarray]) -> EstimatorInputs:
+    """Other groups of these rows."""
+    names = ("reward", "reward_components", "mask", "token_reward", "values")
+    given = {name: getattr(inputs, name) for name in names}
+    rows = np.concatenate(groups)
     return inputs._replace(
-        reward=inputs.reward[groups][:, order],
-        reward_components=inputs.reward_components[groups][:, order],
-        used=inputs.used[groups],
-        **{name: x.reshape(-1, x.shape[-1]) for name, x in rows.items()},
+        groups=grouping(*map(len, groups)), **{name: x if x is None else x[rows] for name, x in given.items()}
     )
 
 
@@ -166,35 +130,44 @@ def same(got: Found, want: Found) -> None:
 @given(inputs=estimator_inputs(), seed=st.integers(0, 99))
 def test_rows_and_groups_in_another_order_have_their_own_advantages_to_the_bit(cfg, inputs, seed):
     rng = np.random.default_rng(seed)
-    groups, order = rng.permutation(len(inputs.used)), rng.permutation(inputs.reward.shape[1])
-    got, want = found(cfg, taken(inputs, groups, order)), found(cfg, inputs)
+    own = rows_of(inputs)
+    groups = [rng.permutation(own[p]) for p in rng.permutation(len(own))]
+    got, want = found(cfg, taken(inputs, groups)), found(cfg, inputs)
     if isinstance(cfg, BestWorst):
         # The first of equal ones is the best or the worst: another row, the same reward.
-        pairs = lambda found, score: np.sort(score + 1j * found.advantage[..., 0], axis=1)  # noqa: E731
         score = sequence_rewards(inputs)
-        np.testing.assert_array_equal(pairs(got, score[groups][:, order]), pairs(want, score)[groups])
+        for now, rows in zip(rows_of(taken(inputs, groups)), groups, strict=True):
+            pairs = [np.sort(score[rows] + 1j * x) for x in (got.advantage[now, 0], want.advantage[rows, 0])]
+            np.testing.assert_array_equal(*pairs)
         return
-    same(got, Found(*(None if x is None else x[groups][:, order] for x in want)))
+    rows = np.concatenate(groups)
+    same(got, Found(*(None if x is None else x[rows] for x in want)))
 
 
-@for_each(VARIANTS)
+@for_each(ALONE)
 @few(20)
 @given(inputs=estimator_inputs())
-def test_groups_that_do_not_count_get_nothing_and_change_nothing(cfg, inputs):
-    """Whatever stands there."""
-    counts = inputs.used
-    rows = np.repeat(counts, inputs.reward.shape[1])[:, None]
-    gone = inputs._replace(
-        reward=np.where(counts[:, None], inputs.reward, np.nan),
-        reward_components=np.where(counts[:, None, None], inputs.reward_components, np.nan),
-        token_reward=np.where(rows, inputs.token_reward, np.nan),
-        values=np.where(rows, inputs.values, np.nan),
-    )
-    got = found(cfg, gone)
-    assert not got.advantage[~counts].any()
-    if counts.any():
-        alone = found(cfg, taken(inputs, np.flatnonzero(counts), np.arange(inputs.reward.shape[1])))
-        same(Found(*(None if x is None else x[counts] for x in got)), alone)
+def test_groups_do_not_mix(cfg, inputs):
+    """Each group's advantages are those that it has alone, to the bit."""
+    each = [found(cfg, taken(inputs, [rows])) for rows in rows_of(inputs)]
+    parts = [None if x[0] is None else np.concatenate(x) for x in zip(*each, strict=True)]
+    same(found(cfg, inputs), Found(*parts))
+
+
+@for_each(COMPARING)
+@few(20)
+@given(inputs=estimator_inputs())
+def test_a_row_alone_in_its_group_is_at_its_baseline(cfg, inputs):
+    """It gets 0: exactly where no whitening follows. A whitening takes it as a row that is 0 from the baseline, as those of a group
+    of equal rewards are."""
+    alone = inputs.groups.rows == 1
+    equal = inputs._replace(reward=np.where(alone, np.float32(0.25), inputs.reward))
+    equal = equal._replace(reward_components=np.where(alone[:, None], np.float32(0.25), inputs.reward_components))
+    if cfg in ALONE:
+        assert not found(cfg, inputs).advantage[alone].any()
+    if not isinstance(cfg, Gpg | Grpo):
+        # Whatever its reward is, which is no part of any statistic.
+        np.testing.assert_array_equal(found(cfg, equal).advantage, found(cfg, inputs).advantage)
 
 
 @for_each(PER_GROUP + PER_BATCH)
@@ -202,13 +175,14 @@ def test_groups_that_do_not_count_get_nothing_and_change_nothing(cfg, inputs):
 @given(inputs=estimator_inputs(), values=st.lists(FLOAT32, min_size=3, max_size=3))
 def test_equal_rewards_give_exactly_nothing(cfg, inputs, values):
     """Each group its own reward where the baseline is the group's."""
-    levels = np.float32(values[: len(inputs.used)])[:, None]
+    levels = np.float32(values[: len(inputs.groups.size)])
     if cfg in PER_BATCH:
         levels = np.full_like(levels, values[0])
+    reward = inputs.groups.per_row(levels)
     equal = inputs._replace(
-        reward=np.broadcast_to(levels, inputs.reward.shape),
-        reward_components=np.broadcast_to(levels[..., None], inputs.reward_components.shape),
-        token_reward=np.zeros(inputs.mask.shape),
+        reward=reward,
+        reward_components=np.broadcast_to(reward[:, None], inputs.reward_components.shape),
+        token_reward=None,
     )
     assert not found(cfg, equal).advantage.any()
 
@@ -219,9 +193,9 @@ def test_equal_rewards_give_exactly_nothing(cfg, inputs, values):
 def test_a_shift_of_all_rewards_changes_nothing(cfg, inputs, seed, shift):
     """In multiples of 1/8 below 2^21 all is exact in float32, so to the bit."""
     parts = np.random.default_rng(seed).integers(-8, 9, inputs.reward_components.shape) / np.float32(8)
-    weights = np.ones(parts.shape[2])
-    base = inputs._replace(reward_components=parts, component_weights=weights, reward=parts.sum(axis=2))
-    base = base._replace(token_reward=np.zeros(base.mask.shape))
+    weights = np.ones(parts.shape[1])
+    base = inputs._replace(reward_components=parts, component_weights=weights, reward=parts.sum(axis=1))
+    base = base._replace(token_reward=None)
     moved = base._replace(reward_components=parts + np.float32(shift), reward=base.reward + np.float32(shift))
     np.testing.assert_array_equal(found(cfg, moved).advantage, found(cfg, base).advantage)
 
@@ -235,9 +209,19 @@ def test_no_advantage_is_above_the_bound_of_its_formula(cfg, inputs):
 
 
 @for_each(VARIANTS)
-def test_with_no_group_that_counts_there_is_nothing(cfg):
-    found = estimate(cfg, single_tokens([[1.0, 0.0], [np.nan, np.nan]], used=np.zeros(2, bool)))
-    assert not found.advantage.any() and found.advantage.shape == (4, 1)
+@few(10)
+@given(inputs=estimator_inputs())
+def test_token_rewards_of_zero_are_as_none(cfg, inputs):
+    zeros, none = np.zeros(inputs.mask.shape), inputs._replace(token_reward=None)
+    same(found(cfg, inputs._replace(token_reward=zeros)), found(cfg, none))
+
+
+@for_each(VARIANTS)
+def test_with_no_row_there_is_nothing(cfg):
+    inputs = single_tokens([[1.0, 0.0]])
+    none = taken(inputs, [np.zeros(0, int)])
+    assert at_tokens(estimate(cfg, none).advantage, none.mask).shape == (0, 1)
+    assert bound(cfg, none) == 0
 
 
 @pytest.mark.parametrize(
@@ -252,7 +236,5 @@ def test_with_no_group_that_counts_there_is_nothing(cfg):
 )
 def test_one_sequence_of_one_token_has_no_spread(cfg, want):
     """Estimators that compare nothing within a group allow one sample per prompt."""
-    assert estimate(cfg, single_tokens([[0.5], [9.0]], used=np.array([True, False]))).advantage.tolist() == [
-        [want],
-        [0],
-    ]
+    inputs = single_tokens([[0.5]])
+    assert at_tokens(estimate(cfg, inputs).advantage, inputs.mask).tolist() == [[want]]

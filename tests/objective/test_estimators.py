@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from estimator_inputs import single_tokens
+from estimator_inputs import single_tokens, to_groups
 
 from jaxrl_llm.objective.advantages import estimate
 from jaxrl_llm.objective.group_estimators import BestWorst, Gpg, Grpo, LeaveOneOut, MeanOnly, Opo, PassAtK, Rloo
@@ -18,11 +18,10 @@ CENTERED = [Grpo(), MeanOnly(), Rloo()]
 KIND = {"ids": lambda cfg: cfg.kind}
 
 
-def of(cfg, reward, used=None):
+def of(cfg, reward):
     """Advantages [P G]."""
     reward = np.asarray(reward)
-    more = {} if used is None else {"used": np.array(used)}
-    return estimate(cfg, single_tokens(reward, **more)).advantage.reshape(reward.shape)
+    return estimate(cfg, single_tokens(reward)).advantage.reshape(reward.shape)
 
 
 @pytest.mark.parametrize(
@@ -95,9 +94,10 @@ def test_equal_rewards_earn_exactly_nothing(cfg):
 def test_a_group_without_rewards_is_dropped_and_earns_nothing(cfg):
     """The advantages of the others do not change."""
     reward = np.array([[0, 1, 0], [np.nan] * 3, [1, 0, 1]], np.float32)
-    advantage = of(cfg, reward, [True, False, True])
+    groups = to_groups(reward)
+    advantage = cfg(groups.replace(keep=~np.isnan(groups.reward))).advantage[:, 0].reshape(3, 3)
     np.testing.assert_array_equal(advantage[1], 0)
-    np.testing.assert_array_equal(advantage[[0, 2]], of(cfg, reward[[0, 2]]))
+    np.testing.assert_array_equal(advantage[[0, 2]], of(cfg, reward[[0, 2]]).astype(np.float32))
 
 
 # The toy: a softmax policy over arms a with fixed rewards. grad log p(a) = e_a - p, so dJ/dtheta_a = p_a (r_a - J).

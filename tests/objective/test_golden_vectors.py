@@ -49,8 +49,9 @@ def case_of(lengths=(10, 20, 30, 40), reward=REWARD, **more):
     zeros = np.zeros(mask.shape)
     fields = dict.fromkeys(("now", "behavior", "proximal", "reference", "entropy", "values", "old_values"), zeros)
     fields |= {
-        "reward": np.array([reward]),
-        "reward_components": np.array([reward])[..., None],
+        "reward": np.array(reward),
+        "prompt": np.zeros(len(mask), int),
+        "reward_components": np.array(reward)[:, None],
         "component_weights": np.ones(1),
         "used": np.ones(1, bool),
         "mask": mask,

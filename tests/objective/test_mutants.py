@@ -50,7 +50,7 @@ def resets_at_masked(rewards, mask, gamma):
 
 def reward_in_the_last_slot(inputs):
     rewards = np.where(inputs.mask, inputs.token_reward, 0.0)
-    rewards[:, -1] += inputs.reward.reshape(-1)
+    rewards[:, -1] += inputs.reward
     return rewards
 
 
@@ -68,7 +68,7 @@ ADVANTAGES = {
         (Rloo, "estimate", lambda c, o: MeanOnly().estimate(o)), "verl:rloo"),
     "the group's std for the others' (T13)": (
         (LeaveOneOut, "estimate", lambda c, o: Grpo(eps=c.eps).estimate(o)), "nemo:grpo"),
-    "the batch's mean": ((group_estimators, "centered", lambda score: score - score.mean()), "verl:dr_grpo"),
+    "the batch's mean": ((group_estimators, "centered", lambda score, groups: score - score.mean()), "verl:dr_grpo"),
     "whitening over padding (T18)": ((token_estimators, "whiten", whiten_with_padding), "verl:reinforce_pp"),
     "biased variance (T16)": (
         estimator(ReinforcePlusPlus, lambda c: dataclasses.replace(c, variance="population")), "verl:reinforce_pp"),

@@ -173,6 +173,8 @@ def test_what_an_advantage_reads_and_what_does_not_go_with_it():
     paid = validate({"objective": {"advantage": reads, "reward_kl": {"weight": 0.1}}}, "a.yaml")
     [message] = training_problems(paid)
     assert message.startswith("objective.reward_kl.weight: got 0.1 with a custom advantage, want 0")
+    [message] = training_problems(validate({"objective": {"advantage": reads, "baseline_over": "kept"}}, "a.yaml"))
+    assert message.startswith("objective.baseline_over: got kept with a custom advantage, want sampled")
     assert own_problems(validate({"objective": {"advantage": "own_parts:above"}}, "a.yaml")) == [
         'objective.advantage.function: got "own_parts:above", but "own_parts" has no "above". Perhaps you meant "above_mean"'
     ]

@@ -130,10 +130,11 @@ def test_equal_rewards_over_the_batch_are_worth_exactly_nothing():
 def test_statistics_over_the_batch():
     """TRL's scale_rewards: batch; and both over the batch, sequences counting alike, groups that were dropped not at all."""
     case = CASES[2]
-    kept = case.reward[case.used]
+    reward = case.reward.reshape(case.used.size, -1)
+    kept = reward[case.used]
     for over, mean in (("group", kept.mean(axis=1, keepdims=True)), ("batch", kept.mean())):
         cfg = objective_of("trl:grpo", advantage={"mean_over": over, "std_over": "batch"})
-        want = np.zeros(case.reward.shape)
+        want = np.zeros(reward.shape)
         want[case.used] = (kept - mean) / (kept.std(ddof=1) + 1e-4)
         np.testing.assert_allclose(
             package(cfg, case)[0], np.where(case.mask, want.reshape(-1, 1), 0), rtol=1e-9, atol=1e-12
@@ -143,7 +144,8 @@ def test_statistics_over_the_batch():
 def test_rloo_may_be_whitened():
     """TRL's normalize_advantages."""
     case = CASES[3]
-    raw = case.reward - (case.reward.sum(axis=1, keepdims=True) - case.reward) / (case.reward.shape[1] - 1)
+    reward = case.reward.reshape(case.used.size, -1)
+    raw = reward - (reward.sum(axis=1, keepdims=True) - reward) / (reward.shape[1] - 1)
     want = (raw - raw.mean()) / (raw.std(ddof=1) + 1e-4)
     got, _ = package(objective_of("paper:rloo", advantage={"whiten": True}), case)
     np.testing.assert_allclose(got, np.where(case.mask, want.reshape(-1, 1), 0), rtol=1e-9, atol=1e-12)
@@ -151,8 +153,9 @@ def test_rloo_may_be_whitened():
 
 def test_pass_at_k_may_stay_unscaled():
     case = CASES[0]
-    ranked = np.sort(case.reward, axis=1)
-    want = np.where(case.reward == ranked[:, -1:], ranked[:, -1:] - ranked[:, -2:-1], 0)
+    reward = case.reward.reshape(case.used.size, -1)
+    ranked = np.sort(reward, axis=1)
+    want = np.where(reward == ranked[:, -1:], ranked[:, -1:] - ranked[:, -2:-1], 0)
     got, _ = package(objective_of("verl:pass_at_k", advantage={"scale": False}), case)
     np.testing.assert_allclose(got, np.where(case.mask, want.reshape(-1, 1), 0), rtol=1e-9, atol=1e-12)
 
@@ -164,7 +167,7 @@ def test_returns_may_be_discounted(gamma):
     returns = np.zeros(case.mask.shape)
     for b, row in enumerate(case.mask):
         at = np.flatnonzero(row)
-        returns[b, at] = case.reward.flat[b] * gamma ** (len(at) - 1 - np.arange(len(at)))
+        returns[b, at] = case.reward[b] * gamma ** (len(at) - 1 - np.arange(len(at)))
     kept = returns[case.mask]
     want = np.where(case.mask, (returns - kept.mean()) / np.sqrt(kept.var(ddof=1) + 1e-8), 0)
     got, _ = package(objective_of("verl:reinforce_pp", advantage={"gamma": gamma}), case)

@@ -21,10 +21,11 @@ from pydantic import TypeAdapter
 from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.objective.advantages import estimate
 from jaxrl_llm.objective.config import ObjectiveConfig
-from jaxrl_llm.objective.estimator import EstimatorInputs
+from jaxrl_llm.objective.estimator import EstimatorInputs, at_tokens
 from jaxrl_llm.objective.loss_config import AutoCorrection, NoCorrection
 from jaxrl_llm.objective.losses import policy_terms
 from jaxrl_llm.objective.presets import with_preset
+from jaxrl_llm.objective.statistics import Grouping
 from jaxrl_llm.types import Batch
 from jaxrl_llm.update.batch import token_weights
 
@@ -155,13 +156,14 @@ def ours(case: Case) -> dict[str, np.ndarray]:
     cfg = TypeAdapter(ObjectiveConfig).validate_python(settings)
     # RLOOTrainer uses all tokens of a completion.
     mask = np.arange(C) < given["length"][:, None] if case.trainer == "rloo" else given["sampled"]
-    token_reward = np.zeros((B, C))
+    token_reward = None
     if cfg.reward_kl.weight:
         token_reward = cfg.reward_kl(given["old"], given["reference"], mask)
     parts = given["parts"] if case.reward_components else given["reward"][..., None]
     weights = np.array(case.arguments.get("reward_weights", [1.0]))
-    inputs = EstimatorInputs(parts @ weights, parts, weights, np.ones(P, bool), mask, token_reward)
-    advantage = estimate(cfg.advantage, inputs).advantage
+    groups = Grouping.of(np.repeat(np.arange(P), G))
+    inputs = EstimatorInputs((parts @ weights).ravel(), parts.reshape(B, -1), weights, groups, mask, token_reward)
+    advantage = at_tokens(estimate(cfg.advantage, inputs).advantage, mask)
     found = loss_and_gradients(cfg, given, mask, advantage, case.sampler)
     return found | {"advantages": advantage[:, 0]}
 
