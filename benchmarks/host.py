@@ -1,8 +1,8 @@
 """`python -m benchmarks.host [--prompts 1024] [--samples 8] [--tokens 1024] [--unequal] [--out FILE.json]`: host work of a step.
 
 What the host computes between the last token and the update: join (grades to rows), filter, advantage, minibatches, pack. In CPU
-seconds of this process, which has one thread for it, best of five; beside it the time of one copy of the columns that a step's
-rollouts have per token, measured in turns.
+seconds of this process, which has one thread for it, best of five; beside it the time of one copy of all columns per token that
+travel through these stages, rollouts and advantage, measured in turns.
 
 --prompts, --samples, --tokens  P, G and C; prompts have 64 tokens
 --unequal  groups of 1 to 2 G - 1 samples, P * G in all
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from benchmarks.machine import machine
@@ -23,7 +24,7 @@ from jaxrl_llm.environments.grader_pool import Graded
 from jaxrl_llm.experience.filters import chain, has_signal
 from jaxrl_llm.objective.group_estimators import Grpo
 from jaxrl_llm.roles.grading import blank_grades, make_groups
-from jaxrl_llm.types import COLUMNS, Credit, Experience, Groups, Prompts, Rollouts, Scores, number_rows
+from jaxrl_llm.types import Credit, Experience, Groups, Prompts, Rollouts, Scores, number_rows
 from jaxrl_llm.update.batch import fill_batch, minibatches
 from jaxrl_llm.update.packing import BatchShape, GroupSizes, batch_shape
 
@@ -67,8 +68,8 @@ def pack(parts: list[Experience], shape: BatchShape) -> None:
         fill_batch(part, shape, 0)
 
 
-def step(rollouts: Rollouts, graded: Graded, shape: BatchShape) -> dict[str, float]:
-    """Run all stages once. Returns CPU seconds per stage."""
+def step(rollouts: Rollouts, graded: Graded, shape: BatchShape) -> tuple[dict[str, float], Experience]:
+    """Run all stages once. Returns CPU seconds per stage, and what was packed."""
     taken = {}
 
     def timed(name: str, call: Callable) -> object:
@@ -83,12 +84,13 @@ def step(rollouts: Rollouts, graded: Graded, shape: BatchShape) -> dict[str, flo
     whole = Experience(groups, Scores(), credit)
     parts = timed("minibatches", lambda: list(minibatches(whole, 2, np.random.default_rng(0))))
     timed("pack", partial(pack, parts, shape))
-    return taken
+    return taken, whole
 
 
-def copy(rollouts: Rollouts) -> float:
+def copy(whole: Experience) -> float:
     """CPU seconds of one copy of the columns per token."""
-    columns = [getattr(rollouts, c.name) for c in COLUMNS if c.rollouts and getattr(rollouts, c.name) is not None]
+    shape = whole.groups.rollouts.tokens.shape
+    columns = [column for column in jax.tree.leaves(whole) if column.shape == shape]
     begun = time.process_time()
     for column in columns:
         column.copy()
@@ -101,8 +103,8 @@ def measure(size: np.ndarray, slots: int) -> dict:
     equal = np.ptp(size) == 0
     sizes = GroupSizes(len(size) // 2, int(size.sum()) // 2, int(size.max())) if equal else sizes
     shape = batch_shape("shared_prefix", sizes, (PROMPT, slots), 0, 1, 1)
-    step(rollouts, graded, shape), copy(rollouts)
-    runs = [(step(rollouts, graded, shape), copy(rollouts)) for _ in range(REPETITIONS)]
+    _, whole = step(rollouts, graded, shape)
+    runs = [(step(rollouts, graded, shape)[0], copy(whole)) for _ in range(REPETITIONS)]
     best = min((stages for stages, _ in runs), key=lambda stages: sum(stages.values()))
     once = min(seconds for _, seconds in runs)
     total = sum(best.values())

@@ -129,7 +129,9 @@ def fill_batch(
     runs = [(b, row, slice(start, start + n)) for b, row, start, n in _runs(where, rollouts.length)]
 
     def lay(values: np.ndarray, dtype: type, fill: float) -> np.ndarray:
-        out = np.full((shape.rows, shape.slots, *values.shape[2:]), fill, dtype)
+        full = (shape.rows, shape.slots, *values.shape[2:])
+        # Zeros cost nothing until they are written to.
+        out = np.full(full, fill, dtype) if fill else np.zeros(full, dtype)
         for b, row, at in runs:
             out[row, at] = values[b, : at.stop - at.start]
         return out

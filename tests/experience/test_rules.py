@@ -78,7 +78,7 @@ def test_max_variance_is_the_best_of_all_choices(groups, by, keep):
 
 
 def test_max_variance_of_right_and_wrong_is_half_and_half():
-    """Of equal numbers the first samples, from the lowest and the highest; the mutant that keeps the best alone has no variance."""
+    """The first samples of equal numbers, from the lowest and the highest; the mutant that keeps the best alone has no variance."""
     groups = groups_of([8], [0, 1, 0, 0, 1, 1, 0, 1])
     assert kept(MaxVariance(keep=4, by="right"), groups) == {0, 1, 2, 4}
     best_alone = np.argsort(-groups.reward, kind="stable")[:4]
