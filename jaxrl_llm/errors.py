@@ -32,6 +32,12 @@ class GradingError(UserError):
     exit_code = 4
 
 
+class DroppedError(UserError):
+    """Every graded group was dropped for too many steps in a row, so that there is nothing to learn from."""
+
+    exit_code = 4
+
+
 class MismatchError(UserError):
     """The log-probs of the sampler are too far from those of the trainer. The newest checkpoint is the last good one."""
 

@@ -6,6 +6,7 @@ docs/rollouts.md, and of the papers named there. `cfg` is the config as a person
 Letters: B rows (sequences) of P groups of G, C completion slots, T slots of a whole sequence, V vocabulary.
 """
 
+import itertools
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -199,6 +200,39 @@ def of_rollouts(rollouts: SampledGroups, cfg) -> dict[str, float]:
             found[f"rewards/{grader['name']}/mean"] = rollouts.parts[n, rollouts.graded].astype(np.float64).mean()
         lost = Counter(rollouts.failure[rollouts.failed_by == n].tolist())
         found |= {f"rewards/{grader['name']}/{FAILURES[kind]}": lost[kind] for kind in range(1, len(FAILURES))}
+    return found
+
+
+def of_stages(rollouts: SampledGroups, kept: list[int], earlier: list[SampledGroups], cfg) -> dict[str, float]:
+    """What the stages left. `kept`: groups that passed the filter; `earlier`: the steps before."""
+    samples, filtered = (
+        cfg["rollout"]["samples"],
+        {"has_signal": "signal_reward"}.get(cfg["experience"]["filter"], "none"),
+    )
+    graded = [p for p in range(len(rollouts.failure)) if rollouts.graded[p]]
+    rows = lambda groups: [p * samples + i for p in groups for i in range(samples)]  # noqa: E731
+    right = (rollouts.parts[0] >= 1.0).reshape(-1)
+    found = {
+        "rollout/samples": len(rollouts.length), "groups/sampled": len(rollouts.failure), "gate/skipped": 0, "gate/forced": 0,
+        f"filter/{filtered}/dropped": samples * (len(graded) - len(kept)),
+    }  # fmt: skip
+    for name, groups in (("kept", kept), ("dropped", [p for p in graded if p not in kept])):
+        found[f"{name}/rows"] = len(rows(groups))
+        if groups:
+            found[f"{name}/mean_length"] = np.mean([rollouts.length[b] for b in rows(groups)])
+            found[f"{name}/success"] = np.mean([right[b] for b in rows(groups)])
+    if kept:
+        found["groups/effective_size"] = samples
+    answers = [[int(vote) for vote in rollouts.vote[p] if vote] for p in graded]
+    if some := [len(set(votes)) / len(votes) for votes in answers if votes]:
+        found["diversity/unique_answers"] = np.mean(some)
+    texts = [[rollouts.tokens[b, : rollouts.length[b]].tolist() for b in rows([p])] for p in graded]
+    pairs = [[pair for text in group for pair in itertools.pairwise(text)] for group in texts]
+    if some := [len(set(group)) / len(group) for group in pairs if group]:
+        found["diversity/distinct_2"] = np.mean(some)
+    prompts = {tuple(row) for one in [*earlier, rollouts] for row in one.prompts.tolist()}
+    train = 10 ** cfg["task"]["terms"] - cfg["task"]["held_out"]
+    found["prompts/never_seen"] = 1 - len(prompts) / train
     return found
 
 

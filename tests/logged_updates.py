@@ -100,7 +100,7 @@ def kept_groups(rollouts: SampledGroups, cfg) -> list[int]:
     return [
         p
         for p in range(len(reward))
-        if rollouts.graded[p] and not (cfg["experience"]["filter"]["kind"] == "signal" and all_equal[p])
+        if rollouts.graded[p] and not (cfg["experience"]["filter"] == "has_signal" and all_equal[p])
     ]
 
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isnan
+from math import isnan, nan
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from jaxrl_llm.errors import GradingError, MismatchError, NonFiniteError, UserError
+from jaxrl_llm.errors import DroppedError, GradingError, MismatchError, NonFiniteError, UserError
 from jaxrl_llm.update.config import GuardConfig
 
 # Fraction of sampled tokens with more candidates than `rollout.max_kept_tokens`: above it another truncation than asked for.
@@ -22,6 +22,8 @@ class Guards(NamedTuple):
     """Consecutive steps without a finite update."""
     ungraded: int = 0
     """Consecutive steps in which no group could be graded."""
+    dropped: int = 0
+    """Consecutive steps in which groups were graded, and none was kept."""
     overflow: int = 0
     """Consecutive steps in which `rollout.max_kept_tokens` cut off too many candidates."""
     idle: int = 0
@@ -83,8 +85,10 @@ def observe(
     reason = _nothing_learned(metrics, zero)
     spoiled = metrics.get("nonfinite", 0.0) > 0
     overflows = metrics.get("sampling/support_overflow", 0.0) > MOST_OVERFLOW
+    graded, kept = metrics["groups/graded"], metrics["groups/kept"]
     after = update.guards._replace(
-        ungraded=guards.ungraded + 1 if metrics["groups/graded"] == 0 else 0,
+        dropped=guards.dropped + 1 if graded > 0 and kept == 0 else 0,
+        ungraded=guards.ungraded + 1 if graded == 0 else 0,
         overflow=guards.overflow + 1 if overflows else 0,
         idle=guards.idle + bool(reason),
         spoiled=guards.spoiled + spoiled,
@@ -111,6 +115,12 @@ def observe(
         error = GradingError(
             f"no group of {after.ungraded} consecutive steps could be graded (update.guards.max_ungraded), so nothing was learned; "
             f"the first failure: {first_failure or 'on another host, see its log'}"
+        )
+    if after.dropped >= cfg.max_dropped:
+        error = DroppedError(
+            f"every graded group of {after.dropped} consecutive steps was dropped (update.guards.max_dropped), so nothing was "
+            f"learned; of the last step's responses {metrics.get('dropped/success', nan):.1%} were right: look at "
+            "experience.filter and experience.refill, or take easier or harder prompts"
         )
     return GuardReport(after, tuple(warnings), error)
 

@@ -115,6 +115,10 @@ class Rloo(Estimator):
     whiten: bool = False
     """Also normalize, (A - mean) / (std + 1e-4), over the batch (TRL's normalize_advantages)."""
 
+    @property
+    def uses_batch_statistics(self) -> bool:
+        return self.whiten
+
     def estimate(self, inputs: EstimatorInputs) -> AdvantageEstimate:
         """Unbiased."""
         advantage = minus_mean_of_others(sequence_rewards(inputs), inputs.groups)

@@ -10,7 +10,7 @@ import pytest
 
 from jaxrl_llm import train
 from jaxrl_llm.config import loading
-from jaxrl_llm.errors import AdvantageError, GradingError, MismatchError, NonFiniteError
+from jaxrl_llm.errors import AdvantageError, DroppedError, GradingError, MismatchError, NonFiniteError
 from jaxrl_llm.metrics.guards import Guards, RatioAlarm, observe
 from jaxrl_llm.objective.advantages import Published, estimate
 from jaxrl_llm.objective.estimator import AdvantageEstimate, EstimatorInputs
@@ -155,6 +155,20 @@ def test_groups_that_cannot_be_graded_end_the_run_with_the_first_failure():
         "no group of 3 consecutive steps could be graded (update.guards.max_ungraded), so nothing was learned; the first failure: "
         "grader even: ValueError: odd"
     )
+
+
+def test_a_filter_that_drops_everything_ends_the_run():
+    """Only consecutive steps count, and only those with graded groups: these are what the other guard is for."""
+    lost = NO_SIGNAL | {"dropped/success": 0.125}
+    found = look([(lost, {}), ({}, SOME), (lost, {}), (lost, {}), (lost, {})], GuardConfig(max_dropped=3))
+    assert [v.guards.dropped for v in found] == [1, 0, 1, 2, 3]
+    assert [v.error is None for v in found] == [True] * 4 + [False]
+    assert isinstance(found[-1].error, DroppedError) and found[-1].error.exit_code == 4
+    assert str(found[-1].error).startswith(
+        "every graded group of 3 consecutive steps was dropped (update.guards.max_dropped), so nothing was learned; of the last "
+        "step's responses 12.5% were right: look at experience.filter and experience.refill"
+    )
+    assert [v.guards.dropped for v in look([(lost, {}), (UNGRADED, {}), (lost, {})])] == [1, 0, 1]
 
 
 def test_too_few_kept_tokens_are_warned_about_once():

@@ -1,0 +1,250 @@
+"""Whole runs with gates, budgets, refill and filters: killed and resumed, on other meshes, in two processes, and as identities."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from test_train import ROOT, assert_same_run, environment, final_fingerprints, rows, run, start, wait_for_rows  # noqa: F401
+
+from jaxrl_llm import train
+from jaxrl_llm.config import loading
+from jaxrl_llm.errors import DroppedError
+
+BASE = """
+steps: {steps}
+model: {{vocab_size: 16, layers: 1, d_model: 32, heads: 8, kv_heads: 8, head_dim: 8, d_mlp: 64}}
+rollout: {{prompts: 8, samples: 4, max_new_tokens: 4}}
+task: {{kind: arithmetic, terms: 2, held_out: 60}}
+reward: {{workers: 1, grader: "stage_graders:first_is_low"}}
+objective: {{advantage: {{kind: rloo}}, baseline_over: {baseline}}}
+update: {{minibatches: 2, epochs: 2, packing: {{kind: shared_prefix}}, optimizer: {{lr: 3.0e-3}}}}
+evaluation: {{every: 6}}
+checkpoint: {{every: 1}}
+metrics: {{rollouts_every: 1, rollout_groups: -1, samples_every: 0, tensorboard: false}}
+experience: {experience}
+"""
+# Between them every gate and budget with a state, refill, filters of both kinds, and replay of groups of any size.
+STAGES = {
+    "refill": "{refill: {filter: [success, {kind: no_duplicates}], attempts: 3}, gate: {kind: greso, rate: 0.2}}",
+    "knapsack": (
+        "{budget: {kind: knapsack, high: 9}, gate: {kind: exclude_solved, visits: 1, returns_after: 2},"
+        " filter: {any_of: [success, {kind: best_by, keep: 2}]}, replay: {capacity: 6}}"
+    ),
+    "rounds": (
+        "{budget: {kind: reinforce_ada, per_round: 2, rounds: 4, keep: 2},"
+        ' filter: [{kind: max_variance, keep: 4}, "stage_graders:ended"]}'
+    ),
+    "own": (
+        '{budget: "stage_graders:Twice", gate: {function: "stage_graders:NotTwice", options: {rest: 1}},'
+        " filter: {kind: no_repetition, ngram: 1}}"
+    ),
+}
+BASELINE = {"rounds": "kept"}
+GRADERS = '''
+import numpy as np
+
+
+def first_is_low(sample):
+    """Right if the first character is one of 0 to 6."""
+    return float(sample.completion[:1] in tuple("0123456"))
+
+
+def ended(groups):
+    return groups.rollouts.finish == 0
+
+
+class Twice:
+    """Two samples each; two more for those whose first two are equal; its state counts the steps."""
+
+    def init(self, num_rows):
+        return np.zeros((), np.int32)
+
+    def allocate(self, state, row, seen, left):
+        if seen is None:
+            return state, np.full(len(row), 2)
+        if (seen.rollouts.size > 2).any():
+            return state, np.zeros(len(row), int)
+        equal = [len(set(seen.reward[seen.rollouts.prompt == p].tolist())) == 1 for p in range(len(row))]
+        return state, np.where(equal, 2, 0)
+
+    def observe(self, state, groups):
+        return state + 1
+
+
+class NotTwice:
+    """No prompt of the last `rest` steps."""
+
+    def __init__(self, rest):
+        self.rest = rest
+
+    def init(self, num_rows):
+        return {"last": np.full(num_rows, -9), "step": 0}
+
+    def admit(self, state, rng, row):
+        return state, state["step"] - state["last"][row] > self.rest
+
+    def observe(self, state, groups):
+        last = state["last"].copy()
+        last[groups.rollouts.prompts.row] = state["step"]
+        return {"last": last, "step": state["step"] + 1}
+'''
+
+
+def write(directory, name: str, steps: int = 6):
+    (directory / "stage_graders.py").write_text(GRADERS)
+    path = directory / f"{name}.yaml"
+    path.write_text(BASE.format(steps=steps, experience=STAGES[name], baseline=BASELINE.get(name, "sampled")))
+    return path
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def undisturbed(request, tmp_path_factory, environment):  # noqa: F811
+    place = tmp_path_factory.mktemp(request.param)
+    config = write(place, request.param)
+    with_graders = environment | {"PYTHONPATH": f"{place}{os.pathsep}{environment['PYTHONPATH']}"}
+    run(config, place / "run", with_graders)
+    return request.param, config, place / "run", with_graders
+
+
+@pytest.mark.slow
+def test_a_run_with_stages_does_what_they_say(undisturbed):
+    name, _, run_dir, _ = undisturbed
+    found = rows(run_dir)[1:]
+    assert len(found) == 6 and any(row["updates"] for row in found)
+    total = [row["rollout/samples"] for row in found]
+    if name == "refill":
+        prompts = [row["refill/prompts"] for row in found]
+        assert max(prompts) > 8 and total == [4 * n for n in prompts]
+    else:
+        assert max(total) <= 32 and (name != "knapsack" or set(total) == {32})
+    logged = [json.loads(line) for line in (run_dir / "rollouts.jsonl").read_text().splitlines()]
+    each = {(row["step"], row["uid"], row["sample"]) for row in logged}
+    # No response is there twice, so no noise was used twice.
+    assert len(each) == len(logged)
+    sizes = {(step, uid): 0 for step, uid, _ in each}
+    for step, uid, _ in each:
+        sizes[step, uid] += 1
+    assert (len(set(sizes.values())) > 1) == (name != "refill")
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_result(undisturbed, tmp_path):
+    """No group is lost, none is used twice."""
+    name, config, whole, env = undisturbed
+    process = start(config, tmp_path / "run", env)
+    wait_for_rows(tmp_path / "run", 3, process)
+    time.sleep(0.05 * list(STAGES).index(name))
+    process.kill()
+    process.communicate()
+    run(config, tmp_path / "run", env)
+    assert_same_run(whole, tmp_path / "run")
+
+
+def alike(got: list[dict], want: list[dict]) -> None:
+    """The same samples at every step; numbers of the update to rounding."""
+    names = (
+        "completions/crc32",
+        "reward",
+        "groups/kept",
+        "kept/rows",
+        "dropped/rows",
+        "rollout/samples",
+        "gate/skipped",
+    )
+    assert [[row.get(name) for name in names] for row in got] == [[row.get(name) for name in names] for row in want]
+    losses = [[row.get("loss", 0.0) for row in part] for part in (got, want)]
+    np.testing.assert_allclose(*losses, atol=2e-5)
+
+
+# Two processes for stages whose requests follow from grades, or whose state does; one with as many devices for the others.
+PLACES = {"refill": "two", "knapsack": "two", "rounds": "one", "own": "one"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_other_meshes_and_two_processes_sample_and_learn_the_same(undisturbed, tmp_path, other):
+    """(2, 2, 2) devices of one process, or of two, against one device."""
+    name, config, whole, env = undisturbed
+    mesh = ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2", "--steps", "3"]
+    if (PLACES[name] == "one") != other:
+        run(config, tmp_path / "run", env | {"JAX_NUM_CPU_DEVICES": "8"}, *mesh)
+    else:
+        launcher = [sys.executable, str(ROOT / "launch" / "local.py"), "--processes", "2", "--devices", "4"]
+        arguments = ["train", str(config), "--run-dir", str(tmp_path / "run"), *mesh]
+        done = subprocess.run(
+            [*launcher, "--log-dir", str(tmp_path), "--", *arguments],
+            env=env, cwd=ROOT, capture_output=True, text=True, timeout=280,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:] + (tmp_path / "process_1.log").read_text()[-2000:]
+    alike(rows(tmp_path / "run")[:4], rows(whole)[:4])
+
+
+IDENTITIES = {
+    "gates": {"gate": {"kind": "exclude_solved", "solved": None, "hopeless": None}},
+    "a gate that admits all": {"gate": {"kind": "greso", "least": 1.0}},
+    "budgets": {"budget": {"kind": "vip", "low": 4, "high": 4}},
+    "rounds": {"budget": {"kind": "rounds", "per_round": 4, "rounds": 1}},
+    "filters": {"filter": [{"kind": "between"}, "none"]},
+    "refill": {"refill": {"filter": {"kind": "between"}}},
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("plain"), {"filter": "none"})
+
+
+def trained(directory, experience: dict):
+    (directory / "stage_graders.py").write_text(GRADERS)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(str(directory))
+        text = BASE.format(steps=2, experience=json.dumps(experience), baseline="sampled")
+        (directory / "c.yaml").write_text(text)
+        cfg = loading.load(
+            directory / "c.yaml", ["--run_dir", str(directory / "run"), "--mesh.fsdp", "4", "--mesh.tensor", "2"]
+        )
+        train.train(cfg)
+    return directory / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_a_stage_at_its_identity_changes_no_bit(plain, tmp_path, name):
+    experience = {"filter": "none"} | IDENTITIES[name]
+    got = trained(tmp_path, experience)
+    assert (got / "rollouts.jsonl").read_text() == (plain / "rollouts.jsonl").read_text()
+    want, found = final_fingerprints(plain), final_fingerprints(got)
+    of_train = [path for path in want if "train" in path or "reference" in path]
+    assert len(of_train) > 20 and {path: found[path] for path in of_train} == {path: want[path] for path in of_train}
+    shared = set(rows(plain)[-1]) & set(rows(got)[-1])
+    assert len(shared) > 40
+    assert [{k: row.get(k) for k in shared} for row in rows(got)] == [
+        {k: row.get(k) for k in shared} for row in rows(plain)
+    ]
+
+
+@pytest.mark.slow
+def test_a_refill_that_never_fills_ends_the_run_with_one_message(tmp_path):
+    """Bounded attempts, then n steps of nothing; the state is saved, and what was sampled is counted."""
+    experience = {"refill": {"filter": {"kind": "between", "at_least": 2.0}, "attempts": 2}}
+    (tmp_path / "stage_graders.py").write_text(GRADERS)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(str(tmp_path))
+        (tmp_path / "c.yaml").write_text(BASE.format(steps=9, experience=json.dumps(experience), baseline="sampled"))
+        cfg = loading.load(
+            tmp_path / "c.yaml", ["--run_dir", str(tmp_path / "run"), "--mesh.fsdp", "4", "--mesh.tensor", "2"]
+        )
+        guards = dataclasses.replace(cfg.update.guards, max_dropped=3)
+        with pytest.raises(DroppedError, match="every graded group of 3 consecutive steps was dropped"):
+            train.train(dataclasses.replace(cfg, update=dataclasses.replace(cfg.update, guards=guards)))
+    found = rows(tmp_path / "run")[1:]
+    assert [row["refill/prompts"] for row in found] == [16.0] * 3 and [row["refill/missing"] for row in found] == [
+        8.0
+    ] * 3
+    assert found[-1]["rollout/samples"] == 64 and found[-1]["kept/rows"] == 0
+    assert len([p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]) >= 1
