@@ -1,0 +1,91 @@
+"""Tables and plots of arms, at equal updates and at equal samples."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+Axis = Literal["step", "samples"]
+AXES: dict[Axis, str] = {"step": "step of RL", "samples": "samples drawn"}
+
+
+def series(run: dict, name: str) -> np.ndarray:
+    return np.array([record[name] for record in run["records"]], float)
+
+
+def accuracy(run: dict, axis: Axis, at: float) -> float:
+    """Exact accuracy when so many steps were done or samples drawn, interpolated between records; NaN beyond the run."""
+    return float(np.interp(at, series(run, axis), series(run, "exact"), right=np.nan))
+
+
+def late(run: dict, axis: Axis, at: float) -> float:
+    """Mean exact accuracy over the last quarter of the way to `at`: a single evaluation may fall into a dip."""
+    return float(np.mean([accuracy(run, axis, x) for x in np.linspace(0.75 * at, at, 26)]))
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation over seeds."""
+    if np.isnan(values).any():
+        return "-"
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else f"{np.mean(values):.3f}"
+
+
+def table(runs: list[dict], arms: Sequence[str], steps: int, samples: int) -> str:
+    """Markdown table with a row per arm: after `steps` steps, and after `samples` samples. ± is the deviation over seeds."""
+    lines = [
+        f"| arm | after {steps} steps, each seed | mean | late | samples until then | CPU s "
+        f"| after {samples:,} samples | late |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in arms:
+        some = sorted((run for run in runs if run["arm"] == arm), key=lambda run: run["seed"])
+        if not some:
+            continue
+        after, after_samples = (
+            [accuracy(run, *end) for run in some] for end in (("step", steps), ("samples", samples))
+        )
+        late_steps, late_samples = (
+            [late(run, *end) for run in some] for end in (("step", steps), ("samples", samples))
+        )
+        drawn, cpu = (
+            np.mean([np.interp(steps, series(run, "step"), series(run, name)) for run in some])
+            for name in ("samples", "cpu_seconds")
+        )
+        lines.append(
+            f"| {arm} | {', '.join(f'{x:.3f}' for x in after)} | {spread(after)} | **{spread(late_steps)}** "
+            f"| {drawn:,.0f} | {cpu:.1f} | {spread(after_samples)} | **{spread(late_samples)}** |"
+        )
+    return "\n".join(lines)
+
+
+def plot(path: Path, runs: list[dict], panels: Mapping[str, Sequence[str]]) -> None:
+    """Plot exact accuracy over steps and over samples; thin lines are seeds, thick lines their mean.
+
+    Args:
+        path: of the image.
+        runs: of a results file.
+        panels: title of a row of panels -> the arms in it.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = (10, 0.8 + 3.2 * len(panels))
+    figure, axes = plt.subplots(len(panels), 2, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for row, (title, arms) in zip(axes, panels.items(), strict=True):
+        colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(arms)))
+        for panel, axis in zip(row, AXES, strict=True):
+            for arm, color in zip(arms, colors, strict=True):
+                some = [run for run in runs if run["arm"] == arm]
+                end = min((series(run, axis)[-1] for run in some), default=0)
+                x = np.linspace(0, end, 101)
+                lines = [[accuracy(run, axis, at) for at in x] for run in some]
+                panel.plot(x, np.transpose(lines), color=color, lw=0.6, alpha=0.35)
+                panel.plot(x, np.mean(lines, axis=0), color=color, lw=2, label=arm)
+            panel.set_xlabel(AXES[axis])
+        row[0].set_ylabel("exact held-out accuracy")
+        row[0].set_title(title, loc="left")
+        row[1].legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
