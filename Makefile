@@ -36,7 +36,7 @@ docs: $(VENV)/.installed-docs
 # The environment and runs/ stay: the one is slow to make, the other cannot be made again.
 clean:
 	rm -rf docs/_build dist .pytest_cache .ruff_cache .hypothesis
-	find jaxrl_llm tests benchmarks launch docs -name __pycache__ -prune -exec rm -rf {} +
+	find jaxrl_llm tests benchmarks experiments launch docs -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

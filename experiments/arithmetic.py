@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import results
+from experiments import results_file
 from jaxrl_llm.checkpoint.config import CheckpointConfig
 from jaxrl_llm.config.run_config import RunConfig, to_dict
 from jaxrl_llm.metrics.config import MetricsConfig
@@ -98,7 +98,7 @@ def train_arms(path: Path, arms: Mapping[str, Arm], seeds: Sequence[int] = SEEDS
         SystemExit: a run in the file was made with another config.
     """
     changes = {name: changes_of(arm.cfg) for name, arm in arms.items()}
-    for stored in results.read(path):
+    for stored in results_file.read(path):
         if stored["changes"] != changes.get(stored["arm"], stored["changes"]):
             raise SystemExit(
                 f"{path}: got a run of {stored['arm']!r}, seed {stored['seed']}, with {stored['changes']}; want "
@@ -119,7 +119,7 @@ def train_arms(path: Path, arms: Mapping[str, Arm], seeds: Sequence[int] = SEEDS
 
     settings = {"setup": to_dict(SETUP), "every": every}
     cases = [(name, seed) for seed in seeds for name in arms]
-    results.complete(path, settings, cases, lambda run: (run["arm"], run["seed"]), run)
+    results_file.complete(path, settings, cases, lambda run: (run["arm"], run["seed"]), run)
 
 
 def changes_of(cfg: RunConfig) -> dict[str, Any]:

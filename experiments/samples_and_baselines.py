@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from experiments.results import DIRECTORY, complete, read
+from experiments.results_file import DIRECTORY, complete, read
 from jaxrl_llm.objective.group_estimators import MeanOnly, Raw, Rloo
 from jaxrl_llm.types import Credit, Groups, Prompts, Rollouts, number_rows
 from jaxrl_llm.update.batch import ungraded
@@ -37,7 +37,7 @@ class Bandit(NamedTuple):
 
     @property
     def gradient(self) -> Float[np.ndarray, " a"]:
-        """Of the expected reward, with respect to the logits."""
+        """Gradient of the expected reward with respect to the logits."""
         return self.probs * (self.reward - self.probs @ self.reward)
 
     @property

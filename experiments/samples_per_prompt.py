@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from experiments import report
 from experiments.arithmetic import SETUP, Arm, train_arms
-from experiments.results import DIRECTORY, read
+from experiments.results_file import DIRECTORY, read
 from jaxrl_llm.config.run_config import RunConfig
 
 RESULTS = DIRECTORY / "samples_per_prompt.json"

@@ -48,7 +48,7 @@ ALLOWED = {
 }
 # Who may see a whole run's config.
 SEE_RUN_CONFIG = {"roles", "train", "commands", "plan", "config", "cli", "__init__"}
-NEVER = {"configs", "tests", "benchmarks", "examples", "launch", "docs"}
+NEVER = {"configs", "tests", "benchmarks", "experiments", "examples", "launch", "docs"}
 VAGUE = {"utils", "util", "common", "core", "helpers", "helper", "manager", "misc"}
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "chex"}
 MAX_FILE, MAX_FUNCTION, MAX_TRAIN, MAX_PARAMETERS, MAX_TOP = 400, 60, 30, 7, 6
@@ -217,6 +217,10 @@ def test_functions_take_few_parameters():
     assert too_many_parameters(PACKAGE) == []
 
 
+def test_experiments_keep_the_limits():
+    assert too_long(ROOT / "experiments") == [] and too_many_parameters(ROOT / "experiments") == []
+
+
 @pytest.mark.parametrize("path", LIGHT, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_config_command_line_and_graders_load_without_jax(path):
     assert path.exists() and heavy_at_import(PACKAGE, path) == []
@@ -272,6 +276,7 @@ def test_tests_mirror_the_package():
 FAKE = {
     "tasks/a.py": ("from jaxrl_llm.environments.grader_pool import Pool", "tasks may not import environments"),
     "rollout/a.py": ("from ..update import step", "rollout may not import update"),
+    "perf/a.py": ("from experiments import arithmetic", "the package never imports experiments"),
     "model/a.py": ("def f():\n    import jaxrl_llm.rollout.decode", "model may not import rollout"),
     "experience/a.py": ("from jaxrl_llm import train", "experience may not import train"),
     "update/a.py": ("from tests import setups", "the package never imports tests"),

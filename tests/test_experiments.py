@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from experiments import report, results
+from experiments import report, results_file
 from experiments.arithmetic import SETUP, Arm, Record, changes_of, to_records, train_arms
 from jaxrl_llm.model.config import ModelConfig
 
@@ -28,7 +28,7 @@ def path(tmp_path_factory):
 
 
 def test_records_are_complete(path):
-    for run in results.read(path):
+    for run in results_file.read(path):
         assert [record["step"] for record in run["records"]] == [0, 1, 2]
         assert [record["samples"] for record in run["records"]] == [0, 32, 64]
         tokens = [record["tokens"] for record in run["records"]]
@@ -41,7 +41,7 @@ def test_records_are_complete(path):
 
 
 def test_arms_of_a_seed_start_from_equal_parameters_and_prompts(path):
-    one, other = results.read(path)
+    one, other = results_file.read(path)
     assert one["start"] == other["start"] and one["first_rows"] == other["first_rows"]
     assert len(set(one["first_rows"])) == 8
     assert one["records"][0]["exact"] == other["records"][0]["exact"]

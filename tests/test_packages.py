@@ -38,7 +38,7 @@ def names(requirements: list[str]) -> set[str]:
 def imported() -> set[str]:
     """Top-level modules that the package, its tests, benchmarks and experiments import."""
     found = set()
-    for folder in ("jaxrl_llm", "tests", "benchmarks", "docs"):
+    for folder in ("jaxrl_llm", "tests", "benchmarks", "experiments", "docs"):
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Import):

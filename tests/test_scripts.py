@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted([*ROOT.glob("docs/experiments/*.py"), *ROOT.glob("benchmarks/**/*.py")])
+OWN = ("jaxrl_llm", "benchmarks", "experiments")
+SCRIPTS = sorted(
+    [*ROOT.glob("docs/experiments/*.py"), *ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("experiments/*.py")]
+)
 
 
 def names_in(module: str) -> set[str]:
@@ -25,11 +28,11 @@ def names_in(module: str) -> set[str]:
 
 
 def missing(source: str) -> list[str]:
-    """Missing names among the imports from jaxrl_llm and benchmarks, at the top or in a function."""
+    """Missing names among the imports from OWN packages, at the top or in a function."""
     return [
         f"{node.module}.{alias.name}"
         for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("jaxrl_llm", "benchmarks")
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in OWN
         for alias in node.names
         if alias.name not in names_in(node.module)
     ]
@@ -44,4 +47,5 @@ def test_the_checker_finds_a_missing_name():
     assert missing("def f():\n    from jaxrl_llm.roles.build import make_learner, gone") == [
         "jaxrl_llm.roles.build.gone"
     ]
+    assert missing("from experiments.arithmetic import Arm, gone") == ["experiments.arithmetic.gone"]
     assert missing("from jaxrl_llm.gone import make_learner") == ["jaxrl_llm.gone.make_learner"]

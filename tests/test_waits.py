@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DIRECTORIES = "jaxrl_llm", "launch", "benchmarks"
+DIRECTORIES = "jaxrl_llm", "launch", "benchmarks", "experiments"
 
 # Blocking calls without a timeout: file -> {called function, as written by `ast.unparse`: why it ends}.
 HEARTBEAT = (

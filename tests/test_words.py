@@ -37,7 +37,9 @@ def tracked() -> list[str]:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     if listed.returncode:
         pytest.skip("not a git checkout")
-    read = re.compile(r"(README|CONTRIBUTING)\.md|(jaxrl_llm|tests|docs|configs|launch|benchmarks)/.*\.(py|md|yaml|j2)")
+    read = re.compile(
+        r"(README|CONTRIBUTING)\.md|(jaxrl_llm|tests|docs|configs|launch|benchmarks|experiments)/.*\.(py|md|yaml|j2)"
+    )
     return [name for name in listed.stdout.split() if read.fullmatch(name) and name not in EXEMPT]
 
 
