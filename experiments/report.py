@@ -34,9 +34,9 @@ def spread(values: Sequence[float]) -> str:
 def table(runs: list[dict], arms: Sequence[str], steps: int, samples: int) -> str:
     """Markdown table with a row per arm: after `steps` steps, and after `samples` samples. ± is the deviation over seeds."""
     lines = [
-        f"| arm | after {steps} steps, each seed | mean | late | samples until then | CPU s "
+        f"| arm | after {steps} steps, each seed | mean | late | samples until then | groups kept per step | CPU s "
         f"| after {samples:,} samples | late |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in arms:
         some = sorted((run for run in runs if run["arm"] == arm), key=lambda run: run["seed"])
@@ -48,14 +48,28 @@ def table(runs: list[dict], arms: Sequence[str], steps: int, samples: int) -> st
         late_steps, late_samples = (
             [late(run, *end) for run in some] for end in (("step", steps), ("samples", samples))
         )
-        drawn, cpu = (
+        drawn, kept, cpu = (
             np.mean([np.interp(steps, series(run, "step"), series(run, name)) for run in some])
-            for name in ("samples", "cpu_seconds")
+            for name in ("samples", "groups_kept", "cpu_seconds")
         )
         lines.append(
             f"| {arm} | {', '.join(f'{x:.3f}' for x in after)} | {spread(after)} | **{spread(late_steps)}** "
-            f"| {drawn:,.0f} | {cpu:.1f} | {spread(after_samples)} | **{spread(late_samples)}** |"
+            f"| {drawn:,.0f} | {kept / steps:.1f} | {cpu:.1f} | {spread(after_samples)} | **{spread(late_samples)}** |"
         )
+    return "\n".join(lines)
+
+
+def budget_table(runs: list[dict], arms: Sequence[str], budgets: Sequence[int]) -> str:
+    """Markdown table with a row per arm and a column per number of samples: mean accuracy over seeds, the best of a column bold."""
+    mean = [
+        [float(np.mean([accuracy(run, "samples", at) for run in runs if run["arm"] == arm])) for at in budgets]
+        for arm in arms
+    ]
+    best = np.nanargmax(mean, axis=0)
+    lines = [f"| arm | {' | '.join(f'{at:,} samples' for at in budgets)} |", "|---|" + "---|" * len(budgets)]
+    for i, arm in enumerate(arms):
+        cells = [f"**{x:.3f}**" if best[j] == i else f"{x:.3f}" for j, x in enumerate(mean[i])]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -88,4 +102,4 @@ def plot(path: Path, runs: list[dict], panels: Mapping[str, Sequence[str]]) -> N
         row[0].set_ylabel("exact held-out accuracy")
         row[0].set_title(title, loc="left")
         row[1].legend(frameon=False, loc="lower right")
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    figure.savefig(path, dpi=90, metadata={"Software": None})

@@ -263,7 +263,7 @@ def plot(path: Path, runs: list[dict]) -> None:
         axis.set_xlabel("samples per prompt, K")
     axes[0].set_ylabel("variance of the gradient (trace)")
     axes[0].legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    figure.savefig(path, dpi=90, metadata={"Software": None})
 
 
 def main() -> None:

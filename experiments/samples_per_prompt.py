@@ -17,6 +17,7 @@ from jaxrl_llm.config.run_config import RunConfig
 
 RESULTS = DIRECTORY / "samples_per_prompt.json"
 STEPS, SAMPLES, PROMPTS, SEEDS = 80, 256, 32, (0, 1, 2, 3, 4)
+BUDGETS = (5_120, 10_240, 20_480)
 
 
 def config(prompts: int, samples: int, steps: int) -> RunConfig:
@@ -38,6 +39,7 @@ def main() -> None:
     panels = {f"{SAMPLES} samples per step": FIXED_SAMPLES, f"{PROMPTS} prompts per step": FIXED_PROMPTS}
     for title, arms in panels.items():
         print(f"\n{title}, prompts x samples per prompt\n\n{report.table(runs, list(arms), STEPS, STEPS * SAMPLES)}")
+        print(f"\n{report.budget_table(runs, list(arms), BUDGETS)}")
     report.plot(RESULTS.with_suffix(".png"), runs, panels)
 
 

@@ -78,12 +78,13 @@ def test_the_first_step_costs_what_the_others_do():
 
 def test_the_table_compares_at_equal_updates_and_at_equal_samples():
     """Accuracy n / 10 after n steps. With 5 samples per step, 20 samples are 4 steps; their last quarter has the mean 0.35."""
-    records = [Record(n, 5 * n, 0, 0, n, n, n / 10)._asdict() for n in range(9)]
+    records = [Record(n, 5 * n, 0, n // 2, n, n, n / 10)._asdict() for n in range(9)]
     runs = [{"arm": "a", "seed": seed, "records": records} for seed in (0, 1)]
     assert report.table(runs, ["a", "not run"], 8, 20).splitlines()[2:] == [
-        "| a | 0.800, 0.800 | 0.800 ± 0.000 | **0.700 ± 0.000** | 40 | 8.0 | 0.400 ± 0.000 | **0.350 ± 0.000** |"
+        "| a | 0.800, 0.800 | 0.800 ± 0.000 | **0.700 ± 0.000** | 40 | 0.5 | 8.0 | 0.400 ± 0.000 | **0.350 ± 0.000** |"
     ]
     assert "| - | **-** |" in report.table(runs, ["a"], 8, 41)
+    assert report.budget_table(runs, ["a"], (10, 15)).splitlines()[2:] == ["| a | **0.200** | **0.300** |"]
 
 
 def test_a_results_file_has_one_run_per_line(path):
