@@ -65,6 +65,8 @@ class Arm(NamedTuple):
     """SETUP with the arm's changes. Its seed and its run directory are set when it runs."""
     change: Callable[[Run], Run] = unchanged
     """Replaces a stage, for what no config value expresses."""
+    warm: RunConfig | None = None
+    """Config of the warm start, if that is another."""
 
 
 class Record(NamedTuple):
@@ -109,9 +111,10 @@ def train_arms(path: Path, arms: Mapping[str, Arm], seeds: Sequence[int] = SEEDS
     def run(case: tuple[str, int]) -> dict:
         name, seed = case
         cfg = dataclasses.replace(arms[name].cfg, seed=seed)
-        start = repr((seed, cfg.task, cfg.model, cfg.warm_start))
+        before = dataclasses.replace(arms[name].warm or cfg, seed=seed)
+        start = repr((seed, before.task, before.model, before.warm_start))
         if start not in warm:
-            warm[start] = warm_start(cfg)
+            warm[start] = warm_start(before)
         found = run_arm(arms[name]._replace(cfg=cfg), warm[start], every)
         last = found["records"][-1]
         print(f"{time.strftime('%X')} {name}, seed {seed}: {last}", flush=True)
@@ -191,7 +194,7 @@ def exact_accuracy(run: Run, params: PyTree) -> float:
 
 def drawn(run: Run, done: Step) -> tuple[int, int, int]:
     """Rows and completion tokens generated for a step, all attempts, and groups kept."""
-    rows = np.count_nonzero(done.fresh.rollouts.prompt >= 0)
+    rows = np.count_nonzero(run.source.last.groups.rollouts.prompt >= 0)
     return rows, run.source.last.stats.tokens, np.count_nonzero(done.fresh.kept)
 
 

@@ -59,6 +59,24 @@ def table(runs: list[dict], arms: Sequence[str], steps: int, samples: int) -> st
     return "\n".join(lines)
 
 
+def reached_table(runs: list[dict], arms: Sequence[str], level: float) -> str:
+    """Markdown table: when the mean accuracy of the last two records first reached `level`, in steps and in samples, per seed."""
+    lines = [f"| arm | step at which {level} is reached, each seed | samples until then |", "|---|---|---|"]
+    for arm in arms:
+        some = sorted((run for run in runs if run["arm"] == arm), key=lambda run: run["seed"])
+        found = [reached(run, level) for run in some]
+        steps, samples = ([str(int(at[i])) if at else "-" for at in found] for i in (0, 1))
+        lines.append(f"| {arm} | {', '.join(steps)} | {', '.join(samples)} |")
+    return "\n".join(lines)
+
+
+def reached(run: dict, level: float) -> tuple[float, float] | None:
+    """(step, samples) of the first record from which accuracy, as the mean of it and the record before, is `level` or more."""
+    exact = series(run, "exact")
+    high = np.flatnonzero((exact[1:] + exact[:-1]) / 2 >= level)
+    return (series(run, "step")[high[0] + 1], series(run, "samples")[high[0] + 1]) if len(high) else None
+
+
 def budget_table(runs: list[dict], arms: Sequence[str], budgets: Sequence[int]) -> str:
     """Markdown table with a row per arm and a column per number of samples: mean accuracy over seeds, the best of a column bold."""
     mean = [

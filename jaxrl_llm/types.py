@@ -139,8 +139,9 @@ class Groups(flax.struct.PyTreeNode):
         if by == "reward":
             return np.asarray(self.reward, np.float64)
         if by == "success":
-            first = np.asarray(self.components[:, 0], np.float64)
-            return np.where(np.isnan(first), np.nan, first >= self.threshold)
+            first = self.components[:, 0]
+            # In the rewards' float32, as the evaluation compares: a reward of 0.7 is no less than 0.7.
+            return np.where(np.isnan(first), np.nan, first >= np.float32(self.threshold))
         if by not in self.graders:
             raise UserError(f"by: got {by!r}, want success, reward, or the name of a grader: {', '.join(self.graders)}")
         return np.asarray(self.components[:, self.graders.index(by)], np.float64)

@@ -198,7 +198,7 @@ class Rounds(Stateless):
         self, state: tuple, row: Int[np.ndarray, " n"], seen: "Groups | None", left: int
     ) -> tuple[tuple, Samples]:
         wanted = np.ones(len(row), bool) if seen is None else self._wanted(seen)
-        return state, first_served(np.where(wanted, self.per_round, 0), left)
+        return state, shared(np.where(wanted, self.per_round, 0), left)
 
     def _wanted(self, seen: "Groups") -> np.ndarray:
         """Prompts that get another round: graded, with a round to come."""
@@ -220,13 +220,13 @@ class ReinforceAda(Rounds):
 
     kind: Literal["reinforce_ada"] = "reinforce_ada"
     until: Literal["balanced", "positive"] = "balanced"
-    """balanced: `keep` / 2 right and `keep` / 2 wrong responses. positive: one right response."""
+    """balanced: `keep` // 2 right responses, and wrong ones for the rest. positive: one right response."""
     keep: Annotated[int, Ge(2)] = 4
     """K: responses that are trained on."""
 
     def _lacks(self, right: np.ndarray, wrong: np.ndarray) -> np.ndarray:
-        half = self.keep / 2
-        return {"balanced": (right < half) | (wrong < half), "positive": right < 1}[self.until]
+        half = self.keep // 2
+        return {"balanced": (right < half) | (wrong < self.keep - half), "positive": right < 1}[self.until]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +254,7 @@ class Screening(Stateless):
         self, state: tuple, row: Int[np.ndarray, " n"], seen: "Groups | None", left: int
     ) -> tuple[tuple, Samples]:
         if seen is None:
-            return state, first_served(np.full(len(row), self.initial), left)
+            return state, shared(np.full(len(row), self.initial), left)
         x, size = seen.measure(self.by), seen.rollouts.size
         teaches = by_prompt.reduced(np.maximum, x, seen) > by_prompt.reduced(np.minimum, x, seen)
         samples = np.zeros(len(row), int)
@@ -265,11 +265,13 @@ class Screening(Stateless):
         return state, samples
 
 
-def first_served(wanted: Samples, left: int) -> Samples:
-    """Return what each gets of `left` if the first ones get what they want; each gets one at least, if that is enough for all."""
-    some = wanted > 0
-    if left < some.sum():
-        return np.where(np.cumsum(some) <= left, some, 0).astype(int)
-    more = np.where(some, wanted - 1, 0)
-    spare = left - int(some.sum())
-    return some + np.clip(spare - (np.cumsum(more) - more), 0, more)
+def shared(wanted: Samples, left: int) -> Samples:
+    """Return what each gets of `left`: what it wants, or as much as all others who want more; of a rest, one each for the first."""
+    if wanted.sum() <= left:
+        return wanted.astype(int)
+    levels = np.arange(wanted.max() + 1)
+    level = int(levels[np.minimum(wanted, levels[:, None]).sum(axis=1) <= left][-1])
+    found = np.minimum(wanted, level)
+    more = np.flatnonzero(wanted > level)[: left - found.sum()]
+    found[more] += 1
+    return found

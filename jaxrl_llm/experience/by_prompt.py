@@ -28,23 +28,25 @@ def means(x: Rows, groups: "Groups") -> Prompts:
     return reduced(np.add, x, groups) / np.maximum(groups.rollouts.size, 1)
 
 
+def between(x: np.ndarray, low: float | None, high: float | None) -> np.ndarray:
+    """Return low <= x <= high, in float32, as rewards are: 0.9 is no less than 0.9. None: no bound; NaN: False."""
+    x = x.astype(np.float32)
+    return (x >= np.float32(-np.inf if low is None else low)) & (x <= np.float32(np.inf if high is None else high))
+
+
 def of_rows(x: Bool[np.ndarray, " P"], groups: "Groups") -> Bool[np.ndarray, " B"]:
     """Return the truth of each row's prompt; False for fillers."""
     prompt = groups.rollouts.prompt
     return x[prompt] & (prompt >= 0)
 
 
-def chosen(
-    choose: Callable[[np.ndarray, np.ndarray], Int[np.ndarray, " k"]], x: Rows, groups: "Groups"
-) -> Bool[np.ndarray, " B"]:
-    """Return True for the rows that `choose(numbers, samples)` names of each prompt, by their place in it.
-
-    A prompt with a number that is NaN has none. `samples`: sample numbers, ascending.
-    """
-    found, prompt = np.zeros(len(x), bool), groups.rollouts.prompt
-    ends = np.cumsum(groups.rollouts.size)
-    for rows in np.split(np.flatnonzero(prompt >= 0), ends[:-1]):
-        if len(rows) and not np.isnan(x[rows]).any():
-            rows = rows[np.argsort(groups.rollouts.sample[rows], kind="stable")]
-            found[rows[choose(x[rows], groups.rollouts.sample[rows])]] = True
+def chosen(choose: Callable[[np.ndarray], Int[np.ndarray, " k"]], x: Rows, groups: "Groups") -> Bool[np.ndarray, " B"]:
+    """Return True for the rows that `choose(numbers)` names of each prompt, by their place among its kept rows, which are in the
+    order of their sample numbers. A row whose number is NaN is not among them."""
+    found, rollouts = np.zeros(len(x), bool), groups.rollouts
+    rows = np.flatnonzero(groups.keep & (rollouts.prompt >= 0) & ~np.isnan(x))
+    rows = rows[np.lexsort((rollouts.sample[rows], rollouts.prompt[rows]))]
+    for mine in np.split(rows, np.flatnonzero(np.diff(rollouts.prompt[rows])) + 1):
+        if len(mine):
+            found[mine[choose(x[mine])]] = True
     return found

@@ -54,6 +54,7 @@ class GresoState(NamedTuple):
     """Latest visits in a row whose numbers were all equal."""
     side: Int[np.ndarray, " rows"]
     """EASY or HARD: of the last of them."""
+    visited: Bool[np.ndarray, " rows"]
     explore: Float[np.ndarray, "2"]
     """p: chance that an EASY or a HARD prompt with a streak of 1 is sampled."""
 
@@ -63,8 +64,9 @@ class Greso:
     """Skips prompts without signal of late (Zheng et al. 2025, GRESO, arXiv 2506.02177, alg. 1).
 
     A prompt whose last z visits had equal numbers is sampled with probability max(p^z, least). p is one number for easy prompts
-    (all right) and one for hard ones (all wrong): it falls by `rate` after a step in which their share of all groups exceeds its
-    target, `target` / 3 for easy and 2 `target` / 3 for hard ones, and rises by it after any other.
+    (all right) and one for hard ones (all wrong): it falls by `rate` after a step in which their share of all groups reaches its
+    target, `target` / 3 for easy and 2 `target` / 3 for hard ones, and rises by it after any other. It stays while all prompts of a
+    step are new, as in the authors' code: in the first epoch nothing can be skipped.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -84,7 +86,9 @@ class Greso:
     """Highest mean of a hard group."""
 
     def init(self, num_rows: int) -> GresoState:
-        return GresoState(np.zeros(num_rows, np.int32), np.zeros(num_rows, np.int32), np.full(2, self.start))
+        return GresoState(
+            np.zeros(num_rows, np.int32), np.zeros(num_rows, np.int32), np.zeros(num_rows, bool), np.full(2, self.start)
+        )
 
     def admit(
         self, state: GresoState, rng: np.random.Generator, row: Int[np.ndarray, " n"]
@@ -98,19 +102,21 @@ class Greso:
         mean, size = by_prompt.means(x, groups), groups.rollouts.size
         graded = ~np.isnan(mean) & (size > 0)
         of_side = np.stack([equal & (mean >= self.easy), equal & (mean <= self.hard)]) & graded
-        streak, side = state.streak.copy(), state.side.copy()
+        streak, side, visited = state.streak.copy(), state.side.copy(), state.visited.copy()
+        again = graded & visited[groups.rollouts.prompts.row]
         for p in np.flatnonzero(graded):
+            visited[groups.rollouts.prompts.row[p]] = True
             row, now = groups.rollouts.prompts.row[p], np.flatnonzero(of_side[:, p])
             if not len(now):
                 streak[row] = 0
                 continue
             streak[row] = streak[row] + 1 if side[row] == now[0] else 1
             side[row] = now[0]
-        if not graded.any():
-            return state
-        above = of_side.sum(axis=1) / graded.sum() > np.array([self.target / 3, 2 * self.target / 3])
-        explore = np.clip(state.explore + np.where(above, -self.rate, self.rate), self.low, self.high)
-        return GresoState(streak, side, explore)
+        explore = state.explore
+        if again.any():
+            above = of_side.sum(axis=1) / graded.sum() >= np.array([self.target / 3, 2 * self.target / 3])
+            explore = np.clip(explore + np.where(above, -self.rate, self.rate), self.low, self.high)
+        return GresoState(streak, side, visited, explore)
 
 
 class ExcludedState(NamedTuple):

@@ -61,4 +61,4 @@ class DifficultyBand:
 
     def __call__(self, groups: "Groups") -> Rows:
         mean = by_prompt.means(groups.measure(self.by), groups)
-        return by_prompt.of_rows((mean >= self.low) & (mean <= self.high), groups)
+        return by_prompt.of_rows(by_prompt.between(mean, self.low, self.high), groups)

@@ -1,6 +1,7 @@
 """Filters of single rows: which responses teach. Each is a frozen dataclass of its constants, and a function of groups.
 
-A row whose number is NaN, because its group could not be graded, is never kept, and never counts as 0.
+A row whose number is NaN, because its group could not be graded, is never kept, and never counts as 0. Rules that compare the rows of
+a group choose among those that are still kept.
 """
 
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class MaxVariance:
     def __call__(self, groups: "Groups") -> Rows:
         return by_prompt.chosen(self._choose, groups.measure(self.by), groups)
 
-    def _choose(self, x: Float[np.ndarray, " n"], sample: np.ndarray) -> Int[np.ndarray, " k"]:
+    def _choose(self, x: Float[np.ndarray, " n"]) -> Int[np.ndarray, " k"]:
         keep = min(self.keep, len(x))
         order, low = np.argsort(x, kind="stable"), np.arange(keep + 1)
         # Of the highest, too, the first of equal ones.
@@ -65,7 +66,7 @@ class FirstSamples:
     """Rows per group."""
 
     def __call__(self, groups: "Groups") -> Rows:
-        return by_prompt.chosen(lambda x, sample: np.arange(min(self.keep, len(x))), groups.measure("reward"), groups)
+        return by_prompt.chosen(lambda x: np.arange(min(self.keep, len(x))), groups.measure("reward"), groups)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ class BestBy:
     def __call__(self, groups: "Groups") -> Rows:
         length, reward = groups.rollouts.length.astype(np.float64), groups.measure("reward")
         score = {"length": np.where(np.isnan(reward), np.nan, -length), "efficiency": reward / np.maximum(length, 1)}
-        return by_prompt.chosen(lambda x, sample: np.argsort(-x, kind="stable")[: self.keep], score[self.score], groups)
+        return by_prompt.chosen(lambda x: np.argsort(-x, kind="stable")[: self.keep], score[self.score], groups)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,12 +113,7 @@ class RewardBetween:
     at_most: float | None = None
 
     def __call__(self, groups: "Groups") -> Rows:
-        x = groups.measure(self.by)
-        low, high = (
-            -np.inf if self.at_least is None else self.at_least,
-            np.inf if self.at_most is None else self.at_most,
-        )
-        return (x >= low) & (x <= high)
+        return by_prompt.between(groups.measure(self.by), self.at_least, self.at_most)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +127,8 @@ class NoDuplicates:
         rollouts, seen = groups.rollouts, set()
         keep = np.zeros(len(rollouts.prompt), bool)
         for b in np.lexsort((rollouts.sample, rollouts.prompt)).tolist():
+            if not groups.keep[b]:
+                continue
             response = (int(rollouts.prompt[b]), rollouts.tokens[b, : rollouts.length[b]].tobytes())
             keep[b] = response not in seen
             seen.add(response)
@@ -179,6 +177,6 @@ class NotStale:
 
     def __call__(self, groups: "Groups") -> Rows:
         rollouts = groups.rollouts
-        newest = rollouts.version.max(initial=0)
+        newest = rollouts.version.max(initial=0, where=rollouts.sampled)
         oldest = np.where(rollouts.sampled, rollouts.version, newest).min(axis=1, initial=newest)
         return newest - oldest <= self.max_age

@@ -142,7 +142,7 @@ def test_rounds_end_for_a_prompt_with_a_right_answer():
     budget = Rounds(per_round=2, rounds=4)
     assert in_rounds(budget, right, 99) == [[2, 2, 2, 2], [0, 2, 2, 0], [0, 2, 2, 0], [0, 0, 2, 0]]
     assert budget.most(4, 99) == 8
-    # What is left is given in order, and never more than there is.
+    # Never more than there is.
     assert in_rounds(budget, right, 11) == [[2, 2, 2, 2], [0, 2, 1, 0]]
 
 
@@ -165,6 +165,6 @@ def test_screening_gives_the_rest_to_what_teaches():
     assert in_rounds(Screening(initial=2), [[1, 1], [0, 0]], 20) == [[2, 2]]
 
 
-def test_every_prompt_gets_one_where_there_are_enough():
-    assert in_rounds(Rounds(per_round=4, rounds=1), [[0] * 9] * 3, 7) == [[4, 2, 1]]
+def test_too_little_is_shared():
+    assert in_rounds(Rounds(per_round=4, rounds=1), [[0] * 9] * 3, 7) == [[3, 2, 2]]
     assert in_rounds(Rounds(per_round=4, rounds=1), [[0] * 9] * 3, 2) == [[1, 1, 0]]

@@ -28,7 +28,13 @@ class PlainGreso:
         )
 
     def observe(self, groups):
-        sides = []
+        sides, again = (
+            [],
+            any(
+                self.history[row] and graded(rows)
+                for rows, row in zip(by_prompt(groups), groups.rollouts.prompts.row.tolist(), strict=True)
+            ),
+        )
         for rows, row in zip(by_prompt(groups), groups.rollouts.prompts.row.tolist(), strict=True):
             if not graded(rows):
                 continue
@@ -39,8 +45,8 @@ class PlainGreso:
             self.history[row].append(side)
             sides.append(side)
         for side, part in (("easy", 1 / 3), ("hard", 2 / 3)):
-            if sides:
-                more = sides.count(side) / len(sides) > self.gate.target * part
+            if again:
+                more = sides.count(side) / len(sides) >= self.gate.target * part
                 self.p[side] = min(
                     max(self.p[side] + (-1 if more else 1) * self.gate.rate, self.gate.low), self.gate.high
                 )
@@ -85,6 +91,15 @@ def test_what_could_not_be_graded_changes_nothing():
     state = gate.observe(gate.init(2), groups_of([2, 2], [0, 0, 1, 1]))
     again = gate.observe(state, groups_of([2, 2], [np.nan] * 4))
     assert again.streak.tolist() == [1, 1] and again.explore.tolist() == state.explore.tolist()
+
+
+def test_in_the_first_epoch_greso_learns_nothing_about_its_chances():
+    """The mutant that moves p from the first step had it at its lower bound before anything could be skipped."""
+    gate, state = Greso(), Greso().init(60)
+    for step in range(30):
+        state = gate.observe(state, groups_of([2, 2], [0] * 4, row=[2 * step, 2 * step + 1]))
+    assert state.explore.tolist() == [0.5, 0.5] and state.streak.tolist() == [1] * 60
+    assert gate.observe(state, groups_of([2], [0, 0], row=[0])).explore.tolist() == [0.51, 0.49]
 
 
 def test_greso_never_skips_what_has_signal_and_the_hardest_only_almost_always():

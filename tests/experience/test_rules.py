@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ragged import by_prompt, graded, groups_of, measured, ragged
+from ragged import Row, by_prompt, graded, groups_of, measured, ragged
 
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.experience import filters
 from jaxrl_llm.experience.group_filters import DifficultyBand, KeepAll, Signal
 from jaxrl_llm.experience.row_filters import (
     BestBy,
@@ -22,6 +23,7 @@ from jaxrl_llm.experience.row_filters import (
     RewardBetween,
     repeated,
 )
+from jaxrl_llm.metrics.estimates import correct
 from jaxrl_llm.types import Finish, Groups
 
 many = settings(max_examples=80, deadline=None, derandomize=True, database=None)
@@ -33,6 +35,11 @@ def kept(rule, groups: Groups) -> set[int]:
     keep = rule(groups)
     assert keep.dtype == bool and keep.shape == groups.keep.shape
     return set(np.flatnonzero(keep & (groups.rollouts.prompt >= 0)).tolist())
+
+
+def kept_rows(groups: Groups) -> list[list[Row]]:
+    """Rows that no filter has dropped; they are graded."""
+    return [[row for row in rows if groups.keep[row.index]] for rows in by_prompt(groups)]
 
 
 def whole(groups: Groups, teaches) -> set[int]:
@@ -67,12 +74,11 @@ def test_a_band_has_both_its_ends():
 def test_max_variance_is_the_best_of_all_choices(groups, by, keep):
     """PODS: by brute force over all subsets of that size."""
     found = kept(MaxVariance(by=by, keep=keep), groups)
-    for rows in by_prompt(groups):
-        if not graded(rows):
-            assert not found & {row.index for row in rows}
-            continue
+    for rows in kept_rows(groups):
         mine = [measured(row, by) for row in rows if row.index in found]
         assert len(mine) == min(keep, len(rows))
+        if not mine:
+            continue
         best = max(np.var(chosen) for chosen in itertools.combinations([measured(row, by) for row in rows], len(mine)))
         assert np.var(mine) == pytest.approx(best, abs=1e-12)
 
@@ -123,7 +129,7 @@ def test_first_samples_and_gfpo(groups, keep):
         BestBy(keep=keep, score="efficiency"): lambda row: (-row.reward / row.length, row.sample),
     }
     for rule, key in of.items():
-        want = {row.index for rows in by_prompt(groups) if graded(rows) for row in sorted(rows, key=key)[:keep]}
+        want = {row.index for rows in kept_rows(groups) for row in sorted(rows, key=key)[:keep]}
         assert kept(rule, groups) == want
 
 
@@ -145,7 +151,7 @@ def test_rules_of_single_rows(groups):
     rows = [row for rows in by_prompt(groups) for row in rows]
     assert kept(NotCutOff(), groups) == {row.index for row in rows if row.finish != Finish.LENGTH}
     first = {}
-    for p, mine in enumerate(by_prompt(groups)):
+    for p, mine in enumerate(kept_rows(groups)):
         for row in sorted(mine, key=lambda row: row.sample):
             first.setdefault((p, row.tokens), row.index)
     assert kept(NoDuplicates(), groups) == set(first.values())
@@ -225,3 +231,21 @@ def test_a_measure_that_does_not_exist_is_named():
         UserError, match=r"by: got 'sytle', want success, reward, or the name of a grader: right, style"
     ):
         Signal(by="sytle")(groups_of([2], [0, 1]))
+
+
+def test_a_rule_chooses_among_what_the_one_before_left():
+    """Both ends were cut off: the largest variance of the others. And the copy of a response that was dropped stays."""
+    groups = groups_of([5], [0, 0.25, 0.5, 0.75, 1], finish=[1, 0, 0, 0, 1])
+    assert filters.chain(NotCutOff(), MaxVariance(keep=2))(groups).keep.tolist() == [False, True, False, True, False]
+    assert filters.chain(NotCutOff(), FirstSamples(keep=1))(groups).keep.tolist() == [False, True, False, False, False]
+    same = groups_of([2], [0, 1], tokens=[5], finish=[1, 0])
+    assert filters.chain(NotCutOff(), NoDuplicates())(same).keep.tolist() == [False, True]
+
+
+def test_a_reward_that_is_the_bound_is_within_it():
+    """In float32, 0.7 is 0.69999999: compared in float64, training would call wrong what the evaluation calls right."""
+    for x in (0.1, 0.3, 0.7, 0.8, 0.9):
+        groups = groups_of([2], [x, 0.0]).replace(threshold=x)
+        assert groups.measure("success").tolist() == [1, 0] == correct(groups.components[:, 0], x).tolist()
+        assert kept(RewardBetween(by="right", at_least=x, at_most=x), groups) == {0}
+        assert kept(DifficultyBand(by="right", low=x, high=x), groups_of([3], [x] * 3)) == {0, 1, 2}
