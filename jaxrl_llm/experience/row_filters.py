@@ -1,7 +1,7 @@
 """Filters of single rows: which responses teach. Each is a frozen dataclass of its constants, and a function of groups.
 
-A row whose number is NaN, because its group could not be graded, is never kept, and never counts as 0. Rules that compare the rows of
-a group choose among those that are still kept.
+A row whose number is NaN, because its group could not be graded, is never kept, and never counts as 0. Rules that compare the rows
+of a group choose among those that are still kept.
 """
 
 from dataclasses import dataclass
