@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SCRIPTS = ("custom_filter", "custom_loss", "custom_reward")
+SCRIPTS = ("custom_budget", "custom_filter", "custom_loss", "custom_reward")
 NOTEBOOKS = ("custom_loop", "inspect_rollouts")
 
 
@@ -46,6 +46,16 @@ def test_notebooks_are_committed_without_outputs(name):
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert not any(cell["outputs"] or cell["execution_count"] for cell in code) and notebook["nbformat"] == 4
     assert not re.search(r"^\s*[%!]", "\n".join(cells(name)), re.MULTILINE), "a kernel's own commands"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["custom_budget"], indirect=True)
+def test_a_budget_and_a_rule_of_ones_own_take_effect(module):
+    steps = module.main()
+    assert len(steps) == 12 and all(row["kept/rows"] < row["rollout/samples"] <= 128 for row in steps)
+    # Shares are rounded down, so not all 128 are drawn once prompts differ.
+    assert steps[0]["rollout/samples"] == 128 and min(row["rollout/samples"] for row in steps) < 128
+    assert all(row["filter/short_and_mixed/dropped"] > 0 for row in steps)
 
 
 @pytest.mark.slow

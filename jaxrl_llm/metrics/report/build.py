@@ -21,6 +21,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from jaxrl_llm.errors import UserError, describe_os_error
 from jaxrl_llm.metrics.json_lines import METRICS, ROLLOUTS
 from jaxrl_llm.metrics.report.records import Reader, metrics_row, rollouts_row
+from jaxrl_llm.metrics.report.stages import NAMES, StageLine, stage_lines
 from jaxrl_llm.metrics.terminal import printable, printable_lines
 
 log = logging.getLogger("jaxrl_llm.metrics.report")
@@ -41,7 +42,12 @@ CHARTS = (  # title, its metrics; a chart without data is left out
     ("completion length (tokens)", ("completions/mean_length",)),
     ("largest ratio", ("ratio/max", "ratio/mean")),
     ("clipped fractions", ("clip_ratio/low", "clip_ratio/high")),
-    ("groups", ("groups/graded", "groups/kept")),
+    ("groups", ("groups/sampled", "groups/graded", "groups/kept")),
+    ("length of kept and dropped responses (tokens)", ("kept/mean_length", "dropped/mean_length")),
+    ("success of kept and dropped responses", ("kept/success", "dropped/success")),
+    ("attempts per prompt, rows per kept group", ("refill/attempts", "groups/effective_size")),
+    ("different answers, different pairs of tokens", ("diversity/unique_answers", "diversity/distinct_2")),
+    ("prompts never seen", ("prompts/never_seen",)),
     ("truncated completions, groups without signal", ("completions/clipped_ratio", "frac_reward_zero_std")),
     ("kl (nats)", ("kl",)),
     ("mismatch: max |Δ log-prob| (nats)", ("mismatch/max_abs_dlogp",)),
@@ -50,7 +56,7 @@ CHARTS = (  # title, its metrics; a chart without data is left out
     ("learning rate", ("lr",)),
     ("tokens/s", ("tokens_per_s",)),
 )
-PLOTTED = frozenset(name for _, names in CHARTS for name in names)
+PLOTTED = frozenset(name for _, names in CHARTS for name in names) | NAMES
 OVERLAPPING_TIMES = {"time/compile", "time/step"}  # seconds that other timers count too
 
 Row = Mapping[str, Any]
@@ -150,6 +156,7 @@ def _page(run_dir: Path) -> tuple[str, list[str]]:
         sections=[(title, draw_charts(part)) for title, part in phases.items() if part],
         warnings=[(row["step"], printable_lines(text)) for row in rows for text in row.get("warnings") or ()],
         steps=steps,
+        stages=_stages(phases["Training"]),
         config=printable_lines(config.read_text(encoding="utf-8", errors="replace")) if config.is_file() else None,
         frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM, "top": TOP},
         faintest=FAINTEST_LOGPROB,
@@ -184,6 +191,11 @@ def _is_of_training(row: Row) -> bool:
 
 def _evaluated(row: Row) -> Row:
     return {name: value for name, value in row.items() if name == "step" or name.startswith("eval/")}
+
+
+def _stages(rows: Sequence[Row]) -> tuple[int, list[StageLine]] | None:
+    """Return the last step of RL that has stages, and their lines; None if there is none."""
+    return next(((row["step"], lines) for row in reversed(rows) if (lines := stage_lines(row))), None)
 
 
 def _facts(rows: Sequence[Row]) -> list[tuple[str, str]]:

@@ -74,7 +74,7 @@ def metrics_row(row: Row, plotted: Collection[str]) -> Row:
     if not _is_list(row.get("warnings"), str):
         raise ValueError(f"warnings: got {_shown(row['warnings'])}, want a list of texts")
     return {
-        printable(name): _number(name, value) if name in plotted or name.startswith("time/") else value
+        printable(name): _number(name, value) if name in plotted or name.startswith(("time/", "filter/")) else value
         for name, value in row.items()
     }
 

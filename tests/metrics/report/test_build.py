@@ -8,6 +8,7 @@ import pytest
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.metrics.report.build import Frame, build, draw_charts, find_ticks, format_number, thin
+from jaxrl_llm.metrics.report.stages import stage_lines
 
 METRICS = [
     {"step": 1, "phase": "warm_start", "loss": 2.0, "lr": 1e-3},
@@ -207,3 +208,27 @@ def test_frame_maps_its_corners():
 def test_report_needs_no_jax():
     code = "import sys, jaxrl_llm.metrics.report.build; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_steps_groups_on_their_way_through_the_stages(run_dir):
+    """By hand: of 40 groups 2 were not graded, 32 accepted, and two filters dropped 8 and 5 rows."""
+    row = METRICS[-1] | {
+        "groups/sampled": 40, "groups/graded": 38, "groups/kept": 31, "groups/replayed": 0, "rollout/samples": 320,
+        "kept/rows": 243, "gate/skipped": 7, "refill/prompts": 40, "refill/accepted": 0.8, "refill/missing": 0,
+        "filter/signal_success/dropped": 8, "filter/not_cut_off/dropped": 5,
+    }  # fmt: skip
+    lines = stage_lines(row)
+    assert [line[:4] for line in lines] == [
+        ("sampled", "40", "320", "7 prompts by the gate"), ("graded", "38", "", "2 groups"),
+        ("accepted by refill", "32", "", "6 groups"), ("filter signal_success", "", "", "8 rows"),
+        ("filter not_cut_off", "", "", "5 rows"), ("kept", "31", "243", ""),
+    ]  # fmt: skip
+    assert [round(line.share, 3) for line in lines] == [1, 0.95, 0.8, 0.975, 0.984, 0.775]
+    assert stage_lines(METRICS[0]) == [] and stage_lines(row | {"groups/kept": None}) == []
+    write(run_dir / "metrics.jsonl", [*METRICS[:-1], row, METRICS[-2] | {"step": 9}])
+    text = build(run_dir).read_text()
+    page = Page(text)
+    assert "Stages of step 3" in text and text.count('class="bar"') == 6 and not page.open
+    # A filter's name is the user's.
+    write(run_dir / "metrics.jsonl", [row | {f"filter/{EVIL}/dropped": 1}])
+    assert EVIL not in build(run_dir).read_text()
