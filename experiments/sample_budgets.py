@@ -42,12 +42,19 @@ def write_pool(path: Path) -> None:
         for terms in (3, 4)
         for digits in rng.permutation(list(itertools.product(range(10), repeat=terms)))[:EACH]
     ]
-    rows = [{"prompt": ArithmeticTask.prompt([str(d) for d in digits]), "answer": f"{sum(digits)}#"} for digits in sums]
+    rows = [
+        {
+            "prompt": ArithmeticTask.prompt([str(d) for d in digits]),
+            "answer": f"{sum(digits)}#",
+            "sum": str(sum(digits)),
+        }
+        for digits in sums
+    ]
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(f"{json.dumps(rows[i])}\n" for i in rng.permutation(len(rows))))
 
 
-MIXED = replace(SETUP, steps=STEPS, task=FileTask(str(POOL), held_out=128, response="{answer}"))
+MIXED = replace(SETUP, steps=STEPS, task=FileTask(str(POOL), held_out=128, response="{sum}"))
 BUDGETS = {
     "uniform": UniformBudget(),
     "VIP": Vip(high=32),
