@@ -116,6 +116,10 @@ def test_a_run_with_stages_does_what_they_say(undisturbed):
     name, _, run_dir, _ = undisturbed
     found = rows(run_dir)[1:]
     assert len(found) == 6 and any(row["updates"] for row in found)
+    whole = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    first = next(i for i, row in enumerate(whole) if row.get("updates"))
+    # The first two steps compile update and publish; requests of any number and size were compiled for before.
+    assert [row["compiles"] for row in whole[first + 2 :]] == [0] * (len(whole) - first - 2)
     total = [row["rollout/samples"] for row in found]
     if name == "refill":
         prompts = [row["refill/prompts"] for row in found]

@@ -58,8 +58,8 @@ class Asking(Protocol):
 
     follows_up: bool
     """True if grades may lead to further requests within a step."""
-    prompts: int
-    """P."""
+    asks_at_once: int | None
+    """Prompts that are asked for together, of as many samples each as the engine is configured for; None: this varies."""
 
     def init(self, num_rows: int) -> Any:
         """Return the state before the first step."""
@@ -83,6 +83,11 @@ class ByBudget:
     @property
     def follows_up(self) -> bool:
         return self.budget.in_rounds
+
+    @property
+    def asks_at_once(self) -> int | None:
+        varies = self.follows_up or self.budget.most(self.prompts, self.rows) * self.prompts != self.rows
+        return None if varies else self.prompts
 
     def init(self, num_rows: int) -> Any:
         return self.budget.init(num_rows)
@@ -157,6 +162,7 @@ class UntilAccepted:
     """Prompts asked for, at most, per prompt of the step."""
 
     follows_up: ClassVar[bool] = True
+    asks_at_once: ClassVar[None] = None
 
     def init(self, num_rows: int) -> Any:
         return ()

@@ -136,11 +136,6 @@ class Sampler:
         self.rejected: Groups | None = None
         """Groups of the last `take` beside those that it returned."""
 
-    @property
-    def asks_at_once(self) -> int | None:
-        """Number of prompts that are asked for at once; None: any number."""
-        return None if self.stages.asking.follows_up else self.stages.asking.prompts
-
     def use(self, policy: Policy) -> None:
         """Sample from `policy` in later calls of `take`."""
         self.policy = policy
