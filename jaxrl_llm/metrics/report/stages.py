@@ -13,7 +13,7 @@ class StageLine(NamedTuple):
     dropped: str
     """What this stage left out."""
     share: float
-    """Of the sampled groups, or rows where groups are not known: the length of a bar, from 0 to 1."""
+    """Share of the sampled groups, or of the rows where groups are not known: the length of a bar, from 0 to 1."""
 
 
 NAMES = frozenset(
