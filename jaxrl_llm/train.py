@@ -32,7 +32,7 @@ from jaxrl_llm.roles.rates import describe_rates
 from jaxrl_llm.roles.sampler import Sampler
 from jaxrl_llm.roles.start_or_restore import abstract_target, start_params, start_rl, start_supervised
 from jaxrl_llm.roles.state import RunState, SupervisedState
-from jaxrl_llm.roles.summary import describe, responses
+from jaxrl_llm.roles.summary import advantage_of, describe, responses
 from jaxrl_llm.roles.updates import Learned
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.run_context import (
@@ -117,6 +117,8 @@ class Step(NamedTuple):
     policy: Policy
     fresh: Groups
     """Groups of this step, graded and filtered, before replay."""
+    trained: Groups
+    """After replay; `credit` is theirs."""
     credit: Credit
     learned: Learned
     metrics: dict[str, float]
@@ -143,7 +145,7 @@ def step(learner: Learner, source: Sampler, state: RunState, policy: Policy, rng
         state.step + 1, state.eval_before, train, reference, source.state, filters, replay,
         state.guards._replace(alarm=learned.alarm),
     )  # fmt: skip
-    return Step(state, policy, fresh, credit, learned, dropped | reused)
+    return Step(state, policy, fresh, groups, credit, learned, dropped | reused)
 
 
 def sft(cfg: RunConfig, must_resume: bool = False, given: Inputs | None = None, ends_process: bool = False) -> Result:
@@ -367,9 +369,7 @@ def show(run: Run, done: Step) -> None:
     recorder, cfg, now = run.context.recorder, run.blueprint.cfg.metrics, int(done.state.step)
     if not (recorder.wants(now, cfg.rollouts_every) or recorder.wants(now, cfg.samples_every)):
         return
-    advantage = np.where(done.fresh.keep[:, None], done.credit.advantage, 0.0)
-    num = cfg.rollout_groups if cfg.rollout_groups >= 0 else len(done.fresh.failure)
-    rows = responses(run.task, done.fresh, advantage, num)
+    rows = responses(run.task, done.fresh, advantage_of(done.fresh, done.trained, done.credit), cfg.rollout_groups)
     if recorder.wants(now, cfg.rollouts_every):
         recorder.rollouts(now, rows)
     if recorder.wants(now, cfg.samples_every):

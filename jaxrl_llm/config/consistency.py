@@ -3,9 +3,19 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.config.unused_settings import unused_settings
-from jaxrl_llm.experience.config import AutoFilter, ExperienceConfig, FromPassRates, KeepAll, Signal, UniformBudget
+from jaxrl_llm.experience.config import (
+    AnyOfConfig,
+    AutoFilter,
+    ExperienceConfig,
+    FromPassRates,
+    KeepAll,
+    Signal,
+    UniformBudget,
+)
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.objective.rules import refusals
 from jaxrl_llm.parallel.config import MeshConfig, divisors, resolve
@@ -106,9 +116,17 @@ def experience_problems(cfg: ExperienceConfig, graders: Sequence[str], prompts: 
             f"experience.refill: got one beside the budget {cfg.budget.kind}, want one of the two: both say how many samples a "
             "step draws"
         )
-    if cfg.refill and isinstance(cfg.refill.filter, KeepAll | AutoFilter):
+    if cfg.refill and _keeps_all(cfg.refill.filter):
         found.append(f"experience.refill.filter: got {cfg.refill.filter.kind}, want one that may reject a group")
     return found + budget_problems(cfg.budget, prompts, samples)
+
+
+def _keeps_all(chosen: Any) -> bool:
+    """True if a filter can reject nothing."""
+    parts = [_keeps_all(part) for part in getattr(chosen, "filters", ())]
+    if parts:
+        return any(parts) if isinstance(chosen, AnyOfConfig) else all(parts)
+    return isinstance(chosen, KeepAll | AutoFilter)
 
 
 def budget_problems(budget: Any, prompts: int, samples: int) -> list[str]:
@@ -118,6 +136,12 @@ def budget_problems(budget: Any, prompts: int, samples: int) -> list[str]:
         found.append(
             f"{where}: got low {budget.low} and high {budget.high}, want rollout.samples ({samples}) between them"
         )
+    if isinstance(budget, FromPassRates) and budget.by == "reward":
+        found.append(
+            f"{where}.by: got reward, want success or a grader whose rewards are from 0 to 1: it estimates pass rates"
+        )
+    if getattr(budget, "initial", 0) > getattr(budget, "high", np.inf):
+        found.append(f"{where}.initial: got {budget.initial}, want at most high ({budget.high})")
     first = getattr(budget, "per_round", getattr(budget, "initial", 1))
     if first > samples:
         found.append(

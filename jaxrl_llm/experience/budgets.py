@@ -25,7 +25,7 @@ Fraction = Annotated[float, Ge(0), Le(1)]
 class Budget(Protocol):
     """Pure functions over a state: a tree of NumPy arrays that is saved in checkpoints."""
 
-    in_rounds: ClassVar[bool]
+    in_rounds: bool
     """True if `allocate` is called again within a step, with what was graded."""
 
     def most(self, prompts: int, rows: int) -> int:
@@ -189,7 +189,10 @@ class Rounds(Stateless):
     per_round: Number = 4
     """Samples of a prompt per round."""
     rounds: Number = 4
-    in_rounds: ClassVar[bool] = True
+
+    @property
+    def in_rounds(self) -> bool:
+        return self.rounds > 1
 
     def most(self, prompts: int, rows: int) -> int:
         return min(self.per_round * self.rounds, rows)

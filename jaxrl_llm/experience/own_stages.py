@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -19,8 +20,8 @@ def own_gate(cfg: OwnGate) -> Gate:
     own, name = cfg.made(), f"experience.gate {cfg.function}"
 
     def admit(state: Any, rng: np.random.Generator, row: Int[np.ndarray, " n"]) -> tuple[Any, Bool[np.ndarray, " n"]]:
-        after, admitted = checked_tuple(name, own.admit(state, rng, row), ("state", "admitted"))
-        admitted = np.asarray(admitted)
+        after, given = checked_tuple(name, own.admit(*_copies(state, rng, row)), ("state", "admitted"))
+        admitted = as_array(given)
         if admitted.shape != row.shape or admitted.dtype != bool:
             raise UserError(
                 f"{name}: got {admitted.dtype}{list(admitted.shape)}, want bool[{len(row)}], one truth per prompt"
@@ -41,8 +42,8 @@ def own_budget(cfg: OwnBudget) -> Budget:
     def allocate(
         state: Any, row: Int[np.ndarray, " n"], seen: Groups | None, left: int
     ) -> tuple[Any, Int[np.ndarray, " n"]]:
-        after, given = checked_tuple(name, own.allocate(state, row, seen, left), ("state", "samples"))
-        samples = np.asarray(given)
+        after, given = checked_tuple(name, own.allocate(*_copies(state, row), seen, left), ("state", "samples"))
+        samples = as_array(given)
         if samples.shape != row.shape or samples.dtype.kind not in "iu" or (samples < 0).any() or samples.sum() > left:
             raise UserError(
                 f"{name}: got samples {samples.tolist()}, want {len(row)} whole numbers, 0 or more, of {left} in all at most"
@@ -55,4 +56,17 @@ def own_budget(cfg: OwnBudget) -> Budget:
 
 
 def _observe(own: Any, name: str) -> Any:
-    return lambda state, groups: checked_state(name, state, own.observe(state, groups))
+    return lambda state, groups: checked_state(name, state, own.observe(*_copies(state), groups))
+
+
+def _copies(*values: Any) -> list[Any]:
+    """Copies of states and arrays, so that a stage that changes its arguments changes nothing else."""
+    return [jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, value) for value in values]
+
+
+def as_array(found: Any) -> np.ndarray:
+    """Return what a stage returned as an array, of objects if it is none of numbers."""
+    try:
+        return np.asarray(found)
+    except ValueError:
+        return np.asarray(found, object)

@@ -187,8 +187,11 @@ def group_sizes(cfg: RunConfig) -> GroupSizes:
     """Sizes of a step's groups, as far as the budget fixes them."""
     prompts, rows = cfg.rollout.prompts, cfg.rollout.prompts * cfg.rollout.samples
     budget = cfg.experience.budget
-    most = rows - prompts + 1 if isinstance(budget, OwnBudget) else budget.most(prompts, rows)
-    return GroupSizes(prompts, rows, most)
+    if isinstance(budget, OwnBudget):
+        return GroupSizes(prompts, rows, rows - prompts + 1)
+    most = budget.most(prompts, rows)
+    # A budget that is asked once gives all samples away.
+    return GroupSizes(prompts, rows, most, equal=not budget.in_rounds and rows == prompts * most)
 
 
 def problems(given: Inputs) -> list[str]:

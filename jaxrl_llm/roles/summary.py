@@ -4,13 +4,14 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 from jaxrl_llm.environments.grader_pool import Failure, component_metrics
 from jaxrl_llm.roles.stage_metrics import describe_stages
 from jaxrl_llm.roles.updates import as_floats
 from jaxrl_llm.rollout.session import Stats
 from jaxrl_llm.tasks.task import Task
-from jaxrl_llm.types import Finish, Groups
+from jaxrl_llm.types import Credit, Finish, Groups
 
 
 def describe(groups: Groups, graders: Sequence[str]) -> dict[str, float]:
@@ -65,6 +66,20 @@ def describe_engine(stats: Stats, bytes_per_s: float, flops_per_s: float) -> dic
     }
 
 
+def advantage_of(fresh: Groups, trained: Groups, credit: Credit) -> Float[np.ndarray, "B C"]:
+    """Return the advantages of the rows of `fresh`, 0 for those that are not trained on. The replay may have moved their rows."""
+    found = np.zeros(fresh.rollouts.tokens.shape)
+    names = (
+        zip(part.rollouts.prompts.uid[part.rollouts.prompt].tolist(), part.rollouts.sample.tolist(), strict=True)
+        for part in (trained, fresh)
+    )
+    place = {name: b for b, name in enumerate(next(names))}
+    for b, name in enumerate(next(names)):
+        if fresh.keep[b] and name in place:
+            found[b] = credit.advantage[place[name]]
+    return found
+
+
 def responses(task: Task, groups: Groups, advantage: np.ndarray, num_groups: int) -> list[dict]:
     """Records of the rows of the first `num_groups` groups: texts, tokens, log-probs, grades.
 
@@ -72,9 +87,9 @@ def responses(task: Task, groups: Groups, advantage: np.ndarray, num_groups: int
         task: decodes the tokens.
         groups: of a step.
         advantage: `[B C]`; the mean over a row's tokens is recorded.
-        num_groups: number of groups.
+        num_groups: number of groups; -1: all.
     """
-    rollouts, found = groups.rollouts, []
+    rollouts, found, num_groups = groups.rollouts, [], num_groups if num_groups >= 0 else len(groups.failure)
     for b in np.flatnonzero((rollouts.prompt >= 0) & (rollouts.prompt < num_groups)):
         p, n = rollouts.prompt[b], int(rollouts.length[b])
         ids = rollouts.tokens[b, :n].tolist()

@@ -28,16 +28,18 @@ class GroupSizes(NamedTuple):
     """B, of all groups together, at most."""
     most: int
     """Rows of the largest group, at most."""
+    equal: bool = False
+    """True if every group has exactly that many."""
 
 
 def equal_groups(prompts: int, samples: int) -> GroupSizes:
-    return GroupSizes(prompts, prompts * samples, samples)
+    return GroupSizes(prompts, prompts * samples, samples, equal=True)
 
 
 def share(groups: GroupSizes, minibatches: int) -> GroupSizes:
     """Return the sizes of one of several minibatches: equally many rows, and up to a group more if groups differ in size."""
-    prompts, rows, most = groups
-    if rows == prompts * most:
+    prompts, rows, most, equal = groups
+    if equal:
         return equal_groups(prompts // minibatches, most)
     rows = min(-(-rows // minibatches) + (most - 1) * (minibatches > 1), rows)
     return GroupSizes(min(prompts, rows), rows, min(most, rows))
@@ -78,6 +80,7 @@ def batch_shape(
         ValueError: one sequence does not fit into a row.
     """
     s, c = longest
+    # With no more rows than this, groups that are smaller leave room for no more sequence groups than equal ones.
     least, equal = s + c, groups.rows == groups.prompts * groups.most
     samples = groups.most if equal else -(-groups.rows // groups.prompts)
     slots = least if kind == "none" else slots or (s + samples * c if kind == "shared_prefix" else least)
@@ -110,7 +113,7 @@ def _rows_of_unequal(groups: GroupSizes, longest: tuple[int, int], slots: int) -
     other row holds one or more that are as large, so of k sequences or more, and leaves less room than that. Their number and
     their tokens bound the rows; the bound is the largest over k.
     """
-    (s, c), (prompts, total, most) = longest, groups
+    (s, c), (prompts, total, most, _) = longest, groups
     together, bounds = min(most, (slots - s) // c), []
     for k in range(1, together + 1):
         of_k = min(prompts, total // k)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ragged import by_prompt, graded, groups_of, ragged
+from random_groups import by_prompt, graded, groups_of, ragged
 
 from jaxrl_llm.experience.budgets import Knapsack, ReinforceAda, Rounds, Screening, UniformBudget, Vip
 from jaxrl_llm.experience.pass_rates import PassRates, estimated, observed, unvisited

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from ragged import groups_of
+from random_groups import groups_of
 
 from jaxrl_llm.config.loading import load, validate
 from jaxrl_llm.experience import config

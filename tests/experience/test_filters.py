@@ -273,3 +273,46 @@ def test_a_sum_of_several_graders_is_never_judged_silently():
     keep = filter_for(validate({"reward": GRADERS}, "x"), None)
     sums = RIGHT + np.float32(0.01) * LENGTH
     np.testing.assert_array_equal(kept(keep, sums, np.stack([RIGHT, LENGTH])), [False, False, True, False, False, True])
+
+
+@pytest.mark.parametrize(
+    ("experience", "message"),
+    [
+        ({"refill": {"filter": ["none", "none"]}}, "experience.refill.filter: got chain, want one that may reject"),
+        (
+            {"refill": {"filter": {"any_of": ["success", "none"]}}},
+            "experience.refill.filter: got any_of, want one that may",
+        ),
+        (
+            {"refill": {}, "budget": {"kind": "vip"}},
+            "experience.refill: got one beside the budget vip, want one of the two",
+        ),
+        (
+            {"budget": {"kind": "screening", "initial": 4, "high": 2}},
+            "experience.budget screening.initial: got 4, want at most",
+        ),
+        (
+            {"budget": {"kind": "vip", "by": "reward"}},
+            "experience.budget vip.by: got reward, want success or a grader whose",
+        ),
+        (
+            {"budget": {"kind": "knapsack", "low": 9}},
+            "experience.budget knapsack: got low 9 and high 128, want rollout.samples",
+        ),
+        (
+            {"budget": {"kind": "rounds", "per_round": 99}},
+            "experience.budget rounds: got 99 samples of each prompt in the first",
+        ),
+        (
+            {"filter": {"kind": "difficulty_band", "low": 0.9}},
+            "experience.filter.low: got 0.9, want at most high (0.8)",
+        ),
+        ({"gate": {"kind": "greso", "by": "nobody"}}, "experience.gate.by: got 'nobody', want one of: success, reward"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(experience, message):
+    found = training_problems(validate({"experience": experience}, "x"))
+    assert any(line.startswith(message) for line in found), found
+    assert (
+        training_problems(validate({"experience": {"refill": {"filter": {"all_of": ["none", "success"]}}}}, "x")) == []
+    )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ragged import by_prompt, graded, groups_of, measured, ragged
+from random_groups import by_prompt, graded, groups_of, measured, ragged
 
 from jaxrl_llm.experience.gates import AdmitAll, ExcludeSolved, Greso
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ragged import Row, by_prompt, graded, groups_of, measured, ragged
+from random_groups import Row, by_prompt, graded, groups_of, measured, ragged
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience import filters

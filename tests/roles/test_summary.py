@@ -9,9 +9,9 @@ from fakes import groups_of, sums
 from jaxrl_llm.environments.grader_pool import Failure
 from jaxrl_llm.perf.work import Work
 from jaxrl_llm.roles.stage_metrics import describe_stages
-from jaxrl_llm.roles.summary import describe, describe_engine, responses
+from jaxrl_llm.roles.summary import advantage_of, describe, describe_engine, responses
 from jaxrl_llm.rollout.session import Stats
-from jaxrl_llm.types import Finish, number_rows
+from jaxrl_llm.types import Credit, Finish, join_groups, number_rows, select_groups
 
 TASK, NAN = sums(), np.nan
 
@@ -149,3 +149,16 @@ def test_log_probs_before_truncation_are_shown_where_they_are_kept():
 @pytest.mark.parametrize(("asked", "rows"), [(0, 0), (1, 2), (3, 6), (99, 6)])
 def test_no_more_groups_than_there_are_are_recorded(asked, rows):
     assert len(responses(TASK, step(), np.zeros((6, 2)), asked)) == rows
+
+
+def test_advantages_are_shown_beside_their_own_rows_after_a_replay():
+    """The dropped first group was replaced by a smaller one, so all later rows moved."""
+    fresh = groups_of(np.array([[0.0] * 4, [1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]))
+    fresh = fresh.replace(keep=np.repeat([False, True, True], 4))
+    stored = select_groups(groups_of(np.array([[1.0, 0.0]])), np.array([0]))
+    stored = stored.replace(
+        rollouts=stored.rollouts.replace(prompts=stored.rollouts.prompts.replace(uid=np.int32([77])))
+    )
+    trained = select_groups(join_groups(stored, select_groups(fresh, np.array([1, 2]))), np.arange(3), 12)
+    credit = Credit(np.arange(12, dtype=np.float32)[:, None].repeat(2, axis=1))
+    assert advantage_of(fresh, trained, credit)[:, 0].tolist() == [0] * 4 + [2, 3, 4, 5, 6, 7, 8, 9]

@@ -3,6 +3,8 @@
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxrl_llm.types import (
     Credit,
@@ -18,7 +20,7 @@ from jaxrl_llm.types import (
     select_groups,
 )
 from jaxrl_llm.update.batch import fill_batch, minibatches, supervised, to_completions, token_weights
-from jaxrl_llm.update.packing import BatchShape
+from jaxrl_llm.update.packing import BatchShape, GroupSizes, batch_shape, share
 
 PAD, EOS = 0, 9
 
@@ -325,3 +327,22 @@ def test_a_single_minibatch_is_the_whole():
     whole = numbered(4, 2)
     (part,) = minibatches(whole, 1, np.random.default_rng(0))
     jax.tree.map(np.testing.assert_array_equal, part, whole)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_every_minibatch_fits_its_shape_whatever_the_sizes(data):
+    """A step's rows are at most P * G, a group's at most `most`, also where that is G: then some are smaller all the same."""
+    prompts, samples, num = data.draw(st.integers(2, 8)), data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4))
+    most = data.draw(st.integers(samples, 2 * samples))
+    size = np.array(data.draw(st.lists(st.integers(1, most), min_size=prompts, max_size=prompts)))
+    while size.sum() > prompts * samples:
+        size[size.argmax()] -= 1
+    kind = data.draw(st.sampled_from(["none", "plain", "shared_prefix"]))
+    whole = resized(numbered(prompts, samples), size, prompts * samples)
+    sizes = share(GroupSizes(prompts, prompts * samples, most), num)
+    shape = batch_shape(kind, sizes, (1, 1), data.draw(st.integers(0, 9)) and 9, 1, 1)
+    for part in minibatches(whole, num, np.random.default_rng(data.draw(st.integers(0, 99)))):
+        batch, where = fill_batch(part, shape, PAD)
+        assert batch.tokens.shape == (shape.rows, shape.slots)
+        assert (where.row >= 0).sum() == len(part.groups.keep)
