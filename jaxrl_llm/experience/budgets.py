@@ -48,6 +48,11 @@ class Budget(Protocol):
         """Return the state after a step's graded groups."""
 
 
+def gives_equally(budget: Budget, prompts: int, rows: int) -> bool:
+    """Return whether every prompt gets the same: all samples are given at once, and none can get more than its share."""
+    return not budget.in_rounds and budget.most(prompts, rows) * prompts == rows
+
+
 class Stateless:
     """The part of a budget that remembers nothing between steps."""
 
@@ -251,7 +256,7 @@ class Screening(Stateless):
     in_rounds: ClassVar[bool] = True
 
     def most(self, prompts: int, rows: int) -> int:
-        return min(max(self.high, self.initial), rows)
+        return min(self.high, rows)
 
     def allocate(
         self, state: tuple, row: Int[np.ndarray, " n"], seen: "Groups | None", left: int

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxrl_llm.experience.config import OwnCurriculum
-from jaxrl_llm.experience.stage_checks import checked_init, checked_state, checked_tuple
+from jaxrl_llm.experience.stage_checks import checked_init, checked_state, checked_tuple, copied
 from jaxrl_llm.types import Groups
 
 Order = Callable[[int], int]
@@ -80,11 +80,11 @@ def own_curriculum(cfg: OwnCurriculum) -> Curriculum:
     own, name = cfg.made(), f"experience.curriculum {cfg.function}"
 
     def choose(state: Any, rng: np.random.Generator, n: int) -> tuple[Any, Int[np.ndarray, " n"]]:
-        after, rows = checked_tuple(name, own.choose(state, rng, n), ("state", "rows"))
+        after, rows = checked_tuple(name, own.choose(copied(state), rng, n), ("state", "rows"))
         return checked_state(name, state, after), rows
 
     def observe(state: Any, groups: Groups) -> Any:
-        return checked_state(name, state, own.observe(state, groups))
+        return checked_state(name, state, own.observe(copied(state), groups))
 
     return Curriculum(checked_init(name, own.init), choose, observe)
 

@@ -21,7 +21,14 @@ from jaxrl_llm.experience.row_filters import NoRepetition as NoRepetition
 from jaxrl_llm.experience.row_filters import NotCutOff as NotCutOff
 from jaxrl_llm.experience.row_filters import NotStale as NotStale
 from jaxrl_llm.experience.row_filters import RewardBetween as RewardBetween
-from jaxrl_llm.experience.stage_checks import checked_init, checked_metrics, checked_state, checked_tuple
+from jaxrl_llm.experience.stage_checks import (
+    as_array,
+    checked_init,
+    checked_metrics,
+    checked_state,
+    checked_tuple,
+    copied,
+)
 from jaxrl_llm.types import Groups
 
 Metrics = dict[str, float]
@@ -118,7 +125,7 @@ def as_filter(found: Any, name: str, label: str = "") -> Filter:
         return stateless_filter(found, name, label)
 
     def apply(state: Any, groups: Groups) -> tuple[Any, Groups, Metrics]:
-        after, kept, metrics = checked_tuple(name, found.apply(state, groups), ("state", "groups", "metrics"))
+        after, kept, metrics = checked_tuple(name, found.apply(copied(state), groups), ("state", "groups", "metrics"))
         if not isinstance(kept, Groups):
             raise UserError(f"{name}: got {type(kept).__name__}, want Groups with another keep")
         lowered, metrics = _lowered(name, groups, kept.keep), checked_metrics(name, metrics)
@@ -155,7 +162,7 @@ def _dropped(label: str, before: Groups, after: Groups) -> Metrics:
 
 def _lowered(name: str, groups: Groups, keep: Bool[np.ndarray, " B"]) -> Groups:
     """Return the groups with rows kept if they were kept so far and by `keep`."""
-    rows = np.asarray(keep)
+    rows = as_array(keep)
     if rows.shape != groups.keep.shape or rows.dtype != bool:
         raise UserError(f"{name}: got {rows.dtype}{list(rows.shape)}, want bool[{len(groups.keep)}], one truth per row")
     return groups.replace(keep=groups.keep & rows)

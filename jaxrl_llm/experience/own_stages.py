@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -11,7 +10,7 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.budgets import Budget
 from jaxrl_llm.experience.config import OwnBudget, OwnGate
 from jaxrl_llm.experience.gates import Gate
-from jaxrl_llm.experience.stage_checks import checked_init, checked_state, checked_tuple
+from jaxrl_llm.experience.stage_checks import as_array, checked_init, checked_state, checked_tuple, copied
 from jaxrl_llm.types import Groups
 
 
@@ -20,7 +19,7 @@ def own_gate(cfg: OwnGate) -> Gate:
     own, name = cfg.made(), f"experience.gate {cfg.function}"
 
     def admit(state: Any, rng: np.random.Generator, row: Int[np.ndarray, " n"]) -> tuple[Any, Bool[np.ndarray, " n"]]:
-        after, given = checked_tuple(name, own.admit(*_copies(state, rng, row)), ("state", "admitted"))
+        after, given = checked_tuple(name, own.admit(copied(state), rng, row.copy()), ("state", "admitted"))
         admitted = as_array(given)
         if admitted.shape != row.shape or admitted.dtype != bool:
             raise UserError(
@@ -42,7 +41,7 @@ def own_budget(cfg: OwnBudget) -> Budget:
     def allocate(
         state: Any, row: Int[np.ndarray, " n"], seen: Groups | None, left: int
     ) -> tuple[Any, Int[np.ndarray, " n"]]:
-        after, given = checked_tuple(name, own.allocate(*_copies(state, row), seen, left), ("state", "samples"))
+        after, given = checked_tuple(name, own.allocate(copied(state), row.copy(), seen, left), ("state", "samples"))
         samples = as_array(given)
         if samples.shape != row.shape or samples.dtype.kind not in "iu" or (samples < 0).any() or samples.sum() > left:
             raise UserError(
@@ -56,17 +55,4 @@ def own_budget(cfg: OwnBudget) -> Budget:
 
 
 def _observe(own: Any, name: str) -> Any:
-    return lambda state, groups: checked_state(name, state, own.observe(*_copies(state), groups))
-
-
-def _copies(*values: Any) -> list[Any]:
-    """Copies of states and arrays, so that a stage that changes its arguments changes nothing else."""
-    return [jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, value) for value in values]
-
-
-def as_array(found: Any) -> np.ndarray:
-    """Return what a stage returned as an array, of objects if it is none of numbers."""
-    try:
-        return np.asarray(found)
-    except ValueError:
-        return np.asarray(found, object)
+    return lambda state, groups: checked_state(name, state, own.observe(copied(state), groups))

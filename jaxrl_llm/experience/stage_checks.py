@@ -10,6 +10,19 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.types import Groups
 
 
+def as_array(found: Any) -> np.ndarray:
+    """Return what a custom stage returned as an array, of objects if it is none of numbers."""
+    try:
+        return np.asarray(found)
+    except ValueError:
+        return np.asarray(found, object)
+
+
+def copied(state: Any) -> Any:
+    """Return the state with its arrays copied, so that a custom stage that changes its arguments changes nothing else."""
+    return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, state)
+
+
 def checked_init(name: str, init: Callable[..., Any]) -> Callable[..., Any]:
     """Return `init` with its state converted to arrays. Raises UserError if a leaf is not numeric."""
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience.budgets import Budget
+from jaxrl_llm.experience.budgets import Budget, gives_equally
 from jaxrl_llm.experience.filters import Filter
 from jaxrl_llm.roles.collector import Asked
 from jaxrl_llm.roles.grading import merge_requests
@@ -86,8 +86,7 @@ class ByBudget:
 
     @property
     def asks_at_once(self) -> int | None:
-        varies = self.follows_up or self.budget.most(self.prompts, self.rows) * self.prompts != self.rows
-        return None if varies else self.prompts
+        return self.prompts if gives_equally(self.budget, self.prompts, self.rows) else None
 
     def init(self, num_rows: int) -> Any:
         return self.budget.init(num_rows)
@@ -195,10 +194,8 @@ class _Accepted:
 
     def finish(self, groups: Groups) -> Taken:
         """Too few accepted groups are filled up with rejected ones, of which no row is kept."""
-        judged, num = (
-            groups.replace(keep=np.concatenate([self.keep[n] for n in range(self.num_asked)])),
-            self.asking.prompts,
-        )
+        keep, num = np.concatenate([self.keep[n] for n in range(self.num_asked)]), self.asking.prompts
+        judged = groups.replace(keep=keep)
         order, accepted = np.argsort(~judged.kept, kind="stable"), int(judged.kept.sum())
         fresh, rest = np.sort(order[:num]), np.sort(order[num:])
         metrics = {

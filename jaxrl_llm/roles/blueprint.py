@@ -14,6 +14,7 @@ from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.distribution.loss_terms import Loss
 from jaxrl_llm.distribution.score import Scoring
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.experience.budgets import gives_equally
 from jaxrl_llm.experience.config import OwnBudget
 from jaxrl_llm.model import lora, quantized_weights
 from jaxrl_llm.model import params as model_params
@@ -189,9 +190,7 @@ def group_sizes(cfg: RunConfig) -> GroupSizes:
     budget = cfg.experience.budget
     if isinstance(budget, OwnBudget):
         return GroupSizes(prompts, rows, rows - prompts + 1)
-    most = budget.most(prompts, rows)
-    # A budget that is asked once gives all samples away.
-    return GroupSizes(prompts, rows, most, equal=not budget.in_rounds and rows == prompts * most)
+    return GroupSizes(prompts, rows, budget.most(prompts, rows), equal=gives_equally(budget, prompts, rows))
 
 
 def problems(given: Inputs) -> list[str]:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Int, Key
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.curricula import Curriculum, Uniform, VisitCount
 from jaxrl_llm.experience.gates import Gate
+from jaxrl_llm.experience.stage_checks import as_array
 from jaxrl_llm.roles.asking import Asking, join_prompts, select_prompts
 from jaxrl_llm.roles.collector import Collected, never
 from jaxrl_llm.tasks.stream import make_prompts
@@ -45,11 +46,7 @@ def next_prompts(
             "prompt gets its noise; want curriculum = rl.curricula.counted(yours), and choice = curriculum.init(len(task.train))"
         )
     after, chosen = curriculum.choose(choice, rng, n)
-    num = len(task.train)
-    try:
-        row = np.asarray(chosen)
-    except ValueError:
-        row = np.asarray(chosen, object)
+    num, row = len(task.train), as_array(chosen)
     if row.shape != (n,) or row.dtype.kind not in "iu" or not ((row >= 0) & (row < num)).all():
         raise UserError(f"curriculum: got rows {row.tolist()}, want {n} indices of the task's {num} rows")
     return after, make_prompts(task, task.train, row, choice.visits + np.arange(n))
