@@ -3,9 +3,9 @@
     python -m experiments.filter_metric              # the runs that the results file lacks, then the plot and the tables
     python -m experiments.filter_metric --report     # the plot and the tables alone
 
-The reward is 1 for the right sum, less 0.3 for a response that is not one character long, as no right one is. The warm start is right in a few
-percent of its responses, so most groups are all wrong: by the sum they differ in length, by success not at all. Only the filter's
-measure differs between the arms. Advantages are GRPO's, which are divided by the group's standard deviation.
+The reward is 1 for the right sum, less 0.3 for a response that is not one character long, as no right one is. The warm start is
+right in a few percent of its responses, so most groups are all wrong: by the sum they differ in length, by success not at all.
+Only the filter's measure differs between the arms. Advantages are GRPO's, which are divided by the group's standard deviation.
 """
 
 import argparse
