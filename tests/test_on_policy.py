@@ -39,15 +39,17 @@ def params():
     return make_params(CFG, layouts()[0], sharpness=2.0)
 
 
-@cache
-def rollouts(top_p: float, /, **changes: float):
-    """Rollouts of an engine configured with `top_p` (truncating if below 1), with the controls `changes`."""
+def rollouts(top_p: float, /, **changes: float | list[float]):
+    """Rollouts of an engine configured with `top_p` (truncating if below 1), with the controls `changes`: one number, or one per
+    sample of each group."""
     train, decode = layouts()
     of = engine(
         CFG, decode, VOCAB, prompts=P, samples=G, max_new_tokens=C, temperature=1.3, top_p=top_p, max_kept_tokens=K
     )
-    controls = of.controls(P)
-    each = {name: np.full(P, value, getattr(controls, name).dtype) for name, value in (OFF | changes).items()}
+    controls = of.controls(P * G)
+    each = {
+        name: np.resize(value, P * G).astype(getattr(controls, name).dtype) for name, value in (OFF | changes).items()
+    }
     policy = make_policy(CFG, params(), train, decode)
     return check(of.generate(policy, make_prompts(P, vocab=58), jax.random.key(4), controls.replace(**each)))
 
@@ -88,6 +90,25 @@ def test_the_ratio_is_1(truncation):
     np.testing.assert_allclose(metrics["entropy"], of.entropy[of.sampled].mean(), rtol=1e-4)
     kept = (of.kept_tokens >= 0).sum(axis=-1)
     assert kept[of.sampled].min() >= 1 and kept.max() <= K and not kept[~of.sampled].any()
+
+
+def test_each_sample_is_scored_at_its_own_temperature_and_over_its_own_kept_tokens():
+    """Samples of a group at 0.7 with everything that fits, 1.6 with top-p 0.8, 1.6 and 0.7 with top-p 0.5.
+
+    The mutants: the group's first temperature for all; the first row's kept tokens for all of the group.
+    """
+    of = rollouts(0.5, temperature=[0.7, 1.6, 1.6, 0.7], top_p=[1.0, 0.8, 0.5, 0.5])
+    np.testing.assert_array_equal(of.temperature, np.tile(np.float32([0.7, 1.6, 1.6, 0.7]), P))
+    kept = (of.kept_tokens >= 0).sum(axis=-1)
+    assert [int(kept[g::G].max()) == K for g in range(G)] == [True, True, False, False]
+    batch = batch_of(of)
+    check_ratios(first_update(batch))
+    first = np.repeat(of.temperature[::G], G)
+    wrong = first_update(batch_of(of.replace(temperature=first)))
+    assert wrong["ratio/max"] > 1.1 and wrong["ratio/min"] < 0.9
+    all_kept = np.repeat(of.kept_tokens[::G], G, axis=0)
+    shared = np.where(of.sampled[..., None] & (all_kept >= 0).any(axis=-1, keepdims=True), all_kept, of.kept_tokens)
+    assert first_update(batch_of(of.replace(kept_tokens=shared)))["ratio/min"] < 0.9
 
 
 def test_without_the_recorded_kept_tokens_it_is_not():

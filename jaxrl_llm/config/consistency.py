@@ -64,6 +64,12 @@ def engine_problems(cfg: RunConfig, num_devices: int, axes: tuple[int, int, int]
         found.append(
             f"rollout.top_k: got {cfg.rollout.top_k}, want at most rollout.max_kept_tokens ({cfg.rollout.max_kept_tokens})"
         )
+    for name, values in vars(cfg.rollout.per_sample).items():
+        if len(values) > cfg.rollout.samples:
+            found.append(
+                f"rollout.per_sample.{name}: got {len(values)} values, want at most rollout.samples ({cfg.rollout.samples}), one "
+                "for each"
+            )
     if cfg.rollout.min_new_tokens > cfg.rollout.max_new_tokens:
         found.append(
             f"rollout.min_new_tokens: got {cfg.rollout.min_new_tokens}, want at most rollout.max_new_tokens "

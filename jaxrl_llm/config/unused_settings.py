@@ -31,7 +31,7 @@ def _decays(part: str) -> Callable[[RunConfig], bool]:
 
 
 def _is_truncated(cfg: RunConfig) -> bool:
-    return cfg.rollout.top_p < 1 or cfg.rollout.top_k > 0 or cfg.rollout.min_p > 0
+    return cfg.rollout.truncates
 
 
 CONDITIONS = (

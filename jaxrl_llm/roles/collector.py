@@ -14,6 +14,7 @@ from jaxtyping import Array, Int, Key
 from jaxrl_llm.environments.grader_pool import Graded, GraderPool
 from jaxrl_llm.roles.grading import blank_grades, make_groups, merge_requests, samples_of
 from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.sample import Controls
 from jaxrl_llm.rollout.session import Session, Stats
 from jaxrl_llm.tasks.rows import Row
 from jaxrl_llm.tasks.task import Task
@@ -83,8 +84,8 @@ class Collector:
 
         Args:
             policy: samples the responses.
-            asked: the first requests; or prompts, each with the configured number of samples. Their prompts'
-                `row` is an index into `rows`.
+            asked: the first requests; or prompts, each with the configured number of samples, all with the same sampling
+                parameters. Their prompts' `row` is an index into `rows`.
             rows: of the task, with the answers.
             key: random key of the sampled tokens.
             give_up: called between decode chunks; True stops the sampling.
@@ -98,11 +99,14 @@ class Collector:
         group: list[int] = []
         last = none
 
-        def add(asked: Asked) -> None:
+        def add(asked: Asked, controls: Controls | None = None) -> None:
             group.extend(asked.group.tolist())
-            session.add(asked.prompts, asked.samples, first_sample=asked.first_sample)
+            session.add(asked.prompts, asked.samples, controls, first_sample=asked.first_sample)
 
-        add(ask(asked, self.engine.cfg.samples) if isinstance(asked, Prompts) else asked)
+        if isinstance(asked, Prompts):
+            add(ask(asked, self.engine.cfg.samples), self.engine.controls(len(asked.length)))
+        else:
+            add(asked)
         while session.pending or len(last):
             finished = session.advance() if session.pending else none
             grading.submit(finished)

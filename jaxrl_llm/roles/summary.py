@@ -106,6 +106,7 @@ def responses(task: Task, groups: Groups, advantage: np.ndarray, num_groups: int
                 **({} if rollouts.raw_logprobs is None else {"raw_logprobs": rollouts.raw_logprobs[b, :n]}),
                 "reward": groups.reward[b],
                 "advantage": float(np.mean(advantage[b, :n])),
+                "temperature": rollouts.temperature[b],
                 "finish": Finish(rollouts.finish[b]).name.lower(),
             }
         )

@@ -94,8 +94,10 @@ class ActiveBatch:
         groups.done[slot], groups.last[slot] = group.rows < 0, prompt.tokens[prompt.length - 1]
         if group.age:
             groups.last[slot] = np.where(group.rows >= 0, self.output.columns["tokens"][group.rows, group.age - 1], 0)
+        own = slice(group.first, group.first + self.sizes.rows_per_group)
         for name, column in vars(groups.controls).items():
-            column[slot] = getattr(request.controls, name)
+            values = getattr(request.controls, name)[own]
+            column[slot, : len(values)] = values
 
     def _prefill(self, params: PyTree, admitted: list[list[Request]]) -> PromptCache:
         """Return the prompt KV cache of the admitted prompts of each shard, padded with empty prompts."""
@@ -288,7 +290,8 @@ class ActiveBatch:
 
 def _empty(slots: int, lanes: int) -> SequenceGroups:
     """Return slots without a sequence group."""
-    i32, f32 = np.zeros(slots, np.int32), np.ones(slots, np.float32)
-    controls = Controls(f32, f32.copy(), i32.copy(), 0 * f32, i32.copy())
-    last, done = np.zeros((slots, lanes), np.int32), np.ones((slots, lanes), bool)
-    return SequenceGroups(i32, i32.copy(), i32.copy(), i32.copy(), i32.copy(), controls, last, done)
+    i32, rows, f32 = np.zeros(slots, np.int32), np.zeros((slots, lanes), np.int32), np.ones((slots, lanes), np.float32)
+    controls = Controls(f32, f32.copy(), rows.copy(), 0 * f32, rows.copy())
+    return SequenceGroups(
+        i32, i32.copy(), i32.copy(), i32.copy(), i32.copy(), controls, rows, np.ones((slots, lanes), bool)
+    )

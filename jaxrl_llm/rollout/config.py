@@ -48,6 +48,19 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class PerSample:
+    """Sampling parameters that differ between the samples of a prompt, so that its group is more diverse. Sample i takes value
+    i mod n of n. Each row is scored under its own. Evaluations use the parameters of `rollout`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    temperature: tuple[Annotated[float, Gt(0)], ...] = ()
+    """Empty: that of `rollout`."""
+    top_p: tuple[Annotated[float, Gt(0), Le(1)], ...] = ()
+    """Empty: that of `rollout`. A row with 1 still keeps `max_kept_tokens` tokens at most if another row truncates."""
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """Sampling of G completions for each of P prompts."""
 
@@ -77,11 +90,12 @@ class RolloutConfig:
     """Stop strings: a completion ends with the token that completes one of them. They may contain special tokens."""
     raw_logprobs: bool = False
     """Also record each token's log-probability under the untruncated distribution."""
+    per_sample: PerSample = field(default_factory=PerSample)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     @property
     def truncates(self) -> bool:
-        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+        return min(self.top_p, *self.per_sample.top_p, 1) < 1 or self.top_k > 0 or self.min_p > 0
 
     def max_kept_of(self, num_tokens: int) -> int:
         """Return the maximum tokens kept per sampled token, for a vocabulary of `num_tokens`; 0 without truncation."""

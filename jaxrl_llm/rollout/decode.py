@@ -30,7 +30,7 @@ class SequenceGroups(flax.struct.PyTreeNode):
     limit: Int[ArrayLike, " U"]
     """Maximum completion tokens per row."""
     controls: Controls
-    """Sampling parameters per sequence group."""
+    """Sampling parameters per row, [U F]."""
     last: Int[ArrayLike, "U F"]
     """The token that the next step reads."""
     done: Bool[ArrayLike, "U F"]
@@ -105,7 +105,7 @@ def step(
     raw, suffix = decode(params, state.last, position, prompt, state.suffix, decoding.model, decoding.layout)
     of_rows = lambda x: jnp.repeat(x, rows_per_group)  # noqa: E731
     with jax.named_scope("draw"):
-        controls = jax.tree.map(of_rows, groups.controls)
+        controls = jax.tree.map(lambda x: x.reshape(-1), groups.controls)
         sampled = sample_tokens(keys, of_rows(age), raw, controls, state.any_active, decoding)
     active = ~state.done
     line = DecodedChunk(

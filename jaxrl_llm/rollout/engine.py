@@ -73,7 +73,8 @@ class Engine:
         self.programs = Programs(self.decoding, Caching(prompt_slots, cfg.engine.prefill_chunk, form), self.sizes)
 
     def controls(self, prompts: int, temperature: float | None = None) -> Controls:
-        """Return the configured sampling parameters for `prompts` prompts, optionally with another temperature."""
+        """Return the configured sampling parameters for `prompts` prompts, optionally with another temperature; the same for all
+        samples, whatever `per_sample` says."""
         return controls_for(self.cfg, prompts, temperature)
 
     def session(self, policy: Policy, key: Key[Array, ""], prompt_slots: int = 0) -> Session:
@@ -104,7 +105,7 @@ class Engine:
             policy: the sampling policy.
             prompts: NumPy arrays, equal on every host; or texts, or lists of token ids, with uids 0, 1, 2, ...
             key: random key of the call.
-            controls: sampling parameters per prompt; the configured ones by default.
+            controls: sampling parameters, per prompt or per row; the configured ones by default.
             limit: maximum completion tokens per prompt; `max_new_tokens` by default.
 
         Raises:

@@ -149,12 +149,12 @@ class Programs:
 
     def _decode_chunk(self, params: PyTree, groups: int, window: int) -> Lowered:
         suffix, number = self._suffix(groups, window), self._array((), jnp.int32)
-        f32 = lambda: self._array((groups,), jnp.float32, "rows")  # noqa: E731
         i32, rows = self._ints(groups), self._ints(groups, self.rows_per_group)
+        f32 = self._array(rows.shape, jnp.float32, "rows", None)
         batch = SequenceGroups(
             uid=i32, first=i32, length=i32, age=i32, limit=i32, last=rows,
             done=self._array(rows.shape, bool, "rows", None),
-            controls=Controls(temperature=f32(), top_p=f32(), top_k=i32, min_p=f32(), min_new_tokens=i32),
+            controls=Controls(temperature=f32, top_p=f32, top_k=rows, min_p=f32, min_new_tokens=rows),
         )  # fmt: skip
         decode_chunk = jax.jit(
             make_decode_chunk(self.decoding),

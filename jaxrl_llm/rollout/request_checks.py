@@ -64,11 +64,17 @@ def limits_of(
     return np.repeat(given, size) if given.ndim == 1 else given.reshape(-1)
 
 
-def check_controls(controls: Controls, prompts: int, truncates: bool) -> None:
-    """Check the sampling parameters. `truncates`: the engine records the tokens that truncation keeps."""
+def check_controls(controls: Controls, size: Int[np.ndarray, " P"], truncates: bool) -> None:
+    """Check the sampling parameters, which are per prompt or per row.
+
+    Args:
+        controls: the parameters.
+        size: rows per prompt.
+        truncates: the engine records the tokens that truncation keeps.
+    """
     for name, (least, most, off) in RANGES.items():
         given = getattr(controls, name)
-        _check_array(f"controls.{name}", given, "iuf", (prompts,))
+        _check_array(f"controls.{name}", given, "iuf", (len(size),), (int(size.sum()),))
         # Not `<`, which NaN passes. A top_p of 0 and a min_p of 1 would keep nothing.
         inside = (given >= least) & (given <= most) & (given > 0 if name == "top_p" else given < np.inf)
         if not (inside & (given < 1 if name == "min_p" else True)).all():
@@ -148,8 +154,9 @@ def check_ids(name: str, ids: Int[np.ndarray, " n"], vocab: Vocabulary) -> None:
         raise ValueError(f"{name}: got {wrong[0]}, want token ids from 0 to {vocab.size - 1}")
 
 
-def _check_array(name: str, given: Any, kinds: str, shape: tuple[int, ...]) -> None:
+def _check_array(name: str, given: Any, kinds: str, *shapes: tuple[int, ...]) -> None:
     got = np.asarray(given)
-    if got.shape != shape or got.dtype.kind not in kinds:
+    if got.shape not in shapes or got.dtype.kind not in kinds:
         want = "whole numbers" if "f" not in kinds else "numbers"
-        raise ValueError(f"{name}: got {got.dtype}{list(got.shape)}, want {want} {list(shape)}")
+        fits = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+        raise ValueError(f"{name}: got {got.dtype}{list(got.shape)}, want {want} {fits}")

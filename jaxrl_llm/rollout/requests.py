@@ -36,7 +36,7 @@ class Request:
     prompt: Prompts
     """One prompt: arrays without the dimension P."""
     controls: Controls
-    """One number each."""
+    """One number per row, [G]."""
     first_sample: int
     """Sample number of the first row."""
     rows: Int[np.ndarray, " G"]

@@ -121,7 +121,7 @@ class Session:
         Args:
             prompts: `Prompts`, equal on every host; or texts, or lists of token ids, whose uids count up in the session.
             samples: G, samples per prompt, or a number for each prompt; the configured number by default.
-            controls: sampling parameters per prompt; the configured ones by default.
+            controls: sampling parameters, per prompt or per row; the configured ones by default.
             limit: maximum completion tokens, per prompt or per row, known ones included; `max_new_tokens` by default.
             known: first tokens of each of the B rows, from which it continues: token ids, which count as forced, or earlier
                 rollouts, which keep their log-probs and versions.
@@ -143,11 +143,12 @@ class Session:
         first = per_prompt("first_sample", first_sample, num, 0, MAX_INT - int(size.max()))
         limits = limits_of("limit", np.full(num, most) if limit is None else limit, size, most)
         stop = check_stop(self.cfg.stop if stop is None else stop, self.tokenizer is not None)
-        controls = controls_for(self.cfg, num) if controls is None else controls
-        check_controls(controls, num, self.decoding.max_kept_tokens > 0)
+        if controls is None:
+            controls = controls_of_samples(self.cfg, np.repeat(first, size) + number_rows(size)[1])
+        check_controls(controls, size, self.decoding.max_kept_tokens > 0)
+        controls = jax.tree.map(lambda x: np.repeat(x, size) if len(x) == num else np.asarray(x), controls)
         if isinstance(known, Rollouts):
-            temperature = np.repeat(controls.temperature, size)
-            check_rollouts(known, limits, temperature, self.output.columns, vocab)
+            check_rollouts(known, limits, controls.temperature, self.output.columns, vocab)
             self.masks_eos |= known.eos_masked is not None
         elif known is not None:
             check_forced("known", known, limits, vocab)
@@ -159,9 +160,11 @@ class Session:
             self.output.restore(rows, known)
         elif known is not None:
             self._force(rows, known)
-        for p, (id, mine) in enumerate(zip(ids.tolist(), np.split(rows, np.cumsum(size)[:-1]), strict=True)):
-            prompt, own = jax.tree.map(lambda x, p=p: np.array(x[p]), (prompts, controls))
-            self.requests[id] = Request(id, prompt, own, int(first[p]), mine, stop)
+        end = np.cumsum(size)
+        for p, id in enumerate(ids.tolist()):
+            prompt, own = jax.tree.map(lambda x, p=p: np.array(x[p]), prompts), slice(end[p] - size[p], end[p])
+            of_rows = jax.tree.map(lambda x, own=own: np.array(x[own]), controls)
+            self.requests[id] = Request(id, prompt, of_rows, int(first[p]), rows[own], stop)
             self._enqueue(id)
         return ids
 
@@ -217,7 +220,7 @@ class Session:
         batch, age, before = self.batch, self.batch.groups.age, ~self.batch.groups.done
         result = batch.decode(self.params, self.key)
         ran, rows = int(result.steps), np.where(before, batch.rows, -1)
-        age_of_rows, minimum = (np.repeat(x, self.lanes) for x in (age, batch.groups.controls.min_new_tokens))
+        age_of_rows, minimum = np.repeat(age, self.lanes), batch.groups.controls.min_new_tokens.reshape(-1)
         stored = self.output.add(rows.reshape(-1), age_of_rows, result.chunk, ran, self.version, minimum)
         for slot in np.flatnonzero(batch.active):
             if stop := batch.requests[slot].stop:
@@ -312,7 +315,7 @@ class Session:
             prompt=prompt,
             sample=sample + np.repeat([request.first_sample for request in requests], size).astype(np.int32),
             length=output.length[rows],
-            temperature=np.repeat([request.controls.temperature for request in requests], size).astype(np.float32),
+            temperature=np.concatenate([request.controls.temperature for request in requests]).astype(np.float32),
             finish=output.finish[rows],
             # Decided for the session, so that the columns of a batch do not depend on its rows.
             eos_masked=eos_masked if self.masks_eos else None,
@@ -374,3 +377,9 @@ def controls_for(cfg: RolloutConfig, prompts: int, temperature: float | None = N
         min_p=full(cfg.min_p, np.float32),
         min_new_tokens=full(cfg.min_new_tokens, np.int32),
     )
+
+
+def controls_of_samples(cfg: RolloutConfig, sample: Int[np.ndarray, " B"]) -> Controls:
+    """Return the configured sampling parameters of rows with these sample numbers."""
+    each = {name: np.float32(values)[sample % len(values)] for name, values in vars(cfg.per_sample).items() if values}
+    return controls_for(cfg, len(sample)).replace(**each)

@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[2]
 CANDIDATES = (
     3, 7, 2, 0, 0.5, 0.25, 1.5, True, False, "a: b, 007", "{question} [1]", "a.*", {"a": {"b": 1}},
     [{"kind": "first_samples", "keep": 2}],
-    [{"match": "layers/.*", "lr_scale": 0.5}], [{"grader": "numeric", "weight": 2.0}], [True], ["q", "down"], ["x", "# y"],
-    ["reference_logprobs"], None,
+    [{"match": "layers/.*", "lr_scale": 0.5}], [{"grader": "numeric", "weight": 2.0}], [0.25, 0.5], [True], ["q", "down"],
+    ["x", "# y"], ["reference_logprobs"], None,
 )  # fmt: skip
 
 
@@ -293,7 +293,10 @@ def test_the_last_of_two_flags_counts_and_a_part_overrides_its_section(tmp_path)
         (["--seed"], ["--seed: got no value, want --seed VALUE; --seed=VALUE where it begins with --"]),
         (["--model.pth", "x"], ["--model.pth: no such flag, perhaps you meant --model.path"]),
         (["--model.layerz", "2"], ["--model.layerz: no such flag, perhaps you meant --model.layers"]),
-        (["--temperature", "1"], ["--temperature: no such flag, perhaps you meant --rollout.temperature"]),
+        (
+            ["--temperature", "1"],
+            ["--temperature: no such flag, perhaps you meant --rollout.temperature or --rollout.per_sample.temperature"],
+        ),
         (["--lr", "1"], ["--lr: no such flag, perhaps you meant --warm_start.optimizer.lr or --update.optimizer.lr"]),
         (["--update.optimizr.lr", "1"], ["--update.optimizr.lr: no such flag, perhaps you meant --update.optimizer.lr"]),
         (["--seed.x", "1"], ["--seed.x: no such flag"]),

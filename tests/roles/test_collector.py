@@ -9,7 +9,7 @@ import pytest
 from fakes import groups_of, sums
 
 from jaxrl_llm.environments.grader_pool import Failure, Graded
-from jaxrl_llm.roles.collector import Collected, Collector, GivenUp, never
+from jaxrl_llm.roles.collector import Collected, Collector, GivenUp, ask, never
 from jaxrl_llm.rollout.session import Stats
 from jaxrl_llm.tasks.stream import make_prompts
 from jaxrl_llm.types import Finish, check
@@ -46,9 +46,9 @@ class Session:
     def pending(self):
         return bool(self.order)
 
-    def add(self, prompts, samples, first_sample):
+    def add(self, prompts, samples, controls, first_sample):
         assert samples.tolist() == [G] * 3 and not first_sample.any()
-        self.log.append(("add", prompts))
+        self.log.append(("add", prompts, controls))
         self.prompts = prompts
         return np.arange(len(prompts.length))
 
@@ -104,7 +104,7 @@ class Pool:
         )
 
 
-def collect(order, give_up=never, index=(5, 0, 8)):
+def collect(order, give_up=never, index=(5, 0, 8), asks=lambda prompts: prompts):
     log = []
     prompts = make_prompts(TASK, TASK.train, np.array(index), np.arange(3))
 
@@ -112,10 +112,10 @@ def collect(order, give_up=never, index=(5, 0, 8)):
         log.append(("session", *given))
         return Session(order, log)
 
-    engine = SimpleNamespace(session=session, cfg=SimpleNamespace(samples=G))
+    engine = SimpleNamespace(session=session, cfg=SimpleNamespace(samples=G), controls="the same {}".format)
     pool = Pool(log)
     try:
-        return Collector(engine, pool, TASK)("policy", prompts, TASK.train, "key", give_up), log, pool, prompts
+        return Collector(engine, pool, TASK)("policy", asks(prompts), TASK.train, "key", give_up), log, pool, prompts
     except GivenUp:
         return None, log, pool, prompts
 
@@ -124,9 +124,15 @@ def test_groups_are_submitted_as_they_finish_while_the_rest_decodes():
     _, log, _, prompts = collect([[2], [], [0, 1]])
     answers = [TASK.train[row].answer for row in (5, 0, 8)]
     assert log == [
-        ("session", "policy", "key"), ("add", prompts), "decoded [2]", f"submitted {answers[2:]}", "decoded []", "decoded [0, 1]",
-        f"submitted {answers[:2]}", "waited", "waited",
+        ("session", "policy", "key"), ("add", prompts, "the same 3"), "decoded [2]", f"submitted {answers[2:]}", "decoded []",
+        "decoded [0, 1]", f"submitted {answers[:2]}", "waited", "waited",
     ]  # fmt: skip
+
+
+def test_prompts_have_equal_sampling_parameters_and_requests_those_of_their_samples():
+    """Evaluations hand over prompts; training hands over requests, which the session gives each sample its own temperature."""
+    _, log, _, prompts = collect([[0, 1, 2]], asks=lambda prompts: ask(prompts, G))
+    assert log[1] == ("add", prompts, None)
 
 
 def test_grades_come_to_the_rows_of_their_group_whatever_finished_first():

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import cache
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from jaxrl_llm.distribution.score import Scoring
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.rollout.config import EngineConfig
+from jaxrl_llm.rollout.config import EngineConfig, PerSample
 from jaxrl_llm.rollout.engine import Engine, EngineModel
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Finish, Rollouts, check
@@ -66,6 +67,15 @@ def finish(session) -> None:
         session.advance()
 
 
+def each_like_its_own(got: Rollouts, temperature, cfg, rows, limit) -> None:
+    """Each row of `got`, sampled at a temperature of its own, is that of the call in which all rows have this temperature."""
+    np.testing.assert_array_equal(got.temperature, np.float32(temperature))
+    for t in set(temperature):
+        at = np.array(temperature) == t
+        part = {name: x[at] for name, x in vars(got).items() if name not in ("prompts", "prompt") and x is not None}
+        same_rows(SimpleNamespace(**part), whole(t, cfg), rows[at], np.array(limit)[at])
+
+
 def same_rows(got: Rollouts, want: Rollouts, rows, limit=C) -> None:
     """`got` has the rows `rows` of `want`, cut at `limit`."""
     length = np.minimum(want.length[rows], limit)
@@ -84,11 +94,12 @@ def same_rows(got: Rollouts, want: Rollouts, rows, limit=C) -> None:
 
 @st.composite
 def schedules(draw):
-    """Operations: ("add", prompt, first sample, samples, temperature, limits) or (name, index into the open requests)."""
+    """Operations: ("add", prompt, first sample, samples, temperatures, limits) or (name, index into the open requests)."""
     add = st.integers(0, G - 1).flatmap(
         lambda first: st.integers(1, G - first).flatmap(
             lambda num: st.tuples(
-                st.just("add"), st.integers(0, P - 1), st.just(first), st.just(num), st.sampled_from(TEMPERATURES),
+                st.just("add"), st.integers(0, P - 1), st.just(first), st.just(num),
+                st.lists(st.sampled_from(TEMPERATURES), min_size=num, max_size=num),
                 st.lists(st.integers(1, C), min_size=num, max_size=num),
             )
         )
@@ -117,14 +128,13 @@ class Play:
         finish(self.session)
         for id, (prompt, first, num, temperature, limit) in self.open.items():
             rows = prompt * G + first + np.arange(num)
-            same_rows(self.session.take(id), whole(temperature, self.cfg), rows, np.array(limit))
+            each_like_its_own(self.session.take(id), temperature, self.cfg, rows, limit)
         assert not self.session.requests and not self.session.batch.active.any()
         assert sorted(self.session.output.free) == list(range(len(self.session.output.length)))
 
     def add(self, prompt, first, num, temperature, limit):
-        ids = self.session.add(
-            some(self.prompts, prompt), num, self.engine.controls(1, temperature), np.array([limit]), first_sample=first
-        )
+        controls = self.engine.controls(num).replace(temperature=np.float32(temperature))
+        ids = self.session.add(some(self.prompts, prompt), num, controls, np.array([limit]), first_sample=first)
         self.open[int(ids[0])] = (prompt, first, num, temperature, limit)
 
     def advance(self):
@@ -170,6 +180,22 @@ def test_random_schedules_change_no_token(case, num):
         Play(*CASES[case])(schedule)
 
     play()
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=["one device", "(2,2,2)"])
+def test_each_sample_of_a_group_has_its_own_temperature(sizes):
+    """Sample i has value i mod 3, whichever request asks for it: of 4 samples, and of samples 5 to 8."""
+    per_sample = PerSample(temperature=(3.0, 1.5, 1.5))
+    session = of(sizes=sizes, samples=8, per_sample=per_sample).session(policy_of(sizes=sizes), KEY)
+    prompts = make_prompts(P)
+    ids = session.add(prompts, 4)
+    more = session.add(some(prompts, [0, 1]), 4, first_sample=5)
+    finish(session)
+    got = session.take(ids)
+    each_like_its_own(got, [3.0, 1.5, 1.5, 3.0] * P, ONE_LAYER, np.arange(P * 4), [C] * P * 4)
+    np.testing.assert_array_equal(session.take(more).temperature, np.float32([1.5, 3.0, 1.5, 1.5] * 2))
+    # A row that took its group's first temperature would have other tokens.
+    assert (whole(3.0).tokens != whole(1.5).tokens).any(axis=1).mean() > 0.5
 
 
 def known_part(want: Rollouts, n: np.ndarray) -> list[list[int]]:

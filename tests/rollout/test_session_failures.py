@@ -225,7 +225,7 @@ def some_part(**more):
 
 BAD = {
     "controls: too few": lambda s, p, c: s.add(p, controls=c),
-    "controls: too many": lambda s, p, c: s.add(some(p, 1), controls=of().controls(4)),
+    "controls: too many": lambda s, p, c: s.add(some(p, 1), controls=of().controls(3)),
     "controls: per row": lambda s, p, c: s.add(
         some(p, 1), controls=jax.tree.map(lambda x: np.repeat(x[:, None], G, 1), c)
     ),
