@@ -28,11 +28,15 @@ checkpoint: {{every: 1}}
 metrics: {{rollouts_every: 1, rollout_groups: -1, samples_every: 0, tensorboard: false}}
 experience: {experience}
 """
-# Between them every gate and budget with a state, refill, filters of both kinds, and replay of groups of any size.
+# Between them every curriculum, gate and budget with a state, refill, filters of both kinds, and replay of groups of any size.
 STAGES = {
-    "refill": "{refill: {filter: [success, {kind: no_duplicates}], attempts: 3}, gate: {kind: greso, rate: 0.2}}",
+    "refill": (
+        "{refill: {filter: [success, {kind: no_duplicates}], attempts: 3}, gate: {kind: greso, rate: 0.2},"
+        " curriculum: {kind: stratified_by_difficulty}}"
+    ),
     "knapsack": (
         "{budget: {kind: knapsack, high: 9}, gate: {kind: exclude_solved, visits: 1, returns_after: 2},"
+        " curriculum: {kind: stratified, column: answer},"
         " filter: {any_of: [success, {kind: best_by, keep: 2}]}, replay: {capacity: 6}}"
     ),
     "rounds": (
@@ -102,7 +106,11 @@ def write(directory, name: str, steps: int = 6):
     return path
 
 
-@pytest.fixture(scope="module", params=STAGES)
+# Runs with own stages and states are also killed and resumed by tests/test_newcomer.py.
+EACH = [pytest.param(name, marks=[pytest.mark.soak] if name == "own" else []) for name in STAGES]
+
+
+@pytest.fixture(scope="module", params=EACH)
 def undisturbed(request, tmp_path_factory, environment):  # noqa: F811
     place = tmp_path_factory.mktemp(request.param)
     config = write(place, request.param)
@@ -189,11 +197,15 @@ def test_other_meshes_and_two_processes_sample_and_learn_the_same(undisturbed, t
 
 
 IDENTITIES = {
-    "gates": {"gate": {"kind": "exclude_solved", "solved": None, "hopeless": None}},
-    "a gate that admits all": {"gate": {"kind": "greso", "least": 1.0}},
-    "budgets": {"budget": {"kind": "vip", "low": 4, "high": 4}},
-    "rounds": {"budget": {"kind": "rounds", "per_round": 4, "rounds": 1}},
-    "filters": {"filter": [{"kind": "between"}, "none"]},
+    "a gate, a budget and filters": {
+        "gate": {"kind": "exclude_solved", "solved": None, "hopeless": None},
+        "budget": {"kind": "vip", "low": 4, "high": 4},
+        "filter": [{"kind": "between"}, "none"],
+    },
+    "a gate and rounds": {
+        "gate": {"kind": "greso", "least": 1.0},
+        "budget": {"kind": "rounds", "per_round": 4, "rounds": 1},
+    },
     "refill": {"refill": {"filter": {"kind": "between"}}},
 }
 

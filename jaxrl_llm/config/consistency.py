@@ -14,6 +14,7 @@ from jaxrl_llm.experience.config import (
     FromPassRates,
     KeepAll,
     Signal,
+    StratifiedByDifficulty,
     UniformBudget,
 )
 from jaxrl_llm.model.config import ModelConfig
@@ -124,6 +125,14 @@ def experience_problems(cfg: ExperienceConfig, graders: Sequence[str], prompts: 
         )
     if cfg.refill and _keeps_all(cfg.refill.filter):
         found.append(f"experience.refill.filter: got {cfg.refill.filter.kind}, want one that may reject a group")
+    if isinstance(cfg.curriculum, StratifiedByDifficulty):
+        found += cfg.curriculum.problems
+    for where, part in (("curriculum", cfg.curriculum), ("budget", cfg.budget)):
+        if isinstance(part, StratifiedByDifficulty | FromPassRates) and part.by == "reward":
+            found.append(
+                f"experience.{where} {part.kind}.by: got reward, want success or a grader whose rewards are from 0 to 1: it "
+                "estimates pass rates"
+            )
     return found + budget_problems(cfg.budget, prompts, samples)
 
 
@@ -141,10 +150,6 @@ def budget_problems(budget: Any, prompts: int, samples: int) -> list[str]:
     if isinstance(budget, FromPassRates) and not budget.low <= samples <= budget.high:
         found.append(
             f"{where}: got low {budget.low} and high {budget.high}, want rollout.samples ({samples}) between them"
-        )
-    if isinstance(budget, FromPassRates) and budget.by == "reward":
-        found.append(
-            f"{where}.by: got reward, want success or a grader whose rewards are from 0 to 1: it estimates pass rates"
         )
     if getattr(budget, "initial", 0) > getattr(budget, "high", np.inf):
         found.append(f"{where}.initial: got {budget.initial}, want at most high ({budget.high})")
@@ -174,8 +179,8 @@ def _measuring(cfg: ExperienceConfig) -> list[tuple[str, Any]]:
 
 
 def _parts(cfg: ExperienceConfig) -> list[tuple[str, Any]]:
-    """Gate, budget and single filters, each with its place in the section `experience`."""
+    """Curriculum, gate, budget and single filters, each with its place in the section `experience`."""
     filters = [("filter", cfg.filter)] + ([("refill.filter", cfg.refill.filter)] if cfg.refill else [])
     for where, part in list(filters):
         filters += [(f"{where}.filters.{i}", single) for i, single in enumerate(getattr(part, "filters", ()))]
-    return [("gate", cfg.gate), ("budget", cfg.budget), *filters]
+    return [("curriculum", cfg.curriculum), ("gate", cfg.gate), ("budget", cfg.budget), *filters]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, MinLen
 from pydantic import ConfigDict, Field, model_validator
@@ -24,6 +24,10 @@ from jaxrl_llm.experience.row_filters import (
     NotStale,
     RewardBetween,
 )
+from jaxrl_llm.experience.strata import Columns, StratifiedByColumn, StratifiedByDifficulty
+
+if TYPE_CHECKING:
+    from jaxrl_llm.experience.curricula import Curriculum
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,25 @@ class OwnCurriculum(OwnPart):
     methods: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         {"init": ("num_rows",), "choose": ("state", "rng", "n"), "observe": ("state", "groups")}
     )
+
+    def over(self, columns: Columns, seed: int) -> "Curriculum":
+        from jaxrl_llm.experience.curricula import own_curriculum
+
+        return own_curriculum(self)
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """Every row once per epoch, in an order that the seed shuffles each epoch."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    kind: Literal["shuffled"] = "shuffled"
+
+    def over(self, columns: Columns, seed: int) -> "Curriculum":
+        # Configs are read before JAX is imported.
+        from jaxrl_llm.experience.curricula import in_order, make_order
+
+        return in_order(make_order(len(columns), seed))
 
 
 Rule = (
@@ -158,6 +181,9 @@ class AutoFilter:
 
 
 FilterConfig = Annotated[AutoFilter | Rule | ChainConfig | AllOfConfig | AnyOfConfig, Field(discriminator="kind")]
+CurriculumConfig = Annotated[
+    Shuffled | StratifiedByColumn | StratifiedByDifficulty | OwnCurriculum, Field(discriminator="kind")
+]
 GateConfig = Annotated[AdmitAll | Greso | ExcludeSolved | OwnGate, Field(discriminator="kind")]
 BudgetConfig = Annotated[
     UniformBudget | Vip | Knapsack | Rounds | ReinforceAda | Screening | OwnBudget, Field(discriminator="kind")
@@ -193,8 +219,8 @@ class ExperienceConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    curriculum: OwnCurriculum | None = None
-    """Which rows of the task are sampled next. None: every row once per epoch, in an order that the seed shuffles each epoch."""
+    curriculum: CurriculumConfig = Shuffled()
+    """Which rows of the task are sampled next."""
     gate: GateConfig = field(default_factory=AdmitAll)
     """Which of these prompts are skipped."""
     budget: BudgetConfig = field(default_factory=UniformBudget)

@@ -9,6 +9,8 @@ from jaxtyping import Int
 
 from jaxrl_llm.experience.config import OwnCurriculum
 from jaxrl_llm.experience.stage_checks import checked_init, checked_state, checked_tuple, copied
+from jaxrl_llm.experience.strata import StratifiedByColumn as StratifiedByColumn
+from jaxrl_llm.experience.strata import StratifiedByDifficulty as StratifiedByDifficulty
 from jaxrl_llm.types import Groups
 
 Order = Callable[[int], int]

@@ -10,7 +10,7 @@ from jaxtyping import Array, Key
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.config import AutoFilter, OwnBudget, OwnGate
-from jaxrl_llm.experience.curricula import counted, in_order, make_order, own_curriculum
+from jaxrl_llm.experience.curricula import counted, make_order
 from jaxrl_llm.experience.filters import Filter, make_filter
 from jaxrl_llm.experience.group_filters import KeepAll, Signal
 from jaxrl_llm.experience.own_stages import own_budget, own_gate
@@ -59,8 +59,7 @@ def make_sampler(cfg: RunConfig, task: Task, collect: Callable[..., Collected], 
         collect: a `Collector`.
         key: random key of all sampled tokens.
     """
-    own = cfg.experience.curriculum
-    curriculum = own_curriculum(own) if own else in_order(make_order(len(task.train), cfg.seed))
+    curriculum = cfg.experience.curriculum.over([row.columns for row in task.train], cfg.seed)
     texts_of = lambda groups: task.decode(groups.rollouts.tokens, groups.rollouts.length)  # noqa: E731
     gate = cfg.experience.gate
     gate = own_gate(gate) if isinstance(gate, OwnGate) else gate

@@ -21,11 +21,15 @@ PAGE = (ROOT / "docs" / "filtering.md").read_text(encoding="utf-8")
 def rules(annotation) -> list[type]:
     inner = typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
     composed = (config.ChainConfig, config.AllOfConfig, config.AnyOfConfig)
-    skipped = (config.AutoFilter, config.OwnFilter, config.OwnGate, config.OwnBudget, *composed)
+    own = (config.OwnCurriculum, config.OwnFilter, config.OwnGate, config.OwnBudget)
+    skipped = (config.AutoFilter, *own, *composed)
     return [rule for rule in typing.get_args(inner) if rule not in skipped]
 
 
-@pytest.mark.parametrize("rule", [*rules(config.FilterConfig), *rules(config.GateConfig), *rules(config.BudgetConfig)])
+RULES = [config.CurriculumConfig, config.FilterConfig, config.GateConfig, config.BudgetConfig]
+
+
+@pytest.mark.parametrize("rule", [rule for annotation in RULES for rule in rules(annotation)])
 def test_every_rule_is_in_a_table_and_names_its_source(rule):
     kind = {field.name: field.default for field in dataclasses.fields(rule)}["kind"]
     rows = [line for line in PAGE.splitlines() if line.startswith(f"| `{kind}`")]
@@ -38,9 +42,12 @@ def test_every_rule_is_in_a_table_and_names_its_source(rule):
 
 
 def test_its_config_is_valid():
-    [block] = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    cfg = validate(yaml.safe_load(block), "the page").experience
-    assert cfg.gate.kind == "greso" and cfg.refill.attempts == 10 and len(cfg.filter.filters) == 3
+    first, second = (
+        validate(yaml.safe_load(block), "the page").experience
+        for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    )
+    assert first.gate.kind == "greso" and first.refill.attempts == 10 and len(first.filter.filters) == 3
+    assert second.curriculum.shares == {"easy": 1, "hard": 3}
 
 
 def test_its_example_runs():
