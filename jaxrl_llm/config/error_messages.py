@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxrl_llm.config.flags import Flag
 from jaxrl_llm.config.renamed_keys import new_name
-from jaxrl_llm.config.schema import has_kinds, keys, types_at, variant_of, variants_of
+from jaxrl_llm.config.schema import has_kinds, keys, types_as_written, variant_of, variants_of
 
 # Error types that, among the members of a union, only exclude one member.
 OTHER_MEMBER = ("literal_error", "dataclass_type")
@@ -78,7 +78,7 @@ def _follows_from_a_flag(path: KeyPath, paths: Iterable[KeyPath], root: type, fl
     """True if the key is wrong only because a flag sets a key of another variant of the same section."""
 
     def chooses_variant(at: KeyPath) -> bool:
-        variants = variants_of(types_at(at[:-1], root))
+        variants = variants_of(types_as_written(at[:-1], root))
         return len(variants) > 1 and not has_kinds(variants) and at[-1] in keys(variants)
 
     given = {flag.path for flag in flags}
@@ -90,7 +90,8 @@ def _follows_from_a_flag(path: KeyPath, paths: Iterable[KeyPath], root: type, fl
 
 
 def _path(error: PydanticError, values: Any) -> KeyPath:
-    """Path of the key as the user wrote it: without the names of union members. A wrong `kind` is reported at the kind."""
+    """Path of the key as the user wrote it: without the names of union members. A wrong `kind` is reported at the kind, or at the
+    short form that stands for it."""
     absent = error["type"].startswith(("missing", "unexpected", "invalid_key"))
     path = []
     for n, name in enumerate(error["loc"]):
@@ -102,7 +103,8 @@ def _path(error: PydanticError, values: Any) -> KeyPath:
         else:
             continue
         path.append(str(name))
-    return (*path, "kind") if error["type"].startswith("union_tag") and isinstance(error["input"], dict) else (*path,)
+    has_kind = isinstance(values, dict) and (values.keys() & {"kind"} or error["type"] == "union_tag_not_found")
+    return (*path, "kind") if error["type"].startswith("union_tag") and has_kind else (*path,)
 
 
 def _description(path: KeyPath, errors: list[PydanticError], values: Any, root: type, flags: Sequence[Flag]) -> str:
@@ -110,7 +112,7 @@ def _description(path: KeyPath, errors: list[PydanticError], values: Any, root: 
     if kind == "unexpected_keyword_argument":
         return _no_such_key(path, values, root, flags)
     if kind.startswith("union_tag") and isinstance(error["input"], dict):
-        return _no_such_kind(path, error["input"].get("kind"), root)
+        return _no_such_kind(path, error["input"], root)
     return got_and_want(errors)
 
 
@@ -132,9 +134,13 @@ def _wanted(error: PydanticError) -> str:
     return words.format(msg=error["msg"], **bounds)
 
 
-def _no_such_kind(path: KeyPath, got: Any, root: type) -> str:
-    kinds = [_kind(t) for t in variants_of(types_at(path[:-1], root))]
-    near = difflib.get_close_matches(str(got), kinds, n=1)
+def _no_such_kind(path: KeyPath, value: dict[str, Any], root: type) -> str:
+    section = path[:-1] if path[-1] == "kind" else path
+    kinds = [_kind(t) for t in variants_of(types_as_written(section, root))]
+    got, short = value.get("kind"), [kind for kind in kinds if kind in value]
+    if got is None and short:
+        return f"got {' and '.join(map(str, value))}, want {' or '.join(short)} alone"
+    near = difflib.get_close_matches(str(got), kinds, n=1) if got is not None else []
     hint = f"; perhaps you meant {near[0]}" if near else ""
     return f"got {'nothing' if got is None else repr(got)}, want one of {', '.join(kinds)}{hint}"
 
@@ -149,7 +155,7 @@ def _no_such_key(path: KeyPath, values: Any, root: type, flags: Sequence[Flag]) 
     if renamed := new_name(path):
         return f"got a key that was renamed, want {dashes}{renamed}"
     *parents, name = path
-    variants = variants_of(types_at(parents, root))
+    variants = variants_of(types_as_written(parents, root))
     section = values
     for parent in parents:
         section = section[int(parent)] if isinstance(section, list | tuple) else section[parent]

@@ -44,9 +44,27 @@ def types_at(path: Sequence[str], root: type) -> list[Any]:
     return found
 
 
+def types_as_written(path: Sequence[str], root: type) -> list[Any]:
+    """`types_at`, where a section that has `listed` may stand in its short form: the list of that field, alone or under the name
+    of the kind."""
+    found = [root]
+    for name in path:
+        found = child_types(found, name) or _in_short_form(variants_of(found), name)
+    return found
+
+
+def _in_short_form(variants: Sequence[type], name: str) -> list[Any]:
+    """Types of the entry `name`, an index or a kind, in the short forms of these sections."""
+    found: list[Any] = []
+    for variant in (v for v in variants if hasattr(v, "listed")):
+        lists = child_types([variant], variant.listed)
+        found += lists if name == defaults(variant)["kind"] else child_types(lists, name)
+    return found
+
+
 def variants_of(annotations: Sequence[Any]) -> list[type]:
-    """Dataclasses among the alternatives of all these types."""
-    return [t for annotation in annotations for t in sections(annotation)]
+    """Dataclasses among the alternatives of all these types, each once."""
+    return list(dict.fromkeys(t for annotation in annotations for t in sections(annotation)))
 
 
 def keys(variants: Sequence[type]) -> list[str]:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from jaxrl_llm.config.schema import alternatives, types_at
+from jaxrl_llm.config.schema import alternatives, types_as_written
 from jaxrl_llm.objective.presets import PRESETS, nearest_preset
 from jaxrl_llm.tasks.config import CharacterTokenizer
 
@@ -28,7 +28,7 @@ def unprintable_text(value: Any, path: KeyPath = ()) -> Iterator[Finding]:
 def booleans_for_numbers(value: Any, root: type, path: KeyPath = ()) -> Iterator[Finding]:
     """`true` and `false` in place of a number: Python takes them for 1 and 0."""
     if isinstance(value, bool):
-        types = {a for annotation in types_at(path, root) for a in alternatives(annotation)}
+        types = {a for annotation in types_as_written(path, root) for a in alternatives(annotation)}
         if types & {int, float} and not types & {bool, Any}:
             yield path, f"got {value}, want a {'whole ' if float not in types else ''}number"
     for name, part in _parts(value):

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, MinLen
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from jaxrl_llm.config import user_code
 from jaxrl_llm.config.own_part import OwnPart
@@ -136,9 +136,13 @@ def filter_written_out(value: Any) -> Any:
         return {"kind": "chain", "filters": [filter_written_out(part) for part in value]}
     if isinstance(value, str) and ":" not in value:
         return SHORT.get(value, {"kind": "signal", "by": value})
-    for kind in ("chain", "all_of", "any_of"):
-        if isinstance(value, dict) and kind in value and "kind" not in value:
-            return {"kind": kind, "filters": [filter_written_out(part) for part in value[kind]]}
+    if isinstance(value, dict) and len(value) == 1 and value.keys() <= {"chain", "all_of", "any_of"}:
+        [(kind, parts)] = value.items()
+        # Anything but a list stays as it is, to be refused as such.
+        return {
+            "kind": kind,
+            "filters": filter_written_out(parts)["filters"] if isinstance(parts, list | tuple) else parts,
+        }
     return OwnPart.written_out(value)
 
 
@@ -149,6 +153,8 @@ class ChainConfig:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     filters: Rules
     kind: Literal["chain"] = "chain"
+    listed: ClassVar[str] = "filters"
+    """Field that a short form gives: `config.schema.types_as_written`."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +164,7 @@ class AllOfConfig:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     filters: Rules
     kind: Literal["all_of"] = "all_of"
+    listed: ClassVar[str] = "filters"
 
 
 @dataclass(frozen=True)
@@ -167,6 +174,7 @@ class AnyOfConfig:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     filters: Rules
     kind: Literal["any_of"] = "any_of"
+    listed: ClassVar[str] = "filters"
 
 
 @dataclass(frozen=True)
@@ -212,6 +220,11 @@ class RefillConfig:
         )
 
 
+def _kind_of_replay(value: Any) -> str:
+    is_own = bool(value.keys() & {"kind", "function"}) if isinstance(value, dict) else isinstance(value, OwnReplay)
+    return "own" if is_own else "ring"
+
+
 @dataclass(frozen=True)
 class ExperienceConfig:
     """Which prompts are sampled and how often, which responses are trained on, and for how long. Each part may be a custom one,
@@ -230,7 +243,9 @@ class ExperienceConfig:
     filter: FilterConfig = AutoFilter()
     """Which responses are trained on. Short forms: the name of a measure (success, reward or a grader) keeps groups whose numbers
     differ, as {kind: signal, by: NAME}; a list is a chain, {all_of: [...]} and {any_of: [...]} combine."""
-    replay: ReplayConfig | OwnReplay = ReplayConfig()
+    replay: Annotated[
+        Annotated[ReplayConfig, Tag("ring")] | Annotated[OwnReplay, Tag("own")], Discriminator(_kind_of_replay)
+    ] = ReplayConfig()
 
     @model_validator(mode="before")
     @classmethod

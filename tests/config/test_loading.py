@@ -99,6 +99,51 @@ def test_an_unknown_kind_lists_the_known_ones(refuse):
     assert line.endswith("; perhaps you meant verl:grpo")
 
 
+RULES = (
+    "none, signal, difficulty_band, not_stale, max_variance, first_samples, best_by, not_cut_off, between, no_duplicates, "
+    "no_repetition, own"
+)
+
+
+@pytest.mark.parametrize("section", ["filter", "refill.filter"])
+@pytest.mark.parametrize(
+    "rules, line",
+    [
+        (
+            "[success, {kind: no_duplicate}]",
+            f"1.kind: got 'no_duplicate', want one of {RULES}; perhaps you meant no_duplicates",
+        ),
+        ("[{all_of: [success]}, success]", f"0: got 'all_of', want one of {RULES}"),
+        ("[[success]]", f"0: got 'chain', want one of {RULES}"),
+        ("[auto]", f"0: got 'auto', want one of {RULES}"),
+        ("[{keep: 3}]", f"0.kind: got nothing, want one of {RULES}"),
+        ("{any_of: [{kind: own_}]}", f"any_of.0.kind: got 'own_', want one of {RULES}; perhaps you meant own"),
+        (
+            "{kind: chain, filters: [{kind: own_}]}",
+            f"filters.0.kind: got 'own_', want one of {RULES}; perhaps you meant own",
+        ),
+        ("[{kind: best_by, keepp: 3}]", "0.keepp: no such key, perhaps you meant experience.SECTION.0.keep"),
+        ("[{kind: not_stale, ngram: 3}]", "0.ngram: no such key with kind not_stale, only with no_repetition"),
+        ("[{kind: not_stale, max_age: true}]", "0.max_age: got True, want a whole number"),
+        ("{all_of: [{kind: not_stale, max_age: true}]}", "all_of.0.max_age: got True, want a whole number"),
+        ("{all_of: success}", "all_of: got 'success', want a list, as [a, b]"),
+        ("{all_of: [success], any_of: [success]}", "kind: got all_of and any_of, want all_of or any_of alone"),
+    ],
+)
+def test_what_is_wrong_in_a_short_form_of_a_filter_is_said_where_it_stands(refuse, section, rules, line):
+    text = f"experience: {{filter: {rules}}}" if section == "filter" else f"experience: {{refill: {{filter: {rules}}}}}"
+    assert refuse(text) == [f"experience.{section}.{line.replace('SECTION', section)}"]
+
+
+def test_a_replay_is_a_ring_or_ones_own(refuse):
+    assert refuse("experience: {replay: {kind: ring}}") == [
+        "experience.replay.function: got nothing, want a value",
+        "experience.replay.kind: got 'ring', want 'own'",
+    ]
+    assert refuse("experience: {replay: {function: 3}}") == ["experience.replay.function: got 3, want text"]
+    assert refuse("experience: {replay: {capacity: -1}}") == ["experience.replay.capacity: got -1, want 0 or more"]
+
+
 def test_no_error_hides_another(refuse):
     """An unknown preset, a repeated key, an unknown kind and a tokenizer without a path, each beside all the others."""
     text = (
