@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.config.unused_settings import unused_settings
 from jaxrl_llm.experience.config import (
@@ -13,6 +11,9 @@ from jaxrl_llm.experience.config import (
     ExperienceConfig,
     FromPassRates,
     KeepAll,
+    ReinforceAda,
+    Rounds,
+    Screening,
     Signal,
     StratifiedByDifficulty,
     UniformBudget,
@@ -114,10 +115,7 @@ def experience_problems(cfg: ExperienceConfig, graders: Sequence[str], prompts: 
         if part.by not in ("success", "reward", *graders):
             found.append(f"experience.{where}.by: got {part.by!r}, want one of: {known}")
     for where, part in _parts(cfg):
-        for low, high in (("low", "high"), ("at_least", "at_most")):
-            least, most = getattr(part, low, None), getattr(part, high, None)
-            if None not in (least, most) and least > most:
-                found.append(f"experience.{where}.{low}: got {least}, want at most {high} ({most})")
+        found += [f"experience.{where}.{text}" for text in _out_of_order(part)]
     if cfg.refill and not isinstance(cfg.budget, UniformBudget):
         found.append(
             f"experience.refill: got one beside the budget {cfg.budget.kind}, want one of the two: both say how many samples a "
@@ -136,6 +134,26 @@ def experience_problems(cfg: ExperienceConfig, graders: Sequence[str], prompts: 
     return found + budget_problems(cfg.budget, prompts, samples)
 
 
+# Fields of gates, budgets and filters of which the first is at most the second, or less.
+AT_MOST = (("low", "high"), ("at_least", "at_most"), ("initial", "high"))
+LESS = (("hard", "easy"), ("hopeless", "solved"))
+
+
+def _out_of_order(part: Any) -> list[str]:
+    found = []
+    for low, high in (*AT_MOST, *LESS):
+        least, most = getattr(part, low, None), getattr(part, high, None)
+        if None in (least, most) or least < most or (least == most and (low, high) in AT_MOST):
+            continue
+        want = (
+            f"at most {high} ({most})"
+            if (low, high) in AT_MOST
+            else f"less than {high} ({most}): a mean cannot be both"
+        )
+        found.append(f"{low}: got {least}, want {want}")
+    return found
+
+
 def _keeps_all(chosen: Any) -> bool:
     """True if a filter can reject nothing."""
     parts = [_keeps_all(part) for part in getattr(chosen, "filters", ())]
@@ -144,21 +162,39 @@ def _keeps_all(chosen: Any) -> bool:
     return isinstance(chosen, KeepAll | AutoFilter)
 
 
+NEVER_FULL = "else a step is never full"
+
+
 def budget_problems(budget: Any, prompts: int, samples: int) -> list[str]:
-    """Errors about samples that a budget cannot allocate to P prompts of G samples on average."""
+    """Errors about samples that a budget cannot allocate to P prompts of G samples on average. Bounds in the wrong order are
+    `_out_of_order`."""
     found, where = [], f"experience.budget {budget.kind}"
-    if isinstance(budget, FromPassRates) and not budget.low <= samples <= budget.high:
+    if isinstance(budget, FromPassRates) and budget.low <= budget.high and not budget.low <= samples <= budget.high:
         found.append(
             f"{where}: got low {budget.low} and high {budget.high}, want rollout.samples ({samples}) between them"
         )
-    if getattr(budget, "initial", 0) > getattr(budget, "high", np.inf):
-        found.append(f"{where}.initial: got {budget.initial}, want at most high ({budget.high})")
     first = getattr(budget, "per_round", getattr(budget, "initial", 1))
     if first > samples:
         found.append(
             f"{where}: got {first} samples of each prompt in the first round, want at most rollout.samples ({samples}): "
             f"a step has rollout.prompts ({prompts}) times as many"
         )
+        return found
+    if isinstance(budget, Screening) and budget.initial <= budget.high < samples:
+        found.append(f"{where}.high: got {budget.high}, want rollout.samples ({samples}) or more: {NEVER_FULL}")
+    if isinstance(budget, Rounds) and budget.per_round * budget.rounds < samples:
+        found.append(
+            f"{where}: got per_round {budget.per_round} times rounds {budget.rounds}, want rollout.samples ({samples}) or more: "
+            f"{NEVER_FULL}"
+        )
+    elif isinstance(budget, ReinforceAda) and budget.until == "balanced":
+        # Of a step's samples the other prompts get one round each, at least.
+        most = min(budget.per_round * budget.rounds, prompts * samples - (prompts - 1) * budget.per_round)
+        if budget.keep > most:
+            found.append(
+                f"{where}.keep: got {budget.keep}, want at most {most}, the most samples of a prompt: else none ever has enough of "
+                "both kinds"
+            )
     return found
 
 

@@ -289,7 +289,7 @@ def test_a_sum_of_several_graders_is_never_judged_silently():
         ),
         (
             {"budget": {"kind": "screening", "initial": 4, "high": 2}},
-            "experience.budget screening.initial: got 4, want at most",
+            "experience.budget.initial: got 4, want at most high (2)",
         ),
         (
             {"budget": {"kind": "vip", "by": "reward"}},
@@ -307,12 +307,70 @@ def test_a_sum_of_several_graders_is_never_judged_silently():
             {"filter": {"kind": "difficulty_band", "low": 0.9}},
             "experience.filter.low: got 0.9, want at most high (0.8)",
         ),
+        (
+            {"filter": ["success", {"kind": "between", "at_least": 1, "at_most": 0}]},
+            "experience.filter.filters.1.at_least: got 1.0, want at most at_most (0.0)",
+        ),
+        (
+            {"refill": {"filter": {"any_of": [{"kind": "difficulty_band", "low": 0.9}]}}},
+            "experience.refill.filter.filters.0.low: got 0.9, want at most high (0.8)",
+        ),
         ({"gate": {"kind": "greso", "by": "nobody"}}, "experience.gate.by: got 'nobody', want one of: success, reward"),
+        ({"gate": {"kind": "greso", "low": 0.9, "high": 0.5}}, "experience.gate.low: got 0.9, want at most high (0.5)"),
+        (
+            {"gate": {"kind": "greso", "hard": 0.98}},
+            "experience.gate.hard: got 0.98, want less than easy (0.98): a mean cannot be both",
+        ),
+        (
+            {"gate": {"kind": "exclude_solved", "hopeless": 0.95}},
+            "experience.gate.hopeless: got 0.95, want less than solved (0.9): a mean cannot be both",
+        ),
+        ({"budget": {"kind": "vip", "low": 9, "high": 4}}, "experience.budget.low: got 9, want at most high (4)"),
+        (
+            {"budget": {"kind": "screening", "initial": 4, "high": 7}},
+            "experience.budget screening.high: got 7, want rollout.samples (8) or more",
+        ),
+        (
+            {"budget": {"kind": "rounds", "per_round": 2, "rounds": 3}},
+            "experience.budget rounds: got per_round 2 times rounds 3, want rollout.samples (8) or more",
+        ),
+        (
+            {"budget": {"kind": "reinforce_ada", "per_round": 4, "rounds": 2, "keep": 9}},
+            "experience.budget reinforce_ada.keep: got 9, want at most 8, the most samples of a prompt",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(experience, message):
-    found = training_problems(validate({"experience": experience}, "x"))
-    assert any(line.startswith(message) for line in found), found
+    (found,) = training_problems(validate({"experience": experience}, "x"))
+    assert found.startswith(message)
     assert (
         training_problems(validate({"experience": {"refill": {"filter": {"all_of": ["none", "success"]}}}}, "x")) == []
     )
+
+
+@pytest.mark.parametrize(
+    "experience",
+    [
+        {"gate": {"kind": "exclude_solved", "hopeless": None, "solved": -1.0}},
+        {"gate": {"kind": "exclude_solved", "hopeless": 2.0, "solved": None}},
+        {"budget": {"kind": "screening", "initial": 8, "high": 8}},
+        {"budget": {"kind": "rounds", "per_round": 4, "rounds": 2}},
+        {"budget": {"kind": "reinforce_ada", "per_round": 4, "rounds": 2, "keep": 8}},
+        # It stops at one right response, and never reads `keep`.
+        {"budget": {"kind": "reinforce_ada", "per_round": 4, "rounds": 2, "keep": 9, "until": "positive"}},
+    ],
+)
+def test_what_just_fits_is_accepted(experience):
+    assert training_problems(validate({"experience": experience}, "x")) == []
+
+
+@pytest.mark.parametrize("prompts, most", [(1, 8), (2, 12), (4, 16)])
+def test_reinforce_ada_can_keep_no_more_than_a_prompt_can_get(prompts, most):
+    """8 samples per prompt, rounds of 4, 4 of them: 16 at most, and 8 P less one round of each other prompt, 4 (P - 1)."""
+    budget = {"kind": "reinforce_ada", "per_round": 4, "rounds": 4}
+    values = {"rollout": {"prompts": prompts}, "update": {"minibatches": 1}}
+    found = [
+        training_problems(validate(values | {"experience": {"budget": budget | {"keep": keep}}}, "x"))
+        for keep in (most, most + 1)
+    ]
+    assert found[0] == [] and len(found[1]) == 1 and f"want at most {most}, " in found[1][0]
