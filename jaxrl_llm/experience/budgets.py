@@ -91,7 +91,7 @@ class FromPassRates:
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     by: str = "success"
-    """Measure of a response from 0 to 1: success, or the name of a grader."""
+    """Measure of a response: success, or the name of a grader whose rewards are from 0 to 1; others end the run."""
     low: Annotated[int, Ge(2)] = 2
     """Least samples of a prompt."""
     high: Annotated[int, Ge(2)] = 128

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience import by_prompt
 
 if TYPE_CHECKING:
@@ -31,8 +32,19 @@ def observed(rates: PassRates, groups: "Groups", by: str, memory: float) -> Pass
         groups: graded; a row may be visited several times.
         by: measure of a response, from 0 to 1, as in `Groups.measure`.
         memory: factor of all earlier counts of a row at each of its visits.
+
+    Raises:
+        UserError: a response measures less than 0 or more than 1. Its rate would be no probability, and what is computed from it,
+            as p (1 - p), no variance; cut off at 0 and 1, a penalty from -1 to 0 would make all prompts look alike.
     """
-    right, size = by_prompt.reduced(np.add, groups.measure(by), groups), groups.rollouts.size
+    x = groups.measure(by)
+    outside = x[(groups.rollouts.prompt >= 0) & ((x < 0) | (x > 1))]
+    if len(outside):
+        raise UserError(
+            f"experience.budget.by: got {by}, which gave a response {outside[0]:g}, want success, or a grader whose rewards are "
+            "from 0 to 1: the budget estimates pass rates"
+        )
+    right, size = by_prompt.reduced(np.add, x, groups), groups.rollouts.size
     new = PassRates(rates.right.copy(), rates.samples.copy())
     for p in np.flatnonzero(~np.isnan(right) & (size > 0)):
         row = groups.rollouts.prompts.row[p]
@@ -42,6 +54,7 @@ def observed(rates: PassRates, groups: "Groups", by: str, memory: float) -> Pass
 
 
 def estimated(rates: PassRates, row: Int[np.ndarray, " n"], prior: float) -> Float[np.ndarray, " n"]:
-    """Return the estimate for each row, 0.5 for one that was never visited. `prior`: samples that 0.5 counts for, of all rows."""
+    """Return the estimate for each row, from 0 to 1; 0.5 for one that was never visited. `prior`: samples that 0.5 counts for, of
+    all rows."""
     right, samples = rates.right[row] + 0.5 * prior, rates.samples[row] + prior
     return np.where(samples > 0, right / np.where(samples > 0, samples, 1), 0.5)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_groups import by_prompt, graded, groups_of, ragged
 
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.budgets import Knapsack, ReinforceAda, Rounds, Screening, UniformBudget, Vip
 from jaxrl_llm.experience.pass_rates import PassRates, estimated, observed, unvisited
 
@@ -121,6 +122,20 @@ def test_pass_rates_are_counts_of_which_earlier_ones_fade(groups, memory):
     np.testing.assert_allclose(state.samples, samples)
     want = [(r + 0.5) / (n + 1) for r, n in zip(right, samples, strict=True)]
     np.testing.assert_allclose(estimated(state, np.arange(8), 1.0), want)
+
+
+@pytest.mark.parametrize("budget", [Vip(by="style"), Knapsack(by="style")])
+@pytest.mark.parametrize("outside", [-0.5, 1.5])
+def test_a_measure_that_is_no_rate_is_refused(budget, outside):
+    """p (1 - p) is less than 0 on both sides. A group that could not be graded has none, and fillers do not count."""
+    state = budget.init(2)
+    groups = groups_of([2, 2], [0, 1, np.nan, np.nan], style=[0, 1, outside, outside], rows=6)
+    components = groups.components.copy()
+    components[4:] = outside
+    state = budget.observe(state, groups.replace(components=components))
+    assert estimated(state, np.arange(2), 0.0).tolist() == [0.5, 0.5]
+    with pytest.raises(UserError, match=rf"budget.by: got style, which gave a response {outside}, want .* from 0 to 1"):
+        budget.observe(state, groups_of([2, 2], [0, 1, 0, 1], style=[0, 1, 1, outside]))
 
 
 def in_rounds(budget, right, left):
