@@ -11,6 +11,7 @@ from jaxrl_llm.experience.config import (
     ExperienceConfig,
     FromPassRates,
     KeepAll,
+    NotStale,
     ReinforceAda,
     Rounds,
     Screening,
@@ -121,6 +122,12 @@ def experience_problems(cfg: ExperienceConfig, graders: Sequence[str], prompts: 
             f"experience.refill: got one beside the budget {cfg.budget.kind}, want one of the two: both say how many samples a "
             "step draws"
         )
+    found += [
+        f"experience.{where}: got not_stale, want a filter that judges each group on its own: it compares with the newest row of "
+        "all groups, and a refill sees only those that have just finished; experience.filter takes it"
+        for where, part in _parts(cfg)
+        if where.startswith("refill.") and isinstance(part, NotStale)
+    ]
     if cfg.refill and _keeps_all(cfg.refill.filter):
         found.append(f"experience.refill.filter: got {cfg.refill.filter.kind}, want one that may reject a group")
     if isinstance(cfg.curriculum, StratifiedByDifficulty):

@@ -205,7 +205,8 @@ class RefillConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     filter: FilterConfig = field(default_factory=Signal)
-    """Rejects a group of which it keeps no row. Filters that keep a state cannot be used here."""
+    """Rejects a group of which it keeps no row, judging each on its own. Filters that keep a state, and `not_stale`, which compares
+    with other groups, cannot be used here."""
     attempts: Annotated[int, Ge(1)] = 10
     """Prompts sampled in a step, at most, per prompt of the step. When they run out, the step trains on the groups that were
     accepted; `update.guards.max_dropped` ends a run in which that is none, again and again."""

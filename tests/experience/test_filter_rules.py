@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import typing
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from random_groups import Row, by_prompt, graded, groups_of, measured, ragged
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience import filters
+from jaxrl_llm.experience import config, filters
 from jaxrl_llm.experience.group_filters import DifficultyBand, KeepAll, Signal
 from jaxrl_llm.experience.row_filters import (
     BestBy,
@@ -24,7 +25,7 @@ from jaxrl_llm.experience.row_filters import (
     repeated,
 )
 from jaxrl_llm.metrics.estimates import correct
-from jaxrl_llm.types import Finish, Groups
+from jaxrl_llm.types import Finish, Groups, select_groups
 
 many = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 BY = st.sampled_from(["success", "reward", "right", "style"])
@@ -157,6 +158,7 @@ def test_rules_of_single_rows(groups):
     assert kept(NoDuplicates(), groups) == set(first.values())
     # Versions are as far as 8 apart; the newest is that of any token.
     newest = int(groups.rollouts.version.max())
+    # A refill, which sees only some of the groups at a time, may have any rule but this one.
     assert kept(NotStale(max_age=2), groups) == {row.index for row in rows if newest - row.oldest <= 2}
 
 
@@ -249,3 +251,17 @@ def test_a_reward_that_is_the_bound_is_within_it():
         assert groups.measure("success").tolist() == [1, 0] == correct(groups.components[:, 0], x).tolist()
         assert kept(RewardBetween(by="right", at_least=x, at_most=x), groups) == {0}
         assert kept(DifficultyBand(by="right", low=x, high=x), groups_of([3], [x] * 3)) == {0, 1, 2}
+
+
+ALONE = [rule() for rule in typing.get_args(config.Rule) if rule not in (NotStale, config.OwnFilter)]
+
+
+@many
+@given(ragged())
+def test_rules_of_a_refill_judge_each_group_on_its_own(groups):
+    """Groups finish in an order that no rule may see."""
+    size = groups.rollouts.size
+    start, some = np.cumsum(size) - size, np.flatnonzero(size)
+    for rule in ALONE:
+        each = [{start[p] + b for b in kept(rule, select_groups(groups, np.array([p])))} for p in some]
+        assert set().union(*each) == kept(rule, groups), rule

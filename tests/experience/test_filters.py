@@ -315,6 +315,10 @@ def test_a_sum_of_several_graders_is_never_judged_silently():
             {"refill": {"filter": {"any_of": [{"kind": "difficulty_band", "low": 0.9}]}}},
             "experience.refill.filter.filters.0.low: got 0.9, want at most high (0.8)",
         ),
+        (
+            {"refill": {"filter": ["success", {"kind": "not_stale"}]}},
+            "experience.refill.filter.filters.1: got not_stale, want a filter that judges each group on its own",
+        ),
         ({"gate": {"kind": "greso", "by": "nobody"}}, "experience.gate.by: got 'nobody', want one of: success, reward"),
         ({"gate": {"kind": "greso", "low": 0.9, "high": 0.5}}, "experience.gate.low: got 0.9, want at most high (0.5)"),
         (
