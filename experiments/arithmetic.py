@@ -5,6 +5,7 @@ the library's own loop. The arms of a seed have the held-out prompts, the warm s
 common. Evaluation is exact: `eval/exact` is the mean probability of the right response, teacher-forced.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import results_file
+from experiments import report, results_file
 from jaxrl_llm.checkpoint.config import CheckpointConfig
 from jaxrl_llm.config.run_config import RunConfig, to_dict
 from jaxrl_llm.metrics.config import MetricsConfig
@@ -85,6 +86,36 @@ class Record(NamedTuple):
     """As `seconds`, over all threads."""
     exact: float
     """`eval/exact`."""
+
+
+def command(
+    doc: str,
+    path: Path,
+    arms: Mapping[str, Arm],
+    tables: Callable[[list[dict]], str],
+    panels: Mapping[str, Sequence[str]],
+    seeds: Sequence[int] = SEEDS,
+    prepare: Callable[[], None] = lambda: None,
+) -> None:
+    """The command of an experiment: train its arms, print its tables and write the plot beside the results file.
+
+    Args:
+        doc: of the module; its first line is the help.
+        path: of the results file.
+        arms: by name.
+        tables: returns the tables of the runs of the file.
+        panels: of the plot, as in `report.plot`.
+        seeds: of the runs.
+        prepare: called before the runs.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--report", action="store_true", help="no runs: the plot and the tables from the results file")
+    if not parser.parse_args().report:
+        prepare()
+        train_arms(path, arms, seeds)
+    runs = results_file.read(path)
+    print(tables(runs))
+    report.plot(path.with_suffix(".png"), runs, panels)
 
 
 def train_arms(path: Path, arms: Mapping[str, Arm], seeds: Sequence[int] = SEEDS, every: int = EVERY) -> None:

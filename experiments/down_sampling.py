@@ -6,12 +6,11 @@
 16 prompts per step. An update on 8 responses per prompt costs as much whether 8 or 32 were sampled.
 """
 
-import argparse
 from dataclasses import replace
 
 from experiments import report
-from experiments.arithmetic import SETUP, Arm, train_arms
-from experiments.results_file import DIRECTORY, read
+from experiments.arithmetic import SETUP, Arm, command
+from experiments.results_file import DIRECTORY
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.experience.config import ChainConfig, ExperienceConfig, FirstSamples, MaxVariance, Signal
 
@@ -40,16 +39,9 @@ ARMS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--report", action="store_true", help="no runs: the plot and the tables from the results file")
-    if not parser.parse_args().report:
-        train_arms(RESULTS, ARMS)
-    runs = read(RESULTS)
-    print(report.table(runs, list(ARMS), STEPS, SAMPLES))
-    print(f"\n{report.reached_table(runs, list(ARMS), REACHED)}")
-    report.plot(RESULTS.with_suffix(".png"), runs, {"8 of 32": list(ARMS)})
+def tables(runs: list[dict]) -> str:
+    return f"{report.table(runs, list(ARMS), STEPS, SAMPLES)}\n\n{report.reached_table(runs, list(ARMS), REACHED)}"
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, RESULTS, ARMS, tables, {"8 of 32": list(ARMS)})

@@ -7,12 +7,11 @@ All arms train on 32 groups of 8 per step at most. Without refill, groups withou
 replaced until the batch is full. A gate spares some of the prompts that would be rejected.
 """
 
-import argparse
 from dataclasses import replace
 
 from experiments import report
-from experiments.arithmetic import SETUP, Arm, train_arms
-from experiments.results_file import DIRECTORY, read
+from experiments.arithmetic import SETUP, Arm, command
+from experiments.results_file import DIRECTORY
 from jaxrl_llm.experience.config import ExcludeSolved, ExperienceConfig, Greso, KeepAll, RefillConfig, Signal
 
 RESULTS = DIRECTORY / "dynamic_sampling.json"
@@ -28,16 +27,9 @@ STAGES = {
 ARMS = {name: Arm(replace(SETUP, steps=STEPS, experience=stages)) for name, stages in STAGES.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--report", action="store_true", help="no runs: the plot and the tables from the results file")
-    if not parser.parse_args().report:
-        train_arms(RESULTS, ARMS)
-    runs = read(RESULTS)
-    print(report.table(runs, list(ARMS), STEPS, SAMPLES))
-    print(f"\n{report.reached_table(runs, list(ARMS), REACHED)}")
-    report.plot(RESULTS.with_suffix(".png"), runs, {"dynamic sampling": list(ARMS)})
+def tables(runs: list[dict]) -> str:
+    return f"{report.table(runs, list(ARMS), STEPS, SAMPLES)}\n\n{report.reached_table(runs, list(ARMS), REACHED)}"
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, RESULTS, ARMS, tables, {"dynamic sampling": list(ARMS)})

@@ -8,12 +8,11 @@ right in a few percent of its responses, so most groups are all wrong: by the su
 Only the filter's measure differs between the arms. Advantages are GRPO's, which are divided by the group's standard deviation.
 """
 
-import argparse
 from dataclasses import replace
 
 from experiments import report
-from experiments.arithmetic import SETUP, Arm, train_arms
-from experiments.results_file import DIRECTORY, read
+from experiments.arithmetic import SETUP, Arm, command
+from experiments.results_file import DIRECTORY
 from jaxrl_llm.environments.config import GraderConfig, RewardConfig
 from jaxrl_llm.experience.config import ExperienceConfig, KeepAll, RefillConfig, Signal
 from jaxrl_llm.objective.config import ObjectiveConfig
@@ -47,15 +46,9 @@ ARMS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--report", action="store_true", help="no runs: the plot and the tables from the results file")
-    if not parser.parse_args().report:
-        train_arms(RESULTS, ARMS)
-    runs = read(RESULTS)
-    print(report.table(runs, list(ARMS), STEPS, SAMPLES))
-    report.plot(RESULTS.with_suffix(".png"), runs, {"measure of the filter": list(ARMS)})
+def tables(runs: list[dict]) -> str:
+    return report.table(runs, list(ARMS), STEPS, SAMPLES)
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, RESULTS, ARMS, tables, {"measure of the filter": list(ARMS)})

@@ -7,7 +7,6 @@ Half of the prompts are sums of three digits, on which the policy was warmed up,
 All arms have 32 prompts and 256 samples per step.
 """
 
-import argparse
 import itertools
 import json
 from dataclasses import replace
@@ -16,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from experiments import report
-from experiments.arithmetic import SETUP, Arm, train_arms
-from experiments.results_file import DIRECTORY, read
+from experiments.arithmetic import SETUP, Arm, command
+from experiments.results_file import DIRECTORY
 from jaxrl_llm.experience.config import (
     ExperienceConfig,
     Knapsack,
@@ -69,16 +68,9 @@ ARMS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--report", action="store_true", help="no runs: the plot and the tables from the results file")
-    if not parser.parse_args().report:
-        write_pool(POOL)
-        train_arms(RESULTS, ARMS)
-    runs = read(RESULTS)
-    print(report.table(runs, list(ARMS), STEPS, SAMPLES))
-    report.plot(RESULTS.with_suffix(".png"), runs, {"budgets": list(ARMS)})
+def tables(runs: list[dict]) -> str:
+    return report.table(runs, list(ARMS), STEPS, SAMPLES)
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, RESULTS, ARMS, tables, {"budgets": list(ARMS)}, prepare=lambda: write_pool(POOL))

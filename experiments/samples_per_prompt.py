@@ -7,12 +7,11 @@ With 256 samples per step, more samples per prompt mean fewer prompts; all arms 
 step, they mean more samples: an arm then has the steps for both comparisons, 80 steps and the samples of 80 steps with K = 8.
 """
 
-import argparse
 from dataclasses import replace
 
 from experiments import report
-from experiments.arithmetic import SETUP, Arm, train_arms
-from experiments.results_file import DIRECTORY, read
+from experiments.arithmetic import SETUP, Arm, command
+from experiments.results_file import DIRECTORY
 from jaxrl_llm.config.run_config import RunConfig
 
 RESULTS = DIRECTORY / "samples_per_prompt.json"
@@ -28,20 +27,19 @@ FIXED_SAMPLES = {f"{SAMPLES // k} x {k}": Arm(config(SAMPLES // k, k, STEPS)) fo
 """Arms by prompts x samples per prompt."""
 FIXED_PROMPTS = {f"{PROMPTS} x {k}": Arm(config(PROMPTS, k, max(STEPS, STEPS * 8 // k))) for k in (2, 4, 8, 16)}
 ARMS = FIXED_SAMPLES | FIXED_PROMPTS
+PANELS = {
+    f"{SAMPLES} samples per step": list(FIXED_SAMPLES),
+    f"{PROMPTS} prompts per step": list(FIXED_PROMPTS),
+}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--report", action="store_true", help="no runs: the plot and the tables from the results file")
-    if not parser.parse_args().report:
-        train_arms(RESULTS, ARMS, SEEDS)
-    runs = read(RESULTS)
-    panels = {f"{SAMPLES} samples per step": FIXED_SAMPLES, f"{PROMPTS} prompts per step": FIXED_PROMPTS}
-    for title, arms in panels.items():
-        print(f"\n{title}, prompts x samples per prompt\n\n{report.table(runs, list(arms), STEPS, STEPS * SAMPLES)}")
-        print(f"\n{report.budget_table(runs, list(arms), BUDGETS)}")
-    report.plot(RESULTS.with_suffix(".png"), runs, panels)
+def tables(runs: list[dict]) -> str:
+    return "\n".join(
+        f"\n{title}, prompts x samples per prompt\n\n{report.table(runs, arms, STEPS, STEPS * SAMPLES)}"
+        f"\n\n{report.budget_table(runs, arms, BUDGETS)}"
+        for title, arms in PANELS.items()
+    )
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, RESULTS, ARMS, tables, PANELS, SEEDS)

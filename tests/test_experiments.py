@@ -6,7 +6,7 @@ import json
 import pytest
 
 from experiments import report, results_file
-from experiments.arithmetic import SETUP, Arm, Record, changes_of, to_records, train_arms
+from experiments.arithmetic import SETUP, Arm, Record, changes_of, command, to_records, train_arms
 from jaxrl_llm.model.config import ModelConfig
 
 TINY = dataclasses.replace(
@@ -59,6 +59,18 @@ def test_only_what_the_file_lacks_is_run(path, monkeypatch):
 def test_a_run_with_another_config_is_not_taken_for_this_one(path):
     with pytest.raises(SystemExit, match=r"'16 x 2', seed 0.*remove the run from the file"):
         train_arms(path, {"16 x 2": Arm(TINY)}, seeds=(0,), every=1)
+
+
+@pytest.mark.parametrize("options, calls", [([], ["prepare", "train"]), (["--report"], [])])
+def test_the_command_trains_only_what_a_report_does_not_need(path, tmp_path, monkeypatch, capsys, options, calls):
+    mine, done = tmp_path / "tiny.json", []
+    mine.write_text(path.read_text())
+    monkeypatch.setattr("experiments.arithmetic.train_arms", lambda *args: done.append("train"))
+    monkeypatch.setattr("sys.argv", ["tiny", *options])
+    prepare = lambda: done.append("prepare")  # noqa: E731
+    command("Help.", mine, {"8 x 4": Arm(TINY)}, lambda runs: f"{len(runs)} runs", {"all": ["8 x 4"]}, (0,), prepare)
+    assert done == calls and capsys.readouterr().out == "2 runs\n"
+    assert mine.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_changes_are_those_from_the_setup():
