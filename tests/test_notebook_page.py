@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -69,6 +70,27 @@ def test_the_loop_of_the_page_runs_as_it_stands_there(place, capsys):
     again = rl.load_model(place / "trained", notebook["mesh"])
     for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(notebook["state"].params), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b).astype(jax.numpy.bfloat16).astype(np.float32))
+
+
+def test_what_the_page_computes_per_group_is_right_for_groups_of_any_size():
+    """Groups of 3, 1 and 4 rows: rewards less means of 1, 3 and 2; two minibatches, of two groups and of one."""
+    groups = SimpleNamespace(
+        reward=np.float32([0, 1, 2, 3, 1, 1, 2, 4]),
+        failure=np.zeros(3),
+        keep=np.ones(8, bool),
+        rollouts=SimpleNamespace(prompt=np.repeat(np.arange(3), [3, 1, 4])),
+        replace=lambda keep: keep,
+    )
+    blocks, kept = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL), []
+    names = {"np": np, "groups": groups, "state": None, "rng": np.random.default_rng(0)}
+    names |= {"rl": SimpleNamespace(make_batch=lambda keep, credit: keep)}
+    names |= {"update": lambda state, batch: (state, kept.append(batch))}
+    exec(next(block for block in blocks if block.startswith("prompt = groups")), names)
+    assert names["credit"].tolist() == [-1, 0, 1, 0, -1, -1, 0, 2]
+    exec(next(block for block in blocks if block.startswith("for part in")), names)
+    # Each row once, and no group in two.
+    np.testing.assert_array_equal(np.sum(kept, axis=0), np.ones(8))
+    assert sorted(len(set(groups.rollouts.prompt[rows])) for rows in kept) == [1, 2]
 
 
 # As the loop: one update per step, no warm start, mean over tokens; a reward with a signal for an untrained model.

@@ -77,10 +77,8 @@ def in_batch(batch: Batch, r: int) -> dict[str, Any]:
 
 def teaching_row(groups: Groups) -> int:
     """Row of the first right response in a group that also has wrong ones."""
-    reward = groups.reward.reshape(len(groups.failure), -1)
-    mixed = np.flatnonzero((reward.max(axis=1) > 0) & (reward.min(axis=1) < reward.max(axis=1)))
-    p = int(mixed[0])
-    return p * reward.shape[1] + int(np.argmax(reward[p]))
+    right, prompt = groups.reward == 1, groups.rollouts.prompt
+    return int(np.flatnonzero(right & np.isin(prompt, prompt[groups.reward < 1]))[0])
 
 
 def stations(run: train.Run) -> list[str]:
@@ -89,7 +87,8 @@ def stations(run: train.Run) -> list[str]:
     source.use(policy)
     graded = source.take(int(state.step))
     b = teaching_row(graded)
-    p, rollouts = b // 4, graded.rollouts
+    rollouts, p = graded.rollouts, graded.rollouts.prompt[b]
+    group = rollouts.prompt == p
     row = task.train[int(rollouts.prompts.row[p])]
     _, groups, dropped = learner.filter.apply(state.filters, graded)
     _, groups, _ = learner.replay.exchange(state.replay, groups, rng)
@@ -120,8 +119,8 @@ def stations(run: train.Run) -> list[str]:
             "5. `Groups`, after the filter",
             "experience",
             {
-                "reward of its group": graded.reward[p * 4 : p * 4 + 4],
-                "keep of its group": groups.keep[p * 4 : p * 4 + 4],
+                "reward of its group": graded.reward[group],
+                "keep of its group": groups.keep[group],
                 **{f"metric {name}": value for name, value in dropped.items()},
             },
         ),
