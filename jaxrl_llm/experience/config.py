@@ -147,34 +147,40 @@ def filter_written_out(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class ChainConfig:
-    """Each filter applied to what the one before left."""
+class ComposedFilter:
+    """The part of a filter that is made of others."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
     filters: Rules
-    kind: Literal["chain"] = "chain"
     listed: ClassVar[str] = "filters"
     """Field that a short form gives: `config.schema.types_as_written`."""
 
+    @staticmethod
+    def written_out(value: Any) -> Any:
+        """Expand `{all_of: [...]}` and the like, as a flag may give it."""
+        return filter_written_out(value) if isinstance(value, dict) else value
+
 
 @dataclass(frozen=True)
-class AllOfConfig:
+class ChainConfig(ComposedFilter):
+    """Each filter applied to what the one before left."""
+
+    kind: Literal["chain"] = "chain"
+
+
+@dataclass(frozen=True)
+class AllOfConfig(ComposedFilter):
     """Rows that all filters keep, each applied to all rows."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
-    filters: Rules
     kind: Literal["all_of"] = "all_of"
-    listed: ClassVar[str] = "filters"
 
 
 @dataclass(frozen=True)
-class AnyOfConfig:
+class AnyOfConfig(ComposedFilter):
     """Rows that at least one filter keeps, each applied to all rows."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
-    filters: Rules
     kind: Literal["any_of"] = "any_of"
-    listed: ClassVar[str] = "filters"
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from jaxrl_llm import cli
 from jaxrl_llm.cli import read_config
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.experience.config import NoDuplicates, Signal
 from jaxrl_llm.model.config import LinearRope, ModelConfig, PretrainedModel
 from jaxrl_llm.objective.loss_config import Cispo, Clip, KlConfig, PolicyGradient
 from jaxrl_llm.parallel.config import MeshConfig
@@ -250,6 +251,18 @@ def test_lists_and_mappings(tmp_path):
     assert read(tmp_path, gym, "--task.config", "{x: 1}").task.config == {"x": 1}
     groups = read(tmp_path, "seed: 0", "--update.optimizer.groups.0.match", "embed").update.optimizer.groups
     assert groups == (GroupConfig("embed"),)
+
+
+@pytest.mark.parametrize(
+    "file", ["seed: 0", "experience: {filter: [none]}", "experience: {filter: {any_of: [reward]}}"]
+)
+@pytest.mark.parametrize("kind", ["chain", "all_of", "any_of"])
+def test_a_composed_filter_replaces_that_of_the_file(tmp_path, file, kind):
+    both = (Signal(by="success"), NoDuplicates())
+    parts = f"{{{kind}: [success, {{kind: no_duplicates}}]}}"
+    experience = read(tmp_path, file, "--experience.filter", parts, "--experience.refill.filter", parts).experience
+    assert (experience.filter.kind, experience.filter.filters) == (kind, both)
+    assert (experience.refill.filter.kind, experience.refill.filter.filters) == (kind, both)
 
 
 def test_text_stays_text_and_numbers_become_numbers(tmp_path):
