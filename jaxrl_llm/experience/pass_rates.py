@@ -41,8 +41,8 @@ def observed(rates: PassRates, groups: "Groups", by: str, memory: float) -> Pass
     outside = x[(groups.rollouts.prompt >= 0) & ((x < 0) | (x > 1))]
     if len(outside):
         raise UserError(
-            f"experience.budget.by: got {by}, which gave a response {outside[0]:g}, want success, or a grader whose rewards are "
-            "from 0 to 1: the budget estimates pass rates"
+            f"experience: got pass rates by {by}, which gave a response {outside[0]:g}, want them by success, or by a grader whose "
+            "rewards are from 0 to 1"
         )
     right, size = by_prompt.reduced(np.add, x, groups), groups.rollouts.size
     new = PassRates(rates.right.copy(), rates.samples.copy())

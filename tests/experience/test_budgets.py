@@ -134,7 +134,9 @@ def test_a_measure_that_is_no_rate_is_refused(budget, outside):
     components[4:] = outside
     state = budget.observe(state, groups.replace(components=components))
     assert estimated(state, np.arange(2), 0.0).tolist() == [0.5, 0.5]
-    with pytest.raises(UserError, match=rf"budget.by: got style, which gave a response {outside}, want .* from 0 to 1"):
+    with pytest.raises(
+        UserError, match=rf"got pass rates by style, which gave a response {outside}, want .* from 0 to 1"
+    ):
         budget.observe(state, groups_of([2, 2], [0, 1, 0, 1], style=[0, 1, 1, outside]))
 
 
