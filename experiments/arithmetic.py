@@ -8,6 +8,7 @@ common. Evaluation is exact: `eval/exact` is the mean probability of the right r
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import tempfile
 import time
@@ -30,7 +31,7 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.roles.start_or_restore import start_rl
 from jaxrl_llm.roles.state import RunState
 from jaxrl_llm.rollout.config import RolloutConfig
-from jaxrl_llm.tasks.config import ArithmeticTask
+from jaxrl_llm.tasks.config import ArithmeticTask, FileTask
 from jaxrl_llm.train import Run, Step, first_policy, open_run, step, supervise
 from jaxrl_llm.types import PyTree
 from jaxrl_llm.update.config import UpdateConfig, WarmStartConfig
@@ -40,10 +41,11 @@ SEEDS = (0, 1, 2)
 EVERY = 10
 """Steps between records."""
 NEVER = 10**9
+HELD_OUT = 128
 
 SETUP = RunConfig(
     steps=100,
-    task=ArithmeticTask(terms=3, held_out=128),
+    task=ArithmeticTask(terms=3, held_out=HELD_OUT),
     model=ModelConfig(vocab_size=16, layers=2, d_model=64, heads=4, kv_heads=2, head_dim=16, d_mlp=128),
     warm_start=WarmStartConfig(
         steps=500, rows=128, noise=0.56, optimizer=AdamW(lr=2e-3, warmup_steps=20, weight_decay=0.1)
@@ -55,6 +57,34 @@ SETUP = RunConfig(
     metrics=MetricsConfig(console_every=NEVER, samples_every=0, rollouts_every=0, tensorboard=False),
 )
 """Everything that an arm does not change. The loss clips at 0.2 on both sides and has no KL term: its defaults."""
+
+
+class Pool(NamedTuple):
+    """Prompts that are not all sums of three digits, in a file."""
+
+    name: str
+    """Of the file."""
+    terms: tuple[int, ...]
+    """Numbers of digits, equally many sums of each."""
+    rows: int
+    """HELD_OUT of them are held out."""
+
+    @property
+    def path(self) -> Path:
+        return Path("runs") / f"{self.name}.jsonl"
+
+    @property
+    def task(self) -> FileTask:
+        return FileTask(str(self.path), held_out=HELD_OUT, response="{sum}")
+
+    def write(self) -> None:
+        """Write the file, in random order."""
+        rng, each = np.random.default_rng(0), self.rows // len(self.terms)
+        digits = [d for n in self.terms for d in rng.permutation(list(itertools.product(range(10), repeat=n)))[:each]]
+        prompts = [(ArithmeticTask.prompt([str(x) for x in d]), str(sum(d))) for d in digits]
+        rows = [{"prompt": prompt, "answer": f"{total}#", "sum": total} for prompt, total in prompts]
+        self.path.parent.mkdir(exist_ok=True)
+        self.path.write_text("".join(f"{json.dumps(rows[i])}\n" for i in rng.permutation(len(rows))))
 
 
 def unchanged(run: Run) -> Run:
@@ -95,7 +125,7 @@ def command(
     tables: Callable[[list[dict]], str],
     panels: Mapping[str, Sequence[str]],
     seeds: Sequence[int] = SEEDS,
-    prepare: Callable[[], None] = lambda: None,
+    pools: Sequence[Pool] = (),
 ) -> None:
     """The command of an experiment: train its arms, print its tables and write the plot beside the results file.
 
@@ -106,12 +136,13 @@ def command(
         tables: returns the tables of the runs of the file.
         panels: of the plot, as in `report.plot`.
         seeds: of the runs.
-        prepare: called before the runs.
+        pools: prompts of the arms, whose files are written before the runs.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--report", action="store_true", help="no runs: the plot and the tables from the results file")
     if not parser.parse_args().report:
-        prepare()
+        for pool in pools:
+            pool.write()
         train_arms(path, arms, seeds)
     runs = results_file.read(path)
     print(tables(runs))

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from experiments import report, results_file
-from experiments.arithmetic import SETUP, Arm, Record, changes_of, command, to_records, train_arms
+from experiments.arithmetic import SETUP, Arm, Pool, Record, changes_of, command, to_records, train_arms
 from jaxrl_llm.model.config import ModelConfig
 
 TINY = dataclasses.replace(
@@ -61,16 +61,28 @@ def test_a_run_with_another_config_is_not_taken_for_this_one(path):
         train_arms(path, {"16 x 2": Arm(TINY)}, seeds=(0,), every=1)
 
 
-@pytest.mark.parametrize("options, calls", [([], ["prepare", "train"]), (["--report"], [])])
+@pytest.mark.parametrize("options, calls", [([], ["train"]), (["--report"], [])])
 def test_the_command_trains_only_what_a_report_does_not_need(path, tmp_path, monkeypatch, capsys, options, calls):
     mine, done = tmp_path / "tiny.json", []
     mine.write_text(path.read_text())
     monkeypatch.setattr("experiments.arithmetic.train_arms", lambda *args: done.append("train"))
     monkeypatch.setattr("sys.argv", ["tiny", *options])
-    prepare = lambda: done.append("prepare")  # noqa: E731
-    command("Help.", mine, {"8 x 4": Arm(TINY)}, lambda runs: f"{len(runs)} runs", {"all": ["8 x 4"]}, (0,), prepare)
-    assert done == calls and capsys.readouterr().out == "2 runs\n"
+    monkeypatch.chdir(tmp_path)
+    pool = Pool("few", (1, 2), 20)
+    command("Help.", mine, {"8 x 4": Arm(TINY)}, lambda runs: f"{len(runs)} runs", {"all": ["8 x 4"]}, (0,), (pool,))
+    assert done == calls and capsys.readouterr().out == "2 runs\n" and pool.path.exists() == bool(calls)
     assert mine.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_pool_has_equally_many_sums_of_each_number_of_digits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pool = Pool("few", (1, 2), 20)
+    pool.write()
+    rows = [json.loads(line) for line in pool.path.read_text().splitlines()]
+    digits = [row["prompt"].strip("<>").split("+") for row in rows]
+    assert sorted(map(len, digits)) == [1] * 10 + [2] * 10 and len({row["prompt"] for row in rows}) == 20
+    assert [row["sum"] for row in rows] == [str(sum(map(int, d))) for d in digits]
+    assert all(row["answer"] == row["sum"] + "#" for row in rows) and str(pool.path) == pool.task.path
 
 
 def test_changes_are_those_from_the_setup():
