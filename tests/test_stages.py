@@ -18,7 +18,7 @@ from jaxrl_llm.errors import DroppedError
 BASE = """
 steps: {steps}
 model: {{vocab_size: 16, layers: 1, d_model: 32, heads: 8, kv_heads: 8, head_dim: 8, d_mlp: 64}}
-rollout: {{prompts: 8, samples: 4, max_new_tokens: 4}}
+rollout: {{prompts: 8, samples: 4, max_new_tokens: 4, per_sample: {per_sample}}}
 task: {{kind: arithmetic, terms: 2, held_out: 60}}
 reward: {{workers: 1, grader: "stage_graders:first_is_low"}}
 objective: {{advantage: {{kind: rloo}}, baseline_over: {baseline}}}
@@ -48,7 +48,8 @@ STAGES = {
         " filter: {kind: no_repetition, ngram: 1}}"
     ),
 }
-BASELINE = {"rounds": "kept"}
+OPTIONS = {"baseline": "sampled", "per_sample": "{}"}
+MORE = {"rounds": {"baseline": "kept", "per_sample": "{temperature: [1.5, 0.7, 1.0]}"}}
 GRADERS = '''
 import numpy as np
 
@@ -102,7 +103,7 @@ class NotTwice:
 def write(directory, name: str, steps: int = 6):
     (directory / "stage_graders.py").write_text(GRADERS)
     path = directory / f"{name}.yaml"
-    path.write_text(BASE.format(steps=steps, experience=STAGES[name], baseline=BASELINE.get(name, "sampled")))
+    path.write_text(BASE.format(steps=steps, experience=STAGES[name], **OPTIONS | MORE.get(name, {})))
     return path
 
 
@@ -138,6 +139,8 @@ def test_a_run_with_stages_does_what_they_say(undisturbed):
     each = {(row["step"], row["uid"], row["sample"]) for row in logged}
     # No response is there twice, so no noise was used twice.
     assert len(each) == len(logged)
+    temperatures = np.float32([1.5, 0.7, 1.0] if name == "rounds" else [1.0])
+    assert all(row["temperature"] == temperatures[row["sample"] % len(temperatures)] for row in logged)
     sizes = {(step, uid): 0 for step, uid, _ in each}
     for step, uid, _ in each:
         sizes[step, uid] += 1
@@ -219,7 +222,7 @@ def trained(directory, experience: dict):
     (directory / "stage_graders.py").write_text(GRADERS)
     with pytest.MonkeyPatch.context() as patched:
         patched.syspath_prepend(str(directory))
-        text = BASE.format(steps=2, experience=json.dumps(experience), baseline="sampled")
+        text = BASE.format(steps=2, experience=json.dumps(experience), **OPTIONS)
         (directory / "c.yaml").write_text(text)
         cfg = loading.load(
             directory / "c.yaml", ["--run_dir", str(directory / "run"), "--mesh.fsdp", "4", "--mesh.tensor", "2"]
@@ -251,7 +254,7 @@ def test_a_refill_that_never_fills_ends_the_run_with_one_message(tmp_path):
     (tmp_path / "stage_graders.py").write_text(GRADERS)
     with pytest.MonkeyPatch.context() as patched:
         patched.syspath_prepend(str(tmp_path))
-        (tmp_path / "c.yaml").write_text(BASE.format(steps=9, experience=json.dumps(experience), baseline="sampled"))
+        (tmp_path / "c.yaml").write_text(BASE.format(steps=9, experience=json.dumps(experience), **OPTIONS))
         cfg = loading.load(
             tmp_path / "c.yaml", ["--run_dir", str(tmp_path / "run"), "--mesh.fsdp", "4", "--mesh.tensor", "2"]
         )
