@@ -58,7 +58,7 @@ def make_graded(size: np.ndarray) -> Graded:
 
 
 def join(rollouts: Rollouts, graded: Graded) -> Groups:
-    grades = blank_grades(*graded.reward.shape, 1)
+    grades = blank_grades(rollouts, 1)
     grades.set(np.arange(len(graded.failure)), graded)
     return make_groups(rollouts, grades, np.zeros(len(graded.failure), int))
 

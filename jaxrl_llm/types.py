@@ -126,6 +126,8 @@ class Groups(flax.struct.PyTreeNode):
     """Names of the graders, in the order of `components`."""
     threshold: float = flax.struct.field(pytree_node=False, default=1.0)
     """Lowest reward by the first grader of a right response, as the evaluation counts them."""
+    step_reward: Float[ArrayLike, "B C"] | None = None
+    """Reward at the last token of each step, of graders without at the row's last; NaN elsewhere. None: no grader has steps."""
 
     def measure(self, by: str) -> Float[np.ndarray, " B"]:
         """Return one number per row, f64, NaN where it could not be graded.
@@ -284,7 +286,7 @@ line here, and a field of the values that hold it. The fill of `tokens` is the t
 
 
 # Values in a filler row, and in its tokens; 0 in all others.
-FILLER = {"prompt": -1, "sample": -1, "reward": np.nan, "components": np.nan} | {
+FILLER = {"prompt": -1, "sample": -1, **dict.fromkeys(("reward", "components", "step_reward"), np.nan)} | {
     column.name: column.fill for column in COLUMNS if column.rollouts
 }
 

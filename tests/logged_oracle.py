@@ -195,11 +195,35 @@ def of_rollouts(rollouts: SampledGroups, cfg) -> dict[str, float]:
         found["reward"] = reward.mean()
         found["reward_std"] = np.mean([np.sqrt(sum((r - g.mean()) ** 2 for r in g) / (len(g) - 1)) for g in reward])
         found["frac_reward_zero_std"] = np.mean([len(set(g)) == 1 for g in reward])
+        if any("step_end" in grader for grader in cfg["reward"]["graders"]):
+            rows = np.repeat(rollouts.graded, rollouts.parts.shape[2])
+            found["rewards/steps"] = np.sum(~np.isnan(earned(rollouts, cfg)[rows])) / np.sum(rows)
     for n, grader in enumerate(cfg["reward"]["graders"]):
         if len(reward):
             found[f"rewards/{grader['name']}/mean"] = rollouts.parts[n, rollouts.graded].astype(np.float64).mean()
         lost = Counter(rollouts.failure[rollouts.failed_by == n].tolist())
         found |= {f"rewards/{grader['name']}/{FAILURES[kind]}": lost[kind] for kind in range(1, len(FAILURES))}
+    return found
+
+
+def earned(rollouts: SampledGroups, cfg) -> np.ndarray:
+    """[B C]: the reward at the token that earned it, NaN elsewhere: at the last token, or at the last of each step. Of the only
+    grader with steps, which end with one character, it is known what it returns: the sum of the characters' numbers."""
+    found = np.full(rollouts.tokens.shape, np.nan)
+    ends = [grader["step_end"] for grader in cfg["reward"]["graders"] if "step_end" in grader]
+    for b, reward in enumerate(rollouts.reward(cfg).reshape(-1)):
+        last = rollouts.length[b] - 1
+        if np.isnan(reward) or not ends:
+            found[b, last] = reward
+            continue
+        step, values = "", []
+        for c, token in enumerate(rollouts.tokens[b, : last + 1]):
+            step += "<pad>" if token == PAD else ALPHABET[token - 1]
+            if step.endswith(ends[0]) or c == last:
+                found[b, c] = sum(map(ord, step)) % 5 / 4
+                step = ""
+                values.append(found[b, c])
+        assert np.isclose(np.mean(values), reward, rtol=1e-6)
     return found
 
 

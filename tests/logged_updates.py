@@ -6,7 +6,18 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from logged_oracle import Rows, SampledGroups, inputs, nucleus, rows_of, rows_of_rollouts, score, scores_of, wide
+from logged_oracle import (
+    Rows,
+    SampledGroups,
+    earned,
+    inputs,
+    nucleus,
+    rows_of,
+    rows_of_rollouts,
+    score,
+    scores_of,
+    wide,
+)
 
 # --- losses ----------------------------------------------------------------------------------------------------------------
 
@@ -135,8 +146,8 @@ def places_of(step: Step, earlier: list[Step], cfg) -> tuple[list[tuple[int, int
     return places, np.array([place in counted for place in places])
 
 
-def advantages(reward, counts, learn, token_reward, value, cfg) -> tuple[np.ndarray, np.ndarray]:
-    """[B C] and what the critic is to predict."""
+def advantages(reward, counts, learn, token_reward, value, cfg, own_tokens) -> tuple[np.ndarray, np.ndarray]:
+    """[B C] and what the critic is to predict. `own_tokens`: the reward at the tokens that earned it."""
     kind, samples = cfg["objective"]["advantage"]["kind"], reward.shape[1]
     found, returns = np.zeros(learn.shape), np.zeros(learn.shape)
     for b in np.flatnonzero(np.repeat(counts, samples)):
@@ -149,7 +160,8 @@ def advantages(reward, counts, learn, token_reward, value, cfg) -> tuple[np.ndar
         else:  # gae, Schulman et al. 2016, eq. 16: gamma 1, lambda 0.95
             n, later, after = learn[b].sum(), 0.0, 0.0
             for t in reversed(range(n)):
-                later = token_reward[b, t] + (own if t == n - 1 else 0) + after - value[b, t] + 0.95 * later
+                now = 0 if np.isnan(own_tokens[b, t]) else own_tokens[b, t]
+                later = token_reward[b, t] + now + after - value[b, t] + 0.95 * later
                 found[b, t], after = later, value[b, t]
     if kind == "gae":
         returns, here = found + value, learn & np.repeat(counts, samples)[:, None]
@@ -223,7 +235,8 @@ def batch_of(step: Step, earlier: list[Step], reference, cfg):
         k1 = behavior - x["reference"]
         token_reward = -weight * k1
         found |= {"reward_kl": k1[rows.learn].mean()} if rows.learn.any() else {}
-    x["advantage"], returns = advantages(reward, counts, rows.learn, token_reward, start[2], cfg)
+    own_tokens = lay([earned(one, cfg) for one in sampled])
+    x["advantage"], returns = advantages(reward, counts, rows.learn, token_reward, start[2], cfg, own_tokens)
     if objective["advantage"]["kind"] == "gae":
         x |= {"returns": returns, "value": start[2]}
     return x, rows, found

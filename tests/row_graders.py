@@ -27,3 +27,10 @@ def odd_if_readable(sample: Sample) -> float:
     if int(sample.prompt[1]) < 3:
         raise ValueError("cannot read this")
     return odd(sample)
+
+
+def even_steps(sample: Sample) -> list[float]:
+    """One number per step: 1 if the step has an even number of characters. Raise if the first digit is below 3."""
+    if int(sample.prompt[1]) < 3:
+        raise ValueError("cannot read this")
+    return [float(len(step) % 2 == 0) for step in sample.steps]

@@ -38,8 +38,9 @@ def length(sample):
     return len(sample.completion) / 3 if total(sample) % 3 == 0 else 0.0
 
 def spread(sample):
+    """One number per step."""
     if total(sample) % 5 == 3: raise ValueError("cannot read this")
-    return letters(sample) % 5 / 4
+    return [sum(map(ord, step)) % 5 / 4 for step in sample.steps]
 
 def late(sample):
     """No group from the 17th on: none after the first step of RL."""
@@ -85,7 +86,7 @@ PPO = BASE | {
     "rollout": ROLLOUT
     | {"temperature": 0.8, "top_p": 0.8, "max_kept_tokens": 6, "engine": {"decode_chunk": 128, "eos_interval": 8}},
     "experience": {"filter": "none", "replay": {"capacity": 8}},
-    "reward": {"workers": 1, "graders": [{"grader": "logged_graders:spread", "name": "spread"}]},
+    "reward": {"workers": 1, "graders": [{"grader": "logged_graders:spread", "name": "spread", "step_end": "1"}]},
     "objective": {
         "advantage": {"kind": "gae"},
         "reward_kl": {"kind": "k1", "weight": 0.1},
@@ -272,6 +273,7 @@ def test_the_runs_contain_the_cases_they_are_meant_for(recorded):
     before, fresh, old = (row for row, *_ in recorded("ppo"))
     assert before["step"] == 0 and before["eval/mismatch_kl"] > 1e-4 < fresh["mismatch/kl"], "the sampler is off"
     assert all(0 < fresh[name] < 1 for name in ("clip_ratio/low", "sampling/support_overflow", "mismatch/truncated"))
+    assert fresh["rewards/steps"] > 1.1
     assert old["groups/replayed"] > 0 and not any(name.startswith("mismatch/") for name in old)
 
     _, some, nothing = (row for row, *_ in recorded("dpo"))

@@ -20,7 +20,7 @@ from jaxrl_llm.experience.config import (
     UniformBudget,
 )
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.objective.rules import refusals
+from jaxrl_llm.objective.rules import refusals, step_refusals
 from jaxrl_llm.parallel.config import MeshConfig, divisors, resolve
 
 
@@ -98,6 +98,7 @@ def training_problems(cfg: RunConfig) -> list[str]:
         found.append("rollout.temperature: got 0, want more: a policy that never explores learns nothing")
     graders = [grader.label for grader in cfg.reward.graders]
     found += experience_problems(cfg.experience, graders, cfg.rollout.prompts, cfg.rollout.samples)
+    found += step_refusals(cfg.objective, any(grader.step_end for grader in cfg.reward.graders))
     # Filters of the user's own are not checked against the objective.
     judged_by = cfg.experience.filter.by if isinstance(cfg.experience.filter, Signal) else ""
     return found + refusals(cfg.objective, cfg.rollout.samples, cfg.update.packing.kind, judged_by, len(graders))

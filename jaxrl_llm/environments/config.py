@@ -21,13 +21,15 @@ class GraderConfig:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     grader: Annotated[str, MinLen(1)]
-    """A built-in name, or "my_package.my_module:function": a function of one `Sample` that returns a number."""
+    """A built-in name, or "my_package.my_module:function": a function of one `Sample` that returns a number, or one per step."""
     weight: float = 1.0
     """Factor in the weighted sum that is the reward. 0: logged only."""
     name: str = ""
     """Name in metrics and messages. Empty: the built-in's or the function's name."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the grader: fields of a built-in (docs/rewards.md), keyword arguments of a function."""
+    step_end: str = ""
+    """Text that ends each step of a response: the grader returns one number per step. Empty: one number per response."""
 
     @property
     def label(self) -> str:
@@ -62,7 +64,7 @@ class RewardConfig:
         if isinstance(value, str):
             return {"graders": [value]}
         if isinstance(value, dict) and "graders" not in value and "grader" in value:
-            one = {key: value[key] for key in ("grader", "weight", "name", "options") if key in value}
+            one = {key: value[key] for key in ("grader", "weight", "name", "options", "step_end") if key in value}
             rest = {key: value[key] for key in value if key not in one}
             return {"graders": [one["grader"] if len(one) == 1 else one], **rest}
         return value

@@ -1,4 +1,4 @@
-"""Graders: pure functions from one sample's text to one number, and the lookup of graders by name.
+"""Graders: pure functions from one sample's text to one number, or one per step, and the lookup of graders by name.
 
 They see text only: no groups, policies or devices. They run in worker processes (grader_pool.py), so a grader may raise, hang or
 die: its group is lost and counted, and the run continues. A custom grader is any importable function of a `Sample`, or a class
@@ -36,11 +36,14 @@ class Sample(NamedTuple):
     """All columns of the data set row."""
     num_tokens: int | None = None
     """Tokens of the completion, end token included; None if not counted."""
+    steps: tuple[str, ...] = ()
+    """The completion, split behind each `step_end` of the grader; () for a grader without."""
 
 
-Grader = Callable[[Sample], float]
-"""A grader may have four optional methods.
-`grade_group(samples) -> list of numbers` is called with all samples of a prompt that are graded together, in place of a call each.
+Grader = Callable[[Sample], float | Sequence[float]]
+"""One number; one per step with a `step_end` in the config. A grader may have four optional methods.
+`grade_group(samples) -> list of what a call returns` is called with all samples of a prompt that are graded together, in place
+of a call each.
 `extract(sample) -> str` returns the final answer in canonical form ("" if there is none): the vote in maj@k.
 `start()` is called once per worker, before any deadline: the place for slow imports.
 `problem(row) -> str` is called with each row (a sample without a response) before the run starts, and returns why the row cannot
@@ -62,6 +65,14 @@ BUILT_IN = {
     "reasoning_gym": "jaxrl_llm.environments.graders.reasoning_gym:ReasoningGym",
 }
 """Short names, resolved like any other "module:name"."""
+
+
+def split_steps(completion: str, step_end: str) -> tuple[str, ...]:
+    """Return the steps of a response, one at least, which together are the response. Text behind the last `step_end` is a step
+    unless it is empty."""
+    *ended, rest = completion.split(step_end)
+    steps = (*(step + step_end for step in ended), rest)
+    return steps if rest or not ended else steps[:-1]
 
 
 def make_grader(name: str, options: Mapping[str, Any] = {}) -> Grader:
@@ -86,6 +97,11 @@ def problems(config: "RewardConfig") -> list[str]:
             found.append(f"{where}.grader: {error}")
         if grader.label in labels[:index]:
             found.append(f'{where}.name: got "{grader.label}" again, want distinct names: they name the metrics')
+        if grader.step_end and grader.grader in BUILT_IN:
+            found.append(
+                f"{where}.step_end: got {grader.step_end!r} with {grader.grader}, want a grader of your own: the built-in ones "
+                "return one number per response"
+            )
         if not grader.label.isprintable():
             found.append(f"{where}.name: got {grader.label!a}, want printable characters")
     return found

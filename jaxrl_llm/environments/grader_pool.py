@@ -14,6 +14,7 @@ Graders are trusted code. The pool is no sandbox: to run code that a model wrote
 from __future__ import annotations
 
 import collections
+import itertools
 import logging
 import math
 import select
@@ -30,7 +31,15 @@ from jaxrl_llm.config.options import with_options
 from jaxrl_llm.config.user_code import importable_name
 from jaxrl_llm.environments.config import GraderConfig, RewardConfig
 from jaxrl_llm.environments.grader import Grader, Sample, problems
-from jaxrl_llm.environments.worker import FLOAT32_MAX, Failure, Verdict, WorkerSetup, encodable, failed_verdict
+from jaxrl_llm.environments.worker import (
+    FLOAT32_MAX,
+    Failure,
+    GraderSetup,
+    Verdict,
+    WorkerSetup,
+    encodable,
+    failed_verdict,
+)
 from jaxrl_llm.environments.worker_handle import END_LIMIT_S, WorkerProcess, pack_group
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.metrics.terminal import printable
@@ -57,6 +66,10 @@ class Graded:
     votes: list[list[str]]
     """P lists of G final answers, extracted by the first grader that extracts (without one: the stripped completions); "" for no
     answer, and in all of a group that failed."""
+    earned: list[list[dict[int, float]]] | None = None
+    """P lists of G: where in the response the reward was earned. By the number of characters up to the end of a step, the weighted
+    sum of what the graders gave for it; those without steps count at the end of the response. {} in a group that failed; None: no
+    grader has steps."""
 
 
 def component_metrics(
@@ -104,14 +117,15 @@ class GraderPool:
         """
         Args:
             reward: a config; or one grader, by name ("gsm8k", "my_module:my_function") or as a function of a module of its own.
-            limits: other fields of `RewardConfig`: workers, deadline_s, memory_gib; and `options`, those of the one grader.
+            limits: other fields of `RewardConfig`: workers, deadline_s, memory_gib; and `options` and `step_end` of the one grader.
         """
         config = _reward_config(reward, limits)
         if found := problems(config):
             raise UserError("\n".join(found))
         self._config = config
         self.names = [grader.label for grader in config.graders]
-        graders = [(grader.grader, dict(grader.options)) for grader in config.graders]
+        graders = [GraderSetup(grader.grader, dict(grader.options), grader.step_end) for grader in config.graders]
+        self.has_steps = any(grader.step_end for grader in graders)
         self._setup = WorkerSetup(graders, config.memory_gib)
         self._num_failures: collections.Counter[tuple[int, Failure]] = collections.Counter()
         self.first_failure = ""
@@ -162,7 +176,7 @@ class GraderPool:
         with self._workers_lock:
             try:
                 for index, verdict in self._verdicts(groups):
-                    verdicts[index] = self._checked_sum(verdict)
+                    verdicts[index] = self._checked_sum(verdict, groups[index])
                     self._report(verdicts[index], groups[index])
             except BaseException:
                 self.close()
@@ -181,12 +195,14 @@ class GraderPool:
         """Weights of the graders, f64[n]."""
         return np.array([grader.weight for grader in self._config.graders], np.float64)
 
-    def _checked_sum(self, verdict: Verdict) -> Verdict:
-        """Return the verdict, or a failure if the weighted sum of finite components exceeds float32."""
+    def _checked_sum(self, verdict: Verdict, group: Sequence[Sample]) -> Verdict:
+        """Return the verdict, or a failure if the weighted sum of finite components, or of the steps, exceeds float32."""
         if verdict.failure:
             return verdict
         weighted = self._weights()[:, None] * np.array(verdict.components, np.float64)
-        if (np.abs(weighted.sum(axis=0)) <= FLOAT32_MAX).all():
+        # Steps may end in one token, so that any of them may be added.
+        of_steps = [sum(map(abs, earned.values())) for earned in self._earned(verdict, group)] if self.has_steps else 0
+        if (np.maximum(np.abs(weighted.sum(axis=0)), of_steps) <= FLOAT32_MAX).all():
             return verdict
         worst = int(np.abs(weighted).max(axis=1).argmax())
         return failed_verdict(Failure.NOT_FINITE, worst, "the weighted sum is beyond float32")
@@ -203,7 +219,23 @@ class GraderPool:
             failure=np.array([verdict.failure for verdict in verdicts], np.int32),
             failed_by=np.array([verdict.grader for verdict in verdicts], np.int32),
             votes=[self._votes(verdict, group) for verdict, group in zip(verdicts, groups, strict=True)],
+            earned=[self._earned(verdict, group) for verdict, group in zip(verdicts, groups, strict=True)]
+            if self.has_steps
+            else None,
         )
+
+    def _earned(self, verdict: Verdict, group: Sequence[Sample]) -> list[dict[int, float]]:
+        """Return where each sample's reward was earned, as in `Graded`."""
+        found: list[dict[int, float]] = [{} for _ in group]
+        if verdict.failure:
+            return found
+        for index, (grader, weight) in enumerate(zip(self._setup.graders, self._weights().tolist(), strict=True)):
+            for place, (earned, sample) in enumerate(zip(found, group, strict=True)):
+                steps = grader.sample(sample).steps or (sample.completion,)
+                values = verdict.steps[index][place] if grader.step_end else [verdict.components[index][place]]
+                for end, value in zip(itertools.accumulate(map(len, steps)), values, strict=True):
+                    earned[end] = earned.get(end, 0.0) + weight * value
+        return found
 
     def _votes(self, verdict: Verdict, group: Sequence[Sample]) -> list[str]:
         if verdict.failure:
@@ -231,7 +263,7 @@ class GraderPool:
                     text = encodable(f"the row cannot be sent to a worker: {type(error).__name__}: {error}"[:500])
                     yield index, failed_verdict(Failure.RAISED, 0, text)
                     continue
-                if not worker.start_group(index, frame, len(groups[index]), self._config.deadline_s):
+                if not worker.start_group(index, frame, groups[index], self._config.deadline_s):
                     todo.appendleft(index)
                     self._replace(slot)
                     break
@@ -302,5 +334,6 @@ def _reward_config(reward: RewardConfig | Grader | str, limits: Mapping[str, Any
     if not isinstance(reward, RewardConfig):
         name = reward if isinstance(reward, str) else importable_name(reward, "reward")
         limits = dict(limits)
-        reward = RewardConfig((GraderConfig(name, options=limits.pop("options", {})),))
+        own = {key: limits.pop(key) for key in ("options", "step_end") if key in limits}
+        reward = RewardConfig((GraderConfig(name, **own),))
     return with_options(reward, limits)

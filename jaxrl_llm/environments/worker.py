@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from jaxrl_llm.environments import descendants
-from jaxrl_llm.environments.grader import Grader, Sample, make_grader
+from jaxrl_llm.environments.grader import Grader, Sample, make_grader, split_steps
 
 FLOAT32_MAX = 3.4028234663852886e38
 LENGTH_BYTES = 8
@@ -37,7 +37,7 @@ class Failure(enum.IntEnum):
     NOT_FINITE = 3
     """A reward was NaN, infinite, or beyond float32."""
     WRONG_TYPE = 4
-    """A reward was not a real number: None, a string, complex, an array. Booleans count as 0 and 1."""
+    """A reward was not a real number: None, a string, complex, an array. Booleans count as 0 and 1. Or not one number per step."""
     DIED = 5
     """The worker process ended while grading (os._exit, a signal, more memory than allowed), or sent an invalid verdict."""
 
@@ -46,7 +46,7 @@ class Verdict(NamedTuple):
     """Rewards of a group; or its first failure, and the grader that caused it."""
 
     components: list[list[float]]
-    """[n G], reward per grader and sample, before weights."""
+    """[n G], reward per grader and sample, before weights; the mean of its steps."""
     votes: list[str]
     """[G], final answers; empty if no grader extracts them."""
     failure: Failure = Failure.NONE
@@ -56,17 +56,33 @@ class Verdict(NamedTuple):
     """Description of the failure."""
     left_running: str = ""
     """Command line of a process that the graders left running and that was killed; "" if there was none."""
+    steps: Sequence[Sequence[Sequence[float]]] = ()
+    """Per grader: one number per step of each sample; [] if it has no steps."""
 
 
 def failed_verdict(failure: Failure, grader: int, text: str) -> Verdict:
     return Verdict([], [], failure, grader, text)
 
 
+class GraderSetup(NamedTuple):
+    """A grader as in `GraderConfig`."""
+
+    name: str
+    options: Mapping[str, Any]
+    step_end: str = ""
+
+    def sample(self, sample: Sample) -> Sample:
+        """Return the sample as the grader gets it, with its steps."""
+        return sample._replace(steps=split_steps(sample.completion, self.step_end) if self.step_end else ())
+
+
+Started = tuple[Grader, GraderSetup]
+
+
 class WorkerSetup(NamedTuple):
     """First message to a worker."""
 
-    graders: Sequence[tuple[str, Mapping[str, Any]]]
-    """Name and options per grader."""
+    graders: Sequence[GraderSetup]
     memory_gib: float
     """As in `RewardConfig`."""
 
@@ -90,12 +106,12 @@ def serve(connection: socket.socket) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     _limit_memory(setup.memory_gib)
     graders = []
-    for index, (name, options) in enumerate(setup.graders):
+    for index, grader in enumerate(setup.graders):
         try:
-            graders.append(_start(name, options))
+            graders.append((_start(grader.name, grader.options), grader))
         except BaseException as error:
             return send(_exception_verdict(error, index, setup.memory_gib))
-    send(Verdict([[] for _ in graders], []))
+    send(Verdict([[] for _ in graders], [], steps=[[] for _ in graders]))
     helpers = descendants.descendants()
     while frame := _read_frame(requests):
         verdict = _grade_frame(graders, frame, send, setup.memory_gib)
@@ -107,7 +123,7 @@ def _read_frame(requests: BinaryIO) -> bytes:
     return requests.read(int.from_bytes(requests.read(LENGTH_BYTES), "big"))
 
 
-def _grade_frame(graders: Sequence[Grader], frame: bytes, send: Callable[[int], None], memory_gib: float) -> Verdict:
+def _grade_frame(graders: Sequence[Started], frame: bytes, send: Callable[[int], None], memory_gib: float) -> Verdict:
     try:
         group = pickle.loads(frame)
     except BaseException as error:
@@ -120,12 +136,13 @@ def encode(message: int | Verdict) -> bytes:
     return json.dumps(message._asdict() if isinstance(message, Verdict) else message).encode("ascii") + b"\n"
 
 
-def decode(line: bytes, num_graders: int, size: int) -> int | Verdict:
-    """Return the message that `encode` made, for a group of `size` samples; its texts can be encoded as UTF-8.
+def decode(line: bytes, graders: Sequence[GraderSetup], group: Sequence[Sample]) -> int | Verdict:
+    """Return the message that `encode` made, on a group by these graders; its texts can be encoded as UTF-8.
 
     Raises:
         ValueError: the line is not a message of a worker.
     """
+    num_graders, size = len(graders), len(group)
     try:
         message = json.loads(line)
     except RecursionError:
@@ -147,10 +164,25 @@ def decode(line: bytes, num_graders: int, size: int) -> int | Verdict:
         [len(verdict.components), *map(len, verdict.components)] != full or len(verdict.votes) not in (0, size)
     ):
         raise ValueError("wrong sizes")
-    if not all(_is_list_of(part, float) and all(abs(x) <= FLOAT32_MAX for x in part) for part in verdict.components):
+    _check_steps(verdict, graders, group)
+    if not all(map(_is_list_of_rewards, (*verdict.components, *(x for part in verdict.steps for x in part)))):
         raise ValueError("rewards that are not finite in float32")
     text, left = map(encodable, texts)
     return verdict._replace(failure=failure, votes=[*map(encodable, verdict.votes)], text=text, left_running=left)
+
+
+def _check_steps(verdict: Verdict, graders: Sequence[GraderSetup], group: Sequence[Sample]) -> None:
+    """Raise ValueError unless there is a list per grader, of a list per sample, of an item per step."""
+    parts = verdict.steps
+    if not (_is_list_of(parts, list) and all(_is_list_of(part, list) for part in parts)):
+        raise ValueError("wrong types")
+    want = [[len(grader.sample(sample).steps) for sample in group if grader.step_end] for grader in graders]
+    if [[len(values) for values in part] for part in parts] != ([] if verdict.failure else want):
+        raise ValueError("wrong sizes")
+
+
+def _is_list_of_rewards(value: object) -> bool:
+    return _is_list_of(value, float) and all(abs(x) <= FLOAT32_MAX for x in value)
 
 
 def encodable(text: str) -> str:
@@ -163,12 +195,12 @@ def _is_list_of(value: object, kind: type) -> bool:
 
 
 def grade_group(
-    graders: Sequence[Grader], group: Sequence[Sample], send: Callable[[int], None], memory_gib: float
+    graders: Sequence[Started], group: Sequence[Sample], send: Callable[[int], None], memory_gib: float
 ) -> Verdict:
     """Grade a group with each grader in turn.
 
     Args:
-        graders: the graders; the first one with `extract` gives the votes.
+        graders: the graders, with what they were made of; the first one with `extract` gives the votes.
         group: samples of one prompt.
         send: called with the index of each grader but the first, before it runs.
         memory_gib: the limit, for messages.
@@ -176,20 +208,23 @@ def grade_group(
     Returns:
         The rewards and votes, or the first failure.
     """
-    components, votes = [], []
-    voter = next((i for i, grader in enumerate(graders) if hasattr(grader, "extract")), -1)
-    for index, grader in enumerate(graders):
+    components, votes, steps = [], [], []
+    voter = next((i for i, (grader, _) in enumerate(graders) if hasattr(grader, "extract")), -1)
+    for index, (grader, setup) in enumerate(graders):
         if index:
             send(index)
         try:
-            components.append(rewards_of(grader, group))
+            samples = [setup.sample(sample) for sample in group]
+            values = step_values_of(grader, samples) if setup.step_end else []
+            steps.append(values)
+            components.append([math.fsum(x) / len(x) for x in values] if values else rewards_of(grader, samples))
             if index == voter:
-                votes = votes_of(grader, group)
+                votes = votes_of(grader, samples)
         except InvalidResult as error:
             return failed_verdict(error.failure, index, error.text)
         except BaseException as error:
             return _exception_verdict(error, index, memory_gib)
-    return Verdict(components, votes)
+    return Verdict(components, votes, steps=steps)
 
 
 def _exception_verdict(error: BaseException, index: int, memory_gib: float) -> Verdict:
@@ -228,11 +263,35 @@ def rewards_of(grader: Grader, group: Sequence[Sample]) -> list[float]:
     if not hasattr(grader, "grade_group"):
         return [reward_of(grader(sample)) for sample in group]
     rewards = [reward_of(value) for value in grader.grade_group(group)]
-    if len(rewards) != len(group):
-        raise InvalidResult(
-            Failure.WRONG_TYPE, f"grade_group returned {len(rewards)} numbers, want {len(group)}, one per sample"
-        )
+    _require_one_each(len(rewards), "numbers", group)
     return rewards
+
+
+def step_values_of(grader: Grader, group: Sequence[Sample]) -> list[list[float]]:
+    """Return one number per step of each sample. Raises InvalidResult unless float32 holds each."""
+    if not hasattr(grader, "grade_group"):
+        return [_step_values(grader(sample), sample) for sample in group]
+    found = list(grader.grade_group(group))
+    _require_one_each(len(found), "lists", group)
+    return [_step_values(values, sample) for values, sample in zip(found, group, strict=True)]
+
+
+def _step_values(found: object, sample: Sample) -> list[float]:
+    # Arrays of numpy, torch and jax have tolist.
+    values, want = found.tolist() if hasattr(found, "tolist") else found, len(sample.steps)
+    if not isinstance(values, list | tuple):
+        kind = type(found).__name__
+        raise InvalidResult(Failure.WRONG_TYPE, f"returned a {kind}, want a list of {want} numbers, one per step")
+    if len(values) != want:
+        raise InvalidResult(Failure.WRONG_TYPE, f"returned {len(values)} numbers, want {want}, one per step")
+    return [reward_of(value) for value in values]
+
+
+def _require_one_each(found: int, what: str, group: Sequence[Sample]) -> None:
+    if found != len(group):
+        raise InvalidResult(
+            Failure.WRONG_TYPE, f"grade_group returned {found} {what}, want {len(group)}, one per sample"
+        )
 
 
 def votes_of(grader: Grader, group: Sequence[Sample]) -> list[str]:

@@ -84,19 +84,19 @@ class WorkerProcess:
         self._has_ended, self._cannot_send, self._cannot_receive = False, False, False
         self._incoming, self._errors = bytearray(), b""
         self._outgoing = memoryview(pack(setup))
-        self._expect(None, 0, START_LIMIT_S)
+        self._expect(None, (), START_LIMIT_S)
 
     @property
     def idle(self) -> bool:
         return self.deadline == math.inf
 
-    def start_group(self, index: int, frame: bytes, size: int, deadline_s: float) -> bool:
+    def start_group(self, index: int, frame: bytes, group: Sequence[Sample], deadline_s: float) -> bool:
         """Send a group and start its clock.
 
         Args:
             index: number of the group.
             frame: the packed group.
-            size: samples in the group.
+            group: its samples.
             deadline_s: seconds until the verdict is late.
 
         Returns:
@@ -106,11 +106,11 @@ class WorkerProcess:
         self._incoming.clear()
         self._outgoing = memoryview(frame)
         self._send()
-        self._expect(index, size, deadline_s)
+        self._expect(index, group, deadline_s)
         return not (self._has_ended or self._cannot_send or self._cannot_receive)
 
     def set_idle(self) -> None:
-        self._expect(None, 0, math.inf)
+        self._expect(None, (), math.inf)
 
     def register(self, poll: select.poll) -> list[int]:
         """Register and return the file descriptors on which its next event may occur."""
@@ -133,7 +133,7 @@ class WorkerProcess:
             line = bytes(self._incoming[:end])
             del self._incoming[: end + 1]
             try:
-                message = decode(line, len(self._setup.graders), self.size)
+                message = decode(line, self._setup.graders, self._samples)
             except (ValueError, TypeError):
                 return failed_verdict(Failure.DIED, self.grader, f"the worker sent an invalid verdict: {line[:100]!r}")
             if isinstance(message, Verdict):
@@ -221,8 +221,8 @@ class WorkerProcess:
                 self._has_ended = True
                 break
 
-    def _expect(self, group: int | None, size: int, limit_s: float) -> None:
-        self.group, self.size = group, size
+    def _expect(self, group: int | None, samples: Sequence[Sample], limit_s: float) -> None:
+        self.group, self._samples = group, samples
         self.grader = 0
         self.limit_s = limit_s
         self.deadline = time.monotonic() + limit_s

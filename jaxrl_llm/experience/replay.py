@@ -81,7 +81,7 @@ def blank_groups(
         samples: rows per group, on average.
         slots: (prompt, completion) tokens.
         graders: number of reward components.
-        uses: features of the run that add columns, as in `COLUMNS`.
+        uses: features of the run that add columns, as in `COLUMNS`, and "steps" if a grader has them.
         max_kept_tokens: K, the largest number of tokens kept by truncation.
         most: rows of the largest group; 0: all have equally many.
     """
@@ -107,6 +107,7 @@ def blank_groups(
         failed_by=np.zeros(prompts, i32),
         vote=np.zeros(b, i32),
         keep=np.zeros(b, bool),
+        step_reward=np.zeros((b, c), f32) if "steps" in uses else None,
     )
 
 

@@ -31,7 +31,7 @@ from jaxrl_llm.objective.group_estimators import (
     Rloo,
 )
 from jaxrl_llm.objective.statistics import Numbers
-from jaxrl_llm.objective.token_estimators import Gae, ReinforcePlusPlus, to_go
+from jaxrl_llm.objective.token_estimators import Gae, GrpoSteps, ReinforcePlusPlus, to_go
 
 if TYPE_CHECKING:
     from jaxrl_llm.types import Credit, Groups, Scores
@@ -49,6 +49,7 @@ Published = (
     | Raw
     | BestWorst
     | ReinforcePlusPlus
+    | GrpoSteps
     | Gae
 )
 
@@ -112,6 +113,8 @@ def bound(advantage: Estimator, inputs: EstimatorInputs) -> float:
     - Of n numbers, d from their mean: the others sum to -d, their squares to d^2 / (n - 1) or more, all squares to
       d^2 n / (n - 1) or more. So |d| <= std * sqrt((n - ddof)(n - 1) / n): (n - 1) / sqrt(n) sample stds, sqrt(n - 1) population
       stds. The same for a group's mean with the batch's std, whose squares sum to no less than the group's: N - ddof for n - ddof.
+    - Of n numbers, the sum of m of their distances d, which is minus that of the others: if it is s, all squares are s^2 / m +
+      s^2 / (n - m) or more. So s <= std * sqrt((n - ddof) m (n - m) / n).
     - From the mean of n: (n - 1) / n of the range at most, where all others are at the other end. From any weighted mean, that of
       the others among them: the range.
     - Two numbers a range apart have squares of range^2 / 2 or more about any mean: std >= range / sqrt(2 (n - ddof)).

@@ -76,6 +76,7 @@ def estimator_credit(
             token_reward=None if late else penalty,
             values=take(scores.values),
             late_reward=penalty if late else None,
+            step_reward=take(groups.step_reward),
         ),
     )
     advantage, returns = (None if x is None else _put_back(x.astype(np.float32), counts) for x in found)

@@ -30,6 +30,9 @@ class EstimatorInputs(NamedTuple):
     """The critic's value of the state before each token."""
     late_reward: Completion | None = None
     """As `token_reward`, but its returns-to-go are added to the advantages after normalization."""
+    step_reward: Completion | None = None
+    """Reward at the last token of each step, as in `Groups`. Estimators per token take it instead of `reward`, in which a grader
+    counts with the mean of its steps. None: no grader has steps."""
 
 
 class AdvantageEstimate(NamedTuple):

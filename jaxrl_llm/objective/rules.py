@@ -14,6 +14,7 @@ from jaxrl_llm.objective.loss_config import (
     PolicyGradient,
     TruncatedImportance,
 )
+from jaxrl_llm.objective.token_estimators import GrpoSteps
 
 # Presets whose source drops groups of equal rewards by default: DAPO's dynamic sampling, prime-rl's `filter_zero_advantages`.
 FILTERED = ("paper:dapo", "verl:dapo", "prime:rl", "prime:dppo")
@@ -101,6 +102,16 @@ def refusals(
     if objective.reference.kind == "pretrained" and not objective.reference.path:
         found.append("objective.reference.path: got nothing, want the model that reference.kind pretrained reads")
     return found
+
+
+def step_refusals(objective: ObjectiveConfig, has_steps: bool) -> list[str]:
+    """Return an error message if the advantage compares steps and no grader has them."""
+    if has_steps or not isinstance(objective.advantage, GrpoSteps):
+        return []
+    return [
+        "objective.advantage.kind: got grpo_steps without a grader that has steps, want a step_end in reward.graders, or grpo: "
+        "grpo_steps compares the rewards of steps"
+    ]
 
 
 def _own_advantage_refusals(objective: ObjectiveConfig) -> list[str]:

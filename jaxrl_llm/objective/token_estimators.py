@@ -1,4 +1,4 @@
-"""Estimators with one advantage per token, from token rewards and values; dataclasses as in `group_estimators`."""
+"""Estimators with one advantage per token, from token rewards, steps and values; dataclasses as in `group_estimators`."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from annotated_types import Ge, Gt, Le
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from pydantic import ConfigDict
 
 from jaxrl_llm.objective.estimator import (
@@ -17,8 +17,8 @@ from jaxrl_llm.objective.estimator import (
     Tokens,
     sequence_rewards,
 )
-from jaxrl_llm.objective.group_estimators import largest_distance_from_mean, largest_z_score
-from jaxrl_llm.objective.statistics import Rows, centered, whiten
+from jaxrl_llm.objective.group_estimators import NonNegative, largest_distance_from_mean, largest_z_score
+from jaxrl_llm.objective.statistics import Grouping, Rows, centered, deviation, ratio, whiten
 
 Fraction = Annotated[float, Ge(0), Le(1)]
 OTHERS = "compares with other groups or states: equal rewards teach too"
@@ -55,7 +55,8 @@ class ReinforcePlusPlus(Estimator):
     def bound(self, score: Rows, inputs: EstimatorInputs) -> float:
         tokens = np.count_nonzero(inputs.mask)
         if tokens < 2:
-            return largest_distance_from_mean(score, inputs.groups) if self.baseline else np.abs(score).max()
+            own = score if inputs.step_reward is None else token_rewards(inputs)
+            return largest_distance_from_mean(score, inputs.groups) if self.baseline else np.abs(own).max()
         return largest_z_score(tokens, self._ddof)
 
     def why_equal_rewards_teach(self, graders: int) -> str:
@@ -68,6 +69,47 @@ class ReinforcePlusPlus(Estimator):
     @property
     def _ddof(self) -> int:
         return int(self.variance == "sample")
+
+
+@dataclass(frozen=True)
+class GrpoSteps(Estimator):
+    """Sum of (r - mean) / (std + eps) of the steps that end at the token or later, mean and std over all steps of all rows of the
+    group (Shao et al. 2024, DeepSeekMath, 4.1.3: process supervision).
+
+    Token rewards count for the step of their token. A row without steps is one step. Also a row that is alone in its group
+    has advantages if its steps differ.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    kind: Literal["grpo_steps"] = "grpo_steps"
+    std: Literal["sample", "population"] = "sample"
+    """sample: divides by n - 1, as `grpo` does."""
+    eps: NonNegative = 1e-4
+    uses_returns_to_go: ClassVar[bool] = True
+
+    def estimate(self, inputs: EstimatorInputs) -> AdvantageEstimate:
+        ends = step_ends(inputs)
+        rewards, number = token_rewards(inputs), np.cumsum(ends) - ends.ravel()
+        # A step's reward is that of its tokens; what follows a row's last step was not sampled, and has none.
+        value = np.bincount(number, rewards.ravel(), np.count_nonzero(ends))[: np.count_nonzero(ends)]
+        groups = Grouping.of(_group_numbers(inputs.groups)[np.nonzero(ends)[0]])
+        normalized = np.zeros_like(rewards)
+        normalized[ends] = ratio(centered(value, groups), deviation(value, groups, self._ddof) + self.eps)
+        return AdvantageEstimate(to_go(normalized, inputs.mask, 1.0))
+
+    def bound(self, score: Rows, inputs: EstimatorInputs) -> float:
+        steps = np.count_nonzero(step_ends(inputs), axis=1)
+        of_group = inputs.groups.per_row(np.add.reduceat(steps, inputs.groups.start))
+        # m (n - m) is largest for m = n / 2.
+        n, m = np.maximum(of_group, 1), np.minimum(steps, of_group // 2)
+        return np.sqrt(np.maximum(n - self._ddof, 0) * m * (n - m) / n).max()
+
+    def why_equal_rewards_teach(self, graders: int) -> str:
+        return "compares steps: they may differ where the responses' rewards are equal"
+
+    @property
+    def _ddof(self) -> int:
+        return int(self.std == "sample")
 
 
 @dataclass(frozen=True)
@@ -105,15 +147,32 @@ class Gae(Estimator):
 
 
 def token_rewards(inputs: EstimatorInputs) -> Completion:
-    """Return the token rewards, with the sequence's reward added at its last sampled token."""
+    """Return the token rewards, with the graders' added at the last sampled token of each step; without steps, of the sequence."""
     mask = inputs.mask
-    last: Int[np.ndarray, " B"] = mask.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)
     if inputs.token_reward is None:
         rewards = np.zeros(mask.shape)
     else:
         rewards = np.where(mask, inputs.token_reward, 0.0).astype(np.float64)
-    rewards[np.arange(len(last)), last] += np.where(mask.any(axis=1), inputs.reward, 0.0)
+    if inputs.step_reward is not None:
+        return rewards + np.where(mask & ~np.isnan(inputs.step_reward), inputs.step_reward, 0.0)
+    rewards[np.arange(len(mask)), _last(mask)] += np.where(mask.any(axis=1), inputs.reward, 0.0)
     return rewards
+
+
+def step_ends(inputs: EstimatorInputs) -> Bool[np.ndarray, "B C"]:
+    """Return True at the last token of each step; the last sampled token of a row is the last of a step."""
+    mask, ends = inputs.mask, np.zeros(inputs.mask.shape, bool)
+    ends[np.arange(len(mask)), _last(mask)] = mask.any(axis=1)
+    return ends if inputs.step_reward is None else ends | (mask & ~np.isnan(inputs.step_reward))
+
+
+def _last(mask: Tokens) -> Int[np.ndarray, " B"]:
+    """Return the last token in the mask of each row, if there is one."""
+    return mask.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)
+
+
+def _group_numbers(groups: Grouping) -> Int[np.ndarray, " B"]:
+    return groups.per_row(np.arange(len(groups.size)))
 
 
 def to_go(rewards: Completion, mask: Tokens, gamma: float) -> Completion:

@@ -144,7 +144,7 @@ def loss_of(cfg: RunConfig) -> Loss:
 
 
 def uses_of(cfg: RunConfig) -> tuple[str, ...]:
-    """Names (`Column.when`) of the optional features of `COLUMNS` that a run uses."""
+    """Names of the optional features that a run uses: those of `COLUMNS` (`Column.when`), and steps."""
     rollout, objective = cfg.rollout, cfg.objective
     uses = {
         "truncation": rollout.truncates,
@@ -153,6 +153,7 @@ def uses_of(cfg: RunConfig) -> tuple[str, ...]:
         "reference": objective.reads_reference_logprobs,
         "proximal": "proximal_logprobs" in loss_of(cfg).columns,
         "critic": objective.has_critic,
+        "steps": any(grader.step_end for grader in cfg.reward.graders),
     }
     return tuple(name for name, used in uses.items() if used)
 

@@ -151,9 +151,11 @@ class _Grading:
             mine, job = self.jobs.popleft()
             self.done.append((mine, job.result()))
         self.waited += time.perf_counter() - begun
-        grades = blank_grades(len(ids), int(rollouts.size.max()), len(self.collector.pool.names))
+        pool = self.collector.pool
+        grades = blank_grades(rollouts, len(pool.names), pool.has_steps)
         for mine, graded in self.done:
             if mine[0] in place:
-                grades.set(np.array([place[id] for id in mine.tolist()]), graded)
-        names, threshold = self.collector.pool.names, self.collector.threshold
-        return make_groups(rollouts, grades, ids % jax.process_count(), names, threshold)
+                index = np.array([place[id] for id in mine.tolist()])
+                grades.set(index, graded)
+                grades.set_steps(index, graded, rollouts, self.collector.task.tokenizer)
+        return make_groups(rollouts, grades, ids % jax.process_count(), pool.names, self.collector.threshold)

@@ -1,12 +1,12 @@
 """Grading: samples from rollouts, and groups from grades."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxrl_llm.environments.grader import Grader, Sample
 from jaxrl_llm.environments.grader_pool import Graded, GraderPool
@@ -16,6 +16,7 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.tasks.rows import Row
 from jaxrl_llm.tasks.task import Task
+from jaxrl_llm.tasks.tokenizer import Tokenizer
 from jaxrl_llm.types import Finish, Groups, Prompts, Rollouts
 
 
@@ -42,9 +43,11 @@ def grade(rollouts: Rollouts, task: Task, reward: Grader | GraderPool, rows: Seq
     samples = samples_of(task, rows, rollouts.replace(prompts=asked))
     samples = [samples[p] for p in mine]
     graded = reward.grade(samples) if isinstance(reward, GraderPool) else grade_in_process(reward, samples)
-    grades = blank_grades(num, int(rollouts.size.max()), len(graded.components))
+    has_steps = isinstance(reward, GraderPool) and reward.has_steps
+    grades = blank_grades(rollouts, len(graded.components), has_steps)
     if len(mine):
         grades.set(mine, graded)
+        grades.set_steps(mine, graded, rollouts, task.tokenizer)
     names = reward.names if isinstance(reward, GraderPool) else [getattr(reward, "__name__", type(reward).__name__)]
     return make_groups(rollouts, grades, np.arange(num) % jax.process_count(), names)
 
@@ -67,6 +70,7 @@ class Grades(NamedTuple):
     failure: Int[np.ndarray, " P"]
     failed_by: Int[np.ndarray, " P"]
     vote: Int[np.ndarray, "P G"]
+    step_reward: Float[np.ndarray, "P G C"] | None = None
 
     def set(self, index: Int[np.ndarray, " p"], graded: Graded) -> None:
         """Set the grades of the groups `index`."""
@@ -77,15 +81,50 @@ class Grades(NamedTuple):
             vote = [(zlib.crc32(answer.encode()) >> 1 or 1) if answer else 0 for answer in answers]
             self.vote[p, : len(answers)] = vote
 
+    def set_steps(self, index: Int[np.ndarray, " p"], graded: Graded, rollouts: Rollouts, tokenizer: Tokenizer) -> None:
+        """Set `step_reward` of the groups `index`, if the graders have steps. `rollouts`: of all P groups."""
+        if self.step_reward is None:
+            return
+        for p, group in zip(index, graded.earned, strict=True):
+            for g, (b, earned) in enumerate(zip(np.flatnonzero(rollouts.prompt == p), group, strict=True)):
+                ids = rollouts.tokens[b, : rollouts.length[b]].tolist()
+                for slot, reward in rewarded_slots(earned, ids, rollouts.sampled[b], tokenizer):
+                    self.step_reward[p, g, slot] = reward
 
-def blank_grades(prompts: int, samples: int, graders: int) -> Grades:
+
+def rewarded_slots(
+    earned: Mapping[int, float], ids: Sequence[int], sampled: Bool[np.ndarray, " C"], tokenizer: Tokenizer
+) -> list[tuple[int, float]]:
+    """Return (slot, reward) where a response earned its reward: at the last token of each step, and for the last step at the row's
+    last one, the end token included. A token that the policy did not sample earns nothing: the last sampled one before it does, if
+    there is one.
+
+    Args:
+        earned: reward by the number of characters up to the end of a step, as in `Graded`.
+        ids: tokens of the response.
+        sampled: of the row.
+        tokenizer: that of the response.
+    """
+    ends, slots = sorted(earned), np.flatnonzero(sampled)
+    last = [*tokenizer.tokens_at(ids, ends[:-1]), len(ids) - 1] if ends else []
+    found: dict[int, float] = {}
+    for end, place in zip(ends, np.searchsorted(slots, last, side="right") - 1, strict=True):
+        if place >= 0:
+            slot = int(slots[place])
+            found[slot] = found.get(slot, 0.0) + earned[end]
+    return list(found.items())
+
+
+def blank_grades(rollouts: Rollouts, graders: int, has_steps: bool = False) -> Grades:
     """Return the grades of groups that nobody has graded."""
+    prompts, samples = len(rollouts.prompts.length), int(rollouts.size.max())
     return Grades(
         reward=np.full((prompts, samples), np.nan, np.float32),
         components=np.full((prompts, samples, graders), np.nan, np.float32),
         failure=np.zeros(prompts, np.int32),
         failed_by=np.full(prompts, -1, np.int32),
         vote=np.zeros((prompts, samples), np.int32),
+        step_reward=np.full((prompts, samples, rollouts.tokens.shape[1]), np.nan, np.float32) if has_steps else None,
     )
 
 
@@ -138,6 +177,7 @@ def make_groups(
         keep=~np.isnan(reward),
         graders=tuple(graders),
         threshold=threshold,
+        step_reward=None if grades.step_reward is None else of_rows(grades.step_reward, np.nan),
     )
 
 
@@ -154,7 +194,7 @@ def merge_requests(groups: Groups, group: Int[np.ndarray, " P"]) -> Groups:
     first, of_request = np.flatnonzero(begins), np.cumsum(begins) - 1
     # The request that failed first, or the first one.
     speaks = [part[np.argmax(groups.failure[part] > 0)] for part in np.split(np.arange(len(group)), first[1:])]
-    failure, prompt = groups.failure[speaks], groups.rollouts.prompt
+    failure, prompt, steps = groups.failure[speaks], groups.rollouts.prompt, groups.step_reward
     prompt = np.where(prompt >= 0, of_request[prompt], -1).astype(np.int32)
     graded = (prompt >= 0) & (failure == Failure.NONE)[prompt]
     return groups.replace(
@@ -167,4 +207,5 @@ def merge_requests(groups: Groups, group: Int[np.ndarray, " P"]) -> Groups:
         failed_by=groups.failed_by[speaks],
         vote=np.where(graded, groups.vote, 0).astype(np.int32),
         keep=groups.keep & graded,
+        step_reward=None if steps is None else np.where(graded[:, None], steps, np.float32(np.nan)),
     )

@@ -38,6 +38,8 @@ def describe(groups: Groups, graders: Sequence[str]) -> dict[str, float]:
     std = [(group - group[0]).std(ddof=1) for group in _groups_of(reward, rollouts.prompt[graded]) if len(group) > 1]
     if std:
         metrics |= {"reward_std": np.mean(std), "frac_reward_zero_std": np.mean(np.equal(std, 0))}
+    if groups.step_reward is not None and graded.any():
+        metrics["rewards/steps"] = np.count_nonzero(~np.isnan(groups.step_reward[graded])) / np.count_nonzero(graded)
     metrics |= describe_stages(groups)
     metrics |= component_metrics(groups.components, graded, groups.failure, groups.failed_by, graders)
     return as_floats(metrics)
@@ -105,6 +107,7 @@ def responses(task: Task, groups: Groups, advantage: np.ndarray, num_groups: int
                 "entropy": rollouts.entropy[b, :n],
                 **({} if rollouts.raw_logprobs is None else {"raw_logprobs": rollouts.raw_logprobs[b, :n]}),
                 "reward": groups.reward[b],
+                **({} if groups.step_reward is None else {"step_reward": groups.step_reward[b, :n]}),
                 "advantage": float(np.mean(advantage[b, :n])),
                 "temperature": rollouts.temperature[b],
                 "finish": Finish(rollouts.finish[b]).name.lower(),

@@ -1,6 +1,7 @@
 """Text to tokens and back. A prompt is encoded once; a completion is decoded for graders and logs, and never re-encoded."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ CHARACTERS = "character_tokenizer.json"
 # An encoding has offsets and the text of each token, about 100 bytes per token: allocating them for all texts at once takes
 # longer than the encoding itself.
 BATCH = 1024
+# Tokens that are read at once where no end is looked for.
+SKIPS = 16, 4
 
 
 def _plain_text(prompts: Sequence[Turns]) -> list[str | UserError]:
@@ -29,6 +32,14 @@ def _plain_text(prompts: Sequence[Turns]) -> list[str | UserError]:
     return [
         turns[0].content.text if len(turns) == 1 and turns[0].role == "user" else UserError(many) for turns in prompts
     ]
+
+
+def _added(whole: str, before: str, rest: str) -> str | None:
+    """Return what the whole has behind the text before it, "" if it ends in an incomplete character; None if that is not how the
+    rest begins."""
+    if whole.startswith(before) and rest.startswith(whole[len(before) :]):
+        return whole[len(before) :]
+    return "" if whole.endswith("\ufffd") else None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -100,6 +111,32 @@ class Tokenizer:
     def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """As `decode`, for each row."""
         return self.backend.decode_batch(rows, skip_special_tokens=True)
+
+    def tokens_at(self, ids: Sequence[int], ends: Sequence[int]) -> list[int]:
+        """Return per number of characters of `decode(ids)`, ascending, the index of the token with the last of them: the one that
+        completes it, if its bytes are those of several tokens."""
+        text, own = self.decode(ids), [i for i, id in enumerate(ids) if id not in self._special.ids]
+        words, found = [ids[i] for i in own], list[int]()
+        # The first `length` characters are those of words[:done]. What follows is read together with the words from `start` on:
+        # whether a word begins with a space depends on the one before it.
+        start, done, length = 0, 0, 0
+        while len(found) < len(ends):
+            before = self.decode(words[start:done])
+            # Many words at once if no end is among them, else as few as add something.
+            for some, end in itertools.chain(
+                ((n, done + n) for n in SKIPS), ((0, n) for n in range(done + 1, len(words) + 1))
+            ):
+                added = _added(self.decode(words[start:end]), before, text[length:])
+                if added is None and not some:
+                    # Bytes that are text by themselves, but not behind all the others.
+                    added = _added(self.decode(words[:end]), text[:length], text[length:])
+                if added and end <= len(words) and (not some or length + len(added) < ends[len(found)]):
+                    break
+            else:
+                break
+            start, done, length = done, end, length + len(added)
+            found += [own[done - 1] for n in ends[len(found) :] if n <= length]
+        return found + [len(ids) - 1] * (len(ends) - len(found))
 
     def spellings(self, ids: Sequence[int]) -> tuple[str, ...]:
         """Texts in which stop strings are searched: with special tokens, and without them if that differs."""

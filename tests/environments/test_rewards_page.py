@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pydantic
 import pytest
 import yaml
@@ -26,21 +27,36 @@ def configs():
 
 
 def test_the_example_is_short_and_runs(tmp_path, monkeypatch):
-    [example] = blocks("python")
+    example, _ = blocks("python")
     assert len(example.splitlines()) <= 12
     (tmp_path / "my_graders.py").write_text(example)
     monkeypatch.chdir(tmp_path)
     # The pool adds the working directory to it.
     monkeypatch.setattr(sys, "path", [*sys.path])
-    config = dataclasses.replace(configs()[-1], workers=1)
+    config = dataclasses.replace(configs()[-2], workers=1)
     completions = ["42", "It is 42.", "It is 41.", ""]
     with GraderPool(config) as pool:
         graded = pool.grade([[Sample("6 * 7?", text, "42", "eos") for text in completions]])
     assert graded.reward.tolist() == [[1.5, 1.0, 0.0, 0.0]]
 
 
+def test_the_example_with_steps_runs(tmp_path, monkeypatch):
+    """Two lines of three are right; the second response is the answer, and no sum. Values by the characters up to a step's end."""
+    _, example = blocks("python")
+    assert len(example.splitlines()) <= 12
+    (tmp_path / "my_steps.py").write_text(example)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    config = dataclasses.replace(configs()[-1], workers=1)
+    with GraderPool(config) as pool:
+        graded = pool.grade([[Sample("", text, "42", "eos") for text in ("1 + 2 = 3\n3 + 4 = 8\n8 + 8 = 16", "42")]])
+    assert graded.components.tolist() == np.float32([[[2 / 3, 0]], [[0, 1]]]).tolist()
+    assert graded.earned == [[{10: 1.0, 20: 0.0, 30: 1.0}, {2: 1.0}]]
+
+
 def test_the_configs_are_valid():
-    short, mine, tolerant, mix, example = configs()
+    short, mine, tolerant, mix, example, steps = configs()
+    assert (steps.graders[0].step_end, steps.graders[1].step_end) == ("\n", "")
     assert short == RewardConfig((GraderConfig("gsm8k"),))
     assert mine.graders[0].label == "my_function"
     assert (tolerant.workers, tolerant.graders[0].options) == (8, {"rel_tol": 0.01})

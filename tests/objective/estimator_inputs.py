@@ -53,7 +53,7 @@ def to_groups(reward, components=None, fillers=0) -> Groups:
 def some_rows(groups: Groups, rows: np.ndarray) -> Groups:
     """The groups with these rows alone."""
     rollouts = jax.tree.map(lambda x: x[rows], groups.rollouts.replace(prompts=None))
-    per_row = ("reward", "components", "vote", "keep")
+    per_row = ["reward", "components", "vote", "keep"] + ([] if groups.step_reward is None else ["step_reward"])
     return groups.replace(
         rollouts=rollouts.replace(prompts=groups.rollouts.prompts),
         **{name: getattr(groups, name)[rows] for name in per_row},

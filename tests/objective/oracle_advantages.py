@@ -34,6 +34,8 @@ class Case(NamedTuple):
     old_values: np.ndarray
     length: int
     """Dr. GRPO's divisor of a sequence."""
+    step_reward: np.ndarray | None = None
+    """[B, C]: at the last token of each step; NaN elsewhere."""
 
 
 # One number a sequence: [B].
@@ -181,16 +183,38 @@ def group(formula: Callable[..., list[float]], **more) -> Callable[[Case], tuple
 
 
 def token_rewards(case: Case, kl_weight: float, reward: np.ndarray | None = None) -> np.ndarray:
-    """-weight * k1 of each token, and the sequence's reward on its last."""
+    """-weight * k1 of each token, and the sequence's reward on its last; or that of its steps on theirs."""
+    with_steps = case.step_reward is not None and reward is None
     reward = case.reward if reward is None else reward
     out = np.zeros(case.mask.shape)
     for b, row in enumerate(case.mask):
         tokens = np.flatnonzero(row)
         for t in tokens:
             out[b, t] = -kl_weight * (case.behavior[b, t] - case.reference[b, t])
-        if len(tokens):
+        if with_steps:
+            for t in tokens:
+                out[b, t] += 0.0 if np.isnan(case.step_reward[b, t]) else case.step_reward[b, t]
+        elif len(tokens):
             out[b, tokens[-1]] += reward[b]
     return out
+
+
+def grpo_steps(case: Case, eps: float, less: int) -> tuple[np.ndarray, None]:
+    """DeepSeekMath 4.1.3: the steps of a group normalized together; a token gets those of its row that end at it or behind it."""
+    out = np.zeros(case.mask.shape)
+    for p in np.flatnonzero(case.used):
+        steps = []
+        for b in rows_of(case, p):
+            tokens = np.flatnonzero(case.mask[b]).tolist()
+            for t in tokens:
+                if case.step_reward is None:
+                    steps += [(b, t, float(case.reward[b]))] if t == tokens[-1] else []
+                elif not np.isnan(case.step_reward[b, t]):
+                    steps.append((b, t, float(case.step_reward[b, t])))
+        for (b, end, _), a in zip(steps, group_norm([r for *_, r in steps], eps, less) if steps else [], strict=True):
+            for t in range(end + 1):
+                out[b, t] += a if case.mask[b, t] else 0.0
+    return out, None
 
 
 def returns_to_go(case: Case, rewards: np.ndarray, gamma: float = 1.0) -> np.ndarray:

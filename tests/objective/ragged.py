@@ -15,7 +15,7 @@ def ragged_groups(
     rng: np.random.Generator, size: list[int], fillers: int, dropped: float = 0.4
 ) -> tuple[Groups, Scores]:
     """Groups of these sizes, of which one in four was not graded, and of whose rows a filter dropped a part. Rewards in multiples
-    of 1/4, tokens between others that the policy did not sample, garbage where nothing may look."""
+    of 1/4, one in two times also of steps, tokens between others that the policy did not sample, garbage where nothing may look."""
     rows = sum(size) + fillers
     parts = np.float32(rng.integers(-2, 5, (rows, len(WEIGHTS))) / 4)
     flat = parts @ np.float32(WEIGHTS)
@@ -26,13 +26,22 @@ def ragged_groups(
     length = np.where(real, rng.integers(1, SLOTS + 1, rows), 0)
     sampled = (np.arange(SLOTS) < length[:, None]) & ((rng.random((rows, SLOTS)) < 0.7) | (np.arange(SLOTS) == 0))
     rollouts = groups.rollouts.replace(sampled=sampled, length=length.astype(np.int32))
+    dropped_rows, values = rng.random(rows) < dropped, rng.normal(0, 1, (rows, SLOTS)).astype(np.float32)
     return groups.replace(
         rollouts=rollouts,
+        step_reward=step_rewards(rng, sampled, graded) if rng.random() < 0.5 else None,
         reward=np.where(graded, flat, np.nan).astype(np.float32),
         components=np.where(graded[:, None], parts, np.nan).astype(np.float32),
         failure=failed.astype(np.int32),
-        keep=graded & (rng.random(rows) >= dropped),
-    ), Scores(values=rng.normal(0, 1, (rows, SLOTS)).astype(np.float32))
+        keep=graded & ~dropped_rows,
+    ), Scores(values=values)
+
+
+def step_rewards(rng: np.random.Generator, sampled: np.ndarray, graded: np.ndarray) -> np.ndarray:
+    """One in two sampled tokens ends a step, and the last one does."""
+    last = sampled & (np.cumsum(sampled, axis=1) == sampled.sum(axis=1, keepdims=True))
+    ends = graded[:, None] & (last | (rng.random(sampled.shape) < 0.5))
+    return np.where(ends, rng.integers(-2, 5, sampled.shape) / 4, np.nan).astype(np.float32)
 
 
 def rows_by_hand(groups: Groups, baseline_over: str) -> list[int]:
@@ -63,6 +72,7 @@ def credit_by_oracle(
         mask=mask,
         old_values=scores.values[rows].astype(np.float64),
         length=1,
+        step_reward=None if groups.step_reward is None else groups.step_reward[rows].astype(np.float64),
         **unread,
     )
     found = []

@@ -14,6 +14,7 @@ from variants import VARIANTS
 from jaxrl_llm.objective.advantages import bound, estimate
 from jaxrl_llm.objective.estimator import EstimatorInputs, at_tokens
 from jaxrl_llm.objective.statistics import Grouping
+from jaxrl_llm.objective.token_estimators import GrpoSteps
 
 STORED = json.loads((Path(__file__).parent / "equal_groups.json").read_text())
 
@@ -31,7 +32,8 @@ def inputs_of(stored: dict) -> tuple[EstimatorInputs, np.ndarray]:
     return EstimatorInputs(**flat, component_weights=weights, groups=groups), rows
 
 
-@pytest.mark.parametrize("cfg", VARIANTS, ids=repr)
+# There were no steps then.
+@pytest.mark.parametrize("cfg", [cfg for cfg in VARIANTS if not isinstance(cfg, GrpoSteps)], ids=repr)
 def test_estimates_are_those_from_before(cfg):
     for stored, want in zip(STORED["inputs"], STORED["estimates"][repr(cfg)], strict=True):
         inputs, rows = inputs_of(stored)

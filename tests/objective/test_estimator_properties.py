@@ -51,7 +51,7 @@ REWARDS = {
 @st.composite
 def estimator_inputs(draw) -> EstimatorInputs:
     """One to three groups of one to six ragged sequences, often equally many, with tokens that the policy did not sample between
-    the others, rewards per token or none, one or two graders."""
+    the others, rewards per token or none, of steps or none, one or two graders."""
     groups, slots = draw(st.integers(1, 3)), 4
     unequal = st.lists(st.integers(1, 6), min_size=groups, max_size=groups).filter(lambda sizes: sum(sizes) > 1)
     sizes = draw(st.integers(2, 6).map(lambda n: [n] * groups) | unequal)
@@ -65,6 +65,7 @@ def estimator_inputs(draw) -> EstimatorInputs:
     mask[:, 1] &= rng.random(size) < 0.5
     weights = np.array([1.0, 0.5])[:graders]
     scale = draw(st.sampled_from([None, 0.01, 1e-8]))
+    of_steps = np.where(rng.random(mask.shape) < 0.5, rng.choice(parts.ravel(), mask.shape), np.float32(np.nan))
     return EstimatorInputs(
         reward=(parts.astype(np.float64) @ weights).astype(np.float32),
         reward_components=parts,
@@ -73,6 +74,7 @@ def estimator_inputs(draw) -> EstimatorInputs:
         mask=mask,
         token_reward=None if scale is None else rng.normal(0, scale, mask.shape),
         values=rng.normal(0, 1, mask.shape).astype(np.float32),
+        step_reward=draw(st.sampled_from([None, of_steps])),
     )
 
 
@@ -110,7 +112,7 @@ def rows_of(inputs: EstimatorInputs) -> list[np.ndarray]:
 
 def taken(inputs: EstimatorInputs, groups: list[np.ndarray]) -> EstimatorInputs:
     """Other groups of these rows."""
-    names = ("reward", "reward_components", "mask", "token_reward", "values")
+    names = ("reward", "reward_components", "mask", "token_reward", "values", "step_reward")
     given = {name: getattr(inputs, name) for name in names}
     rows = np.concatenate(groups)
     return inputs._replace(
@@ -159,7 +161,8 @@ def test_groups_do_not_mix(cfg, inputs):
 @given(inputs=estimator_inputs())
 def test_a_row_alone_in_its_group_is_at_its_baseline(cfg, inputs):
     """It gets 0: exactly where no whitening follows. A whitening takes it as a row that is 0 from the baseline, as those of a group
-    of equal rewards are."""
+    of equal rewards are. Without steps, which may differ from each other."""
+    inputs = inputs._replace(step_reward=None)
     alone = inputs.groups.rows == 1
     equal = inputs._replace(reward=np.where(alone, np.float32(0.25), inputs.reward))
     equal = equal._replace(reward_components=np.where(alone[:, None], np.float32(0.25), inputs.reward_components))
@@ -183,6 +186,7 @@ def test_equal_rewards_give_exactly_nothing(cfg, inputs, values):
         reward=reward,
         reward_components=np.broadcast_to(reward[:, None], inputs.reward_components.shape),
         token_reward=None,
+        step_reward=None,
     )
     assert not found(cfg, equal).advantage.any()
 
@@ -195,7 +199,7 @@ def test_a_shift_of_all_rewards_changes_nothing(cfg, inputs, seed, shift):
     parts = np.random.default_rng(seed).integers(-8, 9, inputs.reward_components.shape) / np.float32(8)
     weights = np.ones(parts.shape[1])
     base = inputs._replace(reward_components=parts, component_weights=weights, reward=parts.sum(axis=1))
-    base = base._replace(token_reward=None)
+    base = base._replace(token_reward=None, step_reward=None)
     moved = base._replace(reward_components=parts + np.float32(shift), reward=base.reward + np.float32(shift))
     np.testing.assert_array_equal(found(cfg, moved).advantage, found(cfg, base).advantage)
 

@@ -39,6 +39,11 @@ def is_detected() -> bool:
 
 own_rows, own_credit, own_of = credit.rows_that_count, credit.estimator_credit, Grouping.of
 own_centered, own_mean_of_others = statistics.centered, group_estimators.minus_mean_of_others
+own_token_rewards, own_step_ends, own_to_go = (
+    token_estimators.token_rewards,
+    token_estimators.step_ends,
+    token_estimators.to_go,
+)
 own_rewards, own_deviation = group_estimators.sequence_rewards, statistics.deviation
 
 
@@ -106,7 +111,32 @@ def group_of_the_last(groups, baseline_over):
     return groups.kept[groups.rollouts.prompt] if baseline_over == "sampled" else own_rows(groups, baseline_over)
 
 
+def counted_twice(inputs):
+    """In the reward of the sequence, and at its step."""
+    return own_token_rewards(inputs) + own_token_rewards(inputs._replace(step_reward=None, token_reward=None)) * (
+        inputs.step_reward is not None
+    )
+
+
+def of_earlier_steps(rewards, mask, gamma):
+    return np.cumsum(rewards, axis=1) if gamma == 1 else own_to_go(rewards, mask, gamma)
+
+
+def later_than_its_own(rewards, mask, gamma):
+    """A token is not credited with the step that it ends."""
+    return own_to_go(rewards, mask, gamma) - rewards
+
+
 MUTANTS = {
+    "steps counted twice": (token_estimators, "token_rewards", counted_twice),
+    "the reward of a sequence in the place of its steps": (
+        token_estimators, "token_rewards", lambda inputs: own_token_rewards(inputs._replace(step_reward=None))),
+    "steps of each row by themselves": (token_estimators, "_group_numbers", lambda groups: np.arange(groups.size.sum())),
+    "steps of the whole batch": (token_estimators, "_group_numbers", lambda groups: np.zeros(groups.size.sum(), int)),
+    "only the last step": (
+        token_estimators, "step_ends", lambda inputs: own_step_ends(inputs._replace(step_reward=None))),
+    "earlier steps for later ones": (token_estimators, "to_go", of_earlier_steps),
+    "later steps without one's own": (token_estimators, "to_go", later_than_its_own),
     "statistics over a reshape to [P G]": (Grouping, "of", staticmethod(equal_sizes)),
     "a group of one divided by 0": (group_estimators, "minus_mean_of_others", divided_by_none),
     "a group of one against a baseline of 0": (group_estimators, "minus_mean_of_others", alone_against_nothing),

@@ -25,7 +25,7 @@ from jaxrl_llm.objective.group_estimators import (
     Raw,
     Rloo,
 )
-from jaxrl_llm.objective.token_estimators import Gae, ReinforcePlusPlus
+from jaxrl_llm.objective.token_estimators import Gae, GrpoSteps, ReinforcePlusPlus
 
 OVER = "group", "batch"
 By = Callable[[Case], tuple[np.ndarray, np.ndarray | None]]
@@ -61,6 +61,10 @@ def reinforce_pp(cfg: ReinforcePlusPlus) -> By:
     if cfg.baseline:
         return partial(oracle.whitened_baseline, scale=scale)
     return partial(oracle.whitened_returns, scale=scale, gamma=cfg.gamma)
+
+
+def steps(std: str, eps: float) -> By:
+    return partial(oracle.grpo_steps, eps=eps, less=int(std == "sample"))
 
 
 ORACLES: dict[Estimator, By] = (
@@ -101,6 +105,7 @@ ORACLES: dict[Estimator, By] = (
             ReinforcePlusPlus(gamma=0.9),
         )
     }
+    | {GrpoSteps(std=std, eps=eps): steps(std, eps) for std, eps in (("sample", 1e-4), ("population", 0.0))}
     | {Gae(): partial(oracle.gae, lam=0.95), Gae(gamma=0.9, whiten=False): partial(oracle.gae, lam=0.95, gamma=0.9, whitened=False)}
 )  # fmt: skip
 VARIANTS = list(ORACLES)

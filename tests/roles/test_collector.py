@@ -1,5 +1,6 @@
 """The collector with a fake engine and a fake pool: groups go to the graders as they finish, and grades come to their rows."""
 
+import dataclasses
 import zlib
 from types import SimpleNamespace
 
@@ -72,6 +73,7 @@ class Pool:
     """Grades by length and by whether the end is there, weights 1 and 10; a group with a 6 in it fails at the second grader."""
 
     names = ("long", "ended")
+    has_steps = False
 
     def __init__(self, log):
         self.log, self.samples = log, []
@@ -104,7 +106,23 @@ class Pool:
         )
 
 
-def collect(order, give_up=never, index=(5, 0, 8), asks=lambda prompts: prompts):
+class StepPool(Pool):
+    """A step per character, worth its place in the response: 1, 2, ..."""
+
+    has_steps = True
+
+    def _grade(self, groups):
+        graded = super()._grade(groups)
+        return dataclasses.replace(
+            graded,
+            earned=[
+                [{} if fails else {n + 1: n + 1.0 for n in range(len(s.completion))} for s in group]
+                for group, fails in zip(groups, graded.failure, strict=True)
+            ],
+        )
+
+
+def collect(order, give_up=never, index=(5, 0, 8), asks=lambda prompts: prompts, pool_of=Pool):
     log = []
     prompts = make_prompts(TASK, TASK.train, np.array(index), np.arange(3))
 
@@ -113,7 +131,7 @@ def collect(order, give_up=never, index=(5, 0, 8), asks=lambda prompts: prompts)
         return Session(order, log)
 
     engine = SimpleNamespace(session=session, cfg=SimpleNamespace(samples=G), controls="the same {}".format)
-    pool = Pool(log)
+    pool = pool_of(log)
     try:
         return Collector(engine, pool, TASK)("policy", asks(prompts), TASK.train, "key", give_up), log, pool, prompts
     except GivenUp:
@@ -197,3 +215,23 @@ def test_each_host_grades_its_share(me, monkeypatch):
     others = [group for group in range(3) if group not in mine]
     assert np.isnan(grades.reward[others]).all() and not grades.vote[others].any()
     assert np.isnan(found.groups.reward.reshape(3, G)[others]).all()
+
+
+@pytest.mark.parametrize("me", [0, 1, 2, 3])
+def test_each_host_puts_the_steps_of_its_share_at_tokens(me, monkeypatch):
+    """Four hosts, of which the last has no group: the arrays to join have one shape on all of them."""
+    joined = []
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(jax, "process_index", lambda: me)
+    monkeypatch.setattr("jaxrl_llm.parallel.hosts.each_from", lambda tree, owner: joined.append(tree) or tree)
+    found = collect([[2, 1], [0]], pool_of=StepPool)[0].groups
+    [grades], rollouts = joined, found.rollouts
+    slots = rollouts.tokens.shape[1]
+    assert grades.step_reward.shape == (3, G, slots) and grades.step_reward.dtype == np.float32
+    of_rows = grades.step_reward.reshape(3 * G, slots)
+    for b, p in enumerate(rollouts.prompt):
+        want = np.full(slots, np.nan)
+        if p == me and not found.failure[p]:
+            want[: rollouts.length[b]] = np.arange(rollouts.length[b]) + 1
+        np.testing.assert_array_equal(of_rows[b], want)
+    np.testing.assert_array_equal(found.step_reward, of_rows)
