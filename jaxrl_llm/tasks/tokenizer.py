@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks.config import CharacterTokenizer, PretrainedTokenizer
 from jaxrl_llm.tasks.special_tokens import SpecialTokens, unused_character
@@ -117,6 +119,12 @@ class Tokenizer:
         completes it, if its bytes are those of several tokens."""
         text, own = self.decode(ids), [i for i, id in enumerate(ids) if id not in self._special.ids]
         words, found = [ids[i] for i in own], list[int]()
+        if self._num_bytes is not None:
+            behind, of_text = np.cumsum(self._num_bytes[words]), text.encode("utf-8", "surrogatepass")
+            # Else some of the bytes are no text.
+            if len(of_text) == behind[-1:].sum():
+                last = [len(text[:n].encode("utf-8", "surrogatepass")) for n in ends]
+                return [own[i] for i in np.searchsorted(behind, last)]
         # The first `length` characters are those of words[:done]. What follows is read together with the words from `start` on:
         # whether a word begins with a space depends on the one before it.
         start, done, length = 0, 0, 0
@@ -142,6 +150,14 @@ class Tokenizer:
         """Texts in which stop strings are searched: with special tokens, and without them if that differs."""
         whole = self.backend.decode(ids, skip_special_tokens=False)
         return (whole,) if self._special.ids.isdisjoint(ids) else (whole, self.decode(ids))
+
+    @cached_property
+    def _num_bytes(self) -> np.ndarray | None:
+        """Bytes of each token, where decoding joins them and does nothing else; None for other tokenizers."""
+        if type(self.backend.decoder).__name__ != "ByteLevel":
+            return None
+        # Each byte is spelled as one character.
+        return np.array([len(self.backend.id_to_token(id) or "") for id in range(self.size)])
 
     @cached_property
     def _special(self) -> SpecialTokens:
