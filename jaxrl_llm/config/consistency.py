@@ -8,11 +8,15 @@ from jaxrl_llm.config.unused_settings import unused_settings
 from jaxrl_llm.experience.config import (
     AnyOfConfig,
     AutoFilter,
+    BestBy,
     ExperienceConfig,
+    FirstSamples,
     FromPassRates,
     KeepAll,
+    MaxVariance,
     NotStale,
     ReinforceAda,
+    RewardBetween,
     Rounds,
     Screening,
     Signal,
@@ -118,6 +122,8 @@ def experience_problems(cfg: ExperienceConfig, graders: Sequence[str], prompts: 
             found.append(f"experience.{where}.by: got {part.by!r}, want one of: {known}")
     for where, part in _parts(cfg):
         found += [f"experience.{where}.{text}" for text in _out_of_order(part)]
+        if isinstance(part, RewardBetween) and part.by == "success" and (part.at_least or 0) > 1:
+            found.append(f"experience.{where}.at_least: got {part.at_least}, want 1 at most: success is 0 or 1")
     if cfg.refill and not isinstance(cfg.budget, UniformBudget):
         found.append(
             f"experience.refill: got one beside the budget {cfg.budget.kind}, want one of the two: both say how many samples a "
@@ -207,14 +213,27 @@ def budget_problems(budget: Any, prompts: int, samples: int) -> list[str]:
 
 
 def cautions(cfg: RunConfig) -> list[str]:
-    """Warnings: settings that nothing reads, and filters by a sum."""
-    graders = len(cfg.reward.graders)
-    return unused_settings(cfg) + [
-        f"experience.{where}: judges groups by the weighted sum of {graders} graders, so that groups stay in which every answer is "
-        "wrong but the format or the length differs; by: success, or a grader's name, looks at the task alone"
-        for where, part in _measuring(cfg.experience)
-        if graders > 1 and isinstance(part, Signal) and part.by == "reward"
-    ]
+    """Warnings: settings that nothing reads, filters that keep everything, and filters by a sum."""
+    found, graders = unused_settings(cfg), len(cfg.reward.graders)
+    for where, part in _parts(cfg.experience):
+        if why := _why_every_row_is_kept(part, cfg):
+            found.append(f"experience.{where}: keeps every response, those of groups without signal too: {why}")
+        if graders > 1 and isinstance(part, Signal) and part.by == "reward":
+            found.append(
+                f"experience.{where}: judges groups by the weighted sum of {graders} graders, so that groups stay in which every "
+                "answer is wrong but the format or the length differs; by: success, or a grader's name, looks at the task alone"
+            )
+    return found
+
+
+def _why_every_row_is_kept(part: Any, cfg: RunConfig) -> str:
+    """Reason why a filter drops nothing; "" if it may."""
+    if isinstance(part, RewardBetween):
+        return "it has no bound" if part.at_least is None and part.at_most is None else ""
+    gives_equally = isinstance(cfg.experience.budget, UniformBudget)
+    if isinstance(part, MaxVariance | FirstSamples | BestBy) and gives_equally and part.keep >= cfg.rollout.samples:
+        return f"keep is {part.keep}, and a prompt has {cfg.rollout.samples} (rollout.samples)"
+    return ""
 
 
 def _measuring(cfg: ExperienceConfig) -> list[tuple[str, Any]]:

@@ -1,9 +1,10 @@
 """Config of curriculum, gate, budget, refill, filter and replay."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from annotated_types import Ge, MinLen
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
@@ -126,16 +127,20 @@ Rule = (
     | OwnFilter
 )
 Rules = Annotated[tuple[Annotated[Rule, Field(discriminator="kind")], ...], MinLen(1)]
-# Names of filters other than `{kind: signal, by: NAME}`.
+# Names that are kinds; any other is `{kind: signal, by: NAME}`.
+KINDS = {field.default for rule in get_args(Rule) for field in dataclasses.fields(rule) if field.name == "kind"} - {
+    "own"
+}
+# Other short names.
 SHORT = {"auto": {"kind": "auto"}, "none": {"kind": "none"}, "has_signal": {"kind": "signal", "by": "reward"}}
 
 
 def filter_written_out(value: Any) -> Any:
-    """Expand the short forms of a filter: a list is a chain; a name is `none`, that of a measure, or "module:name"."""
+    """Expand the short forms of a filter: a list is a chain; a name is that of a kind, of a measure, or "module:name"."""
     if isinstance(value, list | tuple):
         return {"kind": "chain", "filters": [filter_written_out(part) for part in value]}
     if isinstance(value, str) and ":" not in value:
-        return SHORT.get(value, {"kind": "signal", "by": value})
+        return SHORT.get(value) or ({"kind": value} if value in KINDS else {"kind": "signal", "by": value})
     if isinstance(value, dict) and len(value) == 1 and value.keys() <= {"chain", "all_of", "any_of"}:
         [(kind, parts)] = value.items()
         # Anything but a list stays as it is, to be refused as such.
@@ -220,11 +225,17 @@ class RefillConfig:
     @model_validator(mode="before")
     @classmethod
     def written_out(cls, value: Any) -> Any:
-        return (
-            value | {"filter": filter_written_out(value["filter"])}
-            if isinstance(value, dict) and "filter" in value
-            else value
-        )
+        """Expand the short forms; a filter alone is a refill by it."""
+        if isinstance(value, str | list):
+            value = {"filter": value}
+        if isinstance(value, dict) and "filter" in value:
+            return value | {"filter": filter_written_out(value["filter"])}
+        return value
+
+
+def _named(value: Any, part: str) -> Any:
+    """Return the section for the bare name of a kind: of a curriculum, gate or budget."""
+    return {"kind": value} if isinstance(value, str) and part != "replay" else value
 
 
 def _kind_of_replay(value: Any) -> str:
@@ -261,7 +272,7 @@ class ExperienceConfig:
         if not isinstance(value, dict):
             return value
         own = ("curriculum", "gate", "budget", "replay")
-        found = value | {name: OwnPart.written_out(value[name]) for name in own if name in value}
+        found = value | {name: _named(OwnPart.written_out(value[name]), name) for name in own if name in value}
         return found | {"filter": filter_written_out(value["filter"])} if "filter" in value else found
 
     @property

@@ -158,7 +158,7 @@ def _nothing_learned(metrics: Mapping[str, float], zero: Mapping[str, bool]) -> 
         if metrics["groups/graded"] == 0:
             return "no group could be graded, see rewards/<grader>/<failure>"
         if metrics["groups/kept"] == 0:
-            return "the rewards of each group were equal (experience.filter), so the task is too hard, or too easy, for this policy"
+            return _why_none_was_kept(metrics)
         return "no token of the kept groups is in the loss"
     if not zero:
         return "no update was finite"
@@ -168,6 +168,16 @@ def _nothing_learned(metrics: Mapping[str, float], zero: Mapping[str, bool]) -> 
             "beyond the clip?"
         )
     return ""
+
+
+def _why_none_was_kept(metrics: Mapping[str, float]) -> str:
+    if metrics.get("refill/accepted") == 0:
+        return f"none of {metrics['refill/prompts']:.0f} groups was accepted (experience.refill)"
+    dropped = {name.split("/")[1]: n for name, n in metrics.items() if name.startswith("filter/") and n > 0}
+    if any(not name.startswith("signal") for name in dropped):
+        rows = ", ".join(f"{name} {n:.0f}" for name, n in dropped.items())
+        return f"the filters dropped every response (experience.filter): {rows}"
+    return "the rewards of each group were equal (experience.filter), so the task is too hard, or too easy, for this policy"
 
 
 def _is_doubling(count: int, first: int) -> bool:

@@ -276,6 +276,38 @@ def test_a_sum_of_several_graders_is_never_judged_silently():
 
 
 @pytest.mark.parametrize(
+    "experience, warning",
+    [
+        ({"filter": {"kind": "between"}}, "it has no bound"),
+        (
+            {"filter": ["success", {"kind": "max_variance", "keep": 8}]},
+            "keep is 8, and a prompt has 8 (rollout.samples)",
+        ),
+        ({"filter": {"kind": "max_variance", "keep": 7}}, ""),
+        ({"filter": {"kind": "max_variance", "keep": 8}, "budget": {"kind": "vip"}}, ""),
+        ({"filter": {"kind": "between", "at_most": 1}}, ""),
+    ],
+)
+def test_a_filter_that_keeps_everything_is_warned_of(experience, warning):
+    found = cautions(validate({"experience": experience, "rollout": {"samples": 8}}, "x"))
+    assert [line.partition("signal too: ")[2] for line in found] == ([warning] if warning else [])
+
+
+def test_a_name_alone_stands_for_a_rule():
+    of = lambda experience: validate({"experience": experience}, "x").experience  # noqa: E731
+    given = {"filter": ["success", "not_cut_off"], "gate": "greso", "budget": "vip", "curriculum": "shuffled"}
+    written = {
+        "filter": [{"kind": "signal"}, {"kind": "not_cut_off"}],
+        **{k: {"kind": given[k]} for k in ("gate", "budget")},
+    }
+    assert of(given) == of(written)
+    assert of({"refill": "success"}) == of({"refill": {"filter": {"kind": "signal"}}})
+    assert of({"filter": "max_variance"}) == of({"filter": {"kind": "max_variance"}})
+    with pytest.raises(UserError, match=r"experience.gate: got 'gresso', want one of .*; perhaps you meant greso"):
+        of({"gate": "gresso"})
+
+
+@pytest.mark.parametrize(
     ("experience", "message"),
     [
         ({"refill": {"filter": ["none", "none"]}}, "experience.refill.filter: got chain, want one that may reject"),
@@ -290,6 +322,10 @@ def test_a_sum_of_several_graders_is_never_judged_silently():
         (
             {"budget": {"kind": "screening", "initial": 4, "high": 2}},
             "experience.budget.initial: got 4, want at most high (2)",
+        ),
+        (
+            {"refill": {"filter": {"kind": "between", "at_least": 2, "by": "success"}}},
+            "experience.refill.filter.at_least: got 2.0, want 1 at most: success is 0 or 1",
         ),
         (
             {"budget": {"kind": "vip", "by": "reward"}},

@@ -138,7 +138,13 @@ def test_steps_without_signal_are_warned_about_at_3_6_12_and_24_consecutive_or_n
 def test_a_guard_may_say_why_a_step_learned_nothing():
     reasons = {
         "no group could be graded": UNGRADED,
-        "the rewards of each group were equal": NO_SIGNAL,
+        "the rewards of each group were equal": NO_SIGNAL
+        | {"filter/signal_right/dropped": 64.0, "filter/short/dropped": 0.0},
+        "the filters dropped every response (experience.filter): signal 24, short 40": (
+            NO_SIGNAL | {"filter/signal/dropped": 24.0, "filter/short/dropped": 40.0}
+        ),
+        "none of 24 groups was accepted (experience.refill)": NO_SIGNAL
+        | {"refill/accepted": 0.0, "refill/prompts": 24.0},
         "no token of the kept groups is in the loss": NO_SIGNAL | {"groups/kept": 8.0},
     }
     for reason, changes in reasons.items():
