@@ -63,7 +63,7 @@ class Pool(NamedTuple):
     """Prompts that are not all sums of three digits, in a file."""
 
     name: str
-    """Of the file."""
+    """Name of the file."""
     terms: tuple[int, ...]
     """Numbers of digits, equally many sums of each."""
     rows: int
