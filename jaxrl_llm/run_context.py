@@ -19,7 +19,7 @@ from jaxrl_llm.errors import AdvantageError, CheckpointError, GradingError, NonF
 from jaxrl_llm.metrics.config import MetricsConfig
 from jaxrl_llm.metrics.recorder import Recorder
 from jaxrl_llm.metrics.timers import CompileCounter, Timers
-from jaxrl_llm.roles.state import RunState, SupervisedState
+from jaxrl_llm.roles.state import RunState, SupervisedState, joined, split
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import PyTree
 
@@ -120,7 +120,7 @@ def restore(context: RunContext, target: Callable[[bool], PyTree], task: Task) -
     context.recorder.message(f"resuming from step {restored.step} in {context.settings.run_dir}")
     if changed := task.changed(restored.meta.get("task")):
         context.recorder.message(changed)
-    return restored.tree
+    return joined(restored.tree, restored.blobs)
 
 
 def restore_read_only(run_dir: Path, keep: int, target: Callable[[bool], PyTree]) -> Restored | None:
@@ -173,7 +173,8 @@ def save(context: RunContext, state: State) -> None:
         phase = "rl" if isinstance(state, RunState) else "supervised"
         meta = {"offsets": context.recorder.offsets(), "phase": phase, **context.about}
         with context.recorder.during(f"saving step {step}"):
-            context.checkpoints.save(step, state, meta, prune=bool(state.guards.nonfinite == 0))
+            tree, blobs = split(state)
+            context.checkpoints.save(step, tree, meta, bool(state.guards.nonfinite == 0), blobs)
     except OSError as error:
         context.checkpoints.give_up(step, error)
     except NonFiniteError as error:

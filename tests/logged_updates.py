@@ -146,6 +146,34 @@ def places_of(step: Step, earlier: list[Step], cfg) -> tuple[list[tuple[int, int
     return places, np.array([place in counted for place in places])
 
 
+def of_buffer(step: Step, earlier: list[Step], replayed: list[tuple[int, int]], cfg) -> dict[str, float]:
+    """Metrics of a buffer of `capacity` groups that are 8 updates old at most; nothing else leaves it."""
+    steps, now, capacity = [*earlier, step], len(earlier), cfg["experience"]["replay"]["capacity"]
+    born = np.cumsum([0, *(sum(update.learned.size > 0 for update in one.updates) for one in earlier)])
+    stored: list[tuple[int, int]] = []
+    for i, one in enumerate(steps):
+        stored = [place for place in stored if born[i] - born[place[0]] <= 8]
+        stored = [*stored, *((i, p) for p in kept_groups(one.rollouts, cfg))][-capacity:]
+    found = {"replay/groups": len(stored), "replay/mib": sum(packed_bytes(steps[i], p, cfg) for i, p in stored) / 2**20}
+    if replayed:
+        learned = [set().union(*learned_groups(one, earlier[:j], cfg)) for j, one in enumerate(earlier)]
+        found["replay/age"] = np.mean([born[now] - born[i] for i, _ in replayed])
+        found["replay/uses"] = np.mean([1 + sum(place in each for each in learned) for place in replayed])
+    return found
+
+
+def packed_bytes(step: Step, p: int, cfg) -> int:
+    """Of a group with one grader that has steps, in a run that truncates."""
+    rollouts, samples = step.rollouts, cfg["rollout"]["samples"]
+    rows = slice(p * samples, (p + 1) * samples)
+    tokens, kept = int(rollouts.length[rows].sum()), int(nucleus(rollouts, cfg)[0][rows].sum())
+    # Header; prompt and its length, uid, row, failure and who failed; per row sample, length, temperature, finish, reward, grade,
+    # vote, and whether it is kept.
+    fixed = 16 + 4 * int(rollouts.prompt_length[p]) + 5 * 4 + samples * (7 * 4 + 1)
+    # Id, log-prob, entropy, version, reward of the step, number of kept ones; a bit; kept ids.
+    return fixed + tokens * (5 * 4 + 1) + -(-tokens // 8) + 4 * kept
+
+
 def advantages(reward, counts, learn, token_reward, value, cfg, own_tokens) -> tuple[np.ndarray, np.ndarray]:
     """[B C] and what the critic is to predict. `own_tokens`: the reward at the tokens that earned it."""
     kind, samples = cfg["objective"]["advantage"]["kind"], reward.shape[1]
@@ -230,6 +258,8 @@ def batch_of(step: Step, earlier: list[Step], reference, cfg):
         {"groups/replayed": sum(i < len(earlier) for i, _ in places)},
         objective.get("reward_kl", {}).get("weight"),
     )
+    if "replay" in cfg["experience"]:
+        found |= of_buffer(step, earlier, [place for place in places if place[0] < len(earlier)], cfg)
     token_reward = np.zeros(behavior.shape)
     if weight:
         k1 = behavior - x["reference"]

@@ -130,7 +130,18 @@ def test_the_largest_response_length_that_fits_is_named(train_error):
         ("--model.d-mlp 10000000", "model: got 3,840,025,920 parameters"),
         ("--lora.rank 10000000", "lora.rank: got 10,000,000, want less"),
         ("--warm-start.rows 8000000", "warm_start.rows: got 8,000,000, want fewer"),
-        ("--experience.replay.capacity 1000000000", "experience.replay.capacity: got 1,000,000,000, want less"),
+        (
+            "--experience.replay.capacity 1000000000",
+            "experience.replay.capacity: got 1000000000, want 16777216 or less",
+        ),
+        (
+            "--experience.replay.capacity 16777216 --experience.replay.memory_mib 100000000 --rollout.max_new_tokens 64",
+            "experience.replay: got capacity 16,777,216, memory_mib 1e+08, want less of one",
+        ),
+        (
+            "--experience.replay.capacity 9 --experience.replay.memory_mib 0.001",
+            "experience.replay.memory_mib: got 0.001, want 0.0",
+        ),
         ("--rollout.prompts 1048576 --update.minibatches 1", "update.micro_batches: got 1, want more"),
         ("--rollout.samples 100000000", "got 6,400,000,000 rows (rollout.prompts x rollout.samples), want fewer"),
         (

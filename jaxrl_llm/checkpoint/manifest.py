@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
 from etils import epath
@@ -11,15 +11,24 @@ from etils import epath
 from jaxrl_llm.checkpoint.fingerprint import digests
 from jaxrl_llm.errors import NonFiniteError, UserError
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 SHOWN_PATHS = 5
+
+
+class Place(NamedTuple):
+    """Where a blob lies, as a manifest stores it."""
+
+    file: str
+    start: int
+    length: int
+    checksum: int
 
 
 def shapes(leaves: dict[str, Any]) -> dict[str, str]:
     return {path: f"{x.dtype}[{','.join(map(str, x.shape))}]" for path, x in leaves.items()}
 
 
-def make_manifest(step: int, leaves: dict[str, Any], meta: dict[str, Any]) -> dict[str, str]:
+def make_manifest(step: int, leaves: dict[str, Any], meta: dict[str, Any], blobs: dict[str, Place]) -> dict[str, str]:
     """Manifest as text with its checksum. Raises NonFiniteError if a leaf on devices holds NaN or infinity."""
     found = digests(leaves)
     broken = [path for path, digest in found.items() if not digest.finite]
@@ -28,7 +37,7 @@ def make_manifest(step: int, leaves: dict[str, Any], meta: dict[str, Any]) -> di
             f"the state after step {step} is not finite; not saved: {', '.join(broken[:SHOWN_PATHS])}, {len(broken)} in all"
         )
     described = {path: [shape, found[path].fingerprint] for path, shape in shapes(leaves).items()}
-    text = json.dumps({"format_version": FORMAT_VERSION, "leaves": described, "meta": meta})
+    text = json.dumps({"format_version": FORMAT_VERSION, "leaves": described, "meta": meta, "blobs": blobs})
     return {"sha256": hashlib.sha256(text.encode()).hexdigest(), "text": text}
 
 
@@ -49,7 +58,8 @@ def check_format(step: epath.Path | Path, manifest: dict[str, Any]) -> None:
 def _verified(item: dict[str, str]) -> dict[str, Any]:
     if hashlib.sha256(item["text"].encode()).hexdigest() != item["sha256"]:
         raise ValueError("meta has another checksum than when it was saved")
-    return json.loads(item["text"])
+    manifest = json.loads(item["text"])
+    return manifest | {"blobs": {name: Place(*place) for name, place in manifest.get("blobs", {}).items()}}
 
 
 def check_shapes(directory: epath.Path, saved: dict[str, str], wanted: dict[str, str]) -> None:

@@ -10,10 +10,11 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from jaxrl_llm.checkpoint.blobs import Blob, Blobs
 from jaxrl_llm.checkpoint.fingerprint import by_path, digests
 from jaxrl_llm.checkpoint.manifest import SHOWN_PATHS, check_format, check_shapes, make_manifest, read_manifest, shapes
 from jaxrl_llm.checkpoint.run_directory import sync
@@ -31,6 +33,7 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import PyTree
 
 MAX_FAILURES = 3
+NO_BLOBS: Mapping[str, Blob] = MappingProxyType({})
 # Seconds between tries of a read that the storage refuses.
 PAUSES = (0.2, 1.0, 4.0)
 # Seconds until a save counts as failed: Orbax's own limit for the processes of a job to meet.
@@ -59,6 +62,7 @@ class Restored:
     step: int
     tree: PyTree
     meta: dict[str, Any]
+    blobs: dict[str, Blob]
 
 
 class _WrongError(Exception):
@@ -77,6 +81,7 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
         self._pending: int | None = None
         self._prunes, self._size = True, 0
+        self._blobs = Blobs(self.directory / "blobs")
 
     def steps(self) -> list[int]:
         """Steps on disk, oldest first."""
@@ -90,7 +95,9 @@ class Checkpoints:
         """True if no step was ever saved, or all were condemned."""
         return not self.steps() and not any(name.startswith("corrupt-") for name in self._names())
 
-    def save(self, step: int, tree: PyTree, meta: dict[str, Any], prune: bool = True) -> None:
+    def save(
+        self, step: int, tree: PyTree, meta: dict[str, Any], prune: bool = True, blobs: Mapping[str, Blob] = NO_BLOBS
+    ) -> None:
         """Start saving a tree, whose arrays the caller may donate or overwrite at once. Waits for the previous save.
 
         Args:
@@ -98,6 +105,7 @@ class Checkpoints:
             tree: of jax and NumPy arrays.
             meta: stored beside it, as JSON.
             prune: delete the steps that are too many.
+            blobs: arrays that never change, by name. What an earlier step holds is not written again.
 
         Raises:
             CheckpointError: the third consecutive save failed, or `step` is not new. Earlier failures are logged as warnings, and
@@ -106,12 +114,12 @@ class Checkpoints:
         """
         if failure := self._finish():
             self.give_up(*failure)
-        leaves = by_path(tree)
+        leaves, places = by_path(tree), self._blobs.save(step, blobs)
         # On CPU Orbax writes from the memory of the arrays, and JAX does not donate memory that is viewed like this; on an
         # accelerator the copy to the host is done when `save` returns. Orbax refuses empty arrays: their shape is enough.
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave({path: x for path, x in leaves.items() if x.size}),
-            meta=ocp.args.JsonSave(make_manifest(step, leaves, meta)),
+            meta=ocp.args.JsonSave(make_manifest(step, leaves, meta, places)),
         )
         self._prunes, self._size = prune, sum(x.nbytes for x in leaves.values())
         try:
@@ -218,8 +226,9 @@ class Checkpoints:
         changed = [path for path in wanted if found[path].fingerprint != saved[path][1]]
         if not hosts.all_agree(not changed):
             raise _WrongError(f"not the bits that were saved: {changed[:SHOWN_PATHS]}, {len(changed)} in all")
+        blobs = _agreed(directory, lambda: self._blobs.read(manifest["blobs"])) if all_leaves else {}
         tree = jax.tree.unflatten(jax.tree.structure(target), [leaves[path] for path in wanted])
-        return Restored(step, tree, manifest["meta"])
+        return Restored(step, tree, manifest["meta"], blobs)
 
     def refuse_other_formats(self) -> None:
         """Raise UserError if another version of this program wrote the newest step. Reads no array."""
@@ -315,6 +324,8 @@ class Checkpoints:
         leftovers = [*self.directory.glob("trash"), *self.directory.glob("*.orbax-checkpoint-tmp*")]
         for path in leftovers if jax.process_index() == 0 else []:
             shutil.rmtree(path, ignore_errors=True)
+        if jax.process_index() == 0:
+            self._blobs.clean(self.directory / name for name in self._names())
 
 
 def _agreed(directory: Path, read: Callable[[], Any]) -> Any:

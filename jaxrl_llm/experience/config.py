@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
-from annotated_types import Ge, MinLen
+import numpy as np
+from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from jaxrl_llm.config import user_code
 from jaxrl_llm.config.own_part import OwnPart
 from jaxrl_llm.experience.budgets import FromPassRates as FromPassRates
 from jaxrl_llm.experience.budgets import Knapsack, ReinforceAda, Rounds, Screening, UniformBudget, Vip
+from jaxrl_llm.experience.draws import Candidates, RecencyDraw, UniformDraw
 from jaxrl_llm.experience.gates import AdmitAll, ExcludeSolved, Greso
 from jaxrl_llm.experience.group_filters import DifficultyBand, KeepAll, Signal
 from jaxrl_llm.experience.row_filters import (
@@ -31,16 +33,48 @@ if TYPE_CHECKING:
     from jaxrl_llm.experience.curricula import Curriculum
 
 
+def rule_written_out(value: Any) -> Any:
+    """Expand the short forms of a rule: the name of a kind, or "module:name"."""
+    value = OwnPart.written_out(value)
+    return {"kind": value} if isinstance(value, str) else value
+
+
+@dataclass(frozen=True)
+class OwnDraw(OwnPart):
+    """A custom draw: a function of `experience.draws.Candidates` that returns a weight for each stored group, 0 or more."""
+
+    arguments: ClassVar[tuple[str, ...]] = ("groups",)
+
+    def __call__(self, groups: Candidates) -> np.ndarray:
+        return self.made()(groups)
+
+
+DrawConfig = Annotated[UniformDraw | RecencyDraw | OwnDraw, Field(discriminator="kind")]
+
+
 @dataclass(frozen=True)
 class ReplayConfig:
-    """Ring buffer of whole groups that passed the filter; dropped fresh groups are replaced by groups from it."""
+    """Buffer of groups that passed the filter; dropped fresh groups are replaced by groups of it."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    capacity: Annotated[int, Ge(0)] = 0
-    """Groups in the ring. 0: no replay; fresh groups pass through, dropped ones stay empty."""
+    capacity: Annotated[int, Ge(0), Le(2**24)] = 0
+    """Groups in the buffer, at most. 0: no replay; fresh groups pass through, dropped ones stay empty."""
+    memory_mib: Annotated[float, Gt(0)] = 4096.0
+    """MiB of the buffer, at most: the oldest groups leave first. A group takes what its tokens need."""
     max_age: Annotated[int, Ge(1)] = 8
     """Largest age of a replayed group, in updates."""
+    max_uses: Annotated[int, Ge(0)] = 0
+    """Steps that train on a group, at most, the one that sampled it included; 0: any number."""
+    draw: DrawConfig = field(default_factory=UniformDraw)
+    """Which groups of the buffer come back."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def written_out(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "draw" in value:
+            return value | {"draw": rule_written_out(value["draw"])}
+        return value
 
 
 @dataclass(frozen=True)
@@ -233,11 +267,6 @@ class RefillConfig:
         return value
 
 
-def _named(value: Any, part: str) -> Any:
-    """Return the section for the bare name of a kind: of a curriculum, gate or budget."""
-    return {"kind": value} if isinstance(value, str) and part != "replay" else value
-
-
 def _kind_of_replay(value: Any) -> str:
     is_own = bool(value.keys() & {"kind", "function"}) if isinstance(value, dict) else isinstance(value, OwnReplay)
     return "own" if is_own else "ring"
@@ -271,9 +300,12 @@ class ExperienceConfig:
         """Expand the short forms."""
         if not isinstance(value, dict):
             return value
-        own = ("curriculum", "gate", "budget", "replay")
-        found = value | {name: _named(OwnPart.written_out(value[name]), name) for name in own if name in value}
-        return found | {"filter": filter_written_out(value["filter"])} if "filter" in value else found
+        forms = {
+            **dict.fromkeys(("curriculum", "gate", "budget"), rule_written_out),
+            "filter": filter_written_out,
+            "replay": OwnPart.written_out,
+        }
+        return value | {name: form(value[name]) for name, form in forms.items() if name in value}
 
     @property
     def replays(self) -> bool:

@@ -1,19 +1,21 @@
-"""Replay: a ring buffer of whole groups. Values captured while sampling are stored as they are and never recomputed.
+"""Replay: groups of earlier steps come back. What was captured while sampling is stored as it is and never recomputed.
 
-Fresh groups with a kept row go into the batch. A dropped fresh group is replaced by an older one from the ring, sampled uniformly
-among those within `max_age`; then the kept fresh groups overwrite the oldest entries of the ring.
-Capacity 0 means no replay: fresh groups pass through, and dropped ones are left out.
+Fresh groups with a kept row go into the batch. A dropped fresh group is replaced by one of the buffer, which the config's rule
+draws; then the kept fresh groups join the buffer. Capacity 0 means no replay: fresh groups pass through, and dropped ones are left
+out.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from jaxtyping import Int
 
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.experience.buffer import Buffer, added, empty_buffer, used, without
 from jaxrl_llm.experience.config import OwnReplay, ReplayConfig
+from jaxrl_llm.experience.draws import Candidates
+from jaxrl_llm.experience.packed_groups import Packing
 from jaxrl_llm.experience.stage_checks import (
     checked_groups,
     checked_init,
@@ -21,9 +23,10 @@ from jaxrl_llm.experience.stage_checks import (
     checked_state,
     checked_tuple,
 )
-from jaxrl_llm.types import COLUMNS, Groups, Prompts, Rollouts, join_groups, map_groups, number_rows, select_groups
+from jaxrl_llm.types import COLUMNS, Groups, Prompts, Rollouts, join_groups, number_rows, select_groups
 
 Metrics = dict[str, float]
+MIB = 2**20
 
 
 class Replay(NamedTuple):
@@ -35,24 +38,13 @@ class Replay(NamedTuple):
     """exchange(state, groups, rng): the next state, the groups to train on, of the same shapes, and metrics."""
 
 
-class Ring(NamedTuple):
-    """State of the replay; fixed shapes, as checkpoints need."""
-
-    groups: Groups
-    """As many groups as the capacity, each with room for the rows of the largest one: filler rows make up the rest."""
-    version: Int[np.ndarray, " capacity"]
-    """Version of the newest policy that sampled a token of the group; -1 for an empty entry."""
-    next: Int[np.ndarray, ""]
-    """Index of the entry to be written next."""
-
-
-def make_replay(cfg: ReplayConfig | OwnReplay) -> Replay:
-    """Return the replay of a config."""
+def make_replay(cfg: ReplayConfig | OwnReplay, pad: int = 0) -> Replay:
+    """Return the replay of a config. `pad`: the pad token."""
     if isinstance(cfg, OwnReplay):
         return _own_replay(cfg)
     if not cfg.capacity:
         return Replay(lambda blank: (), lambda state, groups, rng: (state, groups, {"groups/replayed": 0.0}))
-    return Replay(partial(empty_ring, capacity=cfg.capacity), partial(exchange, max_age=cfg.max_age))
+    return Replay(lambda blank: empty_buffer(cfg.capacity), partial(exchange, cfg=cfg, pad=pad))
 
 
 def _own_replay(cfg: OwnReplay) -> Replay:
@@ -111,77 +103,72 @@ def blank_groups(
     )
 
 
-def by_group(groups: Groups, most: int) -> Groups:
-    """Return leaves [P ...] and [P G ...], with filler rows behind those of a group that has less than G, `most`."""
-    size, place = groups.rollouts.size, np.arange(most)
-    inside = place < size[:, None]
-    source = np.where(inside, (np.cumsum(size) - size)[:, None] + place, 0)
+def exchange(
+    buffer: Buffer, fresh: Groups, rng: np.random.Generator, cfg: ReplayConfig, pad: int = 0
+) -> tuple[Buffer, Groups, Metrics]:
+    """Return the buffer with the kept fresh groups added, the groups to train on, and metrics.
 
-    def of_rows(x: np.ndarray, fill: float) -> np.ndarray:
-        found = np.full((*source.shape, *x.shape[1:]), fill, x.dtype)
-        found[inside] = x[source[inside]]
-        return found
-
-    return map_groups(groups, np.asarray, of_rows)
-
-
-def by_row(groups: Groups) -> Groups:
-    """Return the groups without filler rows; the inverse of `by_group`."""
-    inside = groups.rollouts.prompt >= 0
-    found = map_groups(groups, np.asarray, lambda x, fill: x[inside])
-    return found.replace(rollouts=found.rollouts.replace(prompt=np.nonzero(inside)[0].astype(np.int32)))
-
-
-def empty_ring(blank: Groups, capacity: int) -> Ring:
-    """Return an empty ring for groups of these shapes, of up to as many rows as the largest of them."""
-    groups = jax.tree.map(
-        lambda x: np.zeros((capacity, *x.shape[1:]), x.dtype), by_group(blank, blank.rollouts.size.max())
-    )
-    return Ring(groups, np.full(capacity, -1, np.int32), np.zeros((), np.int32))
-
-
-def exchange(ring: Ring, fresh: Groups, rng: np.random.Generator, max_age: int) -> tuple[Ring, Groups, Metrics]:
-    """Return the ring with the kept fresh groups added, the groups to train on, and metrics.
-
-    The result has as many rows as `fresh`: an old group for which there is no room is left in the ring.
+    The result has as many rows as `fresh`: an old group for which there is no room is left in the buffer.
 
     Args:
-        ring: the replay's state.
+        buffer: the replay's state.
         fresh: this step's groups.
-        rng: selects the replayed groups.
-        max_age: largest age in updates: the newest policy version in `fresh` minus the group's.
+        rng: draws groups.
+        cfg: what may be drawn, how, and how much is stored.
+        pad: the pad token.
     """
-    keep, size, version = fresh.kept, fresh.rollouts.size, fresh.rollouts.version.max()
-    young = np.flatnonzero((ring.version >= 0) & (version - ring.version <= max_age))
-    dropped = np.flatnonzero(~keep)[: len(young)]
-    old = rng.choice(young, size=len(dropped), replace=False)
+    version, packing = int(fresh.rollouts.version.max()), Packing(fresh, pad)
+    buffer = _without_retired(buffer, version, cfg)
+    known, size = buffer.candidates(version), fresh.rollouts.size
+    dropped = np.flatnonzero(~fresh.kept)
+    drawn = draw(known, cfg.draw(known), rng, len(dropped)) if len(known.age) else np.zeros(0, int)
     room = len(fresh.keep) - size.sum()
     order = np.arange(len(size))
     chosen: list[int] = []
-    for place, entry in zip(dropped, old, strict=True):
-        more = np.count_nonzero(ring.groups.rollouts.prompt[entry] >= 0) - size[place]
+    for place, entry in zip(dropped, drawn.tolist(), strict=False):
+        more = known.size[entry] - size[place]
         if more <= room:
             room, order[place] = room - more, len(size) + len(chosen)
             chosen.append(entry)
-    stored = by_row(jax.tree.map(lambda x: x[chosen], ring.groups))
-    mixed = select_groups(join_groups(fresh, stored), order, len(fresh.keep)) if chosen else fresh
-    capacity = len(ring.version)
-    ring = _push(ring, fresh, np.flatnonzero(keep)[-capacity:])
-    return ring, mixed, {"groups/replayed": float(len(chosen))}
+    mixed = fresh
+    if chosen:
+        mixed = select_groups(join_groups(fresh, buffer.groups(chosen, packing)), order, len(fresh.keep))
+    buffer, metrics = used(buffer, np.array(chosen, int)), _metrics(known, chosen)
+    if fresh.kept.any():
+        new = select_groups(fresh, np.flatnonzero(fresh.kept))
+        buffer = added(buffer, new, packing.pack(new), cfg.memory_mib * MIB)
+    return buffer, mixed, metrics | {"replay/groups": float(len(buffer.stored)), "replay/mib": buffer.num_bytes / MIB}
 
 
-def _push(ring: Ring, fresh: Groups, kept: Int[np.ndarray, " n"]) -> Ring:
-    capacity, most = ring.groups.rollouts.prompt.shape
-    entries = (ring.next + np.arange(len(kept))) % capacity
-    groups = by_group(select_groups(fresh, kept), most)
+def _without_retired(buffer: Buffer, version: int, cfg: ReplayConfig) -> Buffer:
+    """Return the buffer without the groups that may not come back."""
+    known = buffer.candidates(version)
+    return without(buffer, (known.age > cfg.max_age) | (known.uses >= (cfg.max_uses or np.inf)))
 
-    def write(stored: np.ndarray, new: np.ndarray) -> np.ndarray:
-        stored = stored.copy()
-        stored[entries] = new
-        return stored
 
-    return Ring(
-        groups=jax.tree.map(write, ring.groups, groups),
-        version=write(ring.version, groups.rollouts.version.max(axis=(1, 2)).astype(np.int32)),
-        next=np.asarray((ring.next + len(kept)) % capacity, np.int32),
-    )
+def draw(known: Candidates, weight: np.ndarray, rng: np.random.Generator, n: int) -> np.ndarray:
+    """Return the places of up to n groups, each at most once: one by one, with probabilities in proportion to the weights of those
+    that are left. A weight of 0 is never drawn.
+
+    Raises:
+        UserError: the weights are not one finite number per group, 0 or more.
+    """
+    weight = np.asarray(weight)
+    if (
+        weight.shape != known.age.shape
+        or weight.dtype.kind not in "biuf"
+        or not (np.isfinite(weight) & (weight >= 0)).all()
+    ):
+        raise UserError(
+            f"experience.replay.draw: got {weight.dtype}{list(weight.shape)} {weight.tolist()[:5]}, want a finite weight, 0 or "
+            f"more, for each of {len(known.age)} groups"
+        )
+    n = min(n, np.count_nonzero(weight))
+    return rng.choice(len(weight), size=n, replace=False, p=weight / weight.sum()) if n else np.zeros(0, int)
+
+
+def _metrics(known: Candidates, chosen: Sequence[int]) -> Metrics:
+    found = {"groups/replayed": float(len(chosen))}
+    if chosen:
+        found |= {"replay/age": float(known.age[chosen].mean()), "replay/uses": float(known.uses[chosen].mean() + 1)}
+    return found

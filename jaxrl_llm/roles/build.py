@@ -104,7 +104,7 @@ def make_learner(blueprint: Blueprint, score: Scorer, texts_of: Callable[[Groups
     )
     return Learner(
         filter=filter_for(cfg, texts_of),
-        replay=make_replay(cfg.experience.replay),
+        replay=make_replay(cfg.experience.replay, blueprint.vocab.pad),
         score=partial(score_groups, objective, loss, score),
         advantage=make_advantage(objective, [grader.weight for grader in cfg.reward.graders]),
         update=Updates(

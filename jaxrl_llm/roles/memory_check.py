@@ -13,12 +13,13 @@ import numpy as np
 
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.experience.config import OwnReplay, ReplayConfig
 from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.perf import chips
 from jaxrl_llm.perf.work import bytes_per_device
 from jaxrl_llm.roles.abstract_run import AbstractRun, make_abstract_run
-from jaxrl_llm.roles.blueprint import Blueprint, make_blueprint
+from jaxrl_llm.roles.blueprint import Blueprint, group_sizes, make_blueprint, uses_of
 from jaxrl_llm.types import COLUMNS
 
 MASTERS, OPTIMIZER, REFERENCE, POLICY = "master parameters", "optimizer state", "reference parameters", "policy"
@@ -29,7 +30,7 @@ LAYER_INPUTS, ROLLOUTS, REPLAY = (
     "replay",
 )
 MODEL_PARTS = (MASTERS, OPTIMIZER, REFERENCE, POLICY, GRADIENTS)
-HOST, WARM_START = "host", "warm start"
+HOST, WARM_START, MIB = "host", "warm start", 2**20
 # Bytes per token of the columns that every run has.
 ROLLOUT_BYTES = sum(np.dtype(column.dtype).itemsize for column in COLUMNS if column.rollouts and not column.when)
 BATCH_BYTES = sum(np.dtype(column.dtype).itemsize for column in COLUMNS if column.batch and not column.when)
@@ -73,13 +74,15 @@ class AvailableMemory:
 
 
 def check(blueprint: Blueprint, held_out: int, trains: bool = True) -> None:
-    """Raise UserError if a phase of the run needs more memory than there is.
+    """Raise UserError if a phase of the run needs more memory than there is, or the replay's buffer more than it is given.
 
     Args:
         blueprint: The run.
         held_out: Number of prompts in an evaluation, which samples all of them at once.
         trains: False if the run only samples.
     """
+    if trains and (problem := buffer_problem(blueprint.cfg, blueprint.vocab.size)):
+        raise UserError(problem)
     run = make_abstract_run(blueprint)
     available = AvailableMemory(jax.local_devices()[0], jax.local_device_count())
     found = minimum(run, held_out, trains, available.num_devices if available.shared else 0)
@@ -171,14 +174,45 @@ def layer_inputs(run: AbstractRun, tokens: int) -> int:
     return tokens // run.train.size("rows") * inputs
 
 
+def buffer_problem(cfg: RunConfig, num_tokens: int) -> str:
+    """Error if the replay's buffer may not hold what one step draws from it; "" if it does.
+
+    Args:
+        cfg: of the run.
+        num_tokens: size of the vocabulary.
+    """
+    replay, rollout = cfg.experience.replay, cfg.rollout
+    if not isinstance(replay, ReplayConfig) or not replay.capacity:
+        return ""
+    uses = uses_of(cfg)
+    there = [c for c in COLUMNS if c.rollouts and not c.dims and (not c.when or c.when in uses)]
+    of_token = (
+        sum(np.dtype(c.dtype).itemsize for c in there) + 4 * ("steps" in uses) + 4 * rollout.max_kept_of(num_tokens)
+    )
+    rows = min(replay.capacity * group_sizes(cfg).most, rollout.prompts * rollout.samples)
+    least = rows * rollout.max_new_tokens * of_token / MIB
+    if replay.memory_mib >= least:
+        return ""
+    return (
+        f"experience.replay.memory_mib: got {replay.memory_mib:g}, want {least:,.3g} or more: a step may draw {rows:,} responses "
+        f"of {rollout.max_new_tokens:,} tokens (rollout.max_new_tokens)"
+    )
+
+
 def host_parts(cfg: RunConfig, held_out: int) -> dict[str, int]:
     """Bytes of host memory, by part."""
     rollout = cfg.rollout
     group = rollout.samples * rollout.max_new_tokens * ROLLOUT_BYTES
     return {
         ROLLOUTS: max(rollout.prompts, held_out) * group,
-        REPLAY: getattr(cfg.experience.replay, "capacity", 0) * group,
+        REPLAY: _most_of_buffer(cfg.experience.replay, group),
     }
+
+
+def _most_of_buffer(replay: ReplayConfig | OwnReplay, group: int) -> int:
+    """Bytes that the buffer takes at most, if nothing but the columns that every run has is stored; 0 for a custom one.
+    `group`: bytes of a group at its longest."""
+    return min(replay.capacity * group, int(replay.memory_mib * MIB)) if isinstance(replay, ReplayConfig) else 0
 
 
 def _message(run: AbstractRun, held_out: int, phase: Phase, available: AvailableMemory) -> str:
@@ -202,7 +236,10 @@ def _advice(run: AbstractRun, held_out: int, phase: Phase, part: str, available:
     if phase.name == WARM_START:
         return f"warm_start.rows: got {cfg.warm_start.rows:,}, want fewer"
     if part == REPLAY:
-        return f"experience.replay.capacity: got {cfg.experience.replay.capacity:,}, want less"
+        replay = cfg.experience.replay
+        return (
+            f"experience.replay: got capacity {replay.capacity:,}, memory_mib {replay.memory_mib:g}, want less of one"
+        )
     if part == LAYER_INPUTS:
         return f"update.micro_batches: got {cfg.update.micro_batches:,}, want more: fewer rows at a time"
     if part in (ROWS, BATCH, ROLLOUTS):

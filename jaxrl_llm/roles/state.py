@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxrl_llm.experience.buffer import Buffer
 from jaxrl_llm.metrics.guards import Guards
 from jaxrl_llm.types import PyTree, TrainState
 
@@ -30,3 +31,15 @@ class SupervisedState(NamedTuple):
     step: np.ndarray
     train: TrainState
     guards: Guards
+
+
+def split(state: RunState | SupervisedState) -> tuple[RunState | SupervisedState, dict[str, np.ndarray]]:
+    """Return the state without the groups of its buffer, and these, by name: what never changes a checkpoint writes once."""
+    if not isinstance(state, RunState) or not isinstance(state.replay, Buffer):
+        return state, {}
+    return state._replace(replay=state.replay._replace(packed={})), state.replay.packed
+
+
+def joined(state: RunState | SupervisedState, groups: dict[str, np.ndarray]) -> RunState | SupervisedState:
+    """Return the state that was split."""
+    return state._replace(replay=state.replay._replace(packed=groups)) if groups else state

@@ -21,12 +21,12 @@ PAGE = (ROOT / "docs" / "filtering.md").read_text(encoding="utf-8")
 def rules(annotation) -> list[type]:
     inner = typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
     composed = (config.ChainConfig, config.AllOfConfig, config.AnyOfConfig)
-    own = (config.OwnCurriculum, config.OwnFilter, config.OwnGate, config.OwnBudget)
+    own = (config.OwnCurriculum, config.OwnFilter, config.OwnGate, config.OwnBudget, config.OwnDraw)
     skipped = (config.AutoFilter, *own, *composed)
     return [rule for rule in typing.get_args(inner) if rule not in skipped]
 
 
-RULES = [config.CurriculumConfig, config.FilterConfig, config.GateConfig, config.BudgetConfig]
+RULES = [config.CurriculumConfig, config.FilterConfig, config.GateConfig, config.BudgetConfig, config.DrawConfig]
 
 
 @pytest.mark.parametrize("rule", [rule for annotation in RULES for rule in rules(annotation)])
@@ -42,12 +42,13 @@ def test_every_rule_is_in_a_table_and_names_its_source(rule):
 
 
 def test_its_config_is_valid():
-    first, second = (
+    first, second, third = (
         validate(yaml.safe_load(block), "the page").experience
         for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
     )
     assert first.gate.kind == "greso" and first.refill.attempts == 10 and len(first.filter.filters) == 3
     assert second.curriculum.shares == {"easy": 1, "hard": 3}
+    assert third.replay == config.ReplayConfig(512, 4096, 8, 4, config.RecencyDraw())
 
 
 def test_its_example_runs():

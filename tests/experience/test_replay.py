@@ -1,4 +1,4 @@
-"""The ring: what goes in comes out as it was, only while it is young, and fresh groups come first."""
+"""The replay: what goes in comes out as it was, only while it is young, and fresh groups come first."""
 
 import jax
 import numpy as np
@@ -6,8 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxrl_llm.experience.buffer import empty_buffer
 from jaxrl_llm.experience.config import ReplayConfig
-from jaxrl_llm.experience.replay import blank_groups, by_group, by_row, empty_ring, exchange, make_replay
+from jaxrl_llm.experience.draws import UniformDraw
+from jaxrl_llm.experience.packed_groups import Packing
+from jaxrl_llm.experience.replay import exchange, make_replay
 from jaxrl_llm.types import Groups, Prompts, Rollouts, check, map_groups, number_rows, select_groups
 
 P, G, S, C = 3, 2, 2, 4
@@ -19,15 +22,19 @@ def experience(version: int, first: int, keep=(True, True, True)) -> Groups:
     row = np.arange(P * G) + first * G
     token = (row[:, None] * C + np.arange(C)).astype(np.int32)
     sampled = np.arange(C) < 1 + row[:, None] % C
-    prompts = Prompts(*(x.astype(np.int32) for x in (group[:, None] * S + np.arange(S), group % S + 1, group, group)))
+    few = sampled[..., None] & (np.arange(3) <= token[..., None] % 3)
+    tokens = np.where(np.arange(S) < group[:, None] % S + 1, group[:, None] * S + np.arange(S), 0)
+    prompts = Prompts(*(x.astype(np.int32) for x in (tokens, group % S + 1, group, group)))
     rollouts = Rollouts(
         prompts=prompts, prompt=np.repeat(np.arange(P, dtype=np.int32), G), sample=np.tile(np.arange(G, dtype=np.int32), P),
-        tokens=token, length=sampled.sum(axis=1).astype(np.int32), sampled=sampled,
+        tokens=np.where(sampled, token, 0).astype(np.int32), length=sampled.sum(axis=1).astype(np.int32), sampled=sampled,
         # Third parts have no short binary form: a copy through another dtype would change them.
-        behavior_logprobs=np.where(sampled, -token / 3, 0).astype(np.float32), entropy=(token / 7).astype(np.float32),
+        behavior_logprobs=np.where(sampled, -token / 3, 0).astype(np.float32),
+        entropy=np.where(sampled, token / 7, 0).astype(np.float32),
         temperature=(row / 11).astype(np.float32),
         version=np.where(sampled, version, 0).astype(np.int32), finish=(row % 2).astype(np.int32),
-        kept_tokens=np.where(sampled[..., None], token[..., None] + np.arange(3), -1).astype(np.int32),
+        # One to three kept tokens of each.
+        kept_tokens=np.where(few, token[..., None] + np.arange(3), -1).astype(np.int32),
         eos_masked=sampled & (token % 3 == 0),
     )  # fmt: skip
     groups = Groups(
@@ -42,16 +49,23 @@ def group_of(whole: Groups, place: int) -> list[bytes]:
     return [x.tobytes() for x in jax.tree.leaves(select_groups(whole, np.array([place])))]
 
 
-def ring(capacity: int):
-    return empty_ring(experience(0, 0), capacity)
+def uids(buffer) -> list[int]:
+    """Of the groups in the buffer, oldest first: their row of the task is equal."""
+    return buffer.known.row[: len(buffer.stored)].tolist()
 
 
-def step(replay, version, first, keep, max_age=100, seed=0):
-    """The ring, the groups to train on, and which of them are kept."""
-    replay, out, metrics = exchange(replay, experience(version, first, keep), np.random.default_rng(seed), max_age)
+def config(capacity: int = 4, max_age: int = 100, **more) -> ReplayConfig:
+    return ReplayConfig(capacity=capacity, max_age=max_age, **more)
+
+
+def step(replay, version, first, keep, seed=0, **cfg):
+    """The buffer, the groups to train on, and which of them are kept."""
+    cfg = config(len(replay.known.number), **cfg)
+    replay, out, metrics = exchange(replay, experience(version, first, keep), np.random.default_rng(seed), cfg)
     counts = out.keep.reshape(P, G)
     assert (counts.all(axis=1) == counts.any(axis=1)).all()
-    assert metrics == {"groups/replayed": counts[:, 0].sum() - sum(keep)}
+    assert metrics["groups/replayed"] == counts[:, 0].sum() - sum(keep)
+    assert metrics["replay/groups"] == len(replay.stored) and metrics["replay/mib"] * 2**20 == replay.num_bytes
     return replay, out, counts[:, 0]
 
 
@@ -61,49 +75,32 @@ def test_the_identity_form_passes_fresh_groups_through():
     assert state == () and out is fresh and metrics == {"groups/replayed": 0.0}
 
 
-def test_a_ring_has_the_shapes_of_the_runs_groups():
-    """Columns of such a run: two of five kept tokens, masked end tokens, no raw log-probs."""
-    blank = check(blank_groups(P, G, (S, C), 2, ("truncation", "min_new_tokens"), 3))
-    of_run = make_replay(ReplayConfig(capacity=4)).init(blank)
-    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
-    assert shapes(of_run) == shapes(ring(4))
-    assert blank.rollouts.raw_logprobs is None and blank.rollouts.kept_tokens.shape == (P * G, C, 3)
-
-
 def test_a_row_that_was_dropped_stays_dropped_in_the_ring():
     """A group of which one row is kept is a kept group, and comes back with that row alone."""
     fresh = experience(0, 0)
     fresh = fresh.replace(keep=np.array([True, False, False, False, False, False]))
-    replay, _, _ = exchange(ring(4), fresh, np.random.default_rng(0), 100)
-    np.testing.assert_array_equal(replay.version, [0, -1, -1, -1])
-    _, out, _ = exchange(replay, experience(1, 10, [True, False, True]), np.random.default_rng(0), 100)
+    replay, _, _ = exchange(empty_buffer(4), fresh, np.random.default_rng(0), config())
+    assert uids(replay) == [0]
+    _, out, _ = exchange(replay, experience(1, 10, [True, False, True]), np.random.default_rng(0), config())
     np.testing.assert_array_equal(out.keep, [True, True, True, False, True, True])
 
 
-def test_rows_and_groups_are_two_views_of_the_same():
-    whole = experience(0, 5)
-    groups = by_group(whole, G)
-    assert groups.rollouts.tokens.shape == (P, G, C) and groups.rollouts.prompts.tokens.shape == (P, S)
-    np.testing.assert_array_equal(groups.rollouts.tokens[1], whole.rollouts.tokens[2:4])
-    jax.tree.map(np.testing.assert_array_equal, by_row(groups), whole)
-
-
 def test_with_nothing_to_replace_fresh_groups_pass_unchanged():
-    replay, _, _ = step(ring(4), 0, 0, [True, True, True])
+    replay, _, _ = step(empty_buffer(4), 0, 0, [True, True, True])
     _, out, counts = step(replay, 1, 10, [True, True, True])
     jax.tree.map(np.testing.assert_array_equal, out, experience(1, 10))
     assert counts.all()
 
 
 def test_an_empty_ring_replaces_nothing():
-    replay, out, counts = step(ring(4), 0, 0, [False, True, False])
+    replay, out, counts = step(empty_buffer(4), 0, 0, [False, True, False])
     np.testing.assert_array_equal(counts, [False, True, False])
     jax.tree.map(np.testing.assert_array_equal, out, experience(0, 0, [False, True, False]))
-    np.testing.assert_array_equal(replay.version, [0, -1, -1, -1])
+    assert uids(replay) == [1] and replay.known.number.tolist() == [0, -1, -1, -1]
 
 
 def test_a_dropped_group_gives_its_place_to_an_older_one_bit_for_bit():
-    replay, _, _ = step(ring(4), 2, 0, [False, True, False])
+    replay, _, _ = step(empty_buffer(4), 2, 0, [False, True, False])
     _, out, counts = step(replay, 5, 10, [True, False, True])
     assert counts.all()
     old, fresh = experience(2, 0), experience(5, 10)
@@ -115,30 +112,28 @@ def test_a_dropped_group_gives_its_place_to_an_older_one_bit_for_bit():
     np.testing.assert_array_equal(rollouts.prompts.uid, [10, 1, 12])
 
 
-def test_the_ring_wraps_and_the_oldest_goes_first():
-    replay = ring(4)
+def test_the_oldest_goes_first():
+    replay = empty_buffer(4)
     for version, first in ((0, 0), (1, 10)):
         replay, _, _ = step(replay, version, first, [True, True, True])
-    # 0 1 2 -, then 10 in the last place and 11, 12 over 0 and 1.
-    np.testing.assert_array_equal(replay.groups.rollouts.prompts.uid, [11, 12, 2, 10])
-    np.testing.assert_array_equal(replay.version, [1, 1, 0, 1])
-    assert replay.next == 2
+    assert uids(replay) == [2, 10, 11, 12] and replay.known.version.tolist() == [0, 1, 1, 1]
+    assert replay.known.number.tolist() == [2, 3, 4, 5] and replay.next == 6 and set(replay.packed) == {*"2345"}
 
 
 def test_more_fresh_groups_than_places_leave_the_last():
-    replay, _, _ = step(ring(2), 0, 0, [True, True, True])
-    np.testing.assert_array_equal(np.sort(replay.groups.rollouts.prompts.uid), [1, 2])
+    replay, _, _ = step(empty_buffer(2), 0, 0, [True, True, True])
+    assert uids(replay) == [1, 2]
 
 
 @pytest.mark.parametrize("age, taken", [(1, True), (3, True), (4, False)])
 def test_a_group_older_than_max_age_is_not_taken(age, taken):
-    replay, _, _ = step(ring(4), 7, 0, [True, False, False])
+    replay, _, _ = step(empty_buffer(4), 7, 0, [True, False, False])
     _, _, counts = step(replay, 7 + age, 10, [False, False, True], max_age=3)
     assert counts.tolist() == [taken, False, True]
 
 
-def test_the_ring_that_was_passed_in_is_left_alone():
-    before, _, _ = step(ring(4), 0, 0, [True, True, True])
+def test_the_buffer_that_was_passed_in_is_left_alone():
+    before, _, _ = step(empty_buffer(4), 0, 0, [True, True, True])
     copy = jax.tree.map(np.copy, before)
     after, _, _ = step(before, 1, 10, [True, False, True])
     jax.tree.map(np.testing.assert_array_equal, before, copy)
@@ -146,7 +141,7 @@ def test_the_ring_that_was_passed_in_is_left_alone():
 
 
 def test_equal_seeds_take_equal_groups():
-    replay = ring(8)
+    replay = empty_buffer(8)
     for version, first in ((0, 0), (1, 10)):
         replay, _, _ = step(replay, version, first, [True, True, True])
     taken = [
@@ -166,11 +161,12 @@ def test_equal_seeds_take_equal_groups():
 )
 def test_every_group_that_counts_is_fresh_or_young_and_remembered(steps, capacity, max_age):
     """Against a list of the kept groups: the last `capacity` of them, those young enough sampled without replacement."""
-    replay, kept, version = ring(capacity), [], 0
+    replay, kept, version = empty_buffer(capacity), [], 0
     for number, (keep, updates) in enumerate(steps):
         fresh = experience(version, first := 100 * number, keep)
-        young = {uid: bits for uid, born, bits in kept[-capacity:] if version - born <= max_age}
-        replay, out, counts = step(replay, version, first, keep, max_age)
+        kept = [one for one in kept if version - one[1] <= max_age]
+        young = {uid: bits for uid, _, bits in kept[-capacity:]}
+        replay, out, counts = step(replay, version, first, keep, max_age=max_age)
         replayed = []
         for place in range(P):
             bits, uid = group_of(out, place), int(out.rollouts.prompts.uid[place])
@@ -182,7 +178,8 @@ def test_every_group_that_counts_is_fresh_or_young_and_remembered(steps, capacit
         assert len(set(replayed)) == len(replayed) == min(len(young), P - sum(keep))
         assert counts.sum() == sum(keep) + len(replayed)
         kept += [(first + p, version, group_of(fresh, p)) for p in range(P) if keep[p]]
-        assert (replay.version >= 0).sum() == min(len(kept), capacity)
+        # What is too old has left.
+        assert uids(replay) == [uid for uid, born, _ in kept if version - born <= max_age][-capacity:]
         version += updates
 
 
@@ -198,7 +195,12 @@ def ragged(first: int, size, version: int, keep) -> Groups:
     cut = map_groups(whole, lambda x: x[:P], lambda x, fill: x[rows])
     prompts = cut.rollouts.prompts.replace(uid=np.arange(first, first + P, dtype=np.int32))
     rollouts = cut.rollouts.replace(
-        prompts=prompts, prompt=prompt, sample=sample, tokens=cut.rollouts.tokens + 1000 * (first + prompt)[:, None]
+        prompts=prompts,
+        prompt=prompt,
+        sample=sample,
+        tokens=np.where(cut.rollouts.sampled, cut.rollouts.tokens + 1000 * (first + prompt)[:, None], 0).astype(
+            np.int32
+        ),
     )
     of = np.repeat(np.asarray(keep, bool), size)
     return check(select_groups(cut.replace(rollouts=rollouts, keep=of), np.arange(P), B))
@@ -209,13 +211,12 @@ def ragged(first: int, size, version: int, keep) -> Groups:
 def test_groups_of_any_size_come_back_whole_and_never_exceed_the_steps_rows(data):
     """Against a list. A group that does not fit stays away; none is cut, none is there twice."""
     sizes = st.lists(st.integers(0, MOST), min_size=P, max_size=P).filter(lambda size: 0 < sum(size) <= B)
-    blank = select_groups(ragged(0, [MOST, MOST, 1], 0, [True] * P), np.arange(P), B)
-    replay, remembered = empty_ring(blank, 5), {}
+    replay, remembered = empty_buffer(5), {}
     for number in range(data.draw(st.integers(1, 6))):
         size, first = np.array(data.draw(sizes)), 100 * number
         keep = np.array(data.draw(st.lists(st.booleans(), min_size=P, max_size=P))) & (size > 0)
         fresh = ragged(first, size, number, keep)
-        replay, out, metrics = exchange(replay, fresh, np.random.default_rng(number), 100)
+        replay, out, metrics = exchange(replay, fresh, np.random.default_rng(number), config(5))
         assert len(out.keep) == B and check(out).rollouts.size.sum() <= B
         uids = out.rollouts.prompts.uid
         assert len(set(uids.tolist())) == P
@@ -223,17 +224,71 @@ def test_groups_of_any_size_come_back_whole_and_never_exceed_the_steps_rows(data
         for place in range(P):
             want = remembered[uids[place]] if place in old else group_of(fresh, place)
             assert group_of(out, place) == want and not (place in old and keep[place])
-        assert metrics == {"groups/replayed": len(old)}
+        assert metrics["groups/replayed"] == len(old)
         remembered |= {first + p: group_of(fresh, p) for p in np.flatnonzero(keep)}
-        there = replay.version >= 0
-        stored = by_row(jax.tree.map(lambda x, there=there: x[there], replay.groups))
-        for place, uid in enumerate(stored.rollouts.prompts.uid):
-            assert group_of(stored, place) == remembered[uid]
+        if len(replay.stored):
+            stored = replay.groups(range(len(replay.stored)), Packing(fresh, 0))
+            for place, uid in enumerate(stored.rollouts.prompts.uid):
+                assert group_of(stored, place) == remembered[uid]
 
 
 def test_an_old_group_that_is_larger_than_the_room_left_is_not_taken():
-    replay, _, _ = exchange(empty_ring(ragged(0, [4, 4, 1], 0, [True] * 3), 3), ragged(0, [4, 1, 4], 0, [1, 0, 0]),
-                            np.random.default_rng(0), 100)  # fmt: skip
+    first = ragged(0, [4, 1, 4], 0, [1, 0, 0])
+    replay, _, _ = exchange(empty_buffer(3), first, np.random.default_rng(0), config(3))
     for size, taken in (([1, 4, 4], 0), ([1, 4, 3], 0), ([1, 4, 1], 1), ([4, 4, 1], 1)):
-        _, out, _ = exchange(replay, ragged(10, size, 1, [0, 1, 1]), np.random.default_rng(0), 100)
+        _, out, _ = exchange(replay, ragged(10, size, 1, [0, 1, 1]), np.random.default_rng(0), config(3))
         assert (out.rollouts.prompts.uid[0] == 0) == bool(taken)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    st.lists(st.lists(st.booleans(), min_size=P, max_size=P), min_size=1, max_size=9),
+    st.integers(1, 3),
+    st.integers(0, 99),
+)
+def test_no_group_is_used_more_often_than_allowed(steps, most, seed):
+    """`max_uses` steps train on a group, the one that sampled it included; it is drawn until then, if there is a place."""
+    replay, uses, stored = empty_buffer(9), {}, []
+    for version, keep in enumerate(steps):
+        replay, out, counts = step(replay, version, first := 10 * version, keep, seed=seed, max_uses=most)
+        taken = [int(uid) for uid, counted in zip(out.rollouts.prompts.uid, counts, strict=True) if counted]
+        left = [uid for uid in stored if uses[uid] < most]
+        assert len([uid for uid in taken if uid < first]) == min(len(left), P - sum(keep))
+        for uid in taken:
+            uses[uid] = uses.get(uid, 0) + 1
+        assert max(uses.values(), default=0) <= most
+        stored = [*left, *(first + p for p in range(P) if keep[p])][-9:]
+        # What was used for the last time leaves before the next draw.
+        assert uids(replay) == stored
+        assert replay.known.uses[: len(stored)].tolist() == [uses[uid] for uid in stored]
+
+
+def test_the_oldest_leave_when_memory_is_short_and_a_group_that_does_not_fit_is_not_stored():
+    whole, _, _ = step(empty_buffer(9), 0, 0, [True] * P)
+    sizes = [whole.packed[str(n)].nbytes for n in range(P)]
+    for bound in range(0, sum(sizes) + 1, 7):
+        cfg = config(9, memory_mib=(bound + 0.5) / 2**20)
+        replay, _, metrics = exchange(empty_buffer(9), experience(0, 0), np.random.default_rng(0), cfg)
+        # The newest that fit together.
+        want = next(n for n in range(P + 1) if sum(sizes[n:]) <= bound)
+        assert uids(replay) == list(range(want, P)) and replay.num_bytes <= bound
+        assert metrics["replay/mib"] * 2**20 == replay.num_bytes
+
+
+def test_a_draw_of_ones_own_sees_what_is_known_of_each_group(monkeypatch):
+    """By hand: groups 0, 1, 2 of version 0, and 10 of version 3; rewards of rows 0 to 5 are row / 13."""
+    seen = []
+    monkeypatch.setattr(UniformDraw, "__call__", lambda self, groups: seen.append(groups) or np.ones(len(groups.age)))
+    replay, _, _ = step(empty_buffer(9), 0, 0, [True, True, True])
+    replay, _, _ = step(replay, 3, 10, [True, False, True])
+    step(replay, 5, 20, [False, True, True])
+    first, last = seen
+    assert first.age.tolist() == [3, 3, 3] and first.uses.tolist() == [1, 1, 1] and first.row.tolist() == [0, 1, 2]
+    np.testing.assert_allclose(first.reward, [0.5 / 13, 2.5 / 13, 4.5 / 13], rtol=1e-6)
+    # Entropies are token / 7 at the sampled tokens; row r has 1 + r mod 4 of them, tokens 4 r to 4 r + r mod 4.
+    means = [
+        np.mean([t / 7 for r in rows for t in range(4 * r, 4 * r + 1 + r % 4)]) for rows in ((0, 1), (2, 3), (4, 5))
+    ]
+    np.testing.assert_allclose(first.entropy, means, rtol=1e-5)
+    assert last.age.tolist() == [5, 5, 5, 2, 2] and sorted(last.uses.tolist()) == [1, 1, 1, 1, 2]
+    assert last.size.tolist() == [2] * 5 and first.success.tolist() == [0, 0, 0]

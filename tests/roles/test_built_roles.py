@@ -77,8 +77,7 @@ def test_a_learners_stages_are_the_configs():
     # RLOO: less the mean of the others, of the weighted sum.
     credit = learner.advantage(kept, Scores())
     np.testing.assert_allclose(credit.advantage[2:], [[1.5] * 2, [-1.5] * 2])
-    ring = learner.replay.init(groups)
-    assert ring.version.tolist() == [-1] * 3
+    assert learner.replay.init(groups).known.number.tolist() == [-1] * 3
     update = learner.update
     assert isinstance(update, Updates) and update.shape == of.shapes.update and update.loss is of.loss
     assert (update.pad, update.cfg) == (0, of.cfg.update) and update.rows == of.train.sharding(("rows", None))

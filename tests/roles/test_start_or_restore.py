@@ -5,14 +5,15 @@ import numpy as np
 import pytest
 from fakes import VALUES, blueprint
 
+from jaxrl_llm.experience.buffer import Buffer
 from jaxrl_llm.experience.filters import Filter
-from jaxrl_llm.experience.replay import Ring, make_replay
+from jaxrl_llm.experience.replay import make_replay
 from jaxrl_llm.metrics.guards import Guards
 from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.roles.learner import Learner
 from jaxrl_llm.roles.start_or_restore import first_state, first_supervised, rl_target, supervised_target
-from jaxrl_llm.roles.state import RunState, SupervisedState
+from jaxrl_llm.roles.state import RunState, SupervisedState, joined, split
 from jaxrl_llm.types import TrainState
 
 SOURCE = {"visits": np.int64(0)}
@@ -85,15 +86,14 @@ def test_a_reference_is_in_the_target_where_the_objective_reads_one(changes):
     assert where == model_params.shardings(of.reference_specs, of.train)
 
 
-def test_a_ring_is_as_wide_as_what_the_run_samples():
+def test_a_buffer_is_empty_and_its_groups_travel_apart_from_the_state():
     rollout = VALUES["rollout"] | {"top_k": 3, "max_kept_tokens": 4}
     _, state = target(rollout=rollout, experience={"replay": {"capacity": 5}})
-    ring = state.replay
-    assert isinstance(ring, Ring) and ring.version.tolist() == [-1] * 5
-    # Groups of 4 rows, 5 prompt slots and 6 of a completion; 4 tokens are kept per sampled one.
-    assert ring.groups.rollouts.tokens.shape == (5, 4, 6) and ring.groups.rollouts.prompts.tokens.shape == (5, 5)
-    assert ring.groups.rollouts.kept_tokens.shape == (5, 4, 6, 4) and ring.groups.rollouts.eos_masked is None
-    assert ring.groups.components.shape == (5, 4, 1)
+    buffer = state.replay
+    assert isinstance(buffer, Buffer) and buffer.known.number.tolist() == [-1] * 5 and buffer.packed == {}
+    tree, blobs = split(state._replace(replay=buffer._replace(packed={"3": np.ones(7, np.uint8)})))
+    assert list(blobs) == ["3"] and tree.replay.packed == {} and joined(tree, blobs).replay.packed == blobs
+    assert split(tree) == (tree, {}) and joined(tree, {}) is tree
 
 
 def test_around_arrays_it_is_what_the_target_describes():

@@ -11,7 +11,9 @@ from tokenizers import Tokenizer as Backend
 
 from jaxrl_llm.environments.config import GraderConfig, RewardConfig
 from jaxrl_llm.environments.grader_pool import GraderPool
-from jaxrl_llm.experience.replay import blank_groups, empty_ring, exchange
+from jaxrl_llm.experience.buffer import empty_buffer
+from jaxrl_llm.experience.config import ReplayConfig
+from jaxrl_llm.experience.replay import blank_groups, exchange
 from jaxrl_llm.roles import grading
 from jaxrl_llm.roles.grading import grade, merge_requests, rewarded_slots
 from jaxrl_llm.roles.summary import describe, responses
@@ -188,13 +190,13 @@ def test_a_request_that_failed_costs_the_steps_of_the_whole_group(graded):
 def test_a_replay_returns_steps_as_they_were(graded):
     """The second group was not graded, so that the first one of the step before takes its place."""
     blank = blank_groups(2, 2, (graded.rollouts.prompts.tokens.shape[1], 6), 2, ("steps",), 0)
-    ring, rng = empty_ring(check(blank), 3), np.random.default_rng(0)
+    buffer, rng, cfg = empty_buffer(3), np.random.default_rng(0), ReplayConfig(capacity=3, max_age=9)
     shapes = partial(jax.tree.map, lambda x: (x.shape, x.dtype))
-    assert shapes(graded.replace(graders=(), threshold=1.0)) == shapes(blank)
-    ring, first, _ = exchange(ring, graded.replace(graders=(), threshold=1.0), rng, 9)
+    assert shapes(graded.replace(graders=(), threshold=1.0)) == shapes(check(blank))
+    buffer, first, _ = exchange(buffer, graded.replace(graders=(), threshold=1.0), rng, cfg)
     other = graded.replace(graders=(), threshold=1.0, step_reward=graded.step_reward + np.float32(1))
-    _, mixed, metrics = exchange(ring, other, rng, 9)
-    assert metrics == {"groups/replayed": 1.0}
+    _, mixed, metrics = exchange(buffer, other, rng, cfg)
+    assert metrics["groups/replayed"] == 1.0
     np.testing.assert_array_equal(mixed.step_reward, np.concatenate([other.step_reward[:2], graded.step_reward[:2]]))
     np.testing.assert_array_equal(first.step_reward, graded.step_reward)
     assert blank_groups(2, 2, (1, 6), 2, (), 0).step_reward is None

@@ -48,6 +48,8 @@ CHARTS = (  # title, its metrics; a chart without data is left out
     ("attempts per prompt, rows per kept group", ("refill/attempts", "groups/effective_size")),
     ("different answers, different pairs of tokens", ("diversity/unique_answers", "diversity/distinct_2")),
     ("prompts never seen", ("prompts/never_seen",)),
+    ("replayed groups: age (updates) and uses", ("replay/age", "replay/uses")),
+    ("groups in the replay's buffer", ("replay/groups",)),
     ("truncated completions, groups without signal", ("completions/clipped_ratio", "frac_reward_zero_std")),
     ("kl (nats)", ("kl",)),
     ("mismatch: max |Δ log-prob| (nats)", ("mismatch/max_abs_dlogp",)),

@@ -18,7 +18,8 @@ class StageLine(NamedTuple):
 
 NAMES = frozenset(
     ("groups/sampled", "groups/graded", "groups/kept", "groups/replayed", "rollout/samples", "kept/rows", "dropped/rows",
-     "gate/skipped", "refill/missing", "refill/prompts", "groups/effective_size", "refill/accepted")
+     "gate/skipped", "refill/missing", "refill/prompts", "groups/effective_size", "refill/accepted", "replay/groups", "replay/age",
+     "replay/uses")
 )  # fmt: skip
 FILTER, DROPPED = "filter/", "/dropped"
 
@@ -51,9 +52,11 @@ def _lines(row: Mapping[str, float]) -> Iterator[StageLine]:
     rows = row.get("kept/rows", 0)
     yield StageLine("kept", _number(kept), _number(rows), "", kept / sampled)
     if row.get("groups/replayed"):
-        yield StageLine(
-            "from the replay", _number(row["groups/replayed"]), "", "", min(row["groups/replayed"] / sampled, 1.0)
+        about = (
+            f"{row['replay/age']:.1f} updates old, used {row['replay/uses']:.1f} times" if "replay/age" in row else ""
         )
+        share = min(row["groups/replayed"] / sampled, 1.0)
+        yield StageLine("from the replay", _number(row["groups/replayed"]), "", about, share)
 
 
 def _number(value: float) -> str:
