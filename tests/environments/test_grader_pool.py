@@ -41,10 +41,20 @@ def single(grader, workers=2, deadline_s=10.0):
     return RewardConfig((GraderConfig(grader),), workers, deadline_s)
 
 
+EARLIER = set()
+"""Child processes from before the test, such as the one that renders chat templates."""
+
+
+@pytest.fixture(autouse=True)
+def note_earlier_children():
+    EARLIER.clear()
+    EARLIER.update(children())
+
+
 def children():
-    """Pids of running child processes: one watchdog per worker."""
+    """Pids of running child processes of this test: one watchdog per worker."""
     pids = [int(pid) for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
-    return [pid for pid in pids if not is_gone(pid)]
+    return [pid for pid in pids if not is_gone(pid) and pid not in EARLIER]
 
 
 def is_gone(pid):
