@@ -163,7 +163,7 @@ def of_buffer(step: Step, earlier: list[Step], replayed: list[tuple[int, int]], 
 
 
 def packed_bytes(step: Step, p: int, cfg) -> int:
-    """Of a group with one grader that has steps, in a run that truncates."""
+    """Size of a packed group with one grader that has steps, in a run that truncates."""
     rollouts, samples = step.rollouts, cfg["rollout"]["samples"]
     rows = slice(p * samples, (p + 1) * samples)
     tokens, kept = int(rollouts.length[rows].sum()), int(nucleus(rollouts, cfg)[0][rows].sum())

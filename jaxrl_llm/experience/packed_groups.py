@@ -161,7 +161,8 @@ def _field(path: Sequence[str], x: np.ndarray, pad: int) -> Field:
 
 def _flat(x: np.ndarray, index: Int[np.ndarray, " n"], length: Int[np.ndarray, " n"]) -> np.ndarray:
     """Return the first `length` entries of these rows, one behind the other."""
-    return np.concatenate([x[i, :n] for i, n in zip(index.tolist(), length.tolist(), strict=True)])
+    none = x[:0].reshape(0, *x.shape[2:])
+    return np.concatenate([none, *(x[i, :n] for i, n in zip(index.tolist(), length.tolist(), strict=True))])
 
 
 def _padded(parts: Sequence[np.ndarray], length: Int[np.ndarray, " n"], field: Field) -> np.ndarray:
@@ -202,7 +203,7 @@ def _pack_kept(
     """
     slots = kept.shape[1]
     flat = kept.reshape(-1, kept.shape[-1])
-    at = np.concatenate([row * slots + np.arange(n) for row, n in zip(rows, length, strict=True)])
+    at = np.concatenate([rows[:0], *(row * slots + np.arange(n) for row, n in zip(rows, length, strict=True))])
     group, counts, chunks = np.repeat(np.arange(len(tokens)), tokens), np.zeros(len(at), np.int64), []
     alive = np.arange(len(at))
     for start in range(0, kept.shape[-1], WIDTH):

@@ -62,7 +62,7 @@ def test_what_was_restored_is_not_written_again(tmp_path):
 
 
 def test_another_array_of_the_same_name_is_another_blob(tmp_path):
-    """As after a resume from an older step, from which a run went on differently."""
+    """As after a resume from an older step, from which a run continued differently."""
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, tree(1), {}, blobs={"0": blob(0)})
     checkpoints.save(2, tree(2), {}, blobs={"0": blob(7)})
@@ -73,7 +73,7 @@ def test_another_array_of_the_same_name_is_another_blob(tmp_path):
 
 
 def test_a_file_of_which_little_is_used_is_written_anew_and_the_old_one_deleted(tmp_path):
-    """Of ten blobs six remain, then four: at four of ten they move."""
+    """Six of ten blobs remain, then four: at four of ten they move."""
     held = {str(n): blob(n) for n in range(10)}
     checkpoints = Checkpoints(tmp_path, 1)
     checkpoints.save(1, tree(1), {}, blobs=held)

@@ -43,7 +43,7 @@ def test_weights_by_hand_and_draws_in_their_proportions(rule, want):
 
 
 def test_several_are_drawn_one_by_one_without_the_ones_before():
-    """Of weights 3, 2, 1 two: first i then j with chance w_i / 6 * w_j / (6 - w_i)."""
+    """Two of weights 3, 2, 1: first i then j with chance w_i / 6 * w_j / (6 - w_i)."""
     groups, rng, weight = known([1, 1, 1]), np.random.default_rng(0), np.array([3.0, 2.0, 1.0])
     pairs = [tuple(draw(groups, weight, rng, 2).tolist()) for _ in range(MANY)]
     want = {(i, j): weight[i] / 6 * weight[j] / (6 - weight[i]) for i in range(3) for j in range(3) if i != j}
@@ -56,7 +56,7 @@ def test_several_are_drawn_one_by_one_without_the_ones_before():
 
 
 def test_very_old_groups_do_not_lose_all_weights():
-    """The youngest group is 40,000 half-lives old: 2^-40000 is 0 in floats."""
+    """The youngest group is 40,000 updates old, at a half-life of one: 2^-40000 is 0 in floats."""
     assert RecencyDraw(half_life=1)(known([50_000, 40_001, 40_000])).tolist() == [0, 0.5, 1]
 
 

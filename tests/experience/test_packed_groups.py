@@ -47,7 +47,7 @@ def groups_of(size, length, kept, slots=(3, 9), most=20, uses=FEATURES, seed=0) 
         tokens=np.where(inside, whole(4, 99), PAD).astype(np.int32),
         length=length,
         sampled=sampled,
-        behavior_logprobs=-real(),
+        behavior_logprobs=np.where(inside, -real(), 0).astype(np.float32),
         entropy=real(),
         temperature=rng.random(rows).astype(np.float32),
         version=whole(0, 9),
@@ -129,7 +129,7 @@ def test_a_packed_group_is_wider_in_a_wider_run():
 
 @pytest.mark.parametrize("column", ["behavior_logprobs", "version", "kept_tokens", "sampled"])
 def test_every_column_counts(column):
-    """A flipped bit in a column is a flipped bit in the bytes: nothing is computed anew from something else."""
+    """A flipped bit in a column is a flipped bit in the bytes: nothing is computed from something else."""
     groups = groups_of([2], [9], [20])
     x = getattr(groups.rollouts, column).copy()
     x[1, 2] = ~x[1, 2] if x.dtype == bool else x[1, 2] + 1

@@ -50,7 +50,7 @@ def group_of(whole: Groups, place: int) -> list[bytes]:
 
 
 def uids(buffer) -> list[int]:
-    """Of the groups in the buffer, oldest first: their row of the task is equal."""
+    """Uids of the groups in the buffer, oldest first: their rows of the task are equal."""
     return buffer.known.row[: len(buffer.stored)].tolist()
 
 
