@@ -82,7 +82,10 @@ class Pool(NamedTuple):
         rng, each = np.random.default_rng(0), self.rows // len(self.terms)
         digits = [d for n in self.terms for d in rng.permutation(list(itertools.product(range(10), repeat=n)))[:each]]
         prompts = [(ArithmeticTask.prompt([str(x) for x in d]), str(sum(d))) for d in digits]
-        rows = [{"prompt": prompt, "answer": f"{total}#", "sum": total} for prompt, total in prompts]
+        rows = [
+            {"prompt": prompt, "answer": f"{total}#", "sum": total, "digits": len(d)}
+            for d, (prompt, total) in zip(digits, prompts, strict=True)
+        ]
         self.path.parent.mkdir(exist_ok=True)
         self.path.write_text("".join(f"{json.dumps(rows[i])}\n" for i in rng.permutation(len(rows))))
 

@@ -9,6 +9,7 @@ from jaxrl_llm.experience.config import (
     AnyOfConfig,
     AutoFilter,
     BestBy,
+    ByPassRate,
     ExperienceConfig,
     FirstSamples,
     FromPassRates,
@@ -140,7 +141,7 @@ def experience_problems(cfg: ExperienceConfig, graders: Sequence[str], prompts: 
     if isinstance(cfg.curriculum, StratifiedByDifficulty):
         found += cfg.curriculum.problems
     for where, part in (("curriculum", cfg.curriculum), ("budget", cfg.budget)):
-        if isinstance(part, StratifiedByDifficulty | FromPassRates) and part.by == "reward":
+        if isinstance(part, StratifiedByDifficulty | ByPassRate | FromPassRates) and part.by == "reward":
             found.append(
                 f"experience.{where} {part.kind}.by: got reward, want success or a grader whose rewards are from 0 to 1: it "
                 "estimates pass rates"

@@ -28,6 +28,8 @@ from jaxrl_llm.experience.row_filters import (
     RewardBetween,
 )
 from jaxrl_llm.experience.strata import Columns, StratifiedByColumn, StratifiedByDifficulty
+from jaxrl_llm.experience.targeted import AdaRft, DifficultyTargeted, Learnability, Sec, Unsolved
+from jaxrl_llm.experience.targeted import ByPassRate as ByPassRate
 
 if TYPE_CHECKING:
     from jaxrl_llm.experience.curricula import Curriculum
@@ -235,8 +237,19 @@ class AutoFilter:
 
 FilterConfig = Annotated[AutoFilter | Rule | ChainConfig | AllOfConfig | AnyOfConfig, Field(discriminator="kind")]
 CurriculumConfig = Annotated[
-    Shuffled | StratifiedByColumn | StratifiedByDifficulty | OwnCurriculum, Field(discriminator="kind")
+    Shuffled
+    | StratifiedByColumn
+    | StratifiedByDifficulty
+    | Unsolved
+    | Learnability
+    | DifficultyTargeted
+    | AdaRft
+    | Sec
+    | OwnCurriculum,
+    Field(discriminator="kind"),
 ]
+OVER_A_COLUMN = (StratifiedByColumn, AdaRft, Sec)
+"""Curricula whose `misfits` checks the columns of a task."""
 GateConfig = Annotated[AdmitAll | Greso | ExcludeSolved | OwnGate, Field(discriminator="kind")]
 BudgetConfig = Annotated[
     UniformBudget | Vip | Knapsack | Rounds | ReinforceAda | Screening | OwnBudget, Field(discriminator="kind")

@@ -81,12 +81,11 @@ class StratifiedByColumn:
     shares: dict[str, Share] | None = None
     """Weight of each value; one that is not named is never sampled. None: as they are among the task's rows."""
 
-    def problems(self, columns: Columns) -> list[str]:
+    def misfits(self, columns: Columns) -> list[str]:
         """Errors about the column and its values."""
-        where, values = "experience.curriculum", {*_values(self.column, columns)}
-        if not any(self.column in row for row in columns):
-            known = sorted({name for row in columns for name in row})
-            return [f"{where}.column: got {self.column!r}, want a column of the task: {_shown(known)}"]
+        where, values = "experience.curriculum", {*texts_of(self.column, columns)}
+        if missing := column_problems(self.column, columns):
+            return missing
         shares = {value: 1.0 for value in values} if self.shares is None else self.shares
         found = [
             f"{where}.shares.{value}: got no row whose column {self.column} has this value, want one of: {_shown(sorted(values))}"
@@ -103,7 +102,7 @@ class StratifiedByColumn:
 
 class _Column:
     def __init__(self, cfg: StratifiedByColumn, columns: Columns):
-        names, self.stratum = np.unique(_values(cfg.column, columns), return_inverse=True)
+        names, self.stratum = np.unique(texts_of(cfg.column, columns), return_inverse=True)
         shares = np.bincount(self.stratum) if cfg.shares is None else [cfg.shares.get(str(name), 0.0) for name in names]
         self.share = np.array(shares, float)
 
@@ -178,7 +177,16 @@ class StratifiedByDifficulty:
         return state._replace(rates=observed(state.rates, groups, self.by, self.memory))
 
 
-def _values(column: str, columns: Columns) -> list[str]:
+def column_problems(column: str, columns: Columns) -> list[str]:
+    """Error if no row has the column."""
+    if any(column in row for row in columns):
+        return []
+    known = sorted({name for row in columns for name in row})
+    return [f"experience.curriculum.column: got {column!r}, want a column of the task: {_shown(known)}"]
+
+
+def texts_of(column: str, columns: Columns) -> list[str]:
+    """Return the values of a column as text, "" where a row has none."""
     return [str(row.get(column, "")) for row in columns]
 
 

@@ -13,7 +13,7 @@ from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.environments.grader import Sample, unreadable_rows
 from jaxrl_llm.environments.grader import problems as grader_problems
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience.strata import StratifiedByColumn
+from jaxrl_llm.experience.config import OVER_A_COLUMN
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.source import resolve
@@ -67,8 +67,8 @@ def read(cfg: RunConfig, trains: bool = False, asked: Callable[[RunConfig], Task
         found += unreadable_rows(cfg.reward, [(row.where, _ungraded(row)) for row in (*task.train, *task.held_out)])
     if trains:
         found += consistency.training_problems(cfg)
-        if task is not None and isinstance(cfg.experience.curriculum, StratifiedByColumn):
-            found += cfg.experience.curriculum.problems([row.columns for row in task.train])
+        if task is not None and isinstance(cfg.experience.curriculum, OVER_A_COLUMN):
+            found += cfg.experience.curriculum.misfits([row.columns for row in task.train])
         if cfg.warm_start.steps and task is not None and not task.has_targets:
             want = f"want the right response: warm_start.steps is {cfg.warm_start.steps}"
             found.append(f"task.response: got nothing, {want}")

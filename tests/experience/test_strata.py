@@ -153,7 +153,7 @@ def test_counted_visits_give_each_its_own_noise():
     ],
 )
 def test_problems_of_a_column(column, shares, want):
-    assert StratifiedByColumn(column=column, shares=shares).problems(LEVELS) == want
+    assert StratifiedByColumn(column=column, shares=shares).misfits(LEVELS) == want
 
 
 def test_problems_of_difficulty():
