@@ -25,7 +25,7 @@ from jaxrl_llm.experience.config import (
 )
 
 RESULTS = DIRECTORY / "curricula.json"
-STEPS, SAMPLES, REACHED = 100, 25_600, (0.5, 0.6)
+STEPS, SAMPLES, REACHED = 100, 25_600, (0.3,)
 POOL = Pool("sums_of_two_to_four", (2, 3, 4), 1_500)
 
 CURRICULA = {
