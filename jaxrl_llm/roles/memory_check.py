@@ -190,11 +190,11 @@ def buffer_problem(cfg: RunConfig, num_tokens: int) -> str:
         sum(np.dtype(c.dtype).itemsize for c in there) + 4 * ("steps" in uses) + 4 * rollout.max_kept_of(num_tokens)
     )
     rows = min(replay.capacity * group_sizes(cfg).most, rollout.prompts * rollout.samples)
-    least = rows * rollout.max_new_tokens * of_token / MIB
+    least = np.ceil(1000 * rows * rollout.max_new_tokens * of_token / MIB) / 1000
     if replay.memory_mib >= least:
         return ""
     return (
-        f"experience.replay.memory_mib: got {replay.memory_mib:g}, want {least:,.3g} or more: a step may draw {rows:,} responses "
+        f"experience.replay.memory_mib: got {replay.memory_mib:g}, want {least:,.3f} or more: a step may draw {rows:,} responses "
         f"of {rollout.max_new_tokens:,} tokens (rollout.max_new_tokens)"
     )
 
