@@ -134,7 +134,7 @@ def step(learner: Learner, source: Sampler, state: RunState, policy: Policy, rng
     source.use(policy)
     graded = source.take(int(state.step))
     filters, fresh, dropped = learner.filter.apply(state.filters, graded)
-    replay, groups, reused = learner.replay.exchange(state.replay, fresh, rng)
+    replay, groups, reused = learner.replay.exchange(state.replay, fresh, rng, partial(learner.entropy, state))
     scores = learner.score(state, groups)
     credit = learner.advantage(groups, scores)
     train, learned = learner.update(state, Experience(groups, scores, credit), rng)

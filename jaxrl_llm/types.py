@@ -10,8 +10,7 @@ Dimensions, the same everywhere:
 An array `[B C]` or `[R T]` describes the token in the same slot: `logprobs[b, c] = log p(tokens[b, c] | all tokens before it)`.
 Log-probabilities are in nats, f32. A mask is True where its name holds.
 
-Values are not checked when they are created (`jax.tree.map` rebuilds them with leaves that are no arrays);
-`check(value)` checks their dtypes and shapes.
+A value that is created is not checked, since `jax.tree.map` rebuilds it with any leaves; `check(value)` checks dtypes and shapes.
 """
 
 import enum
@@ -126,6 +125,10 @@ class Groups(flax.struct.PyTreeNode):
     """Names of the graders, in the order of `components`."""
     threshold: float = flax.struct.field(pytree_node=False, default=1.0)
     """Lowest reward by the first grader of a right response, as the evaluation counts them."""
+    reused: Bool[ArrayLike, " B"] | None = None
+    """Rows of an earlier step; None: there are none."""
+    loss_weight: Float[ArrayLike, " B"] | None = None
+    """Factor of the row's loss terms; None: 1."""
     step_reward: Float[ArrayLike, "B C"] | None = None
     """Reward at the last token of each step, of graders without at the row's last; NaN elsewhere. None: no grader has steps."""
 
@@ -216,7 +219,7 @@ class Batch(flax.struct.PyTreeNode):
     segment: Int[ArrayLike, "R T"]
     """Index of the token's sequence in the row: 1, 2, ...; 0 if several sequences share it, and at padding."""
     group: Int[ArrayLike, "R T"]
-    """Index of the token's group (one prompt's samples) in the row: 1, 2, ...; 0 at padding."""
+    """Index of its group (one prompt's samples), likewise."""
     loss_mask: Bool[ArrayLike, "R T"]
     """True for tokens in the loss: sampled by the policy, in a row that was kept."""
     weight: Float[ArrayLike, "R T"]
@@ -225,15 +228,12 @@ class Batch(flax.struct.PyTreeNode):
     advantage: Float[ArrayLike, "R T"]
     temperature: Float[ArrayLike, "R T"]
     reference_logprobs: Float[ArrayLike, "R T"] | None = None
-    """Under the reference policy; present if the objective has a KL term that uses them."""
     proximal_logprobs: Float[ArrayLike, "R T"] | None = None
-    """Under the trainer's parameters before the first update on this batch; present if the objective uses them."""
     values: Float[ArrayLike, "R T"] | None = None
-    """The critic's value of the tokens before this one, before the first update on this batch."""
     returns: Float[ArrayLike, "R T"] | None = None
-    """Regression target of the critic."""
+    """These four as in `Scores` and `Credit`; each is present if the objective uses it."""
     kept_tokens: Int[ArrayLike, "R T K"] | None = None
-    """As in `Rollouts`: the support of the scored distribution. All -1 outside completions."""
+    """The support of the scored distribution, as in `Rollouts`. All -1 outside completions."""
     eos_masked: Bool[ArrayLike, "R T"] | None = None
     """As in `Rollouts`: end-of-sequence tokens have probability 0 in these slots."""
     own: dict[str, ArrayLike] = flax.struct.field(default_factory=dict)

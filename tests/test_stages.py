@@ -37,7 +37,9 @@ STAGES = {
     "knapsack": (
         "{budget: {kind: knapsack, high: 9}, gate: {kind: exclude_solved, visits: 1, returns_after: 2},"
         " curriculum: {kind: stratified, column: answer},"
-        " filter: {any_of: [success, {kind: best_by, keep: 2}]}, replay: {capacity: 6}}"
+        " filter: {any_of: [success, {kind: best_by, keep: 2}]}, "
+        " replay: {capacity: 24, groups: 2, draw: prioritized, correction: 0.5,"
+        " join: {most: 1, choose: lowest_entropy}}}"
     ),
     "rounds": (
         "{budget: {kind: reinforce_ada, per_round: 2, rounds: 4, keep: 2},"
@@ -135,6 +137,9 @@ def test_a_run_with_stages_does_what_they_say(undisturbed):
         assert max(prompts) > 8 and total == [4 * n for n in prompts]
     else:
         assert max(total) <= 32 and (name != "knapsack" or set(total) == {32})
+    if name == "knapsack":
+        # Groups and rows came back, also where nothing had been dropped.
+        assert sum(row["replay/rows"] for row in found) > 0 and max(row["groups/replayed"] for row in found) >= 2
     logged = [json.loads(line) for line in (run_dir / "rollouts.jsonl").read_text().splitlines()]
     each = {(row["step"], row["uid"], row["sample"]) for row in logged}
     # No response is there twice, so no noise was used twice.

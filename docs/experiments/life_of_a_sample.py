@@ -91,7 +91,7 @@ def stations(run: train.Run) -> list[str]:
     group = rollouts.prompt == p
     row = task.train[int(rollouts.prompts.row[p])]
     _, groups, dropped = learner.filter.apply(state.filters, graded)
-    _, groups, _ = learner.replay.exchange(state.replay, groups, rng)
+    _, groups, _ = learner.replay.exchange(state.replay, groups, rng, None)
     scores = learner.score(state, groups)
     credit = learner.advantage(groups, scores)
     experience, loss = Experience(groups, scores, credit), run.blueprint.loss

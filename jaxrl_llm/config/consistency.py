@@ -17,6 +17,7 @@ from jaxrl_llm.experience.config import (
     MaxVariance,
     NotStale,
     ReinforceAda,
+    ReplayConfig,
     RewardBetween,
     Rounds,
     Screening,
@@ -43,13 +44,15 @@ def problems(cfg: RunConfig, num_devices: int) -> list[str]:
                 f"{name}: got {size}, want a multiple of mesh.data * mesh.fsdp * mesh.expert ({row_shards}); {size} allows {works}"
             )
     found += engine_problems(cfg, num_devices, (tensor, fsdp, expert))
-    if cfg.rollout.prompts % cfg.update.minibatches:
+    groups = cfg.rollout.prompts + cfg.experience.replayed_groups
+    if groups % cfg.update.minibatches:
+        more = " + experience.replay.groups" if cfg.experience.replayed_groups else ""
         found.append(
-            f"update.minibatches: got {cfg.update.minibatches}, want a divisor of rollout.prompts "
-            f"({cfg.rollout.prompts}): {', '.join(map(str, divisors(cfg.rollout.prompts)))}"
+            f"update.minibatches: got {cfg.update.minibatches}, want a divisor of rollout.prompts{more} "
+            f"({groups}): {', '.join(map(str, divisors(groups)))}"
         )
         return found
-    minibatch_rows = cfg.rollout.prompts * cfg.rollout.samples // cfg.update.minibatches
+    minibatch_rows = groups * cfg.rollout.samples // cfg.update.minibatches
     if cfg.update.micro_batches * row_shards > minibatch_rows:
         found.append(
             f"update.micro_batches: got {cfg.update.micro_batches}, want {minibatch_rows // row_shards} at most: a minibatch has "
@@ -138,6 +141,8 @@ def experience_problems(cfg: ExperienceConfig, graders: Sequence[str], prompts: 
     ]
     if cfg.refill and _keeps_all(cfg.refill.filter):
         found.append(f"experience.refill.filter: got {cfg.refill.filter.kind}, want one that may reject a group")
+    if isinstance(cfg.replay, ReplayConfig):
+        found += replay_problems(cfg.replay, samples)
     if isinstance(cfg.curriculum, StratifiedByDifficulty):
         found += cfg.curriculum.problems
     for where, part in (("curriculum", cfg.curriculum), ("budget", cfg.budget)):
@@ -178,6 +183,25 @@ def _keeps_all(chosen: Any) -> bool:
 
 
 NEVER_FULL = "else a step is never full"
+
+
+def replay_problems(cfg: ReplayConfig, samples: int) -> list[str]:
+    """Errors about what can never come back. `samples`: G."""
+    found, join = [], cfg.join
+    if 0 < cfg.capacity < cfg.groups:
+        found.append(
+            f"experience.replay.groups: got {cfg.groups}, want {cfg.capacity} at most, all that the buffer holds "
+            "(experience.replay.capacity)"
+        )
+    if join and join.least > join.window:
+        found.append(
+            f"experience.replay.join.least: got {join.least}, want {join.window} at most, experience.replay.join.window"
+        )
+    if join and join.swap and samples < 2:
+        found.append(
+            f"experience.replay.join.swap: got true with rollout.samples {samples}, want 2 or more: a fresh response stays"
+        )
+    return found
 
 
 def budget_problems(budget: Any, prompts: int, samples: int) -> list[str]:

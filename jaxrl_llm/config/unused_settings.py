@@ -39,7 +39,18 @@ CONDITIONS = (
     Condition("model.norm_top_k", lambda c: c.model.experts > 0, "model.experts is 0"),
     Condition("warm_start.rows warm_start.noise", lambda c: c.warm_start.steps > 0, "warm_start.steps is 0"),
     Condition("rollout.max_kept_tokens", _is_truncated, "rollout.top_p, top_k and min_p leave all tokens"),
-    Condition("experience.replay.max_age", lambda c: c.experience.replays, "experience.replay.capacity is 0"),
+    Condition(
+        "experience.replay.memory_mib experience.replay.max_age experience.replay.max_uses "
+        "experience.replay.groups experience.replay.join experience.replay.correction experience.replay.min_success "
+        "experience.replay.retire_solved experience.replay.replace_dropped objective.loss.shaping",
+        lambda c: c.experience.replays,
+        "experience.replay.capacity is 0",
+    ),
+    Condition(
+        "objective.reused_rows",
+        lambda c: getattr(c.experience.replay, "join", None) is not None,
+        "experience.replay.join is not set: no group has stored rows among its fresh ones",
+    ),
     Condition("lora.alpha lora.targets", lambda c: c.lora.rank > 0, "lora.rank is 0: every parameter is trained"),
     Condition("update.packing.slots", lambda c: c.update.packing.kind != "none", "update.packing.kind is none"),
     *(

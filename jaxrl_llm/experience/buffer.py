@@ -22,6 +22,7 @@ class Known(NamedTuple):
     uses: Int[np.ndarray, " capacity"]
     reward: Float[np.ndarray, " capacity"]
     success: Float[np.ndarray, " capacity"]
+    signal: Float[np.ndarray, " capacity"]
     entropy: Float[np.ndarray, " capacity"]
     size: Int[np.ndarray, " capacity"]
     row: Int[np.ndarray, " capacity"]
@@ -58,7 +59,7 @@ class Buffer(NamedTuple):
 
 def empty_buffer(capacity: int) -> Buffer:
     i32, f32 = np.zeros(capacity, np.int32), np.zeros(capacity, np.float32)
-    known = Known(np.full(capacity, -1, np.int64), i32 - 1, i32, f32, f32, f32, i32, i32 - 1)
+    known = Known(np.full(capacity, -1, np.int64), i32 - 1, i32, f32, f32, f32, f32, i32, i32 - 1)
     return Buffer(Known(*(x.copy() for x in known)), np.zeros((), np.int64), {})
 
 
@@ -112,12 +113,15 @@ def describe(groups: Groups, first: int) -> Known:
     entropy = np.bincount(prompt[own], np.where(rollouts.sampled, rollouts.entropy, 0).sum(axis=1)[own], num)
     newest = np.zeros(num, np.int64)
     np.maximum.at(newest, prompt[own], rollouts.version.max(axis=1)[own])
+    reward = groups.measure("reward")
+    mean = by_prompt.means(reward, groups)
     return Known(
         number=first + np.arange(num),
         version=newest,
         uses=np.ones(num),
-        reward=by_prompt.means(groups.measure("reward"), groups),
+        reward=mean,
         success=by_prompt.means(groups.measure("success"), groups),
+        signal=by_prompt.means(np.where(own, np.abs(reward - mean[prompt]), 0), groups),
         entropy=entropy / np.maximum(tokens, 1),
         size=rollouts.size,
         row=rollouts.prompts.row,

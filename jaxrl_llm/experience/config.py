@@ -14,9 +14,10 @@ from jaxrl_llm.config import user_code
 from jaxrl_llm.config.own_part import OwnPart
 from jaxrl_llm.experience.budgets import FromPassRates as FromPassRates
 from jaxrl_llm.experience.budgets import Knapsack, ReinforceAda, Rounds, Screening, UniformBudget, Vip
-from jaxrl_llm.experience.draws import Candidates, RecencyDraw, UniformDraw
+from jaxrl_llm.experience.draws import BySuccessesDraw, Candidates, PrioritizedDraw, RecencyDraw, UniformDraw
 from jaxrl_llm.experience.gates import AdmitAll, ExcludeSolved, Greso
 from jaxrl_llm.experience.group_filters import DifficultyBand, KeepAll, Signal
+from jaxrl_llm.experience.joining import JoinConfig
 from jaxrl_llm.experience.row_filters import (
     BestBy,
     FirstSamples,
@@ -51,12 +52,14 @@ class OwnDraw(OwnPart):
         return self.made()(groups)
 
 
-DrawConfig = Annotated[UniformDraw | RecencyDraw | OwnDraw, Field(discriminator="kind")]
+DrawConfig = Annotated[
+    UniformDraw | RecencyDraw | PrioritizedDraw | BySuccessesDraw | OwnDraw, Field(discriminator="kind")
+]
 
 
 @dataclass(frozen=True)
 class ReplayConfig:
-    """Buffer of groups that passed the filter; dropped fresh groups are replaced by groups of it."""
+    """Buffer of groups that passed the filter, and what comes back of it."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -70,6 +73,20 @@ class ReplayConfig:
     """Steps that train on a group, at most, the one that sampled it included; 0: any number."""
     draw: DrawConfig = field(default_factory=UniformDraw)
     """Which groups of the buffer come back."""
+    replace_dropped: bool = True
+    """A fresh group that the filter dropped gives its place to a stored one."""
+    groups: Annotated[int, Ge(0)] = 0
+    """Stored groups that each step's updates have beside the rollout.prompts others: of P + groups groups P are fresh. Places stay
+    empty while the buffer has fewer."""
+    join: JoinConfig | None = None
+    """Stored responses that join fresh ones of the same prompt; None: none do."""
+    correction: Annotated[float, Ge(0), Le(1)] = 0.0
+    """beta: the loss terms of a drawn group have the factor (smallest probability / its own)^beta, which undoes what its draw
+    prefers (PER, arXiv 1511.05952, 3.4). 0: all have 1."""
+    min_success: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Nothing comes back in a step whose fresh responses are right less often."""
+    retire_solved: bool = False
+    """Groups of a prompt whose fresh responses are all right leave the buffer."""
 
     @model_validator(mode="before")
     @classmethod
@@ -319,6 +336,11 @@ class ExperienceConfig:
             "replay": OwnPart.written_out,
         }
         return value | {name: form(value[name]) for name, form in forms.items() if name in value}
+
+    @property
+    def replayed_groups(self) -> int:
+        """Groups that a step trains on beside those of its prompts."""
+        return self.replay.groups if isinstance(self.replay, ReplayConfig) and self.replay.capacity else 0
 
     @property
     def replays(self) -> bool:

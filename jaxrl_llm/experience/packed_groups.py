@@ -40,8 +40,6 @@ class Field(NamedTuple):
     dtype: np.dtype
     dims: tuple[int, ...]
     """Dimensions of an entry."""
-    slots: tuple[int, ...] = ()
-    """Slots of a row with tokens, and kept tokens of each."""
     fill: float = 0
     """Value in slots without a token."""
 
@@ -122,7 +120,7 @@ class Packing:
         return packed
 
     def unpack(self, packed: Sequence[Packed]) -> Groups:
-        """Return the groups, in this order, with as many slots and kept tokens as `like` has."""
+        """Return the groups, in this order, with as many slots and kept tokens as the longest of them needs."""
         sizes = [Size(*blob[: 4 * HEADER().itemsize].view(HEADER).tolist()) for blob in packed]
         of: dict[str, list[np.ndarray]] = {field.name: [] for field in self.fields}
         for blob, size in zip(packed, sizes, strict=True):
@@ -140,10 +138,8 @@ class Packing:
             field, parts = fields[name], of[name]
             if field.per == "kept":
                 leaves.append(_unpack_kept(parts, of["kept_counts"], length, field))
-            elif field.per == "tokens":
-                leaves.append(_padded(parts, length, field))
-            elif field.per == "prompt_tokens":
-                leaves.append(_padded(parts, prompt_length, field))
+            elif field.per in ("tokens", "prompt_tokens"):
+                leaves.append(_padded(parts, length if field.per == "tokens" else prompt_length, field))
             else:
                 leaves.append(np.concatenate(parts))
         return jax.tree.unflatten(self.structure, leaves)
@@ -151,11 +147,11 @@ class Packing:
 
 def _field(path: Sequence[str], x: np.ndarray, pad: int) -> Field:
     name, last = ".".join(path), path[-1]
-    fill, slots = pad if last == "tokens" else FILLER.get(last, 0), x.shape[1:]
+    fill = pad if last == "tokens" else FILLER.get(last, 0)
     if last == "tokens" and "prompts" in path:
-        return Field(name, "prompt_tokens", x.dtype, (), slots, fill)
+        return Field(name, "prompt_tokens", x.dtype, (), fill)
     if last in TOKEN_COLUMNS:
-        return Field(name, "kept" if last == "kept_tokens" else "tokens", x.dtype, (), slots, fill)
+        return Field(name, "kept" if last == "kept_tokens" else "tokens", x.dtype, (), fill)
     return Field(name, "" if {*path} & PER_PROMPT else "rows", x.dtype, x.shape[1:])
 
 
@@ -167,7 +163,7 @@ def _flat(x: np.ndarray, index: Int[np.ndarray, " n"], length: Int[np.ndarray, "
 
 def _padded(parts: Sequence[np.ndarray], length: Int[np.ndarray, " n"], field: Field) -> np.ndarray:
     """Return rows of these lengths, which `parts` have one behind the other, filled up."""
-    shape = (len(length), *field.slots)
+    shape = (len(length), length.max(initial=0))
     # Zeros cost nothing until they are written to.
     out = np.full(shape, field.fill, field.dtype) if field.fill else np.zeros(shape, field.dtype)
     out[np.arange(shape[1]) < length[:, None]] = np.concatenate(parts)
@@ -230,11 +226,11 @@ def _unpack_kept(
         field: of the kept tokens.
     """
     of_group, flat = [c.astype(np.int64) for c in counts], np.concatenate(counts).astype(np.int64)
-    slots, most = field.slots
+    slots, most = length.max(initial=0), flat.max(initial=0)
     out = np.full((len(length) * slots, most), field.fill, field.dtype)
     at, read = np.flatnonzero(np.arange(slots) < length[:, None]), np.zeros(len(parts), int)
     alive = np.arange(len(flat))
-    for start in range(0, int(flat.max(initial=0)), WIDTH):
+    for start in range(0, most, WIDTH):
         width = min(WIDTH, most - start)
         ends = read + [int(np.clip(c - start, 0, WIDTH).sum()) for c in of_group]
         chunk = np.concatenate([part[a:b] for part, a, b in zip(parts, read, ends, strict=True)])

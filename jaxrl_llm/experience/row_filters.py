@@ -38,9 +38,9 @@ class MaxVariance:
     """reward: the weighted sum; success, or the name of a grader."""
 
     def __call__(self, groups: "Groups") -> Rows:
-        return by_prompt.chosen(self._choose, groups.measure(self.by), groups)
+        return by_prompt.chosen(self.choose, groups.measure(self.by), groups)
 
-    def _choose(self, x: Float[np.ndarray, " n"]) -> Int[np.ndarray, " k"]:
+    def choose(self, x: Float[np.ndarray, " n"]) -> Int[np.ndarray, " k"]:
         keep = min(self.keep, len(x))
         order, low = np.argsort(x, kind="stable"), np.arange(keep + 1)
         # Of the highest, too, the first of equal ones.

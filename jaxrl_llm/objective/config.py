@@ -19,6 +19,7 @@ from jaxrl_llm.objective.reward_kl import RewardKl
 from jaxrl_llm.objective.token_estimators import Gae
 
 BaselineOver = Literal["sampled", "kept"]
+ReusedRows = Literal["joint", "split"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ class ObjectiveConfig:
     """Rows whose rewards enter the statistics of the advantage (means, stds, ranks), in each group with a kept row. sampled: all
     its graded rows, also those that a filter dropped. kept: the kept ones only, as PODS (Xu et al. 2025, arXiv 2504.13818) has it
     on its subset; the others then have advantage 0."""
+    reused_rows: ReusedRows = "joint"
+    """Baseline of a prompt's rows where stored ones have joined the fresh ones (experience.replay.join). joint: all share one, as
+    in RLEP (arXiv 2507.07451). split: fresh and stored ones have their own, as in RePO (arXiv 2506.09340)."""
     reward_kl: RewardKl = field(default_factory=RewardKl)
     loss: LossConfig = field(default_factory=PolicyGradient)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from jaxrl_llm.errors import AdvantageError, UserError
 from jaxrl_llm.objective.advantages import OwnAdvantage, estimate
-from jaxrl_llm.objective.config import BaselineOver, ObjectiveConfig
+from jaxrl_llm.objective.config import BaselineOver, ObjectiveConfig, ReusedRows
 from jaxrl_llm.objective.estimator import Estimator, EstimatorInputs, at_tokens
 from jaxrl_llm.objective.reward_kl import RewardKl
 from jaxrl_llm.objective.statistics import Grouping
@@ -36,6 +36,7 @@ def make_advantage(objective: ObjectiveConfig, weights: Sequence[float] | None =
         reward_kl=objective.reward_kl,
         weights=weights,
         baseline_over=objective.baseline_over,
+        reused_rows=objective.reused_rows,
     )
 
 
@@ -46,6 +47,7 @@ def estimator_credit(
     reward_kl: RewardKl = NO_REWARD_KL,
     weights: Sequence[float] | None = None,
     baseline_over: BaselineOver = "sampled",
+    reused_rows: ReusedRows = "joint",
 ) -> Credit:
     """Return the credit by a published estimator, which sees the rows that count and no others: the rest is 0.
 
@@ -56,6 +58,7 @@ def estimator_credit(
         reward_kl: KL penalty subtracted from each token's reward.
         weights: one per grader; None: 1 each.
         baseline_over: rows that count, as in `ObjectiveConfig`.
+        reused_rows: whose statistics they enter, as in `ObjectiveConfig`.
     """
     rollouts, counts = groups.rollouts, rows_that_count(groups, baseline_over)
     # A copy of all tokens costs more than the estimator.
@@ -71,7 +74,7 @@ def estimator_credit(
             reward=take(groups.reward),
             reward_components=take(groups.components),
             component_weights=np.ones(graders) if weights is None else np.array(weights),
-            groups=Grouping.of(take(rollouts.prompt)),
+            groups=Grouping.of(take(_numbered(groups, reused_rows))),
             mask=take(rollouts.sampled),
             token_reward=None if late else penalty,
             values=take(scores.values),
@@ -92,6 +95,12 @@ def rows_that_count(groups: Groups, baseline_over: BaselineOver) -> Bool[np.ndar
         return groups.keep & (prompt >= 0)
     # Of kept rows a reward of NaN is a mistake, which the estimator reports.
     return (prompt >= 0) & groups.kept[prompt] & (groups.keep | ~np.isnan(groups.reward))
+
+
+def _numbered(groups: Groups, reused_rows: ReusedRows) -> Int[np.ndarray, " B"]:
+    """Return the number of the rows that each row is compared with, ascending. Reused rows are the last of their prompt."""
+    prompt = groups.rollouts.prompt
+    return prompt if reused_rows == "joint" or groups.reused is None else 2 * prompt + groups.reused
 
 
 def _put_back(x: np.ndarray, rows: Bool[np.ndarray, " B"]) -> np.ndarray:

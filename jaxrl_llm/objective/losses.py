@@ -14,6 +14,7 @@ from typing import NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool
 
 from jaxrl_llm.distribution.loss_terms import Loss, Mask, Terms, Tokens
 from jaxrl_llm.distribution.score import TokenScores
@@ -35,12 +36,20 @@ from jaxrl_llm.objective.loss_config import (
     anchored_on_proximal,
     scores_proximal,
 )
-from jaxrl_llm.objective.surrogates import SURROGATES, log_ratio, sum_by_id, zero_outside
+from jaxrl_llm.objective.surrogates import SURROGATES, log_ratio, shaped, sum_by_id, zero_outside
 from jaxrl_llm.types import ArrayLike, Batch, Groups, OwnColumn, Scores
 
 UNCORRECTED = NoCorrection()
+# Column of the rows that `PolicyGradient.shaping` is for.
+REUSED = "reused"
 # Columns of a batch that are there if a loss reads them.
 OPTIONAL = ("reference_logprobs", "proximal_logprobs", "values", "returns")
+
+
+def reused_tokens(groups: Groups, scores: Scores) -> Bool[np.ndarray, "B C"]:
+    """Return the tokens of rows of an earlier step."""
+    sampled = groups.rollouts.sampled
+    return np.zeros_like(sampled) if groups.reused is None else sampled & groups.reused[:, None]
 
 
 class ImportanceWeight(NamedTuple):
@@ -150,6 +159,9 @@ def policy_terms(scores: TokenScores, batch: Batch, cfg: PolicyGradient, correct
     weight, truncated = importance_weight(mismatch, batch, correction)
     surrogate = SURROGATES[type(cfg.surrogate)](logprobs, log_r, batch.advantage, batch, cfg.surrogate)
     loss = weight * surrogate.loss
+    if cfg.shaping is not None:
+        reused = log_ratio(logprobs, batch.behavior_logprobs, batch, "token")
+        loss = jnp.where(batch.own[REUSED], shaped(reused, batch.advantage, cfg.shaping), loss)
     ratio = jnp.exp(log_r)
     means = {"ratio/mean": ratio, "clip_ratio/low": surrogate.low, "clip_ratio/high": surrogate.high}
     means |= {"entropy": scores.entropy} | mismatch_means(mismatch)
@@ -242,6 +254,7 @@ def make_loss(
         cfg.aggregation,
         cfg.length or max_new_tokens,
         columns,
+        () if cfg.shaping is None else (OwnColumn(REUSED, reused_tokens, np.bool_),),
         keep=partial(second_moment_mask, threshold=correction.threshold) if drops else None,
     )
 

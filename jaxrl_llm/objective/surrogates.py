@@ -3,6 +3,7 @@
 A term of a whole sequence is repeated at each of its tokens; the aggregation `sequence` then averages it over sequences.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -136,6 +137,11 @@ def reinforce(logprobs: Tokens, log_r: Tokens, advantage: Tokens, batch: Batch, 
     """-A log p."""
     never = jnp.zeros_like(batch.loss_mask)
     return SurrogateTerms(-advantage * logprobs, never, never)
+
+
+def shaped(log_r: Tokens, advantage: Tokens, gamma: float) -> Tokens:
+    """-A r / (r + gamma): a rare token of a good response keeps a gradient. Source: Yan et al. 2025 (LUFFY), eq. 8."""
+    return -advantage * jax.nn.sigmoid(log_r - math.log(gamma))
 
 
 SURROGATES = {Clip: clip, Cispo: cispo, Gmpo: gmpo, Sapo: sapo, Dppo: dppo, Ipo: ipo, Reinforce: reinforce}

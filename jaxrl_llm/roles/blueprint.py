@@ -15,7 +15,8 @@ from jaxrl_llm.distribution.loss_terms import Loss
 from jaxrl_llm.distribution.score import Scoring
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.budgets import gives_equally
-from jaxrl_llm.experience.config import OwnBudget
+from jaxrl_llm.experience.config import OwnBudget, OwnReplay
+from jaxrl_llm.experience.replay import rows_of_step
 from jaxrl_llm.model import lora, quantized_weights
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.attention import selection
@@ -186,7 +187,19 @@ def shapes_of(cfg: RunConfig, prompt_slots: int, shards: int) -> Shapes:
 
 
 def group_sizes(cfg: RunConfig) -> GroupSizes:
-    """Sizes of a step's groups, as far as the budget fixes them."""
+    """Sizes of the groups that a step trains on: the fresh ones, and what the replay adds."""
+    fresh, replay = fresh_sizes(cfg), cfg.experience.replay
+    if isinstance(replay, OwnReplay) or not replay.capacity:
+        return fresh
+    rows = rows_of_step(replay, fresh.prompts, fresh.rows)
+    more = replay.join.most if replay.join and not replay.join.swap else 0
+    return GroupSizes(
+        fresh.prompts + cfg.experience.replayed_groups, rows, fresh.most + more, equal=fresh.equal and not more
+    )
+
+
+def fresh_sizes(cfg: RunConfig) -> GroupSizes:
+    """Sizes of the groups that a step samples, as far as the budget fixes them."""
     prompts, rows = cfg.rollout.prompts, cfg.rollout.prompts * cfg.rollout.samples
     budget = cfg.experience.budget
     if isinstance(budget, OwnBudget):

@@ -22,10 +22,10 @@ from jaxrl_llm.objective.losses import CROSS_ENTROPY
 from jaxrl_llm.objective.rules import drops_equal_rewards
 from jaxrl_llm.perf.work import TrainFlops, count_adapter_params, count_tokens, train_flops
 from jaxrl_llm.roles.asking import Asking, ByBudget, UntilAccepted
-from jaxrl_llm.roles.blueprint import Blueprint, correction_for
+from jaxrl_llm.roles.blueprint import Blueprint, correction_for, group_sizes
 from jaxrl_llm.roles.collector import Collected
 from jaxrl_llm.roles.evaluator import Evaluator
-from jaxrl_llm.roles.learner import Learner, score_groups
+from jaxrl_llm.roles.learner import Learner, policy_entropy, score_groups
 from jaxrl_llm.roles.reference import refresh
 from jaxrl_llm.roles.sampler import Sampler, Stages
 from jaxrl_llm.roles.scorer import Scorer
@@ -106,6 +106,7 @@ def make_learner(blueprint: Blueprint, score: Scorer, texts_of: Callable[[Groups
         filter=filter_for(cfg, texts_of),
         replay=make_replay(cfg.experience.replay, blueprint.vocab.pad),
         score=partial(score_groups, objective, loss, score),
+        entropy=partial(policy_entropy, score, group_sizes(cfg)),
         advantage=make_advantage(objective, [grader.weight for grader in cfg.reward.graders]),
         update=Updates(
             program=update,

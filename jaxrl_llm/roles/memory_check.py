@@ -19,7 +19,7 @@ from jaxrl_llm.model import params as model_params
 from jaxrl_llm.perf import chips
 from jaxrl_llm.perf.work import bytes_per_device
 from jaxrl_llm.roles.abstract_run import AbstractRun, make_abstract_run
-from jaxrl_llm.roles.blueprint import Blueprint, group_sizes, make_blueprint, uses_of
+from jaxrl_llm.roles.blueprint import Blueprint, fresh_sizes, group_sizes, make_blueprint, uses_of
 from jaxrl_llm.types import COLUMNS
 
 MASTERS, OPTIMIZER, REFERENCE, POLICY = "master parameters", "optimizer state", "reference parameters", "policy"
@@ -189,7 +189,7 @@ def buffer_problem(cfg: RunConfig, num_tokens: int) -> str:
     of_token = (
         sum(np.dtype(c.dtype).itemsize for c in there) + 4 * ("steps" in uses) + 4 * rollout.max_kept_of(num_tokens)
     )
-    rows = min(replay.capacity * group_sizes(cfg).most, rollout.prompts * rollout.samples)
+    rows = min(replay.capacity * fresh_sizes(cfg).most, group_sizes(cfg).rows)
     least = np.ceil(1000 * rows * rollout.max_new_tokens * of_token / MIB) / 1000
     if replay.memory_mib >= least:
         return ""

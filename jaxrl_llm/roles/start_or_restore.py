@@ -18,7 +18,7 @@ from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.load import load
 from jaxrl_llm.model.hf.source import resolve as resolve_model
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.roles.blueprint import Blueprint, group_sizes, uses_of
+from jaxrl_llm.roles.blueprint import Blueprint, fresh_sizes, uses_of
 from jaxrl_llm.roles.learner import Learner
 from jaxrl_llm.roles.loaded_model import load_params
 from jaxrl_llm.roles.state import RunState, SupervisedState
@@ -74,7 +74,7 @@ def first_state(
     max_kept_tokens = rollout.max_kept_of(blueprint.vocab.size)
     names = tuple(grader.label for grader in cfg.reward.graders)
     blank = blank_groups(
-        rollout.prompts, rollout.samples, slots, len(names), uses_of(cfg), max_kept_tokens, group_sizes(cfg).most
+        rollout.prompts, rollout.samples, slots, len(names), uses_of(cfg), max_kept_tokens, fresh_sizes(cfg).most
     )
     blank = blank.replace(graders=names, threshold=cfg.evaluation.threshold)
     return RunState(

@@ -143,7 +143,7 @@ def fill_batch(
         "kept_tokens": rollouts.kept_tokens,
         "eos_masked": rollouts.eos_masked,
         "loss_mask": mask,
-        "weight": token_weights(mask, prompt, aggregation, length),
+        "weight": token_weights(mask, prompt, aggregation, length) * _of_rows(experience.groups.loss_weight),
         "temperature": np.broadcast_to(rollouts.temperature[:, None], mask.shape),
     }
     there = [c for c in COLUMNS if c.batch and given.get(c.name) is not None]
@@ -153,6 +153,11 @@ def fill_batch(
         own={c.name: lay(experience.scores.own[c.name], c.dtype, c.fill) for c in own},
     )  # fmt: skip
     return batch, where
+
+
+def _of_rows(weight: Float[np.ndarray, " B"] | None) -> np.ndarray:
+    """Return the factor of each row's tokens [B 1]; 1 of all if there are none."""
+    return np.ones((1, 1), np.float32) if weight is None else weight[:, None]
 
 
 def _laid_out(

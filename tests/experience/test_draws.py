@@ -9,7 +9,7 @@ from scipy.stats import chisquare
 from jaxrl_llm.config.loading import validate
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.config import OwnDraw
-from jaxrl_llm.experience.draws import Candidates, RecencyDraw, UniformDraw
+from jaxrl_llm.experience.draws import BySuccessesDraw, Candidates, PrioritizedDraw, RecencyDraw, UniformDraw
 from jaxrl_llm.experience.replay import draw
 
 MANY = 20_000
@@ -17,7 +17,7 @@ MANY = 20_000
 
 def known(age) -> Candidates:
     n, zeros = len(age), np.zeros(len(age))
-    return Candidates(np.array(age), np.ones(n, int), zeros, zeros, zeros, np.ones(n, int), np.arange(n))
+    return Candidates(np.array(age), np.ones(n, int), zeros, zeros, zeros, zeros, np.ones(n, int), np.arange(n))
 
 
 def by_ages(groups: Candidates, power: float = 1.0) -> np.ndarray:
@@ -40,6 +40,36 @@ def test_weights_by_hand_and_draws_in_their_proportions(rule, want):
     rng = np.random.default_rng(0)
     counts = np.bincount([draw(groups, weight, rng, 1)[0] for _ in range(MANY)], minlength=4)
     assert chisquare(counts, MANY * np.array(want) / sum(want)).pvalue > 1e-3
+
+
+def drawn_in_proportion(rule, groups, want):
+    weight, rng = rule(groups), np.random.default_rng(0)
+    np.testing.assert_allclose(weight / weight.sum(), np.array(want) / sum(want), rtol=1e-12)
+    counts = np.bincount([draw(groups, weight, rng, 1)[0] for _ in range(MANY)], minlength=len(want))
+    some = np.array(want) > 0
+    assert counts[~some].sum() == 0
+    assert chisquare(counts[some], MANY * np.array(want)[some] / sum(want)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("alpha, want", [(1.0, [0, 0.25, 0.5]), (0.5, [0, 0.5, 0.5**0.5]), (0.0, [1, 1, 1])])
+def test_prioritized_by_the_mean_size_of_the_advantages(alpha, want):
+    groups = known([1, 1, 1])._replace(signal=np.array([0, 0.25, 0.5]))
+    drawn_in_proportion(PrioritizedDraw(alpha=alpha), groups, want)
+
+
+def test_by_successes_draws_a_bucket_then_one_of_its_groups():
+    """Of 4 responses 0, 1, 2, 2, 2, 3, 4 are right. Buckets 1, 2, 3 have exp(-1/2), 1, exp(-1/2); 2 is shared by three."""
+    k, side = np.array([0, 1, 2, 2, 2, 3, 4]), np.exp(-0.5)
+    groups = known(k)._replace(success=(k / 4).astype(np.float32), size=np.full(7, 4))
+    drawn_in_proportion(BySuccessesDraw(), groups, [0, side, 1 / 3, 1 / 3, 1 / 3, side, 0])
+
+
+def test_by_successes_with_none_that_may_come_back_draws_nothing():
+    groups = known([1, 1])._replace(success=np.array([0.0, 1.0]), size=np.array([4, 4]))
+    assert BySuccessesDraw()(groups).tolist() == [0, 0]
+    # Far from half, too: 1 of 1,000 right, at a sigma of one response.
+    groups = groups._replace(success=np.array([0.001, 1.0]), size=np.array([1000, 1000]))
+    assert BySuccessesDraw()(groups).tolist() == [1, 0]
 
 
 def test_several_are_drawn_one_by_one_without_the_ones_before():

@@ -48,7 +48,7 @@ def test_its_config_is_valid():
     )
     assert first.gate.kind == "greso" and first.refill.attempts == 10 and len(first.filter.filters) == 3
     assert second.curriculum.shares == {"easy": 1, "hard": 3}
-    assert third.replay == config.ReplayConfig(512, 4096, 8, 4, config.RecencyDraw())
+    assert third.replay == config.ReplayConfig(512, 4096, 8, 4, config.RecencyDraw(), groups=16)
 
 
 def test_its_example_runs():

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxrl_llm.experience.mixing import widened
 from jaxrl_llm.experience.packed_groups import Packing
 from jaxrl_llm.experience.replay import blank_groups
 from jaxrl_llm.types import Groups, check, number_rows, select_groups
@@ -90,7 +91,7 @@ def test_any_groups_come_back_bit_for_bit_in_any_order(size, length, kept, uses,
     packing = Packing(groups, PAD)
     packed = packing.pack(select_groups(groups, np.arange(len(size)), len(groups.keep) + fillers))
     order = data.draw(st.permutations(range(len(size))))
-    same(packing.unpack([packed[p] for p in order]), select_groups(groups, np.array(order)))
+    same(widened(packing.unpack([packed[p] for p in order]), groups, PAD), select_groups(groups, np.array(order)))
 
 
 def test_bytes_do_not_depend_on_what_could_have_been():
@@ -113,13 +114,15 @@ def test_bytes_do_not_depend_on_what_could_have_been():
 def test_counts_of_more_than_255_kept_tokens():
     groups = groups_of([3, 2], [4, 9], [300, 17, 256], most=400)
     packing = Packing(groups, PAD)
-    same(packing.unpack(packing.pack(groups)), groups)
+    same(widened(packing.unpack(packing.pack(groups)), groups, PAD), groups)
 
 
 def test_a_packed_group_is_wider_in_a_wider_run():
-    """What a run with fewer slots packed, as a run with more slots unpacks it."""
-    groups = groups_of([2, 1], [4, 9], [3, 18])
-    wide = Packing(groups_of([1], [1], [1], slots=(7, 12), most=33), PAD).unpack(Packing(groups, PAD).pack(groups))
+    """What a run with fewer slots packed, in the slots of a run with more."""
+    groups, other = groups_of([2, 1], [4, 9], [3, 18]), groups_of([1], [1], [1], slots=(7, 12), most=33)
+    narrow = Packing(other, PAD).unpack(Packing(groups, PAD).pack(groups))
+    assert narrow.rollouts.tokens.shape == (3, 9) and narrow.rollouts.kept_tokens.shape == (3, 9, 18)
+    wide = widened(narrow, other, PAD)
     assert wide.rollouts.tokens.shape == (3, 12) and wide.rollouts.kept_tokens.shape == (3, 12, 33)
     np.testing.assert_array_equal(wide.rollouts.tokens[:, :9], groups.rollouts.tokens)
     np.testing.assert_array_equal(wide.rollouts.kept_tokens[:, :9, :20], groups.rollouts.kept_tokens)

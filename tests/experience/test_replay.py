@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from jaxrl_llm.experience.buffer import empty_buffer
 from jaxrl_llm.experience.config import ReplayConfig
 from jaxrl_llm.experience.draws import UniformDraw
+from jaxrl_llm.experience.mixing import widened
 from jaxrl_llm.experience.packed_groups import Packing
 from jaxrl_llm.experience.replay import exchange, make_replay
 from jaxrl_llm.types import Groups, Prompts, Rollouts, check, map_groups, number_rows, select_groups
@@ -46,7 +47,8 @@ def experience(version: int, first: int, keep=(True, True, True)) -> Groups:
 
 
 def group_of(whole: Groups, place: int) -> list[bytes]:
-    return [x.tobytes() for x in jax.tree.leaves(select_groups(whole, np.array([place])))]
+    one = select_groups(whole.replace(reused=None), np.array([place]))
+    return [x.tobytes() for x in jax.tree.leaves(one)]
 
 
 def uids(buffer) -> list[int]:
@@ -61,7 +63,7 @@ def config(capacity: int = 4, max_age: int = 100, **more) -> ReplayConfig:
 def step(replay, version, first, keep, seed=0, **cfg):
     """The buffer, the groups to train on, and which of them are kept."""
     cfg = config(len(replay.known.number), **cfg)
-    replay, out, metrics = exchange(replay, experience(version, first, keep), np.random.default_rng(seed), cfg)
+    replay, out, metrics = exchange(replay, experience(version, first, keep), np.random.default_rng(seed), None, cfg)
     counts = out.keep.reshape(P, G)
     assert (counts.all(axis=1) == counts.any(axis=1)).all()
     assert metrics["groups/replayed"] == counts[:, 0].sum() - sum(keep)
@@ -71,7 +73,7 @@ def step(replay, version, first, keep, seed=0, **cfg):
 
 def test_the_identity_form_passes_fresh_groups_through():
     fresh, replay = experience(0, 0, [True, False, True]), make_replay(ReplayConfig(capacity=0))
-    state, out, metrics = replay.exchange(replay.init(fresh), fresh, np.random.default_rng(0))
+    state, out, metrics = replay.exchange(replay.init(fresh), fresh, np.random.default_rng(0), None)
     assert state == () and out is fresh and metrics == {"groups/replayed": 0.0}
 
 
@@ -79,9 +81,9 @@ def test_a_row_that_was_dropped_stays_dropped_in_the_ring():
     """A group of which one row is kept is a kept group, and comes back with that row alone."""
     fresh = experience(0, 0)
     fresh = fresh.replace(keep=np.array([True, False, False, False, False, False]))
-    replay, _, _ = exchange(empty_buffer(4), fresh, np.random.default_rng(0), config())
+    replay, _, _ = exchange(empty_buffer(4), fresh, np.random.default_rng(0), None, config())
     assert uids(replay) == [0]
-    _, out, _ = exchange(replay, experience(1, 10, [True, False, True]), np.random.default_rng(0), config())
+    _, out, _ = exchange(replay, experience(1, 10, [True, False, True]), np.random.default_rng(0), None, config())
     np.testing.assert_array_equal(out.keep, [True, True, True, False, True, True])
 
 
@@ -216,7 +218,7 @@ def test_groups_of_any_size_come_back_whole_and_never_exceed_the_steps_rows(data
         size, first = np.array(data.draw(sizes)), 100 * number
         keep = np.array(data.draw(st.lists(st.booleans(), min_size=P, max_size=P))) & (size > 0)
         fresh = ragged(first, size, number, keep)
-        replay, out, metrics = exchange(replay, fresh, np.random.default_rng(number), config(5))
+        replay, out, metrics = exchange(replay, fresh, np.random.default_rng(number), None, config(5))
         assert len(out.keep) == B and check(out).rollouts.size.sum() <= B
         uids = out.rollouts.prompts.uid
         assert len(set(uids.tolist())) == P
@@ -227,16 +229,16 @@ def test_groups_of_any_size_come_back_whole_and_never_exceed_the_steps_rows(data
         assert metrics["groups/replayed"] == len(old)
         remembered |= {first + p: group_of(fresh, p) for p in np.flatnonzero(keep)}
         if len(replay.stored):
-            stored = replay.groups(range(len(replay.stored)), Packing(fresh, 0))
+            stored = widened(replay.groups(range(len(replay.stored)), Packing(fresh, 0)), fresh, 0)
             for place, uid in enumerate(stored.rollouts.prompts.uid):
                 assert group_of(stored, place) == remembered[uid]
 
 
 def test_an_old_group_that_is_larger_than_the_room_left_is_not_taken():
     first = ragged(0, [4, 1, 4], 0, [1, 0, 0])
-    replay, _, _ = exchange(empty_buffer(3), first, np.random.default_rng(0), config(3))
+    replay, _, _ = exchange(empty_buffer(3), first, np.random.default_rng(0), None, config(3))
     for size, taken in (([1, 4, 4], 0), ([1, 4, 3], 0), ([1, 4, 1], 1), ([4, 4, 1], 1)):
-        _, out, _ = exchange(replay, ragged(10, size, 1, [0, 1, 1]), np.random.default_rng(0), config(3))
+        _, out, _ = exchange(replay, ragged(10, size, 1, [0, 1, 1]), np.random.default_rng(0), None, config(3))
         assert (out.rollouts.prompts.uid[0] == 0) == bool(taken)
 
 
@@ -268,7 +270,7 @@ def test_the_oldest_leave_when_memory_is_short_and_a_group_that_does_not_fit_is_
     sizes = [whole.packed[str(n)].nbytes for n in range(P)]
     for bound in range(0, sum(sizes) + 1, 7):
         cfg = config(9, memory_mib=(bound + 0.5) / 2**20)
-        replay, _, metrics = exchange(empty_buffer(9), experience(0, 0), np.random.default_rng(0), cfg)
+        replay, _, metrics = exchange(empty_buffer(9), experience(0, 0), np.random.default_rng(0), None, cfg)
         # The newest that fit together.
         want = next(n for n in range(P + 1) if sum(sizes[n:]) <= bound)
         assert uids(replay) == list(range(want, P)) and replay.num_bytes <= bound

@@ -85,7 +85,7 @@ def test_a_replay_that_changes_the_shapes_of_a_step_is_told():
     with pytest.raises(
         UserError, match=r"replay own_stages:Shrinks: got float32\[2\] for groups\.reward, want float32\[4\]"
     ):
-        mine.exchange(mine.init(groups()), groups(), np.random.default_rng(0))
+        mine.exchange(mine.init(groups()), groups(), np.random.default_rng(0), None)
 
 
 METHODS = "want a class whose objects have init(), apply(state, groups)"

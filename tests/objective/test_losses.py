@@ -1,5 +1,7 @@
 """Losses against numbers worked out by hand (reference vectors: eps 0.2 / 0.28)."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +65,33 @@ def batch_of(mask, behavior, advantage, reference=None) -> Batch:
         *[zeros.astype(int)] * 4, segment=mask.astype(int), group=mask.astype(int), loss_mask=mask, weight=mask / mask.sum(),
         behavior_logprobs=behavior, advantage=advantage, temperature=zeros + 1, reference_logprobs=reference,
     )  # fmt: skip
+
+
+def test_reused_rows_are_shaped_and_fresh_ones_clipped():
+    """By hand, A = 2: a reused token of ratio 1/2 has -2 * 0.5 / 0.6, of ratio 4 -2 * 4 / 4.1; a fresh one of 4 is clipped to 1.28.
+    The slope of r / (r + c) by log p is r c / (r + c)^2, where a clipped ratio has none."""
+    mask, advantage = np.ones((1, 3), bool), np.full((1, 3), 2, np.float32)
+    behavior = np.array([[-1.0, -2.0, -2.0]], np.float32)
+    now = behavior + np.log(np.array([[0.5, 4, 4]], np.float32))
+    batch = batch_of(mask, behavior, advantage).replace(own={"reused": np.array([[True, True, False]])})
+    cfg = PolicyGradient(surrogate=Clip(low=0.2, high=0.28), shaping=0.1)
+
+    def loss(logprobs):
+        return policy_terms(TokenScores(logprobs, jnp.zeros((1, 3))), batch, cfg, NoCorrection()).loss
+
+    np.testing.assert_allclose(loss(now)[0], [-2 * 0.5 / 0.6, -2 * 4 / 4.1, -2 * 1.28], rtol=1e-6)
+    slope = jax.grad(lambda x: loss(x).sum())(jnp.asarray(now))[0]
+    np.testing.assert_allclose(slope, [-2 * 0.05 / 0.36, -2 * 0.4 / 4.1**2, 0], rtol=1e-5)
+
+
+def test_which_rows_are_reused_is_a_column_of_the_batch():
+    (column,) = make_loss(ObjectiveConfig(loss=PolicyGradient(shaping=0.1))).own
+    assert make_loss(ObjectiveConfig()).own == () and column.name == "reused"
+    sampled = np.array([[True, True], [True, False], [True, True]])
+    groups = SimpleNamespace(rollouts=SimpleNamespace(sampled=sampled), reused=np.array([False, True, True]))
+    assert column.make(groups, None).tolist() == [[False, False], [True, False], [True, True]]
+    groups.reused = None
+    assert not column.make(groups, None).any()
 
 
 def test_policy_terms_put_surrogate_kl_and_entropy_together():

@@ -6,6 +6,7 @@ import jax
 import pytest
 from fakes import MODEL, VALUES, blueprint, config, sums
 
+from jaxrl_llm.config import consistency
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
@@ -14,6 +15,7 @@ from jaxrl_llm.roles.blueprint import (
     Shapes,
     blueprint_of,
     device_problems,
+    group_sizes,
     loss_of,
     make_blueprint,
     optimizer_of,
@@ -23,7 +25,7 @@ from jaxrl_llm.roles.blueprint import (
 )
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.update.optimizer.config import AdamW
-from jaxrl_llm.update.packing import BatchShape
+from jaxrl_llm.update.packing import BatchShape, GroupSizes
 
 
 def paths(specs):
@@ -169,3 +171,19 @@ def test_limits_of_devices_are_checked_for_the_slots_of_the_batches():
     assert line.startswith(device)
     assert device_problems(config(), cfg.model, 5, jax.devices()) == []
     assert found == [line for line in problems(inputs.read(cfg)) if line.startswith("update.attention")]
+
+
+def test_a_replay_enlarges_the_batch_by_its_groups_and_by_the_rows_that_join():
+    """8 groups of 4: with 2 stored groups 40 rows; with up to 3 stored rows per fresh group 64, of groups of up to 7."""
+    of = lambda **replay: config(update={"minibatches": 2}, experience={"replay": {"capacity": 9} | replay})  # noqa: E731
+    assert group_sizes(of()) == group_sizes(config()) == GroupSizes(8, 32, 4, equal=True)
+    assert group_sizes(of(groups=2)) == GroupSizes(10, 40, 4, equal=True)
+    assert group_sizes(of(groups=2, join={"most": 3})) == GroupSizes(10, 64, 7)
+    assert group_sizes(of(groups=2, join={"most": 3, "swap": True})) == GroupSizes(10, 40, 4, equal=True)
+    # Without a buffer nothing comes back, whatever else is said.
+    assert group_sizes(of(capacity=0, groups=2, join={"most": 3})) == GroupSizes(8, 32, 4, equal=True)
+    assert [shape.rows for shape in shapes_of(of(groups=2), 5, 1)[:2]] == [20, 40]
+    refused = consistency.problems(of(groups=3), 1)
+    assert refused == [
+        "update.minibatches: got 2, want a divisor of rollout.prompts + experience.replay.groups (11): 1, 11"
+    ]

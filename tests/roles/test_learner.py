@@ -10,8 +10,9 @@ from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.lora import Adapted, split
 from jaxrl_llm.roles.blueprint import loss_of
-from jaxrl_llm.roles.learner import Learner, score_groups
-from jaxrl_llm.types import OwnColumn, Scores
+from jaxrl_llm.roles.learner import Learner, policy_entropy, score_groups
+from jaxrl_llm.types import OwnColumn, Scores, join_groups
+from jaxrl_llm.update.packing import GroupSizes
 
 GROUPS = groups_of(np.array([[1.0, 0.0]] * 2))
 OWN, OTHER = {"w": "own"}, {"w": "other"}
@@ -95,6 +96,31 @@ def test_columns_of_a_loss_are_made_from_groups_and_scores():
         score_groups(cfg.objective, wrong, Score(), state_of(train=state_of().train.replace(params=OWN)), GROUPS)
 
 
+@pytest.mark.parametrize("sizes", [GroupSizes(2, 4, 2), GroupSizes(4, 9, 2), GroupSizes(9, 5, 4)])
+def test_entropies_are_of_the_policy_now_and_asked_for_in_batches_of_a_fixed_size(sizes):
+    """Six groups of two rows of two tokens, the second not sampled; row b has entropy b at both. Row 3 is not kept."""
+    asked, groups = [], join_groups(*[GROUPS] * 3)
+    rollouts = groups.rollouts
+    sampled = np.zeros_like(rollouts.sampled)
+    sampled[:, 0] = True
+    number = np.arange(len(groups.keep), dtype=np.float32)[:, None]
+    groups = groups.replace(
+        rollouts=rollouts.replace(sampled=sampled, behavior_logprobs=np.tile(number, (1, 2))), keep=number[:, 0] != 3
+    )
+
+    def score(params, part):
+        asked.append(params)
+        assert len(part.failure) <= sizes.prompts and len(part.keep) <= sizes.rows
+        return TokenScores(None, part.rollouts.behavior_logprobs)
+
+    state = state_of(train=state_of().train.replace(params=OWN))
+    found = policy_entropy(score, sizes, state, groups)
+    assert asked == [OWN] * len(asked) and len(asked) == -(
+        -len(groups.failure) // min(sizes.prompts, sizes.rows // sizes.most)
+    )
+    assert found.tolist() == [0, 1, 2, 0, *range(4, len(number))]
+
+
 def test_the_stages_of_a_learner_stand_in_the_order_of_the_training_loop():
-    assert Learner._fields == ("filter", "replay", "score", "advantage", "update", "refresh", "publish")
+    assert Learner._fields == ("filter", "replay", "score", "entropy", "advantage", "update", "refresh", "publish")
     assert Scores() == Scores(None, None, None, {})

@@ -38,6 +38,7 @@ def roles(**changes):
         filter=Filter(tuple, calls.of("filter", ("filters after", FRESH, {"dropped": 1.0}))),
         replay=Replay(tuple, calls.of("replay", ("replay after", MIXED, {"reused": 2.0}))),
         score=calls.of("score", SCORES),
+        entropy=calls.of("entropy", None),
         advantage=calls.of("advantage", CREDIT),
         update=calls.of("update", ("train after", LEARNED)),
         refresh=calls.of("refresh", "reference after"),
@@ -58,7 +59,8 @@ def test_each_stage_is_called_once_in_order_with_the_results_before_it():
     assert calls.args("use") == ("policy",)
     assert calls.args("take") == (5,)
     assert calls.args("filter") == ("filters before", GRADED)
-    assert calls.args("replay") == ("replay before", FRESH, rng)
+    *given, entropy = calls.args("replay")
+    assert given == ["replay before", FRESH, rng] and entropy.args == (state,)
     assert calls.args("score") == (state, MIXED)
     assert calls.args("advantage") == (MIXED, SCORES)
     of, experience, noise = calls.args("update")

@@ -193,9 +193,9 @@ def test_a_replay_returns_steps_as_they_were(graded):
     buffer, rng, cfg = empty_buffer(3), np.random.default_rng(0), ReplayConfig(capacity=3, max_age=9)
     shapes = partial(jax.tree.map, lambda x: (x.shape, x.dtype))
     assert shapes(graded.replace(graders=(), threshold=1.0)) == shapes(check(blank))
-    buffer, first, _ = exchange(buffer, graded.replace(graders=(), threshold=1.0), rng, cfg)
+    buffer, first, _ = exchange(buffer, graded.replace(graders=(), threshold=1.0), rng, None, cfg)
     other = graded.replace(graders=(), threshold=1.0, step_reward=graded.step_reward + np.float32(1))
-    _, mixed, metrics = exchange(buffer, other, rng, cfg)
+    _, mixed, metrics = exchange(buffer, other, rng, None, cfg)
     assert metrics["groups/replayed"] == 1.0
     np.testing.assert_array_equal(mixed.step_reward, np.concatenate([other.step_reward[:2], graded.step_reward[:2]]))
     np.testing.assert_array_equal(first.step_reward, graded.step_reward)

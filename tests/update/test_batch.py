@@ -20,7 +20,7 @@ from jaxrl_llm.types import (
     select_groups,
 )
 from jaxrl_llm.update.batch import fill_batch, minibatches, supervised, to_completions, token_weights
-from jaxrl_llm.update.packing import BatchShape, GroupSizes, batch_shape, share
+from jaxrl_llm.update.packing import BatchShape, GroupSizes, batch_shape, equal_groups, share
 
 PAD, EOS = 0, 9
 
@@ -310,6 +310,17 @@ def test_a_group_of_any_size_weighs_as_much_as_another_in_a_mean_over_prompts():
     more = token_weights(np.concatenate([mask, mask[:1] & False]), i32([0, 0, 0, 1, 2, -1]), "prompt", 1)
     np.testing.assert_array_equal(more[:5], weights)
     assert not more[5].any()
+
+
+def test_a_rows_weight_multiplies_its_loss_terms_and_no_others():
+    whole = numbered(2, 2)
+    weight = np.array([1, 0.5, 0, 2], np.float32)
+    shape = batch_shape("none", equal_groups(2, 2), (1, 1), 0, 1, 1)
+    plain, where = fill_batch(whole, shape, PAD)
+    scaled, _ = fill_batch(whole._replace(groups=whole.groups.replace(loss_weight=weight)), shape, PAD)
+    np.testing.assert_array_equal(scaled.weight[where.row], plain.weight[where.row] * weight[:, None])
+    # What a mean divides by stays: half the weight is half the gradient.
+    jax.tree.map(np.testing.assert_array_equal, scaled.replace(weight=0), plain.replace(weight=0))
 
 
 def test_minibatches_have_a_new_order_each_epoch_and_the_same_for_the_same_seed():
