@@ -281,7 +281,10 @@ def of_update(update: Update, x, rows: Rows, cfg) -> Numbers | None:
     assert (mask == (whole & (x["advantage"] != 0) if kind == "dpo" else whole)).all()
     if not mask.any():
         return None
-    return (of_pairs if kind == "dpo" else of_tokens)(update, x | {"mask": mask}, loss, samples)
+    found = (of_pairs if kind == "dpo" else of_tokens)(update, x | {"mask": mask}, loss, samples)
+    if scaling := cfg["update"].get("ess_scaling"):
+        found.whole["lr/ess_scale"] = min(1.0, found.whole["ess/sequences"] / scaling["base"]) ** 0.5
+    return found
 
 
 def of_pairs(update: Update, x, loss, samples: int) -> Numbers:
@@ -290,8 +293,16 @@ def of_pairs(update: Update, x, loss, samples: int) -> Numbers:
     value, norm, (logp, entropy, _, margin) = differentiated(dpo, update.params, arrays, loss["beta"])
     tokens = {"ratio": np.exp(logp - x["behavior"])[mask], "entropy": entropy[mask]}
     mismatch = of_mismatch(x["proximal"] - x["behavior"], mask)
+    whole = {"loss": value, "grad_norm": norm, "nonfinite": 0.0} | of_weights(logp - x["behavior"], mask)
     margin = margin[mask.reshape(shape[0], -1).any(axis=1)]
-    return Numbers({"loss": value, "grad_norm": norm, "nonfinite": 0.0}, tokens, mismatch, margin)
+    return Numbers(whole, tokens, mismatch, margin)
+
+
+def of_weights(log_ratio, mask) -> dict[str, float]:
+    """Kong's effective sample size (sum w)^2 / sum w^2 of p / p_sampler, by sequence and by token, over their number."""
+    by_sequence = [np.prod(np.exp(row[here])) for row, here in zip(log_ratio, mask, strict=True) if here.any()]
+    kinds = {"sequences": np.array(by_sequence), "tokens": np.exp(log_ratio[mask])}
+    return {f"ess/{name}": w.sum() ** 2 / (w**2).sum() / len(w) for name, w in kinds.items()}
 
 
 def of_margins(margin) -> dict[str, float | tuple[float, float]]:
@@ -330,6 +341,6 @@ def of_tokens(update: Update, x, loss, samples: int) -> Numbers:
         near = x["value"] + np.clip(values - x["value"], -0.5, 0.5)
         worse = np.maximum((values - x["returns"]) ** 2, (near - x["returns"]) ** 2)
         tokens |= {"critic/loss": worse / 2, "critic/value": values, "critic/return": x["returns"]}
-    whole = {"loss": value, "grad_norm": norm, "nonfinite": 0.0}
+    whole = {"loss": value, "grad_norm": norm, "nonfinite": 0.0} | of_weights(logp - x["behavior"], mask)
     tokens = {name: values[mask] for name, values in tokens.items()}
     return Numbers(whole, tokens, mismatch)

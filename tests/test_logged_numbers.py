@@ -96,7 +96,7 @@ PPO = BASE | {
             "aggregation": "token",
         },
     },
-    "update": {"epochs": 2, "minibatches": 2, "optimizer": {"lr": 1e-2}},
+    "update": {"epochs": 2, "minibatches": 2, "optimizer": {"lr": 1e-2}, "ess_scaling": {"base": 0.95}},
 }
 DPO = BASE | {
     "rollout": ROLLOUT | {"engine": {"decode_chunk": 128, "eos_interval": 8}},

@@ -24,6 +24,8 @@ class Terms(NamedTuple):
     """Named values, maximized over the loss mask; a minimum is the maximum of the negative."""
     weighted: Mapping[str, Tokens] = NOTHING
     """Named values, summed with the weights of the loss; gives the mean over sequences of one number per sequence."""
+    log_ratio: Tokens | None = None
+    """log p - log p_behavior, without a gradient; of it the update reports the effective sample size."""
 
 
 class Loss(NamedTuple):

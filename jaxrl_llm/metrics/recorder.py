@@ -34,6 +34,7 @@ SHOWN = (  # metric, word on the console, format
     ("entropy", "entropy", ".3f"),
     ("kl", "kl", ".2e"),
     ("ratio/max", "ratio max", ".3f"),
+    ("ess/sequences", "ess", ".2f"),
     ("grad_norm", "grad", ".2e"),
     ("tokens_per_s", "tokens/s", ",.0f"),
 )
@@ -41,7 +42,9 @@ SHOWN = (  # metric, word on the console, format
 
 def in_words(row: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
     """ "word value" for each of `names` in `row`, in the order of SHOWN."""
-    shown = [(word, row[name], form) for name, word, form in SHOWN if name in names and name in row]
+    # Samples of the policy itself have one of 1, but for rounding.
+    hidden = {"ess/sequences"} if (row.get("ess/sequences") or 0) > 0.995 else set()
+    shown = [(word, row[name], form) for name, word, form in SHOWN if name in names and name in row.keys() - hidden]
     return tuple(f"{word} {'nan' if value is None else format(value, form)}" for word, value, form in shown)
 
 

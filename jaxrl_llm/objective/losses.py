@@ -177,7 +177,7 @@ def policy_terms(scores: TokenScores, batch: Batch, cfg: PolicyGradient, correct
         means |= {"critic/value": scores.values, "critic/return": batch.returns}
         loss = loss + cfg.critic.weight * means["critic/loss"]
     maxima = {"ratio/max": ratio, "ratio/-min": -ratio, "mismatch/max_abs_dlogp": jnp.abs(mismatch)}
-    return Terms(loss, means, maxima)
+    return Terms(loss, means, maxima, log_ratio=zero_outside(mask, now - batch.behavior_logprobs))
 
 
 def mismatch_means(mismatch: Tokens) -> dict[str, Tokens]:
@@ -200,23 +200,22 @@ def dpo_terms(scores: TokenScores, batch: Batch, cfg: Dpo) -> Terms:
     margin = sum_by_id(batch.group, jnp.sign(batch.advantage) * own)
     pairs = {"dpo/margin": margin, "dpo/accuracy": margin > 0}
     loss = -jax.nn.log_sigmoid(cfg.beta * margin)
-    means, maxima = _sampler_metrics(scores, batch)
-    return Terms(loss, means, maxima, pairs)
+    return _with_sampler_metrics(Terms(loss, weighted=pairs), scores, batch)
 
 
 def distillation_terms(scores: TokenScores, batch: Batch) -> Terms:
     """Return the exact KL(policy || teacher) per token. Source: Agarwal et al. 2024 (GKD) with the reverse KL, on the policy's own
     samples."""
-    means, maxima = _sampler_metrics(scores, batch)
-    return Terms(scores.kl, means | {"kl": scores.kl}, maxima)
+    return _with_sampler_metrics(Terms(scores.kl, {"kl": scores.kl}), scores, batch)
 
 
-def _sampler_metrics(scores: TokenScores, batch: Batch) -> tuple[dict[str, Tokens], dict[str, Tokens]]:
-    """Return means and maxima of the distance to the behavior policy, for losses without a ratio."""
+def _with_sampler_metrics(terms: Terms, scores: TokenScores, batch: Batch) -> Terms:
+    """Return the terms with the distance to the behavior policy beside their own metrics, for losses without a ratio."""
     away = zero_outside(batch.loss_mask, jax.lax.stop_gradient(scores.logprobs) - batch.behavior_logprobs)
     ratio = jnp.exp(away)
     maxima = {"ratio/max": ratio, "ratio/-min": -ratio, "mismatch/max_abs_dlogp": jnp.abs(away)}
-    return {"entropy": scores.entropy} | mismatch_means(away), maxima
+    means = {"entropy": scores.entropy} | mismatch_means(away)
+    return terms._replace(means=means | terms.means, maxima=maxima | terms.maxima, log_ratio=away)
 
 
 CROSS_ENTROPY = Loss(cross_entropy_terms)
@@ -290,8 +289,7 @@ def as_loss(
                 f"the loss {getattr(function, '__name__', function)}: got terms of shape {list(jnp.shape(found.loss))}, want "
                 f"one term per token, {list(batch.tokens.shape)}: the mean is taken for you"
             )
-        means, maxima = _sampler_metrics(scores, batch)
-        return found._replace(means=means | found.means, maxima=maxima | found.maxima)
+        return _with_sampler_metrics(found, scores, batch)
 
     defined = tuple(c if isinstance(c, OwnColumn) else OwnColumn(c.__name__, c) for c in own)
     return Loss(terms, aggregation, length, columns, defined)

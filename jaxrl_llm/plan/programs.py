@@ -110,7 +110,10 @@ def lowerings(run: AbstractRun) -> dict[str, Lower]:
         sizes_of["extend_suffix"] = (groups, *run.engine.sizes.windows[-2:])
     lower = {name: partial(run.engine.programs.lower, policy.params, name, *sizes) for name, sizes in sizes_of.items()}
     publish = jit_publish(model, run.train, run.decode, cfg.rollout.engine.weights)
-    update = jit_update(run.learner_specs, run.loss, run.optimizer, run.scoring, micro_batches=cfg.update.micro_batches)
+    update = jit_update(
+        run.learner_specs, run.loss, run.optimizer, run.scoring,
+        micro_batches=cfg.update.micro_batches, ess_scaling=cfg.update.ess_scaling,
+    )  # fmt: skip
     reference = run.reference if cfg.objective.reads_reference_distribution else None
     return lower | {
         "publish": lambda: publish.lower(masters, policy.version, policy),

@@ -100,8 +100,9 @@ def make_learner(blueprint: Blueprint, score: Scorer, texts_of: Callable[[Groups
         return refresh(objective.reference, state.reference, blueprint.changed(train.params), done)
 
     update = jit_update(
-        blueprint.learner_specs, loss, blueprint.optimizer, blueprint.scoring, micro_batches=cfg.update.micro_batches
-    )
+        blueprint.learner_specs, loss, blueprint.optimizer, blueprint.scoring,
+        micro_batches=cfg.update.micro_batches, ess_scaling=cfg.update.ess_scaling,
+    )  # fmt: skip
     return Learner(
         filter=filter_for(cfg, texts_of),
         replay=make_replay(cfg.experience.replay, blueprint.vocab.pad),

@@ -24,7 +24,7 @@ from jaxrl_llm.update.packing import BatchShape
 from jaxrl_llm.update.step import Update
 
 # Metrics of a whole update; every other is a mean over its tokens or sequences, or an extreme.
-OF_UPDATES = ("loss", "grad_norm", "nonfinite")
+OF_UPDATES = ("loss", "grad_norm", "nonfinite", "ess/sequences", "ess/tokens", "lr/ess_scale")
 
 
 class UpdateMetrics(NamedTuple):

@@ -27,6 +27,19 @@ class PackingConfig:
 
 
 @dataclass(frozen=True)
+class EssScaling:
+    """Learning rate of each update by the effective sample size of its sequences' importance weights (VCPO, arXiv 2602.17616).
+    With share = ESS / sequences the factor is min(1, share / base), or its square root."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    rule: Literal["sqrt", "linear"] = "sqrt"
+    """sqrt: for Adam and its kin, whose steps do not grow with the gradient. linear: the factor itself."""
+    base: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Share at which, and above which, the learning rate is whole."""
+
+
+@dataclass(frozen=True)
 class GuardConfig:
     """Conditions under which a run warns or stops."""
 
@@ -65,6 +78,8 @@ class UpdateConfig:
     remat: Literal["auto", "none", "attention", "layer", "offload"] = "auto"
     """Activations that the backward pass recomputes instead of storing: docs/update.md."""
     optimizer: OptimizerConfig = field(default_factory=AdamW)
+    ess_scaling: EssScaling | None = None
+    """Lower the learning rate of updates on off-policy samples; null: never."""
     guards: GuardConfig = field(default_factory=GuardConfig)
 
     @property

@@ -1,6 +1,7 @@
 """Compiled programs of the update: one optimizer step on one minibatch (donates its TrainState), and token scoring."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,27 @@ from jaxrl_llm.distribution.score import Scoring, TokenScores, score_tokens
 from jaxrl_llm.model import lora
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import Batch, PyTree, TrainState
+from jaxrl_llm.update.config import EssScaling
+from jaxrl_llm.update.effective_sample_size import (
+    WeightSums,
+    effective_share,
+    lr_scale,
+    merged,
+    no_weights,
+    weight_sums,
+)
 from jaxrl_llm.update.optimizer.state import state_shardings, zero_gradients
 
 Metrics = dict[str, Float[Array, ""]]
 Update = Callable[..., tuple[TrainState, Metrics]]
+
+
+class _Measured(NamedTuple):
+    """Metrics of a micro-batch, each kind to be accumulated in its own way."""
+
+    sums: Metrics
+    maxima: Metrics
+    weights: dict[str, WeightSums]
 
 
 def jit_update(
@@ -24,6 +42,7 @@ def jit_update(
     optimizer: optax.GradientTransformation,
     scoring: Scoring,
     micro_batches: int = 1,
+    ess_scaling: EssScaling | None = None,
 ) -> Update:
     """Return the program `update(state, batch, reference) -> (state, metrics)`.
 
@@ -33,7 +52,8 @@ def jit_update(
     Terms are weighted by `batch.weight`, computed from counts over the whole minibatch, so the gradient does not depend on the
     number of micro-batches or on the mesh. Trailing micro-batches without a token in the loss are skipped.
     A non-finite loss or gradient (`nonfinite` 1), or a minibatch without a token in the loss, leaves parameters and optimizer state
-    unchanged to the bit. `zero_gradient/<path>` is 1 where a parameter's gradient is exactly 0 everywhere.
+    unchanged to the bit. `zero_gradient/<path>` is 1 where a parameter's gradient is exactly 0 everywhere. `ess/sequences` and
+    `ess/tokens` are the effective sample size of their importance weights, as a share of their number, for a loss of samples.
 
     Args:
         specs: specs of the state's parameters.
@@ -41,12 +61,13 @@ def jit_update(
         optimizer: the transformation of gradients of the trained parameters.
         scoring: model and options by which tokens are scored.
         micro_batches: number of micro-batches whose gradients are accumulated.
+        ess_scaling: of the step, by `ess/sequences`; the factor, `lr/ess_scale`, has to be finite too.
     """
     layout = scoring.layout
 
     def objective(
         params: PyTree, micro_batch: Batch, share: Array, reference: PyTree | None
-    ) -> tuple[Array, tuple[Metrics, Metrics]]:
+    ) -> tuple[Array, _Measured]:
         scores = score_tokens(params, micro_batch, scoring, reference)
         return _loss_and_metrics(loss.terms(scores, micro_batch), micro_batch, share)
 
@@ -54,11 +75,7 @@ def jit_update(
         trained, frozen = lora.split(state.params)
         reference = None if reference is None else lora.join(reference, frozen)
         share = batch.loss_mask / jnp.maximum(jnp.sum(batch.loss_mask), 1)
-        more = {}
-        if loss.keep is not None:
-            kept = loss.keep(batch)
-            more = {"mismatch/dropped": jnp.sum(share * ~kept)}
-            batch = batch.replace(weight=jnp.where(kept, batch.weight, 0.0))
+        batch, more = _without_dropped(loss, batch, share)
         grads, metrics = _accumulate(
             lambda trained, micro_batch, share: objective(lora.join(trained, frozen), micro_batch, share, reference),
             trained,
@@ -68,9 +85,12 @@ def jit_update(
         )
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
+        if ess_scaling is not None:
+            more["lr/ess_scale"] = lr_scale(ess_scaling, metrics["ess/sequences"])
+            finite = finite & jnp.isfinite(more["lr/ess_scale"])
         # Without a token in the loss, Adam would still step along its momentum.
         useful = finite & jnp.any(batch.loss_mask)
-        new = _apply_gradients(state, grads, optimizer, useful)
+        new = _apply_gradients(state, grads, optimizer, useful, more.get("lr/ess_scale"))
         return new, metrics | more | zero_gradients(grads) | {"grad_norm": grad_norm, "nonfinite": 1.0 - finite}
 
     return jax.jit(
@@ -78,22 +98,35 @@ def jit_update(
     )
 
 
-def _loss_and_metrics(terms: Terms, micro_batch: Batch, share: Array) -> tuple[Array, tuple[Metrics, Metrics]]:
-    """Return a micro-batch's loss, its contribution to the means, and its maxima."""
+def _without_dropped(loss: Loss, batch: Batch, share: Array) -> tuple[Batch, Metrics]:
+    """Return the minibatch, without a weight for the tokens that the loss drops, and their share."""
+    if loss.keep is None:
+        return batch, {}
+    kept = loss.keep(batch)
+    more = {"mismatch/dropped": jnp.sum(share * ~kept)}
+    return batch.replace(weight=jnp.where(kept, batch.weight, 0.0)), more
+
+
+def _loss_and_metrics(terms: Terms, micro_batch: Batch, share: Array) -> tuple[Array, _Measured]:
+    """Return a micro-batch's loss and its contribution to the metrics."""
     summed = lambda x, by: jnp.sum(jnp.where(micro_batch.loss_mask, x, 0.0) * by)  # noqa: E731
     total = summed(terms.loss, micro_batch.weight)
     means = {name: summed(x, share) for name, x in terms.means.items()}
     means |= {name: summed(x, micro_batch.weight) for name, x in terms.weighted.items()}
     maxima = {name: jnp.max(jnp.where(micro_batch.loss_mask, x, -jnp.inf)) for name, x in terms.maxima.items()}
-    return total, ({"loss": total, **means}, maxima)
+    weights = {} if terms.log_ratio is None else weight_sums(terms.log_ratio, micro_batch)
+    return total, _Measured({"loss": total, **means}, maxima, weights)
 
 
 def _apply_gradients(
-    state: TrainState, grads: PyTree, optimizer: optax.GradientTransformation, useful: Array
+    state: TrainState, grads: PyTree, optimizer: optax.GradientTransformation, useful: Array, scale: Array | None
 ) -> TrainState:
-    """Return the state after one optimizer step; if not `useful`, only the step counter changes."""
+    """Return the state after one optimizer step, times `scale`; if not `useful`, only the step counter changes."""
     trained, frozen = lora.split(state.params)
     changes, opt_state = optimizer.update(grads, state.opt_state, trained)
+    if scale is not None:
+        # The gradient's own size would cancel in Adam.
+        changes = jax.tree.map(lambda x: scale * x, changes)
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(useful, a, b), new, old)  # noqa: E731
     return TrainState(
         params=lora.join(keep(optax.apply_updates(trained, changes), trained), frozen),
@@ -107,30 +140,31 @@ def _accumulate(
 ) -> tuple[PyTree, Metrics]:
     """Return gradient and metrics of a minibatch, accumulated in f32 over `num_micro_batches`."""
 
-    def one(micro_batch: tuple[Batch, Array]) -> tuple[PyTree, tuple[Metrics, Metrics]]:
+    def one(micro_batch: tuple[Batch, Array]) -> tuple[PyTree, _Measured]:
         return jax.grad(objective, has_aux=True)(params, *micro_batch)
 
     def add(i: Array, total: tuple) -> tuple:
-        grads, (sums, maxima) = total
+        grads, (sums, maxima, weights) = total
         micro_batch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacked)
-        more, (more_sums, more_maxima) = one(micro_batch)
+        more, (more_sums, more_maxima, more_weights) = one(micro_batch)
         sums, grads = jax.tree.map(jnp.add, (sums, grads), (more_sums, more))
-        return grads, (sums, jax.tree.map(jnp.maximum, maxima, more_maxima))
+        maxima = jax.tree.map(jnp.maximum, maxima, more_maxima)
+        return grads, _Measured(sums, maxima, {name: merged(weights[name], more_weights[name]) for name in weights})
 
     if num_micro_batches == 1:
-        grads, (sums, maxima) = one(minibatch)
+        grads, (sums, maxima, weights) = one(minibatch)
     else:
         stacked = _split_micro_batches(minibatch, num_micro_batches, layout)
         # Starts from zeros, not from the first micro-batch: otherwise the whole model is compiled twice.
-        _, (sums, maxima) = jax.eval_shape(one, jax.tree.map(lambda x: x[0], stacked))
+        _, (sums, maxima, weights) = jax.eval_shape(one, jax.tree.map(lambda x: x[0], stacked))
         fill = lambda tree, value: jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), tree)  # noqa: E731
-        zeros = (jax.tree.map(jnp.zeros_like, params), (fill(sums, 0), fill(maxima, -jnp.inf)))
+        empty = _Measured(fill(sums, 0), fill(maxima, -jnp.inf), {name: no_weights() for name in weights})
         has_loss = jnp.any(stacked[0].loss_mask, axis=(1, 2))
         last = jnp.max(jnp.where(has_loss, jnp.arange(1, num_micro_batches + 1), 0))
-        grads, (sums, maxima) = jax.lax.fori_loop(0, last, add, zeros)
+        grads, (sums, maxima, weights) = jax.lax.fori_loop(0, last, add, (jax.tree.map(jnp.zeros_like, params), empty))
     for name in [n for n in maxima if n.endswith("/-min")]:
         maxima[name.replace("-min", "min")] = -maxima.pop(name)
-    return grads, sums | maxima
+    return grads, sums | maxima | {f"ess/{name}": effective_share(found) for name, found in weights.items()}
 
 
 def _split_micro_batches(tree: PyTree, num_micro_batches: int, layout: Layout) -> PyTree:

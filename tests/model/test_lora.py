@@ -17,9 +17,12 @@ from jaxrl_llm.model.critic import critic_specs
 from jaxrl_llm.model.linear import contract
 from jaxrl_llm.model.lora import Adapted, Adapter
 from jaxrl_llm.model.publish import jit_publish, make_empty_policy
-from jaxrl_llm.objective.losses import CROSS_ENTROPY
+from jaxrl_llm.objective.config import ObjectiveConfig
+from jaxrl_llm.objective.loss_config import PolicyGradient, Reinforce
+from jaxrl_llm.objective.losses import make_loss
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.types import Batch, TrainState
+from jaxrl_llm.update.config import EssScaling
 from jaxrl_llm.update.optimizer.config import AdamW
 from jaxrl_llm.update.optimizer.state import make_init_state, state_shardings
 from jaxrl_llm.update.optimizer.transform import make_optimizer
@@ -170,16 +173,20 @@ def test_only_adapters_change_and_have_optimizer_state():
     wanted = state_shardings(ADAPTED, make_optimizer(optimizer), train)
     for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
         assert got.sharding.is_equivalent_to(want, got.ndim)
-    update = jit_update(ADAPTED, CROSS_ENTROPY, make_optimizer(optimizer), Scoring(SMALL, train, 16))
-    new, metrics = update(state, hosts.put(batch(), train.sharding(("rows", None))))
+    loss, scoring = make_loss(ObjectiveConfig(loss=PolicyGradient(surrogate=Reinforce()))), Scoring(SMALL, train, 16)
+    update = jit_update(ADAPTED, loss, make_optimizer(optimizer), scoring, ess_scaling=EssScaling())
+    data = batch()
+    data = data.replace(advantage=data.loss_mask.astype(np.float32))
+    new, metrics = update(state, hosts.put(data, train.sharding(("rows", None))))
     assert isinstance(new, TrainState) and metrics["nonfinite"] == 0
     (old_trained, old_frozen), (new_trained, new_frozen) = lora.split(before), lora.split(new.params)
     assert [x.unsafe_buffer_pointer() for x in pieces(new_frozen)] == at
     for old, x in zip(jax.tree.leaves(old_frozen), jax.tree.leaves(new_frozen), strict=True):
         np.testing.assert_array_equal(old, x)
-    # Adam's first step changes each entry with a gradient by the learning rate.
+    # Adam's first step changes each entry with a gradient by the learning rate, here times the scale.
+    assert 0.1 < metrics["lr/ess_scale"] < 0.9
     for old, x in zip(jax.tree.leaves(old_trained), jax.tree.leaves(new_trained), strict=True):
-        np.testing.assert_allclose(np.median(np.abs(old - x)), 1e-2, rtol=1e-2)
+        np.testing.assert_allclose(np.median(np.abs(old - x)), 1e-2 * metrics["lr/ess_scale"], rtol=1e-2)
 
 
 def pieces(tree):

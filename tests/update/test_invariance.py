@@ -120,7 +120,8 @@ def one_of(scores, batch: Chosen, of: tuple[str, ...]) -> Terms:
             given = (found.means, MEANS), (found.maxima, MAXIMA), (found.weighted, WEIGHTED)
             assert all(set(some) <= set(names) for some, names in given)
             filled = lambda names, x: {n: zeros + (x.get(n, zeros) if name in SOME else 0.0) for n in names}  # noqa: E731
-            return Terms(found.loss + zeros, *(filled(names, some) for some, names in given))
+            ratio = zeros if found.log_ratio is None else found.log_ratio
+            return Terms(found.loss + zeros, *(filled(names, some) for some, names in given), ratio)
 
         return terms
 

@@ -41,6 +41,7 @@ CHARTS = (  # title, its metrics; a chart without data is left out
     ("entropy (nats)", ("entropy",)),
     ("completion length (tokens)", ("completions/mean_length",)),
     ("largest ratio", ("ratio/max", "ratio/mean")),
+    ("effective sample size (share)", ("ess/sequences", "ess/tokens", "lr/ess_scale")),
     ("clipped fractions", ("clip_ratio/low", "clip_ratio/high")),
     ("groups", ("groups/sampled", "groups/graded", "groups/kept")),
     ("length of kept and dropped responses (tokens)", ("kept/mean_length", "dropped/mean_length")),
