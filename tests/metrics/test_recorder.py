@@ -187,18 +187,21 @@ def test_wants_every_nth_step_and_never_at_zero(tmp_path):
 
 
 def test_console_lines(tmp_path, capsys, monkeypatch):
-    clock = iter([100.0, 100.5, 200.0, 200.62, 201.0])
+    clock = iter([100.0, 100.5, 200.0, 200.62, 201.24, 202.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     with Recorder(tmp_path, QUIET, 150, active=True) as recorder:
         recorder.log(1, {"phase": "warm_start", "loss": 2.5, "lr": 1e-3})
         recorder.log(2, {"phase": "warm_start", "loss": math.nan})
         recorder.log(11, {"phase": "rl", "reward": 0.4})
-        recorder.log(12, {"phase": "rl", "reward": 0.41, "kl": 0.0012, "tokens_per_s": 5310.4, "unknown": 1.0})
+        # Samples of the policy itself: 1 but for rounding.
+        recorder.log(12, {"phase": "rl", "reward": 0.41, "kl": 0.0012, "tokens_per_s": 5310.4, "ess/sequences": 0.9999})
+        recorder.log(13, {"phase": "rl", "reward": 0.41, "unknown": 1.0, "ess/sequences": 0.613})
     assert capsys.readouterr().out.splitlines() == [
         "warm start step 1/150 loss 2.5000",
         "warm start step 2/150 loss nan  0.50 s/step  left 0:01:14",
         "step 11/150 reward 0.400",
         "step 12/150 reward 0.410 kl 1.20e-03 tokens/s 5,310  0.62 s/step  left 0:01:26",
+        "step 13/150 reward 0.410 ess 0.61  0.62 s/step  left 0:01:25",
     ]
 
 

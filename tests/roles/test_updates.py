@@ -70,12 +70,12 @@ def test_epochs_times_minibatches_each_group_once_per_epoch_in_random_order():
 def test_means_are_over_tokens_sequences_or_updates_and_extremes_stay_extremes():
     """By hand: 3 and 1 tokens, 1 and 3 sequences."""
     first = {"loss": 1.0, "grad_norm": 4.0, "nonfinite": 0.0, "entropy": 2.0, "dpo/margin": 1.0, "ratio/min": 0.5}
-    first |= {"ratio/max": 1.5, "mismatch/kl": 0.25}
+    first |= {"ratio/max": 1.5, "mismatch/kl": 0.25, "ess/sequences": 1.0}
     second = {"loss": 2.0, "grad_norm": 0.0, "nonfinite": 1.0, "entropy": 4.0, "dpo/margin": 5.0, "ratio/min": 0.75}
-    second |= {"ratio/max": 3.0, "mismatch/kl": 9.0}
+    second |= {"ratio/max": 3.0, "mismatch/kl": 9.0, "ess/sequences": 0.5}
     each = [UpdateMetrics(first, tokens=3, sequences=1), UpdateMetrics(second, tokens=1, sequences=3)]
     want = {"loss": 1.5, "grad_norm": 2.0, "nonfinite": 0.5, "entropy": 2.5, "dpo/margin": 4.0}
-    want |= {"ratio/min": 0.5, "ratio/max": 3.0}
+    want |= {"ratio/min": 0.5, "ratio/max": 3.0, "ess/sequences": 0.75}
     # The first alone compares sampler and trainer at the same parameters, and only on fresh data.
     assert over_updates(each, old=False) == want | {"mismatch/kl": 0.25}
     assert over_updates(each, old=True) == want

@@ -1,10 +1,11 @@
-"""The effective sample size of an update, against a loop over sequences, however they lie in the batch; the learning rate by it; and
-each token's ratio to the policy that sampled it, in batches of samples of several policies."""
+"""The effective sample size of an update, against a loop over sequences, however they lie in the batch; the learning rate by it;
+and each token's ratio to the policy that sampled it, in batches of samples of several policies."""
 
 import math
 from functools import cache
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from setups import SMALL, VOCAB, Sequences, generator, layouts, make_params, make_policy, make_prompts, to_experience
@@ -42,7 +43,7 @@ def by_loop(log_ratio, mask) -> dict[str, float]:
 def ragged(seed: int, scale: float) -> Sequences:
     """Sequences whose log-ratios are in the column `advantage`; some have no token in the loss, some tokens are not in it."""
     rng, rows = np.random.default_rng(seed), GROUPS * SAMPLES
-    length = rng.integers(1, C + 1, rows).astype(np.int32)
+    length = rng.integers(3, C + 1, rows).astype(np.int32)
     learn = (np.arange(C) < length[:, None]) & (rng.random((rows, C)) < 0.8)
     learn[::5] = False
     log_ratio = (scale * rng.standard_t(2, (rows, C))).astype(np.float32)
@@ -59,6 +60,7 @@ def of_parts(q: Sequences, kind: str, parts: int, slots: int = 0) -> dict[str, f
     """As the update has it: micro-batch i has the rows i, i + parts, ..."""
     shape = batch_shape(kind, equal_groups(GROUPS, SAMPLES), (S, C), slots, parts, 1)
     batch, _ = fill_batch(q.experience, shape, VOCAB.pad)
+    assert len(np.unique(np.nonzero(batch.loss_mask)[0] % parts)) == parts or q.loss_mask.sum() < 4
     total = dict.fromkeys(("sequences", "tokens"), ess.no_weights())
     for i in range(parts):
         part = batch.replace(loss_mask=batch.loss_mask[i::parts], segment=batch.segment[i::parts])
@@ -70,7 +72,7 @@ def of_parts(q: Sequences, kind: str, parts: int, slots: int = 0) -> dict[str, f
 # Tokens' log-ratios near 0, of a heavy tail, and such that one weight is e^1000 of another and more.
 @pytest.mark.parametrize("scale", [0.01, 0.5, 1000.0])
 @pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize(("kind", "slots"), [("none", 0), ("plain", 19), ("shared_prefix", S + 3 * C)])
+@pytest.mark.parametrize(("kind", "slots"), [("none", 0), ("plain", S + C), ("shared_prefix", S + 2 * C)])
 def test_a_loop_over_sequences_gives_the_same(kind, slots, parts, scale):
     for seed in range(3):
         q = ragged(seed, scale)
@@ -87,13 +89,27 @@ def test_weights_by_hand():
     learn, log_ratio = np.zeros_like(q.loss_mask), np.zeros_like(q.advantage)
     learn[2, :2] = learn[7, :1] = True
     log_ratio[7, 0] = np.log(3)
-    found = of_parts(q._replace(loss_mask=learn, advantage=log_ratio, length=np.full_like(q.length, C)), "plain", 2, 19)
+    found = of_parts(
+        q._replace(loss_mask=learn, advantage=log_ratio, length=np.full_like(q.length, C)), "plain", 2, S + C
+    )
     np.testing.assert_allclose([found["sequences"], found["tokens"]], [0.8, 25 / 33], rtol=1e-6)
+
+
+def test_mutants_are_killed(monkeypatch):
+    """Weights not relative to the largest overflow; sums of parts relative to different ones do not add up."""
+    q = ragged(2, 1000.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(ess, "_exp_of_difference", lambda log_weight, largest: jnp.exp(log_weight))
+        assert not np.isfinite(of_parts(q, "plain", 1, S + C)["sequences"])
+    q = ragged(2, 0.5)
+    add = lambda a, b: ess.WeightSums(*(x + y for x, y in zip(a, b, strict=True)))  # noqa: E731
+    monkeypatch.setattr(ess, "merged", add)
+    assert abs(of_parts(q, "plain", 2, S + C)["tokens"] - by_loop(q.advantage, q.loss_mask)["tokens"]) > 0.02
 
 
 def test_extremes():
     q = ragged(1, 1.0)
-    share = lambda x, mask=q.loss_mask: of_parts(q._replace(advantage=x, loss_mask=mask), "plain", 2, 19)  # noqa: E731
+    share = lambda x, mask=q.loss_mask: of_parts(q._replace(advantage=x, loss_mask=mask), "plain", 2, S + C)  # noqa: E731
     n = q.loss_mask.any(axis=1).sum()
     # Weights that are equal, however small; one that outweighs all; none above 0; none at all.
     assert share(np.full_like(q.advantage, -3e4))["tokens"] == 1
