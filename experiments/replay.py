@@ -3,9 +3,9 @@
     python -m experiments.replay              # the runs that the results file lacks, then the plot and the tables
     python -m experiments.replay --report     # the plot and the tables alone
 
-The policy was warmed up on sums of three digits, and gets 2 in 100 of the others right: five of six groups have no right response. All
-arms drop groups without signal and correct for age: truncated importance weights, the ratio to the proximal policy. "half stored"
-samples half as much as the others.
+The policy was warmed up on sums of three digits and gets 2 in 100 of the others right: five of six groups have no right response.
+All arms drop groups without signal and correct for age: truncated importance weights, the ratio to the proximal policy. "half
+stored" samples half as much as the others.
 """
 
 from dataclasses import replace

@@ -67,8 +67,8 @@ class ReplayConfig:
     """Groups in the buffer, at most. 0: no replay; fresh groups pass through, dropped ones stay empty."""
     memory_mib: Annotated[float, Gt(0)] = 4096.0
     """MiB of the buffer, at most: the oldest groups leave first. A group takes what its tokens need."""
-    max_age: Annotated[int, Ge(1)] = 8
-    """Largest age of a replayed group, in updates."""
+    max_age: Annotated[int, Ge(0)] = 8
+    """Largest age of what comes back, in updates; 0: any."""
     max_uses: Annotated[int, Ge(0)] = 0
     """Steps that train on a group, at most, the one that sampled it included; 0: any number."""
     draw: DrawConfig = field(default_factory=UniformDraw)
@@ -85,6 +85,8 @@ class ReplayConfig:
     prefers (PER, arXiv 1511.05952, 3.4). 0: all have 1."""
     min_success: Annotated[float, Ge(0), Le(1)] = 0.0
     """Nothing comes back in a step whose fresh responses are right less often."""
+    store_fresh: bool = True
+    """Fresh groups that passed the filter enter the buffer. False: it has what it started with."""
     retire_solved: bool = False
     """Groups of a prompt whose fresh responses are all right leave the buffer."""
 

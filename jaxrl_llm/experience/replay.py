@@ -139,7 +139,7 @@ def exchange(
     if len(back):
         metrics |= {"replay/age": float(known.age[back].mean()), "replay/uses": float(known.uses[back].mean() + 1)}
     buffer, new = used(buffer, back), fresh.kept & ~(cfg.retire_solved & solved(fresh))
-    if new.any():
+    if cfg.store_fresh and new.any():
         groups = select_groups(fresh, np.flatnonzero(new))
         buffer = added(buffer, groups, packing.pack(groups), cfg.memory_mib * MIB)
     return buffer, mixed, metrics | {"replay/groups": float(len(buffer.stored)), "replay/mib": buffer.num_bytes / MIB}
@@ -255,7 +255,7 @@ def solved(groups: Groups) -> Bool[np.ndarray, " P"]:
 def _without_retired(buffer: Buffer, fresh: Groups, version: int, cfg: ReplayConfig) -> Buffer:
     """Return the buffer without the groups that may not come back."""
     known = buffer.candidates(version)
-    gone = (known.age > cfg.max_age) | (known.uses >= (cfg.max_uses or np.inf))
+    gone = (known.age > (cfg.max_age or np.inf)) | (known.uses >= (cfg.max_uses or np.inf))
     if cfg.retire_solved:
         gone |= np.isin(known.row, fresh.rollouts.prompts.row[solved(fresh)])
     return without(buffer, gone)
