@@ -22,6 +22,7 @@ from jaxrl_llm.experience.config import (
     Rounds,
     Screening,
     Signal,
+    Staged,
     StratifiedByDifficulty,
     UniformBudget,
 )
@@ -143,7 +144,7 @@ def experience_problems(cfg: ExperienceConfig, graders: Sequence[str], prompts: 
         found.append(f"experience.refill.filter: got {cfg.refill.filter.kind}, want one that may reject a group")
     if isinstance(cfg.replay, ReplayConfig):
         found += replay_problems(cfg.replay, samples)
-    if isinstance(cfg.curriculum, StratifiedByDifficulty):
+    if isinstance(cfg.curriculum, StratifiedByDifficulty | Staged):
         found += cfg.curriculum.problems
     for where, part in (("curriculum", cfg.curriculum), ("budget", cfg.budget)):
         if isinstance(part, StratifiedByDifficulty | ByPassRate | FromPassRates) and part.by == "reward":

@@ -14,6 +14,7 @@ from jaxrl_llm.config import user_code
 from jaxrl_llm.config.own_part import OwnPart
 from jaxrl_llm.experience.budgets import FromPassRates as FromPassRates
 from jaxrl_llm.experience.budgets import Knapsack, ReinforceAda, Rounds, Screening, UniformBudget, Vip
+from jaxrl_llm.experience.by_successes import BySuccesses
 from jaxrl_llm.experience.draws import BySuccessesDraw, Candidates, PrioritizedDraw, RecencyDraw, UniformDraw
 from jaxrl_llm.experience.gates import AdmitAll, ExcludeSolved, Greso
 from jaxrl_llm.experience.group_filters import DifficultyBand, KeepAll, Signal
@@ -28,6 +29,8 @@ from jaxrl_llm.experience.row_filters import (
     NotStale,
     RewardBetween,
 )
+from jaxrl_llm.experience.staged import RowsOfStage as RowsOfStage
+from jaxrl_llm.experience.staged import Staged
 from jaxrl_llm.experience.strata import Columns, StratifiedByColumn, StratifiedByDifficulty
 from jaxrl_llm.experience.targeted import AdaRft, DifficultyTargeted, Learnability, Sec, Unsolved
 from jaxrl_llm.experience.targeted import ByPassRate as ByPassRate
@@ -141,11 +144,16 @@ class OwnReplay(OwnPart):
 
 @dataclass(frozen=True)
 class OwnCurriculum(OwnPart):
-    """A custom curriculum: a class with the methods `init`, `choose` and `observe` of `experience.curricula.Curriculum`."""
+    """A custom curriculum: a class with the methods `init`, `choose` and `observe` of `experience.curricula.Curriculum`, and perhaps
+    `describe`."""
 
     methods: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         {"init": ("num_rows",), "choose": ("state", "rng", "n"), "observe": ("state", "groups")}
     )
+
+    def methods_of(self, found: type) -> Mapping[str, tuple[str, ...]]:
+        described = {"describe": ("state", "rows")} if user_code.has_method(found, "describe") else {}
+        return {**self.methods, **described}
 
     def over(self, columns: Columns, seed: int) -> "Curriculum":
         from jaxrl_llm.experience.curricula import own_curriculum
@@ -264,10 +272,12 @@ CurriculumConfig = Annotated[
     | DifficultyTargeted
     | AdaRft
     | Sec
+    | Staged
+    | BySuccesses
     | OwnCurriculum,
     Field(discriminator="kind"),
 ]
-OVER_A_COLUMN = (StratifiedByColumn, AdaRft, Sec)
+OVER_A_COLUMN = (StratifiedByColumn, AdaRft, Sec, Staged)
 """Curricula whose `misfits` checks the columns of a task."""
 GateConfig = Annotated[AdmitAll | Greso | ExcludeSolved | OwnGate, Field(discriminator="kind")]
 BudgetConfig = Annotated[

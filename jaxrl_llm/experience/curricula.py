@@ -8,13 +8,17 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxrl_llm.experience.config import OwnCurriculum
-from jaxrl_llm.experience.stage_checks import checked_init, checked_state, checked_tuple, copied
+from jaxrl_llm.experience.stage_checks import checked_init, checked_metrics, checked_state, checked_tuple, copied
 from jaxrl_llm.experience.strata import StratifiedByColumn as StratifiedByColumn
 from jaxrl_llm.experience.strata import StratifiedByDifficulty as StratifiedByDifficulty
 from jaxrl_llm.types import Groups
 
 Order = Callable[[int], int]
 """Row index at a position of the endless stream of rows."""
+
+
+def no_description(state: Any, rows: Int[np.ndarray, " n"]) -> dict[str, float]:
+    return {}
 
 
 class Curriculum(NamedTuple):
@@ -27,6 +31,8 @@ class Curriculum(NamedTuple):
     observe: Callable[[Any, Groups], Any]
     """observe(state, groups): the state after a step's graded groups, including those that the filter dropped.
     `rollouts.prompts.row` has their row indices."""
+    describe: Callable[[Any, Int[np.ndarray, " n"]], dict[str, float]] = no_description
+    """describe(state, rows): metrics of the choice of a step's rows, each logged as `curriculum/NAME`."""
 
 
 class VisitCount(NamedTuple):
@@ -64,7 +70,7 @@ class Uniform:
 def counted(curriculum: Any) -> Curriculum:
     """Return the curriculum with a count of its visits in the state, from which each visit of a prompt gets its own noise.
 
-    curriculum = rl.curricula.counted(Hardest(memory=0.25))       # a class of your own: init, choose, observe
+    curriculum = rl.curricula.counted(Hardest(memory=0.25))       # a class of your own: init, choose, observe, perhaps describe
     """
 
     def choose(state: VisitCount, rng: np.random.Generator, n: int) -> tuple[VisitCount, Int[np.ndarray, " n"]]:
@@ -74,7 +80,13 @@ def counted(curriculum: Any) -> Curriculum:
     def observe(state: VisitCount, groups: Groups) -> VisitCount:
         return state._replace(curriculum=curriculum.observe(state.curriculum, groups))
 
-    return Curriculum(lambda num_rows: VisitCount(np.zeros((), np.int64), curriculum.init(num_rows)), choose, observe)
+    def describe(state: VisitCount, rows: Int[np.ndarray, " n"]) -> dict[str, float]:
+        return getattr(curriculum, "describe", no_description)(state.curriculum, rows)
+
+    def init(num_rows: int) -> VisitCount:
+        return VisitCount(np.zeros((), np.int64), curriculum.init(num_rows))
+
+    return Curriculum(init, choose, observe, describe)
 
 
 def own_curriculum(cfg: OwnCurriculum) -> Curriculum:
@@ -88,7 +100,10 @@ def own_curriculum(cfg: OwnCurriculum) -> Curriculum:
     def observe(state: Any, groups: Groups) -> Any:
         return checked_state(name, state, own.observe(copied(state), groups))
 
-    return Curriculum(checked_init(name, own.init), choose, observe)
+    def describe(state: Any, rows: Int[np.ndarray, " n"]) -> dict[str, float]:
+        return checked_metrics(name, getattr(own, "describe", no_description)(copied(state), rows.copy()))
+
+    return Curriculum(checked_init(name, own.init), choose, observe, describe)
 
 
 def in_order(order: Order) -> Curriculum:

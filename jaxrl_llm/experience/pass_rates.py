@@ -58,3 +58,10 @@ def estimated(rates: PassRates, row: Int[np.ndarray, " n"], prior: float) -> Flo
     all rows."""
     right, samples = rates.right[row] + 0.5 * prior, rates.samples[row] + prior
     return np.where(samples > 0, right / np.where(samples > 0, samples, 1), 0.5)
+
+
+def expected(rates: PassRates, row: Int[np.ndarray, " n"]) -> dict[str, float]:
+    """Return the metric `expected_success`: the mean pass rate, so far, of those of the rows that were visited; nothing if none
+    was."""
+    seen = row[rates.samples[row] > 0]
+    return {"expected_success": float(estimated(rates, seen, 0.0).mean())} if len(seen) else {}

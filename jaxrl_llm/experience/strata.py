@@ -10,7 +10,8 @@ from annotated_types import Ge, Le, MinLen
 from jaxtyping import Float, Int
 from pydantic import ConfigDict
 
-from jaxrl_llm.experience.pass_rates import PassRates, estimated, observed, unvisited
+from jaxrl_llm.experience.described import shares_of
+from jaxrl_llm.experience.pass_rates import PassRates, estimated, expected, observed, unvisited
 
 if TYPE_CHECKING:
     from jaxrl_llm.types import Groups
@@ -103,7 +104,8 @@ class StratifiedByColumn:
 class _Column:
     def __init__(self, cfg: StratifiedByColumn, columns: Columns):
         names, self.stratum = np.unique(texts_of(cfg.column, columns), return_inverse=True)
-        shares = np.bincount(self.stratum) if cfg.shares is None else [cfg.shares.get(str(name), 0.0) for name in names]
+        self.names = names.tolist()
+        shares = np.bincount(self.stratum) if cfg.shares is None else [cfg.shares.get(name, 0.0) for name in self.names]
         self.share = np.array(shares, float)
 
     def init(self, num_rows: int) -> Drawn:
@@ -114,6 +116,9 @@ class _Column:
 
     def observe(self, state: Drawn, groups: "Groups") -> Drawn:
         return state
+
+    def describe(self, state: Drawn, rows: Int[np.ndarray, " n"]) -> dict[str, float]:
+        return shares_of(self.names, self.stratum, rows)
 
 
 class ByDifficulty(NamedTuple):
@@ -176,6 +181,10 @@ class StratifiedByDifficulty:
     def observe(self, state: ByDifficulty, groups: "Groups") -> ByDifficulty:
         return state._replace(rates=observed(state.rates, groups, self.by, self.memory))
 
+    def describe(self, state: ByDifficulty, rows: Int[np.ndarray, " n"]) -> dict[str, float]:
+        names = ["new", f"below_{self.edges[0]:g}", *(f"from_{edge:g}" for edge in self.edges)]
+        return shares_of(names, self.strata(state.rates), rows) | expected(state.rates, rows)
+
 
 def column_problems(column: str, columns: Columns) -> list[str]:
     """Error if no row has the column."""
@@ -188,6 +197,10 @@ def column_problems(column: str, columns: Columns) -> list[str]:
 def texts_of(column: str, columns: Columns) -> list[str]:
     """Return the values of a column as text, "" where a row has none."""
     return [str(row.get(column, "")) for row in columns]
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
 
 
 def _shown(names: list[str]) -> str:

@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from pydantic import ConfigDict
 
 from jaxrl_llm.experience import by_prompt
-from jaxrl_llm.experience.pass_rates import PassRates, estimated, observed, unvisited
-from jaxrl_llm.experience.strata import Columns, column_problems, texts_of
+from jaxrl_llm.experience.described import shares_of
+from jaxrl_llm.experience.pass_rates import PassRates, estimated, expected, observed, unvisited
+from jaxrl_llm.experience.strata import Columns, column_problems, is_number, texts_of
 
 if TYPE_CHECKING:
     from jaxrl_llm.types import Groups
@@ -51,6 +52,9 @@ class ByPassRate:
 
     def observe(self, state: PassRates, groups: "Groups") -> PassRates:
         return observed(state, groups, self.by, self.memory)
+
+    def describe(self, state: PassRates, rows: Rows) -> dict[str, float]:
+        return expected(state, rows)
 
 
 def drawn(weight: Float[np.ndarray, " rows"], rng: np.random.Generator, n: int) -> Rows:
@@ -130,7 +134,7 @@ class AdaRft:
     def misfits(self, columns: Columns) -> list[str]:
         """Errors about the column."""
         found = column_problems(self.column, columns)
-        wrong = [] if found else [row.get(self.column) for row in columns if not _is_number(row.get(self.column))]
+        wrong = [] if found else [row.get(self.column) for row in columns if not is_number(row.get(self.column))]
         return found + [
             f"experience.curriculum.column: got {value!r} as a row's {self.column}, want a number in each"
             for value in wrong[:1]
@@ -163,6 +167,9 @@ class _AdaRft(NamedTuple):
         moved = state.difficulty + cfg.step * np.tanh(cfg.sensitivity * (np.nanmean(x) - cfg.wanted))
         return state._replace(difficulty=np.asarray(np.clip(moved, cfg.low, cfg.high)))
 
+    def describe(self, state: TargetDifficulty, rows: Rows) -> dict[str, float]:
+        return {"target": float(state.difficulty), "difficulty": float(self.difficulty[rows].mean())}
+
 
 class Gains(NamedTuple):
     """State of `Sec`."""
@@ -192,13 +199,16 @@ class Sec:
         return column_problems(self.column, columns)
 
     def over(self, columns: Columns, seed: int) -> "_Sec":
-        return _Sec(self, np.unique(texts_of(self.column, columns), return_inverse=True)[1])
+        names, value = np.unique(texts_of(self.column, columns), return_inverse=True)
+        return _Sec(self, value, tuple(names.tolist()))
 
 
 class _Sec(NamedTuple):
     cfg: Sec
     value: Int[np.ndarray, " rows"]
     """Index of each row's value."""
+    names: tuple[str, ...]
+    """The values."""
 
     def init(self, num_rows: int) -> Gains:
         return Gains(np.zeros(self.value.max() + 1), np.zeros(num_rows, np.int32))
@@ -225,6 +235,5 @@ class _Sec(NamedTuple):
             gain[c] += self.cfg.rate * (size_of_advantage[graded & (value == c)].mean() - gain[c])
         return state._replace(gain=gain)
 
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
+    def describe(self, state: Gains, rows: Rows) -> dict[str, float]:
+        return shares_of(self.names, self.value, rows)

@@ -104,6 +104,7 @@ class _Rounds:
         self.graded: list[tuple[int, Groups]] = []
         """A request each, with the number of its group."""
         self.drawn, self.waiting = np.zeros(self.prompts, int), 0
+        self.equal = asking.asks_at_once is not None
 
     def first(self, draw: Draw) -> Asked:
         self.asked = draw(self.prompts)
@@ -128,7 +129,7 @@ class _Rounds:
     def finish(self, groups: Groups) -> Taken:
         if self._left:
             groups = select_groups(groups, np.arange(self.prompts), self.rows)
-        return Taken(groups, None, {})
+        return Taken(groups, None, {} if self.equal else _spread(self.drawn))
 
     @property
     def _left(self) -> int:
@@ -143,6 +144,15 @@ class _Rounds:
         asked = Asked(select_prompts(self.asked, some), some, samples[some], self.drawn[some])
         self.drawn, self.waiting = self.drawn + samples, len(some)
         return asked
+
+
+def _spread(samples: Int[np.ndarray, " P"]) -> dict[str, float]:
+    """Metrics of the samples that a step's prompts got."""
+    return {
+        "budget/min_samples": float(samples.min()),
+        "budget/max_samples": float(samples.max()),
+        "budget/share_at_min": float(np.mean(samples == samples.min())),
+    }
 
 
 @dataclass(frozen=True)

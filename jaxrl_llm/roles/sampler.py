@@ -153,7 +153,13 @@ class Sampler:
             visits=visits.astype(np.int32),
             num_tokens=self.state.num_tokens + found.groups.rollouts.length.sum(),
         )
-        self.metrics = taken.metrics | draws.metrics | {"prompts/never_seen": float(np.mean(visits == 0))}
+        chosen = self.stages.curriculum.describe(draws.state.choice, found.groups.rollouts.prompts.row)
+        self.metrics = (
+            taken.metrics
+            | draws.metrics
+            | {"prompts/never_seen": float(np.mean(visits == 0))}
+            | {f"curriculum/{name}": value for name, value in chosen.items()}
+        )
         return taken.fresh
 
     def with_rejected(self, groups: Groups) -> Groups:
