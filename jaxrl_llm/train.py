@@ -32,7 +32,7 @@ from jaxrl_llm.roles.rates import describe_rates
 from jaxrl_llm.roles.sampler import Sampler
 from jaxrl_llm.roles.start_or_restore import abstract_target, start_params, start_rl, start_supervised
 from jaxrl_llm.roles.state import RunState, SupervisedState
-from jaxrl_llm.roles.summary import advantage_of, describe, responses
+from jaxrl_llm.roles.summary import advantage_of, describe, replayed_rows, responses
 from jaxrl_llm.roles.updates import Learned
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.run_context import (
@@ -358,6 +358,7 @@ def summary(run: Run, done: Step) -> dict[str, Any]:
         **describe(source.with_rejected(done.fresh), [grader.label for grader in cfg.reward.graders]),
         **source.metrics,
         **done.metrics,
+        **replayed_rows(done.fresh, done.trained),
         **learned.metrics,
         **rates,
         "num_tokens": int(done.state.source.num_tokens),
@@ -395,6 +396,5 @@ def finish(run: Run, state: RunState, policy: Policy, scores: dict[str, Any]) ->
         save_and_wait(run.context, state)
     scores = scores or evaluate(run, state.train.params, policy)
     measure = run.evaluator.headline
-    after = scores.get(measure, math.nan)
-    run_dir = Path(run.blueprint.cfg.run_dir).resolve()
-    return Result(measure.removeprefix("eval/"), float(state.eval_before), after, run_dir)
+    before, after = float(state.eval_before), scores.get(measure, math.nan)
+    return Result(measure.removeprefix("eval/"), before, after, Path(run.blueprint.cfg.run_dir).resolve())

@@ -16,7 +16,6 @@ from jaxrl_llm.experience.strata import Columns, Drawn, column_problems, draw, i
 if TYPE_CHECKING:
     from jaxrl_llm.types import Groups
 
-CURRENT, EARLIER, LATER = range(3)
 WHERE = "experience.curriculum"
 
 
@@ -59,7 +58,7 @@ class Progress(NamedTuple):
     """State of `Staged`."""
 
     drawn: Drawn
-    """Times that each row was chosen, and what is due of the current stage's rows, of earlier ones, of later ones."""
+    """Times that each row was chosen, and what is due of each stage."""
     stage: Int[np.ndarray, ""]
     """Index of the current stage."""
     steps: Int[np.ndarray, ""]
@@ -71,8 +70,8 @@ class Progress(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Staged:
     """Rows of one stage after the other. The next one opens when the mean over the last graded groups of the current stage's rows
-    reaches a threshold; a share of the prompts comes from earlier stages, so that they are not forgotten. In each part the rows
-    that were chosen least often come first. After the last stage has opened, it stays."""
+    reaches a threshold; a share of the prompts comes from earlier stages, so that they are not forgotten, as often from
+    each as it has rows. In each stage the rows that were chosen least often come first. After the last stage has opened, it stays."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     column: Annotated[str, MinLen(1)]
@@ -137,13 +136,14 @@ class _Staged(NamedTuple):
     stage: Int[np.ndarray, " rows"]
 
     def init(self, num_rows: int) -> Progress:
-        drawn = Drawn(np.zeros(num_rows, np.int32), np.zeros(3))
+        drawn = Drawn(np.zeros(num_rows, np.int32), np.zeros(len(self.cfg.stages)))
         return Progress(drawn, np.array(0), np.array(0), np.full(self.cfg.groups, np.nan))
 
     def choose(self, state: Progress, rng: np.random.Generator, n: int) -> tuple[Progress, Int[np.ndarray, " n"]]:
-        part = np.select([self.stage == state.stage, self.stage < state.stage], [CURRENT, EARLIER], LATER)
-        share = np.array([1 - self.cfg.rehearsal, self.cfg.rehearsal, 0.0])
-        drawn, rows = draw(state.drawn, part, share, rng, n)
+        now, share = int(state.stage), np.bincount(self.stage, minlength=len(self.cfg.stages)).astype(float)
+        share[:now] *= self.cfg.rehearsal / max(share[:now].sum(), 1.0)
+        share[now], share[now + 1 :] = 1 - self.cfg.rehearsal, 0.0
+        drawn, rows = draw(state.drawn, self.stage, share, rng, n)
         return state._replace(drawn=drawn), rows
 
     def observe(self, state: Progress, groups: "Groups") -> Progress:

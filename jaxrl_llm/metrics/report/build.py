@@ -20,8 +20,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from jaxrl_llm.errors import UserError, describe_os_error
 from jaxrl_llm.metrics.json_lines import METRICS, ROLLOUTS
+from jaxrl_llm.metrics.report.choice import choice_charts, strata
 from jaxrl_llm.metrics.report.records import Reader, metrics_row, rollouts_row
 from jaxrl_llm.metrics.report.stages import NAMES, StageLine, stage_lines
+from jaxrl_llm.metrics.report.visits import Visits
 from jaxrl_llm.metrics.terminal import printable, printable_lines
 
 log = logging.getLogger("jaxrl_llm.metrics.report")
@@ -49,8 +51,10 @@ CHARTS = (  # title, its metrics; a chart without data is left out
     ("attempts per prompt, rows per kept group", ("refill/attempts", "groups/effective_size")),
     ("different answers, different pairs of tokens", ("diversity/unique_answers", "diversity/distinct_2")),
     ("prompts never seen", ("prompts/never_seen",)),
-    ("replayed groups: age (updates) and uses", ("replay/age", "replay/uses")),
+    ("samples per prompt", ("budget/min_samples", "budget/max_samples")),
+    ("replayed groups: age (updates) and uses", ("replay/age", "replay/age_max", "replay/uses")),
     ("groups in the replay's buffer", ("replay/groups",)),
+    ("the replay's buffer (MiB)", ("replay/mib",)),
     ("truncated completions, groups without signal", ("completions/clipped_ratio", "frac_reward_zero_std")),
     ("kl (nats)", ("kl",)),
     ("mismatch: max |Δ log-prob| (nats)", ("mismatch/max_abs_dlogp",)),
@@ -149,7 +153,8 @@ def _page(run_dir: Path) -> tuple[str, list[str]]:
         ],
         "Warm start": [row for row in rows if row.get("phase") == "warm_start"],
     }
-    steps = _last_steps(rollouts) if (run_dir / ROLLOUTS).is_file() else []
+    visits = Visits()
+    steps = _last_steps(visits.counting(rollouts)) if (run_dir / ROLLOUTS).is_file() else []
     omissions = [printable(line) for line in (*metrics.omissions, *rollouts.omissions)]
     config = run_dir / CONFIG
     text = _template().render(
@@ -159,6 +164,7 @@ def _page(run_dir: Path) -> tuple[str, list[str]]:
         sections=[(title, draw_charts(part)) for title, part in phases.items() if part],
         warnings=[(row["step"], printable_lines(text)) for row in rows for text in row.get("warnings") or ()],
         steps=steps,
+        visited=visits.most_visited(phases["Training"]),
         stages=_stages(phases["Training"]),
         config=printable_lines(config.read_text(encoding="utf-8", errors="replace")) if config.is_file() else None,
         frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM, "top": TOP},
@@ -253,9 +259,13 @@ def _height(point: Point) -> float:
 
 
 def draw_charts(rows: Sequence[Row]) -> list[Chart]:
-    """Return a chart for each entry of CHARTS that `rows` hold numbers for, and one of the shares of time."""
-    charts = [_draw_lines(title, [row for row in rows if row.keys() & set(names)], names) for title, names in CHARTS]
-    return [chart for chart in (*charts, _draw_shares(rows)) if chart]
+    """Return a chart for each entry of CHARTS that `rows` hold numbers for, those of the curriculum, and one of the shares of
+    time."""
+    wanted = (*CHARTS, *choice_charts(rows))
+    charts = [_draw_lines(title, [row for row in rows if row.keys() & set(names)], names) for title, names in wanted]
+    times = sorted({name for row in rows for name in row if name.startswith("time/")} - OVERLAPPING_TIMES)
+    shares = (("curriculum: shares of the prompts", strata(rows)), ("shares of time", times))
+    return [chart for chart in (*charts, *(_draw_shares(title, rows, names) for title, names in shares)) if chart]
 
 
 def _draw_lines(title: str, rows: Sequence[Row], names: Sequence[str]) -> Chart | None:
@@ -293,15 +303,14 @@ def _trace(frame: Frame, points: Sequence[Point]) -> str:
     return path
 
 
-def _draw_shares(rows: Sequence[Row]) -> Chart | None:
-    """Draw each timer's fraction of the timed seconds as stacked areas, summed per column of the chart."""
-    names = sorted({name for row in rows for name in row if name.startswith("time/")} - OVERLAPPING_TIMES)
+def _draw_shares(title: str, rows: Sequence[Row], names: Sequence[str]) -> Chart | None:
+    """Draw each metric's fraction of their sum as stacked areas, summed per column of the chart."""
     stride = -(-len(rows) // COLUMNS)
     shares: list[Row] = []
     for part in (rows[start : start + stride] for start in range(0, len(rows), stride)):
-        seconds = {name: sum(row.get(name) or 0.0 for row in part) for name in names}
-        if total := sum(seconds.values()):
-            shares.append({"step": part[0]["step"]} | {name: spent / total for name, spent in seconds.items()})
+        sums = {name: sum(row.get(name) or 0.0 for row in part) for name in names}
+        if total := sum(sums.values()):
+            shares.append({"step": part[0]["step"]} | {name: mine / total for name, mine in sums.items()})
     if not shares:
         return None
     frame = Frame(*_span([row["step"] for row in shares]), 0.0, 1.0)
@@ -312,7 +321,7 @@ def _draw_shares(rows: Sequence[Row]) -> Chart | None:
         outline = "L".join("{} {}".format(*frame.at(row["step"], y)) for row, y in edges)
         lines.append(Line(name, f"M{outline}Z", f"{shares[-1][name]:.0%}"))
         floor = top
-    return Chart("shares of time", lines, True, *_ticks(frame), _bands(frame, shares, names))
+    return Chart(title, lines, True, *_ticks(frame), _bands(frame, shares, names))
 
 
 def _ticks(frame: Frame) -> tuple[list[tuple[float, str]], list[tuple[float, str]]]:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxrl_llm.metrics.report.choice import is_of_choice
+from jaxrl_llm.metrics.report.visits import REPLAYED
 from jaxrl_llm.metrics.terminal import printable
 
 Row = dict[str, Any]
@@ -73,8 +75,12 @@ def metrics_row(row: Row, plotted: Collection[str]) -> Row:
     """A row whose values under the names in `plotted` and of timers are numbers. Raises ValueError with the reason."""
     if not _is_list(row.get("warnings"), str):
         raise ValueError(f"warnings: got {_shown(row['warnings'])}, want a list of texts")
+    if not _is_list(row.get(REPLAYED), int):
+        raise ValueError(f"{REPLAYED}: got {_shown(row[REPLAYED])}, want a list of whole numbers")
     return {
-        printable(name): _number(name, value) if name in plotted or name.startswith(("time/", "filter/")) else value
+        printable(name): _number(name, value)
+        if name in plotted or name.startswith(("time/", "filter/")) or is_of_choice(name)
+        else value
         for name, value in row.items()
     }
 
@@ -84,7 +90,7 @@ def rollouts_row(row: Row) -> Row:
     for name in ("prompt", "completion", "finish"):
         if not isinstance(row.get(name, ""), str):
             raise ValueError(f"{name}: got {_shown(row[name])}, want text")
-    for name in ("uid", "sample"):
+    for name in ("uid", "sample", "row"):
         if not isinstance(row.get(name), int | str | None):
             raise ValueError(f"{name}: got {_shown(row[name])}, want a whole number")
     if not _is_list(row.get("tokens"), str):
