@@ -157,7 +157,8 @@ def of_buffer(step: Step, earlier: list[Step], replayed: list[tuple[int, int]], 
     found = {"replay/groups": len(stored), "replay/mib": sum(packed_bytes(steps[i], p, cfg) for i, p in stored) / 2**20}
     if replayed:
         learned = [set().union(*learned_groups(one, earlier[:j], cfg)) for j, one in enumerate(earlier)]
-        found["replay/age"] = np.mean([born[now] - born[i] for i, _ in replayed])
+        ages = [born[now] - born[i] for i, _ in replayed]
+        found |= {"replay/age": np.mean(ages), "replay/age_max": max(ages)}
         found["replay/uses"] = np.mean([1 + sum(place in each for each in learned) for place in replayed])
     return found
 

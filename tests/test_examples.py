@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SCRIPTS = ("custom_budget", "custom_filter", "custom_loss", "custom_reward")
+SCRIPTS = ("custom_budget", "custom_curriculum", "custom_filter", "custom_loss", "custom_reward")
 NOTEBOOKS = ("custom_loop", "inspect_rollouts")
 
 
@@ -56,6 +56,17 @@ def test_a_budget_and_a_rule_of_ones_own_take_effect(module):
     # Shares are rounded down, so not all 128 are drawn once prompts differ.
     assert steps[0]["rollout/samples"] == 128 and min(row["rollout/samples"] for row in steps) < 128
     assert all(row["filter/short_and_mixed/dropped"] > 0 for row in steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["custom_curriculum"], indirect=True)
+def test_a_curriculum_and_a_draw_of_ones_own_take_effect(module):
+    steps = module.main()
+    never_good = [row["curriculum/never_good"] for row in steps]
+    # 80 rows, 16 per step: which were never good comes down, and never up again.
+    assert len(steps) == 12 and never_good[0] == 1 and never_good == sorted(never_good, reverse=True) != [1] * 12
+    assert steps[0]["groups/replayed"] == 0 < sum(row["groups/replayed"] for row in steps)
+    assert all(row["replay/uses"] <= 3 for row in steps if "replay/uses" in row)
 
 
 @pytest.mark.slow

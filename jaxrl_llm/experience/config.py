@@ -144,8 +144,8 @@ class OwnReplay(OwnPart):
 
 @dataclass(frozen=True)
 class OwnCurriculum(OwnPart):
-    """A custom curriculum: a class with the methods `init`, `choose` and `observe` of `experience.curricula.Curriculum`, and perhaps
-    `describe`."""
+    """A custom curriculum: a class with the methods `init`, `choose`, `observe` and perhaps `describe` of
+    `experience.curricula.Curriculum`."""
 
     methods: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         {"init": ("num_rows",), "choose": ("state", "rng", "n"), "observe": ("state", "groups")}

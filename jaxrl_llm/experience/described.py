@@ -9,9 +9,7 @@ from jaxtyping import Int
 MAX_STRATA, LONGEST, OTHER = 12, 40, "other"
 
 
-def shares_of(
-    names: Sequence[str], stratum: Int[np.ndarray, " rows"], rows: Int[np.ndarray, " n"]
-) -> dict[str, float]:
+def shares_of(names: Sequence[str], stratum: Int[np.ndarray, " rows"], rows: Int[np.ndarray, " n"]) -> dict[str, float]:
     """Return `share/NAME`, the share of each stratum among the chosen rows. Beyond 12 strata, those with the fewest rows in the
     task are together as `share/other`; so are those whose names become the same as metrics.
 

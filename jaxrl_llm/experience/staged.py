@@ -54,7 +54,7 @@ class RowsOfStage:
         return is_number(value) and low <= value <= (np.inf if self.at_most is None else self.at_most)
 
 
-class Progress(NamedTuple):
+class GateProgress(NamedTuple):
     """State of `Staged`."""
 
     drawn: Drawn
@@ -70,8 +70,8 @@ class Progress(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Staged:
     """Rows of one stage after the other. The next one opens when the mean over the last graded groups of the current stage's rows
-    reaches a threshold; a share of the prompts comes from earlier stages, so that they are not forgotten, as often from
-    each as it has rows. In each stage the rows that were chosen least often come first. After the last stage has opened, it stays."""
+    reaches a threshold; a share of the prompts comes from earlier stages, from each as often as it has rows, so that they are not
+    forgotten. In each stage the rows that were chosen least often come first. After the last stage has opened, it stays."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     column: Annotated[str, MinLen(1)]
@@ -135,18 +135,20 @@ class _Staged(NamedTuple):
     cfg: Staged
     stage: Int[np.ndarray, " rows"]
 
-    def init(self, num_rows: int) -> Progress:
+    def init(self, num_rows: int) -> GateProgress:
         drawn = Drawn(np.zeros(num_rows, np.int32), np.zeros(len(self.cfg.stages)))
-        return Progress(drawn, np.array(0), np.array(0), np.full(self.cfg.groups, np.nan))
+        return GateProgress(drawn, np.array(0), np.array(0), np.full(self.cfg.groups, np.nan))
 
-    def choose(self, state: Progress, rng: np.random.Generator, n: int) -> tuple[Progress, Int[np.ndarray, " n"]]:
+    def choose(
+        self, state: GateProgress, rng: np.random.Generator, n: int
+    ) -> tuple[GateProgress, Int[np.ndarray, " n"]]:
         now, share = int(state.stage), np.bincount(self.stage, minlength=len(self.cfg.stages)).astype(float)
         share[:now] *= self.cfg.rehearsal / max(share[:now].sum(), 1.0)
         share[now], share[now + 1 :] = 1 - self.cfg.rehearsal, 0.0
         drawn, rows = draw(state.drawn, self.stage, share, rng, n)
         return state._replace(drawn=drawn), rows
 
-    def observe(self, state: Progress, groups: "Groups") -> Progress:
+    def observe(self, state: GateProgress, groups: "Groups") -> GateProgress:
         mean, row = by_prompt.means(groups.measure(self.cfg.by), groups), groups.rollouts.prompts.row
         counts = (self.stage[row] == state.stage) & (groups.rollouts.size > 0) & ~np.isnan(mean)
         window = np.concatenate([state.window, mean[counts]])[-len(state.window) :]
@@ -157,12 +159,10 @@ class _Staged(NamedTuple):
             return state._replace(stage=state.stage + 1, steps=np.array(0), window=np.full_like(window, np.nan))
         return state._replace(steps=steps, window=window)
 
-    def describe(self, state: Progress, rows: Int[np.ndarray, " n"]) -> dict[str, float]:
+    def describe(self, state: GateProgress, rows: Int[np.ndarray, " n"]) -> dict[str, float]:
         """Return the number of the current stage, from 1, the share of its window that is filled and the window's mean, and the
         stages' shares of the rows."""
         seen = state.window[~np.isnan(state.window)]
         found = {"stage": float(state.stage + 1), "window_filled": len(seen) / len(state.window)}
         names = [f"stage_{i + 1}" for i in range(len(self.cfg.stages))]
-        return (
-            found | ({"window_mean": float(seen.mean())} if len(seen) else {}) | shares_of(names, self.stage, rows)
-        )
+        return found | ({"window_mean": float(seen.mean())} if len(seen) else {}) | shares_of(names, self.stage, rows)

@@ -2,7 +2,7 @@
 dataclass of its constants; `over(columns, seed)` is the curriculum over a task's rows."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
 from annotated_types import Ge, Gt, Le, MinLen

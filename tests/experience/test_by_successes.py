@@ -16,7 +16,7 @@ from jaxrl_llm.experience.curricula import make_order
 many = settings(max_examples=100, deadline=None)
 MANY = 20_000
 RIGHT = [0, 1, 1, 2, 3, 4, 4]
-"""Of four each: rows 0, 5 and 6 are in no bucket."""
+"""Right responses of four: rows 0, 5 and 6 are in no bucket."""
 
 
 def state_of(right, samples=4, owed=0.0) -> LastVisits:
@@ -66,7 +66,12 @@ def test_by_hand():
     # Solved at the next visit: retired. Lost again later: a candidate.
     solved = curriculum.observe(state, groups_of([2], [1, 1], row=[1]))
     assert not solved.candidates.any()
-    assert curriculum.observe(solved, groups_of([3], [1, 1, 0], row=[2])).candidates.tolist() == [False, False, True, False]
+    assert curriculum.observe(solved, groups_of([3], [1, 1, 0], row=[2])).candidates.tolist() == [
+        False,
+        False,
+        True,
+        False,
+    ]
 
 
 @many
@@ -78,7 +83,11 @@ def test_by_hand():
 def test_the_share_holds_however_the_draws_are_split(right, share, parts):
     """Rows from buckets: as many as are due and are there; none twice in a batch, none retired. The rest is the order, no place
     left out."""
-    curriculum, order, rng = BySuccesses(share=share).over([{}] * len(right), 1), make_order(len(right), 1), np.random.default_rng(0)
+    curriculum, order, rng = (
+        BySuccesses(share=share).over([{}] * len(right), 1),
+        make_order(len(right), 1),
+        np.random.default_rng(0),
+    )
     state, position, due = state_of(right), 0, 0.0
     there = {i for i, k in enumerate(right) if 0 < k < 4}
     for n in parts:

@@ -101,7 +101,7 @@ def test_a_curriculum_of_ones_own_may_say_something():
     state = curriculum.init(6)
     assert curriculum.describe(state, ROWS) == {"last": 5.0} and not state.any(), "it changes no state"
     wrong = of("Wrong").over(LEVELS, 0)
-    with pytest.raises(UserError, match="Wrong: got array.* for the metric 'rows', want a name and one number"):
+    with pytest.raises(UserError, match=r"Wrong: got array.* for the metric 'rows', want a name and one number"):
         wrong.describe(wrong.init(6), ROWS)
     [problem] = of("OneArgument").problems("experience.curriculum")
     assert "describe" in problem and "rows" in problem

@@ -42,12 +42,13 @@ def test_every_rule_is_in_a_table_and_names_its_source(rule):
 
 
 def test_its_config_is_valid():
-    first, second, third = (
+    first, second, stages, third = (
         validate(yaml.safe_load(block), "the page").experience
         for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
     )
     assert first.gate.kind == "greso" and first.refill.attempts == 10 and len(first.filter.filters) == 3
     assert second.curriculum.shares == {"easy": 1, "hard": 3}
+    assert stages.curriculum.groups == 64 and [stage.problem for stage in stages.curriculum.stages] == [""] * 3
     assert third.replay == config.ReplayConfig(512, 4096, 8, 4, config.RecencyDraw(), groups=16)
 
 
@@ -60,7 +61,7 @@ def test_its_example_runs():
     np.testing.assert_array_equal(names["keep"](groups).keep, [True, True, True, True, False, True])
 
 
-@pytest.mark.parametrize("name", ["dapo", "budgets", "greso"])
+@pytest.mark.parametrize("name", ["dapo", "budgets", "greso", "curriculum"])
 def test_named_configs_say_what_was_seen(name):
     text = (ROOT / "configs" / f"{name}.yaml").read_text()
     assert "SEEN" not in text and "HARDWARE" not in text and f"jaxrl train configs/{name}.yaml" in text

@@ -126,7 +126,10 @@ def test_a_row_belongs_to_the_first_stage_that_has_it():
             LEVELS,
             ["stages.3: got no row that is in no earlier stage, want one or more"],
         ),
-        (STAGES[2:], [{"level": "hard"}, {"level": 9}, {}], ["stages: got 2 rows in no stage, the first with level 'hard', want each row in one"]),
+        (
+            STAGES[2:], [{"level": "hard"}, {"level": 9}, {}],
+            ["stages: got 2 rows in no stage, the first with level 'hard', want each row in one"],
+        ),
         (STAGES, LEVELS, []),
     ],
 )  # fmt: skip

@@ -152,6 +152,11 @@ def test_rounds_of_a_budget_see_whole_rounds_in_whichever_order_requests_finish(
     # Samples are numbered on: no noise is used twice.
     assert fresh.rollouts.sample[fresh.keep].tolist() == [i for n in size for i in range(n)]
     assert int(step.state) == rounds and len(log) <= rounds
+    assert taken.metrics == {
+        "budget/min_samples": min(size),
+        "budget/max_samples": max(size),
+        "budget/share_at_min": size.tolist().count(min(size)) / P,
+    }
     assert int(asking.observe(step.state, fresh)) == rounds + 100
 
 

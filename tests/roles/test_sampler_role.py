@@ -140,6 +140,22 @@ def test_a_curriculums_generator_depends_on_seed_and_step_alone():
     assert numbers[0] != np.random.default_rng((3, 0)).random()
 
 
+def test_what_a_curriculum_says_of_the_rows_that_were_sampled_is_logged_under_its_name():
+    """By the state that chose them, with the choice behind it and what came of them not yet in it."""
+    curriculum = in_order(ORDER.__getitem__)._replace(
+        describe=lambda state, rows: {"place": float(state), "sum": float(rows.sum())}
+    )
+    sampler = make(Collect(), curriculum)
+    found = []
+    for step in range(2):
+        sampler.take(step)
+        found.append({name: x for name, x in sampler.metrics.items() if name.startswith("curriculum/")})
+    assert found == [
+        {"curriculum/place": 2, "curriculum/sum": 5},
+        {"curriculum/place": 4, "curriculum/sum": 7},
+    ]
+
+
 @pytest.mark.parametrize(
     ("rows", "got"),
     [

@@ -9,7 +9,7 @@ from fakes import groups_of, sums
 from jaxrl_llm.environments.grader_pool import Failure
 from jaxrl_llm.perf.work import Work
 from jaxrl_llm.roles.stage_metrics import describe_stages
-from jaxrl_llm.roles.summary import advantage_of, describe, describe_engine, responses
+from jaxrl_llm.roles.summary import advantage_of, describe, describe_engine, replayed_rows, responses
 from jaxrl_llm.rollout.session import Stats
 from jaxrl_llm.types import Credit, Finish, join_groups, number_rows, select_groups
 
@@ -160,5 +160,6 @@ def test_advantages_are_shown_beside_their_own_rows_after_a_replay():
         rollouts=stored.rollouts.replace(prompts=stored.rollouts.prompts.replace(uid=np.int32([77])))
     )
     trained = select_groups(join_groups(stored, select_groups(fresh, np.array([1, 2]))), np.arange(3), 12)
+    assert replayed_rows(fresh, trained) == {"replay/rows": [0]} and replayed_rows(fresh, fresh) == {}
     credit = Credit(np.arange(12, dtype=np.float32)[:, None].repeat(2, axis=1))
     assert advantage_of(fresh, trained, credit)[:, 0].tolist() == [0] * 4 + [2, 3, 4, 5, 6, 7, 8, 9]

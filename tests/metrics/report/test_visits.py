@@ -13,7 +13,7 @@ from jaxrl_llm.metrics.report.visits import MOST_ROWS, MOST_VISITS, History, Vis
 def visits_of(rows, metrics=()):
     visits = Visits()
     checked = [row | {"reward": row.get("reward")} for row in rows]
-    assert list(visits.counting(checked)) == checked, "they go on as they are"
+    assert list(visits.counting(checked)) == checked, "they stay as they are"
     return visits.most_visited(metrics)
 
 
@@ -33,7 +33,10 @@ def test_a_rows_history_by_hand():
     assert visits_of(rows, metrics) == [
         History(
             "2 + 3 =", 3, 3,
-            [("1", "1 of 2", 0.5), ("2", "replayed", None), ("4", "2 of 2", 1.0), ("4", "not graded", None), ("5", "replayed", None), ("5", "replayed", None)],
+            [
+                ("1", "1 of 2", 0.5), ("2", "replayed", None), ("4", "2 of 2", 1.0), ("4", "not graded", None),
+                ("5", "replayed", None), ("5", "replayed", None),
+            ],
             0,
         )
     ]  # fmt: skip
@@ -51,7 +54,10 @@ def test_records_without_rows_are_told_apart_by_their_prompts_and_have_rewards()
 
 def test_the_table_is_short():
     rows = [
-        r for row in range(20) for step in range(40 if row == 7 else 2) for r in visit(step, 100 * row + step, row, [True])
+        r
+        for row in range(20)
+        for step in range(40 if row == 7 else 2)
+        for r in visit(step, 100 * row + step, row, [True])
     ]
     found = visits_of(rows)
     assert len(found) == MOST_ROWS and found[0].sampled == 40
@@ -60,7 +66,10 @@ def test_the_table_is_short():
 
 
 CHOICE = [
-    {"step": step, "phase": "rl", "curriculum/share/easy": 1 - step / 4, "curriculum/share/hard": step / 4, "curriculum/stage": step}
+    {
+        "step": step, "phase": "rl", "curriculum/share/easy": 1 - step / 4, "curriculum/share/hard": step / 4,
+        "curriculum/stage": step,
+    }
     for step in (1, 2, 3)
 ]  # fmt: skip
 
