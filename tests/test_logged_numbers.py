@@ -119,7 +119,7 @@ CHOICE = [f"budget/{name}" for name in ("min_samples", "max_samples", "share_at_
     )
 ]  # fmt: skip
 # Row numbers of the task, which the recomputation does not know: tests/roles/test_summary.py.
-NOT_RECOMPUTED = ("warnings", "replay/rows")
+NOT_RECOMPUTED = ("warnings", "replay/task_rows")
 # The package computes in float32: log-probs are good to 1e-6, sums of some hundred terms of size 1 to 1e-7.
 CLOSE = {"rtol": 1e-4, "atol": 3e-7}
 EXACT = re.compile(

@@ -86,7 +86,7 @@ def replayed_rows(fresh: Groups, trained: Groups) -> dict[str, list[int]]:
     """Return the rows of the task of the stored groups among those trained on, one each; nothing if none came back."""
     prompts = trained.rollouts.prompts
     rows = prompts.row[~np.isin(prompts.uid, fresh.rollouts.prompts.uid)]
-    return {"replay/rows": rows.tolist()} if len(rows) else {}
+    return {"replay/task_rows": rows.tolist()} if len(rows) else {}
 
 
 def responses(task: Task, groups: Groups, advantage: np.ndarray, num_groups: int) -> list[dict]:

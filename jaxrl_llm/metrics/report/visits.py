@@ -8,7 +8,7 @@ from jaxrl_llm.metrics.terminal import printable_lines
 Row = Mapping[str, Any]
 MOST_ROWS, MOST_VISITS, LONGEST = 12, 24, 300
 """Rows in the table, visits of each, the last ones, and characters of a prompt, at most."""
-REPLAYED = "replay/rows"
+REPLAYED = "replay/task_rows"
 
 
 class History(NamedTuple):

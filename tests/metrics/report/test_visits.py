@@ -29,7 +29,7 @@ def test_a_rows_history_by_hand():
         # Twice in one step, by another number of its stream.
         *visit(4, 31, 3, [None, None], reward=None),
     ]
-    metrics = [{"step": 2, "replay/rows": [3, 9]}, {"step": 3, "replay/rows": None}, {"step": 5, "replay/rows": [3, 3]}]
+    metrics = [{"step": 2, "replay/task_rows": [3, 9]}, {"step": 3, "replay/task_rows": None}, {"step": 5, "replay/task_rows": [3, 3]}]
     assert visits_of(rows, metrics) == [
         History(
             "2 + 3 =", 3, 3,
@@ -87,7 +87,7 @@ def test_the_curriculums_choice_is_drawn():
 
 
 def test_both_are_on_the_page_and_stay_text(tmp_path):
-    rows = [row | {f"curriculum/{EVIL}": 1.0, "replay/rows": [3]} for row in CHOICE]
+    rows = [row | {f"curriculum/{EVIL}": 1.0, "replay/task_rows": [3]} for row in CHOICE]
     write(tmp_path / "metrics.jsonl", [*METRICS[:1], *rows])
     write(tmp_path / "rollouts.jsonl", [*visit(1, 1, 3, [True], prompt=EVIL), *visit(2, 9, 3, [False], prompt=EVIL)])
     text = build(tmp_path).read_text()
@@ -100,6 +100,6 @@ def test_both_are_on_the_page_and_stay_text(tmp_path):
 
 @pytest.mark.parametrize("wrong", [3, "x", ["x"], {"a": 1}])
 def test_replayed_rows_that_are_no_numbers_are_left_out_and_named(tmp_path, caplog, wrong):
-    write(tmp_path / "metrics.jsonl", [*METRICS, CHOICE[2] | {"replay/rows": wrong}])
+    write(tmp_path / "metrics.jsonl", [*METRICS, CHOICE[2] | {"replay/task_rows": wrong}])
     build(tmp_path)
-    assert "replay/rows: got" in caplog.text and "want a list of whole numbers" in caplog.text
+    assert "replay/task_rows: got" in caplog.text and "want a list of whole numbers" in caplog.text
