@@ -138,7 +138,11 @@ def exchange(
         metrics["replay/rows"] = float(step.joined)
     if len(back):
         age, uses = known.age[back], known.uses[back]
-        metrics |= {"replay/age": float(age.mean()), "replay/age_max": float(age.max()), "replay/uses": float(uses.mean() + 1)}
+        metrics |= {
+            "replay/age": float(age.mean()),
+            "replay/age_max": float(age.max()),
+            "replay/uses": float(uses.mean() + 1),
+        }
     buffer, new = used(buffer, back), fresh.kept & ~(cfg.retire_solved & solved(fresh))
     if cfg.store_fresh and new.any():
         groups = select_groups(fresh, np.flatnonzero(new))

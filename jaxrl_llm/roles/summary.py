@@ -83,9 +83,12 @@ def advantage_of(fresh: Groups, trained: Groups, credit: Credit) -> Float[np.nda
 
 
 def replayed_rows(fresh: Groups, trained: Groups) -> dict[str, list[int]]:
-    """Return the rows of the task of the stored groups among those trained on, one each; nothing if none came back."""
+    """Return the rows of the task of the groups that are stored ones or have stored responses; nothing if none came back."""
     prompts = trained.rollouts.prompts
-    rows = prompts.row[~np.isin(prompts.uid, fresh.rollouts.prompts.uid)]
+    back = ~np.isin(prompts.uid, fresh.rollouts.prompts.uid)
+    if trained.reused is not None:
+        back[trained.rollouts.prompt[trained.reused]] = True
+    rows = prompts.row[back]
     return {"replay/task_rows": rows.tolist()} if len(rows) else {}
 
 

@@ -161,5 +161,8 @@ def test_advantages_are_shown_beside_their_own_rows_after_a_replay():
     )
     trained = select_groups(join_groups(stored, select_groups(fresh, np.array([1, 2]))), np.arange(3), 12)
     assert replayed_rows(fresh, trained) == {"replay/task_rows": [0]} and replayed_rows(fresh, fresh) == {}
+    # A stored response among the fresh ones of group 1.
+    joined = trained.replace(reused=np.arange(12) < 3)
+    assert replayed_rows(fresh, joined) == {"replay/task_rows": [0, 1]}
     credit = Credit(np.arange(12, dtype=np.float32)[:, None].repeat(2, axis=1))
     assert advantage_of(fresh, trained, credit)[:, 0].tolist() == [0] * 4 + [2, 3, 4, 5, 6, 7, 8, 9]

@@ -29,7 +29,11 @@ def test_a_rows_history_by_hand():
         # Twice in one step, by another number of its stream.
         *visit(4, 31, 3, [None, None], reward=None),
     ]
-    metrics = [{"step": 2, "replay/task_rows": [3, 9]}, {"step": 3, "replay/task_rows": None}, {"step": 5, "replay/task_rows": [3, 3]}]
+    metrics = [
+        {"step": 2, "replay/task_rows": [3, 9]},
+        {"step": 3, "replay/task_rows": None},
+        {"step": 5, "replay/task_rows": [3, 3]},
+    ]
     assert visits_of(rows, metrics) == [
         History(
             "2 + 3 =", 3, 3,
