@@ -47,6 +47,8 @@ STAGES = {
     ),
     "own": (
         '{budget: "stage_graders:Twice", gate: {function: "stage_graders:NotTwice", options: {rest: 1}},'
+        " curriculum: {kind: stages, column: answer, after: 3, rehearsal: 0.5,"
+        " stages: [[3, 4, 5, 6, 7, 8, 9], [10, 11, 12, 13], [14, 15, 16, 17, 18]]},"
         " filter: {kind: no_repetition, ngram: 1}}"
     ),
 }
