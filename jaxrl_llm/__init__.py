@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from jaxrl_llm.roles.model_programs import make_score as make_score
     from jaxrl_llm.roles.model_programs import make_update as make_update
     from jaxrl_llm.roles.sampler import next_prompts as next_prompts
+    from jaxrl_llm.roles.stored_rollouts import read_trajectories as read_trajectories
+    from jaxrl_llm.roles.stored_rollouts import write_trajectories as write_trajectories
     from jaxrl_llm.rollout.config import RolloutConfig as RolloutConfig
     from jaxrl_llm.rollout.engine import Engine as Engine
     from jaxrl_llm.rollout.sample import Controls as Controls
@@ -83,6 +85,8 @@ _PLACES = {
     "grade": "roles.grading:grade",
     "GraderPool": "environments.grader_pool:GraderPool",
     "make_grader": "environments.grader:make_grader",
+    "write_trajectories": "roles.stored_rollouts:write_trajectories",
+    "read_trajectories": "roles.stored_rollouts:read_trajectories",
     "preset": "objective.presets:preset",
     "make_advantage": "objective.credit:make_advantage",
     "make_score": "roles.model_programs:make_score",

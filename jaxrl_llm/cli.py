@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxrl_llm.checkpoint.stopping import ending_at_once
 from jaxrl_llm.commands.arguments import Reader, one_of, path, take, text, whole_number
@@ -41,6 +41,10 @@ commands
          --prompt TEXT         the prompt (default: the first held-out one); required for a MODEL without --task
          --task TASK           source of settings, prompts and answers, as for eval
          -n N                  number of responses (default 8)
+         --out FILE            instead: write N graded responses to each prompt of the task, or to --prompt, to a new
+                               .jsonl or .parquet file
+         --prompts M           with --out: only the first M prompts
+         --split SPLIT         with --out: train (default) or held_out
          --benchmark           instead: tokens per second of the config's own rollouts, beside the ceiling of the machine
   eval   RUN|MODEL             avg@k, pass@k and maj@k with 95 % intervals, as JSON
          --task TASK           the task to evaluate on (default: the run's own): a CONFIG, for its task, reward and rollout,
@@ -220,6 +224,7 @@ def _program() -> str:
 def sample(target: str, args: list[str]) -> int:
     given, flags = take(args, OPTIONS["sample"])
     cfg, has_task = read_sampled(target, given.get("--task"), flags, list(OPTIONS["sample"]))
+    _check_out(given)
     if not has_task and "--benchmark" in given:
         raise UserError(f"--benchmark: got {target}, which has no prompts, want --task CONFIG")
     if not has_task and "--prompt" not in given:
@@ -227,13 +232,35 @@ def sample(target: str, args: list[str]) -> int:
     with ending_at_once():
         start_jax(cfg)
         from jaxrl_llm.commands.benchmark import benchmark_rollouts
-        from jaxrl_llm.commands.sample import sample_prompt
+        from jaxrl_llm.commands.sample import Asked, sample_prompt, sample_to_file
 
+    asked = Asked(given.get("--prompt"), given.get("-n", 8), has_task)
     if "--benchmark" in given:
         benchmark_rollouts(cfg)
+    elif "--out" in given:
+        say(sample_to_file(cfg, asked, Path(given["--out"]), given.get("--split", "train"), given.get("--prompts")))
     else:
-        sample_prompt(cfg, given.get("--prompt"), given.get("-n", 8), has_task)
+        sample_prompt(cfg, asked)
     return 0
+
+
+def _check_out(given: Mapping[str, Any]) -> None:
+    """Raise UserError if `jaxrl sample` cannot write `--out`, or has options that do not go together."""
+    if "--out" not in given:
+        if alone := [name for name in ("--prompts", "--split") if name in given]:
+            raise UserError(
+                f"{alone[0]}: got it without --out, want --out FILE: only a file has the responses to many prompts"
+            )
+        return
+    if wrong := [name for name in ("--prompts", "--split") if name in given and "--prompt" in given]:
+        raise UserError(
+            f"{wrong[0]}: got it with --prompt, want one of the two: a prompt of its own, or those of the task"
+        )
+    if "--benchmark" in given:
+        raise UserError("--benchmark: got it with --out, want one of the two: a benchmark writes no responses")
+    from jaxrl_llm.tasks.trajectory_writer import check_target
+
+    check_target(Path(given["--out"]), "--out")
 
 
 def evaluate(target: str, args: list[str]) -> int:
@@ -310,7 +337,10 @@ COMMANDS = {
 OPTIONS: dict[str, Mapping[str, Reader | None]] = {
     "train": {"--resume": None},
     "sft": {"--resume": None},
-    "sample": {"--prompt": text, "--task": text, "-n": whole_number(1), "--benchmark": None},
+    "sample": {
+        "--prompt": text, "--task": text, "-n": whole_number(1), "--benchmark": None, "--out": path, "--prompts": whole_number(1),
+        "--split": one_of("train", "held_out"),
+    },
     "eval": {"--task": text, "-k": whole_number(1)},
     "plan": {
         "--topology": text, "--chips": whole_number(1), "--prompt-tokens": whole_number(0), "--sweep": None,

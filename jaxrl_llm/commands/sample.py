@@ -1,14 +1,20 @@
-"""`jaxrl sample`: responses of a policy to one prompt, token by token."""
+"""`jaxrl sample`: responses of a policy to one prompt, token by token; or to many prompts, as a file of trajectories."""
 
 import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
-from jaxrl_llm.commands.loaded_policy import load_policy, prepare_sampling, with_batch
+from jaxrl_llm.commands.loaded_policy import LoadedPolicy, SamplingSetup, load_policy, prepare_sampling, with_batch
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.environments.grader_pool import GraderPool
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.metrics.console import shown_on_stderr
 from jaxrl_llm.metrics.terminal import printable
 from jaxrl_llm.model.config import PretrainedModel
 from jaxrl_llm.model.hf.config import read_json
@@ -16,45 +22,106 @@ from jaxrl_llm.model.hf.source import resolve as resolve_model
 from jaxrl_llm.roles import inputs, memory_check
 from jaxrl_llm.roles.build import make_keys
 from jaxrl_llm.roles.collector import Collector
+from jaxrl_llm.roles.stored_rollouts import trajectory_rows
+from jaxrl_llm.tasks.rows import Row
 from jaxrl_llm.tasks.stream import make_prompts
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.tasks.tokenizer import load_tokenizer
-from jaxrl_llm.types import Finish, Rollouts
+from jaxrl_llm.tasks.trajectory_writer import writing
+from jaxrl_llm.types import Finish, Groups, Prompts, Rollouts
+from jaxrl_llm.update.batch import ungraded
+
+PROMPTS_AT_ONCE, PROMPTS_PER_WRITE = 64, 1024
+"""Prompts in a batch, and prompts whose responses are sampled before they are written."""
 
 
-def sample_prompt(cfg: RunConfig, text: str | None, n: int, has_task: bool = True) -> None:
-    """Print `n` responses to one prompt: tokens with log-prob and entropy, and the reward if the answer is known.
+class Asked(NamedTuple):
+    text: str | None
+    """The prompt; None: those of the task."""
+    samples: int
+    """Responses per prompt."""
+    has_task: bool
+    """False if the target is a model by itself; then only the prompt is read."""
 
-    Args:
-        text: the prompt; None: the first held-out prompt of the task.
-        n: number of responses.
-        has_task: False if the target is a model by itself; then only the prompt is read.
-    """
-    shaped = with_batch(cfg, 1, n)
-    given = inputs.read(shaped, asked=partial(_task_of_prompt, text=text, has_task=has_task))
-    setup = prepare_sampling(shaped, given)
-    engine, task = setup.engine, setup.task
+
+def sample_prompt(cfg: RunConfig, asked: Asked) -> None:
+    """Print responses to one prompt, by default the first held-out one of the task: tokens with log-prob and entropy, and the
+    reward if the answer is known."""
+    setup = _prepare(cfg, asked, 1, partial(_task_of_prompt, asked=asked))
+    task, row, n = setup.task, setup.task.held_out[0], asked.samples
     memory_check.check(setup.blueprint, len(task.held_out), trains=False)
     loaded = load_policy(setup)
-    row = task.held_out[0]
-    num_prompts, key = setup.blueprint.cfg.rollout.prompts, make_keys(cfg.seed).evaluation
-    prompts = make_prompts(task, (row,), np.zeros(num_prompts, int), np.arange(num_prompts))
-    reward = np.full(n, np.nan)
-    if row.answer:
-        with GraderPool(cfg.reward) as pool:
-            groups = Collector(engine, pool, task)(loaded.policy, prompts, (row,), key).groups
-        rollouts, reward = groups.rollouts, groups.reward
-    else:
-        rollouts = engine.generate(loaded.policy, prompts, key)
+    with _sampler(setup, loaded, bool(row.answer)) as sample:
+        # The batch is filled up with the same prompt.
+        num_prompts = setup.blueprint.cfg.rollout.prompts
+        groups = sample(make_prompts(task, (row,), np.zeros(num_prompts, int), np.arange(num_prompts)), (row,))
+    reward = groups.reward if row.answer else np.full(n, np.nan)
     print(f"{printable(row.prompt)}   from {loaded.name}, temperature {cfg.rollout.temperature}")
     for b in range(n):
-        print(_line(task, rollouts, b, float(reward[b])))
+        print(_line(task, groups.rollouts, b, float(reward[b])))
 
 
-def _task_of_prompt(cfg: RunConfig, text: str | None, has_task: bool) -> Task:
-    """The task with the prompt `text` as its only held-out one, which may be longer than the task's own prompts."""
-    task = inputs.read_task(cfg) if has_task else Task((), (), load_tokenizer(cfg.tokenizer))
-    if text is None:
+def sample_to_file(cfg: RunConfig, asked: Asked, out: Path, split: str, most: int | None) -> str:
+    """Write graded responses to a trajectory file. Returns what was written, in words.
+
+    Args:
+        asked: a prompt, which is not graded if its answer is unknown; or the task's.
+        out: the file.
+        split: train or held_out: which rows of the task.
+        most: number of rows, from the first on; None: all.
+    """
+    alone = asked.text is not None
+    of_prompt = partial(_task_of_prompt, asked=asked) if alone else None
+    setup = _prepare(cfg, asked, 1 if alone else min(most or PROMPTS_AT_ONCE, PROMPTS_AT_ONCE), of_prompt)
+    task = setup.task
+    rows = task.held_out if alone or split == "held_out" else task.train
+    if most is not None and most > len(rows):
+        raise UserError(f"--prompts: got {most}, want {len(rows)} at most, the rows of the split {split}")
+    rows = rows[:most]
+    memory_check.check(setup.blueprint, min(len(rows), PROMPTS_PER_WRITE), trains=False)
+    num, right, graded = 0, 0, not alone or bool(rows[0].answer)
+    with writing(out) if jax.process_index() == 0 else nullcontext(lambda records: None) as write:
+        with _sampler(setup, load_policy(setup), graded) as sample:
+            for first in range(0, len(rows), PROMPTS_PER_WRITE):
+                index = np.arange(first, min(first + PROMPTS_PER_WRITE, len(rows)))
+                with shown_on_stderr(f"sampling {asked.samples} responses to each of {len(rows):,} prompts"):
+                    groups = sample(make_prompts(task, rows, index, index), rows)
+                write(records := trajectory_rows(task, rows, groups))
+                num, right = num + len(records), right + sum(record["success"] is True for record in records)
+    score = f", {right / num:.1%} of them right" if graded else ""
+    return f"{num:,} responses to {len(rows):,} prompts{score}: {out}"
+
+
+def _prepare(cfg: RunConfig, asked: Asked, prompts: int, read_task: Callable[..., Task] | None) -> SamplingSetup:
+    """Setup with batches of this many prompts. `read_task`: see `inputs.read`."""
+    shaped = with_batch(cfg, prompts, asked.samples)
+    return prepare_sampling(shaped, inputs.read(shaped, asked=read_task))
+
+
+@contextmanager
+def _sampler(
+    setup: SamplingSetup, loaded: LoadedPolicy, graded: bool
+) -> Iterator[Callable[[Prompts, Sequence[Row]], Groups]]:
+    """A function of prompts and their rows that returns as many responses to each as the config says."""
+    cfg, engine, key = setup.blueprint.cfg, setup.engine, make_keys(setup.blueprint.cfg.seed).evaluation
+    if not graded:
+        yield lambda prompts, rows: _without_grades(engine.generate(loaded.policy, prompts, key))
+        return
+    with GraderPool(cfg.reward) as pool:
+        collect = Collector(engine, pool, setup.task, cfg.evaluation.threshold)
+        yield lambda prompts, rows: collect(loaded.policy, prompts, rows, key).groups
+
+
+def _without_grades(rollouts: Rollouts) -> Groups:
+    groups = ungraded(rollouts)
+    unknown = np.full_like(groups.reward, np.nan)
+    return groups.replace(reward=unknown, components=unknown[:, None])
+
+
+def _task_of_prompt(cfg: RunConfig, asked: Asked) -> Task:
+    """The task with the given prompt as its only held-out one, which may be longer than the task's own prompts."""
+    task = inputs.read_task(cfg) if asked.has_task else Task((), (), load_tokenizer(cfg.tokenizer))
+    if (text := asked.text) is None:
         return task
     if unknown := task.tokenizer.unknown_characters(text):
         raise UserError(

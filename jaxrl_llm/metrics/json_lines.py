@@ -94,8 +94,8 @@ class JsonRecords:
         self._files[METRICS].append([{"step": step, **row}])
 
     def rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """One line per row, floats to 6 digits."""
-        self._files[ROLLOUTS].append([{"step": step, **jsonable(row, digits=6)} for row in rows])
+        """One line per row, floats to 9 digits, from which a float32 is read back to the bit."""
+        self._files[ROLLOUTS].append([{"step": step, **jsonable(row, digits=9)} for row in rows])
 
     def offsets(self) -> dict[str, int]:
         return {name: file.sync() for name, file in self._files.items()}

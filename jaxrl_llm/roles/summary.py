@@ -8,10 +8,11 @@ from jaxtyping import Float
 
 from jaxrl_llm.environments.grader_pool import Failure, component_metrics
 from jaxrl_llm.roles.stage_metrics import describe_stages
+from jaxrl_llm.roles.stored_rollouts import trajectory_rows
 from jaxrl_llm.roles.updates import as_floats
 from jaxrl_llm.rollout.session import Stats
 from jaxrl_llm.tasks.task import Task
-from jaxrl_llm.types import Credit, Finish, Groups
+from jaxrl_llm.types import Credit, Finish, Groups, select_groups
 
 
 def describe(groups: Groups, graders: Sequence[str]) -> dict[str, float]:
@@ -93,7 +94,7 @@ def replayed_rows(fresh: Groups, trained: Groups) -> dict[str, list[int]]:
 
 
 def responses(task: Task, groups: Groups, advantage: np.ndarray, num_groups: int) -> list[dict]:
-    """Records of the rows of the first `num_groups` groups: texts, tokens, log-probs, grades.
+    """Records of the rows of the first `num_groups` groups: as in a trajectory file, with the tokens' texts and the advantage.
 
     Args:
         task: decodes the tokens.
@@ -101,26 +102,14 @@ def responses(task: Task, groups: Groups, advantage: np.ndarray, num_groups: int
         advantage: `[B C]`; the mean over a row's tokens is recorded.
         num_groups: number of groups; -1: all.
     """
-    rollouts, found, num_groups = groups.rollouts, [], num_groups if num_groups >= 0 else len(groups.failure)
-    for b in np.flatnonzero((rollouts.prompt >= 0) & (rollouts.prompt < num_groups)):
-        p, n = rollouts.prompt[b], int(rollouts.length[b])
-        ids = rollouts.tokens[b, :n].tolist()
-        found.append(
-            {
-                "uid": int(rollouts.prompts.uid[p]),
-                "sample": int(rollouts.sample[b]),
-                "prompt": task.decode(rollouts.prompts.tokens[p : p + 1], rollouts.prompts.length[p : p + 1])[0],
-                "completion": task.decode(rollouts.tokens[b : b + 1], rollouts.length[b : b + 1])[0],
-                "ids": ids,
-                "tokens": [task.tokenizer.token(i) for i in ids],
-                "logprobs": rollouts.behavior_logprobs[b, :n],
-                "entropy": rollouts.entropy[b, :n],
-                **({} if rollouts.raw_logprobs is None else {"raw_logprobs": rollouts.raw_logprobs[b, :n]}),
-                "reward": groups.reward[b],
-                **({} if groups.step_reward is None else {"step_reward": groups.step_reward[b, :n]}),
-                "advantage": float(np.mean(advantage[b, :n])),
-                "temperature": rollouts.temperature[b],
-                "finish": Finish(rollouts.finish[b]).name.lower(),
-            }
-        )
-    return found
+    rollouts, token = groups.rollouts, task.tokenizer.token
+    own = np.flatnonzero((rollouts.prompt >= 0) & ((rollouts.prompt < num_groups) | (num_groups < 0)))
+    shown = select_groups(groups, np.unique(rollouts.prompt[own]))
+    return [
+        {
+            **row,
+            "tokens": [token(i) for i in row["ids"]],
+            "advantage": float(np.mean(advantage[b, : len(row["ids"])])),
+        }
+        for b, row in zip(own.tolist(), trajectory_rows(task, task.train, shown), strict=True)
+    ]

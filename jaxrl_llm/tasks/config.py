@@ -139,4 +139,27 @@ class ReasoningGymTask:
     too_long: Literal["refuse", "drop"] = "refuse"
 
 
-TaskConfig = Annotated[ArithmeticTask | FileTask | ReasoningGymTask, Field(discriminator="kind")]
+@dataclass(frozen=True)
+class RolloutsTask:
+    """Stored responses, for supervised training: a file of `jaxrl sample --out`, a run's rollouts.jsonl, or texts of others. Each
+    response is a row; its tokens are those of the file."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    path: str
+    """A .jsonl or .parquet file."""
+    kind: Literal["rollouts"] = "rollouts"
+    keep: Literal["success", "all"] = "success"
+    """success: responses that the first grader found right; all: every response."""
+    distinct: bool = True
+    """Take equal responses to a prompt once."""
+    best: Count = 0
+    """Maximum number of responses per prompt, those of the highest rewards. 0: no limit."""
+    held_out: Annotated[int, Ge(1)] = 128
+    """Number of prompts held out for evaluation, chosen with the run's seed; none of their responses is trained on."""
+    max_prompt_tokens: Count = 0
+    """Maximum prompt length in tokens. 0: no limit."""
+    too_long: Literal["refuse", "drop"] = "refuse"
+
+
+TaskConfig = Annotated[ArithmeticTask | FileTask | ReasoningGymTask | RolloutsTask, Field(discriminator="kind")]

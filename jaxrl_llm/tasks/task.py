@@ -13,8 +13,15 @@ from jaxtyping import Int32
 
 from jaxrl_llm.config.options import with_options
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.tasks import reasoning_gym, records
-from jaxrl_llm.tasks.config import ArithmeticTask, CharacterTokenizer, FileTask, PretrainedTokenizer, ReasoningGymTask
+from jaxrl_llm.tasks import distillation, reasoning_gym, records
+from jaxrl_llm.tasks.config import (
+    ArithmeticTask,
+    CharacterTokenizer,
+    FileTask,
+    PretrainedTokenizer,
+    ReasoningGymTask,
+    RolloutsTask,
+)
 from jaxrl_llm.tasks.rows import Row, UntokenizedRow, exclude_prompts, fill_rows, hash_rows, limit_prompts, make_rows
 from jaxrl_llm.tasks.tokenizer import Tokenizer, load_tokenizer
 from jaxrl_llm.tasks.turns import as_turns, from_data
@@ -96,7 +103,7 @@ class Task:
 
 
 def load_task(
-    source: str | Path | ArithmeticTask | FileTask | ReasoningGymTask,
+    source: str | Path | ArithmeticTask | FileTask | ReasoningGymTask | RolloutsTask,
     tokenizer: Tokenizer | CharacterTokenizer | PretrainedTokenizer,
     seed: int = 0,
     **fields: Any,
@@ -125,6 +132,9 @@ def load_task(
         cfg = source
     if isinstance(cfg, ArithmeticTask):
         return _arithmetic(cfg, tokenizer, seed)
+    if isinstance(cfg, RolloutsTask):
+        train, held_out, dropped = distillation.read_rows(cfg, tokenizer, seed)
+        return _task(train, held_out, tokenizer, dropped, None)
     return _file(cfg, tokenizer, seed) if isinstance(cfg, FileTask) else _reasoning_gym(cfg, tokenizer, seed)
 
 

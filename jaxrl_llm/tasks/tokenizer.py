@@ -167,7 +167,7 @@ class Tokenizer:
     def _control(self) -> SpecialTokens:
         return SpecialTokens(self.backend, self.delimiters)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of the vocabulary, the end and padding tokens and the special tokens."""
         vocabulary = sorted((id, token) for token, id in self.backend.get_vocab(with_added_tokens=True).items())

@@ -144,7 +144,7 @@ def test_values_become_plain_json(tmp_path):
     assert read_jsonl(tmp_path / "metrics.jsonl") == [
         {"step": 1, "a": None, "b": 0.5, "c": None, "d": 7, "phase": "rl"}
     ]
-    want = {"step": 1, "prompt": "\ud800\n", "logprobs": [-0.333333, None], "reward": None}
+    want = {"step": 1, "prompt": "\ud800\n", "logprobs": [-0.333333343, None], "reward": None}
     assert read_jsonl(tmp_path / "rollouts.jsonl") == [want, want]
 
 
