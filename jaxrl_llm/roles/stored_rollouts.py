@@ -111,8 +111,8 @@ def read_trajectories(
         groups = rl.read_trajectories("rollouts.parquet", task)
 
     `row` is the index of the first training row with the prompt's tokens, -1 if there is none. Rows without a reward are not kept,
-    unless the file has no rewards at all. In a file of texts alone each response is complete and ends with the end token, its
-    temperature is 1, and equal prompts are a group.
+    unless nobody graded the file: no row has one. In a file of texts alone each response is complete and ends with the end
+    token, its temperature is 1, and equal prompts are a group.
 
     Args:
         path: a .jsonl or .parquet file of `jaxrl sample --out` or `rl.write_trajectories`, a run's rollouts.jsonl, or one with the
@@ -211,7 +211,7 @@ def _graded(
     graders = tuple(dict.fromkeys(name for t in found for name in t.components))
     reward = np.array([np.nan if t.reward is None else t.reward for t in found], np.float32)
     components = np.array([[t.components.get(name, np.nan) for name in graders] for t in found], np.float32)
-    steps = None
+    failure, steps = np.array([_failure(group[0]) for group in ordered], np.int32), None
     if all(t.step_reward is not None for t in found):
         steps = np.full(rollouts.tokens.shape, np.nan, np.float32)
         for b, t in enumerate(found):
@@ -220,10 +220,10 @@ def _graded(
         rollouts=rollouts,
         reward=reward,
         components=components if graders else reward[:, None],
-        failure=np.array([_failure(group[0]) for group in ordered], np.int32),
+        failure=failure,
         failed_by=np.array([group[0].failed_by for group in ordered], np.int32),
         vote=np.array([t.vote for t in found], np.int32),
-        keep=~np.isnan(reward) | np.isnan(reward).all(),
+        keep=~np.isnan(reward) | (np.isnan(reward).all() and not failure.any()),
         graders=graders,
         threshold=threshold,
         step_reward=steps,

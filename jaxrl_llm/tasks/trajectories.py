@@ -99,9 +99,9 @@ def read(path: Path, tokenizer: Tokenizer) -> list[Trajectory]:
     Raises:
         UserError: names file, line, what was found and what is wanted.
     """
-    # Parquet has nulls where JSON leaves a key out.
+    # Parquet has nulls where JSON leaves a key out, and NaN where it has nulls.
     rows = [
-        Record(record.where, {name: x for name, x in record.columns.items() if x is not None})
+        Record(record.where, {name: x for name, x in record.columns.items() if x is not None and x == x})
         for record in records.read(path, "train")
     ]
     if not any({"ids", "prompt_ids"} & row.columns.keys() for row in rows):
@@ -158,7 +158,6 @@ class _Reader:
             else self.numbers("version", n, np.int32, "a whole number")
         )
         last = "eos" if ids[-1] in tokenizer.eos else "length"
-        reward = self.one("reward", float, None)
         texts = {name: self.one(name, str, "") for name in ("prompt", "completion", "answer", "failure")}
         entropy = self.numbers("entropy", n, np.float32, "a number")
         found = Trajectory(
@@ -176,7 +175,7 @@ class _Reader:
             **{name: self.one(name, int, None) for name in ("uid", "sample")},
             **{name: self.one(name, int, least) for name, least in (("row", -1), ("vote", 0), ("failed_by", -1))},
             temperature=self.one("temperature", float, 1.0),
-            reward=None if reward is None or np.isnan(reward) else reward,
+            reward=self.one("reward", float, None),
             components=self.components(),
             success=self.one("success", bool, None),
             finish=self.one("finish", str, last),
