@@ -17,10 +17,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxrl_llm.checkpoint.stopping import ending_at_once
-from jaxrl_llm.commands.arguments import Reader, one_of, path, take, text, whole_number
+from jaxrl_llm.commands.arguments import Reader, check_out, one_of, path, take, text, whole_number
 from jaxrl_llm.commands.targets import list_values, read_config, read_evaluation, read_run, read_sampled, target_error
 from jaxrl_llm.errors import Preempted, UserError, describe_os_error
 from jaxrl_llm.metrics.terminal import PrintableFormatter, say
@@ -224,7 +224,7 @@ def _program() -> str:
 def sample(target: str, args: list[str]) -> int:
     given, flags = take(args, OPTIONS["sample"])
     cfg, has_task = read_sampled(target, given.get("--task"), flags, list(OPTIONS["sample"]))
-    _check_out(given)
+    check_out(given)
     if not has_task and "--benchmark" in given:
         raise UserError(f"--benchmark: got {target}, which has no prompts, want --task CONFIG")
     if not has_task and "--prompt" not in given:
@@ -232,9 +232,9 @@ def sample(target: str, args: list[str]) -> int:
     with ending_at_once():
         start_jax(cfg)
         from jaxrl_llm.commands.benchmark import benchmark_rollouts
-        from jaxrl_llm.commands.sample import Asked, sample_prompt, sample_to_file
+        from jaxrl_llm.commands.sample import SampleRequest, sample_prompt, sample_to_file
 
-    asked = Asked(given.get("--prompt"), given.get("-n", 8), has_task)
+    asked = SampleRequest(given.get("--prompt"), given.get("-n", 8), has_task)
     if "--benchmark" in given:
         benchmark_rollouts(cfg)
     elif "--out" in given:
@@ -242,25 +242,6 @@ def sample(target: str, args: list[str]) -> int:
     else:
         sample_prompt(cfg, asked)
     return 0
-
-
-def _check_out(given: Mapping[str, Any]) -> None:
-    """Raise UserError if `jaxrl sample` cannot write `--out`, or has options that do not go together."""
-    if "--out" not in given:
-        if alone := [name for name in ("--prompts", "--split") if name in given]:
-            raise UserError(
-                f"{alone[0]}: got it without --out, want --out FILE: only a file has the responses to many prompts"
-            )
-        return
-    if wrong := [name for name in ("--prompts", "--split") if name in given and "--prompt" in given]:
-        raise UserError(
-            f"{wrong[0]}: got it with --prompt, want one of the two: a prompt of its own, or those of the task"
-        )
-    if "--benchmark" in given:
-        raise UserError("--benchmark: got it with --out, want one of the two: a benchmark writes no responses")
-    from jaxrl_llm.tasks.trajectory_writer import check_target
-
-    check_target(Path(given["--out"]), "--out")
 
 
 def evaluate(target: str, args: list[str]) -> int:

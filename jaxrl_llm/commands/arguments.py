@@ -1,6 +1,7 @@
 """Options of a command itself, as `-n 4`, `--out DIR` and `--json`, apart from the flags of the config."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxrl_llm.errors import UserError
@@ -111,3 +112,22 @@ def _shown(value: str) -> str:
     if not value:
         return "nothing"
     return value if len(value) <= MAX_SHOWN else f"{value[:MAX_SHOWN]}..."
+
+
+def check_out(given: Mapping[str, Any]) -> None:
+    """Raise UserError if `jaxrl sample` cannot write `--out`, or has options that do not go together."""
+    if "--out" not in given:
+        if alone := [name for name in ("--prompts", "--split") if name in given]:
+            raise UserError(
+                f"{alone[0]}: got it without --out, want --out FILE: only a file has the responses to many prompts"
+            )
+        return
+    if wrong := [name for name in ("--prompts", "--split") if name in given and "--prompt" in given]:
+        raise UserError(
+            f"{wrong[0]}: got it with --prompt, want one of the two: a prompt of its own, or those of the task"
+        )
+    if "--benchmark" in given:
+        raise UserError("--benchmark: got it with --out, want one of the two: a benchmark writes no responses")
+    from jaxrl_llm.tasks.trajectory_writer import check_target
+
+    check_target(Path(given["--out"]), "--out")

@@ -35,7 +35,7 @@ PROMPTS_AT_ONCE, PROMPTS_PER_WRITE = 64, 1024
 """Prompts in a batch, and prompts whose responses are sampled before they are written."""
 
 
-class Asked(NamedTuple):
+class SampleRequest(NamedTuple):
     text: str | None
     """The prompt; None: those of the task."""
     samples: int
@@ -44,7 +44,7 @@ class Asked(NamedTuple):
     """False if the target is a model by itself; then only the prompt is read."""
 
 
-def sample_prompt(cfg: RunConfig, asked: Asked) -> None:
+def sample_prompt(cfg: RunConfig, asked: SampleRequest) -> None:
     """Print responses to one prompt, by default the first held-out one of the task: tokens with log-prob and entropy, and the
     reward if the answer is known."""
     setup = _prepare(cfg, asked, 1, partial(_task_of_prompt, asked=asked))
@@ -61,7 +61,7 @@ def sample_prompt(cfg: RunConfig, asked: Asked) -> None:
         print(_line(task, groups.rollouts, b, float(reward[b])))
 
 
-def sample_to_file(cfg: RunConfig, asked: Asked, out: Path, split: str, most: int | None) -> str:
+def sample_to_file(cfg: RunConfig, asked: SampleRequest, out: Path, split: str, most: int | None) -> str:
     """Write graded responses to a trajectory file. Returns what was written, in words.
 
     Args:
@@ -92,7 +92,9 @@ def sample_to_file(cfg: RunConfig, asked: Asked, out: Path, split: str, most: in
     return f"{num:,} responses to {len(rows):,} prompts{score}: {out}"
 
 
-def _prepare(cfg: RunConfig, asked: Asked, prompts: int, read_task: Callable[..., Task] | None) -> SamplingSetup:
+def _prepare(
+    cfg: RunConfig, asked: SampleRequest, prompts: int, read_task: Callable[..., Task] | None
+) -> SamplingSetup:
     """Setup with batches of this many prompts. `read_task`: see `inputs.read`."""
     shaped = with_batch(cfg, prompts, asked.samples)
     return prepare_sampling(shaped, inputs.read(shaped, asked=read_task))
@@ -118,7 +120,7 @@ def _without_grades(rollouts: Rollouts) -> Groups:
     return groups.replace(reward=unknown, components=unknown[:, None])
 
 
-def _task_of_prompt(cfg: RunConfig, asked: Asked) -> Task:
+def _task_of_prompt(cfg: RunConfig, asked: SampleRequest) -> Task:
     """The task with the given prompt as its only held-out one, which may be longer than the task's own prompts."""
     task = inputs.read_task(cfg) if asked.has_task else Task((), (), load_tokenizer(cfg.tokenizer))
     if (text := asked.text) is None:

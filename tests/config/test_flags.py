@@ -317,7 +317,7 @@ def test_the_last_of_two_flags_counts_and_a_part_overrides_its_section(tmp_path)
         (["--resum", "--zzz=1"], ["--resum: no such flag, perhaps you meant --resume", "--zzz: no such flag"]),
         (["--update.optimizer", "{lrr: 1}"], ["--update.optimizer.lrr: no such key, perhaps you meant --update.optimizer.lr"]),
         (["--update.optimizer.clip_rms", "1"], ["--update.optimizer.clip_rms: no such key with kind adamw, only with adafactor"]),
-        (["--task.kind", "fil"], ["--task.kind: got 'fil', want one of arithmetic, file, reasoning_gym; perhaps you meant file"]),
+        (["--task.kind", "fil"], ["--task.kind: got 'fil', want one of arithmetic, file, reasoning_gym, rollouts; perhaps you meant file"]),
         (["--task.kind", "file"], ["--task.path: got nothing, want a value"]),
         (["--rollout.stop", "ab"], ["--rollout.stop: got 'ab', want a list, as [a, b]"]),
         (["--lora.targets.9", "q"], ["--lora.targets.9: got entry 9 of a list that has 7, want 7 at most: entries count from 0"]),

@@ -86,7 +86,7 @@ def test_error_messages(refuse, text, lines):
 
 def test_an_unknown_kind_lists_the_known_ones(refuse):
     assert refuse("task: {kind: arithmatic}") == [
-        "task.kind: got 'arithmatic', want one of arithmetic, file, reasoning_gym; perhaps you meant arithmetic"
+        "task.kind: got 'arithmatic', want one of arithmetic, file, reasoning_gym, rollouts; perhaps you meant arithmetic"
     ]
     assert refuse("task: {terms: 2}") == ["task.kind: got nothing, want one of arithmetic, file, reasoning_gym"]
     assert refuse("update: {optimizer: {kind: 3}}") == [
