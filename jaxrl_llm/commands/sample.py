@@ -81,7 +81,8 @@ def sample_to_file(cfg: RunConfig, asked: SampleRequest, out: Path, split: str, 
     memory_check.check(setup.blueprint, min(len(rows), PROMPTS_PER_WRITE), trains=False)
     num, right, graded = 0, 0, not alone or bool(rows[0].answer)
     with writing(out) if jax.process_index() == 0 else nullcontext(lambda records: None) as write:
-        with _sampler(setup, load_policy(setup), graded) as sample:
+        loaded = load_policy(setup)
+        with _sampler(setup, loaded, graded) as sample:
             for first in range(0, len(rows), PROMPTS_PER_WRITE):
                 index = np.arange(first, min(first + PROMPTS_PER_WRITE, len(rows)))
                 with shown_on_stderr(f"sampling {asked.samples} responses to each of {len(rows):,} prompts"):
@@ -89,7 +90,7 @@ def sample_to_file(cfg: RunConfig, asked: SampleRequest, out: Path, split: str, 
                 write(records := trajectory_rows(task, rows, groups))
                 num, right = num + len(records), right + sum(record["success"] is True for record in records)
     score = f", {right / num:.1%} of them right" if graded else ""
-    return f"{num:,} responses to {len(rows):,} prompts{score}: {out}"
+    return f"{num:,} responses to {len(rows):,} prompts from {loaded.name}{score}: {out}"
 
 
 def _prepare(

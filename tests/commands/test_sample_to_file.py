@@ -47,13 +47,14 @@ def place(tmp_path_factory):
 
 @pytest.mark.slow
 def test_responses_of_a_run_are_a_task_of_another(place, capsys, tmp_path):
-    """All 84 training prompts, 4 responses each: those that begin with a digit below 3 cannot be graded. The right ones are
-    learned by `sft`, then `train` goes on with their prompts."""
+    """All 84 training prompts, 4 responses each; those that begin with a digit below 3 cannot be graded. The right ones are learned
+    by `sft`, and `train` continues with their prompts."""
     out = tmp_path / "deep" / "rollouts.jsonl"
     said = jaxrl(capsys, "sample", place / "run", "--out", out, "-n", 4)
     rows = [record.columns for record in read(out, "")]
     right = sum(row["success"] is True for row in rows)
-    assert said == f"336 responses to 84 prompts, {right / 336:.1%} of them right: {out}\n" and 50 < right < 330
+    assert said == f"336 responses to 84 prompts from step 42 of {place}/run, {right / 336:.1%} of them right: {out}\n"
+    assert 50 < right < 330
     task = inputs.read_task(loading.load(place / "c.yaml"))
     assert [rows[4 * i + g]["prompt"] for i in range(84) for g in range(4)] == [
         row.prompt for row in task.train for _ in range(4)
@@ -90,7 +91,7 @@ def test_both_formats_of_one_policy_hold_the_same(place, capsys, tmp_path):
     for suffix in ("jsonl", "parquet"):
         out = tmp_path / f"x.{suffix}"
         said = jaxrl(capsys, "sample", place / "run", "--out", out, "-n", 4, "--prompts", 5, "--split", "held_out")
-        assert said.startswith("20 responses to 5 prompts, ")
+        assert said.startswith(f"20 responses to 5 prompts from step 42 of {place}/run, ")
     task = inputs.read_task(loading.load(place / "c.yaml"))
     one, other = (read_trajectories(tmp_path / f"x.{suffix}", task) for suffix in ("jsonl", "parquet"))
     for x, y in zip(
@@ -107,7 +108,7 @@ def test_both_formats_of_one_policy_hold_the_same(place, capsys, tmp_path):
 def test_a_model_by_itself_and_a_prompt_without_an_answer(model, capsys, tmp_path):  # noqa: F811
     flags = ["--rollout.max-new-tokens", "5", "--model.compute", "float32"]
     said = jaxrl(capsys, "sample", model, "--prompt", QUESTION, "-n", 2, "--out", tmp_path / "x.jsonl", *flags)
-    assert said == f"2 responses to 1 prompts: {tmp_path}/x.jsonl\n"
+    assert said == f"2 responses to 1 prompts from {model}: {tmp_path}/x.jsonl\n"
     first, second = (record.columns for record in read(tmp_path / "x.jsonl", ""))
     assert first["prompt"].endswith(f"{QUESTION}\nassistant\n") and first["reward"] is None and first["success"] is None
     assert first["prompt_ids"] == second["prompt_ids"] and first["version"] == 0

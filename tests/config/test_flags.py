@@ -21,6 +21,7 @@ from jaxrl_llm.tasks.config import ArithmeticTask, CharacterTokenizer, FileTask,
 from jaxrl_llm.update.optimizer.config import AdamW, GroupConfig, Lion, Muon
 
 ROOT = Path(__file__).parents[2]
+TASKS = "arithmetic, file, reasoning_gym, rollouts"
 # Values to set: the first that the type accepts and that is not the default. Some are text that YAML reads as something else.
 CANDIDATES = (
     3, 7, 2, 0, 0.5, 0.25, 1.5, True, False, "a: b, 007", "{question} [1]", "a.*", {"a": {"b": 1}},
@@ -317,7 +318,7 @@ def test_the_last_of_two_flags_counts_and_a_part_overrides_its_section(tmp_path)
         (["--resum", "--zzz=1"], ["--resum: no such flag, perhaps you meant --resume", "--zzz: no such flag"]),
         (["--update.optimizer", "{lrr: 1}"], ["--update.optimizer.lrr: no such key, perhaps you meant --update.optimizer.lr"]),
         (["--update.optimizer.clip_rms", "1"], ["--update.optimizer.clip_rms: no such key with kind adamw, only with adafactor"]),
-        (["--task.kind", "fil"], ["--task.kind: got 'fil', want one of arithmetic, file, reasoning_gym, rollouts; perhaps you meant file"]),
+        (["--task.kind", "fil"], [f"--task.kind: got 'fil', want one of {TASKS}; perhaps you meant file"]),
         (["--task.kind", "file"], ["--task.path: got nothing, want a value"]),
         (["--rollout.stop", "ab"], ["--rollout.stop: got 'ab', want a list, as [a, b]"]),
         (["--lora.targets.9", "q"], ["--lora.targets.9: got entry 9 of a list that has 7, want 7 at most: entries count from 0"]),

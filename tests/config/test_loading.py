@@ -88,7 +88,9 @@ def test_an_unknown_kind_lists_the_known_ones(refuse):
     assert refuse("task: {kind: arithmatic}") == [
         "task.kind: got 'arithmatic', want one of arithmetic, file, reasoning_gym, rollouts; perhaps you meant arithmetic"
     ]
-    assert refuse("task: {terms: 2}") == ["task.kind: got nothing, want one of arithmetic, file, reasoning_gym"]
+    assert refuse("task: {terms: 2}") == [
+        "task.kind: got nothing, want one of arithmetic, file, reasoning_gym, rollouts"
+    ]
     assert refuse("update: {optimizer: {kind: 3}}") == [
         "update.optimizer.kind: got 3, want one of adamw, adafactor, lion, muon"
     ]
