@@ -6,6 +6,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizer_setup import save_tokenizer
 
 from jaxrl_llm.errors import UserError
@@ -156,3 +158,23 @@ def test_what_a_float32_is_read_back_from(tmp_path):
         write_rows([row])
     assert '"logprobs": [-1.00000012, -1.0, -1.40129846e-45, -3.40282347e+38]' in (tmp_path / "x.jsonl").read_text()
     assert trajectories.read(tmp_path / "x.jsonl", DIGITS)[0].logprobs.tobytes() == x.astype(np.float32).tobytes()
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*trajectories.COLUMNS, "messages"]), VALUES, max_size=4), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_anything_is_read_or_refused_in_words(tmp_path_factory, columns, has_ids):
+    path = tmp_path_factory.mktemp("any") / "x.jsonl"
+    path.write_text(json.dumps((ROW if has_ids else {}) | columns) + "\n")
+    try:
+        (found,) = trajectories.read(path, DIGITS)
+    except UserError as error:
+        assert "x.jsonl" in str(error) and "want" in str(error)
+    else:
+        assert len(found.ids) == len(found.sampled) == len(found.version) > 0 and found.prompt_ids.max() < DIGITS.size
