@@ -23,7 +23,11 @@ def read_rows(cfg: RolloutsTask, tokenizer: Tokenizer, seed: int) -> tuple[tuple
     Raises:
         UserError: bad data, with file and line; or nothing is left to learn.
     """
-    learned = _kept(cfg, trajectories.read(Path(cfg.path), tokenizer))
+    try:
+        found = trajectories.read(Path(cfg.path), tokenizer)
+    except UserError as error:
+        raise UserError(f"task.path: {error}") from None
+    learned = _kept(cfg, found)
     forced = "got tokens that no policy sampled, want none: they would be learned too"
     refuse([f"{t.where}: {forced}" for t in learned if not t.sampled.all()])
     rows = [_row(t, tokenizer) for t in learned]

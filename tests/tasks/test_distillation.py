@@ -115,6 +115,7 @@ def test_texts_of_others_are_learned_too(tmp_path):
 @pytest.mark.parametrize(
     "rows, fields, message",
     [
+        ([ROWS[0], {}], {}, r"task.path: .*rollouts.jsonl:2: got token ids without the column tokenizer"),
         (ROWS[3:4], {}, r"task.keep: got success, and none of the 1 responses in .* is one, want keep: all or another file"),
         ([{"prompt": "1", "completion": "2"}], {}, r"task.keep: got success, and .* has no column success, want keep: all"),
         ([response(1, "1#", sampled=[True, False])], {}, r"rollouts.jsonl:1: got tokens that no policy sampled, want none"),
