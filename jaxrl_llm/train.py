@@ -26,6 +26,7 @@ from jaxrl_llm.roles import build, inputs, memory_check
 from jaxrl_llm.roles.blueprint import Blueprint, blueprint_of
 from jaxrl_llm.roles.collector import Collected, Collector, GivenUp
 from jaxrl_llm.roles.evaluator import Evaluator
+from jaxrl_llm.roles.first_groups import first_groups
 from jaxrl_llm.roles.inputs import Inputs
 from jaxrl_llm.roles.learner import Learner
 from jaxrl_llm.roles.rates import describe_rates
@@ -149,8 +150,7 @@ def step(learner: Learner, source: Sampler, state: RunState, policy: Policy, rng
 
 
 def sft(cfg: RunConfig, must_resume: bool = False, given: Inputs | None = None, ends_process: bool = False) -> Result:
-    """Supervised training alone, the config's `warm_start`; `train` may continue from it. Arguments, result and errors as in
-    `train`."""
+    """Supervised training alone, as `warm_start` says; `train` may continue from it. All else is as in `train`."""
     with open_run(dataclasses.replace(cfg, steps=0), must_resume, given, ends_process, full=cfg) as run:
         state = resume(run)
         if isinstance(state, RunState):
@@ -261,7 +261,8 @@ def start(run: Run) -> tuple[RunState, Policy, dict[str, Any]]:
         params, nonfinite = trained.train.params, trained.guards.nonfinite
     else:
         params, metrics = new_params(run), {"phase": "rl"}
-    state = start_rl(run.blueprint, run.learner, run.source.state, params, run.keys.train)
+    stored = partial(first_groups, run.blueprint, run.task, context.pool)
+    state = start_rl(run.blueprint, run.learner, run.source.state, params, run.keys.train, stored)
     # Supervised updates count too: the newest sound state may be the one before the non-finite ones among them.
     state = state._replace(guards=state.guards._replace(nonfinite=nonfinite))
     policy = first_policy(run, state.train)
@@ -277,8 +278,7 @@ def start(run: Run) -> tuple[RunState, Policy, dict[str, Any]]:
 
 
 def supervise(run: Run, state: SupervisedState | None) -> tuple[SupervisedState, dict[str, Any]]:
-    """Supervised training to its last step, from `state` or from new parameters. Returns the last step's metrics unrecorded, so
-    that the evaluation can join them; {} if no step was left."""
+    """Supervised training to its last step, from `state` or new parameters. Returns its metrics, unrecorded; {} without one."""
     cfg, context, metrics = run.blueprint.cfg, run.context, {}
     supervised = build.make_supervised(run.blueprint, run.task)
     if state is None:

@@ -123,6 +123,7 @@ def with_absolute_paths(cfg: RunConfig, absolute: Callable[[str], str] = os.path
         task=changed(cfg.task, "path", "held_out_path"),
         tokenizer=changed(cfg.tokenizer, "path", must_exist=True),
         model=changed(cfg.model, "path", must_exist=True),
+        experience=dataclasses.replace(cfg.experience, replay=changed(cfg.experience.replay, "start")),
         objective=dataclasses.replace(
             cfg.objective, reference=changed(cfg.objective.reference, "path", must_exist=True)
         ),

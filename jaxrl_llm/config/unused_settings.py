@@ -42,7 +42,8 @@ CONDITIONS = (
     Condition(
         "experience.replay.memory_mib experience.replay.max_age experience.replay.max_uses "
         "experience.replay.groups experience.replay.join experience.replay.correction experience.replay.min_success "
-        "experience.replay.retire_solved experience.replay.store_fresh experience.replay.replace_dropped objective.loss.shaping",
+        "experience.replay.retire_solved experience.replay.store_fresh experience.replay.start "
+        "experience.replay.replace_dropped objective.loss.shaping",
         lambda c: c.experience.replays,
         "experience.replay.capacity is 0",
     ),

@@ -74,6 +74,9 @@ class ReplayConfig:
     """Largest age of what comes back, in updates; 0: any."""
     max_uses: Annotated[int, Ge(0)] = 0
     """Steps that train on a group, at most, the one that sampled it included; 0: any number."""
+    start: str = ""
+    """File of responses that the buffer has when RL starts: of `jaxrl sample --out`, a run's rollouts.jsonl, or texts of others.
+    They are graded as fresh ones are, and as old as the first policy. Empty: none."""
     draw: DrawConfig = field(default_factory=UniformDraw)
     """Which groups of the buffer come back."""
     replace_dropped: bool = True

@@ -53,6 +53,21 @@ def make_replay(cfg: ReplayConfig | OwnReplay, pad: int = 0) -> Replay:
     return Replay(lambda blank: empty_buffer(cfg.capacity), partial(exchange, cfg=cfg, pad=pad))
 
 
+def filled(buffer: Buffer, groups: Groups, cfg: ReplayConfig, pad: int) -> Buffer:
+    """Return the buffer with groups that no step has trained on.
+
+    Raises:
+        UserError: they take more memory than the buffer may have.
+    """
+    packed = Packing(groups, pad).pack(groups)
+    if (size := sum(x.nbytes for x in packed) / MIB) > cfg.memory_mib:
+        raise UserError(
+            f"experience.replay.memory_mib: got {cfg.memory_mib:g}, want {size:,.3f} or more, the size of {cfg.start}"
+        )
+    buffer = added(buffer, groups, packed, cfg.memory_mib * MIB)
+    return buffer._replace(known=buffer.known._replace(uses=np.zeros_like(buffer.known.uses)))
+
+
 def _own_replay(cfg: OwnReplay) -> Replay:
     own, name = cfg.made(), f"experience.replay {cfg.function}"
 

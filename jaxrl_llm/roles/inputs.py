@@ -5,6 +5,7 @@ so that a wrong name is reported at once.
 import dataclasses
 from collections.abc import Callable
 from math import prod
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from jaxrl_llm.config import consistency
@@ -13,10 +14,11 @@ from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.environments.grader import Sample, unreadable_rows
 from jaxrl_llm.environments.grader import problems as grader_problems
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience.config import OVER_A_COLUMN
+from jaxrl_llm.experience.config import OVER_A_COLUMN, ReplayConfig
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.source import resolve
+from jaxrl_llm.tasks import trajectories
 from jaxrl_llm.tasks.rows import Row
 from jaxrl_llm.tasks.task import Task, load_task
 from jaxrl_llm.tasks.tokenizer import load_tokenizer, stop_problems
@@ -69,10 +71,30 @@ def read(cfg: RunConfig, trains: bool = False, asked: Callable[[RunConfig], Task
         found += consistency.training_problems(cfg)
         if task is not None and isinstance(cfg.experience.curriculum, OVER_A_COLUMN):
             found += cfg.experience.curriculum.misfits([row.columns for row in task.train])
+        if task is not None and (wrong := start_problem(cfg, task)):
+            missing.append(wrong)
         if cfg.warm_start.steps and task is not None and not task.has_targets:
             want = f"want the right response: warm_start.steps is {cfg.warm_start.steps}"
             found.append(f"task.response: got nothing, {want}")
     return Inputs(whole, task, tuple(missing), tuple(found))
+
+
+def start_problem(cfg: RunConfig, task: Task) -> str:
+    """Error about the file with which the replay's buffer starts; "" if it can be read, or there is none."""
+    replay = cfg.experience.replay
+    if not isinstance(replay, ReplayConfig) or not replay.start or not replay.capacity:
+        return ""
+    try:
+        found = trajectories.read(Path(replay.start), task.tokenizer)
+    except UserError as error:
+        return f"experience.replay.start: {error}"
+    bare = [t.where for t in found if t.logprobs is None]
+    if not bare or getattr(cfg.objective.loss, "shaping", None):
+        return ""
+    return (
+        f"experience.replay.start: {bare[0]}: got no logprobs in {len(bare)} of {len(found)} responses, want those of their tokens "
+        "as they were sampled; or objective.loss.shaping: 0.1, as if they had been sampled with probability 1"
+    )
 
 
 def _ungraded(row: Row) -> Sample:

@@ -1,5 +1,6 @@
 """Initial states of a run, and the abstract states that checkpoints are restored into."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience.replay import blank_groups
+from jaxrl_llm.experience.replay import blank_groups, filled
 from jaxrl_llm.metrics.guards import Guards
 from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
@@ -22,7 +23,7 @@ from jaxrl_llm.roles.blueprint import Blueprint, fresh_sizes, uses_of
 from jaxrl_llm.roles.learner import Learner
 from jaxrl_llm.roles.loaded_model import load_params
 from jaxrl_llm.roles.state import RunState, SupervisedState
-from jaxrl_llm.types import PyTree, TrainState
+from jaxrl_llm.types import Groups, PyTree, TrainState
 from jaxrl_llm.update.optimizer.state import abstract_state, make_init_state
 from jaxrl_llm.update.optimizer.transform import make_optimizer
 
@@ -38,7 +39,14 @@ def first_supervised(train: TrainState) -> SupervisedState:
     return SupervisedState(np.array(0), train, Guards())
 
 
-def start_rl(blueprint: Blueprint, learner: Learner, source: Any, params: PyTree, key: Key[Array, ""]) -> RunState:
+def start_rl(
+    blueprint: Blueprint,
+    learner: Learner,
+    source: Any,
+    params: PyTree,
+    key: Key[Array, ""],
+    stored: Callable[[int], Groups | None] = lambda version: None,
+) -> RunState:
     """State before the first RL step.
 
     Args:
@@ -46,6 +54,7 @@ def start_rl(blueprint: Blueprint, learner: Learner, source: Any, params: PyTree
         source: state of the source of groups.
         params: the policy's; donated. Zero-initialized adapters and an untrained critic are added to them.
         key: random key of the adapters' initial values.
+        stored: stored(version): groups with which the replay's buffer starts.
     """
     cfg, model, specs = blueprint.cfg, blueprint.model, blueprint.learner_specs
 
@@ -56,7 +65,11 @@ def start_rl(blueprint: Blueprint, learner: Learner, source: Any, params: PyTree
 
     start = make_init_state(specs, blueprint.optimizer, blueprint.train, with_adapters_and_critic)
     train = start(params, _updates(blueprint, cfg.warm_start.steps))
-    return first_state(blueprint, learner, source, train, _start_reference(blueprint, train.params))
+    state = first_state(blueprint, learner, source, train, _start_reference(blueprint, train.params))
+    groups = stored(int(train.step))
+    if groups is None:
+        return state
+    return state._replace(replay=filled(state.replay, groups, cfg.experience.replay, blueprint.vocab.pad))
 
 
 def first_state(
