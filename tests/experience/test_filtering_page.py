@@ -51,14 +51,15 @@ def test_every_rule_is_in_a_table_and_names_its_source(part, rule):
 
 
 def test_its_config_is_valid():
-    first, second, stages, third = (
+    first, second, stages, third, demonstrations = (
         validate(yaml.safe_load(block), "the page").experience
         for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
     )
     assert first.gate.kind == "greso" and first.refill.attempts == 10 and len(first.filter.filters) == 3
     assert second.curriculum.shares == {"easy": 1, "hard": 3}
     assert stages.curriculum.groups == 64 and [stage.problem for stage in stages.curriculum.stages] == [""] * 3
-    assert third.replay == config.ReplayConfig(512, 4096, 8, 4, config.RecencyDraw(), groups=16)
+    assert third.replay == config.ReplayConfig(512, 4096, 8, 4, draw=config.RecencyDraw(), groups=16)
+    assert demonstrations.replay.start and not demonstrations.replay.store_fresh and demonstrations.replay.join.swap
 
 
 def test_its_example_runs():
