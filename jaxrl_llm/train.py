@@ -355,7 +355,7 @@ def summary(run: Run, done: Step) -> dict[str, Any]:
         rates = describe_rates(run.engine, source.last.stats, run.blueprint, learned)
     return {
         "phase": "rl",
-        **describe(source.with_rejected(done.fresh), [grader.label for grader in cfg.reward.graders]),
+        **describe(source.with_rejected(done.fresh), [grader.label for grader in cfg.reward.graders], run.task),
         **source.metrics,
         **done.metrics,
         **replayed_rows(done.fresh, done.trained),

@@ -112,7 +112,7 @@ class Groups(flax.struct.PyTreeNode):
     reward: Float[ArrayLike, " B"]
     """Weighted sum of the components; NaN if grading the group failed, and in filler rows."""
     components: Float[ArrayLike, "B n"]
-    """Reward of each of the n graders, before weighting."""
+    """Reward of each of the n graders, before weighting; NaN also of graders that do not grade the row's task."""
     failure: Int[ArrayLike, " P"]
     """Why grading the group failed: a `Failure` of the grader workers; 0 if it did not."""
     failed_by: Int[ArrayLike, " P"]
@@ -124,7 +124,7 @@ class Groups(flax.struct.PyTreeNode):
     graders: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
     """Names of the graders, in the order of `components`."""
     threshold: float = flax.struct.field(pytree_node=False, default=1.0)
-    """Lowest reward by the first grader of a right response, as the evaluation counts them."""
+    """Lowest reward by the first grader of its task of a right response, as the evaluation counts them."""
     reused: Bool[ArrayLike, " B"] | None = None
     """Rows of an earlier step; None: there are none."""
     loss_weight: Float[ArrayLike, " B"] | None = None
@@ -133,7 +133,7 @@ class Groups(flax.struct.PyTreeNode):
     """Reward at the last token of each step, of graders without at the row's last; NaN elsewhere. None: no grader has steps."""
 
     def measure(self, by: str) -> Float[np.ndarray, " B"]:
-        """Return one number per row, f64, NaN where it could not be graded.
+        """Return one number per row, f64, NaN where it could not be graded, or is of a task that the named grader does not grade.
 
         Args:
             by: success, 1 for a right response and 0 for a wrong one; the name of a grader; or reward, the weighted sum of all.
@@ -144,7 +144,7 @@ class Groups(flax.struct.PyTreeNode):
         if by == "reward":
             return np.asarray(self.reward, np.float64)
         if by == "success":
-            first = self.components[:, 0]
+            first = np.take_along_axis(self.components, np.isnan(self.components).argmin(axis=1)[:, None], axis=1)[:, 0]
             # In the rewards' float32, as the evaluation compares: a reward of 0.7 is no less than 0.7.
             return np.where(np.isnan(first), np.nan, first >= np.float32(self.threshold))
         if by not in self.graders:

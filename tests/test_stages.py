@@ -19,8 +19,8 @@ BASE = """
 steps: {steps}
 model: {{vocab_size: 16, layers: 1, d_model: 32, heads: 8, kv_heads: 8, head_dim: 8, d_mlp: 64}}
 rollout: {{prompts: 8, samples: 4, max_new_tokens: 4, per_sample: {per_sample}}}
-task: {{kind: arithmetic, terms: 2, held_out: 60}}
-reward: {{workers: 1, grader: "stage_graders:first_is_low"}}
+task: {task}
+reward: {reward}
 objective: {{advantage: {{kind: rloo}}, baseline_over: {baseline}}}
 update: {{minibatches: 2, epochs: 2, packing: {{kind: shared_prefix}}, optimizer: {{lr: 3.0e-3}}}}
 evaluation: {{every: 6}}
@@ -52,8 +52,27 @@ STAGES = {
         " filter: {kind: no_repetition, ngram: 1}}"
     ),
 }
-OPTIONS = {"baseline": "sampled", "per_sample": "{}"}
-MORE = {"rounds": {"baseline": "kept", "per_sample": "{temperature: [1.5, 0.7, 1.0]}"}}
+SUMS = "{kind: arithmetic, terms: 2, held_out: 60}"
+OPTIONS = {
+    "baseline": "sampled",
+    "per_sample": "{}",
+    "task": SUMS,
+    "reward": '{workers: 1, grader: "stage_graders:first_is_low"}',
+}
+# A mixture whose tasks have graders and limits of their own.
+MIXTURE = (
+    f"[{{name: low, weight: 3, task: {SUMS}}}, {{name: short, max_new_tokens: 3, task: {SUMS}}}]",
+    '{workers: 1, graders: [{grader: "stage_graders:first_is_low", tasks: [low]},'
+    ' {grader: "stage_graders:first_is_high", tasks: [short]}, {grader: cut_off, tasks: [short], weight: 0.5}]}',
+)
+MORE = {
+    "rounds": {
+        "baseline": "kept",
+        "per_sample": "{temperature: [1.5, 0.7, 1.0]}",
+        "task": MIXTURE[0],
+        "reward": MIXTURE[1],
+    }
+}
 GRADERS = '''
 import numpy as np
 
@@ -61,6 +80,12 @@ import numpy as np
 def first_is_low(sample):
     """Right if the first character is one of 0 to 6."""
     return float(sample.completion[:1] in tuple("0123456"))
+
+
+def first_is_high(sample):
+    """The others; only rows of its task."""
+    assert sample.task == sample.columns["task"] == "short" and sample.num_tokens <= 3
+    return 1 - first_is_low(sample)
 
 
 def ended(groups):
@@ -152,6 +177,15 @@ def test_a_run_with_stages_does_what_they_say(undisturbed):
     for step, uid, _ in each:
         sizes[step, uid] += 1
     assert (len(set(sizes.values())) > 1) == (name != "refill")
+    if name == "rounds":
+        # Of 8 prompts 6 are of the task with three times the weight.
+        assert {(row["task/low/groups"], row["task/short/groups"]) for row in found} == {(0.75, 0.25)}
+        assert all("rewards/cut_off/raised" in row and not row["rewards/first_is_high/raised"] for row in found)
+        assert max(row["task/short/mean_length"] for row in found) <= 3 < max(len(row["ids"]) for row in logged)
+        assert {len(row["ids"]) for row in logged if row["task"] == "short"} <= {1, 2, 3}
+        assert {row["task"] for row in logged if len(row["ids"]) > 3} == {"low"}
+        both = found[-1]["eval/low/pass@1"], found[-1]["eval/short/pass@1"]
+        assert sum(both) / 2 == pytest.approx(found[-1]["eval/pass@1"])
 
 
 @pytest.mark.slow
@@ -217,7 +251,9 @@ IDENTITIES = {
         "budget": {"kind": "rounds", "per_round": 4, "rounds": 1},
     },
     "refill": {"refill": {"filter": {"kind": "between"}}},
+    "a mixture of one task": {},
 }
+OF_ONE = {"a mixture of one task": {"task": f"[{{name: one, weight: 1, task: {SUMS}}}]"}}
 
 
 @pytest.fixture(scope="module")
@@ -225,11 +261,11 @@ def plain(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("plain"), {"filter": "none"})
 
 
-def trained(directory, experience: dict):
+def trained(directory, experience: dict, **options):
     (directory / "stage_graders.py").write_text(GRADERS)
     with pytest.MonkeyPatch.context() as patched:
         patched.syspath_prepend(str(directory))
-        text = BASE.format(steps=2, experience=json.dumps(experience), **OPTIONS)
+        text = BASE.format(steps=2, experience=json.dumps(experience), **OPTIONS | options)
         (directory / "c.yaml").write_text(text)
         cfg = loading.load(
             directory / "c.yaml", ["--run_dir", str(directory / "run"), "--mesh.fsdp", "4", "--mesh.tensor", "2"]
@@ -242,8 +278,9 @@ def trained(directory, experience: dict):
 @pytest.mark.parametrize("name", IDENTITIES)
 def test_a_stage_at_its_identity_changes_no_bit(plain, tmp_path, name):
     experience = {"filter": "none"} | IDENTITIES[name]
-    got = trained(tmp_path, experience)
-    assert (got / "rollouts.jsonl").read_text() == (plain / "rollouts.jsonl").read_text()
+    got = trained(tmp_path, experience, **OF_ONE.get(name, {}))
+    logged = (got / "rollouts.jsonl").read_text().replace('"task": "one", ', "")
+    assert logged == (plain / "rollouts.jsonl").read_text()
     want, found = final_fingerprints(plain), final_fingerprints(got)
     of_train = [path for path in want if "train" in path or "reference" in path]
     assert len(of_train) > 20 and {path: found[path] for path in of_train} == {path: want[path] for path in of_train}

@@ -6,12 +6,11 @@ import numpy as np
 
 from jaxrl_llm.commands.loaded_policy import load_policy, prepare_sampling
 from jaxrl_llm.config.run_config import RunConfig
-from jaxrl_llm.experience.curricula import make_order
 from jaxrl_llm.model.params import count
 from jaxrl_llm.roles import memory_check
-from jaxrl_llm.roles.build import make_keys
+from jaxrl_llm.roles.build import make_keys, order_of
 from jaxrl_llm.roles.rates import sampler_rates
-from jaxrl_llm.tasks.stream import make_prompts
+from jaxrl_llm.tasks.stream import completion_limits, make_prompts
 
 
 def benchmark_rollouts(cfg: RunConfig, calls: int = 5) -> None:
@@ -24,15 +23,16 @@ def benchmark_rollouts(cfg: RunConfig, calls: int = 5) -> None:
     blueprint, engine, train_rows = setup.blueprint, setup.engine, setup.task.train
     memory_check.check(blueprint, len(setup.task.held_out), trains=False)
     loaded, key = load_policy(setup), make_keys(cfg.seed).train
-    order, places = make_order(len(train_rows), cfg.seed), np.arange(cfg.rollout.prompts)
+    order, places = order_of(setup.task, cfg.seed), np.arange(cfg.rollout.prompts)
     prompts = make_prompts(setup.task, train_rows, np.array([order(p) for p in places]), places)
+    limit = completion_limits(train_rows, prompts.row, cfg.rollout.max_new_tokens)
     start = time.perf_counter()
     engine.warm(loaded.policy, cfg.rollout.prompts)
-    engine.generate(loaded.policy, prompts, key)
+    engine.generate(loaded.policy, prompts, key, limit=limit)
     first, rates, measured = time.perf_counter() - start, sampler_rates(engine), []
     for _ in range(calls):
         session = engine.session(loaded.policy, key)
-        session.add(prompts)
+        session.add(prompts, limit=limit)
         while session.pending:
             session.advance()
         measured.append(session.stats)

@@ -20,7 +20,8 @@ MAX_PROMPTS = 64
 
 
 def evaluate_target(cfg: RunConfig, k: int) -> dict[str, Any]:
-    """Return avg@k, pass@1 ... pass@k and maj@k over the held-out prompts, each an `Estimate` as a mapping.
+    """Return avg@k, pass@1 ... pass@k and maj@k over the held-out prompts, each an `Estimate` as a mapping; with a mixture the same
+    for each task, under `tasks`.
 
     `exact` is the mean probability of the right response, if the task has one and the target is a run.
 
@@ -44,14 +45,29 @@ def evaluate_target(cfg: RunConfig, k: int) -> dict[str, Any]:
         collect = Collector(setup.engine, pool, task)
         evaluator = make_evaluator(blueprint, task, collect, score, make_keys(cfg.seed).evaluation)
         with shown_on_stderr(f"evaluating {len(task.held_out)} held-out prompts"):
-            if loaded.params is not None and task.has_targets:
-                found["exact"] = float(np.mean(evaluator.probabilities(loaded.params)))
+            exact = np.full(len(task.held_out), np.nan)
+            if loaded.params is not None and any(task.targets_known.values()):
+                exact = evaluator.probabilities(loaded.params)
             (right, vote), _ = evaluator.answers(loaded.policy)
+    found |= _estimates(exact, right, vote)
+    if tasks := evaluator.rows_of_tasks():
+        found["tasks"] = {name: _estimates(exact[rows], right[rows], vote[rows]) for name, rows in tasks.items()}
+    return found
+
+
+def _estimates(exact: np.ndarray, right: np.ndarray, vote: np.ndarray) -> dict[str, Any]:
+    """The mean of the right responses' probabilities, if all are known, and estimates from k samples of each prompt, as mappings.
+
+    Args:
+        exact: probability of each prompt's right response; NaN: not known.
+        right, vote: as in `Answers`.
+    """
+    k = right.shape[1]
+    found: dict[str, Any] = {} if np.isnan(exact).any() else {"exact": float(np.mean(exact))}
     found[f"avg@{k}"] = _as_json(avg_at_k(right))
     for n in sorted({*(2**i for i in range(k.bit_length())), k}):
         found[f"pass@{n}"] = _as_json(pass_at_k(right, n))
-    found[f"maj@{k}"] = _as_json(maj_at_k(right, vote))
-    return found
+    return found | {f"maj@{k}": _as_json(maj_at_k(right, vote))}
 
 
 def _as_json(estimate: Estimate) -> dict[str, float | None]:

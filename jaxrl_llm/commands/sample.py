@@ -24,7 +24,7 @@ from jaxrl_llm.roles.build import make_keys
 from jaxrl_llm.roles.collector import Collector
 from jaxrl_llm.roles.stored_rollouts import trajectory_rows
 from jaxrl_llm.tasks.rows import Row
-from jaxrl_llm.tasks.stream import make_prompts
+from jaxrl_llm.tasks.stream import completion_limits, make_prompts
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.tasks.tokenizer import load_tokenizer
 from jaxrl_llm.tasks.trajectory_writer import writing
@@ -107,8 +107,13 @@ def _sampler(
 ) -> Iterator[Callable[[Prompts, Sequence[Row]], Groups]]:
     """A function of prompts and their rows that returns as many responses to each as the config says."""
     cfg, engine, key = setup.blueprint.cfg, setup.engine, make_keys(setup.blueprint.cfg.seed).evaluation
+
+    def generate(prompts: Prompts, rows: Sequence[Row]) -> Groups:
+        limit = completion_limits(rows, prompts.row, cfg.rollout.max_new_tokens)
+        return _without_grades(engine.generate(loaded.policy, prompts, key, limit=limit))
+
     if not graded:
-        yield lambda prompts, rows: _without_grades(engine.generate(loaded.policy, prompts, key))
+        yield generate
         return
     with GraderPool(cfg.reward) as pool:
         collect = Collector(engine, pool, setup.task, cfg.evaluation.threshold)

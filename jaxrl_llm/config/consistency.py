@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from jaxrl_llm.config import mixtures
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.config.unused_settings import unused_settings
 from jaxrl_llm.experience.config import (
@@ -102,7 +103,7 @@ def engine_problems(cfg: RunConfig, num_devices: int, axes: tuple[int, int, int]
 
 def training_problems(cfg: RunConfig) -> list[str]:
     """Errors about settings that sampling and evaluation can use but training cannot."""
-    found = []
+    found = mixtures.training_problems(cfg)
     if cfg.rollout.temperature == 0:
         found.append("rollout.temperature: got 0, want more: a policy that never explores learns nothing")
     graders = [grader.label for grader in cfg.reward.graders]
@@ -110,7 +111,8 @@ def training_problems(cfg: RunConfig) -> list[str]:
     found += step_refusals(cfg.objective, any(grader.step_end for grader in cfg.reward.graders))
     # Filters of the user's own are not checked against the objective.
     judged_by = cfg.experience.filter.by if isinstance(cfg.experience.filter, Signal) else ""
-    return found + refusals(cfg.objective, cfg.rollout.samples, cfg.update.packing.kind, judged_by, len(graders))
+    graders_of_task = mixtures.most_graders(cfg)
+    return found + refusals(cfg.objective, cfg.rollout.samples, cfg.update.packing.kind, judged_by, graders_of_task)
 
 
 def experience_problems(cfg: ExperienceConfig, graders: Sequence[str], prompts: int, samples: int) -> list[str]:
@@ -240,7 +242,7 @@ def budget_problems(budget: Any, prompts: int, samples: int) -> list[str]:
 
 def cautions(cfg: RunConfig) -> list[str]:
     """Warnings: settings that nothing reads, filters that keep everything, and filters by a sum."""
-    found, graders = unused_settings(cfg), len(cfg.reward.graders)
+    found, graders = unused_settings(cfg), mixtures.most_graders(cfg)
     for where, part in _parts(cfg.experience):
         if why := _why_every_row_is_kept(part, cfg):
             found.append(f"experience.{where}: keeps every response, those of groups without signal too: {why}")

@@ -18,7 +18,15 @@ from jaxrl_llm.model.config import LoraConfig, ModelConfig, PretrainedModel
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.parallel.config import MeshConfig
 from jaxrl_llm.rollout.config import RolloutConfig
-from jaxrl_llm.tasks.config import ArithmeticTask, CharacterTokenizer, PretrainedTokenizer, TaskConfig, TokenizerConfig
+from jaxrl_llm.tasks.config import (
+    ArithmeticTask,
+    CharacterTokenizer,
+    MixtureTask,
+    PretrainedTokenizer,
+    SingleTask,
+    TaskConfig,
+    TokenizerConfig,
+)
 from jaxrl_llm.update.config import UpdateConfig, WarmStartConfig
 
 Steps = Annotated[int, Ge(0)]
@@ -55,6 +63,7 @@ class RunConfig:
     steps: Steps = 100
     """Steps of RL, after the steps of the warm start."""
     task: TaskConfig = field(default_factory=ArithmeticTask)
+    """One task, or a list of tasks with weights: a mixture."""
     tokenizer: TokenizerConfig = field(default_factory=CharacterTokenizer)
     """Default: a pretrained model's own tokenizer, with its chat template; otherwise the characters of the arithmetic task."""
     model: Annotated[
@@ -108,6 +117,14 @@ def tokenizer_for(cfg: RunConfig, model_path: str) -> TokenizerConfig:
     return cfg.tokenizer
 
 
+def _each_task(task: SingleTask | MixtureTask, changed: Callable[[SingleTask], SingleTask]) -> SingleTask | MixtureTask:
+    """Return the task, or each task of a mixture, after a change."""
+    if not isinstance(task, MixtureTask):
+        return changed(task)
+    parts = (dataclasses.replace(part, task=changed(part.task)) for part in task.tasks)
+    return dataclasses.replace(task, tasks=tuple(parts))
+
+
 def with_absolute_paths(cfg: RunConfig, absolute: Callable[[str], str] = os.path.abspath) -> RunConfig:
     """Return the config with `absolute` applied to every path of a file or directory, so that it holds from any directory."""
 
@@ -120,7 +137,7 @@ def with_absolute_paths(cfg: RunConfig, absolute: Callable[[str], str] = os.path
     return dataclasses.replace(
         cfg,
         run_dir=absolute(cfg.run_dir),
-        task=changed(cfg.task, "path", "held_out_path"),
+        task=_each_task(cfg.task, lambda task: changed(task, "path", "held_out_path")),
         tokenizer=changed(cfg.tokenizer, "path", must_exist=True),
         model=changed(cfg.model, "path", must_exist=True),
         experience=dataclasses.replace(cfg.experience, replay=changed(cfg.experience.replay, "start")),

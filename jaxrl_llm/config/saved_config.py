@@ -65,11 +65,18 @@ def changes(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list
         full_name, old, new = f"{path}{name}", before.get(name), now.get(name)
         if full_name in MAY_CHANGE or old == new:
             continue
+        old, new = _by_index(old), _by_index(new)
         if isinstance(old, dict) and isinstance(new, dict):
             found += changes(old, new, f"{full_name}.")
         else:
             found.append(f"{full_name}: {old!r} -> {new!r}")
     return found
+
+
+def _by_index(value: Any) -> Any:
+    """Return a list of sections as a mapping; anything else as it is."""
+    is_list = isinstance(value, list | tuple) and bool(value) and all(isinstance(part, dict) for part in value)
+    return {str(i): part for i, part in enumerate(value)} if is_list else value
 
 
 def move_old_records(run_dir: Path, warn: bool) -> None:

@@ -30,11 +30,17 @@ class GraderConfig:
     """Options of the grader: fields of a built-in (docs/rewards.md), keyword arguments of a function."""
     step_end: str = ""
     """Text that ends each step of a response: the grader returns one number per step. Empty: one number per response."""
+    tasks: tuple[str, ...] = ()
+    """Names of the tasks of a mixture whose responses it grades. Empty: those of all tasks."""
 
     @property
     def label(self) -> str:
         """Name in use."""
         return self.name or self.grader.rpartition(":")[2] or self.grader
+
+    def grades(self, task: str) -> bool:
+        """Return whether it grades the responses of a task."""
+        return not self.tasks or task in self.tasks
 
     @model_validator(mode="before")
     @classmethod
@@ -64,7 +70,8 @@ class RewardConfig:
         if isinstance(value, str):
             return {"graders": [value]}
         if isinstance(value, dict) and "graders" not in value and "grader" in value:
-            one = {key: value[key] for key in ("grader", "weight", "name", "options", "step_end") if key in value}
+            names = ("grader", "weight", "name", "options", "step_end", "tasks")
+            one = {key: value[key] for key in names if key in value}
             rest = {key: value[key] for key in value if key not in one}
             return {"graders": [one["grader"] if len(one) == 1 else one], **rest}
         return value

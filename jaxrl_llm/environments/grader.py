@@ -38,6 +38,8 @@ class Sample(NamedTuple):
     """Tokens of the completion, end token included; None if not counted."""
     steps: tuple[str, ...] = ()
     """The completion, split behind each `step_end` of the grader; () for a grader without."""
+    task: str = ""
+    """Name of the row's task in a mixture; "" if there is one task only."""
 
 
 Grader = Callable[[Sample], float | Sequence[float]]
@@ -120,7 +122,8 @@ def unreadable_rows(config: "RewardConfig", rows: Sequence[tuple[str, Sample]]) 
             continue
         try:
             problem = make_grader(grader.grader, grader.options).problem
-            wrong = [(where, row, why) for where, row in rows if (why := problem(row))]
+            mine = [(where, row) for where, row in rows if grader.grades(row.task)]
+            wrong = [(where, row, why) for where, row in mine if (why := problem(row))]
         except Exception as error:
             found.append(
                 f'grader "{grader.label}": checking the rows with its `problem` failed: {type(error).__name__}: {error}'
@@ -129,7 +132,7 @@ def unreadable_rows(config: "RewardConfig", rows: Sequence[tuple[str, Sample]]) 
         for where, row, why in wrong[:MAX_ROWS_SHOWN]:
             found.append(f'{where or "a row"} ({row.prompt[:60]!r}): grader "{grader.label}": {why}')
         if wrong:
-            what = f'grader "{grader.label}" cannot grade {len(wrong)} of {len(rows)} rows'
+            what = f'grader "{grader.label}" cannot grade {len(wrong)} of {len(mine)} rows'
             found.append(f"{what}: fix or remove them, or choose another grader")
     return found
 

@@ -58,7 +58,7 @@ class Graded:
     """f32[P G], the weighted sum of the components; NaN in all of a group that failed, and beyond the end of one that is smaller
     than G, the largest group."""
     components: np.ndarray
-    """f32[n P G], reward per grader, before weights; NaN where `reward` is."""
+    """f32[n P G], reward per grader, before weights; NaN where `reward` is, and of a grader that does not grade the task."""
     failure: np.ndarray
     """i32[P], one `Failure` per group."""
     failed_by: np.ndarray
@@ -75,11 +75,11 @@ class Graded:
 def component_metrics(
     components: np.ndarray, graded: np.ndarray, failure: np.ndarray, failed_by: np.ndarray, names: Sequence[str]
 ) -> dict[str, float]:
-    """Return `rewards/<name>/mean` over the rows that were graded, absent if none was, and the number of groups lost to each
-    failure, `rewards/<name>/<failure>`.
+    """Return `rewards/<name>/mean` over the rows that the grader graded, absent if there is none, and the number of groups lost to
+    each failure, `rewards/<name>/<failure>`.
 
     Args:
-        components: f32[B n], reward per row and grader.
+        components: f32[B n], reward per row and grader; NaN of one that does not grade the row's task.
         graded: bool[B].
         failure: as in `Graded`.
         failed_by: as in `Graded`.
@@ -88,6 +88,7 @@ def component_metrics(
     found = {}
     for index, name in enumerate(names):
         rewards = components[graded, index]
+        rewards = rewards[~np.isnan(rewards)]
         if rewards.size:
             found[f"rewards/{name}/mean"] = float(rewards.mean(dtype=np.float64))
         lost = failure[failed_by == index]
@@ -124,7 +125,7 @@ class GraderPool:
             raise UserError("\n".join(found))
         self._config = config
         self.names = [grader.label for grader in config.graders]
-        graders = [GraderSetup(grader.grader, dict(grader.options), grader.step_end) for grader in config.graders]
+        graders = [GraderSetup(one.grader, dict(one.options), one.step_end, one.tasks) for one in config.graders]
         self.has_steps = any(grader.step_end for grader in graders)
         self._setup = WorkerSetup(graders, config.memory_gib)
         self._num_failures: collections.Counter[tuple[int, Failure]] = collections.Counter()
@@ -199,7 +200,7 @@ class GraderPool:
         """Return the verdict, or a failure if the weighted sum of finite components, or of the steps, exceeds float32."""
         if verdict.failure:
             return verdict
-        weighted = self._weights()[:, None] * np.array(verdict.components, np.float64)
+        weighted = self._weights()[:, None] * np.array([x or [0.0] * len(group) for x in verdict.components])
         # Steps may end in one token, so that any of them may be added.
         of_steps = [sum(map(abs, earned.values())) for earned in self._earned(verdict, group)] if self.has_steps else 0
         if (np.maximum(np.abs(weighted.sum(axis=0)), of_steps) <= FLOAT32_MAX).all():
@@ -211,10 +212,12 @@ class GraderPool:
         size = max(map(len, groups), default=0)
         components = np.full((len(self.names), len(verdicts), size), np.nan, np.float64)
         for index, verdict in enumerate(verdicts):
-            if not verdict.failure:
-                components[:, index, : len(groups[index])] = verdict.components
+            for grader, rewards in enumerate(() if verdict.failure else verdict.components):
+                components[grader, index, : len(rewards)] = rewards
+        is_absent = np.isnan(components)
+        reward = np.einsum("n,npg->pg", self._weights(), np.where(is_absent, 0.0, components))
         return Graded(
-            reward=np.einsum("n,npg->pg", self._weights(), components).astype(np.float32),
+            reward=np.where(is_absent.all(axis=0), np.nan, reward).astype(np.float32),
             components=components.astype(np.float32),
             failure=np.array([verdict.failure for verdict in verdicts], np.int32),
             failed_by=np.array([verdict.grader for verdict in verdicts], np.int32),
@@ -230,6 +233,8 @@ class GraderPool:
         if verdict.failure:
             return found
         for index, (grader, weight) in enumerate(zip(self._setup.graders, self._weights().tolist(), strict=True)):
+            if not verdict.components[index]:
+                continue
             for place, (earned, sample) in enumerate(zip(found, group, strict=True)):
                 steps = grader.sample(sample).steps or (sample.completion,)
                 values = verdict.steps[index][place] if grader.step_end else [verdict.components[index][place]]

@@ -46,7 +46,7 @@ class Verdict(NamedTuple):
     """Rewards of a group; or its first failure, and the grader that caused it."""
 
     components: list[list[float]]
-    """[n G], reward per grader and sample, before weights; the mean of its steps."""
+    """[n G], reward per grader and sample, before weights; the mean of its steps. [] of a grader that does not grade the task."""
     votes: list[str]
     """[G], final answers; empty if no grader extracts them."""
     failure: Failure = Failure.NONE
@@ -70,6 +70,11 @@ class GraderSetup(NamedTuple):
     name: str
     options: Mapping[str, Any]
     step_end: str = ""
+    tasks: tuple[str, ...] = ()
+
+    def grades(self, group: Sequence[Sample]) -> bool:
+        """Return whether it grades the task of this group."""
+        return not self.tasks or any(sample.task in self.tasks for sample in group[:1])
 
     def sample(self, sample: Sample) -> Sample:
         """Return the sample as the grader gets it, with its steps."""
@@ -142,7 +147,7 @@ def decode(line: bytes, graders: Sequence[GraderSetup], group: Sequence[Sample])
     Raises:
         ValueError: the line is not a message of a worker.
     """
-    num_graders, size = len(graders), len(group)
+    num_graders = len(graders)
     try:
         message = json.loads(line)
     except RecursionError:
@@ -159,10 +164,8 @@ def decode(line: bytes, graders: Sequence[GraderSetup], group: Sequence[Sample])
     failure = Failure(verdict.failure)
     if failure and not 0 <= verdict.grader < num_graders:
         raise ValueError("no such grader")
-    full = [num_graders, *[size] * num_graders]
-    if not failure and (
-        [len(verdict.components), *map(len, verdict.components)] != full or len(verdict.votes) not in (0, size)
-    ):
+    full = [len(group) if grader.grades(group) else 0 for grader in graders]
+    if not failure and ([*map(len, verdict.components)] != full or len(verdict.votes) not in (0, len(group))):
         raise ValueError("wrong sizes")
     _check_steps(verdict, graders, group)
     if not all(map(_is_list_of_rewards, (*verdict.components, *(x for part in verdict.steps for x in part)))):
@@ -176,7 +179,10 @@ def _check_steps(verdict: Verdict, graders: Sequence[GraderSetup], group: Sequen
     parts = verdict.steps
     if not (_is_list_of(parts, list) and all(_is_list_of(part, list) for part in parts)):
         raise ValueError("wrong types")
-    want = [[len(grader.sample(sample).steps) for sample in group if grader.step_end] for grader in graders]
+    want = [
+        [len(grader.sample(sample).steps) for sample in group if grader.step_end and grader.grades(group)]
+        for grader in graders
+    ]
     if [[len(values) for values in part] for part in parts] != ([] if verdict.failure else want):
         raise ValueError("wrong sizes")
 
@@ -200,7 +206,8 @@ def grade_group(
     """Grade a group with each grader in turn.
 
     Args:
-        graders: the graders, with what they were made of; the first one with `extract` gives the votes.
+        graders: the graders, with what they were made of; of those that grade the group the first one with `extract` gives the
+            votes.
         group: samples of one prompt.
         send: called with the index of each grader but the first, before it runs.
         memory_gib: the limit, for messages.
@@ -208,16 +215,18 @@ def grade_group(
     Returns:
         The rewards and votes, or the first failure.
     """
-    components, votes, steps = [], [], []
-    voter = next((i for i, (grader, _) in enumerate(graders) if hasattr(grader, "extract")), -1)
-    for index, (grader, setup) in enumerate(graders):
+    components, votes, steps = [[] for _ in graders], [], [[] for _ in graders]
+    mine = [index for index, (_, setup) in enumerate(graders) if setup.grades(group)]
+    voter = next((index for index in mine if hasattr(graders[index][0], "extract")), -1)
+    for index in mine:
+        grader, setup = graders[index]
         if index:
             send(index)
         try:
             samples = [setup.sample(sample) for sample in group]
             values = step_values_of(grader, samples) if setup.step_end else []
-            steps.append(values)
-            components.append([math.fsum(x) / len(x) for x in values] if values else rewards_of(grader, samples))
+            steps[index] = values
+            components[index] = [math.fsum(x) / len(x) for x in values] if values else rewards_of(grader, samples)
             if index == voter:
                 votes = votes_of(grader, samples)
         except InvalidResult as error:

@@ -1,7 +1,9 @@
 """Curricula: which rows of the task are sampled next."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -114,6 +116,35 @@ def in_order(order: Order) -> Curriculum:
         return position + n, np.array([order(int(position) + i) for i in range(n)])
 
     return Curriculum(lambda num_rows: np.zeros((), np.int64), choose, lambda position, groups: position)
+
+
+def mixed_order(sizes: Sequence[int], weights: Sequence[float], seed: int) -> Order:
+    """Return the order of the rows of several tasks, those of each behind those of the one before. Each task has its weight's share
+    of the stream's first n positions, for every n, to within k positions for the k-th task; in the order of a task every row comes
+    once per epoch, reshuffled each epoch. A pure function of the seed; with one task it is `make_order`.
+
+    Args:
+        sizes: rows of each task.
+        weights: of each task, more than 0.
+        seed: of all tasks, each of which has its own order.
+    """
+    # The first task's order is that of the task alone.
+    seeds = [seed, *(int(np.random.SeedSequence((seed, k)).generate_state(1)[0]) for k in range(1, len(sizes)))]
+    orders = [make_order(size, own) for size, own in zip(sizes, seeds, strict=True)]
+    first = [0, *accumulate(sizes)]
+    # Of what earlier tasks leave. Exact, so that 0.7 and 0.3 give 7 and 3 of every ten positions.
+    exact = [Fraction(str(weight)) for weight in weights]
+    shares = [weight / sum(exact[k:]) for k, weight in enumerate(exact)]
+
+    def row(position: int) -> int:
+        for k, share in enumerate(shares):
+            taken = position * share.numerator // share.denominator
+            if (position + 1) * share.numerator // share.denominator > taken:
+                return first[k] + orders[k](taken)
+            position -= taken
+        raise AssertionError("the last task takes what is left")
+
+    return row
 
 
 def make_order(num_rows: int, seed: int) -> Order:

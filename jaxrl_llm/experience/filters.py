@@ -199,9 +199,10 @@ def _with_texts(function: Callable, texts_of: Callable[[Groups], list[str]]) -> 
 
 def has_signal(groups: Groups) -> Bool[np.ndarray, " B"]:
     """Return True for the rows of groups whose rewards differ. Raises UserError for a sum of several graders: see `Signal`."""
-    if groups.components.shape[1] > 1:
+    graders = (~np.isnan(groups.components)).sum(axis=1).max(initial=0)
+    if graders > 1:
         raise UserError(
-            f"has_signal: got rewards that are the sum of {groups.components.shape[1]} graders, want Signal(by=...) with the "
+            f"has_signal: got rewards that are the sum of {graders} graders, want Signal(by=...) with the "
             'grader that decides, "success", or "reward" for the sum: by it, groups stay in which every answer is wrong'
         )
     return Signal(by="reward")(groups)

@@ -19,7 +19,7 @@ class EstimatorInputs(NamedTuple):
 
     reward: Rows
     reward_components: Float[np.ndarray, "B n"]
-    """One reward per grader, before weights."""
+    """One reward per grader, before weights; NaN of graders that do not grade the row's task."""
     component_weights: Float[np.ndarray, " n"]
     groups: Grouping
     mask: Tokens

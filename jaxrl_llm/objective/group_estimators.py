@@ -233,7 +233,8 @@ class Gpg(Estimator):
 
 @dataclass(frozen=True)
 class Gdpo(Estimator):
-    """Each grader's rewards normalized per group as in `grpo`, their weighted sum whitened over the batch (GDPO)."""
+    """Each grader's rewards normalized per group as in `grpo`, their weighted sum whitened over the batch (GDPO). A grader that
+    does not grade a group's task adds nothing."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     kind: Literal["gdpo"] = "gdpo"
@@ -244,7 +245,8 @@ class Gdpo(Estimator):
         """Whitened with (A - mean) / (std + eps), std with n - 1."""
         groups = inputs.groups
         summed = centered(token_reward_sums(inputs), groups)
-        for weight, reward in zip(inputs.component_weights, inputs.reward_components.T, strict=True):
+        rewards = np.where(np.isnan(inputs.reward_components), 0.0, inputs.reward_components)
+        for weight, reward in zip(inputs.component_weights, rewards.T, strict=True):
             summed += weight * ratio(centered(reward, groups), deviation(reward, groups, 1) + self.eps)
         return AdvantageEstimate(whiten(summed, every(summed), 1, 0.0, self.eps))
 

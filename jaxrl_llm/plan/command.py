@@ -8,11 +8,12 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from jaxrl_llm.config.mixtures import parts_of
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.perf import chips
 from jaxrl_llm.perf.chips import Chip
-from jaxrl_llm.tasks.config import ArithmeticTask, CharacterTokenizer
+from jaxrl_llm.tasks.config import ArithmeticTask, CharacterTokenizer, SingleTask, TokenizerConfig
 
 if TYPE_CHECKING:
     import jax
@@ -67,17 +68,22 @@ def prompt_slots(cfg: RunConfig, target: Target) -> int:
     """Tokens of the longest prompt. Raises UserError if no setting gives it."""
     if target.prompt_tokens:
         return target.prompt_tokens
-    if isinstance(cfg.task, ArithmeticTask):
-        if not isinstance(cfg.tokenizer, CharacterTokenizer):
+    parts = parts_of(cfg)
+    return max(_slots_of(part.task, cfg.tokenizer) for part in parts) if parts else _slots_of(cfg.task, cfg.tokenizer)
+
+
+def _slots_of(task: SingleTask, tokenizer: TokenizerConfig) -> int:
+    if isinstance(task, ArithmeticTask):
+        if not isinstance(tokenizer, CharacterTokenizer):
             raise UserError("--prompt-tokens: got nothing, want the longest prompt: plan does not read this tokenizer")
         from jaxrl_llm.tasks.tokenizer import load_tokenizer
 
-        return len(load_tokenizer(cfg.tokenizer).prompt(cfg.task.prompt("9" * cfg.task.terms)))
-    if not cfg.task.max_prompt_tokens:
+        return len(load_tokenizer(tokenizer).prompt(task.prompt("9" * task.terms)))
+    if not task.max_prompt_tokens:
         raise UserError(
             "task.max_prompt_tokens: got 0, want the longest prompt, or --prompt-tokens N: plan reads no data"
         )
-    return cfg.task.max_prompt_tokens
+    return task.max_prompt_tokens
 
 
 def devices_of(target: Target) -> tuple[list["jax.Device"], Chip]:

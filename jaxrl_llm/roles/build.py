@@ -7,10 +7,11 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Key
 
+from jaxrl_llm.config.mixtures import grades_all, most_graders
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience.config import AutoFilter, OwnBudget, OwnGate
-from jaxrl_llm.experience.curricula import counted, make_order
+from jaxrl_llm.experience.config import AutoFilter, OwnBudget, OwnGate, Shuffled
+from jaxrl_llm.experience.curricula import Order, counted, in_order, mixed_order
 from jaxrl_llm.experience.filters import Filter, make_filter
 from jaxrl_llm.experience.group_filters import KeepAll, Signal
 from jaxrl_llm.experience.own_stages import own_budget, own_gate
@@ -60,11 +61,19 @@ def make_sampler(cfg: RunConfig, task: Task, collect: Callable[..., Collected], 
         key: random key of all sampled tokens.
     """
     curriculum = cfg.experience.curriculum.over([row.columns for row in task.train], cfg.seed)
+    if isinstance(cfg.experience.curriculum, Shuffled):
+        curriculum = in_order(order_of(task, cfg.seed))
     texts_of = lambda groups: task.decode(groups.rollouts.tokens, groups.rollouts.length)  # noqa: E731
     gate = cfg.experience.gate
     gate = own_gate(gate) if isinstance(gate, OwnGate) else gate
     stages = Stages(counted(curriculum), gate, asking_for(cfg, texts_of))
     return Sampler(task, stages, collect, key, cfg.seed)
+
+
+def order_of(task: Task, seed: int) -> Order:
+    """Order of a task's training rows: shuffled each epoch; the tasks of a mixture by weight."""
+    parts = task.parts.values()
+    return mixed_order([len(part.rows) for part in parts], [part.weight for part in parts], seed)
 
 
 def asking_for(cfg: RunConfig, texts_of: Callable[[Groups], list[str]]) -> Asking:
@@ -165,7 +174,7 @@ def make_supervised(blueprint: Blueprint, task: Task) -> Supervised:
         cfg=cfg.warm_start,
         task=task,
         # Not the order of the RL prompts.
-        order=make_order(len(task.train), cfg.seed + 1),
+        order=order_of(task, cfg.seed + 1),
         seed=cfg.seed,
         right=partial(right_responses, task, cfg.rollout.max_new_tokens, cfg.rollout.temperature),
         update=jit_update(blueprint.specs, CROSS_ENTROPY, optimizer, blueprint.scoring),
@@ -184,6 +193,7 @@ def filter_for(cfg: RunConfig, texts_of: Callable[[Groups], list[str]]) -> Filte
     """Filter that `experience.filter` names, `auto` resolved; `texts_of` as in `make_learner`."""
     chosen, graders = cfg.experience.filter, cfg.reward.graders
     if isinstance(chosen, AutoFilter):
-        by = "reward" if len(graders) == 1 else graders[0].label
-        chosen = Signal(by=by) if drops_equal_rewards(cfg.objective, len(graders)) else KeepAll()
+        several = most_graders(cfg)
+        by = "reward" if several == 1 else graders[0].label if grades_all(cfg, graders[0]) else "success"
+        chosen = Signal(by=by) if drops_equal_rewards(cfg.objective, several) else KeepAll()
     return make_filter(chosen, texts_of)

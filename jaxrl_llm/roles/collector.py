@@ -17,6 +17,7 @@ from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Controls
 from jaxrl_llm.rollout.session import Session, Stats
 from jaxrl_llm.tasks.rows import Row
+from jaxrl_llm.tasks.stream import completion_limits
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Groups, Policy, Prompts, Rollouts
 
@@ -101,7 +102,8 @@ class Collector:
 
         def add(asked: Asked, controls: Controls | None = None) -> None:
             group.extend(asked.group.tolist())
-            session.add(asked.prompts, asked.samples, controls, first_sample=asked.first_sample)
+            limit = completion_limits(rows, asked.prompts.row, self.engine.cfg.max_new_tokens)
+            session.add(asked.prompts, asked.samples, controls, limit, first_sample=asked.first_sample)
 
         if isinstance(asked, Prompts):
             add(ask(asked, self.engine.cfg.samples), self.engine.controls(len(asked.length)))

@@ -141,7 +141,8 @@ def samples_of(task: Task, rows: Sequence[Row], rollouts: Rollouts) -> list[list
     for b, p in enumerate(rollouts.prompt.tolist()):
         if p >= 0:
             row, finish = rows[rollouts.prompts.row[p]], Finish(rollouts.finish[b]).name.lower()
-            found[p].append(Sample(row.prompt, texts[b], row.answer, finish, row.columns, int(rollouts.length[b])))
+            num_tokens = int(rollouts.length[b])
+            found[p].append(Sample(row.prompt, texts[b], row.answer, finish, row.columns, num_tokens, task=row.task))
     return found
 
 

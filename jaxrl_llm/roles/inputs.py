@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from jaxrl_llm.config import consistency
+from jaxrl_llm.config import consistency, mixtures
 from jaxrl_llm.config.own_part import own_problems
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.environments.grader import Sample, unreadable_rows
@@ -19,9 +19,9 @@ from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.source import resolve
 from jaxrl_llm.tasks import trajectories
-from jaxrl_llm.tasks.rows import Row
+from jaxrl_llm.tasks.rows import Row, longest_target
 from jaxrl_llm.tasks.task import Task, load_task
-from jaxrl_llm.tasks.tokenizer import load_tokenizer, stop_problems
+from jaxrl_llm.tasks.tokenizer import stop_problems
 
 Read = TypeVar("Read")
 
@@ -47,7 +47,7 @@ class Inputs(NamedTuple):
 
 
 def read_task(cfg: RunConfig) -> Task:
-    return load_task(cfg.task, load_tokenizer(cfg.tokenizer), cfg.seed)
+    return load_task(cfg.task, cfg.tokenizer, cfg.seed)
 
 
 def read(cfg: RunConfig, trains: bool = False, asked: Callable[[RunConfig], Task] | None = None) -> Inputs:
@@ -64,7 +64,7 @@ def read(cfg: RunConfig, trains: bool = False, asked: Callable[[RunConfig], Task
     wrong_graders = grader_problems(cfg.reward)
     missing += [*wrong_graders, *own_problems(cfg)]
     whole = cfg if model is None else dataclasses.replace(cfg, model=model)
-    found = [] if task is None else task_problems(whole, task)
+    found = [*mixtures.problems(cfg), *([] if task is None else task_problems(whole, task))]
     if task is not None and asked is None and not wrong_graders:
         found += unreadable_rows(cfg.reward, [(row.where, _ungraded(row)) for row in (*task.train, *task.held_out)])
     if trains:
@@ -74,8 +74,10 @@ def read(cfg: RunConfig, trains: bool = False, asked: Callable[[RunConfig], Task
         if task is not None and (wrong := start_problem(cfg, task)):
             missing.append(wrong)
         if cfg.warm_start.steps and task is not None and not task.has_targets:
+            lacking = [name for name, known in task.targets_known.items() if name and not known]
+            where = f" for {', '.join(lacking)}" if lacking else ""
             want = f"want the right response: warm_start.steps is {cfg.warm_start.steps}"
-            found.append(f"task.response: got nothing, {want}")
+            found.append(f"task.response: got nothing{where}, {want}")
     return Inputs(whole, task, tuple(missing), tuple(found))
 
 
@@ -99,7 +101,7 @@ def start_problem(cfg: RunConfig, task: Task) -> str:
 
 def _ungraded(row: Row) -> Sample:
     """Sample of a row that has no response yet."""
-    return Sample(row.prompt, "", row.answer, "", row.columns)
+    return Sample(row.prompt, "", row.answer, "", row.columns, task=row.task)
 
 
 def refuse_graders(cfg: RunConfig) -> None:
@@ -134,6 +136,13 @@ def task_problems(cfg: RunConfig, task: Task) -> list[str]:
             f"rollout.max_new_tokens: got {cfg.rollout.max_new_tokens}, want at least the {task.target_slots} tokens of the "
             "longest right response"
         )
+    for index, part in enumerate(mixtures.parts_of(cfg)):
+        slots = longest_target(row for row in (*task.train, *task.held_out) if row.task == part.name)
+        if part.max_new_tokens and part.max_new_tokens < slots:
+            found.append(
+                f"task.tasks.{index}.max_new_tokens: got {part.max_new_tokens}, want at least the {slots} tokens of its longest "
+                "right response"
+            )
     return found + packing_problems(cfg, task.prompt_slots)
 
 

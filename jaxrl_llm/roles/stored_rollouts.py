@@ -44,6 +44,7 @@ def trajectory_rows(task: Task, rows: Sequence[Row], groups: Groups) -> list[dic
                 "prompt": asked[p],
                 "completion": texts[b],
                 **({"answer": rows[row].answer} if 0 <= row < len(rows) else {}),
+                **({"task": rows[row].task} if 0 <= row < len(rows) and rows[row].task else {}),
                 "prompt_ids": prompts.tokens[p, : prompts.length[p]].tolist(),
                 "ids": rollouts.tokens[b, :n].tolist(),
                 "logprobs": rollouts.behavior_logprobs[b, :n],

@@ -9,14 +9,21 @@ from jaxtyping import Float
 from jaxrl_llm.environments.grader_pool import Failure, component_metrics
 from jaxrl_llm.roles.stage_metrics import describe_stages
 from jaxrl_llm.roles.stored_rollouts import trajectory_rows
+from jaxrl_llm.roles.task_metrics import describe_tasks
 from jaxrl_llm.roles.updates import as_floats
 from jaxrl_llm.rollout.session import Stats
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Credit, Finish, Groups, select_groups
 
 
-def describe(groups: Groups, graders: Sequence[str]) -> dict[str, float]:
-    """Metrics of all groups that a step sampled, after the filter, most under TRL's names; a mean over nothing is absent."""
+def describe(groups: Groups, graders: Sequence[str], task: Task | None = None) -> dict[str, float]:
+    """Metrics of all groups that a step sampled, after the filter, most under TRL's names; a mean over nothing is absent.
+
+    Args:
+        groups: of the step.
+        graders: names of the graders.
+        task: whose training rows they are; a mixture has metrics per task too.
+    """
     rollouts, own = groups.rollouts, groups.rollouts.prompt >= 0
     graded = own & (groups.failure == Failure.NONE)[rollouts.prompt]
     reward, length = groups.reward[graded].astype(np.float64), rollouts.length[own]
@@ -41,7 +48,7 @@ def describe(groups: Groups, graders: Sequence[str]) -> dict[str, float]:
         metrics |= {"reward_std": np.mean(std), "frac_reward_zero_std": np.mean(np.equal(std, 0))}
     if groups.step_reward is not None and graded.any():
         metrics["rewards/steps"] = np.count_nonzero(~np.isnan(groups.step_reward[graded])) / np.count_nonzero(graded)
-    metrics |= describe_stages(groups)
+    metrics |= describe_stages(groups) | (describe_tasks(groups, task) if task else {})
     metrics |= component_metrics(groups.components, graded, groups.failure, groups.failed_by, graders)
     return as_floats(metrics)
 

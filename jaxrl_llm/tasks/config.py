@@ -1,12 +1,13 @@
 """Config of the task (where prompts and answers come from) and of the tokenizer."""
 
+import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Le
-from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
+from annotated_types import Ge, Gt, Le, MinLen
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 ARITHMETIC_ALPHABET = "0123456789+<> #"
@@ -162,4 +163,53 @@ class RolloutsTask:
     too_long: Literal["refuse", "drop"] = "refuse"
 
 
-TaskConfig = Annotated[ArithmeticTask | FileTask | ReasoningGymTask | RolloutsTask, Field(discriminator="kind")]
+SingleTask = ArithmeticTask | FileTask | ReasoningGymTask | RolloutsTask
+
+
+def check_task_name(name: str) -> str:
+    """Validate the name of a task in a mixture."""
+    if not re.fullmatch(r"[\w.-]+", name, re.ASCII):
+        want = "letters, digits, . _ and -: it is part of metric names"
+        raise PydanticCustomError("task_name", "{want}", {"want": want})
+    return name
+
+
+@dataclass(frozen=True)
+class TaskPart:
+    """One task of a mixture."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    name: Annotated[str, AfterValidator(check_task_name)]
+    """Name in metrics and in `reward.graders[i].tasks`, and the value of the column `task` in its rows."""
+    task: Annotated[SingleTask, Field(discriminator="kind")] = field(default_factory=ArithmeticTask)
+    """Rows, templates of prompt and answer, and held-out rows."""
+    weight: Annotated[float, Gt(0)] = 1.0
+    """Share of the prompts, relative to the other weights."""
+    max_new_tokens: Annotated[int, Ge(1)] | None = None
+    """Maximum completion tokens per row. None: that of `rollout`."""
+    system: str = ""
+    """System prompt of this task's prompts. Empty: that of `tokenizer`."""
+
+
+@dataclass(frozen=True)
+class MixtureTask:
+    """Several tasks, from which a step's prompts are drawn by weight. A bare list is a mixture of these tasks."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    tasks: Annotated[tuple[TaskPart, ...], MinLen(1)]
+    """The tasks, with distinct names."""
+    kind: Literal["mixture"] = "mixture"
+    listed: ClassVar[str] = "tasks"
+    """Field that a short form gives: `config.schema.types_as_written`."""
+
+    @staticmethod
+    def written_out(value: Any) -> Any:
+        """Expand the short form, a list of tasks."""
+        return {"kind": "mixture", "tasks": value} if isinstance(value, list | tuple) else value
+
+
+TaskConfig = Annotated[
+    Annotated[SingleTask | MixtureTask, Field(discriminator="kind")], BeforeValidator(MixtureTask.written_out)
+]

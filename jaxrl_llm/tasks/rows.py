@@ -48,6 +48,10 @@ class Row:
     """Names of special tokens in the row's data, which were encoded as text."""
     where: str = ""
     """File and line, for messages."""
+    task: str = ""
+    """Name of its task in a mixture; empty if there is one task only."""
+    max_new_tokens: int | None = None
+    """Maximum completion tokens; None: that of the rollouts."""
 
 
 @dataclass(frozen=True)
@@ -245,6 +249,11 @@ def exclude_prompts(rows: Sequence[Row], others: Sequence[Row], where: str) -> t
     if not left:
         raise UserError(f"{where}: every training prompt is also held out, want more distinct prompts")
     return left
+
+
+def longest_target(rows: Iterable[Row]) -> int:
+    """Return the tokens of the longest known response, end token included; 0 if none is known."""
+    return max((0 if row.target is None else len(row.target) for row in rows), default=0)
 
 
 def hash_rows(rows: Sequence[Row]) -> str:

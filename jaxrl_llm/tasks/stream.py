@@ -31,6 +31,11 @@ def make_prompts(task: Task, rows: tuple[Row, ...], index: np.ndarray, uid: np.n
     return Prompts(tokens=tokens, length=length, uid=np.asarray(uid, np.int32), row=np.asarray(index, np.int32))
 
 
+def completion_limits(rows: Sequence[Row], index: np.ndarray, most: int) -> np.ndarray:
+    """Return the maximum completion tokens of each row at `index`; `most` where the row's task has no limit of its own."""
+    return np.array([rows[i].max_new_tokens or most for i in index])
+
+
 def noisy_rows(task: Task, order: Callable[[int], int], positions: Iterable[int], noise: float, seed: int) -> list[Row]:
     """Return training rows for a deliberately imperfect warm start, a fraction of them with a wrong response.
 
@@ -41,7 +46,7 @@ def noisy_rows(task: Task, order: Callable[[int], int], positions: Iterable[int]
         task: Source of the rows and of the replacing responses.
         order: Row index at each position of the stream of rows.
         positions: Positions of the stream to return.
-        noise: Probability of replacing a row's response by that of a random row.
+        noise: Probability of replacing a row's response by that of a random row of the same task.
         seed: With the position, determines the noise.
     """
     rows = []
@@ -49,7 +54,8 @@ def noisy_rows(task: Task, order: Callable[[int], int], positions: Iterable[int]
         rng = np.random.default_rng((seed, position))
         row = task.train[order(position)]
         if rng.random() < noise:
-            other = task.train[rng.integers(len(task.train))]
+            own = task.parts[row.task].rows
+            other = task.train[own[rng.integers(len(own))]]
             row = dataclasses.replace(row, answer=other.answer, response=other.response, target=other.target)
         rows.append(row)
     return rows

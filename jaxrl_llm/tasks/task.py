@@ -3,10 +3,10 @@
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
@@ -18,16 +18,37 @@ from jaxrl_llm.tasks.config import (
     ArithmeticTask,
     CharacterTokenizer,
     FileTask,
+    MixtureTask,
     PretrainedTokenizer,
     ReasoningGymTask,
     RolloutsTask,
+    SingleTask,
+    TaskPart,
 )
-from jaxrl_llm.tasks.rows import Row, UntokenizedRow, exclude_prompts, fill_rows, hash_rows, limit_prompts, make_rows
+from jaxrl_llm.tasks.rows import (
+    Row,
+    UntokenizedRow,
+    exclude_prompts,
+    fill_rows,
+    hash_rows,
+    limit_prompts,
+    longest_target,
+    make_rows,
+)
 from jaxrl_llm.tasks.tokenizer import Tokenizer, load_tokenizer
 from jaxrl_llm.tasks.turns import as_turns, from_data
 
 log = logging.getLogger("jaxrl_llm.tasks")
 DIGITS = "0123456789"
+
+
+class Part(NamedTuple):
+    """One task's training rows in a mixture."""
+
+    rows: range
+    """Indices into `Task.train`."""
+    weight: float
+    """Share of the prompts, relative to the other weights."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -39,6 +60,8 @@ class Task:
     """Number of rows dropped because their prompt was too long, training and held-out together."""
     repeated: int = 0
     """Number of rows left out of training because their prompt is held out."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Weights of the tasks of a mixture, by name; the rows of each are neighbors. Empty: there is one task only."""
 
     @property
     def pad(self) -> int:
@@ -61,12 +84,26 @@ class Task:
     @cached_property
     def target_slots(self) -> int:
         """Tokens of the longest known response, end token and held-out rows included; 0 if none is known."""
-        return max(0 if row.target is None else len(row.target) for row in self.train + self.held_out)
+        return longest_target(self.train + self.held_out)
 
     @cached_property
     def has_targets(self) -> bool:
         """True if a correct response is known for every row, as supervised training and the exact evaluation need."""
-        return all(row.target is not None for row in self.train + self.held_out)
+        return all(self.targets_known.values())
+
+    @cached_property
+    def targets_known(self) -> dict[str, bool]:
+        """Whether a correct response is known for every row of each task; "" names a single one."""
+        known = {row.task: True for row in self.held_out + self.train}
+        return known | {row.task: False for row in self.train + self.held_out if row.target is None}
+
+    @cached_property
+    def parts(self) -> dict[str, Part]:
+        """Training rows of each task by name; those of a single task have the name ""."""
+        found, first = {}, 0
+        for name, rows in itertools.groupby(self.train, key=lambda row: row.task):
+            found[name] = Part(range(first, first := first + len(list(rows))), self.weights.get(name, 1.0))
+        return found
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
@@ -103,7 +140,7 @@ class Task:
 
 
 def load_task(
-    source: str | Path | ArithmeticTask | FileTask | ReasoningGymTask | RolloutsTask,
+    source: str | Path | SingleTask | MixtureTask,
     tokenizer: Tokenizer | CharacterTokenizer | PretrainedTokenizer,
     seed: int = 0,
     **fields: Any,
@@ -113,7 +150,7 @@ def load_task(
         task = rl.load_task("problems.jsonl", model.tokenizer, prompt="{question}", answer="{solution}", held_out=200)
 
     Args:
-        source: a .jsonl, .json or .parquet file or a saved dataset; or the config of a task.
+        source: a .jsonl, .json or .parquet file or a saved dataset; or the config of a task, or of a mixture of several.
         tokenizer: encodes prompts and responses; or its config.
         seed: chooses the held-out rows; also seeds generated tasks.
         fields: with a path, the other fields of `FileTask`.
@@ -121,6 +158,8 @@ def load_task(
     Raises:
         UserError: names file, line and reason, or every wrong field.
     """
+    if isinstance(source, MixtureTask) and not fields:
+        return _mixture(source, tokenizer, seed)
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
     if isinstance(source, str | Path):
         cfg = with_options(FileTask(str(source)), fields)
@@ -136,6 +175,58 @@ def load_task(
         train, held_out, dropped = distillation.read_rows(cfg, tokenizer, seed)
         return _task(train, held_out, tokenizer, dropped, None)
     return _file(cfg, tokenizer, seed) if isinstance(cfg, FileTask) else _reasoning_gym(cfg, tokenizer, seed)
+
+
+def _mixture(cfg: MixtureTask, tokenizer: Tokenizer | CharacterTokenizer | PretrainedTokenizer, seed: int) -> Task:
+    whole = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
+    parts, errors = [], []
+    for part in cfg.tasks:
+        try:
+            own = load_tokenizer(_with_system(tokenizer, part.system)) if part.system else whole
+            parts.append(_part(part, load_task(part.task, own, seed)))
+        except UserError as error:
+            errors += [f"task {part.name!r}: {line}" for line in str(error).splitlines()]
+    if errors:
+        raise UserError("\n".join(errors))
+    held_out = tuple(row for part in parts for row in part.held_out)
+    kept = [
+        exclude_prompts(part.train, held_out, f"task {one.name!r}") for one, part in zip(cfg.tasks, parts, strict=True)
+    ]
+    train = tuple(row for rows in kept for row in rows)
+    if also := sum(len(part.train) for part in parts) - len(train):
+        log.warning("task: %d rows were left out of training: another task of the mixture holds their prompt out", also)
+    return Task(
+        train,
+        held_out,
+        whole,
+        dropped=sum(part.dropped for part in parts),
+        repeated=sum(part.repeated for part in parts) + also,
+        weights={part.name: part.weight for part in cfg.tasks},
+    )
+
+
+def _with_system(tokenizer: Tokenizer | CharacterTokenizer | PretrainedTokenizer, system: str) -> PretrainedTokenizer:
+    if not isinstance(tokenizer, PretrainedTokenizer):
+        raise UserError(f"system: got {system[:80]!r}, want it empty, or a pretrained tokenizer with a chat template")
+    return replace(tokenizer, system=system)
+
+
+def _part(cfg: TaskPart, task: Task) -> Task:
+    """Return the task with rows that know which part of a mixture they belong to."""
+    if taken := next((row for row in (*task.train, *task.held_out) if "task" in row.columns), None):
+        raise UserError(
+            f"{taken.where}: got a column task, want another name for it: in a mixture it holds the name of the task"
+        )
+    if not task.train:
+        raise UserError("got no training rows, want one or more")
+
+    def of(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+        return tuple(
+            replace(row, task=cfg.name, max_new_tokens=cfg.max_new_tokens, columns={**row.columns, "task": cfg.name})
+            for row in rows
+        )
+
+    return replace(task, train=of(task.train), held_out=of(task.held_out))
 
 
 def _arithmetic(cfg: ArithmeticTask, tokenizer: Tokenizer, seed: int) -> Task:

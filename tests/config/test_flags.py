@@ -21,14 +21,14 @@ from jaxrl_llm.tasks.config import ArithmeticTask, CharacterTokenizer, FileTask,
 from jaxrl_llm.update.optimizer.config import AdamW, GroupConfig, Lion, Muon
 
 ROOT = Path(__file__).parents[2]
-TASKS = "arithmetic, file, reasoning_gym, rollouts"
+TASKS = "arithmetic, file, reasoning_gym, rollouts, mixture"
 # Values to set: the first that the type accepts and that is not the default. Some are text that YAML reads as something else.
 CANDIDATES = (
     3, 7, 2, 0, 0.5, 0.25, 1.5, True, False, "a: b, 007", "{question} [1]", "a.*", {"a": {"b": 1}},
     [{"kind": "first_samples", "keep": 2}],
     [{"values": [1]}],
     [{"match": "layers/.*", "lr_scale": 0.5}], [{"grader": "numeric", "weight": 2.0}], [0.25, 0.5], [True], ["q", "down"],
-    ["x", "# y"], ["reference_logprobs"], {"a": 0.5}, None,
+    ["x", "# y"], ["reference_logprobs"], {"a": 0.5}, None, "easy", [{"name": "easy", "weight": 2.0}],
 )  # fmt: skip
 
 

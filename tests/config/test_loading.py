@@ -86,10 +86,10 @@ def test_error_messages(refuse, text, lines):
 
 def test_an_unknown_kind_lists_the_known_ones(refuse):
     assert refuse("task: {kind: arithmatic}") == [
-        "task.kind: got 'arithmatic', want one of arithmetic, file, reasoning_gym, rollouts; perhaps you meant arithmetic"
+        "task.kind: got 'arithmatic', want one of arithmetic, file, reasoning_gym, rollouts, mixture; perhaps you meant arithmetic"
     ]
     assert refuse("task: {terms: 2}") == [
-        "task.kind: got nothing, want one of arithmetic, file, reasoning_gym, rollouts"
+        "task.kind: got nothing, want one of arithmetic, file, reasoning_gym, rollouts, mixture"
     ]
     assert refuse("update: {optimizer: {kind: 3}}") == [
         "update.optimizer.kind: got 3, want one of adamw, adafactor, lion, muon"

@@ -55,7 +55,8 @@ def test_the_example_with_steps_runs(tmp_path, monkeypatch):
 
 
 def test_the_configs_are_valid():
-    short, mine, tolerant, mix, example, steps = configs()
+    short, mine, tolerant, mix, by_task, example, steps = configs()
+    assert [grader.tasks for grader in by_task.graders] == [("easy",), ("hard",), ()] and problems(by_task) == []
     assert (steps.graders[0].step_end, steps.graders[1].step_end) == ("\n", "")
     assert short == RewardConfig((GraderConfig("gsm8k"),))
     assert mine.graders[0].label == "my_function"

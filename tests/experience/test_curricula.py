@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl_llm.experience.curricula import Uniform, VisitCount, counted, in_order, make_order
+from jaxrl_llm.experience.curricula import Uniform, VisitCount, counted, in_order, make_order, mixed_order
 
 ROWS = 20
 RNG = np.random.default_rng(0)
@@ -37,6 +37,41 @@ def test_going_on_from_the_place_equals_never_having_stopped():
     place, again = in_order(make_order(ROWS, 1)).choose(np.array(4 * 6), np.random.default_rng(1), 6)
     np.testing.assert_array_equal(again, expected[4])
     assert place == 5 * 6
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.sampled_from([0.1, 0.5, 1.0, 3.0])), min_size=1, max_size=4), st.data())
+def test_a_mixture_has_its_weights_at_every_position_and_its_tasks_their_own_epochs(tasks, data):
+    """Counts of n positions are n * share, to within k for the k-th task; each task in epochs in which every row comes once."""
+    sizes, weights = zip(*tasks, strict=True)
+    order, first = mixed_order(sizes, weights, data.draw(st.integers(0, 3))), np.cumsum([0, *sizes])
+    rows = np.array([order(i) for i in range(150)])
+    task = np.searchsorted(first, rows, side="right") - 1
+    share = np.array(weights) / sum(weights)
+    for k in range(len(sizes)):
+        counts = np.cumsum(task == k)
+        assert np.abs(counts - share[k] * np.arange(1, 151)).max() < k + 1
+        mine = rows[task == k] - first[k]
+        for start in range(0, len(mine) - sizes[k] + 1, sizes[k]):
+            assert sorted(mine[start : start + sizes[k]]) == list(range(sizes[k]))
+
+
+def test_a_mixture_by_hand():
+    """Shares 1/4, and of the other three quarters 1/3 and 2/3: positions 3 mod 4 are the first task's."""
+    order = mixed_order([100, 100, 100], [1, 1, 2], 0)
+    assert [order(i) // 100 for i in range(8)] == [2, 2, 1, 0, 2, 2, 1, 0]
+    assert [[order(i) for i in range(300) if order(i) < 100], [order(i) - 100 for i in range(300) if order(i) // 100 == 1]] == [
+        [make_order(100, 0)(i) for i in range(75)], [order(4 * i + 2) - 100 for i in range(75)],
+    ]  # fmt: skip
+    tenths = mixed_order([5, 5], [0.7, 0.3], 0)
+    assert {sum(tenths(10 * n + i) < 5 for i in range(10)) for n in range(9)} == {7}
+    same = [order(4 * i + 3) == order(4 * i + 2) - 100 for i in range(75)]
+    assert sum(same) < 10, "tasks of equal size have orders of their own"
+
+
+def test_a_mixture_of_one_task_is_the_task():
+    order, alone = mixed_order([ROWS], [0.3], 5), make_order(ROWS, 5)
+    assert [order(i) for i in range(3 * ROWS)] == [alone(i) for i in range(3 * ROWS)]
 
 
 def epochs(seed: int, number: int = 3) -> list[list[int]]:

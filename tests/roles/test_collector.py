@@ -15,7 +15,7 @@ from jaxrl_llm.rollout.session import Stats
 from jaxrl_llm.tasks.stream import make_prompts
 from jaxrl_llm.types import Finish, check
 
-TASK, G = sums(), 2
+TASK, G, MOST = sums(), 2, 3
 SAYS = ["12#", "3", "45#", "6", "7#", "8"]
 """A row each; what has no end ran to its length."""
 STATS = Stats(seconds=1.5, tokens=13)
@@ -47,8 +47,9 @@ class Session:
     def pending(self):
         return bool(self.order)
 
-    def add(self, prompts, samples, controls, first_sample):
+    def add(self, prompts, samples, controls, limit, first_sample):
         assert samples.tolist() == [G] * 3 and not first_sample.any()
+        self.log += [f"limits {limit.tolist()}"] if {*limit.tolist()} != {MOST} else []
         self.log.append(("add", prompts, controls))
         self.prompts = prompts
         return np.arange(len(prompts.length))
@@ -122,7 +123,7 @@ class StepPool(Pool):
         )
 
 
-def collect(order, give_up=never, index=(5, 0, 8), asks=lambda prompts: prompts, pool_of=Pool):
+def collect(order, give_up=never, index=(5, 0, 8), asks=lambda prompts: prompts, pool_of=Pool, rows=TASK.train):
     log = []
     prompts = make_prompts(TASK, TASK.train, np.array(index), np.arange(3))
 
@@ -130,10 +131,12 @@ def collect(order, give_up=never, index=(5, 0, 8), asks=lambda prompts: prompts,
         log.append(("session", *given))
         return Session(order, log)
 
-    engine = SimpleNamespace(session=session, cfg=SimpleNamespace(samples=G), controls="the same {}".format)
+    engine = SimpleNamespace(
+        session=session, cfg=SimpleNamespace(samples=G, max_new_tokens=MOST), controls="the same {}".format
+    )
     pool = pool_of(log)
     try:
-        return Collector(engine, pool, TASK)("policy", asks(prompts), TASK.train, "key", give_up), log, pool, prompts
+        return Collector(engine, pool, TASK)("policy", asks(prompts), rows, "key", give_up), log, pool, prompts
     except GivenUp:
         return None, log, pool, prompts
 
@@ -151,6 +154,16 @@ def test_prompts_have_equal_sampling_parameters_and_requests_those_of_their_samp
     """Evaluations hand over prompts; training hands over requests, which the session gives each sample its own temperature."""
     _, log, _, prompts = collect([[0, 1, 2]], asks=lambda prompts: ask(prompts, G))
     assert log[1] == ("add", prompts, None)
+
+
+@pytest.mark.parametrize("asks", [lambda prompts: prompts, lambda prompts: ask(prompts, G)])
+def test_a_row_with_a_limit_of_its_own_is_asked_for_with_it(asks):
+    """In training and in evaluations; graders learn the row's task."""
+    rows = [
+        dataclasses.replace(row, task="easy", max_new_tokens=2 if i == 5 else None) for i, row in enumerate(TASK.train)
+    ]
+    _, log, pool, _ = collect([[0, 1, 2]], asks=asks, rows=rows)
+    assert "limits [2, 3, 3]" in log and {sample.task for sample in pool.samples} == {"easy"}
 
 
 def test_grades_come_to_the_rows_of_their_group_whatever_finished_first():

@@ -79,6 +79,32 @@ def test_the_numbers_by_hand():
     }
 
 
+def test_each_task_of_a_mixture_has_its_own_numbers():
+    """Rows 0, 2, 3 are of one task, of which 3 cannot be graded; 1 and 4 of the other, whose responses are not known."""
+    names = ["a", "b", "a", "a", "b"]
+    held_out = tuple(
+        dataclasses.replace(row, task=name, target=row.target if name == "a" else None)
+        for row, name in zip(TASK.held_out, names, strict=True)
+    )
+    task = dataclasses.replace(TASK, held_out=held_out, weights={"a": 2.0, "b": 1.0, "without held-out rows": 1.0})
+    found = make(task=task)("params", "policy")
+    whole = make()("params", "policy")
+    assert {name: found[name] for name in whole if name in found} == {
+        name: x for name, x in whole.items() if name != "eval/exact"
+    }
+    assert {name: x for name, x in found.items() if name not in whole} == {
+        "eval/a/exact": pytest.approx((0.1 + 0.3 + 0.4) / 3),
+        "eval/a/left_out": 1.0,
+        "eval/a/pass@1": pytest.approx((2 + 3) / 8),
+        "eval/a/pass@4": 1.0,
+        "eval/a/maj@4": 1.0,
+        "eval/b/pass@1": pytest.approx(1 / 8),
+        "eval/b/pass@4": 0.5,
+        "eval/b/maj@4": pytest.approx(0.5 / 2),
+    }
+    assert make(task=task).headline == "eval/pass@1"
+
+
 def test_the_threshold_decides_what_is_right():
     assert make(threshold=0.5)("params", "policy")["eval/pass@1"] == pytest.approx((2 + 0 + 4 + 1) / 16)
 

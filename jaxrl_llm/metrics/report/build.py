@@ -23,6 +23,7 @@ from jaxrl_llm.metrics.json_lines import METRICS, ROLLOUTS
 from jaxrl_llm.metrics.report.choice import choice_charts, strata
 from jaxrl_llm.metrics.report.records import Reader, metrics_row, rollouts_row
 from jaxrl_llm.metrics.report.stages import NAMES, StageLine, stage_lines
+from jaxrl_llm.metrics.report.tasks import task_charts
 from jaxrl_llm.metrics.report.visits import Visits
 from jaxrl_llm.metrics.terminal import printable, printable_lines
 
@@ -259,9 +260,9 @@ def _height(point: Point) -> float:
 
 
 def draw_charts(rows: Sequence[Row]) -> list[Chart]:
-    """Return a chart for each entry of CHARTS that `rows` hold numbers for, those of the curriculum, and one of the shares of
-    time."""
-    wanted = (*CHARTS, *choice_charts(rows))
+    """Return a chart for each entry of CHARTS that `rows` hold numbers for, those of the curriculum and of tasks, and one of the
+    shares of time."""
+    wanted = (*CHARTS, *choice_charts(rows), *task_charts(rows))
     charts = [_draw_lines(title, [row for row in rows if row.keys() & set(names)], names) for title, names in wanted]
     times = sorted({name for row in rows for name in row if name.startswith("time/")} - OVERLAPPING_TIMES)
     shares = (("curriculum: shares of the prompts", strata(rows)), ("shares of time", times))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrl_llm.metrics.report.choice import is_of_choice
+from jaxrl_llm.metrics.report.tasks import is_of_task
 from jaxrl_llm.metrics.report.visits import REPLAYED
 from jaxrl_llm.metrics.terminal import printable
 
@@ -79,7 +80,7 @@ def metrics_row(row: Row, plotted: Collection[str]) -> Row:
         raise ValueError(f"{REPLAYED}: got {_shown(row[REPLAYED])}, want a list of whole numbers")
     return {
         printable(name): _number(name, value)
-        if name in plotted or name.startswith(("time/", "filter/")) or is_of_choice(name)
+        if name in plotted or name.startswith(("time/", "filter/")) or is_of_choice(name) or is_of_task(name)
         else value
         for name, value in row.items()
     }
