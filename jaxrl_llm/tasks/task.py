@@ -213,7 +213,9 @@ def _with_system(tokenizer: Tokenizer | CharacterTokenizer | PretrainedTokenizer
 
 def _part(cfg: TaskPart, task: Task) -> Task:
     """Return the task with rows that know which part of a mixture they belong to."""
-    if taken := next((row for row in (*task.train, *task.held_out) if "task" in row.columns), None):
+    taken = next((row for row in (*task.train, *task.held_out) if "task" in row.columns), None)
+    # Stored responses name the task that they were sampled for.
+    if taken and not isinstance(cfg.task, RolloutsTask):
         raise UserError(
             f"{taken.where}: got a column task, want another name for it: in a mixture it holds the name of the task"
         )
