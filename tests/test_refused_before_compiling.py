@@ -200,6 +200,10 @@ def test_memory_of_the_host_or_of_its_control_group(tmp_path):
     assert host("4:cpu:/job\n", {}) == 1024 * 1024
 
 
+# Values of what a variant requires that are lists.
+NEEDED = {"stages": "[[1]]", "tasks": "[{name: x, task: {kind: arithmetic}}]"}
+
+
 def numbers_of(
     section: type, path: tuple[str, ...] = (), kinds: tuple[str, ...] = ()
 ) -> list[tuple[str, type, tuple[str, ...]]]:
@@ -209,7 +213,9 @@ def numbers_of(
         kind = variant.__dataclass_fields__.get("kind")
         chosen = (*kinds, f"--{'.'.join((*path, 'kind'))}={kind.default}") if kind else kinds
         needed = [f for f in dataclasses.fields(variant) if f.default is f.default_factory is dataclasses.MISSING]
-        chosen += tuple(f"--{'.'.join((*path, f.name))}={'x' if f.type is str else 1}" for f in needed)
+        chosen += tuple(
+            f"--{'.'.join((*path, f.name))}={NEEDED.get(f.name, 'x' if f.type is str else 1)}" for f in needed
+        )
         for field in dataclasses.fields(variant):
             types = [a for a in schema.alternatives(field.type) if a in (int, float)]
             found += [(".".join((*path, field.name)), a, chosen) for a in types]

@@ -93,9 +93,13 @@ def _path(error: PydanticError, values: Any) -> KeyPath:
     """Path of the key as the user wrote it: without the names of union members. A wrong `kind` is reported at the kind, or at the
     short form that stands for it."""
     absent = error["type"].startswith(("missing", "unexpected", "invalid_key"))
-    path = []
+    path, variant = [], None
     for n, name in enumerate(error["loc"]):
         known = isinstance(values, dict) and name in values
+        if known and values.get("kind") == name and variant is not values:
+            # The member of a union, which has a key of its own name.
+            variant = values
+            continue
         if isinstance(name, int) and isinstance(values, list | tuple):
             values = values[name]
         elif known or (absent and n == len(error["loc"]) - 1):
