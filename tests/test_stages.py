@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -43,7 +44,8 @@ STAGES = {
     ),
     "rounds": (
         "{budget: {kind: reinforce_ada, per_round: 2, rounds: 4, keep: 2},"
-        ' filter: [{kind: max_variance, keep: 4}, "stage_graders:ended"]}'
+        " curriculum: {kind: stratified, column: task, shares: {low: 3, short: 1}},"
+        ' filter: [{kind: max_variance, keep: 4}, "stage_graders:ended"], replay: {capacity: 20, groups: 2}}'
     ),
     "own": (
         '{budget: "stage_graders:Twice", gate: {function: "stage_graders:NotTwice", options: {rest: 1}},'
@@ -61,7 +63,7 @@ OPTIONS = {
 }
 # A mixture whose tasks have graders and limits of their own.
 MIXTURE = (
-    f"[{{name: low, weight: 3, task: {SUMS}}}, {{name: short, max_new_tokens: 3, task: {SUMS}}}]",
+    f"[{{name: low, task: {SUMS}}}, {{name: short, max_new_tokens: 3, task: {SUMS}}}]",
     '{workers: 1, graders: [{grader: "stage_graders:first_is_low", tasks: [low]},'
     ' {grader: "stage_graders:first_is_high", tasks: [short]}, {grader: cut_off, tasks: [short], weight: 0.5}]}',
 )
@@ -178,7 +180,7 @@ def test_a_run_with_stages_does_what_they_say(undisturbed):
         sizes[step, uid] += 1
     assert (len(set(sizes.values())) > 1) == (name != "refill")
     if name == "rounds":
-        # Of 8 prompts 6 are of the task with three times the weight.
+        # Of 8 prompts 6 are of the task with three times the share.
         assert {(row["task/low/groups"], row["task/short/groups"]) for row in found} == {(0.75, 0.25)}
         assert all("rewards/cut_off/raised" in row and not row["rewards/first_is_high/raised"] for row in found)
         assert max(row["task/short/mean_length"] for row in found) <= 3 < max(len(row["ids"]) for row in logged)
@@ -199,6 +201,24 @@ def test_a_killed_run_resumes_to_the_same_result(undisturbed, tmp_path):
     process.communicate()
     run(config, tmp_path / "run", env)
     assert_same_run(whole, tmp_path / "run")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_buffer_curriculum_and_mixture_survive_eight_kills_at_random_instants(tmp_path, environment):  # noqa: F811
+    """Every step is saved, so that a save is under way most of the time."""
+    config, rng, done = write(tmp_path, "rounds", steps=24), random.Random(2), 0
+    env = environment | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{environment['PYTHONPATH']}"}
+    run(config, tmp_path / "whole", env)
+    for _ in range(8):
+        process = start(config, tmp_path / "run", env)
+        wait_for_rows(tmp_path / "run", min(done + 2, 23), process)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        done = len(rows(tmp_path / "run"))
+    run(config, tmp_path / "run", env)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def alike(got: list[dict], want: list[dict]) -> None:
