@@ -3,8 +3,8 @@
     python -m experiments.mixture              # the runs that the results file lacks, then the plot and the tables
     python -m experiments.mixture --report     # the plot and the tables alone
 
-The policy was warmed up on sums of three digits. All arms draw 32 prompts of 8 samples per step and drop groups without signal; held
-out are 128 prompts of each task, so that "exact" is the mean of both tasks.
+The policy was warmed up on sums of three digits. All arms draw 32 prompts of 8 samples per step and drop groups without signal.
+Held out are 128 prompts of each task, so that "exact" is the mean of both tasks.
 """
 
 from dataclasses import replace
@@ -22,9 +22,9 @@ HARD = Pool("sums_of_four", (4,), 1_500)
 STAGES = tuple(RowsOfStage(values=(name,)) for name in ("easy", "hard"))
 
 
-def arm(easy: float = 1.0, hard: float = 1.0, curriculum: CurriculumConfig = Shuffled()) -> Arm:
+def arm(easy: float = 1.0, hard: float = 1.0, curriculum: CurriculumConfig | None = None) -> Arm:
     parts = TaskPart("easy", SETUP.task, weight=easy), TaskPart("hard", HARD.task, weight=hard)
-    experience = ExperienceConfig(filter=Signal(), curriculum=curriculum)
+    experience = ExperienceConfig(filter=Signal(), curriculum=curriculum or Shuffled())
     return Arm(replace(SETUP, steps=STEPS, task=MixtureTask(parts), experience=experience), warm=SETUP)
 
 
