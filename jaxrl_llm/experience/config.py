@@ -171,12 +171,6 @@ class Shuffled:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     kind: Literal["shuffled"] = "shuffled"
 
-    def over(self, columns: Columns, seed: int) -> "Curriculum":
-        # Configs are read before JAX is imported.
-        from jaxrl_llm.experience.curricula import in_order, make_order
-
-        return in_order(make_order(len(columns), seed))
-
 
 Rule = (
     KeepAll

@@ -48,6 +48,8 @@ class JoinConfig:
     """The newest stored responses of a prompt that are chosen from."""
     least: Count = 1
     """Stored responses of a prompt, at least, before some join."""
+    max_age: Annotated[int, Ge(0)] = 0
+    """Largest age of what joins, in updates; 0: any that the buffer has."""
     swap: bool = False
     """They take the places of the group's last fresh responses, of which one stays at least; else the group grows."""
 

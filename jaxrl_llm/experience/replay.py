@@ -145,7 +145,7 @@ def exchange(
     known = buffer.candidates(version)
     if len(known.age) and right_share(fresh) >= cfg.min_success:
         if cfg.join:
-            _join(step, cfg.join, buffer, packing, entropy, rng)
+            _join(step, cfg.join, buffer, known, packing, entropy, rng)
         _draw_groups(step, cfg, buffer, known, packing, rng)
     mixed, back = step.groups(), np.unique(step.entries).astype(int)
     metrics = {"groups/replayed": float(step.drawn)}
@@ -212,12 +212,18 @@ def rows_of_step(cfg: ReplayConfig, prompts: int, rows: int) -> int:
 
 
 def _join(
-    step: _Step, cfg: JoinConfig, buffer: Buffer, packing: Packing, entropy: Entropy, rng: np.random.Generator
+    step: _Step,
+    cfg: JoinConfig,
+    buffer: Buffer,
+    known: Candidates,
+    packing: Packing,
+    entropy: Entropy,
+    rng: np.random.Generator,
 ) -> None:
     """Let stored rows join. A dropped group of which the rewards then differ is kept."""
     fresh = step.fresh
     asking = fresh.rollouts.prompts.row[asking_groups(cfg, fresh)]
-    places = np.flatnonzero(np.isin(buffer.known.row, asking) & (buffer.known.number >= 0))[::-1]
+    places = np.flatnonzero(np.isin(known.row, asking) & (known.age <= (cfg.max_age or np.inf)))[::-1]
     if not len(places):
         return
     stored = buffer.groups(places.tolist(), packing)

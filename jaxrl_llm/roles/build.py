@@ -60,9 +60,11 @@ def make_sampler(cfg: RunConfig, task: Task, collect: Callable[..., Collected], 
         collect: a `Collector`.
         key: random key of all sampled tokens.
     """
-    curriculum = cfg.experience.curriculum.over([row.columns for row in task.train], cfg.seed)
-    if isinstance(cfg.experience.curriculum, Shuffled):
+    curriculum = cfg.experience.curriculum
+    if isinstance(curriculum, Shuffled):
         curriculum = in_order(order_of(task, cfg.seed))
+    else:
+        curriculum = curriculum.over([row.columns for row in task.train], cfg.seed)
     texts_of = lambda groups: task.decode(groups.rollouts.tokens, groups.rollouts.length)  # noqa: E731
     gate = cfg.experience.gate
     gate = own_gate(gate) if isinstance(gate, OwnGate) else gate

@@ -106,6 +106,8 @@ def test_rows_of_another_prompt_never_join_and_places_stay_empty():
     [
         (dict(most=9), [(10, 0), (10, 1), (10, 2), (0, 0), (0, 1), (0, 2)]),
         (dict(most=9, right=True), [(10, 0), (10, 2), (0, 1), (0, 2)]),
+        # The groups are of versions 1 and 0, the step's of version 2.
+        (dict(most=9, max_age=1), [(10, 0), (10, 1), (10, 2)]),
         (dict(most=9, window=4), [(10, 0), (10, 1), (10, 2), (0, 0)]),
         (dict(most=3, choose="highest"), [(10, 0), (10, 2), (0, 1)]),
         (dict(most=2, choose="max_variance"), [(10, 1), (10, 0)]),
