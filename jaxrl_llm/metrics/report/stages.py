@@ -19,7 +19,7 @@ class StageLine(NamedTuple):
 NAMES = frozenset(
     ("groups/sampled", "groups/graded", "groups/kept", "groups/replayed", "rollout/samples", "kept/rows", "dropped/rows",
      "gate/skipped", "refill/missing", "refill/prompts", "groups/effective_size", "refill/accepted", "replay/groups", "replay/age",
-     "replay/uses")
+     "replay/uses", "replay/rows")
 )  # fmt: skip
 FILTER, DROPPED = "filter/", "/dropped"
 
@@ -51,12 +51,15 @@ def _lines(row: Mapping[str, float]) -> Iterator[StageLine]:
             yield StageLine(f"filter {label}", "", "", f"{_number(value)} rows", 1 - value / whole if whole else 0.0)
     rows = row.get("kept/rows", 0)
     yield StageLine("kept", _number(kept), _number(rows), "", kept / sampled)
+    about = f"{row['replay/age']:.1f} updates old, used {row['replay/uses']:.1f} times" if "replay/age" in row else ""
     if row.get("groups/replayed"):
-        about = (
-            f"{row['replay/age']:.1f} updates old, used {row['replay/uses']:.1f} times" if "replay/age" in row else ""
-        )
         share = min(row["groups/replayed"] / sampled, 1.0)
         yield StageLine("from the replay", _number(row["groups/replayed"]), "", about, share)
+    if row.get("replay/rows"):
+        joined = row["replay/rows"]
+        yield StageLine(
+            "stored among fresh ones", "", _number(joined), about, min(joined / whole, 1.0) if whole else 0.0
+        )
 
 
 def _number(value: float) -> str:

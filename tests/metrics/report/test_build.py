@@ -224,6 +224,11 @@ def test_a_steps_groups_on_their_way_through_the_stages(run_dir):
         ("filter not_cut_off", "", "", "5 rows"), ("kept", "31", "243", ""),
     ]  # fmt: skip
     assert [round(line.share, 3) for line in lines] == [1, 0.95, 0.8, 0.975, 0.984, 0.775]
+    back = {"groups/replayed": 10, "replay/rows": 16, "replay/age": 3.5, "replay/uses": 2}
+    assert [(*line[:4], line.share) for line in stage_lines(row | back)[-2:]] == [
+        ("from the replay", "10", "", "3.5 updates old, used 2.0 times", 0.25),
+        ("stored among fresh ones", "", "16", "3.5 updates old, used 2.0 times", 0.05),
+    ]
     assert stage_lines(METRICS[0]) == [] and stage_lines(row | {"groups/kept": None}) == []
     write(run_dir / "metrics.jsonl", [*METRICS[:-1], row, METRICS[-2] | {"step": 9}])
     text = build(run_dir).read_text()
