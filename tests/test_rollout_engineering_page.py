@@ -11,7 +11,10 @@ import yaml
 from jaxrl_llm import train
 from jaxrl_llm.config import consistency
 from jaxrl_llm.config.loading import validate
-from jaxrl_llm.environments.grader import Sample
+from jaxrl_llm.environments.grader import Sample, problems
+from jaxrl_llm.environments.graders.instructions import Instructions
+from jaxrl_llm.experience.config import AutoFilter
+from jaxrl_llm.experience.filters import make_filter
 from jaxrl_llm.metrics.json_lines import read_jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -34,8 +37,16 @@ def table() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_configs_are_valid(name):
+def test_its_configs_are_valid(name, tmp_path, monkeypatch):
+    """With the modules that they name, which are on this page and on that of rewards."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_domain.py").write_text(block("python", "Domain constraints"))
+    rewards = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    (tmp_path / "my_steps.py").write_text(re.search(r"^```python\n(# my_steps.py.*?)^```", rewards, re.M | re.S)[1])
     cfg = validate(yaml.safe_load(block("yaml", name)), name)
+    if not isinstance(cfg.experience.filter, AutoFilter):
+        make_filter(cfg.experience.filter, lambda groups: [])
+    assert problems(cfg.reward) == []
     assert consistency.problems(cfg, 1) == consistency.training_problems(cfg) == consistency.cautions(cfg) == []
 
 
@@ -86,8 +97,6 @@ def test_its_grader_and_filter_judge_records():
 
 def test_its_instructions_can_be_graded():
     row = yaml.safe_load(block("json", "Instruction following"))
-    from jaxrl_llm.environments.graders.instructions import Instructions
-
     assert Instructions().problem(Sample("", "", "", "eos", row)) == ""
     assert Instructions()(Sample("", "It is wide, and slow.", "", "eos", row)) == 0.5
 
