@@ -140,6 +140,10 @@ def as_floats(metrics: dict) -> dict[str, float]:
 
 
 def is_old(experience: Experience, version: int) -> bool:
-    """True if some token of a kept row was sampled by an earlier policy."""
+    """True if some token of a kept row was sampled by an earlier policy, or by another one: rows that a buffer started with have the
+    version of the first policy."""
     groups = experience.groups
-    return bool((groups.rollouts.version[groups.trainable_tokens] < version).any())
+    old = groups.rollouts.version < version
+    if groups.reused is not None:
+        old |= groups.reused[:, None]
+    return bool(old[groups.trainable_tokens].any())

@@ -207,6 +207,17 @@ def test_old_is_a_token_of_a_kept_row_that_an_earlier_policy_sampled():
         assert is_old(experience._replace(groups=changed), 7) == want
 
 
+def test_rows_of_a_file_are_old_whatever_their_version():
+    """A buffer that starts with responses of others calls them as old as the first policy, whose samples they are not."""
+    experience = experience_of([[1.0, 0.0], [np.nan, np.nan]], version=7)
+    for row, want in ((1, True), (2, False)):
+        groups = experience.groups.replace(reused=np.arange(4) == row)
+        assert is_old(experience._replace(groups=groups), 7) == want
+    says, mixed = QUIET | {"mismatch/kl": 2.5}, experience_of()
+    mixed = mixed._replace(groups=mixed.groups.replace(reused=np.arange(8) == 1))
+    assert "mismatch/kl" not in learn(updates_of(Program(says)), mixed)[1].metrics
+
+
 def test_metrics_as_floats_and_gradients_apart():
     found, zero = without_zero_gradients(
         as_floats({"loss": np.float32(0.5), "zero_gradient/layers/up": np.float32(1), "zero_gradient/b": np.float32(0)})
