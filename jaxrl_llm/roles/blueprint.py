@@ -193,9 +193,10 @@ def group_sizes(cfg: RunConfig) -> GroupSizes:
         return fresh
     rows = rows_of_step(replay, fresh.prompts, fresh.rows)
     more = replay.join.most if replay.join and not replay.join.swap else 0
-    return GroupSizes(
-        fresh.prompts + cfg.experience.replayed_groups, rows, fresh.most + more, equal=fresh.equal and not more
-    )
+    # Groups of a file may be smaller.
+    of_file = bool(replay.start) and (replay.groups > 0 or replay.replace_dropped)
+    equal = fresh.equal and not more and not of_file
+    return GroupSizes(fresh.prompts + cfg.experience.replayed_groups, rows, fresh.most + more, equal)
 
 
 def fresh_sizes(cfg: RunConfig) -> GroupSizes:

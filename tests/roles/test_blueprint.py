@@ -180,6 +180,10 @@ def test_a_replay_enlarges_the_batch_by_its_groups_and_by_the_rows_that_join():
     assert group_sizes(of(groups=2)) == GroupSizes(10, 40, 4, equal=True)
     assert group_sizes(of(groups=2, join={"most": 3})) == GroupSizes(10, 64, 7)
     assert group_sizes(of(groups=2, join={"most": 3, "swap": True})) == GroupSizes(10, 40, 4, equal=True)
+    # Groups of a file may be smaller, where they come back as groups.
+    assert group_sizes(of(start="x.jsonl")) == GroupSizes(8, 32, 4)
+    assert group_sizes(of(start="x.jsonl", groups=2, replace_dropped=False)) == GroupSizes(10, 40, 4)
+    assert group_sizes(of(start="x.jsonl", replace_dropped=False)).equal
     # Without a buffer nothing comes back, whatever else is said.
     assert group_sizes(of(capacity=0, groups=2, join={"most": 3})) == GroupSizes(8, 32, 4, equal=True)
     assert [shape.rows for shape in shapes_of(of(groups=2), 5, 1)[:2]] == [20, 40]
