@@ -83,7 +83,9 @@ def advantage_of(fresh: Groups, trained: Groups, credit: Credit) -> Float[np.nda
         zip(part.rollouts.prompts.uid[part.rollouts.prompt].tolist(), part.rollouts.sample.tolist(), strict=True)
         for part in (trained, fresh)
     )
-    place = {name: b for b, name in enumerate(next(names))}
+    # Rows of a file may have the same names.
+    reused = np.zeros(len(trained.keep), bool) if trained.reused is None else trained.reused
+    place = {name: b for b, name in enumerate(next(names)) if not reused[b]}
     for b, name in enumerate(next(names)):
         if fresh.keep[b] and name in place:
             found[b] = credit.advantage[place[name]]
@@ -93,7 +95,7 @@ def advantage_of(fresh: Groups, trained: Groups, credit: Credit) -> Float[np.nda
 def replayed_rows(fresh: Groups, trained: Groups) -> dict[str, list[int]]:
     """Return the rows of the task of the groups that are stored ones or have stored responses; nothing if none came back."""
     prompts = trained.rollouts.prompts
-    back = ~np.isin(prompts.uid, fresh.rollouts.prompts.uid)
+    back = ~np.isin(prompts.uid, fresh.rollouts.prompts.uid) & (trained.rollouts.size > 0)
     if trained.reused is not None:
         back[trained.rollouts.prompt[trained.reused]] = True
     rows = prompts.row[back]

@@ -166,3 +166,18 @@ def test_advantages_are_shown_beside_their_own_rows_after_a_replay():
     assert replayed_rows(fresh, joined) == {"replay/task_rows": [0, 1]}
     credit = Credit(np.arange(12, dtype=np.float32)[:, None].repeat(2, axis=1))
     assert advantage_of(fresh, trained, credit)[:, 0].tolist() == [0] * 4 + [2, 3, 4, 5, 6, 7, 8, 9]
+    # A group of a file behind them, whose rows have the names of fresh ones; and an empty place, whose prompt is nobody's.
+    stored = stored.replace(
+        rollouts=stored.rollouts.replace(prompts=stored.rollouts.prompts.replace(uid=np.int32([1]), row=np.int32([5])))
+    )
+    empty = select_groups(fresh, np.array([0])).replace(failure=np.int32([0]))
+    whole = join_groups(select_groups(fresh, np.array([1, 2])), stored, empty)
+    asked = whole.rollouts.prompts.replace(uid=np.int32([1, 2, 1, 60]))
+    trained = select_groups(whole.replace(rollouts=whole.rollouts.replace(prompts=asked)), np.arange(4), 14)
+    rows = trained.rollouts
+    trained = trained.replace(
+        rollouts=rows.replace(prompt=np.where(rows.prompt == 3, -1, rows.prompt)), reused=np.arange(14) // 2 == 4
+    )
+    credit = Credit(np.arange(14, dtype=np.float32)[:, None].repeat(2, axis=1))
+    assert advantage_of(fresh, trained, credit)[:, 0].tolist() == [0] * 4 + [0, 1, 2, 3, 4, 5, 6, 7]
+    assert replayed_rows(fresh, trained) == {"replay/task_rows": [5]}
