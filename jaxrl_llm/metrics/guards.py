@@ -23,7 +23,7 @@ class Guards(NamedTuple):
     ungraded: int = 0
     """Consecutive steps in which no group could be graded."""
     dropped: int = 0
-    """Consecutive steps in which groups were graded, and none was kept."""
+    """Consecutive steps in which groups were graded, none was kept, and no stored one was trained on."""
     overflow: int = 0
     """Consecutive steps in which `rollout.max_kept_tokens` cut off too many candidates."""
     idle: int = 0
@@ -87,7 +87,7 @@ def observe(
     overflows = metrics.get("sampling/support_overflow", 0.0) > MOST_OVERFLOW
     graded, kept = metrics["groups/graded"], metrics["groups/kept"]
     after = update.guards._replace(
-        dropped=guards.dropped + 1 if graded > 0 and kept == 0 else 0,
+        dropped=guards.dropped + 1 if graded > 0 and kept == 0 and metrics["updates"] == 0 else 0,
         ungraded=guards.ungraded + 1 if graded == 0 else 0,
         overflow=guards.overflow + 1 if overflows else 0,
         idle=guards.idle + bool(reason),

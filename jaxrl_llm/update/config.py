@@ -53,7 +53,8 @@ class GuardConfig:
     max_ungraded: Count = 3
     """Consecutive steps without a graded group after which the run ends with exit code 4."""
     max_dropped: Count = 50
-    """Consecutive steps in which every graded group was dropped by a filter, after which the run ends with exit code 4."""
+    """Consecutive steps in which every graded group was dropped by a filter and none was replayed, after which the run ends with
+    exit code 4."""
     idle_steps: Count = 3
     """Steps without a gradient after which a warning gives the reason, repeated at 2x, 4x, ... as many. Sampling cut off by
     `rollout.max_kept_tokens` is warned about after this many consecutive steps."""

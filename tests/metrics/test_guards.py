@@ -175,6 +175,8 @@ def test_a_filter_that_drops_everything_ends_the_run():
         "step's responses 12.5% were right: look at experience.filter and experience.refill"
     )
     assert [v.guards.dropped for v in look([(lost, {}), (UNGRADED, {}), (lost, {})])] == [1, 0, 1]
+    # Stored responses were trained on: something was learned.
+    assert [v.guards.dropped for v in look([(lost, {}), (lost | {"updates": 2}, SOME)])] == [1, 0]
 
 
 def test_too_few_kept_tokens_are_warned_about_once():
