@@ -230,12 +230,13 @@ def _join(
     found = join_stored(cfg, fresh, stored, lambda: entropy(widened(stored, fresh, step.pad)), rng)
     _, first = step.add(stored)
     for p, rows in found.items():
-        own, reward = step.rows[p], np.concatenate([fresh.reward[step.rows[p]], stored.reward[rows]])
+        own = step.rows[p][: len(step.rows[p]) - len(rows) * cfg.swap]
         if not step.kept[p]:
+            reward = np.concatenate([fresh.reward[own], stored.reward[rows]])
             if (reward == reward[0]).all():
                 continue
             step.keep[own], step.kept[p] = True, True
-        step.rows[p] = np.concatenate([own[: len(own) - len(rows) * cfg.swap], first + rows])
+        step.rows[p] = np.concatenate([own, first + rows])
         step.joined += len(rows)
         step.entries += places[stored.rollouts.prompt[rows]].tolist()
 
@@ -308,5 +309,9 @@ def draw(
         )
     weight = weight.astype(np.float64)
     weight[list(without)] = 0
-    n = min(n, np.count_nonzero(weight))
-    return rng.choice(len(weight), size=n, replace=False, p=weight / weight.sum()) if n else np.zeros(0, int)
+    if not weight.any():
+        return np.zeros(0, int)
+    # Relative to the largest, so that the sum is finite; of the smallest ones the share may round to 0.
+    share = weight / weight.max()
+    share /= share.sum()
+    return rng.choice(len(weight), size=min(n, np.count_nonzero(share)), replace=False, p=share)

@@ -112,3 +112,11 @@ def test_in_a_config():
     of = lambda value: validate({"experience": {"replay": {"capacity": 4, "draw": value}}}, "c").experience.replay.draw  # noqa: E731
     assert of("recency") == RecencyDraw() and of({"kind": "recency", "half_life": 2}) == RecencyDraw(half_life=2.0)
     assert of("test_draws:by_ages") == OwnDraw("test_draws:by_ages")
+
+
+def test_weights_of_any_size_are_drawn_from():
+    """The sum of the first overflows; the share of the smallest of the others rounds to 0, so that it is never drawn."""
+    rng, groups = np.random.default_rng(0), known([1, 1, 1])
+    assert sorted(draw(groups, np.full(3, 1.7e308), rng, 3)) == [0, 1, 2]
+    assert sorted(draw(groups, np.array([1.0, 1.0, 5e-324]), rng, 3)) == [0, 1]
+    assert sorted(draw(groups, np.full(3, 5e-324), rng, 3)) == [0, 1, 2]

@@ -101,6 +101,14 @@ def test_rows_of_another_prompt_never_join_and_places_stay_empty():
     assert not out.keep[-2:].any() and not out.rollouts.sampled[-2:].any()
 
 
+def test_a_group_whose_rewards_are_equal_once_rows_were_swapped_stays_dropped():
+    """Rewards 1, 1, 0, dropped by some rule: with the stored 1 in the last place all are 1."""
+    for reward, kept in (([1, 1, 0], False), ([1, 0, 0], True)):
+        fresh = groups_of(2, [5, 7], [[0, 0, 1], reward], 20, keep=[True, False])
+        out, metrics, _ = after(OLD, fresh, join=JoinConfig(right=True, swap=True))
+        assert out.keep[3:].tolist() == [kept] * G and metrics["replay/rows"] == 1 + kept
+
+
 @pytest.mark.parametrize(
     "rule, want",
     [
