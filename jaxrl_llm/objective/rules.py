@@ -92,6 +92,11 @@ def refusals(
             found.append(
                 "objective.advantage.kind: got best_worst, which is for the loss dpo; want an advantage of every sample"
             )
+    if isinstance(advantage, BestWorst) and objective.reused_rows == "split":
+        found.append(
+            "objective.reused_rows: got split with the advantage best_worst, want joint: a pair each of fresh and of stored rows "
+            "would be one pair to the loss dpo"
+        )
     if isinstance(advantage, OwnAdvantage):
         found += _own_advantage_refusals(objective)
     if objective.reward_kl.to == "advantage" and objective.advantage.uses_returns_to_go:

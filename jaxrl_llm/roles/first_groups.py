@@ -65,7 +65,7 @@ def first_groups(blueprint: Blueprint, task: Task, pool: GraderPool, version: in
 
 def _in_columns_of(uses: tuple[str, ...], rollouts: Rollouts, version: int) -> Rollouts:
     """Return the rollouts with the columns of the run."""
-    sampled, logprobs = rollouts.sampled, rollouts.behavior_logprobs
+    sampled, logprobs = rollouts.sampled, np.nan_to_num(rollouts.behavior_logprobs, nan=0.0)
     if "truncation" in uses and rollouts.kept_tokens is None:
         raise UserError(
             f"{WHERE}: got responses without kept_tokens, want them, or rollout.top_p 1, top_k 0 and min_p 0: this run scores "
@@ -78,7 +78,7 @@ def _in_columns_of(uses: tuple[str, ...], rollouts: Rollouts, version: int) -> R
             mine = getattr(rollouts, column.name)
             columns[column.name] = (fallback[column.name] if mine is None else mine) if column.when in uses else None
     return rollouts.replace(
-        behavior_logprobs=np.nan_to_num(logprobs, nan=0.0),
+        behavior_logprobs=logprobs,
         version=np.where(sampled, version, 0).astype(np.int32),
         **columns,
     )

@@ -55,6 +55,9 @@ REFUSED = {
     "supervised in RL": ({"loss": {"kind": "cross_entropy"}}, "it uses no reward; warm_start is supervised"),
     "DPO of all samples": ({"loss": {"kind": "dpo"}}, "objective.advantage.kind: got grpo, want best_worst"),
     "the batch's mean by a group's std": ({"advantage": {"mean_over": "batch"}}, "got group with mean_over batch, want batch"),
+    "two pairs in one group": (
+        {"preset": "paper:dpo", "reused_rows": "split"}, "objective.reused_rows: got split with the advantage best_worst"
+    ),
     "pairs for a policy gradient": ({"advantage": {"kind": "best_worst"}}, "best_worst, which is for the loss dpo"),
     "late KL of token returns": (
         {"preset": "openrlhf:reinforce_pp", "reward_kl": {"to": "advantage"}}, "got advantage with the advantage reinforce_pp"),

@@ -71,6 +71,16 @@ def test_texts_of_others_are_graded_and_count_as_sampled_for_certain(tmp_path, p
     assert rollouts.tokens.shape == (15, 6) and rollouts.prompts.tokens.shape == (6, 5)
 
 
+def test_no_column_of_a_response_without_log_probs_is_unknown(tmp_path, pool):
+    """Sampled for certain, also before truncation; nothing was masked."""
+    run = blueprint(
+        experience={"replay": {"capacity": 6, "start": texts(tmp_path / "x.jsonl")}},
+        rollout={"prompts": 8, "samples": 4, "max_new_tokens": 6, "raw_logprobs": True, "min_new_tokens": 1},
+    )
+    rollouts = first_groups(run, TASK, pool, 9).rollouts
+    assert (rollouts.raw_logprobs == 0).all() and (rollouts.entropy == 0).all() and not rollouts.eos_masked.any()
+
+
 def test_what_a_policy_sampled_keeps_its_log_probs_and_its_temperature(tmp_path, pool):
     found = first_groups(of(with_ids(tmp_path / "x.jsonl")), TASK, pool, 9)
     assert found.rollouts.behavior_logprobs[:, 0].tolist() == [-0.5 - i for i in range(15)]
