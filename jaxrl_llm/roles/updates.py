@@ -140,8 +140,8 @@ def as_floats(metrics: dict) -> dict[str, float]:
 
 
 def is_old(experience: Experience, version: int) -> bool:
-    """True if some token of a kept row was sampled by an earlier policy, or by another one: rows that a buffer started with have the
-    version of the first policy."""
+    """True if some token of a kept row was sampled by an earlier policy, or by another one: rows that a buffer started with
+    have the version of the first policy."""
     groups = experience.groups
     old = groups.rollouts.version < version
     if groups.reused is not None:
