@@ -90,12 +90,25 @@ def start_problem(cfg: RunConfig, task: Task) -> str:
         found = trajectories.read(Path(replay.start), task.tokenizer)
     except UserError as error:
         return f"experience.replay.start: {error}"
+    if greedy := [t.where for t in found if t.temperature == 0]:
+        return (
+            f"experience.replay.start: {greedy[0]}: got temperature 0 in {len(greedy)} of {len(found)} responses, want more: "
+            "greedy ones have no gradient; or a file of texts alone, prompt and completion"
+        )
     bare = [t.where for t in found if t.logprobs is None]
-    if not bare or getattr(cfg.objective.loss, "shaping", None):
+    if not bare:
+        return ""
+    got = f"experience.replay.start: {bare[0]}: got no logprobs in {len(bare)} of {len(found)} responses, want"
+    if cfg.objective.reward_kl.weight:
+        return (
+            f"{got} those of their tokens as they were sampled, or objective.reward_kl.weight 0: it compares them with the "
+            "reference's"
+        )
+    if getattr(cfg.objective.loss, "shaping", None):
         return ""
     return (
-        f"experience.replay.start: {bare[0]}: got no logprobs in {len(bare)} of {len(found)} responses, want those of their tokens "
-        "as they were sampled; or objective.loss.shaping: 0.1, as if they had been sampled with probability 1"
+        f"{got} those of their tokens as they were sampled; or objective.loss.shaping: 0.1, as if they had been sampled with "
+        "probability 1"
     )
 
 

@@ -131,6 +131,16 @@ def test_other_prompts_and_truncation_are_told(tmp_path, pool):
     [
         (texts, {}, r"x.jsonl:1: got no logprobs in 15 of 15 responses, want .*; or objective.loss.shaping: 0.1"),
         (texts, {"loss": {"shaping": 0.1}}, ""),
+        (
+            texts,
+            {"loss": {"shaping": 0.1}, "reward_kl": {"weight": 0.1}},
+            r"or objective.reward_kl.weight 0: it compares",
+        ),
+        (
+            lambda path: with_ids(path, temperature=0.0),
+            {},
+            r"x.jsonl:1: got temperature 0 in 15 of 15 responses, want more",
+        ),
         (lambda path: with_ids(path, tokenizer="f" * 16), {}, r"got tokens of another tokenizer"),
         (lambda path: with_ids(path), {}, ""),
         (lambda path: with_ids(path, logprobs=[0.0]), {}, r"x.jsonl:1: .*logprobs"),
