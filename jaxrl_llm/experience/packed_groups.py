@@ -74,7 +74,7 @@ class Packing:
         fields = [field for field in fields if field.name != "rollouts.prompt"]
         kept = like.rollouts.kept_tokens
         if kept is not None:
-            counts = np.dtype(np.uint8 if kept.shape[-1] < 256 else np.uint16)
+            counts = np.min_scalar_type(kept.shape[-1])
             fields.append(Field("kept_counts", "tokens", counts, ()))
         self.fields = sorted(fields, key=lambda field: (-field.dtype.itemsize, field.is_bits))
 

@@ -117,6 +117,17 @@ def test_counts_of_more_than_255_kept_tokens():
     same(widened(packing.unpack(packing.pack(groups)), groups, PAD), groups)
 
 
+def test_counts_of_more_than_65535_kept_tokens():
+    groups = groups_of([1], [1], [2**16 + 3], slots=(1, 1), most=2**16 + 8, uses=("truncation",))
+    groups = groups.replace(rollouts=groups.rollouts.replace(sampled=np.ones((1, 1), bool)))
+    kept = groups.rollouts.replace(
+        kept_tokens=np.where(np.arange(2**16 + 8) < 2**16 + 3, 7, -1)[None, None].astype(np.int32)
+    )
+    packing = Packing(groups, PAD)
+    back = packing.unpack(packing.pack(groups.replace(rollouts=kept)))
+    assert np.count_nonzero(back.rollouts.kept_tokens == 7) == 2**16 + 3
+
+
 def test_a_packed_group_is_wider_in_a_wider_run():
     """What a run with fewer slots packed, in the slots of a run with more."""
     groups, other = groups_of([2, 1], [4, 9], [3, 18]), groups_of([1], [1], [1], slots=(7, 12), most=33)
