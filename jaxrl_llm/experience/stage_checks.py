@@ -73,17 +73,20 @@ def checked_metrics(name: str, found: Any) -> dict[str, float]:
 
 
 def checked_groups(name: str, found: Any, like: Groups) -> Groups:
-    """Return `found`. Raises UserError unless it is Groups in the shapes and dtypes of `like`."""
+    """Return `found`. Raises UserError unless it is Groups in the shapes and dtypes of `like`; it may have `reused` and
+    `loss_weight` beside them."""
     if not isinstance(found, Groups):
         raise UserError(f"{name}: got {type(found).__name__}, want Groups")
-    pairs = zip(jax.tree_util.tree_leaves_with_path(like), jax.tree.leaves(found), strict=False)
-    wrong = [
-        (path, x, np.asarray(y)) for (path, x), y in pairs if (np.shape(y), np.asarray(y).dtype) != (x.shape, x.dtype)
-    ]
-    for path, x, y in wrong[:1]:
-        where = jax.tree_util.keystr(path)
-        got = f"{y.dtype}{list(y.shape)}"
-        raise UserError(f"{name}: got {got} for groups{where}, want {x.dtype}{list(x.shape)}: a step has fixed shapes")
+    rows = np.zeros(len(like.keep), bool)
+    optional = {"reused": rows, "loss_weight": rows.astype(np.float32)}
+    whole = like.replace(**{field: x for field, x in optional.items() if getattr(found, field) is not None})
+    want, given = (dict(jax.tree_util.tree_leaves_with_path(groups)) for groups in (whole, found))
+    for path, x in want.items():
+        y = np.asarray(given[path]) if path in given else None
+        if y is None or (y.shape, y.dtype) != (x.shape, x.dtype):
+            got = "nothing" if y is None else f"{y.dtype}{list(y.shape)}"
+            where = f"groups{jax.tree_util.keystr(path)}"
+            raise UserError(f"{name}: got {got} for {where}, want {x.dtype}{list(x.shape)}: a step has fixed shapes")
     return found
 
 

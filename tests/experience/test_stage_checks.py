@@ -13,6 +13,7 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.curricula import own_curriculum
 from jaxrl_llm.experience.filters import Filter, make_filter
 from jaxrl_llm.experience.replay import blank_groups, make_replay
+from jaxrl_llm.experience.stage_checks import checked_groups
 from jaxrl_llm.objective.losses import make_loss
 from jaxrl_llm.types import Groups
 from jaxrl_llm.update.optimizer.transform import learning_rate
@@ -144,3 +145,16 @@ def test_a_loss_that_asks_for_a_number_is_told():
     loss = make_loss(validate({"objective": {"loss": "own_stages:capped"}}, "a.yaml").objective)
     with pytest.raises(UserError, match=r"objective\.loss own_stages:capped: got an if, a loop or .* want jnp\.where"):
         jax.jit(lambda x: loss.terms(TokenScores(x, x), None))(jnp.zeros((1, 2)))
+
+
+def test_groups_of_a_replay_of_ones_own_may_say_which_rows_are_old_but_lack_nothing():
+    fresh = blank_groups(2, 2, (1, 1), 1, ("steps",), 0)
+    mixed = fresh.replace(reused=np.array([False, True] * 2), loss_weight=np.ones(4, np.float32))
+    assert checked_groups("mine", mixed, fresh) is mixed
+    for wrong, message in (
+        (mixed.replace(reused=np.zeros(3, bool)), r"mine: got bool\[3\] for groups.reused, want bool\[4\]"),
+        (mixed.replace(loss_weight=np.ones(4)), r"mine: got float64\[4\] for groups.loss_weight, want float32\[4\]"),
+        (mixed.replace(step_reward=None), r"mine: got nothing for groups.step_reward, want float32\[4, 1\]"),
+    ):
+        with pytest.raises(UserError, match=message):
+            checked_groups("mine", wrong, fresh)
