@@ -78,25 +78,13 @@ def refusals(
     if isinstance(loss, OwnLoss):
         found += _length_refusals(loss)
     if isinstance(loss, Dpo):
-        if not isinstance(objective.advantage, BestWorst):
-            found.append(
-                f"objective.advantage.kind: got {objective.advantage.kind}, want best_worst: the pairs of the loss dpo"
-            )
-        if packing != "shared_prefix":
-            found.append(
-                f"update.packing.kind: got {packing}, want shared_prefix: the loss dpo needs a pair in one row"
-            )
+        found += _dpo_refusals(objective, packing)
     if isinstance(loss, PolicyGradient):
         found += _policy_gradient_refusals(loss)
         if isinstance(objective.advantage, BestWorst):
             found.append(
                 "objective.advantage.kind: got best_worst, which is for the loss dpo; want an advantage of every sample"
             )
-    if isinstance(advantage, BestWorst) and objective.reused_rows == "split":
-        found.append(
-            "objective.reused_rows: got split with the advantage best_worst, want joint: a pair each of fresh and of stored rows "
-            "would be one pair to the loss dpo"
-        )
     if isinstance(advantage, OwnAdvantage):
         found += _own_advantage_refusals(objective)
     if objective.reward_kl.to == "advantage" and objective.advantage.uses_returns_to_go:
@@ -106,6 +94,22 @@ def refusals(
         )
     if objective.reference.kind == "pretrained" and not objective.reference.path:
         found.append("objective.reference.path: got nothing, want the model that reference.kind pretrained reads")
+    return found
+
+
+def _dpo_refusals(objective: ObjectiveConfig, packing: str) -> list[str]:
+    found = []
+    if not isinstance(objective.advantage, BestWorst):
+        found.append(
+            f"objective.advantage.kind: got {objective.advantage.kind}, want best_worst: the pairs of the loss dpo"
+        )
+    if packing != "shared_prefix":
+        found.append(f"update.packing.kind: got {packing}, want shared_prefix: the loss dpo needs a pair in one row")
+    if objective.reused_rows == "split":
+        found.append(
+            "objective.reused_rows: got split with the loss dpo, want joint: a pair each of fresh and of stored rows would be one "
+            "pair to it"
+        )
     return found
 
 

@@ -56,7 +56,7 @@ REFUSED = {
     "DPO of all samples": ({"loss": {"kind": "dpo"}}, "objective.advantage.kind: got grpo, want best_worst"),
     "the batch's mean by a group's std": ({"advantage": {"mean_over": "batch"}}, "got group with mean_over batch, want batch"),
     "two pairs in one group": (
-        {"preset": "paper:dpo", "reused_rows": "split"}, "objective.reused_rows: got split with the advantage best_worst"
+        {"preset": "paper:dpo", "reused_rows": "split"}, "objective.reused_rows: got split with the loss dpo"
     ),
     "pairs for a policy gradient": ({"advantage": {"kind": "best_worst"}}, "best_worst, which is for the loss dpo"),
     "late KL of token returns": (
