@@ -196,6 +196,13 @@ def replay_problems(cfg: ReplayConfig, samples: int) -> list[str]:
             f"experience.replay.groups: got {cfg.groups}, want {cfg.capacity} at most, all that the buffer holds "
             "(experience.replay.capacity)"
         )
+    if cfg.capacity and not cfg.store_fresh and not cfg.start:
+        found.append("experience.replay.store_fresh: got false, want true, or a file in start: nothing is stored")
+    if cfg.capacity and cfg.max_uses == 1 and not cfg.start:
+        found.append(
+            "experience.replay.max_uses: got 1, want 2 or more, or 0 for any number: the step that sampled it counts, so that "
+            "no group comes back"
+        )
     if join and join.least > join.window:
         found.append(
             f"experience.replay.join.least: got {join.least}, want {join.window} at most, experience.replay.join.window"
@@ -251,6 +258,23 @@ def cautions(cfg: RunConfig) -> list[str]:
                 f"experience.{where}: judges groups by the weighted sum of {graders} graders, so that groups stay in which every "
                 "answer is wrong but the format or the length differs; by: success, or a grader's name, looks at the task alone"
             )
+    return found + (replay_cautions(cfg) if isinstance(cfg.experience.replay, ReplayConfig) else [])
+
+
+def replay_cautions(cfg: RunConfig) -> list[str]:
+    """Warnings: what is stored and hardly ever trained on."""
+    replay, found = cfg.experience.replay, []
+    if not replay.capacity:
+        return []
+    if replay.start and not replay.store_fresh and replay.max_age:
+        found.append(
+            f"experience.replay.max_age: the responses of {replay.start} leave after {replay.max_age} updates; 0 keeps them"
+        )
+    if replay.join and replay.join.right and cfg.objective.reused_rows == "split":
+        found.append(
+            "objective.reused_rows: split with experience.replay.join.right: stored responses that are all right have a baseline "
+            "of 1, and no advantage; joint compares them with the fresh ones"
+        )
     return found
 
 

@@ -48,7 +48,6 @@ RIGHT = groups_of([2, 2, 2], [1, 1, 0, 1, 0, 0])
 @pytest.mark.parametrize(
     "written, want",
     [
-        ("shuffled", {}),
         ({"kind": "stratified", "column": "level"}, {"share/1": 0.75, "share/2": 0, "share/4": 0.25}),
         ({"kind": "sec", "column": "level"}, {"share/1": 0.75, "share/2": 0, "share/4": 0.25}),
         # The mean success of all six is .5: the target stays. Difficulties 1, 1, 1 and 4.

@@ -54,6 +54,7 @@ CHARTS = (  # title, its metrics; a chart without data is left out
     ("prompts never seen", ("prompts/never_seen",)),
     ("samples per prompt", ("budget/min_samples", "budget/max_samples")),
     ("replayed groups: age (updates) and uses", ("replay/age", "replay/age_max", "replay/uses")),
+    ("groups that were replayed, responses that joined", ("groups/replayed", "replay/rows")),
     ("groups in the replay's buffer", ("replay/groups",)),
     ("the replay's buffer (MiB)", ("replay/mib",)),
     ("truncated completions, groups without signal", ("completions/clipped_ratio", "frac_reward_zero_std")),
