@@ -221,6 +221,24 @@ def test_buffer_curriculum_and_mixture_survive_eight_kills_at_random_instants(tm
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.soak
+def test_a_run_with_a_buffer_continues_on_another_mesh(tmp_path, environment):  # noqa: F811
+    """Three steps on one device, three on (2, 2, 2): what comes back is what was stored."""
+    config = write(tmp_path, "knapsack")
+    env = environment | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{environment['PYTHONPATH']}"}
+    run(config, tmp_path / "whole", env)
+    process = start(config, tmp_path / "run", env)
+    wait_for_rows(tmp_path / "run", 4, process)
+    process.kill()
+    process.communicate()
+    mesh = ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
+    run(config, tmp_path / "run", env | {"JAX_NUM_CPU_DEVICES": "8"}, *mesh)
+    got, want = rows(tmp_path / "run"), rows(tmp_path / "whole")
+    alike(got, want)
+    names = ("groups/replayed", "replay/rows", "replay/age", "replay/uses", "replay/groups", "replay/task_rows")
+    assert [[row.get(name) for name in names] for row in got] == [[row.get(name) for name in names] for row in want]
+
+
 def alike(got: list[dict], want: list[dict]) -> None:
     """The same samples at every step; numbers of the update to rounding."""
     names = (
