@@ -90,6 +90,12 @@ def start_problem(cfg: RunConfig, task: Task) -> str:
         found = trajectories.read(Path(replay.start), task.tokenizer)
     except UserError as error:
         return f"experience.replay.start: {error}"
+    most = cfg.rollout.max_new_tokens
+    if long := [t for t in found if len(t.ids) > most]:
+        return (
+            f"experience.replay.start: {long[0].where}: got {len(long[0].ids)} tokens, and {len(long)} of {len(found)} responses "
+            f"have more than rollout.max_new_tokens ({most}), want that many at most"
+        )
     if greedy := [t.where for t in found if t.temperature == 0]:
         return (
             f"experience.replay.start: {greedy[0]}: got temperature 0 in {len(greedy)} of {len(found)} responses, want more: "

@@ -145,6 +145,11 @@ def test_other_prompts_and_truncation_are_told(tmp_path, pool):
         (lambda path: with_ids(path), {}, ""),
         (lambda path: with_ids(path, logprobs=[0.0]), {}, r"x.jsonl:1: .*logprobs"),
         (lambda path: str(path), {}, r"x.jsonl: cannot be read: No such file"),
+        (
+            lambda path: write(path, [{"prompt": ROWS[0], "completion": "123456"}]),
+            {"loss": {"shaping": 0.1}},
+            r"x.jsonl:1: got 7 tokens, and 1 of 1 responses have more than rollout.max_new_tokens \(6\), want that many at most",
+        ),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_before_anything_compiles(tmp_path, make, objective, message):
