@@ -126,7 +126,7 @@ class Groups(flax.struct.PyTreeNode):
     threshold: float = flax.struct.field(pytree_node=False, default=1.0)
     """Lowest reward by the first grader of its task of a right response, as the evaluation counts them."""
     reused: Bool[ArrayLike, " B"] | None = None
-    """Rows of an earlier step; None: there are none."""
+    """Rows of an earlier step, or of a file; None: there are none."""
     loss_weight: Float[ArrayLike, " B"] | None = None
     """Factor of the row's loss terms; None: 1."""
     step_reward: Float[ArrayLike, "B C"] | None = None

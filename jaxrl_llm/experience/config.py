@@ -347,6 +347,11 @@ class ExperienceConfig:
         return value | {name: form(value[name]) for name, form in forms.items() if name in value}
 
     @property
+    def start(self) -> str:
+        """File with whose responses the replay's buffer starts; "" without one."""
+        return self.replay.start if isinstance(self.replay, ReplayConfig) and self.replay.capacity else ""
+
+    @property
     def replayed_groups(self) -> int:
         """Groups that a step trains on beside those of its prompts."""
         return self.replay.groups if isinstance(self.replay, ReplayConfig) and self.replay.capacity else 0

@@ -15,10 +15,10 @@ from jaxtyping import Bool, Float
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience import by_prompt
 from jaxrl_llm.experience.buffer import Buffer, added, empty_buffer, used, without
+from jaxrl_llm.experience.composition import Composition, compose, widened
 from jaxrl_llm.experience.config import OwnReplay, ReplayConfig
 from jaxrl_llm.experience.draws import Candidates
 from jaxrl_llm.experience.joining import JoinConfig, asking_groups, join_stored
-from jaxrl_llm.experience.mixing import Composition, compose, widened
 from jaxrl_llm.experience.packed_groups import Packing
 from jaxrl_llm.experience.stage_checks import (
     checked_groups,

@@ -47,7 +47,7 @@ OPTIONAL = ("reference_logprobs", "proximal_logprobs", "values", "returns")
 
 
 def reused_tokens(groups: Groups, scores: Scores) -> Bool[np.ndarray, "B C"]:
-    """Return the tokens of rows of an earlier step."""
+    """Return the tokens of rows of an earlier step, or of a file."""
     sampled = groups.rollouts.sampled
     return np.zeros_like(sampled) if groups.reused is None else sampled & groups.reused[:, None]
 

@@ -6,8 +6,7 @@ import numpy as np
 
 from jaxrl_llm.environments.grader_pool import GraderPool
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience.config import ReplayConfig
-from jaxrl_llm.experience.mixing import Composition, compose
+from jaxrl_llm.experience.composition import Composition, compose
 from jaxrl_llm.roles.blueprint import Blueprint, fresh_sizes, uses_of
 from jaxrl_llm.roles.grading import grade
 from jaxrl_llm.roles.stored_rollouts import read_trajectories
@@ -34,10 +33,10 @@ def first_groups(blueprint: Blueprint, task: Task, pool: GraderPool, version: in
         UserError: the file does not fit the run.
     """
     cfg, replay = blueprint.cfg, blueprint.cfg.experience.replay
-    if not isinstance(replay, ReplayConfig) or not replay.capacity or not replay.start:
+    if not cfg.experience.start:
         return None
     slots = (blueprint.prompt_slots, cfg.rollout.max_new_tokens)
-    kept = cfg.rollout.max_kept_of(blueprint.vocab.size) if cfg.rollout.truncates else 0
+    kept = cfg.rollout.max_kept_of(blueprint.vocab.size)
     try:
         found = read_trajectories(replay.start, task, slots, kept, needs_logprobs=False)
     except UserError as error:

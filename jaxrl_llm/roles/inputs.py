@@ -14,7 +14,7 @@ from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.environments.grader import Sample, unreadable_rows
 from jaxrl_llm.environments.grader import problems as grader_problems
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience.config import OVER_A_COLUMN, ReplayConfig
+from jaxrl_llm.experience.config import OVER_A_COLUMN
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.source import resolve
@@ -83,11 +83,10 @@ def read(cfg: RunConfig, trains: bool = False, asked: Callable[[RunConfig], Task
 
 def start_problem(cfg: RunConfig, task: Task) -> str:
     """Error about the file with which the replay's buffer starts; "" if it can be read, or there is none."""
-    replay = cfg.experience.replay
-    if not isinstance(replay, ReplayConfig) or not replay.start or not replay.capacity:
+    if not cfg.experience.start:
         return ""
     try:
-        found = trajectories.read(Path(replay.start), task.tokenizer)
+        found = trajectories.read(Path(cfg.experience.start), task.tokenizer)
     except UserError as error:
         return f"experience.replay.start: {error}"
     most = cfg.rollout.max_new_tokens
@@ -110,6 +109,8 @@ def start_problem(cfg: RunConfig, task: Task) -> str:
             f"{got} those of their tokens as they were sampled, or objective.reward_kl.weight 0: it compares them with the "
             "reference's"
         )
+    if (kl := getattr(cfg.objective.loss, "kl", None)) and kl.weight and (kl.to == "behavior" or kl.times == "ratio"):
+        return f"{got} those of their tokens as they were sampled, or objective.loss.kl.weight 0: it reads them"
     if getattr(cfg.objective.loss, "shaping", None):
         return ""
     return (

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl_llm.experience.mixing import widened
+from jaxrl_llm.experience.composition import widened
 from jaxrl_llm.experience.packed_groups import Packing
 from jaxrl_llm.experience.replay import blank_groups
 from jaxrl_llm.types import Groups, check, number_rows, select_groups

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl_llm.experience.buffer import empty_buffer
+from jaxrl_llm.experience.composition import widened
 from jaxrl_llm.experience.config import ReplayConfig
 from jaxrl_llm.experience.draws import UniformDraw
-from jaxrl_llm.experience.mixing import widened
 from jaxrl_llm.experience.packed_groups import Packing
 from jaxrl_llm.experience.replay import exchange, make_replay
 from jaxrl_llm.types import Groups, Prompts, Rollouts, check, map_groups, number_rows, select_groups

@@ -131,6 +131,17 @@ def test_other_prompts_and_truncation_are_told(tmp_path, pool):
     [
         (texts, {}, r"x.jsonl:1: got no logprobs in 15 of 15 responses, want .*; or objective.loss.shaping: 0.1"),
         (texts, {"loss": {"shaping": 0.1}}, ""),
+        (texts, {"loss": {"shaping": 0.1, "kl": {"weight": 0.1}}}, ""),
+        (
+            texts,
+            {"loss": {"shaping": 0.1, "kl": {"weight": 0.1, "to": "behavior"}}},
+            r"or objective.loss.kl.weight 0: it reads",
+        ),
+        (
+            texts,
+            {"loss": {"shaping": 0.1, "kl": {"weight": 0.1, "times": "ratio"}}},
+            r"or objective.loss.kl.weight 0: it reads",
+        ),
         (
             texts,
             {"loss": {"shaping": 0.1}, "reward_kl": {"weight": 0.1}},
