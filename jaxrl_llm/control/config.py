@@ -1,0 +1,135 @@
+"""Config of controls: what a response may consist of."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, MinLen
+from pydantic import ConfigDict, Discriminator
+
+Count = Annotated[int, Ge(1)]
+Natural = Annotated[int, Ge(0)]
+Text = Annotated[str, MinLen(1)]
+Texts = Annotated[tuple[Text, ...], MinLen(1)]
+Tokens = Annotated[tuple[int | Text, ...], MinLen(1)]
+
+
+@dataclass(frozen=True)
+class NoControl:
+    """Responses are sampled freely."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["none"] = "none"
+
+
+@dataclass(frozen=True)
+class RegexControl:
+    """Responses match a regular expression, as a whole."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["regex"] = "regex"
+    pattern: Text = ".*"
+    """In the syntax of Rust's regex crate, without look-around and back-references."""
+
+
+@dataclass(frozen=True)
+class JsonSchemaControl:
+    """Responses are JSON that is valid under a schema."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["json_schema"] = "json_schema"
+    schema: dict[str, Any] = field(default_factory=dict)
+    """The JSON schema."""
+    path: str = ""
+    """A file with the schema, in place of `schema`."""
+    whitespace: str = "[ ]?"
+    """Regular expression of the white space between two JSON tokens."""
+
+
+@dataclass(frozen=True)
+class ChoiceControl:
+    """Responses are one of some texts."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["choice"] = "choice"
+    texts: Texts = ("",)
+
+
+@dataclass(frozen=True)
+class AllowControl:
+    """Responses consist of some tokens, and end tokens, only."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["allow"] = "allow"
+    tokens: Tokens = (0,)
+    """Token ids, or texts of exactly one token each."""
+
+
+@dataclass(frozen=True)
+class ForbidControl:
+    """Responses have none of some tokens."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["forbid"] = "forbid"
+    tokens: Tokens = (0,)
+    """Token ids, or texts of exactly one token each."""
+
+
+@dataclass(frozen=True)
+class StopControl:
+    """Responses end with the token that completes one of some texts, on the device."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["stop"] = "stop"
+    texts: Texts = ("",)
+
+
+Answer = Annotated[NoControl | RegexControl | JsonSchemaControl | ChoiceControl, Discriminator("kind")]
+
+
+@dataclass(frozen=True)
+class BudgetControl:
+    """Thinking of a limited number of tokens, then an answer (s1, arXiv 2501.19393)."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["budget"] = "budget"
+    tokens: Count = 256
+    """Completion slots for thinking. In the slot behind them `closing` is forced, unless the response closed it before."""
+    close: Text = "</think>"
+    """Text that ends the thinking."""
+    closing: str = ""
+    """Text that is forced when the budget is used up; it has to contain `close`. Empty: `close` itself."""
+    waits: Natural = 0
+    """Number of times that `wait` is forced in place of the token that would end the thinking."""
+    wait: Text = "Wait"
+    """Text that makes the policy think on."""
+    then: Answer = NoControl()
+    """Control of the answer behind `close`."""
+
+
+@dataclass(frozen=True)
+class BeginControl:
+    """Responses begin with a text that is forced: context, never trained."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["begin"] = "begin"
+    text: Text = " "
+    then: Annotated[
+        NoControl | RegexControl | JsonSchemaControl | ChoiceControl | BudgetControl, Discriminator("kind")
+    ] = NoControl()
+    """Control of what follows; `BudgetControl.tokens` counts the forced text too."""
+
+
+Control = Annotated[
+    NoControl | RegexControl | JsonSchemaControl | ChoiceControl | AllowControl | ForbidControl | StopControl
+    | BudgetControl | BeginControl,
+    Discriminator("kind"),
+]  # fmt: skip
