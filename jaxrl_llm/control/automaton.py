@@ -1,4 +1,4 @@
-"""Automata over the tokens of a vocabulary: which tokens a response may have next, and what they lead to. Host, NumPy."""
+"""Automata over the tokens of a vocabulary: what may come next in a response, and what it leads to. Host, NumPy."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class TokenTexts(NamedTuple):
 class TokenAutomaton:
     """Deterministic automaton over tokens. Its tables have one column for all tokens that it treats alike: a class.
 
-    Every state from which no end can be reached has been removed, so a row in any state can go on.
+    Every state from which no end can be reached has been removed, so a row in any state can still end.
     """
 
     classes: Int[np.ndarray, " V"]
