@@ -16,7 +16,7 @@ def merge_equivalent(automaton: ByteAutomaton, kept: Sequence[int] = ()) -> tupl
     Moore's refinement of partitions. A round looks only at states whose successors changed their block in the round before:
     a counted repeat takes as many rounds as it counts, each of which splits off one state.
     """
-    by_class = automaton.next[:, np.unique(automaton.next, axis=1, return_index=True)[1]]
+    by_class = automaton.next[:, distinct(automaton.next.T)[0]]
     source, target = edges(automaton.next)
     apart = np.zeros(len(by_class), np.int32)
     apart[list(kept)] = np.arange(1, len(kept) + 1)

@@ -86,7 +86,7 @@ def _walk(
 ) -> tuple[Int[np.ndarray, " V"], Int[np.ndarray, "D S"]]:
     """Return the column of each token's text, and the columns: the state behind the text per state before it. Column 0 is dead in
     all states, column 1 that of a text without bytes."""
-    _, first, alphabet = np.unique(automaton.next, axis=1, return_index=True, return_inverse=True)
+    first, alphabet = distinct(automaton.next.T)
     states, size = len(automaton.next), len(first)
     # The last entry is that of DEAD.
     behind = np.concatenate([automaton.next[:, first], np.full((1, size), DEAD)]).astype(np.int32)
@@ -94,7 +94,7 @@ def _walk(
     number = {column.tobytes(): i for i, column in enumerate(columns)}
     after = np.stack([np.zeros(size), np.full(size, -1)]).astype(np.int64)
 
-    text = alphabet.ravel()[np.frombuffer(b"".join(text or b"" for text in texts), np.uint8)]
+    text = alphabet[np.frombuffer(b"".join(text or b"" for text in texts), np.uint8)]
     length = np.array([len(text or b"") for text in texts], np.int64)
     begin = np.cumsum(length) - length
     column = np.ones(len(texts), np.int64)
