@@ -1,0 +1,75 @@
+"""Regular expressions as automata over bytes. A text matches as a whole, whatever alternative comes first in the pattern."""
+
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from jaxrl_llm.control.byte_automaton import ByteAutomaton
+from jaxrl_llm.control.compile_pattern import PATTERN_IS_WRONG
+from jaxrl_llm.errors import UserError
+
+COMPILER = Path(__file__).with_name("compile_pattern.py")
+SECONDS = 30.0
+# Escapes and classes are skipped: what is in them is neither a group nor an anchor.
+PIECES = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[()^]", re.DOTALL)
+# The texts are matched from their beginning, so an anchor there says nothing.
+LEADING_ANCHOR = re.compile(r"((?:\(\?[a-zA-Z-]+\))?)(?:\^|\\A)")
+
+
+def from_regex(pattern: str, where: str) -> ByteAutomaton:
+    """Return the automaton of the texts that match a pattern as a whole, in the syntax of Rust's regex crate.
+
+    Raises:
+        UserError: The syntax is wrong, or the automaton has too many states to be worked out.
+    """
+    pattern = LEADING_ANCHOR.sub(r"\1", pattern, count=1) if LEADING_ANCHOR.match(pattern) else pattern
+    named = f"{where}: got {_short(pattern)}"
+    if wrong := _anchor_or_parenthesis(pattern):
+        raise UserError(f"{named}, {wrong}")
+    too_large = f"{named}, want a smaller pattern: shorter counted repeats, and fewer of them inside another"
+    try:
+        # -P: the modules beside the compiler are none of the names that it imports.
+        done = subprocess.run(
+            [sys.executable, "-P", COMPILER], input=pattern.encode(), capture_output=True, timeout=SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{too_large}; its automaton took more than {SECONDS:.0f} seconds") from None
+    if done.returncode == PATTERN_IS_WRONG:
+        raise UserError(f"{named}, want a regular expression of Rust's regex crate: {_reason(pattern, done.stderr.decode())}")
+    if done.returncode:
+        last = " ".join(done.stderr.decode(errors="replace").split())[-200:]
+        raise UserError(f"{too_large}; its automaton could not be worked out ({last})")
+    with np.load(io.BytesIO(done.stdout)) as found:
+        accepts = found["accepts"]
+        return ByteAutomaton(found["next"], accepts, np.zeros_like(accepts), int(found["start"]))
+
+
+def _anchor_or_parenthesis(pattern: str) -> str | None:
+    """What is wrong, if there is an anchor behind the beginning, or if a parenthesis closes what none opened."""
+    depth = 0
+    for piece in PIECES.findall(pattern):
+        if piece in ("^", r"\A"):
+            return rf"want it without {piece}: a response matches as a whole (the character ^ is \^)"
+        depth += {"(": 1, ")": -1}.get(piece, 0)
+        if depth < 0:
+            return r"want balanced parentheses (the character ) is \))"
+    return None
+
+
+def _short(text: str) -> str:
+    return repr(text) if len(text) <= 200 else f"{text[:200]!r}..."
+
+
+def _reason(pattern: str, message: str) -> str:
+    """The compiler's message. It does not say what is wrong with the syntax, so Python's reason is shown, if it has one."""
+    if "error building NFA" not in message:
+        return " ".join(message.split())
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        return str(error)
+    return "it has no look-around ((?=, (?!, (?<=, (?<!) and no back-references (\\1), and matches whole characters"
