@@ -24,6 +24,8 @@ class TokenTexts(NamedTuple):
     """Token ids of a text."""
     fingerprint: str
     """Hash of all of this."""
+    drops_space: bool = False
+    """Decoding leaves out a space at the beginning of a response, as with SentencePiece, where words begin with one."""
 
 
 @dataclass(frozen=True, eq=False)

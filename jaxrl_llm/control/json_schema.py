@@ -71,4 +71,8 @@ def _wrong_bytes(pattern: str, allowed: frozenset[int]) -> str:
     live = (distances(found.next, found.accepts) < ENDLESS) & (steps_from(found.next, [found.start]) < ENDLESS)
     used = np.append(live, False)[found.next[live]].any(0).nonzero()[0].tolist()
     beyond = [repr(chr(byte)) for byte in used if byte not in allowed]
-    return f"it matches {' '.join(beyond[:8])}, want a pattern without them, such as [a-z ] in place of ." if beyond else ""
+    return (
+        f"it matches {' '.join(beyond[:8])}, want a pattern without them, such as [a-z ] in place of ."
+        if beyond
+        else ""
+    )

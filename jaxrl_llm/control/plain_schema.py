@@ -1,8 +1,8 @@
 """JSON schemas in the part of the language of which outlines-core makes right regular expressions.
 
-outlines-core ignores keywords that it does not know, and some that it knows beside others; it joins alternatives without parentheses
-in places, and writes names and patterns into strings as they are. So what matches its expression need not be valid, or not even JSON.
-What is not in the part that it gets right is refused here.
+outlines-core ignores keywords that it does not know, and some that it knows beside others; in places it joins alternatives without
+parentheses, and it writes names and patterns into strings as they are. So what matches its expression need not be valid, or not
+even JSON. What is not in the part that it gets right is refused here.
 """
 
 import json
@@ -52,7 +52,7 @@ class PlainSchema:
 
     def __init__(self, root: Any, name: str, wrong_pattern: Callable[[str], str]):
         """`wrong_pattern`: what is wrong with a pattern inside a JSON string; "" if nothing is."""
-        self._root, self._wrong_pattern = root, wrong_pattern
+        self._root, self._name, self._wrong_pattern = root, name, wrong_pattern
         self.problems: list[str] = []
         self.schema = self._any(root, name, ())
 
@@ -84,7 +84,9 @@ class PlainSchema:
 
     def _reference(self, ref: Any, at: str, behind: tuple[str, ...]) -> dict:
         if ref in behind:
-            return self._refuse(at, f"got {ref} inside itself, want levels that are written out: no grammar nests without a bound")
+            return self._refuse(
+                at, f"got {ref} inside itself, want levels that are written out: no grammar nests without a bound"
+            )
         found: Any = self._root
         parts = ref[1:].split("/")[1:] if isinstance(ref, str) and ref.startswith("#") else None
         for part in parts if parts is not None else [""]:
@@ -92,7 +94,7 @@ class PlainSchema:
             if parts is None or not isinstance(found, dict) or part not in found:
                 return self._refuse(at, f"got {json.dumps(ref)}, want a part of this schema, such as #/$defs/name")
             found = found[part]
-        return self._any(found, ref, (*behind, ref))
+        return self._any(found, f"{self._name}{ref}", (*behind, ref))
 
     def _one_of_some(self, schemas: Any, at: str, behind: tuple[str, ...]) -> dict:
         if not isinstance(schemas, list) or not schemas:
@@ -121,7 +123,8 @@ class PlainSchema:
         kind = keys.get("type", "object" if "properties" in keys else None)
         kinds = kind if isinstance(kind, list) else [kind]
         if not kinds or any(not isinstance(one, str) or one not in KEYWORDS for one in kinds):
-            self._refuse(at, f"got type {json.dumps(kind)} and {', '.join(keys)}, want a type: one or a list of {', '.join(KEYWORDS)}")
+            got = f"type {json.dumps(kind)}" if "type" in keys else f"{', '.join(keys)} and no type"
+            self._refuse(at, f"got {got}, want a type: one or a list of {', '.join(KEYWORDS)}")
             return []
         return kinds
 
@@ -156,7 +159,9 @@ class PlainSchema:
             return self._refuse(at, f"got {', '.join(keys)}, want lengths, a pattern or a format, one of them")
         if "format" in keys:
             if keys["format"] not in FORMATS:
-                return self._refuse(f"{at}.format", f"got {json.dumps(keys['format'])}, want one of {', '.join(FORMATS)}, or a pattern")
+                return self._refuse(
+                    f"{at}.format", f"got {json.dumps(keys['format'])}, want one of {', '.join(FORMATS)}, or a pattern"
+                )
             return {"type": "string", "pattern": f"(?:{FORMATS[keys['format']]})"}
         if "pattern" not in keys:
             return {"type": "string", **bounds}
@@ -177,7 +182,9 @@ class PlainSchema:
             if not isinstance(first, list) or not first:
                 return self._refuse(f"{at}.prefixItems", f"got {json.dumps(first)}, want a list of schemas")
             if not bounds.get("minItems", 0) <= len(first) <= bounds.get("maxItems", len(first)):
-                return self._refuse(at, f"got prefixItems of {len(first)} schemas, want minItems and maxItems that allow that many")
+                return self._refuse(
+                    at, f"got prefixItems of {len(first)} schemas, want minItems and maxItems that allow that many"
+                )
             each = [self._any(schema, f"{at}.prefixItems[{i}]", behind) for i, schema in enumerate(first)]
             return {"type": "array", "prefixItems": each}
         if keys.get("items") is False:
@@ -186,11 +193,17 @@ class PlainSchema:
         return {"type": "array", "items": items, **bounds}
 
     def _object(self, keys: dict, at: str, behind: tuple[str, ...]) -> dict:
-        named, required, other = keys.get("properties", {}), keys.get("required", []), keys.get("additionalProperties", True)
+        named, required, other = (
+            keys.get("properties", {}),
+            keys.get("required", []),
+            keys.get("additionalProperties", True),
+        )
         if not isinstance(named, dict):
             return self._refuse(f"{at}.properties", f"got {json.dumps(named)}, want names and their schemas")
         if not isinstance(required, list) or any(name not in named for name in required):
-            return self._refuse(f"{at}.required", f"got {json.dumps(required)}, want a list of names that are in properties")
+            return self._refuse(
+                f"{at}.required", f"got {json.dumps(required)}, want a list of names that are in properties"
+            )
         if not named and "properties" not in keys and other is not False:
             return {"type": "object", "additionalProperties": self._any(other, f"{at}.additionalProperties", behind)}
         # Names are written into the expression as they are, but for its own special characters.

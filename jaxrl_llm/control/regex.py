@@ -39,7 +39,9 @@ def from_regex(pattern: str, where: str) -> ByteAutomaton:
     except subprocess.TimeoutExpired:
         raise UserError(f"{too_large}; its automaton took more than {SECONDS:.0f} seconds") from None
     if done.returncode == PATTERN_IS_WRONG:
-        raise UserError(f"{named}, want a regular expression of Rust's regex crate: {_reason(pattern, done.stderr.decode())}")
+        raise UserError(
+            f"{named}, want a regular expression of Rust's regex crate: {_reason(pattern, done.stderr.decode())}"
+        )
     if done.returncode:
         last = " ".join(done.stderr.decode(errors="replace").split())[-200:]
         raise UserError(f"{too_large}; its automaton could not be worked out ({last})")

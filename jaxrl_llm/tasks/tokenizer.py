@@ -14,6 +14,7 @@ import numpy as np
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks.config import CharacterTokenizer, PretrainedTokenizer
 from jaxrl_llm.tasks.special_tokens import SpecialTokens, unused_character
+from jaxrl_llm.tasks.token_texts import Texts, token_texts
 from jaxrl_llm.tasks.turns import FilledText, PromptError, Turn, Turns, as_turns, from_data, unicode_problem
 
 if TYPE_CHECKING:
@@ -158,6 +159,11 @@ class Tokenizer:
             return None
         # Each byte is spelled as one character.
         return np.array([len(self.backend.id_to_token(id) or "") for id in range(self.size)])
+
+    @cached_property
+    def texts(self) -> Texts:
+        """Text of each token as `decode` has it. Raises UserError if it depends on the tokens before, as with WordPiece."""
+        return token_texts(self.backend, self.size, self._special.ids | ({self.pad} - set(self.eos)))
 
     @cached_property
     def _special(self) -> SpecialTokens:

@@ -1,0 +1,58 @@
+"""Configs of controls as automata over the tokens of a vocabulary."""
+
+from functools import singledispatch
+
+from jaxrl_llm.control import cache
+from jaxrl_llm.control.automaton import TokenAutomaton, TokenTexts
+from jaxrl_llm.control.byte_automaton import ByteAutomaton
+from jaxrl_llm.control.choice import from_texts
+from jaxrl_llm.control.config import ChoiceControl, Control, JsonSchemaControl, RegexControl
+from jaxrl_llm.control.json_schema import from_json_schema
+from jaxrl_llm.control.regex import from_regex
+from jaxrl_llm.control.vocabulary_walk import over_tokens
+
+
+def build(control: Control, vocabulary: TokenTexts, where: str = "rollout.control") -> TokenAutomaton:
+    """Return the automaton of a control, from the cache of this machine if it was built before.
+
+    Args:
+        control: Any control but `NoControl`.
+        vocabulary: The tokens.
+        where: Name of the setting, for errors.
+
+    Raises:
+        UserError: The control is wrong, or too large, or the vocabulary cannot spell what it allows.
+    """
+    return cache.cached(control, vocabulary.fingerprint, lambda: automaton_of(control, vocabulary, where))
+
+
+@singledispatch
+def automaton_of(control: Control, vocabulary: TokenTexts, where: str) -> TokenAutomaton:
+    """Return the automaton of a control; a function per kind."""
+    raise TypeError(f"{where}: got {type(control).__name__}, want a control")
+
+
+@automaton_of.register(RegexControl | JsonSchemaControl | ChoiceControl)
+def _(control: RegexControl | JsonSchemaControl | ChoiceControl, vocabulary: TokenTexts, where: str) -> TokenAutomaton:
+    return over_tokens(texts_of(control, where), vocabulary, where).automaton
+
+
+@singledispatch
+def texts_of(control: RegexControl | JsonSchemaControl | ChoiceControl, where: str) -> ByteAutomaton:
+    """Return the texts that a control allows; a function per kind."""
+    raise TypeError(f"{where}: got {type(control).__name__}, want a control of texts")
+
+
+@texts_of.register
+def _(control: RegexControl, where: str) -> ByteAutomaton:
+    return from_regex(control.pattern, f"{where}.pattern")
+
+
+@texts_of.register
+def _(control: JsonSchemaControl, where: str) -> ByteAutomaton:
+    return from_json_schema(control, where)
+
+
+@texts_of.register
+def _(control: ChoiceControl, where: str) -> ByteAutomaton:
+    return from_texts(control.texts)
