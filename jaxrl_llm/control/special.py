@@ -1,0 +1,33 @@
+"""Tokens without a text, such as special ones, that a control names: an automaton over bytes does not see them."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxrl_llm.control.automaton import TokenAutomaton, TokenTexts
+from jaxrl_llm.errors import UserError
+
+
+def special_token(text: str, vocabulary: TokenTexts, where: str) -> int | None:
+    """Return the token without a text that a text consists of, None if it consists of tokens that have one.
+
+    Raises:
+        UserError: it consists of both.
+    """
+    tokens = vocabulary.encode(text)
+    special = [id for id in tokens if vocabulary.texts[id] is None]
+    if special and len(tokens) > 1:
+        raise UserError(
+            f"{where}: got {text!r}, tokens {tokens}, of which {special} are special; want one special token alone, or a text "
+            "without any"
+        )
+    return special[0] if special else None
+
+
+def with_column(automaton: TokenAutomaton, token: int, column: Int[np.ndarray, " S"]) -> TokenAutomaton:
+    """Give a token a class of its own. `column`: state behind it in each state."""
+    classes = automaton.classes.copy()
+    classes[token] = automaton.next.shape[1]
+    next = np.concatenate([automaton.next, column[:, None].astype(np.int32)], axis=1)
+    return dataclasses.replace(automaton, classes=classes, next=next)
