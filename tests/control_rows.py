@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxrl_llm.control.automaton import REFUSED, TokenAutomaton, TokenTexts
 from jaxrl_llm.control.byte_automaton import DEAD, ByteAutomaton
+from jaxrl_llm.errors import UserError
 
 
 def vocabulary(
@@ -20,7 +21,9 @@ def vocabulary(
     def encode(text: str) -> list[int]:
         ids, rest = [], text.encode()
         while rest:
-            token = max((known for known in number if rest.startswith(known)), key=len)
+            token = max((known for known in number if rest.startswith(known)), key=len, default=b"")
+            if not token:
+                raise UserError("want others")
             ids.append(number[token])
             rest = rest[len(token) :]
         return ids

@@ -11,7 +11,7 @@ from jaxrl_llm.control.byte_automaton import DEAD, ByteAutomaton
 from jaxrl_llm.control.config import BudgetControl
 from jaxrl_llm.control.follow import advance
 from jaxrl_llm.control.forced import forced_tokens, with_forced
-from jaxrl_llm.control.special import special_token, with_column
+from jaxrl_llm.control.named_tokens import special_token, with_column
 from jaxrl_llm.control.text_search import searching
 from jaxrl_llm.control.vocabulary_walk import over_tokens
 from jaxrl_llm.errors import UserError
@@ -47,8 +47,8 @@ def budget(
         where: name of the setting, for errors.
 
     Raises:
-        UserError: a forced text has an end token; `closing` does not close, or the answer may not begin with the rest of it; `wait`
-            closes; no text of the answer can be spelled, or only by too many tokens.
+        UserError: a text that cannot be spelled, or that has an end token; `closing` does not close, or the answer may not begin
+            with the rest of it; `wait` closes; no text of the answer can be spelled, or only by too many tokens.
     """
     phases = _phases(control, answer, vocabulary, where)
     automaton = _with_waits(control, phases, vocabulary, where)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxrl_llm.control.automaton import MAX_DISTANCE, REFUSED, TokenAutomaton, TokenTexts
+from jaxrl_llm.control.named_tokens import tokens_of
 from jaxrl_llm.errors import UserError
 
 
@@ -62,9 +63,9 @@ def forced_tokens(text: str, vocabulary: TokenTexts, where: str) -> list[int]:
     """Token ids of a text that is to be forced.
 
     Raises:
-        UserError: an end token is among them, or there is none.
+        UserError: an end token is among them, there is none, or the tokenizer cannot spell the text.
     """
-    tokens = vocabulary.encode(text)
+    tokens = tokens_of(text, vocabulary, where)
     if not tokens:
         raise UserError(f"{where}: got {text!r}, of which this tokenizer makes no token; want a text of at least one")
     if ends := sorted({*tokens} & {*vocabulary.ends}):

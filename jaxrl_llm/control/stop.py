@@ -7,7 +7,7 @@ import numpy as np
 from jaxrl_llm.control.automaton import REFUSED, TokenAutomaton, TokenTexts
 from jaxrl_llm.control.byte_automaton import ByteAutomaton
 from jaxrl_llm.control.config import StopControl
-from jaxrl_llm.control.special import special_token, with_column
+from jaxrl_llm.control.named_tokens import special_token, with_column
 from jaxrl_llm.control.text_search import searching
 from jaxrl_llm.control.vocabulary_walk import over_tokens
 

@@ -5,6 +5,7 @@ from jaxtyping import Bool
 
 from jaxrl_llm.control.automaton import REFUSED, TokenAutomaton, TokenTexts, token_automaton
 from jaxrl_llm.control.config import AllowControl, ForbidControl
+from jaxrl_llm.control.named_tokens import tokens_of
 from jaxrl_llm.errors import UserError
 
 
@@ -35,7 +36,7 @@ def _table(allowed: Bool[np.ndarray, " V"], is_end: Bool[np.ndarray, " V"]) -> t
 def _token_ids(control: AllowControl | ForbidControl, vocabulary: TokenTexts, where: str) -> list[int]:
     ids, wrong = [], []
     for entry in control.tokens:
-        found = [entry] if isinstance(entry, int) else vocabulary.encode(entry)
+        found = [entry] if isinstance(entry, int) else tokens_of(entry, vocabulary, where)
         if len(found) != 1:
             wrong.append(f"{entry!r}, which is {len(found)} tokens {found}")
         elif not 0 <= found[0] < len(vocabulary.texts):

@@ -1,4 +1,4 @@
-"""Tokens without a text, such as special ones, that a control names: an automaton over bytes does not see them."""
+"""Tokens that a control names by a text. Special ones have no text for an automaton over bytes, which does not see them."""
 
 import dataclasses
 
@@ -9,13 +9,25 @@ from jaxrl_llm.control.automaton import TokenAutomaton, TokenTexts
 from jaxrl_llm.errors import UserError
 
 
+def tokens_of(text: str, vocabulary: TokenTexts, where: str) -> list[int]:
+    """Token ids of a text.
+
+    Raises:
+        UserError: the tokenizer cannot spell it.
+    """
+    try:
+        return vocabulary.encode(text)
+    except UserError as error:
+        raise UserError(f"{where}: got {text!r}, which this tokenizer cannot spell: {error}") from error
+
+
 def special_token(text: str, vocabulary: TokenTexts, where: str) -> int | None:
     """Return the token without a text that a text consists of, None if it consists of tokens that have one.
 
     Raises:
-        UserError: it consists of both.
+        UserError: it consists of both, or the tokenizer cannot spell it.
     """
-    tokens = vocabulary.encode(text)
+    tokens = tokens_of(text, vocabulary, where)
     special = [id for id in tokens if vocabulary.texts[id] is None]
     if special and len(tokens) > 1:
         raise UserError(
