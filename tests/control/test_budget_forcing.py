@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from control_rows import FREE, DrawnRow, digits, draw, vocabulary
+from control_rows import FREE, DrawnRow, digits, draw, states_of, vocabulary
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +12,6 @@ from jaxrl_llm.control.automaton import REFUSED, TokenAutomaton, TokenTexts
 from jaxrl_llm.control.budget import budget
 from jaxrl_llm.control.byte_automaton import ByteAutomaton
 from jaxrl_llm.control.config import BudgetControl
-from jaxrl_llm.control.follow import states_of
 from jaxrl_llm.errors import UserError
 
 # "/t" is a token; "/t>4" closes and begins the answer; <w> is special, and the end token has no text.
