@@ -57,6 +57,12 @@ class TokenAutomaton:
         expired = self.expires[self.expires != np.arange(len(self.expires))]
         return int(self.distance[expired].max(initial=0))
 
+    def least_limit(self, budget: int) -> int:
+        """Fewest completion tokens that a row must have room for, with a budget of so many. With less it may get stuck, even where
+        the limit is below the budget: a row that thinks relies on its closing."""
+        expires = (self.expires != np.arange(len(self.expires))).any()
+        return max(int(self.distance[self.start]), budget + self.expired_distance if expires else 0)
+
 
 def token_automaton(
     classes: Int[np.ndarray, " V"], next: Int[np.ndarray, "S K"], distance: Int[np.ndarray, " S"], start: int,
