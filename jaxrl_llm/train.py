@@ -208,7 +208,7 @@ def context_of(cfg: RunConfig, full: RunConfig | None = None, *args: Any) -> Abs
 
 def assemble(blueprint: Blueprint, task: Task, context: RunContext) -> Run:
     """Build the roles; their calls are timed, and shown on the screen while they last."""
-    keys, engine = build.make_keys(blueprint.cfg.seed), blueprint.make_engine(task.tokenizer)
+    keys, engine = build.make_keys(blueprint.cfg.seed), blueprint.make_engine()
     collect = Collector(engine, context.pool, task, blueprint.cfg.evaluation.threshold)
     score = build.make_scorer(blueprint, blueprint.shapes.experience)
     texts_of = lambda groups: task.decode(groups.rollouts.tokens, groups.rollouts.length)  # noqa: E731

@@ -82,8 +82,8 @@ class Rollouts(flax.struct.PyTreeNode):
     """Tokens that top-k, top-p or min-p kept, most probable first, padded with -1; all -1 where not sampled."""
     raw_logprobs: Float[ArrayLike, "B C"] | None = None
     """Log-prob before truncation; 0.0 where not sampled. Diagnostic only; no loss uses it."""
-    eos_masked: Bool[ArrayLike, "B C"] | None = None
-    """True where end-of-sequence tokens were masked out (minimum length); False where not sampled."""
+    control_state: Int[ArrayLike, "B C"] | None = None
+    """What the row's control allowed in each slot: an entry of `distribution.control_tables`; 0: everything."""
 
     @property
     def size(self) -> Int[np.ndarray, " P"]:
@@ -234,8 +234,8 @@ class Batch(flax.struct.PyTreeNode):
     """These four as in `Scores` and `Credit`; each is present if the objective uses it."""
     kept_tokens: Int[ArrayLike, "R T K"] | None = None
     """The support of the scored distribution, as in `Rollouts`. All -1 outside completions."""
-    eos_masked: Bool[ArrayLike, "R T"] | None = None
-    """As in `Rollouts`: end-of-sequence tokens have probability 0 in these slots."""
+    control_state: Int[ArrayLike, "R T"] | None = None
+    """As in `Rollouts`: tokens that it does not allow have probability 0."""
     own: dict[str, ArrayLike] = flax.struct.field(default_factory=dict)
     """As in `Scores`, `[R T]`."""
 
@@ -266,7 +266,7 @@ COLUMNS = (
     Column("version", np.int32, rollouts=True),
     Column("kept_tokens", np.int32, fill=-1, dims=("K",), rollouts=True, batch=True, when="truncation"),
     Column("raw_logprobs", np.float32, rollouts=True, when="raw_logprobs"),
-    Column("eos_masked", np.bool_, rollouts=True, batch=True, when="min_new_tokens"),
+    Column("control_state", np.int32, rollouts=True, batch=True, when="control"),
     Column("position", np.int32, batch=True),
     Column("until", np.int32, batch=True),
     Column("before", np.int32, batch=True),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from setups import TINY, engine, layouts, make_params, make_policy, make_prompts, to_batch, to_experience
 
+from jaxrl_llm.distribution.control_tables import ROOM_BITS, STATE_BITS, join_automata
 from jaxrl_llm.distribution.score import Scoring
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.objective.config import ObjectiveConfig
@@ -57,7 +58,7 @@ def rollouts(top_p: float, /, **changes: float | list[float]):
 @cache
 def programs():
     specs, optimizer, train = model_params.specs(CFG), make_optimizer(AdamW()), layouts()[0]
-    update = jit_update(specs, make_loss(ObjectiveConfig()), optimizer, Scoring(CFG, train, VOCAB.size, ends=VOCAB.eos))
+    update = jit_update(specs, make_loss(ObjectiveConfig()), optimizer, Scoring(CFG, train, VOCAB.size))
     return make_init_state(specs, optimizer, train), update
 
 
@@ -65,15 +66,16 @@ def first_update(batch) -> dict[str, float]:
     start, update = programs()
     train = layouts()[0]
     state = start(jax.tree.map(np.copy, jax.device_get(params())), hosts.put(np.int32(0), train.replicated))
-    _, metrics = update(state, hosts.put(batch, train.sharding(("rows", None))))
+    tables = hosts.put(join_automata([], VOCAB.size, VOCAB.eos, CFG.vocab_size)[0], train.replicated)
+    _, metrics = update(state, hosts.put(batch, train.sharding(("rows", None))), None, tables)
     return {name: float(x) for name, x in metrics.items()}
 
 
 def batch_of(of):
-    """Always with `eos_masked`, so that one program serves all batches without kept tokens."""
+    """Always with `control_state`, so that one program serves all batches without kept tokens."""
     advantage = np.random.default_rng(0).normal(size=P * G).astype(np.float32)
     batch = check(to_batch(to_experience(of, advantage)))
-    return batch if of.eos_masked is not None else batch.replace(eos_masked=np.zeros(batch.tokens.shape, bool))
+    return batch if of.control_state is not None else batch.replace(control_state=np.zeros_like(batch.tokens))
 
 
 def check_ratios(metrics: dict[str, float]) -> None:
@@ -123,9 +125,10 @@ def test_a_minimum_length_is_part_of_the_distribution():
     """Untruncated sampling without end tokens in the first three slots; the mutant ignores the mask."""
     of = rollouts(1.0, min_new_tokens=3)
     assert of.kept_tokens is None and of.length.min() >= 3
-    np.testing.assert_array_equal(of.eos_masked, of.sampled & (np.arange(C) < 3))
+    barred = of.control_state >> (STATE_BITS + ROOM_BITS) == 1
+    np.testing.assert_array_equal(barred, of.sampled & (np.arange(C) < 3))
     batch = batch_of(of)
     check_ratios(first_update(batch))
-    assert first_update(batch.replace(eos_masked=np.zeros_like(batch.eos_masked)))["ratio/min"] < 1 - 1e-2
+    assert first_update(batch.replace(control_state=np.zeros_like(batch.tokens)))["ratio/min"] < 1 - 1e-2
     truncated = rollouts(0.5, **TRUNCATIONS["all three, and a minimum length"])
     assert truncated.length.min() >= 3 and not np.isin(truncated.kept_tokens[:, :3], VOCAB.eos).any()

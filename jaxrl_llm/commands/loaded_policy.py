@@ -63,7 +63,7 @@ def prepare_sampling(cfg: RunConfig, given: Inputs | None = None) -> SamplingSet
     """
     given = given or inputs.read(cfg)
     blueprint = blueprint_of(cfg, given)
-    return SamplingSetup(blueprint, given.task, blueprint.make_engine(given.task.tokenizer))
+    return SamplingSetup(blueprint, given.task, blueprint.make_engine())
 
 
 def restore_params(blueprint: Blueprint) -> RestoredParams | None:

@@ -110,7 +110,7 @@ class BudgetControl:
     """Number of times that `wait` is forced in place of the token that would end the thinking."""
     wait: Text = "Wait"
     """Text that makes the policy think on."""
-    then: Answer = NoControl()
+    then: Answer = field(default_factory=NoControl)
     """Control of the answer behind `close`."""
 
 
@@ -124,7 +124,7 @@ class BeginControl:
     text: Text = " "
     then: Annotated[
         NoControl | RegexControl | JsonSchemaControl | ChoiceControl | BudgetControl, Discriminator("kind")
-    ] = NoControl()
+    ] = field(default_factory=NoControl)
     """Control of what follows; `BudgetControl.tokens` counts the forced text too."""
 
 
@@ -133,3 +133,12 @@ Control = Annotated[
     | BudgetControl | BeginControl,
     Discriminator("kind"),
 ]  # fmt: skip
+# No budget: no slot is that late.
+UNLIMITED = 2**31 - 1
+
+
+def budget_of(control: Control) -> int:
+    """Return the completion slot from which states of the control expire."""
+    if isinstance(control, BeginControl):
+        return budget_of(control.then)
+    return control.tokens if isinstance(control, BudgetControl) else UNLIMITED

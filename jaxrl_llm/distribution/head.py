@@ -39,6 +39,14 @@ MIN_TOKENS = 128
 BLOCK_MULTIPLE = 128
 
 
+class VocabularyBlock(NamedTuple):
+    """The tokens that some logits belong to."""
+
+    ids: Int[Array, " W"]
+    classes: Int[Array, "A W"] | None
+    """Their classes in the control tables; None: nothing is controlled."""
+
+
 class LogitRule(Protocol):
     """A function of logits, per token, with its cotangent. Hashable.
 
@@ -49,23 +57,25 @@ class LogitRule(Protocol):
     def needs_full_vocabulary(self) -> bool:
         """True if the cotangent cannot be computed for one block of the vocabulary at a time."""
 
-    def value(self, x: Float[Array, "s n V"], y: Float[Array, "s n V"] | None, inputs: PyTree) -> PyTree:
-        """Return a tree of numbers per token, f32[s n] each."""
+    def value(
+        self, x: Float[Array, "s n V"], y: Float[Array, "s n V"] | None, block: VocabularyBlock, inputs: PyTree
+    ) -> PyTree:
+        """Return a tree of numbers per token, f32[s n] each. `block`: the whole vocabulary."""
 
     def pullback(
         self,
         x: Float[Array, "s n W"],
         y: Float[Array, "s n W"] | None,
-        ids: Int[Array, " W"],
+        block: VocabularyBlock,
         inputs: PyTree,
         value: PyTree,
         given: PyTree,
     ) -> Float[Array, "s n W"]:
-        """Return the cotangent of the policy's logits of the tokens `ids`.
+        """Return the cotangent of the policy's logits of a block of the vocabulary.
 
         Args:
-            x, y, inputs: as in `value`, for the tokens `ids` of the vocabulary.
-            ids: token ids.
+            x, y, inputs: as in `value`, for the tokens of the block.
+            block: the block.
             value: the result of `value`.
             given: cotangents of `value`; None: zero.
         """
@@ -118,6 +128,11 @@ class Head:
         x = self.layout.constrain(x, "rows", None, "vocab", None).reshape(*h.shape[:2], -1)
         return x if self.softcap is None else self.softcap * jnp.tanh(x / self.softcap)
 
+    def block(self, ids: Int[Array, " W"], classes: Int[Array, "A V"] | None) -> VocabularyBlock:
+        """Return the block of these tokens. `classes`: of the whole vocabulary."""
+        of = None if classes is None else self.layout.constrain(jnp.take(classes, ids, axis=1), None, "vocab")
+        return VocabularyBlock(ids, of)
+
     def uncapped(self, dx: Float[Array, "s n W"], x: Float[Array, "s n W"]) -> Float[Array, "s n W"]:
         """Return the cotangent of the logits before the soft cap; `x`: logits after it."""
         return dx if self.softcap is None else dx * (1 - (x / self.softcap) ** 2)
@@ -131,6 +146,7 @@ def over_logits(
     reference: HeadInputs | None,
     inputs: PyTree,
     count: Int[Array, " s"],
+    classes: Int[Array, "A V"] | None = None,
 ) -> PyTree:
     """Return `rule.value` of the first `count[s]` tokens of each row shard, and 0 for the others.
 
@@ -143,8 +159,10 @@ def over_logits(
         reference: table and activations of the reference, if the rule uses it.
         inputs: passed to the rule, one entry per token.
         count: tokens to compute per row shard.
+        classes: of all tokens in the control tables, if the rule uses them.
     """
-    return _values(rule, head, (policy.h, reference and reference.h), _gathered(head, policy, reference), inputs, count)
+    h, w = (policy.h, reference and reference.h), _gathered(head, policy, reference)
+    return _values(rule, head, h, w, (inputs, count, classes))
 
 
 def _gathered(head: Head, policy: HeadInputs, reference: HeadInputs | None) -> tuple[Array, Array | None]:
@@ -156,16 +174,16 @@ def _values(
     head: Head,
     h: tuple[Array, Array | None],
     w: tuple[Array, Array | None],
-    inputs: PyTree,
-    count: Array,
+    given: tuple[PyTree, Array, Array | None],
 ) -> PyTree:
-    tokens, width = h[0].shape[1], w[0].shape[2]
-    size = _chunk(head.tile, width, tokens)
+    """Return the values of all tokens. `given`: inputs, counts and classes."""
+    (inputs, count, classes), tokens, width = given, h[0].shape[1], w[0].shape[2]
+    size, block = _chunk(head.tile, width, tokens), head.block(jnp.arange(w[0].shape[1] * width), classes)
 
     def chunk(start: Array) -> PyTree:
         activations, chunk_inputs = _slice((h, inputs), start, size)
         x, y = (None if b is None else head.logits(a, b) for a, b in zip(activations, w, strict=True))
-        return rule.value(x, y, chunk_inputs)
+        return rule.value(x, y, block, chunk_inputs)
 
     def body(i: Array, out: PyTree) -> PyTree:
         start = jnp.minimum(i * size, tokens - size)
@@ -180,14 +198,14 @@ def _values(
 
 
 def _forward(rule: LogitRule, head: Head, *primals: PyTree) -> tuple[PyTree, tuple]:
-    policy, reference, inputs, count = jax.tree.map(lambda p: p.value, primals)
+    policy, reference, *given = jax.tree.map(lambda p: p.value, primals)
     h, w = (policy.h, reference and reference.h), _gathered(head, policy, reference)
-    values = _values(rule, head, h, w, inputs, count)
-    return values, (policy.table, h, w, inputs, count, values)
+    values = _values(rule, head, h, w, tuple(given))
+    return values, (policy.table, h, w, given, values)
 
 
 def _backward(rule: LogitRule, head: Head, saved: tuple, given: PyTree) -> tuple:
-    table, h, w, inputs, count, values = saved
+    table, h, w, (inputs, count, classes), values = saved
     given = jax.tree.map(lambda g: None if isinstance(g, SymbolicZero) else g, given)
     tokens, (_, shards, width, depth) = h[0].shape[1], w[0].shape
     size, block = _blocks(head.tile, rule, width, tokens)
@@ -199,7 +217,7 @@ def _backward(rule: LogitRule, head: Head, saved: tuple, given: PyTree) -> tuple
         activations, chunk_inputs, of_values, of_given = _slice((h, inputs, values, given), start, size)
         x, y = (None if b is None else head.logits(a, b) for a, b in zip(activations, of_block, strict=True))
         ids = (jnp.arange(shards)[:, None] * width + first + columns).reshape(-1)
-        dx = head.uncapped(rule.pullback(x, y, ids, chunk_inputs, of_values, of_given), x)
+        dx = head.uncapped(rule.pullback(x, y, head.block(ids, classes), chunk_inputs, of_values, of_given), x)
         dx = jnp.where(is_new, dx.reshape(*dx.shape[:2], shards, block), 0.0).astype(w[0].dtype)
         sums = partial(jnp.einsum, preferred_element_type=jnp.float32)
         return sums("sntw,stwd->stnd", dx, of_block[0]), sums("snd,sntw->stdw", activations[0].astype(dx.dtype), dx)
@@ -223,7 +241,7 @@ def _backward(rule: LogitRule, head: Head, saved: tuple, given: PyTree) -> tuple
     zeros = tuple(head.constrain(jnp.zeros((len(count), shards, n, depth), jnp.float32)) for n in (tokens, width))
     dh, dw = lax.fori_loop(0, -(-width // block), over_block, zeros)
     dh = head.layout.constrain(jnp.sum(dh, axis=1), "rows", None, None)
-    return HeadInputs(head.reduce(dw, table), dh.astype(h[0].dtype)), None, None, None
+    return HeadInputs(head.reduce(dw, table), dh.astype(h[0].dtype)), None, None, None, None
 
 
 over_logits.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.distribution.allowed_tokens import mask_disallowed
+from jaxrl_llm.distribution.allowed_tokens import AllowedTokens, mask_disallowed
 
 
 def scale_by_temperature(
@@ -35,8 +35,7 @@ def process_logits(
     x: Float[Array, "*rows V"],
     temperature: Float[Array, "*rows"],
     num_tokens: int,
-    ends: tuple[int, ...] = (),
-    eos_masked: Bool[Array, "*rows"] | None = None,
+    allowed: AllowedTokens | None = None,
 ) -> Float[Array, "*rows V"]:
     """Return log softmax(logits / temperature) in nats, f32, over the allowed tokens; -inf elsewhere.
 
@@ -46,11 +45,10 @@ def process_logits(
         x: raw logits.
         temperature: per row.
         num_tokens: tokens of the tokenizer; larger ids are padding of the vocabulary.
-        ends: end-of-sequence tokens.
-        eos_masked: rows in which the tokens `ends` are not allowed.
+        allowed: tokens that the rows' controls allow; None: all.
     """
     limit = num_tokens if num_tokens < x.shape[-1] else None
-    return normalize(mask_disallowed(x, jnp.arange(x.shape[-1]), limit, ends, eos_masked), temperature).logp
+    return normalize(mask_disallowed(x, jnp.arange(x.shape[-1]), limit, allowed), temperature).logp
 
 
 def normalize(x: Float[Array, "*rows n"], temperature: Float[Array, "*rows"]) -> LogSoftmax:

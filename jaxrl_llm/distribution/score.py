@@ -5,15 +5,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jaxrl_llm.distribution.head import Head, HeadInputs, over_logits
+from jaxrl_llm.distribution.allowed_tokens import AllowedTokens, mask_disallowed
+from jaxrl_llm.distribution.control_tables import ControlTables, allowed_tokens
+from jaxrl_llm.distribution.head import Head, HeadInputs, VocabularyBlock, over_logits
 from jaxrl_llm.distribution.logits import (
     LogSoftmax,
     entropy,
     expectation,
     gather_kept,
-    mask_disallowed,
     normalize,
     scale_by_temperature,
 )
@@ -44,7 +45,9 @@ class _TokenInputs(NamedTuple):
     tokens: Int[Array, "*rows"]
     temperature: Float[Array, "*rows"]
     kept_tokens: Int[Array, "*rows K"] | None
-    eos_masked: Bool[Array, "*rows"] | None
+    words: UInt32[Array, "*rows W"] | None
+    automaton: Int[Array, "*rows"] | None
+    """These two as in `AllowedTokens`."""
 
 
 class _LogitScores(NamedTuple):
@@ -63,24 +66,29 @@ class _FullVocabulary:
     """Scores under the distribution over all allowed tokens."""
 
     num_tokens: int | None
-    ends: tuple[int, ...]
     needs_full_vocabulary = False
 
-    def value(self, x: Array, y: Array | None, inputs: _TokenInputs) -> _LogitScores:
-        ids = jnp.arange(x.shape[-1])
-        x, y = (None if z is None else normalize(self._mask(z, ids, inputs), inputs.temperature) for z in (x, y))
+    def value(self, x: Array, y: Array | None, block: VocabularyBlock, inputs: _TokenInputs) -> _LogitScores:
+        x, y = (None if z is None else normalize(self._mask(z, block, inputs), inputs.temperature) for z in (x, y))
         return _scores(x, y, jnp.take_along_axis(x.logp, inputs.tokens[..., None], axis=-1)[..., 0])
 
     def pullback(
-        self, x: Array, y: Array | None, ids: Array, inputs: _TokenInputs, value: _LogitScores, given: _LogitScores
+        self,
+        x: Array,
+        y: Array | None,
+        block: VocabularyBlock,
+        inputs: _TokenInputs,
+        value: _LogitScores,
+        given: _LogitScores,
     ) -> Float[Array, "s n W"]:
-        logp = _renormalize(self._mask(x, ids, inputs), inputs.temperature, value.normalizer)
+        logp = _renormalize(self._mask(x, block, inputs), inputs.temperature, value.normalizer)
         if given.kl is not None:
-            y = _renormalize(self._mask(y, ids, inputs), inputs.temperature, value.reference_normalizer)
-        return _cotangent(logp, y, ids == inputs.tokens[..., None], inputs.temperature, value, given)
+            y = _renormalize(self._mask(y, block, inputs), inputs.temperature, value.reference_normalizer)
+        return _cotangent(logp, y, block.ids == inputs.tokens[..., None], inputs.temperature, value, given)
 
-    def _mask(self, x: Array, ids: Array, inputs: _TokenInputs) -> Array:
-        return mask_disallowed(x, ids, self.num_tokens, self.ends, inputs.eos_masked)
+    def _mask(self, x: Array, block: VocabularyBlock, inputs: _TokenInputs) -> Array:
+        allowed = None if inputs.words is None else AllowedTokens(inputs.words, inputs.automaton, block.classes)
+        return mask_disallowed(x, block.ids, self.num_tokens, allowed)
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ class _KeptTokens:
 
     needs_full_vocabulary = True
 
-    def value(self, x: Array, y: Array | None, inputs: _TokenInputs) -> _LogitScores:
+    def value(self, x: Array, y: Array | None, block: VocabularyBlock, inputs: _TokenInputs) -> _LogitScores:
         x, y = (
             None if z is None else normalize(gather_kept(z, inputs.kept_tokens), inputs.temperature) for z in (x, y)
         )
@@ -101,7 +109,13 @@ class _KeptTokens:
         )
 
     def pullback(
-        self, x: Array, y: Array | None, ids: Array, inputs: _TokenInputs, value: _LogitScores, given: _LogitScores
+        self,
+        x: Array,
+        y: Array | None,
+        block: VocabularyBlock,
+        inputs: _TokenInputs,
+        value: _LogitScores,
+        given: _LogitScores,
     ) -> Float[Array, "s n V"]:
         logp = _renormalize(gather_kept(x, inputs.kept_tokens), inputs.temperature, value.normalizer)
         if given.kl is not None:
@@ -162,12 +176,16 @@ class Scoring:
     layout: Layout
     num_tokens: int
     """Tokens of the tokenizer; larger ids are padding of the vocabulary."""
-    ends: tuple[int, ...] = ()
-    """End-of-sequence tokens, which have probability 0 where `Batch.eos_masked`."""
     forward: ForwardOptions = ForwardOptions()  # noqa: RUF009
 
 
-def score_tokens(params: PyTree, batch: Batch, scoring: Scoring, reference: PyTree | None = None) -> TokenScores:
+def score_tokens(
+    params: PyTree,
+    batch: Batch,
+    scoring: Scoring,
+    reference: PyTree | None = None,
+    tables: ControlTables | None = None,
+) -> TokenScores:
     """Score the tokens in the loss mask. The only place where logits are shifted against tokens.
 
     Tokens outside the mask need no logits; their log-prob, entropy and KL are 0.
@@ -177,15 +195,18 @@ def score_tokens(params: PyTree, batch: Batch, scoring: Scoring, reference: PyTr
         batch: the tokens and how they were sampled.
         scoring: static settings.
         reference: parameters of the reference model; enables `kl`, whose gradient flows into `params` only.
+        tables: in which `batch.control_state` is read.
 
     Raises:
-        ValueError: the batch has `eos_masked`, and `scoring.ends` is empty.
+        ValueError: the batch has `control_state` that has to be read, and there are no tables.
     """
-    cfg, layout, ends, num_tokens = scoring.model, scoring.layout, scoring.ends, scoring.num_tokens
-    if batch.eos_masked is not None and not ends:
-        raise ValueError("ends: got none, want the end-of-sequence tokens that `batch.eos_masked` masks")
+    cfg, layout, num_tokens = scoring.model, scoring.layout, scoring.num_tokens
     order = _ScoringOrder.of(batch, layout)
-    inputs = _TokenInputs(*map(order.take, (batch.tokens, batch.temperature, batch.kept_tokens, batch.eos_masked)))
+    allowed = _allowed(batch, tables, order)
+    inputs = _TokenInputs(
+        *map(order.take, (batch.tokens, batch.temperature, batch.kept_tokens)),
+        *((None, None) if allowed is None else (allowed.words, allowed.automaton)),
+    )
 
     def activations(params: PyTree) -> Array:
         return order.take_before(
@@ -198,12 +219,22 @@ def score_tokens(params: PyTree, batch: Batch, scoring: Scoring, reference: PyTr
     policy = head_inputs(params)
     other = None if reference is None else head_inputs(jax.lax.stop_gradient(reference))
     limit = num_tokens if num_tokens < cfg.vocab_size else None
-    rule = _FullVocabulary(limit, ends) if batch.kept_tokens is None else _KeptTokens()
-    of = over_logits(rule, Head.of(cfg, layout), policy, other, inputs, order.count)
+    rule = _FullVocabulary(limit) if batch.kept_tokens is None else _KeptTokens()
+    classes = None if allowed is None else allowed.classes
+    of = over_logits(rule, Head.of(cfg, layout), policy, other, inputs, order.count, classes)
     back = lambda x: None if x is None else order.put_back(x)  # noqa: E731
     critic = params.get("critic", params)
     values = critic_values(critic, policy.h if critic is params else activations(critic))
     return TokenScores(back(of.logprob), back(of.entropy), back(values), back(of.kl))
+
+
+def _allowed(batch: Batch, tables: ControlTables | None, order: "_ScoringOrder") -> AllowedTokens | None:
+    """Return the allowed tokens in the order of scoring; None: all are. Kept tokens are allowed ones already."""
+    if batch.control_state is None or batch.kept_tokens is not None:
+        return None
+    if tables is None:
+        raise ValueError("tables: got none, want the control tables in which `batch.control_state` is read")
+    return allowed_tokens(tables, order.take(batch.control_state))
 
 
 class _ScoringOrder(NamedTuple):

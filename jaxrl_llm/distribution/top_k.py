@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.distribution.allowed_tokens import AllowedTokens
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import ArrayLike
 
@@ -24,44 +23,44 @@ BLOCKS, COLUMNS = 64, 64
 
 
 def most_likely(
-    x: Float[Array, "B V"], allowed: AllowedTokens, count: int, layout: Layout
+    x: Float[Array, "B V"], num_tokens: int, count: int, layout: Layout
 ) -> tuple[Float[Array, "B count"], Int[Array, "B count"]]:
-    """Return the `count` largest logits among allowed tokens, largest first, and their ids, padded with -inf and -1. Exact.
+    """Return the `count` largest logits above -inf of tokens, largest first, and their ids, padded with -inf and -1. Exact.
 
     Equal logits are ordered by (block, column, index in the column), or by id in a vocabulary too small for columns. Each shard of
     the vocabulary searches its own logits; only the results cross the mesh.
 
     Args:
-        x: raw logits.
-        allowed: tokens that may be sampled.
+        x: logits; -inf where not allowed.
+        num_tokens: tokens of the tokenizer; larger ids are padding of the vocabulary.
         count: number of tokens to return.
         layout: sharding of rows and vocabulary.
     """
     vocab, shards = x.shape[1], layout.size("vocab")
     maxima = None
     if _is_large(vocab) and count < BLOCKS * COLUMNS:
-        maxima = reduce(jnp.maximum, (allowed.keep(piece, token, -jnp.inf) for piece, token in _columns(x)))
+        maxima = reduce(jnp.maximum, (_keep(piece, token, num_tokens, -jnp.inf) for piece, token in _columns(x)))
     if shards == 1 or vocab % shards or (maxima is not None and (vocab % BLOCKS or BLOCKS % shards)):
-        return _search(x, maxima, allowed, count, 0)
+        return _search(x, maxima, num_tokens, count, 0)
 
-    def own(x: Array, maxima: Array | None, allowed: AllowedTokens) -> tuple[Array, Array]:
-        return _search(x, maxima, allowed, count, jax.lax.axis_index(layout.rules["vocab"]) * x.shape[1])
+    def own(x: Array, maxima: Array | None) -> tuple[Array, Array]:
+        return _search(x, maxima, num_tokens, count, jax.lax.axis_index(layout.rules["vocab"]) * x.shape[1])
 
-    split, rows = (layout.sharding(axes).spec for axes in (("rows", "vocab"), ("rows",)))
-    found = jax.shard_map(own, mesh=layout.mesh, in_specs=(split, split, rows), out_specs=split)(x, maxima, allowed)
+    split = layout.sharding(("rows", "vocab")).spec
+    found = jax.shard_map(own, mesh=layout.mesh, in_specs=(split, split), out_specs=split)(x, maxima)
     values, ids = (layout.constrain(part, "rows", None) for part in found)
     values, index = jax.lax.top_k(values, count)
     return values, jnp.take_along_axis(ids, index, axis=-1)
 
 
 def total_weight(
-    x: Float[Array, "B V"], allowed: AllowedTokens, largest: Float[Array, "B 1"], temperature: Float[Array, " B"]
+    x: Float[Array, "B V"], num_tokens: int, largest: Float[Array, "B 1"], temperature: Float[Array, " B"]
 ) -> Float[Array, "B 1"]:
-    """Return the sum of exp((x - largest) / temperature) over allowed tokens; at temperature 0, the number of largest ones.
+    """Return the sum of exp((x - largest) / temperature) over tokens; at temperature 0, the number of largest ones.
 
     Args:
-        x: raw logits.
-        allowed: tokens that may be sampled.
+        x: logits; -inf where not allowed.
+        num_tokens: tokens of the tokenizer; larger ids are padding of the vocabulary.
         largest: largest allowed logit per row.
         temperature: per row.
     """
@@ -69,8 +68,16 @@ def total_weight(
     factor = jnp.where(temperature == 0, jnp.finfo(jnp.float32).max, 1 / temperature)[:, None]
     pieces = _columns(x) if _is_large(x.shape[1]) else [(x, np.arange(x.shape[1]))]
     flat = ((piece.reshape(len(x), -1), token.reshape(-1)) for piece, token in pieces)
-    sums = (allowed.keep(jnp.exp((piece - largest) * factor), token, 0.0) for piece, token in flat)
+    sums = (_keep(jnp.exp((piece - largest) * factor), token, num_tokens, 0.0) for piece, token in flat)
     return jnp.sum(reduce(jnp.add, sums), axis=-1, keepdims=True)
+
+
+def _keep(
+    x: Float[Array, "B ..."], token: Int[np.ndarray, "..."], num_tokens: int, other: float
+) -> Float[Array, "B ..."]:
+    """Return `x`, whose entries belong to `token`, with `other` where that is no token. Free if all are tokens."""
+    is_token = (token >= 0) & (token < num_tokens)
+    return x if is_token.all() else jnp.where(is_token, x, other)
 
 
 def _is_large(vocab: int) -> bool:
@@ -80,7 +87,7 @@ def _is_large(vocab: int) -> bool:
 def _search(
     x: Float[Array, "B V"],
     maxima: Float[Array, "B blocks columns"] | None,
-    allowed: AllowedTokens,
+    num_tokens: int,
     count: int,
     first: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "B count"], Int[Array, "B count"]]:
@@ -98,7 +105,7 @@ def _search(
         )
         x = jnp.take_along_axis(x, jnp.maximum(token, 0), axis=-1)
     ids = jnp.where(token >= 0, token + first, -1)
-    values, index = jax.lax.top_k(jnp.where(allowed(ids), x, -jnp.inf), min(count, x.shape[1]))
+    values, index = jax.lax.top_k(jnp.where((ids >= 0) & (ids < num_tokens), x, -jnp.inf), min(count, x.shape[1]))
     ids = jnp.where(values > -jnp.inf, jnp.take_along_axis(ids, index, axis=-1), -1)
     fill = ((0, 0), (0, count - ids.shape[1]))
     return jnp.pad(values, fill, constant_values=-jnp.inf), jnp.pad(ids, fill, constant_values=-1)

@@ -117,7 +117,7 @@ def lowerings(run: AbstractRun) -> dict[str, Lower]:
     reference = run.reference if cfg.objective.reads_reference_distribution else None
     return lower | {
         "publish": lambda: publish.lower(masters, policy.version, policy),
-        "update": lambda: update.lower(run.state, run.batch, reference),
+        "update": lambda: update.lower(run.state, run.batch, reference, run.abstract_tables),
     }
 
 

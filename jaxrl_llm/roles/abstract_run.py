@@ -3,6 +3,10 @@
 import dataclasses
 from dataclasses import dataclass
 
+import jax
+
+from jaxrl_llm.control.config import NoControl
+from jaxrl_llm.distribution.control_tables import ControlTables, blank_tables
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.publish import abstract_policy
 from jaxrl_llm.roles.blueprint import Blueprint, uses_of
@@ -12,7 +16,7 @@ from jaxrl_llm.update.batch import abstract_batch
 from jaxrl_llm.update.optimizer.state import abstract_state
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AbstractRun(Blueprint):
     """A blueprint with abstract values of everything that a step keeps on the devices."""
 
@@ -22,6 +26,8 @@ class AbstractRun(Blueprint):
     policy: Policy
     batch: Batch
     """The batch of one update."""
+    abstract_tables: ControlTables | None
+    """Control tables of a nominal size; None: nothing is controlled."""
 
     @property
     def queues_prompts(self) -> bool:
@@ -37,7 +43,11 @@ class AbstractRun(Blueprint):
 
 def make_abstract_run(blueprint: Blueprint) -> AbstractRun:
     """Return the abstract values of a blueprint whose config was found valid."""
-    engine, train, specs = blueprint.make_engine(), blueprint.train, blueprint.reference_specs
+    # Without the control, whose tables are small and need a tokenizer.
+    engine = Engine(
+        blueprint.engine_model, dataclasses.replace(blueprint.cfg.rollout, control=NoControl()), blueprint.prompt_slots
+    )
+    train, specs = blueprint.train, blueprint.reference_specs
     return AbstractRun(
         **{field.name: getattr(blueprint, field.name) for field in dataclasses.fields(Blueprint)},
         engine=engine,
@@ -45,6 +55,7 @@ def make_abstract_run(blueprint: Blueprint) -> AbstractRun:
         reference=None if specs is None else model_params.abstract(specs, train),
         policy=abstract_policy(blueprint.model, blueprint.decode, blueprint.cfg.rollout.engine.weights),
         batch=_batch(blueprint, engine),
+        abstract_tables=_tables(blueprint),
     )
 
 
@@ -59,3 +70,11 @@ def _batch(blueprint: Blueprint, engine: Engine) -> Batch:
     """The batch of one update: the rows of a minibatch at their full length."""
     max_kept_tokens, own = engine.decoding.max_kept_tokens, blueprint.loss.own
     return abstract_batch(blueprint.shapes.update, uses_of(blueprint.cfg), max_kept_tokens, own, blueprint.train)
+
+
+def _tables(blueprint: Blueprint) -> ControlTables | None:
+    if not blueprint.cfg.rollout.controlled:
+        return None
+    blank = blank_tables((1, 64, 64), blueprint.model.vocab_size)
+    where = blueprint.train.replicated
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), blank)

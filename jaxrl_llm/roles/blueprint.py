@@ -11,6 +11,7 @@ import optax
 
 from jaxrl_llm.config import consistency
 from jaxrl_llm.config.run_config import RunConfig
+from jaxrl_llm.distribution.control_tables import ControlTables
 from jaxrl_llm.distribution.loss_terms import Loss
 from jaxrl_llm.distribution.score import Scoring
 from jaxrl_llm.errors import UserError
@@ -25,10 +26,12 @@ from jaxrl_llm.model.critic import NAMES as CRITIC
 from jaxrl_llm.model.critic import critic_specs
 from jaxrl_llm.objective.loss_config import Correction, resolve_correction
 from jaxrl_llm.objective.losses import make_loss
+from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.layout import TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.roles.inputs import Inputs, packing_problems
-from jaxrl_llm.rollout.engine import Engine, EngineModel, PromptTokenizer
+from jaxrl_llm.rollout.control_set import ControlSet
+from jaxrl_llm.rollout.engine import Engine, EngineModel, PromptTokenizer, configured_controls
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import PyTree
 from jaxrl_llm.update.config import OptimizerConfig
@@ -58,6 +61,8 @@ class Blueprint:
     prompt_slots: int
     train: Layout
     decode: Layout
+    tokenizer: PromptTokenizer | None = None
+    """For stop strings and controls; None: the run is only planned."""
 
     @cached_property
     def specs(self) -> PyTree:
@@ -93,16 +98,29 @@ class Blueprint:
     @property
     def scoring(self) -> Scoring:
         forward = ForwardOptions(self.cfg.update.attention, self.cfg.update.remat)
-        return Scoring(self.model, self.train, self.vocab.size, self.vocab.eos, forward)
+        return Scoring(self.model, self.train, self.vocab.size, forward)
 
     @cached_property
     def shapes(self) -> Shapes:
         return shapes_of(self.cfg, self.prompt_slots, self.train.size("rows"))
 
-    def make_engine(self, tokenizer: PromptTokenizer | None = None) -> Engine:
-        """The rollout engine. `tokenizer`: needed for stop strings only."""
-        model = EngineModel(self.model, self.decode, self.vocab, tokenizer)
-        return Engine(model, self.cfg.rollout, self.prompt_slots)
+    @property
+    def engine_model(self) -> EngineModel:
+        return EngineModel(self.model, self.decode, self.vocab, self.tokenizer)
+
+    def make_engine(self) -> Engine:
+        """The rollout engine."""
+        return Engine(self.engine_model, self.cfg.rollout, self.prompt_slots)
+
+    @cached_property
+    def controls(self) -> ControlSet:
+        """The controls of all rollouts, by which they are scored too."""
+        return configured_controls(self.engine_model, self.cfg.rollout)
+
+    @cached_property
+    def tables(self) -> ControlTables | None:
+        """Control tables for scoring, on the devices; None: nothing is controlled."""
+        return hosts.put(self.controls.tables, self.train.replicated)
 
 
 def make_blueprint(
@@ -131,7 +149,9 @@ def blueprint_of(cfg: RunConfig, given: Inputs) -> Blueprint:
     if found := problems(given):
         raise UserError("\n".join(found))
     task = given.task
-    return make_blueprint(cfg, given.cfg.model, Vocabulary(task.num_tokens, task.pad, task.eos), task.prompt_slots)
+    vocab = Vocabulary(task.num_tokens, task.pad, task.eos)
+    found = make_blueprint(cfg, given.cfg.model, vocab, task.prompt_slots)
+    return dataclasses.replace(found, tokenizer=task.tokenizer)
 
 
 def correction_for(cfg: RunConfig) -> Correction:
@@ -150,7 +170,7 @@ def uses_of(cfg: RunConfig) -> tuple[str, ...]:
     uses = {
         "truncation": rollout.truncates,
         "raw_logprobs": rollout.raw_logprobs,
-        "min_new_tokens": rollout.min_new_tokens > 0,
+        "control": rollout.controlled,
         "reference": objective.reads_reference_logprobs,
         "proximal": "proximal_logprobs" in loss_of(cfg).columns,
         "critic": objective.has_critic,

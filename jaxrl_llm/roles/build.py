@@ -26,6 +26,7 @@ from jaxrl_llm.roles.asking import Asking, ByBudget, UntilAccepted
 from jaxrl_llm.roles.blueprint import Blueprint, correction_for, group_sizes
 from jaxrl_llm.roles.collector import Collected
 from jaxrl_llm.roles.evaluator import Evaluator
+from jaxrl_llm.roles.known_responses import under_control
 from jaxrl_llm.roles.learner import Learner, policy_entropy, score_groups
 from jaxrl_llm.roles.reference import refresh
 from jaxrl_llm.roles.sampler import Sampler, Stages
@@ -33,8 +34,9 @@ from jaxrl_llm.roles.scorer import Scorer
 from jaxrl_llm.roles.state import RunState
 from jaxrl_llm.roles.supervised import Supervised, right_responses
 from jaxrl_llm.roles.updates import Updates
+from jaxrl_llm.tasks.rows import Row
 from jaxrl_llm.tasks.task import Task
-from jaxrl_llm.types import Batch, Groups, Policy, PyTree, TrainState
+from jaxrl_llm.types import Batch, Experience, Groups, Policy, PyTree, TrainState
 from jaxrl_llm.update.optimizer.transform import make_optimizer
 from jaxrl_llm.update.packing import BatchShape
 from jaxrl_llm.update.step import jit_score, jit_update
@@ -131,6 +133,7 @@ def make_learner(blueprint: Blueprint, score: Scorer, texts_of: Callable[[Groups
             reads_distribution=objective.reads_reference_distribution,
             reward_kl=objective.reward_kl,
             flops=flops,
+            tables=blueprint.tables,
         ),
         refresh=refreshed,
         publish=make_publisher(blueprint),
@@ -156,14 +159,20 @@ def make_evaluator(
         score: scores all groups of a step.
         key: random key of all sampled tokens.
     """
-    cfg = blueprint.cfg
+    cfg, slots = blueprint.cfg, blueprint.cfg.rollout.max_new_tokens
+
+    def right(rows: list[Row]) -> Experience:
+        found = right_responses(task, slots, cfg.rollout.temperature, rows)
+        rollouts = under_control(found.groups.rollouts, blueprint.controls, cfg.rollout)
+        return found._replace(groups=found.groups.replace(rollouts=rollouts))
+
     return Evaluator(
         task=task,
         collect=collect,
         key=key,
         at_once=cfg.rollout.prompts,
         threshold=cfg.evaluation.threshold,
-        right=partial(right_responses, task, cfg.rollout.max_new_tokens, cfg.rollout.temperature),
+        right=right,
         score_right=make_scorer(blueprint, blueprint.shapes.held_out),
         score=score if cfg.experience.replays else None,
     )
@@ -188,7 +197,8 @@ def make_supervised(blueprint: Blueprint, task: Task) -> Supervised:
 def make_scorer(blueprint: Blueprint, shape: BatchShape) -> Scorer:
     """Scorer of groups that fill batches of the given shape."""
     rows = blueprint.train.sharding(("rows", None))
-    return Scorer(jit_score(blueprint.scoring, shape.num_micro_batches), shape, blueprint.vocab.pad, rows)
+    program = jit_score(blueprint.scoring, shape.num_micro_batches)
+    return Scorer(program, shape, blueprint.vocab.pad, rows, blueprint.tables)
 
 
 def filter_for(cfg: RunConfig, texts_of: Callable[[Groups], list[str]]) -> Filter:

@@ -9,6 +9,7 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.composition import Composition, compose
 from jaxrl_llm.roles.blueprint import Blueprint, fresh_sizes, uses_of
 from jaxrl_llm.roles.grading import grade
+from jaxrl_llm.roles.known_responses import allowed_rows, under_control
 from jaxrl_llm.roles.stored_rollouts import read_trajectories
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import COLUMNS, Groups, Rollouts, select_groups
@@ -50,8 +51,15 @@ def first_groups(blueprint: Blueprint, task: Task, pool: GraderPool, version: in
     rollouts = select_groups(found, known).rollouts
     unknown = np.isnan(rollouts.behavior_logprobs).any(axis=1)
     temperature = np.where(unknown, np.float32(cfg.rollout.temperature), rollouts.temperature)
-    rollouts = _in_columns_of(uses_of(cfg), rollouts.replace(temperature=temperature), version)
+    rollouts = under_control(rollouts.replace(temperature=temperature), blueprint.controls, cfg.rollout)
+    rollouts = _in_columns_of(uses_of(cfg), rollouts, version)
     graded = grade(rollouts, task, pool).replace(threshold=cfg.evaluation.threshold)
+    allowed = allowed_rows(rollouts, blueprint.controls, cfg.rollout)
+    if not allowed.all():
+        log.warning("%s: rollout.control does not allow %d of %d responses", WHERE, (~allowed).sum(), len(allowed))
+        graded = graded.replace(keep=graded.keep & allowed)
+        if not allowed.any():
+            raise UserError(f"{WHERE}: got no response in {replay.start} that rollout.control allows, want one or more")
     if not graded.kept.any():
         raise UserError(f"{WHERE}: got no response in {replay.start} that could be graded: {pool.first_failure}")
     found = _cut(graded, fresh_sizes(cfg).most, task.pad)
@@ -70,7 +78,7 @@ def _in_columns_of(uses: tuple[str, ...], rollouts: Rollouts, version: int) -> R
             f"{WHERE}: got responses without kept_tokens, want them, or rollout.top_p 1, top_k 0 and min_p 0: this run scores "
             "tokens under truncation"
         )
-    fallback = {"raw_logprobs": logprobs, "eos_masked": np.zeros_like(sampled), "kept_tokens": rollouts.kept_tokens}
+    fallback = {"raw_logprobs": logprobs, "kept_tokens": rollouts.kept_tokens}
     columns = {}
     for column in COLUMNS:
         if column.rollouts and column.when:

@@ -50,7 +50,7 @@ class Model:
     @property
     def scoring(self) -> Scoring:
         """Static settings of programs that score tokens."""
-        return Scoring(self.config, self.train, self.vocab.size, self.vocab.eos, ForwardOptions(remat="auto"))
+        return Scoring(self.config, self.train, self.vocab.size, ForwardOptions(remat="auto"))
 
     def __repr__(self) -> str:
         num, axes = model_params.count(model_params.specs(self.config)), dict(self.train.mesh.shape)

@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Float
 
 from jaxrl_llm.config.user_code import traced
+from jaxrl_llm.distribution.control_tables import ControlTables
 from jaxrl_llm.distribution.loss_terms import Loss, Terms, Tokens
 from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.errors import UserError
@@ -26,7 +27,7 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.roles.loaded_model import Model
 from jaxrl_llm.roles.scorer import Scorer
 from jaxrl_llm.roles.updates import as_floats, without_zero_gradients
-from jaxrl_llm.types import Batch, Credit, Experience, Groups, Policy, PyTree, Scores, TrainState
+from jaxrl_llm.types import Batch, Credit, Experience, Groups, Policy, PyTree, Rollouts, Scores, TrainState
 from jaxrl_llm.update.batch import fill_batch, spread_rows, token_weights
 from jaxrl_llm.update.optimizer.state import make_init_state
 from jaxrl_llm.update.packing import BatchShape, GroupSizes, batch_shape
@@ -58,7 +59,7 @@ class ModelUpdate:
         return init_state(jax.tree.map(jnp.copy, params), hosts.put(np.int32(0), where))
 
     def __call__(
-        self, state: TrainState, batch: Batch, reference: PyTree | None = None
+        self, state: TrainState, batch: Batch, reference: PyTree | None = None, tables: ControlTables | None = None
     ) -> tuple[TrainState, dict[str, float]]:
         """Return the next state and the metrics of the step: `loss`, `grad_norm`, `ratio/max`, `entropy`, ...
 
@@ -69,17 +70,21 @@ class ModelUpdate:
             state: donated: its arrays cannot be read any more.
             batch: from `make_batch`, the same shape in every step.
             reference: parameters of the reference, for a loss that reads its whole distribution.
+            tables: `engine.tables`, of an engine with a control or a minimum length.
 
         Raises:
-            UserError: the state was used up, or the batch was not made for the loss.
+            UserError: the state was used up, the batch was not made for the loss, or there are no tables for its control.
         """
         check_kind("state", state, TrainState, "update.start(model.params)")
         check_kind("batch", batch, Batch, "rl.make_batch(groups, credit)")
         hosts.check_alive("state", state)
         check_batch(batch, self.loss)
+        check_tables("batch", batch, tables)
         layout = self.model.train
         rows = spread_rows(batch, self.micro_batches, layout.size("rows"))
-        state, found = self.program(state, hosts.put(rows, layout.sharding(("rows", None))), reference)
+        state, found = self.program(
+            state, hosts.put(rows, layout.sharding(("rows", None))), reference, hosts.put(tables, layout.replicated)
+        )
         metrics, _ = without_zero_gradients(as_floats(jax.device_get(found)))
         # Means and extremes of no tokens.
         return state, metrics if batch.loss_mask.any() else dict.fromkeys(metrics, math.nan)
@@ -123,6 +128,16 @@ def check_kind(name: str, found: Any, kind: Any, want: str) -> None:
     """Raise UserError unless `found` is of this kind. `want`: what makes one."""
     if not isinstance(found, kind):
         raise UserError(f"{name}: got {type(found).__name__}, want what {want} returns")
+
+
+def check_tables(name: str, sampled: Batch | Rollouts, tables: ControlTables | None) -> None:
+    """Raise UserError if tokens were sampled under a control, and there are no tables in which to read it."""
+    check_kind("tables", tables, ControlTables | None, "engine.tables")
+    if tables is None and sampled.control_state is not None and sampled.kept_tokens is None:
+        raise UserError(
+            f"tables: got none for {name}.control_state, want engine.tables, of the engine that sampled: tokens are scored over "
+            "what their control allowed"
+        )
 
 
 def check_batch(batch: Batch, loss: Loss) -> None:
@@ -205,15 +220,14 @@ def shape_of(groups: Groups, packing: Packing, slots: int = 0, micro_batches: in
         raise UserError(f"slots: {error}") from None
 
 
-def make_score(
-    model: Model, packing: Packing = "shared_prefix", micro_batches: int = 1
-) -> Callable[[PyTree, Groups], TokenScores]:
-    """Return `score(params, groups)`: log-probs and entropies [B C] of the sampled tokens under `params`, NumPy.
+def make_score(model: Model, packing: Packing = "shared_prefix", micro_batches: int = 1) -> Callable[..., TokenScores]:
+    """Return `score(params, groups, tables=None)`: log-probs and entropies [B C] of the sampled tokens under `params`, NumPy.
 
         score = rl.make_score(model)
         scores = rl.Scores(reference_logprobs=score(model.params, groups).logprobs)
 
-    They are at the rollouts' temperature and over the tokens that truncation kept; 0 in rows that are not kept.
+    They are at the rollouts' temperature and over the tokens that truncation kept and the control allowed, for which `tables` are
+    `engine.tables`; 0 in rows that are not kept.
 
     Args:
         model: of the parameters' shape.
@@ -222,11 +236,13 @@ def make_score(
     """
     program, layout = jit_score(model.scoring, micro_batches), model.train
 
-    def score(params: PyTree, groups: Groups) -> TokenScores:
+    def score(params: PyTree, groups: Groups, tables: ControlTables | None = None) -> TokenScores:
         check_kind("groups", groups, Groups, "rl.grade(...)")
+        check_tables("rollouts", groups.rollouts, tables)
         hosts.check_alive("params", params)
         shape = shape_of(groups, packing, 0, micro_batches, layout.size("rows"))
-        return Scorer(program, shape, 0, layout.sharding(("rows", None)))(params, groups)
+        tables = hosts.put(tables, layout.replicated)
+        return Scorer(program, shape, 0, layout.sharding(("rows", None)), tables)(params, groups)
 
     return score
 

@@ -74,8 +74,8 @@ def _optional(groups: Groups, b: int, n: int) -> dict[str, Any]:
         found["sampled"] = rollouts.sampled[b, :n]
     if rollouts.kept_tokens is not None:
         found["kept_tokens"] = [kept[kept >= 0].tolist() for kept in rollouts.kept_tokens[b, :n]]
-    if rollouts.eos_masked is not None:
-        found["eos_masked"] = rollouts.eos_masked[b, :n]
+    if rollouts.control_state is not None:
+        found["control_state"] = rollouts.control_state[b, :n]
     if rollouts.raw_logprobs is not None:
         found["raw_logprobs"] = rollouts.raw_logprobs[b, :n]
     return found if groups.step_reward is None else found | {"step_reward": groups.step_reward[b, :n]}

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
+from jaxrl_llm.distribution.control_tables import ControlTables
 from jaxrl_llm.distribution.loss_terms import Loss
 from jaxrl_llm.metrics.guards import RatioAlarm
 from jaxrl_llm.objective.credit import reward_kl_metrics
@@ -68,6 +69,8 @@ class Updates:
     reward_kl: RewardKl
     flops: Callable[[Batch], TrainFlops]
     """FLOPs of an update on a batch."""
+    tables: ControlTables | None = None
+    """On the devices; None: nothing is controlled."""
 
     def __call__(self, state: RunState, experience: Experience, rng: np.random.Generator) -> tuple[TrainState, Learned]:
         """Epochs x minibatches of updates on the kept rows; `state.train` is donated.
@@ -85,7 +88,7 @@ class Updates:
             for part in minibatches(experience, self.cfg.minibatches, rng):
                 batch = self._batch(part)
                 begun = time.monotonic()
-                train, found = self.program(train, hosts.put(batch, self.rows), reference)
+                train, found = self.program(train, hosts.put(batch, self.rows), reference, self.tables)
                 found, gradients = without_zero_gradients(as_floats(jax.device_get(found)))
                 took = time.monotonic() - begun
                 if not batch.loss_mask.any():

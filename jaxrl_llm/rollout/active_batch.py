@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
+from jaxrl_llm.control.config import UNLIMITED
+from jaxrl_llm.distribution.control_tables import ControlTables
 from jaxrl_llm.model.cache import PromptCache, num_slots
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rollout.batch_sizes import BatchSizes, smallest
@@ -92,12 +94,17 @@ class ActiveBatch:
         groups.uid[slot], groups.first[slot] = prompt.uid, request.first_sample + group.first
         groups.length[slot], groups.age[slot] = prompt.length - 1, group.age
         groups.done[slot], groups.last[slot] = group.rows < 0, prompt.tokens[prompt.length - 1]
+        groups.state[slot] = np.where(group.rows >= 0, self.output.state[group.rows], 0)
         if group.age:
             groups.last[slot] = np.where(group.rows >= 0, self.output.columns["tokens"][group.rows, group.age - 1], 0)
         own = slice(group.first, group.first + self.sizes.rows_per_group)
         for name, column in vars(groups.controls).items():
             values = getattr(request.controls, name)[own]
             column[slot, : len(values)] = values
+        if self.output.turn[request.rows].any():
+            # A budget counts from the beginning of the policy's own turn.
+            turn = np.where(group.rows >= 0, self.output.turn[group.rows], 0)
+            groups.controls.budget[slot] = np.minimum(groups.controls.budget[slot], UNLIMITED - turn) + turn
 
     def _prefill(self, params: PyTree, admitted: list[list[Request]]) -> PromptCache:
         """Return the prompt KV cache of the admitted prompts of each shard, padded with empty prompts."""
@@ -217,19 +224,24 @@ class ActiveBatch:
         requests = [*self.requests, None]
         self.requests = [requests[i] for i in kept]
 
-    def decode(self, params: PyTree, key: jax.Array) -> ChunkResult:
-        """Decode one chunk. `key`: random key of the session, its data on the device."""
-        # A row beyond its own limit is cut off by the output buffer.
-        limit = np.where(self.groups.done, 0, self.output.limit[self.rows]).max(axis=1)
+    def decode(self, params: PyTree, key: jax.Array, tables: ControlTables | None) -> ChunkResult:
+        """Decode one chunk.
+
+        Args:
+            params: of the policy.
+            key: random key of the session, its data on the device.
+            tables: of the rows' controls, on the device; None: no row has any.
+        """
+        limit = np.where(self.groups.done, 0, self.output.limit[self.rows])
         self.groups = self.groups.replace(limit=limit.astype(np.int32))
-        steps = self._steps()
-        decode_chunk = self.programs(params, "decode_chunk", self.num_slots, self.window)
-        self.suffix, result = decode_chunk(
-            params, self.suffix, self.prompt, self._put(self.groups), key, self._scalar(self.count), self._scalar(steps)
-        )
+        steps, sizes = self._steps(), () if tables is None else tables.sizes
+        decode_chunk = self.programs(params, "decode_chunk", self.num_slots, self.window, *sizes)
+        numbers = self._scalar(self.count), self._scalar(steps)
+        groups = self._put(self.groups)
+        self.suffix, result = decode_chunk(params, self.suffix, self.prompt, groups, key, *numbers, tables)
         result = jax.tree.map(np.array, result)
         ran = int(result.steps)
-        self.groups = self.groups.replace(last=result.last, age=self.groups.age + np.int32(ran))
+        self.groups = self.groups.replace(last=result.last, state=result.state, age=self.groups.age + np.int32(ran))
         self.count += ran
         if self.count > MANY_KEYS:
             self.count %= math.lcm(*map(num_slots, self.suffix.v))
@@ -240,7 +252,7 @@ class ActiveBatch:
         which grow if they are full of keys that active rows attend to."""
         active, interval = self.active, self.decoding.interval
         age = int(self.groups.age[active].max())
-        need = int((self.groups.limit - self.groups.age)[active].max())
+        need = int((self.groups.limit.max(axis=1) - self.groups.age)[active].max())
         steps = min(self.decoding.steps, -(-need // interval) * interval)
         self._widen(age)
         return (
@@ -290,8 +302,8 @@ class ActiveBatch:
 
 def _empty(slots: int, lanes: int) -> SequenceGroups:
     """Return slots without a sequence group."""
-    i32, rows, f32 = np.zeros(slots, np.int32), np.zeros((slots, lanes), np.int32), np.ones((slots, lanes), np.float32)
-    controls = Controls(f32, f32.copy(), rows.copy(), 0 * f32, rows.copy())
-    return SequenceGroups(
-        i32, i32.copy(), i32.copy(), i32.copy(), i32.copy(), controls, rows, np.ones((slots, lanes), bool)
-    )
+    i32 = lambda *shape: np.zeros(shape, np.int32)  # noqa: E731
+    f32, rows = np.ones((slots, lanes), np.float32), (slots, lanes)
+    controls = Controls(f32, f32.copy(), i32(*rows), 0 * f32, i32(*rows), i32(*rows), i32(*rows))
+    each = [i32(slots) for _ in range(4)]
+    return SequenceGroups(*each, i32(*rows), i32(*rows), controls, i32(*rows), np.ones(rows, bool))

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict
 
+from jaxrl_llm.control.config import Control, NoControl
 from jaxrl_llm.parallel.config import MeshConfig
 
 Count = Annotated[int, Ge(1)]
@@ -85,9 +86,11 @@ class RolloutConfig:
     """K, maximum tokens kept by top-p, top-k or min-p and recorded for the scorer. Where more qualify, the K most likely are kept
     and `sampling/support_overflow` counts the event."""
     min_new_tokens: Natural = 0
-    """End-of-sequence tokens are masked out in the first `min_new_tokens` slots."""
+    """End-of-sequence tokens are not sampled in the first `min_new_tokens` slots, unless `control` allows nothing else."""
     stop: tuple[str, ...] = ()
     """Stop strings: a completion ends with the token that completes one of them. They may contain special tokens."""
+    control: Control = field(default_factory=NoControl)
+    """What responses may consist of; also the distribution that is scored."""
     raw_logprobs: bool = False
     """Also record each token's log-probability under the untruncated distribution."""
     per_sample: PerSample = field(default_factory=PerSample)
@@ -96,6 +99,11 @@ class RolloutConfig:
     @property
     def truncates(self) -> bool:
         return min(self.top_p, *self.per_sample.top_p, 1) < 1 or self.top_k > 0 or self.min_p > 0
+
+    @property
+    def controlled(self) -> bool:
+        """True if what may be sampled depends on a row's state."""
+        return self.min_new_tokens > 0 or self.control.kind != "none"
 
     def max_kept_of(self, num_tokens: int) -> int:
         """Return the maximum tokens kept per sampled token, for a vocabulary of `num_tokens`; 0 without truncation."""

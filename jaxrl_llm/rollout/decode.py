@@ -5,14 +5,18 @@ ordered by sequence group; n steps. Sampled tokens, their log-probs under the sa
 per step."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxrl_llm.distribution.control_tables import ControlTables, allowed_tokens
 from jaxrl_llm.model.cache import PromptCache, SuffixCache
 from jaxrl_llm.model.transformer import DecodePosition, decode
+from jaxrl_llm.rollout.control import ControlledToken, after_token, before_token
 from jaxrl_llm.rollout.sample import Controls, Decoding, row_keys, sample_tokens
 from jaxrl_llm.types import COLUMNS, ArrayLike, Column, PyTree
 
@@ -27,8 +31,10 @@ class SequenceGroups(flax.struct.PyTreeNode):
     """Prompt tokens excluding the last one, which the first step reads."""
     age: Int[ArrayLike, " U"]
     """Decode steps completed: the completion slot that the next token fills."""
-    limit: Int[ArrayLike, " U"]
-    """Maximum completion tokens per row."""
+    limit: Int[ArrayLike, "U F"]
+    """Maximum completion tokens."""
+    state: Int[ArrayLike, "U F"]
+    """State of each row in the control tables."""
     controls: Controls
     """Sampling parameters per row, [U F]."""
     last: Int[ArrayLike, "U F"]
@@ -40,10 +46,13 @@ class DecodedChunk(flax.struct.PyTreeNode):
     """Columns of `Rollouts` recorded in one chunk, one line per step. Lines beyond the steps that ran are undefined."""
 
     tokens: Int[ArrayLike, "n B"]
-    sampled: Bool[ArrayLike, "n B"]
-    """True where the row was still active."""
+    active: Bool[ArrayLike, "n B"]
+    """True where the row was not finished."""
     behavior_logprobs: Float[ArrayLike, "n B"]
     entropy: Float[ArrayLike, "n B"]
+    sampled: Bool[ArrayLike, "n B"] | None = None
+    """True where the policy sampled the token; None: wherever the row was active."""
+    control_state: Int[ArrayLike, "n B"] | None = None
     raw_logprobs: Float[ArrayLike, "n B"] | None = None
     kept_tokens: Int[ArrayLike, "n B K"] | None = None
     overflow: Bool[ArrayLike, "n B"] | None = None
@@ -56,6 +65,7 @@ class ChunkResult(flax.struct.PyTreeNode):
     steps: Int[ArrayLike, ""]
     last: Int[ArrayLike, "U F"]
     done: Bool[ArrayLike, "U F"]
+    state: Int[ArrayLike, "U F"]
     chunk: DecodedChunk
 
 
@@ -67,91 +77,130 @@ class DecodeState(flax.struct.PyTreeNode):
     """True if some row was unfinished at the last check."""
     last: Int[Array, " B"]
     done: Bool[Array, " B"]
+    control: Int[Array, " B"]
+    """State of each row in the control tables."""
     suffix: SuffixCache
     chunk: DecodedChunk
 
 
-DecodeChunk = Callable[
-    [PyTree, SuffixCache, PromptCache, SequenceGroups, Array, Array, Array], tuple[SuffixCache, ChunkResult]
-]
+# Columns that the loop computes only with control tables; without, every token of an active row is sampled.
+OF_CONTROL = ("sampled", "control_state")
+DecodeChunk = Callable[..., tuple[SuffixCache, ChunkResult]]
 
 
-def step(
-    params: PyTree,
-    keys: Key[Array, " B"],
-    groups: SequenceGroups,
-    prompt: PromptCache,
-    count: Int[Array, ""],
-    state: DecodeState,
-    decoding: Decoding,
-) -> DecodeState:
+class ActiveRows(NamedTuple):
+    """What all steps of a chunk read of the active batch."""
+
+    groups: SequenceGroups
+    """At the start of the chunk."""
+    age: Int[Array, " B"]
+    limit: Int[Array, " B"]
+    controls: Controls
+    """These three as in `groups`, per row."""
+    keys: Key[Array, " B"]
+    """One per row (`row_keys`)."""
+    prompt: PromptCache
+    """KV cache of each sequence group's prompt."""
+    count: Int[Array, ""]
+    """Keys written to the rows' ring buffers before the chunk."""
+    tables: ControlTables | None
+    """None: no row has a control, and no minimum length."""
+
+
+def step(params: PyTree, rows: ActiveRows, state: DecodeState, decoding: Decoding) -> DecodeState:
     """Decode one token for every row. Finished rows are computed as well, and their results ignored.
 
     Args:
         params: parameters of the policy, one entry per layer.
-        keys: one per row (`row_keys`).
-        groups: the active batch at the start of the chunk.
-        prompt: KV cache of each sequence group's prompt.
-        count: keys written to the rows' ring buffers before the chunk.
+        rows: the active batch.
         state: carry of the loop.
         decoding: static settings.
 
     Returns:
         The carry after the step.
     """
-    rows_per_group = state.last.shape[0] // groups.age.shape[0]
-    age = groups.age + state.steps
-    position = DecodePosition(count=count + state.steps, length=groups.length, age=age)
-    raw, suffix = decode(params, state.last, position, prompt, state.suffix, decoding.model, decoding.layout)
-    of_rows = lambda x: jnp.repeat(x, rows_per_group)  # noqa: E731
+    groups, age, active = rows.groups, rows.age + state.steps, ~state.done
+    position = DecodePosition(count=rows.count + state.steps, length=groups.length, age=groups.age + state.steps)
+    raw, suffix = decode(params, state.last, position, rows.prompt, state.suffix, decoding.model, decoding.layout)
     with jax.named_scope("draw"):
-        controls = jax.tree.map(lambda x: x.reshape(-1), groups.controls)
-        sampled = sample_tokens(keys, of_rows(age), raw, controls, state.any_active, decoding)
-    active = ~state.done
-    line = DecodedChunk(
-        sampled.token, active, sampled.logprob, sampled.entropy, sampled.raw_logprob, sampled.kept_tokens, sampled.overflow
-    )  # fmt: skip
+        line, control, ended = _draw(rows, age, raw, state, decoding)
+    done = decoding.vocab.ends(line.tokens) | ended | (age + 1 >= rows.limit)
     return DecodeState(
         steps=state.steps + 1,
         any_active=state.any_active,
-        last=jnp.where(active, sampled.token, decoding.vocab.pad),
-        done=state.done | decoding.vocab.ends(sampled.token) | of_rows(age + 1 >= groups.limit),
+        last=jnp.where(active, line.tokens, decoding.vocab.pad),
+        done=state.done | done,
+        control=jnp.where(active, control, state.control),
         suffix=suffix,
         chunk=jax.tree.map(lambda x, new: x.at[state.steps].set(new), state.chunk, line),
     )
 
 
-def make_decode_chunk(decoding: Decoding) -> DecodeChunk:
-    """Return `decode_chunk(params, suffix, prompt, groups, key, count, steps) -> (suffix, ChunkResult)`; `suffix` is donated.
+def _draw(
+    rows: ActiveRows, age: Int[Array, " B"], raw: Float[Array, "B V"], state: DecodeState, decoding: Decoding
+) -> tuple[DecodedChunk, Int[Array, " B"], Bool[Array, " B"]]:
+    """Return one line of a chunk, the state of each row's control behind its token, and which rows the control ends.
 
-    It runs at most `steps` <= n steps, a multiple of `decoding.interval`, and stops early once all rows have finished. `count` as
-    in `model.cache`. A row's tokens depend only on the weights, its prompt, `key` (key data), its uid and its sample number.
+    Args:
+        rows: the active batch.
+        age: the completion slot that each row fills.
+        raw: logits of the model.
+        state: carry of the loop.
+        decoding: static settings.
+    """
+    sample = partial(sample_tokens, rows.keys, age, raw, rows.controls, state.any_active, decoding)
+    if rows.tables is None:
+        drawn = sample()
+        of = ControlledToken(drawn.token, None, None, state.control, jnp.zeros_like(state.done))
+    else:
+        # In a finished row everything is allowed: without a token its log-probs would be NaN.
+        before = jnp.where(state.done, 0, state.control)
+        before, code = before_token(rows.tables, before, age, rows.limit, rows.controls)
+        drawn = sample(allowed_tokens(rows.tables, code))
+        of = after_token(rows.tables, before, code, drawn.token)
+        drawn = drawn.only_where(of.sampled)
+    line = DecodedChunk(
+        of.token, ~state.done, drawn.logprob, drawn.entropy, of.sampled, of.code,
+        drawn.raw_logprob, drawn.kept_tokens, drawn.overflow,
+    )  # fmt: skip
+    return line, of.state, of.ended
+
+
+def make_decode_chunk(decoding: Decoding) -> DecodeChunk:
+    """Return `decode_chunk(params, suffix, prompt, groups, key, count, steps, tables) -> (suffix, ChunkResult)`.
+
+    `suffix` is donated. It runs at most `steps` <= n steps, a multiple of `decoding.interval`, and stops early once all rows have
+    finished. `count` as in `model.cache`; `tables` may be None. A row's tokens depend only on the weights, its prompt, `key` (key
+    data), its uid, its sample number, its controls and its limit.
     """
 
-    def decode_chunk(params, suffix, prompt, groups, key, count, steps):
-        keys = row_keys(jax.random.wrap_key_data(key), groups.uid, groups.first, groups.last.shape[1])
-
-        def one_step(state: DecodeState) -> DecodeState:
-            return step(params, keys, groups, prompt, count, state, decoding)
+    def decode_chunk(params, suffix, prompt, groups, key, count, steps, tables):
+        shape = groups.last.shape
+        flat = lambda x: x.reshape(-1)  # noqa: E731
+        rows = ActiveRows(
+            groups, jnp.repeat(groups.age, shape[1]), flat(groups.limit), jax.tree.map(flat, groups.controls),
+            row_keys(jax.random.wrap_key_data(key), groups.uid, groups.first, shape[1]), prompt, count, tables,
+        )  # fmt: skip
 
         def one_interval(state: DecodeState) -> DecodeState:
-            state = jax.lax.fori_loop(0, decoding.interval, lambda _, state: one_step(state), state)
+            one_step = lambda _, state: step(params, rows, state, decoding)  # noqa: E731
+            state = jax.lax.fori_loop(0, decoding.interval, one_step, state)
             return state.replace(any_active=~jnp.all(state.done))
 
-        done = groups.done.reshape(-1)
+        done = flat(groups.done)
         start = DecodeState(
-            steps=jnp.zeros((), jnp.int32), any_active=~jnp.all(done), last=groups.last.reshape(-1), done=done,
-            suffix=suffix, chunk=empty_chunk(decoding, len(done)),
+            steps=jnp.zeros((), jnp.int32), any_active=~jnp.all(done), last=flat(groups.last), done=done,
+            control=flat(groups.state), suffix=suffix, chunk=empty_chunk(decoding, len(done), tables is not None),
         )  # fmt: skip
         end = jax.lax.while_loop(lambda state: (state.steps < steps) & state.any_active, one_interval, start)
-        last, done = (x.reshape(groups.last.shape) for x in (end.last, end.done))
-        return end.suffix, ChunkResult(end.steps, last, done, end.chunk)
+        last, done, control = (x.reshape(shape) for x in (end.last, end.done, end.control))
+        return end.suffix, ChunkResult(end.steps, last, done, control, end.chunk)
 
     return decode_chunk
 
 
-def empty_chunk(decoding: Decoding, rows: int) -> DecodedChunk:
-    """Return a zero-filled chunk of `decoding.steps` steps for `rows` rows."""
+def empty_chunk(decoding: Decoding, rows: int, controlled: bool) -> DecodedChunk:
+    """Return a zero-filled chunk of `decoding.steps` steps for `rows` rows; `controlled`: with control tables."""
 
     def zeros(dtype: type, *more: int) -> Array:
         x = jnp.zeros((decoding.steps, rows, *more), dtype)
@@ -160,12 +209,18 @@ def empty_chunk(decoding: Decoding, rows: int) -> DecodedChunk:
     columns = {
         column.name: zeros(column.dtype, *(decoding.max_kept_tokens for _ in column.dims))
         for column in recorded_columns(decoding)
+        if controlled or column.name not in OF_CONTROL
     }
-    return DecodedChunk(**columns, overflow=zeros(bool) if decoding.max_kept_tokens else None)
+    return DecodedChunk(**columns, active=zeros(bool), overflow=zeros(bool) if decoding.max_kept_tokens else None)
 
 
 def recorded_columns(decoding: Decoding) -> list[Column]:
-    """Return the columns of `Rollouts` that the decode loop records."""
-    uses = {"truncation": decoding.max_kept_tokens > 0, "raw_logprobs": decoding.raw_logprobs, "": True}
+    """Return the columns of `Rollouts` that the decode loop records; those `OF_CONTROL` with control tables only."""
+    uses = {
+        "truncation": decoding.max_kept_tokens > 0,
+        "raw_logprobs": decoding.raw_logprobs,
+        "control": True,
+        "": True,
+    }
     fields = DecodedChunk.__dataclass_fields__
     return [column for column in COLUMNS if column.rollouts and column.name in fields and uses[column.when]]

@@ -3,6 +3,8 @@
 prompts -> session -> (admit -> decode a chunk -> store its output -> release) until all rows have ended -> rollouts
 """
 
+from collections.abc import Sequence
+from dataclasses import is_dataclass
 from itertools import pairwise, product
 from typing import Any, NamedTuple
 
@@ -10,6 +12,10 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from jaxrl_llm.config.options import with_options
+from jaxrl_llm.control.automaton import TokenAutomaton, TokenTexts
+from jaxrl_llm.control.build import build
+from jaxrl_llm.control.config import Control, budget_of
+from jaxrl_llm.distribution.control_tables import ControlTables
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.cache import Caching, attention_windows, choose_cache_format
 from jaxrl_llm.model.config import ModelConfig
@@ -17,10 +23,11 @@ from jaxrl_llm.parallel.config import divisors
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.rollout.batch_sizes import BatchSizes, first_window, smallest
 from jaxrl_llm.rollout.config import RolloutConfig
+from jaxrl_llm.rollout.control_set import ControlSet
 from jaxrl_llm.rollout.programs import ProgramName, Programs
-from jaxrl_llm.rollout.requests import PromptsLike, PromptTokenizer, as_prompts
+from jaxrl_llm.rollout.requests import PromptsLike, PromptTokenizer, as_prompts, controls_for
 from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary
-from jaxrl_llm.rollout.session import Session, controls_for
+from jaxrl_llm.rollout.session import Session
 from jaxrl_llm.types import Policy, Rollouts
 
 
@@ -56,6 +63,7 @@ class Engine:
         """
         self.model, self.cfg, self.prompt_slots = model, with_options(cfg or RolloutConfig(), options), prompt_slots
         self.sizes: BatchSizes | None = None
+        self.control_set = configured_controls(model, self.cfg)
         if prompt_slots:
             self._fit(prompt_slots)
 
@@ -72,10 +80,31 @@ class Engine:
         form = choose_cache_format(cfg.engine.attention, cfg.engine.cache, config, layout)
         self.programs = Programs(self.decoding, Caching(prompt_slots, cfg.engine.prefill_chunk, form), self.sizes)
 
-    def controls(self, prompts: int, temperature: float | None = None) -> Controls:
-        """Return the configured sampling parameters for `prompts` prompts, optionally with another temperature; the same for all
-        samples, whatever `per_sample` says."""
-        return controls_for(self.cfg, prompts, temperature)
+    def controls(
+        self, prompts: int, temperature: float | None = None, control: Control | Sequence[Control] | None = None
+    ) -> Controls:
+        """Return the configured sampling parameters for `prompts` prompts; the same for all samples, whatever `per_sample` says.
+
+        Args:
+            prompts: number of prompts.
+            temperature: another one than the configured.
+            control: what responses may consist of (`rl.controls`), one for all or one for each prompt; None: the configured one.
+
+        Raises:
+            UserError: a control cannot be built for the tokenizer.
+        """
+        each = [control] * prompts if control is None or is_dataclass(control) else list(control)
+        each = [self.cfg.control if one is None else one for one in each]
+        if len(each) != prompts:
+            raise UserError(f"control: got {len(each)}, want one for each of the {prompts} prompts")
+        start, budget = [self.control_set.start(one) for one in each], [budget_of(one) for one in each]
+        of = controls_for(self.cfg, prompts, temperature)
+        return of.replace(control=np.array(start, np.int32), budget=np.array(budget, np.int32))
+
+    @property
+    def tables(self) -> ControlTables | None:
+        """Tables of all controls so far, NumPy, in which `Rollouts.control_state` is read; None: there are none."""
+        return self.control_set.tables
 
     def session(self, policy: Policy, key: Key[Array, ""], prompt_slots: int = 0) -> Session:
         """Return a session without requests.
@@ -91,7 +120,7 @@ class Engine:
         self._make_room(prompt_slots)
         if not self.sizes:
             raise UserError("prompt_slots: got none for engine or session, want the maximum prompt length in tokens")
-        return Session(self.cfg, self.sizes, self.programs, self.model.tokenizer, policy, key)
+        return Session(self.cfg, self.sizes, self.programs, self.model.tokenizer, self.control_set, policy, key)
 
     def generate(
         self, policy: Policy, prompts: PromptsLike, key: Key[Array, ""], controls: Controls | None = None,
@@ -126,6 +155,10 @@ class Engine:
             return
         self._fit(max(slots, 2 * self.sizes.prompt_slots[-1] if self.sizes else 0))
 
+    @property
+    def _table_sizes(self) -> tuple[int, ...]:
+        return () if self.tables is None else self.tables.sizes
+
     def names(self, prompts: int) -> list[ProgramName]:
         """Return all programs that a call with `prompts` prompts may run."""
         sizes = self.sizes
@@ -143,7 +176,7 @@ class Engine:
         if several and prompts > batch:
             found += [("insert_prefix", groups[0], n) for n in admitted]
         found.append(("empty_suffix", groups[0], sizes.windows[0]))
-        found += [("decode_chunk", u, w) for u in groups for w in sizes.windows]
+        found += [("decode_chunk", u, w, *self._table_sizes) for u in groups for w in sizes.windows]
         found += [("extend_suffix", u, w, wider) for u in groups for w, wider in pairwise(sizes.windows)]
         found += [("compact", u, v, w) for u in groups for v in groups if v < u for w in sizes.windows]
         return found
@@ -157,7 +190,7 @@ class Engine:
         found += [("broadcast_prefix", n, u) for n in prompts for u in groups]
         found += [("insert_prefix", u, n) for n in prompts for u in groups]
         found += [("empty_suffix", u, windows[0]) for u in groups]
-        found += [("decode_chunk", u, w) for u in groups for w in windows]
+        found += [("decode_chunk", u, w, *self._table_sizes) for u in groups for w in windows]
         found += [("extend_suffix", u, w, wider) for u in groups for w, wider in pairwise(windows)]
         found += [("join_suffix", u, w, n) for u in groups for w in windows for n in prompts]
         for u, v in product(groups, groups):
@@ -167,3 +200,25 @@ class Engine:
     def warm(self, policy: Policy, prompts: int | None = None) -> None:
         """Compile the programs of calls with `prompts` prompts; by default, of sessions, and so of all calls."""
         self.programs.warm(policy.params, self.session_names() if prompts is None else self.names(prompts))
+
+
+def configured_controls(model: EngineModel, cfg: RolloutConfig) -> ControlSet:
+    """Return the controls of a config. Raises UserError if one cannot be built for the tokenizer.
+
+    Args:
+        model: an `EngineModel`, or any value with its attributes.
+        cfg: the rollouts.
+    """
+
+    def automaton(control: Control) -> TokenAutomaton:
+        tokenizer = model.tokenizer
+        if tokenizer is None:
+            raise UserError(f"control: got {control.kind} for a model without a tokenizer, want none")
+        texts = TokenTexts(tokenizer.token_texts, model.vocab.eos, tokenizer.encode, tokenizer.fingerprint)
+        return build(control, texts)
+
+    found = ControlSet(model.vocab, model.config.vocab_size, automaton)
+    if cfg.min_new_tokens:
+        found.need()
+    found.start(cfg.control)
+    return found

@@ -1,11 +1,12 @@
 """Output buffer of a session: NumPy arrays with one row per sample, filled chunk by chunk and reused once a row is taken."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxrl_llm.rollout.decode import DecodedChunk, recorded_columns
+from jaxrl_llm.rollout.decode import ChunkResult, recorded_columns
 from jaxrl_llm.rollout.sample import Decoding
 from jaxrl_llm.types import Finish, Rollouts
 
@@ -19,6 +20,15 @@ CHARACTER = 4
 NEAR = 16
 
 
+class Position(NamedTuple):
+    """Where rows stand."""
+
+    length: Int[np.ndarray, " n"]
+    finish: Int[np.ndarray, " n"]
+    state: Int[np.ndarray, " n"]
+    turn: Int[np.ndarray, " n"]
+
+
 class OutputBuffer:
     """Rows being generated. Slots 0 to length - 1 of a row are filled: sampled by the policy, or forced."""
 
@@ -26,55 +36,61 @@ class OutputBuffer:
         self.vocab = decoding.vocab
         recorded = recorded_columns(decoding)
         self.fill = {column.name: column.fill for column in recorded} | {
-            "tokens": decoding.vocab.pad, "version": 0, "eos_masked": False,
+            "tokens": decoding.vocab.pad, "version": 0,
         }  # fmt: skip
         self.columns = {
             column.name: np.zeros((0, slots, *(decoding.max_kept_tokens for _ in column.dims)), column.dtype)
             for column in recorded
         }
-        self.columns |= {"version": np.zeros((0, slots), np.int32), "eos_masked": np.zeros((0, slots), bool)}
+        self.columns["version"] = np.zeros((0, slots), np.int32)
         self.length, self.limit, self.finish = (np.zeros(0, np.int32) for _ in range(3))
+        self.state, self.turn = np.zeros(0, np.int32), np.zeros(0, np.int32)
+        """State of the control behind the filled slots, and the slot in which it started."""
         self.free: list[int] = []
 
     @property
     def ended(self) -> Bool[np.ndarray, " rows"]:
         return self.finish != Finish.UNFINISHED
 
-    def allocate(self, limit: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """Return empty rows. `limit`: maximum completion tokens of each."""
+    def allocate(self, limit: Int[np.ndarray, " n"], state: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """Return empty rows. `limit`: maximum completion tokens of each; `state`: of the control, in which it starts."""
         if (more := len(limit) - len(self.free)) > 0:
             self._enlarge(max(more, len(self.length)))
         rows = np.array([self.free.pop() for _ in limit], int)
         for name, column in self.columns.items():
             column[rows] = self.fill[name]
         self.length[rows], self.limit[rows], self.finish[rows] = 0, limit, int(Finish.UNFINISHED)
+        self.state[rows], self.turn[rows] = state, 0
         return rows
 
     def _enlarge(self, more: int) -> None:
         old = len(self.length)
         longer = lambda x: np.concatenate([x, np.zeros((more, *x.shape[1:]), x.dtype)])  # noqa: E731
         self.columns = {name: longer(column) for name, column in self.columns.items()}
-        self.length, self.limit, self.finish = map(longer, (self.length, self.limit, self.finish))
+        for name in ("length", "limit", "finish", "state", "turn"):
+            setattr(self, name, longer(getattr(self, name)))
         self.free += range(old + more - 1, old - 1, -1)
 
     def release(self, rows: Int[np.ndarray, " n"]) -> None:
         """Give rows back."""
         self.free += rows[::-1].tolist()
 
-    def force(self, row: int, tokens: Sequence[int]) -> None:
-        """Append tokens that the policy did not sample. The row continues behind them, whatever it ended with."""
+    def force(self, row: int, tokens: Sequence[int], state: int) -> None:
+        """Append tokens that the policy did not sample. The row continues behind them in this state, whatever it ended with."""
         start, end = self.length[row], self.length[row] + len(tokens)
+        if self.finish[row] in (Finish.EOS, Finish.STOP):
+            self.turn[row] = end
         self.columns["tokens"][row, start:end] = tokens
-        self.length[row], self.finish[row] = end, int(Finish.UNFINISHED)
+        self.length[row], self.finish[row], self.state[row] = end, int(Finish.UNFINISHED), state
         self.end_at_limit(np.array([row]))
 
-    def restore(self, rows: Int[np.ndarray, " n"], known: Rollouts) -> None:
-        """Fill empty rows with the tokens, log-probs and versions of earlier rollouts, one row each."""
+    def restore(self, rows: Int[np.ndarray, " n"], known: Rollouts, state: Int[np.ndarray, " n"]) -> None:
+        """Fill empty rows with the tokens, log-probs and versions of earlier rollouts, one row each. `state`: behind them."""
         slots = known.length.max(initial=0)
         for name, column in self.columns.items():
             if (earlier := getattr(known, name)) is not None:
                 column[rows, :slots] = earlier[:, :slots]
-        self.length[rows] = known.length
+        self.length[rows], self.state[rows] = known.length, state
         complete = np.isin(known.finish, (Finish.EOS, Finish.STOP))
         self.finish[rows] = np.where(complete, known.finish, int(Finish.UNFINISHED))
         self.end_at_limit(rows)
@@ -85,36 +101,47 @@ class OutputBuffer:
         open_ended = (finish == Finish.UNFINISHED) | (finish == Finish.LENGTH)
         self.finish[rows] = np.where(open_ended, np.where(is_full, Finish.LENGTH, Finish.UNFINISHED), finish)
 
-    def cut(self, rows: Int[np.ndarray, " n"], length: Int[np.ndarray, " n"], finish: Int[np.ndarray, " n"]) -> None:
-        """Return rows to an earlier length and finish."""
+    def position(self) -> Position:
+        """Return where all rows stand, for `cut`."""
+        return Position(self.length.copy(), self.finish.copy(), self.state.copy(), self.turn.copy())
+
+    def cut(self, rows: Int[np.ndarray, " n"], before: Position) -> None:
+        """Return rows to an earlier position."""
+        self._clear(rows, before.length)
+        self.length[rows], self.finish[rows], self.state[rows], self.turn[rows] = before
+
+    def _clear(self, rows: Int[np.ndarray, " n"], length: Int[np.ndarray, " n"]) -> None:
+        """Empty the slots from these lengths on."""
         for name, column in self.columns.items():
             for row, n in zip(rows.tolist(), length.tolist(), strict=True):
                 column[row, n:] = self.fill[name]
-        self.length[rows], self.finish[rows] = length, finish
 
     def add(
-        self, rows: Int[np.ndarray, " B"], slot: Int[np.ndarray, " B"], chunk: DecodedChunk, steps: int, version: int,
-        min_new_tokens: Int[np.ndarray, " B"],
+        self, rows: Int[np.ndarray, " B"], slot: Int[np.ndarray, " B"], result: ChunkResult, version: int,
+        ended: Bool[np.ndarray, " B"],
     ) -> int:  # fmt: skip
-        """Store the first `steps` lines of a chunk, each row's up to its limit. Returns the number of tokens stored.
+        """Store what a chunk decoded, each row's tokens up to its limit. Returns the number of tokens stored.
 
         Args:
             rows: row of the buffer of each row of the chunk; negative: ignored.
             slot: completion slot of the chunk's first line.
-            chunk: recorded columns.
-            steps: lines that ran.
+            result: of the chunk.
             version: of the policy.
-            min_new_tokens: slots in which end-of-sequence tokens are masked out.
+            ended: rows that their control ended.
         """
+        chunk, steps = result.chunk, int(result.steps)
         room = np.where(rows >= 0, self.limit[rows] - slot, 0)
-        line, b = np.nonzero(chunk.sampled[:steps] & (np.arange(steps)[:, None] < room))
+        line, b = np.nonzero(chunk.active[:steps] & (np.arange(steps)[:, None] < room))
         row, position = rows[b], slot[b] + line
-        own = {"version": version, "eos_masked": position < min_new_tokens[b]}
+        uncontrolled = {"sampled": True, "control_state": 0} if chunk.control_state is None else {}
+        own = {"version": version} | uncontrolled
         for name, column in self.columns.items():
             column[row, position] = own[name] if name in own else getattr(chunk, name)[line, b]
         np.maximum.at(self.length, row, position + 1)
-        ends = np.isin(chunk.tokens[line, b], self.vocab.eos)
-        self.finish[row[ends]] = int(Finish.EOS)
+        self.state[row] = result.state.reshape(-1)[b]
+        self.finish[row[ended[b]]] = int(Finish.STOP)
+        at_end = np.isin(chunk.tokens[line, b], self.vocab.eos)
+        self.finish[row[at_end]] = int(Finish.EOS)
         self.end_at_limit(rows[rows >= 0])
         return len(row)
 
@@ -134,7 +161,8 @@ class OutputBuffer:
             tokens = self.columns["tokens"][row, start:length].tolist()
             end = first_end(tokens, seen - start, stop, texts_of)
             if end is not None:
-                self.cut(np.array([row]), np.array([start + end]), np.array([int(Finish.STOP)]))
+                self._clear(np.array([row]), np.array([start + end]))
+                self.length[row], self.finish[row] = start + end, int(Finish.STOP)
 
 
 def first_end(tokens: list[int], seen: int, stop: tuple[str, ...], texts_of: TextDecoder) -> int | None:

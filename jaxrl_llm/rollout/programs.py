@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.stages import Compiled, Lowered
 
+from jaxrl_llm.distribution.control_tables import blank_tables
 from jaxrl_llm.model import cache, cache_moves
 from jaxrl_llm.model.cache import Caching
 from jaxrl_llm.model.transformer import prefill
@@ -32,6 +33,7 @@ class Programs:
     ("read_rows", rows, slots)                tokens, lengths -> keys and values of rows: prompts and known tokens
     ("join_suffix", groups, window, rows)     suffix cache (donated), rows' keys, rows, positions, numbers, count -> suffix cache
     ("decode_chunk", groups, window)          see `decode.make_decode_chunk`
+    ("decode_chunk", groups, window, automata, states, classes)    the same, with control tables of these sizes
     """
 
     def __init__(self, decoding: Decoding, caching: Caching, sizes: BatchSizes):
@@ -147,22 +149,24 @@ class Programs:
 
     _expand = _compact
 
-    def _decode_chunk(self, params: PyTree, groups: int, window: int) -> Lowered:
+    def _decode_chunk(self, params: PyTree, groups: int, window: int, *sizes: int) -> Lowered:
         suffix, number = self._suffix(groups, window), self._array((), jnp.int32)
         i32, rows = self._ints(groups), self._ints(groups, self.rows_per_group)
         f32 = self._array(rows.shape, jnp.float32, "rows", None)
         batch = SequenceGroups(
-            uid=i32, first=i32, length=i32, age=i32, limit=i32, last=rows,
+            uid=i32, first=i32, length=i32, age=i32, limit=rows, state=rows, last=rows,
             done=self._array(rows.shape, bool, "rows", None),
-            controls=Controls(temperature=f32, top_p=f32, top_k=rows, min_p=f32, min_new_tokens=rows),
+            controls=Controls(f32, f32, rows, f32, rows, rows, rows),
         )  # fmt: skip
+        tables = blank_tables(sizes, self.decoding.model.vocab_size) if sizes else None
+        tables = jax.tree.map(lambda x: self._array(x.shape, x.dtype), tables)
         decode_chunk = jax.jit(
             make_decode_chunk(self.decoding),
             donate_argnums=1,
             out_shardings=(self._shardings(suffix), self.decoding.layout.replicated),
         )
         key = self._array((2,), jnp.uint32)
-        return decode_chunk.lower(abstract(params), suffix, self._prompt(groups), batch, key, number, number)
+        return decode_chunk.lower(abstract(params), suffix, self._prompt(groups), batch, key, number, number, tables)
 
 
 def abstract(tree: PyTree) -> PyTree:

@@ -18,6 +18,8 @@ RANGES = {
     "top_k": (0, MAX_INT, 0),
     "min_p": (0, 1, 0),
     "min_new_tokens": (0, MAX_INT, None),
+    "control": (0, MAX_INT, None),
+    "budget": (0, MAX_INT, None),
 }
 
 

@@ -7,7 +7,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Bool, Int
 
+from jaxrl_llm.control.config import budget_of
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.rollout.request_checks import check_ids
 from jaxrl_llm.rollout.sample import Controls, Vocabulary
 from jaxrl_llm.types import Prompts
@@ -23,6 +25,17 @@ class PromptTokenizer(Protocol):
 
     def prompt_batch(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of prompts, chat template included."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+
+    @property
+    def token_texts(self) -> Sequence[bytes | None]:
+        """Text of each token as `TokenTexts` has it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the vocabulary."""
 
     def spellings(self, ids: Sequence[int]) -> Sequence[str]:
         """Texts of token ids in which stop strings are searched."""
@@ -123,3 +136,30 @@ def stack_prompts(prompts: Sequence[Prompts], pad: int) -> Prompts:
         tokens[p, : len(prompt.tokens)] = prompt.tokens
     numbers = ([getattr(prompt, name) for prompt in prompts] for name in ("length", "uid", "row"))
     return Prompts(tokens, *(np.array(x, np.int32) for x in numbers))
+
+
+def controls_for(cfg: RolloutConfig, prompts: int, temperature: float | None = None, start: int = 0) -> Controls:
+    """Return the configured sampling parameters for `prompts` prompts.
+
+    Args:
+        cfg: the rollouts.
+        prompts: number of prompts.
+        temperature: another one than the configured; None: the configured one.
+        start: state in which the rows' control starts.
+    """
+    full = lambda value, dtype: np.full(prompts, value, dtype)  # noqa: E731
+    return Controls(
+        temperature=full(cfg.temperature if temperature is None else temperature, np.float32),
+        top_p=full(cfg.top_p, np.float32),
+        top_k=full(cfg.top_k, np.int32),
+        min_p=full(cfg.min_p, np.float32),
+        min_new_tokens=full(cfg.min_new_tokens, np.int32),
+        control=full(start, np.int32),
+        budget=full(budget_of(cfg.control), np.int32),
+    )
+
+
+def controls_of_samples(cfg: RolloutConfig, sample: Int[np.ndarray, " B"], start: int = 0) -> Controls:
+    """Return the configured sampling parameters of rows with these sample numbers; `start` as in `controls_for`."""
+    each = {name: np.float32(values)[sample % len(values)] for name, values in vars(cfg.per_sample).items() if values}
+    return controls_for(cfg, len(sample), start=start).replace(**each)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxrl_llm.distribution.allowed_tokens import AllowedTokens
+from jaxrl_llm.distribution.allowed_tokens import AllowedTokens, mask_disallowed
 from jaxrl_llm.distribution.logits import entropy, process_logits, scale_by_temperature
 from jaxrl_llm.distribution.top_k import most_likely, total_weight
 from jaxrl_llm.model.config import ModelConfig
@@ -74,7 +74,11 @@ class Controls(flax.struct.PyTreeNode):
     min_p: Float[Array, " B"]
     """In [0, 1); 0: all (Nguyen et al. 2024)."""
     min_new_tokens: Int[Array, " B"]
-    """In slots below it end-of-sequence tokens have probability 0, before truncation."""
+    """In slots below it end-of-sequence tokens have probability 0, before truncation, unless nothing else is allowed."""
+    control: Int[Array, " B"]
+    """State of the session's control tables in which the row starts; 0: its tokens are free."""
+    budget: Int[Array, " B"]
+    """Completion slot from which states of the control expire (`TokenAutomaton.expires`)."""
 
 
 class SampledTokens(NamedTuple):
@@ -86,11 +90,19 @@ class SampledTokens(NamedTuple):
     entropy: Float[Array, " B"]
     """Entropy of that distribution."""
     raw_logprob: Float[Array, " B"] | None
-    """Log-prob of the token before truncation, with temperature and masked end-of-sequence tokens."""
+    """Log-prob of the token before truncation, with temperature and control."""
     kept_tokens: Int[Array, "B K"] | None
     """The kept tokens, most likely first, padded with -1."""
     overflow: Bool[Array, " B"] | None
     """True if K tokens were kept and another one qualified."""
+
+    def only_where(self, sampled: Bool[Array, " B"]) -> "SampledTokens":
+        """Return the same with nothing recorded of rows whose token was not sampled."""
+        here = lambda x, other: None if x is None else jnp.where(sampled.reshape(-1, *(1,) * (x.ndim - 1)), x, other)  # noqa: E731
+        return SampledTokens(
+            self.token, here(self.logprob, 0.0), here(self.entropy, 0.0), here(self.raw_logprob, 0.0),
+            here(self.kept_tokens, -1), here(self.overflow, False),
+        )  # fmt: skip
 
 
 def row_keys(key: Key[Array, ""], uid: Int[Array, " U"], first: Int[Array, " U"], num_rows: int) -> Key[Array, " B"]:
@@ -133,6 +145,7 @@ def sample_tokens(
     controls: Controls,
     any_active: Bool[Array, ""],
     decoding: Decoding,
+    allowed: AllowedTokens | None = None,
 ) -> SampledTokens:
     """Sample one token per row from its `distribution`.
 
@@ -143,32 +156,31 @@ def sample_tokens(
         controls: sampling parameters per row.
         any_active: False if all rows have finished, in which case the result is unused.
         decoding: `layout`, `vocab`, `max_kept_tokens` and `raw_logprobs` are used.
+        allowed: tokens that the rows' controls allow; None: all.
     """
-    of = distribution(slot, raw_logits, controls, any_active, decoding)
+    of = distribution(raw_logits, controls, any_active, decoding, allowed)
     return sample_from(keys, slot, of, decoding.raw_logprobs)
 
 
 def distribution(
-    slot: Int[Array, " B"],
     raw_logits: Float[Array, "B V"],
     controls: Controls,
     any_active: Bool[Array, ""],
     decoding: Decoding,
+    allowed: AllowedTokens | None = None,
 ) -> FullDistribution | TruncatedDistribution:
-    """Return the distribution of completion slot `slot[b]` of each row b; arguments as in `sample_tokens`.
+    """Return the distribution of each row's next token; arguments as in `sample_tokens`.
 
     Where more than `decoding.max_kept_tokens` tokens qualify, the most likely are kept, so the distribution sampled from is always
     the recorded one.
     """
-    vocab, eos_masked = decoding.vocab, slot < controls.min_new_tokens
 
     def full(x: Array) -> FullDistribution:
-        return FullDistribution(process_logits(x, controls.temperature, vocab.size, vocab.eos, eos_masked))
+        return FullDistribution(process_logits(x, controls.temperature, decoding.vocab.size, allowed))
 
     def truncated(x: Array) -> TruncatedDistribution:
-        return truncate(
-            x, AllowedTokens(eos_masked, vocab.size, vocab.eos), controls, decoding.max_kept_tokens, decoding.layout
-        )
+        x = mask_disallowed(x, jnp.arange(x.shape[-1]), None, allowed)
+        return truncate(x, decoding.vocab.size, controls, decoding.max_kept_tokens, decoding.layout)
 
     return _materialize(truncated if decoding.max_kept_tokens else full, raw_logits, any_active)
 
@@ -232,7 +244,7 @@ def _gumbel(keys: Key[Array, " B"], num: int) -> Float[Array, "B num"]:
 
 
 def truncate(
-    x: Float[Array, "B V"], allowed: AllowedTokens, controls: Controls, max_kept_tokens: int, layout: Layout
+    x: Float[Array, "B V"], num_tokens: int, controls: Controls, max_kept_tokens: int, layout: Layout
 ) -> TruncatedDistribution:
     """Apply top-k, top-p and min-p, and keep at most `max_kept_tokens` tokens per row.
 
@@ -240,19 +252,18 @@ def truncate(
     with a NaN logit keeps no token, and its log-probs are NaN.
 
     Args:
-        x: raw logits.
-        allowed: tokens that may be sampled.
+        x: logits, f32; -inf where not allowed.
+        num_tokens: tokens of the tokenizer; larger ids are padding of the vocabulary.
         controls: sampling parameters per row.
         max_kept_tokens: K.
         layout: sharding of rows and vocabulary.
     """
-    x = x.astype(jnp.float32)
     # One token more than may be kept, to detect overflow.
-    values, ids = most_likely(x, allowed, max_kept_tokens + 1, layout)
+    values, ids = most_likely(x, num_tokens, max_kept_tokens + 1, layout)
     largest, rank = jnp.max(values, axis=-1, keepdims=True), jnp.arange(max_kept_tokens + 1)
     z, total = (
         scale_by_temperature(values, largest, controls.temperature),
-        total_weight(x, allowed, largest, controls.temperature),
+        total_weight(x, num_tokens, largest, controls.temperature),
     )
     top_p, top_k, min_p = (c[:, None] for c in (controls.top_p, controls.top_k, controls.min_p))
     unbounded = (top_k == 0) | (top_k > max_kept_tokens)

@@ -19,14 +19,16 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, Key
 
+from jaxrl_llm.distribution.control_tables import ControlTables
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.perf.work import Work, decode_step, weight_bytes
 from jaxrl_llm.rollout.active_batch import ActiveBatch
 from jaxrl_llm.rollout.batch_sizes import BatchSizes
 from jaxrl_llm.rollout.config import RolloutConfig
+from jaxrl_llm.rollout.control_set import ControlSet
 from jaxrl_llm.rollout.decode import ChunkResult
-from jaxrl_llm.rollout.output import OutputBuffer
+from jaxrl_llm.rollout.output import OutputBuffer, Position
 from jaxrl_llm.rollout.programs import Programs
 from jaxrl_llm.rollout.request_checks import (
     MAX_INT,
@@ -44,6 +46,7 @@ from jaxrl_llm.rollout.requests import (
     QueuedGroup,
     Request,
     as_prompts,
+    controls_of_samples,
     split,
     stack_prompts,
 )
@@ -79,7 +82,7 @@ class Session:
 
     def __init__(
         self, cfg: RolloutConfig, sizes: BatchSizes, programs: Programs, tokenizer: PromptTokenizer | None,
-        policy: Policy, key: Key[Array, ""],
+        control_set: ControlSet, policy: Policy, key: Key[Array, ""],
     ):  # fmt: skip
         """Made by `Engine.session`.
 
@@ -87,6 +90,7 @@ class Session:
             cfg: defaults of each request.
             sizes, programs: of the engine.
             tokenizer: for prompts given as text, and for stop strings.
+            control_set: of the engine.
             policy: samples the tokens.
             key: random key of the session.
         """
@@ -98,7 +102,9 @@ class Session:
         self.key = hosts.put(np.asarray(jax.random.key_data(key)), self.decoding.layout.replicated)
         self.requests: dict[int, Request] = {}
         self.queue: deque[QueuedGroup] = deque()
-        self.num_added, self.masks_eos, self.stats = 0, False, Stats()
+        self.control_set, self.on_device = control_set, (None, None)
+        """Controls of the engine; its tables when they were last put on the devices, and their copy there."""
+        self.num_added, self.stats = 0, Stats()
         self.finished_early: set[int] = set()
         """Requests to report by the next `advance`, of which nothing was left to decode."""
         check_policy(policy)
@@ -124,7 +130,7 @@ class Session:
             controls: sampling parameters, per prompt or per row; the configured ones by default.
             limit: maximum completion tokens, per prompt or per row, known ones included; `max_new_tokens` by default.
             known: first tokens of each of the B rows, from which it continues: token ids, which count as forced, or earlier
-                rollouts, which keep their log-probs and versions.
+                rollouts, which keep their log-probs and versions. They are a part of the text that a control allows.
             stop: stop strings; the configured ones by default.
             first_sample: sample number of each prompt's first row, one number or one for each prompt.
 
@@ -144,22 +150,26 @@ class Session:
         limits = limits_of("limit", np.full(num, most) if limit is None else limit, size, most)
         stop = check_stop(self.cfg.stop if stop is None else stop, self.tokenizer is not None)
         if controls is None:
-            controls = controls_of_samples(self.cfg, np.repeat(first, size) + number_rows(size)[1])
+            start = self.control_set.start(self.cfg.control)
+            controls = controls_of_samples(self.cfg, np.repeat(first, size) + number_rows(size)[1], start)
         check_controls(controls, size, self.decoding.max_kept_tokens > 0)
         controls = jax.tree.map(lambda x: np.repeat(x, size) if len(x) == num else np.asarray(x), controls)
         if isinstance(known, Rollouts):
             check_rollouts(known, limits, controls.temperature, self.output.columns, vocab)
-            self.masks_eos |= known.eos_masked is not None
         elif known is not None:
             check_forced("known", known, limits, vocab)
-        self.masks_eos |= bool(np.any(controls.min_new_tokens))
+        self.control_set.check(controls, limits)
+        state = self.control_set.behind(controls, known)
+        if known is not None:
+            length = known.length if isinstance(known, Rollouts) else np.array([len(tokens) for tokens in known])
+            self.control_set.check_room(state, limits - length, "known")
         ids = self.num_added + np.arange(num)
         self.num_added += num
-        rows = self.output.allocate(limits)
+        rows = self.output.allocate(limits, controls.control)
         if isinstance(known, Rollouts):
-            self.output.restore(rows, known)
+            self.output.restore(rows, known, state)
         elif known is not None:
-            self._force(rows, known)
+            self._force(rows, known, state)
         end = np.cumsum(size)
         for p, id in enumerate(ids.tolist()):
             prompt, own = jax.tree.map(lambda x, p=p: np.array(x[p]), prompts), slice(end[p] - size[p], end[p])
@@ -168,10 +178,12 @@ class Session:
             self._enqueue(id)
         return ids
 
-    def _force(self, rows: Int[np.ndarray, " n"], tokens: Sequence[Sequence[int]]) -> None:
-        for row, ids in zip(rows.tolist(), tokens, strict=True):
+    def _force(
+        self, rows: Int[np.ndarray, " n"], tokens: Sequence[Sequence[int]], state: Int[np.ndarray, " n"]
+    ) -> None:
+        for row, ids, behind in zip(rows.tolist(), tokens, state.tolist(), strict=True):
             if len(ids):
-                self.output.force(row, ids)
+                self.output.force(row, ids, behind)
 
     def _enqueue(self, id: int) -> None:
         """Queue what is left to decode of a request."""
@@ -192,36 +204,34 @@ class Session:
         if self.queue or self.batch.active.any():
             hosts.check_alive("policy", self.params)
             decoding = [request for request in self.requests.values() if request.groups]
-            length, finish = self.output.length.copy(), self.output.finish.copy()
+            before = self.output.position()
             try:
                 self.batch.admit(self.params, self.queue)
                 if self.cfg.engine.compact and not self.queue:
                     self.batch.compact()
                 finished = self._decode()
             except BaseException:
-                self._restart(decoding, length, finish)
+                self._restart(decoding, before)
                 raise
         self.stats = self.stats._replace(seconds=self.stats.seconds + time.perf_counter() - begun)
         finished, self.finished_early = [*self.finished_early, *finished], set()
         return np.array(sorted(finished), int)
 
-    def _restart(
-        self, requests: list[Request], length: Int[np.ndarray, " rows"], finish: Int[np.ndarray, " rows"]
-    ) -> None:
-        """Give up the caches, which a program may have taken, and queue the requests with these lengths of all rows."""
+    def _restart(self, requests: list[Request], before: Position) -> None:
+        """Give up the caches, which a program may have taken, and queue the requests as all rows were before."""
         self.batch = ActiveBatch(self.batch.sizes, self.programs, self.output)
         self.queue.clear()
         for request in requests:
-            self.output.cut(request.rows, length[request.rows], finish[request.rows])
+            self.output.cut(request.rows, Position(*(x[request.rows] for x in before)))
             self._enqueue(request.id)
 
     def _decode(self) -> list[int]:
         """Decode one chunk and store it. Returns the requests that it finished."""
         batch, age, before = self.batch, self.batch.groups.age, ~self.batch.groups.done
-        result = batch.decode(self.params, self.key)
-        ran, rows = int(result.steps), np.where(before, batch.rows, -1)
-        age_of_rows, minimum = np.repeat(age, self.lanes), batch.groups.controls.min_new_tokens.reshape(-1)
-        stored = self.output.add(rows.reshape(-1), age_of_rows, result.chunk, ran, self.version, minimum)
+        result = batch.decode(self.params, self.key, self._tables())
+        rows, tables = np.where(before, batch.rows, -1), self.control_set.tables
+        ended = np.zeros(rows.shape, bool) if tables is None else result.done & tables.ends[result.state]
+        stored = self.output.add(rows.reshape(-1), np.repeat(age, self.lanes), result, self.version, ended.reshape(-1))
         for slot in np.flatnonzero(batch.active):
             if stop := batch.requests[slot].stop:
                 own = rows[slot][rows[slot] >= 0]
@@ -234,6 +244,13 @@ class Session:
                 finished.append(request.id)
         return finished
 
+    def _tables(self) -> ControlTables | None:
+        """Return the control tables on the devices."""
+        tables, replicated = self.control_set.tables, self.decoding.layout.replicated
+        if tables is not self.on_device[0]:
+            self.on_device = tables, hosts.put(tables, replicated)
+        return self.on_device[1]
+
     def _count(self, result: ChunkResult, stored: int, age: Int[np.ndarray, " U"]) -> None:
         """Add a chunk to the stats. `stored`: its tokens; `age`: of each slot when it began."""
         decoding, batch, s, ran = self.decoding, self.batch, self.stats, int(result.steps)
@@ -241,7 +258,7 @@ class Session:
         number_bytes = self.programs.caching.format.number_bytes(decoding.model)
         step = decode_step(decoding.model, length, middle, self.lanes, number_bytes)
         shards, chunk = decoding.layout.size("rows") * decoding.layout.size("heads"), result.chunk
-        over = 0 if chunk.overflow is None else int((chunk.overflow[:ran] & chunk.sampled[:ran]).sum())
+        over = 0 if chunk.overflow is None else int((chunk.overflow[:ran] & chunk.active[:ran]).sum())
         work = Work(s.work.bytes + ran * (self.weights + step.bytes / shards), s.work.flops + ran * step.flops / shards)
         rows = ran * batch.rows.size
         self.stats = Stats(
@@ -266,7 +283,8 @@ class Session:
         Args:
             ids: the requests.
             tokens: token ids to append to each of their rows, as a user's next turn, or []. A row with new tokens continues
-                even if it had ended; one without continues if it was stopped, or ended at a limit that is raised.
+                even if it had ended, and its control starts anew behind them; one without continues if it was stopped, or ended
+                at a limit that is raised.
             limit: new maximum completion tokens, per request or per row; as before by default.
 
         Raises:
@@ -282,10 +300,15 @@ class Session:
             check_forced("tokens", tokens, limits - length, vocab)
         elif (over := np.flatnonzero(length > limits)).size:
             raise ValueError(f"limit: got {limits[over[0]]}, want at least the {length[over[0]]} tokens that are known")
+        if tokens is not None:
+            controls = [request.controls for request in requests]
+            start, budget = (np.concatenate([getattr(c, name) for c in controls]) for name in ("control", "budget"))
+            state = self.control_set.resumed(self.output, rows, tokens, start, budget)
+            self.control_set.check_room(state, limits - length - [len(ids) for ids in tokens], "tokens")
         self.output.limit[rows] = limits
         self.output.end_at_limit(rows)
         if tokens is not None:
-            self._force(rows, tokens)
+            self._force(rows, tokens, state)
         for request in requests:
             self._enqueue(request.id)
 
@@ -309,7 +332,7 @@ class Session:
         size = np.array([len(request.rows) for request in requests])
         prompt, sample = number_rows(size)
         of = {name: column[rows] for name, column in output.columns.items()}
-        eos_masked = of.pop("eos_masked")
+        codes = of.pop("control_state")
         return Rollouts(
             prompts=stack_prompts([request.prompt for request in requests], self.decoding.vocab.pad),
             prompt=prompt,
@@ -317,8 +340,8 @@ class Session:
             length=output.length[rows],
             temperature=np.concatenate([request.controls.temperature for request in requests]).astype(np.float32),
             finish=output.finish[rows],
-            # Decided for the session, so that the columns of a batch do not depend on its rows.
-            eos_masked=eos_masked if self.masks_eos else None,
+            # Decided for the engine, so that the columns of a batch do not depend on its rows.
+            control_state=None if self.control_set.tables is None else codes,
             **of,
         )
 
@@ -365,21 +388,3 @@ def check_policy(policy: Policy) -> None:
     if not isinstance(policy, Policy):
         raise UserError(f"policy: got {type(policy).__name__}, want a Policy, as publish(params) returns it")
     hosts.check_alive("policy", policy)
-
-
-def controls_for(cfg: RolloutConfig, prompts: int, temperature: float | None = None) -> Controls:
-    """Return the configured sampling parameters for `prompts` prompts, optionally with another temperature."""
-    full = lambda value, dtype: np.full(prompts, value, dtype)  # noqa: E731
-    return Controls(
-        temperature=full(cfg.temperature if temperature is None else temperature, np.float32),
-        top_p=full(cfg.top_p, np.float32),
-        top_k=full(cfg.top_k, np.int32),
-        min_p=full(cfg.min_p, np.float32),
-        min_new_tokens=full(cfg.min_new_tokens, np.int32),
-    )
-
-
-def controls_of_samples(cfg: RolloutConfig, sample: Int[np.ndarray, " B"]) -> Controls:
-    """Return the configured sampling parameters of rows with these sample numbers."""
-    each = {name: np.float32(values)[sample % len(values)] for name, values in vars(cfg.per_sample).items() if values}
-    return controls_for(cfg, len(sample)).replace(**each)

@@ -22,7 +22,7 @@ COLUMNS: dict[str, str] = {
     "tokenizer": "text", "uid": "int", "sample": "int", "row": "int",
     "prompt": "text", "completion": "text", "answer": "text", "task": "text",
     "prompt_ids": "ints", "ids": "ints", "logprobs": "floats", "entropy": "floats", "version": "ints",
-    "sampled": "bools", "kept_tokens": "lists of ints", "eos_masked": "bools", "raw_logprobs": "floats", "step_reward": "floats",
+    "sampled": "bools", "kept_tokens": "lists of ints", "control_state": "ints", "raw_logprobs": "floats", "step_reward": "floats",
     "temperature": "float", "reward": "float", "components": "floats by name", "success": "bool", "vote": "int", "finish": "text",
     "failure": "text", "failed_by": "int",
 }  # fmt: skip
@@ -56,7 +56,8 @@ class Trajectory(NamedTuple):
     version: Int32[np.ndarray, " t"]
     sampled: Bool[np.ndarray, " t"]
     kept_tokens: list[list[int]] | None
-    eos_masked: Bool[np.ndarray, " t"] | None
+    control_state: Int32[np.ndarray, " t"] | None
+    """What the control allowed, as the run that sampled it numbered it."""
     raw_logprobs: Float32[np.ndarray, " t"] | None
     step_reward: Float32[np.ndarray, " t"] | None
     uid: int | None
@@ -170,7 +171,7 @@ class _Reader:
             version=version.astype(np.int32),
             sampled=np.ones(n, bool) if sampled is None else sampled,
             kept_tokens=self.kept(n),
-            eos_masked=self.numbers("eos_masked", n, np.bool_, "true or false"),
+            control_state=self.numbers("control_state", n, np.int32, "a whole number"),
             **{name: self.numbers(name, n, np.float32, "a number") for name in ("raw_logprobs", "step_reward")},
             **{name: self.one(name, int, None) for name in ("uid", "sample")},
             **{name: self.one(name, int, least) for name, least in (("row", -1), ("vote", 0), ("failed_by", -1))},

@@ -141,7 +141,7 @@ def fill_batch(
         **vars(experience.credit),
         "behavior_logprobs": rollouts.behavior_logprobs,
         "kept_tokens": rollouts.kept_tokens,
-        "eos_masked": rollouts.eos_masked,
+        "control_state": rollouts.control_state,
         "loss_mask": mask,
         "weight": token_weights(mask, prompt, aggregation, length) * _of_rows(experience.groups.loss_weight),
         "temperature": np.broadcast_to(rollouts.temperature[:, None], mask.shape),

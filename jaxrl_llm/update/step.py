@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from jaxrl_llm.distribution.control_tables import ControlTables
 from jaxrl_llm.distribution.loss_terms import Loss, Terms
 from jaxrl_llm.distribution.score import Scoring, TokenScores, score_tokens
 from jaxrl_llm.model import lora
@@ -44,10 +45,10 @@ def jit_update(
     micro_batches: int = 1,
     ess_scaling: EssScaling | None = None,
 ) -> Update:
-    """Return the program `update(state, batch, reference) -> (state, metrics)`.
+    """Return the program `update(state, batch, reference, tables) -> (state, metrics)`.
 
     `reference`: parameters of the reference if the loss reads its whole distribution, else None; with adapters, the adapters
-    suffice.
+    suffice. `tables`: control tables in which `batch.control_state` is read; None without it.
 
     Terms are weighted by `batch.weight`, computed from counts over the whole minibatch, so the gradient does not depend on the
     number of micro-batches or on the mesh. Trailing micro-batches without a token in the loss are skipped.
@@ -66,18 +67,22 @@ def jit_update(
     layout = scoring.layout
 
     def objective(
-        params: PyTree, micro_batch: Batch, share: Array, reference: PyTree | None
+        params: PyTree, micro_batch: Batch, share: Array, reference: PyTree | None, tables: ControlTables | None
     ) -> tuple[Array, _Measured]:
-        scores = score_tokens(params, micro_batch, scoring, reference)
+        scores = score_tokens(params, micro_batch, scoring, reference, tables)
         return _loss_and_metrics(loss.terms(scores, micro_batch), micro_batch, share)
 
-    def update(state: TrainState, batch: Batch, reference: PyTree | None = None) -> tuple[TrainState, Metrics]:
+    def update(
+        state: TrainState, batch: Batch, reference: PyTree | None = None, tables: ControlTables | None = None
+    ) -> tuple[TrainState, Metrics]:
         trained, frozen = lora.split(state.params)
         reference = None if reference is None else lora.join(reference, frozen)
         share = batch.loss_mask / jnp.maximum(jnp.sum(batch.loss_mask), 1)
         batch, more = _without_dropped(loss, batch, share)
         grads, metrics = _accumulate(
-            lambda trained, micro_batch, share: objective(lora.join(trained, frozen), micro_batch, share, reference),
+            lambda trained, micro_batch, share: objective(
+                lora.join(trained, frozen), micro_batch, share, reference, tables
+            ),
             trained,
             (batch, share),
             micro_batches,
@@ -178,14 +183,15 @@ def _split_micro_batches(tree: PyTree, num_micro_batches: int, layout: Layout) -
     return jax.tree.map(split, tree)
 
 
-def jit_score(scoring: Scoring, num_micro_batches: int = 1) -> Callable[[PyTree, Batch], TokenScores]:
-    """Return the program `score(params, batch) -> TokenScores`, in `num_micro_batches` sequential micro-batches.
+def jit_score(scoring: Scoring, num_micro_batches: int = 1) -> Callable[..., TokenScores]:
+    """Return the program `score(params, batch, tables) -> TokenScores`, in `num_micro_batches` sequential micro-batches; `tables`
+    as in `jit_update`.
 
     It serves the reference, the proximal policy, the critic and exact evaluation.
     """
 
-    def score(params: PyTree, batch: Batch) -> TokenScores:
-        one = lambda micro_batch: score_tokens(params, micro_batch, scoring)  # noqa: E731
+    def score(params: PyTree, batch: Batch, tables: ControlTables | None = None) -> TokenScores:
+        one = lambda micro_batch: score_tokens(params, micro_batch, scoring, tables=tables)  # noqa: E731
         if num_micro_batches == 1:
             return one(batch)
         scores = jax.lax.map(one, _split_micro_batches(batch, num_micro_batches, scoring.layout))

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from setups import MESHES, TINY, layouts
 
+from jaxrl_llm.control.automaton import REFUSED, token_automaton
 from jaxrl_llm.distribution import head, score
+from jaxrl_llm.distribution.control_tables import ControlTables, allowed_tokens, encode, join_automata
 from jaxrl_llm.distribution.logits import entropy, kept_logprobs, process_logits
 from jaxrl_llm.distribution.score import Scoring, score_tokens
 from jaxrl_llm.parallel import hosts
@@ -21,6 +23,33 @@ CFG = replace(TINY, d_model=D, vocab_size=V)
 # Forward chunks of 8 tokens; backward chunks of 10 against blocks of 15 vocabulary entries. The last chunk and the last block
 # overlap the ones before, both with one device (88 tokens, 40 entries) and with shards (22 or 11 tokens, 40 or 20 entries).
 SMALL = head.TileSize(logits=4 * V, tokens=10)
+
+
+def random_tables(num_tokens: int) -> ControlTables:
+    """Two automata of 6 and 3 states that refuse a third of their transitions, over 40 and over 9 classes."""
+    rng = np.random.default_rng(num_tokens)
+    found = []
+    for states, kinds in ((6, 40), (3, 9)):
+        classes = rng.integers(0, kinds, num_tokens)
+        classes[list(ENDS)] = kinds
+        following = np.where(
+            rng.random((states, kinds + 1)) < 0.3, REFUSED, rng.integers(0, states, (states, kinds + 1))
+        )
+        found.append(token_automaton(classes, following, rng.integers(0, 3, states), 0, np.zeros(states, bool)))
+    return join_automata(found, num_tokens, ENDS, V)[0]
+
+
+TABLES = {num_tokens: random_tables(num_tokens) for num_tokens in (V, V - 3, V - 5)}
+
+
+def codes_of(rng: np.random.Generator, tokens: np.ndarray, num_tokens: int) -> np.ndarray:
+    """Random entries of `control_state` under which the tokens are allowed; a third of the rows are free."""
+    tables = TABLES[num_tokens]
+    states = np.arange(10)
+    fits = (tables.after(states[:, None], tokens.reshape(1, -1)) != REFUSED).T
+    state = np.array([rng.choice(states[row]) for row in fits]).reshape(tokens.shape)
+    state[::3] = 0
+    return encode(state, rng.integers(3, 6, tokens.shape), rng.random(tokens.shape) < 0.5).astype(np.int32)
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +69,7 @@ def make_params(seed: int = 0) -> dict:
 
 
 def make_batch(
-    num_tokens: int, kept_tokens: bool = False, eos_masked: bool = False, temperature: float | None = 1.0
+    num_tokens: int, kept_tokens: bool = False, controlled: bool = False, temperature: float | None = 1.0
 ) -> Batch:
     """Ragged loss masks, one row empty; `temperature` None: varies per slot, and 0 outside the mask."""
     rng = np.random.default_rng(1)
@@ -66,7 +95,7 @@ def make_batch(
     return Batch(
         tokens=tokens, position=slots, until=slots, before=before, segment=slots, group=slots, loss_mask=mask,
         weight=np.where(mask, normal(R, T), 0), behavior_logprobs=normal(R, T), advantage=normal(R, T), temperature=temps,
-        kept_tokens=kept, eos_masked=rng.random((R, T)) < 0.5 if eos_masked else None,
+        kept_tokens=kept, control_state=codes_of(rng, tokens, num_tokens) if controlled else None,
     )  # fmt: skip
 
 
@@ -79,7 +108,14 @@ def dense(params, batch, cfg, num_tokens, reference):
         x = x if cfg.logit_softcap is None else cfg.logit_softcap * jnp.tanh(x / cfg.logit_softcap)
         if batch.kept_tokens is not None:
             return kept_logprobs(x, batch.temperature, batch.kept_tokens)
-        return process_logits(x, batch.temperature, num_tokens, ENDS, batch.eos_masked)
+        if batch.control_state is None:
+            return process_logits(x, batch.temperature, num_tokens)
+        return process_logits(
+            x,
+            batch.temperature,
+            num_tokens,
+            allowed_tokens(jax.tree.map(jnp.asarray, TABLES[num_tokens]), batch.control_state),
+        )
 
     p, q = logp(params), jax.lax.stop_gradient(logp(reference))
     if batch.kept_tokens is None:
@@ -109,11 +145,11 @@ def gradients(scores, batch):
 CASES = {
     "plain": ({}, V, None),
     "temperatures": ({"temperature": None}, V, None),
-    "padding and masked end tokens": ({"eos_masked": True, "temperature": 0.7}, V - 5, None),
+    "padding and controls": ({"controlled": True, "temperature": 0.7}, V - 5, None),
     "kept_tokens": ({"kept_tokens": True, "temperature": 0.7}, V, None),
     "soft cap": ({"temperature": 0.7}, V, 1.5),
     "soft cap, kept tokens": ({"kept_tokens": True, "temperature": None}, V, 1.5),
-    "all": ({"eos_masked": True, "temperature": None}, V - 3, 2.0),
+    "all": ({"controlled": True, "temperature": None}, V - 3, 2.0),
 }
 
 
@@ -128,7 +164,7 @@ def tiled_result(case: str, sizes: tuple[int, ...]):
     cfg, train, batch = replace(CFG, logit_softcap=cap), layouts(sizes)[0], make_batch(num_tokens, **changes)
 
     def tiled(params, reference):
-        return score_tokens(params, batch, Scoring(cfg, train, num_tokens, ENDS), reference=reference)
+        return score_tokens(params, batch, Scoring(cfg, train, num_tokens), reference, TABLES[num_tokens])
 
     program = jax.jit(gradients(tiled, batch))
     return hosts.gather(program(make_params(0), make_params(1)))
@@ -198,7 +234,7 @@ def test_tokens_outside_the_mask_cost_nothing():
     class Sum:
         needs_full_vocabulary = False
 
-        def value(self, x, y, inputs):
+        def value(self, x, y, block, inputs):
             jax.debug.callback(lambda _: seen.append(1), x[0, 0, 0])
             return jnp.sum(x, axis=-1)
 

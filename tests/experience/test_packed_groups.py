@@ -12,7 +12,7 @@ from jaxrl_llm.experience.replay import blank_groups
 from jaxrl_llm.types import Groups, check, number_rows, select_groups
 
 PAD = 3
-FEATURES = ("truncation", "raw_logprobs", "min_new_tokens", "steps")
+FEATURES = ("truncation", "raw_logprobs", "control", "steps")
 
 
 def groups_of(size, length, kept, slots=(3, 9), most=20, uses=FEATURES, seed=0) -> Groups:
@@ -34,8 +34,8 @@ def groups_of(size, length, kept, slots=(3, 9), most=20, uses=FEATURES, seed=0) 
         more["kept_tokens"] = np.where(np.arange(most) < counts, ids, -1).astype(np.int32)
     if "raw_logprobs" in uses:
         more["raw_logprobs"] = real()
-    if "min_new_tokens" in uses:
-        more["eos_masked"] = sampled & (rng.random(inside.shape) < 0.5)
+    if "control" in uses:
+        more["control_state"] = np.where(inside, rng.integers(0, 9, inside.shape), 0).astype(np.int32)
     rollouts = blank.rollouts.replace(
         prompts=blank.rollouts.prompts.replace(
             tokens=tokens.astype(np.int32),

@@ -36,7 +36,7 @@ def experience(version: int, first: int, keep=(True, True, True)) -> Groups:
         version=np.where(sampled, version, 0).astype(np.int32), finish=(row % 2).astype(np.int32),
         # One to three kept tokens of each.
         kept_tokens=np.where(few, token[..., None] + np.arange(3), -1).astype(np.int32),
-        eos_masked=sampled & (token % 3 == 0),
+        control_state=np.where(sampled, token % 3, 0).astype(np.int32),
     )  # fmt: skip
     groups = Groups(
         rollouts, reward=(row / 13).astype(np.float32), components=(row[:, None] / [17, 19]).astype(np.float32),

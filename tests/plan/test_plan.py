@@ -240,7 +240,7 @@ def longest(of: Blueprint) -> Groups:
         behavior_logprobs=numbers, entropy=numbers, temperature=np.ones(rows, np.float32),
         version=np.zeros(full, np.int32), finish=integers,
         kept_tokens=np.zeros((*full, max_kept_tokens), np.int32) if max_kept_tokens else None,
-        eos_masked=np.zeros(full, bool) if cfg.min_new_tokens else None,
+        control_state=np.zeros(full, np.int32) if cfg.min_new_tokens else None,
     )  # fmt: skip
     reward = np.arange(rows, dtype=np.float32)
     return ungraded(rollouts).replace(reward=reward, components=reward[:, None])
@@ -285,7 +285,7 @@ def test_planned_flops_equal_those_of_training(both):
 def test_columns_by_hand(name, columns):
     cfg = validate(VALUES | {"update": {}} | OBJECTIVES[name], "test")
     batch = make_checked_run(cfg, cfg.model, 7, command.devices_of(Target(chips=1))[0]).batch
-    optional = ("reference_logprobs", "proximal_logprobs", "values", "returns", "kept_tokens", "eos_masked")
+    optional = ("reference_logprobs", "proximal_logprobs", "values", "returns", "kept_tokens", "control_state")
     assert {column for column in optional if getattr(batch, column) is not None} == columns
 
 

@@ -38,7 +38,7 @@ def paths(specs):
     [
         ({}, ()),
         ({"rollout": VALUES["rollout"] | {"top_p": 0.9}}, ("truncation",)),
-        ({"rollout": VALUES["rollout"] | {"min_new_tokens": 2}}, ("min_new_tokens",)),
+        ({"rollout": VALUES["rollout"] | {"min_new_tokens": 2}}, ("control",)),
         ({"rollout": VALUES["rollout"] | {"top_k": 4, "raw_logprobs": True}}, ("truncation", "raw_logprobs")),
         ({"objective": {"reward_kl": {"weight": 0.1}}}, ("reference",)),
         # The update runs the reference itself, and no column of a batch holds it.
@@ -124,7 +124,7 @@ def test_a_critic_is_the_first_parameter_group_of_the_optimizer():
 def test_scoring_has_the_tokenizers_vocabulary_and_the_configs_forward_options():
     of = blueprint(update={"attention": "plain", "remat": "layer"})
     scoring = of.scoring
-    assert (scoring.model, scoring.layout, scoring.num_tokens, scoring.ends) == (of.model, of.train, 16, (15,))
+    assert (scoring.model, scoring.layout, scoring.num_tokens) == (of.model, of.train, 16)
     assert (scoring.forward.attention, scoring.forward.remat) == ("plain", "layer")
     assert of.loss.aggregation == loss_of(of.cfg).aggregation == "token"
 

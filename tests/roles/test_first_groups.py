@@ -78,7 +78,11 @@ def test_no_column_of_a_response_without_log_probs_is_unknown(tmp_path, pool):
         rollout={"prompts": 8, "samples": 4, "max_new_tokens": 6, "raw_logprobs": True, "min_new_tokens": 1},
     )
     rollouts = first_groups(run, TASK, pool, 9).rollouts
-    assert (rollouts.raw_logprobs == 0).all() and (rollouts.entropy == 0).all() and not rollouts.eos_masked.any()
+    assert (
+        (rollouts.raw_logprobs == 0).all()
+        and (rollouts.entropy == 0).all()
+        and (rollouts.control_state[:, 0] > 0).all()
+    )
 
 
 def test_what_a_policy_sampled_keeps_its_log_probs_and_its_temperature(tmp_path, pool):

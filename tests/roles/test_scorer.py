@@ -15,7 +15,7 @@ def test_each_token_of_a_kept_row_gets_its_own_score_and_all_others_0(kind):
     """The program gives the parameter times the token, its entropy, and its slot. Row b: a prompt of one token, tokens b + 1."""
     seen = []
 
-    def program(params, batch):
+    def program(params, batch, tables):
         seen.append(batch)
         return TokenScores(params * batch.tokens, 0.5 * batch.tokens, 1.0 * batch.position)
 
@@ -38,7 +38,7 @@ def test_a_program_without_a_critic_gives_no_values():
     groups = groups_of(np.array([[1.0, 0.0]]))
     shape = batch_shape("none", equal_groups(1, 2), (PROMPT_SLOTS, SLOTS), 0, 1, 1)
     score = Scorer(
-        lambda params, batch: TokenScores(1.0 * batch.tokens, 1.0 * batch.tokens),
+        lambda params, batch, tables: TokenScores(1.0 * batch.tokens, 1.0 * batch.tokens),
         shape, 0, layouts()[0].sharding(("rows", None)),
     )  # fmt: skip
     assert score(None, groups).values is None

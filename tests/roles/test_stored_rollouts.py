@@ -45,7 +45,7 @@ def with_contents(groups: Groups, rng, K: int, optional: bool) -> Groups:
     known = ~np.isnan(groups.reward)
     more = {
         "kept_tokens": of(kept, sampled[..., None], -1),
-        "eos_masked": sampled & (rng.random(there.shape) < 0.5),
+        "control_state": np.where(there, rng.integers(0, 9, there.shape), 0).astype(np.int32),
         "raw_logprobs": of(any_float32(rng, there.shape), sampled),
     }
     unknown, uid = np.full(num, -1, np.int32), np.arange(7, 7 + num, dtype=np.int32)

@@ -15,7 +15,7 @@ from jaxrl_llm.model.cache import Caching, empty_suffix
 from jaxrl_llm.model.params import unstack
 from jaxrl_llm.model.transformer import DecodePosition
 from jaxrl_llm.rollout import sample
-from jaxrl_llm.rollout.decode import DecodedChunk
+from jaxrl_llm.rollout.decode import ChunkResult, DecodedChunk
 from jaxrl_llm.rollout.output import OutputBuffer
 from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary, row_keys
 from jaxrl_llm.types import Finish, Prompts, Rollouts, check
@@ -157,27 +157,27 @@ def test_a_row_ends_at_any_of_several_end_tokens():
     vocab = Vocabulary(size=9, pad=0, eos=(7, 5))
     np.testing.assert_array_equal(vocab.ends(jnp.array([5, 6, 7, 0])), [True, False, True, False])
     buffer = OutputBuffer(3, Decoding(SMALL, layouts()[1], vocab, steps=3))
-    rows = buffer.allocate(np.full(4, 3))
+    rows = buffer.allocate(np.full(4, 3), np.zeros(4, np.int32))
     assert not buffer.length.any() and not buffer.columns["behavior_logprobs"].any()
     token = np.array([[3, 7, 3, 9], [5, 0, 4, 9], [0, 0, 6, 9]])
-    sampled = np.array([[True] * 4, [True, False, True, False], [False, False, True, False]])
+    active = np.array([[True] * 4, [True, False, True, False], [False, False, True, False]])
     zeros = np.zeros((3, 4), np.float32)
+    # Controls forced the second tokens, and ended rows 2 and 0: one of them at an end token.
+    sampled, state = active & (np.arange(3)[:, None] != 1), np.array([[5, 6, 7, 8]])
+    codes = np.array([[4, 9, 3, 1], [5, 0, 6, 1], [0, 0, 7, 1]], np.int32)
+    chunk = DecodedChunk(token, active, zeros, zeros, sampled, codes)
     # Four columns: rows 2, 1 and 0; the last is ignored.
-    stored = buffer.add(
-        np.array([*rows[[2, 1, 0]], -1]),
-        np.zeros(4, int),
-        DecodedChunk(token, sampled, zeros, zeros),
-        3,
-        1,
-        np.array([0, 2, 0, 0]),
-    )
+    result = ChunkResult(np.int32(3), token[-1:], active[-1:], state, chunk)
+    stored = buffer.add(np.array([*rows[[2, 1, 0]], -1]), np.zeros(4, int), result, 1, np.array([1, 0, 1, 0], bool))
     assert stored == 6
-    np.testing.assert_array_equal(buffer.finish[rows], [Finish.LENGTH, Finish.EOS, Finish.EOS, Finish.UNFINISHED])
+    np.testing.assert_array_equal(buffer.finish[rows], [Finish.STOP, Finish.EOS, Finish.EOS, Finish.UNFINISHED])
     np.testing.assert_array_equal(buffer.length[rows], [3, 1, 2, 0])
+    np.testing.assert_array_equal(buffer.state[rows], [7, 6, 5, 0])
     np.testing.assert_array_equal(buffer.columns["tokens"][rows], [[3, 4, 6], [7, 0, 0], [3, 5, 0], [0, 0, 0]])
     np.testing.assert_array_equal(buffer.columns["version"][rows], [[1, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
-    masked = [[False] * 3, [True, False, False], [False] * 3, [False] * 3]
-    np.testing.assert_array_equal(buffer.columns["eos_masked"][rows], masked)
+    np.testing.assert_array_equal(buffer.columns["control_state"][rows], [[3, 6, 7], [9, 0, 0], [4, 5, 0], [0, 0, 0]])
+    was_sampled = [[True, False, True], [True, False, False], [True, False, False], [False] * 3]
+    np.testing.assert_array_equal(buffer.columns["sampled"][rows], was_sampled)
 
 
 @pytest.mark.slow

@@ -273,7 +273,7 @@ def test_log_probs_are_the_scores_of_the_policy_that_sampled(when):
     assert (got.length > border).sum() > 5
     layout = layouts()[0]
     batch = to_batch(to_experience(got))
-    score = jit_score(Scoring(ONE_LAYER, layout, VOCAB.size, VOCAB.eos))
+    score = jit_score(Scoring(ONE_LAYER, layout, VOCAB.size))
     for version, seed in ((3, 0), (5, 1)):
         scores = score(params_of(seed=seed), hosts.put(batch, layout.sharding(("rows", None))))
         at = np.asarray(batch.loss_mask) & (of_batch(got.version, batch) == version)
@@ -383,7 +383,7 @@ def test_truncation_and_minimum_length_continue_with_a_row():
     session.resume(ids)
     finish(session)
     got = check(session.take(ids))
-    for name in ("tokens", "kept_tokens", "eos_masked", "finish"):
+    for name in ("tokens", "kept_tokens", "control_state", "finish"):
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
     assert (got.length >= 5).all() and (got.kept_tokens[got.sampled] >= 0).any()
     np.testing.assert_allclose(got.raw_logprobs, want.raw_logprobs, atol=1e-4)

@@ -205,12 +205,12 @@ def test_known_rollouts_have_the_temperature_of_the_request():
 
 def test_the_end_mask_of_known_rollouts_is_kept():
     known = some_part(min_new_tokens=5)
-    assert known.eos_masked.any()
+    assert known.control_state.any()
     session = open_session()
     ids = session.add(known.prompts, known=known)
     finish(session)
     got = session.take(ids)
-    assert got.eos_masked is not None and (got.eos_masked[:, :4] == known.eos_masked[:, :4]).all()
+    assert got.control_state is not None and (got.control_state[:, :4] == known.control_state[:, :4]).all()
 
 
 def some_part(**more):

@@ -10,6 +10,7 @@ from scipy import stats
 from setups import TINY, layouts
 
 from jaxrl_llm.distribution import top_k
+from jaxrl_llm.distribution.control_tables import allowed_tokens, encode, join_automata
 from jaxrl_llm.distribution.logits import kept_logprobs, process_logits
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rollout import sample
@@ -36,7 +37,9 @@ def make_program(vocab: Vocabulary, max_kept_tokens: int = MAX_KEPT, sizes: tupl
     decoding = Decoding(TINY, layouts(sizes)[1], vocab, max_kept_tokens=max_kept_tokens)
 
     def both(keys, slot, raw, controls):
-        of = sample.distribution(slot, raw, controls, jnp.array(True), decoding)
+        tables = jax.tree.map(jnp.asarray, join_automata([], vocab.size, vocab.eos, raw.shape[1])[0])
+        code = encode(controls.control, 10_000 - slot, slot < controls.min_new_tokens)
+        of = sample.distribution(raw, controls, jnp.array(True), decoding, allowed_tokens(tables, code))
         return sample.sample_from(keys, slot, of, raw_logprobs=True), of
 
     return jax.jit(both)
@@ -51,8 +54,8 @@ def keys_of(rows: int) -> jax.Array:
 
 
 def controls_of(rows: int, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, min_new_tokens=0) -> Controls:
-    values = (temperature, top_p, top_k, min_p, min_new_tokens)
-    dtypes = (np.float32, np.float32, np.int32, np.float32, np.int32)
+    values = (temperature, top_p, top_k, min_p, min_new_tokens, 0, 0)
+    dtypes = (np.float32, np.float32, np.int32, np.float32, np.int32, np.int32, np.int32)
     return Controls(*(jnp.asarray(np.broadcast_to(v, rows), d) for v, d in zip(values, dtypes, strict=True)))
 
 
@@ -85,7 +88,7 @@ def kept_by_hand(raw: np.ndarray, vocab: Vocabulary, controls: Controls, slot: n
     """In float64, per row: kept ids, most likely first; log-probs of all tokens; True if a threshold is too close for float32."""
     rank, close, kept, full = order_of(raw.shape[1], MAX_KEPT + 1), [], [], []
     for b, x in enumerate(raw.astype(np.float64)):
-        t, p, k, m, least = (float(np.asarray(c)[b]) for c in jax.tree.leaves(controls))
+        t, p, k, m, least, *_ = (float(np.asarray(c)[b]) for c in jax.tree.leaves(controls))
         x = x.copy()
         x[vocab.size :] = -np.inf
         x[list(vocab.eos) if slot[b] < least else []] = -np.inf
@@ -220,7 +223,8 @@ def test_end_tokens_are_masked_below_the_minimum_length():
         assert not np.isin(np.asarray(sampled.token)[slot < 3], SMALL.eos).any()
         assert (np.asarray(sampled.token)[slot >= 3] == 290).all()
         np.testing.assert_allclose(np.exp(np.asarray(of.logp, np.float64)).sum(axis=1), 1, atol=1e-5)
-        exact = np.asarray(process_logits(jnp.asarray(raw), jnp.ones(ROWS), 291, SMALL.eos, jnp.asarray(slot < 3)))
+        barred = (slot < 3)[:, None] & np.isin(np.arange(300), SMALL.eos)
+        exact = np.asarray(process_logits(jnp.asarray(np.where(barred, -np.inf, raw)), jnp.ones(ROWS), 291))
         np.testing.assert_allclose(sampled.raw_logprob, exact[np.arange(ROWS), np.asarray(sampled.token)], atol=1e-5)
 
 

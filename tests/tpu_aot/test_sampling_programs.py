@@ -30,7 +30,7 @@ def lower_sampling(topology, sizes: tuple[int, ...], max_kept_tokens: int) -> ja
     )
     any_active = array(decode, (), jnp.bool_)
     program = jax.jit(one, out_shardings=decode.sharding(("rows",)))
-    return program.lower(keys, i32, raw, Controls(f32, f32, i32, f32, i32), any_active)
+    return program.lower(keys, i32, raw, Controls(f32, f32, i32, f32, i32, i32, i32), any_active)
 
 
 def moved(topology, sizes: tuple[int, ...], max_kept_tokens: int) -> list[tuple[str, tuple[ArrayShape, ...]]]:

@@ -144,16 +144,16 @@ def test_support_and_bars_go_where_their_tokens_go():
     """At most two kept tokens; -1 in prompts and padding, where nothing was sampled."""
     kept_tokens = np.full((4, 3, 2), -1, np.int32)
     kept_tokens[0, :2], kept_tokens[1, 0], kept_tokens[3] = [[1, 5], [9, -1]], [9, 2], [[1, 3], [1, 4], [2, 8]]
-    eos_masked = np.array([[1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 0, 0]], bool)
-    found = experience(tiny(kept_tokens=kept_tokens, eos_masked=eos_masked))
+    codes = np.array([[7, 0, 0], [0, 0, 0], [8, 9, 0], [5, 0, 0]], np.int32)
+    found = experience(tiny(kept_tokens=kept_tokens, control_state=codes))
     batch = check(one_a_row(found)[0])
     none = [-1, -1]
     np.testing.assert_array_equal(batch.kept_tokens[0], [none, [1, 5], [9, -1], none, none, none])
     np.testing.assert_array_equal(batch.kept_tokens[1], [none, [9, 2], none, none, none, none])
     np.testing.assert_array_equal(batch.kept_tokens[2], [none] * 6)
     np.testing.assert_array_equal(batch.kept_tokens[3], [none, none, none, [1, 3], [1, 4], [2, 8]])
-    want = [[0, 1, 0, 0, 0, 0], [0] * 6, [0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0]]
-    np.testing.assert_array_equal(batch.eos_masked, np.array(want, bool))
+    want = [[0, 7, 0, 0, 0, 0], [0] * 6, [0, 0, 0, 8, 9, 0], [0, 0, 0, 5, 0, 0]]
+    np.testing.assert_array_equal(batch.control_state, want)
     (part,) = minibatches(found, 1, np.random.default_rng(0))
     np.testing.assert_array_equal(part.groups.rollouts.kept_tokens, kept_tokens)
 
