@@ -122,14 +122,18 @@ def test_a_batch_that_was_not_made_for_the_loss_is_refused(of, batch, words):
     update = make_update(MODEL_, of, optax.sgd(1.0))
     with pytest.raises(UserError, match=words):
         update(STATE, batch_of())
-    update = update.__class__(MODEL_, of, update.optimizer, 1, lambda state, batch, reference, tables: (state, {"loss": 1}))
+    update = update.__class__(
+        MODEL_, of, update.optimizer, 1, lambda state, batch, reference, tables: (state, {"loss": 1})
+    )
     zeros = np.zeros(GROUPS.rollouts.tokens.shape, np.float32)
     assert update(STATE, batch_of(loss=of, scores=Scores(reference_logprobs=zeros)))[1] == {"loss": 1.0}
 
 
 def test_weights_of_ones_own_and_equal_lengths_are_not_refused():
     update = make_update(MODEL_, as_loss(loss, "sequence"), optax.sgd(1.0), 1)
-    update = update.__class__(MODEL_, update.loss, update.optimizer, 1, lambda state, batch, reference, tables: (state, {}))
+    update = update.__class__(
+        MODEL_, update.loss, update.optimizer, 1, lambda state, batch, reference, tables: (state, {})
+    )
     batch = batch_of()
     update(STATE, batch.replace(weight=batch.weight * 2))
     alike = groups_of(REWARD)
