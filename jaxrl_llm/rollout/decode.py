@@ -105,6 +105,8 @@ class ActiveRows(NamedTuple):
     """Keys written to the rows' ring buffers before the chunk."""
     tables: ControlTables | None
     """None: no row has a control, and no minimum length."""
+    classes: Int[Array, "A V"] | None
+    """Those of the tables, split over the vocabulary, so that each shard masks its own logits; states are looked up in whole tables."""
 
 
 def step(params: PyTree, rows: ActiveRows, state: DecodeState, decoding: Decoding) -> DecodeState:
@@ -156,7 +158,8 @@ def _draw(
         # In a finished row everything is allowed: without a token its log-probs would be NaN.
         before = jnp.where(state.done, 0, state.control)
         before, code = before_token(rows.tables, before, age, rows.limit, rows.controls)
-        drawn = sample(allowed_tokens(rows.tables, code))
+        allowed = allowed_tokens(rows.tables, code)
+        drawn = sample(allowed.replace(classes=rows.classes))
         of = after_token(rows.tables, before, code, drawn.token)
         drawn = drawn.only_where(of.sampled)
     line = DecodedChunk(
@@ -176,10 +179,12 @@ def make_decode_chunk(decoding: Decoding) -> DecodeChunk:
 
     def decode_chunk(params, suffix, prompt, groups, key, count, steps, tables):
         shape = groups.last.shape
+        classes = None if tables is None else decoding.layout.constrain(tables.classes, None, "vocab")
+        tables = jax.tree.map(lambda x: decoding.layout.constrain(x, *(None for _ in x.shape)), tables)
         flat = lambda x: x.reshape(-1)  # noqa: E731
         rows = ActiveRows(
             groups, jnp.repeat(groups.age, shape[1]), flat(groups.limit), jax.tree.map(flat, groups.controls),
-            row_keys(jax.random.wrap_key_data(key), groups.uid, groups.first, shape[1]), prompt, count, tables,
+            row_keys(jax.random.wrap_key_data(key), groups.uid, groups.first, shape[1]), prompt, count, tables, classes,
         )  # fmt: skip
 
         def one_interval(state: DecodeState) -> DecodeState:
