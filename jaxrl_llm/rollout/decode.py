@@ -106,7 +106,7 @@ class ActiveRows(NamedTuple):
     tables: ControlTables | None
     """None: no row has a control, and no minimum length."""
     classes: Int[Array, "A V"] | None
-    """Those of the tables, split over the vocabulary, so that each shard masks its own logits; states are looked up in whole tables."""
+    """Those of the tables, split over the vocabulary, so that each shard masks its own logits. States are looked up in whole ones."""
 
 
 def step(params: PyTree, rows: ActiveRows, state: DecodeState, decoding: Decoding) -> DecodeState:

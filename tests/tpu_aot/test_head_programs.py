@@ -70,7 +70,7 @@ def test_temporary_memory_per_chip(topology):
 
 @pytest.mark.parametrize("automata", [1, 4])
 def test_a_control_takes_no_more_memory(topology, automata):
-    """With one automaton next to nothing beside a tile of logits in f32; with several, each logit has a class of its own, a byte."""
+    """With one automaton next to nothing beside a tile of f32 logits; with several, each logit has a class of its own, a byte."""
     free, program = gradient(tiled, topology, (1, 1, 1)), gradient(tiled, topology, (1, 1, 1), automata)
     more = program.temp - free.temp
     print(f"temp: {free.temp / 1e6:.1f} MB, with control {program.temp / 1e6:.1f} MB")
