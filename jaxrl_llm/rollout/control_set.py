@@ -51,8 +51,8 @@ class ControlSet:
         self.tables, starts = join_automata(automata, self.vocab.size, self.vocab.eos, self.vocab_size)
         self.starts = dict(zip(self.automata, starts, strict=True))
 
-    def check(self, controls: Controls, limit: Int[np.ndarray, " B"]) -> None:
-        """Check that every row can end within its limit; makes tables if a row needs them.
+    def _check(self, controls: Controls, limit: Int[np.ndarray, " B"]) -> None:
+        """Check that every row can end within its limit.
 
         Raises:
             ValueError: a state is no start of a control, or a limit is too small.
@@ -64,17 +64,17 @@ class ControlSet:
             raise ValueError(f"controls.control: got {unknown[0]}, want that of engine.controls(prompts, control=...)")
         for name, start in self.starts.items():
             own = np.flatnonzero(state == start)
-            shortest, expired = int(self.tables.distance[start]), self.automata[name].expired_distance
+            shortest = int(self.tables.distance[start])
             if (short := own[limit[own] < shortest]).size:
                 raise ValueError(
                     f"limit: got {limit[short[0]]} tokens, want at least {shortest}: the control {_short(name)} allows no "
                     "shorter response"
                 )
-            beyond = own[(budget[own] < limit[own]) & (budget[own] + expired > limit[own])]
-            if beyond.size:
+            least = self.automata[name].least_limit
+            for b in (b for b in own if least(int(budget[b])) > limit[b]):
                 raise ValueError(
-                    f"controls.budget: got {budget[beyond[0]]} of {limit[beyond[0]]} tokens, want at most "
-                    f"{limit[beyond[0]] - expired}: what follows the thinking needs {expired}"
+                    f"controls.budget: got {budget[b]} of {limit[b]} tokens, want at most "
+                    f"{int(limit[b]) - self.automata[name].expired_distance}: the closing and the answer need the rest"
                 )
 
     def _states(self, state: int, slot: int, tokens: Sequence[int], budget: int) -> Int[np.ndarray, " n+1"]:
@@ -132,7 +132,22 @@ class ControlSet:
             )
         return int(states[-1])
 
-    def behind(self, controls: Controls, known: Rollouts | Sequence[Sequence[int]] | None) -> Int[np.ndarray, " B"]:
+    def start_states(
+        self, controls: Controls, limit: Int[np.ndarray, " B"], known: Rollouts | Sequence[Sequence[int]] | None
+    ) -> Int[np.ndarray, " B"]:
+        """Return the state in which each row begins to decode, behind its known tokens; makes tables if a row needs them.
+
+        Raises:
+            ValueError: the control does not allow the known tokens, or the row could not end within its limit.
+        """
+        self._check(controls, limit)
+        state = self._behind(controls, known)
+        if known is not None:
+            length = known.length if isinstance(known, Rollouts) else np.array([len(tokens) for tokens in known])
+            self.check_room(state, limit - length, "known")
+        return state
+
+    def _behind(self, controls: Controls, known: Rollouts | Sequence[Sequence[int]] | None) -> Int[np.ndarray, " B"]:
         """Return each row's state behind its known tokens.
 
         Raises:

@@ -214,8 +214,9 @@ def configured_controls(model: EngineModel, cfg: RolloutConfig) -> ControlSet:
         tokenizer = model.tokenizer
         if tokenizer is None:
             raise UserError(f"control: got {control.kind} for a model without a tokenizer, want none")
-        texts = TokenTexts(tokenizer.token_texts, model.vocab.eos, tokenizer.encode, tokenizer.fingerprint)
-        return build(control, texts)
+        texts, drops_space = tokenizer.texts
+        known = TokenTexts(texts, model.vocab.eos, tokenizer.encode, tokenizer.fingerprint, drops_space)
+        return build(control, known)
 
     found = ControlSet(model.vocab, model.config.vocab_size, automaton)
     if cfg.min_new_tokens:

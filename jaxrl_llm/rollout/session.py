@@ -158,11 +158,7 @@ class Session:
             check_rollouts(known, limits, controls.temperature, self.output.columns, vocab)
         elif known is not None:
             check_forced("known", known, limits, vocab)
-        self.control_set.check(controls, limits)
-        state = self.control_set.behind(controls, known)
-        if known is not None:
-            length = known.length if isinstance(known, Rollouts) else np.array([len(tokens) for tokens in known])
-            self.control_set.check_room(state, limits - length, "known")
+        state = self.control_set.start_states(controls, limits, known)
         ids = self.num_added + np.arange(num)
         self.num_added += num
         rows = self.output.allocate(limits, controls.control)

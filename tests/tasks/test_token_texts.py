@@ -91,7 +91,9 @@ def test_sentencepiece(strip):
 def test_word_pieces_are_refused():
     backend = Tokenizer(models.WordPiece({"[UNK]": 0, "the": 1, "##re": 2, "a": 3}, unk_token="[UNK]"))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
-    with pytest.raises(UserError, match=r"^tokenizer: got tokens whose text depends on those before them .*are 'the the'"):
+    with pytest.raises(
+        UserError, match=r"^tokenizer: got tokens whose text depends on those before them .*are 'the the'"
+    ):
         token_texts(backend, 4, {0})
 
 
