@@ -279,7 +279,7 @@ class Session:
         Args:
             ids: the requests.
             tokens: token ids to append to each of their rows, as a user's next turn, or []. A row with new tokens continues
-                even if it had ended, and its control starts anew behind them; one without continues if it was stopped, or ended
+                even if it had ended, and its control starts again behind them; one without continues if it was stopped, or ended
                 at a limit that is raised.
             limit: new maximum completion tokens, per request or per row; as before by default.
 

@@ -15,7 +15,7 @@ from jaxrl_llm.rollout.config import RolloutConfig
 
 @pytest.mark.parametrize("name", ["regex", "choice", "budget", "begin", "stop", "forbid"])
 def test_entries_are_those_that_sampling_records(name):
-    """Of responses that were sampled under the control, with a minimum length too."""
+    """Responses were sampled under the control, with a minimum length."""
     engine = sampler(control=CONTROLS[name], min_new_tokens=3)
     of = engine.generate(policy(), make_prompts(8), jax.random.key(0))
     got = under_control(
