@@ -23,7 +23,7 @@ ALLOWED = {
     "types": {"errors"},
     "parallel": {"errors", "types"},
     "model": FOUNDATION,
-    "control": {"errors"},
+    "control": {"errors", "config.options"},
     "distribution": FOUNDATION | {"model", "control"},
     "perf": FOUNDATION | {"model"},
     "tasks": {"errors", "types", "config.options"},

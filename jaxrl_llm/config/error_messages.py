@@ -30,6 +30,7 @@ WANTED = {
     "dict_type": "a section, as {{key: value}}",
     "dataclass_type": "a section, as {{key: value}}",
     "model_attributes_type": "a section, as {{key: value}}",
+    "union_tag_invalid": "one of {expected_tags}",
     "union_tag": "a section, as {{key: value}}",
     "invalid_key": "a name as key",
 }
@@ -47,6 +48,20 @@ def _is_flag(path: Sequence[str], flags: Sequence[Flag]) -> bool:
     return any(tuple(path[: len(flag.path)]) == flag.path for flag in flags)
 
 
+def errors_by_path(errors: Sequence[PydanticError], values: dict[str, Any]) -> dict[KeyPath, list[PydanticError]]:
+    """Errors of reading `values`, by the path of the key, without those that only follow from others."""
+    by_path: dict[KeyPath, list[PydanticError]] = {}
+    for error in errors:
+        by_path.setdefault(_path(error, values), []).append(error)
+    parents = {path[:n] for path in by_path for n in range(len(path))}
+    # A list with wrong entries is reported as too short as well, a section with a wrong key as no other member of its union.
+    return {
+        path: found
+        for path, found in by_path.items()
+        if path not in parents or not all(e["type"] in ("too_short", *OTHER_MEMBER) for e in found)
+    }
+
+
 def describe_errors(
     errors: Sequence[PydanticError], values: dict[str, Any], root: type, source: str, flags: Sequence[Flag]
 ) -> list[str]:
@@ -57,15 +72,8 @@ def describe_errors(
         source: name of the file that the values come from.
         flags: flags that are part of `values`.
     """
-    by_path: dict[KeyPath, list[PydanticError]] = {}
-    for error in errors:
-        by_path.setdefault(_path(error, values), []).append(error)
-    parents = {path[:n] for path in by_path for n in range(len(path))}
-    lines = []
+    lines, by_path = [], errors_by_path(errors, values)
     for path, found in by_path.items():
-        # A list with wrong entries is reported as too short as well, a section with a wrong key as no other member of its union.
-        if path in parents and all(e["type"] in ("too_short", *OTHER_MEMBER) for e in found):
-            continue
         if _follows_from_a_flag(path, by_path, root, flags):
             continue
         beside = [f for f in flags if f.path[:-1] == path[:-1]] if found[0]["type"].startswith("missing") else []
@@ -170,6 +178,8 @@ def _no_such_key(path: KeyPath, values: Any, root: type, flags: Sequence[Flag]) 
     if owners:
         beside = [key for key in section if key in keys(variants) and key not in keys(owners)]
         return f"no such key beside {', '.join(beside)}"
+    if has_kinds(variants) and name in map(_kind, variants):
+        return f"no such key, want kind: {name} and its settings"
     near = difflib.get_close_matches(name, [key for key in keys(variants) if key != name], n=1)
     meant = ".".join([*parents, *near])
     return "no such key" + (f", perhaps you meant {dashes}{meant}" if near else "")

@@ -4,9 +4,8 @@ prompts -> session -> (admit -> decode a chunk -> store its output -> release) u
 """
 
 from collections.abc import Sequence
-from dataclasses import is_dataclass
 from itertools import pairwise, product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Array, Int, Key
@@ -29,6 +28,9 @@ from jaxrl_llm.rollout.requests import PromptsLike, PromptTokenizer, as_prompts,
 from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary
 from jaxrl_llm.rollout.session import Session
 from jaxrl_llm.types import Policy, Rollouts
+
+
+KINDS = get_args(get_args(Control)[0])
 
 
 class EngineModel(NamedTuple):
@@ -91,10 +93,12 @@ class Engine:
             control: what responses may consist of (`rl.controls`), one for all or one for each prompt; None: the configured one.
 
         Raises:
-            UserError: a control cannot be built for the tokenizer.
+            UserError: not a control for each prompt, or one that cannot be built for the tokenizer.
         """
-        each = [control] * prompts if control is None or is_dataclass(control) else list(control)
+        each = list(control) if isinstance(control, list | tuple) else [control] * prompts
         each = [self.cfg.control if one is None else one for one in each]
+        if wrong := [one for one in each if not isinstance(one, KINDS)]:
+            raise UserError(f"control: got {wrong[0]!r}, want what rl.controls makes, or a list with one for each prompt")
         if len(each) != prompts:
             raise UserError(f"control: got {len(each)}, want one for each of the {prompts} prompts")
         start, budget = [self.control_set.start(one) for one in each], [budget_of(one) for one in each]
