@@ -18,7 +18,7 @@ FOUNDATION = {"types", "errors", "parallel"}
 # at the top is a package of its own here.
 ALLOWED = {
     # Nothing is imported there but for type checkers: the public names are resolved when they are first used.
-    "__init__": FOUNDATION | STAGES | {"config", "distribution", "metrics.estimates", "roles", "train"},
+    "__init__": FOUNDATION | STAGES | {"config", "control", "distribution", "metrics.estimates", "roles", "train"},
     "errors": set(),
     "types": {"errors"},
     "parallel": {"errors", "types"},

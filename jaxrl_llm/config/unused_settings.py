@@ -39,6 +39,8 @@ CONDITIONS = (
     Condition("model.norm_top_k", lambda c: c.model.experts > 0, "model.experts is 0"),
     Condition("warm_start.rows warm_start.noise", lambda c: c.warm_start.steps > 0, "warm_start.steps is 0"),
     Condition("rollout.max_kept_tokens", _is_truncated, "rollout.top_p, top_k and min_p leave all tokens"),
+    Condition("rollout.control.wait", lambda c: c.rollout.control.waits > 0, "rollout.control.waits is 0"),
+    Condition("rollout.control.then.wait", lambda c: c.rollout.control.then.waits > 0, "rollout.control.then.waits is 0"),
     Condition(
         "experience.replay.memory_mib experience.replay.max_age experience.replay.max_uses "
         "experience.replay.groups experience.replay.join experience.replay.correction experience.replay.min_success "

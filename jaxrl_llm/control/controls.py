@@ -4,8 +4,8 @@
     controls = engine.controls(2, control=[rl.controls.choice("yes", "no"), rl.controls.none()])
     session.add(["Is 7 prime?", "Why?"], controls=controls)
 
-Each function returns a config, as `rollout.control` of a run has it, and raises UserError for wrong arguments. Whether the tokenizer
-can spell what is asked for is checked where an engine gets it.
+Each function returns a config, as `rollout.control` of a run has it, and raises UserError for wrong arguments. An engine that gets
+it checks whether its tokenizer can spell what is asked for.
 """
 
 import json

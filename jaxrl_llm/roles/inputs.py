@@ -18,6 +18,7 @@ from jaxrl_llm.experience.config import OVER_A_COLUMN
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.source import resolve
+from jaxrl_llm.roles.control_checks import ControlFindings, check_control
 from jaxrl_llm.tasks import trajectories
 from jaxrl_llm.tasks.rows import Row, longest_target
 from jaxrl_llm.tasks.task import Task, load_task
@@ -34,6 +35,8 @@ class Inputs(NamedTuple):
     """Messages on names and files that do not exist or cannot be read."""
     misfits: tuple[str, ...]
     """Messages on what does not fit together."""
+    cautions: tuple[str, ...] = ()
+    """Warnings about what training accepts."""
 
     @property
     def problems(self) -> list[str]:
@@ -78,7 +81,9 @@ def read(cfg: RunConfig, trains: bool = False, asked: Callable[[RunConfig], Task
             where = f" for {', '.join(lacking)}" if lacking else ""
             want = f"want the right response: warm_start.steps is {cfg.warm_start.steps}"
             found.append(f"task.response: got nothing{where}, {want}")
-    return Inputs(whole, task, tuple(missing), tuple(found))
+    control = ControlFindings([], []) if task is None else check_control(cfg, task)
+    cautions = (*consistency.cautions(cfg), *control.cautions) if trains else ()
+    return Inputs(whole, task, tuple(missing), (*found, *control.problems), cautions)
 
 
 def start_problem(cfg: RunConfig, task: Task) -> str:

@@ -4,9 +4,11 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
+from jaxrl_llm.distribution.control_tables import ControlTables
 from jaxrl_llm.environments.grader_pool import Failure, component_metrics
+from jaxrl_llm.roles.allowed_sets import allowed_sets
 from jaxrl_llm.roles.stage_metrics import describe_stages
 from jaxrl_llm.roles.stored_rollouts import trajectory_rows
 from jaxrl_llm.roles.task_metrics import describe_tasks
@@ -46,6 +48,8 @@ def describe(groups: Groups, graders: Sequence[str], task: Task | None = None) -
     std = [(group - group[0]).std(ddof=1) for group in _groups_of(reward, rollouts.prompt[graded]) if len(group) > 1]
     if std:
         metrics |= {"reward_std": np.mean(std), "frac_reward_zero_std": np.mean(np.equal(std, 0))}
+    if rollouts.control_state is not None:
+        metrics["control/forced_share"] = 1 - rollouts.sampled[own].sum() / length.sum()
     if groups.step_reward is not None and graded.any():
         metrics["rewards/steps"] = np.count_nonzero(~np.isnan(groups.step_reward[graded])) / np.count_nonzero(graded)
     metrics |= describe_stages(groups) | (describe_tasks(groups, task) if task else {})
@@ -102,14 +106,18 @@ def replayed_rows(fresh: Groups, trained: Groups) -> dict[str, list[int]]:
     return {"replay/task_rows": rows.tolist()} if len(rows) else {}
 
 
-def responses(task: Task, groups: Groups, advantage: np.ndarray, num_groups: int) -> list[dict]:
-    """Records of the rows of the first `num_groups` groups: as in a trajectory file, with the tokens' texts and the advantage.
+def responses(
+    task: Task, groups: Groups, advantage: np.ndarray, num_groups: int, tables: ControlTables | None = None
+) -> list[dict]:
+    """Records of the rows of the first `num_groups` groups: as in a trajectory file, with the tokens' texts, the advantage and
+    what the control allowed.
 
     Args:
         task: decodes the tokens.
         groups: of a step.
         advantage: `[B C]`; the mean over a row's tokens is recorded.
         num_groups: number of groups; -1: all.
+        tables: in which `control_state` is read, NumPy; None: nothing was controlled.
     """
     rollouts, token = groups.rollouts, task.tokenizer.token
     own = np.flatnonzero((rollouts.prompt >= 0) & ((rollouts.prompt < num_groups) | (num_groups < 0)))
@@ -119,6 +127,18 @@ def responses(task: Task, groups: Groups, advantage: np.ndarray, num_groups: int
             **row,
             "tokens": [token(i) for i in row["ids"]],
             "advantage": float(np.mean(advantage[b, : len(row["ids"])])),
+            **_allowed(task, tables, row.get("control_state")),
         }
         for b, row in zip(own.tolist(), trajectory_rows(task, task.train, shown), strict=True)
     ]
+
+
+def _allowed(task: Task, tables: ControlTables | None, codes: Int[np.ndarray, " n"] | None) -> dict[str, list]:
+    """Columns of a row whose tokens were not all sampled freely; null where every token was allowed."""
+    sets = [] if tables is None or codes is None else allowed_sets(tables, codes, task.num_tokens)
+    if not any(sets):
+        return {}
+    return {
+        "num_allowed": [one and one.size for one in sets],
+        "allowed": [one and [task.tokenizer.token(i) for i in one.first] for one in sets],
+    }

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from jaxrl_llm.control.automaton import REFUSED, TokenAutomaton
 from jaxrl_llm.control.config import Control, NoControl
 from jaxrl_llm.distribution.control_tables import ControlTables, encode, join_automata, state_of
+from jaxrl_llm.rollout.control_limits import limit_problem
 from jaxrl_llm.rollout.output import OutputBuffer
 from jaxrl_llm.rollout.sample import Controls, Vocabulary
 from jaxrl_llm.types import Finish, Rollouts
@@ -63,19 +64,10 @@ class ControlSet:
         if (unknown := np.setdiff1d(state, [0, *self.starts.values()])).size:
             raise ValueError(f"controls.control: got {unknown[0]}, want that of engine.controls(prompts, control=...)")
         for name, start in self.starts.items():
-            own = np.flatnonzero(state == start)
-            shortest = int(self.tables.distance[start])
-            if (short := own[limit[own] < shortest]).size:
-                raise ValueError(
-                    f"limit: got {limit[short[0]]} tokens, want at least {shortest}: the control {_short(name)} allows no "
-                    "shorter response"
-                )
-            least = self.automata[name].least_limit
-            for b in (b for b in own if least(int(budget[b])) > limit[b]):
-                raise ValueError(
-                    f"controls.budget: got {budget[b]} of {limit[b]} tokens, want at most "
-                    f"{int(limit[b]) - self.automata[name].expired_distance}: the closing and the answer need the rest"
-                )
+            own = state == start
+            for most, slots in np.unique(np.stack([limit, budget], axis=1)[own], axis=0).tolist():
+                if wrong := limit_problem(most, self.automata[name], slots):
+                    raise ValueError(f"limit: {wrong} ({_short(name)})")
 
     def _states(self, state: int, slot: int, tokens: Sequence[int], budget: int) -> Int[np.ndarray, " n+1"]:
         """Return the states in which known tokens are filled in, and the one behind them; from a refused token on, REFUSED.

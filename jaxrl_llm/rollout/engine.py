@@ -29,7 +29,6 @@ from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary
 from jaxrl_llm.rollout.session import Session
 from jaxrl_llm.types import Policy, Rollouts
 
-
 KINDS = get_args(get_args(Control)[0])
 
 
@@ -98,7 +97,9 @@ class Engine:
         each = list(control) if isinstance(control, list | tuple) else [control] * prompts
         each = [self.cfg.control if one is None else one for one in each]
         if wrong := [one for one in each if not isinstance(one, KINDS)]:
-            raise UserError(f"control: got {wrong[0]!r}, want what rl.controls makes, or a list with one for each prompt")
+            raise UserError(
+                f"control: got {wrong[0]!r}, want what rl.controls makes, or a list with one for each prompt"
+            )
         if len(each) != prompts:
             raise UserError(f"control: got {len(each)}, want one for each of the {prompts} prompts")
         start, budget = [self.control_set.start(one) for one in each], [budget_of(one) for one in each]
