@@ -1,6 +1,7 @@
 """pydantic's errors about a config's values as messages `name: got X, want Y`, one line per key."""
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -124,7 +125,7 @@ def _description(path: KeyPath, errors: list[PydanticError], values: Any, root: 
     if kind == "unexpected_keyword_argument":
         return _no_such_key(path, values, root, flags)
     if kind.startswith("union_tag") and isinstance(error["input"], dict):
-        return _no_such_kind(path, error["input"], root)
+        return _no_such_kind(path, error, root)
     return got_and_want(errors)
 
 
@@ -146,9 +147,11 @@ def _wanted(error: PydanticError) -> str:
     return words.format(msg=error["msg"], **bounds)
 
 
-def _no_such_kind(path: KeyPath, value: dict[str, Any], root: type) -> str:
-    section = path[:-1] if path[-1] == "kind" else path
-    kinds = [_kind(t) for t in variants_of(types_as_written(section, root))]
+def _no_such_kind(path: KeyPath, error: PydanticError, root: type) -> str:
+    section, value = path[:-1] if path[-1] == "kind" else path, error["input"]
+    # The same key may have other kinds in another variant of the section around it.
+    possible = re.findall(r"'(\w+)'", error.get("ctx", {}).get("expected_tags", ""))
+    kinds = possible or [_kind(t) for t in variants_of(types_as_written(section, root))]
     got, short = value.get("kind"), [kind for kind in kinds if kind in value]
     if got is None and short:
         return f"got {' and '.join(map(str, value))}, want {' or '.join(short)} alone"
