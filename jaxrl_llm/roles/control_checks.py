@@ -7,8 +7,7 @@ import numpy as np
 
 from jaxrl_llm.config import mixtures
 from jaxrl_llm.config.run_config import RunConfig
-from jaxrl_llm.control.automaton import REFUSED, TokenAutomaton, TokenTexts
-from jaxrl_llm.control.build import build
+from jaxrl_llm.control.automaton import REFUSED, TokenAutomaton
 from jaxrl_llm.control.config import (
     UNLIMITED,
     ChoiceControl,
@@ -19,8 +18,8 @@ from jaxrl_llm.control.config import (
     budget_of,
 )
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.rollout.built_control import build_control, limit_problem
 from jaxrl_llm.rollout.config import RolloutConfig
-from jaxrl_llm.rollout.control_limits import limit_problem
 from jaxrl_llm.tasks.rows import Row
 from jaxrl_llm.tasks.task import Task
 
@@ -45,8 +44,7 @@ def check_control(cfg: RunConfig, task: Task) -> ControlFindings:
             "responses that are not yet what the control says"
         )
     try:
-        tokenizer = task.tokenizer
-        automaton = build(control, TokenTexts(tokenizer.token_texts, task.eos, tokenizer.encode, tokenizer.fingerprint))
+        automaton = build_control(control, task.tokenizer, task.eos)
     except UserError as error:
         return ControlFindings([*problems, str(error)], [])
     return ControlFindings(problems + _limits(cfg, automaton), _cautions(cfg, task, automaton))

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from jaxrl_llm.control.automaton import REFUSED, TokenAutomaton
 from jaxrl_llm.control.config import Control, NoControl
 from jaxrl_llm.distribution.control_tables import ControlTables, encode, join_automata, state_of
-from jaxrl_llm.rollout.control_limits import limit_problem
+from jaxrl_llm.rollout.built_control import limit_problem
 from jaxrl_llm.rollout.output import OutputBuffer
 from jaxrl_llm.rollout.sample import Controls, Vocabulary
 from jaxrl_llm.types import Finish, Rollouts

@@ -11,8 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from jaxrl_llm.config.options import with_options
-from jaxrl_llm.control.automaton import TokenAutomaton, TokenTexts
-from jaxrl_llm.control.build import build
+from jaxrl_llm.control.automaton import TokenAutomaton
 from jaxrl_llm.control.config import Control, budget_of
 from jaxrl_llm.distribution.control_tables import ControlTables
 from jaxrl_llm.errors import UserError
@@ -21,6 +20,7 @@ from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.parallel.config import divisors
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.rollout.batch_sizes import BatchSizes, first_window, smallest
+from jaxrl_llm.rollout.built_control import build_control
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.rollout.control_set import ControlSet
 from jaxrl_llm.rollout.programs import ProgramName, Programs
@@ -219,9 +219,7 @@ def configured_controls(model: EngineModel, cfg: RolloutConfig) -> ControlSet:
         tokenizer = model.tokenizer
         if tokenizer is None:
             raise UserError(f"control: got {control.kind} for a model without a tokenizer, want none")
-        texts, drops_space = tokenizer.texts
-        known = TokenTexts(texts, model.vocab.eos, tokenizer.encode, tokenizer.fingerprint, drops_space)
-        return build(control, known)
+        return build_control(control, tokenizer, model.vocab.eos)
 
     found = ControlSet(model.vocab, model.config.vocab_size, automaton)
     if cfg.min_new_tokens:

@@ -26,7 +26,7 @@ def test_an_option_takes_the_place_of_the_configs_control():
     assert controlled(cfg, {"-n": 2}) is cfg and cfg.rollout.control == NoControl()
     assert controlled(cfg, {"--regex": "a+"}).rollout.control == RegexControl(pattern="a+")
     assert controlled(cfg, {"--json-schema": "s.json"}).rollout.control == JsonSchemaControl(path="s.json")
-    with pytest.raises(UserError, match="^--regex: got it with --json-schema, want one of the two$"):
+    with pytest.raises(UserError, match=r"^--regex: got it with --json-schema, want one of the two$"):
         controlled(cfg, {"--regex": "a", "--json-schema": "s"})
 
 

@@ -14,7 +14,7 @@ from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.roles import inputs
 from jaxrl_llm.roles.blueprint import blueprint_of
 from jaxrl_llm.roles.control_checks import allows, check_control, longest_below
-from jaxrl_llm.rollout.control_limits import limit_problem
+from jaxrl_llm.rollout.built_control import limit_problem
 
 ROLLOUT = {"prompts": 8, "samples": 4, "max_new_tokens": 6}
 
@@ -41,7 +41,7 @@ def test_what_fits_is_neither_refused_nor_warned_of():
 @pytest.mark.parametrize(
     ("control", "words"),
     [
-        (regex("[0-9"), "rollout.control: got '[0-9', want a regular expression"),
+        (regex("[0-9"), "got '[0-9', want a regular expression"),
         (regex("abc"), "rollout.control: got texts that this tokenizer cannot spell"),
         ({"kind": "forbid", "tokens": ["x"]}, "rollout.control.tokens: got 'x'"),
         (budget(2, closing="<"), "rollout.control.closing: got '<'"),
@@ -49,7 +49,7 @@ def test_what_fits_is_neither_refused_nor_warned_of():
 )
 def test_what_cannot_be_built_is_refused_by_name(control, words):
     [problem] = found(control).problems
-    assert words in problem
+    assert words in problem and problem.startswith("rollout.control")
 
 
 def test_a_limit_below_the_shortest_text_is_refused():

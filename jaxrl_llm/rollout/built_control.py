@@ -1,6 +1,18 @@
-"""What a limit of completion tokens has to leave room for under a control. Imports no jax."""
+"""A control built for a tokenizer, and the room that rows need under it. Imports no jax."""
 
-from jaxrl_llm.control.automaton import TokenAutomaton
+from typing import TYPE_CHECKING
+
+from jaxrl_llm.control.automaton import TokenAutomaton, TokenTexts
+from jaxrl_llm.control.build import build
+from jaxrl_llm.control.config import Control
+
+if TYPE_CHECKING:
+    from jaxrl_llm.rollout.requests import PromptTokenizer
+
+
+def build_control(control: Control, tokenizer: "PromptTokenizer", ends: tuple[int, ...]) -> TokenAutomaton:
+    """Return the automaton of a control over a tokenizer's tokens. Raises UserError if it cannot be built. `ends`: end tokens."""
+    return build(control, TokenTexts(tokenizer.token_texts, ends, tokenizer.encode, tokenizer.fingerprint))
 
 
 def limit_problem(limit: int, automaton: TokenAutomaton, budget: int) -> str:
