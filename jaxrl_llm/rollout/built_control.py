@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 def build_control(control: Control, tokenizer: "PromptTokenizer", ends: tuple[int, ...]) -> TokenAutomaton:
     """Return the automaton of a control over a tokenizer's tokens. Raises UserError if it cannot be built. `ends`: end tokens."""
-    return build(control, TokenTexts(tokenizer.token_texts, ends, tokenizer.encode, tokenizer.fingerprint))
+    texts, drops_space = tokenizer.texts
+    return build(control, TokenTexts(texts, ends, tokenizer.encode, tokenizer.fingerprint, drops_space))
 
 
 def limit_problem(limit: int, automaton: TokenAutomaton, budget: int) -> str:
@@ -23,12 +24,12 @@ def limit_problem(limit: int, automaton: TokenAutomaton, budget: int) -> str:
         automaton: of the control.
         budget: slot from which its states expire.
     """
-    shortest, rest = int(automaton.distance[automaton.start]), automaton.expired_distance
+    shortest, least = int(automaton.distance[automaton.start]), automaton.least_limit(budget)
     if limit < shortest:
         return f"got {limit}, want at least {shortest}: the control allows no response of fewer tokens"
-    if budget < limit < budget + rest:
+    if limit < least:
         return (
-            f"got {limit}, want at least {budget + rest}: the control's budget is {budget} tokens, and what follows it takes "
-            f"{rest} at least"
+            f"got {limit}, want at least {least}: the control's budget is {budget} tokens, and what follows it takes "
+            f"{least - budget} at least"
         )
     return ""
