@@ -126,7 +126,7 @@ def start_problem(cfg: RunConfig, task: Task) -> str:
 
 def _ungraded(row: Row) -> Sample:
     """Sample of a row that has no response yet."""
-    return Sample(row.prompt, "", row.answer, "", row.columns, task=row.task)
+    return Sample(row.text, "", row.answer, "", row.columns, task=row.task)
 
 
 def refuse_graders(cfg: RunConfig) -> None:
