@@ -79,7 +79,7 @@ def sample_to_file(cfg: RunConfig, asked: SampleRequest, out: Path, split: str, 
     rows = task.held_out if alone or split == "held_out" else task.train
     if most is not None and most > len(rows):
         raise UserError(f"--prompts: got {most}, want {len(rows)} at most, the rows of the split {split}")
-    rows = rows[:most]
+    rows = [row.stated for row in rows[:most]]
     memory_check.check(setup.blueprint, min(len(rows), PROMPTS_PER_WRITE), trains=False)
     num, right, graded = 0, 0, not alone or bool(rows[0].answer)
     with writing(out) if jax.process_index() == 0 else nullcontext(lambda records: None) as write:

@@ -85,11 +85,20 @@ def join_stored(
     of_row = entropy() if cfg.choose == "lowest_entropy" else np.zeros(len(may))
     found = {}
     for p in asking_groups(cfg, fresh):
-        rows = np.flatnonzero(row_of == fresh.rollouts.prompts.row[p])[: cfg.window]
+        rows = np.flatnonzero(row_of == fresh.rollouts.prompts.row[p])
+        # A visit may ask in another form, to which these are no responses.
+        asked = {q: _is_prompt(fresh, p, stored, q) for q in np.unique(stored.rollouts.prompt[rows]).tolist()}
+        rows = rows[[asked[q] for q in stored.rollouts.prompt[rows].tolist()]][: cfg.window]
         if len(rows) >= cfg.least:
             picked = rows[cfg.pick(StoredRows(stored.reward[rows], of_row[rows]), rng)]
             found[p] = picked[: fresh.rollouts.size[p] - 1] if cfg.swap else picked
     return {p: rows for p, rows in found.items() if len(rows)}
+
+
+def _is_prompt(fresh: "Groups", p: int, stored: "Groups", q: int) -> bool:
+    """True if the prompts p and q have equal tokens."""
+    one, other = fresh.rollouts.prompts, stored.rollouts.prompts
+    return np.array_equal(one.tokens[p, : one.length[p]], other.tokens[q, : other.length[q]])
 
 
 def asking_groups(cfg: JoinConfig, fresh: "Groups") -> list[int]:

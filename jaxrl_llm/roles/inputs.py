@@ -168,7 +168,29 @@ def task_problems(cfg: RunConfig, task: Task) -> list[str]:
                 f"task.tasks.{index}.max_new_tokens: got {part.max_new_tokens}, want at least the {slots} tokens of its longest "
                 "right response"
             )
-    return found + packing_problems(cfg, task.prompt_slots)
+    return found + _limit_problems(cfg, task) + packing_problems(cfg, task.prompt_slots)
+
+
+def _limit_problems(cfg: RunConfig, task: Task) -> list[str]:
+    """Messages on maximum numbers of tokens that columns give to single rows."""
+    parts = {part.name: part.task for part in mixtures.parts_of(cfg)} or {"": cfg.task}
+    columns = {
+        name: part.prompting.columns.max_new_tokens for name, part in parts.items() if hasattr(part, "prompting")
+    }
+    rows, most = (*task.train, *task.held_out), cfg.rollout.max_new_tokens
+    own = [row for row in rows if row.columns.get(columns.get(row.task) or None) is not None]
+    long = [row for row in own if row.max_new_tokens > most]
+    short = [row for row in own if row.target is not None and len(row.target) > row.max_new_tokens]
+    wanted = [
+        (long, f"want at most rollout.max_new_tokens ({most})"),
+        (short, "want at least the tokens of its right response"),
+    ]
+    return [
+        f"task.prompting.columns.max_new_tokens: {wrong[0].where}: got {wrong[0].max_new_tokens} there, one of {len(wrong)} such "
+        f"rows, {want}"
+        for wrong, want in wanted
+        if wrong
+    ]
 
 
 def vocabulary_problems(model: ModelConfig, num_tokens: int) -> list[str]:

@@ -11,7 +11,7 @@ from jaxrl_llm.environments.grader_pool import Failure, component_metrics
 from jaxrl_llm.roles.allowed_sets import allowed_sets
 from jaxrl_llm.roles.stage_metrics import describe_stages
 from jaxrl_llm.roles.stored_rollouts import trajectory_rows
-from jaxrl_llm.roles.task_metrics import describe_tasks
+from jaxrl_llm.roles.task_metrics import describe_forms, describe_tasks
 from jaxrl_llm.roles.updates import as_floats
 from jaxrl_llm.rollout.session import Stats
 from jaxrl_llm.tasks.task import Task
@@ -52,7 +52,9 @@ def describe(groups: Groups, graders: Sequence[str], task: Task | None = None) -
         metrics["control/forced_share"] = 1 - rollouts.sampled[own].sum() / length.sum()
     if groups.step_reward is not None and graded.any():
         metrics["rewards/steps"] = np.count_nonzero(~np.isnan(groups.step_reward[graded])) / np.count_nonzero(graded)
-    metrics |= describe_stages(groups) | (describe_tasks(groups, task) if task else {})
+    metrics |= describe_stages(groups)
+    if task:
+        metrics |= describe_tasks(groups, task) | describe_forms(groups, task)
     metrics |= component_metrics(groups.components, graded, groups.failure, groups.failed_by, graders)
     return as_floats(metrics)
 

@@ -12,7 +12,7 @@ from jaxrl_llm.tasks.chat import SYSTEM_ROLES
 from jaxrl_llm.tasks.config import ExamplesConfig
 from jaxrl_llm.tasks.prompt_forms import RESPONSE, WHERE, without_system
 from jaxrl_llm.tasks.records import refuse
-from jaxrl_llm.tasks.rows import Asked, Question, Row, tokenize
+from jaxrl_llm.tasks.rows import AskedPrompt, Question, Row, tokenize
 from jaxrl_llm.tasks.tokenizer import Tokenizer
 from jaxrl_llm.tasks.turns import FilledText, Turn, Turns, from_data
 
@@ -134,7 +134,7 @@ def _joined(parts: Sequence[FilledText]) -> FilledText:
 
 def fitted(
     cfg: ExamplesConfig, asks: Sequence[tuple[Question, Sequence[Row]]], most: int, tokenizer: Tokenizer
-) -> list[Asked]:
+) -> list[AskedPrompt]:
     """Return each prompt with as many of its examples as fit.
 
     Args:

@@ -42,7 +42,7 @@ class Question(NamedTuple):
     """Arguments of the chat template, beside those of the tokenizer."""
 
 
-class Asked(NamedTuple):
+class AskedPrompt(NamedTuple):
     """A row's prompt as the policy reads it."""
 
     form: str
@@ -75,11 +75,11 @@ class Row:
     """Name of its task in a mixture; empty if there is one task only."""
     max_new_tokens: int | None = None
     """Maximum completion tokens; None: that of the rollouts."""
-    asks: Asked | None = None
+    asks: AskedPrompt | None = None
     """The form of `tokens`, if that is not simply `prompt`."""
-    forms: tuple[Asked, ...] = ()
+    forms: tuple[AskedPrompt, ...] = ()
     """Further forms in which a visit may ask, all that are known before the run."""
-    visit: Callable[[int], Asked] | None = None
+    visit: Callable[[int], AskedPrompt] | None = None
     """Prompt of the visit with this uid; None: every visit has `tokens`."""
     source: "UntokenizedRow | None" = None
     """What the tokens were made from, where few-shot examples are made of it."""
@@ -98,7 +98,7 @@ class Row:
         """Return the row with the prompt of one visit: a function of the run's seed, the row and `uid`."""
         return self if self.visit is None else self.with_prompt(self.visit(int(uid)))
 
-    def with_prompt(self, asks: Asked) -> "Row":
+    def with_prompt(self, asks: AskedPrompt) -> "Row":
         return replace(self, tokens=asks.tokens, asks=asks, visit=None)
 
     def asked_by(self, uid: int, tokens: Int32[np.ndarray, " s"]) -> "Row":
@@ -292,7 +292,7 @@ def make_rows(texts: Sequence[UntokenizedRow], tokenizer: Tokenizer) -> tuple[Ro
     return tuple(rows)
 
 
-def tokenize(questions: Sequence[Question], tokenizer: Tokenizer, num_examples: int = 0) -> list[Asked]:
+def tokenize(questions: Sequence[Question], tokenizer: Tokenizer, num_examples: int = 0) -> list[AskedPrompt]:
     """Return the prompts in the same order. Raises PromptError naming all that cannot be rendered."""
     # Conversations with equal arguments are rendered together.
     alike: dict[str, list[int]] = {}
@@ -306,7 +306,7 @@ def tokenize(questions: Sequence[Question], tokenizer: Tokenizer, num_examples: 
             bad += [(index[i], why) for i, why in error.problems]
             continue
         for i, own in zip(index, ids, strict=True):
-            found[i] = Asked(questions[i].form, questions[i].text, np.array(own, np.int32), num_examples)
+            found[i] = AskedPrompt(questions[i].form, questions[i].text, np.array(own, np.int32), num_examples)
     if bad:
         raise PromptError(sorted(bad))
     return found

@@ -13,7 +13,7 @@ from jaxtyping import Int32
 
 from jaxrl_llm.config.options import with_options
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.tasks import distillation, prompt_forms, reasoning_gym, records, visits
+from jaxrl_llm.tasks import distillation, prompt_forms, prompt_visits, reasoning_gym, records
 from jaxrl_llm.tasks.config import (
     ArithmeticTask,
     CharacterTokenizer,
@@ -194,9 +194,9 @@ def _asked(cfg: SingleTask, task: Task, seed: int) -> Task:
     """Return the task with rows that know how they are asked."""
     if not isinstance(cfg, FileTask | ReasoningGymTask):
         return task
-    train, held_out = visits.ask(cfg, task.train, task.held_out, task.tokenizer, seed)
+    train, held_out = prompt_visits.ask(cfg, task.train, task.held_out, task.tokenizer, seed)
     names = tuple(form.name for form in cfg.prompting.forms)
-    return replace(task, train=train, held_out=held_out, slots=visits.slots_needed(cfg), forms=names)
+    return replace(task, train=train, held_out=held_out, slots=prompt_visits.slots_needed(cfg), forms=names)
 
 
 def _mixture(cfg: MixtureTask, tokenizer: Tokenizer | CharacterTokenizer | PretrainedTokenizer, seed: int) -> Task:
@@ -336,7 +336,7 @@ def _filled(cfg: FileTask | ReasoningGymTask, entries: list[records.Record]) -> 
 def _rows(
     cfg: FileTask | ReasoningGymTask, entries: list[records.Record], tokenizer: Tokenizer
 ) -> tuple[tuple[Row, ...], int]:
-    wrong = [*prompt_forms.problems(cfg.prompting, tokenizer), *visits.problems(cfg)]
+    wrong = [*prompt_forms.problems(cfg.prompting, tokenizer), *prompt_visits.problems(cfg)]
     if cfg.too_long == "drop" and not cfg.max_prompt_tokens:
         wrong.append(
             "task.too_long: got drop, want task.max_prompt_tokens above 0 as well: without it no prompt is too long"

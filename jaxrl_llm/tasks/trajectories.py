@@ -21,6 +21,7 @@ from jaxrl_llm.tasks.tokenizer import Tokenizer
 COLUMNS: dict[str, str] = {
     "tokenizer": "text", "uid": "int", "sample": "int", "row": "int",
     "prompt": "text", "completion": "text", "answer": "text", "task": "text",
+    "form": "text",
     "prompt_ids": "ints", "ids": "ints", "logprobs": "floats", "entropy": "floats", "version": "ints",
     "sampled": "bools", "kept_tokens": "lists of ints", "control_state": "ints", "raw_logprobs": "floats", "step_reward": "floats",
     "temperature": "float", "reward": "float", "components": "floats by name", "success": "bool", "vote": "int", "finish": "text",

@@ -12,14 +12,14 @@ from jaxrl_llm.tasks.config import FileTask, ReasoningGymTask
 from jaxrl_llm.tasks.few_shot import ExamplePool, fitted, left_out, unknown_characters
 from jaxrl_llm.tasks.prompt_forms import WHERE, is_active
 from jaxrl_llm.tasks.records import refuse
-from jaxrl_llm.tasks.rows import Asked, Question, Row
+from jaxrl_llm.tasks.rows import AskedPrompt, Question, Row
 from jaxrl_llm.tasks.tokenizer import Tokenizer
 from jaxrl_llm.tasks.turns import PromptError
 
 log = logging.getLogger("jaxrl_llm.tasks")
 # Second number of the seeds: those of other random numbers of a run are small.
 FORM, EXAMPLES, HELD_OUT = 2**32 - 1, 2**32 - 2, 2**32 - 3
-# Visits whose prompts are kept: a step asks for each of its prompts a few times.
+# PromptVisits whose prompts are kept: a step asks for each of its prompts a few times.
 REMEMBERED = 4096
 # Prompts of which it is checked that the chat template writes their examples.
 CHECKED = 64
@@ -42,7 +42,7 @@ def problems(task: FileTask | ReasoningGymTask) -> list[str]:
     ]
 
 
-class Visits:
+class PromptVisits:
     """Prompts of the training rows of a task."""
 
     def __init__(self, task: FileTask | ReasoningGymTask, tokenizer: Tokenizer, seed: int, pool: ExamplePool | None):
@@ -73,13 +73,13 @@ class Visits:
         rng = self._rng(FORM, i, uid + 1 if self.cfg.by == "visit" else 0)
         return 1 + int(np.searchsorted(self.share, rng.random(), side="right"))
 
-    def __call__(self, i: int, uid: int) -> Asked:
+    def __call__(self, i: int, uid: int) -> AskedPrompt:
         """Prompt of a visit of row i."""
         row = self.rows[i]
         form = self.form_of(row, i, uid)
         return self.remembered(i, form, uid) if self.draws_examples else (row.asks, *row.forms)[form]
 
-    def _with_new_examples(self, i: int, form: int, uid: int) -> Asked:
+    def _with_new_examples(self, i: int, form: int, uid: int) -> AskedPrompt:
         row = self.rows[i]
         examples = self.pool.draw(row, self._rng(EXAMPLES, i, uid + 1))
         (asked,) = fitted(self.cfg.examples, [(row.source.asks[form], examples)], self.most, self.tokenizer)
@@ -110,7 +110,7 @@ class Visits:
             found = fitted(self.cfg.examples, asks, self.most, self.tokenizer)
         except PromptError as error:
             refuse([f"{rows[of_row[i]].where}: {why}" for i, why in error.problems])
-        each: list[list[Asked]] = [[] for _ in rows]
+        each: list[list[AskedPrompt]] = [[] for _ in rows]
         for i, asked in zip(of_row, found, strict=True):
             each[i].append(asked)
         if few := sum(asked.num_examples < self.cfg.examples.number for asked in found):
@@ -143,7 +143,7 @@ def ask(
     if not is_active(cfg):
         return tuple(train), tuple(held_out)
     pool = ExamplePool(cfg.examples, train, held_out) if cfg.examples.number else None
-    visits = Visits(task, tokenizer, seed, pool)
+    visits = PromptVisits(task, tokenizer, seed, pool)
     if pool is not None:
         pool.refuse([*train, *held_out])
         refuse(unknown_characters(cfg.examples, [row for some in pool.rows.values() for row in some], tokenizer))
