@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -67,7 +68,14 @@ MIXTURE = (
     '{workers: 1, graders: [{grader: "stage_graders:first_is_low", tasks: [low]},'
     ' {grader: "stage_graders:first_is_high", tasks: [short]}, {grader: cut_off, tasks: [short], weight: 0.5}]}',
 )
+# Prompts in two forms behind two examples, all drawn at each visit.
+PROMPTED = (
+    '{kind: file, path: ROWS, held_out: 60, prompt: "<{q}>", answer: "{a}", max_prompt_tokens: 21, prompting: {'
+    'forms: [{name: plain}, {name: bare, prompt: "{q} ", weight: 2}],'
+    ' examples: {number: 2, by: visit, place: text, text: "{prompt}{response}#"}}}'
+)
 MORE = {
+    "refill": {"task": PROMPTED},
     "rounds": {
         "baseline": "kept",
         "per_sample": "{temperature: [1.5, 0.7, 1.0]}",
@@ -133,9 +141,20 @@ class NotTwice:
 
 def write(directory, name: str, steps: int = 6):
     (directory / "stage_graders.py").write_text(GRADERS)
+    sums = ({"q": f"{i // 10}+{i % 10}", "a": str(i // 10 + i % 10)} for i in range(100))
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
     path = directory / f"{name}.yaml"
-    path.write_text(BASE.format(steps=steps, experience=STAGES[name], **OPTIONS | MORE.get(name, {})))
+    text = BASE.format(steps=steps, experience=STAGES[name], **OPTIONS | MORE.get(name, {}))
+    path.write_text(text.replace("ROWS", str(directory / "rows.jsonl")))
     return path
+
+
+def rows_of(run_dir) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "rollouts.jsonl").read_text().splitlines()]
+
+
+# Two examples with their sums, and the question, in each form.
+PROMPT = {"plain": r"(<\d\+\d>\d+#){2}<\d\+\d>", "bare": r"(\d\+\d \d+#){2}\d\+\d "}
 
 
 # Runs with own stages and states are also killed and resumed by tests/test_newcomer.py.
@@ -164,12 +183,17 @@ def test_a_run_with_stages_does_what_they_say(undisturbed):
     if name == "refill":
         prompts = [row["refill/prompts"] for row in found]
         assert max(prompts) > 8 and total == [4 * n for n in prompts]
+        assert {row["form"] for row in rows_of(run_dir)} == {"plain", "bare"}
+        assert all(re.fullmatch(PROMPT[row["form"]], row["prompt"]) for row in rows_of(run_dir))
+        assert all(row["prompts/examples"] == 2 and 15 <= row["prompts/mean_length"] <= 21 for row in found)
+        shares = [row["form/plain/groups"] + row["form/bare/groups"] for row in found]
+        assert shares == pytest.approx([1] * 6) and 0.15 < np.mean([row["form/plain/groups"] for row in found]) < 0.5
     else:
         assert max(total) <= 32 and (name != "knapsack" or set(total) == {32})
     if name == "knapsack":
         # Groups and rows came back, also where nothing had been dropped.
         assert sum(row["replay/rows"] for row in found) > 0 and max(row["groups/replayed"] for row in found) >= 2
-    logged = [json.loads(line) for line in (run_dir / "rollouts.jsonl").read_text().splitlines()]
+    logged = rows_of(run_dir)
     each = {(row["step"], row["uid"], row["sample"]) for row in logged}
     # No response is there twice, so no noise was used twice.
     assert len(each) == len(logged)
