@@ -275,6 +275,12 @@ def replay_cautions(cfg: RunConfig) -> list[str]:
             "objective.reused_rows: split with experience.replay.join.right: stored responses that are all right have a baseline "
             "of 1, and no advantage; joint compares them with the fresh ones"
         )
+    prompting = [task.prompting for task in mixtures.single_tasks(cfg).values() if hasattr(task, "prompting")]
+    if replay.join and any(each.examples.number and each.examples.by == "visit" for each in prompting):
+        found.append(
+            "task.prompting.examples.by: visit with experience.replay.join: stored responses join fresh ones of the same prompt, "
+            "which examples of another visit make another; row lets them join"
+        )
     return found
 
 

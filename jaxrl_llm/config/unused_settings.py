@@ -37,6 +37,13 @@ def _is_truncated(cfg: RunConfig) -> bool:
 CONDITIONS = (
     Condition("model.window model.sliding_rope_theta", lambda c: any(c.model.sliding), "no layer of model.sliding slides"),
     Condition("model.norm_top_k", lambda c: c.model.experts > 0, "model.experts is 0"),
+    Condition(
+        "task.prompting.examples.by task.prompting.examples.same task.prompting.examples.response "
+        "task.prompting.examples.place task.prompting.examples.text",
+        lambda c: c.task.prompting.examples.number > 0,
+        "task.prompting.examples.number is 0",
+    ),
+    Condition("task.prompting.by", lambda c: len(c.task.prompting.forms) > 0, "task.prompting.forms is empty"),
     Condition("warm_start.rows warm_start.noise", lambda c: c.warm_start.steps > 0, "warm_start.steps is 0"),
     Condition("rollout.max_kept_tokens", _is_truncated, "rollout.top_p, top_k and min_p leave all tokens"),
     Condition("rollout.control.wait", lambda c: c.rollout.control.waits > 0, "rollout.control.waits is 0"),

@@ -173,7 +173,7 @@ def task_problems(cfg: RunConfig, task: Task) -> list[str]:
 
 def _limit_problems(cfg: RunConfig, task: Task) -> list[str]:
     """Messages on maximum numbers of tokens that columns give to single rows."""
-    parts = {part.name: part.task for part in mixtures.parts_of(cfg)} or {"": cfg.task}
+    parts = mixtures.single_tasks(cfg)
     columns = {
         name: part.prompting.columns.max_new_tokens for name, part in parts.items() if hasattr(part, "prompting")
     }

@@ -63,6 +63,8 @@ class PromptForm:
     """System prompt."""
     template: dict[str, Any] = field(default_factory=dict)
     """Arguments of the chat template, beside those of `tokenizer.template`."""
+    response: Template = ""
+    """Template of an example's response in this form. Empty: that of `examples`."""
     weight: Annotated[float, Gt(0)] = 1.0
     """Share of the visits or rows, relative to the other weights."""
 

@@ -10,17 +10,11 @@ import numpy as np
 
 from jaxrl_llm.tasks.chat import SYSTEM_ROLES
 from jaxrl_llm.tasks.config import ExamplesConfig
-from jaxrl_llm.tasks.prompt_forms import RESPONSE, WHERE, without_system
+from jaxrl_llm.tasks.prompt_forms import WHERE, example_of
 from jaxrl_llm.tasks.records import refuse
 from jaxrl_llm.tasks.rows import AskedPrompt, Question, Row, tokenize
 from jaxrl_llm.tasks.tokenizer import Tokenizer
-from jaxrl_llm.tasks.turns import FilledText, Turn, Turns, from_data
-
-
-def response_of(row: Row) -> FilledText:
-    """The response of a row as an example; empty if none is known."""
-    text = row.source
-    return text.more.get(RESPONSE) or text.response or from_data(text.answer)
+from jaxrl_llm.tasks.turns import FilledText, Turn
 
 
 class ExamplePool:
@@ -36,7 +30,7 @@ class ExamplePool:
         self.cfg, hidden = cfg, {row.prompt for row in held_out}
         rows: dict[str, dict[str, Row]] = {}
         for row in train:
-            if row.prompt not in hidden and response_of(row).text:
+            if row.prompt not in hidden and example_of(row.source, "")[1].text:
                 rows.setdefault(self._value(row), {}).setdefault(row.prompt, row)
         self.rows = {value: tuple(some.values()) for value, some in rows.items()}
         """By the value of the column `same`."""
@@ -78,7 +72,14 @@ class ExamplePool:
 def unknown_characters(cfg: ExamplesConfig, rows: Sequence[Row], tokenizer: Tokenizer) -> list[str]:
     """Errors for characters of the examples that the tokenizer does not have."""
     around = cfg.text.format(prompt="", response="") if cfg.place == "text" else ""
-    texts = [(f"{WHERE}.examples.text", around), *((row.where, response_of(row).text) for row in rows)]
+    texts = [
+        (f"{WHERE}.examples.text", around),
+        *(
+            (row.where, example_of(row.source, question.form)[1].text)
+            for row in rows
+            for question in row.source.questions
+        ),
+    ]
     return [
         f"{where}: got characters {' '.join(map(repr, unknown))} in an example, want only those of tokenizer.alphabet"
         for where, text in texts
@@ -88,7 +89,7 @@ def unknown_characters(cfg: ExamplesConfig, rows: Sequence[Row], tokenizer: Toke
 
 def with_examples(cfg: ExamplesConfig, question: Question, examples: Sequence[Row]) -> Question:
     """Return the question after the examples, which are asked in the same form."""
-    shown = [(_in_form(row, question.form), response_of(row)) for row in examples]
+    shown = [example_of(row.source, question.form) for row in examples]
     if not shown:
         return question
     start = tuple(itertools.takewhile(lambda turn: turn.role in SYSTEM_ROLES, question.turns))
@@ -107,15 +108,10 @@ def left_out(asks: Sequence[tuple[Question, Sequence[Row]]], cfg: ExamplesConfig
         return ""
     for question, examples in asks:
         (text,) = tokenizer.render([with_examples(cfg, question, examples).turns], question.arguments)
-        wrong = (response for row in examples if (response := response_of(row).text).strip() not in str(text))
-        if found := next(wrong, ""):
-            return found
+        responses = [example_of(row.source, question.form)[1].text for row in examples]
+        if wrong := [response for response in responses if response.strip() not in str(text)]:
+            return wrong[0]
     return ""
-
-
-def _in_form(row: Row, form: str) -> Turns:
-    """The turns of a row's question in a form."""
-    return without_system(next(question.turns for question in row.source.questions if question.form == form))
 
 
 def _written(template: str, parts: Mapping[str, FilledText]) -> FilledText:

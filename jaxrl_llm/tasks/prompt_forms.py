@@ -13,7 +13,7 @@ from jaxrl_llm.tasks.tokenizer import Tokenizer
 from jaxrl_llm.tasks.turns import FilledText, PromptError, Turn, Turns, as_text, from_data, unicode_problem
 
 WHERE = "task.prompting"
-RESPONSE = "prompting.examples.response"
+EXAMPLE_RESPONSE = "prompting.examples.response"
 
 
 def is_active(cfg: PromptingConfig) -> bool:
@@ -23,8 +23,21 @@ def is_active(cfg: PromptingConfig) -> bool:
 
 def templates(cfg: PromptingConfig) -> dict[str, str]:
     """Return the templates to fill beside the task's own, by the name of the config field."""
-    found = {f"prompting.forms.{i}.prompt": form.prompt for i, form in enumerate(cfg.forms) if form.prompt}
-    return found | ({RESPONSE: cfg.examples.response} if cfg.examples.number and cfg.examples.response else {})
+    found = {EXAMPLE_RESPONSE: cfg.examples.response} if cfg.examples.number else {}
+    for i, form in enumerate(cfg.forms):
+        found |= {_setting(i, "prompt"): form.prompt, _setting(i, "response"): form.response}
+    return {name: template for name, template in found.items() if template}
+
+
+def _setting(form: int, name: str) -> str:
+    return f"prompting.forms.{form}.{name}"
+
+
+def example_of(text: UntokenizedRow, form: str) -> tuple[Turns, FilledText]:
+    """Return question and response of a row as an example in a form; an empty response if none is known."""
+    number = next(n for n, question in enumerate(text.questions) if question.form == form)
+    response = text.more.get(_setting(number - 1, "response")) or text.more.get(EXAMPLE_RESPONSE) or text.response
+    return without_system(text.questions[number].turns), response or from_data(text.answer)
 
 
 def problems(cfg: PromptingConfig, tokenizer: Tokenizer) -> list[str]:
@@ -37,6 +50,11 @@ def problems(cfg: PromptingConfig, tokenizer: Tokenizer) -> list[str]:
         found.append(
             f"{WHERE}.columns.form: got {cfg.columns.form!r}, want it empty, or {WHERE}.forms that it chooses from"
         )
+    found += [
+        f"{WHERE}.forms.{i}.response: got {form.response!r}, want it empty, or {WHERE}.examples.number above 0"
+        for i, form in enumerate(cfg.forms)
+        if form.response and not cfg.examples.number
+    ]
     needs_chat = {
         **{f"forms.{i}.system": form.system for i, form in enumerate(cfg.forms)},
         **{f"forms.{i}.template": form.template for i, form in enumerate(cfg.forms)},
@@ -133,7 +151,7 @@ def _with_questions(cfg: PromptingConfig, text: UntokenizedRow) -> UntokenizedRo
 
     stated = question("", text.turns, "", {})
     forms = [
-        question(each.name, text.more.get(f"prompting.forms.{i}.prompt", text.turns), each.system, each.template)
+        question(each.name, text.more.get(_setting(i, "prompt"), text.turns), each.system, each.template)
         for i, each in enumerate(cfg.forms)
     ]
     own = None if form is None else 1 + names.index(form)

@@ -100,6 +100,19 @@ def test_examples_as_turns_and_as_text(load):
     assert first.visit is None
 
 
+def test_a_form_shows_responses_of_its_own(load):
+    forms = [{"name": "x", "prompt": "Q {q}", "response": "<{a}>"}, {"name": "y"}]
+    task = load(sums(3), held_out=1, prompting={"forms": forms, "examples": {"number": 1, "response": "It is {a}"}})
+    first, second = task.train
+    said = {row.asks.form: read(task, row.tokens) for row in map(first.asked, range(20))}
+    assert said["x"] == chat(f"Q {second.prompt}", f"<{second.answer}>", f"Q {first.prompt}")
+    assert said["y"] == read(task, first.tokens) == chat(second.prompt, f"It is {second.answer}", first.prompt)
+    with pytest.raises(
+        UserError, match=r"forms.0.response: got '<\{a\}>', want it empty, or task.prompting.examples.number"
+    ):
+        load(sums(3), prompting={"forms": forms})
+
+
 def test_an_example_shows_the_right_response_if_it_is_known(load):
     task = load(sums(3), held_out=1, response="It is {a}", prompting={"examples": {"number": 1}})
     assert f"assistant\nIt is {task.train[1].answer}<" in read(task, task.train[0].tokens)
