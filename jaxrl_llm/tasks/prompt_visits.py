@@ -19,9 +19,9 @@ from jaxrl_llm.tasks.turns import PromptError
 log = logging.getLogger("jaxrl_llm.tasks")
 # Second number of the seeds: those of other random numbers of a run are small.
 FORM, EXAMPLES, HELD_OUT = 2**32 - 1, 2**32 - 2, 2**32 - 3
-# PromptVisits whose prompts are kept: a step asks for each of its prompts a few times.
+# Visits whose prompts are kept: a step asks for each of its prompts a few times.
 REMEMBERED = 4096
-# Prompts of which it is checked that the chat template writes their examples.
+# Rows of which it is checked that the chat template writes their examples.
 CHECKED = 64
 
 
@@ -60,7 +60,8 @@ class PromptVisits:
         self.draws_examples = slots_needed(task) > 0
         """Each visit draws examples."""
         weight = np.array([form.weight for form in self.cfg.forms])
-        self.share = np.cumsum(weight) / weight.sum()
+        # The last form's begins where that of all others ends.
+        self.begins = np.cumsum(weight)[:-1] / weight.sum()
         self.remembered = lru_cache(REMEMBERED)(self._with_new_examples)
 
     def _rng(self, *numbers: int) -> np.random.Generator:
@@ -71,7 +72,7 @@ class PromptVisits:
         if not row.forms:
             return 0
         rng = self._rng(FORM, i, uid + 1 if self.cfg.by == "visit" else 0)
-        return 1 + int(np.searchsorted(self.share, rng.random(), side="right"))
+        return 1 + int(np.searchsorted(self.begins, rng.random(), side="right"))
 
     def __call__(self, i: int, uid: int) -> AskedPrompt:
         """Prompt of a visit of row i."""
@@ -97,19 +98,22 @@ class PromptVisits:
             UserError: names the first few rows whose prompts cannot be rendered.
         """
         asks: list[tuple[Question, Sequence[Row]]] = []
+        of_row, checked = [], []
         for i, row in enumerate(rows):
-            examples = self.pool.draw(row, self._rng(stream, i))
-            asks += [(question, examples) for question in row.source.asks[: None if forms else 1]]
-        of_row = [i for i, row in enumerate(rows) for _ in row.source.asks[: None if forms else 1]]
-        if response := left_out(asks[:CHECKED], self.cfg.examples, self.tokenizer):
-            raise UserError(
-                f"{WHERE}.examples: the chat template writes the response {response[:60]!r} of an example otherwise, want place: "
-                "text, or a template `response` of what it writes"
-            )
+            examples, questions = self.pool.draw(row, self._rng(stream, i)), row.source.asks
+            checked += [(question, examples) for question in questions if i < CHECKED]
+            questions = questions if forms else questions[:1]
+            asks += [(question, examples) for question in questions]
+            of_row += [i] * len(questions)
         try:
             found = fitted(self.cfg.examples, asks, self.most, self.tokenizer)
         except PromptError as error:
             refuse([f"{rows[of_row[i]].where}: {why}" for i, why in error.problems])
+        if response := left_out(checked, self.cfg.examples, self.tokenizer):
+            raise UserError(
+                f"{WHERE}.examples: the chat template writes the response {response[:60]!r} of an example otherwise, want place: "
+                "text, or a template `response` of what it writes"
+            )
         each: list[list[AskedPrompt]] = [[] for _ in rows]
         for i, asked in zip(of_row, found, strict=True):
             each[i].append(asked)

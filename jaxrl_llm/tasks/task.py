@@ -134,8 +134,9 @@ class Task:
         return self.tokenizer.decode_batch([row[:n].tolist() for row, n in zip(tokens, length, strict=True)])
 
     def row(self, prompt: str) -> Row:
-        """Return the row with this prompt, or a new one without an answer. Raises UserError if it cannot be tokenized."""
-        known = (row for row in self.held_out + self.train if row.prompt == prompt)
+        """Return the row with this prompt in the form of the evaluation, or a new one without an answer. Raises UserError if it
+        cannot be tokenized."""
+        known = (row.stated for row in self.held_out + self.train if row.prompt == prompt)
         row = (
             next(known, None)
             or make_rows([UntokenizedRow("prompt", as_turns(prompt), "", None, {})], self.tokenizer)[0]

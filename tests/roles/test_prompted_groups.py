@@ -76,7 +76,7 @@ def test_typed_prompts_and_stated_rows_are_graded_too(load):
 
 
 def test_the_numbers_of_each_form(load):
-    """Of four groups some are of each form; their rows are two each, and the last is not graded."""
+    """Four groups of two rows, some of each form; the last is not graded."""
     task = load(LIVE)
     groups = step(task)
     forms = np.array([task.train[i].asked(i).asks.form for i in range(4)])

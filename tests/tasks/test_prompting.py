@@ -366,6 +366,12 @@ def test_batches_hold_the_forms_of_the_visits(load):
     assert len({tuple(row) for row in stated.tokens[:4].tolist()}) == 1
 
 
+def test_a_row_by_its_prompt_is_in_the_form_of_the_evaluation(load):
+    task = load(sums(10), prompting={"forms": [{"name": "x", "prompt": "Say {q}"}], "examples": {"number": 1}})
+    row = task.row(task.train[2].prompt)
+    assert row.asked(5) is row and row.tokens is task.train[2].tokens and row.answer == task.train[2].answer
+
+
 def test_the_warm_start_learns_from_the_forms(load):
     task = load(sums(10), response="{a}", prompting={"forms": TWO_FORMS})
     rows = noisy_rows(task, lambda position: position % 8, range(32), 0.5, 0)
@@ -475,3 +481,9 @@ def test_thoughts_that_a_template_takes_from_earlier_turns_are_noticed(load, tmp
     ):
         load(sums(5), **fields, prompting={"examples": {"number": 1}})
     load(sums(5), **fields, prompting={"examples": {"number": 1, "response": "{a}"}})
+    # Also in a form that only visits have.
+    other = {"forms": [{"name": "x", "response": "<think></think>{a}"}], "examples": {"number": 1, "response": "{a}"}}
+    for by in ("row", "visit"):
+        other["examples"]["by"] = by
+        with pytest.raises(UserError, match=r"writes the response '<think></think>\d+' of an example otherwise"):
+            load(sums(5), **fields, max_prompt_tokens=400, prompting=other)
