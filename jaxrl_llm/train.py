@@ -312,7 +312,7 @@ def first_policy(run: Run, state: TrainState) -> Policy:
     """Publish the first policy, and compile every program that sampling and evaluation can need, at all lengths."""
     with run.context.recorder.during("compiling what samples"):
         policy = run.learner.publish(state, None)
-        for num in {run.source.stages.asking.asks_at_once, len(run.task.held_out)}:
+        for num in {run.source.stages.asks_at_once, len(run.task.held_out)}:
             run.engine.warm(policy, num)
     return policy
 

@@ -52,9 +52,14 @@ CONDITIONS = (
         "experience.replay.memory_mib experience.replay.max_age experience.replay.max_uses "
         "experience.replay.groups experience.replay.join experience.replay.correction experience.replay.min_success "
         "experience.replay.retire_solved experience.replay.store_fresh experience.replay.start "
-        "experience.replay.replace_dropped objective.loss.shaping",
+        "experience.replay.replace_dropped",
         lambda c: c.experience.replays,
         "experience.replay.capacity is 0",
+    ),
+    Condition(
+        "objective.loss.shaping",
+        lambda c: c.experience.replays or c.experience.trains_hints,
+        "experience.replay.capacity is 0, and experience.hints trains on none of its tokens",
     ),
     Condition(
         "objective.reused_rows",

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from pydantic import ConfigDict
 
 from jaxrl_llm.experience import by_prompt
+from jaxrl_llm.experience.hints import without_hints
 from jaxrl_llm.experience.row_filters import MaxVariance
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class JoinConfig:
     right: bool = False
     """Right responses only (RLEP, arXiv 2507.07451)."""
     when: Literal["always", "all_wrong"] = "always"
-    """all_wrong: where no fresh response is right (AR3PO, arXiv 2509.25808)."""
+    """all_wrong: where no fresh response is right (AR3PO, arXiv 2509.25808); one that began with a hint does not count."""
     window: Count = 16
     """The newest stored responses of a prompt that are chosen from."""
     least: Count = 1
@@ -103,7 +104,9 @@ def _is_prompt(fresh: "Groups", p: int, stored: "Groups", q: int) -> bool:
 
 def asking_groups(cfg: JoinConfig, fresh: "Groups") -> list[int]:
     """Return the graded fresh groups that stored rows may join, the first one of each prompt."""
-    rollouts, right = fresh.rollouts, by_prompt.means(fresh.measure("success"), fresh)
+    rollouts, alone = fresh.rollouts, without_hints(fresh)
     _, first = np.unique(rollouts.prompts.row, return_index=True)
-    asks = (rollouts.size > 0) & ((right == 0) if cfg.when == "all_wrong" else ~np.isnan(right))
+    asks = (rollouts.size > 0) & ~np.isnan(by_prompt.means(fresh.measure("success"), fresh))
+    if cfg.when == "all_wrong":
+        asks &= by_prompt.means(alone.measure("success"), alone) == 0
     return [p for p in np.sort(first).tolist() if asks[p]]

@@ -14,7 +14,7 @@ from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.environments.grader import Sample, unreadable_rows
 from jaxrl_llm.environments.grader import problems as grader_problems
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience.config import OVER_A_COLUMN
+from jaxrl_llm.experience.config import OVER_A_COLUMN, NoHints
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.source import resolve
@@ -76,6 +76,11 @@ def read(cfg: RunConfig, trains: bool = False, asked: Callable[[RunConfig], Task
             found += cfg.experience.curriculum.misfits([row.columns for row in task.train])
         if task is not None and (wrong := start_problem(cfg, task)):
             missing.append(wrong)
+        if not isinstance(cfg.experience.hints, NoHints) and task is not None and longest_target(task.train) < 3:
+            found.append(
+                f"task.response: got {longest_target(task.train)} tokens at most, want 3 or more, end token included, of some row: "
+                f"experience.hints is {cfg.experience.hints.kind}, and a hint is a part of a response"
+            )
         if cfg.warm_start.steps and task is not None and not task.has_targets:
             lacking = [name for name, known in task.targets_known.items() if name and not known]
             where = f" for {', '.join(lacking)}" if lacking else ""

@@ -83,6 +83,8 @@ def _optional(groups: Groups, b: int, n: int) -> dict[str, Any]:
     rollouts, found = groups.rollouts, {}
     if not rollouts.sampled[b, :n].all():
         found["sampled"] = rollouts.sampled[b, :n]
+    if groups.hint is not None and groups.hint[b]:
+        found["hint_tokens"] = int(groups.hint[b])
     if rollouts.kept_tokens is not None:
         found["kept_tokens"] = [kept[kept >= 0].tolist() for kept in rollouts.kept_tokens[b, :n]]
     if rollouts.control_state is not None:
@@ -236,6 +238,7 @@ def _graded(
     reward = np.array([np.nan if t.reward is None else t.reward for t in found], np.float32)
     components = np.array([[t.components.get(name, np.nan) for name in graders] for t in found], np.float32)
     failure, steps = np.array([_failure(group[0]) for group in ordered], np.int32), None
+    hint = np.array([t.hint_tokens for t in found], np.int32)
     if all(t.step_reward is not None for t in found):
         steps = np.full(rollouts.tokens.shape, np.nan, np.float32)
         for b, t in enumerate(found):
@@ -251,6 +254,7 @@ def _graded(
         graders=graders,
         threshold=threshold,
         step_reward=steps,
+        hint=hint if hint.any() else None,
     )
 
 

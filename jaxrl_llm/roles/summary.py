@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 
 from jaxrl_llm.distribution.control_tables import ControlTables
 from jaxrl_llm.environments.grader_pool import Failure, component_metrics
+from jaxrl_llm.experience.hints import hinted
 from jaxrl_llm.roles.allowed_sets import allowed_sets
 from jaxrl_llm.roles.stage_metrics import describe_stages
 from jaxrl_llm.roles.stored_rollouts import trajectory_rows
@@ -28,7 +29,7 @@ def describe(groups: Groups, graders: Sequence[str], task: Task | None = None) -
     """
     rollouts, own = groups.rollouts, groups.rollouts.prompt >= 0
     graded = own & (groups.failure == Failure.NONE)[rollouts.prompt]
-    reward, length = groups.reward[graded].astype(np.float64), rollouts.length[own]
+    reward, length, alone = groups.reward[graded].astype(np.float64), rollouts.length[own], graded & ~hinted(groups)
     metrics = {
         "completions/mean_length": length.mean(),
         "completions/min_length": length.min(),
@@ -42,8 +43,8 @@ def describe(groups: Groups, graders: Sequence[str], task: Task | None = None) -
         "sampling/mean_logprob": rollouts.behavior_logprobs.sum() / rollouts.sampled.sum(),
         "sampling/entropy": rollouts.entropy.sum() / rollouts.sampled.sum(),
     }
-    if reward.size:
-        metrics["reward"] = reward.mean()
+    if alone.any():
+        metrics["reward"] = groups.reward[alone].astype(np.float64).mean()
     # Relative to the first of each group, so that equal rewards have a deviation of exactly 0.
     std = [(group - group[0]).std(ddof=1) for group in _groups_of(reward, rollouts.prompt[graded]) if len(group) > 1]
     if std:
@@ -55,7 +56,7 @@ def describe(groups: Groups, graders: Sequence[str], task: Task | None = None) -
     metrics |= describe_stages(groups)
     if task:
         metrics |= describe_tasks(groups, task) | describe_forms(groups, task)
-    metrics |= component_metrics(groups.components, graded, groups.failure, groups.failed_by, graders)
+    metrics |= component_metrics(groups.components, alone, groups.failure, groups.failed_by, graders)
     return as_floats(metrics)
 
 

@@ -5,14 +5,15 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Shaped
 
+from jaxrl_llm.experience.hints import hinted
 from jaxrl_llm.tasks.stream import rows_asked
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Groups
 
 
 def describe_tasks(groups: Groups, task: Task) -> dict[str, float]:
-    """Metrics of each task of a mixture, `task/<name>/...`: its share of the groups, and means over its graded rows of reward and
-    success, over all its rows of the length. A mean over nothing is absent; none at all without a mixture."""
+    """Metrics of each task of a mixture, `task/<name>/...`: its share of the groups, means over its graded rows without a hint of
+    reward and success, and over all its rows of the length. A mean over nothing is absent; none at all without a mixture."""
     of_group = np.array([task.train[i].task for i in groups.rollouts.prompts.row])
     return _of_each("task", task.weights, groups, of_group)
 
@@ -37,7 +38,7 @@ def _of_each(prefix: str, names: Iterable[str], groups: Groups, of_group: Shaped
     found = {}
     for name in names:
         rows = (rollouts.prompt >= 0) & (of_group == name)[rollouts.prompt]
-        graded = rows & ~np.isnan(reward)
+        graded = rows & ~np.isnan(reward) & ~hinted(groups)
         found[f"{prefix}/{name}/groups"] = float(np.mean(of_group == name))
         if rows.any():
             found[f"{prefix}/{name}/mean_length"] = float(rollouts.length[rows].mean())
