@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments import arithmetic, report
 from experiments.arithmetic import HELD_OUT, SETUP, Arm
 from jaxrl_llm.experience.config import ExperienceConfig
 from jaxrl_llm.experience.hints import CosineHints, LevelHints, NoHints, StagedHints

@@ -118,6 +118,8 @@ CHOICE = [f"budget/{name}" for name in ("min_samples", "max_samples", "share_at_
         "share/[^/]+", "expected_success", "target", "difficulty", "stage", "window_mean", "window_filled", "candidates", "retired"
     )
 ]  # fmt: skip
+# Of runs with hints: tests/roles/test_hinting.py.
+HINTS = [f"hints/{name}" for name in ("share", "tokens", "success", "success_without")]
 # Of mixtures: tests/roles/test_task_metrics.py, tests/roles/test_evaluator.py.
 MIXTURES = ["eval/[^/]+/exact", *(f"task/[^/]+/{name}" for name in ("groups", "reward", "success", "mean_length"))]
 # Of runs with forms or examples: tests/roles/test_prompted_groups.py.
@@ -337,5 +339,5 @@ def test_the_logged_numbers_are_those_defined_in_the_docs(recorded):
     logged = {key for name in CONFIGS for row, *_ in recorded(name) for key in row}
     assert {key for key in logged if not any(re.fullmatch(pattern, key) for pattern in defined())} == set()
     # The maker of this chip states no peak. Rows that join: tests/experience/test_joining.py.
-    unseen = {"update/mfu", *REFILL, *CHOICE, *MIXTURES, *PROMPTING, "replay/rows"}
+    unseen = {"update/mfu", *REFILL, *CHOICE, *HINTS, *MIXTURES, *PROMPTING, "replay/rows"}
     assert {pattern for pattern in defined() if not any(re.fullmatch(pattern, key) for key in logged)} == unseen

@@ -23,7 +23,7 @@ model: {{vocab_size: 16, layers: 1, d_model: 32, heads: 8, kv_heads: 8, head_dim
 rollout: {{prompts: 8, samples: 4, max_new_tokens: 4, per_sample: {per_sample}}}
 task: {task}
 reward: {reward}
-objective: {{advantage: {{kind: rloo}}, baseline_over: {baseline}}}
+objective: {{advantage: {{kind: rloo}}, baseline_over: {baseline}, loss: {loss}}}
 update: {{minibatches: 2, epochs: 2, packing: {{kind: shared_prefix}}, optimizer: {{lr: 3.0e-3}}}}
 evaluation: {{every: 6}}
 checkpoint: {{every: 1}}
@@ -48,6 +48,10 @@ STAGES = {
         " curriculum: {kind: stratified, column: task, shares: {low: 3, short: 1}},"
         ' filter: [{kind: max_variance, keep: 4}, "stage_graders:ended"], replay: {capacity: 20, groups: 2}}'
     ),
+    "hints": (
+        "{hints: {kind: cosine, last: 0.6, samples: 2, only_unsolved: true, train: true}, curriculum: {kind: unsolved, memory: 0.5},"
+        " gate: {kind: exclude_solved, visits: 1, returns_after: 2}, replay: {capacity: 12, groups: 2}}"
+    ),
     "own": (
         '{budget: "stage_graders:Twice", gate: {function: "stage_graders:NotTwice", options: {rest: 1}},'
         " curriculum: {kind: stages, column: answer, after: 3, rehearsal: 0.5,"
@@ -59,6 +63,7 @@ SUMS = "{kind: arithmetic, terms: 2, held_out: 60}"
 OPTIONS = {
     "baseline": "sampled",
     "per_sample": "{}",
+    "loss": "{}",
     "task": SUMS,
     "reward": '{workers: 1, grader: "stage_graders:first_is_low"}',
 }
@@ -81,7 +86,12 @@ MORE = {
         "per_sample": "{temperature: [1.5, 0.7, 1.0]}",
         "task": MIXTURE[0],
         "reward": MIXTURE[1],
-    }
+    },
+    "hints": {
+        "task": "{kind: arithmetic, terms: 2, held_out: 82}",
+        "loss": "{shaping: 0.1}",
+        "reward": '{workers: 1, grader: "stage_graders:first_is_one"}',
+    },
 }
 GRADERS = '''
 import numpy as np
@@ -96,6 +106,11 @@ def first_is_high(sample):
     """The others; only rows of its task."""
     assert sample.task == sample.columns["task"] == "short" and sample.num_tokens <= 3
     return 1 - first_is_low(sample)
+
+
+def first_is_one(sample):
+    """Right behind any hint: sums of two digits begin with 1."""
+    return float(sample.completion[:1] == "1")
 
 
 def ended(groups):
@@ -202,7 +217,9 @@ def test_a_run_with_stages_does_what_they_say(undisturbed):
     sizes = {(step, uid): 0 for step, uid, _ in each}
     for step, uid, _ in each:
         sizes[step, uid] += 1
-    assert (len(set(sizes.values())) > 1) == (name != "refill")
+    assert (len(set(sizes.values())) > 1) == (name not in ("refill", "hints"))
+    if name == "hints":
+        begins_with_a_part_of_the_answer(found, logged)
     if name == "rounds":
         # Of 8 prompts 6 are of the task with three times the share.
         assert {(row["task/low/groups"], row["task/short/groups"]) for row in found} == {(0.75, 0.25)}
@@ -212,6 +229,25 @@ def test_a_run_with_stages_does_what_they_say(undisturbed):
         assert {row["task"] for row in logged if len(row["ids"]) > 3} == {"low"}
         both = found[-1]["eval/low/pass@1"], found[-1]["eval/short/pass@1"]
         assert sum(both) / 2 == pytest.approx(found[-1]["eval/pass@1"])
+
+
+def begins_with_a_part_of_the_answer(found: list[dict], logged: list[dict]) -> None:
+    """Prompts that were visited before without a right answer have hints, which end before the answer does; evaluations have none."""
+    hinted = [row for row in logged if row.get("hint_tokens")]
+    assert hinted and found[0]["hints/share"] == 0 < found[-1]["hints/share"]
+    for row in hinted:
+        n, answer = row["hint_tokens"], row["answer"].strip("#")
+        assert 1 <= n < len(answer) and row["tokens"][:n] == list(answer[:n]) and row["sample"] < 2
+        assert not any(row["sampled"][:n]) and all(row["sampled"][n:]) and len(row["ids"]) > n
+        assert not any(row["logprobs"][:n]) and any(row["logprobs"][n:])
+    assert all(row["success"] for row in hinted) and max(row.get("hints/success", 0) for row in found) == 1
+    for row in found:
+        mine = [r for r in logged if r["step"] == row["step"]]
+        right = [r["success"] for r in mine if not r.get("hint_tokens")]
+        assert row["reward"] == row["hints/success_without"] == pytest.approx(np.mean(right))
+        assert row["hints/share"] == pytest.approx(sum("hint_tokens" in r for r in mine) / len(mine))
+        sampled = sum(sum(r.get("sampled", [True] * len(r["ids"]))) for r in logged if r["step"] <= row["step"])
+        assert row["num_tokens"] == sampled
 
 
 @pytest.mark.slow
@@ -280,7 +316,7 @@ def alike(got: list[dict], want: list[dict]) -> None:
 
 
 # Two processes for stages whose requests follow from grades, or whose state does; one with as many devices for the others.
-PLACES = {"refill": "two", "knapsack": "two", "rounds": "one", "own": "one"}
+PLACES = {"refill": "two", "knapsack": "two", "rounds": "one", "hints": "two", "own": "one"}
 
 
 @pytest.mark.slow

@@ -27,8 +27,8 @@ CANDIDATES = (
     3, 7, 2, 0, 0.5, 0.25, 1.5, True, False, "a: b, 007", "{question} [1]", "{prompt} {response}", "a.*", {"a": {"b": 1}},
     [{"kind": "first_samples", "keep": 2}],
     [{"values": [1]}],
-    [{"match": "layers/.*", "lr_scale": 0.5}], [{"grader": "numeric", "weight": 2.0}], [0.25, 0.5], [5, "x"], [True], ["q", "down"],
-    ["x", "# y"], ["reference_logprobs"], {"a": 0.5}, {"a": "b"}, None, "easy", [{"name": "easy", "weight": 2.0}],
+    [{"match": "layers/.*", "lr_scale": 0.5}], [{"grader": "numeric", "weight": 2.0}], [0.25, 0.5], [5, "x"], [3], [True],
+    ["q", "down"], ["x", "# y"], ["reference_logprobs"], {"a": 0.5}, {"a": "b"}, None, "easy", [{"name": "easy", "weight": 2.0}],
 )  # fmt: skip
 
 

@@ -25,8 +25,8 @@ def asked(step: int, length: int = 20, samples: int = 4, first: int = 0, ends=No
 
 
 def test_the_cosine_falls_from_first_to_last():
-    """Of 20 tokens: 0.95 is 19; at a quarter of the way 0.05 + 0.9 (1 + cos 45 degrees) / 2 = 0.81820 is 16.36; half way 0.5; at
-    the end, and behind it, 0.05 is 1."""
+    """Shares of 20 tokens: 0.95 is 19; at a quarter of the way 0.05 + 0.9 (1 + cos 45 degrees) / 2 = 0.81820 is 16.36; half way
+    0.5; at the end, and behind it, 0.05 is 1."""
     rule = CosineHints()
     assert [rule(asked(step)).tolist() for step in (0, 25, 50, 100, 200)] == [
         [19, 0, 0, 0], [16, 0, 0, 0], [10, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0],

@@ -65,7 +65,7 @@ def test_a_hint_is_the_beginning_of_the_rows_own_response():
 
 
 def test_a_hint_is_never_the_whole_demonstration():
-    """Of two digits it leaves one, of one digit all; the end token is no part of it."""
+    """Two digits leave one, one digit all; the end token is no part of it."""
     assert hints(ALL, [TWO[0], ONE], samples=1) == [TASK.train[TWO[0]].response[0], ""]
     assert hints(ALL, [0], samples=1, task=with_responses("1 2 3 4")) == ["1 2 3 "]
 
