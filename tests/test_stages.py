@@ -49,8 +49,8 @@ STAGES = {
         ' filter: [{kind: max_variance, keep: 4}, "stage_graders:ended"], replay: {capacity: 20, groups: 2}}'
     ),
     "hints": (
-        "{hints: {kind: cosine, last: 0.6, samples: 2, only_unsolved: true, train: true}, curriculum: {kind: unsolved, memory: 0.5},"
-        " gate: {kind: exclude_solved, visits: 1, returns_after: 2}, replay: {capacity: 12, groups: 2}}"
+        "{hints: {kind: cosine, last: 0.6, samples: 2, only_unsolved: true, train: true},"
+        " curriculum: {kind: unsolved, memory: 0.5}, gate: {kind: exclude_solved, visits: 1, returns_after: 2}, replay: {capacity: 12, groups: 2}}"
     ),
     "own": (
         '{budget: "stage_graders:Twice", gate: {function: "stage_graders:NotTwice", options: {rest: 1}},'
@@ -232,7 +232,7 @@ def test_a_run_with_stages_does_what_they_say(undisturbed):
 
 
 def begins_with_a_part_of_the_answer(found: list[dict], logged: list[dict]) -> None:
-    """Prompts that were visited before without a right answer have hints, which end before the answer does; evaluations have none."""
+    """Prompts that were visited before without a right answer have hints, which end before the answer does."""
     hinted = [row for row in logged if row.get("hint_tokens")]
     assert hinted and found[0]["hints/share"] == 0 < found[-1]["hints/share"]
     for row in hinted:

@@ -1,4 +1,4 @@
-"""Settings of hints: refused where a number would say something else than it seems to, warned about where a stage learns nothing."""
+"""Settings of hints: refused where a number would say something else than it seems to; a stage that learns nothing is named."""
 
 import pytest
 
