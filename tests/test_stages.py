@@ -50,7 +50,8 @@ STAGES = {
     ),
     "hints": (
         "{hints: {kind: cosine, last: 0.6, samples: 2, only_unsolved: true, train: true},"
-        " curriculum: {kind: unsolved, memory: 0.5}, gate: {kind: exclude_solved, visits: 1, returns_after: 2}, replay: {capacity: 12, groups: 2}}"
+        " curriculum: {kind: unsolved, memory: 0.5}, gate: {kind: exclude_solved, visits: 1, returns_after: 2},"
+        " replay: {capacity: 12, groups: 2}}"
     ),
     "own": (
         '{budget: "stage_graders:Twice", gate: {function: "stage_graders:NotTwice", options: {rest: 1}},'

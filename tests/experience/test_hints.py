@@ -19,7 +19,7 @@ from jaxrl_llm.types import check
 
 
 def asked(step: int, length: int = 20, samples: int = 4, first: int = 0, ends=None) -> Demonstration:
-    """Of a run of 101 steps, for a prompt of row 7."""
+    """Request of a run of 101 steps, for a prompt of row 7."""
     ends = np.arange(1, length) if ends is None else np.array(ends, int)
     return Demonstration(step, 101, 7, first + np.arange(samples), length, ends)
 

@@ -88,7 +88,9 @@ def test_which_rows_are_reused_is_a_column_of_the_batch():
     (column,) = make_loss(ObjectiveConfig(loss=PolicyGradient(shaping=0.1))).own
     assert make_loss(ObjectiveConfig()).own == () and column.name == "shaped"
     sampled = np.array([[True, True], [True, False], [True, True]])
-    groups = SimpleNamespace(rollouts=SimpleNamespace(sampled=sampled), reused=np.array([False, True, True]), taught=None)
+    groups = SimpleNamespace(
+        rollouts=SimpleNamespace(sampled=sampled), reused=np.array([False, True, True]), taught=None
+    )
     assert column.make(groups, None).tolist() == [[False, False], [True, False], [True, True]]
     groups.reused = None
     assert not column.make(groups, None).any()
