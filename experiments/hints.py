@@ -1,10 +1,10 @@
-"""Hints against a start without reward: running sums of five digits, of which the first policy gets one in thousands right.
+"""Hints against a start that is hardly ever right: running sums of five digits.
 
-The prompt <3+4+5+6+2> has the response `7 12 18 20#`, graded as a whole. The warm start has learned responses to other prompts
-alone, so the first policy knows their form and nothing of the sums. Without hints no response is right, no group has a signal, and
-no step learns. All arms draw as many responses; the accuracy is exact, and without hints.
+    python -m experiments.hints              # the runs that the results file lacks, then the plot and the tables
+    python -m experiments.hints --report     # the plot and the tables alone
 
-    python -m experiments.hints
+The prompt <3+4+5+6+2> has the response `7 12 18 20#`, which is graded as a whole. The warm start is cut short, so that the policy knows
+the form of a response and little of the sums. All arms draw equally many responses per step; the accuracy is exact, and without hints.
 """
 
 import dataclasses
@@ -15,32 +15,33 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.arithmetic import HELD_OUT, SETUP, Arm
+from experiments import report
+from experiments.arithmetic import HELD_OUT, SETUP, Arm, command
+from experiments.results_file import DIRECTORY
 from jaxrl_llm.experience.config import ExperienceConfig
-from jaxrl_llm.experience.hints import CosineHints, LevelHints, NoHints, StagedHints
+from jaxrl_llm.experience.hints import CosineHints, HintRule, LevelHints, NoHints, StagedHints
 from jaxrl_llm.objective.loss_config import PolicyGradient
 from jaxrl_llm.tasks.config import ArithmeticTask, FileTask
 
-RESULTS = Path("experiments/results/hints.json")
-STEPS = 300
+RESULTS = DIRECTORY / "hints.json"
+STEPS, SAMPLES, REACHED = 150, 38_400, (0.05, 0.2)
 
 
 class RunningSums(NamedTuple):
     """Prompts of five digits, whose response is every sum on the way."""
 
-    name: str = "running_sums"
-    rows: int = 8000
+    rows: int = 8_000
 
     @property
     def path(self) -> Path:
-        return Path("runs") / f"{self.name}.jsonl"
+        return Path("runs/running_sums.jsonl")
 
     @property
     def task(self) -> FileTask:
         return FileTask(str(self.path), held_out=HELD_OUT, response="{sums}")
 
     def write(self) -> None:
-        """Write the file."""
+        """Write the file, in random order."""
         digits = np.random.default_rng(0).permutation(list(itertools.product(range(10), repeat=5)))[: self.rows]
         rows = [(ArithmeticTask.prompt([str(x) for x in d]), " ".join(map(str, np.cumsum(d)[1:]))) for d in digits]
         self.path.parent.mkdir(exist_ok=True)
@@ -50,32 +51,34 @@ class RunningSums(NamedTuple):
 
 
 POOL = RunningSums()
-BASE = dataclasses.replace(
+SPARSE = dataclasses.replace(
     SETUP,
     steps=STEPS,
     task=POOL.task,
-    warm_start=dataclasses.replace(SETUP.warm_start, noise=1.0, steps=300),
+    warm_start=dataclasses.replace(SETUP.warm_start, noise=0.0, steps=100),
     rollout=dataclasses.replace(SETUP.rollout, max_new_tokens=12),
 )
-SHAPED = dataclasses.replace(BASE.objective, loss=PolicyGradient(shaping=0.1))
-RULES = {
-    "none": NoHints(),
-    "cosine": CosineHints(first=0.95, last=0.05),
-    "cosine, trained": CosineHints(first=0.95, last=0.05, train=True),
-    "stages": StagedHints(shares=(0.5, 0.25)),
-    "levels": LevelHints(levels=4),
-}
+
+
+def arm(hints: NoHints | HintRule) -> Arm:
+    shaping = 0.1 if getattr(hints, "train", False) else None
+    objective = dataclasses.replace(SPARSE.objective, loss=PolicyGradient(shaping=shaping))
+    return Arm(dataclasses.replace(SPARSE, experience=ExperienceConfig(hints=hints), objective=objective))
+
+
 ARMS = {
-    name: Arm(
-        dataclasses.replace(
-            BASE,
-            experience=ExperienceConfig(hints=rule),
-            objective=SHAPED if getattr(rule, "train", False) else BASE.objective,
-        )
-    )
-    for name, rule in RULES.items()
+    "no hints": arm(NoHints()),
+    "cosine (Prefix-RFT)": arm(CosineHints()),
+    "cosine, trained on": arm(CosineHints(train=True)),
+    "stages (QuestA)": arm(StagedHints()),
+    "levels (StepHint)": arm(LevelHints()),
 }
+
+
+def tables(runs: list[dict]) -> str:
+    whole = report.table(runs, list(ARMS), STEPS, SAMPLES)
+    return "\n\n".join([whole, *(report.reached_table(runs, list(ARMS), level) for level in REACHED)])
 
 
 if __name__ == "__main__":
-    pass
+    command(__doc__, RESULTS, ARMS, tables, {"hints from a start without reward": list(ARMS)}, pools=(POOL,))
