@@ -1,14 +1,14 @@
-"""Hints against a start that is hardly ever right: running sums of five digits.
+"""Hints against a start that is hardly ever right: running sums of eight digits.
 
     python -m experiments.hints              # the runs that the results file lacks, then the plot and the tables
     python -m experiments.hints --report     # the plot and the tables alone
 
-The prompt <3+4+5+6+2> has the response `7 12 18 20#`, which is graded as a whole. The warm start is cut short, so that the policy knows
-the form of a response and little of the sums. All arms draw equally many responses per step; the accuracy is exact, and without hints.
+The prompt <3+4+5+6+2+1+9+5> has the response `7 12 18 20 21 30 35#`, which is graded as a whole. The warm start learned from responses of
+which each addition is wrong six times in ten, so the policy can add, and seven additions in a row are hardly ever right. All arms draw
+equally many responses per step; the accuracy is exact, and without hints.
 """
 
 import dataclasses
-import itertools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -24,52 +24,59 @@ from jaxrl_llm.objective.loss_config import PolicyGradient
 from jaxrl_llm.tasks.config import ArithmeticTask, FileTask
 
 RESULTS = DIRECTORY / "hints.json"
-STEPS, SAMPLES, REACHED = 150, 38_400, (0.05, 0.2)
+DIGITS, STEPS, SAMPLES, REACHED = 8, 100, 25_600, (0.05, 0.2)
 
 
 class RunningSums(NamedTuple):
-    """Prompts of five digits, whose response is every sum on the way."""
+    """Prompts of eight digits, whose response is every sum on the way."""
 
-    rows: int = 8_000
+    name: str
+    rows: int
+    wrong: float = 0.0
+    """Share of the additions whose digit is a random one; what follows continues from their sum."""
 
     @property
     def path(self) -> Path:
-        return Path("runs/running_sums.jsonl")
+        return Path("runs") / f"{self.name}.jsonl"
 
     @property
     def task(self) -> FileTask:
         return FileTask(str(self.path), held_out=HELD_OUT, response="{sums}")
 
     def write(self) -> None:
-        """Write the file, in random order."""
-        digits = np.random.default_rng(0).permutation(list(itertools.product(range(10), repeat=5)))[: self.rows]
-        rows = [(ArithmeticTask.prompt([str(x) for x in d]), " ".join(map(str, np.cumsum(d)[1:]))) for d in digits]
+        """Write the file."""
+        rng = np.random.default_rng(0)
+        digits, others = rng.integers(0, 10, (2, self.rows, DIGITS))
+        added = np.where(rng.random(digits.shape) < self.wrong, others, digits)
+        rows = [
+            {"prompt": ArithmeticTask.prompt([str(x) for x in prompt]), "sums": " ".join(map(str, sums))}
+            for prompt, sums in zip(digits, np.cumsum(added, axis=1)[:, 1:], strict=True)
+        ]
         self.path.parent.mkdir(exist_ok=True)
-        self.path.write_text(
-            "".join(f"{json.dumps({'prompt': prompt, 'answer': f'{sums}#', 'sums': sums})}\n" for prompt, sums in rows)
-        )
+        self.path.write_text("".join(f"{json.dumps(row | {'answer': row['sums'] + '#'})}\n" for row in rows))
 
 
-POOL = RunningSums()
+POOL, NOISY = RunningSums("running_sums", 8_000), RunningSums("noisy_running_sums", 40_000, wrong=0.6)
 SPARSE = dataclasses.replace(
     SETUP,
     steps=STEPS,
     task=POOL.task,
-    warm_start=dataclasses.replace(SETUP.warm_start, noise=0.0, steps=100),
-    rollout=dataclasses.replace(SETUP.rollout, max_new_tokens=12),
+    warm_start=dataclasses.replace(SETUP.warm_start, noise=0.0, steps=600),
+    rollout=dataclasses.replace(SETUP.rollout, max_new_tokens=21),
 )
 
 
 def arm(hints: NoHints | HintRule) -> Arm:
     shaping = 0.1 if getattr(hints, "train", False) else None
     objective = dataclasses.replace(SPARSE.objective, loss=PolicyGradient(shaping=shaping))
-    return Arm(dataclasses.replace(SPARSE, experience=ExperienceConfig(hints=hints), objective=objective))
+    cfg = dataclasses.replace(SPARSE, experience=ExperienceConfig(hints=hints), objective=objective)
+    return Arm(cfg, warm=dataclasses.replace(SPARSE, task=NOISY.task))
 
 
 ARMS = {
     "no hints": arm(NoHints()),
-    "cosine (Prefix-RFT)": arm(CosineHints()),
-    "cosine, trained on": arm(CosineHints(train=True)),
+    "cosine, one of eight, trained on (Prefix-RFT)": arm(CosineHints(train=True)),
+    "cosine, all": arm(CosineHints(samples=0)),
     "stages (QuestA)": arm(StagedHints()),
     "levels (StepHint)": arm(LevelHints()),
 }
@@ -81,4 +88,4 @@ def tables(runs: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    command(__doc__, RESULTS, ARMS, tables, {"hints from a start without reward": list(ARMS)}, pools=(POOL,))
+    command(__doc__, RESULTS, ARMS, tables, {"hints from a start without reward": list(ARMS)}, pools=(POOL, NOISY))
