@@ -3,9 +3,9 @@
     python -m experiments.hints              # the runs that the results file lacks, then the plot and the tables
     python -m experiments.hints --report     # the plot and the tables alone
 
-The prompt <3+4+5+6+2+1+9+5> has the response `7 12 18 20 21 30 35#`, which is graded as a whole. The warm start learned from responses of
-which each addition is wrong six times in ten, so the policy can add, and seven additions in a row are hardly ever right. All arms draw
-equally many responses per step; the accuracy is exact, and without hints.
+The prompt <3+4+5+6+2+1+9+5> has the response `7 12 18 20 21 30 35#`, which is graded as a whole. The warm start learned from
+responses of which each addition is wrong six times in ten, so the policy can add, and seven additions in a row are hardly ever
+right. All arms draw equally many responses per step; the accuracy is exact, and without hints.
 """
 
 import dataclasses

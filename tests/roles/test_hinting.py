@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from fakes import groups_of, sums
+from fakes import blueprint, groups_of, sums
 
 from jaxrl_llm.experience.budgets import UniformBudget
 from jaxrl_llm.experience.buffer import describe as describe_stored
@@ -17,6 +17,7 @@ from jaxrl_llm.experience.replay import right_share, solved
 from jaxrl_llm.objective.config import ObjectiveConfig
 from jaxrl_llm.objective.credit import make_advantage
 from jaxrl_llm.objective.group_estimators import Rloo
+from jaxrl_llm.roles import build
 from jaxrl_llm.roles import sampler as sampler_module
 from jaxrl_llm.roles.asking import ByBudget
 from jaxrl_llm.roles.collector import Asked, Collected
@@ -26,7 +27,7 @@ from jaxrl_llm.roles.stage_metrics import describe_hints, describe_stages
 from jaxrl_llm.roles.summary import describe
 from jaxrl_llm.rollout.session import Stats
 from jaxrl_llm.tasks.stream import make_prompts
-from jaxrl_llm.types import Experience, Scores, check
+from jaxrl_llm.types import Experience, Prompts, Scores, check
 
 TASK = sums()
 EOS = TASK.eos[0]
@@ -189,6 +190,23 @@ def test_without_a_rule_requests_are_as_they_were():
     jax.tree.map(np.testing.assert_array_equal, one.rollouts, other.rollouts)
     # What is compiled before the first step: with hints, rows that continue from known tokens.
     assert plain.stages.asks_at_once == 2 and none.stages.asks_at_once is None
+
+
+def test_an_evaluation_has_no_hints():
+    """It asks for prompts alone, which a collector never gives hints (tests/roles/test_collector.py), in a run whose rule gives the
+    same rows some."""
+    run, asked = blueprint(experience={"hints": {"kind": "cosine", "samples": 0}}), []
+
+    def collect(policy, prompts, rows, key):
+        asked.append((prompts, rows))
+        return Collected(groups_of(np.zeros((len(rows), 4))), Stats(), 0.0)
+
+    task = dataclasses.replace(TASK, held_out=tuple(TASK.train[i] for i in TWO))
+    build.make_evaluator(run, task, collect, None, jax.random.key(0)).answers("policy")
+    [(prompts, rows)] = asked
+    assert isinstance(prompts, Prompts) and rows is task.held_out
+    hinting = build.hinting_for(run.cfg, dataclasses.replace(task, train=task.held_out))
+    assert [len(ids) for ids in hinting.add(requests([0, 1, 2], 1, task), (), 0).hints] == [1, 1, 1]
 
 
 def test_tokens_of_hints_are_not_counted_as_sampled():
