@@ -1,15 +1,15 @@
-"""JSON schemas as automata over bytes: what matches is valid, though not all that is valid matches.
+"""JSON schemas as regular expressions: what matches is valid, though not all that is valid matches.
 
 Objects have the listed properties alone, in their order; a string matches `pattern` as a whole.
 """
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxrl_llm.control.byte_automaton import ByteAutomaton
 from jaxrl_llm.control.config import JsonSchemaControl
 from jaxrl_llm.control.graph import ENDLESS, distances, steps_from
 from jaxrl_llm.control.plain_schema import PlainSchema
@@ -21,8 +21,8 @@ IN_STRINGS = frozenset(range(0x20, 256)) - {0x22, 0x5C, 0x7F}
 SPACE = frozenset(b" \t\r\n")
 
 
-def from_json_schema(control: JsonSchemaControl, where: str) -> ByteAutomaton:
-    """Return the automaton of JSON texts that are valid under a schema.
+def to_regex(control: JsonSchemaControl, where: str) -> str:
+    """Return the regular expression of JSON texts that are valid under a schema.
 
     Raises:
         UserError: The file cannot be read, or the schema is wrong, or it has what no regular expression says. All problems at once.
@@ -35,9 +35,8 @@ def from_json_schema(control: JsonSchemaControl, where: str) -> ByteAutomaton:
     plain = PlainSchema(schema, name, lambda pattern: _wrong_bytes(pattern, IN_STRINGS))
     if plain.problems:
         raise UserError("\n".join(plain.problems))
-    text = json.dumps(plain.schema, ensure_ascii=False)
     try:
-        return from_regex(build_regex_from_schema(text, f"(?:{control.whitespace})"), name)
+        return build_regex_from_schema(json.dumps(plain.schema, ensure_ascii=False), f"(?:{control.whitespace})")
     except ValueError as error:
         raise UserError(f"{name}: {' '.join(str(error).split())}") from None
 
@@ -62,6 +61,7 @@ def _read(control: JsonSchemaControl, where: str) -> tuple[Any, str]:
         raise UserError(f"{where}.path: {path}: {error}, want a JSON schema") from None
 
 
+@cache
 def _wrong_bytes(pattern: str, allowed: frozenset[int]) -> str:
     """What is wrong with a pattern whose texts may have these bytes only; "" if nothing is."""
     try:

@@ -1,6 +1,7 @@
 """Regular expressions as automata over bytes. A text matches as a whole, whatever alternative comes first in the pattern."""
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -30,11 +31,22 @@ def from_regex(pattern: str, where: str) -> ByteAutomaton:
     named = f"{where}: got {_short(pattern)}"
     if wrong := _anchor_or_parenthesis(pattern):
         raise UserError(f"{named}, {wrong}")
+    found = _transitions(pattern, named)
+    return ByteAutomaton(found["next"], found["accepts"], np.zeros_like(found["accepts"]), int(found["start"]))
+
+
+def _transitions(pattern: str, named: str) -> dict[str, np.ndarray]:
+    """Fields of the automaton, from the compiler. `named`: the setting and what was got, for errors."""
     too_large = f"{named}, want a smaller pattern: shorter counted repeats, and fewer of them inside another"
     try:
         # -P: the modules beside the compiler are none of the names that it imports.
         done = subprocess.run(
-            [sys.executable, "-P", COMPILER], input=pattern.encode(), capture_output=True, timeout=SECONDS
+            [sys.executable, "-P", COMPILER],
+            input=pattern.encode(),
+            capture_output=True,
+            timeout=SECONDS,
+            # Else NumPy reserves memory for each processor of the machine, and little is left below the limit.
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
         )
     except subprocess.TimeoutExpired:
         raise UserError(f"{too_large}; its automaton took more than {SECONDS:.0f} seconds") from None
@@ -46,8 +58,7 @@ def from_regex(pattern: str, where: str) -> ByteAutomaton:
         last = " ".join(done.stderr.decode(errors="replace").split())[-200:]
         raise UserError(f"{too_large}; its automaton could not be worked out ({last})")
     with np.load(io.BytesIO(done.stdout)) as found:
-        accepts = found["accepts"]
-        return ByteAutomaton(found["next"], accepts, np.zeros_like(accepts), int(found["start"]))
+        return dict(found)
 
 
 def _anchor_or_parenthesis(pattern: str) -> str | None:
