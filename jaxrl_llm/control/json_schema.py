@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxrl_llm.control.config import JsonSchemaControl
-from jaxrl_llm.control.graph import ENDLESS, distances, steps_from
+from jaxrl_llm.control.graph import ENDLESS, distances
 from jaxrl_llm.control.plain_schema import PlainSchema
 from jaxrl_llm.control.regex import from_regex
 from jaxrl_llm.errors import UserError, describe_os_error
@@ -68,7 +68,7 @@ def _wrong_bytes(pattern: str, allowed: frozenset[int]) -> str:
         found = from_regex(pattern, "pattern")
     except UserError as error:
         return str(error).removeprefix("pattern: ")
-    live = (distances(found.next, found.accepts) < ENDLESS) & (steps_from(found.next, [found.start]) < ENDLESS)
+    live = distances(found.next, found.accepts) < ENDLESS
     used = np.append(live, False)[found.next[live]].any(0).nonzero()[0].tolist()
     beyond = [repr(chr(byte)) for byte in used if byte not in allowed]
     return (

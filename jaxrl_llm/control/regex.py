@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxrl_llm.control.byte_automaton import ByteAutomaton
+from jaxrl_llm.control.byte_automaton import DEAD, ByteAutomaton
 from jaxrl_llm.control.compile_pattern import PATTERN_IS_WRONG
+from jaxrl_llm.control.graph import ENDLESS, steps_from
 from jaxrl_llm.errors import UserError
 
 COMPILER = Path(__file__).with_name("compile_pattern.py")
@@ -32,7 +33,13 @@ def from_regex(pattern: str, where: str) -> ByteAutomaton:
     if wrong := _anchor_or_parenthesis(pattern):
         raise UserError(f"{named}, {wrong}")
     found = _transitions(pattern, named)
-    return ByteAutomaton(found["next"], found["accepts"], np.zeros_like(found["accepts"]), int(found["start"]))
+    # What is around the pattern has states too.
+    own = np.flatnonzero(steps_from(found["next"], [found["start"]]) < ENDLESS)
+    number = np.full(len(found["next"]) + 1, DEAD, np.int32)
+    number[own] = np.arange(len(own))
+    return ByteAutomaton(
+        number[found["next"][own]], found["accepts"][own], np.zeros(len(own), bool), int(number[found["start"]])
+    )
 
 
 def _transitions(pattern: str, named: str) -> dict[str, np.ndarray]:

@@ -3,8 +3,8 @@
 import numpy as np
 import outlines_core
 import pytest
-from benchmarks.controls import GRAMMARS, vocabulary
 
+from benchmarks.controls import GRAMMARS, vocabulary
 from jaxrl_llm.control.automaton import TokenTexts
 from jaxrl_llm.control.build import build
 from jaxrl_llm.control.config import ChoiceControl, JsonSchemaControl
@@ -26,8 +26,7 @@ def dense_words(words) -> outlines_core.Vocabulary:
 
 
 def pattern_of(control) -> str:
-    """In outlines-core, a text may not continue past its first match in ways that need more than one byte, and the first alternative
-    that matches is the only one (test_regex.py). With the end of the text in the pattern, there is no match before it."""
+    """A pattern with the end of the text in it: without, outlines-core loses texts that continue behind a match (test_regex.py)."""
     if isinstance(control, ChoiceControl):
         return rf"(?:{'|'.join(control.texts)})\z"
     return rf"(?:{to_regex(control, '') if isinstance(control, JsonSchemaControl) else control.pattern})\z"
