@@ -103,7 +103,13 @@ def main() -> None:
                 f"from the cache in {cached:.3f} s"
             )
     if args.out:
-        args.out.write_text(json.dumps({"machine": before, "tokens": args.tokens, "grammars": found}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps(
+                {"machine": before | {"load_after": os.getloadavg()[0]}, "tokens": args.tokens, "grammars": found},
+                indent=1,
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

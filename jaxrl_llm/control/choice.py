@@ -5,13 +5,21 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxrl_llm.control.byte_automaton import DEAD, ByteAutomaton
+from jaxrl_llm.control.regex import surrogate_in
+from jaxrl_llm.errors import UserError
 
 
-def from_texts(texts: Sequence[str]) -> ByteAutomaton:
-    """Return the automaton of texts that are one of these: their trie. One may be the beginning of another."""
+def from_texts(texts: Sequence[str], where: str) -> ByteAutomaton:
+    """Return the automaton of texts that are one of these: their trie. One may be the beginning of another.
+
+    Raises:
+        UserError: One has half a surrogate pair.
+    """
     next: list[dict[int, int]] = [{}]
     accepting = set()
     for text in texts:
+        if wrong := surrogate_in(text):
+            raise UserError(f"{where}: got {text!r}, {wrong}")
         state = 0
         for byte in text.encode():
             if byte not in next[state]:

@@ -12,14 +12,14 @@ import numpy as np
 from jaxrl_llm.control.byte_automaton import DEAD, ByteAutomaton
 from jaxrl_llm.control.compile_pattern import PATTERN_IS_WRONG
 from jaxrl_llm.control.graph import ENDLESS, steps_from
-from jaxrl_llm.errors import UserError
+from jaxrl_llm.errors import UserError, describe_os_error
 
 COMPILER = Path(__file__).with_name("compile_pattern.py")
 SECONDS = 30.0
 # Escapes and classes are skipped: what is in them is neither a group nor an anchor.
 PIECES = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[()^]", re.DOTALL)
 # The texts are matched from their beginning, so an anchor there says nothing.
-LEADING_ANCHOR = re.compile(r"((?:\(\?[a-zA-Z-]+\))?)(?:\^|\\A)")
+LEADING_ANCHOR = re.compile(r"\A((?:\(\?[a-zA-Z-]+\))?)(?:\^|\\A)")
 
 
 def from_regex(pattern: str, where: str) -> ByteAutomaton:
@@ -28,9 +28,9 @@ def from_regex(pattern: str, where: str) -> ByteAutomaton:
     Raises:
         UserError: The syntax is wrong, or the automaton has too many states to be worked out.
     """
-    pattern = LEADING_ANCHOR.sub(r"\1", pattern, count=1) if LEADING_ANCHOR.match(pattern) else pattern
+    pattern = LEADING_ANCHOR.sub(r"\1", pattern)
     named = f"{where}: got {_short(pattern)}"
-    if wrong := _anchor_or_parenthesis(pattern):
+    if wrong := surrogate_in(pattern) or _anchor_or_parenthesis(pattern):
         raise UserError(f"{named}, {wrong}")
     found = _transitions(pattern, named)
     # What is around the pattern has states too.
@@ -57,6 +57,8 @@ def _transitions(pattern: str, named: str) -> dict[str, np.ndarray]:
         )
     except subprocess.TimeoutExpired:
         raise UserError(f"{too_large}; its automaton took more than {SECONDS:.0f} seconds") from None
+    except OSError as error:
+        raise UserError(f"{named}, whose automaton could not be worked out: {describe_os_error(error)}") from None
     if done.returncode == PATTERN_IS_WRONG:
         raise UserError(
             f"{named}, want a regular expression of Rust's regex crate: {_reason(pattern, done.stderr.decode())}"
@@ -66,6 +68,11 @@ def _transitions(pattern: str, named: str) -> dict[str, np.ndarray]:
         raise UserError(f"{too_large}; its automaton could not be worked out ({last})")
     with np.load(io.BytesIO(done.stdout)) as found:
         return dict(found)
+
+
+def surrogate_in(text: str) -> str:
+    """What is wrong, if a text has half a surrogate pair, which no bytes spell; else ""."""
+    return "want whole characters: it has half a surrogate pair" if re.search("[\ud800-\udfff]", text) else ""
 
 
 def _anchor_or_parenthesis(pattern: str) -> str | None:

@@ -118,6 +118,7 @@ def test_what_comes_before_the_pattern_multiplies_no_states(in_process):
         (r"(a)\1", "no back-references"),
         ("a^b", "want it without ^: a response matches as a whole"),
         (r"b\Aa", r"want it without \A"),
+        ("a\ud800", "want whole characters"),
         (r"\bfoo", "Unicode word boundaries"),
     ],
 )

@@ -113,6 +113,11 @@ def test_a_grammar_that_is_too_large_is_refused(limit, wanted, words, monkeypatc
     assert str(refused.value).startswith("rollout.control: got a grammar of ")
 
 
+def test_half_a_surrogate_pair_is_refused(words):
+    with pytest.raises(UserError, match=r"^rollout\.control\.texts: got 'b\\ud800', want whole characters"):
+        build(ChoiceControl(texts=("a", "b\ud800")), words)
+
+
 def test_a_schema_in_a_file_is_named(words, tmp_path):
     path = tmp_path / "s.json"
     path.write_text('{"type": "integer"}')
