@@ -2,13 +2,31 @@
 
 from functools import singledispatch
 
+import numpy as np
+
 from jaxrl_llm.control import cache
 from jaxrl_llm.control.automaton import TokenAutomaton, TokenTexts
+from jaxrl_llm.control.budget import budget
 from jaxrl_llm.control.byte_automaton import ByteAutomaton
 from jaxrl_llm.control.choice import from_texts
-from jaxrl_llm.control.config import ChoiceControl, Control, JsonSchemaControl, RegexControl
+from jaxrl_llm.control.config import (
+    AllowControl,
+    Answer,
+    BeginControl,
+    BudgetControl,
+    ChoiceControl,
+    Control,
+    ForbidControl,
+    JsonSchemaControl,
+    NoControl,
+    RegexControl,
+    StopControl,
+)
+from jaxrl_llm.control.forced import begin
 from jaxrl_llm.control.json_schema import to_regex
 from jaxrl_llm.control.regex import from_regex
+from jaxrl_llm.control.stop import stop
+from jaxrl_llm.control.token_sets import token_set
 from jaxrl_llm.control.vocabulary_walk import over_tokens
 
 
@@ -32,15 +50,34 @@ def automaton_of(control: Control, vocabulary: TokenTexts, where: str) -> TokenA
     raise TypeError(f"{where}: got {type(control).__name__}, want a control")
 
 
-@automaton_of.register(RegexControl | JsonSchemaControl | ChoiceControl)
-def _(control: RegexControl | JsonSchemaControl | ChoiceControl, vocabulary: TokenTexts, where: str) -> TokenAutomaton:
+@automaton_of.register(NoControl | RegexControl | JsonSchemaControl | ChoiceControl)
+def _(control: Answer, vocabulary: TokenTexts, where: str) -> TokenAutomaton:
     return over_tokens(texts_of(control, where), vocabulary, where).automaton
 
 
+automaton_of.register(AllowControl | ForbidControl, token_set)
+automaton_of.register(StopControl, stop)
+
+
+@automaton_of.register
+def _(control: BudgetControl, vocabulary: TokenTexts, where: str) -> TokenAutomaton:
+    return budget(control, texts_of(control.then, f"{where}.then"), vocabulary, where)
+
+
+@automaton_of.register
+def _(control: BeginControl, vocabulary: TokenTexts, where: str) -> TokenAutomaton:
+    return begin(automaton_of(control.then, vocabulary, f"{where}.then"), control.text, vocabulary, where)
+
+
 @singledispatch
-def texts_of(control: RegexControl | JsonSchemaControl | ChoiceControl, where: str) -> ByteAutomaton:
+def texts_of(control: Answer, where: str) -> ByteAutomaton:
     """Return the texts that a control allows; a function per kind."""
     raise TypeError(f"{where}: got {type(control).__name__}, want a control of texts")
+
+
+@texts_of.register
+def _(control: NoControl, where: str) -> ByteAutomaton:
+    return ByteAutomaton(np.zeros((1, 256), np.int32), np.ones(1, bool), np.ones(1, bool))
 
 
 @texts_of.register
@@ -55,4 +92,4 @@ def _(control: JsonSchemaControl, where: str) -> ByteAutomaton:
 
 @texts_of.register
 def _(control: ChoiceControl, where: str) -> ByteAutomaton:
-    return from_texts(control.texts, f"{where}.texts")
+    return from_texts(control.texts)

@@ -20,8 +20,3 @@ class ByteAutomaton:
     """States in which anything may follow: tokens without a text too, and the row may be cut off by its limit. An end token is
     allowed where `accepts`."""
     start: int = 0
-
-
-def free_texts() -> ByteAutomaton:
-    """Return the automaton of all texts."""
-    return ByteAutomaton(np.zeros((1, 256), np.int32), np.ones(1, bool), np.ones(1, bool))
