@@ -28,8 +28,10 @@ def limit_problem(limit: int, automaton: TokenAutomaton, budget: int) -> str:
     if limit < shortest:
         return f"got {limit}, want at least {shortest}: the control allows no response of fewer tokens"
     if limit < least:
+        rest = least - budget
+        smaller = f", or a budget of {limit - rest} at most" if limit > rest else ""
         return (
-            f"got {limit}, want at least {least}: the control's budget is {budget} tokens, and what follows it takes "
-            f"{least - budget} at least"
+            f"got {limit}, want at least {least}{smaller}: the control's budget is {budget} tokens, and what follows it "
+            f"takes {rest} at least"
         )
     return ""

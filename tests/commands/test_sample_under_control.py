@@ -1,6 +1,5 @@
 """`jaxrl sample --regex` and `--json-schema`, and how controlled tokens are printed."""
 
-import json
 import re
 
 import jax
@@ -81,29 +80,3 @@ def test_forced_tokens_are_in_brackets_and_allowed_ones_counted():
     assert parts[-1] == "# 0.000 (H 0.000, 1 allowed)"
     free = _line(task, of, of.tokens.shape[0] - 1, np.nan, engine.tables)
     assert "allowed" not in free and "[" not in free
-
-
-@pytest.mark.slow
-def test_sampled_under_a_pattern_and_under_a_schema(tmp_path, capsys):
-    letters = "".join(map(chr, range(32, 127))) + "\n"
-    model = OWN.replace("vocab_size: 16", "vocab_size: 97")
-    (tmp_path / "own.yaml").write_text(
-        model
-        + f"run_dir: {tmp_path}/none\ntokenizer: {{alphabet: {json.dumps(letters)}}}\nrollout: {{max_new_tokens: 24}}\n"
-    )
-    (tmp_path / "s.json").write_text(
-        json.dumps({"type": "object", "properties": {"a": {"enum": ["x", "yes"]}}, "required": ["a"]})
-    )
-
-    def sampled(*options: str) -> list[str]:
-        assert cli.main(["sample", str(tmp_path / "own.yaml"), "--prompt", "ab", "-n", "4", *options]) == 0
-        rows = capsys.readouterr().out.splitlines()[1:]
-        return [re.fullmatch(r" +\d  (.*?) +reward .*", row)[1] for row in rows]
-
-    assert all(
-        re.fullmatch(r"[a-c]{2}-[0-9]↵|[a-c]{2}-[0-9]\\n", text) for text in sampled("--regex", "[a-c]{2}-[0-9]\n")
-    )
-    found = sampled("--json-schema", str(tmp_path / "s.json"))
-    assert len(found) == 4 and all(
-        json.loads(text.removesuffix("\\n").removesuffix("↵"))["a"] in ("x", "yes") for text in found
-    )

@@ -203,12 +203,12 @@ def test_a_control_starts_anew_behind_the_turn_of_another(chopped):
 def test_a_limit_below_the_shortest_text_is_refused(chopped):
     controls = chopped.controls(P, control=RegexControl(pattern="[0-9]{5}#"))
     session = chopped.session(policy(), KEY)
-    with pytest.raises(ValueError, match=r"limit: got 5 tokens, want at least 6: the control .* allows no shorter"):
+    with pytest.raises(ValueError, match=r"limit: got 5, want at least 6: the control allows no response of fewer"):
         session.add(make_prompts(P), controls=controls, limit=np.full(P, 5))
     with pytest.raises(ValueError, match=r"controls.control: got 99, want that of engine.controls"):
         session.add(make_prompts(P), controls=controls.replace(control=np.full(P, 99, np.int32)))
     think = chopped.controls(P, control=BudgetControl(tokens=8, close=">", then=RegexControl(pattern="[0-9]{2}#")))
-    with pytest.raises(ValueError, match=r"controls.budget: got 8 of 10 tokens, want at most 6"):
+    with pytest.raises(ValueError, match=r"limit: got 10, want at least 12, or a budget of 6 at most"):
         session.add(make_prompts(P), controls=think)
     assert not session.requests
 
