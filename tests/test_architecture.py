@@ -44,7 +44,7 @@ ALLOWED = {
     "run_context": {"types", "errors", "checkpoint", "environments", "metrics", "roles.state", "tasks"},
     "plan": FOUNDATION | STAGES | {"config", "distribution", "metrics.console", "model", "perf", "roles"},
     "train": FOUNDATION | STAGES | {"checkpoint", "config", "metrics", "roles", "run_context"},
-    "commands": FOUNDATION | STAGES | {"config", "metrics", "model", "roles", "run_context"},
+    "commands": FOUNDATION | STAGES | {"config", "control", "metrics", "model", "roles", "run_context"},
     "cli": {"checkpoint", "commands", "config", "errors", "metrics", "parallel", "plan", "roles", "train"},
 }
 # Who may see a whole run's config.

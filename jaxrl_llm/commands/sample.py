@@ -12,7 +12,6 @@ import numpy as np
 
 from jaxrl_llm.commands.loaded_policy import LoadedPolicy, SamplingSetup, load_policy, prepare_sampling, with_batch
 from jaxrl_llm.config.run_config import RunConfig
-from jaxrl_llm.distribution.control_tables import ControlTables
 from jaxrl_llm.environments.grader_pool import GraderPool
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.metrics.console import shown_on_stderr
@@ -21,7 +20,7 @@ from jaxrl_llm.model.config import PretrainedModel
 from jaxrl_llm.model.hf.config import read_json
 from jaxrl_llm.model.hf.source import resolve as resolve_model
 from jaxrl_llm.roles import inputs, memory_check
-from jaxrl_llm.roles.allowed_sets import allowed_sets
+from jaxrl_llm.roles.allowed_sets import AllowedSet, allowed_in_row
 from jaxrl_llm.roles.build import make_keys
 from jaxrl_llm.roles.collector import Collector
 from jaxrl_llm.roles.stored_rollouts import trajectory_rows
@@ -60,7 +59,8 @@ def sample_prompt(cfg: RunConfig, asked: SampleRequest) -> None:
     reward = groups.reward if row.answer else np.full(n, np.nan)
     print(f"{printable(row.prompt)}   from {loaded.name}, temperature {cfg.rollout.temperature}")
     for b in range(n):
-        print(_line(task, groups.rollouts, b, float(reward[b]), setup.engine.tables))
+        allowed = allowed_in_row(setup.engine.tables, groups.rollouts, b, task.num_tokens)
+        print(_line(task, groups.rollouts, b, float(reward[b]), allowed))
 
 
 def sample_to_file(cfg: RunConfig, asked: SampleRequest, out: Path, split: str, most: int | None) -> str:
@@ -158,7 +158,7 @@ def _num_positions(cfg: RunConfig) -> float:
     return found if isinstance(found, int) else float("inf")
 
 
-def _line(task: Task, rollouts: Rollouts, b: int, reward: float, tables: ControlTables | None) -> str:
+def _line(task: Task, rollouts: Rollouts, b: int, reward: float, allowed: Sequence[AllowedSet | None]) -> str:
     """One response as a line: text, reward, log-prob, finish reason, then its tokens with log-prob and entropy in nats. Tokens that
     the policy did not sample are in brackets; where not all were allowed, their number is shown.
 
@@ -167,13 +167,10 @@ def _line(task: Task, rollouts: Rollouts, b: int, reward: float, tables: Control
         rollouts: with the response, NumPy.
         b: its row.
         reward: of the response; NaN: unknown.
-        tables: in which `control_state` is read; None: nothing was controlled.
+        allowed: in each slot; None: every token.
     """
     length = int(rollouts.length[b])
     tokens = [printable(task.tokenizer.token(int(i))) for i in rollouts.tokens[b, :length]]
-    allowed = [None] * length
-    if tables is not None and rollouts.control_state is not None:
-        allowed = allowed_sets(tables, rollouts.control_state[b, :length], task.num_tokens)
     parts = [
         f"{token} {rollouts.behavior_logprobs[b, i]:.3f} (H {rollouts.entropy[b, i] + 0:.3f}{f', {of.size} allowed' if of else ''})"
         if rollouts.sampled[b, i]

@@ -7,6 +7,7 @@ from jaxtyping import Int
 
 from jaxrl_llm.control.automaton import REFUSED
 from jaxrl_llm.distribution.control_tables import ENOUGH, MOST_ROOM, ROOM_BITS, STATE_BITS, ControlTables, state_of
+from jaxrl_llm.types import Rollouts
 
 SHOWN = 8
 """Allowed tokens that are named; the others are counted."""
@@ -41,6 +42,23 @@ def allowed_sets(tables: ControlTables, codes: Int[np.ndarray, " n"], num_tokens
             seen[name] = None if len(ids) == num_tokens else AllowedSet(len(ids), tuple(ids[:SHOWN].tolist()))
         found.append(seen[name])
     return found
+
+
+def allowed_in_row(
+    tables: ControlTables | None, rollouts: Rollouts, b: int, num_tokens: int
+) -> list[AllowedSet | None]:
+    """Return what was allowed at each token of row b; None: every token.
+
+    Args:
+        tables: of the engine that sampled it, NumPy; None: nothing was controlled.
+        rollouts: with the row, NumPy.
+        b: the row.
+        num_tokens: tokens of the tokenizer.
+    """
+    length = int(rollouts.length[b])
+    if tables is None or rollouts.control_state is None:
+        return [None] * length
+    return allowed_sets(tables, rollouts.control_state[b, :length], num_tokens)
 
 
 def _allowed_classes(tables: ControlTables, code: int) -> np.ndarray:

@@ -4,12 +4,12 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from jaxrl_llm.distribution.control_tables import ControlTables
 from jaxrl_llm.environments.grader_pool import Failure, component_metrics
 from jaxrl_llm.experience.hints import hinted
-from jaxrl_llm.roles.allowed_sets import allowed_sets
+from jaxrl_llm.roles.allowed_sets import AllowedSet, allowed_in_row
 from jaxrl_llm.roles.stage_metrics import describe_stages
 from jaxrl_llm.roles.stored_rollouts import trajectory_rows
 from jaxrl_llm.roles.task_metrics import describe_forms, describe_tasks
@@ -130,15 +130,14 @@ def responses(
             **row,
             "tokens": [token(i) for i in row["ids"]],
             "advantage": float(np.mean(advantage[b, : len(row["ids"])])),
-            **_allowed(task, tables, row.get("control_state")),
+            **_allowed(task, allowed_in_row(tables, rollouts, b, task.num_tokens)),
         }
         for b, row in zip(own.tolist(), trajectory_rows(task, task.train, shown), strict=True)
     ]
 
 
-def _allowed(task: Task, tables: ControlTables | None, codes: Int[np.ndarray, " n"] | None) -> dict[str, list]:
+def _allowed(task: Task, sets: list[AllowedSet | None]) -> dict[str, list]:
     """Columns of a row whose tokens were not all sampled freely; null where every token was allowed."""
-    sets = [] if tables is None or codes is None else allowed_sets(tables, codes, task.num_tokens)
     if not any(sets):
         return {}
     return {

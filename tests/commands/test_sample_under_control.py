@@ -15,6 +15,7 @@ from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.control.config import JsonSchemaControl, NoControl, RegexControl
 from jaxrl_llm.errors import CheckpointError, UserError
 from jaxrl_llm.metrics.timers import CompileCounter
+from jaxrl_llm.roles.allowed_sets import allowed_in_row
 from jaxrl_llm.tasks.task import Task
 
 OWN = "model: {vocab_size: 16, layers: 1, d_model: 8, heads: 2, kv_heads: 1, head_dim: 8, d_mlp: 8}\nmesh: {fsdp: -1}\n"
@@ -72,11 +73,12 @@ def test_forced_tokens_are_in_brackets_and_allowed_ones_counted():
     controls = engine.controls(P, control=[CONTROLS["begin"]] + [NoControl()] * (P - 1))
     of = engine.generate(policy(), make_prompts(P), jax.random.key(0), controls)
     task = Task((), (), engine.model.tokenizer)
-    parts = re.split(r"  +", _line(task, of, 0, np.nan, engine.tables).strip())
+    parts = re.split(r"  +", _line(task, of, 0, np.nan, allowed_in_row(engine.tables, of, 0, 16)).strip())
     assert re.fullmatch(r"<1\d\d#", parts[1]) and parts[2] == "reward ?" and parts[-6] == "eos"
     assert parts[-5:-3] == ["[<]", "[1]"]
     for part in parts[-3:-1]:
         assert re.fullmatch(r"\d -\d\.\d{3} \(H \d\.\d{3}, 10 allowed\)", part)
     assert parts[-1] == "# 0.000 (H 0.000, 1 allowed)"
-    free = _line(task, of, of.tokens.shape[0] - 1, np.nan, engine.tables)
+    last = len(of.tokens) - 1
+    free = _line(task, of, last, np.nan, allowed_in_row(engine.tables, of, last, 16))
     assert "allowed" not in free and "[" not in free
