@@ -123,7 +123,10 @@ HINTS = [f"hints/{name}" for name in ("share", "tokens", "success", "success_wit
 # Of mixtures: tests/roles/test_task_metrics.py, tests/roles/test_evaluator.py.
 MIXTURES = ["eval/[^/]+/exact", *(f"task/[^/]+/{name}" for name in ("groups", "reward", "success", "mean_length"))]
 # Of runs with forms or examples: tests/roles/test_prompted_groups.py.
-PROMPTING = ["prompts/(mean_length|examples)", *(f"form/[^/]+/{name}" for name in ("groups", "reward", "success", "mean_length"))]
+PROMPTING = [
+    "prompts/(mean_length|examples)",
+    *(f"form/[^/]+/{name}" for name in ("groups", "reward", "success", "mean_length")),
+]
 # Row numbers of the task, which the recomputation does not know: tests/roles/test_summary.py.
 NOT_RECOMPUTED = ("warnings", "replay/task_rows")
 # The package computes in float32: log-probs are good to 1e-6, sums of some hundred terms of size 1 to 1e-7.

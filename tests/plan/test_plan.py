@@ -326,7 +326,9 @@ def report(**changes) -> dict:
 def test_the_report_as_text():
     text = show.show(report())
     assert ": 4 chips of 16 GB" in text and "1 minibatch of 2 micro-batches" in text
-    assert "v5e:1x1: 1 chip of 16 GB" in show.show(report(topology="v5e:1x1", chips=1)) and "rollout.control" not in text
+    assert (
+        "v5e:1x1: 1 chip of 16 GB" in show.show(report(topology="v5e:1x1", chips=1)) and "rollout.control" not in text
+    )
     assert "\nrollout.control: regex is left out of the rollouts" in show.show(report(control="regex"))
     lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     assert ["master parameters", "3.00"] in lines and ["**total**", "**12.00**"] in lines

@@ -178,6 +178,13 @@ def test_known_tokens_are_a_part_of_the_controlled_text(chopped):
     got = session.take(ids)
     assert all(re.fullmatch("12[0-9]#", text) for text in texts(got))
     np.testing.assert_array_equal(got.sampled[:, :4], [[False, False, True, True]] * G)
+    # Stopped behind the hint, they continue in its state in another session.
+    ids = session.add(prompt, controls=digits, known=[TOKENIZER.encode("12")] * G)
+    session.stop(ids)
+    hinted, later = session.take(ids), chopped.session(policy(), KEY)
+    ids = later.add(prompt, controls=digits, known=hinted)
+    finish(later)
+    np.testing.assert_array_equal(later.take(ids).tokens, got.tokens)
     with pytest.raises(ValueError, match=r"known\[0\]: got token \d+ after .*, want one that the control allows"):
         session.add(prompt, controls=digits, known=[TOKENIZER.encode("1+")] * G)
     longer = chopped.controls(1, control=RegexControl(pattern="[0-9]{2}(\\+[0-9]{6})?#"))
