@@ -71,7 +71,6 @@ def over_tokens(
     distance = distances(table, sinks)
     if distance[small.start] == ENDLESS:
         raise UserError(f"{where}: {_why_endless(small, table[:, pairs % 4 == TEXT], vocabulary)}")
-    table[(table != REFUSED) & (distance[table] == ENDLESS)] = REFUSED
     roots = [small.start, *merged[list(kept)]]
     reached = np.flatnonzero((steps_from(table, roots) < ENDLESS) & (distance < ENDLESS))
     # The state behind the end tokens stays the last one.
