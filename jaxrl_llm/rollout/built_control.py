@@ -1,5 +1,6 @@
 """A control built for a tokenizer, and the room that rows need under it. Imports no jax."""
 
+import hashlib
 from typing import TYPE_CHECKING
 
 from jaxrl_llm.control.automaton import TokenAutomaton, TokenTexts
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
 def build_control(control: Control, tokenizer: "PromptTokenizer", ends: tuple[int, ...]) -> TokenAutomaton:
     """Return the automaton of a control over a tokenizer's tokens. Raises UserError if it cannot be built. `ends`: end tokens."""
     texts, drops_space = tokenizer.texts
-    return build(control, TokenTexts(texts, ends, tokenizer.encode, tokenizer.fingerprint, drops_space))
+    known = hashlib.sha256(repr((tokenizer.fingerprint, texts, ends, drops_space)).encode()).hexdigest()
+    return build(control, TokenTexts(texts, ends, tokenizer.encode, known, drops_space))
 
 
 def limit_problem(limit: int, automaton: TokenAutomaton, budget: int) -> str:
