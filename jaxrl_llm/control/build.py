@@ -92,4 +92,4 @@ def _(control: JsonSchemaControl, where: str) -> ByteAutomaton:
 
 @texts_of.register
 def _(control: ChoiceControl, where: str) -> ByteAutomaton:
-    return from_texts(control.texts)
+    return from_texts(control.texts, f"{where}.texts")

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxrl_llm.control.automaton import REFUSED, TokenAutomaton
-from jaxrl_llm.control.config import UNLIMITED, Control, NoControl
+from jaxrl_llm.control.config import UNLIMITED, Control, NoControl, without_budget
 from jaxrl_llm.distribution.control_tables import ControlTables, encode, join_automata, state_of
 from jaxrl_llm.rollout.built_control import limit_problem
 from jaxrl_llm.rollout.output import OutputBuffer
@@ -36,6 +36,7 @@ class ControlSet:
         """Return the state in which rows under the control start. Raises UserError if it cannot be built."""
         if isinstance(control, NoControl):
             return 0
+        control = without_budget(control)
         name = json.dumps([control.kind, dataclasses.asdict(control)], sort_keys=True)
         if name not in self.starts:
             self.automata[name] = self.build(control)

@@ -228,3 +228,12 @@ def test_a_minimum_length_gives_way_to_a_text_that_has_ended(chopped):
     of = chopped.generate(policy(), make_prompts(P), KEY, controls)
     length = of.length.reshape(P, G)
     assert (length[::2] >= 3).all() and (length[1::2] == 4).all()
+
+
+def test_another_budget_needs_no_other_table(chopped):
+    few, many = (
+        chopped.controls(1, control=BudgetControl(tokens=n, close=">", then=RegexControl(pattern="[0-9]#")))
+        for n in (2, 5)
+    )
+    assert few.control[0] == many.control[0] > 0
+    assert (few.budget[0], many.budget[0]) == (2, 5)
