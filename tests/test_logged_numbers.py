@@ -341,6 +341,7 @@ def defined() -> list[str]:
 def test_the_logged_numbers_are_those_defined_in_the_docs(recorded):
     logged = {key for name in CONFIGS for row, *_ in recorded(name) for key in row}
     assert {key for key in logged if not any(re.fullmatch(pattern, key) for pattern in defined())} == set()
-    # The maker of this chip states no peak. Rows that join: tests/experience/test_joining.py.
-    unseen = {"update/mfu", *REFILL, *CHOICE, *HINTS, *MIXTURES, *PROMPTING, "replay/rows"}
+    # The maker of this chip states no peak. Rows that join: tests/experience/test_joining.py. Forced tokens:
+    # tests/test_controlled_run.py.
+    unseen = {"update/mfu", *REFILL, *CHOICE, *HINTS, *MIXTURES, *PROMPTING, "replay/rows", "control/forced_share"}
     assert {pattern for pattern in defined() if not any(re.fullmatch(pattern, key) for key in logged)} == unseen
