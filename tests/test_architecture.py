@@ -40,7 +40,9 @@ ALLOWED = {
     "config": {"errors", "checkpoint.run_directory", "metrics.recorder", "objective.presets", "objective.rules"},
     "metrics": {"errors"},
     "checkpoint": FOUNDATION,
-    "roles": FOUNDATION | STAGES | {"config", "distribution", "model", "perf", "metrics.estimates", "metrics.guards"},
+    "roles": FOUNDATION
+    | STAGES
+    | {"config", "control", "distribution", "model", "perf", "metrics.estimates", "metrics.guards"},
     "run_context": {"types", "errors", "checkpoint", "environments", "metrics", "roles.state", "tasks"},
     "plan": FOUNDATION | STAGES | {"config", "distribution", "metrics.console", "model", "perf", "roles"},
     "train": FOUNDATION | STAGES | {"checkpoint", "config", "metrics", "roles", "run_context"},
