@@ -124,7 +124,8 @@ HINTS = [f"hints/{name}" for name in ("share", "tokens", "success", "success_wit
 MIXTURES = ["eval/[^/]+/exact", *(f"task/[^/]+/{name}" for name in ("groups", "reward", "success", "mean_length"))]
 # Of runs with forms or examples: tests/roles/test_prompted_groups.py.
 PROMPTING = [
-    "prompts/(mean_length|examples)",
+    "prompts/mean_length",
+    "prompts/examples",
     *(f"form/[^/]+/{name}" for name in ("groups", "reward", "success", "mean_length")),
 ]
 # Row numbers of the task, which the recomputation does not know: tests/roles/test_summary.py.

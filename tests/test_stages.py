@@ -20,7 +20,7 @@ from jaxrl_llm.errors import DroppedError
 BASE = """
 steps: {steps}
 model: {{vocab_size: 16, layers: 1, d_model: 32, heads: 8, kv_heads: 8, head_dim: 8, d_mlp: 64}}
-rollout: {{prompts: 8, samples: 4, max_new_tokens: 4, per_sample: {per_sample}}}
+rollout: {{prompts: 8, samples: 4, max_new_tokens: 4, per_sample: {per_sample}, control: {control}}}
 task: {task}
 reward: {reward}
 objective: {{advantage: {{kind: rloo}}, baseline_over: {baseline}, loss: {loss}}}
@@ -30,7 +30,7 @@ checkpoint: {{every: 1}}
 metrics: {{rollouts_every: 1, rollout_groups: -1, samples_every: 0, tensorboard: false}}
 experience: {experience}
 """
-# Between them every curriculum, gate and budget with a state, refill, filters of both kinds, and replay of groups of any size.
+# Between them every curriculum, gate and budget with a state, refill, filters of both kinds, replay of any groups, and a control.
 STAGES = {
     "refill": (
         "{refill: {filter: [success, {kind: no_duplicates}], attempts: 3}, gate: {kind: greso, rate: 0.2},"
@@ -64,6 +64,7 @@ SUMS = "{kind: arithmetic, terms: 2, held_out: 60}"
 OPTIONS = {
     "baseline": "sampled",
     "per_sample": "{}",
+    "control": "{kind: none}",
     "loss": "{}",
     "task": SUMS,
     "reward": '{workers: 1, grader: "stage_graders:first_is_low"}',
@@ -80,8 +81,10 @@ PROMPTED = (
     'forms: [{name: plain}, {name: bare, prompt: "{q} ", weight: 2}],'
     ' examples: {number: 2, by: visit, place: text, text: "{prompt}{response}#"}}}'
 )
+DIGITS = '{kind: regex, pattern: "[0-9]{1,2}#"}'
 MORE = {
     "refill": {"task": PROMPTED},
+    "knapsack": {"control": DIGITS},
     "rounds": {
         "baseline": "kept",
         "per_sample": "{temperature: [1.5, 0.7, 1.0]}",
@@ -89,6 +92,7 @@ MORE = {
         "reward": MIXTURE[1],
     },
     "hints": {
+        "control": DIGITS,
         "task": "{kind: arithmetic, terms: 2, held_out: 82}",
         "loss": "{shaping: 0.1}",
         "reward": '{workers: 1, grader: "stage_graders:first_is_one"}',
@@ -210,6 +214,8 @@ def test_a_run_with_stages_does_what_they_say(undisturbed):
         # Groups and rows came back, also where nothing had been dropped.
         assert sum(row["replay/rows"] for row in found) > 0 and max(row["groups/replayed"] for row in found) >= 2
     logged = rows_of(run_dir)
+    if MORE.get(name, {}).get("control") == DIGITS:
+        assert all(re.fullmatch("[0-9]{1,2}#", row["completion"]) for row in logged)
     each = {(row["step"], row["uid"], row["sample"]) for row in logged}
     # No response is there twice, so no noise was used twice.
     assert len(each) == len(logged)

@@ -96,7 +96,7 @@ def join_automata(
     tables.classes[:] = sizes[2] - 1
     for i, of in enumerate(maps):
         tables.classes[i, :num_tokens] = of
-        tables.end_classes[i, of[list(ends)]] = True
+        tables.end_classes[i, of[[end for end in ends if 0 <= end < num_tokens]]] = True
     # The free state shares the first automaton's classes: with one automaton, no row needs a map of its own.
     tables.next[0, :-1] = 0
     for i, a in enumerate(automata):
