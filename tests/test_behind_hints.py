@@ -42,7 +42,7 @@ def sampled(sizes: tuple[int, ...] = (1, 1, 1)) -> Groups:
 @cache
 def programs():
     specs, optimizer, train = model_params.specs(CFG), make_optimizer(AdamW()), layouts()[0]
-    scoring = Scoring(CFG, train, VOCAB.size, ends=VOCAB.eos)
+    scoring = Scoring(CFG, train, VOCAB.size)
     return make_init_state(specs, optimizer, train), jit_update(specs, LOSS, optimizer, scoring), jit_score(scoring)
 
 

@@ -106,7 +106,7 @@ def test_engine_and_config_say_the_same_of_a_limit(control, small):
         wrong = limit_problem(limit, automaton, budget_of(control))
         assert bool(wrong) == (limit in small)
         with pytest.raises(ValueError) if wrong else nullcontext() as error:
-            engine.control_set.check(controls, np.array([limit]))
+            engine.control_set.start_states(controls, np.array([limit]), None)
         assert not wrong or str(error.value).startswith(f"limit: {wrong}")
 
 
