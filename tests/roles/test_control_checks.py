@@ -94,8 +94,8 @@ def test_stop_strings_beside_a_form_are_refused(control):
     ("control", "small"),
     [
         (RegexControl(pattern="[0-9]{7}#"), {1, 2, 3, 4, 5, 6, 7}),
-        # `>12#` fits into 4 slots, and then no budget is used up.
-        (BudgetControl(tokens=4, close=">", then=RegexControl(pattern="[0-9]{2}#")), {1, 2, 3, 5, 6, 7}),
+        # `>12#` fits into 4 slots, but a row that thinks relies on its closing, in slot 4.
+        (BudgetControl(tokens=4, close=">", then=RegexControl(pattern="[0-9]{2}#")), {1, 2, 3, 4, 5, 6, 7}),
     ],
 )
 def test_engine_and_config_say_the_same_of_a_limit(control, small):
