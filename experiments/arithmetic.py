@@ -94,6 +94,10 @@ def unchanged(run: Run) -> Run:
     return run
 
 
+def nothing_more(run: Run) -> Callable[[PyTree], dict[str, float]]:
+    return lambda params: {}
+
+
 class Arm(NamedTuple):
     cfg: RunConfig
     """SETUP with the arm's changes. Its seed and its run directory are set when it runs."""
@@ -101,6 +105,10 @@ class Arm(NamedTuple):
     """Replaces a stage, for what no config value expresses."""
     warm: RunConfig | None = None
     """Config of the warm start, if that is another."""
+    metrics: tuple[str, ...] = ()
+    """Metrics of the updates to record, each as the mean of the steps since the last record; of a name in /max the largest."""
+    measures: Callable[[Run], Callable[[PyTree], dict[str, float]]] = nothing_more
+    """Makes a function of the parameters, for an open run, whose numbers are recorded too."""
 
 
 class Record(NamedTuple):
@@ -133,11 +141,24 @@ def command(
     """The command of an experiment: train its arms, print its tables and write the plot beside the results file.
 
     Args:
+        doc, path, arms, seeds, pools: as in `runs_of`.
+        tables: returns the tables of the runs of the file.
+        panels: of the plot, as in `report.plot`.
+    """
+    runs = runs_of(doc, path, arms, seeds, pools)
+    print(tables(runs))
+    report.plot(path.with_suffix(".png"), runs, panels)
+
+
+def runs_of(
+    doc: str, path: Path, arms: Mapping[str, Arm], seeds: Sequence[int] = SEEDS, pools: Sequence[Pool] = ()
+) -> list[dict]:
+    """Train the arms, unless the command line has --report, and return the runs of the results file.
+
+    Args:
         doc: of the module; its first line is the help.
         path: of the results file.
         arms: by name.
-        tables: returns the tables of the runs of the file.
-        panels: of the plot, as in `report.plot`.
         seeds: of the runs.
         pools: prompts of the arms, whose files are written before the runs.
     """
@@ -147,9 +168,7 @@ def command(
         for pool in pools:
             pool.write()
         train_arms(path, arms, seeds)
-    runs = results_file.read(path)
-    print(tables(runs))
-    report.plot(path.with_suffix(".png"), runs, panels)
+    return results_file.read(path)
 
 
 def train_arms(path: Path, arms: Mapping[str, Arm], seeds: Sequence[int] = SEEDS, every: int = EVERY) -> None:
@@ -233,13 +252,14 @@ def run_arm(arm: Arm, warm: PyTree, every: int) -> dict[str, Any]:
         # A copy, since the run donates its parameters.
         params = hosts.put(jax.tree.map(np.array, warm), shardings)
         state = start_rl(run.blueprint, run.learner, run.source.state, params, run.keys.train)
-        return {"start": digest(state.train.params), **learn(run, state, every)}
+        return {"start": digest(state.train.params), **learn(run, state, every, arm)}
 
 
-def learn(run: Run, state: RunState, every: int) -> dict[str, Any]:
+def learn(run: Run, state: RunState, every: int, arm: Arm) -> dict[str, Any]:
     """The loop of `jaxrl_llm.train.train`, with records in place of metrics."""
-    cfg, policy = run.blueprint.cfg, first_policy(run, state.train)
+    cfg, policy, measures = run.blueprint.cfg, first_policy(run, state.train), arm.measures(run)
     exact, spent, first_rows = {0: exact_accuracy(run, state.train.params)}, [], []
+    more, since = {0: measures(state.train.params)}, []
     for number in range(1, cfg.steps + 1):
         begun, used = time.perf_counter(), time.process_time()
         rng = np.random.default_rng((cfg.seed, int(state.step)))
@@ -247,9 +267,28 @@ def learn(run: Run, state: RunState, every: int) -> dict[str, Any]:
         state, policy = done.state, jax.block_until_ready(done.policy)
         spent.append((*drawn(run, done), time.perf_counter() - begun, time.process_time() - used))
         first_rows = first_rows or done.fresh.rollouts.prompts.row[:8].tolist()
+        since.append(done.learned.metrics)
         if number % every == 0 or number == cfg.steps:
             exact[number] = exact_accuracy(run, state.train.params)
-    return {"first_rows": first_rows, "records": [record._asdict() for record in to_records(exact, spent)]}
+            more[number] = measures(state.train.params) | over_steps(since, arm.metrics)
+            since = []
+    records = [record._asdict() | rounded(more[record.step]) for record in to_records(exact, spent)]
+    return {"first_rows": first_rows, "records": records}
+
+
+def over_steps(metrics: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
+    """Return the means of metrics over steps, of a name in /max the largest; without those that no step had."""
+    each = {name: [step[name] for step in metrics if name in step] for name in names}
+    return {
+        name: float(np.max(x) if name.endswith("/max") else np.mean(x))
+        for name, x in each.items()
+        if len(x) and np.isfinite(x).all()
+    }
+
+
+def rounded(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the values with five significant digits."""
+    return {name: float(f"{value:.5g}") for name, value in values.items()}
 
 
 def exact_accuracy(run: Run, params: PyTree) -> float:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -11,17 +11,31 @@ AXES: dict[Axis, str] = {"step": "step of RL", "samples": "samples drawn"}
 
 
 def series(run: dict, name: str) -> np.ndarray:
-    return np.array([record[name] for record in run["records"]], float)
+    """Return a number of each record; NaN in those without it, as the first is without the metrics of steps."""
+    return np.array([record.get(name, np.nan) for record in run["records"]], float)
 
 
-def accuracy(run: dict, axis: Axis, at: float) -> float:
-    """Exact accuracy when so many steps were done or samples drawn, interpolated between records; NaN beyond the run."""
-    return float(np.interp(at, series(run, axis), series(run, "exact"), right=np.nan))
+def accuracy(run: dict, axis: Axis, at: float, name: str = "exact") -> float:
+    """Accuracy when so many steps were done or samples drawn, interpolated between records; NaN beyond the run.
+
+    Args:
+        run: of a results file.
+        axis: step or samples.
+        at: place on the axis.
+        name: of the accuracy in the records.
+    """
+    return float(np.interp(at, series(run, axis), series(run, name), right=np.nan))
 
 
-def late(run: dict, axis: Axis, at: float) -> float:
-    """Mean exact accuracy over the last quarter of the way to `at`: a single evaluation may fall into a dip."""
-    return float(np.mean([accuracy(run, axis, x) for x in np.linspace(0.75 * at, at, 26)]))
+def late(run: dict, axis: Axis, at: float, name: str = "exact") -> float:
+    """Mean accuracy over the last quarter of the way to `at`, as one evaluation may fall into a dip; arguments as in `accuracy`."""
+    return float(np.mean([accuracy(run, axis, x, name) for x in np.linspace(0.75 * at, at, 26)]))
+
+
+def mean_over_steps(run: dict, name: str) -> float:
+    """Mean over the records that have a number of this name, of a name in /max the largest; NaN if none has."""
+    found = [record[name] for record in run["records"] if name in record]
+    return float(np.max(found) if name.endswith("/max") else np.mean(found)) if found else np.nan
 
 
 def spread(values: Sequence[float]) -> str:
@@ -56,6 +70,45 @@ def table(runs: list[dict], arms: Sequence[str], steps: int, samples: int) -> st
             f"| {arm} | {', '.join(f'{x:.3f}' for x in after)} | {spread(after)} | **{spread(late_steps)}** "
             f"| {drawn:,.0f} | {kept / steps:.1f} | {cpu:.1f} | {spread(after_samples)} | **{spread(late_samples)}** |"
         )
+    return "\n".join(lines)
+
+
+def late_table(runs: list[dict], arms: Sequence[str], names: Mapping[str, str]) -> str:
+    """Markdown table with a row per arm: numbers at the last step, each seed, and late.
+
+    Args:
+        runs: of a results file, all of as many steps.
+        arms: rows of the table.
+        names: name in the records -> title.
+    """
+    lines = [f"| arm | {' | '.join(f'{title}, each seed | late' for title in names.values())} |"]
+    lines += ["|---|" + "---|---|" * len(names)]
+    for arm in arms:
+        some, cells = [run for run in runs if run["arm"] == arm], []
+        if not some:
+            continue
+        for name in names:
+            end = [series(run, "step")[-1] for run in some]
+            each = [f"{accuracy(run, 'step', at, name):.3f}" for run, at in zip(some, end, strict=True)]
+            of_late = spread([late(run, "step", at, name) for run, at in zip(some, end, strict=True)])
+            cells += [", ".join(each), f"**{of_late}**"]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def mean_table(runs: list[dict], arms: Sequence[str], names: Mapping[str, str]) -> str:
+    """Markdown table with a row per arm: means over steps and seeds, with the least and the largest seed; arguments as in
+    `late_table`."""
+    lines = [f"| arm | {' | '.join(names.values())} |", "|---|" + "---|" * len(names)]
+    for arm in arms:
+        some, cells = [run for run in runs if run["arm"] == arm], []
+        if not some:
+            continue
+        for name in names:
+            each = [mean_over_steps(run, name) for run in some]
+            low, mean, high = (f"{x:.2g}" for x in (np.min(each), np.mean(each), np.max(each)))
+            cells.append("-" if np.isnan(each).any() else mean if low == high else f"{mean} ({low} to {high})")
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -99,25 +152,64 @@ def plot(path: Path, runs: list[dict], panels: Mapping[str, Sequence[str]]) -> N
         runs: of a results file.
         panels: title of a row of panels -> the arms in it.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    size = (10, 0.8 + 3.2 * len(panels))
-    figure, axes = plt.subplots(len(panels), 2, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    figure, axes = _panels(len(panels), 2)
     for row, (title, arms) in zip(axes, panels.items(), strict=True):
-        colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(arms)))
         for panel, axis in zip(row, AXES, strict=True):
-            for arm, color in zip(arms, colors, strict=True):
-                some = [run for run in runs if run["arm"] == arm]
-                end = min((series(run, axis)[-1] for run in some), default=0)
-                x = np.linspace(0, end, 101)
-                lines = [[accuracy(run, axis, at) for at in x] for run in some]
-                panel.plot(x, np.transpose(lines), color=color, lw=0.6, alpha=0.35)
-                panel.plot(x, np.mean(lines, axis=0), color=color, lw=2, label=arm)
+            _draw(panel, runs, arms, axis, "exact")
             panel.set_xlabel(AXES[axis])
         row[0].set_ylabel("exact held-out accuracy")
         row[0].set_title(title, loc="left")
         row[1].legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=90, metadata={"Software": None})
+
+
+def plot_columns(path: Path, runs: list[dict], panels: Mapping[str, Sequence[str]], columns: Mapping[str, str]) -> None:
+    """Plot numbers of the records, shares all of them, over steps; lines as in `plot`.
+
+    Args:
+        path: of the image.
+        runs: of a results file.
+        panels: title of a row of panels -> the arms in it.
+        columns: name in the records -> title.
+    """
+    figure, axes = _panels(len(panels), len(columns))
+    for row, (title, arms) in zip(axes, panels.items(), strict=True):
+        for panel, (name, label) in zip(row, columns.items(), strict=True):
+            _draw(panel, runs, arms, "step", name)
+            panel.set_title(label)
+            panel.set_xlabel(AXES["step"])
+        row[0].set_ylabel(title)
+        row[-1].legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=90, metadata={"Software": None})
+
+
+def _panels(rows: int, columns: int) -> tuple:
+    """Return a figure and its axes [rows, columns]."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = (5 * columns, 0.8 + 3.2 * rows)
+    return plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+
+
+def _draw(panel: Any, runs: list[dict], arms: Sequence[str], axis: Axis, name: str) -> None:
+    """Draw a number of the records of some arms over an axis.
+
+    Args:
+        panel: axes to draw on.
+        runs: of a results file.
+        arms: to draw.
+        axis: step or samples.
+        name: of the number.
+    """
+    import matplotlib.pyplot as plt
+
+    for arm, color in zip(arms, plt.get_cmap("viridis")(np.linspace(0, 0.9, len(arms))), strict=True):
+        some = [run for run in runs if run["arm"] == arm]
+        end = min((series(run, axis)[-1] for run in some), default=0)
+        x = np.linspace(0, end, 101)
+        lines = [[accuracy(run, axis, at, name) for at in x] for run in some]
+        panel.plot(x, np.transpose(lines), color=color, lw=0.6, alpha=0.35)
+        panel.plot(x, np.mean(lines, axis=0), color=color, lw=2, label=arm)

@@ -2,12 +2,19 @@
 
 import dataclasses
 import json
+import math
+import re
 
+import numpy as np
 import pytest
 
 from experiments import report, results_file
-from experiments.arithmetic import SETUP, Arm, Pool, Record, changes_of, command, to_records, train_arms
+from experiments.arithmetic import SETUP, Arm, Pool, Record, changes_of, command, over_steps, to_records, train_arms
+from experiments.grammar import GRAMMAR, VALID, Sums
+from experiments.quantized import to_4_bits
+from experiments.ratios import outside
 from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.objective.loss_config import Clip
 
 TINY = dataclasses.replace(
     SETUP,
@@ -114,3 +121,54 @@ def test_the_table_compares_at_equal_updates_and_at_equal_samples():
 def test_a_results_file_has_one_run_per_line(path):
     stored = json.loads(path.read_text())
     assert stored["settings"]["every"] == 1 and len(path.read_text().splitlines()) == 4 + len(stored["runs"]) - 1
+
+
+def test_metrics_of_steps_are_means_and_the_largest():
+    """Means of 1 and 3, and of 5 alone; the largest of 2 and 7. What no step had, or was not finite, is left out."""
+    steps = [{"a": 1.0, "b": 5.0, "r/max": 2.0, "c": math.inf}, {"a": 3.0, "r/max": 7.0, "c": 1.0}]
+    assert over_steps(steps, ("a", "b", "r/max", "c", "d")) == {"a": 2.0, "b": 5.0, "r/max": 7.0}
+
+
+def test_tables_of_other_numbers():
+    """0.1, 0.2, ... 0.9: the last quarter of 8 steps has the mean 0.8. Metrics have no value at step 0."""
+    records = [{"step": n, "valid": (n + 1) / 10} | ({"kl": n / 2, "r/max": n} if n else {}) for n in range(9)]
+    runs = [{"arm": "a", "records": records}]
+    late = report.late_table(runs, ["a"], {"valid": "valid"}).splitlines()
+    assert late == ["| arm | valid, each seed | late |", "|---|---|---|", "| a | 0.900 | **0.800** |"]
+    mean = report.mean_table(runs, ["a", "not run"], {"kl": "KL", "r/max": "r", "none": "none"}).splitlines()
+    assert mean[2:] == ["| a | 2.2 | 8 | - |"]
+
+
+def test_what_the_clip_cuts_is_counted_among_the_tokens_of_each_sign():
+    """Of three tokens with A < 0 one is below 0.8, and one above 1.2, where it keeps its gradient; of two with A > 0 one is above.
+    The last token is not in the loss."""
+    ratio = np.array([[0.7, 1.3, 1.0], [1.3, 0.7, 0.1]])
+    advantage = np.array([[-1.0, -1.0, -1.0], [1.0, 1.0, -1.0]])
+    mask = np.array([[True, True, True], [True, True, False]])
+    assert outside(np.log(ratio), advantage, mask, Clip()) == (pytest.approx(1 / 3), 0.5)
+    none, half = outside(np.log(ratio), np.abs(advantage), mask, Clip())
+    assert math.isnan(none) and half == 0.4
+
+
+def test_in_4_bits_a_channel_has_the_values_of_15():
+    w = np.random.default_rng(0).normal(size=(40, 3))
+    found = np.asarray(to_4_bits(w, (0,)))
+    largest = np.abs(w).max(axis=0)
+    levels = found / (largest / 7)
+    np.testing.assert_allclose(levels, np.round(levels), atol=1e-5)
+    assert (np.abs(found - w) <= largest / 14 + 1e-6).all() and len(np.unique(np.round(levels[:, 0]))) <= 15
+
+
+def test_files_of_sums_hold_out_prompts_and_have_wrong_forms(tmp_path):
+    sums = Sums(tmp_path)
+    sums.write()
+    right, mixed, held_out = (
+        [json.loads(x) for x in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("right", "mixed", "held_out")
+    )
+    assert len(held_out) == 128 and len(right) == 872 and len(mixed) == 8720
+    assert not {row["prompt"] for row in held_out} & {row["prompt"] for row in mixed}
+    assert all(re.fullmatch(GRAMMAR.pattern, f"{row['response']}#") for row in right + held_out)
+    valid = [re.fullmatch(GRAMMAR.pattern, f"{row['response']}#") for row in mixed]
+    assert sum(map(bool, valid)) == 872 and max(len(row["response"]) for row in mixed) == 3
+    assert all(re.fullmatch(GRAMMAR.pattern, text) for text in VALID) and len(set(VALID)) == 100
