@@ -24,7 +24,7 @@ from jaxrl_llm.objective.loss_config import PolicyGradient
 from jaxrl_llm.tasks.config import ArithmeticTask, FileTask
 
 RESULTS = DIRECTORY / "hints.json"
-DIGITS, STEPS, SAMPLES, REACHED = 8, 100, 25_600, (0.05, 0.2)
+DIGITS, STEPS, SAMPLES, REACHED = 8, 120, 30_720, (0.001, 0.1)
 
 
 class RunningSums(NamedTuple):
@@ -61,7 +61,7 @@ SPARSE = dataclasses.replace(
     SETUP,
     steps=STEPS,
     task=POOL.task,
-    warm_start=dataclasses.replace(SETUP.warm_start, noise=0.0, steps=600),
+    warm_start=dataclasses.replace(SETUP.warm_start, noise=0.0, steps=750),
     rollout=dataclasses.replace(SETUP.rollout, max_new_tokens=21),
 )
 
