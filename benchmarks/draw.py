@@ -46,7 +46,7 @@ def controls(rows: int, top_p: float, top_k: int, min_p: float) -> Controls:
         full(top_p, jnp.float32),
         full(top_k, jnp.int32),
         full(min_p, jnp.float32),
-        full(0, jnp.int32),
+        *(full(0, jnp.int32) for _ in ("min_new_tokens", "control", "budget")),
     )
 
 

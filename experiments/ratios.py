@@ -24,9 +24,9 @@ class Outside(NamedTuple):
     """Shares of the tokens of either sign for which the clip leaves no gradient."""
 
     negative: float
-    """Of those with A < 0: r < 1 - low."""
+    """Share of those with A < 0 with r < 1 - low."""
     positive: float
-    """Of those with A > 0: r > 1 + high."""
+    """Share of those with A > 0 with r > 1 + high."""
 
 
 def outside(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jaxrl_llm import train as train
     from jaxrl_llm.config.loading import load as load_config  # noqa: F401
     from jaxrl_llm.config.run_config import RunConfig as RunConfig
+    from jaxrl_llm.control import controls as controls
     from jaxrl_llm.distribution.loss_terms import Loss as Loss
     from jaxrl_llm.distribution.loss_terms import Terms as Terms
     from jaxrl_llm.distribution.score import TokenScores as TokenScores
@@ -68,6 +69,7 @@ __version__ = "0.1.0"
 _PLACES = {
     # Stages, as modules of functions and classes.
     "advantages": "objective.advantages",
+    "controls": "control.controls",
     "curricula": "experience.curricula",
     "errors": "errors",
     "estimates": "metrics.estimates",

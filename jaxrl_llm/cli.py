@@ -17,10 +17,11 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxrl_llm.checkpoint.stopping import ending_at_once
 from jaxrl_llm.commands.arguments import Reader, check_out, one_of, path, take, text, whole_number
+from jaxrl_llm.commands.control_options import controlled, named_by_option
 from jaxrl_llm.commands.targets import list_values, read_config, read_evaluation, read_run, read_sampled, target_error
 from jaxrl_llm.errors import Preempted, UserError, describe_os_error
 from jaxrl_llm.metrics.terminal import PrintableFormatter, say
@@ -41,6 +42,8 @@ commands
          --prompt TEXT         the prompt (default: the first held-out one); required for a MODEL without --task
          --task TASK           source of settings, prompts and answers, as for eval
          -n N                  number of responses (default 8)
+         --regex PATTERN       responses match a regular expression, as a whole
+         --json-schema FILE    responses are JSON that is valid under the schema in the file
          --out FILE            instead: write N graded responses to each prompt of the task, or to --prompt, to a new
                                .jsonl or .parquet file
          --prompts M           with --out: only the first M prompts
@@ -225,6 +228,11 @@ def sample(target: str, args: list[str]) -> int:
     given, flags = take(args, OPTIONS["sample"])
     cfg, has_task = read_sampled(target, given.get("--task"), flags, list(OPTIONS["sample"]))
     check_out(given)
+    with named_by_option(given):
+        return _sample(target, given, controlled(cfg, given), has_task)
+
+
+def _sample(target: str, given: Mapping[str, Any], cfg: "RunConfig", has_task: bool) -> int:
     if not has_task and "--benchmark" in given:
         raise UserError(f"--benchmark: got {target}, which has no prompts, want --task CONFIG")
     if not has_task and "--prompt" not in given:
@@ -320,7 +328,7 @@ OPTIONS: dict[str, Mapping[str, Reader | None]] = {
     "sft": {"--resume": None},
     "sample": {
         "--prompt": text, "--task": text, "-n": whole_number(1), "--benchmark": None, "--out": path, "--prompts": whole_number(1),
-        "--split": one_of("train", "held_out"),
+        "--split": one_of("train", "held_out"), "--regex": text, "--json-schema": path,
     },
     "eval": {"--task": text, "-k": whole_number(1)},
     "plan": {

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 
 from jaxrl_llm.checkpoint.stopping import stop_signal
-from jaxrl_llm.config.consistency import cautions
 from jaxrl_llm.config.run_config import RunConfig, to_dict, with_absolute_paths
 from jaxrl_llm.config.saved_config import save_config
 from jaxrl_llm.errors import AdvantageError, CheckpointError, UserError
@@ -190,7 +189,7 @@ def open_run(
         given = given or inputs.read(cfg, trains=True)
         blueprint = blueprint_of(cfg, given)
         memory_check.check(blueprint, len(given.task.held_out))
-        for line in cautions(cfg):
+        for line in given.cautions:
             log.warning("%s", line)
         with context_of(cfg, full, stopping, {"task": given.task.fingerprint}) as context:
             yield assemble(blueprint, given.task, context)
@@ -313,7 +312,7 @@ def first_policy(run: Run, state: TrainState) -> Policy:
     """Publish the first policy, and compile every program that sampling and evaluation can need, at all lengths."""
     with run.context.recorder.during("compiling what samples"):
         policy = run.learner.publish(state, None)
-        for num in {run.source.stages.asking.asks_at_once, len(run.task.held_out)}:
+        for num in {run.source.stages.asks_at_once, len(run.task.held_out)}:
             run.engine.warm(policy, num)
     return policy
 
@@ -370,7 +369,8 @@ def show(run: Run, done: Step) -> None:
     recorder, cfg, now = run.context.recorder, run.blueprint.cfg.metrics, int(done.state.step)
     if not (recorder.wants(now, cfg.rollouts_every) or recorder.wants(now, cfg.samples_every)):
         return
-    rows = responses(run.task, done.fresh, advantage_of(done.fresh, done.trained, done.credit), cfg.rollout_groups)
+    advantage = advantage_of(done.fresh, done.trained, done.credit)
+    rows = responses(run.task, done.fresh, advantage, cfg.rollout_groups, run.engine.tables)
     if recorder.wants(now, cfg.rollouts_every):
         recorder.rollouts(now, rows)
     if recorder.wants(now, cfg.samples_every):

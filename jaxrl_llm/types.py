@@ -92,12 +92,8 @@ class Rollouts(flax.struct.PyTreeNode):
 
 
 def number_rows(size: Int[np.ndarray, " P"], rows: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Return `prompt` and `sample` of rollouts, i32[B].
-
-    Args:
-        size: rows per prompt.
-        rows: B; filler rows make up the difference. None: as many as the prompts have.
-    """
+    """Return `prompt` and `sample` of rollouts, i32[B]. `size`: rows per prompt; `rows`: B, of which filler rows make up what is
+    missing, or None: as many as the prompts have."""
     size = np.asarray(size)
     prompt = np.repeat(np.arange(len(size), dtype=np.int32), size)
     sample = np.arange(len(prompt), dtype=np.int32) - np.repeat(np.cumsum(size) - size, size).astype(np.int32)
@@ -131,6 +127,10 @@ class Groups(flax.struct.PyTreeNode):
     """Factor of the row's loss terms; None: 1."""
     step_reward: Float[ArrayLike, "B C"] | None = None
     """Reward at the last token of each step, of graders without at the row's last; NaN elsewhere. None: no grader has steps."""
+    hint: Int[ArrayLike, " B"] | None = None
+    """Tokens of its prompt's demonstration that each row began with. None: none did."""
+    taught: Bool[ArrayLike, "B C"] | None = None
+    """Tokens to train on that the policy did not sample: those of hints. None: there are none."""
 
     def measure(self, by: str) -> Float[np.ndarray, " B"]:
         """Return one number per row, f64, NaN where it could not be graded, or is of a task that the named grader does not grade.
@@ -158,8 +158,9 @@ class Groups(flax.struct.PyTreeNode):
 
     @property
     def trainable_tokens(self) -> Bool[np.ndarray, "B C"]:
-        """Tokens to train on: those the policy sampled, end-of-sequence included, in rows that are kept. Never the prompt."""
-        return self.rollouts.sampled & self.keep[:, None]
+        """Tokens to train on: those the policy sampled, end-of-sequence included, and `taught` ones, in rows that are kept."""
+        sampled = self.rollouts.sampled
+        return (sampled if self.taught is None else sampled | self.taught) & self.keep[:, None]
 
 
 # Fields with one entry per prompt. All others of `Groups`, `Scores` and `Credit` have one per row.
@@ -283,7 +284,6 @@ COLUMNS = (
 )
 """The one table of per-token columns. Output buffers, replay, batches, checkpoints and `plan` are maps over it: a new column is one
 line here, and a field of the values that hold it. The fill of `tokens` is the tokenizer's pad token."""
-
 
 # Values in a filler row, and in its tokens; 0 in all others.
 FILLER = {"prompt": -1, "sample": -1, **dict.fromkeys(("reward", "components", "step_reward"), np.nan)} | {

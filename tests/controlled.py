@@ -25,7 +25,6 @@ ALPHABET = "0123456789+<> #"
 TOKENIZER = character_tokenizer(ALPHABET)
 """16 tokens; `#` ends a response, and is a part of its text."""
 VOCAB = Vocabulary(TOKENIZER.size, TOKENIZER.pad, TOKENIZER.eos)
-type(TOKENIZER).token_texts = property(lambda self: [None, *(c.encode() for c in ALPHABET)])
 MODEL = dataclasses.replace(TINY, layers=1)
 P, G, C = 8, 2, 10
 CONTROLS = {

@@ -151,3 +151,23 @@ def capped(scores, batch):
 
 def of_three(groups, scores, more):
     return groups.reward
+
+
+def half_of_every_second(demonstration):
+    return np.where(demonstration.sample % 2, demonstration.length // 2, 0)
+
+
+def one_hint(demonstration):
+    return [3]
+
+
+def half_a_token(demonstration):
+    return [0.5] * len(demonstration.sample)
+
+
+def less_than_none(demonstration):
+    return [-1] * len(demonstration.sample)
+
+
+def last_step_end(demonstration):
+    return np.repeat(demonstration.step_ends[-1], len(demonstration.sample))

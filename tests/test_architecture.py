@@ -18,12 +18,12 @@ FOUNDATION = {"types", "errors", "parallel"}
 # at the top is a package of its own here.
 ALLOWED = {
     # Nothing is imported there but for type checkers: the public names are resolved when they are first used.
-    "__init__": FOUNDATION | STAGES | {"config", "distribution", "metrics.estimates", "roles", "train"},
+    "__init__": FOUNDATION | STAGES | {"config", "control", "distribution", "metrics.estimates", "roles", "train"},
     "errors": set(),
     "types": {"errors"},
     "parallel": {"errors", "types"},
     "model": FOUNDATION,
-    "control": {"errors"},
+    "control": {"errors", "config.options"},
     "distribution": FOUNDATION | {"model", "control"},
     "perf": FOUNDATION | {"model"},
     "tasks": {"errors", "types", "config.options"},
@@ -46,7 +46,7 @@ ALLOWED = {
     "run_context": {"types", "errors", "checkpoint", "environments", "metrics", "roles.state", "tasks"},
     "plan": FOUNDATION | STAGES | {"config", "distribution", "metrics.console", "model", "perf", "roles"},
     "train": FOUNDATION | STAGES | {"checkpoint", "config", "metrics", "roles", "run_context"},
-    "commands": FOUNDATION | STAGES | {"config", "metrics", "model", "roles", "run_context"},
+    "commands": FOUNDATION | STAGES | {"config", "control", "metrics", "model", "roles", "run_context"},
     "cli": {"checkpoint", "commands", "config", "errors", "metrics", "parallel", "plan", "roles", "train"},
 }
 # Who may see a whole run's config.

@@ -140,7 +140,7 @@ def test_tables_of_other_numbers():
 
 
 def test_what_the_clip_cuts_is_counted_among_the_tokens_of_each_sign():
-    """Of three tokens with A < 0 one is below 0.8, and one above 1.2, where it keeps its gradient; of two with A > 0 one is above.
+    """With A < 0 one of three is below 0.8, and one above 1.2, where it keeps its gradient; with A > 0 one of two is above.
     The last token is not in the loss."""
     ratio = np.array([[0.7, 1.3, 1.0], [1.3, 0.7, 0.1]])
     advantage = np.array([[-1.0, -1.0, -1.0], [1.0, 1.0, -1.0]])

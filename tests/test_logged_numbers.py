@@ -118,8 +118,16 @@ CHOICE = [f"budget/{name}" for name in ("min_samples", "max_samples", "share_at_
         "share/[^/]+", "expected_success", "target", "difficulty", "stage", "window_mean", "window_filled", "candidates", "retired"
     )
 ]  # fmt: skip
+# Of runs with hints: tests/roles/test_hinting.py.
+HINTS = [f"hints/{name}" for name in ("share", "tokens", "success", "success_without")]
 # Of mixtures: tests/roles/test_task_metrics.py, tests/roles/test_evaluator.py.
 MIXTURES = ["eval/[^/]+/exact", *(f"task/[^/]+/{name}" for name in ("groups", "reward", "success", "mean_length"))]
+# Of runs with forms or examples: tests/roles/test_prompted_groups.py.
+PROMPTING = [
+    "prompts/mean_length",
+    "prompts/examples",
+    *(f"form/[^/]+/{name}" for name in ("groups", "reward", "success", "mean_length")),
+]
 # Row numbers of the task, which the recomputation does not know: tests/roles/test_summary.py.
 NOT_RECOMPUTED = ("warnings", "replay/task_rows")
 # The package computes in float32: log-probs are good to 1e-6, sums of some hundred terms of size 1 to 1e-7.
@@ -334,6 +342,7 @@ def defined() -> list[str]:
 def test_the_logged_numbers_are_those_defined_in_the_docs(recorded):
     logged = {key for name in CONFIGS for row, *_ in recorded(name) for key in row}
     assert {key for key in logged if not any(re.fullmatch(pattern, key) for pattern in defined())} == set()
-    # The maker of this chip states no peak. Rows that join: tests/experience/test_joining.py.
-    unseen = {"update/mfu", *REFILL, *CHOICE, *MIXTURES, "replay/rows"}
+    # The maker of this chip states no peak. Rows that join: tests/experience/test_joining.py. Forced tokens:
+    # tests/test_controlled_run.py.
+    unseen = {"update/mfu", *REFILL, *CHOICE, *HINTS, *MIXTURES, *PROMPTING, "replay/rows", "control/forced_share"}
     assert {pattern for pattern in defined() if not any(re.fullmatch(pattern, key) for key in logged)} == unseen

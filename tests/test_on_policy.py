@@ -125,8 +125,8 @@ def test_a_minimum_length_is_part_of_the_distribution():
     """Untruncated sampling without end tokens in the first three slots; the mutant ignores the mask."""
     of = rollouts(1.0, min_new_tokens=3)
     assert of.kept_tokens is None and of.length.min() >= 3
-    barred = of.control_state >> (STATE_BITS + ROOM_BITS) == 1
-    np.testing.assert_array_equal(barred, of.sampled & (np.arange(C) < 3))
+    ends_masked = of.control_state >> (STATE_BITS + ROOM_BITS) == 1
+    np.testing.assert_array_equal(ends_masked, of.sampled & (np.arange(C) < 3))
     batch = batch_of(of)
     check_ratios(first_update(batch))
     assert first_update(batch.replace(control_state=np.zeros_like(batch.tokens)))["ratio/min"] < 1 - 1e-2

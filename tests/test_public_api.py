@@ -151,6 +151,7 @@ def test_the_wheel_says_that_it_is_typed(tmp_path):
 
 MEMBERS = {
     "advantages": "Grpo MeanOnly Rloo LeaveOneOut MaxRl PassAtK Opo Gpg Gdpo Raw BestWorst ReinforcePlusPlus GrpoSteps",
+    "controls": "none regex json_schema choice allow forbid stop budget begin",
     "curricula": "Uniform counted Curriculum",
     "estimates": "correct avg_at_k pass_at_k maj_at_k",
     "filters": "chain all_of any_of of has_signal Filter Signal DifficultyBand MaxVariance FirstSamples BestBy NotCutOff "

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -19,17 +20,17 @@ from jaxrl_llm.errors import DroppedError
 BASE = """
 steps: {steps}
 model: {{vocab_size: 16, layers: 1, d_model: 32, heads: 8, kv_heads: 8, head_dim: 8, d_mlp: 64}}
-rollout: {{prompts: 8, samples: 4, max_new_tokens: 4, per_sample: {per_sample}}}
+rollout: {{prompts: 8, samples: 4, max_new_tokens: 4, per_sample: {per_sample}, control: {control}}}
 task: {task}
 reward: {reward}
-objective: {{advantage: {{kind: rloo}}, baseline_over: {baseline}}}
+objective: {{advantage: {{kind: rloo}}, baseline_over: {baseline}, loss: {loss}}}
 update: {{minibatches: 2, epochs: 2, packing: {{kind: shared_prefix}}, optimizer: {{lr: 3.0e-3}}}}
 evaluation: {{every: 6}}
 checkpoint: {{every: 1}}
 metrics: {{rollouts_every: 1, rollout_groups: -1, samples_every: 0, tensorboard: false}}
 experience: {experience}
 """
-# Between them every curriculum, gate and budget with a state, refill, filters of both kinds, and replay of groups of any size.
+# Between them every curriculum, gate and budget with a state, refill, filters of both kinds, replay of any groups, and a control.
 STAGES = {
     "refill": (
         "{refill: {filter: [success, {kind: no_duplicates}], attempts: 3}, gate: {kind: greso, rate: 0.2},"
@@ -47,6 +48,11 @@ STAGES = {
         " curriculum: {kind: stratified, column: task, shares: {low: 3, short: 1}},"
         ' filter: [{kind: max_variance, keep: 4}, "stage_graders:ended"], replay: {capacity: 20, groups: 2}}'
     ),
+    "hints": (
+        "{hints: {kind: cosine, last: 0.6, samples: 2, only_unsolved: true, train: true},"
+        " curriculum: {kind: unsolved, memory: 0.5}, gate: {kind: exclude_solved, visits: 1, returns_after: 2},"
+        " replay: {capacity: 12, groups: 2}}"
+    ),
     "own": (
         '{budget: "stage_graders:Twice", gate: {function: "stage_graders:NotTwice", options: {rest: 1}},'
         " curriculum: {kind: stages, column: answer, after: 3, rehearsal: 0.5,"
@@ -58,6 +64,8 @@ SUMS = "{kind: arithmetic, terms: 2, held_out: 60}"
 OPTIONS = {
     "baseline": "sampled",
     "per_sample": "{}",
+    "control": "{kind: none}",
+    "loss": "{}",
     "task": SUMS,
     "reward": '{workers: 1, grader: "stage_graders:first_is_low"}',
 }
@@ -67,13 +75,28 @@ MIXTURE = (
     '{workers: 1, graders: [{grader: "stage_graders:first_is_low", tasks: [low]},'
     ' {grader: "stage_graders:first_is_high", tasks: [short]}, {grader: cut_off, tasks: [short], weight: 0.5}]}',
 )
+# Prompts in two forms behind two examples, all drawn at each visit.
+PROMPTED = (
+    '{kind: file, path: ROWS, held_out: 60, prompt: "<{q}>", answer: "{a}", max_prompt_tokens: 21, prompting: {'
+    'forms: [{name: plain}, {name: bare, prompt: "{q} ", weight: 2}],'
+    ' examples: {number: 2, by: visit, place: text, text: "{prompt}{response}#"}}}'
+)
+DIGITS = '{kind: regex, pattern: "[0-9]{1,2}#"}'
 MORE = {
+    "refill": {"task": PROMPTED},
+    "knapsack": {"control": DIGITS},
     "rounds": {
         "baseline": "kept",
         "per_sample": "{temperature: [1.5, 0.7, 1.0]}",
         "task": MIXTURE[0],
         "reward": MIXTURE[1],
-    }
+    },
+    "hints": {
+        "control": DIGITS,
+        "task": "{kind: arithmetic, terms: 2, held_out: 82}",
+        "loss": "{shaping: 0.1}",
+        "reward": '{workers: 1, grader: "stage_graders:first_is_one"}',
+    },
 }
 GRADERS = '''
 import numpy as np
@@ -88,6 +111,11 @@ def first_is_high(sample):
     """The others; only rows of its task."""
     assert sample.task == sample.columns["task"] == "short" and sample.num_tokens <= 3
     return 1 - first_is_low(sample)
+
+
+def first_is_one(sample):
+    """Right behind any hint: sums of two digits begin with 1."""
+    return float(sample.completion[:1] == "1")
 
 
 def ended(groups):
@@ -133,9 +161,20 @@ class NotTwice:
 
 def write(directory, name: str, steps: int = 6):
     (directory / "stage_graders.py").write_text(GRADERS)
+    sums = ({"q": f"{i // 10}+{i % 10}", "a": str(i // 10 + i % 10)} for i in range(100))
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
     path = directory / f"{name}.yaml"
-    path.write_text(BASE.format(steps=steps, experience=STAGES[name], **OPTIONS | MORE.get(name, {})))
+    text = BASE.format(steps=steps, experience=STAGES[name], **OPTIONS | MORE.get(name, {}))
+    path.write_text(text.replace("ROWS", str(directory / "rows.jsonl")))
     return path
+
+
+def rows_of(run_dir) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "rollouts.jsonl").read_text().splitlines()]
+
+
+# Two examples with their sums, and the question, in each form.
+PROMPT = {"plain": r"(<\d\+\d>\d+#){2}<\d\+\d>", "bare": r"(\d\+\d \d+#){2}\d\+\d "}
 
 
 # Runs with own stages and states are also killed and resumed by tests/test_newcomer.py.
@@ -164,12 +203,19 @@ def test_a_run_with_stages_does_what_they_say(undisturbed):
     if name == "refill":
         prompts = [row["refill/prompts"] for row in found]
         assert max(prompts) > 8 and total == [4 * n for n in prompts]
+        assert {row["form"] for row in rows_of(run_dir)} == {"plain", "bare"}
+        assert all(re.fullmatch(PROMPT[row["form"]], row["prompt"]) for row in rows_of(run_dir))
+        assert all(row["prompts/examples"] == 2 and 15 <= row["prompts/mean_length"] <= 21 for row in found)
+        shares = [row["form/plain/groups"] + row["form/bare/groups"] for row in found]
+        assert shares == pytest.approx([1] * 6) and 0.15 < np.mean([row["form/plain/groups"] for row in found]) < 0.5
     else:
         assert max(total) <= 32 and (name != "knapsack" or set(total) == {32})
     if name == "knapsack":
         # Groups and rows came back, also where nothing had been dropped.
         assert sum(row["replay/rows"] for row in found) > 0 and max(row["groups/replayed"] for row in found) >= 2
-    logged = [json.loads(line) for line in (run_dir / "rollouts.jsonl").read_text().splitlines()]
+    logged = rows_of(run_dir)
+    if MORE.get(name, {}).get("control") == DIGITS:
+        assert all(re.fullmatch("[0-9]{1,2}#", row["completion"]) for row in logged)
     each = {(row["step"], row["uid"], row["sample"]) for row in logged}
     # No response is there twice, so no noise was used twice.
     assert len(each) == len(logged)
@@ -178,7 +224,9 @@ def test_a_run_with_stages_does_what_they_say(undisturbed):
     sizes = {(step, uid): 0 for step, uid, _ in each}
     for step, uid, _ in each:
         sizes[step, uid] += 1
-    assert (len(set(sizes.values())) > 1) == (name != "refill")
+    assert (len(set(sizes.values())) > 1) == (name not in ("refill", "hints"))
+    if name == "hints":
+        begins_with_a_part_of_the_answer(found, logged)
     if name == "rounds":
         # Of 8 prompts 6 are of the task with three times the share.
         assert {(row["task/low/groups"], row["task/short/groups"]) for row in found} == {(0.75, 0.25)}
@@ -188,6 +236,25 @@ def test_a_run_with_stages_does_what_they_say(undisturbed):
         assert {row["task"] for row in logged if len(row["ids"]) > 3} == {"low"}
         both = found[-1]["eval/low/pass@1"], found[-1]["eval/short/pass@1"]
         assert sum(both) / 2 == pytest.approx(found[-1]["eval/pass@1"])
+
+
+def begins_with_a_part_of_the_answer(found: list[dict], logged: list[dict]) -> None:
+    """Prompts that were visited before without a right answer have hints, which end before the answer does."""
+    hinted = [row for row in logged if row.get("hint_tokens")]
+    assert hinted and found[0]["hints/share"] == 0 < found[-1]["hints/share"]
+    for row in hinted:
+        n, answer = row["hint_tokens"], row["answer"].strip("#")
+        assert 1 <= n < len(answer) and row["tokens"][:n] == list(answer[:n]) and row["sample"] < 2
+        assert not any(row["sampled"][:n]) and all(row["sampled"][n:]) and len(row["ids"]) > n
+        assert not any(row["logprobs"][:n]) and any(row["logprobs"][n:])
+    assert all(row["success"] for row in hinted) and max(row.get("hints/success", 0) for row in found) == 1
+    for row in found:
+        mine = [r for r in logged if r["step"] == row["step"]]
+        right = [r["success"] for r in mine if not r.get("hint_tokens")]
+        assert row["reward"] == row["hints/success_without"] == pytest.approx(np.mean(right))
+        assert row["hints/share"] == pytest.approx(sum("hint_tokens" in r for r in mine) / len(mine))
+        sampled = sum(sum(r.get("sampled", [True] * len(r["ids"]))) for r in logged if r["step"] <= row["step"])
+        assert row["num_tokens"] == sampled
 
 
 @pytest.mark.slow
@@ -256,7 +323,7 @@ def alike(got: list[dict], want: list[dict]) -> None:
 
 
 # Two processes for stages whose requests follow from grades, or whose state does; one with as many devices for the others.
-PLACES = {"refill": "two", "knapsack": "two", "rounds": "one", "own": "one"}
+PLACES = {"refill": "two", "knapsack": "two", "rounds": "one", "hints": "two", "own": "one"}
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from etils import epath
 from jaxrl_llm.checkpoint.fingerprint import digests
 from jaxrl_llm.errors import NonFiniteError, UserError
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 SHOWN_PATHS = 5
 
 

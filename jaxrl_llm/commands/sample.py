@@ -20,6 +20,7 @@ from jaxrl_llm.model.config import PretrainedModel
 from jaxrl_llm.model.hf.config import read_json
 from jaxrl_llm.model.hf.source import resolve as resolve_model
 from jaxrl_llm.roles import inputs, memory_check
+from jaxrl_llm.roles.allowed_sets import AllowedSet, allowed_in_row
 from jaxrl_llm.roles.build import make_keys
 from jaxrl_llm.roles.collector import Collector
 from jaxrl_llm.roles.stored_rollouts import trajectory_rows
@@ -58,7 +59,8 @@ def sample_prompt(cfg: RunConfig, asked: SampleRequest) -> None:
     reward = groups.reward if row.answer else np.full(n, np.nan)
     print(f"{printable(row.prompt)}   from {loaded.name}, temperature {cfg.rollout.temperature}")
     for b in range(n):
-        print(_line(task, groups.rollouts, b, float(reward[b])))
+        allowed = allowed_in_row(setup.engine.tables, groups.rollouts, b, task.num_tokens)
+        print(_line(task, groups.rollouts, b, float(reward[b]), allowed))
 
 
 def sample_to_file(cfg: RunConfig, asked: SampleRequest, out: Path, split: str, most: int | None) -> str:
@@ -77,7 +79,7 @@ def sample_to_file(cfg: RunConfig, asked: SampleRequest, out: Path, split: str, 
     rows = task.held_out if alone or split == "held_out" else task.train
     if most is not None and most > len(rows):
         raise UserError(f"--prompts: got {most}, want {len(rows)} at most, the rows of the split {split}")
-    rows = rows[:most]
+    rows = [row.stated for row in rows[:most]]
     memory_check.check(setup.blueprint, min(len(rows), PROMPTS_PER_WRITE), trains=False)
     num, right, graded = 0, 0, not alone or bool(rows[0].answer)
     with writing(out) if jax.process_index() == 0 else nullcontext(lambda records: None) as write:
@@ -156,13 +158,24 @@ def _num_positions(cfg: RunConfig) -> float:
     return found if isinstance(found, int) else float("inf")
 
 
-def _line(task: Task, rollouts: Rollouts, b: int, reward: float) -> str:
-    """One response as a line: text, reward, log-prob, finish reason, then its tokens with log-prob and entropy in nats."""
+def _line(task: Task, rollouts: Rollouts, b: int, reward: float, allowed: Sequence[AllowedSet | None]) -> str:
+    """One response as a line: text, reward, log-prob, finish reason, then its tokens with log-prob and entropy in nats. Tokens that
+    the policy did not sample are in brackets; where not all were allowed, their number is shown.
+
+    Args:
+        task: decodes the tokens.
+        rollouts: with the response, NumPy.
+        b: its row.
+        reward: of the response; NaN: unknown.
+        allowed: in each slot; None: every token.
+    """
     length = int(rollouts.length[b])
     tokens = [printable(task.tokenizer.token(int(i))) for i in rollouts.tokens[b, :length]]
     parts = [
-        f"{token} {logprob:.3f} (H {entropy:.3f})"
-        for token, logprob, entropy in zip(tokens, rollouts.behavior_logprobs[b], rollouts.entropy[b], strict=False)
+        f"{token} {rollouts.behavior_logprobs[b, i]:.3f} (H {rollouts.entropy[b, i] + 0:.3f}{f', {of.size} allowed' if of else ''})"
+        if rollouts.sampled[b, i]
+        else f"[{token}]"
+        for i, (token, of) in enumerate(zip(tokens, allowed, strict=True))
     ]
     graded = "?" if np.isnan(reward) else f"{reward:g}"
     total = float(rollouts.behavior_logprobs[b].sum())

@@ -16,6 +16,7 @@ from jaxrl_llm.experience.config import (
     FromPassRates,
     KeepAll,
     MaxVariance,
+    NoHints,
     NotStale,
     ReinforceAda,
     ReplayConfig,
@@ -24,11 +25,12 @@ from jaxrl_llm.experience.config import (
     Screening,
     Signal,
     Staged,
+    StagedHints,
     StratifiedByDifficulty,
     UniformBudget,
 )
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.objective.rules import refusals, step_refusals
+from jaxrl_llm.objective.rules import refusals, step_refusals, taught_refusals
 from jaxrl_llm.parallel.config import MeshConfig, divisors, resolve
 
 
@@ -108,6 +110,7 @@ def training_problems(cfg: RunConfig) -> list[str]:
         found.append("rollout.temperature: got 0, want more: a policy that never explores learns nothing")
     graders = [grader.label for grader in cfg.reward.graders]
     found += experience_problems(cfg.experience, graders, cfg.rollout.prompts, cfg.rollout.samples)
+    found += hint_problems(cfg)
     found += step_refusals(cfg.objective, any(grader.step_end for grader in cfg.reward.graders))
     # Filters of the user's own are not checked against the objective.
     judged_by = cfg.experience.filter.by if isinstance(cfg.experience.filter, Signal) else ""
@@ -185,6 +188,51 @@ def _keeps_all(chosen: Any) -> bool:
     return isinstance(chosen, KeepAll | AutoFilter)
 
 
+def hint_problems(cfg: RunConfig) -> list[str]:
+    """Errors about hints: their own settings, and what cannot be used beside them."""
+    hints, budget = cfg.experience.hints, cfg.experience.budget
+    if isinstance(hints, NoHints):
+        return []
+    found = hints.problems if isinstance(hints, StagedHints) else []
+    if isinstance(budget, Rounds | Screening):
+        found.append(
+            f"experience.hints: got {hints.kind} beside the budget {budget.kind}, want one of the two: its rounds follow from "
+            "right responses, and one that began with a hint is no success of the policy"
+        )
+    if cfg.objective.loss.kind == "dpo":
+        found.append(
+            f"experience.hints: got {hints.kind} with the loss dpo, want another loss: it compares whole responses, and of one "
+            "with a hint the policy drew a part"
+        )
+    if not hints.train:
+        return found
+    if cfg.rollout.truncates:
+        found.append(
+            "experience.hints.train: got true with rollout.top_p, top_k or min_p, want false, or no truncation: a token of a hint "
+            "may be one that it does not keep"
+        )
+    if cfg.update.ess_scaling:
+        found.append(
+            "experience.hints.train: got true with update.ess_scaling, want one of the two: tokens of hints have no sampling weight"
+        )
+    return found + taught_refusals(cfg.objective)
+
+
+def hint_cautions(cfg: RunConfig) -> list[str]:
+    """Warnings: stages that judge prompts by responses without a hint, while all have one."""
+    hints = cfg.experience.hints
+    if isinstance(hints, NoHints) or not hints.hints_all(cfg.rollout.samples):
+        return []
+    judging = [
+        f"experience.{where}" for where, part in _measuring(cfg.experience) if where in ("curriculum", "gate", "budget")
+    ]
+    return [
+        f"{where}: judges prompts by responses without a hint, and experience.hints {hints.kind} gives every response one: it "
+        "learns nothing meanwhile; experience.hints.samples can leave some without"
+        for where in judging
+    ]
+
+
 NEVER_FULL = "else a step is never full"
 
 
@@ -258,6 +306,7 @@ def cautions(cfg: RunConfig) -> list[str]:
                 f"experience.{where}: judges groups by the weighted sum of {graders} graders, so that groups stay in which every "
                 "answer is wrong but the format or the length differs; by: success, or a grader's name, looks at the task alone"
             )
+    found += hint_cautions(cfg)
     return found + (replay_cautions(cfg) if isinstance(cfg.experience.replay, ReplayConfig) else [])
 
 
@@ -274,6 +323,12 @@ def replay_cautions(cfg: RunConfig) -> list[str]:
         found.append(
             "objective.reused_rows: split with experience.replay.join.right: stored responses that are all right have a baseline "
             "of 1, and no advantage; joint compares them with the fresh ones"
+        )
+    prompting = [task.prompting for task in mixtures.single_tasks(cfg).values() if hasattr(task, "prompting")]
+    if replay.join and any(each.examples.number and each.examples.by == "visit" for each in prompting):
+        found.append(
+            "task.prompting.examples.by: visit with experience.replay.join: stored responses join fresh ones of the same prompt, "
+            "which examples of another visit make another; row lets them join"
         )
     return found
 

@@ -1,6 +1,7 @@
 """pydantic's errors about a config's values as messages `name: got X, want Y`, one line per key."""
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ WANTED = {
     "dict_type": "a section, as {{key: value}}",
     "dataclass_type": "a section, as {{key: value}}",
     "model_attributes_type": "a section, as {{key: value}}",
+    "union_tag_invalid": "one of {expected_tags}",
     "union_tag": "a section, as {{key: value}}",
     "invalid_key": "a name as key",
 }
@@ -47,6 +49,20 @@ def _is_flag(path: Sequence[str], flags: Sequence[Flag]) -> bool:
     return any(tuple(path[: len(flag.path)]) == flag.path for flag in flags)
 
 
+def errors_by_path(errors: Sequence[PydanticError], values: dict[str, Any]) -> dict[KeyPath, list[PydanticError]]:
+    """Errors of reading `values`, by the path of the key, without those that only follow from others."""
+    by_path: dict[KeyPath, list[PydanticError]] = {}
+    for error in errors:
+        by_path.setdefault(_path(error, values), []).append(error)
+    parents = {path[:n] for path in by_path for n in range(len(path))}
+    # A list with wrong entries is reported as too short as well, a section with a wrong key as no other member of its union.
+    return {
+        path: found
+        for path, found in by_path.items()
+        if path not in parents or not all(e["type"] in ("too_short", *OTHER_MEMBER) for e in found)
+    }
+
+
 def describe_errors(
     errors: Sequence[PydanticError], values: dict[str, Any], root: type, source: str, flags: Sequence[Flag]
 ) -> list[str]:
@@ -57,15 +73,8 @@ def describe_errors(
         source: name of the file that the values come from.
         flags: flags that are part of `values`.
     """
-    by_path: dict[KeyPath, list[PydanticError]] = {}
-    for error in errors:
-        by_path.setdefault(_path(error, values), []).append(error)
-    parents = {path[:n] for path in by_path for n in range(len(path))}
-    lines = []
+    lines, by_path = [], errors_by_path(errors, values)
     for path, found in by_path.items():
-        # A list with wrong entries is reported as too short as well, a section with a wrong key as no other member of its union.
-        if path in parents and all(e["type"] in ("too_short", *OTHER_MEMBER) for e in found):
-            continue
         if _follows_from_a_flag(path, by_path, root, flags):
             continue
         beside = [f for f in flags if f.path[:-1] == path[:-1]] if found[0]["type"].startswith("missing") else []
@@ -116,7 +125,7 @@ def _description(path: KeyPath, errors: list[PydanticError], values: Any, root: 
     if kind == "unexpected_keyword_argument":
         return _no_such_key(path, values, root, flags)
     if kind.startswith("union_tag") and isinstance(error["input"], dict):
-        return _no_such_kind(path, error["input"], root)
+        return _no_such_kind(path, error, root)
     return got_and_want(errors)
 
 
@@ -138,9 +147,11 @@ def _wanted(error: PydanticError) -> str:
     return words.format(msg=error["msg"], **bounds)
 
 
-def _no_such_kind(path: KeyPath, value: dict[str, Any], root: type) -> str:
-    section = path[:-1] if path[-1] == "kind" else path
-    kinds = [_kind(t) for t in variants_of(types_as_written(section, root))]
+def _no_such_kind(path: KeyPath, error: PydanticError, root: type) -> str:
+    section, value = path[:-1] if path[-1] == "kind" else path, error["input"]
+    # The same key may have other kinds in another variant of the section around it.
+    possible = re.findall(r"'(\w+)'", error.get("ctx", {}).get("expected_tags", ""))
+    kinds = possible or [_kind(t) for t in variants_of(types_as_written(section, root))]
     got, short = value.get("kind"), [kind for kind in kinds if kind in value]
     if got is None and short:
         return f"got {' and '.join(map(str, value))}, want {' or '.join(short)} alone"
@@ -170,6 +181,8 @@ def _no_such_key(path: KeyPath, values: Any, root: type, flags: Sequence[Flag]) 
     if owners:
         beside = [key for key in section if key in keys(variants) and key not in keys(owners)]
         return f"no such key beside {', '.join(beside)}"
+    if has_kinds(variants) and name in map(_kind, variants):
+        return f"no such key, want kind: {name} and its settings"
     near = difflib.get_close_matches(name, [key for key in keys(variants) if key != name], n=1)
     meant = ".".join([*parents, *near])
     return "no such key" + (f", perhaps you meant {dashes}{meant}" if near else "")

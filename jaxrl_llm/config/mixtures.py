@@ -5,7 +5,7 @@ import dataclasses
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.environments.config import GraderConfig
 from jaxrl_llm.experience.config import Shuffled
-from jaxrl_llm.tasks.config import MixtureTask, TaskPart
+from jaxrl_llm.tasks.config import MixtureTask, SingleTask, TaskPart
 
 
 def parts_of(cfg: RunConfig) -> tuple[TaskPart, ...]:
@@ -13,9 +13,14 @@ def parts_of(cfg: RunConfig) -> tuple[TaskPart, ...]:
     return cfg.task.tasks if isinstance(cfg.task, MixtureTask) else ()
 
 
+def single_tasks(cfg: RunConfig) -> dict[str, SingleTask]:
+    """Return each task by name; a single one has the name ""."""
+    return {part.name: part.task for part in parts_of(cfg)} or {"": cfg.task}
+
+
 def task_names(cfg: RunConfig) -> list[str]:
     """Return the names of the tasks; that of a single one is ""."""
-    return [part.name for part in parts_of(cfg)] or [""]
+    return list(single_tasks(cfg))
 
 
 def most_graders(cfg: RunConfig) -> int:

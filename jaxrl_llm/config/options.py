@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from jaxrl_llm.config.error_messages import got_and_want
+from jaxrl_llm.config.error_messages import errors_by_path, got_and_want
 from jaxrl_llm.config.user_code import hint
 from jaxrl_llm.errors import UserError
 
@@ -27,13 +27,12 @@ def with_options(cfg: Config, options: Mapping[str, Any]) -> Config:
         for name in options
         if name not in known
     ]
+    values = known | {k: v for k, v in options.items() if k in known}
     try:
-        made = TypeAdapter(type(cfg)).validate_python(known | {k: v for k, v in options.items() if k in known})
+        made = TypeAdapter(type(cfg)).validate_python(values)
     except ValidationError as error:
-        by_path: dict[str, list] = {}
-        for one in error.errors():
-            by_path.setdefault(".".join(map(str, one["loc"])), []).append(one)
-        wrong += [f"{path}: {_described(errors)}" for path, errors in by_path.items()]
+        by_path = errors_by_path(error.errors(), values)
+        wrong += [f"{'.'.join(path)}: {_described(errors)}" for path, errors in by_path.items()]
     if wrong:
         raise UserError("\n".join(wrong))
     return made

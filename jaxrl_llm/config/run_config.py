@@ -134,12 +134,17 @@ def with_absolute_paths(cfg: RunConfig, absolute: Callable[[str], str] = os.path
         local = {name: path for name, path in paths.items() if path and (not must_exist or Path(path).is_dir())}
         return dataclasses.replace(part, **{name: absolute(path) for name, path in local.items()})
 
+    def changed_control(control: Any) -> Any:
+        then = {"then": changed_control(control.then)} if hasattr(control, "then") else {}
+        return dataclasses.replace(changed(control, "path"), **then)
+
     return dataclasses.replace(
         cfg,
         run_dir=absolute(cfg.run_dir),
         task=_each_task(cfg.task, lambda task: changed(task, "path", "held_out_path")),
         tokenizer=changed(cfg.tokenizer, "path", must_exist=True),
         model=changed(cfg.model, "path", must_exist=True),
+        rollout=dataclasses.replace(cfg.rollout, control=changed_control(cfg.rollout.control)),
         experience=dataclasses.replace(cfg.experience, replay=changed(cfg.experience.replay, "start")),
         objective=dataclasses.replace(
             cfg.objective, reference=changed(cfg.objective.reference, "path", must_exist=True)

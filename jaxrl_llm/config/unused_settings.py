@@ -37,15 +37,29 @@ def _is_truncated(cfg: RunConfig) -> bool:
 CONDITIONS = (
     Condition("model.window model.sliding_rope_theta", lambda c: any(c.model.sliding), "no layer of model.sliding slides"),
     Condition("model.norm_top_k", lambda c: c.model.experts > 0, "model.experts is 0"),
+    Condition(
+        "task.prompting.examples.by task.prompting.examples.same task.prompting.examples.response "
+        "task.prompting.examples.place task.prompting.examples.text",
+        lambda c: c.task.prompting.examples.number > 0,
+        "task.prompting.examples.number is 0",
+    ),
+    Condition("task.prompting.by", lambda c: len(c.task.prompting.forms) > 0, "task.prompting.forms is empty"),
     Condition("warm_start.rows warm_start.noise", lambda c: c.warm_start.steps > 0, "warm_start.steps is 0"),
     Condition("rollout.max_kept_tokens", _is_truncated, "rollout.top_p, top_k and min_p leave all tokens"),
+    Condition("rollout.control.wait", lambda c: c.rollout.control.waits > 0, "rollout.control.waits is 0"),
+    Condition("rollout.control.then.wait", lambda c: c.rollout.control.then.waits > 0, "rollout.control.then.waits is 0"),
     Condition(
         "experience.replay.memory_mib experience.replay.max_age experience.replay.max_uses "
         "experience.replay.groups experience.replay.join experience.replay.correction experience.replay.min_success "
         "experience.replay.retire_solved experience.replay.store_fresh experience.replay.start "
-        "experience.replay.replace_dropped objective.loss.shaping",
+        "experience.replay.replace_dropped",
         lambda c: c.experience.replays,
         "experience.replay.capacity is 0",
+    ),
+    Condition(
+        "objective.loss.shaping",
+        lambda c: c.experience.replays or c.experience.trains_hints,
+        "experience.replay.capacity is 0, and experience.hints trains on none of its tokens",
     ),
     Condition(
         "objective.reused_rows",

@@ -24,6 +24,8 @@ class TokenTexts(NamedTuple):
     """Token ids of a text."""
     fingerprint: str
     """Hash of all of this."""
+    drops_space: bool = False
+    """Decoding leaves out a space at the beginning of a response, as with SentencePiece, where words begin with one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +56,12 @@ class TokenAutomaton:
         """Room that a row needs when its budget is used up, in tokens."""
         expired = self.expires[self.expires != np.arange(len(self.expires))]
         return int(self.distance[expired].max(initial=0))
+
+    def least_limit(self, budget: int) -> int:
+        """Fewest completion tokens that a row must have room for, with a budget of so many. With less it may get stuck, even where
+        the limit is below the budget: a row that thinks relies on its closing."""
+        expires = (self.expires != np.arange(len(self.expires))).any()
+        return max(int(self.distance[self.start]), budget + self.expired_distance if expires else 0)
 
 
 def token_automaton(

@@ -9,7 +9,6 @@ from jaxtyping import Int
 from jaxrl_llm.control.automaton import MAX_DISTANCE, REFUSED, TokenAutomaton, TokenTexts
 from jaxrl_llm.control.byte_automaton import DEAD, ByteAutomaton
 from jaxrl_llm.control.config import BudgetControl
-from jaxrl_llm.control.follow import advance
 from jaxrl_llm.control.forced import forced_tokens, with_forced
 from jaxrl_llm.control.named_tokens import special_token, with_column
 from jaxrl_llm.control.text_search import searching
@@ -139,7 +138,7 @@ def _is_apart(text: bytes, close: bytes) -> bool:
 def _behind(automaton: TokenAutomaton, state: int, tokens: Sequence[int]) -> int:
     """State behind tokens, or REFUSED."""
     for token in tokens:
-        state = REFUSED if state == REFUSED else advance(automaton, state, token)
+        state = REFUSED if state == REFUSED else int(automaton.next[state, automaton.classes[token]])
     return state
 
 

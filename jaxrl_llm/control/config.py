@@ -1,5 +1,6 @@
 """Config of controls: what a response may consist of."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -142,3 +143,10 @@ def budget_of(control: Control) -> int:
     if isinstance(control, BeginControl):
         return budget_of(control.then)
     return control.tokens if isinstance(control, BudgetControl) else UNLIMITED
+
+
+def without_budget(control: Control) -> Control:
+    """Return the control with a budget of 1 in place of its own: budgets are no part of an automaton."""
+    if isinstance(control, BeginControl):
+        return dataclasses.replace(control, then=without_budget(control.then))
+    return dataclasses.replace(control, tokens=1) if isinstance(control, BudgetControl) else control

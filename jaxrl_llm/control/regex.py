@@ -1,6 +1,7 @@
 """Regular expressions as automata over bytes. A text matches as a whole, whatever alternative comes first in the pattern."""
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -8,16 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxrl_llm.control.byte_automaton import ByteAutomaton
+from jaxrl_llm.control.byte_automaton import DEAD, ByteAutomaton
 from jaxrl_llm.control.compile_pattern import PATTERN_IS_WRONG
-from jaxrl_llm.errors import UserError
+from jaxrl_llm.control.graph import ENDLESS, steps_from
+from jaxrl_llm.errors import UserError, describe_os_error
 
 COMPILER = Path(__file__).with_name("compile_pattern.py")
 SECONDS = 30.0
 # Escapes and classes are skipped: what is in them is neither a group nor an anchor.
 PIECES = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[()^]", re.DOTALL)
 # The texts are matched from their beginning, so an anchor there says nothing.
-LEADING_ANCHOR = re.compile(r"((?:\(\?[a-zA-Z-]+\))?)(?:\^|\\A)")
+LEADING_ANCHOR = re.compile(r"\A((?:\(\?[a-zA-Z-]+\))?)(?:\^|\\A)")
 
 
 def from_regex(pattern: str, where: str) -> ByteAutomaton:
@@ -26,18 +28,37 @@ def from_regex(pattern: str, where: str) -> ByteAutomaton:
     Raises:
         UserError: The syntax is wrong, or the automaton has too many states to be worked out.
     """
-    pattern = LEADING_ANCHOR.sub(r"\1", pattern, count=1) if LEADING_ANCHOR.match(pattern) else pattern
+    pattern = LEADING_ANCHOR.sub(r"\1", pattern)
     named = f"{where}: got {_short(pattern)}"
-    if wrong := _anchor_or_parenthesis(pattern):
+    if wrong := surrogate_in(pattern) or _anchor_or_parenthesis(pattern):
         raise UserError(f"{named}, {wrong}")
+    found = _transitions(pattern, named)
+    # What is around the pattern has states too.
+    own = np.flatnonzero(steps_from(found["next"], [found["start"]]) < ENDLESS)
+    number = np.full(len(found["next"]) + 1, DEAD, np.int32)
+    number[own] = np.arange(len(own))
+    return ByteAutomaton(
+        number[found["next"][own]], found["accepts"][own], np.zeros(len(own), bool), int(number[found["start"]])
+    )
+
+
+def _transitions(pattern: str, named: str) -> dict[str, np.ndarray]:
+    """Fields of the automaton, from the compiler. `named`: the setting and what was got, for errors."""
     too_large = f"{named}, want a smaller pattern: shorter counted repeats, and fewer of them inside another"
     try:
         # -P: the modules beside the compiler are none of the names that it imports.
         done = subprocess.run(
-            [sys.executable, "-P", COMPILER], input=pattern.encode(), capture_output=True, timeout=SECONDS
+            [sys.executable, "-P", COMPILER],
+            input=pattern.encode(),
+            capture_output=True,
+            timeout=SECONDS,
+            # Else NumPy reserves memory for each processor of the machine, and little is left below the limit.
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
         )
     except subprocess.TimeoutExpired:
         raise UserError(f"{too_large}; its automaton took more than {SECONDS:.0f} seconds") from None
+    except OSError as error:
+        raise UserError(f"{named}, whose automaton could not be worked out: {describe_os_error(error)}") from None
     if done.returncode == PATTERN_IS_WRONG:
         raise UserError(
             f"{named}, want a regular expression of Rust's regex crate: {_reason(pattern, done.stderr.decode())}"
@@ -46,8 +67,12 @@ def from_regex(pattern: str, where: str) -> ByteAutomaton:
         last = " ".join(done.stderr.decode(errors="replace").split())[-200:]
         raise UserError(f"{too_large}; its automaton could not be worked out ({last})")
     with np.load(io.BytesIO(done.stdout)) as found:
-        accepts = found["accepts"]
-        return ByteAutomaton(found["next"], accepts, np.zeros_like(accepts), int(found["start"]))
+        return dict(found)
+
+
+def surrogate_in(text: str) -> str:
+    """What is wrong, if a text has half a surrogate pair, which no bytes spell; else ""."""
+    return "want whole characters: it has half a surrogate pair" if re.search("[\ud800-\udfff]", text) else ""
 
 
 def _anchor_or_parenthesis(pattern: str) -> str | None:

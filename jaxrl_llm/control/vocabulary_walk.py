@@ -17,8 +17,10 @@ from jaxrl_llm.control.graph import ENDLESS, distances, distinct, steps_from
 from jaxrl_llm.control.minimization import merge_equivalent
 from jaxrl_llm.errors import UserError
 
-# Entries of the columns that are worked out at once.
-BLOCK = 1 << 24
+# Entries of the columns that are worked out at once, and that are kept.
+BLOCK, MAX_COLUMNS = 1 << 24, 1 << 28
+# Of the result. 32,000 states take 20 seconds, and their tables 64 MB as int16.
+MAX_STATES, MAX_CLASSES, MAX_TABLE = 32_000, 4_096, 1 << 25
 # What a token does: it adds its text, it has none, it ends the row.
 TEXT, NO_TEXT, END, END_WITH_TEXT = range(4)
 
@@ -47,11 +49,18 @@ def over_tokens(
             are removed all the same.
 
     Raises:
-        UserError: No end can be reached from the start, or only after more than MAX_DISTANCE tokens from some state.
+        UserError: No end can be reached from the start, or only after more than MAX_DISTANCE tokens from some state. Or the result
+            is larger than MAX_STATES, MAX_CLASSES or MAX_TABLE.
     """
+    states = len(automaton.next)
+    if vocabulary.drops_space:
+        automaton = _behind_a_space(automaton)
+    # Merging takes long, and seldom leaves less than a fifth.
+    if states > 5 * MAX_STATES:
+        _check_size(where, "states", states, MAX_STATES)
     small, merged = merge_equivalent(automaton, kept)
-    roots = [small.start, *merged[list(kept)]]
-    column, columns = _walk(small, vocabulary.texts)
+    _check_size(where, "states", len(small.next), MAX_STATES)
+    column, columns = _walk(small, vocabulary.texts, where)
     kind = _kinds(vocabulary)
     # The dead column, of tokens that are refused everywhere.
     column[kind != TEXT] *= kind[kind != TEXT] == END_WITH_TEXT
@@ -62,9 +71,8 @@ def over_tokens(
     distance = distances(table, sinks)
     if distance[small.start] == ENDLESS:
         raise UserError(f"{where}: {_why_endless(small, table[:, pairs % 4 == TEXT], vocabulary)}")
-    table[(table != REFUSED) & (distance[table] == ENDLESS)] = REFUSED
-    reached = np.flatnonzero(steps_from(table, roots) < ENDLESS)
-    reached = reached[distance[reached] < ENDLESS]
+    roots = [small.start, *merged[list(kept)]]
+    reached = np.flatnonzero((steps_from(table, roots) < ENDLESS) & (distance < ENDLESS))
     # The state behind the end tokens stays the last one.
     reached = np.union1d(reached, [len(table) - 1])
     if (longest := distance[reached].max()) > MAX_DISTANCE:
@@ -75,14 +83,33 @@ def over_tokens(
     number = np.full(len(table) + 1, REFUSED, np.int32)
     number[reached] = np.arange(len(reached))
     table, classes = _merge_columns(number[table[reached]], classes, pairs % 4 >= END)
+    _check_size(where, "classes of tokens", table.shape[1], MAX_CLASSES)
+    _check_size(where, "entries in its table", table.size, MAX_TABLE)
     result = token_automaton(
         classes, table, distance[reached], int(number[small.start]), np.arange(len(reached)) == len(reached) - 1
     )
-    return Walked(result, number[merged])
+    return Walked(result, number[merged[:states]])
+
+
+def _behind_a_space(automaton: ByteAutomaton) -> ByteAutomaton:
+    """Return the automaton of the same texts, and of those with a space before them; its start is a further state."""
+    next, accepts, free = (
+        np.append(of, of[[automaton.start]], axis=0) for of in (automaton.next, automaton.accepts, automaton.free)
+    )
+    next[-1, ord(" ")] = automaton.start
+    return ByteAutomaton(next, accepts, free, len(automaton.next))
+
+
+def _check_size(where: str, what: str, size: int, most: int) -> None:
+    if size > most:
+        raise UserError(
+            f"{where}: got a grammar of {size:,} {what}, want at most {most:,}: fewer or shorter counted repeats, and classes of "
+            "few characters, such as [a-z] in place of \\w"
+        )
 
 
 def _walk(
-    automaton: ByteAutomaton, texts: Sequence[bytes | None]
+    automaton: ByteAutomaton, texts: Sequence[bytes | None], where: str
 ) -> tuple[Int[np.ndarray, " V"], Int[np.ndarray, "D S"]]:
     """Return the column of each token's text, and the columns: the state behind the text per state before it. Column 0 is dead in
     all states, column 1 that of a text without bytes."""
@@ -107,6 +134,7 @@ def _walk(
             after.ravel()[some] = [number.setdefault(row.tobytes(), len(number)) for row in fresh]
             _, new = np.unique(after.ravel()[some], return_index=True)
             new = new[after.ravel()[some[new]] >= len(columns)]
+            _check_size(where, "entries in its columns", (len(columns) + len(new)) * states, MAX_COLUMNS)
             columns = np.concatenate([columns, fresh[new]])
             after = np.concatenate([after, np.full((len(new), size), -1)])
         column[tokens] = after.ravel()[pair]

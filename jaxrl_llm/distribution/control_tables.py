@@ -1,10 +1,10 @@
-"""Controls as arrays: which tokens a row may sample next, for drawing and for scoring alike.
+"""Controls as arrays: which tokens may be sampled next, for drawing and for scoring alike.
 
 All automata of a run are joined in one set of tables; a row's state says which automaton it is in, so rows under different controls
 decode side by side. Arrays are arguments: another grammar of the same size compiles nothing.
 
 A sampled token's entry of `control_state` is all that its mask depends on: the state; the tokens that the row has room for, with
-which it must reach an end; and whether end tokens are barred, below the minimum length. State 0 is free: everything is allowed.
+which it must reach an end; and whether end tokens are masked, below the minimum length. State 0 is free: everything is allowed.
 """
 
 from collections.abc import Sequence
@@ -96,7 +96,7 @@ def join_automata(
     tables.classes[:] = sizes[2] - 1
     for i, of in enumerate(maps):
         tables.classes[i, :num_tokens] = of
-        tables.end_classes[i, of[list(ends)]] = True
+        tables.end_classes[i, of[[end for end in ends if 0 <= end < num_tokens]]] = True
     # The free state shares the first automaton's classes: with one automaton, no row needs a map of its own.
     tables.next[0, :-1] = 0
     for i, a in enumerate(automata):
@@ -114,17 +114,17 @@ def _rounded(n: int, multiple: int) -> int:
 
 
 def encode(
-    state: Int[ArrayLike, "*rows"], room: Int[ArrayLike, "*rows"], barred: Bool[ArrayLike, "*rows"]
+    state: Int[ArrayLike, "*rows"], room: Int[ArrayLike, "*rows"], ends_masked: Bool[ArrayLike, "*rows"]
 ) -> Int[ArrayLike, "*rows"]:
     """Return entries of `control_state`, int32; 0: everything is allowed.
 
     Args:
         state: of the tables.
         room: tokens that the row may still have, this one included.
-        barred: end tokens are not allowed, unless nothing else is.
+        ends_masked: end tokens are not allowed, unless nothing else is.
     """
     missing = (MOST_ROOM - room) * (room < MOST_ROOM)
-    return state + (missing << STATE_BITS) + (barred.astype(np.int32) << (STATE_BITS + ROOM_BITS))
+    return state + (missing << STATE_BITS) + (ends_masked.astype(np.int32) << (STATE_BITS + ROOM_BITS))
 
 
 def state_of(code: Int[ArrayLike, "*rows"]) -> Int[ArrayLike, "*rows"]:
@@ -135,7 +135,7 @@ def state_of(code: Int[ArrayLike, "*rows"]) -> Int[ArrayLike, "*rows"]:
 def allowed_tokens(tables: ControlTables, code: Int[Array, "*rows"]) -> AllowedTokens:
     """Return the allowed tokens under entries of `control_state`.
 
-    A token is allowed if a state follows from which the row can still reach an end within its room. If end tokens are barred and
+    A token is allowed if a state follows from which the row can still reach an end within its room. If end tokens are masked and
     nothing else is allowed, they are allowed.
     """
     state = state_of(code)
@@ -143,9 +143,9 @@ def allowed_tokens(tables: ControlTables, code: Int[Array, "*rows"]) -> AllowedT
     room = jnp.where(missing == 0, ENOUGH, MOST_ROOM - missing)[..., None]
     following, automaton = tables.next[state], tables.automaton[state]
     fits = (following != REFUSED) & (tables.distance[jnp.maximum(following, 0)] < room)
-    barred = (code >> (STATE_BITS + ROOM_BITS) == 1)[..., None]
+    ends_masked = (code >> (STATE_BITS + ROOM_BITS) == 1)[..., None]
     others = fits & ~tables.end_classes[automaton]
-    fits = jnp.where(barred & jnp.any(others, axis=-1, keepdims=True), others, fits)
+    fits = jnp.where(ends_masked & jnp.any(others, axis=-1, keepdims=True), others, fits)
     bits = fits.reshape(*fits.shape[:-1], -1, WORD).astype(jnp.uint32) << jnp.arange(WORD, dtype=jnp.uint32)
     words = jnp.sum(bits, axis=-1, dtype=jnp.uint32)
     return AllowedTokens(words, automaton if len(tables.classes) > 1 else None, tables.classes)

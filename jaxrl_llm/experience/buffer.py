@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxrl_llm.experience import by_prompt
 from jaxrl_llm.experience.draws import Candidates
+from jaxrl_llm.experience.hints import without_hints
 from jaxrl_llm.experience.packed_groups import Packed, Packing
 from jaxrl_llm.types import Groups
 
@@ -113,14 +114,14 @@ def describe(groups: Groups, first: int) -> Known:
     entropy = np.bincount(prompt[own], np.where(rollouts.sampled, rollouts.entropy, 0).sum(axis=1)[own], num)
     newest = np.zeros(num, np.int64)
     np.maximum.at(newest, prompt[own], rollouts.version.max(axis=1)[own])
-    reward = groups.measure("reward")
+    reward, alone = groups.measure("reward"), without_hints(groups)
     mean = by_prompt.means(reward, groups)
     return Known(
         number=first + np.arange(num),
         version=newest,
         uses=np.ones(num),
         reward=mean,
-        success=by_prompt.means(groups.measure("success"), groups),
+        success=by_prompt.means(alone.measure("success"), alone),
         signal=by_prompt.means(np.where(own, np.abs(reward - mean[prompt]), 0), groups),
         entropy=entropy / np.maximum(tokens, 1),
         size=rollouts.size,

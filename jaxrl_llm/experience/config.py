@@ -1,4 +1,4 @@
-"""Config of curriculum, gate, budget, refill, filter and replay."""
+"""Config of curriculum, gate, budget, hints, refill, filter and replay."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,6 +18,7 @@ from jaxrl_llm.experience.by_successes import BySuccesses
 from jaxrl_llm.experience.draws import BySuccessesDraw, Candidates, PrioritizedDraw, RecencyDraw, UniformDraw
 from jaxrl_llm.experience.gates import AdmitAll, ExcludeSolved, Greso
 from jaxrl_llm.experience.group_filters import DifficultyBand, KeepAll, Signal
+from jaxrl_llm.experience.hints import CosineHints, LevelHints, NoHints, OwnHints, StagedHints
 from jaxrl_llm.experience.joining import JoinConfig
 from jaxrl_llm.experience.row_filters import (
     BestBy,
@@ -280,6 +281,7 @@ GateConfig = Annotated[AdmitAll | Greso | ExcludeSolved | OwnGate, Field(discrim
 BudgetConfig = Annotated[
     UniformBudget | Vip | Knapsack | Rounds | ReinforceAda | Screening | OwnBudget, Field(discriminator="kind")
 ]
+HintConfig = Annotated[NoHints | CosineHints | LevelHints | StagedHints | OwnHints, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
@@ -324,6 +326,8 @@ class ExperienceConfig:
     """Which of these prompts are skipped."""
     budget: BudgetConfig = field(default_factory=UniformBudget)
     """How many of the step's rollout.prompts * rollout.samples samples each prompt gets."""
+    hints: HintConfig = field(default_factory=NoHints)
+    """With how many tokens of its row's known response each response begins. Never in an evaluation."""
     refill: RefillConfig | None = None
     """Replaces groups before they are trained on. None: what is dropped stays empty."""
     filter: FilterConfig = AutoFilter()
@@ -340,7 +344,7 @@ class ExperienceConfig:
         if not isinstance(value, dict):
             return value
         forms = {
-            **dict.fromkeys(("curriculum", "gate", "budget"), rule_written_out),
+            **dict.fromkeys(("curriculum", "gate", "budget", "hints"), rule_written_out),
             "filter": filter_written_out,
             "replay": OwnPart.written_out,
         }
@@ -355,6 +359,11 @@ class ExperienceConfig:
     def replayed_groups(self) -> int:
         """Groups that a step trains on beside those of its prompts."""
         return self.replay.groups if isinstance(self.replay, ReplayConfig) and self.replay.capacity else 0
+
+    @property
+    def trains_hints(self) -> bool:
+        """True if the tokens of hints are trained on."""
+        return not isinstance(self.hints, NoHints) and self.hints.train
 
     @property
     def replays(self) -> bool:

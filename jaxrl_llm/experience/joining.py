@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from pydantic import ConfigDict
 
 from jaxrl_llm.experience import by_prompt
+from jaxrl_llm.experience.hints import without_hints
 from jaxrl_llm.experience.row_filters import MaxVariance
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class JoinConfig:
     right: bool = False
     """Right responses only (RLEP, arXiv 2507.07451)."""
     when: Literal["always", "all_wrong"] = "always"
-    """all_wrong: where no fresh response is right (AR3PO, arXiv 2509.25808)."""
+    """all_wrong: where no fresh response is right (AR3PO, arXiv 2509.25808); one that began with a hint does not count."""
     window: Count = 16
     """The newest stored responses of a prompt that are chosen from."""
     least: Count = 1
@@ -85,16 +86,27 @@ def join_stored(
     of_row = entropy() if cfg.choose == "lowest_entropy" else np.zeros(len(may))
     found = {}
     for p in asking_groups(cfg, fresh):
-        rows = np.flatnonzero(row_of == fresh.rollouts.prompts.row[p])[: cfg.window]
+        rows = np.flatnonzero(row_of == fresh.rollouts.prompts.row[p])
+        # A visit may ask in another form, to which these are no responses.
+        asked = {q: _is_prompt(fresh, p, stored, q) for q in np.unique(stored.rollouts.prompt[rows]).tolist()}
+        rows = rows[[asked[q] for q in stored.rollouts.prompt[rows].tolist()]][: cfg.window]
         if len(rows) >= cfg.least:
             picked = rows[cfg.pick(StoredRows(stored.reward[rows], of_row[rows]), rng)]
             found[p] = picked[: fresh.rollouts.size[p] - 1] if cfg.swap else picked
     return {p: rows for p, rows in found.items() if len(rows)}
 
 
+def _is_prompt(fresh: "Groups", p: int, stored: "Groups", q: int) -> bool:
+    """True if the prompts p and q have equal tokens."""
+    one, other = fresh.rollouts.prompts, stored.rollouts.prompts
+    return np.array_equal(one.tokens[p, : one.length[p]], other.tokens[q, : other.length[q]])
+
+
 def asking_groups(cfg: JoinConfig, fresh: "Groups") -> list[int]:
     """Return the graded fresh groups that stored rows may join, the first one of each prompt."""
-    rollouts, right = fresh.rollouts, by_prompt.means(fresh.measure("success"), fresh)
+    rollouts, alone = fresh.rollouts, without_hints(fresh)
     _, first = np.unique(rollouts.prompts.row, return_index=True)
-    asks = (rollouts.size > 0) & ((right == 0) if cfg.when == "all_wrong" else ~np.isnan(right))
+    asks = (rollouts.size > 0) & ~np.isnan(by_prompt.means(fresh.measure("success"), fresh))
+    if cfg.when == "all_wrong":
+        asks &= by_prompt.means(alone.measure("success"), alone) == 0
     return [p for p in np.sort(first).tolist() if asks[p]]

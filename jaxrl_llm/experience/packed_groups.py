@@ -15,7 +15,7 @@ from jaxrl_llm.types import COLUMNS, FILLER, PER_PROMPT, Groups, number_rows
 
 Packed = UInt8[np.ndarray, " n"]
 HEADER = np.int32
-TOKEN_COLUMNS = {column.name for column in COLUMNS if column.rollouts} | {"step_reward"}
+TOKEN_COLUMNS = {column.name for column in COLUMNS if column.rollouts} | {"step_reward", "taught"}
 WIDTH = 16
 """Kept tokens that are handled at once: most tokens have fewer, and one line of a processor's cache holds them."""
 INSIDE = np.arange(WIDTH) < np.arange(WIDTH + 1)[:, None]

@@ -18,6 +18,7 @@ from jaxrl_llm.experience.buffer import Buffer, added, empty_buffer, used, witho
 from jaxrl_llm.experience.composition import Composition, compose, widened
 from jaxrl_llm.experience.config import OwnReplay, ReplayConfig
 from jaxrl_llm.experience.draws import Candidates
+from jaxrl_llm.experience.hints import without_hints
 from jaxrl_llm.experience.joining import JoinConfig, asking_groups, join_stored
 from jaxrl_llm.experience.packed_groups import Packing
 from jaxrl_llm.experience.stage_checks import (
@@ -269,13 +270,14 @@ def _draw_groups(
 
 
 def right_share(groups: Groups) -> float:
-    """Return the share of right responses; 0 if none could be graded."""
-    success = groups.measure("success")
+    """Return the share of right responses of those without a hint; 0 if none could be graded."""
+    success = without_hints(groups).measure("success")
     return float(np.nanmean(success)) if not np.isnan(success).all() else 0.0
 
 
 def solved(groups: Groups) -> Bool[np.ndarray, " P"]:
-    """Return True for groups of which all rows are right."""
+    """Return True for groups of which all rows without a hint are right, one at least."""
+    groups = without_hints(groups)
     return (groups.rollouts.size > 0) & (by_prompt.means(groups.measure("success"), groups) == 1)
 
 

@@ -117,9 +117,11 @@ def observe(
             f"the first failure: {first_failure or 'on another host, see its log'}"
         )
     if after.dropped >= cfg.max_dropped:
+        # Of responses without a hint, if there were any.
+        right = metrics.get("dropped/success", metrics.get("hints/success", nan))
         error = DroppedError(
             f"every graded group of {after.dropped} consecutive steps was dropped (update.guards.max_dropped), so nothing was "
-            f"learned; of the last step's responses {metrics.get('dropped/success', nan):.1%} were right: look at "
+            f"learned; of the last step's responses {right:.1%} were right: look at "
             "experience.filter and experience.refill, or take easier or harder prompts"
         )
     return GuardReport(after, tuple(warnings), error)

@@ -61,6 +61,7 @@ def estimator_credit(
         reused_rows: whose statistics they enter, as in `ObjectiveConfig`.
     """
     rollouts, counts = groups.rollouts, rows_that_count(groups, baseline_over)
+    mask = rollouts.sampled if groups.taught is None else rollouts.sampled | groups.taught
     # A copy of all tokens costs more than the estimator.
     take = (lambda x: x) if counts.all() else (lambda x: None if x is None else x[counts])
     penalty, late = None, reward_kl.to == "advantage"
@@ -75,7 +76,7 @@ def estimator_credit(
             reward_components=take(groups.components),
             component_weights=np.ones(graders) if weights is None else np.array(weights),
             groups=Grouping.of(take(_numbered(groups, reused_rows))),
-            mask=take(rollouts.sampled),
+            mask=take(mask),
             token_reward=None if late else penalty,
             values=take(scores.values),
             late_reward=penalty if late else None,
@@ -83,7 +84,7 @@ def estimator_credit(
         ),
     )
     advantage, returns = (None if x is None else _put_back(x.astype(np.float32), counts) for x in found)
-    advantage = at_tokens(advantage, rollouts.sampled)
+    advantage = at_tokens(advantage, mask)
     return Credit(advantage, returns, (advantage != 0).any(axis=1) if estimator.drops_zero_advantages else None)
 
 

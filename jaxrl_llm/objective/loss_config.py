@@ -235,8 +235,9 @@ class PolicyGradient:
     length: Count | None = None
     """Divisor of `constant`; None: rollout.max_new_tokens."""
     shaping: Positive | None = None
-    """gamma: rows of an earlier step or of a file have -A r / (r + gamma) in place of the surrogate, r to their captured log-probs,
-    neither clipped nor corrected (LUFFY, arXiv 2504.14945, eq. 8; ExGRPO, arXiv 2510.02245; both 0.1). None: as all others."""
+    """gamma: rows of an earlier step or of a file, and tokens of hints that are trained on, have -A r / (r + gamma) in place of the
+    surrogate, r to their captured log-probs (of hints: to 0), neither clipped nor corrected (LUFFY, arXiv 2504.14945, eq. 8;
+    ExGRPO, arXiv 2510.02245; both 0.1). None: as all others."""
     kl: KlConfig = field(default_factory=KlConfig)
     entropy: NonNegative = 0.0
     """Weight of the entropy bonus: exact, of the distribution that each token was sampled from."""

@@ -40,16 +40,17 @@ from jaxrl_llm.objective.surrogates import SURROGATES, log_ratio, shaped, sum_by
 from jaxrl_llm.types import ArrayLike, Batch, Groups, OwnColumn, Scores
 
 UNCORRECTED = NoCorrection()
-# Column of the rows that `PolicyGradient.shaping` is for.
-REUSED = "reused"
+# Column of the tokens that `PolicyGradient.shaping` is for.
+SHAPED = "shaped"
 # Columns of a batch that are there if a loss reads them.
 OPTIONAL = ("reference_logprobs", "proximal_logprobs", "values", "returns")
 
 
-def reused_tokens(groups: Groups, scores: Scores) -> Bool[np.ndarray, "B C"]:
-    """Return the tokens of rows of an earlier step, or of a file."""
+def shaped_tokens(groups: Groups, scores: Scores) -> Bool[np.ndarray, "B C"]:
+    """Return the tokens of rows of an earlier step, or of a file, and those that the policy did not sample."""
     sampled = groups.rollouts.sampled
-    return np.zeros_like(sampled) if groups.reused is None else sampled & groups.reused[:, None]
+    reused = np.zeros_like(sampled) if groups.reused is None else sampled & groups.reused[:, None]
+    return reused if groups.taught is None else reused | groups.taught
 
 
 class ImportanceWeight(NamedTuple):
@@ -161,7 +162,7 @@ def policy_terms(scores: TokenScores, batch: Batch, cfg: PolicyGradient, correct
     loss = weight * surrogate.loss
     if cfg.shaping is not None:
         reused = log_ratio(logprobs, batch.behavior_logprobs, batch, "token")
-        loss = jnp.where(batch.own[REUSED], shaped(reused, batch.advantage, cfg.shaping), loss)
+        loss = jnp.where(batch.own[SHAPED], shaped(reused, batch.advantage, cfg.shaping), loss)
     ratio = jnp.exp(log_r)
     means = {"ratio/mean": ratio, "clip_ratio/low": surrogate.low, "clip_ratio/high": surrogate.high}
     means |= {"entropy": scores.entropy} | mismatch_means(mismatch)
@@ -253,7 +254,7 @@ def make_loss(
         cfg.aggregation,
         cfg.length or max_new_tokens,
         columns,
-        () if cfg.shaping is None else (OwnColumn(REUSED, reused_tokens, np.bool_),),
+        () if cfg.shaping is None else (OwnColumn(SHAPED, shaped_tokens, np.bool_),),
         keep=partial(second_moment_mask, threshold=correction.threshold) if drops else None,
     )
 

@@ -12,6 +12,7 @@ from jaxrl_llm.objective.loss_config import (
     MaskedImportance,
     OwnLoss,
     PolicyGradient,
+    SecondMoment,
     TruncatedImportance,
 )
 from jaxrl_llm.objective.token_estimators import GrpoSteps
@@ -111,6 +112,35 @@ def _dpo_refusals(objective: ObjectiveConfig, packing: str) -> list[str]:
             "pair to it"
         )
     return found
+
+
+def taught_refusals(objective: ObjectiveConfig) -> list[str]:
+    """Return error messages about tokens of hints that are trained on as if they had been sampled with probability 1: no number of
+    a whole sequence, and none that compares with the sampler, may contain them."""
+    loss, name = objective.loss, "experience.hints.train"
+    if not isinstance(loss, PolicyGradient) or loss.shaping is None:
+        return [
+            f"{name}: got true without objective.loss.shaping, want false, or shaping 0.1 of the loss policy_gradient: the policy "
+            "did not sample the tokens of hints, and a clipped ratio cannot use them"
+        ]
+    correction, kl = loss.correction, loss.kl
+    wrong = {
+        f"objective.loss.ratio {loss.ratio}, want token": loss.ratio != "token",
+        "objective.loss.surrogate gmpo, want another": isinstance(loss.surrogate, Gmpo),
+        f"objective.loss.correction {correction.kind}, want none, or one per token": isinstance(
+            correction, SecondMoment
+        )
+        or getattr(correction, "level", "token") != "token",
+        "objective.loss.kl, want to: reference and times: one, or weight 0": kl.weight > 0
+        and (kl.to == "behavior" or kl.times == "ratio"),
+        "objective.reward_kl, want weight 0": objective.reward_kl.weight > 0,
+        f"objective.advantage {objective.advantage.kind}, want one without a critic": objective.has_critic,
+    }
+    return [
+        f"{name}: got true with {what}: tokens of hints have no log-prob of the sampler"
+        for what in wrong
+        if wrong[what]
+    ]
 
 
 def step_refusals(objective: ObjectiveConfig, has_steps: bool) -> list[str]:

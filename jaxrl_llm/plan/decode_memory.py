@@ -37,7 +37,9 @@ class DecodeMemory(NamedTuple):
         return sum(self)
 
 
-def decode_memory(programs: Programs, params: PyTree, groups: int, window: int) -> DecodeMemory:
+def decode_memory(
+    programs: Programs, params: PyTree, groups: int, window: int, controlled: bool = False
+) -> DecodeMemory:
     """Return the memory of decoding one chunk.
 
     Args:
@@ -45,10 +47,11 @@ def decode_memory(programs: Programs, params: PyTree, groups: int, window: int) 
         params: parameters of the policy, as arrays or as `jax.ShapeDtypeStruct`s with shardings.
         groups: sequence groups in the active batch.
         window: slots of the completions' KV cache.
+        controlled: rows have controls, whose columns are recorded.
     """
     rows, cfg, layout = groups * programs.rows_per_group, programs.decoding.model, programs.decoding.layout
     prompt, suffix = programs.caches(groups, window)
-    chunk = jax.eval_shape(lambda: empty_chunk(programs.decoding, rows))
+    chunk = jax.eval_shape(lambda: empty_chunk(programs.decoding, rows, controlled))
     recorded = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(chunk))
     share = rows // layout.size("rows")
     slots = window + max(x.shape[2] for x in jax.tree.leaves(prompt))

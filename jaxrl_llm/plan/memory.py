@@ -80,7 +80,8 @@ def estimated_temporaries(run: AbstractRun, name: str) -> int:
     if name == "update":
         return gradients(run) + _activations(run)
     if name == "decode_chunk":
-        decode = decode_memory.decode_memory(run.engine.programs, run.policy.params, *run.capacity[1:])
+        controlled = run.abstract_tables is not None
+        decode = decode_memory.decode_memory(run.engine.programs, run.policy.params, *run.capacity[1:], controlled)
         return decode.chunk + decode.working
     tokens = run.capacity[0] // run.decode.size("rows") * min(run.prompt_slots, run.cfg.rollout.engine.prefill_chunk)
     return 2 * 2 * tokens * _widths(run, run.decode)

@@ -18,6 +18,9 @@ def show(report: Report) -> str:
         f"{report['chip']['memory'] / GB:.0f} GB ({report['chip']['name']}), jax {report['jax']}\n"
         f"mesh: {mesh}; {report['rows']} rows of {slots} + {tokens} slots per step, {batches}"
     )
+    if report["control"] != "none":
+        control = report["control"]
+        head += f"\nrollout.control: {control} is left out of the rollouts: its tables need a tokenizer, and plan reads none"
     parts = [head, memory_table(report)]
     if report["compiled"]:
         parts += [traffic_table(report), weights_line(report)]

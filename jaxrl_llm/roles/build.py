@@ -14,6 +14,7 @@ from jaxrl_llm.experience.config import AutoFilter, OwnBudget, OwnGate, Shuffled
 from jaxrl_llm.experience.curricula import Order, counted, in_order, mixed_order
 from jaxrl_llm.experience.filters import Filter, make_filter
 from jaxrl_llm.experience.group_filters import KeepAll, Signal
+from jaxrl_llm.experience.hints import NoHints
 from jaxrl_llm.experience.own_stages import own_budget, own_gate
 from jaxrl_llm.experience.replay import make_replay
 from jaxrl_llm.model.publish import publisher
@@ -26,6 +27,7 @@ from jaxrl_llm.roles.asking import Asking, ByBudget, UntilAccepted
 from jaxrl_llm.roles.blueprint import Blueprint, correction_for, group_sizes
 from jaxrl_llm.roles.collector import Collected
 from jaxrl_llm.roles.evaluator import Evaluator
+from jaxrl_llm.roles.hinting import Hinting, NoHinting
 from jaxrl_llm.roles.known_responses import under_control
 from jaxrl_llm.roles.learner import Learner, policy_entropy, score_groups
 from jaxrl_llm.roles.reference import refresh
@@ -70,8 +72,16 @@ def make_sampler(cfg: RunConfig, task: Task, collect: Callable[..., Collected], 
     texts_of = lambda groups: task.decode(groups.rollouts.tokens, groups.rollouts.length)  # noqa: E731
     gate = cfg.experience.gate
     gate = own_gate(gate) if isinstance(gate, OwnGate) else gate
-    stages = Stages(counted(curriculum), gate, asking_for(cfg, texts_of))
+    stages = Stages(counted(curriculum), gate, asking_for(cfg, texts_of), hinting_for(cfg, task))
     return Sampler(task, stages, collect, key, cfg.seed)
+
+
+def hinting_for(cfg: RunConfig, task: Task) -> Hinting | NoHinting:
+    """Hints of a run, over the `train` rows of its task."""
+    rule = cfg.experience.hints
+    if isinstance(rule, NoHints):
+        return NoHinting()
+    return Hinting(rule, task, cfg.rollout.max_new_tokens, cfg.warm_start.steps, cfg.steps)
 
 
 def order_of(task: Task, seed: int) -> Order:
@@ -174,7 +184,7 @@ def make_evaluator(
         threshold=cfg.evaluation.threshold,
         right=right,
         score_right=make_scorer(blueprint, blueprint.shapes.held_out),
-        score=score if cfg.experience.replays else None,
+        score=score if cfg.experience.replays or cfg.experience.trains_hints else None,
     )
 
 

@@ -31,6 +31,8 @@ class Asked(NamedTuple):
     samples: Int[np.ndarray, " n"]
     first_sample: Int[np.ndarray, " n"]
     """Sample number of the first row."""
+    hints: list[list[int]] | None = None
+    """Tokens that each row begins with, []: none. None: no request of the step has any."""
 
 
 More = Callable[[Groups, Int[np.ndarray, " n"]], Asked | None]
@@ -103,7 +105,12 @@ class Collector:
         def add(asked: Asked, controls: Controls | None = None) -> None:
             group.extend(asked.group.tolist())
             limit = completion_limits(rows, asked.prompts.row, self.engine.cfg.max_new_tokens)
-            session.add(asked.prompts, asked.samples, controls, limit, first_sample=asked.first_sample)
+            ids = session.add(
+                asked.prompts, asked.samples, controls, limit, known=asked.hints, first_sample=asked.first_sample
+            )
+            if asked.hints is not None:
+                tokens = np.array([len(hint) for hint in asked.hints], np.int32)
+                grading.hint |= dict(zip(ids.tolist(), np.split(tokens, np.cumsum(asked.samples)[:-1]), strict=True))
 
         if isinstance(asked, Prompts):
             add(ask(asked, self.engine.cfg.samples), self.engine.controls(len(asked.length)))
@@ -132,6 +139,8 @@ class _Grading:
         self.jobs: deque[tuple[Int[np.ndarray, " n"], Future[Graded]]] = deque()
         self.done: list[tuple[Int[np.ndarray, " n"], Graded]] = []
         """Requests of this host, and their grades."""
+        self.hint: dict[int, Int[np.ndarray, " G"]] = {}
+        """Tokens of the hint of each row of a request; empty: there are no hints."""
         self.waited = 0.0
 
     def submit(self, ids: Int[np.ndarray, " n"]) -> None:
@@ -160,4 +169,5 @@ class _Grading:
                 index = np.array([place[id] for id in mine.tolist()])
                 grades.set(index, graded)
                 grades.set_steps(index, graded, rollouts, self.collector.task.tokenizer)
-        return make_groups(rollouts, grades, ids % jax.process_count(), pool.names, self.collector.threshold)
+        found = make_groups(rollouts, grades, ids % jax.process_count(), pool.names, self.collector.threshold)
+        return found.replace(hint=np.concatenate([self.hint[id] for id in ids.tolist()])) if self.hint else found

@@ -43,8 +43,8 @@ class Evaluator:
     score_right: Scorer
     """Scores right responses, one per prompt."""
     score: Scorer | None
-    """Scores sampled groups. Set if training may replay old rollouts, which cannot show how far the sampler is from the trainer;
-    the evaluation's can."""
+    """Scores sampled groups. Set if training may replay old rollouts, or trains on hints, which cannot show how far the sampler is
+    from the trainer; the evaluation's can."""
 
     @property
     def headline(self) -> str:

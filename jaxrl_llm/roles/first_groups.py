@@ -7,6 +7,7 @@ import numpy as np
 from jaxrl_llm.environments.grader_pool import GraderPool
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.composition import Composition, compose
+from jaxrl_llm.experience.hints import NoHints
 from jaxrl_llm.roles.blueprint import Blueprint, fresh_sizes, uses_of
 from jaxrl_llm.roles.grading import grade
 from jaxrl_llm.roles.known_responses import allowed_rows, under_control
@@ -48,7 +49,8 @@ def first_groups(blueprint: Blueprint, task: Task, pool: GraderPool, version: in
     if len(known) < len(found.failure):
         others = len(found.failure) - len(known)
         log.warning("%s: %d of %d groups answer no prompt that is trained on", WHERE, others, len(found.failure))
-    rollouts = select_groups(found, known).rollouts
+    selected = select_groups(found, known)
+    rollouts = selected.rollouts
     unknown = np.isnan(rollouts.behavior_logprobs).any(axis=1)
     temperature = np.where(unknown, np.float32(cfg.rollout.temperature), rollouts.temperature)
     rollouts = under_control(rollouts.replace(temperature=temperature), blueprint.controls, cfg.rollout)
@@ -60,6 +62,10 @@ def first_groups(blueprint: Blueprint, task: Task, pool: GraderPool, version: in
         graded = graded.replace(keep=graded.keep & allowed)
         if not allowed.any():
             raise UserError(f"{WHERE}: got no response in {replay.start} that rollout.control allows, want one or more")
+    if not isinstance(cfg.experience.hints, NoHints):
+        none = np.zeros(len(graded.keep), np.int32)
+        taught = np.zeros(rollouts.sampled.shape, bool) if cfg.experience.trains_hints else None
+        graded = graded.replace(hint=none if selected.hint is None else selected.hint, taught=taught)
     if not graded.kept.any():
         raise UserError(f"{WHERE}: got no response in {replay.start} that could be graded: {pool.first_failure}")
     found = _cut(graded, fresh_sizes(cfg).most, task.pad)

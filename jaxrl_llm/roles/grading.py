@@ -15,6 +15,7 @@ from jaxrl_llm.environments.worker import Failure
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.tasks.rows import Row
+from jaxrl_llm.tasks.stream import rows_asked
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.tasks.tokenizer import Tokenizer
 from jaxrl_llm.types import Finish, Groups, Prompts, Rollouts
@@ -55,7 +56,7 @@ def grade(rollouts: Rollouts, task: Task, reward: Grader | GraderPool, rows: Seq
 def _check_rows(rows: Sequence[Row], prompts: Prompts) -> None:
     for p, index in enumerate(prompts.row):
         tokens = prompts.tokens[p, : prompts.length[p]]
-        if index >= len(rows) or not np.array_equal(rows[index].tokens, tokens):
+        if index >= len(rows) or not np.array_equal(rows[index].asked_by(prompts.uid[p], tokens).tokens, tokens):
             raise UserError(
                 f"rollouts: got a prompt {p} other than that of row {index}, with its answer; want prompts of rl.next_prompts, "
                 "or rows=... in the order of the prompts that engine.generate got"
@@ -136,13 +137,13 @@ def samples_of(task: Task, rows: Sequence[Row], rollouts: Rollouts) -> list[list
         rows: with the answers; `rollouts.prompts.row` is an index into them.
         rollouts: of the groups.
     """
-    texts = task.decode(rollouts.tokens, rollouts.length)
-    found: list[list[Sample]] = [[] for _ in rollouts.prompts.row]
+    texts, asked = task.decode(rollouts.tokens, rollouts.length), rows_asked(rows, rollouts.prompts)
+    found: list[list[Sample]] = [[] for _ in asked]
     for b, p in enumerate(rollouts.prompt.tolist()):
         if p >= 0:
-            row, finish = rows[rollouts.prompts.row[p]], Finish(rollouts.finish[b]).name.lower()
+            row, finish = asked[p], Finish(rollouts.finish[b]).name.lower()
             num_tokens = int(rollouts.length[b])
-            found[p].append(Sample(row.prompt, texts[b], row.answer, finish, row.columns, num_tokens, task=row.task))
+            found[p].append(Sample(row.text, texts[b], row.answer, finish, row.columns, num_tokens, task=row.task))
     return found
 
 

@@ -14,10 +14,11 @@ from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.environments.grader import Sample, unreadable_rows
 from jaxrl_llm.environments.grader import problems as grader_problems
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience.config import OVER_A_COLUMN
+from jaxrl_llm.experience.config import OVER_A_COLUMN, NoHints
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.source import resolve
+from jaxrl_llm.roles.control_checks import ControlFindings, check_control
 from jaxrl_llm.tasks import trajectories
 from jaxrl_llm.tasks.rows import Row, longest_target
 from jaxrl_llm.tasks.task import Task, load_task
@@ -34,6 +35,8 @@ class Inputs(NamedTuple):
     """Messages on names and files that do not exist or cannot be read."""
     misfits: tuple[str, ...]
     """Messages on what does not fit together."""
+    cautions: tuple[str, ...] = ()
+    """Warnings about what training accepts."""
 
     @property
     def problems(self) -> list[str]:
@@ -73,12 +76,19 @@ def read(cfg: RunConfig, trains: bool = False, asked: Callable[[RunConfig], Task
             found += cfg.experience.curriculum.misfits([row.columns for row in task.train])
         if task is not None and (wrong := start_problem(cfg, task)):
             missing.append(wrong)
+        if not isinstance(cfg.experience.hints, NoHints) and task is not None and longest_target(task.train) < 3:
+            found.append(
+                f"task.response: got {longest_target(task.train)} tokens at most, want 3 or more, end token included, of some row: "
+                f"experience.hints is {cfg.experience.hints.kind}, and a hint is a part of a response"
+            )
         if cfg.warm_start.steps and task is not None and not task.has_targets:
             lacking = [name for name, known in task.targets_known.items() if name and not known]
             where = f" for {', '.join(lacking)}" if lacking else ""
             want = f"want the right response: warm_start.steps is {cfg.warm_start.steps}"
             found.append(f"task.response: got nothing{where}, {want}")
-    return Inputs(whole, task, tuple(missing), tuple(found))
+    control = ControlFindings([], []) if task is None else check_control(cfg, task)
+    cautions = (*consistency.cautions(cfg), *control.cautions) if trains else ()
+    return Inputs(whole, task, tuple(missing), (*found, *control.problems), cautions)
 
 
 def start_problem(cfg: RunConfig, task: Task) -> str:
@@ -121,7 +131,7 @@ def start_problem(cfg: RunConfig, task: Task) -> str:
 
 def _ungraded(row: Row) -> Sample:
     """Sample of a row that has no response yet."""
-    return Sample(row.prompt, "", row.answer, "", row.columns, task=row.task)
+    return Sample(row.text, "", row.answer, "", row.columns, task=row.task)
 
 
 def refuse_graders(cfg: RunConfig) -> None:
@@ -163,7 +173,29 @@ def task_problems(cfg: RunConfig, task: Task) -> list[str]:
                 f"task.tasks.{index}.max_new_tokens: got {part.max_new_tokens}, want at least the {slots} tokens of its longest "
                 "right response"
             )
-    return found + packing_problems(cfg, task.prompt_slots)
+    return found + _limit_problems(cfg, task) + packing_problems(cfg, task.prompt_slots)
+
+
+def _limit_problems(cfg: RunConfig, task: Task) -> list[str]:
+    """Messages on maximum numbers of tokens that columns give to single rows."""
+    parts = mixtures.single_tasks(cfg)
+    columns = {
+        name: part.prompting.columns.max_new_tokens for name, part in parts.items() if hasattr(part, "prompting")
+    }
+    rows, most = (*task.train, *task.held_out), cfg.rollout.max_new_tokens
+    own = [row for row in rows if row.columns.get(columns.get(row.task) or None) is not None]
+    long = [row for row in own if row.max_new_tokens > most]
+    short = [row for row in own if row.target is not None and len(row.target) > row.max_new_tokens]
+    wanted = [
+        (long, f"want at most rollout.max_new_tokens ({most})"),
+        (short, "want at least the tokens of its right response"),
+    ]
+    return [
+        f"task.prompting.columns.max_new_tokens: {wrong[0].where}: got {wrong[0].max_new_tokens} there, one of {len(wrong)} such "
+        f"rows, {want}"
+        for wrong, want in wanted
+        if wrong
+    ]
 
 
 def vocabulary_problems(model: ModelConfig, num_tokens: int) -> list[str]:

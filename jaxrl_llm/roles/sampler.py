@@ -9,9 +9,11 @@ from jaxtyping import Array, Int, Key
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.curricula import Curriculum, Uniform, VisitCount
 from jaxrl_llm.experience.gates import Gate
+from jaxrl_llm.experience.hints import without_hints
 from jaxrl_llm.experience.stage_checks import as_array
 from jaxrl_llm.roles.asking import Asking, join_prompts, select_prompts
-from jaxrl_llm.roles.collector import Collected, never
+from jaxrl_llm.roles.collector import Asked, Collected, never
+from jaxrl_llm.roles.hinting import Hinting, NoHinting
 from jaxrl_llm.tasks.stream import make_prompts
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Groups, Policy, Prompts, join_groups
@@ -62,15 +64,22 @@ class SourceState(NamedTuple):
     """Times that each row of the task was sampled."""
     num_tokens: np.ndarray
     """Completion tokens sampled so far."""
+    hints: Any = ()
 
 
 class Stages(NamedTuple):
-    """What decides which prompts are sampled, and how often."""
+    """What decides which prompts are sampled, how often, and how responses begin."""
 
     curriculum: Curriculum
     """One that counts visits."""
     gate: Gate
     asking: Asking
+    hints: Hinting | NoHinting = NoHinting()
+
+    @property
+    def asks_at_once(self) -> int | None:
+        """As in `Asking`; with hints a step's rows stand at different ages from the start."""
+        return self.asking.asks_at_once if isinstance(self.hints, NoHinting) else None
 
 
 class Draws:
@@ -122,6 +131,7 @@ class Sampler:
             stages.asking.init(num),
             np.zeros(num, np.int32),
             np.array(0),
+            stages.hints.init(num),
         )
         """Resumable state; part of `RunState`."""
         self.policy: Policy | None = None
@@ -139,19 +149,28 @@ class Sampler:
 
     def take(self, step: int) -> Groups:
         """Graded groups of a step. Raises GivenUp, with the state unchanged, if `give_up` returns True meanwhile."""
-        draws, asking = Draws(self.task, self.stages, self.state, (self.seed, step)), self.stages.asking
+        draws, asking, hints = (
+            Draws(self.task, self.stages, self.state, (self.seed, step)),
+            self.stages.asking,
+            self.stages.hints,
+        )
         requests = asking.start(self.state.asking)
+
+        def more(groups: Groups, number: Int[np.ndarray, " n"]) -> Asked | None:
+            asked = requests.more(groups, number)
+            return asked and hints.add(asked, self.state.hints, step)
+
         found = self.collect(
-            self.policy, requests.first(draws), self.task.train, self.key, self.give_up,
-            requests.more if asking.follows_up else None,
+            self.policy, hints.add(requests.first(draws), self.state.hints, step), self.task.train, self.key, self.give_up,
+            more if asking.follows_up else None,
         )  # fmt: skip
-        taken = requests.finish(found.groups)
+        taken = requests.finish(hints.mark(found.groups))
         visits = self.state.visits + np.bincount(found.groups.rollouts.prompts.row, minlength=len(self.task.train))
         self.last, self.rejected = found, taken.rejected
         self.state = draws.state._replace(
             asking=requests.state,
             visits=visits.astype(np.int32),
-            num_tokens=self.state.num_tokens + found.groups.rollouts.length.sum(),
+            num_tokens=self.state.num_tokens + np.count_nonzero(found.groups.rollouts.sampled),
         )
         chosen = self.stages.curriculum.describe(draws.state.choice, found.groups.rollouts.prompts.row)
         self.metrics = (
@@ -167,11 +186,13 @@ class Sampler:
         return groups if self.rejected is None else join_groups(groups, self.rejected)
 
     def observe(self, groups: Groups) -> None:
-        """Update curriculum, gate and budget with the groups of a step, and with those that `take` left out."""
-        groups = self.with_rejected(groups)
+        """Update curriculum, gate, budget and hints with the groups of a step, and with those that `take` left out; none of them
+        sees a response that began with a hint."""
+        groups = without_hints(self.with_rejected(groups))
         state, stages = self.state, self.stages
         self.state = state._replace(
             choice=stages.curriculum.observe(state.choice, groups),
             gate=stages.gate.observe(state.gate, groups),
             asking=stages.asking.observe(state.asking, groups),
+            hints=stages.hints.observe(state.hints, groups),
         )

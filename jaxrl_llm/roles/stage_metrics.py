@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from jaxrl_llm.experience.hints import hinted
 from jaxrl_llm.types import Groups
 
 # Groups in which n-grams are counted; sorting all tokens of a large step would take a second.
@@ -14,10 +15,10 @@ def describe_stages(groups: Groups) -> dict[str, float]:
     """Metrics of all groups that a step sampled, after the filter; a mean over nothing is absent.
 
     kept/... and dropped/... compare the rows to train on with the graded ones that refill and filter left out: their number, mean
-    length and share of right responses. A filter that keeps short or easy responses shows here.
+    length and share of right responses, of those without a hint. A filter that keeps short or easy responses shows here.
     """
     rollouts, keep, success = groups.rollouts, groups.keep, groups.measure("success")
-    graded = ~np.isnan(success)
+    graded, alone = ~np.isnan(success), ~hinted(groups)
     found: dict[str, float] = {
         "rollout/samples": np.count_nonzero(rollouts.prompt >= 0),
         "groups/sampled": len(groups.failure),
@@ -25,10 +26,27 @@ def describe_stages(groups: Groups) -> dict[str, float]:
     for name, rows in (("kept", keep), ("dropped", graded & ~keep)):
         found[f"{name}/rows"] = np.count_nonzero(rows)
         if rows.any():
-            found |= {f"{name}/mean_length": rollouts.length[rows].mean(), f"{name}/success": success[rows].mean()}
+            found[f"{name}/mean_length"] = rollouts.length[rows].mean()
+        if (rows & alone).any():
+            found[f"{name}/success"] = success[rows & alone].mean()
     if keep.any():
         found["groups/effective_size"] = np.count_nonzero(keep) / np.count_nonzero(groups.kept)
-    return found | diversity(groups)
+    return found | describe_hints(groups) | diversity(groups)
+
+
+def describe_hints(groups: Groups) -> dict[str, float]:
+    """Metrics of the hints of a step: share of the responses that began with one, their mean number of tokens, and the shares of
+    right responses among those with and those without. A mean over nothing is absent; without hints all are."""
+    if groups.hint is None:
+        return {}
+    success, own, has = groups.measure("success"), groups.rollouts.prompt >= 0, hinted(groups)
+    found = {"hints/share": np.count_nonzero(has) / np.count_nonzero(own)}
+    if has.any():
+        found["hints/tokens"] = groups.hint[has].mean()
+    for name, rows in (("success", has), ("success_without", own & ~has)):
+        if (rows := rows & ~np.isnan(success)).any():
+            found[f"hints/{name}"] = success[rows].mean()
+    return found
 
 
 def diversity(groups: Groups) -> dict[str, float]:

@@ -31,6 +31,7 @@ def trajectory_rows(task: Task, rows: Sequence[Row], groups: Groups) -> list[dic
     rollouts, prompts, name = groups.rollouts, groups.rollouts.prompts, tokenizer_name(task.tokenizer)
     success = groups.measure("success")
     texts, asked = task.decode(rollouts.tokens, rollouts.length), task.decode(prompts.tokens, prompts.length)
+    forms = [_form(rows, prompts, p) for p in range(len(asked))]
     found = []
     for b in np.flatnonzero(rollouts.prompt >= 0).tolist():
         p, n, version = int(rollouts.prompt[b]), int(rollouts.length[b]), rollouts.version[b]
@@ -45,6 +46,7 @@ def trajectory_rows(task: Task, rows: Sequence[Row], groups: Groups) -> list[dic
                 "completion": texts[b],
                 **({"answer": rows[row].answer} if 0 <= row < len(rows) else {}),
                 **({"task": rows[row].task} if 0 <= row < len(rows) and rows[row].task else {}),
+                **({"form": forms[p]} if forms[p] else {}),
                 "prompt_ids": prompts.tokens[p, : prompts.length[p]].tolist(),
                 "ids": rollouts.tokens[b, :n].tolist(),
                 "logprobs": rollouts.behavior_logprobs[b, :n],
@@ -67,11 +69,22 @@ def trajectory_rows(task: Task, rows: Sequence[Row], groups: Groups) -> list[dic
     return found
 
 
+def _form(rows: Sequence[Row], prompts: Prompts, p: int) -> str:
+    """Name of the form of prompt p; "" for that of the evaluation, and if the row is not known."""
+    row = int(prompts.row[p])
+    if not 0 <= row < len(rows):
+        return ""
+    asks = rows[row].asked_by(prompts.uid[p], prompts.tokens[p, : prompts.length[p]]).asks
+    return asks.form if asks else ""
+
+
 def _optional(groups: Groups, b: int, n: int) -> dict[str, Any]:
     """Columns of row b that say something only in some runs."""
     rollouts, found = groups.rollouts, {}
     if not rollouts.sampled[b, :n].all():
         found["sampled"] = rollouts.sampled[b, :n]
+    if groups.hint is not None and groups.hint[b]:
+        found["hint_tokens"] = int(groups.hint[b])
     if rollouts.kept_tokens is not None:
         found["kept_tokens"] = [kept[kept >= 0].tolist() for kept in rollouts.kept_tokens[b, :n]]
     if rollouts.control_state is not None:
@@ -111,7 +124,8 @@ def read_trajectories(
 
         groups = rl.read_trajectories("rollouts.parquet", task)
 
-    `row` is the index of the first training row with the prompt's tokens, -1 if there is none. Rows without a reward are not kept,
+    `row` is the index of the first training row that has the prompt's tokens in one of its forms, or drew them at that visit; -1 if
+    there is none. Rows without a reward are not kept,
     unless nobody graded the file: no row has one. In a file of texts alone each response is complete and ends with the end
     token, its temperature is 1, and equal prompts are a group.
 
@@ -158,13 +172,24 @@ def read_trajectories(
 def _prompts(task: Task, found: Sequence[Trajectory], slots: int) -> Prompts:
     """Prompts of the groups that begin with these responses."""
     tokens, length = pad_rows([t.prompt_ids for t in found], _longest(found, "prompt_ids", slots), task.pad)
-    row_of = {row.tokens.tobytes(): i for i, row in reversed([*enumerate(task.train)])}
+    row_of = {
+        tokens.tobytes(): i
+        for i, row in reversed([*enumerate(task.train)])
+        for tokens in (*(form.tokens for form in row.forms), row.tokens)
+    }
     return Prompts(
         tokens=tokens,
         length=length,
         uid=np.array([i if t.uid is None else t.uid for i, t in enumerate(found)], np.int32),
-        row=np.array([row_of.get(t.prompt_ids.tobytes(), -1) for t in found], np.int32),
+        row=np.array([row_of.get(t.prompt_ids.tobytes(), _drawn(task, t)) for t in found], np.int32),
     )
+
+
+def _drawn(task: Task, t: Trajectory) -> int:
+    """The row that the file names, if it draws this prompt at the visit; else -1."""
+    if t.uid is None or not 0 <= t.row < len(task.train):
+        return -1
+    return t.row if np.array_equal(task.train[t.row].asked(t.uid).tokens, t.prompt_ids) else -1
 
 
 def _longest(found: Sequence[Trajectory], name: str, slots: int) -> int:
@@ -213,6 +238,7 @@ def _graded(
     reward = np.array([np.nan if t.reward is None else t.reward for t in found], np.float32)
     components = np.array([[t.components.get(name, np.nan) for name in graders] for t in found], np.float32)
     failure, steps = np.array([_failure(group[0]) for group in ordered], np.int32), None
+    hint = np.array([t.hint_tokens for t in found], np.int32)
     if all(t.step_reward is not None for t in found):
         steps = np.full(rollouts.tokens.shape, np.nan, np.float32)
         for b, t in enumerate(found):
@@ -228,6 +254,7 @@ def _graded(
         graders=graders,
         threshold=threshold,
         step_reward=steps,
+        hint=hint if hint.any() else None,
     )
 
 

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
+from jaxrl_llm.distribution.control_tables import ControlTables
 from jaxrl_llm.environments.grader_pool import Failure, component_metrics
+from jaxrl_llm.experience.hints import hinted
+from jaxrl_llm.roles.allowed_sets import AllowedSet, allowed_in_row
 from jaxrl_llm.roles.stage_metrics import describe_stages
 from jaxrl_llm.roles.stored_rollouts import trajectory_rows
-from jaxrl_llm.roles.task_metrics import describe_tasks
+from jaxrl_llm.roles.task_metrics import describe_forms, describe_tasks
 from jaxrl_llm.roles.updates import as_floats
 from jaxrl_llm.rollout.session import Stats
 from jaxrl_llm.tasks.task import Task
@@ -26,7 +29,7 @@ def describe(groups: Groups, graders: Sequence[str], task: Task | None = None) -
     """
     rollouts, own = groups.rollouts, groups.rollouts.prompt >= 0
     graded = own & (groups.failure == Failure.NONE)[rollouts.prompt]
-    reward, length = groups.reward[graded].astype(np.float64), rollouts.length[own]
+    reward, length, alone = groups.reward[graded].astype(np.float64), rollouts.length[own], graded & ~hinted(groups)
     metrics = {
         "completions/mean_length": length.mean(),
         "completions/min_length": length.min(),
@@ -40,16 +43,20 @@ def describe(groups: Groups, graders: Sequence[str], task: Task | None = None) -
         "sampling/mean_logprob": rollouts.behavior_logprobs.sum() / rollouts.sampled.sum(),
         "sampling/entropy": rollouts.entropy.sum() / rollouts.sampled.sum(),
     }
-    if reward.size:
-        metrics["reward"] = reward.mean()
+    if alone.any():
+        metrics["reward"] = groups.reward[alone].astype(np.float64).mean()
     # Relative to the first of each group, so that equal rewards have a deviation of exactly 0.
     std = [(group - group[0]).std(ddof=1) for group in _groups_of(reward, rollouts.prompt[graded]) if len(group) > 1]
     if std:
         metrics |= {"reward_std": np.mean(std), "frac_reward_zero_std": np.mean(np.equal(std, 0))}
+    if rollouts.control_state is not None:
+        metrics["control/forced_share"] = 1 - rollouts.sampled[own].sum() / length.sum()
     if groups.step_reward is not None and graded.any():
         metrics["rewards/steps"] = np.count_nonzero(~np.isnan(groups.step_reward[graded])) / np.count_nonzero(graded)
-    metrics |= describe_stages(groups) | (describe_tasks(groups, task) if task else {})
-    metrics |= component_metrics(groups.components, graded, groups.failure, groups.failed_by, graders)
+    metrics |= describe_stages(groups)
+    if task:
+        metrics |= describe_tasks(groups, task) | describe_forms(groups, task)
+    metrics |= component_metrics(groups.components, alone, groups.failure, groups.failed_by, graders)
     return as_floats(metrics)
 
 
@@ -102,14 +109,18 @@ def replayed_rows(fresh: Groups, trained: Groups) -> dict[str, list[int]]:
     return {"replay/task_rows": rows.tolist()} if len(rows) else {}
 
 
-def responses(task: Task, groups: Groups, advantage: np.ndarray, num_groups: int) -> list[dict]:
-    """Records of the rows of the first `num_groups` groups: as in a trajectory file, with the tokens' texts and the advantage.
+def responses(
+    task: Task, groups: Groups, advantage: np.ndarray, num_groups: int, tables: ControlTables | None = None
+) -> list[dict]:
+    """Records of the rows of the first `num_groups` groups: as in a trajectory file, with the tokens' texts, the advantage and
+    what the control allowed.
 
     Args:
         task: decodes the tokens.
         groups: of a step.
         advantage: `[B C]`; the mean over a row's tokens is recorded.
         num_groups: number of groups; -1: all.
+        tables: in which `control_state` is read, NumPy; None: nothing was controlled.
     """
     rollouts, token = groups.rollouts, task.tokenizer.token
     own = np.flatnonzero((rollouts.prompt >= 0) & ((rollouts.prompt < num_groups) | (num_groups < 0)))
@@ -119,6 +130,17 @@ def responses(task: Task, groups: Groups, advantage: np.ndarray, num_groups: int
             **row,
             "tokens": [token(i) for i in row["ids"]],
             "advantage": float(np.mean(advantage[b, : len(row["ids"])])),
+            **_allowed(task, allowed_in_row(tables, rollouts, b, task.num_tokens)),
         }
         for b, row in zip(own.tolist(), trajectory_rows(task, task.train, shown), strict=True)
     ]
+
+
+def _allowed(task: Task, sets: list[AllowedSet | None]) -> dict[str, list]:
+    """Columns of a row whose tokens were not all sampled freely; null where every token was allowed."""
+    if not any(sets):
+        return {}
+    return {
+        "num_allowed": [one and one.size for one in sets],
+        "allowed": [one and [task.tokenizer.token(i) for i in one.first] for one in sets],
+    }

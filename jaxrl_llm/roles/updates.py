@@ -144,9 +144,11 @@ def as_floats(metrics: dict) -> dict[str, float]:
 
 def is_old(experience: Experience, version: int) -> bool:
     """True if some token of a kept row was sampled by an earlier policy, or by another one: rows that a buffer started with
-    have the version of the first policy."""
+    have the version of the first policy, and tokens of hints that are trained on have none."""
     groups = experience.groups
     old = groups.rollouts.version < version
     if groups.reused is not None:
         old |= groups.reused[:, None]
+    if groups.taught is not None:
+        old |= groups.taught
     return bool(old[groups.trainable_tokens].any())

@@ -18,7 +18,7 @@ from jaxrl_llm.distribution.control_tables import ControlTables
 from jaxrl_llm.model.cache import PromptCache, num_slots
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rollout.batch_sizes import BatchSizes, smallest
-from jaxrl_llm.rollout.decode import ChunkResult, SequenceGroups
+from jaxrl_llm.rollout.decode import ChunkInputs, ChunkResult, SequenceGroups
 from jaxrl_llm.rollout.output import OutputBuffer
 from jaxrl_llm.rollout.programs import Programs
 from jaxrl_llm.rollout.requests import QueuedGroup, Request
@@ -236,9 +236,8 @@ class ActiveBatch:
         self.groups = self.groups.replace(limit=limit.astype(np.int32))
         steps, sizes = self._steps(), () if tables is None else tables.sizes
         decode_chunk = self.programs(params, "decode_chunk", self.num_slots, self.window, *sizes)
-        numbers = self._scalar(self.count), self._scalar(steps)
-        groups = self._put(self.groups)
-        self.suffix, result = decode_chunk(params, self.suffix, self.prompt, groups, key, *numbers, tables)
+        inputs = ChunkInputs(key, self._scalar(self.count), self._scalar(steps), tables)
+        self.suffix, result = decode_chunk(params, self.suffix, self.prompt, self._put(self.groups), inputs)
         result = jax.tree.map(np.array, result)
         ran = int(result.steps)
         self.groups = self.groups.replace(last=result.last, state=result.state, age=self.groups.age + np.int32(ran))

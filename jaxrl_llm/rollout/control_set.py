@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxrl_llm.control.automaton import REFUSED, TokenAutomaton
-from jaxrl_llm.control.config import Control, NoControl
+from jaxrl_llm.control.config import UNLIMITED, Control, NoControl, without_budget
 from jaxrl_llm.distribution.control_tables import ControlTables, encode, join_automata, state_of
+from jaxrl_llm.rollout.built_control import limit_problem
 from jaxrl_llm.rollout.output import OutputBuffer
 from jaxrl_llm.rollout.sample import Controls, Vocabulary
 from jaxrl_llm.types import Finish, Rollouts
@@ -35,6 +36,7 @@ class ControlSet:
         """Return the state in which rows under the control start. Raises UserError if it cannot be built."""
         if isinstance(control, NoControl):
             return 0
+        control = without_budget(control)
         name = json.dumps([control.kind, dataclasses.asdict(control)], sort_keys=True)
         if name not in self.starts:
             self.automata[name] = self.build(control)
@@ -51,8 +53,8 @@ class ControlSet:
         self.tables, starts = join_automata(automata, self.vocab.size, self.vocab.eos, self.vocab_size)
         self.starts = dict(zip(self.automata, starts, strict=True))
 
-    def check(self, controls: Controls, limit: Int[np.ndarray, " B"]) -> None:
-        """Check that every row can end within its limit; makes tables if a row needs them.
+    def _check(self, controls: Controls, limit: Int[np.ndarray, " B"]) -> None:
+        """Check that every row can end within its limit.
 
         Raises:
             ValueError: a state is no start of a control, or a limit is too small.
@@ -63,19 +65,10 @@ class ControlSet:
         if (unknown := np.setdiff1d(state, [0, *self.starts.values()])).size:
             raise ValueError(f"controls.control: got {unknown[0]}, want that of engine.controls(prompts, control=...)")
         for name, start in self.starts.items():
-            own = np.flatnonzero(state == start)
-            shortest, expired = int(self.tables.distance[start]), self.automata[name].expired_distance
-            if (short := own[limit[own] < shortest]).size:
-                raise ValueError(
-                    f"limit: got {limit[short[0]]} tokens, want at least {shortest}: the control {_short(name)} allows no "
-                    "shorter response"
-                )
-            beyond = own[(budget[own] < limit[own]) & (budget[own] + expired > limit[own])]
-            if beyond.size:
-                raise ValueError(
-                    f"controls.budget: got {budget[beyond[0]]} of {limit[beyond[0]]} tokens, want at most "
-                    f"{limit[beyond[0]] - expired}: what follows the thinking needs {expired}"
-                )
+            own = state == start
+            for most, slots in np.unique(np.stack([limit, budget], axis=1)[own], axis=0).tolist():
+                if wrong := limit_problem(most, self.automata[name], slots):
+                    raise ValueError(f"limit: {wrong} ({_short(name)})")
 
     def _states(self, state: int, slot: int, tokens: Sequence[int], budget: int) -> Int[np.ndarray, " n+1"]:
         """Return the states in which known tokens are filled in, and the one behind them; from a refused token on, REFUSED.
@@ -116,59 +109,71 @@ class ControlSet:
         """Return True if the control allows a whole response; arguments as in `codes`."""
         return start == 0 or self._states(start, 0, tokens, budget)[-1] != REFUSED
 
-    def follow(self, state: int, slot: int, tokens: Sequence[int], budget: int, name: str) -> int:
-        """Return the state behind known tokens; arguments as in `_states`, and a name for the error message.
+    def _follow(self, state: int, slot: int, tokens: Sequence[int], budget: int, name: str) -> Int[np.ndarray, " n+1"]:
+        """Return `_states` of tokens that the control allows; `name`: in the error message.
 
         Raises:
-            ValueError: the control does not allow them.
+            ValueError: it does not allow them.
         """
         if state == 0:
-            return 0
+            return np.zeros(len(tokens) + 1, np.int32)
         states = self._states(state, slot, tokens, budget)
         if states[-1] == REFUSED:
             at = int(np.flatnonzero(states != REFUSED)[-1])
             raise ValueError(
                 f"{name}: got token {tokens[at]} after {list(tokens[:at])}, want one that the control allows there"
             )
-        return int(states[-1])
+        return states
 
-    def behind(self, controls: Controls, known: Rollouts | Sequence[Sequence[int]] | None) -> Int[np.ndarray, " B"]:
-        """Return each row's state behind its known tokens.
+    def start_states(
+        self, controls: Controls, limit: Int[np.ndarray, " B"], known: Rollouts | Sequence[Sequence[int]] | None
+    ) -> list[Int[np.ndarray, " n+1"]]:
+        """Return for each row the states of the tokens with which it begins, and last the one in which it begins to decode; of rows
+        that continue rollouts, that one alone. Makes tables if a row needs them.
 
         Raises:
-            ValueError: the control does not allow them.
+            ValueError: the control does not allow the known tokens, or the row could not end within its limit.
         """
-        state = np.array(controls.control, np.int32)
+        self._check(controls, limit)
+        start, budget = controls.control.tolist(), controls.budget.tolist()
         if known is None:
-            return state
-        codes = known.control_state if isinstance(known, Rollouts) else None
-        if codes is not None:
-            self.need()
-            if (unknown := state_of(codes)[state_of(codes) >= len(self.tables.next)]).size:
-                raise ValueError(
-                    f"known.control_state: got state {unknown[0]}, want states of this engine's controls: another one "
-                    "sampled these"
-                )
-        rows = (
-            [row[:n] for row, n in zip(known.tokens, known.length, strict=True)]
-            if isinstance(known, Rollouts)
-            else known
-        )
-        for b, tokens in enumerate(rows):
-            if state[b] == 0:
-                continue
-            if codes is not None and len(tokens):
-                # As it was sampled: tokens alone do not say which ones were put in the place of others.
-                state[b] = self.tables.after(state_of(codes[b, len(tokens) - 1]), tokens[-1])
-            else:
-                state[b] = self.follow(int(state[b]), 0, tokens, int(controls.budget[b]), f"known[{b}]")
-        return state
+            return [np.array([one], np.int32) for one in start]
+        if isinstance(known, Rollouts):
+            states, length = self._continued(known, start), known.length
+        else:
+            length = np.array([len(tokens) for tokens in known])
+            states = [
+                self._follow(one, 0, tokens, slots, f"known[{b}]")
+                for b, (one, tokens, slots) in enumerate(zip(start, known, budget, strict=True))
+            ]
+        self.check_room(states, limit - length, "known")
+        return states
+
+    def _continued(self, known: Rollouts, start: list[int]) -> list[Int[np.ndarray, " 1"]]:
+        """Return the state behind each row, as it was sampled: tokens alone do not say which ones took the place of others."""
+        codes = known.control_state
+        if codes is None:
+            rows = zip(known.tokens, known.length.tolist(), start, strict=True)
+            return [
+                self._follow(one, 0, row[:n], UNLIMITED, f"known[{b}]")[-1:] for b, (row, n, one) in enumerate(rows)
+            ]
+        self.need()
+        if (unknown := state_of(codes)[state_of(codes) >= len(self.tables.next)]).size:
+            raise ValueError(
+                f"known.control_state: got state {unknown[0]}, want states of this engine's controls: another one sampled these"
+            )
+        last = np.maximum(known.length - 1, 0)[:, None]
+        before, token = (np.take_along_axis(x, last, axis=1)[:, 0] for x in (state_of(codes), known.tokens))
+        # Behind tokens of another's turn, which are in no state, the control starts again.
+        behind = np.where((known.length > 0) & (before > 0), self.tables.after(before, token), start)
+        return list(np.where(np.array(start) == 0, 0, behind).astype(np.int32)[:, None])
 
     def resumed(
         self, output: OutputBuffer, rows: Int[np.ndarray, " n"], tokens: Sequence[Sequence[int]],
         start: Int[np.ndarray, " n"], budget: Int[np.ndarray, " n"],
-    ) -> Int[np.ndarray, " n"]:  # fmt: skip
-        """Return the state of rows behind further tokens; behind those of another's turn, after the row had ended, it is the start.
+    ) -> list[Int[np.ndarray, " n+1"]]:  # fmt: skip
+        """Return for each row the states of further tokens, and last the one behind them. After the row had ended, they are those
+        of another's turn: in no state, and the control starts again behind them.
 
         Args:
             output: has the rows.
@@ -180,20 +185,20 @@ class ControlSet:
         Raises:
             ValueError: the control does not allow the tokens.
         """
-        state = output.state[rows]
+        found = []
         for i, row in enumerate(rows.tolist()):
             if len(tokens[i]) and output.finish[row] in (Finish.EOS, Finish.STOP):
-                state[i] = start[i]
+                found.append(np.array([*(0 for _ in tokens[i]), start[i]], np.int32))
             else:
                 slot = int(output.length[row] - output.turn[row])
-                state[i] = self.follow(int(state[i]), slot, tokens[i], int(budget[i]), f"tokens[{i}]")
-        return state
+                found.append(self._follow(int(output.state[row]), slot, tokens[i], int(budget[i]), f"tokens[{i}]"))
+        return found
 
-    def check_room(self, state: Int[np.ndarray, " B"], room: Int[np.ndarray, " B"], name: str) -> None:
+    def check_room(self, states: list[Int[np.ndarray, " n+1"]], room: Int[np.ndarray, " B"], name: str) -> None:
         """Check that rows can end.
 
         Args:
-            state: behind the known tokens.
+            states: the last of each row is that behind its known tokens.
             room: tokens that the limit leaves.
             name: for the error message.
 
@@ -202,7 +207,7 @@ class ControlSet:
         """
         if self.tables is None:
             return
-        need = self.tables.distance[state]
+        need = self.tables.distance[[each[-1] for each in states]]
         for b in np.flatnonzero(need > np.maximum(room, 0))[:1]:
             raise ValueError(
                 f"{name}[{b}]: got known tokens that leave room for {room[b]}, want room for the {need[b]} more that the control "

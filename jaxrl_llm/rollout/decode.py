@@ -11,7 +11,7 @@ from typing import NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from jaxrl_llm.distribution.control_tables import ControlTables, allowed_tokens
 from jaxrl_llm.model.cache import PromptCache, SuffixCache
@@ -105,6 +105,8 @@ class ActiveRows(NamedTuple):
     """Keys written to the rows' ring buffers before the chunk."""
     tables: ControlTables | None
     """None: no row has a control, and no minimum length."""
+    classes: Int[Array, "A V"] | None
+    """Those of the tables, split over the vocabulary: each shard masks its own logits. States are looked up in whole tables."""
 
 
 def step(params: PyTree, rows: ActiveRows, state: DecodeState, decoding: Decoding) -> DecodeState:
@@ -156,7 +158,8 @@ def _draw(
         # In a finished row everything is allowed: without a token its log-probs would be NaN.
         before = jnp.where(state.done, 0, state.control)
         before, code = before_token(rows.tables, before, age, rows.limit, rows.controls)
-        drawn = sample(allowed_tokens(rows.tables, code))
+        allowed = allowed_tokens(rows.tables, code)
+        drawn = sample(allowed.replace(classes=rows.classes))
         of = after_token(rows.tables, before, code, drawn.token)
         drawn = drawn.only_where(of.sampled)
     line = DecodedChunk(
@@ -166,20 +169,34 @@ def _draw(
     return line, of.state, of.ended
 
 
-def make_decode_chunk(decoding: Decoding) -> DecodeChunk:
-    """Return `decode_chunk(params, suffix, prompt, groups, key, count, steps, tables) -> (suffix, ChunkResult)`.
+class ChunkInputs(NamedTuple):
+    """What a chunk reads beside parameters, caches and active batch."""
 
-    `suffix` is donated. It runs at most `steps` <= n steps, a multiple of `decoding.interval`, and stops early once all rows have
-    finished. `count` as in `model.cache`; `tables` may be None. A row's tokens depend only on the weights, its prompt, `key` (key
-    data), its uid, its sample number, its controls and its limit.
+    key: UInt32[Array, " k"]
+    """Key data of the session."""
+    count: Int[Array, ""]
+    """Keys written to the rows' ring buffers before the chunk, as in `model.cache`."""
+    steps: Int[Array, ""]
+    """Maximum steps to run, at most n: a multiple of `Decoding.interval`."""
+    tables: ControlTables | None
+    """None: no row has a control, and no minimum length."""
+
+
+def make_decode_chunk(decoding: Decoding) -> DecodeChunk:
+    """Return `decode_chunk(params, suffix, prompt, groups, inputs) -> (suffix, ChunkResult)`; `suffix` is donated.
+
+    It stops early once all rows have finished. A row's tokens depend only on the weights, its prompt, the key, its uid, its sample
+    number, its controls and its limit.
     """
 
-    def decode_chunk(params, suffix, prompt, groups, key, count, steps, tables):
-        shape = groups.last.shape
+    def decode_chunk(params, suffix, prompt, groups, inputs):
+        shape, (key, count, steps, tables) = groups.last.shape, inputs
+        classes = None if tables is None else decoding.layout.constrain(tables.classes, None, "vocab")
+        tables = jax.tree.map(lambda x: decoding.layout.constrain(x, *(None for _ in x.shape)), tables)
         flat = lambda x: x.reshape(-1)  # noqa: E731
         rows = ActiveRows(
             groups, jnp.repeat(groups.age, shape[1]), flat(groups.limit), jax.tree.map(flat, groups.controls),
-            row_keys(jax.random.wrap_key_data(key), groups.uid, groups.first, shape[1]), prompt, count, tables,
+            row_keys(jax.random.wrap_key_data(key), groups.uid, groups.first, shape[1]), prompt, count, tables, classes,
         )  # fmt: skip
 
         def one_interval(state: DecodeState) -> DecodeState:

@@ -4,16 +4,14 @@ prompts -> session -> (admit -> decode a chunk -> store its output -> release) u
 """
 
 from collections.abc import Sequence
-from dataclasses import is_dataclass
 from itertools import pairwise, product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Array, Int, Key
 
 from jaxrl_llm.config.options import with_options
-from jaxrl_llm.control.automaton import TokenAutomaton, TokenTexts
-from jaxrl_llm.control.build import build
+from jaxrl_llm.control.automaton import TokenAutomaton
 from jaxrl_llm.control.config import Control, budget_of
 from jaxrl_llm.distribution.control_tables import ControlTables
 from jaxrl_llm.errors import UserError
@@ -22,6 +20,7 @@ from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.parallel.config import divisors
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.rollout.batch_sizes import BatchSizes, first_window, smallest
+from jaxrl_llm.rollout.built_control import build_control
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.rollout.control_set import ControlSet
 from jaxrl_llm.rollout.programs import ProgramName, Programs
@@ -29,6 +28,8 @@ from jaxrl_llm.rollout.requests import PromptsLike, PromptTokenizer, as_prompts,
 from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary
 from jaxrl_llm.rollout.session import Session
 from jaxrl_llm.types import Policy, Rollouts
+
+KINDS = get_args(get_args(Control)[0])
 
 
 class EngineModel(NamedTuple):
@@ -91,10 +92,14 @@ class Engine:
             control: what responses may consist of (`rl.controls`), one for all or one for each prompt; None: the configured one.
 
         Raises:
-            UserError: a control cannot be built for the tokenizer.
+            UserError: not a control for each prompt, or one that cannot be built for the tokenizer.
         """
-        each = [control] * prompts if control is None or is_dataclass(control) else list(control)
+        each = list(control) if isinstance(control, list | tuple) else [control] * prompts
         each = [self.cfg.control if one is None else one for one in each]
+        if wrong := [one for one in each if not isinstance(one, KINDS)]:
+            raise UserError(
+                f"control: got {wrong[0]!r}, want what rl.controls makes, or a list with one for each prompt"
+            )
         if len(each) != prompts:
             raise UserError(f"control: got {len(each)}, want one for each of the {prompts} prompts")
         start, budget = [self.control_set.start(one) for one in each], [budget_of(one) for one in each]
@@ -214,8 +219,7 @@ def configured_controls(model: EngineModel, cfg: RolloutConfig) -> ControlSet:
         tokenizer = model.tokenizer
         if tokenizer is None:
             raise UserError(f"control: got {control.kind} for a model without a tokenizer, want none")
-        texts = TokenTexts(tokenizer.token_texts, model.vocab.eos, tokenizer.encode, tokenizer.fingerprint)
-        return build(control, texts)
+        return build_control(control, tokenizer, model.vocab.eos)
 
     found = ControlSet(model.vocab, model.config.vocab_size, automaton)
     if cfg.min_new_tokens:

@@ -75,13 +75,19 @@ class OutputBuffer:
         """Give rows back."""
         self.free += rows[::-1].tolist()
 
-    def force(self, row: int, tokens: Sequence[int], state: int) -> None:
-        """Append tokens that the policy did not sample. The row continues behind them in this state, whatever it ended with."""
+    def force(self, row: int, tokens: Sequence[int], states: Int[np.ndarray, " n+1"]) -> None:
+        """Append tokens that the policy did not sample. The row continues behind them, whatever it ended with.
+
+        Args:
+            row: of the buffer.
+            tokens: token ids.
+            states: of the tokens, and last the one behind them.
+        """
         start, end = self.length[row], self.length[row] + len(tokens)
         if self.finish[row] in (Finish.EOS, Finish.STOP):
             self.turn[row] = end
-        self.columns["tokens"][row, start:end] = tokens
-        self.length[row], self.finish[row], self.state[row] = end, int(Finish.UNFINISHED), state
+        self.columns["tokens"][row, start:end], self.columns["control_state"][row, start:end] = tokens, states[:-1]
+        self.length[row], self.finish[row], self.state[row] = end, int(Finish.UNFINISHED), states[-1]
         self.end_at_limit(np.array([row]))
 
     def restore(self, rows: Int[np.ndarray, " n"], known: Rollouts, state: Int[np.ndarray, " n"]) -> None:

@@ -13,7 +13,7 @@ from jaxrl_llm.model import cache, cache_moves
 from jaxrl_llm.model.cache import Caching
 from jaxrl_llm.model.transformer import prefill
 from jaxrl_llm.rollout.batch_sizes import BatchSizes
-from jaxrl_llm.rollout.decode import SequenceGroups, make_decode_chunk
+from jaxrl_llm.rollout.decode import ChunkInputs, SequenceGroups, make_decode_chunk
 from jaxrl_llm.rollout.sample import Controls, Decoding
 from jaxrl_llm.types import PyTree
 
@@ -165,8 +165,8 @@ class Programs:
             donate_argnums=1,
             out_shardings=(self._shardings(suffix), self.decoding.layout.replicated),
         )
-        key = self._array((2,), jnp.uint32)
-        return decode_chunk.lower(abstract(params), suffix, self._prompt(groups), batch, key, number, number, tables)
+        inputs = ChunkInputs(self._array((2,), jnp.uint32), number, number, tables)
+        return decode_chunk.lower(abstract(params), suffix, self._prompt(groups), batch, inputs)
 
 
 def abstract(tree: PyTree) -> PyTree:

@@ -30,8 +30,8 @@ class PromptTokenizer(Protocol):
         """Token ids of a text."""
 
     @property
-    def token_texts(self) -> Sequence[bytes | None]:
-        """Text of each token as `TokenTexts` has it."""
+    def texts(self) -> tuple[Sequence[bytes | None], bool]:
+        """`texts` and `drops_space` of `TokenTexts`."""
 
     @property
     def fingerprint(self) -> str:

@@ -158,18 +158,14 @@ class Session:
             check_rollouts(known, limits, controls.temperature, self.output.columns, vocab)
         elif known is not None:
             check_forced("known", known, limits, vocab)
-        self.control_set.check(controls, limits)
-        state = self.control_set.behind(controls, known)
-        if known is not None:
-            length = known.length if isinstance(known, Rollouts) else np.array([len(tokens) for tokens in known])
-            self.control_set.check_room(state, limits - length, "known")
+        states = self.control_set.start_states(controls, limits, known)
         ids = self.num_added + np.arange(num)
         self.num_added += num
         rows = self.output.allocate(limits, controls.control)
         if isinstance(known, Rollouts):
-            self.output.restore(rows, known, state)
+            self.output.restore(rows, known, np.concatenate(states))
         elif known is not None:
-            self._force(rows, known, state)
+            self._force(rows, known, states)
         end = np.cumsum(size)
         for p, id in enumerate(ids.tolist()):
             prompt, own = jax.tree.map(lambda x, p=p: np.array(x[p]), prompts), slice(end[p] - size[p], end[p])
@@ -179,11 +175,11 @@ class Session:
         return ids
 
     def _force(
-        self, rows: Int[np.ndarray, " n"], tokens: Sequence[Sequence[int]], state: Int[np.ndarray, " n"]
+        self, rows: Int[np.ndarray, " n"], tokens: Sequence[Sequence[int]], states: list[Int[np.ndarray, " n+1"]]
     ) -> None:
-        for row, ids, behind in zip(rows.tolist(), tokens, state.tolist(), strict=True):
+        for row, ids, each in zip(rows.tolist(), tokens, states, strict=True):
             if len(ids):
-                self.output.force(row, ids, behind)
+                self.output.force(row, ids, each)
 
     def _enqueue(self, id: int) -> None:
         """Queue what is left to decode of a request."""
@@ -283,7 +279,7 @@ class Session:
         Args:
             ids: the requests.
             tokens: token ids to append to each of their rows, as a user's next turn, or []. A row with new tokens continues
-                even if it had ended, and its control starts anew behind them; one without continues if it was stopped, or ended
+                even if it had ended, and its control starts again behind them; one without continues if it was stopped, or ended
                 at a limit that is raised.
             limit: new maximum completion tokens, per request or per row; as before by default.
 
@@ -303,12 +299,12 @@ class Session:
         if tokens is not None:
             controls = [request.controls for request in requests]
             start, budget = (np.concatenate([getattr(c, name) for c in controls]) for name in ("control", "budget"))
-            state = self.control_set.resumed(self.output, rows, tokens, start, budget)
-            self.control_set.check_room(state, limits - length - [len(ids) for ids in tokens], "tokens")
+            states = self.control_set.resumed(self.output, rows, tokens, start, budget)
+            self.control_set.check_room(states, limits - length - [len(ids) for ids in tokens], "tokens")
         self.output.limit[rows] = limits
         self.output.end_at_limit(rows)
         if tokens is not None:
-            self._force(rows, tokens, state)
+            self._force(rows, tokens, states)
         for request in requests:
             self._enqueue(request.id)
 

@@ -3,7 +3,7 @@
 import difflib
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +21,7 @@ SYSTEM_ROLES = ("system", "developer")
 SYSTEM, QUESTION, ANSWER = "Count to 8642.", "What is 7391 plus 2?", "It is 7393."
 
 ContentFormat = Callable[[str], Any]
+Renderer = Callable[[Sequence[Turns], Mapping[str, Any]], list[str | UserError]]
 Messages = list[dict[str, Any]]
 
 
@@ -75,8 +76,8 @@ def first_line(error: BaseException) -> str:
 
 def make_chat_renderer(
     directory: Path, fast: "PreTrainedTokenizerFast", cfg: PretrainedTokenizer, eos: tuple[int, ...]
-) -> tuple[Callable[[Sequence[Turns]], list[str | UserError]], frozenset[int]]:
-    """Return a function from conversations to prompt texts, and the delimiter tokens of the template.
+) -> tuple[Renderer, frozenset[int], str]:
+    """Return a function from conversations to prompt texts, the delimiter tokens of the template, and its source.
 
     A prompt has the config's system turn, unless the conversation has one, and ends with the generation prompt. Raises UserError
     for a template that leaves out the system turn, the prompt or the generation prompt; other oddities are logged as warnings.
@@ -88,8 +89,8 @@ def make_chat_renderer(
         eos: Tokens that end a response.
 
     Returns:
-        The renderer (an error stands in place of a conversation that cannot be rendered), and the ids of added tokens that
-        separate turns without being special.
+        The renderer (an error stands in place of a conversation that cannot be rendered; its second argument has further template
+        arguments), the ids of added tokens that separate turns without being special, and the source.
     """
     try:
         source = fast.get_chat_template()
@@ -98,7 +99,8 @@ def make_chat_renderer(
             f"{directory}: got no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), "
             "want one, or tokenizer.chat: false for plain prompts"
         ) from None
-    _check_arguments(source, cfg.template)
+    if wrong := argument_problems(source, cfg.template, "tokenizer.template"):
+        raise UserError("\n".join(wrong))
     template = ChatTemplate(directory, fast, source, cfg.template)
     system, user = _content_formats(template, bool(cfg.system))
 
@@ -113,9 +115,12 @@ def make_chat_renderer(
     _check_clock(template, question)
     # The question again: a template may render an empty <think> block in a final answer, and <think> is no delimiter.
     delimiters = _added_tokens(fast, _render_or_empty(template, [*question, answer, question[-1]]))
-    return lambda prompts: _check_all_turns(
-        template, prompts, template.render_all([messages(turns) for turns in prompts])
-    ), delimiters
+
+    def render(prompts: Sequence[Turns], arguments: Mapping[str, Any]) -> list[str | UserError]:
+        own = template._replace(arguments={**template.arguments, **arguments})
+        return _check_all_turns(own, prompts, own.render_all([messages(turns) for turns in prompts]))
+
+    return render, delimiters, source
 
 
 def _added_tokens(fast: "PreTrainedTokenizerFast", text: str) -> frozenset[int]:
@@ -140,17 +145,16 @@ def _check_all_turns(
     return found
 
 
-def _check_arguments(source: str, arguments: dict[str, Any]) -> None:
-    """Refuse arguments that the template does not use: it would silently ignore a typo."""
+def argument_problems(source: str, arguments: Iterable[str], where: str) -> list[str]:
+    """Errors for arguments that a chat template does not use: it would silently ignore a typo. `where`: their setting."""
     known = set(re.findall(r"[A-Za-z_]\w*", source))
     wrong = []
     for name in arguments:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f", perhaps you meant {near[0]}" if near else ""
-            wrong.append(f"tokenizer.template.{name}: the chat template has no such argument{hint}")
-    if wrong:
-        raise UserError("\n".join(wrong))
+            wrong.append(f"{where}.{name}: the chat template has no such argument{hint}")
+    return wrong
 
 
 def _content_formats(template: ChatTemplate, has_system: bool) -> tuple[ContentFormat, ContentFormat]:

@@ -29,6 +29,96 @@ Template = Annotated[str, AfterValidator(check_template)]
 Count = Annotated[int, Ge(0)]
 
 
+def check_name(name: str) -> str:
+    """Validate the name of a task in a mixture, or of a form of prompts."""
+    if not re.fullmatch(r"[\w.-]+", name, re.ASCII):
+        want = "letters, digits, . _ and -: it is part of metric names"
+        raise PydanticCustomError("name", "{want}", {"want": want})
+    return name
+
+
+def check_example(template: str) -> str:
+    """Validate the template of a few-shot example: text around {prompt} and {response}, each once."""
+    fields = [parts[1:] for parts in string.Formatter().parse(check_template(template)) if parts[1] is not None]
+    if sorted(fields) != [("prompt", "", None), ("response", "", None)]:
+        want = "{prompt} and {response}, each once, and no other field"
+        raise PydanticCustomError("example", "{want}", {"want": want})
+    return template
+
+
+Name = Annotated[str, AfterValidator(check_name)]
+
+
+@dataclass(frozen=True)
+class PromptForm:
+    """A form in which training rows are asked. What is empty is as the task and the tokenizer have it."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    name: Name
+    """Name in metrics, and in the column that chooses a row's form."""
+    prompt: Template = ""
+    """Template of the prompt."""
+    system: str = ""
+    """System prompt."""
+    template: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template, beside those of `tokenizer.template`."""
+    response: Template = ""
+    """Template of an example's response in this form. Empty: that of `examples`."""
+    weight: Annotated[float, Gt(0)] = 1.0
+    """Share of the visits or rows, relative to the other weights."""
+
+
+@dataclass(frozen=True)
+class ExamplesConfig:
+    """Few-shot examples before each question: training rows with their responses."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    number: Annotated[int, Ge(0), Le(64)] = 0
+    """Examples per prompt; fewer where they do not fit into `max_prompt_tokens`."""
+    by: Literal["row", "visit"] = "row"
+    """row: a row keeps its examples; visit: drawn at each visit. Those of held-out rows never change."""
+    same: str = ""
+    """Column in which examples have the row's value. Empty: any training row."""
+    response: Template = ""
+    """Template of an example's response. Empty: the task's `response`, or else its `answer`."""
+    place: Literal["turns", "text"] = "turns"
+    """turns: user and assistant turns before the question; text: in one text with the question."""
+    text: Annotated[str, AfterValidator(check_example)] = "{prompt}\n{response}\n\n"
+    """Template of an example in the text."""
+
+
+@dataclass(frozen=True)
+class PromptColumns:
+    """Columns of the data with settings of single rows. Where a row's value is missing or null, the config's setting holds."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    form: str = ""
+    """Column with the name of the row's form, in the evaluation too."""
+    system: str = ""
+    """Column with the row's system prompt, in every form."""
+    template: dict[str, str] = field(default_factory=dict)
+    """Columns by the argument of the chat template that they set, in every form."""
+    max_new_tokens: str = ""
+    """Column with the row's maximum of completion tokens."""
+
+
+@dataclass(frozen=True)
+class PromptingConfig:
+    """How rows are asked. The evaluation asks in one form: that of the task's `prompt` and of the tokenizer's settings."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    forms: tuple[PromptForm, ...] = ()
+    """Forms of the training prompts. Empty: that of the evaluation."""
+    by: Literal["visit", "row"] = "visit"
+    """visit: each visit of a row draws a form; row: a row keeps one."""
+    examples: ExamplesConfig = field(default_factory=ExamplesConfig)
+    columns: PromptColumns = field(default_factory=PromptColumns)
+
+
 @dataclass(frozen=True)
 class CharacterTokenizer:
     """Character-level tokenizer: token 0 is padding, followed by one token per character of the alphabet."""
@@ -115,6 +205,8 @@ class FileTask:
     """Maximum prompt length in tokens, chat template included. 0: no limit."""
     too_long: Literal["refuse", "drop"] = "refuse"
     """refuse: a longer prompt is an error; drop: it is dropped with a warning."""
+    prompting: PromptingConfig = field(default_factory=PromptingConfig)
+    """Further forms of the prompts, few-shot examples, and settings of single rows."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +230,8 @@ class ReasoningGymTask:
     max_prompt_tokens: Count = 0
     """Maximum prompt length in tokens, chat template included. 0: no limit."""
     too_long: Literal["refuse", "drop"] = "refuse"
+    prompting: PromptingConfig = field(default_factory=PromptingConfig)
+    """Further forms of the prompts, few-shot examples, and settings of single rows."""
 
 
 @dataclass(frozen=True)
@@ -166,21 +260,13 @@ class RolloutsTask:
 SingleTask = ArithmeticTask | FileTask | ReasoningGymTask | RolloutsTask
 
 
-def check_task_name(name: str) -> str:
-    """Validate the name of a task in a mixture."""
-    if not re.fullmatch(r"[\w.-]+", name, re.ASCII):
-        want = "letters, digits, . _ and -: it is part of metric names"
-        raise PydanticCustomError("task_name", "{want}", {"want": want})
-    return name
-
-
 @dataclass(frozen=True)
 class TaskPart:
     """One task of a mixture."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    name: Annotated[str, AfterValidator(check_task_name)]
+    name: Name
     """Name in metrics and in `reward.graders[i].tasks`, and the value of the column `task` in its rows."""
     task: Annotated[SingleTask, Field(discriminator="kind")] = field(default_factory=ArithmeticTask)
     """Rows, templates of prompt and answer, and held-out rows."""
@@ -190,6 +276,8 @@ class TaskPart:
     """Maximum completion tokens per row. None: that of `rollout`."""
     system: str = ""
     """System prompt of this task's prompts. Empty: that of `tokenizer`."""
+    template: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template for this task's prompts, beside those of `tokenizer.template`."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def _load(directory: Path, cfg: PretrainedTokenizer) -> Tokenizer:
     size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     eos = end_tokens(directory, fast, size, cfg.stop)
     chat = (
-        dict(zip(("render", "delimiters"), make_chat_renderer(directory, fast, cfg, eos), strict=True))
+        dict(zip(("render", "delimiters", "chat_template"), make_chat_renderer(directory, fast, cfg, eos), strict=True))
         if cfg.chat
         else {}
     )

@@ -6,9 +6,9 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
@@ -30,10 +30,33 @@ from jaxrl_llm.tasks.turns import (
 )
 
 
+class Question(NamedTuple):
+    """A row's prompt in one form, before tokenization."""
+
+    form: str
+    """Name of the form; empty: that of the evaluation."""
+    text: str
+    """The prompt without a system prompt, before the chat template."""
+    turns: Turns
+    arguments: Mapping[str, Any] = {}
+    """Arguments of the chat template, beside those of the tokenizer."""
+
+
+class AskedPrompt(NamedTuple):
+    """A row's prompt as the policy reads it."""
+
+    form: str
+    text: str
+    """As in `Question`: without examples."""
+    tokens: Int32[np.ndarray, " s"]
+    num_examples: int = 0
+    """Few-shot examples before the question."""
+
+
 @dataclass(frozen=True, eq=False)
 class Row:
     prompt: str
-    """The prompt before the chat template."""
+    """The prompt by the task's own template, before the chat template. Rows of equal prompts are the same question."""
     answer: str
     """Reference answer for graders."""
     response: str | None
@@ -52,6 +75,39 @@ class Row:
     """Name of its task in a mixture; empty if there is one task only."""
     max_new_tokens: int | None = None
     """Maximum completion tokens; None: that of the rollouts."""
+    asks: AskedPrompt | None = None
+    """The form of `tokens`, if that is not simply `prompt`."""
+    forms: tuple[AskedPrompt, ...] = ()
+    """Further forms in which a visit may ask, all that are known before the run."""
+    visit: Callable[[int], AskedPrompt] | None = None
+    """Prompt of the visit with this uid; None: every visit has `tokens`."""
+    source: "UntokenizedRow | None" = None
+    """What the tokens were made from, where few-shot examples are made of it."""
+
+    @property
+    def text(self) -> str:
+        """The prompt as it is asked, without examples, before the chat template."""
+        return self.asks.text if self.asks else self.prompt
+
+    @property
+    def stated(self) -> "Row":
+        """The row in its one form of the evaluation."""
+        return self if self.visit is None else replace(self, visit=None)
+
+    def asked(self, uid: int) -> "Row":
+        """Return the row with the prompt of one visit: a function of the run's seed, the row and `uid`."""
+        return self if self.visit is None else self.with_prompt(self.visit(int(uid)))
+
+    def with_prompt(self, asks: AskedPrompt) -> "Row":
+        return replace(self, tokens=asks.tokens, asks=asks, visit=None)
+
+    def asked_by(self, uid: int, tokens: Int32[np.ndarray, " s"]) -> "Row":
+        """Return the row in the form that has these tokens: of the visit, or, for prompts of other runs, of any."""
+        if self.visit is None:
+            return self
+        others = (self.stated, *(self.with_prompt(form) for form in self.forms))
+        mine = self.asked(uid)
+        return next((row for row in (mine, *others) if np.array_equal(row.tokens, tokens)), mine)
 
 
 @dataclass(frozen=True)
@@ -63,12 +119,26 @@ class UntokenizedRow:
     answer: str
     response: FilledText | None
     columns: Mapping[str, Any]
+    more: Mapping[str, Turns | FilledText] = field(default_factory=dict)
+    """Further filled templates, by the name of the config field."""
+    questions: tuple[Question, ...] = ()
+    """The prompt in each form, that of the evaluation first; (): `turns` are its only one."""
+    own: int | None = None
+    """Number of the only form in which the row is asked, if a column names one."""
+    max_new_tokens: int | None = None
+
+    @property
+    def asks(self) -> tuple[Question, ...]:
+        """The forms in which the row may be asked, that of the evaluation first."""
+        every = self.questions or (Question("", as_text(self.turns), self.turns),)
+        return every if self.own is None else (every[self.own],)
 
     @property
     def parts(self) -> list[tuple[str, FilledText]]:
         """Every text to tokenize, with the name of its config field."""
+        turns = (turn for asks in self.asks for turn in asks.turns)
         return [
-            *(("prompt", turn.content) for turn in self.turns),
+            *(("prompt", turn.content) for turn in turns),
             *([("response", self.response)] if self.response else []),
         ]
 
@@ -134,14 +204,16 @@ def _fill_one(name: str, template: str, columns: Mapping[str, Any]) -> Turns | F
     """Fill the template of task.`name`. Raises ValueError with a message for the user."""
     messages = _messages(template, columns)
     if messages is not None:
-        return prompt_turns(messages) if name == "prompt" else answer_text(messages)
+        return prompt_turns(messages) if name.endswith("prompt") else answer_text(messages)
     found = fill(template, columns)
     if not found.text and (template or name == "prompt"):
         raise ValueError('got "", want text')
-    return (Turn("user", found),) if name == "prompt" else found
+    return (Turn("user", found),) if name.endswith("prompt") else found
 
 
-def fill_rows(records: Iterable[Record], prompt: str, answer: str, response: str) -> list[UntokenizedRow]:
+def fill_rows(
+    records: Iterable[Record], prompt: str, answer: str, response: str, more: Mapping[str, str] = {}
+) -> list[UntokenizedRow]:
     """Fill the templates for every record. Raises UserError naming the first few bad records: where, template, got, want.
 
     Args:
@@ -149,23 +221,25 @@ def fill_rows(records: Iterable[Record], prompt: str, answer: str, response: str
         prompt: Template of the prompt.
         answer: Template of the reference answer; "" for none.
         response: Template of the correct response; "" if unknown.
+        more: Further templates, by the name of the config field; names of prompts end with "prompt".
     """
-    texts, bad = [], []
+    texts, bad, templates = [], [], {"prompt": prompt, "answer": answer, "response": response, **more}
     for record in records:
         found = {}
-        for name, template in (("prompt", prompt), ("answer", answer), ("response", response)):
+        for name, template in templates.items():
             try:
                 found[name] = _fill_one(name, template, record.columns)
             except ValueError as error:
                 bad.append((record.where, f"task.{name}: {error}"))
-        if len(found) == 3:
-            right = found["response"] if response else None
-            texts.append(UntokenizedRow(record.where, found["prompt"], found["answer"].text, right, record.columns))
-    refuse(_grouped(bad, len(records)))
+        if len(found) == len(templates):
+            turns, reference, right = (found.pop(name) for name in ("prompt", "answer", "response"))
+            right = right if response else None
+            texts.append(UntokenizedRow(record.where, turns, reference.text, right, record.columns, found))
+    refuse(by_row(bad, len(records)))
     return texts
 
 
-def _grouped(problems: Sequence[tuple[str, str]], num_rows: int) -> list[str]:
+def by_row(problems: Sequence[tuple[str, str]], num_rows: int) -> list[str]:
     """One message per record and reason; a reason that applies to every record is reported once."""
     times = Counter(why for _, why in problems)
     common = [f"all {num_rows} rows: {why}" for why, n in times.items() if n == num_rows > 1]
@@ -175,11 +249,18 @@ def _grouped(problems: Sequence[tuple[str, str]], num_rows: int) -> list[str]:
 def make_rows(texts: Sequence[UntokenizedRow], tokenizer: Tokenizer) -> tuple[Row, ...]:
     """Tokenize rows. Raises UserError naming the first few that cannot be tokenized."""
     refuse([f"{text.where}: {why}" for text in texts for why in _unknown_characters(text, tokenizer)])
+    of_text = [i for i, text in enumerate(texts) for _ in text.asks]
     try:
-        prompts = tokenizer.prompt_batch([text.turns for text in texts])
+        prompts = tokenize([asks for text in texts for asks in text.asks], tokenizer)
     except PromptError as error:
-        refuse([f"{texts[i].where}: {why}" for i, why in error.problems])
-    refuse([f"{t.where}: got a prompt without tokens" for t, ids in zip(texts, prompts, strict=True) if not ids])
+        refuse([f"{texts[of_text[i]].where}: {why}" for i, why in error.problems])
+    refuse(
+        [
+            f"{texts[i].where}: got a prompt without tokens"
+            for i, ask in zip(of_text, prompts, strict=True)
+            if not len(ask.tokens)
+        ]
+    )
     known = [text for text in texts if text.response is not None]
     refuse(
         [
@@ -188,20 +269,47 @@ def make_rows(texts: Sequence[UntokenizedRow], tokenizer: Tokenizer) -> tuple[Ro
             for why in _end_tokens_inside(text.response.text, tokenizer)
         ]
     )
-    targets = iter(tokenizer.encode_filled([text.response for text in known]))
-    return tuple(
-        Row(
-            as_text(text.turns),
-            text.answer,
-            None if text.response is None else text.response.text,
-            np.array(ids, np.int32),
-            None if text.response is None else np.array([*next(targets), tokenizer.eos[0]], np.int32),
-            text.columns,
-            tuple(name for _, part in text.parts for name in tokenizer.special_in(part)),
-            text.where,
+    targets, asked = iter(tokenizer.encode_filled([text.response for text in known])), iter(prompts)
+    rows = []
+    for text in texts:
+        first, *forms = (next(asked) for _ in text.asks)
+        rows.append(
+            Row(
+                as_text(text.turns),
+                text.answer,
+                None if text.response is None else text.response.text,
+                first.tokens,
+                None if text.response is None else np.array([*next(targets), tokenizer.eos[0]], np.int32),
+                text.columns,
+                tuple(name for _, part in text.parts for name in tokenizer.special_in(part)),
+                text.where,
+                max_new_tokens=text.max_new_tokens,
+                asks=first if text.questions else None,
+                forms=tuple(forms),
+                source=text if text.questions else None,
+            )
         )
-        for text, ids in zip(texts, prompts, strict=True)
-    )
+    return tuple(rows)
+
+
+def tokenize(questions: Sequence[Question], tokenizer: Tokenizer, num_examples: int = 0) -> list[AskedPrompt]:
+    """Return the prompts in the same order. Raises PromptError naming all that cannot be rendered."""
+    # Conversations with equal arguments are rendered together.
+    alike: dict[str, list[int]] = {}
+    for i, question in enumerate(questions):
+        alike.setdefault(json.dumps(question.arguments, sort_keys=True, default=str), []).append(i)
+    found, bad = [None] * len(questions), []
+    for index in alike.values():
+        try:
+            ids = tokenizer.prompt_batch([questions[i].turns for i in index], questions[index[0]].arguments)
+        except PromptError as error:
+            bad += [(index[i], why) for i, why in error.problems]
+            continue
+        for i, own in zip(index, ids, strict=True):
+            found[i] = AskedPrompt(questions[i].form, questions[i].text, np.array(own, np.int32), num_examples)
+    if bad:
+        raise PromptError(sorted(bad))
+    return found
 
 
 def _unknown_characters(text: UntokenizedRow, tokenizer: Tokenizer) -> list[str]:
@@ -232,8 +340,9 @@ def limit_prompts(
     Raises:
         UserError: If a row is refused or none is left.
     """
-    long = [i for i, row in enumerate(rows) if most and len(row.tokens) > most]
-    found = [f"{texts[i].where}: got a prompt of {len(rows[i].tokens)} tokens" for i in long]
+    longest = [longest_prompt([row]) for row in rows]
+    long = [i for i, n in enumerate(longest) if most and n > most]
+    found = [f"{texts[i].where}: got a prompt of {longest[i]} tokens" for i in long]
     if long and too_long == "refuse":
         refuse([f"{f}, want task.max_prompt_tokens ({most}) at most, or task.too_long: drop" for f in found])
     if len(long) == len(rows):
@@ -251,6 +360,13 @@ def exclude_prompts(rows: Sequence[Row], others: Sequence[Row], where: str) -> t
     return left
 
 
+def longest_prompt(rows: Iterable[Row]) -> int:
+    """Return the tokens of the longest prompt in any form that is known before the run; 0 for no rows."""
+    return max(
+        (len(tokens) for row in rows for tokens in (row.tokens, *(form.tokens for form in row.forms))), default=0
+    )
+
+
 def longest_target(rows: Iterable[Row]) -> int:
     """Return the tokens of the longest known response, end token included; 0 if none is known."""
     return max((0 if row.target is None else len(row.target) for row in rows), default=0)
@@ -260,7 +376,8 @@ def hash_rows(rows: Sequence[Row]) -> str:
     """Hash of everything that policy and graders read, in order."""
     digest = hashlib.sha256()
     for row in rows:
-        tokens = [None if ids is None else ids.tolist() for ids in (row.tokens, row.target)]
+        forms = (form.tokens for form in row.forms)
+        tokens = [None if ids is None else ids.tolist() for ids in (row.tokens, row.target, *forms)]
         digest.update(json.dumps([*tokens, row.answer, row.columns], sort_keys=True, default=_json_default).encode())
     return digest.hexdigest()
 

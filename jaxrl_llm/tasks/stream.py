@@ -19,16 +19,25 @@ def pad_rows(rows: Sequence[np.ndarray], slots: int, pad: int) -> tuple[np.ndarr
 
 
 def make_prompts(task: Task, rows: tuple[Row, ...], index: np.ndarray, uid: np.ndarray) -> Prompts:
-    """Return a batch of prompts, right-padded to the task's prompt slots.
+    """Return a batch of prompts, each in the form of its visit, right-padded to the task's prompt slots.
 
     Args:
         task: Gives the padding token and the number of slots.
         rows: The rows to choose from, e.g. `task.train`.
         index: i[P], indices into `rows`.
-        uid: i[P], one number per visit of a prompt; it keys the sampling noise.
+        uid: i[P], one number per visit of a prompt; it keys the sampling noise, and the form of the prompt.
     """
-    tokens, length = pad_rows([rows[i].tokens for i in index], task.prompt_slots, task.pad)
+    asked = [rows[i].asked(visit).tokens for i, visit in zip(index, uid, strict=True)]
+    tokens, length = pad_rows(asked, task.prompt_slots, task.pad)
     return Prompts(tokens=tokens, length=length, uid=np.asarray(uid, np.int32), row=np.asarray(index, np.int32))
+
+
+def rows_asked(rows: Sequence[Row], prompts: Prompts) -> list[Row]:
+    """Return the row of each prompt, in the form in which it was asked. `prompts.row` is an index into `rows`."""
+    return [
+        rows[i].asked_by(visit, tokens[:length])
+        for i, visit, tokens, length in zip(prompts.row, prompts.uid, prompts.tokens, prompts.length, strict=True)
+    ]
 
 
 def completion_limits(rows: Sequence[Row], index: np.ndarray, most: int) -> np.ndarray:
@@ -52,7 +61,7 @@ def noisy_rows(task: Task, order: Callable[[int], int], positions: Iterable[int]
     rows = []
     for position in positions:
         rng = np.random.default_rng((seed, position))
-        row = task.train[order(position)]
+        row = task.train[order(position)].asked(position)
         if rng.random() < noise:
             own = task.parts[row.task].rows
             other = task.train[own[rng.integers(len(own))]]

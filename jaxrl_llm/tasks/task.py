@@ -13,7 +13,7 @@ from jaxtyping import Int32
 
 from jaxrl_llm.config.options import with_options
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.tasks import distillation, reasoning_gym, records
+from jaxrl_llm.tasks import distillation, prompt_forms, prompt_visits, reasoning_gym, records
 from jaxrl_llm.tasks.config import (
     ArithmeticTask,
     CharacterTokenizer,
@@ -32,6 +32,7 @@ from jaxrl_llm.tasks.rows import (
     fill_rows,
     hash_rows,
     limit_prompts,
+    longest_prompt,
     longest_target,
     make_rows,
 )
@@ -60,6 +61,10 @@ class Task:
     """Number of rows dropped because their prompt was too long, training and held-out together."""
     repeated: int = 0
     """Number of rows left out of training because their prompt is held out."""
+    slots: int = 0
+    """Prompt slots, at least: the longest prompt that a visit may have, if that is not known."""
+    forms: tuple[str, ...] = ()
+    """Names of the forms in which training rows are asked; (): that of the evaluation."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Weights of the tasks of a mixture, by name; the rows of each are neighbors. Empty: there is one task only."""
 
@@ -78,8 +83,8 @@ class Task:
 
     @cached_property
     def prompt_slots(self) -> int:
-        """S: tokens of the longest prompt, held-out rows included."""
-        return max(len(row.tokens) for row in self.train + self.held_out)
+        """S: tokens of the longest prompt in any form, held-out rows included."""
+        return max(self.slots, longest_prompt(self.train + self.held_out))
 
     @cached_property
     def target_slots(self) -> int:
@@ -129,8 +134,9 @@ class Task:
         return self.tokenizer.decode_batch([row[:n].tolist() for row, n in zip(tokens, length, strict=True)])
 
     def row(self, prompt: str) -> Row:
-        """Return the row with this prompt, or a new one without an answer. Raises UserError if it cannot be tokenized."""
-        known = (row for row in self.held_out + self.train if row.prompt == prompt)
+        """Return the row with this prompt in the form of the evaluation, or a new one without an answer. Raises UserError if it
+        cannot be tokenized."""
+        known = (row.stated for row in self.held_out + self.train if row.prompt == prompt)
         row = (
             next(known, None)
             or make_rows([UntokenizedRow("prompt", as_turns(prompt), "", None, {})], self.tokenizer)[0]
@@ -161,14 +167,22 @@ def load_task(
     if isinstance(source, MixtureTask) and not fields:
         return _mixture(source, tokenizer, seed)
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
+    cfg = _single(source, fields)
+    return _asked(cfg, _load(cfg, tokenizer, seed), seed)
+
+
+def _single(source: str | Path | SingleTask, fields: Mapping[str, Any]) -> SingleTask:
     if isinstance(source, str | Path):
-        cfg = with_options(FileTask(str(source)), fields)
-    elif fields:
+        return with_options(FileTask(str(source)), fields)
+    if fields:
         raise UserError(
             f"load_task: got {type(source).__name__} with {', '.join(fields)}, want a path with these, or the config of a task"
         )
-    else:
-        cfg = source
+    return source
+
+
+def _load(cfg: SingleTask, tokenizer: Tokenizer, seed: int) -> Task:
+    """Load the rows, asked by the task's own prompt and in each form, without examples."""
     if isinstance(cfg, ArithmeticTask):
         return _arithmetic(cfg, tokenizer, seed)
     if isinstance(cfg, RolloutsTask):
@@ -177,38 +191,60 @@ def load_task(
     return _file(cfg, tokenizer, seed) if isinstance(cfg, FileTask) else _reasoning_gym(cfg, tokenizer, seed)
 
 
+def _asked(cfg: SingleTask, task: Task, seed: int) -> Task:
+    """Return the task with rows that know how they are asked."""
+    if not isinstance(cfg, FileTask | ReasoningGymTask):
+        return task
+    train, held_out = prompt_visits.ask(cfg, task.train, task.held_out, task.tokenizer, seed)
+    names = tuple(form.name for form in cfg.prompting.forms)
+    return replace(task, train=train, held_out=held_out, slots=prompt_visits.slots_needed(cfg), forms=names)
+
+
 def _mixture(cfg: MixtureTask, tokenizer: Tokenizer | CharacterTokenizer | PretrainedTokenizer, seed: int) -> Task:
     whole = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
     parts, errors = [], []
     for part in cfg.tasks:
         try:
-            own = load_tokenizer(_with_system(tokenizer, part.system)) if part.system else whole
-            parts.append(_part(part, load_task(part.task, own, seed)))
+            own = load_tokenizer(_with_own(tokenizer, part)) if part.system or part.template else whole
+            parts.append(_part(part, _load(part.task, own, seed)))
         except UserError as error:
-            errors += [f"task {part.name!r}: {line}" for line in str(error).splitlines()]
+            errors += _of_part(part, error)
     if errors:
         raise UserError("\n".join(errors))
     held_out = tuple(row for part in parts for row in part.held_out)
-    kept = [
-        exclude_prompts(part.train, held_out, f"task {one.name!r}") for one, part in zip(cfg.tasks, parts, strict=True)
-    ]
-    train = tuple(row for rows in kept for row in rows)
-    if also := sum(len(part.train) for part in parts) - len(train):
+    kept, asked = [], []
+    for part, task in zip(cfg.tasks, parts, strict=True):
+        kept.append(exclude_prompts(task.train, held_out, f"task {part.name!r}"))
+        try:
+            asked.append(_asked(part.task, replace(task, train=kept[-1]), seed))
+        except UserError as error:
+            errors += _of_part(part, error)
+    if errors:
+        raise UserError("\n".join(errors))
+    if also := sum(len(part.train) for part in parts) - sum(map(len, kept)):
         log.warning("task: %d rows were left out of training: another task of the mixture holds their prompt out", also)
     return Task(
-        train,
-        held_out,
+        tuple(row for part in asked for row in part.train),
+        tuple(row for part in asked for row in part.held_out),
         whole,
         dropped=sum(part.dropped for part in parts),
         repeated=sum(part.repeated for part in parts) + also,
+        slots=max(part.slots for part in asked),
+        forms=tuple(dict.fromkeys(name for part in asked for name in part.forms)),
         weights={part.name: part.weight for part in cfg.tasks},
     )
 
 
-def _with_system(tokenizer: Tokenizer | CharacterTokenizer | PretrainedTokenizer, system: str) -> PretrainedTokenizer:
+def _of_part(part: TaskPart, error: UserError) -> list[str]:
+    return [f"task {part.name!r}: {line}" for line in str(error).splitlines()]
+
+
+def _with_own(tokenizer: Tokenizer | CharacterTokenizer | PretrainedTokenizer, part: TaskPart) -> PretrainedTokenizer:
+    """Return the tokenizer with the part's system prompt and arguments of the chat template."""
     if not isinstance(tokenizer, PretrainedTokenizer):
-        raise UserError(f"system: got {system[:80]!r}, want it empty, or a pretrained tokenizer with a chat template")
-    return replace(tokenizer, system=system)
+        name, got = ("system", part.system[:80]) if part.system else ("template", part.template)
+        raise UserError(f"{name}: got {got!r}, want it empty, or a pretrained tokenizer with a chat template")
+    return replace(tokenizer, system=part.system or tokenizer.system, template={**tokenizer.template, **part.template})
 
 
 def _part(cfg: TaskPart, task: Task) -> Task:
@@ -224,7 +260,12 @@ def _part(cfg: TaskPart, task: Task) -> Task:
 
     def of(rows: tuple[Row, ...]) -> tuple[Row, ...]:
         return tuple(
-            replace(row, task=cfg.name, max_new_tokens=cfg.max_new_tokens, columns={**row.columns, "task": cfg.name})
+            replace(
+                row,
+                task=cfg.name,
+                max_new_tokens=row.max_new_tokens or cfg.max_new_tokens,
+                columns={**row.columns, "task": cfg.name},
+            )
             for row in rows
         )
 
@@ -262,7 +303,7 @@ def _file(cfg: FileTask, tokenizer: Tokenizer, seed: int) -> Task:
             f"({cfg.held_out_split!r}), want a number of rows or a location: the run is evaluated on held-out rows"
         )
     setting = "task.split" if cfg.split != FileTask.split else ""
-    rows, dropped = _rows(cfg, _file_rows(cfg, Path(cfg.path), cfg.split, setting), tokenizer)
+    rows, dropped = _rows(cfg, records.read(Path(cfg.path), cfg.split, setting), tokenizer)
     if not apart:
         if cfg.held_out >= len(rows):
             raise UserError(f"task.held_out: got {cfg.held_out}, want less than the {len(rows)} rows of {cfg.path}")
@@ -270,36 +311,43 @@ def _file(cfg: FileTask, tokenizer: Tokenizer, seed: int) -> Task:
         return _task(train, held_out, tokenizer, dropped, cfg.path)
     place = Path(cfg.held_out_path or cfg.path), cfg.held_out_split or cfg.split
     setting = "task.held_out_split" if cfg.held_out_split else ""
-    held_out, more = _rows(cfg, _file_rows(cfg, *place, setting), tokenizer)
+    held_out, more = _rows(cfg, records.read(*place, setting), tokenizer)
     if shared := {row.prompt for row in rows} & {row.prompt for row in held_out}:
         log.warning("task.held_out_path: %d of its prompts are also trained on, e.g. %r", len(shared), min(shared))
     return _task(rows, held_out, tokenizer, dropped + more, None)
 
 
-def _file_rows(cfg: FileTask, path: Path, split: str, setting: str) -> list[UntokenizedRow]:
-    return fill_rows(records.read(path, split, setting), cfg.prompt, cfg.answer, cfg.response)
-
-
 def _reasoning_gym(cfg: ReasoningGymTask, tokenizer: Tokenizer, seed: int) -> Task:
     parts = reasoning_gym.generate(cfg, cfg.size, (seed, 0)), reasoning_gym.generate(cfg, cfg.held_out, (seed, 1))
-    (train, dropped), (held_out, more) = (_rows(cfg, _reasoning_gym_rows(cfg, part), tokenizer) for part in parts)
+    (train, dropped), (held_out, more) = (_rows(cfg, part, tokenizer) for part in parts)
     return _task(train, held_out, tokenizer, dropped + more, f"task.size: {cfg.name}")
 
 
-def _reasoning_gym_rows(cfg: ReasoningGymTask, entries: list[records.Record]) -> list[UntokenizedRow]:
-    """Rows of generated entries. Where several answers are correct the answer may be empty: the dataset's scorer decides."""
-    texts = fill_rows(entries, cfg.prompt, "", cfg.response)
+def _filled(cfg: FileTask | ReasoningGymTask, entries: list[records.Record]) -> list[UntokenizedRow]:
+    """Rows with their templates filled. Where several answers of a generated entry are correct its answer may be empty: the
+    dataset's scorer decides."""
+    more = prompt_forms.templates(cfg.prompting)
+    if isinstance(cfg, FileTask):
+        return fill_rows(entries, cfg.prompt, cfg.answer, cfg.response, more)
+    texts = fill_rows(entries, cfg.prompt, "", cfg.response, more)
     answers = [text.columns["answer"] for text in texts]
     return [replace(t, answer="" if a is None else str(a)) for t, a in zip(texts, answers, strict=True)]
 
 
 def _rows(
-    cfg: FileTask | ReasoningGymTask, texts: list[UntokenizedRow], tokenizer: Tokenizer
+    cfg: FileTask | ReasoningGymTask, entries: list[records.Record], tokenizer: Tokenizer
 ) -> tuple[tuple[Row, ...], int]:
+    wrong = [*prompt_forms.problems(cfg.prompting, tokenizer), *prompt_visits.problems(cfg)]
     if cfg.too_long == "drop" and not cfg.max_prompt_tokens:
-        raise UserError(
+        wrong.append(
             "task.too_long: got drop, want task.max_prompt_tokens above 0 as well: without it no prompt is too long"
         )
+    try:
+        texts = prompt_forms.with_questions(cfg.prompting, _filled(cfg, entries))
+    except UserError as error:
+        wrong.append(str(error))
+    if wrong:
+        raise UserError("\n".join(wrong))
     return limit_prompts(make_rows(texts, tokenizer), texts, cfg.max_prompt_tokens, cfg.too_long)
 
 

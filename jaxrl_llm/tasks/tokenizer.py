@@ -3,17 +3,18 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.tasks.config import CharacterTokenizer, PretrainedTokenizer
 from jaxrl_llm.tasks.special_tokens import SpecialTokens, unused_character
+from jaxrl_llm.tasks.token_texts import Texts, token_texts
 from jaxrl_llm.tasks.turns import FilledText, PromptError, Turn, Turns, as_turns, from_data, unicode_problem
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ BATCH = 1024
 SKIPS = 16, 4
 
 
-def _plain_text(prompts: Sequence[Turns]) -> list[str | UserError]:
+def _plain_text(prompts: Sequence[Turns], arguments: Mapping[str, Any]) -> list[str | UserError]:
     many = "got messages, want a prompt of one text: there is no chat template (tokenizer.chat: true, of a pretrained tokenizer)"
     return [
         turns[0].content.text if len(turns) == 1 and turns[0].role == "user" else UserError(many) for turns in prompts
@@ -55,9 +56,11 @@ class Tokenizer:
     """End tokens. Any of them ends a sampled response; the first is appended to target responses."""
     write: Callable[[Path], None]
     """Saves files that `AutoTokenizer.from_pretrained` reads."""
-    render: Callable[[Sequence[Turns]], list[str | UserError]] = _plain_text
-    """Renders prompts to text, with the chat template if there is one. Returns errors in place of texts; the result may end at an
-    error."""
+    render: Callable[[Sequence[Turns], Mapping[str, Any]], list[str | UserError]] = _plain_text
+    """Renders prompts to text, with the chat template if there is one and further arguments for it. Returns errors in place of
+    texts; the result may end at an error."""
+    chat_template: str | None = None
+    """Source of the chat template; None: prompts are plain texts."""
     prefix: tuple[int, ...] = ()
     """Tokens prepended to each prompt (BOS). Empty with a chat template, which renders its own."""
     alphabet: frozenset[str] | None = None
@@ -160,6 +163,11 @@ class Tokenizer:
         return np.array([len(self.backend.id_to_token(id) or "") for id in range(self.size)])
 
     @cached_property
+    def texts(self) -> Texts:
+        """Text of each token as `decode` has it. Raises UserError if it depends on the tokens before, as with WordPiece."""
+        return token_texts(self.backend, self.size, self._special.ids | ({self.pad} - set(self.eos)))
+
+    @cached_property
     def _special(self) -> SpecialTokens:
         return SpecialTokens(self.backend)
 
@@ -191,8 +199,9 @@ class Tokenizer:
         """Token ids of a prompt, chat template included. Raises PromptError if it cannot be rendered."""
         return self.prompt_batch([text])[0]
 
-    def prompt_batch(self, prompts: Sequence[str | Turns]) -> list[list[int]]:
-        """Token ids of prompts, chat template included; a string is a user turn of data. Raises PromptError naming all bad ones."""
+    def prompt_batch(self, prompts: Sequence[str | Turns], arguments: Mapping[str, Any] = {}) -> list[list[int]]:
+        """Token ids of prompts, chat template included; a string is a user turn of data. Raises PromptError naming all bad ones.
+        `arguments`: further ones of the chat template."""
         conversations = [as_turns(prompt) for prompt in prompts]
         wrong = ((i, unicode_problem(turn.content.text)) for i, turns in enumerate(conversations) for turn in turns)
         if wrong := [(i, why) for i, why in wrong if why]:
@@ -205,7 +214,7 @@ class Tokenizer:
             )
         texts: list[str | UserError] = []
         while len(texts) < len(conversations) and len(texts) % BATCH == 0:  # a short batch ended at an error
-            texts += self.render(conversations[len(texts) : len(texts) + BATCH])
+            texts += self.render(conversations[len(texts) : len(texts) + BATCH], arguments)
         if wrong := [(i, str(text)) for i, text in enumerate(texts) if isinstance(text, UserError)]:
             raise PromptError(wrong)
         return [[*self.prefix, *ids] for ids in self._encode(texts, marked, mark)]

@@ -21,10 +21,11 @@ from jaxrl_llm.tasks.tokenizer import Tokenizer
 COLUMNS: dict[str, str] = {
     "tokenizer": "text", "uid": "int", "sample": "int", "row": "int",
     "prompt": "text", "completion": "text", "answer": "text", "task": "text",
+    "form": "text",
     "prompt_ids": "ints", "ids": "ints", "logprobs": "floats", "entropy": "floats", "version": "ints",
     "sampled": "bools", "kept_tokens": "lists of ints", "control_state": "ints", "raw_logprobs": "floats", "step_reward": "floats",
     "temperature": "float", "reward": "float", "components": "floats by name", "success": "bool", "vote": "int", "finish": "text",
-    "failure": "text", "failed_by": "int",
+    "failure": "text", "failed_by": "int", "hint_tokens": "int",
 }  # fmt: skip
 """Columns of a file and what they hold. A column that says nothing is left out: `sampled` if all tokens were, `kept_tokens` without
 truncation. In JSON `version` is one number if all tokens have the same."""
@@ -36,6 +37,8 @@ FINISHES = ("eos", "length", "stop", "unfinished")
 DIGITS = 16
 """Hexadecimal digits of a tokenizer's fingerprint that are written."""
 LARGEST = {int: 2**31 - 1, float: float(np.finfo(np.float32).max)}
+OF_ROW = {"row": -1, "vote": 0, "failed_by": -1, "hint_tokens": 0}
+"""Whole numbers of a response, and the value of each in a file without it."""
 LARGEST_LOGPROB = 1e-3
 """Nats: a log-prob of 0 may be rounded up by this much; larger ones are no log-probs."""
 
@@ -75,6 +78,8 @@ class Trajectory(NamedTuple):
     failure: str
     """Why its group could not be graded; "" if it was."""
     failed_by: int
+    hint_tokens: int
+    """Tokens of a demonstration that it began with."""
     columns: Mapping[str, Any]
     """Other columns and texts, for graders."""
 
@@ -174,7 +179,7 @@ class _Reader:
             control_state=self.numbers("control_state", n, np.int32, "a whole number"),
             **{name: self.numbers(name, n, np.float32, "a number") for name in ("raw_logprobs", "step_reward")},
             **{name: self.one(name, int, None) for name in ("uid", "sample")},
-            **{name: self.one(name, int, least) for name, least in (("row", -1), ("vote", 0), ("failed_by", -1))},
+            **{name: self.one(name, int, least) for name, least in OF_ROW.items()},
             temperature=self.one("temperature", float, 1.0),
             reward=self.one("reward", float, None),
             components=self.components(),

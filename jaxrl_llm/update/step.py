@@ -66,10 +66,8 @@ def jit_update(
     """
     layout = scoring.layout
 
-    def objective(
-        params: PyTree, micro_batch: Batch, share: Array, reference: PyTree | None, tables: ControlTables | None
-    ) -> tuple[Array, _Measured]:
-        scores = score_tokens(params, micro_batch, scoring, reference, tables)
+    def objective(params: PyTree, micro_batch: Batch, share: Array, *read: PyTree) -> tuple[Array, _Measured]:
+        scores = score_tokens(params, micro_batch, scoring, *read)
         return _loss_and_metrics(loss.terms(scores, micro_batch), micro_batch, share)
 
     def update(
@@ -80,9 +78,7 @@ def jit_update(
         share = batch.loss_mask / jnp.maximum(jnp.sum(batch.loss_mask), 1)
         batch, more = _without_dropped(loss, batch, share)
         grads, metrics = _accumulate(
-            lambda trained, micro_batch, share: objective(
-                lora.join(trained, frozen), micro_batch, share, reference, tables
-            ),
+            lambda trained, *of: objective(lora.join(trained, frozen), *of, reference, tables),
             trained,
             (batch, share),
             micro_batches,

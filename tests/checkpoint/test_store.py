@@ -808,12 +808,12 @@ def test_a_newest_step_with_a_broken_description_is_no_other_format(tmp_path, ca
 
 
 def test_a_step_of_another_format_is_refused_and_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr(manifest, "FORMAT_VERSION", 4)
+    monkeypatch.setattr(manifest, "FORMAT_VERSION", 5)
     tree, checkpoints = {"x": np.arange(3)}, Checkpoints(tmp_path)
     checkpoints.save(7, tree, {})
     checkpoints.wait()
     monkeypatch.undo()
     for refuses in (checkpoints.refuse_other_formats, lambda: checkpoints.restore(lambda meta: tree)):
-        with pytest.raises(UserError, match=r"7: got a checkpoint of format 4, .* want 5"):
+        with pytest.raises(UserError, match=r"7: got a checkpoint of format 5, .* want 6"):
             refuses()
     assert checkpoints.steps() == [7]

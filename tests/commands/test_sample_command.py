@@ -118,3 +118,37 @@ def test_a_prompt_may_be_longer_than_those_of_the_task(tmp_path, capsys):
     assert head == f"{prompt}   from an untrained policy, temperature 1.0"
     # The answer is not known, so there is no reward.
     assert [re.match(r"  (\d)  .* reward \?  log-prob +-\d", row)[1] for row in rows] == ["0", "1", "2"]
+
+
+@pytest.mark.slow
+def test_a_model_answers_as_a_pattern_or_a_schema_says(model, capsys, tmp_path):
+    (tmp_path / "s.json").write_text(
+        json.dumps({"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]})
+    )
+
+    def sampled(*options: object) -> list[str]:
+        flags = ["--rollout.max_new_tokens", "16", "--model.compute", "float32"]
+        assert cli.main(["sample", str(model), "--prompt", QUESTION, "-n", "4", *map(str, options), *flags]) == 0
+        rows = capsys.readouterr().out.splitlines()[1:]
+        return [re.fullmatch(r" +\d  (.*?) +reward .*  eos .*", row)[1].removesuffix("<|im_end|>") for row in rows]
+
+    found = sampled("--regex", "[a-c]{2}-[0-9]")
+    assert len(found) == 4 and all(re.fullmatch("[a-c]{2}-[0-9]", text) for text in found)
+    found = sampled("--json-schema", tmp_path / "s.json")
+    assert len(found) == 4 and all(json.loads(text)["ok"] in (True, False) for text in found)
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        (None, "--json-schema: .*s.json"),
+        ("{", "--json-schema: .*s.json"),
+        ('{"type": "text"}', 's.json: got type "text", want a type'),
+    ],
+)
+def test_a_schema_that_cannot_be_read_is_refused_by_its_option(model, capsys, tmp_path, schema, words):
+    if schema:
+        (tmp_path / "s.json").write_text(schema)
+    flags = ["--rollout.max_new_tokens", "16", "--json-schema", tmp_path / "s.json"]
+    message = refused(capsys, model, "--prompt", QUESTION, *flags)
+    assert re.search(words, message) and "rollout.control" not in message

@@ -24,11 +24,11 @@ ROOT = Path(__file__).parents[2]
 TASKS = "arithmetic, file, reasoning_gym, rollouts, mixture"
 # Values to set: the first that the type accepts and that is not the default. Some are text that YAML reads as something else.
 CANDIDATES = (
-    3, 7, 2, 0, 0.5, 0.25, 1.5, True, False, "a: b, 007", "{question} [1]", "a.*", {"a": {"b": 1}},
+    3, 7, 2, 0, 0.5, 0.25, 1.5, True, False, "a: b, 007", "{question} [1]", "{prompt} {response}", "a.*", {"a": {"b": 1}},
     [{"kind": "first_samples", "keep": 2}],
     [{"values": [1]}],
-    [{"match": "layers/.*", "lr_scale": 0.5}], [{"grader": "numeric", "weight": 2.0}], [0.25, 0.5], [True], ["q", "down"],
-    ["x", "# y"], ["reference_logprobs"], {"a": 0.5}, None, "easy", [{"name": "easy", "weight": 2.0}],
+    [{"match": "layers/.*", "lr_scale": 0.5}], [{"grader": "numeric", "weight": 2.0}], [0.25, 0.5], [5, "x"], [3], [True],
+    ["q", "down"], ["x", "# y"], ["reference_logprobs"], {"a": 0.5}, {"a": "b"}, None, "easy", [{"name": "easy", "weight": 2.0}],
 )  # fmt: skip
 
 

@@ -187,6 +187,27 @@ def test_a_key_of_another_kind_is_no_typo(refuse):
     assert refuse("tokenizer: {alphabet: ab, chat: false}") == ["tokenizer.chat: no such key beside alphabet"]
 
 
+def test_controls_are_named_by_their_kind(refuse, read):
+    kinds = "none, regex, json_schema, choice, allow, forbid, stop, budget, begin"
+    assert refuse("rollout: {control: {kind: regexp}}") == [
+        f"rollout.control.kind: got 'regexp', want one of {kinds}; perhaps you meant regex"
+    ]
+    assert refuse("rollout: {control: {kind: budget, then: {kind: stop}}}") == [
+        "rollout.control.then.kind: got 'stop', want one of none, regex, json_schema, choice"
+    ]
+    assert refuse("rollout: {control: {kind: none, regex: a}}") == [
+        "rollout.control.regex: no such key, want kind: regex and its settings"
+    ]
+    assert refuse("rollout: {control: {kind: choice, texts: [yes, 'no']}}") == [
+        "rollout.control.texts.0: got True, want text"
+    ]
+    assert refuse("rollout: {control: {kind: choice, texts: []}}") == [
+        "rollout.control.texts: got [], want 1 entries or more"
+    ]
+    schema = "rollout: {control: {kind: json_schema, schema: {type: object, properties: {kind: {type: string}}}}}"
+    assert read(schema).rollout.control.schema == {"type": "object", "properties": {"kind": {"type": "string"}}}
+
+
 def test_a_mesh_axis_of_zero_is_refused(refuse):
     assert refuse("mesh: {data: 0}") == ["mesh.data: got 0, want 1 or more, or -1 for what is left"]
 

@@ -14,6 +14,20 @@ def test_options_replace_fields_and_leave_the_rest():
     assert with_options(RolloutConfig(), {"engine": {"window": 64}}).engine == engine
 
 
+def test_errors_name_the_key_and_not_the_member_of_a_union():
+    def refused(**options):
+        with pytest.raises(UserError) as error:
+            with_options(RolloutConfig(), options)
+        return str(error.value)
+
+    assert refused(control={"kind": "regex", "pattern": 3}) == "control.pattern: got 3, want text"
+    assert (
+        refused(control={"kind": "allow", "tokens": [1.5]}) == "control.tokens.0: got 1.5, want a whole number, or text"
+    )
+    assert refused(control={"kind": "stop", "texts": [3]}) == "control.texts.0: got 3, want text"
+    assert refused(control=RolloutConfig()).startswith("control: got RolloutConfig(")
+
+
 def test_every_wrong_option_is_named():
     with pytest.raises(UserError) as error:
         with_options(RolloutConfig(), {"sample": 4, "prompts": 0, "engine": {"window": "wide"}})

@@ -41,6 +41,12 @@ def test_what_is_stored_and_hardly_used_is_told():
     [baseline] = cautions(of({"join": {"right": True}}, reused_rows="split"))
     assert baseline.startswith("objective.reused_rows: split with experience.replay.join.right: ")
     assert cautions(of({"join": {"right": True}})) == cautions(of({"join": {}}, reused_rows="split")) == []
+    for by, num in (("visit", 1), ("row", 0)):
+        examples = {"number": 1, "by": by}
+        task = {"kind": "file", "path": "x", "held_out": 1, "prompting": {"examples": examples}}
+        values = {"task": task, "reward": "exact_match", "experience": {"replay": {"capacity": 8, "join": {}}}}
+        assert len(found := cautions(validate(values, "x"))) == num
+        assert all(line.startswith("task.prompting.examples.by: visit with experience.replay.join: ") for line in found)
     # Without a buffer it is the other settings that nothing reads.
     assert all(
         "nothing reads this" in line

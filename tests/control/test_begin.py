@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-from control_rows import FREE, digits, draw, vocabulary
+from control_rows import FREE, digits, draw, states_of, vocabulary
 
 from jaxrl_llm.control.budget import budget
 from jaxrl_llm.control.config import BudgetControl
-from jaxrl_llm.control.follow import states_of
 from jaxrl_llm.control.forced import begin
 from jaxrl_llm.control.vocabulary_walk import over_tokens
 from jaxrl_llm.errors import UserError

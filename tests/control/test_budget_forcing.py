@@ -4,15 +4,15 @@ import dataclasses
 
 import numpy as np
 import pytest
-from control_rows import FREE, DrawnRow, digits, draw, vocabulary
+from control_rows import FREE, DrawnRow, digits, draw, states_of, vocabulary
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from jaxrl_llm.control.automaton import REFUSED, TokenAutomaton, TokenTexts
 from jaxrl_llm.control.budget import budget
 from jaxrl_llm.control.byte_automaton import ByteAutomaton
-from jaxrl_llm.control.config import BudgetControl
-from jaxrl_llm.control.follow import states_of
+from jaxrl_llm.control.config import BudgetControl, ForbidControl
+from jaxrl_llm.control.token_sets import token_set
 from jaxrl_llm.errors import UserError
 
 # "/t" is a token; "/t>4" closes and begins the answer; <w> is special, and the end token has no text.
@@ -119,6 +119,18 @@ def test_a_wait_too_many_is_killed():
     control = dataclasses.replace(CLOSES_ALONE, waits=1)
     with pytest.raises(AssertionError):
         assert_as_by_hand(budget(dataclasses.replace(control, waits=2), FREE, TOKENS), control)
+
+
+def test_a_row_needs_room_behind_its_budget():
+    """A closing of two tokens, four digits and the end token behind 9 slots; with less a row gets stuck."""
+    tokens = vocabulary(["a", "|", "4", None], (3,))
+    automaton = budget(BudgetControl(close="|a"), digits(4, 4), tokens)
+    assert automaton.least_limit(9) == 16 and automaton.least_limit(0) == 7
+    for limit, most in ((15, 9), (8, 20)):
+        with pytest.raises(AssertionError, match="stuck"):
+            for seed in range(50):
+                draw(automaton, np.random.default_rng(seed), limit, most)
+    assert token_set(ForbidControl(tokens=(A,)), TOKENS).least_limit(2**31 - 1) == 0
 
 
 def assert_never_stuck(

@@ -1,14 +1,13 @@
 """Stop texts end a row at the token where the search of the host ends it."""
 
 import pytest
-from control_rows import vocabulary
+from control_rows import states_of, vocabulary
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
 from jaxrl_llm.control.config import StopControl
-from jaxrl_llm.control.follow import states_of
 from jaxrl_llm.control.stop import stop
 from jaxrl_llm.control.text_search import searching
 from jaxrl_llm.errors import UserError

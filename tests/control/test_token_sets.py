@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-from control_rows import allowed, draw, vocabulary
+from control_rows import allowed, draw, states_of, vocabulary
 
 from jaxrl_llm.control.config import AllowControl, ForbidControl
-from jaxrl_llm.control.follow import states_of
 from jaxrl_llm.control.token_sets import token_set
 from jaxrl_llm.errors import UserError
 

@@ -92,6 +92,20 @@ def test_states_with_the_same_future_are_merged_unless_they_are_kept():
     assert by_token(kept, 2)[kept.state_of[4]] == kept.state_of[3]
 
 
+def test_a_space_that_decoding_drops_is_one_more_text_at_the_beginning():
+    tokens = vocabulary([b" ", b"a", b" a", b"  a", b"c", b" c", None], [6])._replace(drops_space=True)
+    found = over_tokens(ABC, tokens)
+    behind_a, start = int(found.state_of[1]), found.automaton.start
+    assert [by_token(found, token)[start] == behind_a for token in range(6)] == [False, True, True, False, False, False]
+    # Behind the space, only the text itself.
+    assert found.automaton.next[by_token(found, 0)[start], found.automaton.classes[2]] == REFUSED
+    assert by_token(found, 5)[behind_a] == REFUSED
+    # Texts that may begin with any number of spaces: that is nothing new.
+    spaced = automaton(3, "0a1 1c2", accepts=[2])
+    spaced.next[0, ord(" ")] = 0
+    assert over_tokens(spaced, tokens).automaton.start == over_tokens(spaced, tokens).state_of[0]
+
+
 def test_a_kept_state_without_a_way_to_an_end_is_removed():
     assert over_tokens(ABC, vocabulary([b"a", b"c", None], [2]), kept=[3]).state_of[3] == -1
 

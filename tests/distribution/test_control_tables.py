@@ -26,14 +26,14 @@ def random_automaton(rng: np.random.Generator, states: int, kinds: int):
     return token_automaton(classes, following, rng.integers(0, 5, states), states - 1, np.arange(states) == 0)
 
 
-def allowed_by_hand(automaton, state: int, room: int, barred: bool) -> np.ndarray:
+def allowed_by_hand(automaton, state: int, room: int, ends_masked: bool) -> np.ndarray:
     """Token by token, as the docstring of `allowed_tokens` says it."""
     found = np.zeros(V, bool)
     for token in range(NUM_TOKENS):
         to = automaton.next[state, automaton.classes[token]]
         found[token] = to != REFUSED and automaton.distance[to] <= room - 1
     without = found & ~np.isin(np.arange(V), ENDS)
-    return without if barred and without.any() else found
+    return without if ends_masked and without.any() else found
 
 
 @pytest.mark.parametrize("kinds", [(5,), (40, 3), (2, 100, 31)], ids=str)
@@ -44,20 +44,22 @@ def test_masks_equal_a_plain_reading(kinds):
     tables, starts = join_automata(automata, NUM_TOKENS, ENDS, V)
     assert tables.classes.dtype == np.uint8 and len(tables.classes) == len(kinds)
     cases = [
-        (i, state, room, barred)
+        (i, state, room, ends_masked)
         for i, a in enumerate(automata)
         for state in range(len(a.next))
         for room in (1, 2, 4, MOST_ROOM - 1, MOST_ROOM, 10**6)
-        for barred in (False, True)
+        for ends_masked in (False, True)
     ]
     first = [start - a.start for start, a in zip(starts, automata, strict=True)]
     state = np.array([first[i] + state for i, state, _, _ in cases], np.int32)
-    room, barred = (np.array(x) for x in zip(*((room, barred) for *_, room, barred in cases), strict=True))
-    code = encode(state, room.astype(np.int32), barred)
+    room, ends_masked = (
+        np.array(x) for x in zip(*((room, ends_masked) for *_, room, ends_masked in cases), strict=True)
+    )
+    code = encode(state, room.astype(np.int32), ends_masked)
     assert code.dtype == np.int32 and (code >= 0).all()
     np.testing.assert_array_equal(state_of(code), state)
     got = np.asarray(jax.jit(lambda code: allowed_tokens(jax.tree.map(jnp.asarray, tables), code).mask)(code))
-    want = np.array([allowed_by_hand(automata[i], state, room, barred) for i, state, room, barred in cases])
+    want = np.array([allowed_by_hand(automata[i], state, room, ends_masked) for i, state, room, ends_masked in cases])
     np.testing.assert_array_equal(got, want)
     assert 0.1 < want.mean() < 0.9
     free = np.asarray(allowed_tokens(jax.tree.map(jnp.asarray, tables), jnp.zeros(1, jnp.int32)).mask)[0]

@@ -163,8 +163,10 @@ def tiled_result(case: str, sizes: tuple[int, ...]):
     changes, num_tokens, cap = CASES[case]
     cfg, train, batch = replace(CFG, logit_softcap=cap), layouts(sizes)[0], make_batch(num_tokens, **changes)
 
+    tables = jax.tree.map(jnp.asarray, TABLES[num_tokens])
+
     def tiled(params, reference):
-        return score_tokens(params, batch, Scoring(cfg, train, num_tokens), reference, TABLES[num_tokens])
+        return score_tokens(params, batch, Scoring(cfg, train, num_tokens), reference, tables)
 
     program = jax.jit(gradients(tiled, batch))
     return hosts.gather(program(make_params(0), make_params(1)))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_llm.distribution.allowed_tokens import AllowedTokens
 from jaxrl_llm.distribution.logits import entropy, kept_logprobs, process_logits
 
 LOGITS = jnp.array([[1.0, 3.0, 3.0, 0.0, 9.0], [0.0, np.log(2.0), -1e4, 0.0, 9.0]], jnp.float32)
@@ -56,12 +57,13 @@ def test_gradients_are_finite_with_padding_and_beside_temperature_zero():
     np.testing.assert_array_equal(by_entropy[1][[2, 4]], 0.0)
 
 
-def test_masked_end_tokens_have_probability_0():
-    """exp = 1, 2, 0, 1: without token 1, half and half; the second row is not masked."""
+def test_tokens_that_are_not_allowed_have_probability_0():
+    """exp = 1, 2, 0, 1: without token 1, of class 1, half and half; in the second row it is allowed. Token 4 is padding."""
     row = jnp.stack([LOGITS[1]] * 2)
     with np.errstate(divide="ignore"):
         want = np.log([[1 / 2, 0, 0, 1 / 2, 0], [1 / 4, 2 / 4, 0, 1 / 4, 0]])
-    got = np.array(process_logits(row, jnp.ones(2), 4, (1, 4), jnp.array([True, False])))
+    allowed = AllowedTokens(jnp.array([[0b001], [0b011]], jnp.uint32), None, jnp.array([[0, 1, 0, 0, 2]], jnp.uint8))
+    got = np.array(process_logits(row, jnp.ones(2), 4, allowed))
     got[:, 2] = -np.inf
     np.testing.assert_allclose(got, want, rtol=1e-6)
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxrl_llm.experience import joining
 from jaxrl_llm.experience.buffer import empty_buffer
 from jaxrl_llm.experience.config import JoinConfig, ReplayConfig
 from jaxrl_llm.experience.draws import PrioritizedDraw
@@ -99,6 +100,18 @@ def test_rows_of_another_prompt_never_join_and_places_stay_empty():
     assert names(out, 0) == [(20, 0), (20, 1), (20, 2)] and names(out, 1)[3:] == [(1, 0), (1, 1)]
     assert metrics["replay/rows"] == 2 and out.rollouts.prompt.tolist() == [0] * 3 + [1] * 5 + [-1] * 2
     assert not out.keep[-2:].any() and not out.rollouts.sampled[-2:].any()
+
+
+def test_responses_to_another_form_of_the_prompt_never_join(monkeypatch):
+    """The older stored group of row 7 was asked as now, the newer one otherwise; the only one of row 5 otherwise."""
+    other = jax.tree.map(np.copy, OLD[1])
+    other.rollouts.prompts.tokens[:, 0] += 1
+    for stored, want in ((other, [(0, 0), (0, 1)]), (OLD[1], [(10, 0), (10, 1)])):
+        out, _, _ = after([OLD[0], stored], FRESH, join=JoinConfig(most=2))
+        assert names(out, 1)[3:] == want and len(names(out, 0)) == 3 + 2 * (stored is OLD[1])
+    monkeypatch.setattr(joining, "_is_prompt", lambda *args: True)
+    out, _, _ = after([OLD[0], other], FRESH, join=JoinConfig(most=2))
+    assert names(out, 1)[3:] == [(10, 0), (10, 1)]
 
 
 def test_a_group_whose_rewards_are_equal_once_rows_were_swapped_stays_dropped():

@@ -12,7 +12,7 @@ from jaxrl_llm.experience.replay import blank_groups
 from jaxrl_llm.types import Groups, check, number_rows, select_groups
 
 PAD = 3
-FEATURES = ("truncation", "raw_logprobs", "control", "steps")
+FEATURES = ("truncation", "raw_logprobs", "control", "steps", "hints")
 
 
 def groups_of(size, length, kept, slots=(3, 9), most=20, uses=FEATURES, seed=0) -> Groups:
@@ -66,6 +66,8 @@ def groups_of(size, length, kept, slots=(3, 9), most=20, uses=FEATURES, seed=0) 
         keep=rng.random(rows) < 0.5,
         graders=("a", "b"),
         step_reward=steps if "steps" in uses else None,
+        hint=rng.integers(0, 3, rows).astype(np.int32) if "hints" in uses else None,
+        taught=inside & ~sampled if "hints" in uses else None,
     )
     return check(groups)
 

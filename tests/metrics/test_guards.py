@@ -174,6 +174,9 @@ def test_a_filter_that_drops_everything_ends_the_run():
         "every graded group of 3 consecutive steps was dropped (update.guards.max_dropped), so nothing was learned; of the last "
         "step's responses 12.5% were right: look at experience.filter and experience.refill"
     )
+    # All began with a hint, of which the step says this alone.
+    hinted = NO_SIGNAL | {"hints/success": 0.25}
+    assert "25.0% were right" in str(look([(hinted, {})], GuardConfig(max_dropped=1))[-1].error)
     assert [v.guards.dropped for v in look([(lost, {}), (UNGRADED, {}), (lost, {})])] == [1, 0, 1]
     # Stored responses were trained on: something was learned.
     assert [v.guards.dropped for v in look([(lost, {}), (lost | {"updates": 2}, SOME)])] == [1, 0]

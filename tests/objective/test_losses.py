@@ -73,7 +73,7 @@ def test_reused_rows_are_shaped_and_fresh_ones_clipped():
     mask, advantage = np.ones((1, 3), bool), np.full((1, 3), 2, np.float32)
     behavior = np.array([[-1.0, -2.0, -2.0]], np.float32)
     now = behavior + np.log(np.array([[0.5, 4, 4]], np.float32))
-    batch = batch_of(mask, behavior, advantage).replace(own={"reused": np.array([[True, True, False]])})
+    batch = batch_of(mask, behavior, advantage).replace(own={"shaped": np.array([[True, True, False]])})
     cfg = PolicyGradient(surrogate=Clip(low=0.2, high=0.28), shaping=0.1)
 
     def loss(logprobs):
@@ -86,12 +86,16 @@ def test_reused_rows_are_shaped_and_fresh_ones_clipped():
 
 def test_which_rows_are_reused_is_a_column_of_the_batch():
     (column,) = make_loss(ObjectiveConfig(loss=PolicyGradient(shaping=0.1))).own
-    assert make_loss(ObjectiveConfig()).own == () and column.name == "reused"
+    assert make_loss(ObjectiveConfig()).own == () and column.name == "shaped"
     sampled = np.array([[True, True], [True, False], [True, True]])
-    groups = SimpleNamespace(rollouts=SimpleNamespace(sampled=sampled), reused=np.array([False, True, True]))
+    groups = SimpleNamespace(
+        rollouts=SimpleNamespace(sampled=sampled), reused=np.array([False, True, True]), taught=None
+    )
     assert column.make(groups, None).tolist() == [[False, False], [True, False], [True, True]]
     groups.reused = None
     assert not column.make(groups, None).any()
+    groups.taught = ~sampled
+    assert column.make(groups, None).tolist() == [[False, False], [False, True], [False, False]]
 
 
 def test_policy_terms_put_surrogate_kl_and_entropy_together():

@@ -313,7 +313,7 @@ def report(**changes) -> dict:
     base = {
         "topology": "v5e:2x2", "chips": 4, "chip": chips.V5E._asdict(), "jax": "0", "parameters": 10**9,
         "mesh": {"data": 1, "fsdp": 2, "tensor": 2, "expert": 1}, "minibatches": 1, "micro_batches": 2, "rows": 64,
-        "slots": [7, 6], "phases": [{"name": "update", "total": 12 * 10**9, "parts": parts}],
+        "control": "none", "slots": [7, 6], "phases": [{"name": "update", "total": 12 * 10**9, "parts": parts}],
         "peak": {"phase": "update", "bytes": 12 * 10**9}, "compiled": True, "fits": True, "advice": [], "predicted": None,
         "programs": {"update": {"refused": "", "received": 2000, "traffic": [
             {"kind": "all-gather", "dtype": "bf16", "loops": (2, 4), "count": 3, "times": 24, "bytes": 1990, "largest": 5 * 10**6},
@@ -326,7 +326,10 @@ def report(**changes) -> dict:
 def test_the_report_as_text():
     text = show.show(report())
     assert ": 4 chips of 16 GB" in text and "1 minibatch of 2 micro-batches" in text
-    assert "v5e:1x1: 1 chip of 16 GB" in show.show(report(topology="v5e:1x1", chips=1))
+    assert (
+        "v5e:1x1: 1 chip of 16 GB" in show.show(report(topology="v5e:1x1", chips=1)) and "rollout.control" not in text
+    )
+    assert "\nrollout.control: regex is left out of the rollouts" in show.show(report(control="regex"))
     lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     assert ["master parameters", "3.00"] in lines and ["**total**", "**12.00**"] in lines
     assert ["update", "all-gather", "bf16", "2 x 4", "24", "0.0", "5.0"] in lines

@@ -47,7 +47,8 @@ class Session:
     def pending(self):
         return bool(self.order)
 
-    def add(self, prompts, samples, controls, limit, first_sample):
+    def add(self, prompts, samples, controls, limit, known, first_sample):
+        assert known is None
         assert samples.tolist() == [G] * 3 and not first_sample.any()
         self.log += [f"limits {limit.tolist()}"] if {*limit.tolist()} != {MOST} else []
         self.log.append(("add", prompts, controls))

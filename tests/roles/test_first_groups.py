@@ -91,6 +91,21 @@ def test_what_a_policy_sampled_keeps_its_log_probs_and_its_temperature(tmp_path,
     assert (found.rollouts.temperature == 0.5).all() and found.reward.tolist() == [1, 0, 1, 0, 1] * 3
 
 
+def test_beside_hints_they_have_the_columns_of_hints(tmp_path, pool):
+    """Those of a run that had hints say so, and nothing of them is trained on but what was sampled."""
+    start = with_ids(tmp_path / "x.jsonl", hint_tokens=1)
+    for train in (False, True):
+        run = blueprint(
+            experience={"replay": {"capacity": 6, "start": start}, "hints": {"kind": "cosine", "train": train}},
+            objective={"loss": {"shaping": 0.1}},
+        )
+        found = check(first_groups(run, TASK, pool, 9))
+        assert found.hint.tolist() == [1] * 15 and (found.taught is None) == (not train)
+        np.testing.assert_array_equal(found.trainable_tokens, found.rollouts.sampled)
+    found = first_groups(of(texts(tmp_path / "y.jsonl")), TASK, pool, 9)
+    assert found.hint is None and found.taught is None
+
+
 def test_the_buffer_starts_with_them_and_no_step_has_used_them(tmp_path, pool):
     """They have the columns of the run's own groups, so that both lie in one buffer; and fresh ones need not enter it."""
     run = of(texts(tmp_path / "x.jsonl"), join={"most": 1, "right": True, "swap": True}, store_fresh=False, max_age=0)

@@ -56,6 +56,7 @@ def with_contents(groups: Groups, rng, K: int, optional: bool) -> Groups:
         entropy=of(any_float32(rng, there.shape), sampled), version=of(rng.integers(0, 9, there.shape).astype(np.int32), there),
         temperature=temperature, **(more if optional else {}),
     )  # fmt: skip
+    hint = np.where(optional & (rollouts.prompt >= 0), rng.integers(0, 4, rows), 0).astype(np.int32)
     components = np.where(known[:, None], any_float32(rng, (rows, 2)), np.float32(np.nan))
     steps = of(
         np.where(rng.random(there.shape) < 0.5, any_float32(rng, there.shape), np.nan).astype(np.float32), there, np.nan
@@ -63,7 +64,7 @@ def with_contents(groups: Groups, rng, K: int, optional: bool) -> Groups:
     return groups.replace(
         rollouts=rollouts, reward=np.where(known, any_float32(rng, rows), np.float32(np.nan)), components=components,
         vote=np.where(known, rng.integers(0, 2**31, rows), 0).astype(np.int32), keep=known,
-        step_reward=steps if optional else None,
+        step_reward=steps if optional else None, hint=hint if hint.any() else None,
     )  # fmt: skip
 
 

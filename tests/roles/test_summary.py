@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from fakes import groups_of, sums
 
+from jaxrl_llm.control.automaton import token_automaton
+from jaxrl_llm.distribution.control_tables import encode, join_automata
 from jaxrl_llm.environments.grader_pool import Failure
 from jaxrl_llm.perf.work import Work
 from jaxrl_llm.roles.stage_metrics import describe_stages
@@ -144,6 +146,37 @@ def test_log_probs_before_truncation_are_shown_where_they_are_kept():
     groups = groups.replace(rollouts=groups.rollouts.replace(raw_logprobs=raw))
     [first, second] = responses(TASK, groups, np.zeros((6, 2)), 1)
     assert (first["raw_logprobs"].tolist(), second["raw_logprobs"].tolist()) == ([-1, -1], [-1])
+
+
+def controlled_step():
+    """The first row's two tokens: `7` is one of two that were allowed, and `#` the only one; the others were free."""
+    classes = np.where(np.arange(16) == 15, 1, np.isin(np.arange(16), [1, 8]) * 2)
+    automaton = token_automaton(
+        classes, np.array([[-1, -1, 1], [-1, 2, -1], [-1, -1, -1]]), np.array([2, 1, 0]), 0, np.arange(3) == 2
+    )
+    tables, [start] = join_automata([automaton], 16, (15,), 16)
+    groups, codes = step(), np.zeros((6, 2), np.int32)
+    codes[0] = encode(np.array([start, start + 1]), np.array([6, 5]), np.zeros(2, bool))
+    return groups.replace(rollouts=groups.rollouts.replace(control_state=codes)), tables
+
+
+def test_what_was_allowed_is_recorded_where_not_all_was():
+    groups, tables = controlled_step()
+    first, second = responses(TASK, groups, np.zeros((6, 2)), 1, tables)
+    assert first["num_allowed"] == [2, 1] and first["allowed"] == [["0", "7"], ["#"]]
+    assert not {"num_allowed", "allowed"} & second.keys()
+    free = responses(TASK, groups, np.zeros((6, 2)), 1)[0]
+    assert not {"num_allowed", "allowed"} & free.keys()
+
+
+def test_the_share_of_forced_tokens():
+    """One of the ten tokens was not sampled."""
+    assert "control/forced_share" not in describe(step(), ["right", "short"])
+    groups, _ = controlled_step()
+    sampled = groups.rollouts.sampled.copy()
+    sampled[0, 1] = False
+    found = describe(groups.replace(rollouts=groups.rollouts.replace(sampled=sampled)), ["right", "short"])
+    assert found["control/forced_share"] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(("asked", "rows"), [(0, 0), (1, 2), (3, 6), (99, 6)])

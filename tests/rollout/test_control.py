@@ -1,14 +1,17 @@
 """Controls in the decode loop: what rows consist of, what is recorded of them, and that they depend on nothing else."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
 from controlled import CONTROLS, TOKENIZER, VOCAB, C, G, P, follows, policy, sampler, texts
 from setups import make_prompts
 
-from jaxrl_llm.control.config import AllowControl, RegexControl
+from jaxrl_llm.control.config import AllowControl, BudgetControl, ChoiceControl, RegexControl
 from jaxrl_llm.distribution.control_tables import allowed_tokens, state_of
 from jaxrl_llm.metrics.timers import CompileCounter
+from jaxrl_llm.rollout.config import EngineConfig
 from jaxrl_llm.types import Finish, check
 
 KEY = jax.random.key(0)
@@ -124,3 +127,113 @@ def test_requests_with_other_controls_join_while_others_decode(engine):
     got = session.take(ids)
     for name in ("tokens", "sampled", "finish", "length"):
         np.testing.assert_array_equal(getattr(got, name), getattr(alone, name), err_msg=name)
+
+
+def finish(session):
+    while session.pending:
+        session.advance()
+
+
+@pytest.fixture(scope="module")
+def chopped():
+    """An engine of chunks of two steps, so that requests can be stopped in between."""
+    return sampler(engine=EngineConfig(decode_chunk=2, eos_interval=1))
+
+
+def test_a_stopped_row_goes_on_in_its_state(engine, chopped):
+    """Stopped after two, four and six tokens, under each control; and after a change of the policy, which reads all keys again."""
+    alone, session = generate(engine), chopped.session(policy(), KEY)
+    ids = session.add(make_prompts(P), controls=chopped.controls(P, control=list(CONTROLS.values())))
+    for _ in range(3):
+        session.advance()
+        session.stop(ids)
+        session.use(policy())
+        session.resume(ids)
+    finish(session)
+    got = session.take(ids)
+    for name in ("tokens", "sampled", "finish", "length", "control_state"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(alone, name), err_msg=name)
+
+
+def test_rollouts_that_are_known_go_on_in_another_session(engine, chopped):
+    """States are recorded, so what replaced a drawn token is not taken for a drawn one."""
+    alone, controls = generate(engine), chopped.controls(P, control=list(CONTROLS.values()))
+    session = chopped.session(policy(), KEY)
+    ids = session.add(make_prompts(P), controls=controls)
+    session.advance()
+    session.stop(ids)
+    known, later = session.take(ids), chopped.session(policy(), KEY)
+    ids = later.add(known.prompts, controls=controls, known=known)
+    finish(later)
+    np.testing.assert_array_equal(later.take(ids).tokens, alone.tokens)
+
+
+def test_known_tokens_are_a_part_of_the_controlled_text(chopped):
+    """A hint of two digits leaves one digit and the end; a hint that the control does not allow is refused, and so is one that
+    leaves too little room."""
+    digits = chopped.controls(1, control=RegexControl(pattern="[0-9]{3}#"))
+    session, prompt = chopped.session(policy(), KEY), jax.tree.map(lambda x: x[:1], make_prompts(P))
+    ids = session.add(prompt, controls=digits, known=[TOKENIZER.encode("12")] * G)
+    finish(session)
+    got = session.take(ids)
+    assert all(re.fullmatch("12[0-9]#", text) for text in texts(got))
+    np.testing.assert_array_equal(got.sampled[:, :4], [[False, False, True, True]] * G)
+    # Stopped behind the hint, they continue in its state in another session.
+    ids = session.add(prompt, controls=digits, known=[TOKENIZER.encode("12")] * G)
+    session.stop(ids)
+    hinted, later = session.take(ids), chopped.session(policy(), KEY)
+    ids = later.add(prompt, controls=digits, known=hinted)
+    finish(later)
+    np.testing.assert_array_equal(later.take(ids).tokens, got.tokens)
+    with pytest.raises(ValueError, match=r"known\[0\]: got token \d+ after .*, want one that the control allows"):
+        session.add(prompt, controls=digits, known=[TOKENIZER.encode("1+")] * G)
+    longer = chopped.controls(1, control=RegexControl(pattern="[0-9]{2}(\\+[0-9]{6})?#"))
+    with pytest.raises(
+        ValueError, match=r"known\[0\]: got known tokens that leave room for 4, want room for the 7 more"
+    ):
+        session.add(prompt, controls=longer, known=[TOKENIZER.encode("12+")] * G, limit=np.array([7]))
+    assert not session.requests
+
+
+def test_a_control_starts_anew_behind_the_turn_of_another(chopped):
+    """And its budget counts from there: thinking of two tokens in each of two turns."""
+    think = BudgetControl(tokens=2, close=">", then=ChoiceControl(texts=("1#", "2#")))
+    session = chopped.session(policy(), KEY)
+    ids = session.add(make_prompts(P), controls=chopped.controls(P, control=think), limit=np.full(P, 5))
+    finish(session)
+    session.resume(ids, [TOKENIZER.encode("+")] * (P * G), limit=np.full(P, C))
+    finish(session)
+    for text in texts(session.take(ids)):
+        assert re.fullmatch(r"([^>#]{0,2}>[12]#)\+[^>#]{0,2}>[12]#", text), text
+
+
+def test_a_limit_below_the_shortest_text_is_refused(chopped):
+    controls = chopped.controls(P, control=RegexControl(pattern="[0-9]{5}#"))
+    session = chopped.session(policy(), KEY)
+    with pytest.raises(ValueError, match=r"limit: got 5, want at least 6: the control allows no response of fewer"):
+        session.add(make_prompts(P), controls=controls, limit=np.full(P, 5))
+    with pytest.raises(ValueError, match=r"controls.control: got 99, want that of engine.controls"):
+        session.add(make_prompts(P), controls=controls.replace(control=np.full(P, 99, np.int32)))
+    think = chopped.controls(P, control=BudgetControl(tokens=8, close=">", then=RegexControl(pattern="[0-9]{2}#")))
+    with pytest.raises(ValueError, match=r"limit: got 10, want at least 12, or a budget of 6 at most"):
+        session.add(make_prompts(P), controls=think)
+    assert not session.requests
+
+
+def test_a_minimum_length_gives_way_to_a_text_that_has_ended(chopped):
+    """No row can get stuck: a text that allows nothing more may end below the minimum."""
+    controls = chopped.controls(P, control=RegexControl(pattern="[0-9]{1,3}#")).replace(
+        min_new_tokens=np.resize([3, 9], P).astype(np.int32)
+    )
+    of = chopped.generate(policy(), make_prompts(P), KEY, controls)
+    length = of.length.reshape(P, G)
+    assert (length[::2] >= 3).all() and (length[1::2] == 4).all()
+
+
+def test_another_budget_needs_no_other_table(chopped):
+    few, many = (
+        chopped.controls(1, control=BudgetControl(tokens=n, close=">", then=RegexControl(pattern="[0-9]#")))
+        for n in (2, 5)
+    )
+    assert few.control[0] == many.control[0] > 0
+    assert (few.budget[0], many.budget[0]) == (2, 5)

@@ -273,7 +273,7 @@ def test_bad_input_is_named_and_changes_nothing(what):
 
     def state():
         used = len(session.output.length) - len(session.output.free)
-        return session.num_added, len(session.requests), len(session.queue), used, session.masks_eos
+        return session.num_added, len(session.requests), len(session.queue), used
 
     before = state()
     with pytest.raises((ValueError, UserError), match=what.partition(":")[0]):

@@ -223,8 +223,8 @@ def test_end_tokens_are_masked_below_the_minimum_length():
         assert not np.isin(np.asarray(sampled.token)[slot < 3], SMALL.eos).any()
         assert (np.asarray(sampled.token)[slot >= 3] == 290).all()
         np.testing.assert_allclose(np.exp(np.asarray(of.logp, np.float64)).sum(axis=1), 1, atol=1e-5)
-        barred = (slot < 3)[:, None] & np.isin(np.arange(300), SMALL.eos)
-        exact = np.asarray(process_logits(jnp.asarray(np.where(barred, -np.inf, raw)), jnp.ones(ROWS), 291))
+        ends_masked = (slot < 3)[:, None] & np.isin(np.arange(300), SMALL.eos)
+        exact = np.asarray(process_logits(jnp.asarray(np.where(ends_masked, -np.inf, raw)), jnp.ones(ROWS), 291))
         np.testing.assert_allclose(sampled.raw_logprob, exact[np.arange(ROWS), np.asarray(sampled.token)], atol=1e-5)
 
 

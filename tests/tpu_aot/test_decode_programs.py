@@ -169,6 +169,27 @@ def test_a_chunk_uses_the_weights_where_they_lie(decode_chunk):
     check_weights_are_not_copied(decode_chunk)
 
 
+@pytest.mark.parametrize("automata", [1, 4])
+def test_a_controlled_chunk_keeps_all_of_this(topology, automata):
+    """With tables of 1,024 states and 96 classes, for one grammar and for four: no further collective, no table crosses the mesh,
+    and each chip looks the classes of its own part of the vocabulary up."""
+    cfg, layout = dataclasses.replace(ONE_BILLION, layers=2), layouts(topology)[1]
+    free = compile_program(cfg, lambda: lower_rollout(cfg, layout, "decode_chunk", P, C))
+    program = compile_program(cfg, lambda: lower_rollout(cfg, layout, "decode_chunk", P, C, automata, 1024, 96))
+    check_caches_are_written_in_place(program)
+    check_no_cache_is_held_twice(program)
+    check_collectives_of_a_step(program)
+    check_activity_is_tested_once_per_interval(program)
+    check_logits_stay(program)
+    assert len(collectives(steps_of(program))) == len(collectives(steps_of(free)))
+    rows, vocab = P * G // FSDP, cfg.vocab_size
+    whole = [i for i in steps_of(program) if any(same_dims(a, (rows, vocab)) for a in i.arrays)]
+    assert not whole, f"got {[str(i) for i in whole]}, want no array over the whole vocabulary of a row"
+    more = program.temp - free.temp
+    print(f"temp: {free.temp / 1e6:.1f} MB, with control {program.temp / 1e6:.1f} MB")
+    assert more < 4 * rows * vocab // TENSOR, f"temp: got {more / 1e6:.1f} MB more, want less than one chip's logits"
+
+
 def test_memory_of_a_chunk(decode_chunk, eight_billion, topology):
     """Equal to `decode_memory` within 5 %."""
     layout = layouts(topology)[1]

@@ -9,10 +9,9 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from jaxrl_llm.errors import UserError, describe_os_error
 from jaxrl_llm.metrics.json_lines import METRICS, ROLLOUTS
 from jaxrl_llm.metrics.report.choice import choice_charts, strata
 from jaxrl_llm.metrics.report.records import Reader, metrics_row, rollouts_row
+from jaxrl_llm.metrics.report.responses import FAINTEST_LOGPROB, last_steps
 from jaxrl_llm.metrics.report.stages import NAMES, StageLine, stage_lines
 from jaxrl_llm.metrics.report.tasks import task_charts
 from jaxrl_llm.metrics.report.visits import Visits
@@ -29,14 +29,10 @@ from jaxrl_llm.metrics.terminal import printable, printable_lines
 
 log = logging.getLogger("jaxrl_llm.metrics.report")
 CONFIG = "config.yaml"
-STEPS, ROWS = 3, 64
-"""Rollouts are shown for this many of the last recorded steps, and at most this many rows of each."""
 COLUMNS = 240
 """Columns of a chart: longer runs are thinned to the extremes of each column, so that no spike is lost."""
 WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 340, 170, 46, 8, 20, 8
 """Size of a chart in SVG units, and the margins around its plot."""
-FAINTEST_LOGPROB = -6.0
-"""Nats at which a token's color is strongest: p = 0.0025."""
 
 CHARTS = (  # title, its metrics; a chart without data is left out
     ("reward", ("reward", "reward_std")),
@@ -108,15 +104,6 @@ class Chart:
     bands: list[tuple[float, float, str]]
 
 
-@dataclass(frozen=True)
-class Token:
-    """A piece of a completion; level "0" (certain) to "9" (log-prob FAINTEST_LOGPROB or less), "none" if unknown."""
-
-    text: str
-    level: str
-    title: str
-
-
 def build(run_dir: Path, out: Path | None = None) -> Path:
     """Write the page of a run and return its path, by default `<run_dir>/report.html`.
 
@@ -156,7 +143,7 @@ def _page(run_dir: Path) -> tuple[str, list[str]]:
         "Warm start": [row for row in rows if row.get("phase") == "warm_start"],
     }
     visits = Visits()
-    steps = _last_steps(visits.counting(rollouts)) if (run_dir / ROLLOUTS).is_file() else []
+    steps = last_steps(visits.counting(rollouts)) if (run_dir / ROLLOUTS).is_file() else []
     omissions = [printable(line) for line in (*metrics.omissions, *rollouts.omissions)]
     config = run_dir / CONFIG
     text = _template().render(
@@ -171,6 +158,13 @@ def _page(run_dir: Path) -> tuple[str, list[str]]:
         config=printable_lines(config.read_text(encoding="utf-8", errors="replace")) if config.is_file() else None,
         frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM, "top": TOP},
         faintest=FAINTEST_LOGPROB,
+        controlled=any(
+            token.mark
+            for step in steps
+            for group in step["groups"]
+            for row in group["samples"]
+            for token in row["tokens"]
+        ),
     )
     return text, omissions
 
@@ -342,49 +336,3 @@ def _bands(frame: Frame, rows: Sequence[Row], names: Sequence[str]) -> list[tupl
         values = (f"{name} {format_number(row[name])}" for name in names if row.get(name) is not None)
         texts.append("\n".join([f"step {row['step']}", *values]))
     return [(x, round(max(2.0, end - x), 1), text) for x, end, text in zip(edges, edges[1:], texts, strict=False)]
-
-
-def _last_steps(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Return the last recorded steps, newest first: step, groups (prompt, samples), left_out (rows not shown)."""
-    kept: dict[int, list[Row]] = {}
-    for row in rows:
-        kept.setdefault(row["step"], []).append(row)
-        if len(kept) > STEPS:
-            del kept[min(kept)]
-    steps = []
-    for step, rows in sorted(kept.items(), reverse=True):
-        groups: dict[Any, dict[str, Any]] = {}
-        for row in rows[:ROWS]:
-            group = groups.setdefault(row.get("uid"), {"prompt": printable_lines(row.get("prompt", "")), "samples": []})
-            group["samples"].append(_sample(row))
-        steps.append({"step": step, "groups": list(groups.values()), "left_out": len(rows[ROWS:])})
-    return steps
-
-
-def _sample(row: Row) -> dict[str, Any]:
-    tokens, logprobs, entropy = row.get("tokens"), row["logprobs"], row["entropy"]
-    if tokens is None:
-        tokens = [row.get("completion", "")]
-    known = [logprob for logprob in logprobs if logprob is not None]
-    numbers = {name: row[name] for name in ("reward", "advantage")} | {"logprob": sum(known) if known else None}
-    return {
-        "sample": printable(str(row.get("sample", ""))),
-        "finish": printable(row.get("finish", "")),
-        "length": len(logprobs),
-        "tokens": [_token(*parts) for parts in zip_longest(tokens, logprobs[: len(tokens)], entropy[: len(tokens)])],
-        "gain": (row["advantage"] or 0.0) > 0,
-    } | {name: "-" if number is None else _decimals(number) for name, number in numbers.items()}
-
-
-def _decimals(number: float) -> str:
-    return f"{number:.3f}" if abs(number) < 1e6 else f"{number:.3g}"
-
-
-def _token(text: str, logprob: float | None, entropy: float | None) -> Token:
-    title = [f"token “{printable(text)}”"]
-    if logprob is not None:
-        title.append(f"log-prob {logprob:.3f} (p {math.exp(min(logprob, 0.0)):.3g})")
-    if entropy is not None:
-        title.append(f"entropy {entropy:.3f}")
-    level = "none" if logprob is None else str(min(9, max(0, round(9 * logprob / FAINTEST_LOGPROB))))
-    return Token("↵\n".join(map(printable, text.split("\n"))), level, "\n".join(title))

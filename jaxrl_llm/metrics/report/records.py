@@ -96,8 +96,16 @@ def rollouts_row(row: Row) -> Row:
             raise ValueError(f"{name}: got {_shown(row[name])}, want a whole number")
     if not _is_list(row.get("tokens"), str):
         raise ValueError(f"tokens: got {_shown(row['tokens'])}, want a list of texts")
+    if not _is_list(row.get("sampled"), bool):
+        raise ValueError(f"sampled: got {_shown(row['sampled'])}, want a list of true and false")
+    if not _is_list(row.get("allowed"), object):
+        raise ValueError(f"allowed: got {_shown(row['allowed'])}, want a list of lists of texts")
+    for shown in row.get("allowed") or ():
+        if not _is_list(shown, str):
+            raise ValueError(f"allowed: got {_shown(shown)}, want a list of texts")
     numbers = {name: _number(name, row.get(name)) for name in ("reward", "advantage")}
-    return row | numbers | {name: _numbers(name, row.get(name)) for name in ("logprobs", "entropy")}
+    per_token = ("logprobs", "entropy", "num_allowed")
+    return row | numbers | {name: _numbers(name, row.get(name)) for name in per_token}
 
 
 def _is_list(values: Any, kind: type) -> bool:

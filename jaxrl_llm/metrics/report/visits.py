@@ -40,7 +40,8 @@ class Visits:
             self._prompts.setdefault(key, prompt[:LONGEST])
             count = self._counts.setdefault(key, {}).setdefault((row["step"], row.get("uid")), [0, 0, 0, 0.0])
             reward = row["reward"]
-            if isinstance(row.get("success"), bool):
+            # What followed a hint is no success of the policy alone.
+            if isinstance(row.get("success"), bool) and not row.get("hint_tokens"):
                 count[0] += row["success"]
                 count[1] += 1
             if reward is not None:

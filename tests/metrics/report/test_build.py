@@ -96,6 +96,41 @@ def test_page_holds_charts_rollouts_and_config(run_dir):
     assert tokens[1]["class"] == "l9"
 
 
+CONTROLLED = {
+    "sampled": [False, True],
+    "num_allowed": [1, 10_000],
+    "allowed": [["5"], ["a", "<b>", "\u202e"]],
+}
+
+
+def test_forced_tokens_and_what_was_allowed_are_shown(run_dir):
+    write(
+        run_dir / "rollouts.jsonl",
+        [rollout(4, **CONTROLLED), rollout(4, 1, num_allowed=[None, 1], allowed=[None, ["#"]])],
+    )
+    page = parse(build(run_dir))
+    tokens = [attrs for tag, attrs in page.tags if tag == "span" and "title" in attrs]
+    assert [attrs["class"] for attrs in tokens] == ["lnone forced", "l9", "l0", "l9 single"]
+    # Nothing was drawn, so the recorded log-prob of 0 says nothing.
+    assert tokens[0]["title"] == "token “5”\nforced, not sampled\n1 allowed: “5”"
+    assert tokens[1]["title"].endswith("\nentropy 0.000\n10,000 allowed: “a” “<b>” “\\u202e” ...")
+    assert "allowed" not in tokens[2]["title"] and tokens[3]["title"].endswith("\n1 allowed: “#”")
+    assert " no other token was allowed.\n" in "".join(page.texts)
+
+
+def test_runs_without_a_control_have_no_legend_of_it(run_dir):
+    text = build(run_dir).read_text(encoding="utf-8")
+    assert "no other token was allowed" not in text and "Point at a token for its numbers.</p>" in text
+
+
+def test_columns_of_other_lengths_than_the_tokens_are_shown(run_dir):
+    short = CONTROLLED | {"sampled": [True], "num_allowed": [3], "allowed": []}
+    long = {name: values * 3 for name, values in CONTROLLED.items()}
+    write(run_dir / "rollouts.jsonl", [rollout(4, **short), rollout(4, 1, **long)])
+    tokens = [attrs["title"] for tag, attrs in parse(build(run_dir)).tags if tag == "span" and "title" in attrs]
+    assert len(tokens) == 4 and tokens[0].endswith("\n3 allowed")
+
+
 def test_page_is_self_contained_and_without_scripts(run_dir):
     page = parse(build(run_dir, run_dir / "other.html"))
     assert {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "a"} == set()

@@ -17,6 +17,11 @@ def test_one_line_for_each_task_with_numbers():
         ("evaluation by task: exact", ("eval/a/exact",)),
         ("share of the groups by task", ("task/a/groups", "task/b.2/groups")),
     ]
+    forms = [{"step": 1, "form/plain/success": 0.5, "form/b.2/success": 0.25, "form/plain/groups": 0.5}]
+    assert task_charts(forms) == [
+        ("success by form of the prompt", ("form/plain/success", "form/b.2/success")),
+        ("share of the groups by form of the prompt", ("form/plain/groups",)),
+    ]
     assert task_charts([{"step": 1, "eval/exact": 1.0, "time/task": 1.0}]) == []
     names = ("task/a/reward", "eval/a/pass@1", "eval/pass@1", "time/a/b", "task/a", "task/a/b/c")
     assert [is_of_task(name) for name in names] == [True, True, False, False, False, False]

@@ -44,6 +44,9 @@ def test_a_rows_history_by_hand():
             0,
         )
     ]  # fmt: skip
+    # What followed a hint counts for none of them.
+    behind_hints = visit(1, 10, 3, [True, True, True], hint_tokens=2)
+    assert visits_of([*rows[:2], *behind_hints, *rows[2:]], metrics) == visits_of(rows, metrics)
     assert visits_of(rows[:4], metrics[2:])[0].replayed == 2, "a visit and a replay are two"
     assert visits_of(rows[:4]) == []
 
