@@ -16,11 +16,9 @@ from experiments import report
 from experiments.arithmetic import SETUP, Arm, runs_of
 from experiments.ratios import METRICS, with_ratios
 from experiments.results_file import DIRECTORY
-from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.model.quantized_weights import map_matrices
 from jaxrl_llm.objective.loss_config import (
     AutoCorrection,
-    Correction,
     MaskedImportance,
     NoCorrection,
     PolicyGradient,
@@ -34,8 +32,6 @@ RESULTS = DIRECTORY / "quantized.json"
 STEPS, LEVELS = 100, 7
 """LEVELS: of 4 bits, on either side of 0."""
 F32, INT8 = EngineConfig(), EngineConfig(weights="int8", cache="int8")
-TOKEN = TruncatedImportance()
-SEQUENCE = TruncatedImportance(level="sequence")
 
 
 def to_4_bits(w: ArrayLike, inner: tuple[int, ...]) -> Array:
@@ -57,31 +53,35 @@ def in_4_bits(run: Run) -> Run:
     return run._replace(learner=run.learner._replace(publish=publish_rounded))
 
 
-def config(engine: EngineConfig, correction: Correction | AutoCorrection) -> RunConfig:
-    return replace(
+def arm(engine: EngineConfig, loss: PolicyGradient, coarse: bool = False) -> Arm:
+    cfg = replace(
         SETUP,
         steps=STEPS,
         rollout=replace(SETUP.rollout, engine=engine),
-        objective=replace(SETUP.objective, loss=PolicyGradient(correction=correction)),
+        objective=replace(SETUP.objective, loss=loss),
     )
+    return Arm(cfg, lambda run: with_ratios(in_4_bits(run) if coarse else run), metrics=METRICS)
 
 
-def arm(engine: EngineConfig, correction: Correction | AutoCorrection, coarse: bool = False) -> Arm:
-    return Arm(config(engine, correction), lambda run: with_ratios(in_4_bits(run) if coarse else run), metrics=METRICS)
-
-
+NONE = PolicyGradient(correction=NoCorrection())
+RECOMPUTED = PolicyGradient(anchor="proximal", correction=NoCorrection())
+TOKEN = PolicyGradient(correction=TruncatedImportance())
+SEQUENCE = PolicyGradient(correction=TruncatedImportance(level="sequence"))
+MASKED = PolicyGradient(correction=MaskedImportance())
 ARMS = {
-    "f32": arm(F32, NoCorrection()),
-    "int8, none": arm(INT8, NoCorrection()),
-    "int8, auto": arm(INT8, AutoCorrection()),
+    "f32": arm(F32, NONE),
+    "int8, none": arm(INT8, NONE),
+    "int8, auto": arm(INT8, PolicyGradient(correction=AutoCorrection())),
     "int8, sequence": arm(INT8, SEQUENCE),
-    "int8, masked": arm(INT8, MaskedImportance()),
-    "4 bits, none": arm(F32, NoCorrection(), coarse=True),
+    "int8, masked": arm(INT8, MASKED),
+    "4 bits, none": arm(F32, NONE, coarse=True),
+    "4 bits, recomputed": arm(F32, RECOMPUTED, coarse=True),
     "4 bits, token": arm(F32, TOKEN, coarse=True),
     "4 bits, sequence": arm(F32, SEQUENCE, coarse=True),
-    "4 bits, masked": arm(F32, MaskedImportance(), coarse=True),
+    "4 bits, masked": arm(F32, MASKED, coarse=True),
 }
-"""`auto` is token-level truncated importance sampling, as the sampler is in 8 bits."""
+"""`auto` is token-level truncated importance sampling, as the sampler is in 8 bits. `recomputed`: the ratio is to the trainer's own
+log-probs before the first update, as with the corrections, but nothing has a weight."""
 PANELS = {bits: ["f32", *(name for name in ARMS if name.startswith(bits))] for bits in ("int8", "4 bits")}
 COLUMNS = {
     "exact": "exact held-out accuracy",
