@@ -2,14 +2,48 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Int
 
+from jaxrl_llm.control.graph import ENDLESS, distances
+
 REFUSED = -1
 # Largest distance of a state, for which `distribution/control_tables.py` has room.
 MAX_DISTANCE = 2045
+
+
+class Transitions(Protocol):
+    """What an automaton and the tables of several have in common."""
+
+    expires: Int[np.ndarray, " S"]
+
+    def after(self, state: int, token: int) -> int:
+        """Return the state behind a token; REFUSED if it is not allowed."""
+
+
+def states_of(
+    automaton: Transitions, state: int, slot: int, tokens: Sequence[int], budget: int
+) -> Int[np.ndarray, " n+1"]:
+    """Return the states in which known tokens are filled in, and the one behind them; REFUSED behind a token that is not allowed. A
+    token that took the place of another is taken for a sampled one.
+
+    Args:
+        automaton: of the tokens.
+        state: before the first of them.
+        slot: of the first of them.
+        tokens: token ids.
+        budget: slot from which states expire.
+    """
+    found = np.full(len(tokens) + 1, REFUSED, np.int32)
+    for i, token in enumerate(tokens):
+        found[i] = state = automaton.expires[state] if slot + i >= budget else state
+        state = automaton.after(state, token)
+        if state == REFUSED:
+            return found
+    found[-1] = state
+    return found
 
 
 class TokenTexts(NamedTuple):
@@ -51,17 +85,28 @@ class TokenAutomaton:
     expires: Int[np.ndarray, " S"]
     """State that this one becomes, before a token is sampled, in slots from the row's budget on; itself: it does not expire."""
 
+    def after(self, state: int, token: int) -> int:
+        """Return the state behind a token; REFUSED if it is not allowed."""
+        return int(self.next[state, self.classes[token]])
+
     @property
     def expired_distance(self) -> int:
         """Room that a row needs when its budget is used up, in tokens."""
         expired = self.expires[self.expires != np.arange(len(self.expires))]
         return int(self.distance[expired].max(initial=0))
 
+    @property
+    def closing(self) -> Int[np.ndarray, " S"]:
+        """Room that a row in each state needs when its budget is used up, in tokens; 0: the row does not think any more, or never
+        did."""
+        thinks = distances(self.next, self.expires != np.arange(len(self.expires))) != ENDLESS
+        return np.where(thinks, self.expired_distance, 0)
+
     def least_limit(self, budget: int) -> int:
         """Fewest completion tokens that a row must have room for, with a budget of so many. With less it may get stuck, even where
         the limit is below the budget: a row that thinks relies on its closing."""
-        expires = (self.expires != np.arange(len(self.expires))).any()
-        return max(int(self.distance[self.start]), budget + self.expired_distance if expires else 0)
+        closing = int(self.closing[self.start])
+        return max(int(self.distance[self.start]), budget + closing if closing else 0)
 
 
 def token_automaton(

@@ -1,14 +1,13 @@
 """Thinking of a limited number of tokens, then an answer: budget forcing (s1, arXiv 2501.19393)."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from jaxrl_llm.control.automaton import MAX_DISTANCE, REFUSED, TokenAutomaton, TokenTexts
+from jaxrl_llm.control.automaton import MAX_DISTANCE, REFUSED, TokenAutomaton, TokenTexts, states_of
 from jaxrl_llm.control.byte_automaton import DEAD, ByteAutomaton
-from jaxrl_llm.control.config import BudgetControl
+from jaxrl_llm.control.config import UNLIMITED, BudgetControl
 from jaxrl_llm.control.forced import forced_tokens, with_forced
 from jaxrl_llm.control.named_tokens import special_token, with_column
 from jaxrl_llm.control.text_search import searching
@@ -53,7 +52,7 @@ def budget(
     automaton = _with_waits(control, phases, vocabulary, where)
     chains = np.arange(len(phases.automaton.next), len(automaton.next))
     tokens = forced_tokens(control.closing or control.close, vocabulary, f"{where}.closing")
-    behind = _behind(automaton, phases.begins[-1], tokens)
+    behind = int(states_of(automaton, phases.begins[-1], 0, tokens, UNLIMITED)[-1])
     _check_closing(control, behind, phases.thinking[-1], where)
     distance = int(automaton.distance[behind])
     if distance + len(tokens) > MAX_DISTANCE:
@@ -111,7 +110,7 @@ def _with_waits(control: BudgetControl, phases: _Phases, vocabulary: TokenTexts,
     if not control.waits:
         return automaton
     tokens = forced_tokens(control.wait, vocabulary, f"{where}.wait")
-    resumed = [_behind(automaton, state, tokens) for state in phases.begins[1:]]
+    resumed = [int(states_of(automaton, state, 0, tokens, UNLIMITED)[-1]) for state in phases.begins[1:]]
     thinks = all(state in states for state, states in zip(resumed, phases.thinking[1:], strict=True))
     if not thinks or not _is_apart(control.wait.encode(), control.close.encode()):
         raise UserError(
@@ -133,13 +132,6 @@ def _is_apart(text: bytes, close: bytes) -> bool:
     for byte in text:
         states = search[states, byte]
     return bool((states == states[0]).all()) and states[0] < len(close)
-
-
-def _behind(automaton: TokenAutomaton, state: int, tokens: Sequence[int]) -> int:
-    """State behind tokens, or REFUSED."""
-    for token in tokens:
-        state = REFUSED if state == REFUSED else int(automaton.next[state, automaton.classes[token]])
-    return state
 
 
 def _check_closing(control: BudgetControl, behind: int, thinking: Int[np.ndarray, " S"], where: str) -> None:

@@ -8,6 +8,7 @@ which it must reach an end; and whether end tokens are masked, below the minimum
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import flax.struct
 import jax.numpy as jnp
@@ -132,20 +133,31 @@ def state_of(code: Int[ArrayLike, "*rows"]) -> Int[ArrayLike, "*rows"]:
     return code & (MOST_STATES - 1)
 
 
-def allowed_tokens(tables: ControlTables, code: Int[Array, "*rows"]) -> AllowedTokens:
-    """Return the allowed tokens under entries of `control_state`.
+def allowed_classes(tables: ControlTables, code: Int[ArrayLike, "*rows"], xp: ModuleType) -> Bool[ArrayLike, "*rows K"]:
+    """Return the allowed classes under entries of `control_state`.
 
-    A token is allowed if a state follows from which the row can still reach an end within its room. If end tokens are masked and
+    A class is allowed if a state follows from which the row can still reach an end within its room. If end tokens are masked and
     nothing else is allowed, they are allowed.
+
+    Args:
+        tables: in which the entries are read.
+        code: the entries.
+        xp: `numpy` or `jax.numpy`.
     """
     state = state_of(code)
     missing = (code >> STATE_BITS) & MOST_ROOM
-    room = jnp.where(missing == 0, ENOUGH, MOST_ROOM - missing)[..., None]
+    room = xp.where(missing == 0, ENOUGH, MOST_ROOM - missing)[..., None]
     following, automaton = tables.next[state], tables.automaton[state]
-    fits = (following != REFUSED) & (tables.distance[jnp.maximum(following, 0)] < room)
+    fits = (following != REFUSED) & (tables.distance[xp.maximum(following, 0)] < room)
     ends_masked = (code >> (STATE_BITS + ROOM_BITS) == 1)[..., None]
     others = fits & ~tables.end_classes[automaton]
-    fits = jnp.where(ends_masked & jnp.any(others, axis=-1, keepdims=True), others, fits)
+    return xp.where(ends_masked & xp.any(others, axis=-1, keepdims=True), others, fits)
+
+
+def allowed_tokens(tables: ControlTables, code: Int[Array, "*rows"]) -> AllowedTokens:
+    """Return the tokens of the allowed classes under entries of `control_state`."""
+    fits = allowed_classes(tables, code, jnp)
     bits = fits.reshape(*fits.shape[:-1], -1, WORD).astype(jnp.uint32) << jnp.arange(WORD, dtype=jnp.uint32)
     words = jnp.sum(bits, axis=-1, dtype=jnp.uint32)
-    return AllowedTokens(words, automaton if len(tables.classes) > 1 else None, tables.classes)
+    automaton = tables.automaton[state_of(code)] if len(tables.classes) > 1 else None
+    return AllowedTokens(words, automaton, tables.classes)

@@ -175,6 +175,10 @@ class GraderPool:
         self._require_open()
         verdicts: list[Verdict] = [Verdict([], [])] * len(groups)
         with self._workers_lock:
+            for worker in self._workers:
+                # Since it was made nobody looked at it, for minutes perhaps, while a model was compiled.
+                if not worker.idle:
+                    worker.await_start()
             try:
                 for index, verdict in self._verdicts(groups):
                     verdicts[index] = self._checked_sum(verdict, groups[index])

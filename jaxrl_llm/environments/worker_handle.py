@@ -84,6 +84,11 @@ class WorkerProcess:
         self._has_ended, self._cannot_send, self._cannot_receive = False, False, False
         self._incoming, self._errors = bytearray(), b""
         self._outgoing = memoryview(pack(setup))
+        self._send()
+        self.await_start()
+
+    def await_start(self) -> None:
+        """Start the clock within which a worker that is not ready has to be."""
         self._expect(None, (), START_LIMIT_S)
 
     @property

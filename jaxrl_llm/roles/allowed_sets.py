@@ -5,8 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from jaxrl_llm.control.automaton import REFUSED
-from jaxrl_llm.distribution.control_tables import ENOUGH, MOST_ROOM, ROOM_BITS, STATE_BITS, ControlTables, state_of
+from jaxrl_llm.distribution.control_tables import ControlTables, allowed_classes, state_of
 from jaxrl_llm.types import Rollouts
 
 SHOWN = 8
@@ -31,11 +30,12 @@ def allowed_sets(tables: ControlTables, codes: Int[np.ndarray, " n"], num_tokens
     """
     seen: dict[tuple[int, bytes], AllowedSet | None] = {}
     found = []
-    for code in codes.tolist():
-        if (forced := int(tables.forced[state_of(code)])) >= 0:
+    states = state_of(codes)
+    each = zip(states, tables.automaton[states].tolist(), allowed_classes(tables, codes, np), strict=True)
+    for state, automaton, classes in each:
+        if (forced := int(tables.forced[state])) >= 0:
             found.append(AllowedSet(1, (forced,)))
             continue
-        classes, automaton = _allowed_classes(tables, code), int(tables.automaton[state_of(code)])
         name = automaton, classes.tobytes()
         if name not in seen:
             ids = np.flatnonzero(classes[tables.classes[automaton, :num_tokens]])
@@ -59,13 +59,3 @@ def allowed_in_row(
     if tables is None or rollouts.control_state is None:
         return [None] * length
     return allowed_sets(tables, rollouts.control_state[b, :length], num_tokens)
-
-
-def _allowed_classes(tables: ControlTables, code: int) -> np.ndarray:
-    """Return the allowed classes, bool[K]: as `allowed_tokens`, on the host."""
-    state, missing, masked = state_of(code), (code >> STATE_BITS) & MOST_ROOM, code >> (STATE_BITS + ROOM_BITS)
-    room = MOST_ROOM - missing if missing else ENOUGH
-    following = tables.next[state]
-    fits = (following != REFUSED) & (tables.distance[np.maximum(following, 0)] < room)
-    others = fits & ~tables.end_classes[tables.automaton[state]]
-    return others if masked and others.any() else fits

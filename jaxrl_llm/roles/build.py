@@ -5,6 +5,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jaxtyping import Array, Key
 
 from jaxrl_llm.config.mixtures import grades_all, most_graders
@@ -37,6 +38,7 @@ from jaxrl_llm.roles.state import RunState
 from jaxrl_llm.roles.supervised import Supervised, right_responses
 from jaxrl_llm.roles.updates import Updates
 from jaxrl_llm.tasks.rows import Row
+from jaxrl_llm.tasks.stream import completion_limits
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Batch, Experience, Groups, Policy, PyTree, TrainState
 from jaxrl_llm.update.optimizer.transform import make_optimizer
@@ -173,7 +175,8 @@ def make_evaluator(
 
     def right(rows: list[Row]) -> Experience:
         found = right_responses(task, slots, cfg.rollout.temperature, rows)
-        rollouts = under_control(found.groups.rollouts, blueprint.controls, cfg.rollout)
+        limit = completion_limits(rows, np.arange(len(rows)), slots)
+        rollouts = under_control(found.groups.rollouts, blueprint.controls, cfg.rollout, limit)
         return found._replace(groups=found.groups.replace(rollouts=rollouts))
 
     return Evaluator(

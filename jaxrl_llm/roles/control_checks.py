@@ -7,9 +7,8 @@ import numpy as np
 
 from jaxrl_llm.config import mixtures
 from jaxrl_llm.config.run_config import RunConfig
-from jaxrl_llm.control.automaton import REFUSED, TokenAutomaton
+from jaxrl_llm.control.automaton import REFUSED, TokenAutomaton, states_of
 from jaxrl_llm.control.config import (
-    UNLIMITED,
     ChoiceControl,
     Control,
     JsonSchemaControl,
@@ -18,13 +17,14 @@ from jaxrl_llm.control.config import (
     budget_of,
 )
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.experience.hints import NoHints
 from jaxrl_llm.rollout.built_control import build_control, limit_problem
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.tasks.rows import Row
 from jaxrl_llm.tasks.task import Task
 
 MAX_ROWS = 1000
-"""Right responses that are followed through the automaton, of each split."""
+"""Right responses of each split that are followed through the automaton for a warning."""
 
 
 class ControlFindings(NamedTuple):
@@ -33,8 +33,8 @@ class ControlFindings(NamedTuple):
     """What is accepted and suggests a mistake."""
 
 
-def check_control(cfg: RunConfig, task: Task) -> ControlFindings:
-    """Check `rollout.control`, which is built for the task's tokenizer."""
+def check_control(cfg: RunConfig, task: Task, trains: bool) -> ControlFindings:
+    """Check `rollout.control`, which is built for the task's tokenizer. `trains`: check its hints too."""
     control, problems = cfg.rollout.control, []
     if isinstance(control, NoControl):
         return ControlFindings([], [])
@@ -47,7 +47,8 @@ def check_control(cfg: RunConfig, task: Task) -> ControlFindings:
         automaton = build_control(control, task.tokenizer, task.eos)
     except UserError as error:
         return ControlFindings([*problems, str(error)], [])
-    return ControlFindings(problems + _limits(cfg, automaton), _cautions(cfg, task, automaton))
+    problems += _limits(cfg, task, automaton) + (_hints(cfg, task, automaton) if trains else [])
+    return ControlFindings(problems, _cautions(cfg, task, automaton))
 
 
 def _has_form(control: Control) -> bool:
@@ -58,14 +59,28 @@ def _has_form(control: Control) -> bool:
     )
 
 
-def _limits(cfg: RunConfig, automaton: TokenAutomaton) -> list[str]:
+def _limits(cfg: RunConfig, task: Task, automaton: TokenAutomaton) -> list[str]:
     """Errors about limits within which no row can end."""
-    limits = {"rollout.max_new_tokens": cfg.rollout.max_new_tokens}
+    limits, of_tasks = {"rollout.max_new_tokens": cfg.rollout.max_new_tokens}, {}
     for index, part in enumerate(mixtures.parts_of(cfg)):
         if part.max_new_tokens:
-            limits[f"task.tasks.{index}.max_new_tokens"] = part.max_new_tokens
+            limits[f"task.tasks.{index}.max_new_tokens"] = of_tasks[part.name] = part.max_new_tokens
+    rows = (*task.train, *task.held_out)
+    if own := [row for row in rows if row.max_new_tokens not in (None, of_tasks.get(row.task))]:
+        least = min(own, key=lambda row: row.max_new_tokens)
+        limits[f"task.prompting.columns.max_new_tokens: {least.where}"] = least.max_new_tokens
     found = ((name, limit_problem(limit, automaton, budget_of(cfg.rollout.control))) for name, limit in limits.items())
     return [f"{name}: {wrong}" for name, wrong in found if wrong]
+
+
+def _hints(cfg: RunConfig, task: Task, automaton: TokenAutomaton) -> list[str]:
+    """Errors about hints that the control refuses."""
+    if isinstance(cfg.experience.hints, NoHints) or not (refused := _refused(automaton, task.train, cfg.rollout)):
+        return []
+    return [
+        f"experience.hints: got right responses that rollout.control refuses, {refused}, want a control that allows them, since a "
+        "hint is a part of one; or hints of kind none"
+    ]
 
 
 def _cautions(cfg: RunConfig, task: Task, automaton: TokenAutomaton) -> list[str]:
@@ -75,29 +90,20 @@ def _cautions(cfg: RunConfig, task: Task, automaton: TokenAutomaton) -> list[str
             f"rollout.min_new_tokens: {rollout.min_new_tokens}, and the control allows no response of more than {longest} tokens, "
             "whose end is then not put off"
         )
-    if rollout.max_new_tokens <= budget_of(rollout.control) < UNLIMITED:
-        found.append(
-            f"rollout.control: its budget of {budget_of(rollout.control)} tokens is never used up, since rollout.max_new_tokens is "
-            f"{rollout.max_new_tokens}"
-        )
-    found += _refused(
-        "rollout.control: eval/exact is 0 where the right response is refused", automaton, task.held_out, rollout
-    )
-    if cfg.warm_start.steps:
-        found += _refused(
-            "warm_start: trains on responses that rollout.control refuses", automaton, task.train, rollout
-        )
+    if refused := _refused(automaton, task.held_out[:MAX_ROWS], rollout):
+        found.append(f"rollout.control: eval/exact is 0 where the right response is refused, {refused}")
+    if cfg.warm_start.steps and (refused := _refused(automaton, task.train[:MAX_ROWS], rollout)):
+        found.append(f"warm_start: trains on responses that rollout.control refuses, {refused}")
     return found
 
 
-def _refused(what: str, automaton: TokenAutomaton, rows: Sequence[Row], cfg: RolloutConfig) -> list[str]:
-    """A warning that says of how many right responses it is true, with an example; none if the control allows all."""
-    known = [row for row in rows[:MAX_ROWS] if row.target is not None]
+def _refused(automaton: TokenAutomaton, rows: Sequence[Row], cfg: RolloutConfig) -> str:
+    """Say how many right responses the control refuses, with an example; "": none."""
+    known = [row for row in rows if row.target is not None]
     refused = [row for row in known if not allows(automaton, row.target, budget_of(cfg.control))]
     if not refused:
-        return []
-    row = refused[0]
-    return [f"{what}, {len(refused)} of {len(known)}, as {row.response!r} to {row.prompt[:80]!r}"]
+        return ""
+    return f"{len(refused)} of {len(known)}, as {refused[0].response!r} to {refused[0].prompt[:80]!r}"
 
 
 def allows(automaton: TokenAutomaton, tokens: Sequence[int], budget: int) -> bool:
@@ -108,13 +114,7 @@ def allows(automaton: TokenAutomaton, tokens: Sequence[int], budget: int) -> boo
         tokens: of the response.
         budget: slot from which states expire.
     """
-    state = automaton.start
-    for slot, token in enumerate(tokens):
-        state = automaton.expires[state] if slot >= budget else state
-        state = automaton.next[state, automaton.classes[token]]
-        if state == REFUSED:
-            return False
-    return True
+    return bool(states_of(automaton, automaton.start, 0, tokens, budget)[-1] != REFUSED)
 
 
 def longest_below(automaton: TokenAutomaton, length: int) -> int | None:

@@ -12,6 +12,7 @@ from jaxrl_llm.roles.blueprint import Blueprint, fresh_sizes, uses_of
 from jaxrl_llm.roles.grading import grade
 from jaxrl_llm.roles.known_responses import allowed_rows, under_control
 from jaxrl_llm.roles.stored_rollouts import read_trajectories
+from jaxrl_llm.tasks.stream import completion_limits
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import COLUMNS, Groups, Rollouts, select_groups
 
@@ -53,7 +54,8 @@ def first_groups(blueprint: Blueprint, task: Task, pool: GraderPool, version: in
     rollouts = selected.rollouts
     unknown = np.isnan(rollouts.behavior_logprobs).any(axis=1)
     temperature = np.where(unknown, np.float32(cfg.rollout.temperature), rollouts.temperature)
-    rollouts = under_control(rollouts.replace(temperature=temperature), blueprint.controls, cfg.rollout)
+    limit = completion_limits(task.train, rollouts.prompts.row, cfg.rollout.max_new_tokens)
+    rollouts = under_control(rollouts.replace(temperature=temperature), blueprint.controls, cfg.rollout, limit)
     rollouts = _in_columns_of(uses_of(cfg), rollouts, version)
     graded = grade(rollouts, task, pool).replace(threshold=cfg.evaluation.threshold)
     allowed = allowed_rows(rollouts, blueprint.controls, cfg.rollout)

@@ -86,7 +86,7 @@ def read(cfg: RunConfig, trains: bool = False, asked: Callable[[RunConfig], Task
             where = f" for {', '.join(lacking)}" if lacking else ""
             want = f"want the right response: warm_start.steps is {cfg.warm_start.steps}"
             found.append(f"task.response: got nothing{where}, {want}")
-    control = ControlFindings([], []) if task is None else check_control(cfg, task)
+    control = ControlFindings([], []) if task is None else check_control(cfg, task, trains)
     cautions = (*consistency.cautions(cfg), *control.cautions) if trains else ()
     return Inputs(whole, task, tuple(missing), (*found, *control.problems), cautions)
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxrl_llm.control.automaton import REFUSED, TokenAutomaton
-from jaxrl_llm.control.config import UNLIMITED, Control, NoControl, without_budget
+from jaxrl_llm.control.automaton import REFUSED, TokenAutomaton, states_of
+from jaxrl_llm.control.config import Control, NoControl, without_budget
 from jaxrl_llm.distribution.control_tables import ControlTables, encode, join_automata, state_of
 from jaxrl_llm.rollout.built_control import limit_problem
-from jaxrl_llm.rollout.output import OutputBuffer
+from jaxrl_llm.rollout.output import COMPLETE, OutputBuffer, first_own_slot
 from jaxrl_llm.rollout.sample import Controls, Vocabulary
-from jaxrl_llm.types import Finish, Rollouts
+from jaxrl_llm.types import Rollouts
 
 
 class ControlSet:
@@ -31,6 +31,8 @@ class ControlSet:
         self.starts: dict[str, int] = {}
         self.tables: ControlTables | None = None
         """NumPy; None: no row had a control or a minimum length so far."""
+        self.closing = np.zeros(0, np.int32)
+        """`TokenAutomaton.closing` of each state of the tables."""
 
     def start(self, control: Control) -> int:
         """Return the state in which rows under the control start. Raises UserError if it cannot be built."""
@@ -52,6 +54,9 @@ class ControlSet:
         automata = list(self.automata.values())
         self.tables, starts = join_automata(automata, self.vocab.size, self.vocab.eos, self.vocab_size)
         self.starts = dict(zip(self.automata, starts, strict=True))
+        self.closing = np.zeros(len(self.tables.next), np.int32)
+        joined = np.concatenate([[0], *(automaton.closing for automaton in automata)])
+        self.closing[: len(joined)] = joined
 
     def _check(self, controls: Controls, limit: Int[np.ndarray, " B"]) -> None:
         """Check that every row can end within its limit.
@@ -70,24 +75,6 @@ class ControlSet:
                 if wrong := limit_problem(most, self.automata[name], slots):
                     raise ValueError(f"limit: {wrong} ({_short(name)})")
 
-    def _states(self, state: int, slot: int, tokens: Sequence[int], budget: int) -> Int[np.ndarray, " n+1"]:
-        """Return the states in which known tokens are filled in, and the one behind them; from a refused token on, REFUSED.
-
-        Args:
-            state: before the first of them.
-            slot: of the first of them.
-            tokens: token ids.
-            budget: slot from which states expire.
-        """
-        found, tables = np.full(len(tokens) + 1, REFUSED, np.int32), self.tables
-        for i, token in enumerate(tokens):
-            found[i] = state = tables.expires[state] if slot + i >= budget else state
-            state = tables.after(state, token)
-            if state == REFUSED:
-                return found
-        found[-1] = state
-        return found
-
     def codes(
         self, tokens: Sequence[int], limit: int, start: int, budget: int, minimum: int
     ) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
@@ -101,27 +88,27 @@ class ControlSet:
             budget: slot from which states expire.
             minimum: minimum length.
         """
-        states, slot = self._states(start, 0, tokens, budget)[:-1], np.arange(len(tokens), dtype=np.int32)
-        states = np.maximum(states, 0)
+        slot = np.arange(len(tokens), dtype=np.int32)
+        states = np.maximum(states_of(self.tables, start, 0, tokens, budget)[:-1], 0)
         return encode(states, limit - slot, slot < minimum), self.tables.forced[states] >= 0
 
     def allows(self, tokens: Sequence[int], start: int, budget: int) -> bool:
         """Return True if the control allows a whole response; arguments as in `codes`."""
-        return start == 0 or self._states(start, 0, tokens, budget)[-1] != REFUSED
+        return start == 0 or states_of(self.tables, start, 0, tokens, budget)[-1] != REFUSED
 
     def _follow(self, state: int, slot: int, tokens: Sequence[int], budget: int, name: str) -> Int[np.ndarray, " n+1"]:
-        """Return `_states` of tokens that the control allows; `name`: in the error message.
+        """Return `states_of` tokens that the control allows; `name`: in the error message.
 
         Raises:
             ValueError: it does not allow them.
         """
         if state == 0:
             return np.zeros(len(tokens) + 1, np.int32)
-        states = self._states(state, slot, tokens, budget)
+        states = states_of(self.tables, state, slot, tokens, budget)
         if states[-1] == REFUSED:
             at = int(np.flatnonzero(states != REFUSED)[-1])
             raise ValueError(
-                f"{name}: got token {tokens[at]} after {list(tokens[:at])}, want one that the control allows there"
+                f"{name}: got token {tokens[at]} after {np.asarray(tokens[:at]).tolist()}, want one that the control allows there"
             )
         return states
 
@@ -135,42 +122,45 @@ class ControlSet:
             ValueError: the control does not allow the known tokens, or the row could not end within its limit.
         """
         self._check(controls, limit)
-        start, budget = controls.control.tolist(), controls.budget.tolist()
+        start, budget = controls.control, controls.budget
         if known is None:
-            return [np.array([one], np.int32) for one in start]
+            return list(start.astype(np.int32)[:, None])
+        turn, ended = np.zeros(len(start), int), False
         if isinstance(known, Rollouts):
-            states, length = self._continued(known, start), known.length
+            states, length = self._continued(known, start, budget), known.length
+            turn, ended = first_own_slot(known.control_state, length), np.isin(known.finish, COMPLETE)
         else:
+            each = enumerate(zip(start.tolist(), known, budget.tolist(), strict=True))
+            states = [self._follow(one, 0, tokens, slots, f"known[{b}]") for b, (one, tokens, slots) in each]
             length = np.array([len(tokens) for tokens in known])
-            states = [
-                self._follow(one, 0, tokens, slots, f"known[{b}]")
-                for b, (one, tokens, slots) in enumerate(zip(start, known, budget, strict=True))
-            ]
-        self.check_room(states, limit - length, "known")
+        self._check_limits(np.where(ended, 0, _last(states)), length, turn, limit, budget)
         return states
 
-    def _continued(self, known: Rollouts, start: list[int]) -> list[Int[np.ndarray, " 1"]]:
+    def _continued(
+        self, known: Rollouts, start: Int[np.ndarray, " B"], budget: Int[np.ndarray, " B"]
+    ) -> list[Int[np.ndarray, " 1"]]:
         """Return the state behind each row, as it was sampled: tokens alone do not say which ones took the place of others."""
-        codes = known.control_state
-        if codes is None:
-            rows = zip(known.tokens, known.length.tolist(), start, strict=True)
-            return [
-                self._follow(one, 0, row[:n], UNLIMITED, f"known[{b}]")[-1:] for b, (row, n, one) in enumerate(rows)
-            ]
+        if known.control_state is None:
+            each = enumerate(zip(start.tolist(), known.tokens, known.length.tolist(), budget.tolist(), strict=True))
+            return [self._follow(one, 0, row[:n], slots, f"known[{b}]")[-1:] for b, (one, row, n, slots) in each]
         self.need()
-        if (unknown := state_of(codes)[state_of(codes) >= len(self.tables.next)]).size:
+        states = state_of(known.control_state)
+        if (unknown := states[states >= len(self.tables.next)]).size:
             raise ValueError(
                 f"known.control_state: got state {unknown[0]}, want states of this engine's controls: another one sampled these"
             )
         last = np.maximum(known.length - 1, 0)[:, None]
-        before, token = (np.take_along_axis(x, last, axis=1)[:, 0] for x in (state_of(codes), known.tokens))
+        before, token = (np.take_along_axis(x, last, axis=1)[:, 0] for x in (states, known.tokens))
         # Behind tokens of another's turn, which are in no state, the control starts again.
         behind = np.where((known.length > 0) & (before > 0), self.tables.after(before, token), start)
-        return list(np.where(np.array(start) == 0, 0, behind).astype(np.int32)[:, None])
+        other = (behind == REFUSED) | (self.tables.automaton[behind] != self.tables.automaton[start])
+        for b in np.flatnonzero((start > 0) & other)[:1]:
+            raise ValueError(f"known.control_state[{b}]: got states of another control, want those of the row's own")
+        return list(np.where(start == 0, 0, behind).astype(np.int32)[:, None])
 
     def resumed(
         self, output: OutputBuffer, rows: Int[np.ndarray, " n"], tokens: Sequence[Sequence[int]],
-        start: Int[np.ndarray, " n"], budget: Int[np.ndarray, " n"],
+        limit: Int[np.ndarray, " n"], start: Int[np.ndarray, " n"], budget: Int[np.ndarray, " n"],
     ) -> list[Int[np.ndarray, " n+1"]]:  # fmt: skip
         """Return for each row the states of further tokens, and last the one behind them. After the row had ended, they are those
         of another's turn: in no state, and the control starts again behind them.
@@ -179,40 +169,57 @@ class ControlSet:
             output: has the rows.
             rows: of the buffer.
             tokens: of each row.
+            limit: new maximum completion tokens.
             start: state in which each row's control starts.
             budget: slot, of the row's own turn, from which states expire.
 
         Raises:
-            ValueError: the control does not allow the tokens.
+            ValueError: the control does not allow the tokens, or the row could not end within its limit.
         """
-        found = []
+        found, turn = [], output.turn[rows]
+        more, ended = np.array([len(ids) for ids in tokens]), np.isin(output.finish[rows], COMPLETE)
+        length = output.length[rows] + more
         for i, row in enumerate(rows.tolist()):
-            if len(tokens[i]) and output.finish[row] in (Finish.EOS, Finish.STOP):
+            if more[i] and ended[i]:
                 found.append(np.array([*(0 for _ in tokens[i]), start[i]], np.int32))
+                turn[i] = length[i]
             else:
-                slot = int(output.length[row] - output.turn[row])
+                slot = int(output.length[row] - turn[i])
                 found.append(self._follow(int(output.state[row]), slot, tokens[i], int(budget[i]), f"tokens[{i}]"))
+        self._check_limits(np.where(ended & (more == 0), 0, _last(found)), length, turn, limit, budget)
         return found
 
-    def check_room(self, states: list[Int[np.ndarray, " n+1"]], room: Int[np.ndarray, " B"], name: str) -> None:
-        """Check that rows can end.
+    def _check_limits(
+        self, state: Int[np.ndarray, " B"], length: Int[np.ndarray, " B"], turn: Int[np.ndarray, " B"],
+        limit: Int[np.ndarray, " B"], budget: Int[np.ndarray, " B"],
+    ) -> None:  # fmt: skip
+        """Check that rows with known tokens can end.
 
         Args:
-            states: the last of each row is that behind its known tokens.
-            room: tokens that the limit leaves.
-            name: for the error message.
+            state: behind the known tokens.
+            length: known tokens.
+            turn: slot in which the row's own turn begins.
+            limit: maximum completion tokens.
+            budget: slot, of its own turn, from which states expire.
 
         Raises:
-            ValueError: they cannot.
+            ValueError: a row cannot.
         """
         if self.tables is None:
             return
-        need = self.tables.distance[[each[-1] for each in states]]
-        for b in np.flatnonzero(need > np.maximum(room, 0))[:1]:
+        expiry = turn + budget.astype(np.int64)
+        state = np.where(length >= expiry, self.tables.expires[state], state)
+        closing = self.closing[state]
+        least = np.maximum(length + self.tables.distance[state], np.where(closing > 0, expiry + closing, 0))
+        for b in np.flatnonzero(least > np.maximum(limit, length))[:1]:
             raise ValueError(
-                f"{name}[{b}]: got known tokens that leave room for {room[b]}, want room for the {need[b]} more that the control "
-                "needs at least"
+                f"limit: got {limit[b]} for row {b}, of which {length[b]} tokens are known, want at least {least[b]}: the control "
+                "needs so many"
             )
+
+
+def _last(states: Sequence[Int[np.ndarray, " n+1"]]) -> Int[np.ndarray, " B"]:
+    return np.array([each[-1] for each in states])
 
 
 def _short(name: str) -> str:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
+from jaxrl_llm.distribution.control_tables import state_of
 from jaxrl_llm.rollout.decode import ChunkResult, recorded_columns
 from jaxrl_llm.rollout.sample import Decoding
 from jaxrl_llm.types import Finish, Rollouts
@@ -18,6 +19,8 @@ BROKEN = "\ufffd"
 CHARACTER = 4
 # Maximum candidates for the first token to decode.
 NEAR = 16
+# Ends that a raised limit does not lift.
+COMPLETE = (Finish.EOS, Finish.STOP)
 
 
 class Position(NamedTuple):
@@ -84,7 +87,7 @@ class OutputBuffer:
             states: of the tokens, and last the one behind them.
         """
         start, end = self.length[row], self.length[row] + len(tokens)
-        if self.finish[row] in (Finish.EOS, Finish.STOP):
+        if self.finish[row] in COMPLETE:
             self.turn[row] = end
         self.columns["tokens"][row, start:end], self.columns["control_state"][row, start:end] = tokens, states[:-1]
         self.length[row], self.finish[row], self.state[row] = end, int(Finish.UNFINISHED), states[-1]
@@ -97,8 +100,8 @@ class OutputBuffer:
             if (earlier := getattr(known, name)) is not None:
                 column[rows, :slots] = earlier[:, :slots]
         self.length[rows], self.state[rows] = known.length, state
-        complete = np.isin(known.finish, (Finish.EOS, Finish.STOP))
-        self.finish[rows] = np.where(complete, known.finish, int(Finish.UNFINISHED))
+        self.turn[rows] = first_own_slot(known.control_state, known.length)
+        self.finish[rows] = np.where(np.isin(known.finish, COMPLETE), known.finish, int(Finish.UNFINISHED))
         self.end_at_limit(rows)
 
     def end_at_limit(self, rows: Int[np.ndarray, " n"]) -> None:
@@ -169,6 +172,17 @@ class OutputBuffer:
             if end is not None:
                 self._clear(np.array([row]), np.array([start + end]))
                 self.length[row], self.finish[row] = start + end, int(Finish.STOP)
+
+
+def first_own_slot(
+    control_state: Int[np.ndarray, "B C"] | None, length: Int[np.ndarray, " B"]
+) -> Int[np.ndarray, " B"]:
+    """Return the slot in which each row's control started last: behind the tokens of another's turn, which are in no state."""
+    if control_state is None:
+        return np.zeros(len(length), np.int32)
+    slots = np.arange(control_state.shape[1])
+    is_others = (state_of(control_state) == 0) & (slots < length[:, None])
+    return np.max((slots + 1) * is_others, axis=1, initial=0).astype(np.int32)
 
 
 def first_end(tokens: list[int], seen: int, stop: tuple[str, ...], texts_of: TextDecoder) -> int | None:

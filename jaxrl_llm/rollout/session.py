@@ -284,7 +284,7 @@ class Session:
             limit: new maximum completion tokens, per request or per row; as before by default.
 
         Raises:
-            ValueError: a request is still being decoded, or tokens do not fit its limit.
+            ValueError: a request is still being decoded, tokens do not fit its limit, or its control could not end within it.
         """
         requests, vocab, most = self._waiting("resume", ids), self.decoding.vocab, self.cfg.max_new_tokens
         rows = np.concatenate([request.rows for request in requests])
@@ -296,15 +296,12 @@ class Session:
             check_forced("tokens", tokens, limits - length, vocab)
         elif (over := np.flatnonzero(length > limits)).size:
             raise ValueError(f"limit: got {limits[over[0]]}, want at least the {length[over[0]]} tokens that are known")
-        if tokens is not None:
-            controls = [request.controls for request in requests]
-            start, budget = (np.concatenate([getattr(c, name) for c in controls]) for name in ("control", "budget"))
-            states = self.control_set.resumed(self.output, rows, tokens, start, budget)
-            self.control_set.check_room(states, limits - length - [len(ids) for ids in tokens], "tokens")
+        controls, tokens = [request.controls for request in requests], [()] * len(rows) if tokens is None else tokens
+        start, budget = (np.concatenate([getattr(c, name) for c in controls]) for name in ("control", "budget"))
+        states = self.control_set.resumed(self.output, rows, tokens, limits, start, budget)
         self.output.limit[rows] = limits
         self.output.end_at_limit(rows)
-        if tokens is not None:
-            self._force(rows, tokens, states)
+        self._force(rows, tokens, states)
         for request in requests:
             self._enqueue(request.id)
 

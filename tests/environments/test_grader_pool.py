@@ -90,6 +90,14 @@ def test_exact_match_of_two_groups():
     assert (graded.reward.dtype, graded.failure.dtype) == (np.float32, np.int32)
 
 
+def test_workers_that_nobody_waited_for_are_not_late():
+    """A model may compile for minutes between the pool and its first group."""
+    with pool_of("by_completion") as pool:
+        for worker in pool._workers:
+            worker.deadline = time.monotonic() - 1
+        assert pool.grade(groups_of(GOOD)).reward.tolist() == [[0.5, 2]]
+
+
 def test_real_numbers_of_every_type_are_rewards():
     with pool_of("by_completion", workers=1) as pool:
         graded = pool.grade(groups_of(["bool", "int", "np.bool"], ["np.int8", "np.float16", "fraction"]))

@@ -1,5 +1,6 @@
 """Roles from a blueprint: each gets what the config says of it, and nothing is compiled before it is called."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from fakes import blueprint, config, groups_of, state_of, sums
 
+from jaxrl_llm.distribution.control_tables import encode
 from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.experience.curricula import make_order
 from jaxrl_llm.metrics.timers import CompileCounter
@@ -158,6 +160,14 @@ def test_an_evaluators_mismatch_is_measured_where_old_rollouts_may_come_back():
     assert evaluator(experience={"replay": {"capacity": 4}})[1].score == "score"
     right = plain.right(list(TASK.held_out))
     assert right.groups.rollouts.tokens.shape == (3, 6) and right.groups.rollouts.temperature.tolist() == [1.0] * 3
+
+
+def test_a_right_response_is_scored_within_the_limit_of_its_row():
+    of = blueprint(rollout={"prompts": 8, "samples": 4, "max_new_tokens": 6, "min_new_tokens": 1})
+    rows = [dataclasses.replace(row, max_new_tokens=n) for row, n in zip(TASK.held_out, (None, 3, 5), strict=True)]
+    codes = make_evaluator(of, TASK, None, None, None).right(rows).groups.rollouts.control_state
+    ends_masked = np.array([True, True, True])
+    np.testing.assert_array_equal(codes[:, 0], encode(np.zeros(3, np.int32), np.array([6, 3, 5]), ends_masked))
 
 
 def test_publishing_takes_the_configs_format_and_the_states_version(monkeypatch):

@@ -1,5 +1,6 @@
 """Controls beside tokenizer, limits and right responses: errors before anything compiles, and warnings."""
 
+import dataclasses
 from contextlib import nullcontext
 
 import numpy as np
@@ -21,7 +22,7 @@ ROLLOUT = {"prompts": 8, "samples": 4, "max_new_tokens": 6}
 
 def found(control: dict, warm_start: int = 0, **rollout):
     cfg = config(rollout=ROLLOUT | rollout | {"control": control}, warm_start={"steps": warm_start})
-    return check_control(cfg, sums())
+    return check_control(cfg, sums(), True)
 
 
 def regex(pattern: str) -> dict:
@@ -79,7 +80,30 @@ def test_each_task_of_a_mixture_has_its_own_limit():
     ]
     cfg = config(rollout=ROLLOUT | {"control": regex("[0-9]{4}#")}, task=parts)
     want = "task.tasks.0.max_new_tokens: got 4, want at least 5: the control allows no response of fewer tokens"
-    assert check_control(cfg, sums()).problems == [want]
+    assert check_control(cfg, sums(), True).problems == [want]
+
+
+def test_a_row_has_the_limit_of_its_column():
+    task, cfg = sums(), config(rollout=ROLLOUT | {"control": regex("[0-9]{4}#")})
+    short = dataclasses.replace(task.train[3], max_new_tokens=4)
+    rows = (*task.train[:3], short, dataclasses.replace(task.train[4], max_new_tokens=5), *task.train[5:])
+    want = (
+        f"task.prompting.columns.max_new_tokens: {short.where}: got 4, want at least 5: the control allows no response of fewer "
+        "tokens"
+    )
+    assert check_control(cfg, dataclasses.replace(task, train=rows), True).problems == [want]
+
+
+def test_hints_that_the_control_refuses_are_refused_in_training():
+    """One digit and the end are allowed; 45 of all 100 sums have two digits, fewer without the held-out ones."""
+    cfg = config(rollout=ROLLOUT | {"control": regex("[0-9]#")}, experience={"hints": {"kind": "cosine"}})
+    two = [row for row in sums().train if len(row.response) > 1]
+    want = f"experience.hints: got right responses that rollout.control refuses, {len(two)} of 97, as '{two[0].response}' to"
+    [problem] = check_control(cfg, sums(), True).problems
+    assert problem.startswith(want)
+    assert not check_control(cfg, sums(), False).problems
+    wide = config(rollout=ROLLOUT | {"control": regex("[0-9]+#")}, experience={"hints": {"kind": "cosine"}})
+    assert not check_control(wide, sums(), True).problems
 
 
 @pytest.mark.parametrize(
@@ -128,8 +152,8 @@ def test_right_responses_that_are_refused():
 def test_settings_that_a_control_makes_useless_are_warned_of():
     [longest] = found(regex("[0-9]{1,2}#"), min_new_tokens=5).cautions
     assert longest.startswith("rollout.min_new_tokens: 5, and the control allows no response of more than 3 tokens")
-    assert any("budget of 6 tokens is never used up" in text for text in found(budget(6)).cautions)
-    assert not any("never used up" in text for text in found(budget(5)).cautions)
+    # A budget that could never be used up is refused: what follows it needs room.
+    assert found(budget(6)).problems and not found(budget(5)).problems
 
 
 @pytest.mark.parametrize(

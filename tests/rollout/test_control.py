@@ -129,6 +129,10 @@ def test_requests_with_other_controls_join_while_others_decode(engine):
         np.testing.assert_array_equal(getattr(got, name), getattr(alone, name), err_msg=name)
 
 
+def think(tokens):
+    return BudgetControl(tokens=tokens, close=">", then=ChoiceControl(texts=("1#", "2#")))
+
+
 def finish(session):
     while session.pending:
         session.advance()
@@ -188,23 +192,73 @@ def test_known_tokens_are_a_part_of_the_controlled_text(chopped):
     with pytest.raises(ValueError, match=r"known\[0\]: got token \d+ after .*, want one that the control allows"):
         session.add(prompt, controls=digits, known=[TOKENIZER.encode("1+")] * G)
     longer = chopped.controls(1, control=RegexControl(pattern="[0-9]{2}(\\+[0-9]{6})?#"))
-    with pytest.raises(
-        ValueError, match=r"known\[0\]: got known tokens that leave room for 4, want room for the 7 more"
-    ):
+    with pytest.raises(ValueError, match=r"limit: got 7 for row 0, of which 3 tokens are known, want at least 10"):
         session.add(prompt, controls=longer, known=[TOKENIZER.encode("12+")] * G, limit=np.array([7]))
     assert not session.requests
 
 
 def test_a_control_starts_anew_behind_the_turn_of_another(chopped):
-    """And its budget counts from there: thinking of two tokens in each of two turns."""
-    think = BudgetControl(tokens=2, close=">", then=ChoiceControl(texts=("1#", "2#")))
-    session = chopped.session(policy(), KEY)
-    ids = session.add(make_prompts(P), controls=chopped.controls(P, control=think), limit=np.full(P, 5))
+    """And its budget counts from there: thinking of one token in each of two turns."""
+    session, controls = chopped.session(policy(), KEY), chopped.controls(P, control=think(1))
+    ids = session.add(make_prompts(P), controls=controls, limit=np.full(P, 4))
     finish(session)
     session.resume(ids, [TOKENIZER.encode("+")] * (P * G), limit=np.full(P, C))
+    session.stop(ids)
+    begun, later = session.rollouts(ids), chopped.session(policy(), KEY)
+    again = later.add(begun.prompts, controls=controls, known=begun)
+    session.resume(ids)
     finish(session)
-    for text in texts(session.take(ids)):
-        assert re.fullmatch(r"([^>#]{0,2}>[12]#)\+[^>#]{0,2}>[12]#", text), text
+    finish(later)
+    got = session.take(ids)
+    for text in texts(got):
+        assert re.fullmatch(r"([^>#]?>[12]#)\+[^>#]?>[12]#", text), text
+    np.testing.assert_array_equal(later.take(again).tokens, got.tokens, err_msg="read back in the second turn")
+
+
+def test_a_turn_without_room_for_thinking_and_closing_is_refused(chopped):
+    """Five tokens, one of another, two of thinking and three behind: 11."""
+    session = chopped.session(policy(), KEY)
+    ids = session.add(make_prompts(P), controls=chopped.controls(P, control=think(2)), limit=np.full(P, 5))
+    finish(session)
+    before = session.rollouts(ids)
+    long = int(np.flatnonzero(before.length == 5)[0])
+    with pytest.raises(
+        ValueError, match=f"limit: got 10 for row {long}, of which 6 tokens are known, want at least 11"
+    ):
+        session.resume(ids, [TOKENIZER.encode("+")] * (P * G), limit=np.full(P, C))
+    np.testing.assert_array_equal(session.rollouts(ids).tokens, before.tokens)
+
+
+def test_a_limit_within_which_a_stopped_row_could_not_end_is_refused(chopped):
+    """Two tokens of six, five digits and the end, are there. What has ended needs no room."""
+    session, controls = chopped.session(policy(), KEY), chopped.controls(P, control=RegexControl(pattern="[0-9]{5}#"))
+    ids = session.add(make_prompts(P), controls=controls)
+    session.advance()
+    session.stop(ids)
+    with pytest.raises(ValueError, match="limit: got 5 for row 0, of which 2 tokens are known, want at least 6"):
+        session.resume(ids, limit=np.full(P, 5))
+    session.resume(ids, limit=np.full(P, 6))
+    finish(session)
+    session.resume(ids, limit=np.full(P, 6))
+    assert all(re.fullmatch("[0-9]{5}#", text) for text in texts(session.take(ids)))
+
+
+def test_known_rollouts_of_another_control_are_refused(chopped):
+    """So are those without states whose tokens the control does not allow, its budget included."""
+    session, prompts = chopped.session(policy(), KEY), make_prompts(P)
+    ids = session.add(prompts, controls=chopped.controls(P, control=RegexControl(pattern="[0-9]{3}#")))
+    session.advance()
+    session.stop(ids)
+    known = session.take(ids)
+    for control in (RegexControl(pattern="[0-9]{4}#"), think(2)):
+        with pytest.raises(ValueError, match=r"known.control_state\[0\]: got states of another control"):
+            session.add(prompts, controls=chopped.controls(P, control=control), known=known)
+    bare = known.replace(control_state=None)
+    with pytest.raises(ValueError, match=r"known\[0\]: got token \d+ after \[\d+\], want one that the control allows"):
+        session.add(prompts, controls=chopped.controls(P, control=think(1)), known=bare)
+    ids = session.add(prompts, controls=chopped.controls(P, control=think(2)), known=bare)
+    finish(session)
+    assert all(re.fullmatch("[0-9]{2}>[12]#", text) for text in texts(session.take(ids)))
 
 
 def test_a_limit_below_the_shortest_text_is_refused(chopped):
