@@ -3,9 +3,9 @@
     python -m experiments.thinking_budgets              # the runs that the results file lacks, then the plot and the tables
     python -m experiments.thinking_budgets --report     # the plot and the tables alone
 
-The last digit of a sum of four to seven digits: for `<3+4+5+2>` the thinking is `724`, the last digits of the sums so far, and
-the response `724|4#`. Half of the responses of the warm start stop thinking too early, so that the policy has answered behind every
-length; some have a space, which is what a wait forces.
+The last digit of a sum of four or five digits: for `<3+4+5+2>` the thinking is `724`, the last digits of the sums so far, and
+the response `724|4#`. Three in ten responses of the warm start stop thinking too early, so that the policy has answered behind
+every length; some have a space, which is what a wait forces.
 """
 
 import argparse
@@ -34,16 +34,18 @@ from jaxrl_llm.tasks.config import CharacterTokenizer, FileTask
 from jaxrl_llm.tasks.stream import make_prompts
 from jaxrl_llm.train import Run, first_policy, open_run, step
 from jaxrl_llm.types import Policy
+from jaxrl_llm.update.config import WarmStartConfig
+from jaxrl_llm.update.optimizer.config import AdamW
 
 RESULTS = DIRECTORY / "thinking_budgets.json"
 SEEDS = (0, 1, 2)
-TERMS, ROWS, HELD_OUT = (4, 5, 6, 7), 20_000, 500
-CUT, SPACE = 0.5, 0.3
+TERMS, ROWS, HELD_OUT = (4, 5), 20_000, 500
+CUT, SPACE = 0.3, 0.2
 """Shares of the responses of the warm start that stop too early, and that have a space."""
-MOST = 9
-"""Thinking of at most so many tokens: six digits, and three spaces."""
+MOST = 7
+"""Thinking of at most so many tokens: four digits, and three spaces."""
 ANSWER = RegexControl(pattern="[0-9]#")
-BUDGETS = (1, 2, 3, 4, 5, 6, MOST)
+BUDGETS = (1, 2, 3, 4, MOST)
 WAITS = (1, 2, 3)
 
 
@@ -64,7 +66,11 @@ START = dataclasses.replace(
     task=FileTask(str(POOL), held_out=HELD_OUT, response="{response}"),
     tokenizer=CharacterTokenizer("0123456789+<>| #"),
     model=dataclasses.replace(SETUP.model, vocab_size=17),
-    warm_start=dataclasses.replace(SETUP.warm_start, steps=1500, rows=64, noise=0.0),
+    warm_start=WarmStartConfig(
+        steps=1500,
+        rows=128,
+        optimizer=AdamW(lr=2e-3, warmup_steps=20, decay_steps=1480, final_lr=2e-4, weight_decay=0.1),
+    ),
     reward=RewardConfig((GraderConfig("regex", options={"pattern": "[0-9]", "after": "|"}),)),
     rollout=dataclasses.replace(SETUP.rollout, max_new_tokens=MOST + 3),
     experience=ExperienceConfig(filter=Signal()),
@@ -74,7 +80,7 @@ ARMS = {
     for name, control in {
         "free": NoControl(),
         "budget 2": under(2),
-        "budget 4": under(4),
+        "budget 3": under(3),
         "2 waits": under(MOST, 2),
     }.items()
 }
@@ -161,7 +167,7 @@ def plot(path: Path, runs: Sequence[dict]) -> None:
 
     panels = {
         "cut by a budget": [f"budget {n}" for n in BUDGETS],
-        "extended by waits": ["budget 9", *(f"{n} waits" for n in WAITS)],
+        "extended by waits": [f"budget {MOST}", *(f"{n} waits" for n in WAITS)],
     }
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     arms = list(dict.fromkeys(run["arm"] for run in runs))
@@ -191,7 +197,7 @@ def main() -> None:
     runs = [{"seed": run["seed"], **arm} for run in read(RESULTS) for arm in run["arms"]]
     print(
         table(runs, ["free", *(f"budget {n}" for n in BUDGETS)]),
-        table(runs, ["budget 9", *(f"{n} waits" for n in WAITS)]),
+        table(runs, [f"budget {MOST}", *(f"{n} waits" for n in WAITS)]),
         sep="\n\n",
     )
     plot(RESULTS.with_suffix(".png"), runs)
