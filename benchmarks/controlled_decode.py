@@ -48,7 +48,7 @@ def open_session(work: Workload, policy: Policy, chunks: int, controlled: bool) 
     engine = Engine(EngineModel(work.cfg, layouts()[1], work.vocabulary), cfg, PROMPT_SLOTS)
     engine.control_set = ControlSet(work.vocabulary, work.cfg.vocab_size, lambda _: automaton(work.cfg.vocab_size))
     session = engine.session(policy, jax.random.key(0))
-    control = RegexControl() if controlled else None
+    control = RegexControl(pattern=".") if controlled else None
     session.add(work.make_prompts(), controls=engine.controls(work.prompts, control=control))
     session.advance()
     return session

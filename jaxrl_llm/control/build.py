@@ -8,7 +8,7 @@ from jaxrl_llm.control import cache
 from jaxrl_llm.control.automaton import TokenAutomaton, TokenTexts
 from jaxrl_llm.control.budget import budget
 from jaxrl_llm.control.byte_automaton import ByteAutomaton
-from jaxrl_llm.control.choice import from_texts
+from jaxrl_llm.control.choice import check_spelled, from_texts
 from jaxrl_llm.control.config import (
     AllowControl,
     Answer,
@@ -21,6 +21,7 @@ from jaxrl_llm.control.config import (
     NoControl,
     RegexControl,
     StopControl,
+    missing_field,
 )
 from jaxrl_llm.control.forced import begin
 from jaxrl_llm.control.json_schema import to_regex
@@ -28,6 +29,7 @@ from jaxrl_llm.control.regex import from_regex
 from jaxrl_llm.control.stop import stop
 from jaxrl_llm.control.token_sets import token_set
 from jaxrl_llm.control.vocabulary_walk import over_tokens
+from jaxrl_llm.errors import UserError
 
 
 def build(control: Control, vocabulary: TokenTexts, where: str = "rollout.control") -> TokenAutomaton:
@@ -41,6 +43,8 @@ def build(control: Control, vocabulary: TokenTexts, where: str = "rollout.contro
     Raises:
         UserError: The control is wrong, or too large, or the vocabulary cannot spell what it allows.
     """
+    if missing := missing_field(control):
+        raise UserError(f"{where}.{missing}: got nothing, want what responses may consist of")
     return cache.cached(control, vocabulary.fingerprint, lambda: automaton_of(control, vocabulary, where))
 
 
@@ -50,7 +54,14 @@ def automaton_of(control: Control, vocabulary: TokenTexts, where: str) -> TokenA
     raise TypeError(f"{where}: got {type(control).__name__}, want a control")
 
 
-@automaton_of.register(NoControl | RegexControl | JsonSchemaControl | ChoiceControl)
+@automaton_of.register
+def _(control: ChoiceControl, vocabulary: TokenTexts, where: str) -> TokenAutomaton:
+    texts = texts_of(control, where)
+    check_spelled(control.texts, vocabulary, f"{where}.texts")
+    return over_tokens(texts, vocabulary, where).automaton
+
+
+@automaton_of.register(NoControl | RegexControl | JsonSchemaControl)
 def _(control: Answer, vocabulary: TokenTexts, where: str) -> TokenAutomaton:
     return over_tokens(texts_of(control, where), vocabulary, where).automaton
 
@@ -61,7 +72,10 @@ automaton_of.register(StopControl, stop)
 
 @automaton_of.register
 def _(control: BudgetControl, vocabulary: TokenTexts, where: str) -> TokenAutomaton:
-    return budget(control, texts_of(control.then, f"{where}.then"), vocabulary, where)
+    answer = texts_of(control.then, f"{where}.then")
+    if isinstance(control.then, ChoiceControl):
+        check_spelled(control.then.texts, vocabulary, f"{where}.then.texts")
+    return budget(control, answer, vocabulary, where)
 
 
 @automaton_of.register

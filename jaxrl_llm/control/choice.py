@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxrl_llm.control.automaton import TokenTexts
 from jaxrl_llm.control.byte_automaton import DEAD, ByteAutomaton
 from jaxrl_llm.control.regex import surrogate_in
 from jaxrl_llm.errors import UserError
@@ -31,3 +32,31 @@ def from_texts(texts: Sequence[str], where: str) -> ByteAutomaton:
     for state, row in enumerate(next):
         table[state, list(row)] = list(row.values())
     return ByteAutomaton(table, np.isin(np.arange(len(next)), list(accepting)), np.zeros(len(next), bool))
+
+
+def check_spelled(texts: Sequence[str], vocabulary: TokenTexts, where: str) -> None:
+    """Check that each text is one that a response can be: a text that cannot is never sampled, and nothing would say so.
+
+    Raises:
+        UserError: No tokens spell one, or it does not end with an end token that is text itself.
+    """
+    ends = {vocabulary.texts[id] for id in vocabulary.ends}
+    inside = {text for id, text in enumerate(vocabulary.texts) if text and id not in vocabulary.ends}
+    spaces = ("", " ") if vocabulary.drops_space else ("",)
+    for text in texts:
+        if any(_is_spelled((space + text).encode(), inside, ends) for space in spaces):
+            continue
+        also = [repr(end.decode(errors="replace")) for end in ends if end]
+        want = f"texts that end with {' or '.join(also)}, and else have" if also else "texts of"
+        raise UserError(f"{where}: got {text!r}, which this tokenizer cannot spell, want {want} characters that it has")
+
+
+def _is_spelled(text: bytes, inside: set[bytes], ends: set[bytes | None]) -> bool:
+    """Return whether tokens spell a text, and an end token follows or is the last of them."""
+    longest = max(map(len, inside), default=0)
+    reached = [begin == 0 for begin in range(len(text) + 1)]
+    for begin in range(len(text)):
+        for end in range(begin + 1, min(begin + longest, len(text)) + 1):
+            reached[end] |= reached[begin] and text[begin:end] in inside
+    ended = any(end and text.endswith(end) and reached[len(text) - len(end)] for end in ends)
+    return ended or (reached[-1] and None in ends)

@@ -30,7 +30,7 @@ class RegexControl:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["regex"] = "regex"
-    pattern: Text = ".*"
+    pattern: Text = ""
     """In the syntax of Rust's regex crate, without look-around and back-references."""
 
 
@@ -56,7 +56,7 @@ class ChoiceControl:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["choice"] = "choice"
-    texts: Texts = ("",)
+    texts: Texts = ()
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class AllowControl:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["allow"] = "allow"
-    tokens: Tokens = (0,)
+    tokens: Tokens = ()
     """Token ids, or texts of exactly one token each."""
 
 
@@ -77,7 +77,7 @@ class ForbidControl:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["forbid"] = "forbid"
-    tokens: Tokens = (0,)
+    tokens: Tokens = ()
     """Token ids, or texts of exactly one token each."""
 
 
@@ -88,7 +88,7 @@ class StopControl:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["stop"] = "stop"
-    texts: Texts = ("",)
+    texts: Texts = ()
 
 
 Answer = Annotated[NoControl | RegexControl | JsonSchemaControl | ChoiceControl, Discriminator("kind")]
@@ -122,7 +122,7 @@ class BeginControl:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["begin"] = "begin"
-    text: Text = " "
+    text: Text = ""
     then: Annotated[
         NoControl | RegexControl | JsonSchemaControl | ChoiceControl | BudgetControl, Discriminator("kind")
     ] = field(default_factory=NoControl)
@@ -143,6 +143,15 @@ def budget_of(control: Control) -> int:
     if isinstance(control, BeginControl):
         return budget_of(control.then)
     return control.tokens if isinstance(control, BudgetControl) else UNLIMITED
+
+
+def missing_field(control: Control) -> str:
+    """Return the path of a setting without which the control says nothing, as `then.pattern`; "": it has all."""
+    for name in ("pattern", "texts", "tokens", "text"):
+        if getattr(control, name, None) in ("", ()):
+            return name
+    missing = missing_field(control.then) if hasattr(control, "then") else ""
+    return missing and f"then.{missing}"
 
 
 def without_budget(control: Control) -> Control:

@@ -75,7 +75,7 @@ def _limits(cfg: RunConfig, task: Task, automaton: TokenAutomaton) -> list[str]:
 
 def _hints(cfg: RunConfig, task: Task, automaton: TokenAutomaton) -> list[str]:
     """Errors about hints that the control refuses."""
-    if isinstance(cfg.experience.hints, NoHints) or not (refused := _refused(automaton, task.train, cfg.rollout)):
+    if isinstance(cfg.experience.hints, NoHints) or not (refused := _refused(automaton, task, task.train, cfg.rollout)):
         return []
     return [
         f"experience.hints: got right responses that rollout.control refuses, {refused}, want a control that allows them, since a "
@@ -90,20 +90,21 @@ def _cautions(cfg: RunConfig, task: Task, automaton: TokenAutomaton) -> list[str
             f"rollout.min_new_tokens: {rollout.min_new_tokens}, and the control allows no response of more than {longest} tokens, "
             "whose end is then not put off"
         )
-    if refused := _refused(automaton, task.held_out[:MAX_ROWS], rollout):
+    if refused := _refused(automaton, task, task.held_out[:MAX_ROWS], rollout):
         found.append(f"rollout.control: eval/exact is 0 where the right response is refused, {refused}")
-    if cfg.warm_start.steps and (refused := _refused(automaton, task.train[:MAX_ROWS], rollout)):
+    if cfg.warm_start.steps and (refused := _refused(automaton, task, task.train[:MAX_ROWS], rollout)):
         found.append(f"warm_start: trains on responses that rollout.control refuses, {refused}")
     return found
 
 
-def _refused(automaton: TokenAutomaton, rows: Sequence[Row], cfg: RolloutConfig) -> str:
+def _refused(automaton: TokenAutomaton, task: Task, rows: Sequence[Row], cfg: RolloutConfig) -> str:
     """Say how many right responses the control refuses, with an example; "": none."""
     known = [row for row in rows if row.target is not None]
     refused = [row for row in known if not allows(automaton, row.target, budget_of(cfg.control))]
     if not refused:
         return ""
-    return f"{len(refused)} of {len(known)}, as {refused[0].response!r} to {refused[0].prompt[:80]!r}"
+    text = task.tokenizer.decode(refused[0].target.tolist())
+    return f"{len(refused)} of {len(known)}, as {text!r} to {refused[0].prompt[:80]!r}"
 
 
 def allows(automaton: TokenAutomaton, tokens: Sequence[int], budget: int) -> bool:

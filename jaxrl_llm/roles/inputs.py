@@ -15,6 +15,7 @@ from jaxrl_llm.environments.grader import Sample, unreadable_rows
 from jaxrl_llm.environments.grader import problems as grader_problems
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.config import OVER_A_COLUMN, NoHints
+from jaxrl_llm.experience.hints import HintRule
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.source import resolve
@@ -76,11 +77,8 @@ def read(cfg: RunConfig, trains: bool = False, asked: Callable[[RunConfig], Task
             found += cfg.experience.curriculum.misfits([row.columns for row in task.train])
         if task is not None and (wrong := start_problem(cfg, task)):
             missing.append(wrong)
-        if not isinstance(cfg.experience.hints, NoHints) and task is not None and longest_target(task.train) < 3:
-            found.append(
-                f"task.response: got {longest_target(task.train)} tokens at most, want 3 or more, end token included, of some row: "
-                f"experience.hints is {cfg.experience.hints.kind}, and a hint is a part of a response"
-            )
+        if not isinstance(cfg.experience.hints, NoHints) and task is not None:
+            found += hint_problems(cfg.experience.hints, task)
         if cfg.warm_start.steps and task is not None and not task.has_targets:
             lacking = [name for name, known in task.targets_known.items() if name and not known]
             where = f" for {', '.join(lacking)}" if lacking else ""
@@ -89,6 +87,21 @@ def read(cfg: RunConfig, trains: bool = False, asked: Callable[[RunConfig], Task
     control = ControlFindings([], []) if task is None else check_control(cfg, task, trains)
     cautions = (*consistency.cautions(cfg), *control.cautions) if trains else ()
     return Inputs(whole, task, tuple(missing), (*found, *control.problems), cautions)
+
+
+def hint_problems(rule: HintRule, task: Task) -> list[str]:
+    """Errors about known responses that no hint can be made of."""
+    if longest_target(task.train) < 3:
+        return [
+            f"task.response: got {longest_target(task.train)} tokens at most, want 3 or more, end token included, of some row: "
+            f"experience.hints is {rule.kind}, and a hint is a part of a response"
+        ]
+    end = getattr(rule, "step_end", "")
+    if end and not any(end in row.response for row in task.train if row.target is not None):
+        return [
+            f"experience.hints.step_end: got {end!r}, which is in no known response, want a text that ends a step of one"
+        ]
+    return []
 
 
 def start_problem(cfg: RunConfig, task: Task) -> str:

@@ -73,7 +73,7 @@ class ControlSet:
             own = state == start
             for most, slots in np.unique(np.stack([limit, budget], axis=1)[own], axis=0).tolist():
                 if wrong := limit_problem(most, self.automata[name], slots):
-                    raise ValueError(f"limit: {wrong} ({_short(name)})")
+                    raise ValueError(f"limit: {wrong} (control {json.loads(name)[0]})")
 
     def codes(
         self, tokens: Sequence[int], limit: int, start: int, budget: int, minimum: int
@@ -220,7 +220,3 @@ class ControlSet:
 
 def _last(states: Sequence[Int[np.ndarray, " n+1"]]) -> Int[np.ndarray, " B"]:
     return np.array([each[-1] for each in states])
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 120 else name[:117] + "..."

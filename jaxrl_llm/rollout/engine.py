@@ -20,7 +20,7 @@ from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.parallel.config import divisors
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.rollout.batch_sizes import BatchSizes, first_window, smallest
-from jaxrl_llm.rollout.built_control import build_control
+from jaxrl_llm.rollout.built_control import build_control, limit_problem
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.rollout.control_set import ControlSet
 from jaxrl_llm.rollout.programs import ProgramName, Programs
@@ -208,21 +208,25 @@ class Engine:
 
 
 def configured_controls(model: EngineModel, cfg: RolloutConfig) -> ControlSet:
-    """Return the controls of a config. Raises UserError if one cannot be built for the tokenizer.
+    """Return the controls of a config. Raises UserError if one cannot be built for the tokenizer, or a row could not end within
+    `max_new_tokens`.
 
     Args:
         model: an `EngineModel`, or any value with its attributes.
         cfg: the rollouts.
     """
 
-    def automaton(control: Control) -> TokenAutomaton:
+    def built(control: Control) -> TokenAutomaton:
         tokenizer = model.tokenizer
         if tokenizer is None:
             raise UserError(f"control: got {control.kind} for a model without a tokenizer, want none")
         return build_control(control, tokenizer, model.vocab.eos)
 
-    found = ControlSet(model.vocab, model.config.vocab_size, automaton)
+    found = ControlSet(model.vocab, model.config.vocab_size, built)
     if cfg.min_new_tokens:
         found.need()
     found.start(cfg.control)
+    for automaton in found.automata.values():
+        if wrong := limit_problem(cfg.max_new_tokens, automaton, budget_of(cfg.control)):
+            raise UserError(f"max_new_tokens: {wrong}")
     return found

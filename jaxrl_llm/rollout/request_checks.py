@@ -74,6 +74,10 @@ def check_controls(controls: Controls, size: Int[np.ndarray, " P"], truncates: b
         size: rows per prompt.
         truncates: the engine records the tokens that truncation keeps.
     """
+    if not isinstance(controls, Controls):
+        raise ValueError(
+            f"controls: got {type(controls).__name__}, want what engine.controls(prompts, control=...) returns"
+        )
     for name, (least, most, off) in RANGES.items():
         given = getattr(controls, name)
         _check_array(f"controls.{name}", given, "iuf", (len(size),), (int(size.sum()),))

@@ -61,3 +61,47 @@ def test_errors_name_the_inner_setting():
     control = BeginControl(text="a", then=BudgetControl(close="|", then=RegexControl(pattern="(")))
     with pytest.raises(UserError, match=r"rollout\.control\.then\.then\.pattern: got '\('"):
         build(control, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("control", "missing"),
+    [
+        (RegexControl(), "pattern"),
+        (ChoiceControl(), "texts"),
+        (AllowControl(), "tokens"),
+        (ForbidControl(), "tokens"),
+        (StopControl(), "texts"),
+        (BeginControl(), "text"),
+        (BeginControl(text="a", then=BudgetControl(close="|", then=RegexControl())), "then.then.pattern"),
+    ],
+)
+def test_a_control_without_its_setting_is_refused(control, missing):
+    """A forgotten pattern would be any text."""
+    with pytest.raises(UserError, match=rf"^rollout.control.{missing}: got nothing, want what"):
+        build(control, TOKENS)
+
+
+HASH = vocabulary(["1", "2", "12", "#"], (3,))
+SPACE = vocabulary([" a", "b", None], (2,))._replace(drops_space=True)
+
+
+@pytest.mark.parametrize(
+    ("texts", "tokens", "refused"),
+    [
+        (("ab4", "", "w"), TOKENS, None),
+        (("ab4", "abc"), TOKENS, "abc"),
+        (("12#", "121#"), HASH, None),
+        (("12#", "12"), HASH, "12"),
+        (("12#", "1#2#"), HASH, "1#2#"),
+        (("a", "ab"), SPACE, None),
+        (("a", "ba"), SPACE, "ba"),
+    ],
+)
+def test_each_text_of_a_choice_can_be_spelled_or_is_refused_by_name(texts, tokens, refused):
+    """What cannot be spelled would never be sampled, without a word. `#` ends a response, and is a part of its text."""
+    for control in (ChoiceControl(texts=texts), BudgetControl(close="|", then=ChoiceControl(texts=texts))):
+        if refused is None and control.kind == "choice":
+            automaton_of(control, tokens, "x")
+        elif refused is not None and (control.kind == "choice" or tokens is TOKENS):
+            with pytest.raises(UserError, match=rf"texts: got '{refused}', which this tokenizer cannot spell"):
+                automaton_of(control, tokens, "x")

@@ -98,7 +98,7 @@ def test_hints_that_the_control_refuses_are_refused_in_training():
     """One digit and the end are allowed; 45 of all 100 sums have two digits, fewer without the held-out ones."""
     cfg = config(rollout=ROLLOUT | {"control": regex("[0-9]#")}, experience={"hints": {"kind": "cosine"}})
     two = [row for row in sums().train if len(row.response) > 1]
-    want = f"experience.hints: got right responses that rollout.control refuses, {len(two)} of 97, as '{two[0].response}' to"
+    want = f"experience.hints: got right responses that rollout.control refuses, {len(two)} of 97, as '{two[0].response}#' to"
     [problem] = check_control(cfg, sums(), True).problems
     assert problem.startswith(want)
     assert not check_control(cfg, sums(), False).problems
@@ -141,7 +141,7 @@ def test_right_responses_that_are_refused():
     assert 0 < len(two) < 3
     [exact] = found(regex("[0-9]#")).cautions
     assert exact.startswith(
-        f"rollout.control: eval/exact is 0 where the right response is refused, {len(two)} of 3, as '{two[0]}'"
+        f"rollout.control: eval/exact is 0 where the right response is refused, {len(two)} of 3, as '{two[0]}#'"
     )
     both = found(regex("[0-9]#"), warm_start=5).cautions
     # Of all 100 sums of two digits 55 are below 10.

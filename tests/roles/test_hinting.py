@@ -22,6 +22,7 @@ from jaxrl_llm.roles import sampler as sampler_module
 from jaxrl_llm.roles.asking import ByBudget
 from jaxrl_llm.roles.collector import Asked, Collected
 from jaxrl_llm.roles.hinting import NONE, RIGHT, WRONG, Hinting, NoHinting
+from jaxrl_llm.roles.inputs import hint_problems
 from jaxrl_llm.roles.sampler import Sampler, Stages
 from jaxrl_llm.roles.stage_metrics import describe_hints, describe_stages
 from jaxrl_llm.roles.summary import describe
@@ -98,6 +99,12 @@ def test_levels_end_where_the_text_says():
     # A step that ends with the demonstration is no hint: it would be the whole of it.
     assert hints(LevelHints(levels=2, step_end="9"), [0], 2, task) == ["", ""]
     assert hints(OwnHints(function="own_stages:last_step_end", step_end=" "), [0], 1, task) == ["3 12 4 "]
+
+
+def test_ends_of_steps_that_no_response_has_are_refused():
+    want = "experience.hints.step_end: got 'x', which is in no known response"
+    assert [text[: len(want)] for text in hint_problems(LevelHints(step_end="x"), TASK)] == [want]
+    assert hint_problems(LevelHints(step_end="1"), TASK) == hint_problems(LevelHints(), TASK) == []
 
 
 def test_only_unsolved_prompts_have_hints_if_the_rule_says_so():

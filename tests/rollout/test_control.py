@@ -10,6 +10,7 @@ from setups import make_prompts
 
 from jaxrl_llm.control.config import AllowControl, BudgetControl, ChoiceControl, RegexControl
 from jaxrl_llm.distribution.control_tables import allowed_tokens, state_of
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.rollout.config import EngineConfig
 from jaxrl_llm.types import Finish, check
@@ -271,7 +272,15 @@ def test_a_limit_below_the_shortest_text_is_refused(chopped):
     think = chopped.controls(P, control=BudgetControl(tokens=8, close=">", then=RegexControl(pattern="[0-9]{2}#")))
     with pytest.raises(ValueError, match=r"limit: got 10, want at least 12, or a budget of 6 at most"):
         session.add(make_prompts(P), controls=think)
+    with pytest.raises(
+        ValueError, match=r"controls: got list, want what engine.controls\(prompts, control=...\) returns"
+    ):
+        session.add(make_prompts(P), controls=[RegexControl(pattern="[0-9]#")] * P)
     assert not session.requests
+    with pytest.raises(
+        UserError, match="max_new_tokens: got 5, want at least 6: the control allows no response of fewer"
+    ):
+        sampler(control=RegexControl(pattern="[0-9]{5}#"), max_new_tokens=5)
 
 
 def test_a_minimum_length_gives_way_to_a_text_that_has_ended(chopped):
