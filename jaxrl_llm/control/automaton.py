@@ -17,6 +17,9 @@ MAX_DISTANCE = 2045
 class Transitions(Protocol):
     """What an automaton and the tables of several have in common."""
 
+    next: Int[np.ndarray, "S K"]
+    forced: Int[np.ndarray, " S"]
+    replaces: Bool[np.ndarray, " S"]
     expires: Int[np.ndarray, " S"]
 
     def after(self, state: int, token: int) -> int:
@@ -24,10 +27,11 @@ class Transitions(Protocol):
 
 
 def states_of(
-    automaton: Transitions, state: int, slot: int, tokens: Sequence[int], budget: int
-) -> Int[np.ndarray, " n+1"]:
-    """Return the states in which known tokens are filled in, and the one behind them; REFUSED behind a token that is not allowed. A
-    token that took the place of another is taken for a sampled one.
+    automaton: Transitions, state: int, slot: int, tokens: Sequence[int], budget: int,
+    sampled: Sequence[bool] | None = None,
+) -> Int[np.ndarray, " n+1"]:  # fmt: skip
+    """Return the states in which known tokens are filled in, and the one behind them; REFUSED behind a token that is not allowed:
+    another than the forced one, or one whose place another takes.
 
     Args:
         automaton: of the tokens.
@@ -35,15 +39,27 @@ def states_of(
         slot: of the first of them.
         tokens: token ids.
         budget: slot from which states expire.
+        sampled: the policy drew the token; None: no token took the place of another.
     """
     found = np.full(len(tokens) + 1, REFUSED, np.int32)
     for i, token in enumerate(tokens):
-        found[i] = state = automaton.expires[state] if slot + i >= budget else state
-        state = automaton.after(state, token)
-        if state == REFUSED:
+        state = automaton.expires[state] if slot + i >= budget else state
+        if sampled is not None and not sampled[i]:
+            state = _replacing(automaton, state, token)
+        found[i] = state
+        state = automaton.after(state, token) if automaton.forced[state] in (-1, token) else REFUSED
+        if state == REFUSED or automaton.replaces[state]:
             return found
     found[-1] = state
     return found
+
+
+def _replacing(automaton: Transitions, state: int, token: int) -> int:
+    """Return the state that puts the token in the place of one drawn in `state`; the state itself if there is none."""
+    behind = automaton.next[state]
+    behind = behind[behind != REFUSED]
+    found = behind[automaton.replaces[behind] & (automaton.forced[behind] == token)]
+    return found[0] if len(found) and automaton.forced[state] < 0 else state
 
 
 class TokenTexts(NamedTuple):
@@ -103,8 +119,8 @@ class TokenAutomaton:
         return np.where(thinks, self.expired_distance, 0)
 
     def least_limit(self, budget: int) -> int:
-        """Fewest completion tokens that a row must have room for, with a budget of so many. With less it may get stuck, even where
-        the limit is below the budget: a row that thinks relies on its closing."""
+        """Fewest completion tokens that a row must have room for, with a budget of so many. With less it may get stuck, or be cut
+        off in its closing: a row that thinks relies on it."""
         closing = int(self.closing[self.start])
         return max(int(self.distance[self.start]), budget + closing if closing else 0)
 

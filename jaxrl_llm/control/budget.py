@@ -11,7 +11,7 @@ from jaxrl_llm.control.config import UNLIMITED, BudgetControl
 from jaxrl_llm.control.forced import forced_tokens, with_forced
 from jaxrl_llm.control.named_tokens import special_token, with_column
 from jaxrl_llm.control.text_search import searching
-from jaxrl_llm.control.vocabulary_walk import over_tokens
+from jaxrl_llm.control.vocabulary_walk import MAX_STATES, check_size, over_tokens
 from jaxrl_llm.errors import UserError
 
 
@@ -79,9 +79,10 @@ def _phases(control: BudgetControl, answer: ByteAutomaton, vocabulary: TokenText
     special = special_token(control.close, vocabulary, f"{where}.close")
     search = searching([control.close.encode()] if special is None else [])
     # Thinking after 0, 1, ... waits; a state per wait; the answer.
-    begins = np.arange(control.waits + 1) * len(search)
+    begins = np.arange(min(control.waits, MAX_STATES) + 1) * len(search)
     waiting = begins[-1] + len(search) + np.arange(control.waits)
     answers = begins[-1] + len(search) + control.waits
+    check_size(where, "states", int(answers), MAX_STATES)
     behind = [*waiting, answers + answer.start]
     thinking = [np.where(search == len(search), end, search + begin) for begin, end in zip(begins, behind, strict=True)]
     next = [*thinking, *(np.full((1, 256), state) for state in waiting)]

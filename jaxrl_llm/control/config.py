@@ -4,10 +4,10 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, MinLen
+from annotated_types import Ge, Le, MinLen
 from pydantic import ConfigDict, Discriminator
 
-Count = Annotated[int, Ge(1)]
+Count = Annotated[int, Ge(1), Le(2**30)]
 Natural = Annotated[int, Ge(0)]
 Text = Annotated[str, MinLen(1)]
 Texts = Annotated[tuple[Text, ...], MinLen(1)]

@@ -57,9 +57,9 @@ def over_tokens(
         automaton = _behind_a_space(automaton)
     # Merging takes long, and seldom leaves less than a fifth.
     if states > 5 * MAX_STATES:
-        _check_size(where, "states", states, MAX_STATES)
+        check_size(where, "states", states, MAX_STATES)
     small, merged = merge_equivalent(automaton, kept)
-    _check_size(where, "states", len(small.next), MAX_STATES)
+    check_size(where, "states", len(small.next), MAX_STATES)
     column, columns = _walk(small, vocabulary.texts, where)
     kind = _kinds(vocabulary)
     # The dead column, of tokens that are refused everywhere.
@@ -83,8 +83,8 @@ def over_tokens(
     number = np.full(len(table) + 1, REFUSED, np.int32)
     number[reached] = np.arange(len(reached))
     table, classes = _merge_columns(number[table[reached]], classes, pairs % 4 >= END)
-    _check_size(where, "classes of tokens", table.shape[1], MAX_CLASSES)
-    _check_size(where, "entries in its table", table.size, MAX_TABLE)
+    check_size(where, "classes of tokens", table.shape[1], MAX_CLASSES)
+    check_size(where, "entries in its table", table.size, MAX_TABLE)
     result = token_automaton(
         classes, table, distance[reached], int(number[small.start]), np.arange(len(reached)) == len(reached) - 1
     )
@@ -100,7 +100,7 @@ def _behind_a_space(automaton: ByteAutomaton) -> ByteAutomaton:
     return ByteAutomaton(next, accepts, free, len(automaton.next))
 
 
-def _check_size(where: str, what: str, size: int, most: int) -> None:
+def check_size(where: str, what: str, size: int, most: int) -> None:
     if size > most:
         raise UserError(
             f"{where}: got a grammar of {size:,} {what}, want at most {most:,}: fewer or shorter counted repeats, and classes of "
@@ -134,7 +134,7 @@ def _walk(
             after.ravel()[some] = [number.setdefault(row.tobytes(), len(number)) for row in fresh]
             _, new = np.unique(after.ravel()[some], return_index=True)
             new = new[after.ravel()[some[new]] >= len(columns)]
-            _check_size(where, "entries in its columns", (len(columns) + len(new)) * states, MAX_COLUMNS)
+            check_size(where, "entries in its columns", (len(columns) + len(new)) * states, MAX_COLUMNS)
             columns = np.concatenate([columns, fresh[new]])
             after = np.concatenate([after, np.full((len(new), size), -1)])
         column[tokens] = after.ravel()[pair]

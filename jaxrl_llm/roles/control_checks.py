@@ -108,7 +108,7 @@ def _refused(automaton: TokenAutomaton, task: Task, rows: Sequence[Row], cfg: Ro
 
 
 def allows(automaton: TokenAutomaton, tokens: Sequence[int], budget: int) -> bool:
-    """Return whether a control allows a whole response: as `ControlSet.allows`, without tables.
+    """Return whether a control allows a whole response.
 
     Args:
         automaton: of the control.

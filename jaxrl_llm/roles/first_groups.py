@@ -58,7 +58,7 @@ def first_groups(blueprint: Blueprint, task: Task, pool: GraderPool, version: in
     rollouts = under_control(rollouts.replace(temperature=temperature), blueprint.controls, cfg.rollout, limit)
     rollouts = _in_columns_of(uses_of(cfg), rollouts, version)
     graded = grade(rollouts, task, pool).replace(threshold=cfg.evaluation.threshold)
-    allowed = allowed_rows(rollouts, blueprint.controls, cfg.rollout)
+    allowed = allowed_rows(rollouts, blueprint.controls)
     if not allowed.all():
         log.warning("%s: rollout.control does not allow %d of %d responses", WHERE, (~allowed).sum(), len(allowed))
         graded = graded.replace(keep=graded.keep & allowed)

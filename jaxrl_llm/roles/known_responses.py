@@ -4,6 +4,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxrl_llm.control.config import budget_of
+from jaxrl_llm.distribution.control_tables import allowed_classes, state_of
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.rollout.control_set import ControlSet
 from jaxrl_llm.types import Rollouts
@@ -26,13 +27,27 @@ def under_control(
     codes, sampled = np.zeros(rollouts.tokens.shape, np.int32), rollouts.sampled.copy()
     for b, (n, prompt) in enumerate(zip(rollouts.length.tolist(), rollouts.prompt.tolist(), strict=True)):
         tokens = rollouts.tokens[b, :n].tolist()
-        codes[b, :n], forced = controls.codes(tokens, int(limit[prompt]), start, budget, cfg.min_new_tokens)
+        of = sampled[b, :n].tolist()
+        codes[b, :n], forced = controls.codes(tokens, of, int(limit[prompt]), start, budget, cfg.min_new_tokens)
         sampled[b, :n] &= ~forced
     return rollouts.replace(control_state=codes, sampled=sampled)
 
 
-def allowed_rows(rollouts: Rollouts, controls: ControlSet, cfg: RolloutConfig) -> Bool[np.ndarray, " B"]:
-    """Return which responses the control allows; arguments as in `under_control`."""
-    start, budget = controls.start(cfg.control), budget_of(cfg.control)
-    rows = zip(rollouts.tokens, rollouts.length.tolist(), strict=True)
-    return np.array([controls.allows(tokens[:n].tolist(), start, budget) for tokens, n in rows])
+def allowed_rows(rollouts: Rollouts, controls: ControlSet) -> Bool[np.ndarray, " B"]:
+    """Return which responses could have been sampled.
+
+    Args:
+        rollouts: known responses as `under_control` returns them.
+        controls: of the run.
+    """
+    codes, tables = rollouts.control_state, controls.tables
+    if codes is None or tables is None:
+        return np.ones(len(rollouts.length), bool)
+    states = state_of(codes)
+    of_class = np.take_along_axis(
+        allowed_classes(tables, codes, np),
+        tables.classes[tables.automaton[states], rollouts.tokens][..., None],
+        axis=-1,
+    )[..., 0]
+    allowed = np.where(tables.forced[states] >= 0, tables.forced[states] == rollouts.tokens, of_class)
+    return (allowed | (np.arange(codes.shape[1]) >= rollouts.length[:, None])).all(axis=1)

@@ -58,45 +58,45 @@ class ControlSet:
         joined = np.concatenate([[0], *(automaton.closing for automaton in automata)])
         self.closing[: len(joined)] = joined
 
-    def _check(self, controls: Controls, limit: Int[np.ndarray, " B"]) -> None:
-        """Check that every row can end within its limit.
+    def _check(self, controls: Controls, limit: Int[np.ndarray, " B"] | None) -> None:
+        """Check where rows start, and unless `limit` is None, that every one can end within it.
 
         Raises:
             ValueError: a state is no start of a control, or a limit is too small.
         """
         state, budget = controls.control, controls.budget
-        if state.any() or controls.min_new_tokens.any():
-            self.need()
         if (unknown := np.setdiff1d(state, [0, *self.starts.values()])).size:
             raise ValueError(f"controls.control: got {unknown[0]}, want that of engine.controls(prompts, control=...)")
-        for name, start in self.starts.items():
+        if state.any() or controls.min_new_tokens.any():
+            self.need()
+        for name, start in self.starts.items() if limit is not None else ():
             own = state == start
             for most, slots in np.unique(np.stack([limit, budget], axis=1)[own], axis=0).tolist():
                 if wrong := limit_problem(most, self.automata[name], slots):
                     raise ValueError(f"limit: {wrong} (control {json.loads(name)[0]})")
 
     def codes(
-        self, tokens: Sequence[int], limit: int, start: int, budget: int, minimum: int
+        self, tokens: Sequence[int], sampled: Sequence[bool], limit: int, start: int, budget: int, minimum: int
     ) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
-        """Return the entries of `control_state` of a whole response, and where its control forces a token. A token that it does not
-        allow has probability 0 under its entry.
+        """Return the entries of `control_state` of a whole response, and where a token is the control's own: forced, or in the
+        place of another. A token that it does not allow has probability 0 under its entry.
 
         Args:
             tokens: token ids of the response.
+            sampled: the policy drew the token; True where it is not known.
             limit: maximum completion tokens.
             start: state in which rows start.
             budget: slot from which states expire.
             minimum: minimum length.
         """
         slot = np.arange(len(tokens), dtype=np.int32)
-        states = np.maximum(states_of(self.tables, start, 0, tokens, budget)[:-1], 0)
-        return encode(states, limit - slot, slot < minimum), self.tables.forced[states] >= 0
+        states = np.maximum(states_of(self.tables, start, 0, tokens, budget, sampled)[:-1], 0)
+        return encode(states, np.maximum(limit - slot, 0), slot < minimum), self.tables.forced[states] >= 0
 
-    def allows(self, tokens: Sequence[int], start: int, budget: int) -> bool:
-        """Return True if the control allows a whole response; arguments as in `codes`."""
-        return start == 0 or states_of(self.tables, start, 0, tokens, budget)[-1] != REFUSED
-
-    def _follow(self, state: int, slot: int, tokens: Sequence[int], budget: int, name: str) -> Int[np.ndarray, " n+1"]:
+    def _follow(
+        self, state: int, slot: int, tokens: Sequence[int], budget: int, name: str,
+        sampled: Sequence[bool] | None = None,
+    ) -> Int[np.ndarray, " n+1"]:  # fmt: skip
         """Return `states_of` tokens that the control allows; `name`: in the error message.
 
         Raises:
@@ -104,7 +104,7 @@ class ControlSet:
         """
         if state == 0:
             return np.zeros(len(tokens) + 1, np.int32)
-        states = states_of(self.tables, state, slot, tokens, budget)
+        states = states_of(self.tables, state, slot, tokens, budget, sampled)
         if states[-1] == REFUSED:
             at = int(np.flatnonzero(states != REFUSED)[-1])
             raise ValueError(
@@ -121,14 +121,14 @@ class ControlSet:
         Raises:
             ValueError: the control does not allow the known tokens, or the row could not end within its limit.
         """
-        self._check(controls, limit)
+        self._check(controls, limit if known is None else None)
         start, budget = controls.control, controls.budget
         if known is None:
             return list(start.astype(np.int32)[:, None])
         turn, ended = np.zeros(len(start), int), False
         if isinstance(known, Rollouts):
-            states, length = self._continued(known, start, budget), known.length
-            turn, ended = first_own_slot(known.control_state, length), np.isin(known.finish, COMPLETE)
+            turn, ended, length = first_own_slot(known), np.isin(known.finish, COMPLETE), known.length
+            states = self._continued(known, start, budget, turn)
         else:
             each = enumerate(zip(start.tolist(), known, budget.tolist(), strict=True))
             states = [self._follow(one, 0, tokens, slots, f"known[{b}]") for b, (one, tokens, slots) in each]
@@ -137,26 +137,45 @@ class ControlSet:
         return states
 
     def _continued(
-        self, known: Rollouts, start: Int[np.ndarray, " B"], budget: Int[np.ndarray, " B"]
+        self, known: Rollouts, start: Int[np.ndarray, " B"], budget: Int[np.ndarray, " B"], turn: Int[np.ndarray, " B"]
     ) -> list[Int[np.ndarray, " 1"]]:
-        """Return the state behind each row, as it was sampled: tokens alone do not say which ones took the place of others."""
-        if known.control_state is None:
-            each = enumerate(zip(start.tolist(), known.tokens, known.length.tolist(), budget.tolist(), strict=True))
-            return [self._follow(one, 0, row[:n], slots, f"known[{b}]")[-1:] for b, (one, row, n, slots) in each]
-        self.need()
-        states = state_of(known.control_state)
-        if (unknown := states[states >= len(self.tables.next)]).size:
-            raise ValueError(
-                f"known.control_state: got state {unknown[0]}, want states of this engine's controls: another one sampled these"
-            )
-        last = np.maximum(known.length - 1, 0)[:, None]
-        before, token = (np.take_along_axis(x, last, axis=1)[:, 0] for x in (states, known.tokens))
-        # Behind tokens of another's turn, which are in no state, the control starts again.
-        behind = np.where((known.length > 0) & (before > 0), self.tables.after(before, token), start)
-        other = (behind == REFUSED) | (self.tables.automaton[behind] != self.tables.automaton[start])
-        for b in np.flatnonzero((start > 0) & other)[:1]:
-            raise ValueError(f"known.control_state[{b}]: got states of another control, want those of the row's own")
-        return list(np.where(start == 0, 0, behind).astype(np.int32)[:, None])
+        """Return the state behind each row. Tokens that were sampled without a control are followed as known tokens are; the others
+        have the states in which they were sampled."""
+        codes = known.control_state
+        if codes is not None:
+            self.need()
+        states = np.zeros_like(known.tokens) if codes is None else state_of(codes)
+        found = []
+        for b, n in enumerate(known.length.tolist()):
+            own = slice(int(turn[b]), n)
+            if not start[b] or states[b, own].any():
+                self._check_recorded(states[b, own], known.tokens[b, own], int(start[b]), b)
+                found.append(self._behind(states[b, own], known.tokens[b, own], int(start[b])))
+            else:
+                tokens, sampled = known.tokens[b, own].tolist(), known.sampled[b, own]
+                found.append(self._follow(int(start[b]), 0, tokens, int(budget[b]), f"known[{b}]", sampled)[-1])
+        return list(np.array(found, np.int32)[:, None])
+
+    def _behind(self, states: Int[np.ndarray, " n"], tokens: Int[np.ndarray, " n"], start: int) -> int:
+        """Return the state behind the tokens of a row's own turn, which were sampled in these states."""
+        return int(self.tables.after(states[-1], tokens[-1])) if start and len(states) else start
+
+    def _check_recorded(self, states: Int[np.ndarray, " n"], tokens: Int[np.ndarray, " n"], start: int, b: int) -> None:
+        """Check that the states of a row's own turn are those of its control.
+
+        Raises:
+            ValueError: another control sampled the row.
+        """
+        if not start or not len(states):
+            return
+        error = f"known.control_state[{b}]: got states of another control, want those of the row's own"
+        if states.max() >= len(self.tables.next):
+            raise ValueError(error)
+        behind = np.append(start, self.tables.after(states, tokens))
+        want = behind[:-1]
+        follows = (states == want) | (states == self.tables.expires[want]) | self.tables.replaces[states]
+        if not follows.all() or behind[-1] == REFUSED:
+            raise ValueError(error)
 
     def resumed(
         self, output: OutputBuffer, rows: Int[np.ndarray, " n"], tokens: Sequence[Sequence[int]],

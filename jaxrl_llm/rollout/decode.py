@@ -158,7 +158,7 @@ def _draw(
         # In a finished row everything is allowed: without a token its log-probs would be NaN.
         before = jnp.where(state.done, 0, state.control)
         before, code = before_token(rows.tables, before, age, rows.limit, rows.controls)
-        allowed = allowed_tokens(rows.tables, code)
+        allowed = allowed_tokens(rows.tables, jnp.where(state.done, 0, code))
         drawn = sample(allowed.replace(classes=rows.classes))
         of = after_token(rows.tables, before, code, drawn.token)
         drawn = drawn.only_where(of.sampled)

@@ -100,7 +100,7 @@ class OutputBuffer:
             if (earlier := getattr(known, name)) is not None:
                 column[rows, :slots] = earlier[:, :slots]
         self.length[rows], self.state[rows] = known.length, state
-        self.turn[rows] = first_own_slot(known.control_state, known.length)
+        self.turn[rows] = first_own_slot(known)
         self.finish[rows] = np.where(np.isin(known.finish, COMPLETE), known.finish, int(Finish.UNFINISHED))
         self.end_at_limit(rows)
 
@@ -109,6 +109,12 @@ class OutputBuffer:
         finish, is_full = self.finish[rows], self.length[rows] >= self.limit[rows]
         open_ended = (finish == Finish.UNFINISHED) | (finish == Finish.LENGTH)
         self.finish[rows] = np.where(open_ended, np.where(is_full, Finish.LENGTH, Finish.UNFINISHED), finish)
+
+    def end_in(self, rows: Int[np.ndarray, " n"], ended: Bool[np.ndarray, " n"]) -> None:
+        """End rows whose known tokens are all that their control allows."""
+        for row in rows[ended].tolist():
+            at_end = self.columns["tokens"][row, self.length[row] - 1] in self.vocab.eos
+            self.finish[row] = int(Finish.EOS if at_end else Finish.STOP)
 
     def position(self) -> Position:
         """Return where all rows stand, for `cut`."""
@@ -155,7 +161,7 @@ class OutputBuffer:
         return len(row)
 
     def stop(self, rows: Int[np.ndarray, " B"], seen: int, stop: tuple[str, ...], texts_of: TextDecoder) -> None:
-        """End each row at the token that completes a stop string, among the tokens after the last forced one.
+        """End each row at the token that completes a stop string. Tokens between two forced ones are a text of their own.
 
         Args:
             rows: rows of the buffer.
@@ -164,24 +170,26 @@ class OutputBuffer:
             texts_of: decodes token ids.
         """
         for row in rows.tolist():
-            length = self.length[row]
-            forced = np.flatnonzero(~self.columns["sampled"][row, :length])
-            start = int(forced[-1]) + 1 if len(forced) else 0
-            tokens = self.columns["tokens"][row, start:length].tolist()
-            end = first_end(tokens, seen - start, stop, texts_of)
-            if end is not None:
-                self._clear(np.array([row]), np.array([start + end]))
-                self.length[row], self.finish[row] = start + end, int(Finish.STOP)
+            length = int(self.length[row])
+            forced = np.flatnonzero(~self.columns["sampled"][row, :length]).tolist()
+            for start, behind in zip([0, *(slot + 1 for slot in forced)], [*forced, length], strict=True):
+                if behind <= seen:
+                    continue
+                tokens = self.columns["tokens"][row, start:behind].tolist()
+                end = first_end(tokens, max(seen - start, 0), stop, texts_of)
+                if end is not None:
+                    self._clear(np.array([row]), np.array([start + end]))
+                    self.length[row], self.finish[row] = start + end, int(Finish.STOP)
+                    break
 
 
-def first_own_slot(
-    control_state: Int[np.ndarray, "B C"] | None, length: Int[np.ndarray, " B"]
-) -> Int[np.ndarray, " B"]:
-    """Return the slot in which each row's control started last: behind the tokens of another's turn, which are in no state."""
-    if control_state is None:
-        return np.zeros(len(length), np.int32)
-    slots = np.arange(control_state.shape[1])
-    is_others = (state_of(control_state) == 0) & (slots < length[:, None])
+def first_own_slot(known: Rollouts) -> Int[np.ndarray, " B"]:
+    """Return the slot in which each row's control started last: behind the tokens of another's turn, which are forced and in no
+    state."""
+    if known.control_state is None:
+        return np.zeros(len(known.length), np.int32)
+    slots = np.arange(known.tokens.shape[1])
+    is_others = (state_of(known.control_state) == 0) & ~known.sampled & (slots < known.length[:, None])
     return np.max((slots + 1) * is_others, axis=1, initial=0).astype(np.int32)
 
 

@@ -79,8 +79,9 @@ def check_controls(controls: Controls, size: Int[np.ndarray, " P"], truncates: b
             f"controls: got {type(controls).__name__}, want what engine.controls(prompts, control=...) returns"
         )
     for name, (least, most, off) in RANGES.items():
-        given = getattr(controls, name)
-        _check_array(f"controls.{name}", given, "iuf", (len(size),), (int(size.sum()),))
+        given = np.asarray(getattr(controls, name))
+        kinds = "iuf" if name in ("temperature", "top_p", "min_p") else "iu"
+        _check_array(f"controls.{name}", given, kinds, (len(size),), (int(size.sum()),))
         # Not `<`, which NaN passes. A top_p of 0 and a min_p of 1 would keep nothing.
         inside = (given >= least) & (given <= most) & (given > 0 if name == "top_p" else given < np.inf)
         if not (inside & (given < 1 if name == "min_p" else True)).all():
@@ -141,10 +142,15 @@ def check_rollouts(
 
 def check_forced(name: str, rows: Sequence[Sequence[int]], room: Int[np.ndarray, " B"], vocab: Vocabulary) -> None:
     """Check that there is a list of token ids of the vocabulary for each row, none longer than its `room`."""
+    if not isinstance(rows, Sequence | np.ndarray):
+        raise ValueError(f"{name}: got {type(rows).__name__}, want a list of token ids for each row")
     if len(rows) != len(room):
         raise ValueError(f"{name}: got {len(rows)} rows, want {len(room)}, one per sample of each prompt")
     for b, tokens in enumerate(rows):
-        ids = np.asarray(tokens)
+        try:
+            ids = np.asarray(tokens)
+        except ValueError:
+            raise ValueError(f"{name}[{b}]: got lists of several lengths, want a list of token ids") from None
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise ValueError(f"{name}[{b}]: got {ids.dtype}{list(ids.shape)}, want a list of token ids")
         if len(ids) > room[b]:

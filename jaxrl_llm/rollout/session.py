@@ -164,6 +164,7 @@ class Session:
         rows = self.output.allocate(limits, controls.control)
         if isinstance(known, Rollouts):
             self.output.restore(rows, known, np.concatenate(states))
+            self._end_in(rows, states)
         elif known is not None:
             self._force(rows, known, states)
         end = np.cumsum(size)
@@ -180,6 +181,12 @@ class Session:
         for row, ids, each in zip(rows.tolist(), tokens, states, strict=True):
             if len(ids):
                 self.output.force(row, ids, each)
+        self._end_in(rows, states)
+
+    def _end_in(self, rows: Int[np.ndarray, " n"], states: list[Int[np.ndarray, "..."]]) -> None:
+        """End rows in whose states nothing may follow."""
+        if self.control_set.tables is not None:
+            self.output.end_in(rows, self.control_set.tables.ends[[each[-1] for each in states]])
 
     def _enqueue(self, id: int) -> None:
         """Queue what is left to decode of a request."""

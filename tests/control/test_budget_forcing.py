@@ -1,6 +1,7 @@
 """Budget forcing: the rows are those of a program that appends texts by hand, and none gets stuck."""
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -284,3 +285,10 @@ def test_no_thinking_in_which_every_token_is_refused():
         UserError, match=r"close: got 'aaaaa', which every token of this tokenizer completes behind some texts"
     ):
         budget(BudgetControl(close="aaaaa"), digits(0, 0), tokens)
+
+
+def test_too_many_waits_are_refused_at_once():
+    began = time.perf_counter()
+    with pytest.raises(UserError, match=r"rollout.control: got a grammar of .* states, want at most 32,000"):
+        budget(BudgetControl(close="</t>", waits=10**6, wait="a"), FREE, TOKENS)
+    assert time.perf_counter() - began < 5

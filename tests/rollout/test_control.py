@@ -8,7 +8,13 @@ import pytest
 from controlled import CONTROLS, TOKENIZER, VOCAB, C, G, P, follows, policy, sampler, texts
 from setups import make_prompts
 
-from jaxrl_llm.control.config import AllowControl, BudgetControl, ChoiceControl, RegexControl
+from jaxrl_llm.control.config import (
+    AllowControl,
+    BudgetControl,
+    ChoiceControl,
+    RegexControl,
+    StopControl,
+)
 from jaxrl_llm.distribution.control_tables import allowed_tokens, state_of
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.metrics.timers import CompileCounter
@@ -43,6 +49,12 @@ def test_every_row_is_what_its_control_allows(engine, seed):
     for name, text, finish in zip(BY_ROW, texts(of), of.finish, strict=True):
         assert follows(name, text, Finish(finish).name), (name, text)
     assert len(set(texts(of))) > P
+
+
+def test_rows_that_have_ended_make_no_nan(engine):
+    """Also those that ended at their limits, where no token has room."""
+    with jax.debug_nans(True):
+        generate(engine, limit=np.array([10, 7, 3, 10, 3, 8, 10, 5]))
 
 
 def test_what_is_forced_was_not_sampled(engine):
@@ -281,6 +293,143 @@ def test_a_limit_below_the_shortest_text_is_refused(chopped):
         UserError, match="max_new_tokens: got 5, want at least 6: the control allows no response of fewer"
     ):
         sampler(control=RegexControl(pattern="[0-9]{5}#"), max_new_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("control", "text", "why"),
+    [
+        (RegexControl(pattern="[0-9]{3}#"), "123#", Finish.EOS),
+        (StopControl(texts=("1", "+2")), "3+2", Finish.STOP),
+        (ChoiceControl(texts=("12#",)), "12#", Finish.EOS),
+    ],
+)
+def test_known_tokens_that_are_the_whole_text_end_the_row(chopped, control, text, why):
+    """Nothing is allowed behind them."""
+    session, one = chopped.session(policy(), KEY), jax.tree.map(lambda x: x[:1], make_prompts(P))
+    controls, whole = chopped.controls(1, control=control), TOKENIZER.encode(text)
+    ids = session.add(one, controls=controls, known=[whole] * G)
+    cut = session.add(one, controls=controls, known=[whole[:-1]] * G)
+    session.stop(cut)
+    session.resume(cut, [whole[-1:]] * G)
+    assert sorted(session.advance()) == [*ids, *cut]
+    of = session.rollouts([*ids, *cut])
+    assert texts(of) == [text] * 2 * G and (of.finish == why).all()
+    # Read back, with and without states.
+    for known in (of, of.replace(control_state=None, finish=np.full(2 * G, Finish.UNFINISHED))):
+        again = session.add(of.prompts, controls=chopped.controls(2, control=control), known=known)
+        session.advance()
+        assert texts(session.rollouts(again)) == [text] * 2 * G and (session.rollouts(again).finish == why).all()
+
+
+@pytest.mark.parametrize(
+    ("control", "text"),
+    [
+        (CONTROLS["begin"], "57"),
+        (CONTROLS["begin"], "<9"),
+        (CONTROLS["waits"], "1>"),
+        (CONTROLS["waits"], "1>2"),
+        (CONTROLS["budget"], "1234++"),
+    ],
+)
+def test_known_tokens_in_the_place_of_forced_ones_are_refused(chopped, control, text):
+    """Forced are `<1`; `<` in the place of `>`; `+>` behind four tokens of thinking."""
+    session, one = chopped.session(policy(), KEY), jax.tree.map(lambda x: x[:1], make_prompts(P))
+    with pytest.raises(ValueError, match=r"known\[0\]: got token \d+ after .*, want one that the control allows there"):
+        session.add(one, controls=chopped.controls(1, control=control), known=[TOKENIZER.encode(text)] * G)
+
+
+def test_a_row_that_has_answered_needs_no_room_for_thinking(chopped):
+    """`resume` and `add` say the same of it; `1>` leaves two tokens."""
+    think, one = BudgetControl(tokens=6, close=">", then=RegexControl(pattern="[0-9]#")), make_prompts(P)
+    session, one = chopped.session(policy(), KEY), jax.tree.map(lambda x: x[:1], one)
+    controls = chopped.controls(1, control=think)
+    ids = session.add(one, controls=controls, known=[TOKENIZER.encode("1>")] * G, limit=np.array([4]))
+    session.stop(ids)
+    again = session.add(one, controls=controls, known=session.rollouts(ids), limit=np.array([4]))
+    session.resume(ids, limit=np.array([4]))
+    finish(session)
+    for each in (ids, again):
+        assert all(re.fullmatch("1>[0-9]#", text) for text in texts(session.rollouts(each)))
+
+
+@pytest.mark.parametrize("built_before", [False, True])
+def test_free_rollouts_are_followed_as_known_tokens(built_before):
+    """Whether or not the engine has built a control before: they are a part of the text, and keep their own log-probs."""
+    of = sampler(engine=EngineConfig(decode_chunk=2, eos_interval=1))
+    session, one = of.session(policy(), KEY), jax.tree.map(lambda x: x[:1], make_prompts(P))
+    if built_before:
+        of.controls(1, control=CONTROLS["regex"])
+    ids = session.add(one)
+    session.advance()
+    session.stop(ids)
+    known = session.take(ids)
+    with pytest.raises(ValueError, match=r"known\[0\]: got token \d+ after \[\], want one that the control allows"):
+        session.add(one, controls=of.controls(1, control=ChoiceControl(texts=("+++#",))), known=known)
+    ids = session.add(one, controls=of.controls(1, control=RegexControl(pattern=".{3}#")), known=known)
+    finish(session)
+    got = session.take(ids)
+    np.testing.assert_array_equal(got.behavior_logprobs[:, :2], known.behavior_logprobs[:, :2])
+    assert (got.length == 4).all() and not state_of(got.control_state[:, :2]).any()
+
+
+def test_rollouts_of_another_engine_are_refused_though_its_states_exist_here(chopped):
+    session, one = chopped.session(policy(), KEY), jax.tree.map(lambda x: x[:1], make_prompts(P))
+    other = sampler(engine=EngineConfig(decode_chunk=2, eos_interval=1), control=RegexControl(pattern="[0-9]{5}#"))
+    theirs = other.session(policy(), KEY)
+    ids = theirs.add(one)
+    theirs.advance()
+    theirs.stop(ids)
+    mine = sampler(engine=EngineConfig(decode_chunk=2, eos_interval=1), control=RegexControl(pattern="[0-9]#|[+]{4}#"))
+    session = mine.session(policy(), KEY)
+    with pytest.raises(ValueError, match=r"known.control_state\[0\]: got states of another control"):
+        session.add(one, known=theirs.take(ids))
+
+
+@pytest.mark.parametrize("name", ["begin", "budget", "waits"])
+def test_stop_strings_do_not_depend_on_the_chunks(engine, chopped, name):
+    """Forced tokens, which end no row, may be in the chunk that has what is sampled before and behind them."""
+    ended = 0
+    for stop in "1238":
+        found = []
+        for of in (engine, chopped):
+            session = of.session(policy(), KEY)
+            ids = session.add(make_prompts(P), controls=of.controls(P, control=CONTROLS[name]), stop=[stop])
+            finish(session)
+            found.append(session.take(ids))
+        for column in ("tokens", "length", "finish", "sampled"):
+            np.testing.assert_array_equal(getattr(found[0], column), getattr(found[1], column), err_msg=column)
+        for text, sampled, why in zip(texts(found[0]), found[0].sampled, found[0].finish, strict=True):
+            hits = [i for i, (a, drawn) in enumerate(zip(text, sampled, strict=False)) if a == stop and drawn]
+            assert hits == ([len(text) - 1] if why == Finish.STOP else []), text
+        ended += (found[0].finish == Finish.STOP).sum()
+    assert ended
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"control": np.zeros(P, np.float32)}, "controls.control: got float32"),
+        ({"budget": np.full(P, 2.5)}, "controls.budget: got float64"),
+        ({"min_new_tokens": [1.0] * P}, "controls.min_new_tokens: got float64"),
+    ],
+)
+def test_numbers_of_tokens_are_whole(chopped, change, error):
+    session = chopped.session(policy(), KEY)
+    with pytest.raises(ValueError, match=error):
+        session.add(make_prompts(P), controls=chopped.controls(P).replace(**change))
+
+
+@pytest.mark.parametrize(
+    ("known", "error"),
+    [
+        (5, "known: got int, want a list of token ids for each row"),
+        ([[1, [2]], [1]], r"known\[0\]: got lists of several"),
+    ],
+)
+def test_known_tokens_are_lists(chopped, known, error):
+    session, one = chopped.session(policy(), KEY), jax.tree.map(lambda x: x[:1], make_prompts(P))
+    with pytest.raises(ValueError, match=error):
+        session.add(one, known=known)
 
 
 def test_a_minimum_length_gives_way_to_a_text_that_has_ended(chopped):
