@@ -112,7 +112,8 @@ def check_prefill_and_decode(cfg, trained=None):
     h = hidden(params, whole, position, until_of(prompts.length + C, 7 + C), trained or cfg, train)
     want = np.asarray(logits(params, h, cfg))
     length = jnp.asarray(prompts.length) - 1
-    cache, suffix = prefill(policy.params, prompts.tokens, length, Caching(7), cfg, dec), empty_suffix(cfg, P, C, dec)
+    _, cache = prefill(policy.params, prompts.tokens, length, Caching(7), cfg, dec)
+    suffix = empty_suffix(cfg, P, C, dec)
     fed = prompts.tokens[np.arange(P), prompts.length - 1]
     for t in range(C):
         got, suffix = decode(

@@ -199,9 +199,9 @@ def prefill(
     caching: Caching,
     cfg: ModelConfig,
     layout: Layout,
-) -> PromptCache:
-    """Keys and values of the first `length` tokens of right-padded prompts. No logits: the first decode step reads each prompt's
-    last token and computes them.
+) -> tuple[Float[Array, "U S D"], PromptCache]:
+    """Read the first `length` tokens of right-padded prompts. No logits: the first decode step reads each prompt's last token and
+    computes them.
 
     Args:
         params: the policy's parameters, one entry per layer.
@@ -212,26 +212,30 @@ def prefill(
         layout: decode layout.
 
     Returns:
-        The prompts' cache, one entry per prompt.
+        Activations after the final norm, and the prompts' keys and values, one entry per prompt. What is not used costs nothing.
     """
     slots, chunk, format = caching
     num, total = tokens.shape
     chunks = -(-total // chunk)
     if chunks == 1:
-        past = _read_chunk(params, tokens, length, 0, (None,) * cfg.layers, cfg, layout)
+        x, past = _read_chunk(params, tokens, length, 0, (None,) * cfg.layers, cfg, layout)
     else:
         tokens = jnp.pad(tokens, ((0, 0), (0, -total % chunk)))
 
-        def read(n: Array, past: tuple[PrefillState, ...]) -> tuple[PrefillState, ...]:
+        def read(n: Array, carry: tuple[Array, tuple[PrefillState, ...]]) -> tuple[Array, tuple[PrefillState, ...]]:
             part = jax.lax.dynamic_slice_in_dim(tokens, n * chunk, chunk, axis=1)
-            return _read_chunk(params, part, length, n * chunk, past, cfg, layout)
+            x, past = _read_chunk(params, part, length, n * chunk, carry[1], cfg, layout)
+            return jax.lax.dynamic_update_slice_in_dim(carry[0], x, n * chunk, axis=1), past
 
-        past = jax.lax.fori_loop(0, chunks, read, empty_prefill_state(cfg, num, total, chunk, layout))
+        blank = layout.constrain(jnp.zeros((*tokens.shape, cfg.d_model), cfg.dtype), "rows", None, None)
+        start = blank, empty_prefill_state(cfg, num, total, chunk, layout)
+        x, past = jax.lax.fori_loop(0, chunks, read, start)
+        x = x[:, :total]
     sizes = [(min(window, total), min(window, slots)) for window in attention_windows(cfg)]
     keys, values = zip(
         *(p.to_cache(length, *size, format, layout) for p, size in zip(past, sizes, strict=True)), strict=True
     )
-    return PromptCache(k=keys, v=values)
+    return x, PromptCache(k=keys, v=values)
 
 
 def _read_chunk(
@@ -242,8 +246,9 @@ def _read_chunk(
     past: tuple[PrefillState | None, ...],
     cfg: ModelConfig,
     layout: Layout,
-) -> tuple[PrefillState, ...]:
-    """State of each layer after the chunk of tokens that begins at position `start`; `past` is None before the first chunk."""
+) -> tuple[Float[Array, "U T D"], tuple[PrefillState, ...]]:
+    """Activations of the chunk of tokens that begins at position `start`, and the state of each layer after it; `past` is None
+    before the first chunk."""
     position = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
     after: list[PrefillState] = []
 
@@ -260,7 +265,7 @@ def _read_chunk(
         x, _ = _block(
             layer, x, angles(position, attention.rotation), cfg, layout, partial(attend_chunk, attention.window, before)
         )
-    return tuple(after)
+    return rms_norm(x, params["final_norm"], cfg), tuple(after)
 
 
 class DecodePosition(NamedTuple):

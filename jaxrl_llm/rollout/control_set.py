@@ -10,6 +10,8 @@ from jaxtyping import Bool, Int
 from jaxrl_llm.control.automaton import REFUSED, TokenAutomaton, states_of
 from jaxrl_llm.control.config import Control, NoControl, without_budget
 from jaxrl_llm.distribution.control_tables import ControlTables, encode, join_automata, state_of
+from jaxrl_llm.parallel import hosts
+from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.rollout.built_control import limit_problem
 from jaxrl_llm.rollout.output import COMPLETE, OutputBuffer, first_own_slot
 from jaxrl_llm.rollout.sample import Controls, Vocabulary
@@ -31,6 +33,8 @@ class ControlSet:
         self.starts: dict[str, int] = {}
         self.tables: ControlTables | None = None
         """NumPy; None: no row had a control or a minimum length so far."""
+        self._copy: tuple[ControlTables | None, ControlTables | None] = (None, None)
+        """The tables when they were last put on the devices, and their copy there."""
         self.closing = np.zeros(0, np.int32)
         """`TokenAutomaton.closing` of each state of the tables."""
 
@@ -49,6 +53,12 @@ class ControlSet:
         """Make tables if there are none."""
         if self.tables is None:
             self._join()
+
+    def on_device(self, layout: Layout) -> ControlTables | None:
+        """Return the tables on the devices of a layout, the same for all calls."""
+        if self.tables is not self._copy[0]:
+            self._copy = self.tables, hosts.put(self.tables, layout.replicated)
+        return self._copy[1]
 
     def _join(self) -> None:
         automata = list(self.automata.values())

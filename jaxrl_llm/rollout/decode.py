@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 from jaxrl_llm.distribution.control_tables import ControlTables, allowed_tokens
 from jaxrl_llm.model.cache import PromptCache, SuffixCache
 from jaxrl_llm.model.transformer import DecodePosition, decode
+from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.rollout.control import ControlledToken, after_token, before_token
 from jaxrl_llm.rollout.sample import Controls, Decoding, row_keys, sample_tokens
 from jaxrl_llm.types import COLUMNS, ArrayLike, Column, PyTree
@@ -88,25 +89,42 @@ OF_CONTROL = ("sampled", "control_state")
 DecodeChunk = Callable[..., tuple[SuffixCache, ChunkResult]]
 
 
+class Drawing(NamedTuple):
+    """What drawing a token reads of its row."""
+
+    limit: Int[Array, " B"]
+    """Maximum completion tokens."""
+    controls: Controls
+    keys: Key[Array, " B"]
+    """One per row (`row_keys`)."""
+    tables: ControlTables | None
+    """None: no row has a control, and no minimum length."""
+    classes: Int[Array, "A V"] | None
+    """Those of the tables, split over the vocabulary: each shard masks its own logits. States are looked up in whole tables."""
+
+    @staticmethod
+    def of(
+        limit: Int[Array, " B"], controls: Controls, keys: Key[Array, " B"], tables: ControlTables | None,
+        layout: Layout,
+    ) -> "Drawing":  # fmt: skip
+        """Return the same with the tables laid out. `layout`: of decoding."""
+        classes = None if tables is None else layout.constrain(tables.classes, None, "vocab")
+        tables = jax.tree.map(lambda x: layout.constrain(x, *(None for _ in x.shape)), tables)
+        return Drawing(limit, controls, keys, tables, classes)
+
+
 class ActiveRows(NamedTuple):
     """What all steps of a chunk read of the active batch."""
 
     groups: SequenceGroups
     """At the start of the chunk."""
     age: Int[Array, " B"]
-    limit: Int[Array, " B"]
-    controls: Controls
-    """These three as in `groups`, per row."""
-    keys: Key[Array, " B"]
-    """One per row (`row_keys`)."""
+    """As in `groups`, per row."""
+    drawing: Drawing
     prompt: PromptCache
     """KV cache of each sequence group's prompt."""
     count: Int[Array, ""]
     """Keys written to the rows' ring buffers before the chunk."""
-    tables: ControlTables | None
-    """None: no row has a control, and no minimum length."""
-    classes: Int[Array, "A V"] | None
-    """Those of the tables, split over the vocabulary: each shard masks its own logits. States are looked up in whole tables."""
 
 
 def step(params: PyTree, rows: ActiveRows, state: DecodeState, decoding: Decoding) -> DecodeState:
@@ -125,8 +143,8 @@ def step(params: PyTree, rows: ActiveRows, state: DecodeState, decoding: Decodin
     position = DecodePosition(count=rows.count + state.steps, length=groups.length, age=groups.age + state.steps)
     raw, suffix = decode(params, state.last, position, rows.prompt, state.suffix, decoding.model, decoding.layout)
     with jax.named_scope("draw"):
-        line, control, ended = _draw(rows, age, raw, state, decoding)
-    done = decoding.vocab.ends(line.tokens) | ended | (age + 1 >= rows.limit)
+        line, control, ended = draw(rows.drawing, age, raw, state.control, state.done, state.any_active, decoding)
+    done = decoding.vocab.ends(line.tokens) | ended | (age + 1 >= rows.drawing.limit)
     return DecodeState(
         steps=state.steps + 1,
         any_active=state.any_active,
@@ -138,32 +156,34 @@ def step(params: PyTree, rows: ActiveRows, state: DecodeState, decoding: Decodin
     )
 
 
-def _draw(
-    rows: ActiveRows, age: Int[Array, " B"], raw: Float[Array, "B V"], state: DecodeState, decoding: Decoding
-) -> tuple[DecodedChunk, Int[Array, " B"], Bool[Array, " B"]]:
+def draw(
+    rows: Drawing, age: Int[Array, " B"], raw: Float[Array, "B V"], control: Int[Array, " B"], done: Bool[Array, " B"],
+    any_active: Bool[Array, ""], decoding: Decoding,
+) -> tuple[DecodedChunk, Int[Array, " B"], Bool[Array, " B"]]:  # fmt: skip
     """Return one line of a chunk, the state of each row's control behind its token, and which rows the control ends.
 
     Args:
-        rows: the active batch.
+        rows: whose token is drawn.
         age: the completion slot that each row fills.
         raw: logits of the model.
-        state: carry of the loop.
+        control: state of each row in the control tables.
+        done: rows that have finished, whose results are unused.
+        any_active: False if all have.
         decoding: static settings.
     """
-    sample = partial(sample_tokens, rows.keys, age, raw, rows.controls, state.any_active, decoding)
+    sample = partial(sample_tokens, rows.keys, age, raw, rows.controls, any_active, decoding)
     if rows.tables is None:
         drawn = sample()
-        of = ControlledToken(drawn.token, None, None, state.control, jnp.zeros_like(state.done))
+        of = ControlledToken(drawn.token, None, None, control, jnp.zeros_like(done))
     else:
         # In a finished row everything is allowed: without a token its log-probs would be NaN.
-        before = jnp.where(state.done, 0, state.control)
-        before, code = before_token(rows.tables, before, age, rows.limit, rows.controls)
-        allowed = allowed_tokens(rows.tables, jnp.where(state.done, 0, code))
+        before, code = before_token(rows.tables, jnp.where(done, 0, control), age, rows.limit, rows.controls)
+        allowed = allowed_tokens(rows.tables, jnp.where(done, 0, code))
         drawn = sample(allowed.replace(classes=rows.classes))
         of = after_token(rows.tables, before, code, drawn.token)
         drawn = drawn.only_where(of.sampled)
     line = DecodedChunk(
-        of.token, ~state.done, drawn.logprob, drawn.entropy, of.sampled, of.code,
+        of.token, ~done, drawn.logprob, drawn.entropy, of.sampled, of.code,
         drawn.raw_logprob, drawn.kept_tokens, drawn.overflow,
     )  # fmt: skip
     return line, of.state, of.ended
@@ -191,13 +211,11 @@ def make_decode_chunk(decoding: Decoding) -> DecodeChunk:
 
     def decode_chunk(params, suffix, prompt, groups, inputs):
         shape, (key, count, steps, tables) = groups.last.shape, inputs
-        classes = None if tables is None else decoding.layout.constrain(tables.classes, None, "vocab")
-        tables = jax.tree.map(lambda x: decoding.layout.constrain(x, *(None for _ in x.shape)), tables)
         flat = lambda x: x.reshape(-1)  # noqa: E731
-        rows = ActiveRows(
-            groups, jnp.repeat(groups.age, shape[1]), flat(groups.limit), jax.tree.map(flat, groups.controls),
-            row_keys(jax.random.wrap_key_data(key), groups.uid, groups.first, shape[1]), prompt, count, tables, classes,
-        )  # fmt: skip
+        keys = row_keys(jax.random.wrap_key_data(key), groups.uid, groups.first, shape[1])
+        controls = jax.tree.map(flat, groups.controls)
+        drawing = Drawing.of(flat(groups.limit), controls, keys, tables, decoding.layout)
+        rows = ActiveRows(groups, jnp.repeat(groups.age, shape[1]), drawing, prompt, count)
 
         def one_interval(state: DecodeState) -> DecodeState:
             one_step = lambda _, state: step(params, rows, state, decoding)  # noqa: E731

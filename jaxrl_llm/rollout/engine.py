@@ -25,6 +25,7 @@ from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.rollout.control_set import ControlSet
 from jaxrl_llm.rollout.programs import ProgramName, Programs
 from jaxrl_llm.rollout.requests import PromptsLike, PromptTokenizer, as_prompts, controls_for
+from jaxrl_llm.rollout.reuse import Reused, reuse
 from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary
 from jaxrl_llm.rollout.session import Session
 from jaxrl_llm.types import Policy, Rollouts
@@ -153,6 +154,30 @@ class Engine:
         while session.pending:
             session.advance()
         return session.take(ids)
+
+    def reuse(
+        self, policy: Policy, known: Rollouts, key: Key[Array, ""], controls: Controls | None = None,
+        limit: Int[np.ndarray, " P"] | None = None,
+    ) -> Reused:  # fmt: skip
+        """Sample the completions of earlier rollouts under another policy, and keep what it draws as they have it.
+
+        The result is that of `generate` with the same prompts, their uids, and key, token for token but for rounding: distributed
+        as fresh samples of the policy, with its log-probs and version. Only what differs is decoded. That holds if which rollouts
+        are passed here does not depend on what they contain, their rewards above all.
+
+        Args:
+            policy: the sampling policy.
+            known: rollouts of an earlier policy, of which any row may be unfinished; one turn each if they have a control.
+            key: random key of the call that sampled `known`: with another one hardly a token is kept.
+            controls: sampling parameters, per prompt or per row; the configured ones by default.
+            limit: maximum completion tokens per prompt; `max_new_tokens` by default.
+
+        Raises:
+            UserError: not rollouts.
+            ValueError: rollouts with rows missing, of several turns under a control, or other tokens; as in `generate`.
+        """
+        self._make_room(known.prompts.tokens.shape[1] if isinstance(known, Rollouts) else 0)
+        return reuse(self.session(policy, key), known, controls, limit)
 
     def _make_room(self, slots: int) -> None:
         """Fit the engine to prompts of `slots` tokens, if their maximum was left open."""

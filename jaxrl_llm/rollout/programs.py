@@ -14,6 +14,7 @@ from jaxrl_llm.model.cache import Caching
 from jaxrl_llm.model.transformer import prefill
 from jaxrl_llm.rollout.batch_sizes import BatchSizes
 from jaxrl_llm.rollout.decode import ChunkInputs, SequenceGroups, make_decode_chunk
+from jaxrl_llm.rollout.redraw import KnownRows, make_redraw
 from jaxrl_llm.rollout.sample import Controls, Decoding
 from jaxrl_llm.types import PyTree
 
@@ -32,6 +33,8 @@ class Programs:
     ("expand", groups, more, window)          the same
     ("read_rows", rows, slots)                tokens, lengths -> keys and values of rows: prompts and known tokens
     ("join_suffix", groups, window, rows)     suffix cache (donated), rows' keys, rows, positions, numbers, count -> suffix cache
+    ("redraw", rows, slots)                   rows with known tokens, key, tables -> see `redraw.make_redraw`
+    ("redraw", rows, slots, automata, states, classes)             the same, with control tables of these sizes
     ("decode_chunk", groups, window)          see `decode.make_decode_chunk`
     ("decode_chunk", groups, window, automata, states, classes)    the same, with control tables of these sizes
     """
@@ -96,10 +99,30 @@ class Programs:
 
     def _read(self, params: PyTree, prompts: int, slots: int, caching: Caching) -> Lowered:
         def read(params, tokens, length):
-            return prefill(params, tokens, length, caching, self.decoding.model, self.decoding.layout)
+            return prefill(params, tokens, length, caching, self.decoding.model, self.decoding.layout)[1]
 
         out = self._shardings(self._prompt(prompts, caching))
         return jax.jit(read, out_shardings=out).lower(abstract(params), self._ints(prompts, slots), self._ints(prompts))
+
+    def _redraw(self, params: PyTree, rows: int, slots: int, *sizes: int) -> Lowered:
+        completion, each = self.of_rows.prompt_slots - self.caching.prompt_slots, self._ints(rows)
+        known = KnownRows(
+            self._ints(rows, slots), each, each, self._array((rows, completion), bool, "rows", None), each, each, each,
+            self._controls(rows),
+        )  # fmt: skip
+        redraw = jax.jit(
+            make_redraw(self.decoding, self.of_rows, completion), out_shardings=self.decoding.layout.replicated
+        )
+        return redraw.lower(abstract(params), known, self._array((2,), jnp.uint32), self._tables(sizes))
+
+    def _controls(self, *shape: int) -> Controls:
+        axes = ("rows", *(None for _ in shape[1:]))
+        i32, f32 = (self._array(shape, dtype, *axes) for dtype in (jnp.int32, jnp.float32))
+        return Controls(f32, f32, i32, f32, i32, i32, i32)
+
+    def _tables(self, sizes: tuple[int, ...]) -> PyTree:
+        tables = blank_tables(sizes, self.decoding.model.vocab_size) if sizes else None
+        return jax.tree.map(lambda x: self._array(x.shape, x.dtype), tables)
 
     def _broadcast_prefix(self, params: PyTree, prompts: int, groups: int) -> Lowered:
         broadcast = jax.jit(lambda new, index: cache_moves.take(new, index, self.decoding.layout))
@@ -152,20 +175,17 @@ class Programs:
     def _decode_chunk(self, params: PyTree, groups: int, window: int, *sizes: int) -> Lowered:
         suffix, number = self._suffix(groups, window), self._array((), jnp.int32)
         i32, rows = self._ints(groups), self._ints(groups, self.rows_per_group)
-        f32 = self._array(rows.shape, jnp.float32, "rows", None)
         batch = SequenceGroups(
             uid=i32, first=i32, length=i32, age=i32, limit=rows, state=rows, last=rows,
             done=self._array(rows.shape, bool, "rows", None),
-            controls=Controls(f32, f32, rows, f32, rows, rows, rows),
+            controls=self._controls(*rows.shape),
         )  # fmt: skip
-        tables = blank_tables(sizes, self.decoding.model.vocab_size) if sizes else None
-        tables = jax.tree.map(lambda x: self._array(x.shape, x.dtype), tables)
         decode_chunk = jax.jit(
             make_decode_chunk(self.decoding),
             donate_argnums=1,
             out_shardings=(self._shardings(suffix), self.decoding.layout.replicated),
         )
-        inputs = ChunkInputs(self._array((2,), jnp.uint32), number, number, tables)
+        inputs = ChunkInputs(self._array((2,), jnp.uint32), number, number, self._tables(sizes))
         return decode_chunk.lower(abstract(params), suffix, self._prompt(groups), batch, inputs)
 
 

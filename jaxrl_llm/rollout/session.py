@@ -19,7 +19,6 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from jaxrl_llm.distribution.control_tables import ControlTables
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.perf.work import Work, decode_step, weight_bytes
@@ -102,9 +101,7 @@ class Session:
         self.key = hosts.put(np.asarray(jax.random.key_data(key)), self.decoding.layout.replicated)
         self.requests: dict[int, Request] = {}
         self.queue: deque[QueuedGroup] = deque()
-        self.control_set, self.on_device = control_set, (None, None)
-        """Controls of the engine; its tables when they were last put on the devices, and their copy there."""
-        self.num_added, self.stats = 0, Stats()
+        self.control_set, self.num_added, self.stats = control_set, 0, Stats()
         self.finished_early: set[int] = set()
         """Requests to report by the next `advance`, of which nothing was left to decode."""
         check_policy(policy)
@@ -231,7 +228,7 @@ class Session:
     def _decode(self) -> list[int]:
         """Decode one chunk and store it. Returns the requests that it finished."""
         batch, age, before = self.batch, self.batch.groups.age, ~self.batch.groups.done
-        result = batch.decode(self.params, self.key, self._tables())
+        result = batch.decode(self.params, self.key, self.control_set.on_device(self.decoding.layout))
         rows, tables = np.where(before, batch.rows, -1), self.control_set.tables
         ended = np.zeros(rows.shape, bool) if tables is None else result.done & tables.ends[result.state]
         stored = self.output.add(rows.reshape(-1), np.repeat(age, self.lanes), result, self.version, ended.reshape(-1))
@@ -246,13 +243,6 @@ class Session:
             if not request.groups:
                 finished.append(request.id)
         return finished
-
-    def _tables(self) -> ControlTables | None:
-        """Return the control tables on the devices."""
-        tables, replicated = self.control_set.tables, self.decoding.layout.replicated
-        if tables is not self.on_device[0]:
-            self.on_device = tables, hosts.put(tables, replicated)
-        return self.on_device[1]
 
     def _count(self, result: ChunkResult, stored: int, age: Int[np.ndarray, " U"]) -> None:
         """Add a chunk to the stats. `stored`: its tokens; `age`: of each slot when it began."""

@@ -123,7 +123,9 @@ def test_chunked_prefill_equals_prefill_at_once(family, chunk):
     params = make_policy(cfg, make_params(cfg, train), train, dec).params
     prompts = make_prompts(8)
     length = prompts.length - 1
-    whole, parts = (prefill(params, prompts.tokens, length, Caching(8, n), cfg, dec) for n in (cache.UNLIMITED, chunk))
+    whole, parts = (
+        prefill(params, prompts.tokens, length, Caching(8, n), cfg, dec)[1] for n in (cache.UNLIMITED, chunk)
+    )
     for window, *arrays in zip(cache.attention_windows(cfg), whole.k, whole.v, parts.k, parts.v, strict=True):
         assert {x.shape[2] for x in arrays} == {min(window, 8)}
         counts = np.arange(min(window, 8)) < length[:, None]
@@ -144,7 +146,7 @@ def test_logits_from_int8_caches_are_close(family):
 
     @partial(jax.jit, static_argnums=0)
     def run(format):
-        prompt = transformer.prefill(params, prompts.tokens, length, Caching(8, format=format), cfg, dec)
+        prompt = transformer.prefill(params, prompts.tokens, length, Caching(8, format=format), cfg, dec)[1]
         ring, logits = empty_suffix(cfg, 16, 4, dec, format), []
         for t in range(3):
             at = DecodePosition(jnp.int32(t), length, jnp.full(8, t))

@@ -205,7 +205,7 @@ def test_in_a_step_the_stored_logprob_is_the_distributions_to_the_bit(jit, compu
     none = jnp.zeros(3 * G, jnp.int32)
     controls = Controls(each(0.6, 1.0, 1.5), none + 1.0, none, none + 0.0, none, none, none)
     length, keys = prompts.length - 1, row_keys(KEY, prompts.uid, jnp.zeros(3, jnp.int32), G)
-    prompt = jax.jit(lambda: transformer.prefill(params, prompts.tokens, length, Caching(7), cfg, dec))()
+    prompt = jax.jit(lambda: transformer.prefill(params, prompts.tokens, length, Caching(7), cfg, dec)[1])()
 
     def advance(t, last, suffix):
         """One step of the loop, with the distribution that it samples from."""

@@ -169,7 +169,7 @@ def test_a_chunk_uses_the_weights_where_they_lie(decode_chunk):
     check_weights_are_not_copied(decode_chunk)
 
 
-@pytest.mark.parametrize("automata", [1, 4])
+@pytest.mark.parametrize("automata", [pytest.param(1, marks=pytest.mark.soak), 4])
 def test_a_controlled_chunk_keeps_all_of_this(topology, automata):
     """With tables of 1,024 states and 96 classes, for one grammar and for four: no further collective, no table crosses the mesh,
     and each chip looks the classes of its own part of the vocabulary up."""
@@ -302,3 +302,20 @@ def test_mutant_chunk_that_rewrites_caches_and_moves_logits(topology, monkeypatc
         check_caches_are_written_in_place(program)
     with pytest.raises(AssertionError, match="residual stream"):
         check_logits_stay(program)
+
+
+def test_a_pass_that_draws_known_tokens_again_holds_the_logits_of_one_slot(topology):
+    """Rows of the longest prompt and response: no array over the vocabulary but one slot's, no keys or values are kept, and the loop
+    over slots moves what a decode step moves."""
+    cfg, layout = dataclasses.replace(ONE_BILLION, layers=2), layouts(topology)[1]
+    program = compile_program(cfg, lambda: lower_rollout(cfg, layout, "redraw", P, S + C))
+    rows, vocab = P // FSDP, cfg.vocab_size // TENSOR
+    wide = [a for i in program.hlo.all for a in i.arrays if vocab in a.dims and math.prod(a.dims) > rows * vocab]
+    table = cfg.d_model * vocab
+    assert all(math.prod(a.dims) in (table, 2 * table) for a in wide), f"got {wide}, want logits of one slot only"
+    inside = collectives([i for i in program.hlo.all if program.hlo.loops.get(i.computation)])
+    assert 0 < len(inside) <= STEP_CONSTANT, inside
+    # Activations, and what a layer makes of all tokens at once.
+    activations = 4 * rows * (S + C) * cfg.d_model
+    print(f"temp: {program.temp / 1e6:.1f} MB, activations {activations / 1e6:.1f} MB, {len(inside)} collectives per slot")
+    assert program.temp < 4 * rows * C * vocab, "want less than the logits of all slots"
