@@ -305,8 +305,8 @@ def test_mutant_chunk_that_rewrites_caches_and_moves_logits(topology, monkeypatc
 
 
 def test_a_pass_that_draws_known_tokens_again_holds_the_logits_of_one_slot(topology):
-    """Rows of the longest prompt and response: no array over the vocabulary but one slot's, no keys or values are kept, and the loop
-    over slots moves what a decode step moves."""
+    """Rows of the longest prompt and response: no array over the vocabulary but one slot's, and the loop over slots moves what a
+    decode step moves."""
     cfg, layout = dataclasses.replace(ONE_BILLION, layers=2), layouts(topology)[1]
     program = compile_program(cfg, lambda: lower_rollout(cfg, layout, "redraw", P, S + C))
     rows, vocab = P // FSDP, cfg.vocab_size // TENSOR
