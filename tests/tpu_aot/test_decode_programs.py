@@ -317,5 +317,7 @@ def test_a_pass_that_draws_known_tokens_again_holds_the_logits_of_one_slot(topol
     assert 0 < len(inside) <= STEP_CONSTANT, inside
     # Activations, and what a layer makes of all tokens at once.
     activations = 4 * rows * (S + C) * cfg.d_model
-    print(f"temp: {program.temp / 1e6:.1f} MB, activations {activations / 1e6:.1f} MB, {len(inside)} collectives per slot")
+    print(
+        f"temp: {program.temp / 1e6:.1f} MB, activations {activations / 1e6:.1f} MB, {len(inside)} collectives per slot"
+    )
     assert program.temp < 4 * rows * C * vocab, "want less than the logits of all slots"
