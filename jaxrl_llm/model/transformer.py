@@ -227,7 +227,7 @@ def prefill(
             x, past = _read_chunk(params, part, length, n * chunk, carry[1], cfg, layout)
             return jax.lax.dynamic_update_slice_in_dim(carry[0], x, n * chunk, axis=1), past
 
-        blank = layout.constrain(jnp.zeros((*tokens.shape, cfg.d_model), cfg.dtype), "rows", None, None)
+        blank = layout.constrain(jnp.zeros((*tokens.shape, cfg.d_model), cfg.compute), "rows", None, None)
         start = blank, empty_prefill_state(cfg, num, total, chunk, layout)
         x, past = jax.lax.fori_loop(0, chunks, read, start)
         x = x[:, :total]

@@ -21,7 +21,7 @@ TRAIN, DECODE = layouts()
 
 
 def weights():
-    """Of an old policy, and of one that is some updates newer."""
+    """Parameters of an old policy, and of one that is some updates newer."""
     old, noise = (make_params(MODEL, TRAIN, sharpness=2.0, seed=seed) for seed in (0, 1))
     return old, jax.tree.map(lambda x, y: x + 0.3 * y, old, noise)
 
