@@ -36,6 +36,7 @@ def assert_same(got: Rollouts, want: Rollouts) -> None:
 
 CASES = {
     "plain": {},
+    "read in chunks": {"engine": EngineConfig(decode_chunk=2, eos_interval=1, prefill_chunk=4)},
     "minimum length": {"min_new_tokens": 4},
     "truncated": {"top_p": 0.8, "top_k": 5, "raw_logprobs": True},
     "stop strings": {"stop": ("1", "+2")},
@@ -46,7 +47,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_what_a_fresh_call_with_the_same_noise_samples(name):
     old, new = policies()
-    engine, prompts = sampler(**CASES[name], engine=CHUNKS), make_prompts(P)
+    engine, prompts = sampler(**{"engine": CHUNKS, **CASES[name]}), make_prompts(P)
     known, want = (engine.generate(policy, prompts, KEY) for policy in (old, new))
     got = engine.reuse(new, known, KEY)
     assert_same(got.rollouts, want)
