@@ -212,7 +212,7 @@ def prefill(
         layout: decode layout.
 
     Returns:
-        Activations after the final norm, and the prompts' keys and values, one entry per prompt. What is not used costs nothing.
+        Activations after the final norm, and the prompts' keys and values, one entry per prompt.
     """
     slots, chunk, format = caching
     num, total = tokens.shape

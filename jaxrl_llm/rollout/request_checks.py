@@ -79,7 +79,10 @@ def check_controls(controls: Controls, size: Int[np.ndarray, " P"], truncates: b
             f"controls: got {type(controls).__name__}, want what engine.controls(prompts, control=...) returns"
         )
     for name, (least, most, off) in RANGES.items():
-        given = np.asarray(getattr(controls, name))
+        given = getattr(controls, name)
+        if not hasattr(given, "dtype"):
+            raise ValueError(f"controls.{name}: got {type(given).__name__}, want an array")
+        given = np.asarray(given)
         kinds = "iuf" if name in ("temperature", "top_p", "min_p") else "iu"
         _check_array(f"controls.{name}", given, kinds, (len(size),), (int(size.sum()),))
         # Not `<`, which NaN passes. A top_p of 0 and a min_p of 1 would keep nothing.

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from jaxrl_llm.distribution.control_tables import state_of
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rollout.batch_sizes import smallest
@@ -46,7 +47,16 @@ def reuse(session: Session, known: Rollouts, controls: Controls | None, limit: I
     if (others := np.flatnonzero((of_rows.control > 0) & (first_own_slot(known) > 0))).size:
         raise ValueError(f"known[{others[0]}]: got tokens of another's turn, want rows of one turn under a control")
     session.control_set.start_states(of_rows, limits, None)
-    rows = known_rows(known, session.control_set.tables, of_rows, limits)
+    tables = session.control_set.tables
+    if (
+        known.control_state is not None
+        and tables is not None
+        and state_of(known.control_state).max() >= len(tables.next)
+    ):
+        raise ValueError(
+            "known.control_state: got states that this engine's controls have not, want those of this engine"
+        )
+    rows = known_rows(known, tables, of_rows, limits)
     drawn = _redraw(session, rows)
     begun = beginnings(known, rows, drawn, session.version, session.decoding.vocab.pad)
     ids = session.add(known.prompts, size, controls, limit, begun, first_sample=first)

@@ -410,7 +410,8 @@ def test_stop_strings_do_not_depend_on_the_chunks(engine, chopped, name):
     [
         ({"control": np.zeros(P, np.float32)}, "controls.control: got float32"),
         ({"budget": np.full(P, 2.5)}, "controls.budget: got float64"),
-        ({"min_new_tokens": [1.0] * P}, "controls.min_new_tokens: got float64"),
+        ({"min_new_tokens": np.ones(P)}, "controls.min_new_tokens: got float64"),
+        ({"budget": [3] * P}, "controls.budget: got list, want an array"),
     ],
 )
 def test_numbers_of_tokens_are_whole(chopped, change, error):

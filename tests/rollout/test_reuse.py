@@ -154,3 +154,12 @@ def test_what_could_not_be_rollouts_of_a_call_is_refused(change, error):
     known = engine.generate(old, make_prompts(P), KEY)
     with pytest.raises(ValueError, match=error):
         engine.reuse(old, known.replace(**{name: x.astype(np.int32) for name, x in change.items()}), KEY)
+
+
+def test_states_of_another_engine_are_refused():
+    old, _ = policies()
+    engine = sampler(control=CONTROLS["regex"])
+    known = engine.generate(old, make_prompts(P), KEY)
+    states = known.control_state + np.int32(len(engine.tables.next))
+    with pytest.raises(ValueError, match=r"known.control_state: got states that this engine's controls have not"):
+        engine.reuse(old, known.replace(control_state=states), KEY)
