@@ -1,11 +1,15 @@
 """Eight CPU devices for every test, set before any backend starts, and one cache of compiled programs for the whole suite."""
 
+import gc
 import hashlib
 import os
 import platform
+import signal
+import sys
 from pathlib import Path
 
 import jax
+import pytest
 
 CACHE_BYTES = 1_000_000_000
 
@@ -25,6 +29,9 @@ if os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(OWN)) == str(OWN):
     # A plugin of pytest may have imported jax before, which reads the environment then.
     jax.config.update("jax_compilation_cache_dir", str(OWN))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+# A background process of a script ignores Ctrl-C, and so would all processes that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -37,6 +44,23 @@ def trim(directory: Path, most: int) -> None:
         if total > most:
             path.unlink(missing_ok=True)
             total -= size
+
+
+# Compiled programs are mapped into memory, each in dozens of parts. A process may have 65,530: beyond, the compiler crashes.
+MANY_MAPPINGS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Programs that tests have compiled so far, and what holds them, when there are many: other files hardly use them."""
+    yield
+    maps, here = Path("/proc/self/maps"), str(Path(__file__).parent)
+    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPPINGS:
+        for module in [m for m in sys.modules.values() if (getattr(m, "__file__", None) or "").startswith(here)]:
+            for cached in [x for x in vars(module).values() if hasattr(x, "cache_clear")]:
+                cached.cache_clear()
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_sessionstart(session) -> None:

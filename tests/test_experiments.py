@@ -24,13 +24,15 @@ TINY = dataclasses.replace(
     warm_start=dataclasses.replace(SETUP.warm_start, steps=40, rows=64, noise=0.0),
     rollout=dataclasses.replace(SETUP.rollout, prompts=8, samples=4),
 )
-FEWER = dataclasses.replace(TINY, rollout=dataclasses.replace(TINY.rollout, prompts=16, samples=2))
+FASTER = dataclasses.replace(
+    TINY, update=dataclasses.replace(TINY.update, optimizer=dataclasses.replace(TINY.update.optimizer, lr=1e-3))
+)
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("results") / "tiny.json"
-    train_arms(path, {"8 x 4": Arm(TINY), "16 x 2": Arm(FEWER)}, seeds=(0,), every=1)
+    train_arms(path, {"as it is": Arm(TINY), "faster": Arm(FASTER)}, seeds=(0,), every=1)
     return path
 
 
@@ -53,19 +55,19 @@ def test_arms_of_a_seed_start_from_equal_parameters_and_prompts(path):
     assert len(set(one["first_rows"])) == 8
     assert one["records"][0]["exact"] == other["records"][0]["exact"]
     assert one["records"][2]["exact"] != other["records"][2]["exact"]
-    assert other["changes"] == one["changes"] | {"rollout.prompts": 16, "rollout.samples": 2}
+    assert other["changes"] == one["changes"] | {"update.optimizer.lr": 1e-3}
 
 
 def test_only_what_the_file_lacks_is_run(path, monkeypatch):
     before = path.read_text()
     monkeypatch.setattr("experiments.arithmetic.run_arm", lambda *args: pytest.fail("ran again"))
-    train_arms(path, {"16 x 2": Arm(FEWER), "8 x 4": Arm(TINY)}, seeds=(0,), every=1)
+    train_arms(path, {"faster": Arm(FASTER), "as it is": Arm(TINY)}, seeds=(0,), every=1)
     assert path.read_text() == before
 
 
 def test_a_run_with_another_config_is_not_taken_for_this_one(path):
-    with pytest.raises(SystemExit, match=r"'16 x 2', seed 0.*remove the run from the file"):
-        train_arms(path, {"16 x 2": Arm(TINY)}, seeds=(0,), every=1)
+    with pytest.raises(SystemExit, match=r"'faster', seed 0.*remove the run from the file"):
+        train_arms(path, {"faster": Arm(TINY)}, seeds=(0,), every=1)
 
 
 @pytest.mark.parametrize("options, calls", [([], ["train"]), (["--report"], [])])
@@ -76,7 +78,9 @@ def test_the_command_trains_only_what_a_report_does_not_need(path, tmp_path, mon
     monkeypatch.setattr("sys.argv", ["tiny", *options])
     monkeypatch.chdir(tmp_path)
     pool = Pool("few", (1, 2), 20)
-    command("Help.", mine, {"8 x 4": Arm(TINY)}, lambda runs: f"{len(runs)} runs", {"all": ["8 x 4"]}, (0,), (pool,))
+    command(
+        "Help.", mine, {"as it is": Arm(TINY)}, lambda runs: f"{len(runs)} runs", {"all": ["as it is"]}, (0,), (pool,)
+    )
     assert done == calls and capsys.readouterr().out == "2 runs\n" and pool.path.exists() == bool(calls)
     assert mine.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 

@@ -109,6 +109,7 @@ RUN = {
 }
 
 
+@pytest.mark.soak
 def test_the_loop_gets_the_rewards_of_a_run_step_by_step(tmp_path, capsys, monkeypatch):
     """Exactly, and the gradients too: from one seed both draw the same prompts, initial parameters and noise, and the same programs
     compute them on the same batches. The run names the page's loss as its own."""

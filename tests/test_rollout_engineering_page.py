@@ -101,7 +101,7 @@ def test_its_instructions_can_be_graded():
     assert Instructions()(Sample("", "It is wide, and slow.", "", "eos", row)) == 0.5
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_steps_of_less_compute(tmp_path):
     """The stages as they stand there, on the arithmetic task: fewer and smaller groups, a reward that an untrained policy earns."""
     values = yaml.safe_load(block("yaml", "Less compute"))

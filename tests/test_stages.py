@@ -178,7 +178,7 @@ PROMPT = {"plain": r"(<\d\+\d>\d+#){2}<\d\+\d>", "bare": r"(\d\+\d \d+#){2}\d\+\
 
 
 # Runs with own stages and states are also killed and resumed by tests/test_newcomer.py.
-EACH = [pytest.param(name, marks=[pytest.mark.soak] if name == "own" else []) for name in STAGES]
+EACH = [pytest.param(name, marks=[] if name in ("refill", "hints") else [pytest.mark.soak]) for name in STAGES]
 
 
 @pytest.fixture(scope="module", params=EACH)

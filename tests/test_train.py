@@ -247,7 +247,7 @@ def test_another_mesh_resumes_with_the_same_losses(reference, environment, tmp_p
     assert abs(got["loss"] - want["loss"]) <= 1e-6 * max(1, abs(want["loss"]))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_processes_sample_the_same_tokens(reference, environment, tmp_path):
     """2 processes x 4 devices through the launcher, against one process with one device."""
     undisturbed, _ = reference
@@ -275,7 +275,7 @@ def test_two_processes_sample_the_same_tokens(reference, environment, tmp_path):
     np.testing.assert_allclose([r["loss"] for r in got], [r["loss"] for r in want], atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_sigterm_to_a_job_of_two_processes(environment, tmp_path):
     config = write_config(tmp_path, steps=2000, every=100000)
     launcher = [
@@ -313,7 +313,7 @@ def tiny_run(tmp_path: Path, **changes) -> RunConfig:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_step_that_sigterm_abandons_between_chunks_is_repeated(tmp_path, monkeypatch):
     """Asked to stop while step 6 samples, in chunks of two tokens: step 5 is saved, and the resumed run is the same."""
     from jaxrl_llm import train
@@ -385,7 +385,7 @@ def test_live_arrays_do_not_grow(tmp_path):
         assert counts[-1] == counts[1]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_supervised_training_apart_from_rl_is_the_same_run(reference, environment, tmp_path):
     """`jaxrl sft`, twice, then `jaxrl train`; and no supervised training once RL has begun."""
     whole, config = reference

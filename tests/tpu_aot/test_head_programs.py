@@ -68,7 +68,8 @@ def test_temporary_memory_per_chip(topology):
     assert full >= 4 * R * T * V, f"temp of the dense form: got {full / 1e9:.2f} GB: is it still dense?"
 
 
-@pytest.mark.parametrize("automata", [pytest.param(1, marks=pytest.mark.soak), 4])
+@pytest.mark.soak
+@pytest.mark.parametrize("automata", [1, 4])
 def test_a_control_takes_no_more_memory(topology, automata):
     """With one automaton next to nothing beside a tile of f32 logits; with several, each logit has a class of its own, a byte."""
     free, program = gradient(tiled, topology, (1, 1, 1)), gradient(tiled, topology, (1, 1, 1), automata)
