@@ -43,10 +43,12 @@ if TYPE_CHECKING:
     from jaxrl_llm.roles.sampler import next_prompts as next_prompts
     from jaxrl_llm.roles.stored_rollouts import read_trajectories as read_trajectories
     from jaxrl_llm.roles.stored_rollouts import write_trajectories as write_trajectories
+    from jaxrl_llm.rollout import trees as trees
     from jaxrl_llm.rollout.config import RolloutConfig as RolloutConfig
     from jaxrl_llm.rollout.engine import Engine as Engine
     from jaxrl_llm.rollout.sample import Controls as Controls
     from jaxrl_llm.rollout.session import Session as Session
+    from jaxrl_llm.rollout.tree import Branches as Branches
     from jaxrl_llm.tasks.config import ArithmeticTask as ArithmeticTask
     from jaxrl_llm.tasks.config import CharacterTokenizer as CharacterTokenizer
     from jaxrl_llm.tasks.config import PretrainedTokenizer as PretrainedTokenizer
@@ -76,6 +78,7 @@ _PLACES = {
     "filters": "experience.filters",
     "losses": "objective.losses",
     "train": "train",
+    "trees": "rollout.trees",
     # What a loop is made of, in its order.
     "make_mesh": "parallel.mesh:make_mesh",
     "load_model": "roles.loaded_model:load_model",
@@ -102,6 +105,7 @@ _PLACES = {
     "Prompts": "types:Prompts",
     "Controls": "rollout.sample:Controls",
     "Rollouts": "types:Rollouts",
+    "Branches": "rollout.tree:Branches",
     "Finish": "types:Finish",
     "Sample": "environments.grader:Sample",
     "Groups": "types:Groups",

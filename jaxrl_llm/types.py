@@ -84,11 +84,23 @@ class Rollouts(flax.struct.PyTreeNode):
     """Log-prob before truncation; 0.0 where not sampled. Diagnostic only; no loss uses it."""
     control_state: Int[ArrayLike, "B C"] | None = None
     """What the row's control allowed in each slot: an entry of `distribution.control_tables`; 0: everything."""
+    trunk: Int[ArrayLike, " B"] | None = None
+    """Sample number of the row of the same prompt that the row left; its own if it was sampled independently. None: all were."""
+    fork: Int[ArrayLike, " B"] | None = None
+    """Tokens that the row has in common with its trunk. They are `sampled` in the trunk alone, where their log-probs are."""
 
     @property
     def size(self) -> Int[np.ndarray, " P"]:
         """Rows per prompt."""
         return np.bincount(self.prompt[self.prompt >= 0], minlength=len(self.prompts.length))
+
+    @property
+    def trunk_rows(self) -> Int[np.ndarray, " B"]:
+        """Index of each row's trunk, its own if it left none."""
+        prompt = self.prompt.tolist()
+        row = {name: b for b, name in enumerate(zip(prompt, self.sample.tolist(), strict=True))}
+        trunk = self.sample if self.trunk is None else self.trunk
+        return np.array([row[name] for name in zip(prompt, trunk.tolist(), strict=True)], int)
 
 
 def number_rows(size: Int[np.ndarray, " P"], rows: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -286,7 +298,7 @@ COLUMNS = (
 line here, and a field of the values that hold it. The fill of `tokens` is the tokenizer's pad token."""
 
 # Values in a filler row, and in its tokens; 0 in all others.
-FILLER = {"prompt": -1, "sample": -1, **dict.fromkeys(("reward", "components", "step_reward"), np.nan)} | {
+FILLER = {"prompt": -1, "sample": -1, "trunk": -1, **dict.fromkeys(("reward", "components", "step_reward"), np.nan)} | {
     column.name: column.fill for column in COLUMNS if column.rollouts
 }
 
@@ -312,24 +324,12 @@ def select_groups(value: Value, index: Int[np.ndarray, " n"], rows: int | None =
     return _renumbered(map_groups(value, lambda x: x[index], of_rows), prompt)
 
 
-def map_groups(
-    value: Value,
-    of_prompts: Callable[[np.ndarray], np.ndarray],
-    of_rows: Callable[[np.ndarray, float], np.ndarray],
-) -> Value:
-    """Return the value with one function applied to the arrays per prompt, and another to those per row.
-
-    Args:
-        value: `Groups` or an `Experience`.
-        of_prompts: of an array.
-        of_rows: of an array and its value in filler rows.
-    """
+def map_groups(value: Value, of_prompts: Callable, of_rows: Callable) -> Value:
+    """Return `Groups` or an `Experience` with `of_prompts(array)` for arrays per prompt, `of_rows(array, filler)` for others."""
 
     def apply(path: tuple, x: np.ndarray) -> np.ndarray:
         names = {getattr(key, "name", None) for key in path}
-        if names & PER_PROMPT:
-            return of_prompts(x)
-        return of_rows(x, next((FILLER[name] for name in names if name in FILLER), 0))
+        return of_prompts(x) if names & PER_PROMPT else of_rows(x, next((FILLER[n] for n in names if n in FILLER), 0))
 
     return jax.tree_util.tree_map_with_path(apply, value)
 

@@ -23,7 +23,7 @@ def generate(
     """`params` in the trainer's form. Same contract as `rollout.engine.Engine.generate`."""
     rows, c = len(prompts.length) * samples, max_new_tokens
     slots = prompts.tokens.shape[1] + c
-    keys = row_keys(key, jnp.asarray(prompts.uid), jnp.zeros(len(prompts.uid), jnp.int32), samples)
+    keys = row_keys(key, jnp.asarray(prompts.uid), jnp.broadcast_to(jnp.arange(samples), (len(prompts.uid), samples)))
     tokens = np.full((rows, c), vocab.pad, np.int32)
     sampled, logprobs, entropies = (
         np.zeros((rows, c), bool),

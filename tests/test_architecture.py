@@ -27,7 +27,7 @@ ALLOWED = {
     "distribution": FOUNDATION | {"model", "control"},
     "perf": FOUNDATION | {"model"},
     "tasks": {"errors", "types", "config.options"},
-    "rollout": FOUNDATION | {"config.options", "control", "distribution", "model", "perf.work"},
+    "rollout": FOUNDATION | {"config.options", "config.user_code", "control", "distribution", "model", "perf.work"},
     "environments": {"errors", "config.error_messages", "config.options", "config.user_code", "metrics.terminal"},
     "experience": {"errors", "types", "config.own_part", "config.user_code"},
     "objective": {

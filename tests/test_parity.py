@@ -117,7 +117,13 @@ def check_prefill_and_decode(cfg, trained=None):
     fed = prompts.tokens[np.arange(P), prompts.length - 1]
     for t in range(C):
         got, suffix = decode(
-            policy.params, fed, DecodePosition(np.int32(t), length, np.full(P, t, np.int32)), cache, suffix, cfg, dec
+            policy.params,
+            fed,
+            DecodePosition(np.int32(t), length[:, None], np.full(P, t, np.int32)),
+            cache,
+            suffix,
+            cfg,
+            dec,
         )
         fed = text[:, t]
         np.testing.assert_allclose(got, want[np.arange(P), prompts.length - 1 + t], atol=2e-4)

@@ -150,7 +150,8 @@ def test_the_wheel_says_that_it_is_typed(tmp_path):
 
 
 MEMBERS = {
-    "advantages": "Grpo MeanOnly Rloo LeaveOneOut MaxRl PassAtK Opo Gpg Gdpo Raw BestWorst ReinforcePlusPlus GrpoSteps",
+    "advantages": "Grpo MeanOnly Rloo LeaveOneOut MaxRl PassAtK Opo Gpg Gdpo Raw BestWorst ReinforcePlusPlus GrpoSteps "
+    "TreeRl TreePo Spo TreeRpo",
     "controls": "none regex json_schema choice allow forbid stop budget begin",
     "curricula": "Uniform counted Curriculum",
     "estimates": "correct avg_at_k pass_at_k maj_at_k",
@@ -158,6 +159,7 @@ MEMBERS = {
     "RewardBetween NoDuplicates NoRepetition NotStale",
     "losses": "make_loss as_loss",
     "train": "train sft open_run start step",
+    "trees": "none points segments",
 }
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxrl_llm.experience import by_prompt
 from jaxrl_llm.experience.draws import Candidates
-from jaxrl_llm.experience.hints import without_hints
+from jaxrl_llm.experience.independent_rows import independent_rows
 from jaxrl_llm.experience.packed_groups import Packed, Packing
 from jaxrl_llm.types import Groups
 
@@ -114,7 +114,7 @@ def describe(groups: Groups, first: int) -> Known:
     entropy = np.bincount(prompt[own], np.where(rollouts.sampled, rollouts.entropy, 0).sum(axis=1)[own], num)
     newest = np.zeros(num, np.int64)
     np.maximum.at(newest, prompt[own], rollouts.version.max(axis=1)[own])
-    reward, alone = groups.measure("reward"), without_hints(groups)
+    reward, alone = groups.measure("reward"), independent_rows(groups)
     mean = by_prompt.means(reward, groups)
     return Known(
         number=first + np.arange(num),

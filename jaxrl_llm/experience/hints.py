@@ -179,15 +179,3 @@ class OwnHints(HintRule, OwnPart):
 def hinted(groups: "Groups") -> Bool[np.ndarray, " B"]:
     """Return True for the responses that began with a hint."""
     return np.zeros(len(groups.keep), bool) if groups.hint is None else groups.hint > 0
-
-
-def without_hints(groups: "Groups") -> "Groups":
-    """Return the groups without the responses that began with a hint: what came of those is no success of the policy alone. A
-    prompt may be left without a row."""
-    if not hinted(groups).any():
-        return groups
-    # Configs contain rules, and are read before JAX is imported.
-    from jaxrl_llm.types import map_groups
-
-    rows = np.flatnonzero(~hinted(groups) & (groups.rollouts.prompt >= 0))
-    return map_groups(groups, lambda x: x, lambda x, fill: x[rows])

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from pydantic import ConfigDict
 
 from jaxrl_llm.experience import by_prompt
-from jaxrl_llm.experience.hints import without_hints
+from jaxrl_llm.experience.independent_rows import independent_rows
 from jaxrl_llm.experience.row_filters import MaxVariance
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _is_prompt(fresh: "Groups", p: int, stored: "Groups", q: int) -> bool:
 
 def asking_groups(cfg: JoinConfig, fresh: "Groups") -> list[int]:
     """Return the graded fresh groups that stored rows may join, the first one of each prompt."""
-    rollouts, alone = fresh.rollouts, without_hints(fresh)
+    rollouts, alone = fresh.rollouts, independent_rows(fresh)
     _, first = np.unique(rollouts.prompts.row, return_index=True)
     asks = (rollouts.size > 0) & ~np.isnan(by_prompt.means(fresh.measure("success"), fresh))
     if cfg.when == "all_wrong":

@@ -18,7 +18,7 @@ from jaxrl_llm.experience.buffer import Buffer, added, empty_buffer, used, witho
 from jaxrl_llm.experience.composition import Composition, compose, widened
 from jaxrl_llm.experience.config import OwnReplay, ReplayConfig
 from jaxrl_llm.experience.draws import Candidates
-from jaxrl_llm.experience.hints import without_hints
+from jaxrl_llm.experience.independent_rows import independent_rows
 from jaxrl_llm.experience.joining import JoinConfig, asking_groups, join_stored
 from jaxrl_llm.experience.packed_groups import Packing
 from jaxrl_llm.experience.stage_checks import (
@@ -95,7 +95,7 @@ def blank_groups(
         samples: rows per group, on average.
         slots: (prompt, completion) tokens.
         graders: number of reward components.
-        uses: features of the run that add columns, as in `COLUMNS`, and "steps" if a grader has them.
+        uses: features of the run that add columns, as in `COLUMNS`, "steps" if a grader has them, and "trees".
         max_kept_tokens: K, the largest number of tokens kept by truncation.
         most: rows of the largest group; 0: all have equally many.
     """
@@ -111,6 +111,7 @@ def blank_groups(
         length=np.zeros(b, i32),
         temperature=np.zeros(b, f32),
         finish=np.zeros(b, i32),
+        **({name: np.zeros(b, i32) for name in ("trunk", "fork")} if "trees" in uses else {}),
         **{column.name: np.zeros((b, c, *(max_kept_tokens for _ in column.dims)), column.dtype) for column in there},
     )
     return Groups(
@@ -271,13 +272,13 @@ def _draw_groups(
 
 def right_share(groups: Groups) -> float:
     """Return the share of right responses of those without a hint; 0 if none could be graded."""
-    success = without_hints(groups).measure("success")
+    success = independent_rows(groups).measure("success")
     return float(np.nanmean(success)) if not np.isnan(success).all() else 0.0
 
 
 def solved(groups: Groups) -> Bool[np.ndarray, " P"]:
     """Return True for groups of which all rows without a hint are right, one at least."""
-    groups = without_hints(groups)
+    groups = independent_rows(groups)
     return (groups.rollouts.size > 0) & (by_prompt.means(groups.measure("success"), groups) == 1)
 
 

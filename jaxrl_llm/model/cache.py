@@ -305,16 +305,17 @@ def suffix_mask(size: int, count: Int[Array, ""], age: Int[Array, " U"]) -> Bool
     return jnp.mod(count - jnp.arange(size), size) <= age[:, None]
 
 
-def prompt_mask(size: int, length: Int[Array, " U"], age: Int[Array, " U"], window: int) -> Bool[Array, "U size"]:
+def prompt_mask(size: int, length: Int[Array, "U F"], age: Int[Array, " U"], window: int) -> Bool[Array, "U F size"]:
     """Prompt slots that rows attend to in one layer.
 
     Args:
         size: slots of the layer's prompt cache.
-        length: cached keys per prompt.
+        length: cached keys that each row attends to, the first ones. With a sliding window, all that were cached.
         age: tokens decoded before by the rows of each group.
         window: attention window of the layer.
     """
+    length = length[..., None]
     if window == UNLIMITED:
-        return jnp.arange(size) < length[:, None]
-    key = first_position(length[:, None], size) + jnp.arange(size)
-    return (key < length[:, None]) & (length[:, None] + age[:, None] - key < window)
+        return jnp.arange(size) < length
+    key = first_position(length, size) + jnp.arange(size)
+    return (key < length) & (length + age[:, None, None] - key < window)

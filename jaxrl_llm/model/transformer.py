@@ -217,6 +217,8 @@ def prefill(
     slots, chunk, format = caching
     num, total = tokens.shape
     chunks = -(-total // chunk)
+    # Equally long ones, with less padding.
+    chunk = -(-total // chunks)
     if chunks == 1:
         x, past = _read_chunk(params, tokens, length, 0, (None,) * cfg.layers, cfg, layout)
     else:
@@ -273,8 +275,8 @@ class DecodePosition(NamedTuple):
 
     count: Int[Array, ""]
     """Keys written to the rows' rings so far."""
-    length: Int[Array, " U"]
-    """Valid keys of each group's prompt: all but the last token's, which the group's first step reads."""
+    length: Int[Array, "U F"]
+    """Keys of its group's prompt that each row attends to, the first ones. The row's first step reads the token behind them."""
     age: Int[Array, " U"]
     """Decode steps the group has made so far."""
 
@@ -290,8 +292,8 @@ def decode(
 ) -> tuple[Float[Array, "B V"], SuffixCache]:
     """Decode one token per row.
 
-    A token of sequence group u has position length[u] + age[u]. The F rows of a group are folded into query rows against its one
-    copy of the prompt.
+    A token of row f of sequence group u has position length[u, f] + age[u]. The F rows of a group are folded into query rows
+    against its one copy of the prompt.
 
     Args:
         params: the policy's parameters, one entry per layer.
@@ -307,7 +309,7 @@ def decode(
     """
     rows, groups = token.shape[0], at.age.shape[0]
     each = rows // groups
-    position = jnp.repeat(at.length + at.age, each)[:, None]
+    position = (at.length + at.age[:, None]).reshape(-1, 1)
     keys, values, format = list(suffix.k), list(suffix.v), suffix.format
     x = _embed(params, token[:, None], cfg, layout)
     attend_to = partial(attend_part, scale=cfg.attention_scale, softcap=cfg.attention_softcap)
@@ -322,7 +324,8 @@ def decode(
         own = attend_to(q[:, 0], keys[i], values[i], own_masks[num_slots(values[i])], transposed=format.transposed)
         folded = q[:, 0].reshape(groups, each, *q.shape[2:]).swapaxes(1, 2)
         folded = folded.reshape(groups, cfg.kv_heads, each * cfg.group, cfg.head_dim)
-        mask = prompt_mask(num_slots(prompt.v[i]), at.length, at.age, window)
+        # Repeated per query head: [U (F G) S].
+        mask = prompt_mask(num_slots(prompt.v[i]), jnp.repeat(at.length, cfg.group, axis=1), at.age, window)
         shared = attend_to(folded, prompt.k[i], prompt.v[i], mask)
         return merge(tuple(_unfold(part, each) for part in shared), own)[:, None]
 

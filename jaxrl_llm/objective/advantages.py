@@ -32,6 +32,7 @@ from jaxrl_llm.objective.group_estimators import (
 )
 from jaxrl_llm.objective.statistics import Numbers
 from jaxrl_llm.objective.token_estimators import Gae, GrpoSteps, ReinforcePlusPlus, to_go
+from jaxrl_llm.objective.tree_estimators import Spo, TreePo, TreeRl, TreeRpo
 
 if TYPE_CHECKING:
     from jaxrl_llm.types import Credit, Groups, Scores
@@ -51,6 +52,10 @@ Published = (
     | ReinforcePlusPlus
     | GrpoSteps
     | Gae
+    | TreeRl
+    | TreePo
+    | Spo
+    | TreeRpo
 )
 
 

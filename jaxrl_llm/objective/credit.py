@@ -12,7 +12,8 @@ from jaxrl_llm.objective.config import BaselineOver, ObjectiveConfig, ReusedRows
 from jaxrl_llm.objective.estimator import Estimator, EstimatorInputs, at_tokens
 from jaxrl_llm.objective.reward_kl import RewardKl
 from jaxrl_llm.objective.statistics import Grouping
-from jaxrl_llm.types import Credit, Groups, Scores
+from jaxrl_llm.objective.tree_nodes import Tree
+from jaxrl_llm.types import Credit, Groups, Rollouts, Scores
 
 Advantage = Callable[[Groups, Scores], Credit]
 NO_SCORES, NO_REWARD_KL = Scores(), RewardKl()
@@ -81,11 +82,20 @@ def estimator_credit(
             values=take(scores.values),
             late_reward=penalty if late else None,
             step_reward=take(groups.step_reward),
+            tree=_tree_of(rollouts, counts),
         ),
     )
     advantage, returns = (None if x is None else _put_back(x.astype(np.float32), counts) for x in found)
     advantage = at_tokens(advantage, mask)
     return Credit(advantage, returns, (advantage != 0).any(axis=1) if estimator.drops_zero_advantages else None)
+
+
+def _tree_of(rollouts: Rollouts, counts: Bool[np.ndarray, " B"]) -> Tree | None:
+    """Return which of the rows that count left which; prompts count with all their rows or with none."""
+    if rollouts.trunk is None:
+        return None
+    number = np.cumsum(counts) - 1
+    return Tree(number[rollouts.trunk_rows[counts]], rollouts.fork[counts])
 
 
 def rows_that_count(groups: Groups, baseline_over: BaselineOver) -> Bool[np.ndarray, " B"]:

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxrl_llm.objective.statistics import Grouping, Numbers, Rows
+from jaxrl_llm.objective.tree_nodes import Tree
 
 if TYPE_CHECKING:
     from jaxrl_llm.types import Credit, Groups, Scores
@@ -33,6 +34,8 @@ class EstimatorInputs(NamedTuple):
     step_reward: Completion | None = None
     """Reward at the last token of each step, as in `Groups`. Estimators per token take it instead of `reward`, in which a grader
     counts with the mean of its steps. None: no grader has steps."""
+    tree: Tree | None = None
+    """Which rows left which; None: all are independent."""
 
 
 class AdvantageEstimate(NamedTuple):
@@ -56,6 +59,8 @@ class Estimator:
     """Uses statistics over all groups, so dropping one group changes the others' advantages."""
     uses_returns_to_go: ClassVar[bool] = False
     """Each token is credited with the rewards from it on."""
+    compares_trees: ClassVar[bool] = False
+    """Reads which rows share their beginnings."""
     drops_zero_advantages: ClassVar[bool] = False
     """Rows with all advantages 0 are left out of the loss."""
     reads_reference_logprobs: ClassVar[bool] = False

@@ -2,7 +2,7 @@
 
 from jaxrl_llm.objective.advantages import OwnAdvantage
 from jaxrl_llm.objective.config import ObjectiveConfig
-from jaxrl_llm.objective.group_estimators import BestWorst, Grpo
+from jaxrl_llm.objective.group_estimators import BestWorst, Grpo, MaxRl, PassAtK
 from jaxrl_llm.objective.loss_config import (
     Cispo,
     Clip,
@@ -141,6 +141,40 @@ def taught_refusals(objective: ObjectiveConfig) -> list[str]:
         for what in wrong
         if wrong[what]
     ]
+
+
+def tree_refusals(objective: ObjectiveConfig) -> list[str]:
+    """Return error messages about parts of an objective that need independent responses, or numbers of whole ones: a row of a tree
+    has the log-probs of what it sampled itself."""
+    advantage, loss, found = objective.advantage, objective.loss, []
+    if isinstance(advantage, PassAtK | MaxRl | BestWorst):
+        found.append(
+            f"objective.advantage.kind: got {advantage.kind} with rollout.tree, want tree_rl, tree_po, spo or tree_rpo: it counts "
+            "on whole groups of independent responses"
+        )
+    if objective.reward_kl.weight > 0:
+        found.append(
+            f"objective.reward_kl.weight: got {objective.reward_kl.weight} with rollout.tree, want 0, and objective.loss.kl: a "
+            "token of a tree belongs to several responses, and its KL would count in one"
+        )
+    if advantage.compares_trees and objective.baseline_over != "sampled":
+        found.append(
+            f"objective.baseline_over: got {objective.baseline_over} with {advantage.kind}, want sampled: values of subtrees are "
+            "means over all their responses"
+        )
+    if isinstance(loss, Dpo | OwnLoss):
+        found.append(
+            f"objective.loss.kind: got {loss.kind} with rollout.tree, want policy_gradient: it may compare whole responses"
+        )
+    if not isinstance(loss, PolicyGradient):
+        return found
+    level = getattr(loss.correction, "level", "token")
+    parts = {
+        f"objective.loss.ratio: got {loss.ratio} with rollout.tree, want token": loss.ratio != "token",
+        "objective.loss.surrogate: got gmpo with rollout.tree, want another": isinstance(loss.surrogate, Gmpo),
+        f"objective.loss.correction.level: got {level} with rollout.tree, want token": level != "token",
+    }
+    return found + [f"{text}: a row has a part of a response" for text, is_wrong in parts.items() if is_wrong]
 
 
 def step_refusals(objective: ObjectiveConfig, has_steps: bool) -> list[str]:

@@ -21,6 +21,11 @@ def show(report: Report) -> str:
     if report["control"] != "none":
         control = report["control"]
         head += f"\nrollout.control: {control} is left out of the rollouts: its tables need a tokenizer, and plan reads none"
+    if report["tree"] != "none":
+        head += (
+            f"\nrollout.tree: {report['tree']}: shown is how its roots are sampled; branches follow, whose prompt caches have the "
+            f"{tokens} completion slots too"
+        )
     parts = [head, memory_table(report)]
     if report["compiled"]:
         parts += [traffic_table(report), weights_line(report)]

@@ -30,6 +30,7 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.layout import TRAIN, Layout
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.roles.inputs import Inputs, packing_problems
+from jaxrl_llm.rollout.config import NoTree
 from jaxrl_llm.rollout.control_set import ControlSet
 from jaxrl_llm.rollout.engine import Engine, EngineModel, PromptTokenizer, configured_controls
 from jaxrl_llm.rollout.sample import Vocabulary
@@ -165,7 +166,7 @@ def loss_of(cfg: RunConfig) -> Loss:
 
 
 def uses_of(cfg: RunConfig) -> tuple[str, ...]:
-    """Names of the optional features that a run uses: those of `COLUMNS` (`Column.when`), and steps."""
+    """Names of the optional features that a run uses: those of `COLUMNS` (`Column.when`), steps and trees."""
     rollout, objective = cfg.rollout, cfg.objective
     uses = {
         "truncation": rollout.truncates,
@@ -174,6 +175,7 @@ def uses_of(cfg: RunConfig) -> tuple[str, ...]:
         "reference": objective.reads_reference_logprobs,
         "proximal": "proximal_logprobs" in loss_of(cfg).columns,
         "critic": objective.has_critic,
+        "trees": not isinstance(rollout.tree, NoTree),
         "steps": any(grader.step_end for grader in cfg.reward.graders),
     }
     return tuple(name for name, used in uses.items() if used)

@@ -12,14 +12,15 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from jaxrl_llm.environments.grader_pool import Graded, GraderPool
-from jaxrl_llm.roles.grading import blank_grades, make_groups, merge_requests, samples_of
+from jaxrl_llm.roles.grading import blank_grades, grade, make_groups, merge_requests, samples_of
+from jaxrl_llm.rollout.config import NoTree
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.sample import Controls
 from jaxrl_llm.rollout.session import Session, Stats
 from jaxrl_llm.tasks.rows import Row
 from jaxrl_llm.tasks.stream import completion_limits
 from jaxrl_llm.tasks.task import Task
-from jaxrl_llm.types import Groups, Policy, Prompts, Rollouts
+from jaxrl_llm.types import Groups, Policy, Prompts, Rollouts, join_groups, select_groups
 
 
 class Asked(NamedTuple):
@@ -97,6 +98,8 @@ class Collector:
         Raises:
             GivenUp: `give_up` returned True; no state has changed.
         """
+        if isinstance(asked, Asked) and not isinstance(self.engine.cfg.tree, NoTree):
+            return self._trees(policy, asked, rows, key, give_up, more)
         session = self.engine.session(policy, key)
         grading, none = _Grading(self, session, rows), np.zeros(0, int)
         group: list[int] = []
@@ -129,6 +132,30 @@ class Collector:
         ids = np.argsort(group, kind="stable")
         found = merge_requests(grading.groups(ids, session.take(ids)), np.sort(group))
         return Collected(found, session.stats, grading.waited)
+
+    def _trees(
+        self, policy: Policy, asked: Asked | None, rows: Sequence[Row], key: Key[Array, ""], give_up: Callable[[], bool],
+        more: More | None,
+    ) -> Collected:  # fmt: skip
+        """Graded trees; arguments as in `__call__`. A round of requests is graded as a whole before the next one is asked for."""
+
+        def between() -> None:
+            if give_up():
+                raise GivenUp
+
+        sampler, waited = self.engine.trees(policy, key), 0.0
+        sampler.between = between
+        parts, group = [], []
+        while asked is not None:
+            limit = completion_limits(rows, asked.prompts.row, self.engine.cfg.max_new_tokens)
+            rollouts = sampler.grow(asked.prompts, None, limit, asked.samples)
+            begun = time.perf_counter()
+            parts.append(grade(rollouts, self.task, self.pool, rows).replace(threshold=self.threshold))
+            waited += time.perf_counter() - begun
+            group += asked.group.tolist()
+            asked = more(parts[-1], asked.group) if more else None
+        found = select_groups(join_groups(*parts), np.argsort(group, kind="stable"))
+        return Collected(found, sampler.stats, waited)
 
 
 class _Grading:

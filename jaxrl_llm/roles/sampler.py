@@ -9,7 +9,7 @@ from jaxtyping import Array, Int, Key
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.curricula import Curriculum, Uniform, VisitCount
 from jaxrl_llm.experience.gates import Gate
-from jaxrl_llm.experience.hints import without_hints
+from jaxrl_llm.experience.independent_rows import independent_rows
 from jaxrl_llm.experience.stage_checks import as_array
 from jaxrl_llm.roles.asking import Asking, join_prompts, select_prompts
 from jaxrl_llm.roles.collector import Asked, Collected, never
@@ -187,8 +187,8 @@ class Sampler:
 
     def observe(self, groups: Groups) -> None:
         """Update curriculum, gate, budget and hints with the groups of a step, and with those that `take` left out; none of them
-        sees a response that began with a hint."""
-        groups = without_hints(self.with_rejected(groups))
+        sees a response that began with a hint, or with tokens of another."""
+        groups = independent_rows(self.with_rejected(groups))
         state, stages = self.state, self.stages
         self.state = state._replace(
             choice=stages.curriculum.observe(state.choice, groups),

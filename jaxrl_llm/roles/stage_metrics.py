@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxrl_llm.experience.hints import hinted
+from jaxrl_llm.experience.independent_rows import independent
 from jaxrl_llm.types import Groups
 
 # Groups in which n-grams are counted; sorting all tokens of a large step would take a second.
@@ -18,7 +19,7 @@ def describe_stages(groups: Groups) -> dict[str, float]:
     length and share of right responses, of those without a hint. A filter that keeps short or easy responses shows here.
     """
     rollouts, keep, success = groups.rollouts, groups.keep, groups.measure("success")
-    graded, alone = ~np.isnan(success), ~hinted(groups)
+    graded, alone = ~np.isnan(success), independent(groups)
     found: dict[str, float] = {
         "rollout/samples": np.count_nonzero(rollouts.prompt >= 0),
         "groups/sampled": len(groups.failure),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from jaxrl_llm.environments.worker import Failure
 from jaxrl_llm.errors import UserError
@@ -85,6 +86,8 @@ def _optional(groups: Groups, b: int, n: int) -> dict[str, Any]:
         found["sampled"] = rollouts.sampled[b, :n]
     if groups.hint is not None and groups.hint[b]:
         found["hint_tokens"] = int(groups.hint[b])
+    if rollouts.trunk is not None and rollouts.trunk[b] != rollouts.sample[b]:
+        found |= {"trunk": int(rollouts.trunk[b]), "fork": int(rollouts.fork[b])}
     if rollouts.kept_tokens is not None:
         found["kept_tokens"] = [kept[kept >= 0].tolist() for kept in rollouts.kept_tokens[b, :n]]
     if rollouts.control_state is not None:
@@ -165,8 +168,20 @@ def read_trajectories(
         temperature=np.array([t.temperature for t in in_order], np.float32),
         finish=np.array([Finish[t.finish.upper()] for t in in_order], np.int32),
         **columns,
+        **_trunks(in_order, prompt, sample),
     )
     return _graded(rollouts, ordered, in_order, threshold)
+
+
+def _trunks(
+    found: Sequence[Trajectory], prompt: Int[np.ndarray, " B"], sample: Int[np.ndarray, " B"]
+) -> dict[str, Int[np.ndarray, " B"]]:
+    """`trunk` and `fork`, if a response left another one of the file. Where that one is missing it is as if sampled by itself."""
+    trunk = np.array([t.trunk for t in found], np.int32)
+    there = set(zip(prompt.tolist(), sample.tolist(), strict=True))
+    left = np.array([each in there for each in zip(prompt.tolist(), trunk.tolist(), strict=True)])
+    fork = np.where(left, np.array([t.fork for t in found], np.int32), 0)
+    return {"trunk": np.where(left, trunk, sample), "fork": fork.astype(np.int32)} if left.any() else {}
 
 
 def _prompts(task: Task, found: Sequence[Trajectory], slots: int) -> Prompts:

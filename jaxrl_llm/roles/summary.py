@@ -8,11 +8,12 @@ from jaxtyping import Float
 
 from jaxrl_llm.distribution.control_tables import ControlTables
 from jaxrl_llm.environments.grader_pool import Failure, component_metrics
-from jaxrl_llm.experience.hints import hinted
+from jaxrl_llm.experience.independent_rows import independent
 from jaxrl_llm.roles.allowed_sets import AllowedSet, allowed_in_row
 from jaxrl_llm.roles.stage_metrics import describe_stages
 from jaxrl_llm.roles.stored_rollouts import trajectory_rows
 from jaxrl_llm.roles.task_metrics import describe_forms, describe_tasks
+from jaxrl_llm.roles.tree_metrics import describe_trees
 from jaxrl_llm.roles.updates import as_floats
 from jaxrl_llm.rollout.session import Stats
 from jaxrl_llm.tasks.task import Task
@@ -29,7 +30,7 @@ def describe(groups: Groups, graders: Sequence[str], task: Task | None = None) -
     """
     rollouts, own = groups.rollouts, groups.rollouts.prompt >= 0
     graded = own & (groups.failure == Failure.NONE)[rollouts.prompt]
-    reward, length, alone = groups.reward[graded].astype(np.float64), rollouts.length[own], graded & ~hinted(groups)
+    reward, length, alone = groups.reward[graded].astype(np.float64), rollouts.length[own], graded & independent(groups)
     metrics = {
         "completions/mean_length": length.mean(),
         "completions/min_length": length.min(),
@@ -51,6 +52,8 @@ def describe(groups: Groups, graders: Sequence[str], task: Task | None = None) -
         metrics |= {"reward_std": np.mean(std), "frac_reward_zero_std": np.mean(np.equal(std, 0))}
     if rollouts.control_state is not None:
         metrics["control/forced_share"] = 1 - rollouts.sampled[own].sum() / length.sum()
+    if rollouts.trunk is not None:
+        metrics |= describe_trees(rollouts)
     if groups.step_reward is not None and graded.any():
         metrics["rewards/steps"] = np.count_nonzero(~np.isnan(groups.step_reward[graded])) / np.count_nonzero(graded)
     metrics |= describe_stages(groups)

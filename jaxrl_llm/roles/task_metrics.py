@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Shaped
 
-from jaxrl_llm.experience.hints import hinted
+from jaxrl_llm.experience.independent_rows import independent
 from jaxrl_llm.tasks.stream import rows_asked
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Groups
@@ -38,7 +38,7 @@ def _of_each(prefix: str, names: Iterable[str], groups: Groups, of_group: Shaped
     found = {}
     for name in names:
         rows = (rollouts.prompt >= 0) & (of_group == name)[rollouts.prompt]
-        graded = rows & ~np.isnan(reward) & ~hinted(groups)
+        graded = rows & ~np.isnan(reward) & independent(groups)
         found[f"{prefix}/{name}/groups"] = float(np.mean(of_group == name))
         if rows.any():
             found[f"{prefix}/{name}/mean_length"] = float(rollouts.length[rows].mean())

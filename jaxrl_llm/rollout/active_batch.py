@@ -23,7 +23,7 @@ from jaxrl_llm.rollout.output import OutputBuffer
 from jaxrl_llm.rollout.programs import Programs
 from jaxrl_llm.rollout.requests import QueuedGroup, Request
 from jaxrl_llm.rollout.sample import Controls
-from jaxrl_llm.types import PyTree
+from jaxrl_llm.types import Prompts, PyTree
 
 # Keys written to the rings, beyond which their number is reduced: it is an int32 on the device.
 MANY_KEYS = 2**30
@@ -39,11 +39,9 @@ class ActiveBatch:
         self.window, self.count = sizes.windows[0], 0
         """Slots of the rings, and keys written to them."""
         self.prompt = self.suffix = None
-        self.groups, self.rows, self.requests = (
-            _empty(0, sizes.rows_per_group),
-            np.zeros((0, sizes.rows_per_group), int),
-            [],
-        )
+        self.groups, self.rows = _empty(0, sizes.rows_per_group), np.zeros((0, sizes.rows_per_group), int)
+        self.placed: list[QueuedGroup | None] = []
+        """What each slot was filled with."""
 
     @property
     def num_slots(self) -> int:
@@ -90,25 +88,26 @@ class ActiveBatch:
     def _place(self, slot: int, group: QueuedGroup) -> None:
         """Write the arrays of a slot. The last known token is what the first step reads."""
         groups, request, prompt = self.groups, group.request, group.request.prompt
-        self.requests[slot], self.rows[slot] = request, group.rows
-        groups.uid[slot], groups.first[slot] = prompt.uid, request.first_sample + group.first
-        groups.length[slot], groups.age[slot] = prompt.length - 1, group.age
-        groups.done[slot], groups.last[slot] = group.rows < 0, prompt.tokens[prompt.length - 1]
-        groups.state[slot] = np.where(group.rows >= 0, self.output.state[group.rows], 0)
-        if group.age:
-            groups.last[slot] = np.where(group.rows >= 0, self.output.columns["tokens"][group.rows, group.age - 1], 0)
+        self.placed[slot], self.rows[slot] = group, group.rows
+        groups.uid[slot], groups.age[slot], groups.done[slot] = prompt.uid, group.age, group.rows < 0
         own = slice(group.first, group.first + self.sizes.rows_per_group)
-        for name, column in vars(groups.controls).items():
-            values = getattr(request.controls, name)[own]
-            column[slot, : len(values)] = values
+        columns = {"sample": request.sample, "begin": request.begin, **vars(request.controls)}
+        for name, values in columns.items():
+            column = getattr(groups if name in ("sample", "begin") else groups.controls, name)
+            column[slot, : len(values[own])] = values[own]
+        groups.length[slot] = prompt.length - 1 + groups.begin[slot]
+        known = groups.begin[slot] + group.age
+        tokens = self.output.columns["tokens"][group.rows, np.maximum(known - 1, 0)]
+        groups.last[slot] = np.where(known > 0, tokens, prompt.tokens[prompt.length - 1])
+        groups.state[slot] = np.where(group.rows >= 0, self.output.state[group.rows], 0)
         if self.output.turn[request.rows].any():
             # A budget counts from the beginning of the policy's own turn.
             turn = np.where(group.rows >= 0, self.output.turn[group.rows], 0)
             groups.controls.budget[slot] = np.minimum(groups.controls.budget[slot], UNLIMITED - turn) + turn
 
     def _prefill(self, params: PyTree, admitted: list[list[Request]]) -> PromptCache:
-        """Return the prompt KV cache of the admitted prompts of each shard, padded with empty prompts."""
-        sequences = [[request.prompt.tokens[: request.prompt.length - 1] for request in own] for own in admitted]
+        """Return the prompt KV cache of the admitted requests' prompts and trunks of each shard, padded with empty prompts."""
+        sequences = [[_tokens(request.prompt, request.trunk)[:-1] for request in own] for own in admitted]
         num = smallest(self.sizes.prompts, max(map(len, admitted)) * self.sizes.shards)
         return self._read("prefill", params, num, sequences, self.sizes.prompt_slots)
 
@@ -180,7 +179,7 @@ class ActiveBatch:
                 for i, (slot, lane) in enumerate(own):
                     place[:, shard, i] = (
                         slot % per_shard * lanes + lane,
-                        self.groups.length[slot],
+                        self.groups.length[slot, lane],
                         self.groups.age[slot],
                     )
             new = self._read("read_rows", params, num, sequences, sizes.row_slots)
@@ -189,9 +188,9 @@ class ActiveBatch:
 
     def _known(self, slot: int, lane: int) -> Int[np.ndarray, " n"]:
         """Tokens of a row whose keys are known: all but the last, which the first step reads."""
-        prompt, age = self.requests[slot].prompt, self.groups.age[slot]
-        tokens = self.output.columns["tokens"][self.rows[slot, lane], : age - 1]
-        return np.concatenate([prompt.tokens[: prompt.length], tokens])
+        known = self.groups.begin[slot, lane] + self.groups.age[slot]
+        tokens = self.output.columns["tokens"][self.rows[slot, lane], : known - 1]
+        return _tokens(self.placed[slot].request.prompt, tokens)
 
     def compact(self) -> None:
         """Shrink to the smallest size that holds the active groups."""
@@ -221,8 +220,8 @@ class ActiveBatch:
         blank = _empty(1, self.sizes.rows_per_group)
         self.groups = jax.tree.map(lambda x, more: np.concatenate([x, more])[kept], self.groups, blank)
         self.rows = np.concatenate([self.rows, np.full((1, self.sizes.rows_per_group), -1)])[kept]
-        requests = [*self.requests, None]
-        self.requests = [requests[i] for i in kept]
+        placed = [*self.placed, None]
+        self.placed = [placed[i] for i in kept]
 
     def decode(self, params: PyTree, key: jax.Array, tables: ControlTables | None) -> ChunkResult:
         """Decode one chunk.
@@ -251,7 +250,7 @@ class ActiveBatch:
         which grow if they are full of keys that active rows attend to."""
         active, interval = self.active, self.decoding.interval
         age = int(self.groups.age[active].max())
-        need = int((self.groups.limit.max(axis=1) - self.groups.age)[active].max())
+        need = int(((self.groups.limit - self.groups.begin).max(axis=1) - self.groups.age)[active].max())
         steps = min(self.decoding.steps, -(-need // interval) * interval)
         self._widen(age)
         return (
@@ -272,7 +271,7 @@ class ActiveBatch:
         done = (self.rows < 0) | self.output.ended[self.rows]
         self.groups = self.groups.replace(done=done)
         gone = np.flatnonzero(self.active & done.all(axis=1))
-        left = [self.requests[slot] for slot in gone]
+        left = [self.placed[slot].request for slot in gone]
         for slot in gone:
             self._free(slot)
         return left
@@ -281,16 +280,15 @@ class ActiveBatch:
         """Free the slots of these requests, or all slots. Returns their groups as they would be queued again."""
         found = []
         for slot in np.flatnonzero(self.active):
-            request, groups = self.requests[slot], self.groups
-            if requests is None or request in requests:
+            placed, groups = self.placed[slot], self.groups
+            if requests is None or placed.request in requests:
                 rows = np.where(groups.done[slot], -1, self.rows[slot])
-                first = int(groups.first[slot]) - request.first_sample
-                found.append(QueuedGroup(request, first, rows, int(groups.age[slot])))
+                found.append(placed._replace(rows=rows, age=int(groups.age[slot])))
                 self._free(slot)
         return found
 
     def _free(self, slot: int) -> None:
-        self.rows[slot], self.groups.done[slot], self.requests[slot] = -1, True, None
+        self.rows[slot], self.groups.done[slot], self.placed[slot] = -1, True, None
 
     def _put(self, tree: PyTree) -> PyTree:
         return hosts.put(tree, self.layout.sharding(("rows",)))
@@ -304,5 +302,10 @@ def _empty(slots: int, lanes: int) -> SequenceGroups:
     i32 = lambda *shape: np.zeros(shape, np.int32)  # noqa: E731
     f32, rows = np.ones((slots, lanes), np.float32), (slots, lanes)
     controls = Controls(f32, f32.copy(), i32(*rows), 0 * f32, i32(*rows), i32(*rows), i32(*rows))
-    each = [i32(slots) for _ in range(4)]
-    return SequenceGroups(*each, i32(*rows), i32(*rows), controls, i32(*rows), np.ones(rows, bool))
+    each = [i32(*rows) for _ in range(5)]
+    return SequenceGroups(i32(slots), i32(slots), *each, controls, i32(*rows), np.ones(rows, bool))
+
+
+def _tokens(prompt: Prompts, completion: Int[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
+    """Tokens of one prompt and behind it."""
+    return np.concatenate([prompt.tokens[: prompt.length], completion])

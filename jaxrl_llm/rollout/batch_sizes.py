@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.parallel.layout import Layout
-from jaxrl_llm.rollout.config import RolloutConfig
+from jaxrl_llm.rollout.config import NoTree, RolloutConfig
 
 # Minimum rows after compaction: with fewer, matrix products round differently, and reading the weights dominates anyway.
 MIN_ROWS = 8
@@ -30,8 +30,11 @@ class BatchSizes:
     groups_per_prompt: int
     windows: tuple[int, ...]
     prompt_slots: tuple[int, ...]
+    """Possible lengths of prompts, and of trunks behind them."""
     row_slots: tuple[int, ...]
     """Possible lengths of prompt and known tokens of a row that is read again."""
+    trunk_slots: int = 0
+    """Slots of the prompt cache for completion tokens that several rows begin with."""
 
     def groups(self, prompts: int) -> int:
         """Return the number of sequence groups of `prompts` prompts."""
@@ -41,6 +44,20 @@ class BatchSizes:
     def group_counts(self) -> tuple[int, ...]:
         """Possible numbers of sequence groups in the active batch, largest first."""
         return tuple(map(self.groups, self.prompts))
+
+    def for_branches(self, lanes: int, samples: int, slots: int) -> "BatchSizes":
+        """Return the sizes for rows whose prompt caches hold trunks too.
+
+        Args:
+            lanes: rows per trunk that are decoded together.
+            samples: G, rows per prompt.
+            slots: C, completion slots.
+        """
+        trunks = -(-self.prompts[0] * samples // (self.shards * lanes))
+        prompts = tuple(n * self.shards for n in halved(trunks, lanes))
+        # A trunk is read for its rows alone, so its padding costs more than another program.
+        trunk = doubled(self.row_slots[0], self.row_slots[-1], 2)
+        return BatchSizes(self.shards, prompts, lanes, 1, self.windows, trunk, self.row_slots, trunk_slots=slots)
 
     @staticmethod
     def of(cfg: RolloutConfig, window: int, prompt_slots: int, max_window: int, shards: int) -> "BatchSizes":
@@ -53,15 +70,22 @@ class BatchSizes:
             max_window: largest attention window of the model's layers.
             shards: row shards.
         """
-        engine, rows_per_group = cfg.engine, cfg.engine.rows_per_prompt_cache or cfg.samples
-        halves = [-(-min(engine.max_concurrent_prompts or cfg.prompts, cfg.prompts) // shards)]
-        while len(halves) <= HALVINGS and halves[-1] > 1 and -(-halves[-1] // 2) * cfg.samples >= MIN_ROWS:
-            halves.append(-(-halves[-1] // 2))
+        engine, samples = cfg.engine, cfg.samples if isinstance(cfg.tree, NoTree) else cfg.tree.roots
+        rows_per_group = min(cfg.engine.rows_per_prompt_cache or samples, samples)
+        halves = halved(-(-min(engine.max_concurrent_prompts or cfg.prompts, cfg.prompts) // shards), samples)
         most = min(cfg.max_new_tokens, max_window)
         windows = doubled(min(window, most), most, 2)
         prompts, rows = (doubled(min(MIN_PROMPT, n), n, 4) for n in (prompt_slots, prompt_slots + cfg.max_new_tokens))
-        batches, per_prompt = tuple(n * shards for n in halves), -(-cfg.samples // rows_per_group)
+        batches, per_prompt = tuple(n * shards for n in halves), -(-samples // rows_per_group)
         return BatchSizes(shards, batches, rows_per_group, per_prompt, windows, prompts, rows)
+
+
+def halved(most: int, rows: int) -> list[int]:
+    """Return most, most / 2, ..., as far as compaction goes; `rows`: of each."""
+    found = [most]
+    while len(found) <= HALVINGS and found[-1] > 1 and -(-found[-1] // 2) * rows >= MIN_ROWS:
+        found.append(-(-found[-1] // 2))
+    return found
 
 
 def doubled(least: int, most: int, factor: int) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from jaxrl_llm.control.config import Control, NoControl
 from jaxrl_llm.parallel.config import MeshConfig
@@ -61,6 +61,58 @@ class PerSample:
     """Empty: that of `rollout`. A row with 1 still keeps `max_kept_tokens` tokens at most if another row truncates."""
 
 
+BRANCH_SCORES = ("entropy", "surprisal", "random")
+
+
+@dataclass(frozen=True)
+class NoTree:
+    """Rows of a prompt are sampled independently."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    kind: Literal["none"] = "none"
+
+
+@dataclass(frozen=True)
+class PointTree:
+    """Rows leave others at chosen tokens. With M roots, N points per root and T branches per point, a prompt has M (1 + N T L)
+    rows after L rounds: of `samples`, those beside the roots are branches. EPTree of TreeRL (arXiv 2506.11902) and FR3E
+    (arXiv 2507.07017, one root) are of this form."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    kind: Literal["points"] = "points"
+    roots: Count = 2
+    """M, rows of a prompt that are sampled from the prompt on. Where a budget gives another number of rows, the same share."""
+    branches: Count = 2
+    """T, rows that leave another at the same token."""
+    rounds: Count = 1
+    """L, rounds of branching: later ones may leave the branches of earlier ones."""
+    by: str = "entropy"
+    """Rows are left before tokens where this is largest: entropy, of the distribution; surprisal, -log p of the token, which makes
+    the leaves' mean reward biased; random; or "module:function" of rollouts, one number per token."""
+
+
+@dataclass(frozen=True)
+class SegmentTree:
+    """Rows are left at fixed distances: every `tokens` tokens each path becomes `width` paths, until the prompt has its `samples`
+    rows; if paths end before, the rest leaves them at random borders, as in TreePO (arXiv 2508.17445). SPO (arXiv 2505.23564) has
+    such trees too."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    kind: Literal["segments"] = "segments"
+    tokens: Count = 128
+    """Tokens per segment."""
+    width: Annotated[int, Ge(2)] = 2
+    """Paths that a path becomes at the end of a segment."""
+    roots: Count = 1
+    """Rows of a prompt that are sampled from the prompt on."""
+
+
+Tree = Annotated[NoTree | PointTree | SegmentTree, Field(discriminator="kind")]
+
+
 @dataclass(frozen=True)
 class RolloutConfig:
     """Sampling of G completions for each of P prompts."""
@@ -91,6 +143,8 @@ class RolloutConfig:
     """Stop strings: a completion ends with the token that completes one of them. They may contain special tokens."""
     control: Control = field(default_factory=NoControl)
     """What responses may consist of; also the distribution that is scored."""
+    tree: Tree = field(default_factory=NoTree)
+    """How the rows of a prompt share their beginnings."""
     raw_logprobs: bool = False
     """Also record each token's log-probability under the untruncated distribution."""
     per_sample: PerSample = field(default_factory=PerSample)
@@ -104,6 +158,16 @@ class RolloutConfig:
     def controlled(self) -> bool:
         """True if what may be sampled depends on a row's state."""
         return self.min_new_tokens > 0 or self.control.kind != "none"
+
+    @property
+    def rows_per_trunk(self) -> int:
+        """Rows that leave a trunk in one round of the configured tree, about: a power of two. 1 without a tree."""
+        tree, rows = self.tree, 1
+        if isinstance(tree, PointTree):
+            rows = max(-(-(self.samples - tree.roots) // (tree.rounds * tree.roots)), 1)
+        if isinstance(tree, SegmentTree):
+            rows = tree.width
+        return min(1 << (rows - 1).bit_length(), self.samples)
 
     def max_kept_of(self, num_tokens: int) -> int:
         """Return the maximum tokens kept per sampled token, for a vocabulary of `num_tokens`; 0 without truncation."""

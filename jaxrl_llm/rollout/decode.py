@@ -26,12 +26,14 @@ class SequenceGroups(flax.struct.PyTreeNode):
     """The active batch without its KV caches: small arrays that the host knows between chunks."""
 
     uid: Int[ArrayLike, " U"]
-    first: Int[ArrayLike, " U"]
-    """Sample number of the group's first row."""
-    length: Int[ArrayLike, " U"]
-    """Prompt tokens excluding the last one, which the first step reads."""
     age: Int[ArrayLike, " U"]
-    """Decode steps completed: the completion slot that the next token fills."""
+    """Decode steps completed."""
+    sample: Int[ArrayLike, "U F"]
+    """Sample number."""
+    length: Int[ArrayLike, "U F"]
+    """Tokens of the prefix that the row attends to, excluding the last one, which the first step reads."""
+    begin: Int[ArrayLike, "U F"]
+    """Completion tokens of the prefix: the row's step number `age` fills completion slot `begin + age`."""
     limit: Int[ArrayLike, "U F"]
     """Maximum completion tokens."""
     state: Int[ArrayLike, "U F"]
@@ -118,8 +120,8 @@ class ActiveRows(NamedTuple):
 
     groups: SequenceGroups
     """At the start of the chunk."""
-    age: Int[Array, " B"]
-    """As in `groups`, per row."""
+    slot: Int[Array, " B"]
+    """Completion slot that the first step fills."""
     drawing: Drawing
     prompt: PromptCache
     """KV cache of each sequence group's prompt."""
@@ -139,12 +141,12 @@ def step(params: PyTree, rows: ActiveRows, state: DecodeState, decoding: Decodin
     Returns:
         The carry after the step.
     """
-    groups, age, active = rows.groups, rows.age + state.steps, ~state.done
+    groups, slot, active = rows.groups, rows.slot + state.steps, ~state.done
     position = DecodePosition(count=rows.count + state.steps, length=groups.length, age=groups.age + state.steps)
     raw, suffix = decode(params, state.last, position, rows.prompt, state.suffix, decoding.model, decoding.layout)
     with jax.named_scope("draw"):
-        line, control, ended = draw(rows.drawing, age, raw, state.control, state.done, state.any_active, decoding)
-    done = decoding.vocab.ends(line.tokens) | ended | (age + 1 >= rows.drawing.limit)
+        line, control, ended = draw(rows.drawing, slot, raw, state.control, state.done, state.any_active, decoding)
+    done = decoding.vocab.ends(line.tokens) | ended | (slot + 1 >= rows.drawing.limit)
     return DecodeState(
         steps=state.steps + 1,
         any_active=state.any_active,
@@ -157,27 +159,27 @@ def step(params: PyTree, rows: ActiveRows, state: DecodeState, decoding: Decodin
 
 
 def draw(
-    rows: Drawing, age: Int[Array, " B"], raw: Float[Array, "B V"], control: Int[Array, " B"], done: Bool[Array, " B"],
+    rows: Drawing, slot: Int[Array, " B"], raw: Float[Array, "B V"], control: Int[Array, " B"], done: Bool[Array, " B"],
     any_active: Bool[Array, ""], decoding: Decoding,
 ) -> tuple[DecodedChunk, Int[Array, " B"], Bool[Array, " B"]]:  # fmt: skip
     """Return one line of a chunk, the state of each row's control behind its token, and which rows the control ends.
 
     Args:
         rows: whose token is drawn.
-        age: the completion slot that each row fills.
+        slot: the completion slot that each row fills.
         raw: logits of the model.
         control: state of each row in the control tables.
         done: rows that have finished, whose results are unused.
         any_active: False if all have.
         decoding: static settings.
     """
-    sample = partial(sample_tokens, rows.keys, age, raw, rows.controls, any_active, decoding)
+    sample = partial(sample_tokens, rows.keys, slot, raw, rows.controls, any_active, decoding)
     if rows.tables is None:
         drawn = sample()
         of = ControlledToken(drawn.token, None, None, control, jnp.zeros_like(done))
     else:
         # In a finished row everything is allowed: without a token its log-probs would be NaN.
-        before, code = before_token(rows.tables, jnp.where(done, 0, control), age, rows.limit, rows.controls)
+        before, code = before_token(rows.tables, jnp.where(done, 0, control), slot, rows.limit, rows.controls)
         allowed = allowed_tokens(rows.tables, jnp.where(done, 0, code))
         drawn = sample(allowed.replace(classes=rows.classes))
         of = after_token(rows.tables, before, code, drawn.token)
@@ -212,10 +214,10 @@ def make_decode_chunk(decoding: Decoding) -> DecodeChunk:
     def decode_chunk(params, suffix, prompt, groups, inputs):
         shape, (key, count, steps, tables) = groups.last.shape, inputs
         flat = lambda x: x.reshape(-1)  # noqa: E731
-        keys = row_keys(jax.random.wrap_key_data(key), groups.uid, groups.first, shape[1])
+        keys = row_keys(jax.random.wrap_key_data(key), groups.uid, groups.sample)
         controls = jax.tree.map(flat, groups.controls)
         drawing = Drawing.of(flat(groups.limit), controls, keys, tables, decoding.layout)
-        rows = ActiveRows(groups, jnp.repeat(groups.age, shape[1]), drawing, prompt, count)
+        rows = ActiveRows(groups, flat(groups.begin + groups.age[:, None]), drawing, prompt, count)
 
         def one_interval(state: DecodeState) -> DecodeState:
             one_step = lambda _, state: step(params, rows, state, decoding)  # noqa: E731

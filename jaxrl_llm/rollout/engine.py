@@ -21,13 +21,15 @@ from jaxrl_llm.parallel.config import divisors
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.rollout.batch_sizes import BatchSizes, first_window, smallest
 from jaxrl_llm.rollout.built_control import build_control, limit_problem
-from jaxrl_llm.rollout.config import RolloutConfig
+from jaxrl_llm.rollout.config import NoTree, RolloutConfig
 from jaxrl_llm.rollout.control_set import ControlSet
 from jaxrl_llm.rollout.programs import ProgramName, Programs
 from jaxrl_llm.rollout.requests import PromptsLike, PromptTokenizer, as_prompts, controls_for
 from jaxrl_llm.rollout.reuse import Reused, reuse
 from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary
 from jaxrl_llm.rollout.session import Session
+from jaxrl_llm.rollout.tree import Branches, lanes_for
+from jaxrl_llm.rollout.tree_sampler import TreeSampler
 from jaxrl_llm.types import Policy, Rollouts
 
 KINDS = get_args(get_args(Control)[0])
@@ -66,6 +68,8 @@ class Engine:
         self.model, self.cfg, self.prompt_slots = model, with_options(cfg or RolloutConfig(), options), prompt_slots
         self.sizes: BatchSizes | None = None
         self.control_set = configured_controls(model, self.cfg)
+        self.branching: dict[int, tuple[BatchSizes, Programs]] = {}
+        """Sizes and programs of sessions whose rows share a trunk, by rows per trunk."""
         if prompt_slots:
             self._fit(prompt_slots)
 
@@ -81,6 +85,7 @@ class Engine:
         self.decoding = Decoding(config, layout, vocab, steps, interval, max_kept_tokens, cfg.raw_logprobs)
         form = choose_cache_format(cfg.engine.attention, cfg.engine.cache, config, layout)
         self.programs = Programs(self.decoding, Caching(prompt_slots, cfg.engine.prefill_chunk, form), self.sizes)
+        self.branching.clear()
 
     def controls(
         self, prompts: int, temperature: float | None = None, control: Control | Sequence[Control] | None = None
@@ -149,11 +154,32 @@ class Engine:
         """
         prompts = as_prompts(prompts, self.model.tokenizer, self.model.vocab, 0)
         self._make_room(prompts.tokens.shape[1])
+        if not isinstance(self.cfg.tree, NoTree):
+            return self.trees(policy, key).grow(prompts, controls, limit)
         session = self.session(policy, key)
         ids = session.add(prompts, controls=controls, limit=limit)
         while session.pending:
             session.advance()
         return session.take(ids)
+
+    def trees(self, policy: Policy, key: Key[Array, ""]) -> TreeSampler:
+        """Return what samples trees from a policy. `key`: random key of all tokens."""
+
+        def session(branches: Branches | None) -> Session:
+            if branches is None:
+                return self.session(policy, key)
+            sizes, programs = self._for_branches(lanes_for(branches, self.cfg))
+            return Session(self.cfg, sizes, programs, self.model.tokenizer, self.control_set, policy, key)
+
+        return TreeSampler(session, policy, key)
+
+    def _for_branches(self, lanes: int) -> tuple[BatchSizes, Programs]:
+        """Return sizes and programs of sessions with so many rows per trunk."""
+        if lanes not in self.branching:
+            sizes = self.sizes.for_branches(lanes, self.cfg.samples, self.cfg.max_new_tokens)
+            caching = self.programs.caching._replace(prompt_slots=sizes.prompt_slots[-1])
+            self.branching[lanes] = sizes, Programs(self.decoding, caching, sizes)
+        return self.branching[lanes]
 
     def reuse(
         self, policy: Policy, known: Rollouts, key: Key[Array, ""], controls: Controls | None = None,
@@ -178,6 +204,31 @@ class Engine:
         """
         self._make_room(known.prompts.tokens.shape[1] if isinstance(known, Rollouts) else 0)
         return reuse(self.session(policy, key), known, controls, limit)
+
+    def branch(
+        self, policy: Policy, rollouts: Rollouts, branches: Branches, key: Key[Array, ""], controls: Controls | None = None,
+        limit: int | Int[np.ndarray, " n"] | None = None,
+    ) -> Rollouts:  # fmt: skip
+        """Sample further rows that begin with tokens of earlier ones, whose keys and values all rows of a trunk share.
+
+        Args:
+            policy: the sampling policy, the one that sampled the rollouts.
+            rollouts: of this engine; their rows may have ended or not, and have branches of their own.
+            branches: which rows to leave, and where, one new row for each; and which rows continue themselves.
+            key: random key of the call that sampled the rollouts. New rows have new sample numbers, and so their own noise.
+            controls: sampling parameters of each row of the rollouts, which hold for its branches too; the configured ones by
+                default.
+            limit: maximum completion tokens of all rows that are sampled, or of each; `max_new_tokens` by default.
+
+        Returns:
+            The rollouts with the new rows, those of each prompt behind its earlier ones. `trunk` and `fork` say what they share.
+
+        Raises:
+            UserError: not rollouts.
+            ValueError: no branches, branches of rows or behind tokens that do not exist, or a limit out of range.
+        """
+        self._make_room(rollouts.prompts.tokens.shape[1] if isinstance(rollouts, Rollouts) else 0)
+        return self.trees(policy, key).branch(rollouts, branches, controls, limit)
 
     def _make_room(self, slots: int) -> None:
         """Fit the engine to prompts of `slots` tokens, if their maximum was left open."""
@@ -228,8 +279,24 @@ class Engine:
         return found
 
     def warm(self, policy: Policy, prompts: int | None = None) -> None:
-        """Compile the programs of calls with `prompts` prompts; by default, of sessions, and so of all calls."""
+        """Compile the programs of calls with `prompts` prompts; by default, of sessions, and so of all calls. If the config has a
+        tree, those of branches too."""
         self.programs.warm(policy.params, self.session_names() if prompts is None else self.names(prompts))
+        if not isinstance(self.cfg.tree, NoTree):
+            sizes, programs = self._for_branches(self.cfg.rows_per_trunk)
+            programs.warm(policy.params, self._branch_names(sizes))
+
+    def _branch_names(self, sizes: BatchSizes) -> list[ProgramName]:
+        """Return all programs that a session of branches may run."""
+        prompts, groups, windows = sizes.prompts, sizes.group_counts, sizes.windows
+        found: list[ProgramName] = [("prefill", n, s) for n in prompts for s in sizes.prompt_slots]
+        found += [("broadcast_prefix", n, u) for n in prompts for u in groups]
+        found += [("insert_prefix", u, n) for n in prompts for u in groups]
+        found += [("empty_suffix", u, windows[0]) for u in groups]
+        found += [("decode_chunk", u, w, *self._table_sizes) for u in groups for w in windows]
+        found += [("extend_suffix", u, w, wider) for u in groups for w, wider in pairwise(windows)]
+        found += [("compact", u, v, w) for u in groups for v in groups if v < u for w in windows]
+        return found
 
 
 def configured_controls(model: EngineModel, cfg: RolloutConfig) -> ControlSet:

@@ -160,16 +160,18 @@ class OutputBuffer:
         self.end_at_limit(rows[rows >= 0])
         return len(row)
 
-    def stop(self, rows: Int[np.ndarray, " B"], seen: int, stop: tuple[str, ...], texts_of: TextDecoder) -> None:
+    def stop(
+        self, rows: Int[np.ndarray, " B"], seen: Int[np.ndarray, " B"], stop: tuple[str, ...], texts_of: TextDecoder
+    ) -> None:
         """End each row at the token that completes a stop string. Tokens between two forced ones are a text of their own.
 
         Args:
             rows: rows of the buffer.
-            seen: number of leading tokens already searched without a match.
+            seen: number of each row's leading tokens already searched without a match.
             stop: stop strings.
             texts_of: decodes token ids.
         """
-        for row in rows.tolist():
+        for row, seen in zip(rows.tolist(), seen.tolist(), strict=True):  # noqa: B020
             length = int(self.length[row])
             forced = np.flatnonzero(~self.columns["sampled"][row, :length]).tolist()
             for start, behind in zip([0, *(slot + 1 for slot in forced)], [*forced, length], strict=True):

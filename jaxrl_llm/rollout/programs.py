@@ -176,7 +176,7 @@ class Programs:
         suffix, number = self._suffix(groups, window), self._array((), jnp.int32)
         i32, rows = self._ints(groups), self._ints(groups, self.rows_per_group)
         batch = SequenceGroups(
-            uid=i32, first=i32, length=i32, age=i32, limit=rows, state=rows, last=rows,
+            uid=i32, age=i32, sample=rows, length=rows, begin=rows, limit=rows, state=rows, last=rows,
             done=self._array(rows.shape, bool, "rows", None),
             controls=self._controls(*rows.shape),
         )  # fmt: skip

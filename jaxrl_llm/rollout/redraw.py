@@ -109,7 +109,7 @@ def make_redraw(decoding: Decoding, caching: Caching, slots: int) -> Callable[..
 
 
 def _keys(key: UInt32[Array, " k"], rows: KnownRows) -> Key[Array, " R"]:
-    return row_keys(jax.random.wrap_key_data(key), rows.uid, rows.sample, 1)
+    return row_keys(jax.random.wrap_key_data(key), rows.uid, rows.sample[:, None])
 
 
 def known_rows(

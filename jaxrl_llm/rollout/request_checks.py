@@ -54,16 +54,16 @@ def limits_of(
 
     Args:
         name: in the error message.
-        given: per prompt, or per row.
+        given: per prompt, or per row, [P G] or [B].
         size: rows per prompt.
         most: largest number.
         why: end of the error message.
     """
     given = np.asarray(given)
-    fits = given.shape in (size.shape, (len(size), size[0])) and given.dtype.kind in "iu"
+    fits = given.shape in (size.shape, (len(size), size[0]), (size.sum(),)) and given.dtype.kind in "iu"
     if not fits or not ((given >= 1) & (given <= most)).all():
         raise ValueError(f"{name}: got {given.tolist()}, want {len(size)} numbers from 1 to {most}{why}")
-    return np.repeat(given, size) if given.ndim == 1 else given.reshape(-1)
+    return np.repeat(given, size) if given.shape == size.shape else given.reshape(-1)
 
 
 def check_controls(controls: Controls, size: Int[np.ndarray, " P"], truncates: bool) -> None:

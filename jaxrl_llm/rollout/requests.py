@@ -50,11 +50,15 @@ class Request:
     """One prompt: arrays without the dimension P."""
     controls: Controls
     """One number per row, [G]."""
-    first_sample: int
-    """Sample number of the first row."""
+    sample: Int[np.ndarray, " G"]
+    """Sample numbers."""
     rows: Int[np.ndarray, " G"]
     """Rows of the output buffer."""
     stop: tuple[str, ...]
+    trunk: Int[np.ndarray, " n"]
+    """Completion tokens whose keys and values the rows share, as those of the prompt."""
+    begin: Int[np.ndarray, " G"]
+    """Leading tokens of the trunk that each row begins with."""
     groups: int = 0
     """Sequence groups that are queued or active; 0: nothing of it is decoded."""
 
@@ -68,13 +72,13 @@ class QueuedGroup(NamedTuple):
     rows: Int[np.ndarray, " F"]
     """Row of the output buffer in each lane; -1: none."""
     age: int
-    """Completion tokens known so far, the same number in all rows."""
+    """Completion tokens known so far beside those of the trunk, the same number in all rows."""
 
 
 def split(
     request: Request, lanes: int, unfinished: Bool[np.ndarray, " G"], length: Int[np.ndarray, " G"]
 ) -> Iterator[QueuedGroup]:
-    """Yield the sequence groups of the unfinished rows. A lane is a sample number, so its noise does not depend on the split.
+    """Yield the sequence groups of the unfinished rows.
 
     Args:
         request: the request.
@@ -84,10 +88,28 @@ def split(
     """
     for first in range(0, len(request.rows), lanes):
         at = slice(first, first + lanes)
-        for age in np.unique(length[at][unfinished[at]]):
+        own = length[at] - request.begin[at]
+        for age in np.unique(own[unfinished[at]]):
             rows = np.full(lanes, -1)
-            rows[: len(request.rows[at])] = np.where(unfinished[at] & (length[at] == age), request.rows[at], -1)
+            rows[: len(request.rows[at])] = np.where(unfinished[at] & (own == age), request.rows[at], -1)
             yield QueuedGroup(request, first, rows, int(age))
+
+
+def shared_tokens(
+    tokens: Int[np.ndarray, "G C"], length: Int[np.ndarray, " G"], slides: bool
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " G"]]:
+    """Return the known tokens of the longest of a prompt's rows, as far as others share them, and how many each row begins with.
+
+    Args:
+        tokens: of each row.
+        length: known tokens.
+        slides: the model has layers with a sliding window, which keep the last keys alone: all rows begin with the same tokens.
+    """
+    longest = tokens[length.argmax()]
+    equal = (tokens == longest) & (np.arange(tokens.shape[1]) < length[:, None])
+    begin = np.cumprod(equal, axis=1, dtype=np.int32).sum(axis=1, dtype=np.int32)
+    begin = np.full_like(begin, begin.min()) if slides else begin
+    return longest[: begin.max()], begin
 
 
 def as_prompts(given: PromptsLike, tokenizer: PromptTokenizer | None, vocab: Vocabulary, first_uid: int) -> Prompts:

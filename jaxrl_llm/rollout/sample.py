@@ -105,19 +105,17 @@ class SampledTokens(NamedTuple):
         )  # fmt: skip
 
 
-def row_keys(key: Key[Array, ""], uid: Int[Array, " U"], first: Int[Array, " U"], num_rows: int) -> Key[Array, " B"]:
+def row_keys(key: Key[Array, ""], uid: Int[Array, " U"], sample: Int[Array, "U F"]) -> Key[Array, " B"]:
     """Return one key per row, derived from (key, prompt uid, sample number) and independent of the other rows.
 
     Args:
         key: the key of the step.
         uid: prompt uid of each sequence group.
-        first: sample number of the first row of each sequence group.
-        num_rows: rows per sequence group.
+        sample: sample number of each row.
     """
     fold = jax.vmap(jax.random.fold_in)
     per_group = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, uid)
-    number = first[:, None] + jnp.arange(num_rows)
-    return fold(jnp.repeat(per_group, num_rows), number.reshape(-1))
+    return fold(jnp.repeat(per_group, sample.shape[1]), sample.reshape(-1))
 
 
 class FullDistribution(NamedTuple):

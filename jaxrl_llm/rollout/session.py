@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.model.cache import UNLIMITED, attention_windows
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.perf.work import Work, decode_step, weight_bytes
 from jaxrl_llm.rollout.active_batch import ActiveBatch
@@ -46,6 +47,7 @@ from jaxrl_llm.rollout.requests import (
     Request,
     as_prompts,
     controls_of_samples,
+    shared_tokens,
     split,
     stack_prompts,
 )
@@ -76,6 +78,11 @@ class Stats(NamedTuple):
         return max(self.work.bytes / bytes_per_s, self.work.flops / flops_per_s)
 
 
+def add_stats(a: Stats, b: Stats) -> Stats:
+    """Return the counters of two sessions together."""
+    return Stats(*(x + y for x, y in zip(a[:-1], b[:-1], strict=True)), Work(*np.add(a.work, b.work).tolist()))
+
+
 class Session:
     """Open requests of one policy. All hosts of a job must make the same calls in the same order."""
 
@@ -87,7 +94,8 @@ class Session:
 
         Args:
             cfg: defaults of each request.
-            sizes, programs: of the engine.
+            sizes, programs: of the engine. With `trunk_slots`, rows that continue rollouts keep their sample numbers, and those of
+                a prompt share the keys of the known tokens that they have in common.
             tokenizer: for prompts given as text, and for stop strings.
             control_set: of the engine.
             policy: samples the tokens.
@@ -95,7 +103,8 @@ class Session:
         """
         self.cfg, self.programs, self.tokenizer = cfg, programs, tokenizer
         self.decoding = programs.decoding
-        self.prompt_slots, self.lanes = sizes.prompt_slots[-1], sizes.rows_per_group
+        self.trunk_slots, self.lanes = sizes.trunk_slots, sizes.rows_per_group
+        self.prompt_slots = sizes.prompt_slots[-1] - self.trunk_slots
         self.output = OutputBuffer(cfg.max_new_tokens, self.decoding)
         self.batch = ActiveBatch(sizes, programs, self.output)
         self.key = hosts.put(np.asarray(jax.random.key_data(key)), self.decoding.layout.replicated)
@@ -146,9 +155,10 @@ class Session:
         first = per_prompt("first_sample", first_sample, num, 0, MAX_INT - int(size.max()))
         limits = limits_of("limit", np.full(num, most) if limit is None else limit, size, most)
         stop = check_stop(self.cfg.stop if stop is None else stop, self.tokenizer is not None)
+        sample = np.repeat(first, size).astype(np.int32) + number_rows(size)[1]
+        sample = known.sample if self.trunk_slots and isinstance(known, Rollouts) else sample
         if controls is None:
-            start = self.control_set.start(self.cfg.control)
-            controls = controls_of_samples(self.cfg, np.repeat(first, size) + number_rows(size)[1], start)
+            controls = controls_of_samples(self.cfg, sample, self.control_set.start(self.cfg.control))
         check_controls(controls, size, self.decoding.max_kept_tokens > 0)
         controls = jax.tree.map(lambda x: np.repeat(x, size) if len(x) == num else np.asarray(x), controls)
         if isinstance(known, Rollouts):
@@ -168,9 +178,16 @@ class Session:
         for p, id in enumerate(ids.tolist()):
             prompt, own = jax.tree.map(lambda x, p=p: np.array(x[p]), prompts), slice(end[p] - size[p], end[p])
             of_rows = jax.tree.map(lambda x, own=own: np.array(x[own]), controls)
-            self.requests[id] = Request(id, prompt, of_rows, int(first[p]), rows[own], stop)
+            self.requests[id] = Request(id, prompt, of_rows, sample[own], rows[own], stop, *self._shared(rows[own]))
             self._enqueue(id)
         return ids
+
+    def _shared(self, rows: Int[np.ndarray, " G"]) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " G"]]:
+        """Return `Request.trunk` and `Request.begin` of a request's rows."""
+        if not self.trunk_slots:
+            return np.zeros(0, np.int32), np.zeros(len(rows), np.int32)
+        slides = min(attention_windows(self.decoding.model)) < UNLIMITED
+        return shared_tokens(self.output.columns["tokens"][rows], self.output.length[rows], slides)
 
     def _force(
         self, rows: Int[np.ndarray, " n"], tokens: Sequence[Sequence[int]], states: list[Int[np.ndarray, " n+1"]]
@@ -227,15 +244,16 @@ class Session:
 
     def _decode(self) -> list[int]:
         """Decode one chunk and store it. Returns the requests that it finished."""
-        batch, age, before = self.batch, self.batch.groups.age, ~self.batch.groups.done
+        batch, before = self.batch, ~self.batch.groups.done
+        slot, age = batch.groups.begin + batch.groups.age[:, None], batch.groups.age
         result = batch.decode(self.params, self.key, self.control_set.on_device(self.decoding.layout))
         rows, tables = np.where(before, batch.rows, -1), self.control_set.tables
         ended = np.zeros(rows.shape, bool) if tables is None else result.done & tables.ends[result.state]
-        stored = self.output.add(rows.reshape(-1), np.repeat(age, self.lanes), result, self.version, ended.reshape(-1))
-        for slot in np.flatnonzero(batch.active):
-            if stop := batch.requests[slot].stop:
-                own = rows[slot][rows[slot] >= 0]
-                self.output.stop(own, int(age[slot]), stop, self.tokenizer.spellings)
+        stored = self.output.add(rows.reshape(-1), slot.reshape(-1), result, self.version, ended.reshape(-1))
+        for u in np.flatnonzero(batch.active):
+            if stop := batch.placed[u].request.stop:
+                own = rows[u] >= 0
+                self.output.stop(rows[u][own], slot[u][own], stop, self.tokenizer.spellings)
         self._count(result, stored, age)
         finished = []
         for request in batch.release():
@@ -247,7 +265,7 @@ class Session:
     def _count(self, result: ChunkResult, stored: int, age: Int[np.ndarray, " U"]) -> None:
         """Add a chunk to the stats. `stored`: its tokens; `age`: of each slot when it began."""
         decoding, batch, s, ran = self.decoding, self.batch, self.stats, int(result.steps)
-        length, middle = (np.where(batch.active, x, 0) for x in (batch.groups.length, age + ran // 2))
+        length, middle = (np.where(batch.active, x, 0) for x in (batch.groups.length.max(axis=1), age + ran // 2))
         number_bytes = self.programs.caching.format.number_bytes(decoding.model)
         step = decode_step(decoding.model, length, middle, self.lanes, number_bytes)
         shards, chunk = decoding.layout.size("rows") * decoding.layout.size("heads"), result.chunk
@@ -320,13 +338,12 @@ class Session:
         requests, output = self._requests(ids), self.output
         rows = np.concatenate([request.rows for request in requests])
         size = np.array([len(request.rows) for request in requests])
-        prompt, sample = number_rows(size)
         of = {name: column[rows] for name, column in output.columns.items()}
         codes = of.pop("control_state")
         return Rollouts(
             prompts=stack_prompts([request.prompt for request in requests], self.decoding.vocab.pad),
-            prompt=prompt,
-            sample=sample + np.repeat([request.first_sample for request in requests], size).astype(np.int32),
+            prompt=number_rows(size)[0],
+            sample=np.concatenate([request.sample for request in requests]),
             length=output.length[rows],
             temperature=np.concatenate([request.controls.temperature for request in requests]).astype(np.float32),
             finish=output.finish[rows],

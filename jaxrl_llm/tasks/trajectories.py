@@ -26,6 +26,7 @@ COLUMNS: dict[str, str] = {
     "sampled": "bools", "kept_tokens": "lists of ints", "control_state": "ints", "raw_logprobs": "floats", "step_reward": "floats",
     "temperature": "float", "reward": "float", "components": "floats by name", "success": "bool", "vote": "int", "finish": "text",
     "failure": "text", "failed_by": "int", "hint_tokens": "int",
+    "trunk": "int", "fork": "int",
 }  # fmt: skip
 """Columns of a file and what they hold. A column that says nothing is left out: `sampled` if all tokens were, `kept_tokens` without
 truncation. In JSON `version` is one number if all tokens have the same."""
@@ -37,7 +38,7 @@ FINISHES = ("eos", "length", "stop", "unfinished")
 DIGITS = 16
 """Hexadecimal digits of a tokenizer's fingerprint that are written."""
 LARGEST = {int: 2**31 - 1, float: float(np.finfo(np.float32).max)}
-OF_ROW = {"row": -1, "vote": 0, "failed_by": -1, "hint_tokens": 0}
+OF_ROW = {"row": -1, "vote": 0, "failed_by": -1, "hint_tokens": 0, "trunk": -1, "fork": 0}
 """Whole numbers of a response, and the value of each in a file without it."""
 LARGEST_LOGPROB = 1e-3
 """Nats: a log-prob of 0 may be rounded up by this much; larger ones are no log-probs."""
@@ -80,6 +81,9 @@ class Trajectory(NamedTuple):
     failed_by: int
     hint_tokens: int
     """Tokens of a demonstration that it began with."""
+    trunk: int
+    """Sample number of the response that it left behind `fork` tokens; -1: none."""
+    fork: int
     columns: Mapping[str, Any]
     """Other columns and texts, for graders."""
 

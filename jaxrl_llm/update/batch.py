@@ -21,7 +21,7 @@ from jaxrl_llm.types import (
     number_rows,
     select_groups,
 )
-from jaxrl_llm.update.packing import BatchShape, Placement, place_sequences
+from jaxrl_llm.update.packing import BatchShape, Placement, branching, place_sequences
 
 Completion = Float[np.ndarray, "B C"]
 
@@ -124,16 +124,18 @@ def fill_batch(
         own: columns that the loss defines.
     """
     rollouts, prompts, mask = experience.groups.rollouts, experience.groups.rollouts.prompts, experience.loss_mask
-    prompt = rollouts.prompt
-    where = place_sequences(prompts.length[prompt], rollouts.length, prompt, mask.any(axis=1), shape)
-    runs = [(b, row, slice(start, start + n)) for b, row, start, n in _runs(where, rollouts.length)]
+    prompt, tree = rollouts.prompt, None
+    if rollouts.trunk is not None:
+        tree = branching(prompt, rollouts.trunk_rows, rollouts.fork)
+    where = place_sequences(prompts.length[prompt], rollouts.length, prompt, mask.any(axis=1), shape, tree)
+    runs = [(b, row, slice(start, start + n), shared) for b, row, start, n, shared in _runs(where, rollouts.length)]
 
     def lay(values: np.ndarray, dtype: type, fill: float) -> np.ndarray:
         full = (shape.rows, shape.slots, *values.shape[2:])
         # Zeros cost nothing until they are written to.
         out = np.full(full, fill, dtype) if fill else np.zeros(full, dtype)
-        for b, row, at in runs:
-            out[row, at] = values[b, : at.stop - at.start]
+        for b, row, at, shared in runs:
+            out[row, at] = values[b, shared : shared + at.stop - at.start]
         return out
 
     given = {
@@ -161,14 +163,14 @@ def _of_rows(weight: Float[np.ndarray, " B"] | None) -> np.ndarray:
 
 
 def _laid_out(
-    rollouts: Rollouts, where: Placement, runs: list[tuple[int, int, slice]], pad: int
+    rollouts: Rollouts, where: Placement, runs: list[tuple[int, int, slice, int]], pad: int
 ) -> dict[str, Int[np.ndarray, "R T"]]:
     """Return the columns of a batch that say where tokens lie, by name; and the tokens.
 
     Args:
         rollouts: NumPy.
         where: the placement of their rows.
-        runs: rollout row, batch row and slots of each completion.
+        runs: rollout row, batch row, slots and number of shared tokens of each completion.
         pad: the pad token.
     """
     shape, prompts, prompt = where.shape, rollouts.prompts, rollouts.prompt
@@ -182,12 +184,17 @@ def _laid_out(
         at = slice(s, s + n)
         tokens[row, at], position[row, at], until[row, at] = prompts.tokens[prompt[b], :n], np.arange(n), where.end[b]
         before[row, at], group[row, at] = np.maximum(slot[at] - 1, s), where.group[b]
-    for b, row, at in runs:
-        length_of_prompt, n = prompt_length[b], at.stop - at.start
-        tokens[row, at], position[row, at] = rollouts.tokens[b, :n], slot[length_of_prompt : length_of_prompt + n]
+    path = slot[:0]
+    for b, row, at, shared in runs:
+        begin, n = prompt_length[b] + shared, at.stop - at.start
+        tokens[row, at], position[row, at] = rollouts.tokens[b, shared : shared + n], slot[begin : begin + n]
         until[row, at], segment[row, at], group[row, at] = at.stop, where.segment[b], where.group[b]
-        before[row, at.start] = where.prompt[b] + length_of_prompt - 1
+        # Slots of the completion's tokens, of which the shared ones lie behind those before it.
+        path = path[:shared]
+        until[row, path] = at.stop
+        before[row, at.start] = path[-1] if shared else where.prompt[b] + prompt_length[b] - 1
         before[row, at.start + 1 : at.stop] = slot[at.start : at.stop - 1]
+        path = np.concatenate([path, slot[at]])
     return {
         "tokens": tokens,
         "position": position,
@@ -245,16 +252,17 @@ def spread_rows(batch: Batch, num_micro_batches: int, shards: int) -> Batch:
 def to_completions(scores: Float[np.ndarray, "R T"], where: Placement, rollouts: Rollouts) -> Completion:
     """Return a batch's scores in the layout of the completions [B C], 0 for tokens that are not in the batch."""
     out = np.zeros(rollouts.tokens.shape, np.float32)
-    for b, row, start, n in _runs(where, rollouts.length):
-        out[b, :n] = scores[row, start : start + n]
+    for b, row, start, n, shared in _runs(where, rollouts.length):
+        out[b, shared : shared + n] = scores[row, start : start + n]
     return out
 
 
 def _runs(where: Placement, length: np.ndarray) -> list[list[int]]:
-    """Return (rollout row, batch row, first slot, tokens) of every completion in the batch."""
+    """Return (rollout row, batch row, first slot, own tokens, shared tokens) of every completion in the batch, by slot."""
     # Copying runs of tokens takes a quarter of the time of indexing each (benchmarks/host.py).
     b = np.flatnonzero(where.row >= 0)
-    return np.stack([b, where.row[b], where.start[b], length[b]], axis=1).tolist()
+    b = b[np.lexsort((where.start[b], where.row[b]))]
+    return np.stack([b, where.row[b], where.start[b], length[b] - where.shared[b], where.shared[b]], axis=1).tolist()
 
 
 def minibatches(experience: Experience, num: int, rng: np.random.Generator) -> Iterator[Experience]:

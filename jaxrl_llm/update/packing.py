@@ -1,5 +1,6 @@
 """Packing: placement of sequences in the rows of a batch. A sequence group, one prompt and the completions that share it, stays in
-one row; without shared prefixes it has one completion."""
+one row; without shared prefixes it has one completion. Completions that share their first tokens, those of a tree, are placed depth
+first: each but the first places only what it does not share with the one before it."""
 
 from typing import NamedTuple
 
@@ -54,7 +55,9 @@ class Placement(NamedTuple):
     prompt: Each
     """First slot of its prompt."""
     start: Each
-    """First slot of its completion."""
+    """First slot of its own tokens."""
+    shared: Each
+    """Completion tokens that it does not place, since sequences before it have them."""
     end: Each
     """Slot after its sequence group, all of which attends to the prompt."""
     first: Bool[np.ndarray, " B"]
@@ -124,9 +127,39 @@ def _rows_of_unequal(groups: GroupSizes, longest: tuple[int, int], slots: int) -
     return 1 + max(bounds)
 
 
+class Branching(NamedTuple):
+    """What sequences share beside their prompt."""
+
+    order: Each
+    """Sequences by group and depth first: behind each come those that share its tokens, those that share most first."""
+    shared: Each
+    """First tokens that each sequence has in common with the one before it in this order."""
+
+
+def branching(group: Each, trunk: Each, fork: Each) -> Branching:
+    """Return the order of sequences that leave others.
+
+    Args:
+        group: ascending.
+        trunk: sequence that each one left, itself if it left none.
+        fork: tokens that it has in common with its trunk.
+    """
+    left, order = [[] for _ in trunk], []
+    waiting = [b for b in range(len(trunk) - 1, -1, -1) if trunk[b] == b]
+    for b in np.lexsort((np.arange(len(trunk)), -fork)).tolist():
+        if trunk[b] != b:
+            left[trunk[b]].append(b)
+    while waiting:
+        b = waiting.pop()
+        order.append(b)
+        waiting += reversed(left[b])
+    return Branching(np.array(order, int), np.where(trunk == np.arange(len(trunk)), 0, fork))
+
+
 def place_sequences(
-    prompt_length: Each, length: Each, group: Each, used: Bool[np.ndarray, " B"], shape: BatchShape
-) -> Placement:
+    prompt_length: Each, length: Each, group: Each, used: Bool[np.ndarray, " B"], shape: BatchShape,
+    tree: Branching | None = None,
+) -> Placement:  # fmt: skip
     """Place the used sequences by first fit, longest first; the first micro-batches are filled first.
 
     Args:
@@ -135,11 +168,13 @@ def place_sequences(
         group: ascending, so the sequences of a group are adjacent.
         used: sequences to place.
         shape: of the batch.
+        tree: what they share beside their prompt; None: nothing.
 
     Raises:
         ValueError: a sequence is longer than a row, or there are too few rows.
     """
-    group_of, sizes = _sequence_groups(prompt_length, length, group, used, shape)
+    tree = tree or Branching(np.arange(len(length)), np.zeros(len(length), int))
+    group_of, shared, sizes = _sequence_groups(prompt_length, length, group, used, shape, tree)
     if sizes.max(initial=0) > shape.slots:
         raise ValueError(
             f"packing: got a sequence of {sizes.max()} tokens, want at most the {shape.slots} slots of a row"
@@ -147,20 +182,22 @@ def place_sequences(
     turn, row_of = _rows(sizes, shape)
     if row_of.max(initial=-1) >= shape.rows:
         raise ValueError(f"packing: got {row_of.max() + 1} rows, want at most {shape.rows}")
-    # Placed sequences in row order; within a row by time of placement, within a sequence group in input order.
-    taken = np.flatnonzero(group_of >= 0)
+    # Placed sequences in row order; within a row by time of placement, within a sequence group depth first.
+    taken = tree.order[group_of[tree.order] >= 0]
     b = taken[np.lexsort((turn[group_of[taken]], row_of[group_of[taken]]))]
     index, row = group_of[b], row_of[group_of[b]]
     begins_group, begins_row = np.diff(index, prepend=-1) != 0, np.diff(row, prepend=-1) != 0
-    taken_by = length[b] + np.where(begins_group, prompt_length[b], 0)
+    own = length[b] - shared[b]
+    taken_by = own + np.where(begins_group, prompt_length[b], 0)
     stop = _within(begins_row, np.cumsum(taken_by), taken_by)
-    start = stop - length[b]
+    start = stop - own
     prompt = (start - prompt_length[b])[begins_group][np.cumsum(begins_group) - 1]
     per_micro_batch = shape.rows // shape.num_micro_batches
     found = {
         "row": row % per_micro_batch * shape.num_micro_batches + row // per_micro_batch,
         "prompt": prompt,
         "start": start,
+        "shared": shared[b],
         "end": prompt + sizes[index],
         "segment": _within(begins_row, np.arange(1, len(b) + 1), 1),
         "group": _within(begins_row, np.cumsum(begins_group), begins_group),
@@ -190,16 +227,22 @@ def _rows(sizes: Int[np.ndarray, " S"], shape: BatchShape) -> tuple[np.ndarray, 
 
 
 def _sequence_groups(
-    prompt_length: Each, length: Each, group: Each, used: np.ndarray, shape: BatchShape
-) -> tuple[Each, Int[np.ndarray, " S"]]:
-    """Return each sequence's sequence group, -1 if unused, and the tokens per sequence group."""
-    group_of, sizes, last = np.full(len(length), -1), [], None
-    for b in np.flatnonzero(used).tolist():
-        more = int(length[b])
+    prompt_length: Each, length: Each, group: Each, used: np.ndarray, shape: BatchShape, tree: Branching
+) -> tuple[Each, Each, Int[np.ndarray, " S"]]:
+    """Return each sequence's sequence group, -1 if unused, the tokens that it shares there, and the tokens per sequence group."""
+    group_of, shared, sizes, last = np.full(len(length), -1), np.zeros(len(length), int), [], None
+    common = 0
+    for b in tree.order.tolist():
+        # With the last one that was placed: no more than with any sequence between the two.
+        common = min(common, int(tree.shared[b]))
+        if not used[b]:
+            continue
+        more = int(length[b]) - common
         if shape.kind == "shared_prefix" and group[b] == last and sizes[-1] + more <= shape.slots:
             sizes[-1] += more
+            shared[b] = common
         else:
-            sizes.append(int(prompt_length[b]) + more)
+            sizes.append(int(prompt_length[b] + length[b]))
             last = group[b]
-        group_of[b] = len(sizes) - 1
-    return group_of, np.array(sizes, int)
+        group_of[b], common = len(sizes) - 1, int(length[b])
+    return group_of, shared, np.array(sizes, int)

@@ -13,8 +13,8 @@ from jaxrl_llm.experience.hints import (
     OwnHints,
     StagedHints,
     hinted,
-    without_hints,
 )
+from jaxrl_llm.experience.independent_rows import independent_rows
 from jaxrl_llm.types import check
 
 
@@ -97,13 +97,13 @@ def test_short_forms():
 def test_without_hints_a_prompt_keeps_its_other_rows_and_may_have_none():
     """Three prompts of three rows: one, all and none of them with a hint."""
     groups = groups_of([3, 3, 3], [1, 0, 0, 1, 1, 1, 0, 0, 1], length=[1, 2, 3, 4, 5, 6, 1, 2, 3], rows=10)
-    assert without_hints(groups) is groups and not hinted(groups).any()
+    assert independent_rows(groups) is groups and not hinted(groups).any()
     rows = len(groups.keep)
     none = groups.replace(hint=np.zeros(rows, np.int32))
-    assert without_hints(none) is none
+    assert independent_rows(none) is none
     hint = np.zeros(rows, np.int32)
     hint[[1, 3, 4, 5]] = [2, 1, 4, 1]
-    left = check(without_hints(groups.replace(hint=hint)))
+    left = check(independent_rows(groups.replace(hint=hint)))
     own = np.flatnonzero(groups.rollouts.prompt >= 0)
     stays = own[hint[own] == 0]
     assert left.rollouts.size.tolist() == [2, 0, 3] and len(left.failure) == 3

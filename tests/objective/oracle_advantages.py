@@ -199,6 +199,11 @@ def token_rewards(case: Case, kl_weight: float, reward: np.ndarray | None = None
     return out
 
 
+def twice_leave_one_out(rewards: list[float]) -> list[float]:
+    """TreeRL's global and local advantage of leaves that share nothing: both are r - mean of the others."""
+    return [2 * x for x in leave_one_out_baseline(rewards)]
+
+
 def grpo_steps(case: Case, eps: float, less: int) -> tuple[np.ndarray, None]:
     """DeepSeekMath 4.1.3: the steps of a group normalized together; a token gets those of its row that end at it or behind it."""
     out = np.zeros(case.mask.shape)

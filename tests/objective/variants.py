@@ -26,6 +26,7 @@ from jaxrl_llm.objective.group_estimators import (
     Rloo,
 )
 from jaxrl_llm.objective.token_estimators import Gae, GrpoSteps, ReinforcePlusPlus
+from jaxrl_llm.objective.tree_estimators import Spo, TreePo, TreeRl, TreeRpo
 
 OVER = "group", "batch"
 By = Callable[[Case], tuple[np.ndarray, np.ndarray | None]]
@@ -106,6 +107,12 @@ ORACLES: dict[Estimator, By] = (
         )
     }
     | {GrpoSteps(std=std, eps=eps): steps(std, eps) for std, eps in (("sample", 1e-4), ("population", 0.0))}
+    # Without trees: every response is one node below the prompt.
+    | {TreeRl(reweight=by): group(oracle.twice_leave_one_out) for by in (True, False)}
+    | {Spo(): group(oracle.centered)}
+    | {TreePo(whiten=False): group(oracle.centered), TreePo(): reinforce_pp(ReinforcePlusPlus(baseline=True))}
+    | {TreeRpo(): group(oracle.group_norm, eps=1e-4, less=1)}
+    | {TreeRpo(std="population", eps=0.0): group(oracle.group_norm, eps=0.0, less=0)}
     | {Gae(): partial(oracle.gae, lam=0.95), Gae(gamma=0.9, whiten=False): partial(oracle.gae, lam=0.95, gamma=0.9, whitened=False)}
 )  # fmt: skip
 VARIANTS = list(ORACLES)

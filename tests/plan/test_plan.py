@@ -313,7 +313,7 @@ def report(**changes) -> dict:
     base = {
         "topology": "v5e:2x2", "chips": 4, "chip": chips.V5E._asdict(), "jax": "0", "parameters": 10**9,
         "mesh": {"data": 1, "fsdp": 2, "tensor": 2, "expert": 1}, "minibatches": 1, "micro_batches": 2, "rows": 64,
-        "control": "none", "slots": [7, 6], "phases": [{"name": "update", "total": 12 * 10**9, "parts": parts}],
+        "control": "none", "tree": "none", "slots": [7, 6], "phases": [{"name": "update", "total": 12 * 10**9, "parts": parts}],
         "peak": {"phase": "update", "bytes": 12 * 10**9}, "compiled": True, "fits": True, "advice": [], "predicted": None,
         "programs": {"update": {"refused": "", "received": 2000, "traffic": [
             {"kind": "all-gather", "dtype": "bf16", "loops": (2, 4), "count": 3, "times": 24, "bytes": 1990, "largest": 5 * 10**6},

@@ -11,6 +11,7 @@ from fakes import groups_of, sums
 
 from jaxrl_llm.environments.grader_pool import Failure, Graded
 from jaxrl_llm.roles.collector import Collected, Collector, GivenUp, ask, never
+from jaxrl_llm.rollout.config import NoTree
 from jaxrl_llm.rollout.session import Stats
 from jaxrl_llm.tasks.stream import make_prompts
 from jaxrl_llm.types import Finish, check
@@ -133,7 +134,9 @@ def collect(order, give_up=never, index=(5, 0, 8), asks=lambda prompts: prompts,
         return Session(order, log)
 
     engine = SimpleNamespace(
-        session=session, cfg=SimpleNamespace(samples=G, max_new_tokens=MOST), controls="the same {}".format
+        session=session,
+        cfg=SimpleNamespace(samples=G, max_new_tokens=MOST, tree=NoTree()),
+        controls="the same {}".format,
     )
     pool = pool_of(log)
     try:

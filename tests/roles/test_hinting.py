@@ -184,7 +184,7 @@ def test_a_gate_that_sees_hinted_responses_takes_hopeless_prompts_for_solved_one
 
     solved_and_hopeless = [[0, 0], [1, 1]]
     assert streaks() == solved_and_hopeless
-    monkeypatch.setattr(sampler_module, "without_hints", lambda groups: groups)
+    monkeypatch.setattr(sampler_module, "independent_rows", lambda groups: groups)
     assert streaks() == [[1, 1], [0, 0]]
 
 

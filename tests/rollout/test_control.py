@@ -157,7 +157,7 @@ def chopped():
     return sampler(engine=EngineConfig(decode_chunk=2, eos_interval=1))
 
 
-def test_a_stopped_row_goes_on_in_its_state(engine, chopped):
+def test_a_stopped_row_continues_in_its_state(engine, chopped):
     """Stopped after two, four and six tokens, under each control; and after a change of the policy, which reads all keys again."""
     alone, session = generate(engine), chopped.session(policy(), KEY)
     ids = session.add(make_prompts(P), controls=chopped.controls(P, control=list(CONTROLS.values())))

@@ -204,12 +204,12 @@ def test_in_a_step_the_stored_logprob_is_the_distributions_to_the_bit(jit, compu
     each = lambda *values: jnp.repeat(jnp.array(values), G)  # noqa: E731
     none = jnp.zeros(3 * G, jnp.int32)
     controls = Controls(each(0.6, 1.0, 1.5), none + 1.0, none, none + 0.0, none, none, none)
-    length, keys = prompts.length - 1, row_keys(KEY, prompts.uid, jnp.zeros(3, jnp.int32), G)
+    length, keys = prompts.length - 1, row_keys(KEY, prompts.uid, jnp.broadcast_to(jnp.arange(G), (3, G)))
     prompt = jax.jit(lambda: transformer.prefill(params, prompts.tokens, length, Caching(7), cfg, dec)[1])()
 
     def advance(t, last, suffix):
         """One step of the loop, with the distribution that it samples from."""
-        position = DecodePosition(t, length, jnp.full(3, t))
+        position = DecodePosition(t, jnp.repeat(length[:, None], G, axis=1), jnp.full(3, t))
         raw, suffix = transformer.decode(params, last, position, prompt, suffix, cfg, dec)
         shown = sample.distribution(raw, controls, t < slots, Decoding(cfg, dec, vocab))
         return sample.sample_from(keys, none + t, shown, False), shown.logp, suffix

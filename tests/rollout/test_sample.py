@@ -22,7 +22,7 @@ TEMPERATURES = (0.0, 0.6, 1.0, 1.5)
 
 
 def keys_of(uid, num_rows):
-    return sample.row_keys(KEY, uid, jnp.zeros(len(uid), jnp.int32), num_rows)
+    return sample.row_keys(KEY, uid, jnp.broadcast_to(jnp.arange(num_rows), (len(uid), num_rows)))
 
 
 def sample_logp(keys, slot, logp):
@@ -130,7 +130,8 @@ def test_rows_with_equal_logits_sample_different_tokens():
 
 @pytest.mark.parametrize("shared", ["by the batch", "by the group", "by the sample number"])
 def test_a_key_for_several_rows_does_not_pass(shared, monkeypatch):
-    def keys(key, uid, first, samples):
+    def keys(key, uid, sample):
+        samples = sample.shape[1]
         per_prompt, per_sample = jax.random.split(key, len(uid)), jax.random.split(key, samples)
         return {
             "by the batch": jnp.repeat(key[None], len(uid) * samples, axis=0),
@@ -152,7 +153,7 @@ def test_a_rows_key_depends_on_key_prompt_and_sample_only():
     # Another order, more samples: the same rows have the same keys.
     more = jax.random.key_data(keys_of(jnp.array([3, 9, 7]), 3)).reshape(3, 3, -1)
     np.testing.assert_array_equal(more[[2, 0], :2].reshape(4, -1), keys)
-    later = jax.random.key_data(sample.row_keys(KEY, jnp.array([3]), jnp.array([1]), 2))
+    later = jax.random.key_data(sample.row_keys(KEY, jnp.array([3]), jnp.array([[1, 2]])))
     np.testing.assert_array_equal(later, more[0, 1:])
 
 

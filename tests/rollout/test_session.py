@@ -308,12 +308,12 @@ def test_a_turn_is_appended_behind_what_was_sampled():
     ids = new.add(make_prompts(P), known=given_tokens)
     finish(new)
     want = new.take(ids)
-    goes_on = np.array([bool(turn) for turn in turns]) | (before.finish == Finish.LENGTH)
-    assert 0 < goes_on.sum() < P * G
-    np.testing.assert_array_equal(got.tokens[goes_on], want.tokens[goes_on])
-    np.testing.assert_array_equal(got.finish[goes_on], want.finish[goes_on])
-    np.testing.assert_array_equal(got.tokens[~goes_on], before.tokens[~goes_on])
-    np.testing.assert_array_equal(got.finish[~goes_on], before.finish[~goes_on])
+    continues = np.array([bool(turn) for turn in turns]) | (before.finish == Finish.LENGTH)
+    assert 0 < continues.sum() < P * G
+    np.testing.assert_array_equal(got.tokens[continues], want.tokens[continues])
+    np.testing.assert_array_equal(got.finish[continues], want.finish[continues])
+    np.testing.assert_array_equal(got.tokens[~continues], before.tokens[~continues])
+    np.testing.assert_array_equal(got.finish[~continues], before.finish[~continues])
     for b, (n, turn) in enumerate(zip(before.length, turns, strict=True)):
         forced = np.zeros(C, bool)
         forced[n : n + len(turn)] = True

@@ -50,7 +50,7 @@ FULL = make_program(SMALL, 0)
 
 
 def keys_of(rows: int) -> jax.Array:
-    return sample.row_keys(KEY, jnp.arange(rows), jnp.zeros(rows, jnp.int32), 1)
+    return sample.row_keys(KEY, jnp.arange(rows), jnp.zeros((rows, 1), jnp.int32))
 
 
 def controls_of(rows: int, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, min_new_tokens=0) -> Controls:
@@ -247,7 +247,7 @@ def test_frequencies_match_the_truncated_distribution():
     @jax.jit
     def tokens(uid):
         rows = jnp.broadcast_to(raw, (CHUNK, 300))
-        keys = sample.row_keys(KEY, uid, jnp.zeros_like(uid), 1)
+        keys = sample.row_keys(KEY, uid, jnp.zeros_like(uid)[:, None])
         return sample.sample_tokens(keys, slot, rows, controls, jnp.array(True), decoding).token
 
     sampled = np.concatenate([np.asarray(tokens(jnp.arange(i, i + CHUNK))) for i in range(0, NUM_SAMPLES, CHUNK)])

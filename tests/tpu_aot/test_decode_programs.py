@@ -17,6 +17,7 @@ from programs import (
     ONE_BILLION,
     SLIDING,
     SPLIT,
+    STEPS,
     TENSOR,
     V5E_BYTES,
     C,
@@ -36,6 +37,8 @@ from programs import (
 from jaxrl_llm.perf.hlo import ArrayShape, Instruction, collectives
 from jaxrl_llm.plan import decode_memory
 from jaxrl_llm.rollout import sample
+from jaxrl_llm.rollout.config import EngineConfig, RolloutConfig
+from jaxrl_llm.rollout.engine import Engine, EngineModel
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.timeout(1200)]
 
@@ -321,3 +324,24 @@ def test_a_pass_that_draws_known_tokens_again_holds_the_logits_of_one_slot(topol
         f"temp: {program.temp / 1e6:.1f} MB, activations {activations / 1e6:.1f} MB, {len(inside)} collectives per slot"
     )
     assert program.temp < 4 * rows * C * vocab, "want less than the logits of all slots"
+
+
+def test_keys_of_a_trunk_are_held_once_for_all_its_branches(topology):
+    """In the decode program of branches: a trunk has one cache of prompt and completion slots, and no array holds it per row."""
+    cfg, layout = dataclasses.replace(ONE_BILLION, layers=2), layouts(topology)[1]
+    rollout = RolloutConfig(prompts=P, samples=G, max_new_tokens=C, engine=EngineConfig(decode_chunk=STEPS))
+    engine = Engine(EngineModel(cfg, layout, sample.Vocabulary(size=cfg.vocab_size, pad=0, eos=(1,))), rollout, S)
+    sizes, programs = engine._for_branches(G)
+    assert sizes.prompts[0] == P and sizes.rows_per_group == G
+    params = abstract_policy(cfg, layout).params
+    program = compile_program(cfg, lambda: programs.lower(params, "decode_chunk", P, C))
+    trunk = P // FSDP, cfg.kv_heads // TENSOR, S + C, cfg.head_dim
+    steps = [i for name in loops(program)[1].calls for i in program.hlo.computations[name]]
+    held = [a for i in loops(program)[1:] for a in i.arrays if same_dims(a, trunk)]
+    assert len(held) == 2 * cfg.layers, (
+        f"arrays of {trunk} in the loop's state: got {len(held)}, want keys and values of each layer"
+    )
+    per_row = [str(i) for i in steps if any(a.size >= math.prod(trunk) * G for a in i.arrays if S + C in a.dims)]
+    assert not per_row, f"got {per_row}, want no array of trunk slots per row"
+    check_collectives_of_a_step(program)
+    check_no_cache_is_held_twice(program)

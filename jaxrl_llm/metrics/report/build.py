@@ -43,6 +43,8 @@ CHARTS = (  # title, its metrics; a chart without data is left out
     ("effective sample size (share)", ("ess/sequences", "ess/tokens", "lr/ess_scale")),
     ("clipped fractions", ("clip_ratio/low", "clip_ratio/high")),
     ("groups", ("groups/sampled", "groups/graded", "groups/kept")),
+    ("trees: tokens of all responses per sampled token", ("tree/sharing",)),
+    ("trees: tokens that a branch shares, and depth", ("tree/fork", "tree/depth")),
     ("length of kept and dropped responses (tokens)", ("kept/mean_length", "dropped/mean_length")),
     ("success of kept and dropped responses", ("kept/success", "dropped/success")),
     ("attempts per prompt, rows per kept group", ("refill/attempts", "groups/effective_size")),
@@ -146,6 +148,9 @@ def _page(run_dir: Path) -> tuple[str, list[str]]:
     steps = last_steps(visits.counting(rollouts)) if (run_dir / ROLLOUTS).is_file() else []
     omissions = [printable(line) for line in (*metrics.omissions, *rollouts.omissions)]
     config = run_dir / CONFIG
+    marks = {
+        token.mark for step in steps for group in step["groups"] for row in group["samples"] for token in row["tokens"]
+    }
     text = _template().render(
         name=printable(run_dir.resolve().name),
         facts=_facts(phases["Training"]),
@@ -158,13 +163,8 @@ def _page(run_dir: Path) -> tuple[str, list[str]]:
         config=printable_lines(config.read_text(encoding="utf-8", errors="replace")) if config.is_file() else None,
         frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM, "top": TOP},
         faintest=FAINTEST_LOGPROB,
-        controlled=any(
-            token.mark
-            for step in steps
-            for group in step["groups"]
-            for row in group["samples"]
-            for token in row["tokens"]
-        ),
+        controlled=bool(marks & {"forced", "single"}),
+        has_trees="left" in marks,
     )
     return text, omissions
 

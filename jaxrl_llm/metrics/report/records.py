@@ -91,6 +91,9 @@ def rollouts_row(row: Row) -> Row:
     for name in ("prompt", "completion", "finish"):
         if not isinstance(row.get(name, ""), str):
             raise ValueError(f"{name}: got {_shown(row[name])}, want text")
+    for name in ("trunk", "fork"):
+        if isinstance(row.get(name), bool) or not isinstance(row.get(name), int | None):
+            raise ValueError(f"{name}: got {_shown(row[name])}, want a whole number")
     for name in ("uid", "sample", "row"):
         if not isinstance(row.get(name), int | str | None):
             raise ValueError(f"{name}: got {_shown(row[name])}, want a whole number")

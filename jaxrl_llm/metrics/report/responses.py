@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+from jaxrl_llm.metrics.report.tree import Branch, depth_first
 from jaxrl_llm.metrics.terminal import printable, printable_lines
 
 STEPS, ROWS = 3, 64
@@ -25,7 +26,7 @@ class Token:
     level: str
     title: str
     mark: str
-    """`forced`: not sampled; `single`: no other token was allowed; "": neither."""
+    """`forced`: not sampled; `single`: no other token was allowed; `left`: other responses left before it; "": none of these."""
 
 
 def last_steps(rows: Iterable[Row]) -> list[dict[str, Any]]:
@@ -37,26 +38,38 @@ def last_steps(rows: Iterable[Row]) -> list[dict[str, Any]]:
             del kept[min(kept)]
     steps = []
     for step, rows in sorted(kept.items(), reverse=True):
-        groups: dict[Any, dict[str, Any]] = {}
+        groups: dict[Any, list[Row]] = {}
         for row in rows[:ROWS]:
-            group = groups.setdefault(row.get("uid"), {"prompt": printable_lines(row.get("prompt", "")), "samples": []})
-            group["samples"].append(_sample(row))
-        steps.append({"step": step, "groups": list(groups.values()), "left_out": len(rows[ROWS:])})
+            groups.setdefault(row.get("uid"), []).append(row)
+        shown = [
+            {
+                "prompt": printable_lines(group[0].get("prompt", "")),
+                "samples": [_sample(branch) for branch in depth_first(group)],
+            }
+            for group in groups.values()
+        ]
+        steps.append({"step": step, "groups": shown, "left_out": len(rows[ROWS:])})
     return steps
 
 
-def _sample(row: Row) -> dict[str, Any]:
+def _sample(branch: Branch) -> dict[str, Any]:
+    row, begin = branch.row, branch.row["fork"] if branch.depth else 0
     tokens, logprobs = row.get("tokens"), row["logprobs"]
     if tokens is None:
         tokens = [row.get("completion", "")]
     known = [logprob for logprob in logprobs if logprob is not None]
     numbers = {name: row[name] for name in ("reward", "advantage")} | {"logprob": sum(known) if known else None}
     columns = ((row.get(name) or ())[: len(tokens)] for name in PER_TOKEN)
+    shown = list(enumerate(zip_longest(tokens, *columns)))[begin if row.get("tokens") else 0 :]
     return {
-        "sample": printable(str(row.get("sample", ""))),
+        "sample": "↳ " * branch.depth + printable(str(row.get("sample", ""))),
+        "shared": f"{begin} tokens of {row['trunk']}" if begin else "",
         "finish": printable(row.get("finish", "")),
         "length": len(logprobs),
-        "tokens": [_token(text, dict(zip(PER_TOKEN, of, strict=True))) for text, *of in zip_longest(tokens, *columns)],
+        "tokens": [
+            _token(text, dict(zip(PER_TOKEN, of, strict=True)), branch.left.get(slot, ""))
+            for slot, (text, *of) in shown
+        ],
         "gain": (row["advantage"] or 0.0) > 0,
     } | {name: "-" if number is None else _decimals(number) for name, number in numbers.items()}
 
@@ -65,8 +78,8 @@ def _decimals(number: float) -> str:
     return f"{number:.3f}" if abs(number) < 1e6 else f"{number:.3g}"
 
 
-def _token(text: str, of: Row) -> Token:
-    """`of`: the token's entry of each column; None: not recorded."""
+def _token(text: str, of: Row, left: str) -> Token:
+    """`of`: the token's entry of each column; None: not recorded. `left`: what is to be said of responses that left before it."""
     title, logprob, forced = [f"token “{printable(text)}”"], of["logprobs"], of["sampled"] is False
     if forced:
         title.append("forced, not sampled")
@@ -76,8 +89,10 @@ def _token(text: str, of: Row) -> Token:
         title.append(f"entropy {of['entropy'] + 0:.3f}")
     if of["num_allowed"] is not None:
         title.append(_allowed(int(of["num_allowed"]), of["allowed"] or ()))
+    if left:
+        title.append(left)
     level = "none" if logprob is None or forced else str(min(9, max(0, round(9 * logprob / FAINTEST_LOGPROB))))
-    mark = "forced" if forced else "single" if of["num_allowed"] == 1 else ""
+    mark = "left" if left else "forced" if forced else "single" if of["num_allowed"] == 1 else ""
     return Token("↵\n".join(map(printable, text.split("\n"))), level, "\n".join(title), mark)
 
 

@@ -80,7 +80,7 @@ def attend_part(
     q: Float[Array, "B K Q H"],
     k: Float[Array, "B K U H"] | Float[Array, "B K H U"] | QuantizedKV,
     v: Float[Array, "B K U H"] | QuantizedKV,
-    mask: Bool[Array, "B U"],
+    mask: Bool[Array, "B U"] | Bool[Array, "B Q U"],
     scale: float | None = None,
     softcap: float | None = None,
     transposed: bool = False,
@@ -93,7 +93,7 @@ def attend_part(
         q: queries.
         k: keys.
         v: values.
-        mask: True where the queries of a row attend to a key.
+        mask: True where the queries of a row attend to a key, or each of them does.
         scale: as in `scores_of`.
         softcap: as in `scores_of`.
         transposed: keys are [B K H U].
@@ -107,7 +107,8 @@ def attend_part(
         "bkqh,bkhu->bkqu" if transposed else "bkqh,bkuh->bkqu", q, k, preferred_element_type=jnp.float32
     )
     products = products if key_scale is None else products * key_scale[:, :, None]
-    scores = jnp.where(mask[:, None, None, :], scores_of(products, q.shape[-1], scale, softcap), MASKED)
+    mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
+    scores = jnp.where(mask, scores_of(products, q.shape[-1], scale, softcap), MASKED)
     # Above MASKED, so that the weights of a subset without keys are 0, not 1.
     top = jnp.maximum(jnp.max(scores, axis=-1), MASKED / 2)
     weights = jnp.exp(scores - top[..., None])

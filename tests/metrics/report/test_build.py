@@ -103,6 +103,30 @@ CONTROLLED = {
 }
 
 
+def test_a_tree_is_drawn_below_what_its_branches_left(run_dir):
+    """Response 2 leaves 0 before its second token, with the first one in common; rewards 1 and 0 behind it."""
+    rows = [rollout(4, 0, reward=0.0), rollout(4, 1, reward=0.0), rollout(4, 2, reward=1.0, trunk=0, fork=1)]
+    write(run_dir / "rollouts.jsonl", rows)
+    page = parse(build(run_dir))
+    tokens = [attrs for tag, attrs in page.tags if tag == "span" and "title" in attrs]
+    assert len(tokens) == 2 + 1 + 2, "the shared token is shown once"
+    assert tokens[1]["class"].endswith(" left") and not tokens[2]["class"].endswith(" left")
+    assert tokens[1]["title"].endswith("left before it, with the mean reward behind: 2: 1.000; here: 0.000")
+    assert [text for text in page.texts if text in ("↳ 2", "1 tokens of 0")] == ["↳ 2", "1 tokens of 0"]
+    assert "other responses left before this token" in "".join(page.texts)
+
+
+def test_trees_in_an_edited_file_end(run_dir):
+    """Circles, trunks that are missing, and numbers twice."""
+    odd = [rollout(4, 1, trunk=2, fork=1), rollout(4, 2, trunk=1, fork=1), rollout(4, 3, trunk=9, fork=0)]
+    odd += [rollout(4, n, trunk=n - 1, fork=1) for n in range(4, 20) for _ in range(2)]
+    write(run_dir / "rollouts.jsonl", odd)
+    page = parse(build(run_dir))
+    assert sum(tag == "tr" for tag, _ in page.tags) < 3 * len(odd)
+    write(run_dir / "rollouts.jsonl", [rollout(4, 1, trunk="0", fork=1)])
+    assert any("trunk: got" in text for text in parse(build(run_dir)).texts)
+
+
 def test_forced_tokens_and_what_was_allowed_are_shown(run_dir):
     write(
         run_dir / "rollouts.jsonl",
