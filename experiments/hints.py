@@ -28,12 +28,13 @@ DIGITS, STEPS, SAMPLES, REACHED = 8, 120, 30_720, (0.001, 0.1)
 
 
 class RunningSums(NamedTuple):
-    """Prompts of eight digits, whose response is every sum on the way."""
+    """Prompts of several digits, whose response is every sum on the way."""
 
     name: str
     rows: int
     wrong: float = 0.0
     """Share of the additions whose digit is a random one; what follows continues from their sum."""
+    digits: int = DIGITS
 
     @property
     def path(self) -> Path:
@@ -46,7 +47,7 @@ class RunningSums(NamedTuple):
     def write(self) -> None:
         """Write the file."""
         rng = np.random.default_rng(0)
-        digits, others = rng.integers(0, 10, (2, self.rows, DIGITS))
+        digits, others = rng.integers(0, 10, (2, self.rows, self.digits))
         added = np.where(rng.random(digits.shape) < self.wrong, others, digits)
         rows = [
             {"prompt": ArithmeticTask.prompt([str(x) for x in prompt]), "sums": " ".join(map(str, sums))}

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-Axis = Literal["step", "samples"]
-AXES: dict[Axis, str] = {"step": "step of RL", "samples": "samples drawn"}
+Axis = Literal["step", "samples", "tokens"]
+AXES: dict[Axis, str] = {"step": "step of RL", "samples": "samples drawn", "tokens": "tokens sampled"}
 
 
 def series(run: dict, name: str) -> np.ndarray:
@@ -69,6 +69,27 @@ def table(runs: list[dict], arms: Sequence[str], steps: int, samples: int) -> st
         lines.append(
             f"| {arm} | {', '.join(f'{x:.3f}' for x in after)} | {spread(after)} | **{spread(late_steps)}** "
             f"| {drawn:,.0f} | {kept / steps:.1f} | {cpu:.1f} | {spread(after_samples)} | **{spread(late_samples)}** |"
+        )
+    return "\n".join(lines)
+
+
+def token_table(runs: list[dict], arms: Sequence[str], steps: int, tokens: int) -> str:
+    """Markdown table with a row per arm: after `steps` steps, and after `tokens` tokens. ± is the deviation over seeds."""
+    lines = [
+        f"| arm | after {steps} steps, each seed | mean | late | tokens until then | after {tokens:,} tokens | late |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for arm in arms:
+        some = sorted((run for run in runs if run["arm"] == arm), key=lambda run: run["seed"])
+        if not some:
+            continue
+        ends: tuple[tuple[Axis, int], ...] = (("step", steps), ("tokens", tokens))
+        after, of_tokens = ([accuracy(run, *end) for run in some] for end in ends)
+        late_steps, late_tokens = ([late(run, *end) for run in some] for end in ends)
+        spent = np.mean([np.interp(steps, series(run, "step"), series(run, "tokens")) for run in some])
+        lines.append(
+            f"| {arm} | {', '.join(f'{x:.3f}' for x in after)} | {spread(after)} | **{spread(late_steps)}** | {spent:,.0f} "
+            f"| {spread(of_tokens)} | **{spread(late_tokens)}** |"
         )
     return "\n".join(lines)
 
@@ -144,17 +165,18 @@ def budget_table(runs: list[dict], arms: Sequence[str], budgets: Sequence[int]) 
     return "\n".join(lines)
 
 
-def plot(path: Path, runs: list[dict], panels: Mapping[str, Sequence[str]]) -> None:
-    """Plot exact accuracy over steps and over samples; thin lines are seeds, thick lines their mean.
+def plot(path: Path, runs: list[dict], panels: Mapping[str, Sequence[str]], beside: Axis = "samples") -> None:
+    """Plot exact accuracy over steps and over samples or tokens; thin lines are seeds, thick lines their mean.
 
     Args:
         path: of the image.
         runs: of a results file.
         panels: title of a row of panels -> the arms in it.
+        beside: second axis.
     """
     figure, axes = _panels(len(panels), 2)
     for row, (title, arms) in zip(axes, panels.items(), strict=True):
-        for panel, axis in zip(row, AXES, strict=True):
+        for panel, axis in zip(row, ("step", beside), strict=True):
             _draw(panel, runs, arms, axis, "exact")
             panel.set_xlabel(AXES[axis])
         row[0].set_ylabel("exact held-out accuracy")
