@@ -21,7 +21,7 @@ from jaxrl_llm.roles.build import make_keys, make_publisher
 from jaxrl_llm.roles.inputs import Inputs
 from jaxrl_llm.roles.start_or_restore import start_params
 from jaxrl_llm.roles.state import RunState, SupervisedState
-from jaxrl_llm.rollout.config import PerSample
+from jaxrl_llm.rollout.config import NoTree, PerSample
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.run_context import State, restore_read_only
 from jaxrl_llm.tasks.task import Task
@@ -102,14 +102,18 @@ def load_policy(setup: SamplingSetup) -> LoadedPolicy:
 
 
 def with_batch(cfg: RunConfig, prompts: int, samples: int) -> RunConfig:
-    """Return the config with batches of `prompts`, rounded up to a multiple of the row shards, and groups of `samples`, all with
-    the same sampling parameters."""
+    """Return the config with batches of `prompts`, rounded up to a multiple of the row shards, and groups of `samples`,
+    independent and all with the same sampling parameters."""
     sizes, _ = resolve(cfg.mesh, jax.device_count())
     row_shards = sizes[0] * sizes[1] * sizes[3] * jax.process_count() if sizes else prompts
     return dataclasses.replace(
         cfg,
         rollout=dataclasses.replace(
-            cfg.rollout, prompts=-(-prompts // row_shards) * row_shards, samples=samples, per_sample=PerSample()
+            cfg.rollout,
+            prompts=-(-prompts // row_shards) * row_shards,
+            samples=samples,
+            per_sample=PerSample(),
+            tree=NoTree(),
         ),
         update=dataclasses.replace(cfg.update, minibatches=1, micro_batches=1),
         warm_start=dataclasses.replace(cfg.warm_start, rows=row_shards),

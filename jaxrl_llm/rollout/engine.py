@@ -66,6 +66,10 @@ class Engine:
             UserError: an option is unknown or its value is out of range.
         """
         self.model, self.cfg, self.prompt_slots = model, with_options(cfg or RolloutConfig(), options), prompt_slots
+        if not isinstance(self.cfg.tree, NoTree) and self.cfg.tree.roots >= self.cfg.samples:
+            raise UserError(
+                f"tree.roots: got {self.cfg.tree.roots}, want less than samples ({self.cfg.samples}): the rest are branches"
+            )
         self.sizes: BatchSizes | None = None
         self.control_set = configured_controls(model, self.cfg)
         self.branching: dict[int, tuple[BatchSizes, Programs]] = {}

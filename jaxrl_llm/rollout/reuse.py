@@ -78,6 +78,10 @@ def _check_known(known: Rollouts, session: Session) -> Int[np.ndarray, " P"]:
         check(known)
     except ValueError as error:
         raise ValueError(str(error).replace("Rollouts.", "known.", 1)) from None
+    if known.trunk is not None and (known.trunk != known.sample).any():
+        raise ValueError(
+            "known.trunk: got rows that leave others, want independent ones: what they share has another row's noise"
+        )
     vocab, slots = session.decoding.vocab, session.cfg.max_new_tokens
     check_prompts(known.prompts, session.prompt_slots, vocab)
     if known.tokens.shape[1] != slots:

@@ -41,7 +41,7 @@ class Visits:
             count = self._counts.setdefault(key, {}).setdefault((row["step"], row.get("uid")), [0, 0, 0, 0.0])
             reward = row["reward"]
             # What followed a hint is no success of the policy alone.
-            if isinstance(row.get("success"), bool) and not row.get("hint_tokens"):
+            if isinstance(row.get("success"), bool) and not row.get("hint_tokens") and row.get("trunk") is None:
                 count[0] += row["success"]
                 count[1] += 1
             if reward is not None:
