@@ -12,8 +12,10 @@ import pytest
 import yaml
 
 from jaxrl_llm import train
+from jaxrl_llm.commands.loaded_policy import with_batch
 from jaxrl_llm.config.loading import validate
 from jaxrl_llm.roles.stored_rollouts import read_trajectories
+from jaxrl_llm.rollout.config import NoTree
 from jaxrl_llm.tasks.task import load_task
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +76,8 @@ def test_a_run_with_trees(tmp_path):
         name: metrics[-1][name] for name in ("loss", "reward", "completions/crc32")
     }
     check_read_back(tmp_path / "run" / "rollouts.jsonl", cfg, responses)
+    # `jaxrl sample` and `jaxrl eval` draw independent responses, also a single one.
+    assert with_batch(cfg, 8, 1).rollout.tree == NoTree()
 
 
 @pytest.mark.soak
