@@ -11,7 +11,7 @@ quickstart: $(VENV)/.installed-quickstart
 
 # One process a core, each with whole files, in the order of tests/conftest.py: the long ones first.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
 check: lint
 	$(PYTEST) -m "not slow and not soak and not tpu_aot and not gpu and not peers"

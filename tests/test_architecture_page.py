@@ -45,7 +45,7 @@ def differences(page: str, now: str) -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_tables_are_what_the_script_prints():
     shown = tables(PAGE)
     assert "behavior_logprobs" in shown and differences(shown, tables(printed())) == []

@@ -323,7 +323,7 @@ def alike(got: list[dict], want: list[dict]) -> None:
 
 
 # Two processes for stages whose requests follow from grades, or whose state does; one with as many devices for the others.
-PLACES = {"refill": "two", "knapsack": "two", "rounds": "one", "hints": "two", "own": "one"}
+PLACES = {"refill": "two", "knapsack": "two", "rounds": "one", "hints": "one", "own": "one"}
 
 
 @pytest.mark.slow

@@ -165,7 +165,7 @@ def start(config: Path, run_dir: Path, environment: dict) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [2, 11])
+@pytest.mark.parametrize("at", [pytest.param(2, marks=pytest.mark.soak), 11])
 def test_sigterm_saves_and_the_resumed_run_is_the_same(reference, environment, tmp_path, at):
     """In the warm start and in RL; checkpoints are far apart here, so only the signal's own save can help."""
     undisturbed, _ = reference

@@ -44,7 +44,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+FAST = ("read in chunks", "truncated", "stop strings", "regex", "budget", "waits")
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.soak) for n in CASES])
 def test_what_a_fresh_call_with_the_same_noise_samples(name):
     old, new = policies()
     engine, prompts = sampler(**{"engine": CHUNKS, **CASES[name]}), make_prompts(P)
@@ -127,7 +130,7 @@ def test_samples_of_other_numbers_and_of_other_temperatures():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain", "truncated", "waits"])
+@pytest.mark.parametrize("name", ["truncated", *(pytest.param(n, marks=pytest.mark.soak) for n in ("plain", "waits"))])
 def test_the_mesh_changes_no_token(name):
     found = []
     for sizes in ((1, 1, 1), (2, 2, 2)):

@@ -70,10 +70,9 @@ def assert_branches(tree: Rollouts, want: Rollouts, first: int) -> None:
     assert not tree.sampled[new][~own].any() and tree.sampled[new][own].any()
 
 
-@pytest.mark.parametrize("name", ["plain", "truncated", "stop strings", "regex", "budget"])
+@pytest.mark.parametrize("name", ["truncated", "stop strings", "budget"])
 def test_branches_have_the_tokens_of_rows_that_were_given_the_same_tokens(name):
     cases = {
-        "plain": {},
         "truncated": {"top_p": 0.8, "top_k": 5},
         "stop strings": {"stop": ("1", "+2")},
     }
