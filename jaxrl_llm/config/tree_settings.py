@@ -25,7 +25,7 @@ def tree_problems(cfg: RunConfig) -> list[str]:
         )
     if isinstance(tree, PointTree) and tree.by not in BRANCH_SCORES:
         try:
-            user_code.resolve(tree.by, "a function of rollouts", dict(zip(BRANCH_SCORES, BRANCH_SCORES, strict=True)))
+            user_code.resolve(tree.by, "a function of rollouts", BRANCH_SCORES)
         except UserError as error:
             found.append(f"rollout.tree.by: {error}")
     if isinstance(tree, SegmentTree) and tree.tokens >= rollout.max_new_tokens:
@@ -41,6 +41,11 @@ def tree_problems(cfg: RunConfig) -> list[str]:
     if not isinstance(experience.hints, NoHints):
         found.append(
             f"experience.hints: got {experience.hints.kind} beside rollout.tree, want one of the two: both say how a row begins"
+        )
+    if cfg.update.ess_scaling:
+        found.append(
+            "update.ess_scaling: got one beside rollout.tree, want none: the weight of a whole response is not known from the part "
+            "that its row sampled"
         )
     if experience.replay.join:
         found.append(

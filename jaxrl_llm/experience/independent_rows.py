@@ -20,7 +20,7 @@ def independent(groups: "Groups") -> Bool[np.ndarray, " B"]:
 
 
 def independent_rows(groups: "Groups") -> "Groups":
-    """Return the groups with their independent rows alone: rewards of others say more than the policy's success. A prompt may be
+    """Return the groups with their independent rows alone: the rewards of others are not the policy's by itself. A prompt may be
     left without a row."""
     alone = independent(groups)
     if alone.all():

@@ -155,18 +155,18 @@ def token_rewards(inputs: EstimatorInputs) -> Completion:
         rewards = np.where(mask, inputs.token_reward, 0.0).astype(np.float64)
     if inputs.step_reward is not None:
         return rewards + np.where(mask & ~np.isnan(inputs.step_reward), inputs.step_reward, 0.0)
-    rewards[np.arange(len(mask)), _last(mask)] += np.where(mask.any(axis=1), inputs.reward, 0.0)
+    rewards[np.arange(len(mask)), last_sampled(mask)] += np.where(mask.any(axis=1), inputs.reward, 0.0)
     return rewards
 
 
 def step_ends(inputs: EstimatorInputs) -> Bool[np.ndarray, "B C"]:
     """Return True at the last token of each step; the last sampled token of a row is the last of a step."""
     mask, ends = inputs.mask, np.zeros(inputs.mask.shape, bool)
-    ends[np.arange(len(mask)), _last(mask)] = mask.any(axis=1)
+    ends[np.arange(len(mask)), last_sampled(mask)] = mask.any(axis=1)
     return ends if inputs.step_reward is None else ends | (mask & ~np.isnan(inputs.step_reward))
 
 
-def _last(mask: Tokens) -> Int[np.ndarray, " B"]:
+def last_sampled(mask: Tokens) -> Int[np.ndarray, " B"]:
     """Return the last token in the mask of each row, if there is one."""
     return mask.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)
 

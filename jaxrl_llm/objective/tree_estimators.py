@@ -17,7 +17,8 @@ from pydantic import ConfigDict
 from jaxrl_llm.objective.estimator import AdvantageEstimate, Estimator, EstimatorInputs, sequence_rewards
 from jaxrl_llm.objective.group_estimators import largest_range, largest_z_score
 from jaxrl_llm.objective.statistics import Rows, ratio, whiten
-from jaxrl_llm.objective.tree_nodes import Nodes, Tree, mean, trees
+from jaxrl_llm.objective.token_estimators import last_sampled
+from jaxrl_llm.objective.tree_nodes import Nodes, Tree, mean, nodes_of
 
 
 class TreeEstimator(Estimator):
@@ -138,12 +139,12 @@ class TreeRpo(TreeEstimator):
 
 def _trees_of(inputs: EstimatorInputs) -> Iterator[tuple[slice, Nodes]]:
     """Yield each prompt's rows and nodes; without trees, every row is one node."""
-    slots = inputs.mask.shape[1]
-    length = slots - np.argmax(inputs.mask[:, ::-1], axis=1) * inputs.mask.any(axis=1)
-    length = np.where(inputs.mask.any(axis=1), length, 0)
-    rows = np.arange(len(length))
+    mask, rows = inputs.mask, np.arange(len(inputs.mask))
     tree = inputs.tree or Tree(rows, np.zeros_like(rows))
-    yield from trees(tree, inputs.groups, np.maximum(length, tree.fork))
+    length = np.maximum(np.where(mask.any(axis=1), last_sampled(mask) + 1, 0), tree.fork)
+    for start, size in zip(inputs.groups.start.tolist(), inputs.groups.size.tolist(), strict=True):
+        own = slice(start, start + size)
+        yield own, nodes_of(tree.trunk[own] - start, tree.fork[own], length[own])
 
 
 def _from_mean(x: Rows) -> Rows:

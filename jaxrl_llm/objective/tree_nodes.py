@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jaxrl_llm.objective.statistics import Grouping, Rows
+from jaxrl_llm.objective.statistics import Rows
 
 ROOT = -1
 """Parent of the nodes that begin at the prompt."""
@@ -83,12 +83,3 @@ def nodes_of(trunk: Int[np.ndarray, " m"], fork: Int[np.ndarray, " m"], length: 
 def _ending_at(found: list[tuple], own: list[int], slot: int) -> int:
     """Return the node among `own` that ends at a slot; the prompt if it is 0."""
     return next((node for node in own if found[node][2] == slot), ROOT)
-
-
-def trees(tree: Tree, groups: Grouping, length: Int[np.ndarray, " B"]) -> list[tuple[slice, Nodes]]:
-    """Return the rows of each prompt, and their nodes."""
-    found = []
-    for start, size in zip(groups.start.tolist(), groups.size.tolist(), strict=True):
-        own = slice(start, start + size)
-        found.append((own, nodes_of(tree.trunk[own] - start, tree.fork[own], length[own])))
-    return found

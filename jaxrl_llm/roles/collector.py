@@ -88,8 +88,8 @@ class Collector:
 
         Args:
             policy: samples the responses.
-            asked: the first requests; or prompts, each with the configured number of samples, all with the same sampling
-                parameters. Their prompts' `row` is an index into `rows`.
+            asked: the first requests; or prompts, each with the configured number of independent samples, all with the same
+                sampling parameters. Their prompts' `row` is an index into `rows`.
             rows: of the task, with the answers.
             key: random key of the sampled tokens.
             give_up: called between decode chunks; True stops the sampling.
@@ -143,8 +143,7 @@ class Collector:
             if give_up():
                 raise GivenUp
 
-        sampler, waited = self.engine.trees(policy, key), 0.0
-        sampler.between = between
+        sampler, waited = self.engine.tree_sampler(policy, key, between), 0.0
         parts, group = [], []
         while asked is not None:
             limit = completion_limits(rows, asked.prompts.row, self.engine.cfg.max_new_tokens)

@@ -61,7 +61,8 @@ class PerSample:
     """Empty: that of `rollout`. A row with 1 still keeps `max_kept_tokens` tokens at most if another row truncates."""
 
 
-BRANCH_SCORES = ("entropy", "surprisal", "random")
+BRANCH_SCORES = {name: name for name in ("entropy", "surprisal", "random")}
+"""Rules of `PointTree.by` that need no function, as `user_code.resolve` wants them."""
 
 
 @dataclass(frozen=True)

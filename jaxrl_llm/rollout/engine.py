@@ -3,8 +3,8 @@
 prompts -> session -> (admit -> decode a chunk -> store its output -> release) until all rows have ended -> rollouts
 """
 
-from collections.abc import Sequence
-from itertools import pairwise, product
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -159,15 +159,23 @@ class Engine:
         prompts = as_prompts(prompts, self.model.tokenizer, self.model.vocab, 0)
         self._make_room(prompts.tokens.shape[1])
         if not isinstance(self.cfg.tree, NoTree):
-            return self.trees(policy, key).grow(prompts, controls, limit)
+            return self.tree_sampler(policy, key).grow(prompts, controls, limit)
         session = self.session(policy, key)
         ids = session.add(prompts, controls=controls, limit=limit)
         while session.pending:
             session.advance()
         return session.take(ids)
 
-    def trees(self, policy: Policy, key: Key[Array, ""]) -> TreeSampler:
-        """Return what samples trees from a policy. `key`: random key of all tokens."""
+    def tree_sampler(
+        self, policy: Policy, key: Key[Array, ""], between: Callable[[], None] = lambda: None
+    ) -> TreeSampler:
+        """Return what samples trees.
+
+        Args:
+            policy: samples the tokens.
+            key: random key of all tokens.
+            between: called between two chunks; what it raises ends the sampling.
+        """
 
         def session(branches: Branches | None) -> Session:
             if branches is None:
@@ -175,7 +183,7 @@ class Engine:
             sizes, programs = self._for_branches(lanes_for(branches, self.cfg))
             return Session(self.cfg, sizes, programs, self.model.tokenizer, self.control_set, policy, key)
 
-        return TreeSampler(session, policy, key)
+        return TreeSampler(session, key, between)
 
     def _for_branches(self, lanes: int) -> tuple[BatchSizes, Programs]:
         """Return sizes and programs of sessions with so many rows per trunk."""
@@ -232,7 +240,7 @@ class Engine:
             ValueError: no branches, branches of rows or behind tokens that do not exist, or a limit out of range.
         """
         self._make_room(rollouts.prompts.tokens.shape[1] if isinstance(rollouts, Rollouts) else 0)
-        return self.trees(policy, key).branch(rollouts, branches, controls, limit)
+        return self.tree_sampler(policy, key).branch(rollouts, branches, controls, limit)
 
     def _make_room(self, slots: int) -> None:
         """Fit the engine to prompts of `slots` tokens, if their maximum was left open."""
@@ -270,28 +278,13 @@ class Engine:
         """Return all programs that a session may run, which are those of every call too."""
         sizes = self.sizes
         prompts, groups, windows = sizes.prompts, sizes.group_counts, sizes.windows
-        found: list[ProgramName] = [("prefill", n, s) for n in prompts for s in sizes.prompt_slots]
+        found = self._one_way_names(sizes)
         found += [("read_rows", n, s) for n in prompts for s in sizes.row_slots]
-        found += [("broadcast_prefix", n, u) for n in prompts for u in groups]
-        found += [("insert_prefix", u, n) for n in prompts for u in groups]
-        found += [("empty_suffix", u, windows[0]) for u in groups]
-        found += [("decode_chunk", u, w, *self._table_sizes) for u in groups for w in windows]
-        found += [("extend_suffix", u, w, wider) for u in groups for w, wider in pairwise(windows)]
         found += [("join_suffix", u, w, n) for u in groups for w in windows for n in prompts]
-        for u, v in product(groups, groups):
-            found += [("compact" if v < u else "expand", u, v, w) for w in windows if v != u]
-        return found
+        return found + [("expand", u, v, w) for u in groups for v in groups if v > u for w in windows]
 
-    def warm(self, policy: Policy, prompts: int | None = None) -> None:
-        """Compile the programs of calls with `prompts` prompts; by default, of sessions, and so of all calls. If the config has a
-        tree, those of branches too."""
-        self.programs.warm(policy.params, self.session_names() if prompts is None else self.names(prompts))
-        if not isinstance(self.cfg.tree, NoTree):
-            sizes, programs = self._for_branches(self.cfg.rows_per_trunk)
-            programs.warm(policy.params, self._branch_names(sizes))
-
-    def _branch_names(self, sizes: BatchSizes) -> list[ProgramName]:
-        """Return all programs that a session of branches may run."""
+    def _one_way_names(self, sizes: BatchSizes) -> list[ProgramName]:
+        """Return all programs of a session to which all is added at once, and of which no row is read again: one of branches."""
         prompts, groups, windows = sizes.prompts, sizes.group_counts, sizes.windows
         found: list[ProgramName] = [("prefill", n, s) for n in prompts for s in sizes.prompt_slots]
         found += [("broadcast_prefix", n, u) for n in prompts for u in groups]
@@ -299,8 +292,15 @@ class Engine:
         found += [("empty_suffix", u, windows[0]) for u in groups]
         found += [("decode_chunk", u, w, *self._table_sizes) for u in groups for w in windows]
         found += [("extend_suffix", u, w, wider) for u in groups for w, wider in pairwise(windows)]
-        found += [("compact", u, v, w) for u in groups for v in groups if v < u for w in windows]
-        return found
+        return found + [("compact", u, v, w) for u in groups for v in groups if v < u for w in windows]
+
+    def warm(self, policy: Policy, prompts: int | None = None) -> None:
+        """Compile the programs of calls with `prompts` prompts; by default, of sessions, and so of all calls. If the config has a
+        tree, those of branches too."""
+        self.programs.warm(policy.params, self.session_names() if prompts is None else self.names(prompts))
+        if not isinstance(self.cfg.tree, NoTree):
+            sizes, programs = self._for_branches(self.cfg.rows_per_trunk)
+            programs.warm(policy.params, self._one_way_names(sizes))
 
 
 def configured_controls(model: EngineModel, cfg: RolloutConfig) -> ControlSet:

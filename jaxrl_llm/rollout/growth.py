@@ -91,7 +91,7 @@ def token_scores(by: str, rollouts: Rollouts, seed: list[int]) -> Float[np.ndarr
         uid, slots = rollouts.prompts.uid[rollouts.prompt], rollouts.tokens.shape[1]
         each = zip(uid.tolist(), rollouts.sample.tolist(), strict=True)
         return np.array([np.random.default_rng([*seed, u, max(s, 0)]).random(slots) for u, s in each])
-    own = user_code.resolve(by, "a function of rollouts", dict(zip(BRANCH_SCORES, BRANCH_SCORES, strict=True)))
+    own = user_code.resolve(by, "a function of rollouts", BRANCH_SCORES)
     found = np.asarray(own(rollouts))
     if found.shape != rollouts.tokens.shape or found.dtype.kind not in "iuf" or not np.isfinite(found).all():
         raise UserError(

@@ -13,7 +13,7 @@ from jaxrl_llm.rollout.request_checks import limits_of, per_prompt
 from jaxrl_llm.rollout.sample import Controls
 from jaxrl_llm.rollout.session import Session, Stats, add_stats
 from jaxrl_llm.rollout.tree import Branches, branch, check_branches
-from jaxrl_llm.types import Policy, Prompts, Rollouts
+from jaxrl_llm.types import Prompts, Rollouts
 
 MakeSession = Callable[[Branches | None], Session]
 """A session for roots, or for branches of rollouts."""
@@ -22,18 +22,16 @@ MakeSession = Callable[[Branches | None], Session]
 class TreeSampler:
     """Samples trees from one policy, with one key."""
 
-    def __init__(self, make_session: MakeSession, policy: Policy, key: Key[Array, ""]):
-        """Made by `Engine.trees`.
+    def __init__(self, make_session: MakeSession, key: Key[Array, ""], between: Callable[[], None]):
+        """Made by `Engine.tree_sampler`.
 
         Args:
-            make_session: of the engine.
-            policy: samples the tokens.
-            key: random key of all tokens.
+            make_session: of the engine, for the policy.
+            key: random key of the sessions, and of random choices.
+            between: called between two chunks.
         """
-        self.make_session, self.policy, self.key = make_session, policy, key
+        self.make_session, self.key, self.between = make_session, key, between
         self.stats = Stats()
-        self.between: Callable[[], None] = lambda: None
-        """Called between two chunks; what it raises ends the sampling."""
 
     def branch(self, rollouts: Rollouts, branches: Branches, controls: Controls | None, limit: object) -> Rollouts:
         """Return the rollouts with further rows; see `Engine.branch`."""

@@ -52,6 +52,14 @@ REFUSED = {
         "objective.advantage.kind: got pass_at_k with rollout.tree, want tree_rl, tree_po, spo or tree_rpo: it counts on whole "
         "groups of independent responses",
     ),
+    "lengths of whole responses": (
+        {"objective": {"advantage": {"kind": "opo"}}},
+        "objective.advantage.kind: got opo with rollout.tree, want tree_rl, tree_po, spo or tree_rpo: ",
+    ),
+    "sample size per response": (
+        {"update": {"ess_scaling": {}}},
+        "update.ess_scaling: got one beside rollout.tree, want none: ",
+    ),
     "KL in the reward": (
         {"objective": {"reward_kl": {"weight": 0.1}}},
         "objective.reward_kl.weight: got 0.1 with rollout.tree, want 0, and objective.loss.kl: ",

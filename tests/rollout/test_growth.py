@@ -89,12 +89,12 @@ def test_what_no_tree_can_be():
         sampler(samples=2, tree=PointTree(roots=2))
     engine, policy = sampler(engine=CHUNKS, samples=8, tree=TREES["points"]), policy_of()
     with pytest.raises(UserError, match="tree: got none, want an engine with a tree"):
-        sampler().trees(policy, KEY).grow(make_prompts(P))
+        sampler().tree_sampler(policy, KEY).grow(make_prompts(P))
     for samples in (0, np.zeros(P, int)):
         with pytest.raises(ValueError, match=r"samples: got .*, want a whole number from 1"):
-            engine.trees(policy, KEY).grow(make_prompts(P), samples=samples)
+            engine.tree_sampler(policy, KEY).grow(make_prompts(P), samples=samples)
     with pytest.raises(ValueError, match="controls: got 16, want one for each of the 8 prompts"):
-        engine.trees(policy, KEY).grow(make_prompts(P), engine.controls(2 * P))
+        engine.tree_sampler(policy, KEY).grow(make_prompts(P), engine.controls(2 * P))
     with pytest.raises(ValueError, match=r"known\.trunk: got rows that leave others, want independent ones"):
         engine.reuse(policy, engine.generate(policy, make_prompts(P), KEY), KEY)
 
@@ -103,7 +103,7 @@ def test_prompts_with_different_numbers_of_rows():
     """As a budget gives them: at least one root each, and the same share of roots."""
     engine = sampler(engine=CHUNKS, samples=8, tree=TREES["points"])
     samples = np.array([1, 2, 3, 4, 8, 12, 16, 5])
-    tree = engine.trees(policy_of(), KEY).grow(make_prompts(P), samples=samples)
+    tree = engine.tree_sampler(policy_of(), KEY).grow(make_prompts(P), samples=samples)
     assert tree.size.tolist() == samples.tolist()
     roots = np.bincount(tree.prompt[tree.trunk == tree.sample], minlength=P)
     assert roots.tolist() == [1, 1, 1, 1, 2, 3, 4, 1]

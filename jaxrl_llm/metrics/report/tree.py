@@ -21,10 +21,10 @@ def depth_first(rows: Sequence[Row]) -> list[Branch]:
     names = {row.get("sample"): row for row in rows}
     below: dict[Any, list[Row]] = {}
     for row in rows:
-        if has_trunk(row, names):
+        if _has_trunk(row, names):
             below.setdefault(row["trunk"], []).append(row)
     found: list[Branch] = []
-    waiting, seen = [(row, 0) for row in reversed(rows) if not has_trunk(row, names)], set()
+    waiting, seen = [(row, 0) for row in reversed(rows) if not _has_trunk(row, names)], set()
     while waiting:
         row, depth = waiting.pop()
         # Two responses of one number in a file that somebody edited: branches are shown once.
@@ -37,7 +37,7 @@ def depth_first(rows: Sequence[Row]) -> list[Branch]:
     return found
 
 
-def has_trunk(row: Row, names: Mapping[Any, Row]) -> bool:
+def _has_trunk(row: Row, names: Mapping[Any, Row]) -> bool:
     """True if the response left one of the others, before a token that it has."""
     trunk, fork = row.get("trunk"), row.get("fork")
     is_known = isinstance(trunk, int) and isinstance(fork, int) and trunk in names and fork >= 0
