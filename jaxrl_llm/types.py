@@ -49,7 +49,7 @@ class Prompts(flax.struct.PyTreeNode):
     length: Int[ArrayLike, " P"]
     """Number of prompt tokens, at least 1."""
     uid: Int[ArrayLike, " P"]
-    """Seed of the prompt's sampling noise: its index in the endless stream of prompts, so every visit of a row differs."""
+    """Seed of the prompt's sampling noise: its index in the endless stream of prompts, unless a visit repeats an earlier one's."""
     row: Int[ArrayLike, " P"]
     """Index into the task's rows, to join with the answer on the host."""
 

@@ -119,7 +119,7 @@ def check_prefill_and_decode(cfg, trained=None):
         got, suffix = decode(
             policy.params,
             fed,
-            DecodePosition(np.int32(t), length[:, None], np.full(P, t, np.int32)),
+            DecodePosition(np.int32(t), length[:, None], np.full((P, 1), t, np.int32)),
             cache,
             suffix,
             cfg,

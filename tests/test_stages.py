@@ -6,12 +6,12 @@ import os
 import random
 import re
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 from test_train import ROOT, assert_same_run, environment, final_fingerprints, rows, run, start, wait_for_rows  # noqa: F401
+from two_meshes import launcher
 
 from jaxrl_llm import train
 from jaxrl_llm.config import loading
@@ -335,10 +335,9 @@ def test_other_meshes_and_two_processes_sample_and_learn_the_same(undisturbed, t
     if (PLACES[name] == "one") != other:
         run(config, tmp_path / "run", env | {"JAX_NUM_CPU_DEVICES": "8"}, *mesh)
     else:
-        launcher = [sys.executable, str(ROOT / "launch" / "local.py"), "--processes", "2", "--devices", "4"]
         arguments = ["train", str(config), "--run-dir", str(tmp_path / "run"), *mesh]
         done = subprocess.run(
-            [*launcher, "--log-dir", str(tmp_path), "--", *arguments],
+            [*launcher(tmp_path, 4), *arguments],
             env=env, cwd=ROOT, capture_output=True, text=True, timeout=280,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:] + (tmp_path / "process_1.log").read_text()[-2000:]

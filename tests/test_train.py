@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from two_meshes import launcher
 
 from jaxrl_llm.config import loading
 from jaxrl_llm.config.run_config import RunConfig
@@ -252,19 +253,9 @@ def test_two_processes_sample_the_same_tokens(reference, environment, tmp_path):
     """2 processes x 4 devices through the launcher, against one process with one device."""
     undisturbed, _ = reference
     config = write_config(tmp_path, steps=3, every=1000)
-    launcher = [
-        sys.executable,
-        str(ROOT / "launch" / "local.py"),
-        "--processes",
-        "2",
-        "--devices",
-        "4",
-        "--log-dir",
-        str(tmp_path),
-    ]
     arguments = ["train", str(config), "--run-dir", str(tmp_path / "run"), "--mesh.fsdp", "4", "--mesh.tensor", "2"]
     done = subprocess.run(
-        [*launcher, "--", *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280
+        [*launcher(tmp_path, 4), *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280
     )
     logs = "".join(p.read_text()[-3000:] for p in tmp_path.glob("*.log"))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:] + logs
@@ -278,19 +269,9 @@ def test_two_processes_sample_the_same_tokens(reference, environment, tmp_path):
 @pytest.mark.soak
 def test_sigterm_to_a_job_of_two_processes(environment, tmp_path):
     config = write_config(tmp_path, steps=2000, every=100000)
-    launcher = [
-        sys.executable,
-        str(ROOT / "launch" / "local.py"),
-        "--processes",
-        "2",
-        "--devices",
-        "1",
-        "--log-dir",
-        str(tmp_path),
-    ]
     arguments = ["train", str(config), "--run-dir", str(tmp_path / "run")]
     process = subprocess.Popen(
-        [*launcher, "--grace", "60", "--", *arguments],
+        [*launcher(tmp_path, 1, "--grace", "60"), *arguments],
         env=environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,

@@ -2,14 +2,10 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
+from two_meshes import on_two_meshes
 
 from jaxrl_llm import train
 from jaxrl_llm.commands.loaded_policy import with_batch
@@ -18,7 +14,6 @@ from jaxrl_llm.roles.stored_rollouts import read_trajectories
 from jaxrl_llm.rollout.config import NoTree
 from jaxrl_llm.tasks.task import load_task
 
-ROOT = Path(__file__).parents[1]
 RUN = {
     "steps": 3,
     "seed": 1,
@@ -84,27 +79,7 @@ def test_a_run_with_trees(tmp_path):
 @pytest.mark.soak
 def test_two_processes_grow_the_same_trees(tmp_path):
     """2 processes x 4 devices, (2, 2, 2), against one device."""
-    config = tmp_path / "c.yaml"
-    config.write_text(yaml.safe_dump(RUN | {"steps": 2, "run_dir": str(tmp_path / "one")}))
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": path}
-    mesh = ["--run-dir", str(tmp_path / "two"), "--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
-    launcher = [
-        str(ROOT / "launch" / "local.py"),
-        "--processes",
-        "2",
-        "--devices",
-        "4",
-        "--log-dir",
-        str(tmp_path),
-        "--",
-    ]
-    for command in (["-m", "jaxrl_llm.cli", "train", str(config)], [*launcher, "train", str(config), *mesh]):
-        done = subprocess.run(
-            [sys.executable, *command], env=env, cwd=ROOT, capture_output=True, text=True, timeout=280
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, two = ([row for row in rows(tmp_path / name / "metrics.jsonl") if "loss" in row] for name in ("one", "two"))
+    one, two = on_two_meshes(RUN | {"steps": 2}, tmp_path)
     for name in ("completions/crc32", "reward", "tree/sharing", "tree/fork"):
         assert [row[name] for row in one] == [row[name] for row in two], name
     np.testing.assert_allclose([row["loss"] for row in one], [row["loss"] for row in two], atol=1e-5)

@@ -21,7 +21,7 @@ from jaxrl_llm.roles.build import make_keys, make_publisher
 from jaxrl_llm.roles.inputs import Inputs
 from jaxrl_llm.roles.start_or_restore import start_params
 from jaxrl_llm.roles.state import RunState, SupervisedState
-from jaxrl_llm.rollout.config import NoTree, PerSample
+from jaxrl_llm.rollout.config import NoReuse, NoTree, PerSample
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.run_context import State, restore_read_only
 from jaxrl_llm.tasks.task import Task
@@ -114,6 +114,7 @@ def with_batch(cfg: RunConfig, prompts: int, samples: int) -> RunConfig:
             samples=samples,
             per_sample=PerSample(),
             tree=NoTree(),
+            reuse=NoReuse(),
         ),
         update=dataclasses.replace(cfg.update, minibatches=1, micro_batches=1),
         warm_start=dataclasses.replace(cfg.warm_start, rows=row_shards),

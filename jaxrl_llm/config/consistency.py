@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxrl_llm.config import mixtures
+from jaxrl_llm.config.reuse_settings import reuse_problems
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.config.tree_settings import tree_problems
 from jaxrl_llm.config.unused_settings import unused_settings
@@ -111,7 +112,7 @@ def training_problems(cfg: RunConfig) -> list[str]:
         found.append("rollout.temperature: got 0, want more: a policy that never explores learns nothing")
     graders = [grader.label for grader in cfg.reward.graders]
     found += experience_problems(cfg.experience, graders, cfg.rollout.prompts, cfg.rollout.samples)
-    found += hint_problems(cfg) + tree_problems(cfg)
+    found += hint_problems(cfg) + tree_problems(cfg) + reuse_problems(cfg)
     found += step_refusals(cfg.objective, any(grader.step_end for grader in cfg.reward.graders))
     # Filters of the user's own are not checked against the objective.
     judged_by = cfg.experience.filter.by if isinstance(cfg.experience.filter, Signal) else ""

@@ -300,22 +300,22 @@ def write(
     return map_arrays(put, x, one, transposed=transposed)
 
 
-def suffix_mask(size: int, count: Int[Array, ""], age: Int[Array, " U"]) -> Bool[Array, "U size"]:
+def suffix_mask(size: int, count: Int[Array, ""], age: Int[Array, " B"]) -> Bool[Array, "B size"]:
     """Ring slots that rows of this age attend to once key number `count` is written: the newest age + 1."""
     return jnp.mod(count - jnp.arange(size), size) <= age[:, None]
 
 
-def prompt_mask(size: int, length: Int[Array, "U F"], age: Int[Array, " U"], window: int) -> Bool[Array, "U F size"]:
+def prompt_mask(size: int, length: Int[Array, "U F"], age: Int[Array, "U F"], window: int) -> Bool[Array, "U F size"]:
     """Prompt slots that rows attend to in one layer.
 
     Args:
         size: slots of the layer's prompt cache.
         length: cached keys that each row attends to, the first ones. With a sliding window, all that were cached.
-        age: tokens decoded before by the rows of each group.
+        age: keys in each row's ring.
         window: attention window of the layer.
     """
     length = length[..., None]
     if window == UNLIMITED:
         return jnp.arange(size) < length
     key = first_position(length, size) + jnp.arange(size)
-    return (key < length) & (length + age[:, None, None] - key < window)
+    return (key < length) & (length + age[..., None] - key < window)

@@ -277,8 +277,8 @@ class DecodePosition(NamedTuple):
     """Keys written to the rows' rings so far."""
     length: Int[Array, "U F"]
     """Keys of its group's prompt that each row attends to, the first ones. The row's first step reads the token behind them."""
-    age: Int[Array, " U"]
-    """Decode steps the group has made so far."""
+    age: Int[Array, "U F"]
+    """Keys in each row's ring."""
 
 
 def decode(
@@ -292,7 +292,7 @@ def decode(
 ) -> tuple[Float[Array, "B V"], SuffixCache]:
     """Decode one token per row.
 
-    A token of row f of sequence group u has position length[u, f] + age[u]. The F rows of a group are folded into query rows
+    A token of row f of sequence group u has position length[u, f] + age[u, f]. The F rows of a group are folded into query rows
     against its one copy of the prompt.
 
     Args:
@@ -307,15 +307,14 @@ def decode(
     Returns:
         The next token's logits, and the suffix cache with this token's keys and values written.
     """
-    rows, groups = token.shape[0], at.age.shape[0]
-    each = rows // groups
-    position = (at.length + at.age[:, None]).reshape(-1, 1)
+    groups, each = at.age.shape
+    position = (at.length + at.age).reshape(-1, 1)
     keys, values, format = list(suffix.k), list(suffix.v), suffix.format
     x = _embed(params, token[:, None], cfg, layout)
     attend_to = partial(attend_part, scale=cfg.attention_scale, softcap=cfg.attention_softcap)
     # One mask for all layers with rings of equal size: a ring that has wrapped around holds the last `size` <= window tokens.
     sizes = {num_slots(x) for x in values}
-    own_masks = {n: jnp.repeat(suffix_mask(n, at.count, at.age), each, axis=0) for n in sizes}
+    own_masks = {n: suffix_mask(n, at.count, at.age.reshape(-1)) for n in sizes}
 
     def attend_caches(i: int, window: int, q: Array, k: Array, v: Array) -> Array:
         # Write first, then read from the written cache: the other order makes XLA copy the cache.
@@ -325,7 +324,8 @@ def decode(
         folded = q[:, 0].reshape(groups, each, *q.shape[2:]).swapaxes(1, 2)
         folded = folded.reshape(groups, cfg.kv_heads, each * cfg.group, cfg.head_dim)
         # Repeated per query head: [U (F G) S].
-        mask = prompt_mask(num_slots(prompt.v[i]), jnp.repeat(at.length, cfg.group, axis=1), at.age, window)
+        of_heads = (jnp.repeat(x, cfg.group, axis=1) for x in (at.length, at.age))
+        mask = prompt_mask(num_slots(prompt.v[i]), *of_heads, window)
         shared = attend_to(folded, prompt.k[i], prompt.v[i], mask)
         return merge(tuple(_unfold(part, each) for part in shared), own)[:, None]
 

@@ -172,6 +172,7 @@ def report(
         "slots": [run.prompt_slots, run.cfg.rollout.max_new_tokens],
         "control": run.cfg.rollout.control.kind,
         "tree": run.cfg.rollout.tree.kind,
+        "reuse": run.cfg.rollout.reuse.kind,
         "parameters": model_params.count(model_params.specs(run.model)),
         "phases": [{"name": p.name, "total": p.total, "parts": p.parts} for p in phases],
         "peak": {"phase": peak.name, "bytes": peak.total},

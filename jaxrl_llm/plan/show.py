@@ -26,6 +26,11 @@ def show(report: Report) -> str:
             f"\nrollout.tree: {report['tree']}: shown is how its roots are sampled; branches follow, whose prompt caches have the "
             f"{tokens} completion slots too"
         )
+    if report["reuse"] != "none":
+        head += (
+            f"\nrollout.reuse: {report['reuse']}: shown is how responses are sampled from the start; the pass over known ones, as "
+            "many rows at once as prompts are prefilled, comes before"
+        )
     parts = [head, memory_table(report)]
     if report["compiled"]:
         parts += [traffic_table(report), weights_line(report)]

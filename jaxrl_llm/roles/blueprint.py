@@ -17,7 +17,7 @@ from jaxrl_llm.distribution.score import Scoring
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.budgets import gives_equally
 from jaxrl_llm.experience.config import OwnBudget, OwnReplay
-from jaxrl_llm.experience.replay import rows_of_step
+from jaxrl_llm.experience.replay import blank_groups, rows_of_step
 from jaxrl_llm.model import lora, quantized_weights
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.attention import selection
@@ -34,7 +34,7 @@ from jaxrl_llm.rollout.config import NoTree
 from jaxrl_llm.rollout.control_set import ControlSet
 from jaxrl_llm.rollout.engine import Engine, EngineModel, PromptTokenizer, configured_controls
 from jaxrl_llm.rollout.sample import Vocabulary
-from jaxrl_llm.types import PyTree
+from jaxrl_llm.types import Groups, PyTree
 from jaxrl_llm.update.config import OptimizerConfig
 from jaxrl_llm.update.optimizer.config import GroupConfig
 from jaxrl_llm.update.optimizer.transform import make_optimizer
@@ -228,6 +228,14 @@ def fresh_sizes(cfg: RunConfig) -> GroupSizes:
     if isinstance(budget, OwnBudget):
         return GroupSizes(prompts, rows, rows - prompts + 1)
     return GroupSizes(prompts, rows, budget.most(prompts, rows), equal=gives_equally(budget, prompts, rows))
+
+
+def blank_fresh(cfg: RunConfig, prompt_slots: int, num_tokens: int) -> Groups:
+    """Groups of zeros in the shapes of what a step samples. `num_tokens`: of the tokenizer."""
+    rollout, slots = cfg.rollout, (prompt_slots, cfg.rollout.max_new_tokens)
+    names, kept = tuple(grader.label for grader in cfg.reward.graders), rollout.max_kept_of(num_tokens)
+    found = blank_groups(rollout.prompts, rollout.samples, slots, len(names), uses_of(cfg), kept, fresh_sizes(cfg).most)
+    return found.replace(graders=names, threshold=cfg.evaluation.threshold)
 
 
 def problems(given: Inputs) -> list[str]:

@@ -17,6 +17,7 @@ from jaxrl_llm.experience.filters import Filter, make_filter
 from jaxrl_llm.experience.group_filters import KeepAll, Signal
 from jaxrl_llm.experience.hints import NoHints
 from jaxrl_llm.experience.own_stages import own_budget, own_gate
+from jaxrl_llm.experience.packed_groups import Packing
 from jaxrl_llm.experience.replay import make_replay
 from jaxrl_llm.model.publish import publisher
 from jaxrl_llm.objective.credit import make_advantage
@@ -25,18 +26,20 @@ from jaxrl_llm.objective.losses import CROSS_ENTROPY
 from jaxrl_llm.objective.rules import drops_equal_rewards
 from jaxrl_llm.perf.work import TrainFlops, count_adapter_params, count_tokens, train_flops
 from jaxrl_llm.roles.asking import Asking, ByBudget, UntilAccepted
-from jaxrl_llm.roles.blueprint import Blueprint, correction_for, group_sizes
+from jaxrl_llm.roles.blueprint import Blueprint, blank_fresh, correction_for, group_sizes
 from jaxrl_llm.roles.collector import Collected
 from jaxrl_llm.roles.evaluator import Evaluator
 from jaxrl_llm.roles.hinting import Hinting, NoHinting
 from jaxrl_llm.roles.known_responses import under_control
 from jaxrl_llm.roles.learner import Learner, policy_entropy, score_groups
 from jaxrl_llm.roles.reference import refresh
+from jaxrl_llm.roles.reusing import NoReusing, Reusing
 from jaxrl_llm.roles.sampler import Sampler, Stages
 from jaxrl_llm.roles.scorer import Scorer
 from jaxrl_llm.roles.state import RunState
 from jaxrl_llm.roles.supervised import Supervised, right_responses
 from jaxrl_llm.roles.updates import Updates
+from jaxrl_llm.rollout.config import NoReuse
 from jaxrl_llm.tasks.rows import Row
 from jaxrl_llm.tasks.stream import completion_limits
 from jaxrl_llm.tasks.task import Task
@@ -74,7 +77,9 @@ def make_sampler(cfg: RunConfig, task: Task, collect: Callable[..., Collected], 
     texts_of = lambda groups: task.decode(groups.rollouts.tokens, groups.rollouts.length)  # noqa: E731
     gate = cfg.experience.gate
     gate = own_gate(gate) if isinstance(gate, OwnGate) else gate
-    stages = Stages(counted(curriculum), gate, asking_for(cfg, texts_of), hinting_for(cfg, task))
+    stages = Stages(
+        counted(curriculum), gate, asking_for(cfg, texts_of), hinting_for(cfg, task), reusing_for(cfg, task)
+    )
     return Sampler(task, stages, collect, key, cfg.seed)
 
 
@@ -84,6 +89,14 @@ def hinting_for(cfg: RunConfig, task: Task) -> Hinting | NoHinting:
     if isinstance(rule, NoHints):
         return NoHinting()
     return Hinting(rule, task, cfg.rollout.max_new_tokens, cfg.warm_start.steps, cfg.steps)
+
+
+def reusing_for(cfg: RunConfig, task: Task) -> Reusing | NoReusing:
+    """Reuse of a run, over the `train` rows of its task."""
+    if isinstance(cfg.rollout.reuse, NoReuse):
+        return NoReusing()
+    packing = Packing(blank_fresh(cfg, task.prompt_slots, task.num_tokens), task.pad)
+    return Reusing(cfg.rollout.reuse, task, packing, cfg.rollout.max_new_tokens)
 
 
 def order_of(task: Task, seed: int) -> Order:

@@ -13,8 +13,9 @@ from jaxtyping import Array, Int, Key
 
 from jaxrl_llm.environments.grader_pool import Graded, GraderPool
 from jaxrl_llm.roles.grading import blank_grades, grade, make_groups, merge_requests, samples_of
-from jaxrl_llm.rollout.config import NoTree
+from jaxrl_llm.rollout.config import InexactReuse, NoTree, RolloutConfig
 from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.reuse import begin
 from jaxrl_llm.rollout.sample import Controls
 from jaxrl_llm.rollout.session import Session, Stats
 from jaxrl_llm.tasks.rows import Row
@@ -34,6 +35,8 @@ class Asked(NamedTuple):
     """Sample number of the first row."""
     hints: list[list[int]] | None = None
     """Tokens that each row begins with, []: none. None: no request of the step has any."""
+    known: Rollouts | None = None
+    """An earlier response for each row, some without a token, to be kept as far as the policy does. None: there are none."""
 
 
 More = Callable[[Groups, Int[np.ndarray, " n"]], Asked | None]
@@ -46,6 +49,8 @@ class Collected(NamedTuple):
     stats: Stats
     waited: float
     """Seconds in which nothing was decoded because grades were missing."""
+    kept: Int[np.ndarray, " B"] | None = None
+    """Tokens of each row that are those of an earlier response; None: of trees, which have none."""
 
 
 class GivenUp(Exception):
@@ -101,37 +106,25 @@ class Collector:
         if isinstance(asked, Asked) and not isinstance(self.engine.cfg.tree, NoTree):
             return self._trees(policy, asked, rows, key, give_up, more)
         session = self.engine.session(policy, key)
-        grading, none = _Grading(self, session, rows), np.zeros(0, int)
-        group: list[int] = []
-        last = none
-
-        def add(asked: Asked, controls: Controls | None = None) -> None:
-            group.extend(asked.group.tolist())
-            limit = completion_limits(rows, asked.prompts.row, self.engine.cfg.max_new_tokens)
-            ids = session.add(
-                asked.prompts, asked.samples, controls, limit, known=asked.hints, first_sample=asked.first_sample
-            )
-            if asked.hints is not None:
-                tokens = np.array([len(hint) for hint in asked.hints], np.int32)
-                grading.hint |= dict(zip(ids.tolist(), np.split(tokens, np.cumsum(asked.samples)[:-1]), strict=True))
-
+        requests, none = _Requests(session, rows, self.engine.cfg), np.zeros(0, int)
+        grading, last = _Grading(self, requests), none
         if isinstance(asked, Prompts):
-            add(ask(asked, self.engine.cfg.samples), self.engine.controls(len(asked.length)))
+            requests.add(ask(asked, self.engine.cfg.samples), self.engine.controls(len(asked.length)))
         else:
-            add(asked)
+            requests.add(asked)
         while session.pending or len(last):
             finished = session.advance() if session.pending else none
             grading.submit(finished)
             if more and len(last):
-                following = more(grading.groups(last, session.rollouts(last)), np.array(group)[last])
+                following = more(grading.groups(last, session.rollouts(last)), np.array(requests.group)[last])
                 if following:
-                    add(following)
+                    requests.add(following)
             last = finished if more else none
             if give_up():
                 raise GivenUp
-        ids = np.argsort(group, kind="stable")
-        found = merge_requests(grading.groups(ids, session.take(ids)), np.sort(group))
-        return Collected(found, session.stats, grading.waited)
+        ids = np.argsort(requests.group, kind="stable")
+        found = merge_requests(grading.groups(ids, session.take(ids)), np.sort(requests.group))
+        return Collected(found, session.stats, grading.waited, np.concatenate([requests.kept[id] for id in ids]))
 
     def _trees(
         self, policy: Policy, asked: Asked | None, rows: Sequence[Row], key: Key[Array, ""], give_up: Callable[[], bool],
@@ -157,23 +150,52 @@ class Collector:
         return Collected(found, sampler.stats, waited)
 
 
+class _Requests:
+    """The requests of a session, and what their rows begin with."""
+
+    def __init__(self, session: Session, rows: Sequence[Row], cfg: RolloutConfig):
+        self.session, self.rows, self.cfg = session, rows, cfg
+        self.group: list[int] = []
+        """Group of each request, by its id."""
+        self.hint: dict[int, Int[np.ndarray, " G"]] = {}
+        """Tokens of the hint of each row of a request; empty: there are no hints."""
+        self.kept: dict[int, Int[np.ndarray, " G"]] = {}
+        """Tokens of an earlier response that each row of a request begins with."""
+
+    def add(self, asked: Asked, controls: Controls | None = None) -> None:
+        cfg, known = self.cfg, asked.hints
+        limit = completion_limits(self.rows, asked.prompts.row, cfg.max_new_tokens)
+        kept = np.zeros(asked.samples.sum(), np.int32)
+        if asked.known is not None:
+            leniency = cfg.reuse.leniency if isinstance(cfg.reuse, InexactReuse) else None
+            known, kept = begin(self.session, asked.known, controls, limit, leniency)
+        ids = self.session.add(
+            asked.prompts, asked.samples, controls, limit, known=known, first_sample=asked.first_sample
+        ).tolist()
+        ends = np.cumsum(asked.samples)[:-1]
+        self.group += asked.group.tolist()
+        self.kept |= dict(zip(ids, np.split(kept, ends), strict=True))
+        if asked.hints is not None:
+            tokens = np.array([len(hint) for hint in asked.hints], np.int32)
+            self.hint |= dict(zip(ids, np.split(tokens, ends), strict=True))
+
+
 class _Grading:
     """Grades of a session's requests."""
 
-    def __init__(self, collector: Collector, session: Session, rows: Sequence[Row]):
-        self.collector, self.session, self.rows = collector, session, rows
+    def __init__(self, collector: Collector, requests: _Requests):
+        self.collector, self.requests = collector, requests
         self.jobs: deque[tuple[Int[np.ndarray, " n"], Future[Graded]]] = deque()
         self.done: list[tuple[Int[np.ndarray, " n"], Graded]] = []
         """Requests of this host, and their grades."""
-        self.hint: dict[int, Int[np.ndarray, " G"]] = {}
-        """Tokens of the hint of each row of a request; empty: there are no hints."""
         self.waited = 0.0
 
     def submit(self, ids: Int[np.ndarray, " n"]) -> None:
         """Have this host's share of the requests graded in the background."""
         mine = ids[ids % jax.process_count() == jax.process_index()]
         if len(mine):
-            samples = samples_of(self.collector.task, self.rows, self.session.rollouts(mine))
+            rollouts = self.requests.session.rollouts(mine)
+            samples = samples_of(self.collector.task, self.requests.rows, rollouts)
             self.jobs.append((mine, self.collector.pool.submit(samples)))
 
     def groups(self, ids: Int[np.ndarray, " n"], rollouts: Rollouts) -> Groups:
@@ -196,4 +218,5 @@ class _Grading:
                 grades.set(index, graded)
                 grades.set_steps(index, graded, rollouts, self.collector.task.tokenizer)
         found = make_groups(rollouts, grades, ids % jax.process_count(), pool.names, self.collector.threshold)
-        return found.replace(hint=np.concatenate([self.hint[id] for id in ids.tolist()])) if self.hint else found
+        hint = self.requests.hint
+        return found.replace(hint=np.concatenate([hint[id] for id in ids.tolist()])) if hint else found

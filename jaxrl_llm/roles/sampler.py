@@ -14,6 +14,7 @@ from jaxrl_llm.experience.stage_checks import as_array
 from jaxrl_llm.roles.asking import Asking, join_prompts, select_prompts
 from jaxrl_llm.roles.collector import Asked, Collected, never
 from jaxrl_llm.roles.hinting import Hinting, NoHinting
+from jaxrl_llm.roles.reusing import NoReusing, Reusing, StoredVisits
 from jaxrl_llm.tasks.stream import make_prompts
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Groups, Policy, Prompts, join_groups
@@ -65,6 +66,7 @@ class SourceState(NamedTuple):
     num_tokens: np.ndarray
     """Completion tokens sampled so far."""
     hints: Any = ()
+    reuse: StoredVisits | tuple = ()
 
 
 class Stages(NamedTuple):
@@ -75,11 +77,13 @@ class Stages(NamedTuple):
     gate: Gate
     asking: Asking
     hints: Hinting | NoHinting = NoHinting()
+    reuse: Reusing | NoReusing = NoReusing()
 
     @property
     def asks_at_once(self) -> int | None:
-        """As in `Asking`; with hints a step's rows stand at different ages from the start."""
-        return self.asking.asks_at_once if isinstance(self.hints, NoHinting) else None
+        """As in `Asking`; with hints, or reused tokens, a step's rows stand at different ages from the start."""
+        from_start = isinstance(self.hints, NoHinting) and isinstance(self.reuse, NoReusing)
+        return self.asking.asks_at_once if from_start else None
 
 
 class Draws:
@@ -88,6 +92,7 @@ class Draws:
     def __init__(self, task: Task, stages: Stages, state: SourceState, rng: tuple[int, ...]):
         self.task, self.stages, self.state = task, stages, state
         self.choosing, self.admitting = (np.random.default_rng((*rng, stage)) for stage in (CURRICULUM, GATE))
+        self.reuse = stages.reuse.start(state.reuse)
         self.skipped = self.forced = 0
 
     def __call__(self, n: int) -> Prompts:
@@ -104,7 +109,7 @@ class Draws:
             self.skipped += np.count_nonzero(~admitted)
             found.append(select_prompts(prompts, admitted))
             missing -= np.count_nonzero(admitted)
-        return join_prompts(found)
+        return self.reuse.visit(join_prompts(found))
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -132,6 +137,7 @@ class Sampler:
             np.zeros(num, np.int32),
             np.array(0),
             stages.hints.init(num),
+            stages.reuse.init(num),
         )
         """Resumable state; part of `RunState`."""
         self.policy: Policy | None = None
@@ -156,12 +162,15 @@ class Sampler:
         )
         requests = asking.start(self.state.asking)
 
+        def begun(asked: Asked) -> Asked:
+            return hints.add(draws.reuse.add(asked), self.state.hints, step)
+
         def more(groups: Groups, number: Int[np.ndarray, " n"]) -> Asked | None:
             asked = requests.more(groups, number)
-            return asked and hints.add(asked, self.state.hints, step)
+            return asked and begun(asked)
 
         found = self.collect(
-            self.policy, hints.add(requests.first(draws), self.state.hints, step), self.task.train, self.key, self.give_up,
+            self.policy, begun(requests.first(draws)), self.task.train, self.key, self.give_up,
             more if asking.follows_up else None,
         )  # fmt: skip
         taken = requests.finish(hints.mark(found.groups))
@@ -171,11 +180,13 @@ class Sampler:
             asking=requests.state,
             visits=visits.astype(np.int32),
             num_tokens=self.state.num_tokens + np.count_nonzero(found.groups.rollouts.sampled),
+            reuse=draws.reuse.finish(found.groups),
         )
         chosen = self.stages.curriculum.describe(draws.state.choice, found.groups.rollouts.prompts.row)
         self.metrics = (
             taken.metrics
             | draws.metrics
+            | draws.reuse.describe(found)
             | {"prompts/never_seen": float(np.mean(visits == 0))}
             | {f"curriculum/{name}": value for name, value in chosen.items()}
         )

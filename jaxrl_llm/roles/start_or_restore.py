@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.experience.replay import blank_groups, filled
+from jaxrl_llm.experience.replay import filled
 from jaxrl_llm.metrics.guards import Guards
 from jaxrl_llm.model import lora
 from jaxrl_llm.model import params as model_params
@@ -19,7 +19,7 @@ from jaxrl_llm.model.hf.config import read_config
 from jaxrl_llm.model.hf.load import load
 from jaxrl_llm.model.hf.source import resolve as resolve_model
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.roles.blueprint import Blueprint, fresh_sizes, uses_of
+from jaxrl_llm.roles.blueprint import Blueprint, blank_fresh
 from jaxrl_llm.roles.learner import Learner
 from jaxrl_llm.roles.loaded_model import load_params
 from jaxrl_llm.roles.state import RunState, SupervisedState
@@ -83,13 +83,7 @@ def first_state(
         train, reference: parameters and optimizer state, concrete or abstract.
     """
     cfg, trained = blueprint.cfg, lora.split(blueprint.learner_specs)[0]
-    rollout, slots = cfg.rollout, (blueprint.prompt_slots, cfg.rollout.max_new_tokens)
-    max_kept_tokens = rollout.max_kept_of(blueprint.vocab.size)
-    names = tuple(grader.label for grader in cfg.reward.graders)
-    blank = blank_groups(
-        rollout.prompts, rollout.samples, slots, len(names), uses_of(cfg), max_kept_tokens, fresh_sizes(cfg).most
-    )
-    blank = blank.replace(graders=names, threshold=cfg.evaluation.threshold)
+    blank = blank_fresh(cfg, blueprint.prompt_slots, blueprint.vocab.size)
     return RunState(
         step=np.array(cfg.warm_start.steps),
         eval_before=np.array(np.nan),

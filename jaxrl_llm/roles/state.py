@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxrl_llm.experience.buffer import Buffer
 from jaxrl_llm.metrics.guards import Guards
+from jaxrl_llm.roles.reusing import StoredVisits
 from jaxrl_llm.types import PyTree, TrainState
 
 
@@ -33,13 +34,29 @@ class SupervisedState(NamedTuple):
     guards: Guards
 
 
+VISIT = "visit/"
+"""Beginning of the names of groups that are the last visits of their rows."""
+
+
 def split(state: RunState | SupervisedState) -> tuple[RunState | SupervisedState, dict[str, np.ndarray]]:
-    """Return the state without the groups of its buffer, and these, by name: what never changes a checkpoint writes once."""
-    if not isinstance(state, RunState) or not isinstance(state.replay, Buffer):
-        return state, {}
-    return state._replace(replay=state.replay._replace(packed={})), state.replay.packed
+    """Return the state without its packed groups, and these, by name: what never changes a checkpoint writes once."""
+    groups: dict[str, np.ndarray] = {}
+    if isinstance(state, RunState) and isinstance(state.replay, Buffer):
+        groups |= state.replay.packed
+        state = state._replace(replay=state.replay._replace(packed={}))
+    if isinstance(state, RunState) and isinstance(getattr(state.source, "reuse", None), StoredVisits):
+        reuse = state.source.reuse
+        groups |= {VISIT + row: packed for row, packed in reuse.packed.items()}
+        state = state._replace(source=state.source._replace(reuse=reuse._replace(packed={})))
+    return state, groups
 
 
 def joined(state: RunState | SupervisedState, groups: dict[str, np.ndarray]) -> RunState | SupervisedState:
     """Return the state that was split."""
-    return state._replace(replay=state.replay._replace(packed=groups)) if groups else state
+    visits = {name.removeprefix(VISIT): packed for name, packed in groups.items() if name.startswith(VISIT)}
+    if visits:
+        reuse = state.source.reuse._replace(packed=visits)
+        state = state._replace(source=state.source._replace(reuse=reuse))
+    if buffer := {name: packed for name, packed in groups.items() if not name.startswith(VISIT)}:
+        state = state._replace(replay=state.replay._replace(packed=buffer))
+    return state

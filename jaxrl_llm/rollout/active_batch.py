@@ -82,7 +82,7 @@ class ActiveBatch:
             slots.append(slot)
         if slots:
             self._insert(self._prefill(params, admitted), max(map(len, admitted)), np.array(slots), source)
-            self._rejoin(params, [slot for slot in slots if self.groups.age[slot]])
+            self._rejoin(params, slots)
         return bool(slots)
 
     def _place(self, slot: int, group: QueuedGroup) -> None:
@@ -162,12 +162,11 @@ class ActiveBatch:
     def _rejoin(self, params: PyTree, slots: list[int]) -> None:
         """Read the known tokens of the rows in `slots` again, and write their keys into the rows' rings."""
         sizes, lanes = self.sizes, self.sizes.rows_per_group
-        if slots:
-            self._widen(int(self.groups.age[slots].max()))
+        self._widen(int(self.groups.age[slots].max()))
         per_shard = self.num_slots // sizes.shards
         waiting: list[list[tuple[int, int]]] = [[] for _ in range(sizes.shards)]
         for slot in slots:
-            waiting[slot // per_shard] += [(slot, lane) for lane in np.flatnonzero(self.rows[slot] >= 0)]
+            waiting[slot // per_shard] += [(slot, lane) for lane in np.flatnonzero(self.groups.age[slot])]
         at_once = sizes.prompts[0] // sizes.shards
         for start in range(0, max(map(len, waiting), default=0), at_once):
             part = [own[start : start + at_once] for own in waiting]
@@ -180,7 +179,7 @@ class ActiveBatch:
                     place[:, shard, i] = (
                         slot % per_shard * lanes + lane,
                         self.groups.length[slot, lane],
-                        self.groups.age[slot],
+                        self.groups.age[slot, lane],
                     )
             new = self._read("read_rows", params, num, sequences, sizes.row_slots)
             join = self.programs(None, "join_suffix", self.num_slots, self.window, num)
@@ -188,7 +187,7 @@ class ActiveBatch:
 
     def _known(self, slot: int, lane: int) -> Int[np.ndarray, " n"]:
         """Tokens of a row whose keys are known: all but the last, which the first step reads."""
-        known = self.groups.begin[slot, lane] + self.groups.age[slot]
+        known = self.groups.begin[slot, lane] + self.groups.age[slot, lane]
         tokens = self.output.columns["tokens"][self.rows[slot, lane], : known - 1]
         return _tokens(self.placed[slot].request.prompt, tokens)
 
@@ -248,9 +247,9 @@ class ActiveBatch:
     def _steps(self) -> int:
         """Return the steps of the next chunk: a multiple of the interval, limited by the rows' remaining tokens and by the rings,
         which grow if they are full of keys that active rows attend to."""
-        active, interval = self.active, self.decoding.interval
+        active, interval = ~self.groups.done, self.decoding.interval
         age = int(self.groups.age[active].max())
-        need = int(((self.groups.limit - self.groups.begin).max(axis=1) - self.groups.age)[active].max())
+        need = int((self.groups.limit - self.groups.begin - self.groups.age)[active].max())
         steps = min(self.decoding.steps, -(-need // interval) * interval)
         self._widen(age)
         return (
@@ -283,7 +282,7 @@ class ActiveBatch:
             placed, groups = self.placed[slot], self.groups
             if requests is None or placed.request in requests:
                 rows = np.where(groups.done[slot], -1, self.rows[slot])
-                found.append(placed._replace(rows=rows, age=int(groups.age[slot])))
+                found.append(placed._replace(rows=rows, age=np.where(groups.done[slot], 0, groups.age[slot])))
                 self._free(slot)
         return found
 
@@ -302,8 +301,8 @@ def _empty(slots: int, lanes: int) -> SequenceGroups:
     i32 = lambda *shape: np.zeros(shape, np.int32)  # noqa: E731
     f32, rows = np.ones((slots, lanes), np.float32), (slots, lanes)
     controls = Controls(f32, f32.copy(), i32(*rows), 0 * f32, i32(*rows), i32(*rows), i32(*rows))
-    each = [i32(*rows) for _ in range(5)]
-    return SequenceGroups(i32(slots), i32(slots), *each, controls, i32(*rows), np.ones(rows, bool))
+    each = [i32(*rows) for _ in range(6)]
+    return SequenceGroups(i32(slots), *each, controls, i32(*rows), np.ones(rows, bool))
 
 
 def _tokens(prompt: Prompts, completion: Int[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:

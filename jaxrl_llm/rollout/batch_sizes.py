@@ -16,6 +16,8 @@ HALVINGS = 2
 CPU_CACHE = 2**22
 # Shortest bucket of prompt lengths; the others are this times 4, 16, ...
 MIN_PROMPT = 128
+# Tokens of known rows that one pass reads, about.
+KNOWN_TOKENS = 2**15
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ class BatchSizes:
     def groups(self, prompts: int) -> int:
         """Return the number of sequence groups of `prompts` prompts."""
         return prompts * self.groups_per_prompt
+
+    def known_rows(self, slots: int) -> int:
+        """Return the number of known rows of `slots` tokens that one pass reads: at most those of the active batch, at least as
+        many as a prefill has prompts."""
+        most = self.groups(self.prompts[0]) * self.rows_per_group
+        return min(most, max(self.prompts[0], KNOWN_TOKENS // slots // self.shards * self.shards))
 
     @property
     def group_counts(self) -> tuple[int, ...]:

@@ -115,6 +115,43 @@ Tree = Annotated[NoTree | PointTree | SegmentTree, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
+class NoReuse:
+    """Every visit of a prompt samples its responses from the first token on."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    kind: Literal["none"] = "none"
+
+
+@dataclass(frozen=True)
+class ExactReuse:
+    """Responses of a prompt's last visit are kept as far as the policy draws them again with the same noise, and decoded from
+    there on: distributed as fresh samples."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    kind: Literal["exact"] = "exact"
+    visits: Natural = 0
+    """Visits in a row that repeat the noise of an earlier one, at most; the next one has new noise. 0: all that follow."""
+
+
+@dataclass(frozen=True)
+class InexactReuse:
+    """Responses of a prompt's last visit are kept up to the first token that is not accepted (SPEC-RL, arXiv 2509.23232), and
+    decoded from there on with new noise. Not distributed as fresh samples: kept tokens stay those of the policy that drew them, and
+    their log-probs include the probability of being accepted."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["inexact"] = "inexact"
+    leniency: Annotated[float, Ge(0)] = 0.5
+    """Nats: a token is accepted with probability min(1, exp(leniency) * new / old). 0.5 is SPEC-RL's."""
+
+
+Reuse = Annotated[NoReuse | ExactReuse | InexactReuse, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """Sampling of G completions for each of P prompts."""
 
@@ -146,6 +183,8 @@ class RolloutConfig:
     """What responses may consist of; also the distribution that is scored."""
     tree: Tree = field(default_factory=NoTree)
     """How the rows of a prompt share their beginnings."""
+    reuse: Reuse = field(default_factory=NoReuse)
+    """What a prompt's responses take over from those of its last visit."""
     raw_logprobs: bool = False
     """Also record each token's log-probability under the untruncated distribution."""
     per_sample: PerSample = field(default_factory=PerSample)

@@ -26,14 +26,14 @@ class SequenceGroups(flax.struct.PyTreeNode):
     """The active batch without its KV caches: small arrays that the host knows between chunks."""
 
     uid: Int[ArrayLike, " U"]
-    age: Int[ArrayLike, " U"]
-    """Decode steps completed."""
+    age: Int[ArrayLike, "U F"]
+    """Completion tokens of the row beside those of the prefix: decode steps, and known tokens that were read again."""
     sample: Int[ArrayLike, "U F"]
     """Sample number."""
     length: Int[ArrayLike, "U F"]
     """Tokens of the prefix that the row attends to, excluding the last one, which the first step reads."""
     begin: Int[ArrayLike, "U F"]
-    """Completion tokens of the prefix: the row's step number `age` fills completion slot `begin + age`."""
+    """Completion tokens of the prefix: the row's next step fills completion slot `begin + age`."""
     limit: Int[ArrayLike, "U F"]
     """Maximum completion tokens."""
     state: Int[ArrayLike, "U F"]
@@ -217,7 +217,7 @@ def make_decode_chunk(decoding: Decoding) -> DecodeChunk:
         keys = row_keys(jax.random.wrap_key_data(key), groups.uid, groups.sample)
         controls = jax.tree.map(flat, groups.controls)
         drawing = Drawing.of(flat(groups.limit), controls, keys, tables, decoding.layout)
-        rows = ActiveRows(groups, flat(groups.begin + groups.age[:, None]), drawing, prompt, count)
+        rows = ActiveRows(groups, flat(groups.begin + groups.age), drawing, prompt, count)
 
         def one_interval(state: DecodeState) -> DecodeState:
             one_step = lambda _, state: step(params, rows, state, decoding)  # noqa: E731

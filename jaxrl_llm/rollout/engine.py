@@ -3,6 +3,7 @@
 prompts -> session -> (admit -> decode a chunk -> store its output -> release) until all rows have ended -> rollouts
 """
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, get_args
@@ -21,7 +22,7 @@ from jaxrl_llm.parallel.config import divisors
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.rollout.batch_sizes import BatchSizes, first_window, smallest
 from jaxrl_llm.rollout.built_control import build_control, limit_problem
-from jaxrl_llm.rollout.config import NoTree, RolloutConfig
+from jaxrl_llm.rollout.config import ExactReuse, NoReuse, NoTree, RolloutConfig
 from jaxrl_llm.rollout.control_set import ControlSet
 from jaxrl_llm.rollout.programs import ProgramName, Programs
 from jaxrl_llm.rollout.requests import PromptsLike, PromptTokenizer, as_prompts, controls_for
@@ -195,7 +196,7 @@ class Engine:
 
     def reuse(
         self, policy: Policy, known: Rollouts, key: Key[Array, ""], controls: Controls | None = None,
-        limit: Int[np.ndarray, " P"] | None = None,
+        limit: Int[np.ndarray, " P"] | None = None, leniency: float | None = None,
     ) -> Reused:  # fmt: skip
         """Sample the completions of earlier rollouts under another policy, and keep what it draws as they have it.
 
@@ -209,13 +210,20 @@ class Engine:
             key: random key of the call that sampled `known`: with another one hardly a token is kept.
             controls: sampling parameters, per prompt or per row; the configured ones by default.
             limit: maximum completion tokens per prompt; `max_new_tokens` by default.
+            leniency: None: the above. A number, nats: the inexact form of SPEC-RL (arXiv 2509.23232) instead, which keeps tokens up
+                to the first that is not accepted, each with probability min(1, exp(leniency) * new / old). `key` is then another
+                one than that of `known`, or the prompts have other uids. Kept tokens keep their version, and the probability of
+                being accepted becomes a part of their log-probs.
 
         Raises:
             UserError: not rollouts.
-            ValueError: rollouts with rows missing, of several turns under a control, or other tokens; as in `generate`.
+            ValueError: rollouts with rows missing, of several turns under a control, or other tokens; as in `generate`; or a
+                leniency below 0.
         """
+        if leniency is not None and not 0 <= leniency < math.inf:
+            raise ValueError(f"leniency: got {leniency}, want None, or a number of nats from 0")
         self._make_room(known.prompts.tokens.shape[1] if isinstance(known, Rollouts) else 0)
-        return reuse(self.session(policy, key), known, controls, limit)
+        return reuse(self.session(policy, key), known, controls, limit, leniency)
 
     def branch(
         self, policy: Policy, rollouts: Rollouts, branches: Branches, key: Key[Array, ""], controls: Controls | None = None,
@@ -280,6 +288,9 @@ class Engine:
         prompts, groups, windows = sizes.prompts, sizes.group_counts, sizes.windows
         found = self._one_way_names(sizes)
         found += [("read_rows", n, s) for n in prompts for s in sizes.row_slots]
+        if not isinstance(self.cfg.reuse, NoReuse):
+            what = "redraw" if isinstance(self.cfg.reuse, ExactReuse) else "rescore"
+            found += [(what, sizes.known_rows(s), s, *self._table_sizes) for s in sizes.row_slots]
         found += [("join_suffix", u, w, n) for u in groups for w in windows for n in prompts]
         return found + [("expand", u, v, w) for u in groups for v in groups if v > u for w in windows]
 

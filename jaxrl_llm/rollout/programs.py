@@ -12,6 +12,7 @@ from jaxrl_llm.distribution.control_tables import blank_tables
 from jaxrl_llm.model import cache, cache_moves
 from jaxrl_llm.model.cache import Caching
 from jaxrl_llm.model.transformer import prefill
+from jaxrl_llm.rollout.acceptance import make_rescore
 from jaxrl_llm.rollout.batch_sizes import BatchSizes
 from jaxrl_llm.rollout.decode import ChunkInputs, SequenceGroups, make_decode_chunk
 from jaxrl_llm.rollout.redraw import KnownRows, make_redraw
@@ -35,6 +36,7 @@ class Programs:
     ("join_suffix", groups, window, rows)     suffix cache (donated), rows' keys, rows, positions, numbers, count -> suffix cache
     ("redraw", rows, slots)                   rows with known tokens, key, tables -> see `redraw.make_redraw`
     ("redraw", rows, slots, automata, states, classes)             the same, with control tables of these sizes
+    ("rescore", rows, slots, ...)             the rows, control states, tables -> see `acceptance.make_rescore`
     ("decode_chunk", groups, window)          see `decode.make_decode_chunk`
     ("decode_chunk", groups, window, automata, states, classes)    the same, with control tables of these sizes
     """
@@ -104,16 +106,28 @@ class Programs:
         out = self._shardings(self._prompt(prompts, caching))
         return jax.jit(read, out_shardings=out).lower(abstract(params), self._ints(prompts, slots), self._ints(prompts))
 
+    @property
+    def _completion_slots(self) -> int:
+        return self.of_rows.prompt_slots - self.caching.prompt_slots
+
     def _redraw(self, params: PyTree, rows: int, slots: int, *sizes: int) -> Lowered:
-        completion, each = self.of_rows.prompt_slots - self.caching.prompt_slots, self._ints(rows)
+        return self._on_known_rows(make_redraw, params, (rows, slots), self._array((2,), jnp.uint32), sizes)
+
+    def _rescore(self, params: PyTree, rows: int, slots: int, *sizes: int) -> Lowered:
+        return self._on_known_rows(make_rescore, params, (rows, slots), self._ints(rows, self._completion_slots), sizes)
+
+    def _on_known_rows(
+        self, make: Callable, params: PyTree, shape: tuple[int, int], third: jax.ShapeDtypeStruct, sizes: tuple[int, ...]
+    ) -> Lowered:  # fmt: skip
+        """Lower a program that reads known rows of this shape. `third`: its third argument; `sizes`: of the tables."""
+        (rows, slots), slots_behind, each = shape, self._completion_slots, self._ints(shape[0])
         known = KnownRows(
-            self._ints(rows, slots), each, each, self._array((rows, completion), bool, "rows", None), each, each, each,
+            self._ints(rows, slots), each, each, self._array((rows, slots_behind), bool, "rows", None), each, each, each,
             self._controls(rows),
         )  # fmt: skip
-        redraw = jax.jit(
-            make_redraw(self.decoding, self.of_rows, completion), out_shardings=self.decoding.layout.replicated
-        )
-        return redraw.lower(abstract(params), known, self._array((2,), jnp.uint32), self._tables(sizes))
+        program = make(self.decoding, self.of_rows, slots_behind)
+        of = jax.jit(program, out_shardings=self.decoding.layout.replicated)
+        return of.lower(abstract(params), known, third, self._tables(sizes))
 
     def _controls(self, *shape: int) -> Controls:
         axes = ("rows", *(None for _ in shape[1:]))
@@ -176,7 +190,7 @@ class Programs:
         suffix, number = self._suffix(groups, window), self._array((), jnp.int32)
         i32, rows = self._ints(groups), self._ints(groups, self.rows_per_group)
         batch = SequenceGroups(
-            uid=i32, age=i32, sample=rows, length=rows, begin=rows, limit=rows, state=rows, last=rows,
+            uid=i32, age=rows, sample=rows, length=rows, begin=rows, limit=rows, state=rows, last=rows,
             done=self._array(rows.shape, bool, "rows", None),
             controls=self._controls(*rows.shape),
         )  # fmt: skip

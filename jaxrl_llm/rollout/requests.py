@@ -64,15 +64,15 @@ class Request:
 
 
 class QueuedGroup(NamedTuple):
-    """A sequence group that waits for a slot: rows of one request that stand at the same age."""
+    """A sequence group that waits for a slot: rows of one request."""
 
     request: Request
     first: int
     """Index in the request of the row of the first lane."""
     rows: Int[np.ndarray, " F"]
     """Row of the output buffer in each lane; -1: none."""
-    age: int
-    """Completion tokens known so far beside those of the trunk, the same number in all rows."""
+    age: Int[np.ndarray, " F"]
+    """Completion tokens of each row known so far beside those of the trunk."""
 
 
 def split(
@@ -88,11 +88,11 @@ def split(
     """
     for first in range(0, len(request.rows), lanes):
         at = slice(first, first + lanes)
-        own = length[at] - request.begin[at]
-        for age in np.unique(own[unfinished[at]]):
-            rows = np.full(lanes, -1)
-            rows[: len(request.rows[at])] = np.where(unfinished[at] & (own == age), request.rows[at], -1)
-            yield QueuedGroup(request, first, rows, int(age))
+        if unfinished[at].any():
+            rows, age, num = np.full(lanes, -1), np.zeros(lanes, np.int32), len(request.rows[at])
+            rows[:num] = np.where(unfinished[at], request.rows[at], -1)
+            age[:num] = np.where(unfinished[at], length[at] - request.begin[at], 0)
+            yield QueuedGroup(request, first, rows, age)
 
 
 def shared_tokens(

@@ -1,14 +1,17 @@
-"""Reuse of earlier rollouts: continued under another policy from where its draws begin to differ."""
+"""Reuse of earlier rollouts: continued under another policy from where its draws begin to differ, or where it rejects a token."""
 
+import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from jaxrl_llm.distribution.control_tables import state_of
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.parallel import hosts
+from jaxrl_llm.rollout.acceptance import accepted
 from jaxrl_llm.rollout.batch_sizes import smallest
 from jaxrl_llm.rollout.output import first_own_slot
 from jaxrl_llm.rollout.redraw import KnownRows, Redrawn, beginnings, known_rows
@@ -27,17 +30,41 @@ class Reused(NamedTuple):
     """Tokens of each row that were kept, and not decoded."""
 
 
-def reuse(session: Session, known: Rollouts, controls: Controls | None, limit: Int[np.ndarray, " P"] | None) -> Reused:
-    """Return the rollouts that the session's policy samples with the noise of earlier ones; see `Engine.reuse`.
+def reuse(
+    session: Session, known: Rollouts, controls: Controls | None, limit: Int[np.ndarray, " P"] | None,
+    leniency: float | None,
+) -> Reused:  # fmt: skip
+    """Return the rollouts that the session's policy samples from earlier ones; see `Engine.reuse`.
 
     Args:
-        session: of the new policy, with the key of the earlier call, and no requests.
+        session: of the new policy, without requests.
+        known, controls, limit, leniency: as in `begin`.
+    """
+    begun = begin(session, known, controls, limit, leniency)
+    size = known.size
+    ids = session.add(
+        known.prompts, size, controls, limit, begun.rollouts, first_sample=known.sample[np.cumsum(size) - size]
+    )
+    while session.pending:
+        session.advance()
+    return Reused(session.take(ids), begun.kept)
+
+
+def begin(
+    session: Session, known: Rollouts, controls: Controls | None, limit: Int[np.ndarray, " P"] | None,
+    leniency: float | None,
+) -> Reused:  # fmt: skip
+    """Return what the session's policy keeps of earlier rollouts, as rows from which a request of the session continues.
+
+    Args:
+        session: of the new policy. Its key, with uids and sample numbers of the rollouts, names the noise: that of the earlier call
+            if `leniency` is None, else other noise.
         known: the earlier rollouts.
         controls: sampling parameters, per prompt or per row; the configured ones by default.
         limit: maximum completion tokens per prompt; `max_new_tokens` by default.
+        leniency: with which tokens are accepted, nats; None: those are kept that the noise draws again.
     """
-    cfg, size = session.cfg, _check_known(known, session)
-    first = known.sample[np.cumsum(size) - size]
+    begun, cfg, size = time.perf_counter(), session.cfg, _check_known(known, session)
     most = np.full(len(size), cfg.max_new_tokens) if limit is None else limit
     limits = limits_of("limit", most, size, cfg.max_new_tokens)
     if controls is None:
@@ -56,13 +83,14 @@ def reuse(session: Session, known: Rollouts, controls: Controls | None, limit: I
         raise ValueError(
             "known.control_state: got states that this engine's controls have not, want those of this engine"
         )
-    rows = known_rows(known, tables, of_rows, limits)
-    drawn = _redraw(session, rows)
-    begun = beginnings(known, rows, drawn, session.version, session.decoding.vocab.pad)
-    ids = session.add(known.prompts, size, controls, limit, begun, first_sample=first)
-    while session.pending:
-        session.advance()
-    return Reused(session.take(ids), drawn.kept)
+    rows, pad = known_rows(known, tables, of_rows, limits), session.decoding.vocab.pad
+    if leniency is None:
+        found = beginnings(known, rows, _redraw(session, rows), session.version, pad)
+    else:
+        seed = tuple(np.asarray(session.key).tolist())
+        found = accepted(known, rows, _rescore(session, rows, known.control_state), leniency, seed, pad)
+    session.stats = session.stats._replace(seconds=session.stats.seconds + time.perf_counter() - begun)
+    return Reused(found, found.length)
 
 
 def _check_known(known: Rollouts, session: Session) -> Int[np.ndarray, " P"]:
@@ -102,22 +130,41 @@ def _check_known(known: Rollouts, session: Session) -> Int[np.ndarray, " P"]:
 
 
 def _redraw(session: Session, rows: KnownRows) -> Redrawn:
-    """Draw the known tokens again, as many rows at once as a prefill reads. Returns NumPy."""
-    sizes, tables, parts = session.batch.sizes, session.control_set.on_device(session.decoding.layout), []
-    at_once, table_sizes = sizes.prompts[0], () if tables is None else tables.sizes
-    for start in range(0, len(rows.length), at_once):
-        part = jax.tree.map(lambda x, start=start: x[start : start + at_once], rows)
-        num = smallest(sizes.prompts, len(part.length))
-        slots = smallest(sizes.row_slots, int((part.prompt + part.length).max()))
-        tokens = np.pad(part.tokens, ((0, 0), (0, max(slots - part.tokens.shape[1], 0))))[:, :slots]
-        # Further rows are copies that nothing reads.
-        padded = jax.tree.map(lambda x, n=num: x[np.arange(n) % len(x)], part._replace(tokens=tokens))
-        put = hosts.put(padded, session.decoding.layout.sharding(("rows",)))
-        program = session.programs(session.params, "redraw", num, slots, *table_sizes)
-        drawn = jax.tree.map(np.array, program(session.params, put, session.key, tables))
-        n = len(part.length)
-        parts.append(Redrawn(drawn.kept[:n], jax.tree.map(lambda x, n=n: x[:, :n], drawn.chunk)))
-    return Redrawn(
-        np.concatenate([part.kept for part in parts]),
-        jax.tree.map(lambda *x: np.concatenate(x, axis=1), *(part.chunk for part in parts)),
+    """Draw the known tokens again. Returns NumPy."""
+    parts = [
+        jax.tree.map(np.array, program(session.params, part, session.key, tables))
+        for part, _, program, tables in _parts(session, "redraw", rows, None)
+    ]
+    kept = np.concatenate([part.kept for part in parts])[: len(rows.length)]
+    chunk = jax.tree.map(lambda *x: np.concatenate(x, axis=1)[:, : len(kept)], *(part.chunk for part in parts))
+    return Redrawn(kept, chunk)
+
+
+def _rescore(session: Session, rows: KnownRows, codes: Int[np.ndarray, "B C"] | None) -> Float[np.ndarray, "B C"]:
+    """Return log-probs of the known tokens. `codes`: `control_state`."""
+    codes = np.zeros(rows.given.shape, np.int32) if codes is None else codes
+    parts = [
+        np.asarray(program(session.params, part, more, tables))
+        for part, more, program, tables in _parts(session, "rescore", rows, codes)
+    ]
+    return np.concatenate(parts, axis=1)[:, : len(rows.length)].T
+
+
+def _parts(session: Session, name: str, rows: KnownRows, more: np.ndarray | None) -> Iterator[tuple]:
+    """Yield as many rows at once as one pass reads, on the devices, with the program of this name for them and its tables. The last
+    part is filled up with rows that nothing reads. `more`: another array of the rows."""
+    sizes, layout = session.batch.sizes, session.decoding.layout
+    tables, slots = (
+        session.control_set.on_device(layout),
+        smallest(sizes.row_slots, int((rows.prompt + rows.length).max())),
     )
+    num = sizes.known_rows(slots)
+    rows = rows._replace(tokens=np.pad(rows.tokens, ((0, 0), (0, max(slots - rows.tokens.shape[1], 0))))[:, :slots])
+    for start in range(0, len(rows.length), num):
+        of = np.arange(start, start + num) % len(rows.length)
+        put = hosts.put(jax.tree.map(lambda x, of=of: x[of], (rows, more)), layout.sharding(("rows",)))
+        yield (
+            *put,
+            session.programs(session.params, name, num, slots, *(() if tables is None else tables.sizes)),
+            tables,
+        )

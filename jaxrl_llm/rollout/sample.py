@@ -196,8 +196,15 @@ def sample_from(
         token, logprob, raw = (jnp.take_along_axis(x, rank, axis=-1)[:, 0] for x in (of.ids, of.logp, of.raw))
         return SampledTokens(token, logprob, entropy(of.logp), raw if raw_logprobs else None, of.ids, of.overflow)
     token = _two_level(keys, of.logp)
-    logprob = jnp.take_along_axis(of.logp, token[:, None], axis=-1)[:, 0]
+    logprob = logprob_of(of, token)
     return SampledTokens(token, logprob, entropy(of.logp), logprob if raw_logprobs else None, None, None)
+
+
+def logprob_of(of: FullDistribution | TruncatedDistribution, token: Int[Array, " B"]) -> Float[Array, " B"]:
+    """Return the log-prob of a token per row; -inf where it was not kept."""
+    if isinstance(of, TruncatedDistribution):
+        return jnp.max(jnp.where(of.ids == token[:, None], of.logp, -jnp.inf), axis=-1)
+    return jnp.take_along_axis(of.logp, token[:, None], axis=-1)[:, 0]
 
 
 def _materialize(make: Callable, raw: Float[Array, "B V"], any_active: Bool[Array, ""]):

@@ -245,7 +245,8 @@ class Session:
     def _decode(self) -> list[int]:
         """Decode one chunk and store it. Returns the requests that it finished."""
         batch, before = self.batch, ~self.batch.groups.done
-        slot, age = batch.groups.begin + batch.groups.age[:, None], batch.groups.age
+        age = batch.groups.age
+        slot = batch.groups.begin + age
         result = batch.decode(self.params, self.key, self.control_set.on_device(self.decoding.layout))
         rows, tables = np.where(before, batch.rows, -1), self.control_set.tables
         ended = np.zeros(rows.shape, bool) if tables is None else result.done & tables.ends[result.state]
@@ -262,10 +263,12 @@ class Session:
                 finished.append(request.id)
         return finished
 
-    def _count(self, result: ChunkResult, stored: int, age: Int[np.ndarray, " U"]) -> None:
-        """Add a chunk to the stats. `stored`: its tokens; `age`: of each slot when it began."""
+    def _count(self, result: ChunkResult, stored: int, age: Int[np.ndarray, "U F"]) -> None:
+        """Add a chunk to the stats. `stored`: its tokens; `age`: of each row when it began."""
         decoding, batch, s, ran = self.decoding, self.batch, self.stats, int(result.steps)
-        length, middle = (np.where(batch.active, x, 0) for x in (batch.groups.length.max(axis=1), age + ran // 2))
+        length, middle = (
+            np.where(batch.active, x, 0) for x in (batch.groups.length.max(axis=1), age.max(axis=1) + ran // 2)
+        )
         number_bytes = self.programs.caching.format.number_bytes(decoding.model)
         step = decode_step(decoding.model, length, middle, self.lanes, number_bytes)
         shards, chunk = decoding.layout.size("rows") * decoding.layout.size("heads"), result.chunk

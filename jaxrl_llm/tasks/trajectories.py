@@ -88,9 +88,9 @@ class Trajectory(NamedTuple):
     """Other columns and texts, for graders."""
 
     @property
-    def group(self) -> tuple[int | None, bytes]:
-        """Equal for the responses to one visit of a prompt."""
-        return self.uid, self.prompt_ids.tobytes()
+    def group(self) -> tuple[str, int | None, bytes]:
+        """Equal for the responses to one visit of a prompt. A run that repeats a visit's noise has its uid in several steps."""
+        return str(self.columns.get("step")), self.uid, self.prompt_ids.tobytes()
 
 
 def tokenizer_name(tokenizer: Tokenizer) -> str:

@@ -149,7 +149,7 @@ def test_logits_from_int8_caches_are_close(family):
         prompt = transformer.prefill(params, prompts.tokens, length, Caching(8, format=format), cfg, dec)[1]
         ring, logits = empty_suffix(cfg, 16, 4, dec, format), []
         for t in range(3):
-            at = DecodePosition(jnp.int32(t), jnp.repeat(length[:, None], 2, axis=1), jnp.full(8, t))
+            at = DecodePosition(jnp.int32(t), jnp.repeat(length[:, None], 2, axis=1), jnp.full((8, 2), t))
             x, ring = transformer.decode(params, jnp.arange(16) % 13 + t, at, prompt, ring, cfg, dec)
             logits.append(x)
         return jnp.stack(logits), prompt

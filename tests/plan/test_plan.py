@@ -313,7 +313,8 @@ def report(**changes) -> dict:
     base = {
         "topology": "v5e:2x2", "chips": 4, "chip": chips.V5E._asdict(), "jax": "0", "parameters": 10**9,
         "mesh": {"data": 1, "fsdp": 2, "tensor": 2, "expert": 1}, "minibatches": 1, "micro_batches": 2, "rows": 64,
-        "control": "none", "tree": "none", "slots": [7, 6], "phases": [{"name": "update", "total": 12 * 10**9, "parts": parts}],
+        "control": "none", "tree": "none", "reuse": "none", "slots": [7, 6],
+        "phases": [{"name": "update", "total": 12 * 10**9, "parts": parts}],
         "peak": {"phase": "update", "bytes": 12 * 10**9}, "compiled": True, "fits": True, "advice": [], "predicted": None,
         "programs": {"update": {"refused": "", "received": 2000, "traffic": [
             {"kind": "all-gather", "dtype": "bf16", "loops": (2, 4), "count": 3, "times": 24, "bytes": 1990, "largest": 5 * 10**6},
@@ -330,6 +331,10 @@ def test_the_report_as_text():
         "v5e:1x1: 1 chip of 16 GB" in show.show(report(topology="v5e:1x1", chips=1)) and "rollout.control" not in text
     )
     assert "\nrollout.control: regex is left out of the rollouts" in show.show(report(control="regex"))
+    assert "\nrollout.tree: points: shown is how its roots are sampled" in show.show(report(tree="points"))
+    assert "\nrollout.reuse: exact: shown is how responses are sampled from the start" in show.show(
+        report(reuse="exact")
+    )
     lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     assert ["master parameters", "3.00"] in lines and ["**total**", "**12.00**"] in lines
     assert ["update", "all-gather", "bf16", "2 x 4", "24", "0.0", "5.0"] in lines

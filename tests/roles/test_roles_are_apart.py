@@ -135,13 +135,13 @@ def beneath(names: set[str], places: tuple[str, ...]) -> set[str]:
     return {name for name in names if any(name == place or name.startswith(f"{place}.") for place in places)}
 
 
-@pytest.mark.parametrize("name", ["sampler", "asking", "collector", "hinting", "grading"])
+@pytest.mark.parametrize("name", ["sampler", "asking", "collector", "hinting", "grading", "reusing"])
 def test_who_samples_imports_no_optimizer_no_loss_and_no_learner(name):
     """Nor another role, by which these would come in."""
     found = imported((ROLES / f"{name}.py").read_text())
     assert beneath(found, OF_UPDATES) == set()
     others = {x.split(".")[2] for x in beneath(found, ("jaxrl_llm.roles",))}
-    assert others <= {"asking", "collector", "hinting", "grading"}
+    assert others <= {"asking", "collector", "hinting", "grading", "reusing"}
 
 
 @pytest.mark.parametrize("name", ["learner", "updates", "state", "reference"])

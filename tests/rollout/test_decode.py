@@ -209,7 +209,7 @@ def test_in_a_step_the_stored_logprob_is_the_distributions_to_the_bit(jit, compu
 
     def advance(t, last, suffix):
         """One step of the loop, with the distribution that it samples from."""
-        position = DecodePosition(t, jnp.repeat(length[:, None], G, axis=1), jnp.full(3, t))
+        position = DecodePosition(t, jnp.repeat(length[:, None], G, axis=1), jnp.full((3, G), t))
         raw, suffix = transformer.decode(params, last, position, prompt, suffix, cfg, dec)
         shown = sample.distribution(raw, controls, t < slots, Decoding(cfg, dec, vocab))
         return sample.sample_from(keys, none + t, shown, False), shown.logp, suffix

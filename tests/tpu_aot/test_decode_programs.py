@@ -307,11 +307,12 @@ def test_mutant_chunk_that_rewrites_caches_and_moves_logits(topology, monkeypatc
         check_logits_stay(program)
 
 
-def test_a_pass_that_draws_known_tokens_again_holds_the_logits_of_one_slot(topology):
+@pytest.mark.parametrize("name", ["redraw", "rescore"])
+def test_a_pass_over_known_tokens_holds_the_logits_of_one_slot(topology, name):
     """Rows of the longest prompt and response: no array over the vocabulary but one slot's, and the loop over slots moves what a
     decode step moves."""
     cfg, layout = dataclasses.replace(ONE_BILLION, layers=2), layouts(topology)[1]
-    program = compile_program(cfg, lambda: lower_rollout(cfg, layout, "redraw", P, S + C))
+    program = compile_program(cfg, lambda: lower_rollout(cfg, layout, name, P, S + C))
     rows, vocab = P // FSDP, cfg.vocab_size // TENSOR
     wide = [a for i in program.hlo.all for a in i.arrays if vocab in a.dims and math.prod(a.dims) > rows * vocab]
     table = cfg.d_model * vocab

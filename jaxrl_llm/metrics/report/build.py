@@ -45,6 +45,7 @@ CHARTS = (  # title, its metrics; a chart without data is left out
     ("groups", ("groups/sampled", "groups/graded", "groups/kept")),
     ("trees: tokens of all responses per sampled token", ("tree/sharing",)),
     ("trees: tokens that a branch shares, and depth", ("tree/fork", "tree/depth")),
+    ("reuse: shares of tokens and of whole responses kept of earlier visits", ("reuse/tokens", "reuse/whole")),
     ("length of kept and dropped responses (tokens)", ("kept/mean_length", "dropped/mean_length")),
     ("success of kept and dropped responses", ("kept/success", "dropped/success")),
     ("attempts per prompt, rows per kept group", ("refill/attempts", "groups/effective_size")),
