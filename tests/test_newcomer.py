@@ -92,7 +92,7 @@ def test_the_loss_reads_its_own_column(undisturbed):
     np.testing.assert_allclose(logged["loss"], np.mean([np.mean(x) for x in of_parts]), rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_killed_run_with_custom_stages_resumes_to_the_same_result(undisturbed, environment, tmp_path):  # noqa: F811
     """Killed by the curriculum when it has seen 24 prompts, after step 3: its state resumes from a checkpoint."""
     whole, config = undisturbed

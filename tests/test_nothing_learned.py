@@ -78,7 +78,7 @@ def test_rewards_that_never_differ_are_warned_of_on_the_console_and_in_the_recor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["paper:reinforce", "paper:ppo"])
+@pytest.mark.parametrize("preset", ["paper:reinforce", pytest.param("paper:ppo", marks=pytest.mark.soak)])
 def test_one_sample_per_prompt_is_enough_without_a_group_baseline(run, preset):
     """PPO's usual setting: in a group of one, no reward differs from another."""
     rows = run("odd", expect=0, steps=2, rollout=CONFIG["rollout"] | {"samples": 1}, objective=preset)

@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import time
+from functools import cache
 
 import numpy as np
 import pytest
@@ -177,22 +178,28 @@ def rows_of(run_dir) -> list[dict]:
 PROMPT = {"plain": r"(<\d\+\d>\d+#){2}<\d\+\d>", "bare": r"(\d\+\d \d+#){2}\d\+\d "}
 
 
-# Runs with own stages and states are also killed and resumed by tests/test_newcomer.py.
-EACH = [pytest.param(name, marks=[] if name in ("refill", "hints") else [pytest.mark.soak]) for name in STAGES]
+def each(*fast: str) -> list:
+    """All runs; those that are not named belong to the long test."""
+    return [pytest.param(name, marks=[] if name in fast else [pytest.mark.soak]) for name in STAGES]
 
 
-@pytest.fixture(scope="module", params=EACH)
-def undisturbed(request, tmp_path_factory, environment):  # noqa: F811
-    place = tmp_path_factory.mktemp(request.param)
-    config = write(place, request.param)
-    with_graders = environment | {"PYTHONPATH": f"{place}{os.pathsep}{environment['PYTHONPATH']}"}
-    run(config, place / "run", with_graders)
-    return request.param, config, place / "run", with_graders
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, environment):  # noqa: F811
+    @cache
+    def run_of(name: str):
+        place = tmp_path_factory.mktemp(name)
+        config = write(place, name)
+        with_graders = environment | {"PYTHONPATH": f"{place}{os.pathsep}{environment['PYTHONPATH']}"}
+        run(config, place / "run", with_graders)
+        return config, place / "run", with_graders
+
+    return run_of
 
 
 @pytest.mark.slow
-def test_a_run_with_stages_does_what_they_say(undisturbed):
-    name, _, run_dir, _ = undisturbed
+@pytest.mark.parametrize("name", each("refill", "hints"))
+def test_a_run_with_stages_does_what_they_say(undisturbed, name):
+    _, run_dir, _ = undisturbed(name)
     found = rows(run_dir)[1:]
     assert len(found) == 6 and any(row["updates"] for row in found)
     whole = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -257,10 +264,12 @@ def begins_with_a_part_of_the_answer(found: list[dict], logged: list[dict]) -> N
         assert row["num_tokens"] == sampled
 
 
+# Runs with own stages and states are also killed and resumed by tests/test_newcomer.py.
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_result(undisturbed, tmp_path):
+@pytest.mark.parametrize("name", each("hints"))
+def test_a_killed_run_resumes_to_the_same_result(undisturbed, tmp_path, name):
     """No group is lost, none is used twice."""
-    name, config, whole, env = undisturbed
+    config, whole, env = undisturbed(name)
     process = start(config, tmp_path / "run", env)
     wait_for_rows(tmp_path / "run", 3, process)
     time.sleep(0.05 * list(STAGES).index(name))
@@ -328,9 +337,10 @@ PLACES = {"refill": "two", "knapsack": "two", "rounds": "one", "hints": "one", "
 
 @pytest.mark.slow
 @pytest.mark.parametrize("other", [False, pytest.param(True, marks=pytest.mark.soak)])
-def test_other_meshes_and_two_processes_sample_and_learn_the_same(undisturbed, tmp_path, other):
+@pytest.mark.parametrize("name", each("hints"))
+def test_other_meshes_and_two_processes_sample_and_learn_the_same(undisturbed, tmp_path, name, other):
     """(2, 2, 2) devices of one process, or of two, against one device."""
-    name, config, whole, env = undisturbed
+    config, whole, env = undisturbed(name)
     mesh = ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2", "--steps", "3"]
     if (PLACES[name] == "one") != other:
         run(config, tmp_path / "run", env | {"JAX_NUM_CPU_DEVICES": "8"}, *mesh)

@@ -307,7 +307,7 @@ def test_mutant_chunk_that_rewrites_caches_and_moves_logits(topology, monkeypatc
         check_logits_stay(program)
 
 
-@pytest.mark.parametrize("name", ["redraw", "rescore"])
+@pytest.mark.parametrize("name", ["redraw", pytest.param("rescore", marks=pytest.mark.soak)])
 def test_a_pass_over_known_tokens_holds_the_logits_of_one_slot(topology, name):
     """Rows of the longest prompt and response: no array over the vocabulary but one slot's, and the loop over slots moves what a
     decode step moves."""
