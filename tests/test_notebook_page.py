@@ -109,6 +109,12 @@ RUN = {
 }
 
 
+def test_the_small_model_and_its_task():
+    found = {"rl": rl, "mesh": rl.make_mesh(fsdp=-1)}
+    exec(SMALL, found)
+    assert len(found["task"].train) == 1000 - 128 and found["task"].train[0].answer.endswith("#")
+
+
 @pytest.mark.soak
 def test_the_loop_gets_the_rewards_of_a_run_step_by_step(tmp_path, capsys, monkeypatch):
     """Exactly, and the gradients too: from one seed both draw the same prompts, initial parameters and noise, and the same programs
@@ -123,7 +129,7 @@ def test_the_loop_gets_the_rewards_of_a_run_step_by_step(tmp_path, capsys, monke
     small = changed(SMALL, ("rl.load_model(rl.ModelConfig(layers=2, d_model=64), mesh)", model))
     small = changed(
         small,
-        ("rl.ArithmeticTask(terms=2), model.tokenizer", "rl.ArithmeticTask(terms=2, held_out=8), model.tokenizer, 3"),
+        ("rl.ArithmeticTask(terms=3), model.tokenizer", "rl.ArithmeticTask(terms=2, held_out=8), model.tokenizer, 3"),
     )
     text = changed(
         re.sub(r"^(model|task) .*\n", "", LOOP, flags=re.MULTILINE),

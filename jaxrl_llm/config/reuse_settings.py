@@ -11,7 +11,7 @@ def reuse_problems(cfg: RunConfig) -> list[str]:
     if isinstance(cfg.rollout.reuse, NoReuse):
         return []
     beside = f"beside rollout.reuse.kind {kind}, want"
-    depends = "which responses are continued may not depend on what they earned: they would no longer be distributed as fresh ones"
+    depends = "which responses are continued may not depend on what they earned"
     found = []
     if not isinstance(cfg.rollout.tree, NoTree):
         found.append(

@@ -33,6 +33,11 @@ def tree_problems(cfg: RunConfig) -> list[str]:
             f"rollout.tree.tokens: got {tree.tokens}, want less than rollout.max_new_tokens ({rollout.max_new_tokens}): no row "
             "would reach the end of a segment"
         )
+    if isinstance(tree, SegmentTree) and rollout.control.kind != "none":
+        found.append(
+            f"rollout.tree.kind: got segments under rollout.control.kind {rollout.control.kind}, want points: a control ends each "
+            "row within its limit, and here that would be the end of a segment"
+        )
     if isinstance(experience.budget, Rounds | Screening | ReinforceAda | OwnBudget):
         found.append(
             f"experience.budget: got {experience.budget.kind} beside rollout.tree, want one of the two, or a budget without "

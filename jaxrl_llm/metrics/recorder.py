@@ -28,6 +28,7 @@ SHOWN = (  # metric, word on the console, format
     ("loss", "loss", ".4f"),
     ("reward", "reward", ".3f"),
     ("groups/kept", "kept", ".0f"),
+    ("reuse/tokens", "reused", ".2f"),
     ("eval/exact", "exact", ".3f"),
     ("eval/pass@1", "pass@1", ".3f"),
     ("completions/mean_length", "length", ".1f"),

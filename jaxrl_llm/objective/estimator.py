@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.objective.statistics import Grouping, Numbers, Rows
 from jaxrl_llm.objective.tree_nodes import Tree
 
@@ -61,13 +62,19 @@ class Estimator:
     """Each token is credited with the rewards from it on."""
     compares_trees: ClassVar[bool] = False
     """Reads which rows share their beginnings."""
+    needs_independent_rows: ClassVar[bool] = False
+    """Counts on whole groups of independent responses: no tree."""
     drops_zero_advantages: ClassVar[bool] = False
     """Rows with all advantages 0 are left out of the loss."""
     reads_reference_logprobs: ClassVar[bool] = False
 
     def __call__(self, groups: "Groups", scores: "Scores | None" = None) -> "Credit":
         """Return the credit with grader weights of 1 and no KL in the reward. The baseline is over all graded rows of the groups
-        with a kept row, also those that are not kept: `ObjectiveConfig.baseline_over` sampled."""
+        with a kept row, also those that are not kept: `ObjectiveConfig.baseline_over` sampled. Raises UserError for trees if it
+        needs independent rows."""
+        trunk, sample = groups.rollouts.trunk, groups.rollouts.sample
+        if self.needs_independent_rows and trunk is not None and (trunk != sample).any():
+            raise UserError(f"{self.kind}: got trees, want independent responses, or tree_rl, tree_po, spo or tree_rpo")
         # Configs contain estimators, and are read before JAX is imported.
         from jaxrl_llm.objective.credit import NO_SCORES, estimator_credit
 

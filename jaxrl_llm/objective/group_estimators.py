@@ -156,6 +156,7 @@ class MaxRl(Estimator):
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     kind: Literal["max_rl"] = "max_rl"
+    needs_independent_rows: ClassVar[bool] = True
     eps: NonNegative = 0.0
     """prime-rl 0, SkyRL 1e-6."""
 
@@ -177,6 +178,7 @@ class PassAtK(Estimator):
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     kind: Literal["pass_at_k"] = "pass_at_k"
+    needs_independent_rows: ClassVar[bool] = True
     scale: bool = True
     """Divide by the group's std + eps."""
     eps: NonNegative = 1e-6
@@ -203,6 +205,7 @@ class Opo(Estimator):
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     kind: Literal["opo"] = "opo"
+    needs_independent_rows: ClassVar[bool] = True
 
     def estimate(self, inputs: EstimatorInputs) -> AdvantageEstimate:
         score, groups, length = sequence_rewards(inputs), inputs.groups, inputs.mask.sum(axis=1)
@@ -281,6 +284,7 @@ class BestWorst(Estimator):
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     kind: Literal["best_worst"] = "best_worst"
+    needs_independent_rows: ClassVar[bool] = True
     drops_zero_advantages: ClassVar[bool] = True
 
     def estimate(self, inputs: EstimatorInputs) -> AdvantageEstimate:

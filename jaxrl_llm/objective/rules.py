@@ -2,7 +2,7 @@
 
 from jaxrl_llm.objective.advantages import OwnAdvantage
 from jaxrl_llm.objective.config import ObjectiveConfig
-from jaxrl_llm.objective.group_estimators import BestWorst, Grpo, MaxRl, Opo, PassAtK
+from jaxrl_llm.objective.group_estimators import BestWorst, Grpo
 from jaxrl_llm.objective.loss_config import (
     Cispo,
     Clip,
@@ -147,7 +147,7 @@ def tree_refusals(objective: ObjectiveConfig) -> list[str]:
     """Return error messages about parts of an objective that need independent responses, or numbers of whole ones: a row of a tree
     has the log-probs of what it sampled itself."""
     advantage, loss, found = objective.advantage, objective.loss, []
-    if isinstance(advantage, PassAtK | MaxRl | BestWorst | Opo):
+    if advantage.needs_independent_rows:
         found.append(
             f"objective.advantage.kind: got {advantage.kind} with rollout.tree, want tree_rl, tree_po, spo or tree_rpo: it counts "
             "on whole groups of independent responses"

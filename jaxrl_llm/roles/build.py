@@ -96,7 +96,8 @@ def reusing_for(cfg: RunConfig, task: Task) -> Reusing | NoReusing:
     if isinstance(cfg.rollout.reuse, NoReuse):
         return NoReusing()
     packing = Packing(blank_fresh(cfg, task.prompt_slots, task.num_tokens), task.pad)
-    return Reusing(cfg.rollout.reuse, task, packing, cfg.rollout.max_new_tokens)
+    kept = cfg.rollout.max_kept_of(task.num_tokens)
+    return Reusing(cfg.rollout.reuse, task, packing, cfg.rollout.max_new_tokens, kept)
 
 
 def order_of(task: Task, seed: int) -> Order:

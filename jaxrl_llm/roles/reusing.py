@@ -22,7 +22,7 @@ class StoredVisits(NamedTuple):
     """The last visit of each row of the task."""
 
     uid: Int[np.ndarray, " rows"]
-    """Of its prompt; -1: it was never visited."""
+    """Uid of its prompt; -1: it was never visited."""
     repeats: Int[np.ndarray, " rows"]
     """Visits in a row, up to this one, that repeated the noise of an earlier one."""
     packed: dict[str, Packed]
@@ -60,6 +60,8 @@ class Reusing:
     packing: Packing
     most: int
     """Completion slots."""
+    max_kept_tokens: int = 0
+    """K, of the run."""
 
     def init(self, num_rows: int) -> StoredVisits:
         return StoredVisits(np.full(num_rows, NEVER, np.int32), np.zeros(num_rows, np.int32), {})
@@ -82,7 +84,7 @@ class StepReuse:
     def visit(self, prompts: Prompts) -> Prompts:
         """Return the prompts as they are asked. A visit that repeats the noise of another one has that one's uid."""
         exact, state = isinstance(self.reusing.rule, ExactReuse), self.state
-        uid, most = prompts.uid.copy(), self.reusing.rule.visits if exact else 0
+        uid, most = prompts.uid.copy(), self.reusing.rule.max_repeats if exact else 0
         for p, row in enumerate(prompts.row.tolist()):
             if row not in self.seen and state.uid[row] != NEVER and not (most and state.repeats[row] >= most):
                 uid[p] = state.uid[row] if exact else uid[p]
@@ -107,9 +109,10 @@ class StepReuse:
             out[place] = getattr(earlier, name)[of]
         for column in COLUMNS:
             if column.rollouts and (x := getattr(earlier, column.name)) is not None:
-                out = np.full((len(prompt), self.reusing.most, *x.shape[2:]), column.fill, x.dtype)
-                out[place, : x.shape[1]] = x[of]
-                columns[column.name] = out
+                shape = (len(prompt), self.reusing.most, *(self.reusing.max_kept_tokens for _ in column.dims))
+                # As wide as the longest of them; their kept tokens as many as the most that one token has.
+                columns[column.name] = out = np.full(shape, column.fill, x.dtype)
+                out[(place, *(slice(n) for n in x.shape[1:]))] = x[of]
         sample += np.repeat(asked.first_sample, asked.samples).astype(np.int32)
         known = Rollouts(prompts=asked.prompts, prompt=prompt, sample=sample, **columns)
         return asked._replace(known=known)
@@ -127,12 +130,13 @@ class StepReuse:
 
     def describe(self, found: Collected) -> dict[str, float]:
         """Metrics. reuse/prompts: share of the prompts that had earlier responses; reuse/tokens: share of all tokens that were
-        kept of them; reuse/whole: share of the rows that were kept as they were."""
+        kept of them; reuse/whole: share of the rows that were kept as they were; reuse/decoded: tokens that were decoded."""
         length = found.groups.rollouts.length
         return {
             "reuse/prompts": len(self.known) / self.num_prompts,
             "reuse/tokens": float(found.kept.sum() / length.sum()),
             "reuse/whole": float(np.mean(found.kept == length)),
+            "reuse/decoded": float(found.stats.tokens),
         }
 
 

@@ -18,10 +18,10 @@ from jaxtyping import Array, Float, Int
 from jaxrl_llm.distribution.control_tables import ControlTables, allowed_tokens
 from jaxrl_llm.model.cache import Caching
 from jaxrl_llm.model.transformer import logits, prefill
-from jaxrl_llm.rollout.output import COMPLETE
+from jaxrl_llm.rollout.output import cut_rows
 from jaxrl_llm.rollout.redraw import KnownRows
 from jaxrl_llm.rollout.sample import Decoding, distribution, logprob_of
-from jaxrl_llm.types import COLUMNS, Finish, PyTree, Rollouts
+from jaxrl_llm.types import PyTree, Rollouts
 
 # Last number of the seeds of the numbers that accept tokens: the others are those of the row's key.
 ACCEPT = 2**32 - 1
@@ -75,15 +75,7 @@ def accepted(
     names = zip(rows.uid.tolist(), rows.sample.tolist(), strict=True)
     u = np.array([np.random.default_rng((*seed, uid, sample, ACCEPT)).random(len(slots)) for uid, sample in names])
     whole = (np.log(u) <= share) & (slots < rows.length[:, None])
-    kept = np.cumprod(whole, axis=1).sum(axis=1).astype(np.int32)
-    inside = slots < kept[:, None]
-    fill = {column.name: column.fill for column in COLUMNS if column.rollouts} | {"tokens": pad}
-    cut = {
-        name: np.where(inside.reshape(*inside.shape, *(1,) * (x.ndim - 2)), x, np.asarray(value, x.dtype))
-        for name, value in fill.items()
-        if (x := getattr(known, name)) is not None
-    }
-    cut["behavior_logprobs"] = np.where(inside, known.behavior_logprobs + share, 0).astype(np.float32)
-    ended = (kept == known.length) & np.isin(known.finish, COMPLETE)
-    finish = np.where(ended, known.finish, int(Finish.UNFINISHED)).astype(np.int32)
-    return known.replace(**cut, length=kept, finish=finish, temperature=rows.controls.temperature)
+    kept = np.cumprod(whole, axis=1).sum(axis=1)
+    found = cut_rows(known, kept, pad)
+    logprobs = np.where(slots < kept[:, None], known.behavior_logprobs + share, 0).astype(np.float32)
+    return found.replace(behavior_logprobs=logprobs, temperature=rows.controls.temperature)

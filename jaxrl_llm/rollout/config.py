@@ -1,10 +1,10 @@
 """Config of rollouts: the sampling distribution, and the engine's trade-offs of speed and memory."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from jaxrl_llm.control.config import Control, NoControl
 from jaxrl_llm.parallel.config import MeshConfig
@@ -131,8 +131,8 @@ class ExactReuse:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     kind: Literal["exact"] = "exact"
-    visits: Natural = 0
-    """Visits in a row that repeat the noise of an earlier one, at most; the next one has new noise. 0: all that follow."""
+    max_repeats: Natural = 0
+    """Visits in a row that repeat the noise of an earlier one, at most; the next one has new noise. 0: any number."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,15 @@ class RolloutConfig:
     """Also record each token's log-probability under the untruncated distribution."""
     per_sample: PerSample = field(default_factory=PerSample)
     engine: EngineConfig = field(default_factory=EngineConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def written_out(cls, value: Any) -> Any:
+        """Expand the short forms: the name of a kind."""
+        if not isinstance(value, dict):
+            return value
+        short = {name: kind for name in ("control", "tree", "reuse") if isinstance(kind := value.get(name), str)}
+        return value | {name: {"kind": kind} for name, kind in short.items()}
 
     @property
     def truncates(self) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, get_args
 
+import jax
 import numpy as np
 from jaxtyping import Array, Int, Key
 
@@ -24,6 +25,7 @@ from jaxrl_llm.rollout.batch_sizes import BatchSizes, first_window, smallest
 from jaxrl_llm.rollout.built_control import build_control, limit_problem
 from jaxrl_llm.rollout.config import ExactReuse, NoReuse, NoTree, RolloutConfig
 from jaxrl_llm.rollout.control_set import ControlSet
+from jaxrl_llm.rollout.growth import check_tree
 from jaxrl_llm.rollout.programs import ProgramName, Programs
 from jaxrl_llm.rollout.requests import PromptsLike, PromptTokenizer, as_prompts, controls_for
 from jaxrl_llm.rollout.reuse import Reused, reuse
@@ -34,6 +36,8 @@ from jaxrl_llm.rollout.tree_sampler import TreeSampler
 from jaxrl_llm.types import Policy, Rollouts
 
 KINDS = get_args(get_args(Control)[0])
+INEXACT = 2**32 - 1
+"""Number that makes the noise of inexact reuse another one than that of any prompt."""
 
 
 class EngineModel(NamedTuple):
@@ -66,11 +70,16 @@ class Engine:
         Raises:
             UserError: an option is unknown or its value is out of range.
         """
+        if "reuse" in options:
+            raise UserError(
+                "reuse: got one, want none: an engine knows no earlier call; call engine.reuse(policy, rollouts, key)"
+            )
         self.model, self.cfg, self.prompt_slots = model, with_options(cfg or RolloutConfig(), options), prompt_slots
         if not isinstance(self.cfg.tree, NoTree) and self.cfg.tree.roots >= self.cfg.samples:
             raise UserError(
                 f"tree.roots: got {self.cfg.tree.roots}, want less than samples ({self.cfg.samples}): the rest are branches"
             )
+        check_tree(self.cfg.tree)
         self.sizes: BatchSizes | None = None
         self.control_set = configured_controls(model, self.cfg)
         self.branching: dict[int, tuple[BatchSizes, Programs]] = {}
@@ -184,7 +193,7 @@ class Engine:
             sizes, programs = self._for_branches(lanes_for(branches, self.cfg))
             return Session(self.cfg, sizes, programs, self.model.tokenizer, self.control_set, policy, key)
 
-        return TreeSampler(session, key, between)
+        return TreeSampler(session, key, between, self.cfg.max_new_tokens)
 
     def _for_branches(self, lanes: int) -> tuple[BatchSizes, Programs]:
         """Return sizes and programs of sessions with so many rows per trunk."""
@@ -211,17 +220,20 @@ class Engine:
             controls: sampling parameters, per prompt or per row; the configured ones by default.
             limit: maximum completion tokens per prompt; `max_new_tokens` by default.
             leniency: None: the above. A number, nats: the inexact form of SPEC-RL (arXiv 2509.23232) instead, which keeps tokens up
-                to the first that is not accepted, each with probability min(1, exp(leniency) * new / old). `key` is then another
-                one than that of `known`, or the prompts have other uids. Kept tokens keep their version, and the probability of
-                being accepted becomes a part of their log-probs.
+                to the first that is not accepted, each with probability min(1, exp(leniency) * new / old), and samples on with
+                noise of its own for each version of the policy, whatever the key. Kept tokens keep their version, and the
+                probability of being accepted becomes a part of their log-probs.
 
         Raises:
             UserError: not rollouts.
             ValueError: rollouts with rows missing, of several turns under a control, or other tokens; as in `generate`; or a
                 leniency below 0.
         """
-        if leniency is not None and not 0 <= leniency < math.inf:
-            raise ValueError(f"leniency: got {leniency}, want None, or a number of nats from 0")
+        if leniency is not None:
+            if type(leniency) not in (int, float) or not 0 <= leniency < math.inf:
+                raise ValueError(f"leniency: got {leniency!r}, want None, or a number of nats from 0")
+            # Noise of its own, whatever the key of the earlier call: the same would draw a rejected token again.
+            key = jax.random.fold_in(jax.random.fold_in(key, INEXACT), int(policy.version))
         self._make_room(known.prompts.tokens.shape[1] if isinstance(known, Rollouts) else 0)
         return reuse(self.session(policy, key), known, controls, limit, leniency)
 

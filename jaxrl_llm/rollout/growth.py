@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxrl_llm.config import user_code
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.rollout.config import BRANCH_SCORES, PointTree, SegmentTree
+from jaxrl_llm.rollout.config import BRANCH_SCORES, PointTree, SegmentTree, Tree
 from jaxrl_llm.rollout.output import COMPLETE
 from jaxrl_llm.rollout.tree import Branches, root_rows, with_trunks
 from jaxrl_llm.types import Rollouts
@@ -42,6 +42,15 @@ def grow(
     if isinstance(tree, PointTree):
         return _grow_at_points(tree, with_trunks(rollouts), samples, limit, seed, sample)
     return _grow_in_segments(tree, with_trunks(rollouts), samples, limit, seed, sample)
+
+
+def check_tree(tree: Tree) -> None:
+    """Raise UserError if its rule is a function that is not found."""
+    if isinstance(tree, PointTree) and tree.by not in BRANCH_SCORES:
+        try:
+            user_code.resolve(tree.by, "a function of rollouts", BRANCH_SCORES)
+        except UserError as error:
+            raise UserError(f"tree.by: {error}") from None
 
 
 def num_roots(tree: PointTree | SegmentTree, samples: Int[np.ndarray, " P"], configured: int) -> Int[np.ndarray, " P"]:
@@ -104,7 +113,8 @@ def token_scores(by: str, rollouts: Rollouts, seed: list[int]) -> Float[np.ndarr
 def branches_at(
     rollouts: Rollouts, score: Float[np.ndarray, "B C"], count: Int[np.ndarray, " P"], each: int
 ) -> Branches:
-    """Return the branches at the tokens with the largest scores, equally many in each root's tree.
+    """Return the branches at the tokens with the largest scores: equally many in each root's tree, and what is left where scores
+    are largest.
 
     A row may be left before each token that it sampled itself but the first, which is where it left its own trunk. If a prompt has
     too few such tokens, further rows begin at the prompt, as further roots.
@@ -131,7 +141,7 @@ def branches_at(
 def _best_points(
     may: Bool[np.ndarray, "G C"], score: Float[np.ndarray, "G C"], root: Int[np.ndarray, " G"], points: int
 ) -> Int[np.ndarray, "n 2"]:
-    """Return row and slot of at most `points` tokens of one prompt: of each root's tree its share, then the best of the rest."""
+    """Return row and slot of at most `points` tokens of one prompt: of each root's tree equally many, then the best of the rest."""
     roots = np.unique(root)
     row, slot = np.nonzero(may)
     # On another mesh the same numbers are rounded otherwise: nearly equal ones count as equal, and the first token wins.
@@ -141,8 +151,7 @@ def _best_points(
     rank = np.zeros(len(row), int)
     for m in range(len(roots)):
         rank[number == m] = np.arange(np.count_nonzero(number == m))
-    share = points // len(roots) + (np.arange(len(roots)) < points % len(roots))
-    beyond = rank >= share[number]
+    beyond = rank >= points // len(roots)
     chosen = np.argsort(beyond, kind="stable")[:points]
     return np.stack([row[chosen], slot[chosen]], axis=1)
 

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 from jaxrl_llm.distribution.control_tables import state_of
 from jaxrl_llm.rollout.decode import ChunkResult, recorded_columns
 from jaxrl_llm.rollout.sample import Decoding
-from jaxrl_llm.types import Finish, Rollouts
+from jaxrl_llm.types import COLUMNS, Finish, Rollouts
 
 TextDecoder = Callable[[list[int]], Sequence[str]]
 """Token ids to the texts searched for stop strings: with and without special tokens."""
@@ -183,6 +183,26 @@ class OutputBuffer:
                     self._clear(np.array([row]), np.array([start + end]))
                     self.length[row], self.finish[row] = start + end, int(Finish.STOP)
                     break
+
+
+def cut_rows(rollouts: Rollouts, length: Int[np.ndarray, " B"], pad: int) -> Rollouts:
+    """Return the rollouts with the first tokens of each row alone. Those that are shorter now have not ended.
+
+    Args:
+        rollouts: NumPy.
+        length: tokens that are left.
+        pad: padding token.
+    """
+    inside = np.arange(rollouts.tokens.shape[1]) < length[:, None]
+    fill = {column.name: column.fill for column in COLUMNS if column.rollouts} | {"tokens": pad}
+    cut = {
+        name: np.where(inside.reshape(*inside.shape, *(1,) * (x.ndim - 2)), x, np.asarray(value, x.dtype))
+        for name, value in fill.items()
+        if (x := getattr(rollouts, name)) is not None
+    }
+    ended = (length == rollouts.length) & np.isin(rollouts.finish, COMPLETE)
+    finish = np.where(ended, rollouts.finish, int(Finish.UNFINISHED)).astype(np.int32)
+    return rollouts.replace(**cut, length=length.astype(np.int32), finish=finish)
 
 
 def first_own_slot(known: Rollouts) -> Int[np.ndarray, " B"]:

@@ -13,13 +13,13 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rollout.acceptance import accepted
 from jaxrl_llm.rollout.batch_sizes import smallest
-from jaxrl_llm.rollout.output import first_own_slot
+from jaxrl_llm.rollout.output import cut_rows, first_end, first_own_slot
 from jaxrl_llm.rollout.redraw import KnownRows, Redrawn, beginnings, known_rows
 from jaxrl_llm.rollout.request_checks import check_controls, check_ids, check_prompts, limits_of
 from jaxrl_llm.rollout.requests import controls_of_samples
 from jaxrl_llm.rollout.sample import Controls
 from jaxrl_llm.rollout.session import Session
-from jaxrl_llm.types import Rollouts, check, number_rows
+from jaxrl_llm.types import Finish, Rollouts, check, number_rows
 
 
 class Reused(NamedTuple):
@@ -89,8 +89,26 @@ def begin(
     else:
         seed = tuple(np.asarray(session.key).tolist())
         found = accepted(known, rows, _rescore(session, rows, known.control_state), leniency, seed, pad)
+    found = _at_stop_strings(session, found)
     session.stats = session.stats._replace(seconds=session.stats.seconds + time.perf_counter() - begun)
     return Reused(found, found.length)
+
+
+def _at_stop_strings(session: Session, found: Rollouts) -> Rollouts:
+    """Return the rows as the session's stop strings end them, which need not be those of the earlier call. Rows with tokens that
+    nobody drew are left as they are: a text of an earlier turn ended there."""
+    stop, free = session.cfg.stop, np.ones(len(found.length), bool)
+    if found.control_state is not None:
+        # What its control ended has the same finish.
+        free &= (found.control_state == 0).all(axis=1)
+    own = (found.sampled | (np.arange(found.tokens.shape[1]) >= found.length[:, None])).all(axis=1)
+    length, finish = found.length.copy(), found.finish.copy()
+    finish[own & free & (finish == Finish.STOP)] = Finish.UNFINISHED
+    for row in np.flatnonzero(own & (length > 0)).tolist() if stop else ():
+        end = first_end(found.tokens[row, : length[row]].tolist(), 0, stop, session.tokenizer.spellings)
+        if end is not None:
+            length[row], finish[row] = end, Finish.STOP
+    return cut_rows(found, length, session.decoding.vocab.pad).replace(finish=finish)
 
 
 def _check_known(known: Rollouts, session: Session) -> Int[np.ndarray, " P"]:
@@ -100,6 +118,8 @@ def _check_known(known: Rollouts, session: Session) -> Int[np.ndarray, " P"]:
         UserError: not rollouts.
         ValueError: they could not be those of a call.
     """
+    if isinstance(known, Reused):
+        raise UserError("known: got what engine.reuse returned, want its .rollouts")
     if not isinstance(known, Rollouts):
         raise UserError(f"known: got {type(known).__name__}, want Rollouts, as engine.generate returns them")
     try:

@@ -37,17 +37,24 @@ class Branches(NamedTuple):
     """True: no new row, but the row itself continues from its end, which is `fork`. None: all rows are new."""
 
 
-def check_branches(rollouts: Rollouts, branches: Branches) -> None:
-    """Raise UserError if these are no rollouts, or ValueError unless their rows can be left there."""
+def check_branches(rollouts: Rollouts, branches: Branches, slots: int) -> Branches:
+    """Return the branches as arrays. Raises UserError if these are no rollouts, or ValueError unless they have so many completion
+    slots and their rows can be left there."""
     if not isinstance(rollouts, Rollouts):
         raise UserError(f"rollouts: got {type(rollouts).__name__}, want Rollouts, as engine.generate returns them")
+    if not isinstance(branches, Branches):
+        raise UserError(f"branches: got {type(branches).__name__}, want rl.Branches(row=[...], fork=[...])")
+    if not np.size(branches.row):
+        raise ValueError("branches: got none, want one or more")
     check(rollouts)
+    if rollouts.tokens.shape[1] != slots:
+        raise ValueError(f"rollouts.tokens: got {rollouts.tokens.shape[1]} completion slots, want the engine's {slots}")
     row, fork, continues = (np.asarray(x) for x in (*branches[:2], np.zeros(np.shape(branches.row), bool)))
     if branches.continues is not None:
         continues = np.asarray(branches.continues)
     for name, x in (("row", row), ("fork", fork), ("continues", continues)):
         kinds, want = ("b", "True or False") if name == "continues" else ("iu", "one whole number")
-        if x.ndim != 1 or x.dtype.kind not in kinds or not 0 < len(x) == len(row):
+        if x.ndim != 1 or x.dtype.kind not in kinds or len(x) != len(row):
             raise ValueError(f"branches.{name}: got {x.dtype}{list(x.shape)}, want {want} for each branch")
     rows = np.count_nonzero(rollouts.prompt >= 0)
     if (wrong := row[(row < 0) | (row >= rows)]).size:
@@ -66,6 +73,7 @@ def check_branches(rollouts: Rollouts, branches: Branches) -> None:
         )
     if len(set(row[continues].tolist())) < np.count_nonzero(continues):
         raise ValueError("branches.continues: got a row twice, want each at most once")
+    return Branches(row, fork, continues)
 
 
 def lanes_for(branches: Branches, cfg: RolloutConfig) -> int:
@@ -104,8 +112,12 @@ def branch(
         limit: maximum completion tokens of all rows that are sampled, or of each; None: `max_new_tokens`.
     """
     rollouts = with_trunks(rollouts)
-    new = branches.continues is None or ~branches.continues
-    at = _Places.of(rollouts, branches, new, session.cfg.max_new_tokens if limit is None else limit)
+    limit = session.cfg.max_new_tokens if limit is None else np.asarray(limit)
+    if np.shape(limit) not in ((), (len(branches.row),)):
+        raise ValueError(
+            f"limit: got {np.shape(limit)[0]}, want one number, or one for each of {len(branches.row)} branches"
+        )
+    at = _Places.of(rollouts, branches, ~branches.continues, limit)
     limits_of("limit", at.limit, np.ones(len(at.row), int), session.cfg.max_new_tokens)
     for b in np.flatnonzero(at.limit <= at.fork)[:1]:
         raise ValueError(
@@ -146,7 +158,9 @@ class _Places(NamedTuple):
     def own_part(self, paths: Rollouts, rollouts: Rollouts) -> Rollouts:
         """Return the sampled rows without what their trunks sampled."""
         fork = np.where(self.new, self.fork, rollouts.fork[self.row])
-        trunk = np.where(self.new, rollouts.sample[self.row], rollouts.trunk[self.row])
+        # What shares no token is a further root.
+        trunk = np.where(self.fork > 0, rollouts.sample[self.row], self.number)
+        trunk = np.where(self.new, trunk, rollouts.trunk[self.row])
         own = np.arange(paths.tokens.shape[1]) >= fork[:, None]
         columns = {name: _where(own, x, fill) for name, fill, x in recorded(paths) if name not in OF_PATH}
         return paths.replace(

@@ -74,5 +74,5 @@ def test_a_run_without_reuse_may_have_all_of_these():
 def test_numbers_out_of_range_are_refused_by_name():
     with pytest.raises(UserError, match=r"rollout.reuse.leniency: got -0.1"):
         validate({"rollout": {"reuse": {"kind": "inexact", "leniency": -0.1}}}, "test")
-    with pytest.raises(UserError, match=r"rollout.reuse.visits: got -1"):
-        validate({"rollout": {"reuse": {"kind": "exact", "visits": -1}}}, "test")
+    with pytest.raises(UserError, match=r"rollout.reuse.max_repeats: got -1"):
+        validate({"rollout": {"reuse": {"kind": "exact", "max_repeats": -1}}}, "test")

@@ -27,6 +27,16 @@ REFUSED = {
         {"rollout": {"tree": {"kind": "segments", "tokens": 8}, "max_new_tokens": 8}},
         "rollout.tree.tokens: got 8, want less than rollout.max_new_tokens (8): no row would reach the end of a segment",
     ),
+    "segments under a control": (
+        {
+            "rollout": {
+                "tree": {"kind": "segments", "tokens": 4},
+                "max_new_tokens": 8,
+                "control": {"kind": "regex", "pattern": "[0-9]+"},
+            }
+        },
+        "rollout.tree.kind: got segments under rollout.control.kind regex, want points: a control ends each row within its limit",
+    ),
     "no tree": (
         {"rollout": {}, "objective": {"advantage": {"kind": "tree_rl"}}},
         "objective.advantage.kind: got tree_rl without rollout.tree, want one, or grpo: ",

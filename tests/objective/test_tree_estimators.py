@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from setups import make_prompts
 
+from jaxrl_llm.errors import UserError
+from jaxrl_llm.objective.group_estimators import BestWorst, MaxRl, Opo, PassAtK
 from jaxrl_llm.objective.tree_estimators import Spo, TreePo, TreeRl, TreeRpo
 from jaxrl_llm.objective.tree_nodes import nodes_of
 from jaxrl_llm.types import Groups, Rollouts
@@ -146,6 +148,14 @@ def test_equal_rewards_teach_nothing_and_prompts_are_apart(estimator):
         trunk, fork, length = random_tree(rng, 7)
         groups = groups_of(rng.normal(size=7) * 10, trunk, fork, length)
         assert np.isfinite(estimator(groups).advantage).all()
+
+
+@pytest.mark.parametrize("estimator", [PassAtK(), MaxRl(), Opo(), BestWorst()], ids=lambda x: x.kind)
+def test_what_needs_independent_rows_refuses_trees(estimator):
+    groups = groups_of([1, 0, 0, 1], [0, 0, 2, 2], [0, 1, 0, 2], [3, 2, 4, 6])
+    with pytest.raises(UserError, match=f"{estimator.kind}: got trees, want independent responses"):
+        estimator(groups)
+    estimator(groups.replace(rollouts=groups.rollouts.replace(trunk=groups.rollouts.sample)))
 
 
 def test_without_a_tree_rows_are_compared_as_wholes():

@@ -62,7 +62,7 @@ def test_the_inexact_form_has_new_noise_at_every_visit():
 
 
 def test_noise_is_repeated_for_as_many_visits_as_configured():
-    assert run(ExactReuse(visits=2), [[3]] * 5) == [
+    assert run(ExactReuse(max_repeats=2), [[3]] * 5) == [
         ([0], None), ([0], [1, 1]), ([0], [2, 2]), ([30], None), ([30], [4, 4]),
     ]  # fmt: skip
 
@@ -97,6 +97,21 @@ def test_what_requests_begin_with_goes_by_sample_number():
     assert known.finish.tolist() == [new, new, 2, new, new, new, 0]
 
 
+def test_kept_tokens_are_as_wide_as_the_runs():
+    """A stored group is as wide as the most tokens that one of its own kept."""
+    groups = groups_of(np.zeros((1, 2)))
+    kept = np.full((2, 2, 3), -1, np.int32)
+    kept[:, 0, :2] = [[7, 8], [9, 1]]
+    groups = groups.replace(rollouts=groups.rollouts.replace(prompts=prompts_of([3], 0), kept_tokens=kept))
+    stage = Reusing(InexactReuse(), TASK, Packing(groups, TASK.pad), SLOTS, 3)
+    step = stage.start(stage.init(len(TASK.train)))
+    step.visit(prompts_of([3], 0))
+    step = stage.start(step.finish(groups))
+    known = step.add(Asked(step.visit(prompts_of([3], 1)), np.arange(1), np.array([2]), np.array([0]))).known
+    assert check(known).kept_tokens.shape == (2, SLOTS, 3)
+    assert known.kept_tokens[:, 0].tolist() == [[7, 8, -1], [9, 1, -1]]
+
+
 def test_metrics_by_hand():
     stage = reusing(ExactReuse())
     step = stage.start(stage.init(len(TASK.train)))
@@ -105,8 +120,8 @@ def test_metrics_by_hand():
     prompts = step.visit(prompts_of([3, 5], 10))
     _, groups = visited(step, prompts)
     kept = np.array([2, 1, 0, 0])
-    assert step.describe(Collected(groups, Stats(), 0.0, kept)) == {
-        "reuse/prompts": 0.5, "reuse/tokens": 3 / 8, "reuse/whole": 0.25,
+    assert step.describe(Collected(groups, Stats(tokens=5), 0.0, kept)) == {
+        "reuse/prompts": 0.5, "reuse/tokens": 3 / 8, "reuse/whole": 0.25, "reuse/decoded": 5,
     }  # fmt: skip
     none = NoReusing()
     assert none.start(none.init(5)).describe(Collected(groups, Stats(), 0.0)) == {}

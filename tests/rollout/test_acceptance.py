@@ -9,7 +9,7 @@ from test_reuse import CASES, CHUNKS, policies
 from test_reuse_exactness import counted, probabilities, test_statistic, weights
 
 from jaxrl_llm.rollout.config import RolloutConfig
-from jaxrl_llm.rollout.engine import Engine, EngineModel
+from jaxrl_llm.rollout.engine import INEXACT, Engine, EngineModel
 from jaxrl_llm.types import Finish, Prompts, check
 
 KEY, OTHER = jax.random.key(0), jax.random.key(1)
@@ -29,7 +29,8 @@ def drawn():
         np.tile(np.array([3, 7, 1], np.int32), (len(uid), 1)), np.full(len(uid), 3, np.int32), uid, uid * 0
     )
     known = engine.generate(old, prompts, KEY)
-    return known, engine.reuse(new, known, OTHER, leniency=LENIENCY)
+    # With the same key: the noise is another one.
+    return known, engine.reuse(new, known, KEY, leniency=LENIENCY)
 
 
 def of_first() -> tuple[np.ndarray, np.ndarray]:
@@ -112,7 +113,7 @@ def test_what_is_kept_and_what_follows(name):
     if name == "waits":
         # Its wait is what it puts in the place of a token that was drawn: a token given to a request is none.
         return
-    session = engine.session(new, OTHER)
+    session = engine.session(new, jax.random.fold_in(jax.random.fold_in(OTHER, INEXACT), 7))
     begun = [row[:n].tolist() for row, n in zip(known.tokens, got.kept, strict=True)]
     ids = session.add(prompts, known=begun)
     while session.pending:
@@ -150,7 +151,7 @@ def test_numbers_that_are_no_leniency_are_refused():
     old, _ = policies()
     engine = sampler()
     known = engine.generate(old, make_prompts(P), KEY)
-    for wrong in (-0.1, np.nan, np.inf):
+    for wrong in (-0.1, np.nan, np.inf, "0.5"):
         with pytest.raises(ValueError, match=r"leniency: got .*, want None, or a number of nats from 0"):
             engine.reuse(old, known, OTHER, leniency=wrong)
 

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from controlled import C, P, sampler
+from controlled import CONTROLS, C, P, sampler
 from setups import make_prompts
 from test_tree import CHUNKS, policy_of
 from tree_rows import rollouts_of
@@ -12,7 +12,7 @@ from jaxrl_llm.errors import UserError
 from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.rollout.config import PointTree, SegmentTree
 from jaxrl_llm.rollout.growth import branches_at, token_scores
-from jaxrl_llm.rollout.tree import root_rows, whole_paths, with_trunks
+from jaxrl_llm.rollout.tree import Branches, root_rows, whole_paths, with_trunks
 from jaxrl_llm.types import Rollouts, check
 
 KEY = jax.random.key(0)
@@ -128,3 +128,30 @@ def test_a_function_of_your_own():
         token_scores(f"{__name__}:one_per_row", roots, [])
     with pytest.raises(UserError, match=r"Perhaps you meant .entropy."):
         token_scores("entropi", roots, [])
+
+
+def test_segments_under_a_control_are_refused():
+    """Its rows would end with their segments."""
+    engine = sampler(control=CONTROLS["regex"], tree=SegmentTree(tokens=4), samples=4)
+    with pytest.raises(UserError, match=r"tree.kind: got segments under a control, want points"):
+        engine.generate(policy_of(), make_prompts(P), KEY)
+
+
+def test_a_row_that_shares_nothing_is_a_root():
+    engine, policy = sampler(engine=CHUNKS, samples=2), policy_of()
+    chains = engine.generate(policy, make_prompts(P), KEY)
+    tree = engine.branch(policy, chains, Branches(np.array([0, 0]), np.array([0, 1])), KEY)
+    assert tree.trunk[:4].tolist() == [0, 1, 2, 0] and tree.fork[:4].tolist() == [0, 0, 0, 1]
+    # Its noise is that of its sample number.
+    more = sampler(engine=CHUNKS, samples=3).generate(policy, make_prompts(P), KEY)
+    np.testing.assert_array_equal(tree.tokens[2], more.tokens[2])
+
+
+def test_points_that_do_not_come_out_even_go_where_scores_are_largest():
+    """Three points over two roots: one in each tree, and the third in that of the second, whose scores are larger."""
+    rollouts = with_trunks(rollouts_of([[0, 0, 8], [0, 0, 8]]))
+    score = np.where(np.arange(rollouts.tokens.shape[1]) < 0, 0, np.arange(2)[:, None] + 1.0) + np.zeros(
+        rollouts.tokens.shape
+    )
+    found = branches_at(rollouts, score, np.array([3]), 1)
+    assert sorted(found.row.tolist()) == [0, 1, 1]

@@ -114,6 +114,17 @@ def test_tokens_that_were_given_stay_and_are_context():
     assert (got.kept >= [len(hint) for hint in hints]).all()
 
 
+@pytest.mark.parametrize(("before", "now"), [((), CASES["stop strings"]["stop"]), (CASES["stop strings"]["stop"], ())])
+def test_other_stop_strings_end_other_rows(before, now):
+    """Kept tokens end where the engine's own stop strings do, and are continued where another engine's ended."""
+    old, new = policies(change=0.02)
+    known = sampler(engine=CHUNKS, stop=before).generate(old, make_prompts(P), KEY)
+    engine = sampler(engine=CHUNKS, stop=now)
+    got, want = engine.reuse(new, known, KEY), engine.generate(new, make_prompts(P), KEY)
+    assert_same(got.rollouts, want)
+    assert (want.finish == Finish.STOP).any() == bool(now) and (got.kept > 0).any()
+
+
 def test_samples_of_other_numbers_and_of_other_temperatures():
     old, new = policies()
     engine, prompts, warm = sampler(), make_prompts(P), np.linspace(0.5, 1.5, P * G).astype(np.float32)

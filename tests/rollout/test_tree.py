@@ -179,7 +179,7 @@ def test_keys_of_a_trunk_are_held_once():
 
 
 BAD = {
-    "no branch": (Branches(np.zeros(0, int), np.zeros(0, int)), "branches.row: got int64[0], want one whole number"),
+    "no branch": (Branches(np.zeros(0, int), np.zeros(0, int)), "branches: got none, want one or more"),
     "no row": (Branches(np.array([99]), np.array([0])), "branches.row: got 99, want rows from 0 to 15"),
     "behind the end": (Branches(np.array([0]), np.array([50])), "branches.fork[0]: got 50, want 0 to "),
     "negative": (Branches(np.array([0]), np.array([-1])), "branches.fork[0]: got -1, want 0 to "),
