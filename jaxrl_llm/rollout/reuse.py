@@ -100,7 +100,7 @@ def _at_stop_strings(session: Session, found: Rollouts) -> Rollouts:
     stop, free = session.cfg.stop, np.ones(len(found.length), bool)
     if found.control_state is not None:
         # What its control ended has the same finish.
-        free &= (found.control_state == 0).all(axis=1)
+        free &= (state_of(found.control_state) == 0).all(axis=1)
     own = (found.sampled | (np.arange(found.tokens.shape[1]) >= found.length[:, None])).all(axis=1)
     length, finish = found.length.copy(), found.finish.copy()
     finish[own & free & (finish == Finish.STOP)] = Finish.UNFINISHED

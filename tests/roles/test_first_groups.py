@@ -1,5 +1,6 @@
 """Groups of a file with which the buffer of a replay starts: regraded, in the columns of the run; or refused in one message."""
 
+import dataclasses
 import json
 import re
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from fakes import blueprint, config, sums
 
+from jaxrl_llm.distribution.control_tables import encode
 from jaxrl_llm.environments.grader_pool import GraderPool
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.experience.buffer import empty_buffer
@@ -83,6 +85,19 @@ def test_no_column_of_a_response_without_log_probs_is_unknown(tmp_path, pool):
         and (rollouts.entropy == 0).all()
         and (rollouts.control_state[:, 0] > 0).all()
     )
+
+
+def test_a_row_with_a_limit_of_its_own_is_read_under_it(tmp_path, pool):
+    """What was allowed in a slot depends on the tokens that were left."""
+    run = blueprint(
+        experience={"replay": {"capacity": 6, "start": texts(tmp_path / "x.jsonl")}},
+        rollout={"prompts": 8, "samples": 4, "max_new_tokens": 6, "min_new_tokens": 1},
+    )
+    first = dataclasses.replace(TASK.train[0], max_new_tokens=3)
+    rollouts = first_groups(run, dataclasses.replace(TASK, train=(first, *TASK.train[1:])), pool, 9).rollouts
+    limit, slots = np.where(rollouts.prompts.row == 0, 3, 6)[rollouts.prompt][:, None], np.arange(6)
+    want = np.asarray(encode(np.zeros_like(limit), limit - slots, np.broadcast_to(slots < 1, (len(limit), 6))))
+    np.testing.assert_array_equal(rollouts.control_state, np.where(slots < rollouts.length[:, None], want, 0))
 
 
 def test_what_a_policy_sampled_keeps_its_log_probs_and_its_temperature(tmp_path, pool):

@@ -63,7 +63,7 @@ def _sample(branch: Branch) -> dict[str, Any]:
     shown = list(enumerate(zip_longest(tokens, *columns)))[begin if row.get("tokens") else 0 :]
     return {
         "sample": "↳ " * branch.depth + printable(str(row.get("sample", ""))),
-        "shared": f"{begin} tokens of {row['trunk']}" if begin else "",
+        "shared": f"{begin} {'tokens' if begin > 1 else 'token'} of sample {row['trunk']}" if begin else "",
         "finish": printable(row.get("finish", "")),
         "length": len(logprobs),
         "tokens": [

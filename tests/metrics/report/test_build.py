@@ -112,7 +112,7 @@ def test_a_tree_is_drawn_below_what_its_branches_left(run_dir):
     assert len(tokens) == 2 + 1 + 2, "the shared token is shown once"
     assert tokens[1]["class"].endswith(" left") and not tokens[2]["class"].endswith(" left")
     assert tokens[1]["title"].endswith("left before it, with the mean reward behind: 2: 1.000; here: 0.000")
-    assert [text for text in page.texts if text in ("↳ 2", "1 tokens of 0")] == ["↳ 2", "1 tokens of 0"]
+    assert [text for text in page.texts if text in ("↳ 2", "1 token of sample 0")] == ["↳ 2", "1 token of sample 0"]
     assert "other responses left before this token" in "".join(page.texts)
 
 
