@@ -78,7 +78,7 @@ def test_the_ratio_is_1(draw, packing):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("draw", ["plain", "top-p"])
+@pytest.mark.parametrize("draw", [pytest.param("plain", marks=pytest.mark.soak), "top-p"])
 def test_the_ratio_is_1_on_a_mesh(draw):
     of, tables = drawn(draw, (2, 2, 2))
     check_ratios(first_update(batch_of(of, shards=4), tables, (2, 2, 2)))

@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).parent / "golden" / "configs"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", golden_runs.DEVICES)
+@pytest.mark.parametrize("name", ["plain", pytest.param("eight_devices", marks=pytest.mark.soak)])
 def test_a_run_computes_what_it_computed(name, tmp_path):
     path = golden_runs.stored(name)
     if not path.exists():

@@ -36,10 +36,10 @@ def rows(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def trained(run_dir, **changes) -> tuple[list[dict], list[dict]]:
+def trained(run_dir, steps: int = 5, **changes) -> tuple[list[dict], list[dict]]:
     """Metrics and responses of a run with these settings of the rollouts."""
     cfg = validate(RUN | {"rollout": RUN["rollout"] | changes, "run_dir": str(run_dir)}, "test")
-    train.train(cfg)
+    train.train(dataclasses.replace(cfg, steps=steps))
     return [row for row in rows(run_dir / "metrics.jsonl") if "loss" in row], rows(run_dir / "rollouts.jsonl")
 
 
@@ -74,6 +74,12 @@ def test_a_run_is_the_one_that_decodes_all_with_the_same_noise(tmp_path, monkeyp
     assert numbers(metrics) == numbers(plain)
     np.testing.assert_allclose([row["loss"] for row in metrics], [row["loss"] for row in plain], atol=1e-5)
     assert [r["ids"] for r in responses] == [r["ids"] for r in same]
+    # Stopped after three steps, it continues with what it knew.
+    monkeypatch.undo()
+    trained(tmp_path / "again", steps=3, **changes)
+    again, _ = trained(tmp_path / "again", **changes)
+    assert numbers(again) == numbers(metrics)
+    assert [row["reuse/tokens"] for row in again] == [row["reuse/tokens"] for row in metrics]
     # Visits of a row have one uid, and are told apart by their steps.
     cfg = validate(RUN, "test")
     groups = read_trajectories(tmp_path / "run/rollouts.jsonl", load_task(cfg.task, cfg.tokenizer))
@@ -94,17 +100,8 @@ def test_the_inexact_form_keeps_more_and_says_what_of_whom(tmp_path):
     assert len({r["uid"] for r in responses}) == 8 * 5
 
 
-@pytest.mark.slow
-def test_a_stopped_run_continues_with_what_it_knew(tmp_path):
-    whole, _ = trained(tmp_path / "whole")
-    cfg = validate(RUN | {"run_dir": str(tmp_path / "run")}, "test")
-    train.train(dataclasses.replace(cfg, steps=3))
-    train.train(cfg)
-    again = [row for row in rows(tmp_path / "run/metrics.jsonl") if "loss" in row]
-    assert numbers(again) == numbers(whole)
-    assert [row["reuse/tokens"] for row in again] == [row["reuse/tokens"] for row in whole]
-    # `jaxrl sample` and `jaxrl eval` sample afresh.
-    assert with_batch(cfg, 8, 1).rollout.reuse == NoReuse()
+def test_commands_sample_afresh():
+    assert with_batch(validate(RUN, "test"), 8, 1).rollout.reuse == NoReuse()
 
 
 @pytest.mark.soak

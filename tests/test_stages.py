@@ -337,7 +337,7 @@ PLACES = {"refill": "two", "knapsack": "two", "rounds": "one", "hints": "one", "
 
 @pytest.mark.slow
 @pytest.mark.parametrize("other", [False, pytest.param(True, marks=pytest.mark.soak)])
-@pytest.mark.parametrize("name", each("hints"))
+@pytest.mark.parametrize("name", each())
 def test_other_meshes_and_two_processes_sample_and_learn_the_same(undisturbed, tmp_path, name, other):
     """(2, 2, 2) devices of one process, or of two, against one device."""
     config, whole, env = undisturbed(name)

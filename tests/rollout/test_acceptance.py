@@ -156,7 +156,7 @@ def test_numbers_that_are_no_leniency_are_refused():
             engine.reuse(old, known, OTHER, leniency=wrong)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_mesh_changes_no_token():
     found = []
     for sizes in ((1, 1, 1), (2, 2, 2)):

@@ -29,7 +29,10 @@ def tree_of(name: str, samples: int = 8, sizes=(1, 1, 1), **more) -> Rollouts:
     return engine.generate(policy_of(sizes=sizes), make_prompts(P), KEY)
 
 
-@pytest.mark.parametrize("name", TREES)
+FAST = ("points", "segments of one token")
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.soak) for n in TREES])
 def test_a_tree_has_as_many_whole_rows_as_were_asked_for(name):
     tree = check(tree_of(name))
     assert (tree.size == 8).all() and (np.diff(tree.prompt) >= 0).all()

@@ -182,7 +182,9 @@ def test_random_schedules_change_no_token(case, num):
     play()
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=["one device", "(2,2,2)"])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.soak)], ids=["one device", "(2,2,2)"]
+)
 def test_each_sample_of_a_group_has_its_own_temperature(sizes):
     """Sample i has value i mod 3, whichever request asks for it: of 4 samples, and of samples 5 to 8."""
     per_sample = PerSample(temperature=(3.0, 1.5, 1.5))

@@ -161,6 +161,10 @@ CASES = {
 }
 
 
+LONG = [name for name in CASES if "over 8" in name or name.startswith("shared")]
+"""What the others have in common with another one of them."""
+
+
 def sequences(seed: int, pairs: bool) -> Sequences:
     """Ragged and off-policy, with tokens and a group outside the loss. With `pairs` a best and a worst of each group."""
     rng, rows = np.random.default_rng(seed), GROUPS * SAMPLES
@@ -283,7 +287,7 @@ BOUND = 5e-6
 @pytest.mark.slow
 @pytest.mark.parametrize(
     # Every axis by itself in the long run: 2 x 2 x 2 has them all.
-    "case", [pytest.param(name, marks=[pytest.mark.soak] if "over 8" in name else []) for name in CASES],
+    "case", [pytest.param(name, marks=[pytest.mark.soak] if name in LONG else []) for name in CASES],
 )  # fmt: skip
 @settings(max_examples=2, deadline=None, derandomize=True, database=None)
 @given(data=st.data())

@@ -109,7 +109,14 @@ def assert_equal_gradients(a, b):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("aggregation", "micro_batches"), [("token", 2), ("token", 4), ("token", 8), ("sequence", 4), ("constant", 4)]
+    ("aggregation", "micro_batches"),
+    [
+        pytest.param("token", 2, marks=pytest.mark.soak),
+        ("token", 4),
+        pytest.param("token", 8, marks=pytest.mark.soak),
+        ("sequence", 4),
+        ("constant", 4),
+    ],
 )
 def test_the_gradient_does_not_depend_on_micro_batches(aggregation, micro_batches):
     assert len(set(rollouts().length.tolist())) > 2, "the lengths must be ragged for this to mean anything"
