@@ -77,6 +77,24 @@ def test_commands_on_the_pages_exist(page):
     assert {command: wrong for command, wrong in found.items() if wrong} == {}
 
 
+def anchor(heading: str) -> str:
+    """Name of a heading in links, as Markdown viewers make it."""
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+    return re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page):
+    text, wrong = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL), []
+    for target in re.findall(r"\]\(([^)\s:]+)\)", text):
+        path, _, name = target.partition("#")
+        to = (page.parent / path).resolve() if path else page
+        headings = re.findall(r"^#+ (.*)$", to.read_text(encoding="utf-8"), re.MULTILINE) if to.suffix == ".md" else ()
+        if not to.exists() or (name and name not in map(anchor, headings)):
+            wrong.append(target)
+    assert wrong == []
+
+
 @pytest.mark.parametrize("page", FIRST_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_in_a_fresh_shell_jaxrl_is_found(page):
     """The page activates the environment before `jaxrl`, `pip` or `python`, which a fresh shell lacks or has from elsewhere."""
