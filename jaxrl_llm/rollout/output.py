@@ -185,6 +185,17 @@ class OutputBuffer:
                     break
 
 
+def recorded(rollouts: Rollouts) -> list[tuple[str, float, np.ndarray]]:
+    """Return name, value in slots without a token, and array of each column of the rollouts."""
+    columns = [(column.name, column.fill, getattr(rollouts, column.name)) for column in COLUMNS if column.rollouts]
+    return [column for column in columns if column[2] is not None]
+
+
+def where_slots(inside: Bool[np.ndarray, "B C"], column: np.ndarray, other: float) -> np.ndarray:
+    """Return the column where `inside`, and the other value in all other slots."""
+    return np.where(inside.reshape(*inside.shape, *(1,) * (column.ndim - 2)), column, np.asarray(other, column.dtype))
+
+
 def cut_rows(rollouts: Rollouts, length: Int[np.ndarray, " B"], pad: int) -> Rollouts:
     """Return the rollouts with the first tokens of each row alone. Those that are shorter now have not ended.
 
@@ -194,12 +205,7 @@ def cut_rows(rollouts: Rollouts, length: Int[np.ndarray, " B"], pad: int) -> Rol
         pad: padding token.
     """
     inside = np.arange(rollouts.tokens.shape[1]) < length[:, None]
-    fill = {column.name: column.fill for column in COLUMNS if column.rollouts} | {"tokens": pad}
-    cut = {
-        name: np.where(inside.reshape(*inside.shape, *(1,) * (x.ndim - 2)), x, np.asarray(value, x.dtype))
-        for name, value in fill.items()
-        if (x := getattr(rollouts, name)) is not None
-    }
+    cut = {name: where_slots(inside, x, pad if name == "tokens" else fill) for name, fill, x in recorded(rollouts)}
     ended = (length == rollouts.length) & np.isin(rollouts.finish, COMPLETE)
     finish = np.where(ended, rollouts.finish, int(Finish.UNFINISHED)).astype(np.int32)
     return rollouts.replace(**cut, length=length.astype(np.int32), finish=finish)

@@ -19,9 +19,9 @@ from jaxrl_llm.distribution.control_tables import ControlTables, state_of
 from jaxrl_llm.model.cache import Caching
 from jaxrl_llm.model.transformer import logits, prefill
 from jaxrl_llm.rollout.decode import DecodedChunk, Drawing, draw, empty_chunk
-from jaxrl_llm.rollout.output import COMPLETE
+from jaxrl_llm.rollout.output import cut_rows, where_slots
 from jaxrl_llm.rollout.sample import Controls, Decoding, row_keys
-from jaxrl_llm.types import ArrayLike, Finish, PyTree, Rollouts
+from jaxrl_llm.types import ArrayLike, PyTree, Rollouts
 
 
 class KnownRows(NamedTuple):
@@ -152,18 +152,12 @@ def beginnings(known: Rollouts, rows: KnownRows, drawn: Redrawn, version: int, p
 
     def filled(name: str, where: np.ndarray, other: np.ndarray | float) -> np.ndarray | None:
         new = getattr(chunk, name)
-        if new is None:
-            return None
-        return np.where(where.reshape(*where.shape, *(1,) * (new.ndim - 2)), new, np.asarray(other, new.dtype))
+        return None if new is None else where_slots(where, new, other)
 
     states = 0 if known.control_state is None else np.where(inside, known.control_state, 0)
-    ended = (drawn.kept == known.length) & np.isin(known.finish, COMPLETE)
-    return known.replace(
-        tokens=np.where(inside, known.tokens, np.int32(pad)),
-        length=drawn.kept,
+    return cut_rows(known, drawn.kept, pad).replace(
         sampled=sampled,
         version=np.where(own, np.int32(version), np.int32(0)),
-        finish=np.where(ended, known.finish, int(Finish.UNFINISHED)).astype(np.int32),
         temperature=rows.controls.temperature,
         behavior_logprobs=filled("behavior_logprobs", sampled, 0),
         entropy=filled("entropy", sampled, 0),

@@ -174,17 +174,11 @@ def _parts(session: Session, name: str, rows: KnownRows, more: np.ndarray | None
     """Yield as many rows at once as one pass reads, on the devices, with the program of this name for them and its tables. The last
     part is filled up with rows that nothing reads. `more`: another array of the rows."""
     sizes, layout = session.batch.sizes, session.decoding.layout
-    tables, slots = (
-        session.control_set.on_device(layout),
-        smallest(sizes.row_slots, int((rows.prompt + rows.length).max())),
-    )
-    num = sizes.known_rows(slots)
+    tables = session.control_set.on_device(layout)
+    slots = smallest(sizes.row_slots, int((rows.prompt + rows.length).max()))
+    num, table_sizes = sizes.known_rows(slots), () if tables is None else tables.sizes
     rows = rows._replace(tokens=np.pad(rows.tokens, ((0, 0), (0, max(slots - rows.tokens.shape[1], 0))))[:, :slots])
     for start in range(0, len(rows.length), num):
         of = np.arange(start, start + num) % len(rows.length)
         put = hosts.put(jax.tree.map(lambda x, of=of: x[of], (rows, more)), layout.sharding(("rows",)))
-        yield (
-            *put,
-            session.programs(session.params, name, num, slots, *(() if tables is None else tables.sizes)),
-            tables,
-        )
+        yield *put, session.programs(session.params, name, num, slots, *table_sizes), tables

@@ -13,12 +13,12 @@ from jaxtyping import Bool, Int
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.rollout.config import NoTree, RolloutConfig
-from jaxrl_llm.rollout.output import COMPLETE
+from jaxrl_llm.rollout.output import COMPLETE, recorded, where_slots
 from jaxrl_llm.rollout.request_checks import limits_of
 from jaxrl_llm.rollout.requests import controls_of_samples
 from jaxrl_llm.rollout.sample import Controls
 from jaxrl_llm.rollout.session import Session
-from jaxrl_llm.types import COLUMNS, Finish, Prompts, Rollouts, check
+from jaxrl_llm.types import Finish, Prompts, Rollouts, check
 
 # Columns that a row has of the tokens of its trunk too.
 OF_PATH = ("tokens", "control_state")
@@ -162,20 +162,10 @@ class _Places(NamedTuple):
         trunk = np.where(self.fork > 0, rollouts.sample[self.row], self.number)
         trunk = np.where(self.new, trunk, rollouts.trunk[self.row])
         own = np.arange(paths.tokens.shape[1]) >= fork[:, None]
-        columns = {name: _where(own, x, fill) for name, fill, x in recorded(paths) if name not in OF_PATH}
+        columns = {name: where_slots(own, x, fill) for name, fill, x in recorded(paths) if name not in OF_PATH}
         return paths.replace(
             prompts=rollouts.prompts, prompt=rollouts.prompt[self.row], trunk=trunk, fork=fork, **columns
         )
-
-
-def recorded(rollouts: Rollouts) -> list[tuple[str, float, np.ndarray]]:
-    """Return name, value in slots without a token, and array of each column of the rollouts."""
-    columns = [(column.name, column.fill, getattr(rollouts, column.name)) for column in COLUMNS if column.rollouts]
-    return [column for column in columns if column[2] is not None]
-
-
-def _where(inside: Bool[np.ndarray, "B C"], column: np.ndarray, other: float) -> np.ndarray:
-    return np.where(inside.reshape(*inside.shape, *(1,) * (column.ndim - 2)), column, np.asarray(other, column.dtype))
 
 
 def with_trunks(rollouts: Rollouts) -> Rollouts:
@@ -216,7 +206,9 @@ def _new_numbers(rollouts: Rollouts, prompt: Int[np.ndarray, " n"]) -> Int[np.nd
 def _beginnings(paths: Rollouts, at: _Places, pad: int) -> Rollouts:
     """Return the tokens with which the rows begin; `paths`: the rollouts with whole paths."""
     inside = np.arange(paths.tokens.shape[1]) < at.fork[:, None]
-    columns = {name: _where(inside, x[at.row], pad if name == "tokens" else fill) for name, fill, x in recorded(paths)}
+    columns = {
+        name: where_slots(inside, x[at.row], pad if name == "tokens" else fill) for name, fill, x in recorded(paths)
+    }
     return Rollouts(
         prompts=paths.prompts,
         prompt=paths.prompt[at.row],

@@ -17,6 +17,7 @@ from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rollout.config import EngineConfig, PerSample
 from jaxrl_llm.rollout.engine import Engine, EngineModel
+from jaxrl_llm.rollout.requests import split
 from jaxrl_llm.rollout.sample import Vocabulary
 from jaxrl_llm.types import Finish, Rollouts, check
 from jaxrl_llm.update.step import jit_score
@@ -617,3 +618,12 @@ def test_what_the_caller_changes_later_does_not_matter():
 def test_stop_strings_need_a_tokenizer():
     with pytest.raises(ValueError, match=r"stop: got \('a',\) for a model without a tokenizer, want no stop strings"):
         of().session(policy_of(), KEY).add([[1]], stop=["a"])
+
+
+def test_rows_that_know_different_numbers_of_tokens_share_a_group():
+    """Five rows in groups of four lanes, of which the second has ended: two groups, whatever the rows' ages."""
+    request = SimpleNamespace(rows=np.arange(10, 15), begin=np.array([0, 0, 1, 0, 0]))
+    first, second = split(request, 4, np.array([True, False, True, True, True]), np.array([0, 7, 3, 5, 2]))
+    assert first.rows.tolist() == [10, -1, 12, 13] and first.age.tolist() == [0, 0, 2, 5] and first.first == 0
+    assert second.rows.tolist() == [14, -1, -1, -1] and second.age.tolist() == [2, 0, 0, 0] and second.first == 4
+    assert list(split(request, 4, np.zeros(5, bool), np.zeros(5, int))) == []
