@@ -1,9 +1,7 @@
 """Eight CPU devices for every test, set before any backend starts, and one cache of compiled programs for the whole suite."""
 
 import gc
-import hashlib
 import os
-import platform
 import signal
 import sys
 from pathlib import Path
@@ -11,18 +9,12 @@ from pathlib import Path
 import jax
 import pytest
 
+from jaxrl_llm.parallel import program_cache
+
 CACHE_BYTES = 1_000_000_000
 
 
-def machine() -> str:
-    """A digest of what compiled code depends on and jax's own key leaves out: the processor, where a home is shared."""
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text(encoding="utf-8").splitlines() if cpu.exists() else [platform.processor()]
-    about = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
-    return hashlib.sha256("\n".join([platform.machine(), *(about or lines)]).encode()).hexdigest()[:12]
-
-
-OWN = Path(__file__).parents[1] / ".pytest_cache" / f"xla-{machine()}"
+OWN = Path(__file__).parents[1] / ".pytest_cache" / f"xla-{program_cache.machine()}"
 # In the environment for the processes that tests start; a directory that the user names stays.
 if os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(OWN)) == str(OWN):
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -34,16 +26,6 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-
-
-def trim(directory: Path, most: int) -> None:
-    """Remove the oldest programs, which the code no longer makes, until at most so many bytes are left."""
-    files = sorted((f.stat().st_mtime, f.stat().st_size, f) for f in directory.glob("*-cache"))
-    total = sum(size for _, size, _ in files)
-    for _, size, path in files:
-        if total > most:
-            path.unlink(missing_ok=True)
-            total -= size
 
 
 # Compiled programs are mapped into memory, each in dozens of parts. A process may have 65,530: beyond, the compiler crashes.
@@ -65,7 +47,7 @@ def _forget_programs():
 
 def pytest_sessionstart(session) -> None:
     if not hasattr(session.config, "workerinput"):
-        trim(OWN, CACHE_BYTES)
+        program_cache.trim(OWN, CACHE_BYTES)
 
 
 def pytest_collection_modifyitems(items) -> None:

@@ -17,6 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.linear import sum_of_outer_products
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import PyTree
 
@@ -212,15 +213,15 @@ def _backward(rule: LogitRule, head: Head, saved: tuple, given: PyTree) -> tuple
     columns = jnp.arange(block)
 
     def tile(start: Array, first: Array, is_new: Array, of_block: tuple) -> tuple[Array, Array]:
-        """Return cotangents of a chunk's activations, per vocabulary shard, and of a block of the table, transposed, in f32. In the
-        other order a CPU would transpose `dx`."""
+        """Return cotangents of a chunk's activations, per vocabulary shard, and of a block of the table, transposed, in f32."""
         activations, chunk_inputs, of_values, of_given = _slice((h, inputs, values, given), start, size)
         x, y = (None if b is None else head.logits(a, b) for a, b in zip(activations, of_block, strict=True))
         ids = (jnp.arange(shards)[:, None] * width + first + columns).reshape(-1)
         dx = head.uncapped(rule.pullback(x, y, head.block(ids, classes), chunk_inputs, of_values, of_given), x)
         dx = jnp.where(is_new, dx.reshape(*dx.shape[:2], shards, block), 0.0).astype(w[0].dtype)
-        sums = partial(jnp.einsum, preferred_element_type=jnp.float32)
-        return sums("sntw,stwd->stnd", dx, of_block[0]), sums("snd,sntw->stdw", activations[0].astype(dx.dtype), dx)
+        dh = jnp.einsum("sntw,stwd->stnd", dx, of_block[0], preferred_element_type=jnp.float32)
+        dw = jax.vmap(partial(sum_of_outer_products, rows=1))(activations[0].astype(dx.dtype), dx)
+        return dh, dw.swapaxes(1, 2)
 
     def over_block(j: Array, total: tuple[Array, Array]) -> tuple[Array, Array]:
         first = jnp.minimum(j * block, width - block)

@@ -36,4 +36,10 @@ def dense(layer: dict[str, Array], h: Float[Array, "B T D"], cfg: ModelConfig, l
         gate, up = contract_each(h, layer["gate_up"])
     else:
         gate, up = jnp.moveaxis(contract(h, layer["gate_up"].swapaxes(0, 1)), -2, 0)
-    return contract(gated(gate, up, cfg).astype(h.dtype), layer["down"]).astype(h.dtype)
+
+    # The backward pass computes the activation again from gate and up, which takes less time than to store and read it.
+    @partial(jax.checkpoint, prevent_cse=False)
+    def down(gate: Array, up: Array, weight: Array) -> Array:
+        return contract(gated(gate, up, cfg).astype(h.dtype), weight).astype(h.dtype)
+
+    return down(gate, up, layer["down"])

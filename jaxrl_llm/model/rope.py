@@ -59,7 +59,7 @@ def rope(x: Float[Array, "B T *heads H"], angles: Angles) -> Float[Array, "B T *
     """Rotate the pairs (i, i + H/2)."""
     half = x.shape[-1] // 2
     sin, cos = (a.reshape(*x.shape[:2], *(1,) * (x.ndim - 3), half) for a in angles)
-    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 

@@ -30,7 +30,7 @@ from jaxrl_llm.model.cache import (
 )
 from jaxrl_llm.model.config import ForwardOptions, ModelConfig
 from jaxrl_llm.model.experts import mixture
-from jaxrl_llm.model.linear import contract
+from jaxrl_llm.model.linear import contract, inner_products
 from jaxrl_llm.model.mlp import dense
 from jaxrl_llm.model.quantized_weights import look_up
 from jaxrl_llm.model.remat import checkpointed, choose_remat, named_input
@@ -74,9 +74,36 @@ def scanned_attentions(cfg: ModelConfig) -> tuple[LayerAttention, dict[str, np.n
 
 def rms_norm(x: Array, weight: Array, cfg: ModelConfig) -> Array:
     """x / rms(x) * weight over the last dimension, in f32 (Zhang & Sennrich 2019); * (1 + weight) in Gemma."""
-    wide, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + cfg.norm_eps)
-    return (wide * (1 + weight if cfg.norm_plus_one else weight)).astype(x.dtype)
+    weight = weight.astype(jnp.float32)
+    return _over_rms(x, 1 + weight if cfg.norm_plus_one else weight, cfg.norm_eps)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _over_rms(x: Array, factor: Array, eps: float) -> Array:
+    """The gradient is written out: it stores only `x`, and its sums are in a form that XLA:CPU computes fast (`inner_products`)."""
+    wide = x.astype(jnp.float32)
+    return (wide * _inverse_rms(wide, eps) * factor).astype(x.dtype)
+
+
+def _inverse_rms(wide: Array, eps: float) -> Array:
+    return jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+
+
+def _over_rms_forward(x: Array, factor: Array, eps: float) -> tuple[Array, tuple[Array, Array]]:
+    return _over_rms(x, factor, eps), (x, factor)
+
+
+def _over_rms_backward(eps: float, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, factor = saved
+    wide, g = x.astype(jnp.float32), g.astype(jnp.float32)
+    inverse = _inverse_rms(wide, eps)
+    normalized, of_normalized = wide * inverse, g * factor
+    mean = inner_products(of_normalized, normalized)[..., None] / x.shape[-1]
+    dx = inverse * (of_normalized - normalized * mean)
+    return dx.astype(x.dtype), jnp.sum((g * normalized).reshape(-1, x.shape[-1]), axis=0)
+
+
+_over_rms.defvjp(_over_rms_forward, _over_rms_backward)
 
 
 def _qkv(layer: Layer, x: Array, rotary: Angles, cfg: ModelConfig) -> tuple[Array, Array, Array]:
@@ -85,7 +112,9 @@ def _qkv(layer: Layer, x: Array, rotary: Angles, cfg: ModelConfig) -> tuple[Arra
     if cfg.qkv_bias:
         packed = packed + layer["qkv_bias"].astype(jnp.float32)
     packed = packed.astype(x.dtype)
-    q, k, v = packed[..., : cfg.group, :], packed[..., cfg.group, :], packed[..., cfg.group + 1, :]
+    # The gradient of a split is one array; that of three slices would be a sum of three.
+    q, k, v = jax.lax.split(packed, (cfg.group, 1, 1), axis=packed.ndim - 2)
+    k, v = jnp.squeeze(k, -2), jnp.squeeze(v, -2)
     if cfg.qk_norm:
         q, k = rms_norm(q, layer["q_norm"], cfg), rms_norm(k, layer["k_norm"], cfg)
     return rope(q, rotary), rope(k, rotary), v

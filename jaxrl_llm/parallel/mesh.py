@@ -8,6 +8,7 @@ from jax.sharding import AxisType, Mesh
 
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.parallel.config import AXES, MeshConfig, resolve
+from jaxrl_llm.parallel.program_cache import use_program_cache
 
 
 def make_mesh(
@@ -21,6 +22,8 @@ def make_mesh(
     The axes are Auto: one model function serves both layouts, and the compiler inserts the collectives, which `tests/tpu_aot`
     counts. An axis may be part of a physical axis of a TPU slice, e.g. 2 of 4; `jax.make_mesh` refuses that except on v5e.
 
+    The programs that are compiled for a mesh are kept for later runs: `parallel.program_cache`.
+
     Args:
         data, fsdp, tensor, expert: devices per axis, as in `MeshConfig`.
         devices: to be used, all of them; None: all of the job.
@@ -28,6 +31,7 @@ def make_mesh(
     Raises:
         UserError: a size is out of range, or the sizes do not fit the number of devices.
     """
+    use_program_cache()
     devices = jax.devices() if devices is None else list(devices)
     asked = MeshConfig(data, fsdp, tensor, expert)
     for axis, size in zip(AXES, asked.sizes(), strict=True):

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from setups import FAMILIES, TINY, layouts
 
 from jaxrl_llm.model import transformer
@@ -21,6 +22,29 @@ def test_norms_by_hand():
     np.testing.assert_allclose(rms_norm(x, weight, cfg), [1.2, 0.8, 0, 0], rtol=1e-6)
     plus_one = dataclasses.replace(cfg, norm_plus_one=True)
     np.testing.assert_allclose(rms_norm(x, weight, plus_one), [2.4, 2.4, 0, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("plus_one", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradient_of_a_norm_is_that_of_its_formula(dtype, plus_one):
+    """`_over_rms` writes its gradient out; the formula's is the compiler's own."""
+    rng = np.random.default_rng(0)
+    x, g = (jnp.asarray(rng.normal(size=(2, 7, 48)), dtype) for _ in range(2))
+    weight, cfg = jnp.asarray(rng.normal(size=48), jnp.float32), dataclasses.replace(TINY, norm_plus_one=plus_one)
+
+    def formula(x, weight):
+        wide = x.astype(jnp.float32)
+        wide = wide / jnp.sqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + cfg.norm_eps)
+        return (wide * (1 + weight if plus_one else weight)).astype(dtype)
+
+    got, want = (jax.vjp(f, x, weight) for f in (lambda x, w: rms_norm(x, w, cfg), formula))
+    np.testing.assert_array_equal(got[0].dtype, dtype)
+    # In bfloat16 the last step rounds to 8 bits.
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 2**-7, "atol": 2**-7}
+    np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (got[0], want[0])), **tolerance)
+    for mine, other in zip(got[1](g), want[1](g), strict=True):
+        assert mine.dtype == other.dtype
+        np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (mine, other)), **tolerance)
 
 
 def test_embeddings_are_scaled_by_a_rounded_root():

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.model.attention.plain import MASKED, PackedRows, scores_of
 from jaxrl_llm.model.cache import UNLIMITED
+from jaxrl_llm.model.linear import inner_products
 
 # Number of scores held at a time: a megabyte, which stays in a CPU core's caches.
 AT_A_TIME = 2**18
@@ -120,7 +121,7 @@ def _backward(options: BlockOptions, saved: tuple, g: Array) -> tuple[Array | No
     slots, visible = _slots(rows, window, options.size)
     qs, ks, vs, gs = (_to_blocks(x, options.size) for x in (q, k, v, g))
     dim = qs.shape[-1]
-    inner = jnp.sum(gs.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    inner = inner_products(gs, out)
     scale = dim**-0.5 if options.scale is None else options.scale
 
     def scores_gradient(weights: Array, scores: Array, dw: Array, mean: Array) -> Array:
