@@ -96,6 +96,7 @@ def train(cfg: RunConfig, must_resume: bool = False, given: Inputs | None = None
     if not cfg.steps:
         return sft(cfg, must_resume, given, ends_process)
     with open_run(cfg, must_resume, given, ends_process) as run:
+        run.learner.compile()
         state, policy, scores = start(run)
         while state.step < cfg.total_steps:
             rng = np.random.default_rng((cfg.seed, int(state.step)))
@@ -207,12 +208,11 @@ def context_of(cfg: RunConfig, full: RunConfig | None = None, *args: Any) -> Abs
 
 def assemble(blueprint: Blueprint, task: Task, context: RunContext) -> Run:
     """Build the roles; their calls are timed, and shown on the screen while they last."""
-    keys, engine = build.make_keys(blueprint.cfg.seed), blueprint.make_engine()
+    keys, engine, during = build.make_keys(blueprint.cfg.seed), blueprint.make_engine(), context.recorder.during
     collect = Collector(engine, context.pool, task, blueprint.cfg.evaluation.threshold)
     score = build.make_scorer(blueprint, blueprint.shapes.experience)
     texts_of = lambda groups: task.decode(groups.rollouts.tokens, groups.rollouts.length)  # noqa: E731
     learner, timed = build.make_learner(blueprint, score, texts_of), context.timers.timed
-    during = context.recorder.during
 
     def collected(*args: Any) -> Collected:
         with during("sampling", first="sampling the first responses"):

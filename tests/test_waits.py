@@ -40,6 +40,7 @@ REASONS = {
     },
     "jaxrl_llm/model/hf/export.py": {"multihost_utils.sync_global_devices": HEARTBEAT},
     "jaxrl_llm/model/hf/load.py": {"with ThreadPoolExecutor": COMPUTES},
+    "jaxrl_llm/parallel/compiled_ahead.py": {"self._compiled.result": COMPUTES},
     "jaxrl_llm/parallel/hosts.py": {"multihost_utils.process_allgather": HEARTBEAT},
     "jaxrl_llm/plan/programs.py": {"with ThreadPoolExecutor": COMPUTES},
     "jaxrl_llm/tasks/renderer.py": {

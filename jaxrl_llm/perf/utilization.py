@@ -95,8 +95,7 @@ def describe_updates(flops: TrainFlops, seconds: float, rates: UpdateRates, layo
     """Return the achieved FLOP/s of updates, and their fraction of what the devices can do.
 
     `update/ceiling_fraction`: `min_seconds` / `seconds`. `update/mfu`: model FLOPs (`train_flops`) per second, divided by the
-    published bf16 peak of all devices, whatever the compute dtype; left out for a chip that is not in the table. The first step's
-    time includes compilation.
+    published bf16 peak of all devices, whatever the compute dtype; left out for a chip that is not in the table.
 
     Args:
         flops: model FLOPs of the updates together.

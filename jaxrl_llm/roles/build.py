@@ -19,14 +19,16 @@ from jaxrl_llm.experience.hints import NoHints
 from jaxrl_llm.experience.own_stages import own_budget, own_gate
 from jaxrl_llm.experience.packed_groups import Packing
 from jaxrl_llm.experience.replay import make_replay
+from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.publish import publisher
 from jaxrl_llm.objective.credit import make_advantage
 from jaxrl_llm.objective.loss_config import anchored_on_proximal
 from jaxrl_llm.objective.losses import CROSS_ENTROPY
 from jaxrl_llm.objective.rules import drops_equal_rewards
+from jaxrl_llm.parallel.compiled_ahead import CompiledAhead, abstract
 from jaxrl_llm.perf.work import TrainFlops, count_adapter_params, count_tokens, train_flops
 from jaxrl_llm.roles.asking import Asking, ByBudget, UntilAccepted
-from jaxrl_llm.roles.blueprint import Blueprint, blank_fresh, correction_for, group_sizes
+from jaxrl_llm.roles.blueprint import Blueprint, blank_fresh, correction_for, group_sizes, uses_of
 from jaxrl_llm.roles.collector import Collected
 from jaxrl_llm.roles.evaluator import Evaluator
 from jaxrl_llm.roles.hinting import Hinting, NoHinting
@@ -44,6 +46,8 @@ from jaxrl_llm.tasks.rows import Row
 from jaxrl_llm.tasks.stream import completion_limits
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import Batch, Experience, Groups, Policy, PyTree, TrainState
+from jaxrl_llm.update.batch import abstract_batch
+from jaxrl_llm.update.optimizer.state import abstract_state
 from jaxrl_llm.update.optimizer.transform import make_optimizer
 from jaxrl_llm.update.packing import BatchShape
 from jaxrl_llm.update.step import jit_score, jit_update
@@ -138,10 +142,7 @@ def make_learner(blueprint: Blueprint, score: Scorer, texts_of: Callable[[Groups
         done = int(state.step) + 1 - cfg.warm_start.steps
         return refresh(objective.reference, state.reference, blueprint.changed(train.params), done)
 
-    update = jit_update(
-        blueprint.learner_specs, loss, blueprint.optimizer, blueprint.scoring,
-        micro_batches=cfg.update.micro_batches, ess_scaling=cfg.update.ess_scaling,
-    )  # fmt: skip
+    program = make_update_program(blueprint)
     return Learner(
         filter=filter_for(cfg, texts_of),
         replay=make_replay(cfg.experience.replay, blueprint.vocab.pad),
@@ -149,7 +150,7 @@ def make_learner(blueprint: Blueprint, score: Scorer, texts_of: Callable[[Groups
         entropy=partial(policy_entropy, score, group_sizes(cfg)),
         advantage=make_advantage(objective, [grader.weight for grader in cfg.reward.graders]),
         update=Updates(
-            program=update,
+            program=program,
             loss=loss,
             cfg=cfg.update,
             shape=blueprint.shapes.update,
@@ -163,6 +164,25 @@ def make_learner(blueprint: Blueprint, score: Scorer, texts_of: Callable[[Groups
         ),
         refresh=refreshed,
         publish=make_publisher(blueprint),
+        compile=program.start,
+    )
+
+
+def make_update_program(blueprint: Blueprint) -> CompiledAhead:
+    """The program of one update, for the arguments that a run gives it."""
+    cfg, train = blueprint.cfg, blueprint.train
+    update = jit_update(
+        blueprint.learner_specs, blueprint.loss, blueprint.optimizer, blueprint.scoring,
+        micro_batches=cfg.update.micro_batches, ess_scaling=cfg.update.ess_scaling,
+    )  # fmt: skip
+    specs = blueprint.reference_specs if cfg.objective.reads_reference_distribution else None
+    kept = cfg.rollout.max_kept_of(blueprint.vocab.size)
+    return CompiledAhead(
+        update,
+        abstract_state(blueprint.learner_specs, blueprint.optimizer, train),
+        abstract_batch(blueprint.shapes.update, uses_of(cfg), kept, blueprint.loss.own, train),
+        None if specs is None else model_params.abstract(specs, train),
+        abstract(blueprint.tables),
     )
 
 

@@ -35,6 +35,8 @@ class Learner(NamedTuple):
     """Reference after a step that ended with the given TrainState; the old reference is donated if it can change."""
     publish: Callable[[TrainState, Policy | None], Policy]
     """Policy with the parameters of a TrainState; the old policy's buffers are donated."""
+    compile: Callable[[], None]
+    """No stage: start to compile the update in a thread. Without it the first update compiles."""
 
 
 def score_groups(

@@ -15,6 +15,7 @@ from jaxrl_llm.metrics.guards import RatioAlarm
 from jaxrl_llm.objective.credit import reward_kl_metrics
 from jaxrl_llm.objective.reward_kl import RewardKl
 from jaxrl_llm.parallel import hosts
+from jaxrl_llm.parallel.compiled_ahead import CompiledAhead
 from jaxrl_llm.perf.work import TrainFlops
 from jaxrl_llm.roles.state import RunState
 from jaxrl_llm.types import Batch, Experience, TrainState
@@ -22,7 +23,6 @@ from jaxrl_llm.update.batch import fill_batch, minibatches
 from jaxrl_llm.update.config import UpdateConfig
 from jaxrl_llm.update.optimizer.state import ZERO_GRADIENT
 from jaxrl_llm.update.packing import BatchShape
-from jaxrl_llm.update.step import Update
 
 # Metrics of a whole update; every other is a mean over its tokens or sequences, or an extreme.
 OF_UPDATES = ("loss", "grad_norm", "nonfinite", "ess/sequences", "ess/tokens", "lr/ess_scale")
@@ -54,7 +54,8 @@ class Learned(NamedTuple):
 
 @dataclass(frozen=True)
 class Updates:
-    program: Update
+    program: CompiledAhead
+    """`update.step.jit_update`."""
     loss: Loss
     cfg: UpdateConfig
     shape: BatchShape
@@ -79,6 +80,7 @@ class Updates:
         To the alarm an update is stale if it is not the first, or if some token was sampled by an earlier policy. An update without
         a token in the loss changes nothing and has no metrics.
         """
+        program = self.program.ready()
         train, alarm, rings = state.train, RatioAlarm(int(state.guards.alarm)), False
         each: list[UpdateMetrics] = []
         zero, flops, seconds = [], [], 0.0
@@ -88,7 +90,7 @@ class Updates:
             for part in minibatches(experience, self.cfg.minibatches, rng):
                 batch = self._batch(part)
                 begun = time.monotonic()
-                train, found = self.program(train, hosts.put(batch, self.rows), reference, self.tables)
+                train, found = program(train, hosts.put(batch, self.rows), reference, self.tables)
                 found, gradients = without_zero_gradients(as_floats(jax.device_get(found)))
                 took = time.monotonic() - begun
                 if not batch.loss_mask.any():

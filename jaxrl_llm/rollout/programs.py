@@ -12,6 +12,7 @@ from jaxrl_llm.distribution.control_tables import blank_tables
 from jaxrl_llm.model import cache, cache_moves
 from jaxrl_llm.model.cache import Caching
 from jaxrl_llm.model.transformer import prefill
+from jaxrl_llm.parallel.compiled_ahead import abstract
 from jaxrl_llm.rollout.acceptance import make_rescore
 from jaxrl_llm.rollout.batch_sizes import BatchSizes
 from jaxrl_llm.rollout.decode import ChunkInputs, SequenceGroups, make_decode_chunk
@@ -201,8 +202,3 @@ class Programs:
         )
         inputs = ChunkInputs(self._array((2,), jnp.uint32), number, number, self._tables(sizes))
         return decode_chunk.lower(abstract(params), suffix, self._prompt(groups), batch, inputs)
-
-
-def abstract(tree: PyTree) -> PyTree:
-    """Return shapes, dtypes and shardings of a tree of arrays or of `jax.ShapeDtypeStruct`s."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -122,5 +122,7 @@ def test_entropies_are_of_the_policy_now_and_asked_for_in_batches_of_a_fixed_siz
 
 
 def test_the_stages_of_a_learner_stand_in_the_order_of_the_training_loop():
-    assert Learner._fields == ("filter", "replay", "score", "entropy", "advantage", "update", "refresh", "publish")
+    *stages, last = Learner._fields
+    assert stages == ["filter", "replay", "score", "entropy", "advantage", "update", "refresh", "publish"]
+    assert last == "compile"
     assert Scores() == Scores(None, None, None, {})

@@ -22,7 +22,7 @@ SOURCE = {"visits": np.int64(0)}
 def learner_of(of) -> Learner:
     """Its states alone."""
     keeps = Filter(lambda: {"of the filter": np.zeros(2)}, None)
-    return Learner(keeps, make_replay(of.cfg.experience.replay), *[None] * 6)
+    return Learner(keeps, make_replay(of.cfg.experience.replay), *[None] * 7)
 
 
 def target(**changes):

@@ -43,6 +43,7 @@ def roles(**changes):
         update=calls.of("update", ("train after", LEARNED)),
         refresh=calls.of("refresh", "reference after"),
         publish=calls.of("publish", "policy after"),
+        compile=calls.of("compile", None),
     )
     return calls, learner._replace(**changes), Source(calls)
 

@@ -8,6 +8,7 @@ from setups import layouts
 from jaxrl_llm.distribution.loss_terms import Loss
 from jaxrl_llm.metrics.guards import Guards
 from jaxrl_llm.objective.reward_kl import RewardKl
+from jaxrl_llm.parallel.compiled_ahead import CompiledAhead
 from jaxrl_llm.perf.work import TrainFlops
 from jaxrl_llm.roles.updates import UpdateMetrics, Updates, as_floats, is_old, over_updates, without_zero_gradients
 from jaxrl_llm.types import Credit, Experience, OwnColumn, Scores
@@ -34,7 +35,7 @@ class Program:
 def updates_of(program, epochs=1, minibatches=1, groups=4, **changes):
     shape = batch_shape("none", equal_groups(groups // minibatches, 2), (PROMPT_SLOTS, SLOTS), 0, 1, 1)
     base = {
-        "program": program, "loss": Loss(terms=None), "cfg": UpdateConfig(epochs=epochs, minibatches=minibatches),
+        "program": CompiledAhead(program), "loss": Loss(terms=None), "cfg": UpdateConfig(epochs=epochs, minibatches=minibatches),
         "shape": shape, "pad": 0, "rows": layouts()[0].sharding(("rows", None)), "anchored_on_proximal": False,
         "reads_distribution": False, "reward_kl": RewardKl(), "flops": lambda batch: TrainFlops(1, 10, 100),
     }  # fmt: skip

@@ -49,6 +49,7 @@ def load(directory: str, words: str, compute: str, variant: str, beta: float) ->
     stack = contextlib.ExitStack()
     run = stack.enter_context(open_run(cfg, must_resume=False, given=None, ends_process=False))
     atexit.register(stack.close)
+    run.learner.compile()
     # The start of `train`, without its evaluation: the other trainers have none.
     params = start_params(run.blueprint, run.keys.train)
     state = start_rl(run.blueprint, run.learner, run.source.state, params, run.keys.train)
