@@ -5,7 +5,7 @@ The products are those with weights, as `benchmarks.update` (a group of 8 in one
 (64 and 8 rows) have them: forward, dx = g w', dw = x' g. In a decode step each matrix is another one in memory.
 
     rate of a library     FLOPs of all products / seconds of all at the library's own rates
-    XLA's bound           the seconds of the products at XLA's rates, dw as `linear.sum_of_outer_products` / the program's seconds
+    XLA's bound           the seconds of the products at XLA's rates, dw as `model.products` has it / the program's seconds
     the machine's bound   the same, each product at the rate of the fastest library
 
 torch and NumPy run in the environment of `benchmarks.peers.environments transformers`; without it they are left out.
@@ -30,7 +30,7 @@ from benchmarks.peers import environments
 from benchmarks.table import rows_of
 from benchmarks.update import Case
 from jaxrl_llm.errors import UserError
-from jaxrl_llm.model.linear import sum_of_outer_products
+from jaxrl_llm.model.products import sum_of_outer_products
 from jaxrl_llm.perf.ceilings import CONTRACTIONS
 from jaxrl_llm.perf.work import weight_products
 

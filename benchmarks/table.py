@@ -1,4 +1,4 @@
-"""Benchmark results as Markdown tables: `python -m benchmarks.table benchmarks/results/<name>.json > docs/benchmarks.md`."""
+"""Benchmark results as Markdown tables: `python -m benchmarks.table benchmarks/results/<name>.json`."""
 
 import json
 import sys

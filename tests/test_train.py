@@ -22,6 +22,7 @@ from jaxrl_llm.environments.config import GraderConfig, RewardConfig
 from jaxrl_llm.errors import Preempted, UserError
 from jaxrl_llm.metrics.json_lines import read_jsonl
 from jaxrl_llm.metrics.timers import CompileCounter
+from jaxrl_llm.parallel.compiled_ahead import CompiledAhead
 from jaxrl_llm.rollout.config import EngineConfig
 
 ROOT = Path(__file__).parents[1]
@@ -318,6 +319,22 @@ def test_a_step_that_sigterm_abandons_between_chunks_is_repeated(tmp_path, monke
     train.train(cfg, must_resume=True)
     assert [row["rollout/segments"] for row in rows(tmp_path / "whole")[3:]] == [2.0] * 5
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_the_update_compiles_beside_all_that_comes_before_it(tmp_path, monkeypatch):
+    from jaxrl_llm import train
+
+    class Reached(Exception):
+        pass
+
+    def begins(run):
+        raise Reached(len(started))
+
+    started = []
+    monkeypatch.setattr(CompiledAhead, "start", lambda self: started.append(self))
+    monkeypatch.setattr(train, "start", begins)
+    with pytest.raises(Reached, match="1"):
+        train.train(tiny_run(tmp_path))
 
 
 @pytest.mark.slow

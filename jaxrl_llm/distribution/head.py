@@ -17,7 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.linear import sum_of_outer_products
+from jaxrl_llm.model.products import sum_of_outer_products
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import PyTree
 

@@ -1,14 +1,13 @@
 """Matrix product of activations and parameters, with a gradient that is fast in bfloat16."""
 
-import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxrl_llm.model import lora, quantized_weights
 from jaxrl_llm.model.lora import Adapted
+from jaxrl_llm.model.products import dot, sum_of_outer_products
 from jaxrl_llm.model.quantized_weights import Quantized
 
 
@@ -31,7 +30,7 @@ def _contract(x: jax.Array, w: jax.Array, inner: int) -> jax.Array:
     The gradient casts its cotangent to the dtype of `x`: in f32 both products of the backward pass would be mixed-precision,
     off the fast path of every backend (jax issue 24047). dw is computed in f32, then cast to the dtype of `w`.
     """
-    return _dot(x, w.astype(x.dtype), _tail(x, inner), tuple(range(inner)))
+    return dot(x, w.astype(x.dtype), _tail(x, inner), tuple(range(inner)))
 
 
 def _forward(x: jax.Array, w: jax.Array, inner: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -42,7 +41,7 @@ def _backward(inner: int, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> t
     x, w = saved
     g = g.astype(x.dtype)
     outer = w.ndim - inner
-    dx = _dot(g, w.astype(x.dtype), _tail(g, outer), tuple(range(inner, w.ndim)))
+    dx = dot(g, w.astype(x.dtype), _tail(g, outer), tuple(range(inner, w.ndim)))
     return dx.astype(x.dtype), sum_of_outer_products(x, g, x.ndim - inner).astype(w.dtype)
 
 
@@ -65,47 +64,12 @@ def _forward_each(x: jax.Array, w: jax.Array) -> tuple[tuple[jax.Array, ...], tu
 def _backward_each(saved: tuple[jax.Array, jax.Array], g: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     x, w = saved
     g = [part.astype(x.dtype) for part in g]
-    dx = sum(_dot(part, matrix.astype(x.dtype), (x.ndim - 1,), (1,)) for part, matrix in zip(g, w, strict=True))
+    dx = sum(dot(part, matrix.astype(x.dtype), (x.ndim - 1,), (1,)) for part, matrix in zip(g, w, strict=True))
     return dx.astype(x.dtype), jnp.stack([sum_of_outer_products(x, part, x.ndim - 1) for part in g]).astype(w.dtype)
 
 
 contract_each.defvjp(_forward_each, _backward_each)
 
 
-def sum_of_outer_products(x: jax.Array, g: jax.Array, rows: int) -> jax.Array:
-    """Sum over the first `rows` dimensions, which are equal: `[*R, *I] x [*R, *O] -> [*I, *O]`, in f32.
-
-    XLA:CPU is slow where the rows come first in both operands, in bfloat16 by three times: the narrower one is transposed before.
-    """
-
-    def from_transposed(x: jax.Array, g: jax.Array) -> jax.Array:
-        flat_x, flat_g = (a.reshape(math.prod(a.shape[:rows]), -1) for a in (x, g))
-        if flat_x.shape[1] <= flat_g.shape[1]:
-            out = _dot(_transposed(flat_x), flat_g, (1,), (0,))
-        else:
-            out = _transposed(_dot(_transposed(flat_g), flat_x, (1,), (0,)))
-        return out.reshape(*x.shape[rows:], *g.shape[rows:])
-
-    over = tuple(range(rows))
-    return lax.platform_dependent(x, g, cpu=from_transposed, default=lambda x, g: _dot(x, g, over, over))
-
-
-def _transposed(x: jax.Array) -> jax.Array:
-    """The transpose, in memory. Outside a conditional XLA:CPU makes it a part of what reads it, with strided reads."""
-    always = lax.optimization_barrier(jnp.array(True))
-    return lax.cond(always, jnp.transpose, lambda x: jnp.zeros(x.shape[::-1], x.dtype), x)
-
-
-def inner_products(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Sum of `a * b` over the last dimension, in f32. As a sum, XLA:CPU of jax 0.10 takes ten times as long."""
-    as_sum = lambda a, b: jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=-1)  # noqa: E731
-    as_product = partial(jnp.einsum, "...i,...i->...", preferred_element_type=jnp.float32)
-    return lax.platform_dependent(a, b, cpu=as_product, default=as_sum)
-
-
 def _tail(x: jax.Array, n: int) -> tuple[int, ...]:
     return tuple(range(x.ndim - n, x.ndim))
-
-
-def _dot(a: jax.Array, b: jax.Array, over_a: tuple[int, ...], over_b: tuple[int, ...]) -> jax.Array:
-    return lax.dot_general(a, b, ((over_a, over_b), ((), ())), preferred_element_type=jnp.float32)

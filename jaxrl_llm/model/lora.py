@@ -23,6 +23,7 @@ from jaxtyping import Array
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import LoraConfig, ModelConfig
 from jaxrl_llm.model.params import ParamSpec, is_spec
+from jaxrl_llm.model.products import sum_of_outer_products
 from jaxrl_llm.model.quantized_weights import INNER
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import PyTree
@@ -250,11 +251,11 @@ def _backward(scale: float, inner: int, saved: tuple[Array, ...], g: Array) -> t
     """
     x, base, a, b = saved
     g, a, b = g.astype(x.dtype), a.astype(x.dtype), b.astype(x.dtype)
-    outputs, rows = tuple(range(inner - base.ndim, 0)), tuple(range(x.ndim - inner))
+    outputs, rows = tuple(range(inner - base.ndim, 0)), x.ndim - inner
     dx = _dot(g, _matrix(base, *saved[2:], scale, x.dtype), (outputs, tuple(range(inner, base.ndim))))
     narrow_g = _dot(g, b, (outputs, tuple(range(1, b.ndim)))).astype(x.dtype)
     narrow_x = _dot(x, a, inner).astype(x.dtype)
-    da, db = scale * _dot(x, narrow_g, (rows, rows)), scale * _dot(narrow_x, g, (rows, rows))
+    da, db = (scale * sum_of_outer_products(*of, rows) for of in ((x, narrow_g), (narrow_x, g)))
     return dx.astype(x.dtype), None, da.astype(saved[2].dtype), db.astype(saved[3].dtype)
 
 

@@ -30,8 +30,9 @@ from jaxrl_llm.model.cache import (
 )
 from jaxrl_llm.model.config import ForwardOptions, ModelConfig
 from jaxrl_llm.model.experts import mixture
-from jaxrl_llm.model.linear import contract, inner_products
+from jaxrl_llm.model.linear import contract
 from jaxrl_llm.model.mlp import dense
+from jaxrl_llm.model.products import inner_products
 from jaxrl_llm.model.quantized_weights import look_up
 from jaxrl_llm.model.remat import checkpointed, choose_remat, named_input
 from jaxrl_llm.model.rope import Angles, Rotation, angles, rope, rotation, shared_angles

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.model.attention.plain import MASKED, PackedRows, scores_of
 from jaxrl_llm.model.cache import UNLIMITED
-from jaxrl_llm.model.linear import inner_products
+from jaxrl_llm.model.products import inner_products
 
 # Number of scores held at a time: a megabyte, which stays in a CPU core's caches.
 AT_A_TIME = 2**18
