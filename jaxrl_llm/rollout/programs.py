@@ -12,7 +12,7 @@ from jaxrl_llm.distribution.control_tables import blank_tables
 from jaxrl_llm.model import cache, cache_moves
 from jaxrl_llm.model.cache import Caching
 from jaxrl_llm.model.transformer import prefill
-from jaxrl_llm.parallel.compiled_ahead import abstract
+from jaxrl_llm.parallel.compiled_ahead import abstract, give_back_memory
 from jaxrl_llm.rollout.acceptance import make_rescore
 from jaxrl_llm.rollout.batch_sizes import BatchSizes
 from jaxrl_llm.rollout.decode import ChunkInputs, SequenceGroups, make_decode_chunk
@@ -51,6 +51,7 @@ class Programs:
         """Return the program, compiled on first use. Only "prefill" and "decode_chunk" use `params`."""
         if name not in self._compiled:
             self._compiled[name] = self.lower(params, *name).compile()
+            give_back_memory()
         return self._compiled[name]
 
     def warm(self, params: PyTree, names: list[ProgramName]) -> None:
@@ -58,6 +59,7 @@ class Programs:
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             lowered = {name: self.lower(params, *name) for name in names if name not in self._compiled}
             self._compiled |= dict(zip(lowered, threads.map(Lowered.compile, lowered.values()), strict=True))
+        give_back_memory()
 
     def lower(self, params: PyTree, *name: str | int) -> Lowered:
         """Lower the program for parameters of the shapes and shardings of `params`."""
