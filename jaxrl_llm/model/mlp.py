@@ -37,7 +37,7 @@ def dense(layer: dict[str, Array], h: Float[Array, "B T D"], cfg: ModelConfig, l
     else:
         gate, up = jnp.moveaxis(contract(h, layer["gate_up"].swapaxes(0, 1)), -2, 0)
 
-    # The backward pass computes the activation again from gate and up, which takes less time than to store and read it.
+    # The backward pass computes the activation again from gate and up: a third less memory, and on a CPU less time.
     @partial(jax.checkpoint, prevent_cse=False)
     def down(gate: Array, up: Array, weight: Array) -> Array:
         return contract(gated(gate, up, cfg).astype(h.dtype), weight).astype(h.dtype)

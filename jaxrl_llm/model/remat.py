@@ -1,6 +1,6 @@
 """Rematerialization: which activations of a layer the backward pass finds in memory and which it recomputes (Chen et al. 2016).
 
-none       nothing is recomputed
+none       nothing is recomputed but the activation of a dense MLP (`mlp.dense`)
 attention  attention scores and weights are recomputed; only implementation `plain` would store them
 layer      a layer is recomputed from its input, the residual stream: a third more FLOPs
 offload    like `layer`, with the inputs stored in host memory
