@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -187,13 +187,14 @@ def open_run(
     if must_resume and open_checkpoints(cfg.run_dir, cfg.checkpoint.keep).is_empty():
         raise CheckpointError(f"--resume: got {cfg.run_dir}, which holds no checkpoint; leave out --resume to start it")
     with stop_signal(ends_process, cfg.total_steps) as stopping:
-        given = given or inputs.read(cfg, trains=True)
-        blueprint = blueprint_of(cfg, given)
+        blueprint = blueprint_of(cfg, given := given or inputs.read(cfg, trains=True))
         memory_check.check(blueprint, len(given.task.held_out))
         for line in given.cautions:
             log.warning("%s", line)
         with context_of(cfg, full, stopping, {"task": given.task.fingerprint}) as context:
-            yield assemble(blueprint, given.task, context)
+            run = assemble(blueprint, given.task, context)
+            with closing(run.engine):
+                yield run
 
 
 def context_of(cfg: RunConfig, full: RunConfig | None = None, *args: Any) -> AbstractContextManager[RunContext]:
@@ -309,11 +310,10 @@ def new_params(run: Run) -> PyTree:
 
 
 def first_policy(run: Run, state: TrainState) -> Policy:
-    """Publish the first policy, and compile every program that sampling and evaluation can need, at all lengths."""
-    with run.context.recorder.during("compiling what samples"):
-        policy = run.learner.publish(state, None)
-        for num in {run.source.stages.asks_at_once, len(run.task.held_out)}:
-            run.engine.warm(policy, num)
+    """Publish the first policy, and start to compile what evaluates and samples."""
+    policy = run.learner.publish(state, None)
+    for num in dict.fromkeys((len(run.task.held_out), run.source.stages.asks_at_once)):
+        run.engine.compile_ahead(policy, num)
     return policy
 
 
@@ -348,10 +348,10 @@ def saved_on_failure(run: Run, state: RunState) -> Iterator[None]:
 
 def summary(run: Run, done: Step) -> dict[str, Any]:
     """A step's metrics. Its rollouts are recorded and shown if that is due."""
-    cfg, recorder, source, learned = run.blueprint.cfg, run.context.recorder, run.source, done.learned
+    cfg, source, learned = run.blueprint.cfg, run.source, done.learned
     show(run, done)
-    with recorder.during("measuring", first="measuring what this machine can do"):
-        rates = describe_rates(run.engine, source.last.stats, run.blueprint, learned)
+    with run.context.recorder.during("measuring", first="measuring what this machine can do"):
+        rates = describe_rates(run.engine, source.last.stats, run.blueprint, learned, not run.context.compiles.any)
     return {
         "phase": "rl",
         **describe(source.with_rejected(done.fresh), [grader.label for grader in cfg.reward.graders], run.task),

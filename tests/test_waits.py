@@ -61,7 +61,7 @@ REASONS = {
     "jaxrl_llm/environments/worker.py": {
         "connection.sendall": "the watchdog ends a worker that the trainer no longer waits for"
     },
-    "jaxrl_llm/rollout/programs.py": {"with ThreadPoolExecutor": COMPUTES},
+    "jaxrl_llm/rollout/programs.py": {"with ThreadPoolExecutor": COMPUTES, "ahead.result": COMPUTES},
     "launch/local.py": {
         "child.poll": "Popen.poll does not wait",
         "time.sleep": "the launcher's own loop, which lasts as long as the job: a signal ends it",

@@ -61,6 +61,11 @@ class CompileCounter:
     def __init__(self):
         self._seen = len(_compile_seconds())
 
+    @property
+    def any(self) -> bool:
+        """True if something was compiled since the last take."""
+        return len(_compile_seconds()) > self._seen
+
     def take(self) -> dict[str, float]:
         """Return {"compiles": count, "time/compile": seconds} since the last take."""
         new = _compile_seconds()[self._seen :]

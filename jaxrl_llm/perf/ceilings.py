@@ -15,6 +15,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 # Contracted dimensions of the two operands. "dx" and "dw" are the two products of the backward pass.
@@ -39,7 +40,10 @@ def matmul_rate(products: list[Product], dtype: str, seconds: float = 1.0) -> fl
     shapes = {"forward": lambda m, k, n: ((m, k), (k, n)), "dx": lambda m, k, n: ((m, n), (k, n))}
     shapes["dw"] = lambda m, k, n: ((m, k), (m, n))
     contractions = [CONTRACTIONS[name] for name, *_ in products]
-    operands = [[jnp.full(s, 0.01, dtype) for s in shapes[name](*sizes)] for name, *sizes in products]
+    # From NumPy: each shape would be a program of its own to compile.
+    operands = [
+        [jax.device_put(np.full(s, 0.01, jnp.dtype(dtype))) for s in shapes[name](*sizes)] for name, *sizes in products
+    ]
 
     def product(x: jax.Array, w: jax.Array, over: tuple) -> jax.Array:
         return lax.dot_general(x, w, (over, ((), ())), preferred_element_type=jnp.float32)

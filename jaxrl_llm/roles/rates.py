@@ -22,16 +22,21 @@ def learner_rates(blueprint: Blueprint) -> UpdateRates:
     return update_rates(blueprint.model, tokens, layout, blueprint.cfg.lora.rank > 0)
 
 
-def describe_rates(engine: Engine, stats: Stats, blueprint: Blueprint, learned: Learned) -> dict[str, float]:
-    """Metrics of a step's speed as fractions of the ceilings.
+def describe_rates(
+    engine: Engine, stats: Stats, blueprint: Blueprint, learned: Learned, measured: bool
+) -> dict[str, float]:
+    """Metrics of a step's speed.
 
     Args:
         engine: of the sampler.
         stats: of the step's rollouts.
         blueprint: of the run.
         learned: of the step's updates, which may be none.
+        measured: measure the ceilings, and give the fractions of them; nothing else runs on the host meanwhile, and nothing was
+            compiled beside the step.
     """
-    metrics = describe_engine(stats, *sampler_rates(engine))
+    metrics = describe_engine(stats, sampler_rates(engine) if measured else None)
     if learned.seconds:
-        metrics |= describe_updates(learned.flops, learned.seconds, learner_rates(blueprint), blueprint.train)
+        rates = learner_rates(blueprint) if measured else None
+        metrics |= describe_updates(learned.flops, learned.seconds, rates, blueprint.train)
     return metrics

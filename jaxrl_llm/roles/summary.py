@@ -9,6 +9,7 @@ from jaxtyping import Float
 from jaxrl_llm.distribution.control_tables import ControlTables
 from jaxrl_llm.environments.grader_pool import Failure, component_metrics
 from jaxrl_llm.experience.independent_rows import independent
+from jaxrl_llm.perf.utilization import DecodeRates
 from jaxrl_llm.roles.allowed_sets import AllowedSet, allowed_in_row
 from jaxrl_llm.roles.stage_metrics import describe_stages
 from jaxrl_llm.roles.stored_rollouts import trajectory_rows
@@ -68,22 +69,22 @@ def _groups_of(x: np.ndarray, prompt: np.ndarray) -> list[np.ndarray]:
     return np.split(x, np.flatnonzero(np.diff(prompt)) + 1) if len(x) else []
 
 
-def describe_engine(stats: Stats, bytes_per_s: float, flops_per_s: float) -> dict[str, float]:
+def describe_engine(stats: Stats, rates: DecodeRates | None) -> dict[str, float]:
     """Metrics of the engine: active rows per step, fraction of row-steps spent on rows that had already finished, and the time
     that the steps need at the machine's measured rates, as a fraction of the time they took.
 
     Args:
         stats: of the call.
-        bytes_per_s, flops_per_s: measured ceilings.
+        rates: measured ceilings; None: not measured.
     """
-    return {
+    found = {
         "rollout/steps": float(stats.steps),
         "rollout/segments": float(stats.chunks),
         "rollout/live_rows": stats.tokens / max(stats.steps, 1),
         "rollout/waste": 1 - stats.tokens / max(stats.row_steps, 1),
         "sampling/support_overflow": stats.overflow / max(stats.tokens, 1),
-        "rollout/ceiling_fraction": stats.least_seconds(bytes_per_s, flops_per_s) / stats.seconds,
     }
+    return found if rates is None else found | {"rollout/ceiling_fraction": stats.least_seconds(*rates) / stats.seconds}
 
 
 def advantage_of(fresh: Groups, trained: Groups, credit: Credit) -> Float[np.ndarray, "B C"]:

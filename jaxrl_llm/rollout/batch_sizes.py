@@ -110,9 +110,9 @@ def smallest(sizes: tuple[int, ...], want: int) -> int:
 
 
 def first_window(cfg: RolloutConfig, model: ModelConfig, layout: Layout) -> int:
-    """Return the initial window: 128 slots; on a CPU, what keeps a layer's KV cache within the CPU's caches, at least 32."""
+    """Return the initial window: 128 slots; on a CPU, what keeps a layer's KV cache within the CPU's caches, at least 64."""
     if not layout.on_cpu:
         return 128
     rows = min(cfg.engine.max_concurrent_prompts or cfg.prompts, cfg.prompts) * cfg.samples
     slot = 2 * rows * model.kv_heads * model.head_dim * np.dtype(np.float32).itemsize
-    return 1 << max(CPU_CACHE // slot, 32).bit_length() - 1
+    return 1 << max(CPU_CACHE // slot, 64).bit_length() - 1

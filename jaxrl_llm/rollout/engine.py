@@ -272,15 +272,20 @@ class Engine:
     def _table_sizes(self) -> tuple[int, ...]:
         return () if self.tables is None else self.tables.sizes
 
-    def names(self, prompts: int) -> list[ProgramName]:
-        """Return all programs that a call with `prompts` prompts may run."""
+    def names(self, prompts: int, compacted: bool = True) -> list[ProgramName]:
+        """Return all programs that a call with `prompts` prompts may run, in the order in which it needs them.
+
+        Args:
+            prompts: number of prompts.
+            compacted: with those of a batch that was compacted.
+        """
         sizes = self.sizes
         several = self.cfg.max_new_tokens > min(self.decoding.steps, sizes.windows[0])
         batch = smallest(sizes.prompts, min(prompts, sizes.prompts[0]))
         fewer = [n for n in sizes.prompts if n <= batch]
         # With a single chunk all rows end together, and all slots become free at once.
         admitted = fewer if several and prompts > batch else {batch, smallest(sizes.prompts, prompts % batch or batch)}
-        compacts = self.cfg.engine.compact and (several or prompts > batch)
+        compacts = compacted and self.cfg.engine.compact and (several or prompts > batch)
         groups = [sizes.groups(n) for n in (fewer if compacts else [batch])]
         found: list[ProgramName] = [("prefill", n, s) for n in admitted for s in sizes.prompt_slots]
         found += [
@@ -289,9 +294,17 @@ class Engine:
         if several and prompts > batch:
             found += [("insert_prefix", groups[0], n) for n in admitted]
         found.append(("empty_suffix", groups[0], sizes.windows[0]))
-        found += [("decode_chunk", u, w, *self._table_sizes) for u in groups for w in sizes.windows]
-        found += [("extend_suffix", u, w, wider) for u in groups for w, wider in pairwise(sizes.windows)]
+        for u in groups:
+            found += self._growing(u)
         found += [("compact", u, v, w) for u in groups for v in groups if v < u for w in sizes.windows]
+        return found
+
+    def _growing(self, groups: int) -> list[ProgramName]:
+        """Return the programs that decode an active batch of one size, in the order in which it needs them."""
+        windows = self.sizes.windows
+        found: list[ProgramName] = [("decode_chunk", groups, windows[0], *self._table_sizes)]
+        for window, wider in pairwise(windows):
+            found += [("extend_suffix", groups, window, wider), ("decode_chunk", groups, wider, *self._table_sizes)]
         return found
 
     def session_names(self) -> list[ProgramName]:
@@ -313,8 +326,8 @@ class Engine:
         found += [("broadcast_prefix", n, u) for n in prompts for u in groups]
         found += [("insert_prefix", u, n) for n in prompts for u in groups]
         found += [("empty_suffix", u, windows[0]) for u in groups]
-        found += [("decode_chunk", u, w, *self._table_sizes) for u in groups for w in windows]
-        found += [("extend_suffix", u, w, wider) for u in groups for w, wider in pairwise(windows)]
+        for u in groups:
+            found += self._growing(u)
         return found + [("compact", u, v, w) for u in groups for v in groups if v < u for w in windows]
 
     def warm(self, policy: Policy, prompts: int | None = None) -> None:
@@ -324,6 +337,22 @@ class Engine:
         if not isinstance(self.cfg.tree, NoTree):
             sizes, programs = self._for_branches(self.cfg.rows_per_trunk)
             programs.warm(policy.params, self._one_way_names(sizes))
+
+    def compile_ahead(self, policy: Policy, prompts: int | None = None) -> None:
+        """Start to compile what `warm` compiles in a thread; what a call needs before, it compiles itself.
+
+        On CPUs only what a full batch needs: the cores that would compile the rest are those that sample."""
+        if self.decoding.layout.on_cpu:
+            names = self.names(prompts or self.sizes.prompts[0], compacted=False)
+        else:
+            names = self.session_names() if prompts is None else self.names(prompts)
+        self.programs.compile_ahead(policy.params, names)
+
+    def close(self) -> None:
+        """Leave out what `compile_ahead` has not begun to compile: the process would wait for it at its end. Calls are possible
+        still."""
+        if self.sizes:
+            self.programs.stop_compiling()
 
 
 def configured_controls(model: EngineModel, cfg: RolloutConfig) -> ControlSet:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -46,13 +46,35 @@ class Programs:
         self.decoding, self.caching, self.rows_per_group = decoding, caching, sizes.rows_per_group
         self.of_rows = caching._replace(prompt_slots=sizes.row_slots[-1])
         self._compiled: dict[ProgramName, Compiled] = {}
+        self._ahead: dict[ProgramName, Future] = {}
 
     def __call__(self, params: PyTree, *name: str | int) -> Compiled:
         """Return the program, compiled on first use. Only "prefill" and "decode_chunk" use `params`."""
         if name not in self._compiled:
-            self._compiled[name] = self.lower(params, *name).compile()
-            give_back_memory()
+            ahead = self._ahead.pop(name, None)
+            waits = ahead is None or ahead.cancel()
+            self._compiled[name] = self._compile(params, name) if waits else ahead.result()
         return self._compiled[name]
+
+    def compile_ahead(self, params: PyTree, names: list[ProgramName]) -> None:
+        """Compile the programs `names` one after another in a thread. One that is needed before its turn is compiled where it is
+        needed."""
+        shapes, thread = abstract(params), ThreadPoolExecutor(1, thread_name_prefix="compile")
+        for name in names:
+            if name not in self._compiled and name not in self._ahead:
+                self._ahead[name] = thread.submit(self._compile, shapes, name)
+        thread.shutdown(wait=False)
+
+    def stop_compiling(self) -> None:
+        """Leave out what `compile_ahead` has not begun to compile."""
+        for ahead in self._ahead.values():
+            ahead.cancel()
+        self._ahead.clear()
+
+    def _compile(self, params: PyTree, name: ProgramName) -> Compiled:
+        compiled = self.lower(params, *name).compile()
+        give_back_memory()
+        return compiled
 
     def warm(self, params: PyTree, names: list[ProgramName]) -> None:
         """Compile the programs `names` in parallel; the compiler releases the GIL."""

@@ -9,6 +9,7 @@ from fakes import groups_of, sums
 from jaxrl_llm.control.automaton import token_automaton
 from jaxrl_llm.distribution.control_tables import encode, join_automata
 from jaxrl_llm.environments.grader_pool import Failure
+from jaxrl_llm.perf.utilization import DecodeRates
 from jaxrl_llm.perf.work import Work
 from jaxrl_llm.roles.stage_metrics import describe_stages
 from jaxrl_llm.roles.summary import advantage_of, describe, describe_engine, replayed_rows, responses
@@ -101,7 +102,8 @@ def test_equal_rewards_have_a_deviation_of_exactly_0(value):
 def test_metrics_of_the_engine():
     """By hand: 52 bytes at 2 bytes per second are 26 s of 52; FLOPs are the cheaper part."""
     stats = Stats(seconds=52.0, chunks=2, steps=16, row_steps=80, tokens=60, overflow=6, work=Work(52, 16))
-    assert describe_engine(stats, 2.0, 10.0) == {
+    found = describe_engine(stats, DecodeRates(2.0, 10.0))
+    assert found == {
         "rollout/steps": 16.0,
         "rollout/segments": 2.0,
         "rollout/live_rows": 3.75,
@@ -110,7 +112,8 @@ def test_metrics_of_the_engine():
         "rollout/ceiling_fraction": 0.5,
     }
     # Here products are what takes long: 16 FLOPs at 0.5 a second.
-    assert describe_engine(stats, 1e9, 0.5)["rollout/ceiling_fraction"] == 32 / 52
+    assert describe_engine(stats, DecodeRates(1e9, 0.5))["rollout/ceiling_fraction"] == 32 / 52
+    assert describe_engine(stats, None) == {k: v for k, v in found.items() if k != "rollout/ceiling_fraction"}
 
 
 def test_records_of_rows():

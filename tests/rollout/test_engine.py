@@ -266,7 +266,7 @@ def test_chunks_are_whole_intervals(chunk, interval, want):
 
 def test_the_initial_window_fits_the_caches_of_a_cpu():
     """M of the benchmarks: 64 rows x 4 heads x 64 numbers, keys and values in f32, are 128 KiB per slot; 32 slots fit into 4 MiB.
-    From 2,048 rows on a single slot fills the caches."""
+    Fewer than 64 were measured to gain nothing."""
     m = dataclasses.replace(SMALL, heads=8, kv_heads=4, head_dim=64)
     at = lambda rows: first_window(RolloutConfig(prompts=rows // 8, samples=8), m, layouts()[1])  # noqa: E731
-    assert (at(64), at(8), at(512), at(2048), at(2056)) == (32, 256, 32, 32, 32)
+    assert (at(32), at(8), at(64), at(512), at(2048)) == (64, 256, 64, 64, 64)

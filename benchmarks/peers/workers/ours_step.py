@@ -16,7 +16,8 @@ import numpy as np
 from benchmarks.peers.serve import Step, serve_steps, versions
 from jaxrl_llm.config import loading, run_config
 from jaxrl_llm.roles.start_or_restore import start_params, start_rl
-from jaxrl_llm.train import Run, open_run, step, summary
+from jaxrl_llm.run_context import with_rates
+from jaxrl_llm.train import Run, first_policy, open_run, step, summary
 
 GROUPS, SAMPLES, NEW_TOKENS = 8, 8, 128
 PACKINGS = {"shared": "shared_prefix", "apart": "none"}
@@ -53,19 +54,19 @@ def load(directory: str, words: str, compute: str, variant: str, beta: float) ->
     # The start of `train`, without its evaluation: the other trainers have none.
     params = start_params(run.blueprint, run.keys.train)
     state = start_rl(run.blueprint, run.learner, run.source.state, params, run.keys.train)
-    held = [state, run.learner.publish(state.train, None)]
+    held = [state, first_policy(run, state.train)]
 
     def one_step() -> dict:
         state, policy = held
         rng = np.random.default_rng((cfg.seed, int(state.step)))
         done = step(run.learner, run.source, state, policy, rng)
         held[:] = done.state, done.policy
-        metrics, times = summary(run, done), run.context.timers.take()
+        metrics = with_rates(summary(run, done), run.context)
         return {
-            "rollout_s": times["time/generate"],
+            "rollout_s": metrics["time/generate"],
             "tokens": int(metrics["completions/tokens"]),
             "updates": int(done.state.train.step),
-            "stages": times,
+            "stages": {name: metrics[name] for name in metrics if name.startswith("time/")},
             "gradient_norm": metrics["grad_norm"],
         }
 
