@@ -27,7 +27,7 @@ def compiled(monkeypatch):
     def compile_one(self, params, name):
         ahead = threading.current_thread() is not threading.main_thread()
         if ahead and found:
-            assert go.wait(60), "the test never lets the thread go on"
+            assert go.wait(60), "the test never lets the thread continue"
         found.append((name, ahead))
         return whole(self, params, name)
 
