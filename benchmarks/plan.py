@@ -1,7 +1,8 @@
 """`python -m benchmarks.plan [NAME ...] [--write]`: runs `jaxrl plan` on the GSM8K configs.
 
-Each plan runs in a separate process, for 1 to 10 minutes on two cores. Its report replaces the older one of that name in
-benchmarks/results/plan-tpu-aot.json; one line per plan shows seconds, bytes of the largest phase, and whether it fits.
+Each plan runs in a separate process, for 1 to 10 minutes on two cores; for GPUs it needs the extra plan-gpu. Its report replaces
+the older one of that name in benchmarks/results/plan-tpu-aot.json or plan-gpu-aot.json; one line per plan shows seconds, bytes of
+the largest phase, and whether it fits.
 
 --write  write the tables of TABLES into docs/plan.md, from the results
 """
@@ -15,12 +16,12 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxrl_llm.perf import chips
 from jaxrl_llm.plan import show
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "plan-tpu-aot.json"
 PAGE = ROOT / "docs" / "plan.md"
-BEGIN, END = "<!-- tables: python -m benchmarks.plan --write -->", "<!-- end of tables -->"
+BEGIN, END = "<!-- tables for {}: python -m benchmarks.plan --write -->", "<!-- end of tables -->"
 
 
 class Case(NamedTuple):
@@ -28,6 +29,10 @@ class Case(NamedTuple):
     shape: str
     topology: str
     flags: tuple[str, ...] = ()
+
+    @property
+    def of(self) -> str:
+        return "gpu" if chips.parse_topology(self.topology).has_gpus else "tpu"
 
     @property
     def command(self) -> list[str]:
@@ -43,10 +48,14 @@ CASES = {
     "llama3.1-8b": Case("llama3.1-8b", "Llama-3.1-8B", "v5p:2x2x2"),
     "qwen3-1.7b": Case("qwen3-1.7b", "Qwen3-1.7B", "v5e:2x4"),
     "qwen2.5-0.5b": Case("qwen2.5-0.5b", "Qwen2.5-0.5B", "v5e:2x2", ("--chips", "1")),
+    "qwen3-1.7b h100": Case("qwen3-1.7b", "Qwen3-1.7B", "h100:8"),
+    "qwen3-8b h200": Case("qwen3-8b", "Qwen3-8B", "h200:8"),
+    "llama3-70b h100": Case("llama3-70b", "Llama-3-70B", "h100:8x8", ("--update.micro_batches=16",)),
+    "qwen3-30b-a3b h100": Case("qwen3-30b-a3b", "Qwen3-30B-A3B", "h100:8x2"),
 }
 # The longest takes minutes on one core.
 LIMIT_S = 7200
-TABLES = ("qwen3-8b", "llama3-70b", "qwen3-30b-a3b sweep")
+TABLES = ("qwen3-8b", "llama3-70b", "qwen3-30b-a3b sweep", *(name for name, case in CASES.items() if case.of == "gpu"))
 
 
 def run(name: str) -> dict:
@@ -66,18 +75,27 @@ def line(name: str, found: dict) -> str:
     return f"{name}: {found['seconds']} s; {size}, {'fits' if best['fits'] else 'does not fit'}"
 
 
-def write(results: dict[str, dict]) -> None:
-    """Write the tables between the two marks of the page."""
-    parts = []
+def results_of(of: str) -> tuple[Path, dict[str, dict]]:
+    """Return the file of the results of a compiler, tpu or gpu, and what is in it."""
+    path = ROOT / "benchmarks" / "results" / f"plan-{of}-aot.json"
+    return path, json.loads(path.read_text()) if path.exists() else {}
+
+
+def write(of: str) -> None:
+    """Write the tables of a compiler between their two marks of the page."""
+    parts, results = [], results_of(of)[1]
     for name in (n for n in TABLES if n in results):
         found = results[name]
-        text = show.sweep_table(found["report"]) if "meshes" in found["report"] else show.show(found["report"])
+        # Older reports lack what came later.
+        report = {"control": "none", "tree": "none", "reuse": "none"} | found["report"]
+        text = show.sweep_table(report) if "meshes" in report else show.show(report)
         head, _, rest = text.partition("\n\n")
         lines = [line + "  " if line.startswith(("mesh:", "  --")) else line for line in rest.splitlines()]
         took = f"{found['date']}: {found['seconds']} s on two cores."
         parts.append(f"    {found['command']}\n\n{took} {head}\n\n" + "\n".join(lines))
-    before, _, after = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(before + BEGIN + "\n\n" + "\n\n".join(parts) + "\n\n" + END + after.partition(END)[2])
+    begin = BEGIN.format({"tpu": "TPUs", "gpu": "GPUs"}[of])
+    before, _, after = PAGE.read_text().partition(begin)
+    PAGE.write_text(before + begin + "\n\n" + "\n\n".join(parts) + "\n\n" + END + after.partition(END)[2])
 
 
 def main() -> None:
@@ -85,13 +103,13 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(CASES))
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in args.names or ([] if args.write else list(CASES)):
+        path, results = results_of(CASES[name].of)
         results[name] = run(name)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        path.write_text(json.dumps(results, indent=1) + "\n")
         print(line(name, results[name]), flush=True)
-    if args.write:
-        write(results)
+    for of in ("tpu", "gpu") if args.write else ():
+        write(of)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ commands
                                or reasoning_gym:NAME
          -k K                  samples per prompt (default 8)
   plan   CONFIG|RUN            compile a step ahead of time: memory, collectives, predicted speed; does it fit?
-         --topology NAME       a TPU slice, as v5e:4x4; needs no TPU (default: the devices of this machine)
+         --topology NAME       a TPU slice, as v5e:4x4, or GPUs, as h100:8 or h100:8x4 (of a host x hosts); needs none of them
+                               (default: the devices of this machine)
          --chips N             use N of them (default: all)
          --prompt-tokens N     longest prompt (default: task.max_prompt_tokens)
          --sweep               try all meshes and numbers of micro-batches, compile the best, rank those that fit

@@ -99,9 +99,8 @@ def train(cfg: RunConfig, must_resume: bool = False, given: Inputs | None = None
         run.learner.compile()
         state, policy, scores = start(run)
         while state.step < cfg.total_steps:
-            rng = np.random.default_rng((cfg.seed, int(state.step)))
             with saved_on_failure(run, state):
-                done = step(run.learner, run.source, state, policy, rng)
+                done = step(run.learner, run.source, state, policy, np.random.default_rng((cfg.seed, int(state.step))))
             state, policy, metrics = done.state, done.policy, summary(run, done)
             if is_due(int(state.step) - cfg.warm_start.steps, cfg.evaluation.every, cfg.steps):
                 scores = evaluate(run, state.train.params, policy)
@@ -311,9 +310,10 @@ def new_params(run: Run) -> PyTree:
 
 def first_policy(run: Run, state: TrainState) -> Policy:
     """Publish the first policy, and start to compile what evaluates and samples."""
-    policy = run.learner.publish(state, None)
-    for num in dict.fromkeys((len(run.task.held_out), run.source.stages.asks_at_once)):
-        run.engine.compile_ahead(policy, num)
+    with run.context.recorder.during("compiling what samples"):
+        policy = run.learner.publish(state, None)
+        for num in dict.fromkeys((len(run.task.held_out), run.source.stages.asks_at_once)):
+            run.engine.compile_ahead(policy, num)
     return policy
 
 

@@ -272,7 +272,7 @@ def test_the_table_follows_the_design():
 
 def test_tests_mirror_the_package():
     """A folder of tests has the name of a package."""
-    extra = {"golden", "tpu_aot", "gpu", "peers", "__pycache__"}
+    extra = {"golden", "aot", "gpu", "peers", "__pycache__"}
     assert {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} - extra <= set(ALLOWED)
 
 

@@ -107,6 +107,7 @@ def test_the_score_before_rl_is_in_the_last_row_before_it(run, tmp_path, monkeyp
     for words in (
         "making the model",
         "compiling the update of the warm start",
+        "compiling what samples",
         "evaluating 8 held-out prompts",
     ):
         assert f"{words} ...\n" in outputs[0], outputs[0]

@@ -28,6 +28,8 @@ TOOLS = {
     "sphinx": "make docs",
     "myst-parser": "an extension in docs/conf.py",
     "furo": "the theme in docs/conf.py",
+    "jax-cuda12-plugin": "a plugin of jax, which looks for it",
+    "nvidia-cuda-nvcc-cu12": "XLA's GPU compiler",
 }
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
@@ -29,11 +30,15 @@ class TileSize(NamedTuple):
     """Maximum logits per device at a time."""
     tokens: int
     """Tokens per chunk in the backward pass."""
+    backward: int = 0
+    """Maximum logits in the backward pass; 0: as many."""
 
 
 # On a CPU a tile fits into the caches: elementwise passes over larger tiles cost 5 to 8 times as much; matrix products do not.
 CPU = TileSize(logits=2**20, tokens=512)
 ACCELERATOR = TileSize(logits=2**24, tokens=2048)
+# Its compiler holds logits in f32 beside their cotangents, where the TPU's holds bf16 cotangents alone.
+GPU = TileSize(logits=2**24, tokens=2048, backward=2**23)
 # Minimum tokens per chunk in the forward pass, because each chunk reads the whole table.
 MIN_TOKENS = 128
 # Vocabulary entries per block are a multiple of this, the width of a TPU tile.
@@ -103,7 +108,7 @@ class Head:
 
     @property
     def tile(self) -> TileSize:
-        return CPU if self.layout.on_cpu else ACCELERATOR
+        return CPU if self.layout.on_cpu else GPU if self.layout.on_gpu else ACCELERATOR
 
     def gather(self, table: Float[Array, "V D"]) -> Float[Array, "s t W D"]:
         """Return one copy of the table per row shard, sharded over the t vocabulary shards only; gathered in the compute dtype.
@@ -123,6 +128,26 @@ class Head:
 
     def constrain(self, x: Float[Array, "s t W D"]) -> Float[Array, "s t W D"]:
         return self.layout.constrain(x, "rows", "vocab", None, None)
+
+    def outer_products(self, h: Float[Array, "s n D"], dx: Float[Array, "s n t W"]) -> Float[Array, "s t D W"]:
+        """Return the sums over tokens of h times dx, in f32; on GPUs [s t W D].
+
+        Transposed is what CPUs multiply fast; XLA:GPU would transpose the whole gradient at the end, and hold it twice.
+        """
+        of_row = jax.vmap(partial(sum_of_outer_products, rows=1))
+        return of_row(dx, h) if self.layout.on_gpu else of_row(h, dx).swapaxes(1, 2)
+
+    def in_table_order(self, x: Float[Array, "s t D W"]) -> Float[Array, "s t W D"]:
+        """Return what `outer_products` returned as rows of the table."""
+        return x if self.layout.on_gpu else x.swapaxes(2, 3)
+
+    def over_shards(self, dh: Float[Array, "s t n D"], dtype: jnp.dtype) -> Float[Array, "s n D"]:
+        """Return the sum over vocabulary shards; they send `dtype`, see `products.rounded_dot`."""
+        if self.layout.on_gpu:
+            added = lax.reduce(dh.astype(dtype), np.zeros((), dtype), lax.add, (1,))
+        else:
+            added = jnp.sum(dh, axis=1)
+        return self.layout.constrain(added, "rows", None, None).astype(dtype)
 
     def logits(self, h: Float[Array, "s n D"], w: Float[Array, "s t W D"]) -> Float[Array, "s n t*W"]:
         x = jnp.einsum("snd,stwd->sntw", h.astype(w.dtype), w, preferred_element_type=jnp.float32)
@@ -213,15 +238,14 @@ def _backward(rule: LogitRule, head: Head, saved: tuple, given: PyTree) -> tuple
     columns = jnp.arange(block)
 
     def tile(start: Array, first: Array, is_new: Array, of_block: tuple) -> tuple[Array, Array]:
-        """Return cotangents of a chunk's activations, per vocabulary shard, and of a block of the table, transposed, in f32."""
+        """Return cotangents of a chunk's activations, per vocabulary shard, and of a block of the table, in f32."""
         activations, chunk_inputs, of_values, of_given = _slice((h, inputs, values, given), start, size)
         x, y = (None if b is None else head.logits(a, b) for a, b in zip(activations, of_block, strict=True))
         ids = (jnp.arange(shards)[:, None] * width + first + columns).reshape(-1)
         dx = head.uncapped(rule.pullback(x, y, head.block(ids, classes), chunk_inputs, of_values, of_given), x)
         dx = jnp.where(is_new, dx.reshape(*dx.shape[:2], shards, block), 0.0).astype(w[0].dtype)
         dh = jnp.einsum("sntw,stwd->stnd", dx, of_block[0], preferred_element_type=jnp.float32)
-        dw = jax.vmap(partial(sum_of_outer_products, rows=1))(activations[0].astype(dx.dtype), dx)
-        return dh, dw.swapaxes(1, 2)
+        return dh, head.outer_products(activations[0].astype(dx.dtype), dx)
 
     def over_block(j: Array, total: tuple[Array, Array]) -> tuple[Array, Array]:
         first = jnp.minimum(j * block, width - block)
@@ -235,14 +259,14 @@ def _backward(rule: LogitRule, head: Head, saved: tuple, given: PyTree) -> tuple
             dh, dw = tile(start, first, is_new, of_block)
             return _add(total[0], dh, start, 2), total[1] + dw
 
-        zeros = head.constrain(jnp.zeros((len(count), shards, depth, block), jnp.float32))
+        edges = (block, depth) if head.layout.on_gpu else (depth, block)
+        zeros = head.constrain(jnp.zeros((len(count), shards, *edges), jnp.float32))
         dh, dw = lax.fori_loop(0, _num_chunks(count, size), over_chunk, (total[0], zeros))
-        return dh, _add(total[1], dw.swapaxes(2, 3), first, 2)
+        return dh, _add(total[1], head.in_table_order(dw), first, 2)
 
     zeros = tuple(head.constrain(jnp.zeros((len(count), shards, n, depth), jnp.float32)) for n in (tokens, width))
     dh, dw = lax.fori_loop(0, -(-width // block), over_block, zeros)
-    dh = head.layout.constrain(jnp.sum(dh, axis=1), "rows", None, None)
-    return HeadInputs(head.reduce(dw, table), dh.astype(h[0].dtype)), None, None, None, None
+    return HeadInputs(head.reduce(dw, table), head.over_shards(dh, h[0].dtype)), None, None, None, None
 
 
 over_logits.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -258,7 +282,9 @@ def _blocks(tile: TileSize, rule: LogitRule, width: int, tokens: int) -> tuple[i
     if rule.needs_full_vocabulary:
         return _chunk(tile, width, tokens), width
     size = min(tile.tokens, tokens)
-    return size, min(width, max(tile.logits // size // BLOCK_MULTIPLE * BLOCK_MULTIPLE, BLOCK_MULTIPLE))
+    return size, min(
+        width, max((tile.backward or tile.logits) // size // BLOCK_MULTIPLE * BLOCK_MULTIPLE, BLOCK_MULTIPLE)
+    )
 
 
 def _num_chunks(count: Int[Array, " s"], size: int) -> Int[Array, ""]:

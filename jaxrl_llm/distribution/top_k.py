@@ -43,14 +43,19 @@ def most_likely(
     if shards == 1 or vocab % shards or (maxima is not None and (vocab % BLOCKS or BLOCKS % shards)):
         return _search(x, maxima, num_tokens, count, 0)
 
-    def own(x: Array, maxima: Array | None) -> tuple[Array, Array]:
-        return _search(x, maxima, num_tokens, count, jax.lax.axis_index(layout.rules["vocab"]) * x.shape[1])
+    axis = layout.rules["vocab"]
 
-    split = layout.sharding(("rows", "vocab")).spec
-    found = jax.shard_map(own, mesh=layout.mesh, in_specs=(split, split), out_specs=split)(x, maxima)
-    values, ids = (layout.constrain(part, "rows", None) for part in found)
-    values, index = jax.lax.top_k(values, count)
-    return values, jnp.take_along_axis(ids, index, axis=-1)
+    def own(x: Array, maxima: Array | None) -> tuple[Array, Array]:
+        found = _search(x, maxima, num_tokens, count, jax.lax.axis_index(axis) * x.shape[1])
+        values, ids = (jax.lax.all_gather(part, axis, axis=1, tiled=True) for part in found)
+        # Here too each device has its own rows: outside, XLA:GPU would gather the values of all rows, and sort them everywhere.
+        values, index = jax.lax.top_k(values, count)
+        return values, jnp.take_along_axis(ids, index, axis=-1)
+
+    split, rows = layout.sharding(("rows", "vocab")).spec, layout.sharding(("rows",)).spec
+    # All devices of a row compute the same, which JAX cannot see.
+    whole = jax.shard_map(own, mesh=layout.mesh, in_specs=(split, split), out_specs=(rows, rows), check_vma=False)
+    return whole(x, maxima)
 
 
 def total_weight(

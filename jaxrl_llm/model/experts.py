@@ -67,16 +67,17 @@ def route(scores: Float[Array, "N all"], cfg: ModelConfig) -> Routing:
 
 
 def _on_device(h: Array, scores: Array, gate_up: Array, down: Array, *, cfg: ModelConfig, layout: Layout) -> Array:
-    """The block on one device: [b T D] to [b T D], f32."""
+    """The block on one device: [b T D] to [b T D], f32; on GPUs in the dtype of `h`, see `products.rounded_dot`."""
+    sent = h.dtype if layout.on_gpu else jnp.float32
     rows = h.reshape(-1, h.shape[-1]), route(scores.reshape(-1, cfg.experts), cfg)
     embed = layout.rules["embed"] if layout.size("embed") > 1 else None
     if layout.size("expert") == 1:
-        out = lax.psum(_own_experts(*rows, gate_up, down, 0, embed, cfg), layout.rules["mlp"])
+        out = lax.psum(_own_experts(*rows, gate_up, down, 0, embed, cfg).astype(sent), layout.rules["mlp"])
     else:
         axis = layout.rules["expert"]
         rows = jax.tree.map(lambda x: lax.all_gather(x, axis, tiled=True), rows)
         out = _own_experts(*rows, gate_up, down, lax.axis_index(axis), embed, cfg)
-        out = lax.psum_scatter(lax.psum(out, layout.rules["mlp"]), axis, tiled=True)
+        out = lax.psum_scatter(lax.psum(out.astype(sent), layout.rules["mlp"]), axis, tiled=True)
     return out.reshape(h.shape)
 
 

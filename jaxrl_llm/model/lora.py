@@ -13,7 +13,7 @@ computed: with R the sum of the ranks of a matrix's modules, only products with 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -23,7 +23,7 @@ from jaxtyping import Array
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import LoraConfig, ModelConfig
 from jaxrl_llm.model.params import ParamSpec, is_spec
-from jaxrl_llm.model.products import sum_of_outer_products
+from jaxrl_llm.model.products import rounded_dot, sum_of_outer_products
 from jaxrl_llm.model.quantized_weights import INNER
 from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.types import PyTree
@@ -212,9 +212,9 @@ def by_layer(view: Callable[[Array], PyTree], x: Array | Adapted) -> PyTree:
     return jax.lax.map(layer, x)
 
 
-def product(x: Array, w: Adapted, inner: int) -> Array:
-    """Sum over the last `inner` dimensions of `x` and the first `inner` of W + scale A B, in f32, as `linear.contract` does."""
-    return _product(x, w.base, *_packed(w), w.scale, inner)
+def product(x: Array, w: Adapted, inner: int, dtype: jnp.dtype) -> Array:
+    """Sum over the last `inner` dimensions of `x` and the first `inner` of W + scale A B, in `dtype`, as `linear.contract` does."""
+    return _product(x, w.base, *_packed(w), w.scale, inner, dtype)
 
 
 def _packed(w: Adapted) -> tuple[Array, Array]:
@@ -235,35 +235,34 @@ def _matrix(base: Array, a: Array, b: Array, scale: float, dtype: jnp.dtype) -> 
     return (base.astype(jnp.float32) + scale * jnp.tensordot(a, b, 1)).astype(dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _product(x: Array, base: Array, a: Array, b: Array, scale: float, inner: int) -> Array:
-    return _dot(x, _matrix(base, a, b, scale, x.dtype), inner)
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _product(x: Array, base: Array, a: Array, b: Array, scale: float, inner: int, dtype: jnp.dtype) -> Array:
+    over = tuple(range(x.ndim - inner, x.ndim)), tuple(range(inner))
+    return rounded_dot(x, _matrix(base, a, b, scale, x.dtype), *over, dtype)
 
 
-def _forward(x: Array, base: Array, a: Array, b: Array, scale: float, inner: int) -> tuple[Array, tuple[Array, ...]]:
-    return _product(x, base, a, b, scale, inner), (x, base, a, b)
+def _forward(x: Array, base: Array, a: Array, b: Array, *static: Any) -> tuple[Array, tuple[Array, ...]]:
+    return _product(x, base, a, b, *static), (x, base, a, b)
 
 
-def _backward(scale: float, inner: int, saved: tuple[Array, ...], g: Array) -> tuple[Array, None, Array, Array]:
+def _backward(
+    scale: float, inner: int, dtype: jnp.dtype, saved: tuple[Array, ...], g: Array
+) -> tuple[Array, None, Array, Array]:
     """Gradients of y = x W + scale (x A) B: dx = g (W + scale A B)', dA = scale x' (g B'), dB = scale (x A)' g; none for W.
 
     Products in the dtype of `x`, sums in f32, as in `linear.contract`.
     """
     x, base, a, b = saved
     g, a, b = g.astype(x.dtype), a.astype(x.dtype), b.astype(x.dtype)
-    outputs, rows = tuple(range(inner - base.ndim, 0)), x.ndim - inner
-    dx = _dot(g, _matrix(base, *saved[2:], scale, x.dtype), (outputs, tuple(range(inner, base.ndim))))
-    narrow_g = _dot(g, b, (outputs, tuple(range(1, b.ndim)))).astype(x.dtype)
-    narrow_x = _dot(x, a, inner).astype(x.dtype)
+    rows, outputs = x.ndim - inner, tuple(range(g.ndim - base.ndim + inner, g.ndim))
+    dx = rounded_dot(g, _matrix(base, *saved[2:], scale, x.dtype), outputs, tuple(range(inner, base.ndim)), x.dtype)
+    narrow_g = rounded_dot(g, b, outputs, tuple(range(1, b.ndim)), x.dtype)
+    narrow_x = rounded_dot(x, a, tuple(range(rows, x.ndim)), tuple(range(inner)), x.dtype)
     da, db = (scale * sum_of_outer_products(*of, rows) for of in ((x, narrow_g), (narrow_x, g)))
-    return dx.astype(x.dtype), None, da.astype(saved[2].dtype), db.astype(saved[3].dtype)
+    return dx, None, da.astype(saved[2].dtype), db.astype(saved[3].dtype)
 
 
 _product.defvjp(_forward, _backward)
-
-
-def _dot(a: Array, b: Array, over: int | tuple[tuple[int, ...], tuple[int, ...]]) -> Array:
-    return jnp.tensordot(a, b, over, preferred_element_type=jnp.float32)
 
 
 def is_adapted(x: object) -> bool:

@@ -40,6 +40,6 @@ def dense(layer: dict[str, Array], h: Float[Array, "B T D"], cfg: ModelConfig, l
     # The backward pass computes the activation again from gate and up: a third less memory, and on a CPU less time.
     @partial(jax.checkpoint, prevent_cse=False)
     def down(gate: Array, up: Array, weight: Array) -> Array:
-        return contract(gated(gate, up, cfg).astype(h.dtype), weight).astype(h.dtype)
+        return contract(gated(gate, up, cfg).astype(h.dtype), weight, dtype=h.dtype)
 
     return down(gate, up, layer["down"])

@@ -13,6 +13,18 @@ def dot(a: jax.Array, b: jax.Array, over_a: tuple[int, ...], over_b: tuple[int, 
     return lax.dot_general(a, b, ((over_a, over_b), ((), ())), preferred_element_type=jnp.float32)
 
 
+def rounded_dot(
+    a: jax.Array, b: jax.Array, over_a: tuple[int, ...], over_b: tuple[int, ...], dtype: jnp.dtype
+) -> jax.Array:
+    """`dot`, rounded to `dtype`.
+
+    If the mesh splits the summed dimensions, devices add their parts. XLA:TPU rounds the parts before; on GPUs the product itself
+    is in `dtype` (its sums are f32 still), since XLA:GPU would send f32: twice the bytes.
+    """
+    rounded = partial(lax.dot_general, dimension_numbers=((over_a, over_b), ((), ())), preferred_element_type=dtype)
+    return lax.platform_dependent(a, b, cuda=rounded, default=lambda a, b: dot(a, b, over_a, over_b).astype(dtype))
+
+
 def sum_of_outer_products(x: jax.Array, g: jax.Array, rows: int) -> jax.Array:
     """Sum over the first `rows` dimensions, which are equal: `[*R, *I] x [*R, *O] -> [*I, *O]`, in f32.
 

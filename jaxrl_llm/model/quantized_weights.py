@@ -12,6 +12,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -59,33 +60,35 @@ def dequantize(w: Quantized) -> Float[Array, "..."]:
 def look_up(table: Array | Quantized, index: Int[Array, "B ..."], dtype: jnp.dtype, layout: Layout) -> Array:
     """Rows of an embedding.
 
-    If it is quantized, each vocabulary shard dequantizes its own rows, and one sum combines them; the compiler alone would gather
-    numbers and scales separately.
+    A quantized table, and on GPUs one in another dtype: each vocabulary shard reads and casts its own rows, and one sum combines
+    them. The compiler alone would gather numbers and scales separately, or send rows in the dtype of the table.
 
     Args:
         table: the embedding [V D].
         index: token ids.
         dtype: dtype of the result.
-        layout: decode layout.
+        layout: the table's layout.
     """
-    if not isinstance(table, Quantized):
+    if not isinstance(table, Quantized) and not (layout.on_gpu and table.dtype != dtype):
         return jnp.take(table, index, axis=0).astype(dtype)
     axis = layout.rules["vocab"]
 
-    def own(q: Array, scale: Array, index: Array) -> Array:
-        position = index - lax.axis_index(axis) * len(q)
-        mine = (position >= 0) & (position < len(q))
-        position = jnp.where(mine, position, 0)
-        rows = dequantize(Quantized(q[position], scale[position]))
+    def own(table: Array | Quantized, index: Array) -> Array:
+        size = len(jax.tree.leaves(table)[0])
+        position = index - lax.axis_index(axis) * size
+        mine = (position >= 0) & (position < size)
+        rows = jax.tree.map(lambda x: x[jnp.where(mine, position, 0)], table)
+        rows = dequantize(rows) if isinstance(rows, Quantized) else rows
         return lax.psum(jnp.where(mine[..., None], rows, 0.0).astype(dtype), axis)
 
-    vocab, rows = layout.sharding(("vocab", None)).spec, layout.sharding(("rows",)).spec
-    on_mesh = jax.shard_map(own, mesh=layout.mesh, in_specs=(vocab, vocab, rows), out_specs=rows)
-    return on_mesh(table.q, table.scale, index)
+    columns = jax.tree.map(lambda x: layout.sharding(("vocab", "embed")[: x.ndim]).spec, table)
+    beside = layout.sharding(("rows_beside_embed",)).spec
+    out = layout.sharding(("rows_beside_embed", *(None,) * (index.ndim - 1), "embed")).spec
+    return jax.shard_map(own, mesh=layout.mesh, in_specs=(columns, beside), out_specs=out)(table, index)
 
 
-def product(x: Float[Array, "..."], w: Quantized, inner: int) -> Float[Array, "..."]:
-    """Sum over the last `inner` dimensions of `x` and the first `inner` of `w`, multiplied in the 8-bit dtype of `w`; returns f32.
+def product(x: Float[Array, "..."], w: Quantized, inner: int, dtype: jnp.dtype) -> Float[Array, "..."]:
+    """Sum over the last `inner` dimensions of `x` and the first `inner` of `w`, multiplied in the 8-bit dtype of `w`, as `dtype`.
 
     Activations are quantized like weights, with one scale per row and group; int8 products are summed exactly, in int32. If the
     mesh splits the summed dimensions, each shard has whole groups: it computes their scales locally and dequantizes before the
@@ -99,12 +102,17 @@ def product(x: Float[Array, "..."], w: Quantized, inner: int) -> Float[Array, ".
     if w.groups == 1:
         dims = (((len(rows),), (0,)), ((), ()))
         added = lax.dot_general(q[..., 0, :], matrices[0], dims, preferred_element_type=sums).astype(jnp.float32)
-        return added * scale.reshape(*rows, *(1,) * len(outputs)) * w_scale
+        return (added * scale.reshape(*rows, *(1,) * len(outputs)) * w_scale).astype(dtype)
     dims = (((len(rows) + 1,), (1,)), ((len(rows),), (0,)))
     parts = lax.dot_general(q, matrices, dims, preferred_element_type=sums).astype(jnp.float32)
     scale = jnp.moveaxis(scale[..., 0], -1, 0)
-    # Scale before the sum: only the caller's cast follows it, which a TPU moves before the reduction over the mesh.
-    return jnp.sum(parts * scale.reshape(*scale.shape, *(1,) * len(outputs)) * w_scale, axis=0)
+    scaled = parts * scale.reshape(*scale.shape, *(1,) * len(outputs)) * w_scale
+    # Scaled before the sum: only the cast follows it, which a TPU moves before the reduction over the mesh.
+    return lax.platform_dependent(
+        scaled,
+        cuda=lambda x: lax.reduce(x.astype(dtype), np.zeros((), dtype), lax.add, (0,)),
+        default=lambda x: jnp.sum(x, axis=0).astype(dtype),
+    )
 
 
 def _round(w: Array, inner: tuple[int, ...], dtype: jnp.dtype) -> tuple[Array, Array]:

@@ -122,7 +122,7 @@ def _qkv(layer: Layer, x: Array, rotary: Angles, cfg: ModelConfig) -> tuple[Arra
 
 
 def _attention_out(layer: Layer, x: Array, attended: Array, cfg: ModelConfig) -> Array:
-    out = contract(attended.astype(x.dtype), layer["out"], 3).astype(x.dtype)
+    out = contract(attended.astype(x.dtype), layer["out"], 3, x.dtype)
     return x + (rms_norm(out, layer["attn_out_norm"], cfg) if cfg.sandwich_norms else out)
 
 

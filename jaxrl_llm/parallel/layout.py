@@ -74,5 +74,9 @@ class Layout:
         return self.mesh.devices.flat[0].platform == "cpu"
 
     @property
+    def on_gpu(self) -> bool:
+        return self.mesh.devices.flat[0].platform in ("gpu", "cuda")
+
+    @property
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())

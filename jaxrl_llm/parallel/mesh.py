@@ -19,7 +19,7 @@ def make_mesh(
         mesh = rl.make_mesh(fsdp=-1)               # parameters sharded over all devices
         mesh = rl.make_mesh(fsdp=4, tensor=2)      # eight devices
 
-    The axes are Auto: one model function serves both layouts, and the compiler inserts the collectives, which `tests/tpu_aot`
+    The axes are Auto: one model function serves both layouts, and the compiler inserts the collectives, which `tests/aot`
     counts. An axis may be part of a physical axis of a TPU slice, e.g. 2 of 4; `jax.make_mesh` refuses that except on v5e.
 
     The programs that are compiled for a mesh are kept for later runs: `parallel.program_cache`.

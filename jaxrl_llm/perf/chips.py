@@ -1,7 +1,8 @@
 """Chips: memory and published peak rates, in one table. Imports no jax.
 
 Sources: Google Cloud's TPU system pages and "How to Scale Your Model" (Austin et al. 2025, the table of TPU specs); NVIDIA's data
-sheets of A100, H100, H100 NVL, H200 and H200 NVL, dense rates.
+sheets of A100, H100, H100 NVL, H200, H200 NVL and DGX B200, dense rates; the user guides of DGX A100, H100, H200 and B200 for the
+network: eight adapters for eight GPUs, of 200 (A100) or 400 Gbit/s.
 """
 
 import os
@@ -26,6 +27,8 @@ class Chip(NamedTuple):
     """Bytes per second received through one axis of the slice, both directions; for a GPU through all its links."""
     clock: float = 0.0
     """Cycles per second of the matrix units, which the compiler's estimated cycles are divided by."""
+    network: float = 0.0
+    """Bytes per second received from other hosts, if `wire` is within a host. A TPU slice is one network."""
 
 
 V4 = Chip("v4", 32e9, 2.75e14, 1.2e12, 9e10, 1.05e9)
@@ -33,8 +36,13 @@ V5E = Chip("v5e", 16e9, 1.97e14, 8.1e11, 9e10, 1.5e9)
 V5P = Chip("v5p", 95e9, 4.59e14, 2.77e12, 1.8e11, 1.75e9)
 V6E = Chip("v6e", 32e9, 9.18e14, 1.64e12, 1.8e11, 1.75e9)
 TPUS = {chip.name: chip for chip in (V4, V5E, V5P, V6E)}
-A100_40 = Chip("A100 40GB", 40e9, 3.12e14, 1.555e12, 3e11)
-H200 = Chip("H200", 141e9, 9.89e14, 4.8e12, 4.5e11)
+A100_40 = Chip("A100 40GB", 40e9, 3.12e14, 1.555e12, 3e11, network=2.5e10)
+A100 = Chip("A100 80GB", 80e9, 3.12e14, 2.039e12, 3e11, network=2.5e10)
+H100 = Chip("H100", 80e9, 9.89e14, 3.35e12, 4.5e11, network=5e10)
+H200 = Chip("H200", 141e9, 9.89e14, 4.8e12, 4.5e11, network=5e10)
+B200 = Chip("B200", 180e9, 2.25e15, 8e12, 9e11, network=5e10)
+# The GPUs of a topology, with NVLink among all of a host.
+GPUS = {"a100": A100, "h100": H100, "h200": H200, "b200": B200}
 # By `jax.Device.device_kind`; a GPU's may continue after the name.
 KINDS = {
     "TPU v4": V4,
@@ -46,13 +54,14 @@ KINDS = {
     "TPU v6e": V6E,
     "NVIDIA A100-SXM4-40GB": A100_40,
     "NVIDIA A100-PCIE-40GB": A100_40,
-    "NVIDIA A100-SXM4-80GB": Chip("A100 80GB", 80e9, 3.12e14, 2.039e12, 3e11),
+    "NVIDIA A100-SXM4-80GB": A100,
     "NVIDIA A100 80GB PCIe": Chip("A100 80GB PCIe", 80e9, 3.12e14, 1.935e12, 3e11),
-    "NVIDIA H100": Chip("H100", 80e9, 9.89e14, 3.35e12, 4.5e11),
+    "NVIDIA B200": B200,
+    "NVIDIA H100": H100,
     "NVIDIA H100 PCIe": Chip("H100 PCIe", 80e9, 7.56e14, 2e12, 3e11),
     "NVIDIA H100 NVL": Chip("H100 NVL", 94e9, 8.35e14, 3.9e12, 3e11),
     "NVIDIA H200": H200,
-    "NVIDIA H200 NVL": H200._replace(name="H200 NVL", flops=8.35e14),
+    "NVIDIA H200 NVL": H200._replace(name="H200 NVL", flops=8.35e14, network=0.0),
 }
 
 
@@ -88,12 +97,32 @@ def lookup(kind: str) -> Chip | None:
     return KINDS[max(fitting, key=len)] if fitting else None
 
 
-def of_topology(name: str) -> Chip:
-    """Return the chip of a topology such as `v5e:4x4`. Raises UserError for any other form."""
+class Topology(NamedTuple):
+    """Accelerators that may not exist here."""
+
+    chip: Chip
+    sizes: tuple[int, ...]
+    """The edges of a TPU slice; the GPUs of a host, and the number of hosts."""
+
+    @property
+    def has_gpus(self) -> bool:
+        return self.chip.name not in TPUS
+
+
+def parse_topology(name: str) -> Topology:
+    """Return the topology of this name: `v5e:4x4`, a TPU slice; `h100:8`, a host of eight GPUs; `h100:8x4`, four such hosts.
+
+    Raises UserError for any other form.
+    """
     kind, colon, sizes = name.partition(":")
-    if kind not in TPUS or not colon or not all(n.isdigit() for n in sizes.split("x")):
-        raise UserError(f"--topology: got {name}, want a kind ({', '.join(TPUS)}) and sizes, as v5e:4x4 or v5p:4x4x4")
-    return TPUS[kind]
+    chip = TPUS.get(kind) or GPUS.get(kind)
+    numbers = tuple(int(n) if n.isdecimal() and n.isascii() else 0 for n in sizes.split("x"))
+    if not chip or not colon or 0 in numbers or (kind in GPUS and len(numbers) > 2):
+        raise UserError(
+            f"--topology: got {name}, want a kind ({', '.join((*TPUS, *GPUS))}) and sizes: v5e:4x4 or v5p:4x4x4 for TPUs, "
+            "h100:8 or h100:8x4 (GPUs of a host x hosts) for GPUs"
+        )
+    return Topology(chip, (*numbers, 1) if kind in GPUS and len(numbers) == 1 else numbers)
 
 
 def of_device(platform: str, kind: str, count: int) -> Chip:

@@ -50,6 +50,14 @@ class Instruction:
     line: str
 
     @property
+    def results(self) -> tuple[ArrayShape, ...]:
+        """`arrays`; of the start of an asynchronous collective those that it will produce, without its operands and flags."""
+        given = re.search(rf" {re.escape(self.opcode)}\((.*?)\)", self.line)
+        operands = given[1].count("%") if given and self.opcode.endswith("-start") else 0
+        # XLA:GPU of jax 0.10 lists the results of an all-reduce alone.
+        return self.arrays[operands : 2 * operands] if 0 < 2 * operands <= len(self.arrays) else self.arrays
+
+    @property
     def kind(self) -> str:
         """`opcode`; for the start of an asynchronous collective the collective's name."""
         return self.opcode.removesuffix("-start") if self.opcode.removesuffix("-start") in COLLECTIVES else self.opcode

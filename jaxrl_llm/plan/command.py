@@ -1,9 +1,8 @@
 """`jaxrl plan`: a report on a config and a topology, as one JSON object; `show` prints it.
 
-Importing this does not import jax: the compiler's environment variables must be set before.
+Importing this does not import jax: the compilers' environment variables must be set before.
 """
 
-import importlib.util
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.perf import chips
 from jaxrl_llm.perf.chips import Chip
+from jaxrl_llm.plan import compilers
 from jaxrl_llm.tasks.config import ArithmeticTask, CharacterTokenizer, SingleTask, TokenizerConfig
 
 if TYPE_CHECKING:
@@ -24,19 +24,6 @@ if TYPE_CHECKING:
     from jaxrl_llm.roles.memory_check import Phase
 
 Report = dict[str, Any]
-# No query to a metadata server, no lock against other compilations, no search for workers, no cache.
-COMPILER = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-    # JAX can write programs for a topology to its cache, but not read them back.
-    "JAX_ENABLE_COMPILATION_CACHE": "false",
-}
 
 
 @dataclass(frozen=True)
@@ -44,7 +31,7 @@ class Target:
     """The devices and the longest prompt to plan for."""
 
     topology: str | None = None
-    """Topology of a TPU slice, e.g. v5e:4x4; None: the devices of this machine."""
+    """TPU slice or GPUs, e.g. v5e:4x4 or h100:8x2; None: the devices of this machine."""
     chips: int | None = None
     """Number of chips to use; None: all."""
     prompt_tokens: int = 0
@@ -56,12 +43,7 @@ def prepare(target: Target) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if target.topology is None:
         return
-    chips.of_topology(target.topology)
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("--topology: got no TPU compiler, want libtpu: pip install 'jaxrl-llm[tpu]'; it needs no TPU")
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    for name, value in COMPILER.items():
-        os.environ.setdefault(name, value)
+    compilers.prepare(chips.parse_topology(target.topology))
 
 
 def prompt_slots(cfg: RunConfig, target: Target) -> int:
@@ -89,19 +71,13 @@ def _slots_of(task: SingleTask, tokenizer: TokenizerConfig) -> int:
 def devices_of(target: Target) -> tuple[list["jax.Device"], Chip]:
     """Return the devices to plan for. Raises UserError for an unknown topology, or one with too few chips."""
     import jax
-    from jax.experimental import topologies
 
     if target.topology is None:
         devices = jax.devices()
         chip = chips.of_device(devices[0].platform, devices[0].device_kind, len(devices))
     else:
-        chip = chips.of_topology(target.topology)
-        try:
-            devices = topologies.get_topology_desc(platform="tpu", topology_name=target.topology).devices
-        except jax.errors.JaxRuntimeError as error:
-            raise UserError(
-                f"--topology: got {target.topology}, which libtpu refuses: {str(error).splitlines()[0]}"
-            ) from None
+        topology = chips.parse_topology(target.topology)
+        devices, chip = compilers.devices_of(topology, target.topology), topology.chip
     if target.chips is not None and not 1 <= target.chips <= len(devices):
         raise UserError(
             f"--chips: got {target.chips}, want 1 to {len(devices)}, the chips of {target.topology or 'this machine'}"

@@ -1,7 +1,8 @@
 """Predicted times of a step, from arithmetic and published peaks; nothing is measured.
 
 A program takes max(FLOPs / peak, bytes / memory bandwidth) plus, not overlapped, bytes received / bandwidth of one axis of the
-slice. Kernels are assumed to reach the peak, rollouts to have their full length, and batches to be full.
+slice; of GPUs bytes received / bandwidth of NVLink plus bytes from other hosts / bandwidth of the network. Kernels are assumed to
+reach the peak, rollouts to have their full length, and batches to be full.
 """
 
 from typing import NamedTuple
@@ -93,11 +94,12 @@ def rollout_time(run: AbstractRun, chip: Chip, programs: dict[str, CompiledProgr
     decode = PredictedTime(work.flops / shards / chip.flops, (weights + work.bytes / shards) / chip.hbm, 0.0)
     if programs is None:
         rows = groups * rows_per_group // layout.size("rows")
-        through = 2 * 2 * (1 - 1 / layout.size("heads")) + (2 * (layout.size("expert") - 1) if model.experts else 0)
-        wire, cycles = steps * through * model.layers * rows * model.d_model * size / chip.wire, 0.0
+        through = 2 * 2 * gather_seconds(run, "tensor", chip)
+        through += 2 * layout.size("expert") * gather_seconds(run, "expert", chip) if model.experts else 0
+        wire, cycles = steps * through * model.layers * rows * model.d_model * size, 0.0
     else:
         chunks = steps / run.engine.decoding.steps
-        wire = (chunks * programs["decode_chunk"].cost.received + programs["prefill"].cost.received) / chip.wire
+        wire = chunks * programs["decode_chunk"].cost.wire_seconds(chip) + programs["prefill"].cost.wire_seconds(chip)
         counted = chunks * programs["decode_chunk"].cost.cycles + programs["prefill"].cost.cycles
         cycles = counted / chip.clock if chip.clock else 0.0
     one = PredictedTime(steps * decode.compute + prefill, steps * decode.memory, wire, cycles)
@@ -109,9 +111,9 @@ def publish_time(run: AbstractRun, chip: Chip, programs: dict[str, CompiledProgr
     policy = bytes_per_device(run.policy.params)
     moved = (bytes_per_device(run.state.params) + 3 * policy) / chip.hbm
     if programs is None:
-        return PredictedTime(0.0, moved, policy * (1 - 1 / run.train.mesh.shape["fsdp"]) / chip.wire)
+        return PredictedTime(0.0, moved, policy * gather_seconds(run, "fsdp", chip))
     cost = programs["publish"].cost
-    return PredictedTime(0.0, moved, cost.received / chip.wire, cost.cycles / chip.clock if chip.clock else 0.0)
+    return PredictedTime(0.0, moved, cost.wire_seconds(chip), cost.cycles / chip.clock if chip.clock else 0.0)
 
 
 def update_time(run: AbstractRun, chip: Chip, programs: dict[str, CompiledProgram] | None) -> PredictedTime:
@@ -126,10 +128,10 @@ def update_time(run: AbstractRun, chip: Chip, programs: dict[str, CompiledProgra
     masters = bytes_per_device(run.state.params)
     moved = 2 * (masters + bytes_per_device(run.state.opt_state)) + 2 * parts * masters + (2 + again) * parts * whole
     if programs is None:
-        wire, cycles = _update_traffic(run, whole) / chip.wire, 0.0
+        wire, cycles = _update_traffic_seconds(run, whole, chip), 0.0
     else:
         cost = programs["update"].cost
-        wire, cycles = cost.received / chip.wire, cost.cycles / chip.clock if chip.clock else 0.0
+        wire, cycles = cost.wire_seconds(chip), cost.cycles / chip.clock if chip.clock else 0.0
     return PredictedTime(flops / chip.flops, moved / chip.hbm, wire, cycles)
 
 
@@ -141,16 +143,27 @@ def gathered(run: AbstractRun) -> int:
     )
 
 
-def _update_traffic(run: AbstractRun, whole: int) -> float:
-    """Estimated bytes received per chip: per micro-batch weights are gathered twice and gradients scattered in f32; gradients are
-    summed over `data`, activations over `tensor` four times per layer, and tokens exchanged with the experts three times."""
-    mesh, parts, model = run.train.mesh.shape, run.cfg.update.micro_batches, run.model
+def gather_seconds(run: AbstractRun, axis: str, chip: Chip) -> float:
+    """Seconds per byte of what each device of a mesh axis has after an all-gather over it; an all-reduce takes twice as long."""
+    devices = run.train.mesh.devices
+    place = run.train.mesh.axis_names.index(axis)
+    line = np.moveaxis(devices, place, 0).reshape(devices.shape[place], -1)[:, 0]
+    n, hosts = len(line), len({device.process_index for device in line})
+    return (1 - 1 / n) / chip.wire + ((hosts - 1) / n / chip.network if chip.network else 0.0)
+
+
+def _update_traffic_seconds(run: AbstractRun, whole: int, chip: Chip) -> float:
+    """Estimated seconds of the collectives: per micro-batch weights are gathered twice and gradients scattered in f32; gradients
+    are summed over `data`, activations over `tensor` four times per layer, and tokens exchanged with the experts three times."""
+    parts, model = run.cfg.update.micro_batches, run.model
     size = np.dtype(model.compute).itemsize
-    weights = parts * whole * (2 + 4 / size) * (1 - 1 / mesh["fsdp"])
-    gradients = 2 * bytes_per_device(run.state.params) * (1 - 1 / mesh["data"])
+    over = lambda axis: gather_seconds(run, axis, chip)  # noqa: E731
+    weights = parts * whole * (2 + 4 / size) * over("fsdp")
+    gradients = 2 * bytes_per_device(run.state.params) * over("data")
     rows, slots = run.batch.tokens.shape
     activations = rows * slots // run.train.size("rows") * model.d_model * size
-    through = 2 * 4 * (1 - 1 / mesh["tensor"]) + (2 * 3 * (mesh["expert"] - 1) if model.experts else 0)
+    through = 2 * 4 * over("tensor")
+    through += 2 * 3 * run.train.mesh.shape["expert"] * over("expert") if model.experts else 0
     return weights + gradients + through * model.layers * activations
 
 

@@ -127,7 +127,8 @@ def compile_all(run: AbstractRun) -> dict[str, CompiledProgram]:
     # Longest compilations first.
     order = sorted(lowered, key=("decode_chunk", "update", "prefill", "publish", "extend_suffix").index)
     with shown_on_stderr(f"compiling {', '.join(order)}"), ThreadPoolExecutor(os.cpu_count()) as threads:
-        found = threads.map(lambda name: compile_program(lowered[name], trip_counts(run, name)), order)
+        hosts = hosts_of(run)
+        found = threads.map(lambda name: compile_program(lowered[name], trip_counts(run, name), hosts), order)
         return dict(zip(order, found, strict=True))
 
 
@@ -146,8 +147,14 @@ def trip_counts(run: AbstractRun, name: str) -> tuple[int, int]:
     return parts, -(-(rows // parts // run.train.size("rows") * slots) // ACCELERATOR.tokens)
 
 
-def compile_program(lowered: jax.stages.Lowered, trips: tuple[int, int]) -> CompiledProgram:
-    """Compile a program; `trips` are those of `trip_counts`."""
+def hosts_of(run: AbstractRun) -> list[int]:
+    """Return the number of the host of each GPU, in the order of the mesh; [] for other devices."""
+    devices = list(run.train.mesh.devices.flat)
+    return [d.process_index for d in devices] if devices[0].platform in ("gpu", "cuda") else []
+
+
+def compile_program(lowered: jax.stages.Lowered, trips: tuple[int, int], hosts: Sequence[int]) -> CompiledProgram:
+    """Compile a program; `trips` are those of `trip_counts`, `hosts` those of `hosts_of`."""
     start = time.monotonic()
     try:
         compiled = lowered.compile()
@@ -159,7 +166,7 @@ def compile_program(lowered: jax.stages.Lowered, trips: tuple[int, int]) -> Comp
     seconds = time.monotonic() - start
     return CompiledProgram(
         memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes, memory.alias_size_in_bytes,
-        read_cost(HloModule(compiled.as_text()), *trips), round(seconds, 1),
+        read_cost(HloModule(compiled.as_text()), *trips, hosts), round(seconds, 1),
     )  # fmt: skip
 
 

@@ -53,17 +53,22 @@ def memory_table(report: Report) -> str:
 
 
 def traffic_table(report: Report) -> str:
-    """Collectives of one run of each program."""
-    rows = [["program", "collective", "dtype", "in loops of", "times per run", "received, MB per chip", "largest, MB"]]
+    """Collectives of one run of each program; bytes from other hosts, if there are any."""
+    every = [t for program in report["programs"].values() for t in program["traffic"]]
+    network = any(t.get("network") for t in every)
+    of_hosts = lambda found: [_mb(sum(t.get("network", 0) for t in found))] if network else []  # noqa: E731
+    rows = [["program", "collective", "dtype", "in loops of", "times per run", "received, MB per chip"]]
+    rows[0] += ["of other hosts, MB"] * network + ["largest, MB"]
     for name, program in report["programs"].items():
         least = SMALL * program["received"]
         for t in (t for t in program["traffic"] if t["bytes"] > least):
             loops = " x ".join(map(str, t["loops"])) or "-"
-            rows.append([name, t["kind"], t["dtype"], loops, str(t["times"]), _mb(t["bytes"]), _mb(t["largest"])])
+            times = [str(t["times"]), _mb(t["bytes"]), *of_hosts([t])]
+            rows.append([name, t["kind"], t["dtype"], loops, *times, _mb(t["largest"])])
         small = [t for t in program["traffic"] if t["bytes"] <= least]
         if small:
             times, received = sum(t["times"] for t in small), sum(t["bytes"] for t in small)
-            rows.append([name, f"{len(small)} smaller kinds", "", "", str(times), _mb(received), ""])
+            rows.append([name, f"{len(small)} smaller kinds", "", "", str(times), _mb(received), *of_hosts(small), ""])
     return table(rows) if len(rows) > 1 else "No collectives."
 
 

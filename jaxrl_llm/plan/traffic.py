@@ -2,10 +2,13 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import NamedTuple
 
+import numpy as np
+
+from jaxrl_llm.perf.chips import Chip
 from jaxrl_llm.perf.hlo import COLLECTIVES, HloModule, Instruction
 
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
@@ -13,9 +16,12 @@ _COMPARED = re.compile(r"compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT")
 _CONSTANT = re.compile(r"constant\((\d+)\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
-_TILED = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
-_LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
-_NAMED = re.compile(r"replica_groups=(?:@\w+|mesh)\[(.*?)\] ?\{(.*?)\}")
+_TILED = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_LISTED = re.compile(r"replica_groups=\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}")
+_NAMED = re.compile(
+    r"replica_groups=(?:@\w+|mesh)\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{(.*?)\}"
+)
+_PAIRS = re.compile(r"source_target_pairs=\{(\{\d+,\d+\}(?:,\{\d+,\d+\})*)\}")
 # The TPU compiler's value for instructions without an estimate.
 NO_ESTIMATE = 2**63 - 1
 # The TPU compiler's name for a reduction of which each chip keeps one shard.
@@ -37,6 +43,8 @@ class Traffic(NamedTuple):
     """Bytes received per chip in one run of the program, e.g. (n - 1) / n of the result for an all-gather of n shards."""
     largest: int
     """Bytes per chip of the largest array that one of them produces."""
+    network: int = 0
+    """Bytes among those received that come from other hosts, per chip; each is sent to a host once, whose devices pass it on."""
 
     @property
     def times(self) -> int:
@@ -58,37 +66,58 @@ class ProgramCost(NamedTuple):
         """Bytes received per chip in one run."""
         return sum(t.bytes for t in self.traffic)
 
+    def wire_seconds(self, chip: Chip) -> float:
+        """Seconds that the collectives take at the chip's published rates, one after another."""
+        network = sum(t.network for t in self.traffic)
+        return self.received / chip.wire + (network / chip.network if network else 0.0)
 
-def read_cost(module: HloModule, outer: int = 1, inner: int = 1) -> ProgramCost:
-    """Read the cost of a program. `outer`, `inner`: trip counts to assume for outermost and inner loops without a static one."""
+
+def read_cost(module: HloModule, outer: int = 1, inner: int = 1, hosts: Sequence[int] = ()) -> ProgramCost:
+    """Read the cost of a program.
+
+    Args:
+        module: the program.
+        outer, inner: trip counts to assume for outermost and inner loops without a static one.
+        hosts: number of the host of each device, in the order of the mesh; none: all are on one network.
+    """
     collectives: dict[tuple[str, str], tuple[Instruction, Loops]] = {}
     cycles, unknown, fused = 0, set(), module.fused
+    overlapped = {_channel(i) for i in module.all if i.kind in COLLECTIVES and i.computation in fused}
     for name, loops, assumed in _walk(module, outer, inner):
         unknown |= assumed
         for i in module.computations[name]:
             if name not in fused:
                 cycles += prod(loops) * sum(n for n in map(int, _CYCLES.findall(i.line)[:1]) if n != NO_ESTIMATE)
             if i.kind in COLLECTIVES and group_size(i) > 1:
-                channel = _CHANNEL.search(i.line)
-                key = (i.kind, f"channel {channel[1]}" if channel else i.name)
-                # One that overlaps with matmuls appears once per matmul, under one channel, and continues through loops: it
-                # starts in the outermost place.
+                channel = _channel(i)
+                key = (i.kind, f"channel {channel}" if channel and channel in overlapped else i.name)
+                # One that overlaps with matmuls appears once per matmul, inside a fusion, under one channel, and continues through
+                # loops: it starts in the outermost place. Others may share a channel: all of a `shard_map` on GPUs.
                 if key not in collectives or prod(loops) < prod(collectives[key][1]):
                     collectives[key] = (i, loops)
-    return ProgramCost(tuple(_summed(list(collectives.values()))), cycles, len(unknown))
+    return ProgramCost(tuple(_summed(list(collectives.values()), hosts)), cycles, len(unknown))
 
 
-def _summed(collectives: list[tuple[Instruction, Loops]]) -> list[Traffic]:
+def _channel(i: Instruction) -> str | None:
+    found = _CHANNEL.search(i.line)
+    return found and found[1]
+
+
+def _summed(collectives: list[tuple[Instruction, Loops]], hosts: Sequence[int]) -> list[Traffic]:
     """Sums by kind, dtype and loops, largest bytes first."""
-    found: dict[tuple[str, str, Loops], list[int]] = defaultdict(lambda: [0, 0, 0])
+    found: dict[tuple[str, str, Loops], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
     for i, loops in collectives:
         scattered = i.computation.startswith(SCATTERED)
-        arrays = _result(i)
-        made = sum(a.bytes for a in arrays)
-        entry = found["reduce-scatter" if scattered else i.kind, arrays[0].dtype, loops]
-        entry[0] += 1
-        entry[1] += prod(loops) * received(SCATTERED if scattered else i.kind, made, group_size(i))
-        entry[2] = max(entry[2], *(a.bytes for a in arrays))
+        kind, of, n = SCATTERED if scattered else i.kind, groups(i), group_size(i)
+        # A compiler combines collectives, also of several dtypes.
+        for dtype in dict.fromkeys(a.dtype for a in i.results):
+            arrays = [a for a in i.results if a.dtype == dtype]
+            made = sum(a.bytes for a in arrays)
+            entry = found["reduce-scatter" if scattered else i.kind, dtype, loops]
+            entry[0] += 1
+            entry[1] += prod(loops) * received(kind, made, n)
+            entry[2] = max(entry[2], *(a.bytes for a in arrays))
+            entry[3] += prod(loops) * received_from_hosts(kind, made, of, hosts)
     return sorted((Traffic(*key, *entry) for key, entry in found.items()), key=lambda t: -t.bytes)
 
 
@@ -124,17 +153,41 @@ def trip_count(module: HloModule, loop: Instruction) -> int | None:
     return int(ends[compared[2]][1]) if ends.get(compared[2]) else None
 
 
+def groups(collective: Instruction) -> np.ndarray | None:
+    """Return the devices of a collective as positions in the mesh, one group per row, or the pairs of a permutation.
+
+    None if it lists none.
+    """
+    if found := _TILED.search(collective.line):
+        rows, columns, *iota = found.groups()
+        return _places(*iota).reshape(int(rows), int(columns))
+    if found := _LISTED.search(collective.line) or _PAIRS.search(collective.line):
+        return np.array([_numbers(group) for group in found[1].strip("{}").split("},{")])
+    if found := _NAMED.search(collective.line):
+        axes, *iota, chosen = found.groups()
+        sizes = {name.strip("'"): int(size) for name, size in (axis.split("=") for axis in axes.split(",") if axis)}
+        names = [name.strip().strip("'") for name in chosen.split(",") if name.strip()]
+        places = _places(*iota) if iota[0] else np.arange(prod(sizes.values()))
+        last = [place for place, name in enumerate(sizes) if name in names]
+        ordered = np.moveaxis(places.reshape(list(sizes.values())), last, range(-len(last), 0))
+        return ordered.reshape(-1, prod(sizes[name] for name in sizes if name in names))
+    return None
+
+
+def _places(dims: str, order: str | None) -> np.ndarray:
+    """Positions in the mesh in XLA's iota form: 0, 1, ... in these dimensions, transposed."""
+    places = np.arange(prod(_numbers(dims))).reshape(_numbers(dims))
+    return places.transpose(_numbers(order) if order else None).reshape(-1)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
+
+
 def group_size(collective: Instruction) -> int:
     """Number of devices in each group of a collective; 2 if it only lists pairs, or no groups."""
-    if found := _TILED.search(collective.line):
-        return int(found[1])
-    if found := _LISTED.search(collective.line):
-        return len(found[1].split(","))
-    if found := _NAMED.search(collective.line):
-        sizes = dict(part.replace("'", "").split("=") for part in found[1].split(",") if "=" in part)
-        names = [name.strip().strip("'") for name in found[2].split(",") if name.strip()]
-        return prod(int(sizes[name]) for name in names if name in sizes)
-    return 2
+    found = groups(collective)
+    return 2 if found is None else found.shape[1]
 
 
 def received(kind: str, made: int, n: int) -> int:
@@ -154,9 +207,27 @@ def received(kind: str, made: int, n: int) -> int:
     }.get(kind, made * (n - 1) // n)
 
 
-def _result(i: Instruction) -> tuple:
-    """Arrays of the result. The start of an asynchronous collective also lists operands and flags."""
-    if not i.opcode.endswith("-start") or i.kind == "all-reduce":
-        return i.arrays
-    arrays = tuple(a for a in i.arrays if a.dims or i.kind != "collective-permute")
-    return arrays[len(arrays) // 2 :]
+def received_from_hosts(kind: str, made: int, groups: np.ndarray | None, hosts: Sequence[int]) -> int:
+    """Bytes that each chip receives from other hosts, if every host receives what it lacks once, through the adapters of all its
+    chips in the group; each chip for itself in an all-to-all or a permutation.
+
+    Args:
+        kind, made: as in `received`.
+        groups: as of `groups`.
+        hosts: number of the host of each device, in the order of the mesh.
+    """
+    if groups is None or not len(hosts):
+        return 0
+    most = 0
+    for group in np.asarray(hosts)[groups]:
+        n, over = len(group), len(set(group.tolist()))
+        others = made * (over - 1) / over
+        lacks = {
+            "all-gather": others * over / n,
+            "all-reduce": 2 * others * over / n,
+            "reduce-scatter": n * others * over / n,
+            SCATTERED: others * over / n,
+            "collective-permute": made if over > 1 else 0,
+        }.get(kind, others)
+        most = max(most, int(lacks))
+    return most

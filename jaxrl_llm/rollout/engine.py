@@ -341,12 +341,14 @@ class Engine:
     def compile_ahead(self, policy: Policy, prompts: int | None = None) -> None:
         """Start to compile what `warm` compiles in a thread; what a call needs before, it compiles itself.
 
-        On CPUs only what a full batch needs: the cores that would compile the rest are those that sample."""
-        if self.decoding.layout.on_cpu:
-            names = self.names(prompts or self.sizes.prompts[0], compacted=False)
+        On CPUs only what a full batch needs: the cores that would compile the rest are those that sample. For sessions (None) and
+        trees it is `warm`: what they need depends on which rows end, and would be compiled in one step or another.
+        """
+        if prompts is None or not isinstance(self.cfg.tree, NoTree):
+            self.warm(policy, prompts)
         else:
-            names = self.session_names() if prompts is None else self.names(prompts)
-        self.programs.compile_ahead(policy.params, names)
+            names = self.names(prompts, compacted=not self.decoding.layout.on_cpu)
+            self.programs.compile_ahead(policy.params, names)
 
     def close(self) -> None:
         """Leave out what `compile_ahead` has not begun to compile: the process would wait for it at its end. Calls are possible

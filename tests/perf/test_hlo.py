@@ -1,5 +1,7 @@
 """The parser of optimized HLO, on a module written by hand."""
 
+import pytest
+
 from jaxrl_llm.perf.hlo import ArrayShape, HloModule, collectives
 
 TEXT = """HloModule jit_f, is_scheduled=true
@@ -42,3 +44,23 @@ def test_collectives_and_the_bytes_of_their_results():
     assert (found.kind, found.computation) == ("all-reduce", "body")
     assert found.arrays == (ArrayShape("bf16", (8, 128)),) and found.arrays[0].bytes == 2 * 8 * 128
     assert str(found) == "all-reduce-start bf16[8,128] in body"
+
+
+@pytest.mark.parametrize(
+    ("line", "want"),
+    [
+        ("(f32[4]{0}, f32[16]{0}) all-gather-start(%a)", ["f32[16]"]),
+        ("((f32[4]{0}, s8[2]{0}), (f32[16]{0}, s8[8]{0})) all-gather-start(%a, %b)", ["f32[16]", "s8[8]"]),
+        ("f32[4]{0} all-reduce-start(%a)", ["f32[4]"]),
+        ("(f32[4]{0}, bf16[2]{0}) all-reduce-start(%a, %b)", ["f32[4]", "bf16[2]"]),
+        ("((f32[4]{0}), f32[4]{0}) all-reduce-start(%a)", ["f32[4]"]),
+        ("((f32[4]{0}, f32[]), (f32[4]{0}, f32[])) all-reduce-start(%a, %b)", ["f32[4]", "f32[]"]),
+        ("(f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%a)", ["f32[4]"]),
+        ("(f32[4]{0}, s32[4]{0}) all-gather(%a, %b)", ["f32[4]", "s32[4]"]),
+    ],
+)
+def test_what_a_collective_produces(line, want):
+    """In the forms of XLA:TPU, of XLA:GPU in jax 0.10, and in jax 0.11."""
+    text = f"HloModule m\n\nENTRY %main (a: f32[4]) -> f32[4] {{\n  ROOT %r = {line}, channel_id=1\n}}\n"
+    (found,) = collectives(HloModule(text).all)
+    assert [str(a) for a in found.results] == want

@@ -15,7 +15,7 @@ from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.perf import chips
 from jaxrl_llm.perf.hlo import HloModule
-from jaxrl_llm.plan import advice, command, memory, predict, show, sweep, traffic
+from jaxrl_llm.plan import advice, command, compilers, memory, predict, show, sweep, traffic
 from jaxrl_llm.plan.command import Target
 from jaxrl_llm.plan.programs import CompiledProgram, make_checked_run
 from jaxrl_llm.plan.traffic import ProgramCost, Traffic
@@ -118,6 +118,17 @@ def test_traffic_multiplies_loops_and_counts_what_a_chip_receives():
     assert next(t for t in cost.traffic if t.kind == "all-reduce").times == 15
 
 
+def test_collectives_that_share_a_channel_are_several():
+    """As all of a `shard_map` do on GPUs; XLA:GPU also combines collectives, here of two dtypes."""
+    two = "((f32[4]{0}, bf16[4]{0}), (f32[16]{0}, bf16[16]{0})) all-gather-start(%p, %p)"
+    text = HLO.replace("channel_id=9, replica_groups=[8,1]<=[8]", "channel_id=8, replica_groups=[4,2]<=[8]")
+    text = text.replace("(f32[4]{0}, f32[16]{0}) all-gather-start(%p)", two)
+    cost = traffic.read_cost(HloModule(text), outer=5)
+    assert Traffic("all-reduce", "f32", (5, 3), 2, 30 * 64, 64) in cost.traffic
+    assert Traffic("all-gather", "bf16", (5,), 2, 5 * (128 + 32) * 3 // 4, 128) in cost.traffic
+    assert Traffic("all-gather", "f32", (5,), 1, 5 * 64 * 3 // 4, 64) in cost.traffic
+
+
 def test_inner_loops_that_depend_on_the_batch_use_the_assumed_count():
     text = HLO.replace("compare(%i, %c), direction=LT", "get-tuple-element(%p), index=0")
     cost = traffic.read_cost(HloModule(text), outer=5, inner=2)
@@ -130,11 +141,68 @@ def test_instructions_without_an_estimate_are_left_out():
     assert text != HLO and traffic.read_cost(HloModule(text), outer=5).cycles == 15 * 100
 
 
+@pytest.mark.parametrize(
+    ("line", "want"),
+    [
+        ("all-gather(%p), replica_groups=[2,4]<=[8]", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("all-gather(%p), replica_groups=[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("all-gather(%p), replica_groups=[2,4]<=[2,2,2]T(1,0,2)", [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        ("all-reduce(%p), replica_groups={{0,2},{1,3}}, to_apply=%add", [[0, 2], [1, 3]]),
+        ("all-reduce(%p), replica_groups=@mesh['a'=2,'b'=2,'c'=2] {'a','c'}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        ("all-reduce(%p), replica_groups=mesh['a'=2,'b'=1,'c'=2], device_ids=([2,2]T(1,0)) {'a'}", [[0, 1], [2, 3]]),
+        ("all-reduce(%p), replica_groups=mesh['a'=2,'b'=2], device_ids=([4]) {'a'}", [[0, 2], [1, 3]]),
+        ("collective-permute(%p), source_target_pairs={{0,4},{4,0}}", [[0, 4], [4, 0]]),
+        ("all-reduce(%p), to_apply=%add", None),
+    ],
+)
+def test_the_groups_of_a_collective(line, want):
+    found = traffic.groups(SimpleNamespace(line=line))
+    assert (None if found is None else found.tolist()) == want
+
+
+def test_bytes_from_other_hosts_by_hand():
+    """Eight chips on two hosts of four. Each host receives what it lacks once, a quarter of it through each of its chips: of 800
+    gathered bytes 400, so 100 per chip; twice that to add them; of a permutation and an exchange each chip its own."""
+    hosts, all_chips = [0] * 4 + [1] * 4, np.arange(8)[None]
+    of = lambda kind, made, groups: traffic.received_from_hosts(kind, made, groups, hosts)  # noqa: E731
+    assert of("all-gather", 800, all_chips) == 100 and of("all-reduce", 800, all_chips) == 200
+    assert of("reduce-scatter", 100, all_chips) == of(traffic.SCATTERED, 800, all_chips) == 100
+    assert of("all-to-all", 800, all_chips) == 400
+    within, across = np.array([[0, 1], [4, 5]]), np.array([[0, 4], [1, 5]])
+    assert of("all-gather", 800, within) == of("collective-permute", 800, within) == 0
+    assert of("all-gather", 800, across) == 400 and of("collective-permute", 800, across) == 800
+    assert traffic.received_from_hosts("all-gather", 800, across, ()) == of("all-gather", 800, None) == 0
+    cost = traffic.read_cost(HloModule(HLO), 5, hosts=[0, 1] * 4)
+    assert {t.kind: t.network for t in cost.traffic if t.dtype == "f32"} == {
+        "all-gather": 5 * 64 // 4, "all-reduce": 15 * 64, "reduce-scatter": 128 // 8, "collective-permute": 16,
+    }  # fmt: skip
+    chip = chips.Chip("test", 1e9, wire=1e3, network=1e2)
+    assert cost.wire_seconds(chip) == cost.received / 1e3 + sum(t.network for t in cost.traffic) / 1e2
+    assert traffic.read_cost(HloModule(HLO), 5).wire_seconds(chip) == cost.received / 1e3
+
+
+def test_estimated_gathers_cross_hosts_where_the_mesh_does():
+    """tensor 4 within a host of 4, fsdp 2 over both: 1 of 2 parts through NVLink, half of it through the network."""
+    places = [SimpleNamespace(process_index=n // 4) for n in range(8)]
+    mesh = SimpleNamespace(
+        devices=np.array(places).reshape(1, 2, 4, 1), axis_names=("data", "fsdp", "tensor", "expert")
+    )
+    run = SimpleNamespace(train=SimpleNamespace(mesh=mesh))
+    chip = chips.Chip("test", 1e9, wire=100.0, network=10.0)
+    over = {axis: predict.gather_seconds(run, axis, chip) for axis in mesh.axis_names}
+    assert over == {"data": 0, "fsdp": 0.5 / 100 + 0.5 / 10, "tensor": 0.75 / 100, "expert": 0}
+
+
 def test_a_topology_is_a_known_kind_and_sizes():
-    assert chips.of_topology("v5p:4x4x4").memory == 95e9
-    for wrong in ("v5x:2x2", "v5e", "v5e:2by2", "H100:2x2"):
+    assert chips.parse_topology("v5p:4x4x4") == (chips.V5P, (4, 4, 4))
+    assert chips.parse_topology("h100:8") == (chips.H100, (8, 1)) and chips.parse_topology("b200:8x4").sizes == (8, 4)
+    assert chips.parse_topology("a100:8").has_gpus and not chips.parse_topology("v5e:4x4").has_gpus
+    assert {chip.name for chip in chips.GPUS.values()} == set(compilers.GPUS)
+    for kind, gpu in compilers.GPUS.items():
+        assert chips.lookup(gpu.description).name == kind, "the compiler's device is planned for as the real one"
+    for wrong in ("v5x:2x2", "v5e", "v5e:2by2", "H100:2x2", "h100:", "h100:8x2x2", "h100:0", "v5e:²x2"):
         with pytest.raises(UserError, match=r"--topology: got .*, want a kind"):
-            chips.of_topology(wrong)
+            chips.parse_topology(wrong)
     assert chips.of_device("gpu", "NVIDIA H200", 1).memory == 141e9
     assert chips.of_device("tpu", "TPU v5 lite", 8) == chips.V5E
     assert chips.of_device("cpu", "cpu", 2).memory == chips.of_device("cpu", "cpu", 1).memory / 2
@@ -396,7 +464,9 @@ def test_bad_input_is_refused_before_anything_compiles(monkeypatch, capsys, tmp_
         assert cli.main(["plan", *args]) == 2
         return capsys.readouterr().err
 
-    assert "want a kind (v4, v5e, v5p, v6e) and sizes" in message(CONFIG, "--topology", "v7:2x2")
+    assert "want a kind (v4, v5e, v5p, v6e, a100, h100, h200, b200) and sizes" in message(
+        CONFIG, "--topology", "v7:2x2"
+    )
     assert "--chips: got 99999, want 1 to" in message(CONFIG, "--chips", "99999")
     assert "--topologi: no such flag, perhaps you meant --topology" in message(CONFIG, "--topologi", "v5e:2x2")
     path = tmp_path / "rows.yaml"
@@ -417,6 +487,10 @@ def test_bad_input_is_refused_before_anything_compiles(monkeypatch, capsys, tmp_
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert "got no TPU compiler, want libtpu: pip install" in message(CONFIG, "--topology", "v5e:2x2")
+    monkeypatch.setattr(compilers, "_version", {"jax-cuda12-plugin": None, "jax-cuda13-plugin": None}.get)
+    assert "got no GPU compiler, want the one of jax" in message(CONFIG, "--topology", "h100:8")
+    monkeypatch.setattr(compilers, "_version", {"jax-cuda12-plugin": "0.1", "jax-cuda13-plugin": None}.get)
+    assert "got jax-cuda12-plugin 0.1, want the one of jax" in message(CONFIG, "--topology", "h100:8")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Programs of runs on 16 chips, lowered from shapes alone and compiled by the TPU compiler."""
+"""Programs of runs on 16 chips, lowered from shapes alone and compiled by the real compilers."""
 
 import dataclasses
 import math
@@ -10,6 +10,7 @@ from functools import cached_property
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxrl_llm.distribution.score import Scoring
 from jaxrl_llm.model import params as model_params
@@ -62,12 +63,18 @@ EXPERT_MESH = (1, 2, 2, 4)
 EXPERT_SPLIT = dict(zip(("data", "embed", "mlp", "expert"), EXPERT_MESH, strict=True))
 EXPERT_SPLIT |= {"heads": EXPERT_SPLIT["mlp"], "vocab": EXPERT_SPLIT["mlp"]}
 V5E_BYTES = 16e9
+COMPILERS = {"tpu": pytest.mark.tpu_aot, "gpu": pytest.mark.gpu_aot}
+only_tpu, only_gpu = (
+    pytest.mark.parametrize("topology", [pytest.param(of, marks=mark)], indirect=True) for of, mark in COMPILERS.items()
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A compiled program: HLO text, and sizes in bytes per chip."""
 
+    of: str
+    """The compiler: tpu or gpu."""
     cfg: ModelConfig
     text: str = dataclasses.field(repr=False)
     argument: int
@@ -114,11 +121,12 @@ def same_dims(array: hlo.ArrayShape, dims: tuple[int, ...]) -> bool:
     return sorted(n for n in array.dims if n > 1) == sorted(n for n in dims if n > 1)
 
 
-def compile_program(cfg: ModelConfig, lower: Callable[[], jax.stages.Lowered]) -> Program:
+def compile_program(topology, cfg: ModelConfig, lower: Callable[[], jax.stages.Lowered]) -> Program:
     start = time.monotonic()
     compiled = lower().compile()
     memory = compiled.memory_analysis()
     return Program(
+        of=topology.of,
         cfg=cfg,
         text=compiled.as_text(),
         argument=memory.argument_size_in_bytes,

@@ -8,7 +8,7 @@ from programs import ONE_BILLION, Program, array, compile_program, layouts
 from jaxrl_llm.perf.hlo import ArrayShape, collectives
 from jaxrl_llm.rollout.sample import Controls, Decoding, Vocabulary, sample_tokens
 
-pytestmark = [pytest.mark.tpu_aot, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(1200)
 
 ROWS, VOCAB, MAX_KEPT = 64, 32768, 128
 
@@ -34,8 +34,8 @@ def lower_sampling(topology, sizes: tuple[int, ...], max_kept_tokens: int) -> ja
 
 
 def moved(topology, sizes: tuple[int, ...], max_kept_tokens: int) -> list[tuple[str, tuple[ArrayShape, ...]]]:
-    program: Program = compile_program(ONE_BILLION, lambda: lower_sampling(topology, sizes, max_kept_tokens))
-    return [(i.kind, i.arrays) for i in collectives(program.hlo.all)]
+    program: Program = compile_program(topology, ONE_BILLION, lambda: lower_sampling(topology, sizes, max_kept_tokens))
+    return [(i.kind, i.results) for i in collectives(program.hlo.all)]
 
 
 @pytest.mark.parametrize("sizes", [(1, 4, 4), (1, 1, 16)], ids=str)
@@ -43,7 +43,9 @@ def test_truncated_sampling_moves_only_each_shards_top_k(topology, sizes):
     """Values and ids of K + 1 tokens per shard, and one sum per row."""
     rows, shards = ROWS // sizes[1], sizes[2]
     found = moved(topology, sizes, MAX_KEPT)
-    assert sorted(kind for kind, _ in found) == ["all-gather", "all-gather", "all-reduce"], found
+    # XLA:GPU combines the two gathers.
+    kinds = sorted(kind for kind, arrays in found for _ in arrays)
+    assert kinds == ["all-gather", "all-gather", "all-reduce"], found
     sizes_moved = sorted(a.size for _, arrays in found for a in arrays)
     assert sizes_moved == [rows, rows * shards * (MAX_KEPT + 1), rows * shards * (MAX_KEPT + 1)]
 

@@ -1,23 +1,20 @@
-"""Each program is compiled once for a v5e:4x4 slice of a pod, by the real TPU compiler. No TPU is needed."""
+"""Each program is compiled once by the real compilers, for a v5e:4x4 slice of a pod and for two hosts of eight H100s.
+
+None of them is needed. `tpu_aot` is a part of `make test`, `gpu_aot` is `make test-gpu-aot`.
+"""
 
 import dataclasses
 import fcntl
 import os
 import pickle
 from collections.abc import Callable
-
-# Before libtpu loads: no questions to a metadata server, and several processes (pytest -n) may compile at a time.
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5e-16")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("TPU_WORKER_ID", "0")
+from types import SimpleNamespace
 
 import jax
 import pytest
-from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 from programs import (
+    COMPILERS,
     DECODE_LAYERS,
     EIGHT_BILLION,
     EXPERT_MESH,
@@ -39,7 +36,10 @@ from programs import (
     lower_update,
 )
 
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.perf import chips
+from jaxrl_llm.plan import compilers
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -54,27 +54,33 @@ def no_cache():
     compilation_cache.reset_cache()
 
 
-@pytest.fixture(scope="session")
-def topology():
-    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is not installed: pip install 'jax[tpu]'")
+@pytest.fixture(scope="session", params=[pytest.param(of, marks=mark) for of, mark in COMPILERS.items()])
+def topology(request):
+    """Sixteen chips of v5e in one slice; two hosts of eight H100s. `of`: the name of the compiler."""
+    want = {"tpu": "v5e:4x4", "gpu": "h100:8x2"}[request.param]
+    # Before libtpu loads: several processes (pytest -n) may compile at a time.
+    for variable, value in compilers.OF_TPUS.items():
+        os.environ.setdefault(variable, value)
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4")
-    except Exception as e:
-        pytest.skip(f"the TPU compiler does not start here: {e}")
+        compilers.check(chips.parse_topology(want))
+    except UserError as missing:
+        pytest.skip(str(missing))
+    return SimpleNamespace(of=request.param, devices=compilers.devices_of(chips.parse_topology(want), want))
 
 
 @pytest.fixture(scope="session")
-def compile_once(tmp_path_factory):
+def compile_once(tmp_path_factory, topology):
     """Compile under a name; the workers of pytest-xdist share the result through a file."""
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
     def get(name: str, cfg: ModelConfig, lower: Callable[[], jax.stages.Lowered]) -> Program:
+        name = f"{topology.of}-{name}"
         with open(folder / f"{name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             path = folder / f"{name}.pickle"
             if not path.exists():
-                path.write_bytes(pickle.dumps(compile_program(cfg, lower)))
+                path.write_bytes(pickle.dumps(compile_program(topology, cfg, lower)))
             program = pickle.loads(path.read_bytes())
         print(
             f"{name}: {program.seconds:.0f} s to compile; MB per chip: argument {program.argument / 1e6:.0f}, "
