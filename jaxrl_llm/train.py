@@ -191,8 +191,7 @@ def open_run(
         for line in given.cautions:
             log.warning("%s", line)
         with context_of(cfg, full, stopping, {"task": given.task.fingerprint}) as context:
-            run = assemble(blueprint, given.task, context)
-            with closing(run.engine):
+            with closing((run := assemble(blueprint, given.task, context)).engine):
                 yield run
 
 
@@ -348,17 +347,18 @@ def saved_on_failure(run: Run, state: RunState) -> Iterator[None]:
 
 def summary(run: Run, done: Step) -> dict[str, Any]:
     """A step's metrics. Its rollouts are recorded and shown if that is due."""
-    cfg, source, learned = run.blueprint.cfg, run.source, done.learned
+    cfg, source = run.blueprint.cfg, run.source
     show(run, done)
     with run.context.recorder.during("measuring", first="measuring what this machine can do"):
-        rates = describe_rates(run.engine, source.last.stats, run.blueprint, learned, not run.context.compiles.any)
+        beside = run.context.compiles.any or run.engine.is_compiling
+        rates = describe_rates(run.engine, source.last.stats, run.blueprint, done.learned, measured=not beside)
     return {
         "phase": "rl",
         **describe(source.with_rejected(done.fresh), [grader.label for grader in cfg.reward.graders], run.task),
         **source.metrics,
         **done.metrics,
         **replayed_rows(done.fresh, done.trained),
-        **learned.metrics,
+        **done.learned.metrics,
         **rates,
         "num_tokens": int(done.state.source.num_tokens),
     }

@@ -12,7 +12,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -106,13 +105,9 @@ def product(x: Float[Array, "..."], w: Quantized, inner: int, dtype: jnp.dtype) 
     dims = (((len(rows) + 1,), (1,)), ((len(rows),), (0,)))
     parts = lax.dot_general(q, matrices, dims, preferred_element_type=sums).astype(jnp.float32)
     scale = jnp.moveaxis(scale[..., 0], -1, 0)
-    scaled = parts * scale.reshape(*scale.shape, *(1,) * len(outputs)) * w_scale
-    # Scaled before the sum: only the cast follows it, which a TPU moves before the reduction over the mesh.
-    return lax.platform_dependent(
-        scaled,
-        cuda=lambda x: lax.reduce(x.astype(dtype), np.zeros((), dtype), lax.add, (0,)),
-        default=lambda x: jnp.sum(x, axis=0).astype(dtype),
-    )
+    # Scale before the sum: only the cast follows it, which a TPU moves before the reduction over the mesh. A GPU sends f32: a cast
+    # before would round each group of a device, not their sum.
+    return jnp.sum(parts * scale.reshape(*scale.shape, *(1,) * len(outputs)) * w_scale, axis=0).astype(dtype)
 
 
 def _round(w: Array, inner: tuple[int, ...], dtype: jnp.dtype) -> tuple[Array, Array]:

@@ -75,7 +75,7 @@ class Layout:
 
     @property
     def on_gpu(self) -> bool:
-        return self.mesh.devices.flat[0].platform in ("gpu", "cuda")
+        return self.mesh.devices.flat[0].platform == "gpu"
 
     @property
     def replicated(self) -> NamedSharding:

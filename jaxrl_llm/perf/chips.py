@@ -97,6 +97,12 @@ def lookup(kind: str) -> Chip | None:
     return KINDS[max(fitting, key=len)] if fitting else None
 
 
+def granted(chip: Chip) -> float:
+    """Return the bytes of a chip that JAX uses: of a GPU the fraction XLA_PYTHON_CLIENT_MEM_FRACTION, by default 0.75."""
+    is_gpu = chip in KINDS.values() and chip.name not in TPUS
+    return chip.memory * (float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75)) if is_gpu else 1.0)
+
+
 class Topology(NamedTuple):
     """Accelerators that may not exist here."""
 
@@ -122,6 +128,8 @@ def parse_topology(name: str) -> Topology:
             f"--topology: got {name}, want a kind ({', '.join((*TPUS, *GPUS))}) and sizes: v5e:4x4 or v5p:4x4x4 for TPUs, "
             "h100:8 or h100:8x4 (GPUs of a host x hosts) for GPUs"
         )
+    if kind in GPUS and numbers[0] > 8:
+        raise UserError(f"--topology: got {name}, want at most 8 GPUs of a host; two hosts of 8 are {kind}:8x2")
     return Topology(chip, (*numbers, 1) if kind in GPUS and len(numbers) == 1 else numbers)
 
 

@@ -95,7 +95,7 @@ def plan(cfg: RunConfig, target: Target) -> Report:
 
     run = programs.make_checked_run(cfg, read_model(cfg), slots, devices)
     least = max(sum(r.program.values()) + sum(r.other.values()) for r in resident_bytes(run).values())
-    compiled = programs.compile_all(run) if least <= chip.memory else {}
+    compiled = programs.compile_all(run) if least <= chips.granted(chip) else {}
     phases = memory.phases(run, compiled) if compiled else memory.estimated(run)
     predicted = None if any(p.refused for p in compiled.values()) else predict.predict(run, chip, compiled or None)
     return report(run, target, chip, compiled, phases, predicted)
@@ -134,12 +134,14 @@ def report(
     from jaxrl_llm.plan.predict import update_flops
 
     peak = memory.peak(phases)
-    fits = bool(compiled) and peak.total <= chip.memory and not any(p.refused for p in compiled.values())
-    advice = [] if fits else advise(run, phases, chip.memory)
+    limit = chips.granted(chip)
+    fits = bool(compiled) and peak.total <= limit and not any(p.refused for p in compiled.values())
+    advice = [] if fits else advise(run, phases, limit)
     return {
         "topology": target.topology or "this machine",
         "chips": run.train.mesh.size,
         "chip": chip._asdict(),
+        "limit": limit,
         "jax": jax.__version__,
         "mesh": dict(run.train.mesh.shape),
         "minibatches": run.cfg.update.minibatches,

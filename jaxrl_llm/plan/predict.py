@@ -5,11 +5,14 @@ slice; of GPUs bytes received / bandwidth of NVLink plus bytes from other hosts 
 reach the peak, rollouts to have their full length, and batches to be full.
 """
 
+from collections import Counter
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxrl_llm.model import params as model_params
+from jaxrl_llm.parallel.layout import Layout
 from jaxrl_llm.perf.chips import Chip
 from jaxrl_llm.perf.work import (
     TokenCounts,
@@ -94,8 +97,8 @@ def rollout_time(run: AbstractRun, chip: Chip, programs: dict[str, CompiledProgr
     decode = PredictedTime(work.flops / shards / chip.flops, (weights + work.bytes / shards) / chip.hbm, 0.0)
     if programs is None:
         rows = groups * rows_per_group // layout.size("rows")
-        through = 2 * 2 * gather_seconds(run, "tensor", chip)
-        through += 2 * layout.size("expert") * gather_seconds(run, "expert", chip) if model.experts else 0
+        through = 2 * 2 * gather_seconds(layout, "heads", chip)
+        through += 2 * layout.size("expert") * gather_seconds(layout, "expert", chip) if model.experts else 0
         wire, cycles = steps * through * model.layers * rows * model.d_model * size, 0.0
     else:
         chunks = steps / run.engine.decoding.steps
@@ -111,7 +114,7 @@ def publish_time(run: AbstractRun, chip: Chip, programs: dict[str, CompiledProgr
     policy = bytes_per_device(run.policy.params)
     moved = (bytes_per_device(run.state.params) + 3 * policy) / chip.hbm
     if programs is None:
-        return PredictedTime(0.0, moved, policy * gather_seconds(run, "fsdp", chip))
+        return PredictedTime(0.0, moved, policy * gather_seconds(run.train, "embed", chip))
     cost = programs["publish"].cost
     return PredictedTime(0.0, moved, cost.wire_seconds(chip), cost.cycles / chip.clock if chip.clock else 0.0)
 
@@ -143,13 +146,24 @@ def gathered(run: AbstractRun) -> int:
     )
 
 
-def gather_seconds(run: AbstractRun, axis: str, chip: Chip) -> float:
-    """Seconds per byte of what each device of a mesh axis has after an all-gather over it; an all-reduce takes twice as long."""
-    devices = run.train.mesh.devices
-    place = run.train.mesh.axis_names.index(axis)
-    line = np.moveaxis(devices, place, 0).reshape(devices.shape[place], -1)[:, 0]
-    n, hosts = len(line), len({device.process_index for device in line})
-    return (1 - 1 / n) / chip.wire + ((hosts - 1) / n / chip.network if chip.network else 0.0)
+def gather_seconds(layout: Layout, axis: str, chip: Chip) -> float:
+    """Seconds per byte of what each device has after an all-gather over the mesh axes of a logical axis.
+
+    An all-reduce takes twice as long.
+
+    Args:
+        layout: of the program.
+        axis: a logical axis, or the mesh axis `data`.
+        chip: its rates.
+    """
+    names = "data" if axis == "data" else layout.rules[axis] or ()
+    names = (names,) if isinstance(names, str) else names
+    places = [layout.mesh.axis_names.index(name) for name in names]
+    line = np.moveaxis(layout.mesh.devices, places, range(len(places)))
+    line = line.reshape(prod(layout.mesh.shape[name] for name in names), -1)[:, 0]
+    on_hosts = Counter(device.process_index for device in line)
+    n, fewest = len(line), min(on_hosts.values())
+    return (1 - 1 / n) / chip.wire + ((n - fewest) / n / fewest / chip.network if chip.network else 0.0)
 
 
 def _update_traffic_seconds(run: AbstractRun, whole: int, chip: Chip) -> float:
@@ -157,12 +171,12 @@ def _update_traffic_seconds(run: AbstractRun, whole: int, chip: Chip) -> float:
     are summed over `data`, activations over `tensor` four times per layer, and tokens exchanged with the experts three times."""
     parts, model = run.cfg.update.micro_batches, run.model
     size = np.dtype(model.compute).itemsize
-    over = lambda axis: gather_seconds(run, axis, chip)  # noqa: E731
-    weights = parts * whole * (2 + 4 / size) * over("fsdp")
+    over = lambda axis: gather_seconds(run.train, axis, chip)  # noqa: E731
+    weights = parts * whole * (2 + 4 / size) * over("embed")
     gradients = 2 * bytes_per_device(run.state.params) * over("data")
     rows, slots = run.batch.tokens.shape
     activations = rows * slots // run.train.size("rows") * model.d_model * size
-    through = 2 * 4 * over("tensor")
+    through = 2 * 4 * over("heads")
     through += 2 * 3 * run.train.mesh.shape["expert"] * over("expert") if model.experts else 0
     return weights + gradients + through * model.layers * activations
 

@@ -123,7 +123,14 @@ def lowerings(run: AbstractRun) -> dict[str, Lower]:
 
 def compile_all(run: AbstractRun) -> dict[str, CompiledProgram]:
     """Compile all programs of a step, in parallel threads."""
-    lowered = {name: lower() for name, lower in lowerings(run).items()}
+    try:
+        lowered = {name: lower() for name, lower in lowerings(run).items()}
+    except RuntimeError as error:
+        if "cuDNN not found" not in str(error):
+            raise
+        raise UserError(
+            "update.attention: got cudnn, whose library is not installed: pip install nvidia-cudnn-cu12, or another attention"
+        ) from None
     # Longest compilations first.
     order = sorted(lowered, key=("decode_chunk", "update", "prefill", "publish", "extend_suffix").index)
     with shown_on_stderr(f"compiling {', '.join(order)}"), ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -150,7 +157,7 @@ def trip_counts(run: AbstractRun, name: str) -> tuple[int, int]:
 def hosts_of(run: AbstractRun) -> list[int]:
     """Return the number of the host of each GPU, in the order of the mesh; [] for other devices."""
     devices = list(run.train.mesh.devices.flat)
-    return [d.process_index for d in devices] if devices[0].platform in ("gpu", "cuda") else []
+    return [d.process_index for d in devices] if run.train.on_gpu else []
 
 
 def compile_program(lowered: jax.stages.Lowered, trips: tuple[int, int], hosts: Sequence[int]) -> CompiledProgram:

@@ -103,14 +103,16 @@ def predicted_table(report: Report) -> str:
 
 def verdict(report: Report) -> str:
     """Verdict on whether the run fits, or the changes needed."""
-    peak, limit = report["peak"], report["chip"]["memory"]
+    peak, whole = report["peak"], report["chip"]["memory"]
+    limit = report.get("limit", whole)
+    of = f"{limit / GB:.0f}"
+    if limit < whole:
+        of += f" that JAX takes of {whole / GB:.0f} (XLA_PYTHON_CLIENT_MEM_FRACTION)"
     if report["fits"]:
-        return f"fits: {_gb(peak['bytes'])} GB of {limit / GB:.0f}, largest in {peak['phase']}"
+        return f"fits: {_gb(peak['bytes'])} GB of {of}, largest in {peak['phase']}"
     refused = any(p["refused"] for p in report["programs"].values()) or not report["compiled"]
     about = "about " if refused else ""
-    lines = [
-        f"does not fit: needs {about}{_gb(peak['bytes'])} GB of {limit / GB:.0f}, largest in {peak['phase']}; change"
-    ]
+    lines = [f"does not fit: needs {about}{_gb(peak['bytes'])} GB of {of}, largest in {peak['phase']}; change"]
     lines += [f"  {a['flags']}    (about {_gb(a['bytes'])} GB)" for a in report["advice"]]
     if not report["advice"]:
         lines.append("  the number of chips: no change of the config saves enough")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from jaxrl_llm.config.run_config import RunConfig
 from jaxrl_llm.errors import UserError
 from jaxrl_llm.parallel.config import AXES, divisors
+from jaxrl_llm.perf import chips
 from jaxrl_llm.perf.chips import Chip
 from jaxrl_llm.plan.command import Report, Target, devices_of, prepare, prompt_slots, read_model
 
@@ -77,7 +78,7 @@ def sweep(cfg: RunConfig, target: Target, command: list[str], num_compiled: int)
         )
     every, model = list(meshes(len(devices))), read_model(cfg)
     candidates = [candidate for mesh in every for candidate in candidates_of(cfg, model, mesh, slots, devices, chip)]
-    fitting = sorted((c for c in candidates if c.bytes <= SLACK * chip.memory), key=lambda c: c.seconds)
+    fitting = sorted((c for c in candidates if c.bytes <= SLACK * chips.granted(chip)), key=lambda c: c.seconds)
     compiled, failed = compile_best(command, fastest(fitting), num_compiled)
     return {
         "chips": len(devices),

@@ -1,7 +1,7 @@
 """Collectives and estimated cycles of a compiled program, multiplied by the trip counts of its loops."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from math import prod
 from typing import NamedTuple
@@ -67,9 +67,9 @@ class ProgramCost(NamedTuple):
         return sum(t.bytes for t in self.traffic)
 
     def wire_seconds(self, chip: Chip) -> float:
-        """Seconds that the collectives take at the chip's published rates, one after another."""
+        """Seconds that the collectives take at the chip's published rates, one after another; an unknown rate counts nothing."""
         network = sum(t.network for t in self.traffic)
-        return self.received / chip.wire + (network / chip.network if network else 0.0)
+        return self.received / chip.wire + (network / chip.network if chip.network else 0.0)
 
 
 def read_cost(module: HloModule, outer: int = 1, inner: int = 1, hosts: Sequence[int] = ()) -> ProgramCost:
@@ -220,14 +220,15 @@ def received_from_hosts(kind: str, made: int, groups: np.ndarray | None, hosts: 
         return 0
     most = 0
     for group in np.asarray(hosts)[groups]:
-        n, over = len(group), len(set(group.tolist()))
-        others = made * (over - 1) / over
+        # The host with the fewest chips of the group lacks most, and has the fewest adapters for it.
+        n, fewest = len(group), min(Counter(group.tolist()).values())
+        others = made * (n - fewest) / n
         lacks = {
-            "all-gather": others * over / n,
-            "all-reduce": 2 * others * over / n,
-            "reduce-scatter": n * others * over / n,
-            SCATTERED: others * over / n,
-            "collective-permute": made if over > 1 else 0,
+            "all-gather": others / fewest,
+            "all-reduce": 2 * others / fewest,
+            "reduce-scatter": n * others / fewest,
+            SCATTERED: others / fewest,
+            "collective-permute": made if fewest < n else 0,
         }.get(kind, others)
         most = max(most, int(lacks))
     return most

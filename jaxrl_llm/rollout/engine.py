@@ -89,6 +89,7 @@ class Engine:
 
     def _fit(self, prompt_slots: int) -> None:
         """Set the sizes and programs for prompts of up to `prompt_slots` tokens."""
+        self.close()
         cfg, config, layout, vocab = self.cfg, self.model.config, self.model.decode, self.model.vocab
         steps = min(cfg.engine.decode_chunk, cfg.max_new_tokens)
         window = cfg.engine.window or first_window(cfg, config, layout)
@@ -143,8 +144,7 @@ class Engine:
             UserError: neither the engine nor the call has a maximum prompt length.
         """
         self._make_room(prompt_slots)
-        if not self.sizes:
-            raise UserError("prompt_slots: got none for engine or session, want the maximum prompt length in tokens")
+        self._want_slots()
         return Session(self.cfg, self.sizes, self.programs, self.model.tokenizer, self.control_set, policy, key)
 
     def generate(
@@ -262,6 +262,10 @@ class Engine:
         self._make_room(rollouts.prompts.tokens.shape[1] if isinstance(rollouts, Rollouts) else 0)
         return self.tree_sampler(policy, key).branch(rollouts, branches, controls, limit)
 
+    def _want_slots(self) -> None:
+        if not self.sizes:
+            raise UserError("prompt_slots: got none for engine or session, want the maximum prompt length in tokens")
+
     def _make_room(self, slots: int) -> None:
         """Fit the engine to prompts of `slots` tokens, if their maximum was left open."""
         if self.prompt_slots or not slots or (self.sizes and slots <= self.sizes.prompt_slots[-1]):
@@ -339,16 +343,23 @@ class Engine:
             programs.warm(policy.params, self._one_way_names(sizes))
 
     def compile_ahead(self, policy: Policy, prompts: int | None = None) -> None:
-        """Start to compile what `warm` compiles in a thread; what a call needs before, it compiles itself.
+        """Compile what `warm` compiles in a thread; what a call of `prompts` prompts needs before, it compiles itself.
 
-        On CPUs only what a full batch needs: the cores that would compile the rest are those that sample. For sessions (None) and
-        trees it is `warm`: what they need depends on which rows end, and would be compiled in one step or another.
+        On CPUs only what a full batch needs: the cores that would compile the rest are those that sample. Sessions (None) and trees
+        wait, as in `warm`: what they need depends on which rows end, and would be compiled in one step or another. So does a job of
+        several processes, whose compilers may wait for each other.
         """
-        if prompts is None or not isinstance(self.cfg.tree, NoTree):
+        self._want_slots()
+        if prompts is None or not isinstance(self.cfg.tree, NoTree) or jax.process_count() > 1:
             self.warm(policy, prompts)
         else:
             names = self.names(prompts, compacted=not self.decoding.layout.on_cpu)
             self.programs.compile_ahead(policy.params, names)
+
+    @property
+    def is_compiling(self) -> bool:
+        """True while `compile_ahead` has programs to compile."""
+        return bool(self.sizes) and self.programs.is_compiling
 
     def close(self) -> None:
         """Leave out what `compile_ahead` has not begun to compile: the process would wait for it at its end. Calls are possible

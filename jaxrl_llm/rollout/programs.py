@@ -65,6 +65,11 @@ class Programs:
                 self._ahead[name] = thread.submit(self._compile, shapes, name)
         thread.shutdown(wait=False)
 
+    @property
+    def is_compiling(self) -> bool:
+        """True while `compile_ahead` has programs to compile."""
+        return not all(ahead.done() for ahead in self._ahead.values())
+
     def stop_compiling(self) -> None:
         """Leave out what `compile_ahead` has not begun to compile."""
         for ahead in self._ahead.values():

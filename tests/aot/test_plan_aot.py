@@ -72,7 +72,10 @@ def test_a_large_model_does_not_fit_and_changes_are_suggested(topology, tmp_path
     text = jaxrl_plan(topology, tmp_path, SMALL | {"model": LARGE})
     assert "Not compiled: temporaries are estimated." in text
     verdict = text[text.index("does not fit: needs about") :].splitlines()
-    assert verdict[0].endswith("; change") and {"tpu": "GB of 16", "gpu": "GB of 80"}[topology.of] in verdict[0]
+    assert (
+        verdict[0].endswith("; change")
+        and {"tpu": "GB of 16", "gpu": "GB of 60 that JAX takes of 80"}[topology.of] in verdict[0]
+    )
     assert "--" in verdict[1] and verdict[-1] == "  and use more chips: that alone does not suffice"
 
 

@@ -13,6 +13,7 @@ from jaxrl_llm import cli
 from jaxrl_llm.config.loading import validate
 from jaxrl_llm.distribution.score import TokenScores
 from jaxrl_llm.errors import UserError
+from jaxrl_llm.parallel.layout import TRAIN, WIDE
 from jaxrl_llm.perf import chips
 from jaxrl_llm.perf.hlo import HloModule
 from jaxrl_llm.plan import advice, command, compilers, memory, predict, show, sweep, traffic
@@ -168,6 +169,8 @@ def test_bytes_from_other_hosts_by_hand():
     assert of("all-gather", 800, all_chips) == 100 and of("all-reduce", 800, all_chips) == 200
     assert of("reduce-scatter", 100, all_chips) == of(traffic.SCATTERED, 800, all_chips) == 100
     assert of("all-to-all", 800, all_chips) == 400
+    # Over 8 + 4 chips the host with 4 lacks two thirds.
+    assert traffic.received_from_hosts("all-gather", 1200, np.arange(12)[None], [0] * 8 + [1] * 4) == 200
     within, across = np.array([[0, 1], [4, 5]]), np.array([[0, 4], [1, 5]])
     assert of("all-gather", 800, within) == of("collective-permute", 800, within) == 0
     assert of("all-gather", 800, across) == 400 and of("collective-permute", 800, across) == 800
@@ -187,10 +190,23 @@ def test_estimated_gathers_cross_hosts_where_the_mesh_does():
     mesh = SimpleNamespace(
         devices=np.array(places).reshape(1, 2, 4, 1), axis_names=("data", "fsdp", "tensor", "expert")
     )
-    run = SimpleNamespace(train=SimpleNamespace(mesh=mesh))
+    mesh.shape = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
     chip = chips.Chip("test", 1e9, wire=100.0, network=10.0)
-    over = {axis: predict.gather_seconds(run, axis, chip) for axis in mesh.axis_names}
-    assert over == {"data": 0, "fsdp": 0.5 / 100 + 0.5 / 10, "tensor": 0.75 / 100, "expert": 0}
+    of = lambda rules, axis: predict.gather_seconds(SimpleNamespace(mesh=mesh, rules=rules), axis, chip)  # noqa: E731
+    over = {axis: of(TRAIN, axis) for axis in ("data", "embed", "heads", "expert")}
+    assert over == {"data": 0, "embed": 0.5 / 100 + 0.5 / 10, "heads": 0.75 / 100, "expert": 0}
+    # Heads of a wide layout are split over both: each host lacks half, and its four chips fetch it.
+    assert of(WIDE, "heads") == pytest.approx(0.875 / 100 + 0.5 / 4 / 10)
+
+
+def test_a_gpu_gives_jax_a_fraction(monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    assert chips.granted(chips.H100) == 60e9 and chips.granted(chips.V5E) == 16e9
+    assert chips.granted(chips.of_device("cpu", "cpu", 1)) == chips.host_memory()
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    assert chips.granted(chips.H100) == 72e9
+    text = show.verdict(report(chip=chips.H100._asdict(), limit=72e9))
+    assert text == "fits: 12.00 GB of 72 that JAX takes of 80 (XLA_PYTHON_CLIENT_MEM_FRACTION), largest in update"
 
 
 def test_a_topology_is_a_known_kind_and_sizes():
@@ -200,9 +216,11 @@ def test_a_topology_is_a_known_kind_and_sizes():
     assert {chip.name for chip in chips.GPUS.values()} == set(compilers.GPUS)
     for kind, gpu in compilers.GPUS.items():
         assert chips.lookup(gpu.description).name == kind, "the compiler's device is planned for as the real one"
-    for wrong in ("v5x:2x2", "v5e", "v5e:2by2", "H100:2x2", "h100:", "h100:8x2x2", "h100:0", "v5e:²x2"):
+    for wrong in ("v5x:2x2", "v5e", "v5e:2by2", "H100:2x2", "h100:", "h100:8x2x2", "h100:0", "h100:8x0", "v5e:²x2"):
         with pytest.raises(UserError, match=r"--topology: got .*, want a kind"):
             chips.parse_topology(wrong)
+    with pytest.raises(UserError, match="want at most 8 GPUs of a host; two hosts of 8 are h100:8x2"):
+        chips.parse_topology("h100:16")
     assert chips.of_device("gpu", "NVIDIA H200", 1).memory == 141e9
     assert chips.of_device("tpu", "TPU v5 lite", 8) == chips.V5E
     assert chips.of_device("cpu", "cpu", 2).memory == chips.of_device("cpu", "cpu", 1).memory / 2

@@ -7,6 +7,7 @@ import pytest
 from setups import layouts, make_prompts
 from test_engine import FORMS, KEY, ONE_LAYER, VOCAB, C, G, P, policy_of, same
 
+from jaxrl_llm.errors import UserError
 from jaxrl_llm.metrics.timers import CompileCounter
 from jaxrl_llm.rollout.config import RolloutConfig
 from jaxrl_llm.rollout.engine import Engine, EngineModel
@@ -86,3 +87,23 @@ def test_on_cpus_only_what_a_full_batch_needs_is_compiled_ahead(compiled):
     counter = CompileCounter()
     compacting.warm(policy, P)
     assert counter.take()["compiles"] == len(compacting.names(P)) - len(full)
+
+
+def test_an_engine_with_open_prompts_wants_their_length_first():
+    cfg = RolloutConfig(prompts=P, samples=G, max_new_tokens=C)
+    with pytest.raises(UserError, match="prompt_slots: got none for engine or session"):
+        Engine(EngineModel(ONE_LAYER, layouts()[1], VOCAB), cfg).compile_ahead(policy_of(), P)
+
+
+def test_other_sizes_leave_nothing_behind(compiled):
+    """An engine that is fitted to longer prompts stops what it compiled for shorter ones."""
+    found, go = compiled
+    growing, policy = new("growth"), policy_of()
+    growing.compile_ahead(policy, P)
+    growing.programs(policy.params, *growing.names(P)[0])
+    assert growing.is_compiling
+    before = growing.programs
+    growing._fit(14)
+    go.set()
+    assert not before.is_compiling and not growing.is_compiling
+    assert sum(ahead for _, ahead in found) <= 2
