@@ -1,4 +1,7 @@
-"""Grouped matrix product: rows sorted into groups, one matrix per group, with a gradient that is fast in bfloat16."""
+"""Grouped matrix product: rows sorted into groups, one matrix per group, with a gradient that is fast in bfloat16.
+
+CPUs and TPUs compute it as `lax.ragged_dot_general`, GPUs as `grouped_blocks`.
+"""
 
 from functools import partial
 
@@ -6,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
+
+from jaxrl_llm.model import grouped_blocks
 
 _DIMS = lax.RaggedDotDimensionNumbers
 # [M I] x [E I O] -> [M O]; for the gradients [M O] x [E I O] -> [M I] and [M I] x [M O] -> [E I O].
@@ -34,7 +39,7 @@ def contract_groups(
         One product per part, f32.
     """
     matrices = _unsharded(w, x, axis, dim)
-    return tuple(_zero_rest(_dot(x, matrices, _of_part(counts, w, p), _FORWARD), counts) for p in range(len(w)))
+    return lax.platform_dependent(x, matrices, counts, cuda=grouped_blocks.contract, default=_contract)
 
 
 def _forward(x: Array, w: Array, counts: Array, axis: str | None, dim: int) -> tuple[tuple[Array, ...], tuple]:
@@ -43,12 +48,12 @@ def _forward(x: Array, w: Array, counts: Array, axis: str | None, dim: int) -> t
 
 def _backward(axis: str | None, dim: int, saved: tuple[Array, ...], gs: tuple[Array, ...]) -> tuple:
     x, w, counts = saved
-    gs, matrices = [g.astype(x.dtype) for g in gs], _unsharded(w, x, axis, dim)
-    dx = sum(_dot(g, matrices, _of_part(counts, w, p), _TO_ROWS) for p, g in enumerate(gs))
-    dw = jnp.stack([_dot(x, g, counts, _TO_WEIGHTS) for g in gs])
+    gs, matrices = tuple(g.astype(x.dtype) for g in gs), _unsharded(w, x, axis, dim)
+    dx = lax.platform_dependent(gs, matrices, counts, cuda=grouped_blocks.to_rows, default=_to_rows)
+    dw = lax.platform_dependent(x, gs, counts, cuda=grouped_blocks.to_weights, default=_to_weights)
     if axis is not None:
         dw = lax.psum_scatter(dw, axis, scatter_dimension=dim, tiled=True)
-    return _zero_rest(dx, counts).astype(x.dtype), dw.astype(w.dtype), None
+    return dx, dw.astype(w.dtype), None
 
 
 contract_groups.defvjp(_forward, _backward)
@@ -62,10 +67,24 @@ def _unsharded(w: Array, x: Array, axis: str | None, dim: int) -> Float[Array, "
     return w.reshape(-1, *w.shape[2:])
 
 
-def _of_part(counts: Array, w: Array, part: int) -> Int[Array, " groups"]:
-    """Group sizes over all parts, nonzero for one part only. Slicing the weights instead would copy them on a TPU."""
-    empty = jnp.zeros_like(counts)
-    return jnp.concatenate([counts if p == part else empty for p in range(len(w))])
+def _contract(x: Array, matrices: Array, counts: Array) -> tuple[Float[Array, "M O"], ...]:
+    products = (_dot(x, matrices, sizes, _FORWARD) for sizes in _of_parts(counts, matrices))
+    return tuple(_zero_rest(out, counts) for out in products)
+
+
+def _to_rows(gs: tuple[Array, ...], matrices: Array, counts: Array) -> Float[Array, "M I"]:
+    dx = sum(_dot(g, matrices, sizes, _TO_ROWS) for g, sizes in zip(gs, _of_parts(counts, matrices), strict=True))
+    return _zero_rest(dx, counts).astype(gs[0].dtype)
+
+
+def _to_weights(x: Array, gs: tuple[Array, ...], counts: Array) -> Float[Array, "parts E I O"]:
+    return jnp.stack([_dot(x, g, counts, _TO_WEIGHTS) for g in gs])
+
+
+def _of_parts(counts: Array, matrices: Array) -> list[Int[Array, " groups"]]:
+    """Per part the group sizes over all parts, nonzero for it only. Slicing the weights instead would copy them on a TPU."""
+    parts, empty = range(len(matrices) // len(counts)), jnp.zeros_like(counts)
+    return [jnp.concatenate([counts if p == part else empty for p in parts]) for part in parts]
 
 
 def _zero_rest(x: Array, counts: Array) -> Array:

@@ -70,8 +70,10 @@ def layers_with(program: Program, cache: str) -> int:
 
 
 def loops(program: Program) -> list[Instruction]:
-    """The loop over intervals, and inside it the loop over the steps of one."""
+    """The loop over intervals, and inside it the loop over the steps of one. On GPUs products of experts have their own inside."""
     found = [i for i in program.hlo.all if i.opcode == "while" and i.computation in program.hlo.loops]
+    if program.of == "gpu" and program.cfg.experts:
+        found = [i for i in found if program.hlo.loops[i.computation] < 2]
     found.sort(key=lambda i: program.hlo.loops[i.computation])
     depths = [program.hlo.loops[i.computation] for i in found]
     assert depths == [0, 1], f"nesting depth of the loops of a chunk: got {depths}, want [0, 1]"

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 from programs import (
+    EXPERT_MESH,
     EXPERT_SPLIT,
+    EXPERTS,
     FSDP,
     ONE_BILLION,
     PARTS,
@@ -24,6 +26,7 @@ from programs import (
     compile_program,
     layouts,
     local,
+    lower_experts,
     lower_publish,
     lower_update,
     matrices,
@@ -34,7 +37,7 @@ from programs import (
 )
 
 from jaxrl_llm.distribution.head import ACCELERATOR, Head
-from jaxrl_llm.model import linear, products, transformer
+from jaxrl_llm.model import grouped_blocks, grouped_matmul, linear, products, transformer
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.perf.hlo import collectives
@@ -53,6 +56,40 @@ def test_experts_in_training_gather_bfloat16_and_reduce_float32(experts_gradient
         assert gathers == {"bf16"}, f"{name} gathered: got {gathers}, want bf16"
         sums = {a.dtype for i in moved for a in i.results if i.kind == "reduce-scatter" and a.size == shard}
         assert sums == {"f32"}, f"gradient of {name} scattered: got {sums}, want f32"
+
+
+def check_experts_of_gpus_hold_rows_and_no_dense_product(program: Program) -> None:
+    """Each expert has some of the rows. A dense product has every row, or a mask of it, for every expert.
+
+    Held at once, at most: rows of the model's width in f32 and bf16, gate and up in both, what the mesh gathers and sums, the
+    weights in bf16 with their gradient in f32, and the blocks of one round.
+    """
+    cfg, split = program.cfg, EXPERT_SPLIT
+    gathered = ROWS // PARTS * SLOTS // split["data"] // split["embed"]
+    rows, width = gathered * cfg.experts_per_token, cfg.d_mlp // split["mlp"]
+    weights = sum(math.prod(matrices(cfg, split | {"embed": 1})[name]) for name in ("gate_up", "down"))
+    most = 6 * ((rows + gathered) * cfg.d_model + 2 * rows * width + weights) + grouped_blocks.BYTES_PER_ROUND
+    assert program.temp <= most, f"temp: got {program.temp / 1e6:.0f} MB, want at most {most / 1e6:.0f} MB"
+    in_memory = [i for i in program.hlo.all if i.computation not in program.hlo.fused]
+    largest = max((a for i in in_memory for a in i.arrays), key=lambda a: a.size)
+    assert largest.size <= rows * cfg.d_model, f"got {largest}, want at most the rows, {rows} x {cfg.d_model}"
+
+
+@only_gpu
+def test_experts_of_gpus_hold_rows_and_no_dense_product(topology, experts_gradient):
+    check_experts_of_gpus_hold_rows_and_no_dense_product(experts_gradient)
+
+
+@only_gpu
+def test_mutant_experts_with_ragged_products(topology, monkeypatch):
+    for name in ("contract", "to_rows", "to_weights"):
+        monkeypatch.setattr(grouped_blocks, name, getattr(grouped_matmul, f"_{name}"))
+    layout = layouts(topology, EXPERT_MESH)[0]
+    dense = compile_program(topology, EXPERTS, lambda: lower_experts(EXPERTS, layout))
+    with pytest.raises(AssertionError, match="temp"):
+        check_experts_of_gpus_hold_rows_and_no_dense_product(dense)
+    with pytest.raises(AssertionError, match="want at most the rows"):
+        check_experts_of_gpus_hold_rows_and_no_dense_product(dataclasses.replace(dense, temp=0))
 
 
 def check_publish_writes_into_the_old_policy(program: Program) -> None:
