@@ -22,12 +22,15 @@ from programs import (
     SPLIT,
     TENSOR,
     V5E_BYTES,
+    P,
     Program,
+    S,
     compile_program,
     layouts,
     local,
     lower_experts,
     lower_publish,
+    lower_rollout,
     lower_update,
     matrices,
     only_gpu,
@@ -78,6 +81,15 @@ def check_experts_of_gpus_hold_rows_and_no_dense_product(program: Program) -> No
 @only_gpu
 def test_experts_of_gpus_hold_rows_and_no_dense_product(topology, experts_gradient):
     check_experts_of_gpus_hold_rows_and_no_dense_product(experts_gradient)
+
+
+@only_gpu
+def test_layers_of_a_prefill_share_the_memory_of_experts(topology):
+    """Layers are unrolled, with as many rows as in the gradient. Zeros that depend on nothing would be made for all at once."""
+    cfg, layout = dataclasses.replace(EXPERTS, layers=4), layouts(topology, EXPERT_MESH)[1]
+    program = compile_program(topology, cfg, lambda: lower_rollout(cfg, layout, "prefill", P, S))
+    print(f"temp: {program.temp / 1e6:.0f} MB")
+    check_experts_of_gpus_hold_rows_and_no_dense_product(program)
 
 
 @only_gpu
