@@ -60,7 +60,7 @@ def batch() -> Batch:
 
 
 def value_and_gradient(cfg, sizes):
-    """Of a sum of weighted log-probs and entropies over all layers and the head."""
+    """A sum of weighted log-probs and entropies over all layers and the head, and its gradient."""
     train = layouts(sizes)[0]
     params, rows = make_params(cfg, train), hosts.put(batch(), train.sharding(("rows", None)))
 
