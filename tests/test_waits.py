@@ -38,6 +38,10 @@ REASONS = {
         "self._socket.send": "a socket that does not block",
         "self._socket.shutdown": "does not wait",
     },
+    "jaxrl_llm/model/grouped_blocks.py": {
+        "x.at[row].get": "entries of an array",
+        "matrices.at[index].get": "entries of an array",
+    },
     "jaxrl_llm/model/hf/export.py": {"multihost_utils.sync_global_devices": HEARTBEAT},
     "jaxrl_llm/model/hf/load.py": {"with ThreadPoolExecutor": COMPUTES},
     "jaxrl_llm/parallel/compiled_ahead.py": {"self._compiled.result": COMPUTES},
