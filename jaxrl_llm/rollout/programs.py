@@ -52,8 +52,8 @@ class Programs:
         """Return the program, compiled on first use. Only "prefill" and "decode_chunk" use `params`."""
         if name not in self._compiled:
             ahead = self._ahead.pop(name, None)
-            waits = ahead is None or ahead.cancel()
-            self._compiled[name] = self._compile(params, name) if waits else ahead.result()
+            has_begun = ahead is not None and not ahead.cancel()
+            self._compiled[name] = ahead.result() if has_begun else self._compile(params, name)
         return self._compiled[name]
 
     def compile_ahead(self, params: PyTree, names: list[ProgramName]) -> None:
