@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from benchmarks.clock import Timing
-from benchmarks.models import NEW_TOKENS, PROMPT_SLOTS, SAMPLES, Workload, layouts
+from benchmarks.models import NEW_TOKENS, SAMPLES, Workload, layouts
 from jaxrl_llm.model.publish import jit_publish, make_empty_policy
 from jaxrl_llm.perf.ceilings import copy_bandwidth, matmul_rate
 from jaxrl_llm.perf.work import Work, decode_step, weight_products
@@ -35,7 +35,7 @@ from jaxrl_llm.types import Policy, PyTree
 
 def step_work(work: Workload) -> Work:
     """Bytes and FLOPs of a step in the middle of the call."""
-    length, age = np.full(work.prompts, PROMPT_SLOTS - 1), np.full(work.prompts, NEW_TOKENS // 2)
+    length, age = np.full(work.prompts, work.prompt - 1), np.full(work.prompts, NEW_TOKENS // 2)
     step = decode_step(work.cfg, length, age, SAMPLES, work.itemsize)
     return Work(step.bytes + work.itemsize * work.num_params(), step.flops)
 
@@ -62,7 +62,7 @@ def make_engine(work: Workload, prompts: int = 0, **changes: object) -> Engine:
         prompts=prompts or work.prompts, samples=SAMPLES, max_new_tokens=NEW_TOKENS,
         engine=dataclasses.replace(EngineConfig(), **changes),
     )  # fmt: skip
-    return Engine(EngineModel(work.cfg, layouts()[1], work.vocabulary), rollout, PROMPT_SLOTS)
+    return Engine(EngineModel(work.cfg, layouts()[1], work.vocabulary), rollout, work.prompt)
 
 
 def make_policy(work: Workload, params: PyTree) -> Policy:
@@ -76,9 +76,9 @@ def calls(work: Workload, params: PyTree) -> dict[str, Callable[[], object]]:
     length = prompts.length - 1
     return {
         f"generate {work.name}": lambda: engine.generate(policy, prompts, jax.random.key(1)),
-        f"prefill {work.name}": lambda: engine.programs(policy.params, "prefill", work.prompts, PROMPT_SLOTS)(
-            policy.params, prompts.tokens, length
-        ),
+        f"prefill {work.name}": lambda: engine.programs(
+            policy.params, "prefill", work.prompts, engine.sizes.prompt_slots[-1]
+        )(policy.params, prompts.tokens, length),
     }
 
 
@@ -90,7 +90,7 @@ def result(work: Workload, times: dict[str, Timing], limit: dict[str, float]) ->
         "program": "generate",
         "size": work.size,
         "compute": work.compute,
-        "shapes": {"rows": work.rows, "samples": SAMPLES, "prompt": PROMPT_SLOTS, "new_tokens": NEW_TOKENS},
+        "shapes": {"rows": work.rows, "samples": SAMPLES, "prompt": work.prompt, "new_tokens": NEW_TOKENS},
         "time": call.as_dict(),
         "prefill_s": fill.median,
         "tokens_per_s": tokens / call.median,

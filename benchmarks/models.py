@@ -22,6 +22,18 @@ SIZES = {
     "M": ModelConfig(vocab_size=4096, layers=8, d_model=512, heads=8, kv_heads=4, d_mlp=2048, **QWEN2),
     # The shape of Qwen2.5-0.5B.
     "L": ModelConfig(vocab_size=151936, layers=24, d_model=896, heads=14, kv_heads=2, d_mlp=4864, **QWEN2),
+    # The shape of Qwen3-1.7B.
+    "XL": ModelConfig(
+        vocab_size=151936,
+        layers=28,
+        d_model=2048,
+        heads=16,
+        kv_heads=8,
+        head_dim=128,
+        d_mlp=6144,
+        qk_norm=True,
+        tied_head=True,
+    ),
 }
 DTYPES = ("float32", "bfloat16")
 SAMPLES = 8
@@ -36,6 +48,7 @@ class Workload:
     size: str
     rows: int
     compute: str
+    prompt: int = PROMPT_SLOTS
 
     @property
     def name(self) -> str:
@@ -64,8 +77,8 @@ class Workload:
     def make_prompts(self) -> Prompts:
         rng = np.random.default_rng(0)
         count = np.arange(self.prompts, dtype=np.int32)
-        tokens = rng.integers(0, self.cfg.vocab_size, (self.prompts, PROMPT_SLOTS)).astype(np.int32)
-        return Prompts(tokens=tokens, length=np.full(self.prompts, PROMPT_SLOTS, np.int32), uid=count, row=count)
+        tokens = rng.integers(0, self.cfg.vocab_size, (self.prompts, self.prompt)).astype(np.int32)
+        return Prompts(tokens=tokens, length=np.full(self.prompts, self.prompt, np.int32), uid=count, row=count)
 
 
 def make_params(size: str) -> PyTree:

@@ -72,7 +72,16 @@ def value_and_gradient(cfg, sizes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "sizes"), [*((name, (2, 2, 2)) for name in MODELS), ("dense", (1, 1, 1))], ids=str)
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("dense", (2, 2, 2)),
+        ("experts", (2, 2, 2)),
+        pytest.param("untied head, soft cap", (2, 2, 2), marks=pytest.mark.soak),
+        pytest.param("dense", (1, 1, 1), marks=pytest.mark.soak),
+    ],
+    ids=str,
+)
 def test_gradients_are_those_of_cpus(as_on_gpus, name, sizes):
     want = value_and_gradient(MODELS[name], sizes)
     as_on_gpus()

@@ -55,7 +55,7 @@ def compiled(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["plain", *(pytest.param(name, marks=pytest.mark.soak) for name in [*CONFIGS][1:])])
 def test_planned_memory_is_that_of_the_programs_of_training(name, compiled, tmp_path):
     """Within 5 %: a plan has the model's whole vocabulary, training the tokenizer's."""
     cfg = config(name, str(tmp_path / "run"))
