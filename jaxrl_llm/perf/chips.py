@@ -98,9 +98,16 @@ def lookup(kind: str) -> Chip | None:
 
 
 def granted(chip: Chip) -> float:
-    """Return the bytes of a chip that JAX uses: of a GPU the fraction XLA_PYTHON_CLIENT_MEM_FRACTION, by default 0.75."""
-    is_gpu = chip in KINDS.values() and chip.name not in TPUS
-    return chip.memory * (float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75)) if is_gpu else 1.0)
+    """Return the bytes of a chip that JAX uses: of a GPU the fraction XLA_PYTHON_CLIENT_MEM_FRACTION, by default 0.75.
+
+    Raises UserError if the variable is no positive number.
+    """
+    if chip not in KINDS.values() or chip.name in TPUS:
+        return chip.memory
+    given = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
+    if not re.fullmatch(r"\d*\.?\d+", given) or not float(given):
+        raise UserError(f"XLA_PYTHON_CLIENT_MEM_FRACTION: got {given!r}, want a positive number, as 0.9")
+    return chip.memory * float(given)
 
 
 class Topology(NamedTuple):

@@ -206,6 +206,10 @@ def test_a_gpu_gives_jax_a_fraction(monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     assert chips.granted(chips.H100) == 72e9
     text = show.verdict(report(chip=chips.H100._asdict(), limit=72e9))
+    for wrong in ("much", "", "0", "-1"):
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", wrong)
+        with pytest.raises(UserError, match=r"XLA_PYTHON_CLIENT_MEM_FRACTION: got .*, want a positive number"):
+            chips.granted(chips.H100)
     assert text == "fits: 12.00 GB of 72 that JAX takes of 80 (XLA_PYTHON_CLIENT_MEM_FRACTION), largest in update"
 
 
