@@ -35,6 +35,9 @@ MANY_MAPPINGS = 20_000
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
     """Programs that tests have compiled so far, and what holds them, when there are many: other files hardly use them."""
+    assert jax.config.jax_enable_compilation_cache, (
+        "the files before have turned the cache of the suite off, and left it so"
+    )
     yield
     maps, here = Path("/proc/self/maps"), str(Path(__file__).parent)
     if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPPINGS:
@@ -48,6 +51,15 @@ def _forget_programs():
 def pytest_sessionstart(session) -> None:
     if not hasattr(session.config, "workerinput"):
         program_cache.trim(OWN, CACHE_BYTES)
+
+
+# At Python's threshold of 700 new objects the garbage collector walks what jax keeps for 4 % of the suite's time.
+gc.set_threshold(100_000, 50, 50)
+
+
+def pytest_collection_finish() -> None:
+    """Leave the tests themselves to no collection."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items) -> None:

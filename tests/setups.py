@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+import pytest
 
 from jaxrl_llm.model import params as model_params
 from jaxrl_llm.model.config import LinearRope, Llama3Rope, ModelConfig, YarnRope
@@ -40,6 +41,8 @@ FAMILIES = {
     ),
 }  # fmt: skip
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)]
+# To compare with one device: with one axis alone in the long run.
+EACH_MESH = [pytest.param(sizes, marks=[pytest.mark.soak] if 8 in sizes else []) for sizes in MESHES[1:]]
 VOCAB = Vocabulary(size=16, pad=0, eos=(15,))
 
 

@@ -42,7 +42,8 @@ from jaxrl_llm.perf import chips
 from jaxrl_llm.plan import compilers
 
 
-@pytest.fixture(scope="package", autouse=True)
+# A directory of tests without `__init__.py` is no package: the fixture of one would last to the end of the session.
+@pytest.fixture(scope="module", autouse=True)
 def no_cache():
     """A program for a topology can be written to jax's persistent cache and not be read from it: that warns and compiles again."""
     with pytest.MonkeyPatch.context() as patched:

@@ -44,7 +44,7 @@ EIGHT_BILLION = ModelConfig(
     rope_theta=1e6, norm_eps=1e-6, qk_norm=True, tied_head=False, compute="bfloat16",
 )  # fmt: skip
 # Decode is unrolled, and 16 layers compile for minutes; assertions are per layer. Training scans over layers: all 16.
-DECODE_LAYERS = int(os.environ.get("AOT_DECODE_LAYERS", "4"))
+DECODE_LAYERS = int(os.environ.get("AOT_DECODE_LAYERS", "2"))
 MESH = (1, 4, 4)
 _, FSDP, TENSOR = MESH
 SPLIT = {"heads": TENSOR, "mlp": TENSOR, "vocab": TENSOR}

@@ -60,6 +60,14 @@ def activations(monkeypatch):
     monkeypatch.setattr(score, "hidden", lambda params, *_: params["h"])
 
 
+@pytest.fixture(scope="module")
+def split(topology) -> Program:
+    """Over `fsdp` and `tensor`."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(score, "hidden", lambda params, *_: params["h"])
+        return gradient(tiled, topology, (1, 2, 2))
+
+
 def test_temporary_memory_per_chip(topology):
     """The table in bf16 and one tile of logits; the dense form has every logit in f32, 1.25 GB."""
     got, full = gradient(tiled, topology, (1, 1, 1)).temp, gradient(dense, topology, (1, 1, 1)).temp
@@ -79,16 +87,15 @@ def test_a_control_takes_no_more_memory(topology, automata):
     assert more < most, f"temp: got {more / 1e6:.1f} MB more, want less than {most / 1e6:.1f}"
 
 
-def test_a_control_moves_nothing(topology):
+def test_a_control_moves_nothing(topology, split):
     kinds = lambda program: sorted((i.kind, a.size) for i in collectives(program.hlo.all) for a in i.results)  # noqa: E731
-    assert kinds(gradient(tiled, topology, (1, 2, 2), 4)) == kinds(gradient(tiled, topology, (1, 2, 2)))
+    assert kinds(gradient(tiled, topology, (1, 2, 2), 4)) == kinds(split)
 
 
-def test_neither_logits_nor_activations_move(topology):
+def test_neither_logits_nor_activations_move(split):
     """Over `fsdp` the table and its gradient cross once each; over `tensor` the activations' cotangent, and numbers per token."""
-    program = gradient(tiled, topology, (1, 2, 2))
     tokens, width = R * T // 2, V // 2
-    moved = [(program.hlo.loops[i.computation], i.kind, a) for i in collectives(program.hlo.all) for a in i.results]
+    moved = [(split.hlo.loops[i.computation], i.kind, a) for i in collectives(split.hlo.all) for a in i.results]
     print(*moved, sep="\n")
     large = sorted((kind, a.size) for _, kind, a in moved if a.size > tokens)
     assert ("all-gather", width * D) in large

@@ -38,7 +38,7 @@ def moved(topology, sizes: tuple[int, ...], max_kept_tokens: int) -> list[tuple[
     return [(i.kind, i.results) for i in collectives(program.hlo.all)]
 
 
-@pytest.mark.parametrize("sizes", [(1, 4, 4), (1, 1, 16)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 4, 4), pytest.param((1, 1, 16), marks=pytest.mark.soak)], ids=str)
 def test_truncated_sampling_moves_only_each_shards_top_k(topology, sizes):
     """Values and ids of K + 1 tokens per shard, and one sum per row."""
     rows, shards = ROWS // sizes[1], sizes[2]

@@ -35,7 +35,7 @@ tokenizer: {{system: Be brief., stop: ["<s>"]}}
 task: {{kind: file, path: {data}, held_out_path: {held_out}, prompt: "{{question}}", answer: "{{answer}}"}}
 mesh: {{fsdp: {fsdp}, tensor: 2}}
 rollout: {{prompts: 20, samples: 4, max_new_tokens: 6, stop: ["<|im_start|>"]}}
-reward: {{graders: [row_graders:counts_letters, {{grader: length, weight: 0.1, options: {{target: 3}}}}], deadline_s: 8}}
+reward: {{graders: [row_graders:counts_letters, {{grader: length, weight: 0.1, options: {{target: 3}}}}], deadline_s: 2}}
 evaluation: {{every: {every}}}
 update: {{optimizer: {{lr: 1.0e-3}}}}
 metrics: {{tensorboard: false, samples_every: 0, rollouts_every: 1, rollout_groups: -1}}

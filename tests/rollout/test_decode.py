@@ -184,11 +184,11 @@ def test_a_row_ends_at_any_of_several_end_tokens():
 @pytest.mark.parametrize(
     "jit, compute, rows_of_embedding, num_tokens",
     [
-        (True, "float32", 304, 300),
+        pytest.param(True, "float32", 304, 300, marks=pytest.mark.soak),
         (True, "bfloat16", 304, 300),
         (True, "float32", 18, 13),
         (False, "float32", 304, 300),
-        (False, "bfloat16", 304, 300),
+        pytest.param(False, "bfloat16", 304, 300, marks=pytest.mark.soak),
     ],
 )
 def test_in_a_step_the_stored_logprob_is_the_distributions_to_the_bit(jit, compute, rows_of_embedding, num_tokens):

@@ -24,6 +24,7 @@ ONE_LAYER = dataclasses.replace(SMALL, layers=1)
 VOCAB = Vocabulary(size=16, pad=0, eos=(15, 11, 4))
 WHOLE = EngineConfig(decode_chunk=C, compact=False, window=C)
 # Three chunks of four steps; windows of 4, 8 and 12 slots.
+# Two of them are a part of others, and run by themselves in the long run.
 FORMS = {
     "chunks": EngineConfig(decode_chunk=4, compact=False, window=C),
     "growth": EngineConfig(decode_chunk=8, compact=False, window=4),
@@ -62,7 +63,14 @@ def same(a, b) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(form, marks=[pytest.mark.soak] if name in ("growth", "refill") else [])
+        for name, form in FORMS.items()
+    ],
+    ids=FORMS,
+)
 def test_engine_config_changes_no_token(form):
     want, all_at_once, _ = run(WHOLE)
     got, stats, _ = run(form)

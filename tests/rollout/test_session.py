@@ -393,7 +393,7 @@ def test_truncation_and_minimum_length_continue_with_a_row():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["one device", "(2,2,2)", pytest.param("sliding", marks=pytest.mark.soak)])
 def test_nothing_compiles_after_the_warm_up(case):
     cfg, sizes = CASES[case]
     sampler = of(cfg, sizes, max_new_tokens=8)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from setups import (
+    EACH_MESH,
     MESHES,
     SMALL,
     VOCAB,
@@ -134,7 +135,7 @@ def test_local_means_would_depend_on_micro_batches():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", MESHES[1:])
+@pytest.mark.parametrize("sizes", EACH_MESH)
 def test_gradient_and_three_losses_do_not_depend_on_the_mesh(sizes):
     (one, losses), (other, other_losses) = (run_updates(3, batch(), s, optimizer=UNCLIPPED) for s in (MESHES[0], sizes))
     np.testing.assert_allclose([m["loss"] for m in losses], [m["loss"] for m in other_losses], atol=1e-5)

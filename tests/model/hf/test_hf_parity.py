@@ -35,7 +35,7 @@ def test_logits_match_transformers(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("mesh", [pytest.param((1, 1, 1), marks=pytest.mark.soak), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_match_transformers(family, mesh, tmp_path):
     """Four ragged prompts in one batch; transformers continued each by itself. Sequences exceed windows and original lengths."""
