@@ -204,8 +204,10 @@ def test_a_run_with_stages_does_what_they_say(undisturbed, name):
     assert len(found) == 6 and any(row["updates"] for row in found)
     whole = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     first = next(i for i, row in enumerate(whole) if row.get("updates"))
-    # The first two steps compile update and publish; requests of any number and size were compiled for before.
-    assert [row["compiles"] for row in whole[first + 2 :]] == [0] * (len(whole) - first - 2)
+    # The first step compiles update and publish, and the first beside which nothing compiles measures the machine: on a busy
+    # one the third. Requests of any number and size were compiled for before.
+    measured = next(i for i, row in enumerate(whole) if "rollout/ceiling_fraction" in row)
+    assert measured <= first + 2 and not any(row["compiles"] for row in whole[max(measured, first + 1) + 1 :])
     total = [row["rollout/samples"] for row in found]
     if name == "refill":
         prompts = [row["refill/prompts"] for row in found]

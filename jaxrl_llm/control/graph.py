@@ -4,8 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import dijkstra
 
 # Distance of a state from which no end can be reached.
 ENDLESS = np.iinfo(np.int32).max
@@ -40,6 +38,10 @@ def distinct(rows: Int[np.ndarray, "N M"]) -> tuple[Int[np.ndarray, " D"], Int[n
 def _fewest(
     source: Int[np.ndarray, " E"], target: Int[np.ndarray, " E"], states: int, roots: Int[np.ndarray, " R"]
 ) -> Int[np.ndarray, " S"]:
+    # Only runs with a control pay for these.
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import dijkstra
+
     if not len(roots):
         return np.full(states, ENDLESS, np.int32)
     graph = coo_array((np.ones(len(source), np.int32), (source, target)), (states, states)).tocsr()

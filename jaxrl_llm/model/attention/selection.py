@@ -13,7 +13,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, make_splash_mha_single_device
 from jaxtyping import Array, Int
 
 from jaxrl_llm.errors import UserError
@@ -174,6 +173,8 @@ def _scale(cfg: ModelConfig) -> float:
 
 def _splash(q: Array, k: Array, v: Array, mask: Array, cfg: ModelConfig, layout: Layout) -> Array:
     """Row by row, since each row has its own mask and list of blocks. The kernel is interpreted on other devices than TPUs."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, make_splash_mha_single_device
+
     slots = q.shape[1]
     edge = next(n for n in (512, 256, LANES) if slots % n == 0)
     sizes = BlockSizes(
