@@ -378,7 +378,7 @@ def test_the_model_and_the_task_of_an_evaluation(tmp_path):
     assert other.model == own.model and other.tokenizer == own.tokenizer and other.task.name == "leg_counting"
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_numbers_of_the_benchmark_agree(tmp_path):
     """8 prompts x 2 samples: tokens, steps, active rows and wasted row-steps."""
     shape = ["--rollout.prompts", "8", "--rollout.samples", "2", "--rollout.max_new_tokens", "4"]

@@ -95,7 +95,6 @@ def test_filters_of_ones_own_drop_rows_and_the_rest_teaches(module, capsys):
     assert np.mean([step["reward"] for step in found[-5:]]) > found[0]["reward"] + 0.2
 
 
-@pytest.mark.soak
 def test_the_loop_in_a_notebook_learns(monkeypatch, capsys):
     names = run("custom_loop", monkeypatch)
     assert np.mean(names["rewards"][-5:]) > names["rewards"][0] + 0.1 and int(names["state"].step) == 40

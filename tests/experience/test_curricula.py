@@ -39,7 +39,7 @@ def test_going_on_from_the_place_equals_never_having_stopped():
     assert place == 5 * 6
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 9), st.sampled_from([0.1, 0.5, 1.0, 3.0])), min_size=1, max_size=4), st.data())
 def test_a_mixture_has_its_weights_at_every_position_and_its_tasks_their_own_epochs(tasks, data):
     """Counts of n positions are n * share, to within k for the k-th task; each task in epochs in which every row comes once."""

@@ -70,7 +70,7 @@ def assert_branches(tree: Rollouts, want: Rollouts, first: int) -> None:
     assert not tree.sampled[new][~own].any() and tree.sampled[new][own].any()
 
 
-@pytest.mark.parametrize("name", ["truncated", pytest.param("stop strings", marks=pytest.mark.soak), "budget"])
+@pytest.mark.parametrize("name", ["truncated", "stop strings", "budget"])
 def test_branches_have_the_tokens_of_rows_that_were_given_the_same_tokens(name):
     cases = {
         "truncated": {"top_p": 0.8, "top_k": 5},
